@@ -1,0 +1,1 @@
+//! Images: references, registry, store, unpacking.

@@ -1,0 +1,1 @@
+//! Plain data that the daemon and the shim share.

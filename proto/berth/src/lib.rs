@@ -1,0 +1,1 @@
+//! Berth's own small service beside CRI: import, pull progress.

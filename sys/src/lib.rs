@@ -1,0 +1,1 @@
+//! Thin safe wrappers over Linux: the one crate with unsafe code.

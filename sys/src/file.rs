@@ -1,0 +1,77 @@
+//! Files in memory, whole filesystems, and flags of descriptors.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// A program in memory that nobody can change any more: `memfd_create(2)` with every seal, `F_SEAL_EXEC` left out so that the
+/// floor of supported kernels (5.15) has all of them.
+///
+/// A process started from it cannot be used to overwrite the file on disk that it came from.
+///
+/// # Errors
+/// `ENOMEM`, `ENOSYS`.
+pub fn sealed_program(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd> {
+    // SAFETY: memfd_create(2) reads a NUL-terminated name, which `name` is.
+    let raw = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+    let mut file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(raw) });
+    file.write_all(bytes)?;
+    let seals = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
+    // SAFETY: F_ADD_SEALS takes a number.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // A descriptor open for writing makes exec fail with ETXTBSY, so it is opened anew for reading.
+    let read_only = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok(read_only.into())
+}
+
+/// Writes everything that the filesystem of `file` has not written yet to the disk: `syncfs(2)`.
+///
+/// # Errors
+/// `EIO`, `ENOSPC`, `EDQUOT` from the disk.
+pub fn sync_filesystem(file: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: syncfs(2) takes only a descriptor.
+    if unsafe { libc::syncfs(file.as_raw_fd()) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes reads and writes return `EAGAIN` instead of waiting: `O_NONBLOCK`.
+///
+/// # Errors
+/// None in practice.
+pub fn set_nonblocking(file: BorrowedFd<'_>) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(file.as_fd(), FcntlArg::F_GETFL)?);
+    fcntl(file.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+/// The bytes and inodes that a filesystem has in all and free for root, in this order: bytes, bytes free, inodes, inodes free:
+/// `statvfs(3)`.
+///
+/// # Errors
+/// `ENOENT` and the like from the lookup.
+pub fn space(path: &std::path::Path) -> io::Result<(u64, u64, u64, u64)> {
+    let found = nix::sys::statvfs::statvfs(path)?;
+    let unit = found.fragment_size();
+    Ok((found.blocks() * unit, found.blocks_free() * unit, found.files(), found.files_free()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sealed_program_runs_and_cannot_be_written() {
+        let program = sealed_program(c"true", &std::fs::read("/bin/true").unwrap()).unwrap();
+        let path = format!("/proc/{}/fd/{}", std::process::id(), program.as_raw_fd());
+        assert!(std::process::Command::new(&path).status().unwrap().success());
+        // Root may open the file for writing; the seal is what refuses the write.
+        let refused =
+            std::fs::OpenOptions::new().write(true).open(&path).and_then(|mut file| file.write_all(b"x"));
+        assert!(refused.is_err());
+    }
+}

@@ -1,0 +1,121 @@
+//! Waiting for many descriptors at once: `epoll(7)`, and signals as one of them: `signalfd(2)`.
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+/// What a watched descriptor is ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ready {
+    /// The number that [`Poll::watch`] was given.
+    pub token: u64,
+    /// There is something to read, or an end or error to be found by reading.
+    pub readable: bool,
+    /// There is room to write, or an error to be found by writing.
+    pub writable: bool,
+}
+
+/// A set of watched descriptors; level-triggered. Closing a descriptor (its last copy) ends the watch.
+#[derive(Debug)]
+pub struct Poll(Epoll);
+
+impl Poll {
+    /// An empty set.
+    ///
+    /// # Errors
+    /// `EMFILE` at the descriptor limit.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?))
+    }
+
+    fn flags(write: bool) -> EpollFlags {
+        if write { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN }
+    }
+
+    /// Watches `descriptor` for reading, and with `write` for writing too, under the number `token`.
+    ///
+    /// # Errors
+    /// `EEXIST` when it is watched already, `EPERM` for a regular file.
+    pub fn watch(&self, descriptor: BorrowedFd<'_>, token: u64, write: bool) -> io::Result<()> {
+        Ok(self.0.add(descriptor, EpollEvent::new(Self::flags(write), token))?)
+    }
+
+    /// Changes whether a watched descriptor is watched for writing too.
+    ///
+    /// # Errors
+    /// `ENOENT` when it is not watched.
+    pub fn change(&self, descriptor: BorrowedFd<'_>, token: u64, write: bool) -> io::Result<()> {
+        Ok(self.0.modify(descriptor, &mut EpollEvent::new(Self::flags(write), token))?)
+    }
+
+    /// Ends the watch.
+    ///
+    /// # Errors
+    /// `ENOENT` when it is not watched.
+    pub fn forget(&self, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(self.0.delete(descriptor)?)
+    }
+
+    /// Waits until something is ready or `timeout` is over (`None`: for ever). A signal counts as nothing ready.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn wait(&self, timeout: Option<Duration>) -> io::Result<Vec<Ready>> {
+        let mut events = [EpollEvent::empty(); 16];
+        let timeout = match timeout {
+            None => EpollTimeout::NONE,
+            // Rounded up, so that a wait for the last fraction of a millisecond does not spin.
+            Some(time) => {
+                EpollTimeout::try_from(time + Duration::from_micros(999)).unwrap_or(EpollTimeout::MAX)
+            }
+        };
+        let count = match self.0.wait(&mut events, timeout) {
+            Ok(count) => count,
+            Err(nix::errno::Errno::EINTR) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        Ok(events[..count]
+            .iter()
+            .map(|event| {
+                let failed = event.events().intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
+                Ready {
+                    token: event.data(),
+                    readable: failed || event.events().contains(EpollFlags::EPOLLIN),
+                    writable: failed || event.events().contains(EpollFlags::EPOLLOUT),
+                }
+            })
+            .collect())
+    }
+}
+
+/// Ends of children, as a descriptor to watch.
+#[derive(Debug)]
+pub struct ChildSignals(SignalFd);
+
+impl ChildSignals {
+    /// Blocks `SIGCHLD` in this process and opens a descriptor that becomes readable when one comes.
+    ///
+    /// # Errors
+    /// `EMFILE` at the descriptor limit.
+    pub fn new() -> io::Result<Self> {
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGCHLD);
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)?;
+        Ok(Self(SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?))
+    }
+
+    /// Takes the signals that wait, so that the descriptor is no longer readable.
+    pub fn clear(&self) {
+        // Only the wake-up matters; who ended is found by waitid. WouldBlock ends the loop, as does any error.
+        while let Ok(Some(_)) = self.0.read_signal() {}
+    }
+}
+
+impl std::os::fd::AsFd for ChildSignals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,530 @@
+//! Starting, naming and ending processes: `clone3(2)`, pidfds, and the state of the calling process that exec passes on.
+//!
+//! The functions that change the whole process are for a child between clone and exec, or for a single-threaded program.
+//! The daemon, which has threads, starts programs only through [`spawn`].
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Namespaces that a new process gets: `CLONE_NEW*` of `clone(2)`.
+pub mod namespace {
+    /// Its own mount namespace.
+    pub const MOUNT: u64 = libc::CLONE_NEWNS as u64;
+    /// Its own pid namespace, of which it is process 1.
+    pub const PID: u64 = libc::CLONE_NEWPID as u64;
+    /// Its own network namespace.
+    pub const NETWORK: u64 = libc::CLONE_NEWNET as u64;
+    /// Its own System V IPC and POSIX message queue namespace.
+    pub const IPC: u64 = libc::CLONE_NEWIPC as u64;
+    /// Its own hostname.
+    pub const UTS: u64 = libc::CLONE_NEWUTS as u64;
+    /// Its own view of the cgroup tree.
+    pub const CGROUP: u64 = libc::CLONE_NEWCGROUP as u64;
+}
+
+const CLONE_PIDFD: u64 = libc::CLONE_PIDFD as u64;
+/// <linux/sched.h>; the libc crate lacks it for musl and has 0 for gnu.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// `struct clone_args` of <linux/sched.h>, version 2 (88 bytes, Linux 5.7).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Which side of [`clone_process`] one is on.
+#[derive(Debug)]
+pub enum Cloned {
+    /// In the new process.
+    Child,
+    /// In the caller: the child's pid as the caller's pid namespace numbers it, and a descriptor that stands for it.
+    Parent {
+        /// The pid.
+        pid: i32,
+        /// The pidfd: pidfd_open(2).
+        pidfd: OwnedFd,
+    },
+}
+
+/// Makes a child that goes on from here with a copy of the memory, like fork, in the `namespaces` ([`namespace`], or 0)
+/// and, when `cgroup` is a directory of the cgroup2 filesystem, born inside that cgroup: `clone3(2)`.
+///
+/// # Errors
+/// `EAGAIN` at a pids limit, `EBUSY`/`EOPNOTSUPP` when the cgroup cannot hold processes, `ENOMEM` when the pid namespace that
+/// children go to has lost its process 1.
+///
+/// # Panics
+/// When called by a process with more than one thread: the child would inherit locks whose owner does not exist in it.
+pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    assert!(is_single_threaded()?, "clone_process is for single-threaded processes");
+    let mut pidfd: RawFd = -1;
+    let mut args = CloneArgs {
+        flags: namespaces | CLONE_PIDFD,
+        pidfd: (&raw mut pidfd) as u64,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        ..CloneArgs::default()
+    };
+    if let Some(directory) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(directory.as_raw_fd().unsigned_abs());
+    }
+    // SAFETY: `args` is a `struct clone_args` of the size given; its `pidfd` points at a live i32; no CLONE_VM and no new
+    // stack, so the child runs on a copy of this one; there is one thread, so no lock in the copy is held by a thread that
+    // does not exist there.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
+    match result {
+        0 => Ok(Cloned::Child),
+        pid if pid > 0 => {
+            // SAFETY: with CLONE_PIDFD the kernel stored a new descriptor in `pidfd`, owned by nobody else.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            let pid = i32::try_from(pid).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+            Ok(Cloned::Parent { pid, pidfd })
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn is_single_threaded() -> io::Result<bool> {
+    // st_nlink of /proc/self/task is 2 + the number of threads: cheaper than reading the directory, proc(5).
+    let metadata = std::fs::metadata("/proc/self/task")?;
+    Ok(std::os::unix::fs::MetadataExt::nlink(&metadata) <= 3)
+}
+
+/// A descriptor that stands for the process `pid`: `pidfd_open(2)`.
+///
+/// # Errors
+/// `ESRCH` when there is none.
+pub fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) takes only numbers.
+    let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let raw = RawFd::try_from(raw).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Sends `signal` to the process that `pidfd` stands for: `pidfd_send_signal(2)`.
+///
+/// # Errors
+/// `ESRCH` when it has ended and was reaped.
+pub fn signal_pidfd(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: a null siginfo is allowed and means the one of kill(2); the rest are numbers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sends `signal` to the process group `group`: `kill(2)` with a negative pid.
+///
+/// # Errors
+/// `ESRCH` when the group has no member.
+pub fn signal_group(group: i32, signal: i32) -> io::Result<()> {
+    if group <= 1 {
+        // kill(-1) and kill(0) mean "everybody" and "my group".
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: kill(2) takes only numbers.
+    if unsafe { libc::kill(-group, signal) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// How a process ended: `waitid(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It called exit with this code (0 to 255).
+    Exited(i32),
+    /// This signal ended it.
+    Signaled(i32),
+}
+
+impl Ended {
+    /// The code that shells and CRI use: the exit code, or 128 + the signal.
+    #[must_use]
+    pub fn code(self) -> i32 {
+        match self {
+            Self::Exited(code) => code,
+            Self::Signaled(signal) => 128 + signal,
+        }
+    }
+}
+
+/// Reaps one child that has ended, whichever: `waitid(2)` with `P_ALL`. `None` when none has.
+///
+/// # Errors
+/// None that a caller has to act on: without children it returns `None`.
+pub fn reap_any() -> io::Result<Option<(i32, Ended)>> {
+    wait(libc::P_ALL, 0, libc::WNOHANG)
+}
+
+/// Reaps the child `pid` if it has ended, without waiting.
+///
+/// # Errors
+/// `ECHILD` when it is not a child of the caller is turned into `None`.
+pub fn reap(pid: i32) -> io::Result<Option<Ended>> {
+    Ok(wait(libc::P_PID, pid.unsigned_abs(), libc::WNOHANG)?.map(|(_, ended)| ended))
+}
+
+/// Waits for the child `pid` to end and reaps it.
+///
+/// # Errors
+/// None that a caller has to act on: `None` when it is not a child of the caller.
+pub fn wait_for(pid: i32) -> io::Result<Option<Ended>> {
+    Ok(wait(libc::P_PID, pid.unsigned_abs(), 0)?.map(|(_, ended)| ended))
+}
+
+fn wait(kind: libc::idtype_t, id: u32, flags: i32) -> io::Result<Option<(i32, Ended)>> {
+    // SAFETY: siginfo_t is plain data for which all zero bytes are valid.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    loop {
+        // SAFETY: `info` is a live siginfo_t; the rest are numbers.
+        let result = unsafe { libc::waitid(kind, id, &raw mut info, libc::WEXITED | libc::__WALL | flags) };
+        if result == 0 {
+            break;
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            Some(libc::ECHILD) => return Ok(None),
+            _ => return Err(error),
+        }
+    }
+    // SAFETY: after a successful waitid the si_pid and si_status members are the ones in use; with WNOHANG and no child
+    // they are zero, as waitid(2) says.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    if pid == 0 {
+        return Ok(None);
+    }
+    let ended =
+        if info.si_code == libc::CLD_EXITED { Ended::Exited(status) } else { Ended::Signaled(status) };
+    Ok(Some((pid, ended)))
+}
+
+/// Replaces the program of this process: `execve(2)`. Returns only when that failed.
+#[must_use]
+pub fn execute(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
+    let args: Vec<*const libc::c_char> =
+        args.iter().map(|arg| arg.as_ptr()).chain([std::ptr::null()]).collect();
+    let env: Vec<*const libc::c_char> =
+        env.iter().map(|pair| pair.as_ptr()).chain([std::ptr::null()]).collect();
+    // SAFETY: `path` and every element are NUL-terminated strings that outlive the call; both arrays end with null.
+    unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Ends this process at once, with no destructor and no exit handler: `_exit(2)`.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+fn prctl(option: i32, value: libc::c_ulong) -> io::Result<()> {
+    // SAFETY: the options used in this file take numbers only; unused arguments are zero as prctl(2) asks.
+    if unsafe { libc::prctl(option, value, 0, 0, 0) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether others may read this process's memory and descriptors: `PR_SET_DUMPABLE`. Exec turns it on again.
+///
+/// # Errors
+/// None in practice.
+pub fn set_dumpable(dumpable: bool) -> io::Result<()> {
+    prctl(libc::PR_SET_DUMPABLE, libc::c_ulong::from(dumpable))
+}
+
+/// Makes orphans below this process its children: `PR_SET_CHILD_SUBREAPER`.
+///
+/// # Errors
+/// None in practice.
+pub fn become_subreaper() -> io::Result<()> {
+    prctl(libc::PR_SET_CHILD_SUBREAPER, 1)
+}
+
+/// Forbids this process and its descendants to gain privileges by exec: `PR_SET_NO_NEW_PRIVS`.
+///
+/// # Errors
+/// None in practice.
+pub fn set_no_new_privileges() -> io::Result<()> {
+    prctl(libc::PR_SET_NO_NEW_PRIVS, 1)
+}
+
+/// Keeps the permitted capabilities over the next change of user ids: `PR_SET_KEEPCAPS`. Exec turns it off.
+///
+/// # Errors
+/// None in practice.
+pub fn keep_capabilities() -> io::Result<()> {
+    prctl(libc::PR_SET_KEEPCAPS, 1)
+}
+
+/// The name that `ps` shows for this thread, at most 15 bytes: `PR_SET_NAME`.
+///
+/// # Errors
+/// None in practice.
+pub fn set_name(name: &CStr) -> io::Result<()> {
+    // SAFETY: PR_SET_NAME reads a NUL-terminated string of which it takes the first 15 bytes.
+    if unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Installs a seccomp filter, an array of `struct sock_filter` (8 bytes each), on this thread: `seccomp(2)`,
+/// `SECCOMP_SET_MODE_FILTER` with `flags`.
+///
+/// # Errors
+/// `EINVAL` for a malformed filter, `EACCES` without `CAP_SYS_ADMIN` and without no_new_privs.
+pub fn install_seccomp(filter: &[u8], flags: u32) -> io::Result<()> {
+    const INSTRUCTION: usize = size_of::<libc::sock_filter>();
+    const SECCOMP_SET_MODE_FILTER: libc::c_uint = 1;
+    if filter.is_empty() || !filter.len().is_multiple_of(INSTRUCTION) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let count =
+        u16::try_from(filter.len() / INSTRUCTION).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    // Copied into instructions of the right alignment; `filter` may start anywhere.
+    let mut instructions = Vec::with_capacity(usize::from(count));
+    for chunk in filter.chunks_exact(INSTRUCTION) {
+        instructions.push(libc::sock_filter {
+            code: u16::from_ne_bytes([chunk[0], chunk[1]]),
+            jt: chunk[2],
+            jf: chunk[3],
+            k: u32::from_ne_bytes([chunk[4], chunk[5], chunk[6], chunk[7]]),
+        });
+    }
+    let program = libc::sock_fprog { len: count, filter: instructions.as_mut_ptr() };
+    // SAFETY: `program` points at `count` instructions that live over the call; the kernel copies and verifies them.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Gives this process a new, empty session keyring, so that it cannot read its parent's keys: `keyctl(2)`,
+/// `KEYCTL_JOIN_SESSION_KEYRING`.
+///
+/// # Errors
+/// `ENOSYS` on a kernel without keyrings, `EDQUOT` at the key quota.
+pub fn join_new_session_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    // SAFETY: a null name asks for an anonymous keyring; nothing is read through pointers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            std::ptr::null::<libc::c_char>(),
+            0,
+            0,
+            0,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Marks every descriptor from `first` on close-on-exec (`CloseRange::OnExec`) or closes it: `close_range(2)`.
+///
+/// # Errors
+/// `EINVAL` when the kernel lacks the flag (before 5.11).
+pub fn close_from(first: u32, when: CloseRange) -> io::Result<()> {
+    let flags: libc::c_uint = match when {
+        CloseRange::Now => 0,
+        CloseRange::OnExec => 4,
+    };
+    // SAFETY: close_range(2) takes only numbers. With `Now` the caller promises to use no descriptor from `first` on again;
+    // in this project only a child right before exec or a program at its start does so.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flags) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// When [`close_from`] closes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CloseRange {
+    /// At once.
+    Now,
+    /// At the next exec.
+    OnExec,
+}
+
+/// Sets the soft and hard value of a resource limit (`RLIMIT_*` number): `setrlimit(2)`.
+///
+/// # Errors
+/// `EPERM` when the hard value is raised without `CAP_SYS_RESOURCE`.
+pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: prlimit64 with pid 0 is setrlimit on this process; `limit` is a live struct rlimit of 64-bit members.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            0,
+            resource,
+            &raw const limit,
+            std::ptr::null_mut::<libc::rlimit>(),
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The soft and hard value of a resource limit (`RLIMIT_*` number): `getrlimit(2)`.
+///
+/// # Errors
+/// `EINVAL` for an unknown resource.
+pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: prlimit64 with pid 0 and no new value is getrlimit on this process; `limit` is a live struct rlimit.
+    let result = unsafe {
+        libc::syscall(libc::SYS_prlimit64, 0, resource, std::ptr::null::<libc::rlimit>(), &raw mut limit)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok((limit.rlim_cur, limit.rlim_max)) }
+}
+
+/// Resets every signal to its default action and unblocks all: what a fresh program expects, signal(7).
+///
+/// # Errors
+/// None in practice.
+pub fn reset_signals() -> io::Result<()> {
+    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+    for signal in 1..=64 {
+        // SAFETY: SIG_DFL installs no function. SIGKILL, SIGSTOP and the C library's own signals refuse with EINVAL,
+        // which is what is wanted for them.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    Ok(())
+}
+
+/// Sets the file mode creation mask: `umask(2)`.
+pub fn set_umask(mask: u32) {
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
+}
+
+/// A program to start: the daemon's way to start a process, safe with threads.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// Path of the program in this process's namespaces; `/proc/self/fd/N` works, also for a close-on-exec descriptor.
+    pub path: &'a CStr,
+    /// Its arguments, with the name first.
+    pub args: &'a [CString],
+    /// Its whole environment, as `NAME=value`.
+    pub env: &'a [CString],
+    /// What it finds as descriptors 0, 1, 2, … in this order; everything else is closed by close-on-exec.
+    pub descriptors: &'a [BorrowedFd<'a>],
+}
+
+/// Starts `program` in a new session: `posix_spawn(3)`, which on Linux shares the memory until exec and so copies no page tables.
+///
+/// Signals are reset to default and unblocked in it. The caller has to reap it.
+///
+/// # Errors
+/// What exec says, `EAGAIN` at a process limit.
+pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
+    use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
+    let mut actions = PosixSpawnFileActions::init()?;
+    // Two rounds, because a descriptor may sit on a number that an earlier dup2 would overwrite: first out of the way,
+    // then into place. dup2 clears close-on-exec.
+    let highest = program.descriptors.iter().map(|fd| fd.as_raw_fd()).max().unwrap_or(0);
+    let base = highest.max(i32::try_from(program.descriptors.len()).unwrap_or(i32::MAX)) + 1;
+    let mut places = Vec::with_capacity(program.descriptors.len());
+    for (fd, place) in program.descriptors.iter().zip(0_i32..) {
+        actions.add_dup2(fd.as_raw_fd(), base + place)?;
+        places.push((base + place, place));
+    }
+    for (from, to) in places {
+        actions.add_dup2(from, to)?;
+        actions.add_close(from)?;
+    }
+    let mut attributes = PosixSpawnAttr::init()?;
+    attributes.set_flags(
+        PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF
+            | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK
+            | PosixSpawnFlags::from_bits_retain(POSIX_SPAWN_SETSID),
+    )?;
+    attributes.set_sigdefault(&nix::sys::signal::SigSet::all())?;
+    attributes.set_sigmask(&nix::sys::signal::SigSet::empty())?;
+    Ok(posix_spawn(program.path, &actions, &attributes, program.args, program.env)?.as_raw())
+}
+
+/// <spawn.h>, glibc 2.26 and musl 1.1.22.
+const POSIX_SPAWN_SETSID: libc::c_int = 0x80;
+
+/// The time at which process `pid` started, in clock ticks since boot: field 22 of proc_pid_stat(5). With the pid it names a
+/// process for good; a pid alone is used again.
+///
+/// # Errors
+/// `ENOENT`/`ESRCH` when there is no such process, `InvalidData` when the file is not as documented.
+pub fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
+    parse_start_time(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+fn parse_start_time(stat: &[u8]) -> Option<u64> {
+    // The name in parentheses may hold anything, also spaces and parentheses: the fields go on after the last one.
+    let end = stat.iter().rposition(|byte| *byte == b')')?;
+    let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn start_time_is_read_behind_any_name() {
+        for name in ["sh", "a b", ")", "x) S 1 2 3 (", ""] {
+            let line = format!("12 ({name}) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 424242 20 21\n");
+            assert_eq!(parse_start_time(line.as_bytes()), Some(424_242), "{name:?}");
+        }
+        assert_eq!(parse_start_time(b""), None);
+        assert_eq!(parse_start_time(b"12 (sh) S 1"), None);
+    }
+
+    #[test]
+    fn own_start_time_stays_the_same() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(start_time(pid).unwrap(), start_time(pid).unwrap());
+    }
+
+    #[test]
+    fn a_program_gets_its_descriptors_in_order() {
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let args = [c"sh", c"-c", c"echo out; echo err >&2; echo three >&3"].map(CStr::to_owned);
+        use std::os::fd::AsFd;
+        let descriptors = [null.as_fd(), write.as_fd(), write.as_fd(), write.as_fd()];
+        let pid =
+            spawn(&Program { path: c"/bin/sh", args: &args, env: &[], descriptors: &descriptors }).unwrap();
+        drop(write);
+        let mut text = String::new();
+        io::Read::read_to_string(&mut std::fs::File::from(read), &mut text).unwrap();
+        assert_eq!(text, "out\nerr\nthree\n");
+        assert_eq!(wait_for(pid).unwrap(), Some(Ended::Exited(0)));
+    }
+
+    #[test]
+    fn a_missing_program_is_an_error() {
+        let error = spawn(&Program { path: c"/no/such", args: &[], env: &[], descriptors: &[] }).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+    }
+
+    #[test]
+    fn everybody_is_not_a_group() {
+        for group in [-1, 0, 1] {
+            assert_eq!(signal_group(group, 0).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+}

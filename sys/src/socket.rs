@@ -1,0 +1,149 @@
+//! Unix sockets with descriptors: pairs, listening below a directory whatever the length of its path, `SCM_RIGHTS`.
+
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, socket, socketpair, sockopt,
+};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+/// The most descriptors that one message carries here; the kernel's own limit is 253 (`SCM_MAX_FD`).
+pub const MAX_DESCRIPTORS: usize = 8;
+
+/// A connected pair of stream sockets, close-on-exec: `socketpair(2)`.
+///
+/// # Errors
+/// `EMFILE` at the descriptor limit.
+pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// A connected pair of sockets that keep message borders, close-on-exec: `SOCK_SEQPACKET` of unix(7).
+///
+/// # Errors
+/// `EMFILE` at the descriptor limit.
+pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// A path of any length is made short enough for `sockaddr_un` (108 bytes) by going through the directory's descriptor.
+fn address_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<UnixAddr> {
+    let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()));
+    Ok(UnixAddr::new(&path)?)
+}
+
+/// A non-blocking stream socket that listens as `name` in `directory`: unix(7).
+///
+/// # Errors
+/// `EADDRINUSE` when the name exists.
+pub fn listen_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
+    let listener = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    bind(listener.as_raw_fd(), &address_below(directory, name)?)?;
+    listen(&listener, Backlog::new(8)?)?;
+    Ok(listener)
+}
+
+/// A blocking stream socket connected to `name` in `directory`.
+///
+/// # Errors
+/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nobody listens.
+pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(socket.as_raw_fd(), &address_below(directory, name)?)?;
+    Ok(socket)
+}
+
+/// Takes one waiting connection, non-blocking and close-on-exec: `accept4(2)`.
+///
+/// # Errors
+/// `EAGAIN` when none waits, `EMFILE` at the descriptor limit.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let raw = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    // SAFETY: accept4 returned `raw` as a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// The user id at the other end of a connected Unix socket, as of its connect: `SO_PEERCRED`, unix(7).
+///
+/// # Errors
+/// When `socket` is not one.
+pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    Ok(getsockopt(&socket, sockopt::PeerCredentials)?.uid())
+}
+
+/// Sends `bytes` with up to [`MAX_DESCRIPTORS`] descriptors; returns how many bytes were taken (the descriptors go with the
+/// first): `sendmsg(2)`. No `SIGPIPE`.
+///
+/// # Errors
+/// `EAGAIN` on a full non-blocking socket, `EPIPE` when the other end is closed.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let raw: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+    Ok(sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?)
+}
+
+/// Receives bytes, and the descriptors that came with them, close-on-exec: `recvmsg(2)`. Zero bytes mean the end.
+///
+/// # Errors
+/// `EAGAIN` on an empty non-blocking socket; `EMSGSIZE` when descriptors were cut off (none is kept then).
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    let mut slices = [IoSliceMut::new(buffer)];
+    let message =
+        recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut descriptors = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = control {
+            // SAFETY: the kernel made each of these descriptors for this process in this call; nobody else owns them.
+            descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
+        }
+    }
+    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    Ok((message.bytes, descriptors))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn descriptors_travel_with_the_bytes() {
+        let (left, right) = stream_pair().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(send(left.as_fd(), b"hello", &[file.as_fd(), file.as_fd()]).unwrap(), 5);
+        let mut buffer = [0; 16];
+        let (length, descriptors) = receive(right.as_fd(), &mut buffer).unwrap();
+        assert_eq!((&buffer[..length], descriptors.len()), (&b"hello"[..], 2));
+        drop(left);
+        assert_eq!(receive(right.as_fd(), &mut buffer).unwrap().0, 0);
+    }
+
+    #[test]
+    fn a_socket_below_a_deep_directory_is_reachable() {
+        let mut deep = std::env::temp_dir().join(format!("berth-socket-{}", std::process::id()));
+        let top = deep.clone();
+        for _ in 0..10 {
+            deep = deep.join("a-directory-with-a-long-name");
+        }
+        std::fs::create_dir_all(&deep).unwrap();
+        let directory = std::fs::File::open(&deep).unwrap();
+        let listener = listen_below(directory.as_fd(), "sock").unwrap();
+        let client = connect_below(directory.as_fd(), "sock").unwrap();
+        let served = accept(listener.as_fd()).unwrap();
+        assert_eq!(peer_uid(served.as_fd()).unwrap(), nix::unistd::getuid().as_raw());
+        send(client.as_fd(), b"x", &[]).unwrap();
+        let mut buffer = [0; 4];
+        assert_eq!(receive(served.as_fd(), &mut buffer).unwrap().0, 1);
+        std::fs::remove_dir_all(&top).unwrap();
+    }
+}

@@ -1,0 +1,200 @@
+//! Requests of the daemon, and what a shim answers.
+//!
+//! A connection carries requests one way, and replies and events the other. Replies bear the number of their request and may
+//! come in another order: an exec is answered when it ends.
+
+use crate::launch::{Launch, Process};
+
+/// A request.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Request {
+    /// Chosen by the daemon; not 0.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// What is asked.
+    #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
+    pub call: Option<request::Call>,
+}
+
+/// The calls of a [`Request`].
+pub mod request {
+    use super::{ExecRequest, Launch, SignalExec};
+
+    /// What is asked.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Call {
+        /// Make the container up to the exec of its program. Once, as the first request. Answer: `Created`.
+        #[prost(message, tag = "2")]
+        Create(Box<Launch>),
+        /// Let the program run. Answer: `Started`, or `Failed` when its exec failed.
+        #[prost(message, tag = "3")]
+        Start(()),
+        /// Run another program in it. The frame carries two or three descriptors: standard output, error, and input.
+        /// Answers: `Ended`.
+        #[prost(message, tag = "4")]
+        Exec(ExecRequest),
+        /// Send this signal to the main process only. Answer: `Done`.
+        #[prost(int32, tag = "5")]
+        Signal(i32),
+        /// Send a signal to the process group of a running exec. Answer: `Done`.
+        #[prost(message, tag = "6")]
+        SignalExec(SignalExec),
+        /// Open the log path anew. Answer: `Done`.
+        #[prost(message, tag = "7")]
+        ReopenLog(()),
+        /// Answer: `State`.
+        #[prost(message, tag = "8")]
+        State(()),
+        /// Give up a container that was not started: end the waiting child and the shim. Answer: none, the connection ends.
+        #[prost(message, tag = "9")]
+        Discard(()),
+    }
+}
+
+/// A program to run in a running container.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ExecRequest {
+    /// The program and its arguments.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub args: Vec<Vec<u8>>,
+}
+
+/// A signal for a running exec.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct SignalExec {
+    /// The `id` of its request.
+    #[prost(uint64, tag = "1")]
+    pub request_id: u64,
+    /// The signal.
+    #[prost(int32, tag = "2")]
+    pub signal: i32,
+}
+
+/// A reply, or an event when `id` is 0.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Reply {
+    /// The request's number, or 0.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// What is said.
+    #[prost(oneof = "reply::Answer", tags = "2, 3, 4, 5, 6, 7, 8")]
+    pub answer: Option<reply::Answer>,
+}
+
+/// The answers of a [`Reply`].
+pub mod reply {
+    use super::{Created, Ended, Failed, Phase, Started};
+
+    /// What is said.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Answer {
+        /// The container waits for its start.
+        #[prost(message, tag = "2")]
+        Created(Created),
+        /// Its program runs.
+        #[prost(message, tag = "3")]
+        Started(Started),
+        /// An exec ended.
+        #[prost(message, tag = "4")]
+        Ended(Ended),
+        /// It was done.
+        #[prost(message, tag = "5")]
+        Done(()),
+        /// It was not done.
+        #[prost(message, tag = "6")]
+        Failed(Failed),
+        /// How things are.
+        #[prost(message, tag = "7")]
+        State(Phase),
+        /// Event: the container ended and its exit record is on disk. The last message; the connection ends.
+        #[prost(message, tag = "8")]
+        Exited(()),
+    }
+}
+
+/// A container that waits for its start.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Created {
+    /// Its main process, as the host numbers it.
+    #[prost(int32, tag = "1")]
+    pub pid: i32,
+    /// When that started, in clock ticks since boot: proc_pid_stat(5), field 22.
+    #[prost(uint64, tag = "2")]
+    pub start_time: u64,
+    /// Who it runs as.
+    #[prost(uint32, tag = "3")]
+    pub uid: u32,
+    /// Its primary group.
+    #[prost(uint32, tag = "4")]
+    pub gid: u32,
+    /// All its supplementary groups, the primary one included.
+    #[prost(uint32, repeated, tag = "5")]
+    pub groups: Vec<u32>,
+    /// What could not be done as asked and was done in a weaker way that does not touch isolation, in words.
+    #[prost(string, repeated, tag = "6")]
+    pub notes: Vec<String>,
+}
+
+/// A container whose program runs.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Started {
+    /// When exec succeeded, in nanoseconds since the epoch.
+    #[prost(int64, tag = "1")]
+    pub at_unix_ns: i64,
+}
+
+/// An exec that ended.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Ended {
+    /// The exit code, or 128 + the signal that ended it.
+    #[prost(int32, tag = "1")]
+    pub exit_code: i32,
+}
+
+/// Something that was not done.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Failed {
+    /// Which step, in words that go on "failed to …".
+    #[prost(string, tag = "1")]
+    pub step: String,
+    /// The kernel's error number; 0 when it was no system call that failed.
+    #[prost(int32, tag = "2")]
+    pub errno: i32,
+    /// What about: a path, a name, the kernel's own words. May be empty.
+    #[prost(string, tag = "3")]
+    pub detail: String,
+}
+
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "failed to {}", self.step)?;
+        if !self.detail.is_empty() {
+            write!(f, ": {}", self.detail)?;
+        }
+        if self.errno != 0 {
+            let text = std::io::Error::from_raw_os_error(self.errno).to_string();
+            // "No such file or directory (os error 2)": the number says nothing to a person.
+            write!(f, ": {}", text.split(" (os error").next().unwrap_or(&text).to_lowercase())?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Failed {}
+
+/// How far a container has come.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Phase {
+    /// It waits for its start, or runs since then.
+    #[prost(message, optional, tag = "1")]
+    pub created: Option<Created>,
+    /// When it was started, if it was.
+    #[prost(message, optional, tag = "2")]
+    pub started: Option<Started>,
+}
+
+/// Makes the process of an exec from the container's main one: same user, capabilities and filter, other program, no terminal.
+#[must_use]
+pub fn exec_process(main: &Process, request: &ExecRequest) -> Process {
+    Process { args: request.args.clone(), terminal: false, ..main.clone() }
+}

@@ -6,6 +6,7 @@
 //! Everything here works in a static musl program with one thread (the shim) and in the daemon. What changes a whole process or
 //! thread says so in its docs.
 
+pub mod bpf;
 pub mod credentials;
 pub mod file;
 pub mod mount;

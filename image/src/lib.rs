@@ -1,1 +1,24 @@
-//! Images: references, registry, store, unpacking.
+//! Images: references, registries, the layer store, unpacking, import.
+//!
+//! A pull goes `reference` -> `registry` (mirrors, credentials, manifest) -> `layer` (bytes -> digest -> decompression -> diff id ->
+//! `unpack`) -> `store` (one commit of the whole image). Everything that comes from a registry or an archive is hostile; paths
+//! inside layers are resolved by `berth_sys::beneath` and nowhere else.
+//!
+//! Starting points for a reader: [`Store`] for what the daemon calls, `store` for what lies on disk and when it is durable, `unpack`
+//! for what an archive may contain.
+
+#![forbid(unsafe_code)]
+
+pub mod credentials;
+pub mod digest;
+pub mod image;
+pub mod progress;
+pub mod reference;
+pub mod store;
+
+pub use credentials::{Credentials, Secret};
+pub use digest::Digest;
+pub use image::{Image, ImageConfig};
+pub use progress::{LayerPhase, LayerProgress, NoProgress, Progress};
+pub use reference::Reference;
+pub use store::{ImportError, ImportSource, PullError, Store, StoreError, StoreOptions, Usage};

@@ -1,0 +1,133 @@
+//! An image as the rest of the daemon sees it: its names, its size and a typed, read-only view of its configuration.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use oci_spec::image::ImageConfiguration;
+
+use crate::Digest;
+
+/// An image in the store. Cheap to clone; a snapshot: names do not change under the holder.
+#[derive(Debug, Clone)]
+pub struct Image {
+    pub(crate) id: Digest,
+    pub(crate) repo_tags: Vec<String>,
+    pub(crate) repo_digests: Vec<String>,
+    pub(crate) content: Arc<Content>,
+}
+
+/// What of an image never changes, for its id is the digest of its configuration.
+#[derive(Debug)]
+pub(crate) struct Content {
+    /// Diff ids, lowest first.
+    pub(crate) layers: Vec<Digest>,
+    pub(crate) size_bytes: u64,
+    pub(crate) created: Option<String>,
+    pub(crate) config: ImageConfig,
+    pub(crate) raw_config: Vec<u8>,
+    pub(crate) raw_manifest: Vec<u8>,
+}
+
+impl Image {
+    /// Image id: `sha256:` digest of the configuration's bytes.
+    #[must_use]
+    pub fn id(&self) -> Digest {
+        self.id
+    }
+
+    /// Full normalised names with tags, sorted. Empty if every tag has moved on.
+    #[must_use]
+    pub fn repo_tags(&self) -> &[String] {
+        &self.repo_tags
+    }
+
+    /// Full normalised names with the digest that the registry gave for them (of the index, where there was one), sorted.
+    #[must_use]
+    pub fn repo_digests(&self) -> &[String] {
+        &self.repo_digests
+    }
+
+    /// Bytes that the unpacked layers, the manifest and the configuration take; never 0. Layers that other images share are
+    /// counted in full.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.content.size_bytes
+    }
+
+    /// `User` of the configuration as the image has it: `""`, a name or number, or `user:group`.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        &self.content.config.user
+    }
+
+    /// Creation time as the image states it (RFC 3339), not checked.
+    #[must_use]
+    pub fn created(&self) -> Option<&str> {
+        self.content.created.as_deref()
+    }
+
+    /// The execution parameters.
+    #[must_use]
+    pub fn config(&self) -> &ImageConfig {
+        &self.content.config
+    }
+
+    /// The configuration, byte for byte as pulled.
+    #[must_use]
+    pub fn raw_config(&self) -> &[u8] {
+        &self.content.raw_config
+    }
+
+    /// The image manifest (not the index), byte for byte as pulled; for an imported docker archive, one that was written for it.
+    #[must_use]
+    pub fn raw_manifest(&self) -> &[u8] {
+        &self.content.raw_manifest
+    }
+
+    /// Diff ids of the layers, lowest first.
+    #[must_use]
+    pub fn layers(&self) -> &[Digest] {
+        &self.content.layers
+    }
+}
+
+/// `config` of an OCI image configuration (image-spec 1.1, config.md, "Properties"). Absent fields are empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageConfig {
+    /// `Entrypoint`
+    pub entrypoint: Vec<String>,
+    /// `Cmd`
+    pub cmd: Vec<String>,
+    /// `Env`, each `NAME=value`, in the image's order. Not checked.
+    pub env: Vec<String>,
+    /// `WorkingDir`; may be empty.
+    pub working_dir: String,
+    /// `User`; may be empty.
+    pub user: String,
+    /// `StopSignal`, a name with or without `SIG` or a number; may be empty. Not checked.
+    pub stop_signal: String,
+    /// Keys of `Volumes`, sorted. Hostile text: never join these to a host path.
+    pub volumes: Vec<String>,
+    /// `Labels`. Hostile text.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl ImageConfig {
+    pub(crate) fn of(configuration: &ImageConfiguration) -> Self {
+        let Some(config) = configuration.config() else {
+            return Self::default();
+        };
+        let mut volumes = config.volumes().clone().unwrap_or_default();
+        volumes.sort();
+        Self {
+            entrypoint: config.entrypoint().clone().unwrap_or_default(),
+            cmd: config.cmd().clone().unwrap_or_default(),
+            env: config.env().clone().unwrap_or_default(),
+            working_dir: config.working_dir().clone().unwrap_or_default(),
+            user: config.user().clone().unwrap_or_default(),
+            stop_signal: config.stop_signal().clone().unwrap_or_default(),
+            volumes,
+            labels: config.labels().clone().unwrap_or_default().into_iter().collect(),
+        }
+    }
+}

@@ -1,1 +1,36 @@
-//! The built-in bridge network.
+//! The built-in bridge network: what gives a pod its addresses when the node has no CNI configuration.
+//!
+//! One Linux bridge per node, one veth pair per pod, IPv4 and (when the host has it) IPv6, masquerading by nftables towards
+//! everything outside the pods' subnets. `docs/network.md` lists what appears on a host and how to remove it by hand.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`bridge`] | the driver: set up, attach, detach, repair, reconcile, tear down |
+//! | [`config`] | the checked settings |
+//! | [`addresses`] | which sandbox owns which address: one file each |
+//! | [`netlink`] | a synchronous rtnetlink socket |
+//! | [`interfaces`] | traffic counters of a network namespace |
+//! | [`masquerade`] | the firewall rules as text |
+//! | [`nft`] | running the `nft` program, and asking the kernel whether a table is there |
+//! | [`forwarding`] | the host's forwarding sysctls |
+//! | [`identity`] | interface names and MAC addresses, derived rather than stored |
+//!
+//! Everything blocks and nothing changes a thread's namespaces: the caller enters a pod's network namespace on a thread of
+//! its own, calls [`bridge::open_in_pod`] there, and hands the socket over.
+//!
+//! Not here: creating and pinning network namespaces, host ports, CNI plugins, network policy.
+#![forbid(unsafe_code)]
+
+pub mod addresses;
+pub mod bridge;
+pub mod config;
+pub mod forwarding;
+pub mod identity;
+pub mod interfaces;
+pub mod masquerade;
+pub mod netlink;
+pub mod nft;
+
+pub use bridge::{Attachment, Bridge};
+pub use config::BridgeConfig;
+pub use netlink::Netlink;

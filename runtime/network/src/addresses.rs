@@ -1,0 +1,533 @@
+//! Which sandbox owns which address: one small file per address.
+//!
+//! ```text
+//! <folder>/10.88.0.2             content: the sandbox id, nothing else
+//! <folder>/fd62:6572:7468::2     the same
+//! ```
+//!
+//! The name is the claim: it is made with `O_EXCL`, so that even two processes cannot give out an address twice. The files
+//! are the truth; a map in memory saves reading them again. Nothing is synced to the disk: after a power cut no sandbox lives.
+//! A crash can leave a file without content, or one whose sandbox was never finished; the first kind is removed when the
+//! store is opened, the second by [`AddressStore::reconcile`].
+//!
+//! Addresses are given out in a circle, so that a freed one rests as long as possible: peers and load balancers may still
+//! hold connections and neighbour entries of its last owner. After a restart the circle goes on behind the newest record.
+//!
+//! One daemon owns the folder; who else may write there is the permission bits' business (0700).
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use crate::identity;
+
+/// The addresses that may be given out: first and last, of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Range {
+    /// IPv4, both ends included.
+    Ipv4(Ipv4Addr, Ipv4Addr),
+    /// IPv6, both ends included.
+    Ipv6(Ipv6Addr, Ipv6Addr),
+}
+
+impl Range {
+    fn first(self) -> IpAddr {
+        match self {
+            Self::Ipv4(first, _) => IpAddr::V4(first),
+            Self::Ipv6(first, _) => IpAddr::V6(first),
+        }
+    }
+
+    fn contains(self, address: IpAddr) -> bool {
+        match (self, address) {
+            (Self::Ipv4(first, last), IpAddr::V4(address)) => (first..=last).contains(&address),
+            (Self::Ipv6(first, last), IpAddr::V6(address)) => (first..=last).contains(&address),
+            _ => false,
+        }
+    }
+
+    /// The address behind one, the first again behind the last.
+    fn after(self, address: IpAddr) -> IpAddr {
+        let next = match address {
+            IpAddr::V4(address) => u32::from(address).checked_add(1).map(|next| IpAddr::V4(next.into())),
+            IpAddr::V6(address) => u128::from(address).checked_add(1).map(|next| IpAddr::V6(next.into())),
+        };
+        next.filter(|next| self.contains(*next)).unwrap_or_else(|| self.first())
+    }
+}
+
+/// Why addresses could not be given out or taken back.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file or folder of the store could not be used.
+    #[error("cannot {operation} {}", path.display())]
+    File {
+        /// What was to be done.
+        operation: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// All addresses of a family are taken.
+    #[error("no address is left from {} on: {taken} are taken", first)]
+    Exhausted {
+        /// First address of the range.
+        first: IpAddr,
+        /// Number of addresses taken in it.
+        taken: usize,
+    },
+    /// The sandbox has addresses already.
+    #[error("sandbox {sandbox_id} has the address {address} already")]
+    Owned {
+        /// The sandbox.
+        sandbox_id: String,
+        /// One of its addresses.
+        address: IpAddr,
+    },
+    /// Not a sandbox id ([`identity::is_sandbox_id`]).
+    #[error("{text:?} is not a sandbox id")]
+    SandboxId {
+        /// The text as given.
+        text: String,
+    },
+}
+
+/// The addresses of one bridge and their owners.
+#[derive(Debug)]
+pub struct AddressStore {
+    folder: PathBuf,
+    ranges: Vec<Range>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    owners: BTreeMap<IpAddr, String>,
+    /// For each range, the address to try first.
+    cursors: Vec<IpAddr>,
+}
+
+impl AddressStore {
+    /// Opens the store, making the folder where it is absent. Records outside the ranges (of an earlier configuration) stay
+    /// until their sandboxes go. Files whose names are not addresses are left alone.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn open(folder: &Path, ranges: &[Range]) -> Result<Self, Error> {
+        let fail = |operation, path: &Path, source| Error::File { operation, path: path.to_owned(), source };
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        made.map_err(|source| fail("make the folder", folder, source))?;
+        let mut owners = BTreeMap::new();
+        let mut newest: Vec<Option<(SystemTime, IpAddr)>> = vec![None; ranges.len()];
+        let entries = fs::read_dir(folder).map_err(|source| fail("list the folder", folder, source))?;
+        for entry in entries {
+            let entry = entry.map_err(|source| fail("list the folder", folder, source))?;
+            let Some(address) = entry.file_name().to_str().and_then(canonical_address) else { continue };
+            let path = entry.path();
+            let read = read_owner(&path).map_err(|source| fail("read the record", &path, source))?;
+            let Some((owner, written)) = read else {
+                fs::remove_file(&path).map_err(|source| fail("remove the broken record", &path, source))?;
+                continue;
+            };
+            owners.insert(address, owner);
+            for (range, newest) in ranges.iter().zip(&mut newest) {
+                if range.contains(address) {
+                    *newest = (*newest).max(Some((written, address)));
+                }
+            }
+        }
+        let cursors = ranges
+            .iter()
+            .zip(newest)
+            .map(|(range, newest)| newest.map_or(range.first(), |(_, address)| range.after(address)))
+            .collect();
+        let state = Mutex::new(State { owners, cursors });
+        Ok(Self { folder: folder.to_owned(), ranges: ranges.to_vec(), state })
+    }
+
+    /// Gives a sandbox one address of each range, in the order of the ranges. Either all are taken or none.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`], [`Error::Owned`], [`Error::SandboxId`], [`Error::File`].
+    pub fn allocate(&self, sandbox_id: &str) -> Result<Vec<IpAddr>, Error> {
+        if !identity::is_sandbox_id(sandbox_id) {
+            return Err(Error::SandboxId { text: sandbox_id.to_owned() });
+        }
+        let mut state = self.lock();
+        if let Some(address) = state.of(sandbox_id).first() {
+            return Err(Error::Owned { sandbox_id: sandbox_id.to_owned(), address: *address });
+        }
+        let mut taken = Vec::with_capacity(self.ranges.len());
+        for position in 0..self.ranges.len() {
+            match self.take(&mut state, position, sandbox_id) {
+                Ok(address) => taken.push(address),
+                Err(error) => {
+                    for address in taken {
+                        // What cannot be removed here is in the map, and freed with its sandbox or by reconcile.
+                        let _ = self.release(&mut state, address);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Takes back all addresses of a sandbox and returns them; none is fine.
+    ///
+    /// # Errors
+    /// [`Error::File`]; what could be freed is free.
+    pub fn free(&self, sandbox_id: &str) -> Result<Vec<IpAddr>, Error> {
+        let mut state = self.lock();
+        let addresses = state.of(sandbox_id);
+        self.release_all(&mut state, addresses)
+    }
+
+    /// Frees the addresses of every sandbox that is not among the living, and returns them. A sandbox that is being made
+    /// must be among them.
+    ///
+    /// # Errors
+    /// [`Error::File`]; what could be freed is free.
+    pub fn reconcile(&self, living: &HashSet<&str>) -> Result<Vec<IpAddr>, Error> {
+        let mut state = self.lock();
+        let dead = state.owners.iter().filter(|(_, owner)| !living.contains(owner.as_str()));
+        let dead = dead.map(|(address, _)| *address).collect();
+        self.release_all(&mut state, dead)
+    }
+
+    /// The addresses of a sandbox, IPv4 first.
+    pub fn of(&self, sandbox_id: &str) -> Vec<IpAddr> {
+        self.lock().of(sandbox_id)
+    }
+
+    /// How many addresses are taken, of all families.
+    pub fn taken(&self) -> usize {
+        self.lock().owners.len()
+    }
+
+    /// Removes the folder of a store in which nothing is taken.
+    ///
+    /// # Errors
+    /// [`Error::File`], also when the folder holds something else.
+    pub fn remove(self) -> Result<(), Error> {
+        match fs::remove_dir(&self.folder) {
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(Error::File { operation: "remove the folder", path: self.folder, source }),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// A panic elsewhere leaves the map as it was before or after one whole change, so that it can go on being used.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Claims the next free address of a range.
+    fn take(&self, state: &mut State, position: usize, sandbox_id: &str) -> Result<IpAddr, Error> {
+        // Both vectors have one element for each range (see `open`).
+        let (range, mut candidate) = (self.ranges[position], state.cursors[position]);
+        let mut taken = state.owners.keys().filter(|address| range.contains(**address)).count();
+        let mut tried = 0;
+        // Among one more addresses than are taken there is a free one, unless the circle is shorter than that.
+        while tried <= taken {
+            if let Entry::Vacant(vacant) = state.owners.entry(candidate) {
+                let owner = self.claim(candidate, sandbox_id)?;
+                let ours = owner == sandbox_id;
+                vacant.insert(owner);
+                if ours {
+                    state.cursors[position] = range.after(candidate);
+                    return Ok(candidate);
+                }
+                taken += 1;
+            }
+            candidate = range.after(candidate);
+            tried += 1;
+        }
+        Err(Error::Exhausted { first: range.first(), taken })
+    }
+
+    /// Makes the record of an address and returns its owner: the sandbox, or whoever has a record that the map does not know.
+    fn claim(&self, address: IpAddr, sandbox_id: &str) -> Result<String, Error> {
+        let path = self.path(address);
+        let fail = |operation, source| Error::File { operation, path: path.clone(), source };
+        let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
+            Ok(file) => file,
+            Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
+                // No sandbox is called "", so that a record without an owner goes at the next reconcile.
+                let read = read_owner(&path).map_err(|source| fail("read the record", source))?;
+                return Ok(read.map(|(owner, _)| owner).unwrap_or_default());
+            }
+            Err(source) => return Err(fail("make the record", source)),
+        };
+        file.write_all(sandbox_id.as_bytes()).map_err(|source| {
+            // The write's failure (a full disk) is the one to report; a broken record is removed at the next start anyway.
+            let _ = fs::remove_file(&path);
+            fail("write the record", source)
+        })?;
+        Ok(sandbox_id.to_owned())
+    }
+
+    fn release_all(&self, state: &mut State, addresses: Vec<IpAddr>) -> Result<Vec<IpAddr>, Error> {
+        let mut failure = None;
+        let mut freed = Vec::with_capacity(addresses.len());
+        for address in addresses {
+            match self.release(state, address) {
+                Ok(()) => freed.push(address),
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        failure.map_or(Ok(freed), Err)
+    }
+
+    /// Removes a record from the disk, then from the map.
+    fn release(&self, state: &mut State, address: IpAddr) -> Result<(), Error> {
+        let path = self.path(address);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::File { operation: "remove the record", path, source })
+            }
+            _ => {
+                state.owners.remove(&address);
+                Ok(())
+            }
+        }
+    }
+
+    fn path(&self, address: IpAddr) -> PathBuf {
+        self.folder.join(address.to_string())
+    }
+}
+
+impl State {
+    fn of(&self, sandbox_id: &str) -> Vec<IpAddr> {
+        self.owners.iter().filter(|(_, owner)| *owner == sandbox_id).map(|(address, _)| *address).collect()
+    }
+}
+
+/// An address in the one spelling that the store itself uses, so that no two files mean the same address.
+fn canonical_address(name: &str) -> Option<IpAddr> {
+    name.parse::<IpAddr>().ok().filter(|address| address.to_string() == name)
+}
+
+/// The owner in a record and the time it was written; `None` when the content is not a sandbox id.
+fn read_owner(path: &Path) -> io::Result<Option<(String, SystemTime)>> {
+    // A longer file is not a record; one byte more than the longest shows it.
+    const BOUND: u64 = identity::MAX_SANDBOX_ID as u64 + 1;
+    let file = File::open(path)?;
+    let written = file.metadata()?.modified()?;
+    let mut bytes = Vec::new();
+    file.take(BOUND).read_to_end(&mut bytes)?;
+    let owner = String::from_utf8(bytes).ok().filter(|owner| identity::is_sandbox_id(owner));
+    Ok(owner.map(|owner| (owner, written)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const SMALL: Range = Range::Ipv4(Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 0, 6));
+    const WIDE: Range = Range::Ipv6(
+        Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2),
+        Ipv6Addr::new(0xfd00, 0, 0, 0, 0xffff, 0xffff, 0xffff, 0xffff),
+    );
+
+    fn id(number: usize) -> String {
+        format!("{number:064x}")
+    }
+
+    fn files(folder: &Path) -> BTreeSet<String> {
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn each_sandbox_gets_one_address_of_each_family_and_gives_both_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(folder.path(), &[SMALL, WIDE]).unwrap();
+        let addresses = store.allocate(&id(1)).unwrap();
+        assert_eq!(addresses, ["10.0.0.2", "fd00::2"].map(|text| text.parse::<IpAddr>().unwrap()));
+        assert_eq!(fs::read_to_string(folder.path().join("fd00::2")).unwrap(), id(1));
+        assert_eq!(store.of(&id(1)), addresses);
+        assert_eq!(store.free(&id(1)).unwrap(), addresses);
+        assert_eq!(store.free(&id(1)).unwrap(), Vec::<IpAddr>::new());
+        assert!(files(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_freed_address_rests_until_the_circle_comes_round() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        let mut seen = Vec::new();
+        for number in 0..6 {
+            seen.push(store.allocate(&id(number)).unwrap()[0].to_string());
+            store.free(&id(number)).unwrap();
+        }
+        assert_eq!(seen, ["10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6", "10.0.0.2"]);
+    }
+
+    #[test]
+    fn when_one_family_is_exhausted_nothing_of_the_other_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(folder.path(), &[WIDE, SMALL]).unwrap();
+        for number in 0..5 {
+            store.allocate(&id(number)).unwrap();
+        }
+        let error = store.allocate(&id(5)).unwrap_err();
+        assert!(matches!(error, Error::Exhausted { taken: 5, .. }), "{error}");
+        assert_eq!(files(folder.path()).len(), 10);
+        store.free(&id(3)).unwrap();
+        assert_eq!(store.allocate(&id(5)).unwrap()[1].to_string(), "10.0.0.5");
+    }
+
+    #[test]
+    fn a_sandbox_cannot_take_a_second_pair() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        store.allocate(&id(1)).unwrap();
+        assert!(matches!(store.allocate(&id(1)), Err(Error::Owned { .. })));
+        assert_eq!(store.taken(), 1);
+    }
+
+    #[test]
+    fn odd_ids_touch_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        for text in ["", " ", "../../../../etc", "0123456789\0", "0123456789ABCDEF", &"a".repeat(1 << 20)] {
+            assert!(matches!(store.allocate(text), Err(Error::SandboxId { .. })));
+            assert_eq!(store.free(text).unwrap(), Vec::<IpAddr>::new());
+        }
+        assert!(files(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn crash_leftovers_are_collected_and_strangers_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let put = |name: &str, content: &[u8]| fs::write(folder.path().join(name), content).unwrap();
+        put("10.0.0.2", b"");
+        put("10.0.0.3", b"\xff\xfe");
+        put("10.0.0.4", &[b'a'; 1 << 16]);
+        put("10.0.0.5", id(7).as_bytes());
+        put("10.9.9.9", id(8).as_bytes());
+        put("10.0.0.02", id(9).as_bytes());
+        put("notes", b"keep me");
+        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        let left: Vec<String> = files(folder.path()).into_iter().collect();
+        assert_eq!(left, ["10.0.0.02", "10.0.0.5", "10.9.9.9", "notes"]);
+        // Behind the newest record of the range.
+        assert_eq!(store.allocate(&id(1)).unwrap()[0].to_string(), "10.0.0.6");
+        let living = id(1);
+        let freed = store.reconcile(&HashSet::from([living.as_str()])).unwrap();
+        assert_eq!(freed.iter().map(IpAddr::to_string).collect::<Vec<_>>(), ["10.0.0.5", "10.9.9.9"]);
+        assert_eq!(store.taken(), 1);
+    }
+
+    #[test]
+    fn a_store_opened_again_knows_its_owners() {
+        let folder = tempfile::tempdir().unwrap();
+        let before = AddressStore::open(folder.path(), &[SMALL, WIDE]).unwrap().allocate(&id(1)).unwrap();
+        let store = AddressStore::open(folder.path(), &[SMALL, WIDE]).unwrap();
+        assert_eq!(store.of(&id(1)), before);
+        assert!(!store.allocate(&id(2)).unwrap().iter().any(|address| before.contains(address)));
+    }
+
+    #[test]
+    fn a_file_that_appeared_behind_the_stores_back_is_not_given_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        fs::write(folder.path().join("10.0.0.2"), id(9)).unwrap();
+        assert_eq!(store.allocate(&id(1)).unwrap()[0].to_string(), "10.0.0.3");
+        assert_eq!(store.of(&id(9)).len(), 1);
+    }
+
+    #[test]
+    fn eight_threads_never_share_an_address() {
+        let folder = tempfile::tempdir().unwrap();
+        let range = Range::Ipv4(Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 1, 254));
+        let store = AddressStore::open(folder.path(), &[range, WIDE]).unwrap();
+        let all: Vec<IpAddr> = std::thread::scope(|scope| {
+            let store = &store;
+            let workers: Vec<_> = (0..8)
+                .map(|worker| {
+                    scope.spawn(move || {
+                        let mut kept = Vec::new();
+                        for number in 0..30 {
+                            let owner = id(worker * 1000 + number);
+                            kept.extend(store.allocate(&owner).unwrap());
+                            let passing = id(worker * 1000 + 500 + number);
+                            store.allocate(&passing).unwrap();
+                            store.free(&passing).unwrap();
+                        }
+                        kept
+                    })
+                })
+                .collect();
+            workers.into_iter().flat_map(|worker| worker.join().unwrap()).collect()
+        });
+        assert_eq!(all.len(), 8 * 30 * 2);
+        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+        assert_eq!(files(folder.path()).len(), all.len());
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Allocate(usize),
+        Free(usize),
+        Restart,
+        Reconcile(Vec<usize>),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            5 => (0_usize..8).prop_map(Step::Allocate),
+            3 => (0_usize..8).prop_map(Step::Free),
+            1 => Just(Step::Restart),
+            1 => proptest::collection::vec(0_usize..8, 0..8).prop_map(Step::Reconcile),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn disk_memory_and_model_agree_after_any_steps(steps in proptest::collection::vec(step(), 1..60)) {
+            let folder = tempfile::tempdir().unwrap();
+            let mut store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+            let mut model: BTreeMap<usize, IpAddr> = BTreeMap::new();
+            for step in steps {
+                match step {
+                    Step::Allocate(number) => match store.allocate(&id(number)) {
+                        Ok(addresses) => {
+                            prop_assert!(SMALL.contains(addresses[0]));
+                            prop_assert!(!model.values().any(|taken| *taken == addresses[0]));
+                            prop_assert!(model.insert(number, addresses[0]).is_none());
+                        }
+                        Err(Error::Owned { .. }) => prop_assert!(model.contains_key(&number)),
+                        Err(Error::Exhausted { .. }) => prop_assert_eq!(model.len(), 5),
+                        Err(error) => prop_assert!(false, "{}", error),
+                    },
+                    Step::Free(number) => {
+                        let freed = store.free(&id(number)).unwrap();
+                        prop_assert_eq!(freed, model.remove(&number).into_iter().collect::<Vec<_>>());
+                    }
+                    Step::Restart => store = AddressStore::open(folder.path(), &[SMALL]).unwrap(),
+                    Step::Reconcile(living) => {
+                        let names: Vec<String> = living.iter().map(|number| id(*number)).collect();
+                        store.reconcile(&names.iter().map(String::as_str).collect()).unwrap();
+                        model.retain(|number, _| living.contains(number));
+                    }
+                }
+                let expected: BTreeSet<String> = model.values().map(IpAddr::to_string).collect();
+                prop_assert_eq!(files(folder.path()), expected);
+                prop_assert_eq!(store.taken(), model.len());
+            }
+        }
+    }
+}

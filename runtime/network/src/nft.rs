@@ -1,0 +1,226 @@
+//! Running the `nft` program, and asking the kernel directly whether a table is there.
+//!
+//! The program is started at set-up, repair and tear-down only. It is looked for in the system's own directories, not in
+//! `PATH`; it gets an empty environment, the script on its standard input, a deadline, and a bound on what it may say.
+
+use std::ffi::OsStr;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::netlink::{self, Netlink, Request};
+
+/// Where the program may be.
+const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+
+/// How long one run may take. It needs some 10 ms; the rest is for a node that is busy, or a firewall with many sets, which
+/// `nft` reads in whole before it acts.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// How often a running program is looked at.
+const POLL: Duration = Duration::from_millis(2);
+
+/// Most bytes kept of what the program says about an error.
+const MAX_MESSAGE: u64 = 4096;
+
+/// Why the firewall could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The program is in none of the system's directories.
+    #[error("no nft program in /usr/sbin, /sbin, /usr/bin or /bin; install the package nftables")]
+    Missing,
+    /// The program could not be started or spoken to.
+    #[error("cannot run {}", program.display())]
+    Run {
+        /// The program.
+        program: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The program did not end in time and was killed.
+    #[error("{} did not end within {} s", program.display(), DEADLINE.as_secs())]
+    Timeout {
+        /// The program.
+        program: PathBuf,
+    },
+    /// The program ended with an error. The message is its own, cut at 4 KiB.
+    #[error("{} ended with {status}: {message}", program.display())]
+    Failed {
+        /// The program.
+        program: PathBuf,
+        /// How it ended.
+        status: ExitStatus,
+        /// What it wrote to standard error.
+        message: String,
+    },
+}
+
+/// Carries out a script as one transaction: all of it or nothing (`nft(8)`).
+///
+/// # Errors
+/// [`enum@Error`], by cause.
+pub fn apply(script: &str) -> Result<(), Error> {
+    run(script, &["-f", "-"])
+}
+
+/// Checks a script against the running kernel without changing anything.
+///
+/// # Errors
+/// [`enum@Error`], by cause.
+pub fn check(script: &str) -> Result<(), Error> {
+    run(script, &["-c", "-f", "-"])
+}
+
+fn run(script: &str, arguments: &[&str]) -> Result<(), Error> {
+    let program =
+        DIRECTORIES.iter().map(|directory| Path::new(directory).join("nft")).find(|path| path.is_file());
+    run_program(&program.ok_or(Error::Missing)?, arguments, script, DEADLINE)
+}
+
+fn run_program(
+    program: &Path,
+    arguments: &[impl AsRef<OsStr>],
+    script: &str,
+    deadline: Duration,
+) -> Result<(), Error> {
+    let fail = |source| Error::Run { program: program.to_owned(), source };
+    let mut child = Command::new(program)
+        .args(arguments)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(fail)?;
+    let outcome = converse(&mut child, script, deadline);
+    if !matches!(outcome, Ok(Some(_))) {
+        // Already an error: what matters is only that the program does not go on.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    match outcome.map_err(fail)? {
+        None => Err(Error::Timeout { program: program.to_owned() }),
+        Some((status, _)) if status.success() => Ok(()),
+        Some((status, message)) => Err(Error::Failed { program: program.to_owned(), status, message }),
+    }
+}
+
+/// Feeds the script, gathers the message, and waits; `None` at the deadline.
+fn converse(child: &mut Child, script: &str, deadline: Duration) -> io::Result<Option<(ExitStatus, String)>> {
+    let end = Instant::now() + deadline;
+    let stdin = child.stdin.take();
+    let stderr = child.stderr.take();
+    let script = script.to_owned();
+    // On threads, so that a program that reads nothing or says too much cannot hold this one beyond the deadline. They end
+    // when the pipes close, which the caller's kill sees to.
+    let writer = thread::spawn(move || {
+        if let Some(mut stdin) = stdin {
+            // A program that stops reading early says why on standard error and in its status.
+            stdin.write_all(script.as_bytes()).unwrap_or_default();
+        }
+    });
+    let reader = thread::spawn(move || {
+        let mut message = Vec::new();
+        if let Some(mut stderr) = stderr {
+            let kept = stderr.by_ref().take(MAX_MESSAGE).read_to_end(&mut message);
+            // The rest is read and dropped: a full pipe would stop the program.
+            kept.and_then(|_| io::copy(&mut stderr, &mut io::sink())).unwrap_or_default();
+        }
+        String::from_utf8_lossy(&message).trim_end().to_owned()
+    });
+    loop {
+        if let Some(status) = child.try_wait()? {
+            let message = reader.join().unwrap_or_default();
+            writer.join().unwrap_or_default();
+            return Ok(Some((status, message)));
+        }
+        if Instant::now() >= end {
+            return Ok(None);
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// The families of tables that are used here, by their number (`NFPROTO_*`, `linux/netfilter.h`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Family {
+    Inet = 1,
+    Bridge = 7,
+}
+
+/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE` (`linux/netfilter/nfnetlink.h`, `nf_tables.h`).
+const GET_TABLE: u16 = 10 << 8 | 1;
+/// `NFTA_TABLE_NAME` (`linux/netfilter/nf_tables.h`): a NUL-terminated string.
+const TABLE_NAME: u16 = 1;
+
+/// Whether a table exists in the kernel: one netlink exchange, some 10 µs.
+///
+/// # Errors
+/// What the kernel said, other than that there is no such table.
+pub(crate) fn table_exists(
+    netfilter: &mut Netlink,
+    family: Family,
+    table: &str,
+) -> Result<bool, netlink::Error> {
+    // struct nfgenmsg: family u8, version u8 (NFNETLINK_V0), resource id u16.
+    let mut body = vec![family as u8, 0, 0, 0];
+    // A table name is at most 6 + 15 bytes (crate::masquerade::table), so the length fits.
+    let length = u16::try_from(4 + table.len() + 1).unwrap_or(u16::MAX);
+    body.extend_from_slice(&length.to_ne_bytes());
+    body.extend_from_slice(&TABLE_NAME.to_ne_bytes());
+    body.extend_from_slice(table.as_bytes());
+    body.push(0);
+    body.resize(body.len().next_multiple_of(4), 0);
+    match netfilter.request(&[Request::raw("look up a firewall table", GET_TABLE, 0, body)]) {
+        Ok(_) => Ok(true),
+        Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, deadline: Duration) -> Result<(), Error> {
+        run_program(Path::new("/bin/sh"), &["-c", script], "input\n", deadline)
+    }
+
+    #[test]
+    fn the_script_arrives_and_the_environment_does_not() {
+        shell("read line && [ \"$line\" = input ] && [ -z \"$HOME$CARGO\" ]", DEADLINE).unwrap();
+    }
+
+    #[test]
+    fn what_the_program_says_is_kept_up_to_a_bound() {
+        let error = shell("head -c 1000000 /dev/zero | tr '\\0' x >&2; exit 3", DEADLINE).unwrap_err();
+        let Error::Failed { status, message, .. } = error else { panic!("{error}") };
+        assert_eq!((status.code(), message.len()), (Some(3), 4096));
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_killed() {
+        let begin = Instant::now();
+        let error = shell("exec sleep 100", Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_an_error() {
+        let error = run_program(Path::new("/nonexistent/nft"), &["-v"], "", DEADLINE).unwrap_err();
+        assert!(matches!(error, Error::Run { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_script_with_a_mistake_is_refused_with_nfts_own_words() {
+        let error = check("table inet x { nonsense }\n").unwrap_err();
+        assert!(matches!(&error, Error::Failed { message, .. } if message.contains("nonsense")), "{error}");
+    }
+}

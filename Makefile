@@ -1,0 +1,83 @@
+# Every target says what it does; a failure says what to do. `make` alone lists them.
+#
+#   BERTH_TOOLS  folder to keep built tools in between runs (.cache/tools)
+
+SHELL := /bin/sh
+MUSL := $(shell uname -m)-unknown-linux-musl
+CARGO ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet bench lint clean
+# Cargo and the Go peers use every core by themselves.
+.NOTPARALLEL:
+
+help:
+	@echo 'make deps          install what building and testing need (Debian packages; root)'
+	@echo 'make build         dist/berthd, dist/berth, dist/berth-shim'
+	@echo 'make demo          a pod of two containers on a private daemon, then cleaned up (root)'
+	@echo 'make test          every test (root), with the counts at the end'
+	@echo 'make test-unit     the tests of each crate'
+	@echo 'make test-rootful  the real daemon over its socket (root)'
+	@echo 'make test-kubelet  a real kubelet on the real daemon (root)'
+	@echo 'make bench         Berth beside containerd with runc (root)'
+	@echo 'make lint          format, clippy, docs, dependencies'
+	@echo 'make clean         remove what was built'
+
+deps:
+	@echo '== what building and testing need'
+	@scripts/install-needs build demo test bench
+
+# The shim is built apart: static, and with a profile for size.
+build:
+	@echo '== building dist/'
+	@scripts/install-needs build
+	@$(CARGO) build --locked --release --package berth-runtime --package berth-cli
+	@$(CARGO) build --locked --profile shim --package berth-shim --target $(MUSL)
+	@mkdir -p dist
+	@install -t dist target/release/berthd target/release/berth target/$(MUSL)/shim/berth-shim
+	@ls -l dist/berthd dist/berth dist/berth-shim | awk '{ printf "%9d KiB  %s\n", $$5 / 1024, $$9 }'
+
+images:
+	@scripts/install-needs demo
+	@scripts/build-image demo
+
+demo: build images
+	@scripts/demo
+
+test: build images
+	@scripts/install-needs test
+	@scripts/build-peer kubelet
+	@scripts/run-tests unit rootful kubelet
+
+test-unit:
+	@scripts/install-needs build
+	@scripts/run-tests unit
+
+test-rootful: build images
+	@scripts/install-needs test
+	@scripts/run-tests rootful
+
+test-kubelet: build images
+	@scripts/install-needs test
+	@scripts/build-peer kubelet
+	@scripts/run-tests kubelet
+
+bench: build images
+	@scripts/install-needs bench
+	@scripts/bench
+
+lint:
+	@scripts/install-needs build
+	@echo '== format'
+	@$(CARGO) fmt --all --check || { echo 'lint: run `cargo fmt --all`'; exit 1; }
+	@echo '== clippy'
+	@$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@echo '== documentation'
+	@RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked
+	@echo '== dependencies'
+	@scripts/check-dependencies
+
+clean:
+	@echo '== removing dist/ and target/ (tools and peers in .cache/ stay)'
+	@rm -rf dist
+	@$(CARGO) clean

@@ -6,6 +6,7 @@
 //! Everything here works in a static musl program with one thread (the shim) and in the daemon. What changes a whole process or
 //! thread says so in its docs.
 
+pub mod beneath;
 pub mod bpf;
 pub mod credentials;
 pub mod file;
@@ -14,3 +15,4 @@ pub mod ns;
 pub mod poll;
 pub mod process;
 pub mod socket;
+pub mod xattr;

@@ -90,6 +90,19 @@ pub struct Stat {
     pub identity: (u64, u64),
 }
 
+/// A directory that [`Root::make_dir_all_with`] needs and does not find.
+#[derive(Debug)]
+pub struct MissingDir<'a> {
+    /// Its path from the boundary, without links.
+    pub path: &'a Path,
+    /// The directory that it must be made in.
+    pub parent: &'a Dir,
+    /// Its name there.
+    pub name: &'a OsStr,
+    /// What has that name and is neither a directory nor a link, if anything.
+    pub obstacle: Option<Stat>,
+}
+
 /// What [`Dir::make_node`] makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Node {
@@ -191,22 +204,31 @@ impl Root {
         Ok((self.open_dir(path.parent().unwrap_or(Path::new("")))?, name))
     }
 
-    /// Opens the directory `path` and makes it and its parents where they are absent, owned by the caller.
+    /// Opens the directory `path` and makes it and its parents where they are absent, owned by the caller and with `mode` (less the
+    /// umask).
     ///
     /// A link on the way is followed inside the boundary, also one that points at nothing yet: then its target is made.
-    /// `on_made` gets the path of each new directory, from the boundary and without links, right after it was made with `mode`
-    /// (less the umask).
     ///
     /// # Errors
     /// As openat2(2) and mkdirat(2); `ENOTDIR` if something else is in the way; `ELOOP` after 40 links.
-    pub fn make_dir_all(
+    pub fn make_dir_all(&self, path: &Path, mode: u32) -> io::Result<Dir> {
+        self.make_dir_all_with(path, |missing| match missing.obstacle {
+            None => missing.parent.make_dir(missing.name, mode),
+            Some(_) => Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
+        })
+    }
+
+    /// Like [`Root::make_dir_all`], but `make` makes each directory that is missing, or fails.
+    ///
+    /// # Errors
+    /// As openat2(2), and what `make` fails with; `ELOOP` after 40 links.
+    pub fn make_dir_all_with(
         &self,
         path: &Path,
-        mode: u32,
-        mut on_made: impl FnMut(&Path, &Dir) -> io::Result<()>,
+        mut make: impl FnMut(MissingDir<'_>) -> io::Result<()>,
     ) -> io::Result<Dir> {
         match self.open_dir(path) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {}
             opened => return opened,
         }
         // The components that are still to be walked, last first, and where the walk is: a path without any link.
@@ -221,8 +243,13 @@ impl Root {
                 dir = self.open_dir_no_links(&here)?;
                 continue;
             }
-            match dir.stat(&name) {
-                Ok(stat) if stat.file_type == FileType::Symlink => {
+            let found = match dir.stat(&name) {
+                Ok(stat) => Some(stat),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+                Err(error) => return Err(error),
+            };
+            match found.map(|stat| stat.file_type) {
+                Some(FileType::Symlink) => {
                     links += 1;
                     if links > MAX_LINKS {
                         return Err(io::Error::from_raw_os_error(libc::ELOOP));
@@ -235,18 +262,13 @@ impl Root {
                     push_components(&mut ahead, &target);
                     continue;
                 }
-                Ok(_) => {
-                    dir = dir.open_dir(&name)?;
+                Some(FileType::Directory) => here.push(&name),
+                _ => {
                     here.push(&name);
+                    make(MissingDir { path: &here, parent: &dir, name: &name, obstacle: found })?;
                 }
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-                    dir.make_dir(&name, mode)?;
-                    dir = dir.open_dir(&name)?;
-                    here.push(&name);
-                    on_made(&here, &dir)?;
-                }
-                Err(error) => return Err(error),
             }
+            dir = dir.open_dir(&name)?;
         }
         Ok(dir)
     }
@@ -864,14 +886,14 @@ mod tests {
         symlink("../../../canary/made", tree.inside("out")).unwrap();
         let mut made = Vec::new();
         tree.root()
-            .make_dir_all(Path::new("a/link/deep"), 0o755, |path, _| {
-                made.push(path.to_owned());
-                Ok(())
+            .make_dir_all_with(Path::new("a/link/deep"), |missing| {
+                made.push(missing.path.to_owned());
+                missing.parent.make_dir(missing.name, 0o755)
             })
             .unwrap();
         assert_eq!(made, ["x", "y", "y/z", "y/z/deep"].map(PathBuf::from));
         assert!(tree.inside("y/z/deep").is_dir());
-        tree.root().make_dir_all(Path::new("out"), 0o755, |_, _| Ok(())).unwrap();
+        tree.root().make_dir_all(Path::new("out"), 0o755).unwrap();
         assert!(tree.inside("canary/made").is_dir());
         assert!(!tree.0.join("canary/made").exists());
     }
@@ -882,7 +904,7 @@ mod tests {
         symlink("b", tree.inside("a")).unwrap();
         symlink("a", tree.inside("b")).unwrap();
         fs::write(tree.inside("file"), "").unwrap();
-        let make = |path: &str| tree.root().make_dir_all(Path::new(path), 0o755, |_, _| Ok(()));
+        let make = |path: &str| tree.root().make_dir_all(Path::new(path), 0o755);
         assert_eq!(errno(make("a/c")), libc::ELOOP);
         assert_eq!(errno(make("file/c")), libc::ENOTDIR);
     }

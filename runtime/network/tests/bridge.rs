@@ -1,0 +1,811 @@
+//! The bridge network against the real kernel, as root, in network namespaces that each test makes for itself: one plays
+//! the node, others the pods. The machine's own network is not touched. Needs `nft` and `ip`.
+//!
+//! A namespace is entered on a thread of its own that ends with the visit, so that no other test runs in it by accident.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot prepare its ground should fail at that line")]
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use berth_network::bridge::{Error, NotReady, POD_INTERFACE, open_in_pod};
+use berth_network::config::{BridgeName, Mtu};
+use berth_network::{Attachment, Bridge, BridgeConfig, Netlink, addresses, identity, interfaces};
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{
+    self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, setsockopt, sockopt,
+};
+
+/// Longest wait for anything that should be there at once.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A network namespace that lives as long as this does.
+struct Namespace(File);
+
+impl Namespace {
+    fn new() -> Self {
+        let open = || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            Self(File::open("/proc/thread-self/ns/net").unwrap())
+        };
+        thread::spawn(open).join().unwrap()
+    }
+
+    /// Runs something on a thread inside.
+    fn run<T: Send>(&self, visit: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let visitor = scope.spawn(|| {
+                setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+                visit()
+            });
+            visitor.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Runs a program inside and returns what it printed.
+    fn command(&self, line: &str) -> String {
+        let mut words = line.split(' ');
+        let program = words.next().unwrap();
+        let output = self.run(|| Command::new(program).args(words).output().unwrap());
+        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+/// A node: its namespace, its bridge, the folder of its address records.
+struct Node {
+    namespace: Namespace,
+    folder: tempfile::TempDir,
+    bridge: Bridge,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self::with(BridgeConfig::default())
+    }
+
+    fn with(config: BridgeConfig) -> Self {
+        let namespace = Namespace::new();
+        let folder = tempfile::tempdir().unwrap();
+        namespace.command("ip link set lo up");
+        // A new namespace takes over the machine's IPv4 settings, whatever they are (net.core.devconf_inherit_init_net).
+        namespace.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0")).unwrap();
+        let bridge = namespace.run(|| Bridge::set_up(config, folder.path())).unwrap();
+        Self { namespace, folder, bridge }
+    }
+
+    fn attach(&self, number: u32) -> Pod {
+        let namespace = Namespace::new();
+        let attachment = self.try_attach(number, &namespace).unwrap();
+        Pod { id: id(number), namespace, attachment }
+    }
+
+    fn try_attach(&self, number: u32, namespace: &Namespace) -> Result<Attachment, Error> {
+        let mut inside = namespace.run(open_in_pod)?;
+        self.bridge.attach(&id(number), &mut inside, namespace.0.as_fd())
+    }
+
+    fn records(&self) -> Vec<String> {
+        let folder = self.folder.path().join(self.bridge.config().name.as_str());
+        let mut names: Vec<String> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    fn interfaces(&self) -> Vec<String> {
+        let list = self.namespace.command("ip -o link show");
+        let mut names: Vec<String> =
+            list.lines().map(|line| line.split([':', '@']).nth(1).unwrap().trim().to_owned()).collect();
+        names.sort();
+        names
+    }
+
+    /// Waits until the kernel has removed what a dead namespace leaves behind for a moment.
+    fn wait_for_interfaces(&self, expected: &[&str]) {
+        let end = Instant::now() + PATIENCE;
+        while self.interfaces() != expected {
+            assert!(Instant::now() < end, "{:?} instead of {expected:?}", self.interfaces());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Packets that the firewall rule with this text has met.
+    fn met(&self, family: &str, rule: &str) -> u64 {
+        let rules = self.namespace.command(&format!("nft list table {family} berth-berth0"));
+        let line = rules.lines().find(|line| line.contains(rule));
+        let line = line.unwrap_or_else(|| panic!("no rule {rule:?} in {rules}"));
+        line.split("counter packets ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+struct Pod {
+    id: String,
+    namespace: Namespace,
+    attachment: Attachment,
+}
+
+impl Pod {
+    fn address(&self, family: usize) -> IpAddr {
+        self.attachment.addresses[family].address
+    }
+}
+
+/// An id whose first digits differ, as those of real ones do.
+fn id(number: u32) -> String {
+    format!("{number:08x}").repeat(8)
+}
+
+/// Whether a TCP connection from one namespace to an address in another carries bytes both ways; the source the server saw.
+fn talk(from: &Namespace, to: &Namespace, address: IpAddr) -> IpAddr {
+    let listener = to.run(|| TcpListener::bind(SocketAddr::new(address, 0))).unwrap();
+    let target = listener.local_addr().unwrap();
+    let client = from.run(|| TcpStream::connect_timeout(&target, PATIENCE));
+    let mut client = client.unwrap_or_else(|error| panic!("connect to {target}: {error}"));
+    let (mut server, source) = listener.accept().unwrap();
+    for stream in [&client, &server] {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    let mut bytes = [0; 4];
+    client.write_all(b"ping").unwrap();
+    server.read_exact(&mut bytes).unwrap();
+    server.write_all(b"pong").unwrap();
+    client.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"pong");
+    source.ip()
+}
+
+#[test]
+fn two_pods_and_the_node_reach_each_other_by_ipv4_and_ipv6() {
+    let node = Node::new();
+    let (first, second) = (node.attach(1), node.attach(2));
+    for family in [0, 1] {
+        assert_eq!(talk(&first.namespace, &second.namespace, second.address(family)), first.address(family));
+        assert_eq!(talk(&second.namespace, &first.namespace, first.address(family)), second.address(family));
+        talk(&node.namespace, &first.namespace, first.address(family));
+    }
+    talk(&second.namespace, &node.namespace, "10.88.0.1".parse().unwrap());
+    talk(&second.namespace, &node.namespace, "fd62:6572:7468::1".parse().unwrap());
+    // Loopback is up as well.
+    talk(&first.namespace, &first.namespace, "127.0.0.1".parse().unwrap());
+    talk(&first.namespace, &first.namespace, "::1".parse().unwrap());
+}
+
+#[test]
+fn what_attach_returns_is_what_the_pod_has() {
+    let node = Node::with(BridgeConfig { mtu: Some(Mtu::new(1400).unwrap()), ..BridgeConfig::default() });
+    let pod = node.attach(1);
+    let shown = pod.namespace.command("ip addr show eth0");
+    for expected in
+        ["mtu 1400", "state UP", &pod.attachment.mac.to_string(), "10.88.0.2/16", "fd62:6572:7468::2/64"]
+    {
+        assert!(shown.contains(expected), "{expected} is missing in {shown}");
+    }
+    assert!(!shown.contains("fd62:6572:7468::2/64 scope global tentative"), "{shown}");
+    let texts: Vec<String> = pod.attachment.addresses.iter().map(ToString::to_string).collect();
+    assert_eq!(texts, ["10.88.0.2/16", "fd62:6572:7468::2/64"]);
+    assert_eq!(node.bridge.addresses_of(&pod.id), pod.attachment.addresses);
+    assert!(pod.namespace.command("ip route").contains("default via 10.88.0.1 dev eth0"));
+    assert!(pod.namespace.command("ip -6 route").contains("default via fd62:6572:7468::1 dev eth0"));
+    assert!(node.interfaces().contains(&pod.attachment.host_interface));
+    let accept_ra =
+        pod.namespace.run(|| fs::read_to_string("/proc/sys/net/ipv6/conf/eth0/accept_ra")).unwrap();
+    assert_eq!(accept_ra.trim(), "0");
+}
+
+/// Joins a node to a namespace outside: the node has .1, the outside .2 of 192.0.2.0/24 and 2001:db8::/64.
+fn uplink(node: &Node) -> Namespace {
+    let outside = Namespace::new();
+    let mut joined = node.namespace.command("ip link add up0 type veth peer name out0");
+    // The outside is named by a file descriptor of this process.
+    let fd = outside.0.as_raw_fd();
+    joined +=
+        &node.namespace.command(&format!("ip link set out0 netns /proc/{}/fd/{fd}", std::process::id()));
+    assert_eq!(joined, "");
+    for (namespace, name, host) in [(&node.namespace, "up0", 1), (&outside, "out0", 2)] {
+        namespace.command(&format!("ip addr add 192.0.2.{host}/24 dev {name}"));
+        namespace.command(&format!("ip addr add 2001:db8::{host}/64 dev {name} nodad"));
+        namespace.command(&format!("ip link set {name} up"));
+    }
+    outside
+}
+
+#[test]
+fn outside_the_node_a_pod_appears_with_the_nodes_address() {
+    let node = Node::new();
+    let outside = uplink(&node);
+    let pod = node.attach(1);
+    let cases = [("192.0.2.2", "192.0.2.1", "ip saddr"), ("2001:db8::2", "2001:db8::1", "ip6 saddr")];
+    for (target, source, rule) in cases {
+        let before = node.met("inet", rule);
+        assert_eq!(talk(&pod.namespace, &outside, target.parse().unwrap()).to_string(), source);
+        assert_eq!(node.met("inet", rule), before + 1);
+    }
+    // Between pods nothing is rewritten, and so nothing counted.
+    let (other, before) = (node.attach(2), node.met("inet", "ip saddr"));
+    assert_eq!(talk(&pod.namespace, &other.namespace, other.address(0)), pod.address(0));
+    assert_eq!(node.met("inet", "ip saddr"), before);
+}
+
+#[test]
+fn without_leave_to_forward_the_host_is_not_made_to() {
+    let node = Node::with(BridgeConfig { forwarding: false, ..BridgeConfig::default() });
+    let read = |path: &str| node.namespace.run(|| fs::read_to_string(path)).unwrap();
+    assert_eq!(read("/proc/sys/net/ipv4/ip_forward").trim(), "0");
+    assert_eq!(read("/proc/sys/net/ipv6/conf/all/forwarding").trim(), "0");
+    node.namespace.run(|| node.bridge.ready()).unwrap();
+}
+
+#[test]
+fn a_host_that_lives_on_router_advertisements_keeps_them() {
+    let namespace = Namespace::new();
+    namespace.command("ip link add up0 type bridge");
+    namespace.command("ip link add odd0 type bridge");
+    namespace.run(|| fs::write("/proc/sys/net/ipv6/conf/odd0/accept_ra", "0")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap();
+    let accept_ra = |name: &str| {
+        let path = format!("/proc/sys/net/ipv6/conf/{name}/accept_ra");
+        namespace.run(|| fs::read_to_string(path)).unwrap().trim().to_owned()
+    };
+    assert_eq!(["up0", "odd0", "berth0", "default"].map(accept_ra), ["2", "0", "0", "1"]);
+}
+
+#[test]
+fn detach_removes_the_link_and_frees_the_addresses_and_may_be_repeated() {
+    let node = Node::new();
+    let pod = node.attach(1);
+    assert_eq!(node.records(), ["10.88.0.2", "fd62:6572:7468::2"]);
+    for _ in 0..2 {
+        node.bridge.detach(&pod.id).unwrap();
+        assert_eq!(node.interfaces(), ["berth0", "lo"]);
+        assert!(node.records().is_empty());
+        assert_eq!(pod.namespace.command("ip -o link show").lines().count(), 1);
+    }
+    // The next pod gets the next address; the freed one rests.
+    assert_eq!(node.attach(2).address(0).to_string(), "10.88.0.3");
+}
+
+#[test]
+fn detach_and_release_work_when_the_namespace_is_gone_already() {
+    let node = Node::new();
+    let (first, second) = (node.attach(1), node.attach(2));
+    drop((first.namespace, second.namespace));
+    node.bridge.detach(&first.id).unwrap();
+    node.bridge.release(&second.id).unwrap();
+    assert!(node.records().is_empty());
+    node.wait_for_interfaces(&["berth0", "lo"]);
+}
+
+#[test]
+fn a_full_subnet_is_a_typed_error_and_leaves_nothing() {
+    let node = Node::with(BridgeConfig { ipv4: "10.99.0.0/29".parse().unwrap(), ..BridgeConfig::default() });
+    let pods: Vec<Pod> = (1..=5).map(|number| node.attach(number)).collect();
+    let (records, interfaces) = (node.records(), node.interfaces());
+    let error = node.try_attach(6, &Namespace::new()).unwrap_err();
+    assert!(
+        matches!(&error, Error::Addresses { source: addresses::Error::Exhausted { taken: 5, .. } }),
+        "{error:?}"
+    );
+    assert_eq!((node.records(), node.interfaces()), (records, interfaces));
+    node.bridge.detach(&pods[2].id).unwrap();
+    assert_eq!(node.attach(6).address(0), pods[2].address(0));
+}
+
+#[test]
+fn every_failing_step_of_attach_is_undone() {
+    let node = Node::new();
+    let clean = |error: Error| {
+        assert!(node.records().is_empty(), "{error:?}");
+        assert_eq!(node.interfaces(), ["berth0", "lo"], "{error:?}");
+    };
+
+    // The pod has an interface of that name already.
+    let occupied = Namespace::new();
+    occupied.command("ip link add eth0 type bridge");
+    let error = node.try_attach(1, &occupied).unwrap_err();
+    assert!(
+        matches!(&error, Error::Interface { source, .. } if source.errno() == Some(Errno::EEXIST)),
+        "{error:?}"
+    );
+    clean(error);
+
+    // The socket is of another namespace, where there is no eth0: after the pair was made.
+    let (pod, other) = (Namespace::new(), Namespace::new());
+    let mut elsewhere = other.run(open_in_pod).unwrap();
+    let error = node.bridge.attach(&id(1), &mut elsewhere, pod.0.as_fd()).unwrap_err();
+    assert!(
+        matches!(&error, Error::Pod { source, .. } if source.errno() == Some(Errno::ENODEV)),
+        "{error:?}"
+    );
+    clean(error);
+
+    // The pod refuses IPv6 addresses: after IPv4 was set.
+    let pod = Namespace::new();
+    let mut inside = pod.run(open_in_pod).unwrap();
+    pod.run(|| fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")).unwrap();
+    let error = node.bridge.attach(&id(1), &mut inside, pod.0.as_fd()).unwrap_err();
+    assert!(
+        matches!(&error, Error::Pod { source, .. } if source.errno() == Some(Errno::EACCES)),
+        "{error:?}"
+    );
+    clean(error);
+
+    // Not a namespace at all.
+    let file = tempfile::tempfile().unwrap();
+    let error = node.bridge.attach(&id(1), &mut inside, file.as_fd()).unwrap_err();
+    assert!(matches!(error, Error::Interface { .. }), "{error:?}");
+    clean(error);
+}
+
+#[test]
+fn ids_that_share_ten_digits_do_not_share_an_interface() {
+    let node = Node::new();
+    let pod = node.attach(1);
+    let namespace = Namespace::new();
+    let mut inside = namespace.run(open_in_pod).unwrap();
+    let twin = format!("{}ff", &pod.id[..10]);
+    let error = node.bridge.attach(&twin, &mut inside, namespace.0.as_fd()).unwrap_err();
+    assert!(matches!(error, Error::InterfaceTaken { .. }), "{error:?}");
+    // The twin's failure did not cost the first its network.
+    talk(&node.namespace, &pod.namespace, pod.address(0));
+    assert_eq!(node.records().len(), 2);
+}
+
+#[test]
+fn odd_ids_are_refused_in_words() {
+    let node = Node::new();
+    let namespace = Namespace::new();
+    let mut inside = namespace.run(open_in_pod).unwrap();
+    for text in ["", "..", "0123456789/../x", "0123456789\0", "ABCDEF0123456789"] {
+        let error = node.bridge.attach(text, &mut inside, namespace.0.as_fd()).unwrap_err();
+        assert!(
+            matches!(error, Error::Addresses { source: addresses::Error::SandboxId { .. } }),
+            "{error:?}"
+        );
+        node.bridge.detach(text).unwrap_err();
+    }
+    assert_eq!(node.interfaces(), ["berth0", "lo"]);
+}
+
+#[test]
+fn pods_attached_from_eight_threads_at_once_all_work() {
+    let node = Node::new();
+    let pods = Mutex::new(BTreeMap::new());
+    thread::scope(|scope| {
+        for worker in 0..8 {
+            let (node, pods) = (&node, &pods);
+            scope.spawn(move || {
+                for number in 0..4 {
+                    let number = worker * 100 + number;
+                    let pod = node.attach(number);
+                    pods.lock().unwrap().insert(pod.address(0), pod);
+                }
+            });
+        }
+    });
+    let pods = pods.into_inner().unwrap();
+    assert_eq!(pods.len(), 32);
+    for pod in pods.values() {
+        talk(&node.namespace, &pod.namespace, pod.address(0));
+        talk(&node.namespace, &pod.namespace, pod.address(1));
+    }
+}
+
+/// Everything that could be left behind on a node.
+fn census(node: &Node) -> String {
+    let mut text = String::new();
+    for line in
+        ["ip -o link show", "ip -o addr show", "ip route", "ip -6 route", "ip neigh", "nft -s list ruleset"]
+    {
+        text += &node.namespace.command(line);
+    }
+    text += &node.records().join("\n");
+    // What depends on whether a pod is there at the moment, and the second that IPv6 waits for a duplicate.
+    for word in
+        ["linkdown ", "tentative ", "NO-CARRIER,", ",LOWER_UP", "state UP", "state DOWN", "state UNKNOWN"]
+    {
+        text = text.replace(word, "");
+    }
+    text
+}
+
+#[test]
+fn after_200_cycles_the_node_is_as_before() {
+    let node = Node::new();
+    let warm = node.attach(0);
+    talk(&node.namespace, &warm.namespace, warm.address(0));
+    node.bridge.detach(&warm.id).unwrap();
+    drop(warm);
+    node.namespace.command("ip neigh flush all");
+    let open_files = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = census(&node);
+    let files_before = open_files();
+    for number in 1..=200 {
+        let pod = node.attach(number);
+        if number % 2 == 0 {
+            node.bridge.detach(&pod.id).unwrap();
+        } else {
+            drop(pod.namespace);
+            node.bridge.release(&pod.id).unwrap();
+        }
+    }
+    node.wait_for_interfaces(&["berth0", "lo"]);
+    assert_eq!(census(&node), before);
+    // Other tests run in this process too, and hold at most some dozens of files; 200 leaked ones would show.
+    assert!(open_files() < files_before + 150);
+}
+
+#[test]
+fn a_flushed_firewall_is_noticed_and_repaired() {
+    let node = Node::new();
+    let pod = node.attach(1);
+    let ready = || node.namespace.run(|| node.bridge.ready());
+    ready().unwrap();
+    let rules = node.namespace.command("nft -s list ruleset");
+    for family in ["inet", "bridge"] {
+        node.namespace.command(&format!("nft delete table {family} berth-berth0"));
+        assert!(matches!(ready(), Err(NotReady::FirewallGone { .. })));
+        node.namespace.run(|| node.bridge.repair()).unwrap();
+        ready().unwrap();
+    }
+    node.namespace.command("nft flush ruleset");
+    assert!(matches!(ready(), Err(NotReady::FirewallGone { .. })));
+    node.namespace.run(|| node.bridge.repair()).unwrap();
+    ready().unwrap();
+    assert_eq!(node.namespace.command("nft -s list ruleset"), rules);
+    talk(&node.namespace, &pod.namespace, pod.address(0));
+}
+
+#[test]
+fn a_bridge_that_is_down_or_deleted_or_without_forwarding_is_noticed_and_repaired() {
+    let node = Node::new();
+    let (first, second) = (node.attach(1), node.attach(2));
+    let ready = || node.namespace.run(|| node.bridge.ready());
+    let repair = || node.namespace.run(|| node.bridge.repair()).unwrap();
+
+    node.namespace.command("ip link set berth0 down");
+    assert!(matches!(ready(), Err(NotReady::BridgeChanged { .. })));
+    repair();
+    ready().unwrap();
+
+    node.namespace.command("ip link delete berth0");
+    assert!(matches!(ready(), Err(NotReady::BridgeGone { .. })));
+    node.try_attach(3, &Namespace::new()).unwrap_err();
+    repair();
+    ready().unwrap();
+    // The pods that were there are ports of the new bridge.
+    for family in [0, 1] {
+        talk(&first.namespace, &second.namespace, second.address(family));
+        talk(&node.namespace, &first.namespace, first.address(family));
+    }
+
+    node.namespace.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0")).unwrap();
+    assert!(matches!(ready(), Err(NotReady::ForwardingOff)));
+    repair();
+    ready().unwrap();
+}
+
+#[test]
+fn setting_up_again_keeps_living_pods_and_their_addresses() {
+    let node = Node::new();
+    let pod = node.attach(1);
+    let before = node.namespace.command("ip -o addr show");
+    let again = node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), node.folder.path())).unwrap();
+    assert_eq!(node.namespace.command("ip -o addr show"), before);
+    assert_eq!(again.addresses_of(&pod.id), pod.attachment.addresses);
+    talk(&node.namespace, &pod.namespace, pod.address(0));
+    again.detach(&pod.id).unwrap();
+    assert_eq!(node.interfaces(), ["berth0", "lo"]);
+}
+
+#[test]
+fn another_subnet_takes_the_place_of_the_old_gateway_address() {
+    let node = Node::new();
+    let other = BridgeConfig { ipv4: "10.77.0.0/24".parse().unwrap(), ipv6: None, ..BridgeConfig::default() };
+    node.namespace.run(|| Bridge::set_up(other, node.folder.path())).unwrap();
+    let shown = node.namespace.command("ip addr show berth0");
+    assert!(shown.contains("10.77.0.1/24") && !shown.contains("10.88") && !shown.contains("fd62"), "{shown}");
+}
+
+#[test]
+fn what_belongs_to_others_is_not_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let namespace = Namespace::new();
+    let set_up = || namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap_err();
+    namespace.command("ip link add berth0 type bridge");
+    assert!(matches!(set_up(), Error::BridgeTaken { .. }));
+    namespace.command("ip link delete berth0");
+
+    namespace.command("ip link add podman0 type bridge");
+    namespace.command("ip addr add 10.88.0.1/16 dev podman0");
+    let error = set_up();
+    assert!(matches!(&error, Error::SubnetTaken { interface, .. } if interface == "podman0"), "{error:?}");
+    assert_eq!(namespace.command("nft list ruleset"), "");
+    assert!(!namespace.command("ip -o link show").contains("berth0"));
+}
+
+#[test]
+fn reconcile_removes_the_dead_and_keeps_the_living() {
+    let node = Node::new();
+    let pods: Vec<Pod> = (1..=4).map(|number| node.attach(number)).collect();
+    // One died with its link, one with its records, one with both left behind.
+    node.namespace.command(&format!("ip link delete {}", pods[0].attachment.host_interface));
+    node.bridge.release(&pods[1].id).unwrap();
+    let result = node.bridge.reconcile([pods[3].id.as_str()]).unwrap();
+    assert_eq!((result.addresses.len(), result.interfaces.len()), (4, 2));
+    let mut expected = vec!["berth0".to_owned(), pods[3].attachment.host_interface.clone(), "lo".to_owned()];
+    expected.sort();
+    assert_eq!(node.interfaces(), expected);
+    talk(&node.namespace, &pods[3].namespace, pods[3].address(1));
+    assert_eq!(node.bridge.reconcile([pods[3].id.as_str()]).unwrap(), Default::default());
+}
+
+#[test]
+fn two_bridges_on_one_node_keep_out_of_each_others_way() {
+    let node = Node::new();
+    let config = BridgeConfig {
+        name: BridgeName::new("other0").unwrap(),
+        ipv4: "10.77.0.0/24".parse().unwrap(),
+        ipv6: Some("fd00:77::/64".parse().unwrap()),
+        ..BridgeConfig::default()
+    };
+    let other = node.namespace.run(|| Bridge::set_up(config, node.folder.path())).unwrap();
+    let pod = node.attach(1);
+    let stranger = Namespace::new();
+    let mut inside = stranger.run(open_in_pod).unwrap();
+    // The same id on both: interfaces are told apart by the bridge's digits.
+    let attachment = other.attach(&id(1), &mut inside, stranger.0.as_fd()).unwrap();
+    talk(&node.namespace, &stranger, attachment.addresses[0].address);
+    other.reconcile([]).unwrap();
+    other.tear_down().unwrap();
+    talk(&node.namespace, &pod.namespace, pod.address(0));
+    node.namespace.run(|| node.bridge.ready()).unwrap();
+}
+
+#[test]
+fn tear_down_removes_everything_once_nobody_is_left() {
+    let Node { namespace, folder, bridge } = Node::new();
+    let pod = Namespace::new();
+    let mut inside = pod.run(open_in_pod).unwrap();
+    bridge.attach(&id(1), &mut inside, pod.0.as_fd()).unwrap();
+    assert!(matches!(namespace.run(|| bridge.tear_down()), Err(Error::InUse { addresses: 2 })));
+    let bridge = namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap();
+    talk(&namespace, &pod, "10.88.0.2".parse().unwrap());
+    bridge.detach(&id(1)).unwrap();
+    namespace.run(|| bridge.tear_down()).unwrap();
+    assert_eq!(namespace.command("nft list ruleset"), "");
+    assert_eq!(namespace.command("ip -o link show").lines().count(), 1);
+    assert!(!Path::new(&folder.path().join("berth0")).exists());
+}
+
+#[test]
+fn on_a_host_without_ipv6_pods_have_ipv4_only_and_no_ipv6_frame_passes() {
+    let namespace = Namespace::new();
+    for name in ["all", "default"] {
+        namespace.run(|| fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1")).unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let bridge = namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap();
+    let node = Node { namespace, folder, bridge };
+    let (first, second) = (node.attach(1), node.attach(2));
+    assert_eq!(first.attachment.addresses.len(), 1);
+    talk(&first.namespace, &second.namespace, second.address(0));
+    // Even the pods' own link-local addresses do not meet: router solicitations and neighbour discovery are dropped.
+    let before = node.met("bridge", "ether type");
+    first.namespace.command("ip addr add fd00::5/64 dev eth0 nodad");
+    let socket = first.namespace.run(|| UdpSocket::bind("[fd00::5]:0")).unwrap();
+    socket.send_to(b"x", "[fd00::6]:9").unwrap();
+    wait_until(|| node.met("bridge", "ether type") > before);
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "the condition was not met in time");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_pod_cannot_send_from_an_address_outside_the_subnet_or_from_the_gateways() {
+    let node = Node::new();
+    let (pod, peer) = (node.attach(1), node.attach(2));
+    let cases = [
+        ("198.51.100.7/32", "198.51.100.7:0", 0, "ip saddr != 10.88.0.0/16"),
+        ("10.88.0.1/32", "10.88.0.1:0", 0, "ip saddr 10.88.0.1"),
+        ("2001:db8:1::7/128", "[2001:db8:1::7]:0", 1, "ip6 saddr !="),
+        ("fd62:6572:7468::1/128", "[fd62:6572:7468::1]:0", 1, "ip6 saddr fd62:6572:7468::1"),
+    ];
+    for (address, bind, family, rule) in cases {
+        let receiver =
+            peer.namespace.run(|| UdpSocket::bind(SocketAddr::new(peer.address(family), 0))).unwrap();
+        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+        let target = receiver.local_addr().unwrap();
+        // The neighbour is known before the address is forged, so that the forged packet is really sent.
+        let honest = pod.namespace.run(|| UdpSocket::bind(SocketAddr::new(pod.address(family), 0))).unwrap();
+        let mut bytes = [0; 16];
+        honest.send_to(b"before", target).unwrap();
+        assert_eq!(receiver.recv(&mut bytes).unwrap(), 6);
+        pod.namespace
+            .command(&format!("ip addr add {address} dev eth0{}", if family == 1 { " nodad" } else { "" }));
+        let before = node.met("bridge", rule);
+        let forged = pod.namespace.run(|| UdpSocket::bind(bind)).unwrap();
+        forged.send_to(b"forged", target).unwrap();
+        honest.send_to(b"after", target).unwrap();
+        let length = receiver.recv(&mut bytes).unwrap();
+        assert_eq!(&bytes[..length], b"after", "{address} came through");
+        assert!(node.met("bridge", rule) > before, "{rule}");
+        pod.namespace.command(&format!("ip addr del {address} dev eth0"));
+    }
+}
+
+#[test]
+fn a_pod_that_claims_the_gateways_address_does_not_become_the_gateway() {
+    let node = Node::new();
+    let (pod, victim) = (node.attach(1), node.attach(2));
+    pod.namespace.command("ip addr add 10.88.0.1/32 dev eth0");
+    pod.namespace.command("ip addr add fd62:6572:7468::1/128 dev eth0 nodad");
+    // Both answers give the gateway as their sender.
+    let (arp, neighbour) = ("arp saddr ip 10.88.0.1", "ip6 saddr fd62:6572:7468::1");
+    let before = (node.met("bridge", arp), node.met("bridge", neighbour));
+    // The victim asks for both gateways; the pod answers too, and its answers are dropped.
+    for gateway in ["10.88.0.1:9", "[fd62:6572:7468::1]:9"] {
+        let bind = if gateway.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+        let socket = victim.namespace.run(|| UdpSocket::bind(bind)).unwrap();
+        socket.send_to(b"x", gateway).unwrap();
+    }
+    wait_until(|| node.met("bridge", arp) > before.0 && node.met("bridge", neighbour) > before.1);
+    let gateway_mac = identity::bridge_mac(&BridgeName::default()).to_string();
+    let neighbours = || victim.namespace.command("ip neigh show");
+    wait_until(|| neighbours().matches(&gateway_mac).count() >= 2);
+    assert!(!neighbours().contains(&pod.attachment.mac.to_string()), "{}", neighbours());
+}
+
+#[test]
+fn router_advertisements_and_redirects_of_a_pod_reach_nobody() {
+    let node = Node::new();
+    let (pod, peer) = (node.attach(1), node.attach(2));
+    let open = || {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        socket::socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6).unwrap()
+    };
+    let receiver = peer.namespace.run(open);
+    let sender = pod.namespace.run(open);
+    setsockopt(&receiver, sockopt::ReceiveTimeout, &nix::sys::time::TimeVal::new(10, 0)).unwrap();
+    let IpAddr::V6(target) = peer.address(1) else { panic!("no IPv6 address") };
+    let target = SockaddrIn6::from(SocketAddrV6::new(target, 0, 0, 0));
+    let (routers, neighbours) = ("icmpv6 type {", "icmpv6 type nd-neighbor-advert");
+    let before = (node.met("bridge", routers), node.met("bridge", neighbours));
+    // A router advertisement, a redirect, an advertisement of the gateway as a neighbour (RFC 4861, 4.2, 4.5, 4.4), and then
+    // an echo reply, which must come through. The kernel sets the checksums.
+    for kind in [134_u8, 137, 136, 129] {
+        let mut message = [0_u8; 40];
+        message[0] = kind;
+        message[8..24].copy_from_slice(&"fd62:6572:7468::1".parse::<Ipv6Addr>().unwrap().octets());
+        socket::sendto(sender.as_raw_fd(), &message, &target, MsgFlags::empty()).unwrap();
+    }
+    let seen = || {
+        let mut bytes = [0_u8; 40];
+        let length = socket::recv(receiver.as_raw_fd(), &mut bytes, MsgFlags::empty()).unwrap();
+        assert!(length > 0);
+        bytes
+    };
+    // Honest neighbour discovery between the two (135, 136) is as it should be.
+    let mut messages = vec![seen()];
+    while messages.last().is_none_or(|message| message[0] != 129) {
+        messages.push(seen());
+    }
+    let forged =
+        |message: &[u8; 40]| matches!(message[0], 134 | 137) || message[0] == 136 && message[23] == 1;
+    assert!(!messages.iter().any(forged), "{messages:?}");
+    assert_eq!((node.met("bridge", routers), node.met("bridge", neighbours)), (before.0 + 2, before.1 + 1));
+}
+
+#[test]
+fn the_counters_of_a_pod_count_what_it_sends_and_receives() {
+    let node = Node::new();
+    let pod = node.attach(1);
+    let mut inside = pod.namespace.run(Netlink::open).unwrap();
+    let mut eth0 = || {
+        let all = interfaces::counters(&mut inside).unwrap();
+        assert!(all.iter().any(|interface| interface.name == "lo"));
+        all.into_iter().find(|interface| interface.name == POD_INTERFACE).unwrap()
+    };
+    let before = eth0();
+    let receiver = node.namespace.run(|| UdpSocket::bind("10.88.0.1:0")).unwrap();
+    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    let target = receiver.local_addr().unwrap();
+    let sender = pod.namespace.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    for _ in 0..100 {
+        sender.send_to(&[0; 1000], target).unwrap();
+        assert_eq!(receiver.recv(&mut [0; 2000]).unwrap(), 1000);
+    }
+    let after = eth0();
+    let (bytes, packets) = (after.tx_bytes - before.tx_bytes, after.tx_packets - before.tx_packets);
+    // 1000 bytes and 42 of headers in each; ARP and neighbour discovery may add a little.
+    assert!(
+        (104_200..110_000).contains(&bytes) && (100..140).contains(&packets),
+        "{bytes} bytes, {packets} packets"
+    );
+    assert_eq!((after.tx_errors, after.rx_errors, after.tx_dropped), (0, 0, 0));
+}
+
+#[test]
+fn loopback_alone_can_be_brought_up() {
+    let namespace = Namespace::new();
+    let refused = namespace.run(|| UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"x", "127.0.0.1:9"));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+    let mut inside = namespace.run(Netlink::open).unwrap();
+    Bridge::loopback_up(&mut inside).unwrap();
+    talk(&namespace, &namespace, "127.0.0.1".parse().unwrap());
+}
+
+#[test]
+#[ignore = "a measurement: cargo test --release -p berth-network --test bridge -- --ignored --nocapture"]
+#[expect(clippy::print_stdout, reason = "printing is what it is for")]
+fn how_long_it_takes() {
+    let node = Node::new();
+    let (mut open, mut attach, mut detach, mut release) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for number in 0..100 {
+        let namespace = Namespace::new();
+        let mut inside = namespace.run(|| {
+            let begin = Instant::now();
+            let inside = open_in_pod().unwrap();
+            open.push(begin.elapsed());
+            inside
+        });
+        let begin = Instant::now();
+        node.bridge.attach(&id(number), &mut inside, namespace.0.as_fd()).unwrap();
+        attach.push(begin.elapsed());
+        drop(inside);
+        if number % 2 == 0 {
+            let begin = Instant::now();
+            node.bridge.detach(&id(number)).unwrap();
+            detach.push(begin.elapsed());
+        } else {
+            let begin = Instant::now();
+            drop(namespace);
+            node.bridge.release(&id(number)).unwrap();
+            release.push(begin.elapsed());
+        }
+    }
+    let pods: Vec<Pod> = (1000..1032).map(|number| node.attach(number)).collect();
+    let begin = Instant::now();
+    thread::scope(|scope| {
+        for part in pods.chunks(4) {
+            let node = &node;
+            scope.spawn(move || part.iter().for_each(|pod| node.bridge.detach(&pod.id).unwrap()));
+        }
+    });
+    println!("32 detached by 8 threads in {:?}", begin.elapsed());
+    let mut ready = Vec::new();
+    node.namespace.run(|| {
+        for _ in 0..100 {
+            let begin = Instant::now();
+            node.bridge.ready().unwrap();
+            ready.push(begin.elapsed());
+        }
+    });
+    for (name, mut times) in [
+        ("open in pod", open),
+        ("attach", attach),
+        ("detach", detach),
+        ("release", release),
+        ("ready", ready),
+    ] {
+        times.sort();
+        println!("{name:12} median {:?}  longest {:?}", times[times.len() / 2], times[times.len() - 1]);
+    }
+}

@@ -3,6 +3,13 @@
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+/// Open flags: for reading and writing a terminal, without making it the controlling one.
+pub const READ_WRITE: i32 = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+/// Open flags: for reading what may turn out to be a FIFO or a device, without waiting.
+pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
+/// Open flags: for writing.
+pub const WRITE: i32 = libc::O_WRONLY | libc::O_NOCTTY | libc::O_CLOEXEC;
+
 /// A program in memory that nobody can change any more: `memfd_create(2)` with every seal, `F_SEAL_EXEC` left out so that the
 /// floor of supported kernels (5.15) has all of them.
 ///
@@ -36,6 +43,34 @@ pub fn sealed_program(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd
 pub fn sync_filesystem(file: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: syncfs(2) takes only a descriptor.
     if unsafe { libc::syncfs(file.as_raw_fd()) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Takes over a descriptor that this process was started with, and makes it close-on-exec.
+///
+/// # Errors
+/// `EBADF` when there is none of that number.
+///
+/// # Panics
+/// When called twice for one number, or for 0, 1 or 2: two owners of a descriptor would close each other's files.
+pub fn take_inherited(number: i32) -> io::Result<OwnedFd> {
+    static TAKEN: std::sync::Mutex<Vec<i32>> = std::sync::Mutex::new(Vec::new());
+    let mut taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    assert!(number > 2 && !taken.contains(&number), "descriptor {number} has an owner already");
+    // SAFETY: F_SETFD takes a number.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    taken.push(number);
+    // SAFETY: the descriptor is open (fcntl succeeded), was passed by whoever started this process, and was not taken before.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A pipe, both ends close-on-exec: the end to read and the end to write, `pipe2(2)`.
+///
+/// # Errors
+/// `EMFILE` at the descriptor limit.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
 }
 
 /// Makes reads and writes return `EAGAIN` instead of waiting: `O_NONBLOCK`.

@@ -15,4 +15,5 @@ pub mod ns;
 pub mod poll;
 pub mod process;
 pub mod socket;
+pub mod tty;
 pub mod xattr;

@@ -44,6 +44,11 @@ impl Kind {
     }
 }
 
+/// `CLONE_NEWNS`: a mount namespace.
+pub const MOUNT: i32 = libc::CLONE_NEWNS;
+/// `CLONE_NEWCGROUP`: a cgroup namespace.
+pub const CGROUP: i32 = libc::CLONE_NEWCGROUP;
+
 /// Moves the calling thread into the namespace that `namespace` stands for, which must be of the kind `flags` (`CLONE_NEW*`), or,
 /// when it is a pidfd, into all the namespaces in `flags` of that process: `setns(2)`.
 ///

@@ -408,6 +408,31 @@ pub fn reset_signals() -> io::Result<()> {
     Ok(())
 }
 
+/// Makes the calling process the leader of a new session without a terminal: `setsid(2)`.
+///
+/// # Errors
+/// `EPERM` when it leads a process group already.
+pub fn new_session() -> io::Result<()> {
+    nix::unistd::setsid()?;
+    Ok(())
+}
+
+/// Makes `descriptor` the standard stream `number` (0, 1 or 2) too, which stays open over exec: `dup2(2)`.
+///
+/// # Errors
+/// `EINVAL` for another number.
+pub fn place_descriptor(descriptor: BorrowedFd<'_>, number: i32) -> io::Result<()> {
+    if !(0..=2).contains(&number) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: dup2 takes only numbers. Nothing in Rust owns 0, 1 or 2; their standard handles borrow them.
+    if unsafe { libc::dup2(descriptor.as_raw_fd(), number) } < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// Sets the file mode creation mask: `umask(2)`.
 pub fn set_umask(mask: u32) {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));

@@ -133,6 +133,9 @@ pub struct Created {
     /// What could not be done as asked and was done in a weaker way that does not touch isolation, in words.
     #[prost(string, repeated, tag = "6")]
     pub notes: Vec<String>,
+    /// Its home directory, of the container's passwd file.
+    #[prost(bytes = "vec", tag = "7")]
+    pub home: Vec<u8>,
 }
 
 /// A container whose program runs.

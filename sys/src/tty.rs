@@ -1,0 +1,104 @@
+//! Pseudo-terminals: pty(7).
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// Opens the terminal that belongs to the open `ptmx` descriptor `controller`, without a path lookup: `TIOCGPTPEER`,
+/// ioctl_tty(2). The lock of a fresh one is taken off first.
+///
+/// # Errors
+/// `ENOTTY` when `controller` is not a `ptmx`; `EPERM` when it is something else than a pseudo-terminal.
+pub fn open_other_end(controller: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// ioctl_tty(2), the same number on x86_64 and aarch64.
+    const TIOCGPTPEER: libc::c_ulong = 0x5441;
+    let unlocked: libc::c_int = 0;
+    // SAFETY: TIOCSPTLCK reads an int through the pointer, which lives over the call.
+    if unsafe { libc::ioctl(controller.as_raw_fd(), tiocsptlck(), &raw const unlocked) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: TIOCGPTPEER takes open flags as a number.
+    let raw = unsafe {
+        libc::ioctl(
+            controller.as_raw_fd(),
+            request(TIOCGPTPEER),
+            libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC,
+        )
+    };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// The request argument of `ioctl` is `unsigned long` in glibc and `int` in musl.
+#[cfg(target_env = "musl")]
+fn request(number: libc::c_ulong) -> libc::c_int {
+    libc::c_int::try_from(number).unwrap_or(libc::c_int::MAX)
+}
+
+/// The request argument of `ioctl` is `unsigned long` in glibc and `int` in musl.
+#[cfg(not(target_env = "musl"))]
+fn request(number: libc::c_ulong) -> libc::c_ulong {
+    number
+}
+
+#[cfg(target_env = "musl")]
+fn tiocsptlck() -> libc::c_int {
+    0x4004_5431
+}
+
+#[cfg(not(target_env = "musl"))]
+fn tiocsptlck() -> libc::c_ulong {
+    0x4004_5431
+}
+
+/// Makes `terminal` the controlling terminal of the calling process, which leads a session without one: `TIOCSCTTY`.
+///
+/// # Errors
+/// `EPERM` when the caller leads no session or has a terminal.
+pub fn make_controlling(terminal: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: TIOCSCTTY takes a number.
+    if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Sets the size of a terminal in characters: `TIOCSWINSZ`.
+///
+/// # Errors
+/// `ENOTTY` when it is not one.
+pub fn set_size(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads a struct winsize through the pointer, which lives over the call.
+    if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn both_ends_of_a_terminal_talk() {
+        let controller = std::fs::OpenOptions::new().read(true).write(true).open("/dev/ptmx").unwrap();
+        let terminal = open_other_end(controller.as_fd()).unwrap();
+        set_size(terminal.as_fd(), 80, 25).unwrap();
+        std::fs::File::from(terminal).write_all(b"hi\n").unwrap();
+        let mut buffer = [0; 8];
+        let length = (&controller).read(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"hi\r\n");
+    }
+
+    #[test]
+    fn a_plain_file_is_no_terminal() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(open_other_end(file.as_fd()).is_err());
+        assert!(set_size(file.as_fd(), 1, 1).is_err());
+    }
+}

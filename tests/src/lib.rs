@@ -1,1 +1,7 @@
 //! Integration tests' fixtures.
+#![forbid(unsafe_code)]
+
+pub mod cgroup;
+pub mod deadline;
+pub mod kubelet;
+pub mod skip;

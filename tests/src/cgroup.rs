@@ -1,0 +1,244 @@
+//! A cgroup of a test's own, for what it starts: made below the root of every hierarchy, read, and taken away.
+//!
+//! Works on cgroup v1, on v2, and on hybrid machines, where the controllers sit on v1 hierarchies and the v2 one has
+//! none (`cgroups(7)`, "Cgroups version 2"). Limits are read as numbers, whichever version says them.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The controllers that a kubelet wants to find in the cgroup it is given.
+const CONTROLLERS: &str = "+cpuset +cpu +io +memory +hugetlb +pids";
+
+/// A hierarchy of the machine.
+#[derive(Debug)]
+struct Hierarchy {
+    /// Where it is mounted.
+    mount: PathBuf,
+    /// Its v1 controllers as the mount options name them; empty for v2 and for named hierarchies.
+    controllers: Vec<String>,
+}
+
+/// A cgroup of one name in every hierarchy, removed on drop with all that is below it and whatever still runs there.
+#[derive(Debug)]
+pub struct Cgroup {
+    name: String,
+    hierarchies: Vec<Hierarchy>,
+    unified: bool,
+}
+
+/// How much CPU time a cgroup may use: `quota_us` in every `period_us`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuLimit {
+    /// Microseconds of CPU time.
+    pub quota_us: u64,
+    /// Microseconds of a period.
+    pub period_us: u64,
+}
+
+impl Cgroup {
+    /// Makes the cgroup `name` below the root of every hierarchy.
+    ///
+    /// # Errors
+    /// When no hierarchy is mounted or a folder cannot be made; a cgroup of that name that is there already is an error
+    /// too, for it may be someone else's.
+    pub fn create(name: &str) -> Result<Self> {
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
+        let (hierarchies, unified) = hierarchies(&mountinfo);
+        if hierarchies.is_empty() {
+            bail!("no cgroup hierarchy is mounted");
+        }
+        let cgroup = Self { name: name.to_owned(), hierarchies, unified };
+        for folder in cgroup.folders() {
+            if cgroup.unified
+                && let Some(root) = folder.parent()
+            {
+                // Controllers that the kernel does not have make the whole write fail, so one at a time; what is
+                // missing shows when a limit is read.
+                for controller in CONTROLLERS.split(' ') {
+                    let _ = fs::write(root.join("cgroup.subtree_control"), controller);
+                }
+            }
+            fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
+            if cgroup.unified {
+                for controller in CONTROLLERS.split(' ') {
+                    let _ = fs::write(folder.join("cgroup.subtree_control"), controller);
+                }
+            }
+        }
+        Ok(cgroup)
+    }
+
+    /// Its path as the kernel and a kubelet's `cgroupRoot` name it.
+    #[must_use]
+    pub fn path(&self) -> String {
+        format!("/{}", self.name)
+    }
+
+    /// The memory limit in bytes of the cgroup below this one whose name contains `id`.
+    ///
+    /// # Errors
+    /// When there is no such cgroup, or its limit is not a number (v2 writes `max` for none).
+    pub fn memory_limit_bytes(&self, id: &str) -> Result<u64> {
+        let file = if self.unified { "memory.max" } else { "memory.limit_in_bytes" };
+        let text = self.read("memory", id, file)?;
+        text.trim().parse().with_context(|| format!("{file} of {id} says {text:?}"))
+    }
+
+    /// The CPU limit of the cgroup below this one whose name contains `id`.
+    ///
+    /// # Errors
+    /// When there is no such cgroup, or it has no limit (`-1` on v1, `max` on v2).
+    pub fn cpu_limit(&self, id: &str) -> Result<CpuLimit> {
+        let text = if self.unified {
+            self.read("cpu", id, "cpu.max")?
+        } else {
+            let quota = self.read("cpu", id, "cpu.cfs_quota_us")?;
+            quota.trim().to_owned() + " " + &self.read("cpu", id, "cpu.cfs_period_us")?
+        };
+        let mut numbers = text.split_whitespace().map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(quota_us)), Some(Ok(period_us))) => Ok(CpuLimit { quota_us, period_us }),
+            _ => bail!("the cpu limit of {id} says {text:?}"),
+        }
+    }
+
+    /// The names of every cgroup below this one that contain `part`, in any hierarchy.
+    #[must_use]
+    pub fn below(&self, part: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        for folder in self.folders() {
+            walk(&folder, &mut |path| {
+                if path.file_name().is_some_and(|name| name.to_string_lossy().contains(part)) {
+                    found.push(path.to_owned());
+                }
+            });
+        }
+        found
+    }
+
+    fn read(&self, controller: &str, id: &str, file: &str) -> Result<String> {
+        let hierarchy = self
+            .hierarchies
+            .iter()
+            .find(|hierarchy| self.unified || hierarchy.controllers.iter().any(|name| name == controller))
+            .with_context(|| format!("no hierarchy has the controller {controller}"))?;
+        let mut found = None;
+        walk(&hierarchy.mount.join(&self.name), &mut |path| {
+            if path.file_name().is_some_and(|name| name.to_string_lossy().contains(id)) {
+                found.get_or_insert(path.join(file));
+            }
+        });
+        let path = found.with_context(|| format!("no {controller} cgroup of {id} below {}", self.path()))?;
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    fn folders(&self) -> Vec<PathBuf> {
+        self.hierarchies.iter().map(|hierarchy| hierarchy.mount.join(&self.name)).collect()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // A process that is killed leaves its cgroup a moment later, and only an empty cgroup can go.
+        for _ in 0..100 {
+            let left: Vec<PathBuf> = self.folders().into_iter().filter(|folder| folder.exists()).collect();
+            if left.is_empty() {
+                return;
+            }
+            for folder in left {
+                let mut depth_first = Vec::new();
+                walk(&folder, &mut |path| depth_first.push(path.to_owned()));
+                for path in depth_first.iter().rev() {
+                    end_processes(path);
+                    let _ = fs::remove_dir(path);
+                }
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Kills what is in this very cgroup.
+fn end_processes(cgroup: &Path) {
+    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    for pid in processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0) {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// Calls `visit` with `folder` and every folder below it, parents first. What vanishes meanwhile is passed over.
+fn walk(folder: &Path, visit: &mut impl FnMut(&Path)) {
+    visit(folder);
+    let entries: io::Result<Vec<_>> = fs::read_dir(folder).and_then(Iterator::collect);
+    for entry in entries.unwrap_or_default() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            walk(&entry.path(), visit);
+        }
+    }
+}
+
+/// The hierarchies in the text of `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`), and whether they are v2. A v2 one
+/// beside v1 ones has no controllers and is left out.
+fn hierarchies(mountinfo: &str) -> (Vec<Hierarchy>, bool) {
+    let mut v1 = Vec::new();
+    let mut v2 = Vec::new();
+    for line in mountinfo.lines() {
+        let Some((mount, source)) = line.split_once(" - ") else { continue };
+        let Some(mount) = mount.split(' ').nth(4).map(PathBuf::from) else { continue };
+        let mut source = source.split(' ');
+        let kind = source.next().unwrap_or_default();
+        let options = source.nth(1).unwrap_or_default();
+        match kind {
+            "cgroup" => {
+                let controllers =
+                    options.split(',').filter(|option| !option.contains('=')).map(str::to_owned).collect();
+                v1.push(Hierarchy { mount, controllers });
+            }
+            "cgroup2" => v2.push(Hierarchy { mount, controllers: Vec::new() }),
+            _ => {}
+        }
+    }
+    if v1.is_empty() {
+        v2.truncate(1);
+        (v2, true)
+    } else {
+        (v1, false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_of_a_hybrid_machine_are_the_v1_ones() {
+        let (found, unified) = hierarchies(
+            "29 23 0:25 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
+             30 29 0:26 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory\n\
+             31 29 0:27 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
+             32 29 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n\
+             33 29 0:29 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+             garbage\n",
+        );
+        assert!(!unified);
+        let mounts: Vec<_> = found.iter().map(|hierarchy| hierarchy.mount.to_string_lossy()).collect();
+        assert_eq!(mounts, ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu,cpuacct", "/sys/fs/cgroup/systemd"]);
+        assert!(found[1].controllers.contains(&"cpu".to_owned()));
+        assert!(!found[2].controllers.contains(&"systemd".to_owned()));
+    }
+
+    #[test]
+    fn a_unified_machine_has_one_hierarchy() {
+        let (found, unified) =
+            hierarchies("30 29 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate");
+        assert!(unified);
+        assert_eq!(found.len(), 1);
+    }
+}

@@ -1,0 +1,31 @@
+//! Waiting for something that another process brings about: never for a time, always for a condition, and never for ever.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+/// How long to wait between two looks. Short against everything that is waited for, long against what a look costs.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Looks again and again until `look` has something, for at most `limit`.
+///
+/// A look that fails is not the end: a daemon that is just starting refuses connections. The last failure is told
+/// when time runs out.
+///
+/// # Errors
+/// When `limit` has passed; the message names `what`.
+pub fn within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let end = Instant::now() + limit;
+    loop {
+        let seen = look();
+        match seen {
+            Ok(Some(value)) => return Ok(value),
+            Ok(None) if Instant::now() < end => {}
+            Ok(None) => bail!("{what}: not within {limit:?}"),
+            Err(_) if Instant::now() < end => {}
+            Err(error) => return Err(error).with_context(|| format!("{what}: not within {limit:?}")),
+        }
+        sleep(PAUSE);
+    }
+}

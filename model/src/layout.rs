@@ -1,0 +1,223 @@
+//! Where everything lies: below the durable root, below the runtime state, and nowhere else.
+//!
+//! ```text
+//! <root>/                      durable; /var/lib/berth
+//!   layers/ patches/ images/   the image store's, see docs/image-store.md
+//!   network/                   addresses in use
+//!   sandboxes/<id>/record      the sandbox's record
+//!   containers/<id>/record     the container's record
+//!                  /spec.json  the OCI runtime spec
+//!                  /exit       the exit record, by the shim
+//!                  /upper work the writable layer, overlay's work directory
+//!   trash/                     renamed here, then deleted
+//!   quarantine/                records that could not be read
+//! <state>/                     gone after a reboot; /run/berth
+//!   berth.sock                 the socket, unless set otherwise
+//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), shm (tmpfs), hosts, hostname, resolv.conf
+//!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount namespace)
+//! ```
+
+use crate::id::{ContainerId, SandboxId};
+use std::path::{Path, PathBuf};
+
+/// The two roots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    root: PathBuf,
+    state: PathBuf,
+}
+
+impl Layout {
+    /// Both are absolute.
+    #[must_use]
+    pub fn new(root: PathBuf, state: PathBuf) -> Self {
+        Self { root, state }
+    }
+
+    /// The durable root.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The runtime state.
+    #[must_use]
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Addresses in use.
+    #[must_use]
+    pub fn network(&self) -> PathBuf {
+        self.root.join("network")
+    }
+
+    /// What is to be deleted.
+    #[must_use]
+    pub fn trash(&self) -> PathBuf {
+        self.root.join("trash")
+    }
+
+    /// Records that could not be read.
+    #[must_use]
+    pub fn quarantine(&self) -> PathBuf {
+        self.root.join("quarantine")
+    }
+
+    /// The records of all sandboxes.
+    #[must_use]
+    pub fn sandboxes(&self) -> PathBuf {
+        self.root.join("sandboxes")
+    }
+
+    /// The records and writable layers of all containers.
+    #[must_use]
+    pub fn containers(&self) -> PathBuf {
+        self.root.join("containers")
+    }
+
+    /// The runtime files of all sandboxes.
+    #[must_use]
+    pub fn sandbox_states(&self) -> PathBuf {
+        self.state.join("sandboxes")
+    }
+
+    /// The runtime files of all containers.
+    #[must_use]
+    pub fn container_states(&self) -> PathBuf {
+        self.state.join("containers")
+    }
+
+    /// The files of one sandbox.
+    #[must_use]
+    pub fn sandbox(&self, id: &SandboxId) -> SandboxFiles {
+        SandboxFiles {
+            durable: self.sandboxes().join(id.as_str()),
+            state: self.sandbox_states().join(id.as_str()),
+        }
+    }
+
+    /// The files of one container.
+    #[must_use]
+    pub fn container(&self, id: &ContainerId) -> ContainerFiles {
+        ContainerFiles {
+            durable: self.containers().join(id.as_str()),
+            state: self.container_states().join(id.as_str()),
+        }
+    }
+}
+
+/// The files of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxFiles {
+    /// Its durable directory.
+    pub durable: PathBuf,
+    /// Its runtime directory.
+    pub state: PathBuf,
+}
+
+impl SandboxFiles {
+    /// The record.
+    #[must_use]
+    pub fn record(&self) -> PathBuf {
+        self.durable.join("record")
+    }
+
+    /// The pinned namespace of this name (`net`, `ipc`, `uts`, `pid`).
+    #[must_use]
+    pub fn namespace(&self, name: &str) -> PathBuf {
+        self.state.join(name)
+    }
+
+    /// The tmpfs that is `/dev/shm` of its containers.
+    #[must_use]
+    pub fn shm(&self) -> PathBuf {
+        self.state.join("shm")
+    }
+
+    /// A file for `/etc` (`hosts`, `hostname`, `resolv.conf`).
+    #[must_use]
+    pub fn etc(&self, name: &str) -> PathBuf {
+        self.state.join(name)
+    }
+}
+
+/// The files of one container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerFiles {
+    /// Its durable directory.
+    pub durable: PathBuf,
+    /// Its runtime directory.
+    pub state: PathBuf,
+}
+
+impl ContainerFiles {
+    /// The record.
+    #[must_use]
+    pub fn record(&self) -> PathBuf {
+        self.durable.join("record")
+    }
+
+    /// The OCI runtime spec that it was made from, for those who ask.
+    #[must_use]
+    pub fn spec(&self) -> PathBuf {
+        self.durable.join("spec.json")
+    }
+
+    /// The exit record.
+    #[must_use]
+    pub fn exit_record(&self) -> PathBuf {
+        self.durable.join("exit")
+    }
+
+    /// The writable layer.
+    #[must_use]
+    pub fn upper(&self) -> PathBuf {
+        self.durable.join("upper")
+    }
+
+    /// Overlay's work directory.
+    #[must_use]
+    pub fn work(&self) -> PathBuf {
+        self.durable.join("work")
+    }
+
+    /// Volumes that the image names and the request does not mount: one directory each, by number.
+    #[must_use]
+    pub fn volumes(&self) -> PathBuf {
+        self.durable.join("volumes")
+    }
+
+    /// The directory that the root is mounted on.
+    #[must_use]
+    pub fn rootfs(&self) -> PathBuf {
+        self.state.join("rootfs")
+    }
+}
+
+/// The name of a shim's socket in its container's runtime directory.
+pub const SHIM_SOCKET: &str = "shim.sock";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_lies_outside_of_the_roots() {
+        let layout = Layout::new("/r".into(), "/s".into());
+        let sandbox = layout.sandbox(&SandboxId::from_bytes([1; 32]));
+        let container = layout.container(&ContainerId::from_bytes([2; 32]));
+        for path in [
+            sandbox.record(),
+            container.record(),
+            container.exit_record(),
+            container.upper(),
+            container.work(),
+        ] {
+            assert!(path.starts_with("/r"), "{}", path.display());
+        }
+        for path in [sandbox.shm(), sandbox.namespace("net"), sandbox.etc("hosts"), container.rootfs()] {
+            assert!(path.starts_with("/s"), "{}", path.display());
+        }
+    }
+}

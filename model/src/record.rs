@@ -1,0 +1,220 @@
+//! Records: what the daemon knows of a sandbox or container, as a file.
+//!
+//! ```text
+//! line 1   berth-record <version> <sha256 of all that follows the line, hex>
+//! rest     JSON
+//! ```
+//! The version is of the JSON's meaning. A newer one is refused, not guessed at; an older one that is still understood is read. Unknown
+//! keys are ignored, absent ones take their default, so that a daemon can be exchanged for one of the next version and back.
+
+use crate::id::{ContainerId, SandboxId};
+use crate::{container, sandbox};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// The version written.
+pub const VERSION: u32 = 1;
+
+/// The largest file read as a record. A request is at most 16 MiB (gRPC), and JSON may escape it.
+pub const MAX_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Why a file is no record.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The first line is not as it should be.
+    #[error("not a record")]
+    NotARecord,
+    /// Written by a newer version.
+    #[error("a record of version {found}, and this daemon knows up to {VERSION}")]
+    TooNew {
+        /// Its version.
+        found: u32,
+    },
+    /// The checksum is another one: torn or damaged.
+    #[error("the checksum does not match")]
+    Damaged,
+    /// The JSON is not of this kind of record.
+    #[error("not the expected content")]
+    Content(#[source] serde_json::Error),
+}
+
+/// The bytes of a record file.
+///
+/// # Errors
+/// When `content` cannot be JSON (a map with keys that are not text).
+pub fn encode<T: Serialize>(content: &T) -> Result<Vec<u8>, RecordError> {
+    let body = serde_json::to_vec(content).map_err(RecordError::Content)?;
+    let mut bytes = format!("berth-record {VERSION} {}\n", hex::encode(Sha256::digest(&body))).into_bytes();
+    bytes.extend_from_slice(&body);
+    Ok(bytes)
+}
+
+/// The content of a record file.
+///
+/// # Errors
+/// [`RecordError`].
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
+    let end = bytes.iter().position(|byte| *byte == b'\n').ok_or(RecordError::NotARecord)?;
+    let (line, rest) = bytes.split_at(end);
+    let body = rest.get(1..).unwrap_or_default();
+    let line = std::str::from_utf8(line).map_err(|_| RecordError::NotARecord)?;
+    let mut words = line.split(' ');
+    let (Some("berth-record"), Some(version), Some(sum), None) =
+        (words.next(), words.next(), words.next(), words.next())
+    else {
+        return Err(RecordError::NotARecord);
+    };
+    let found: u32 = version.parse().map_err(|_| RecordError::NotARecord)?;
+    if found > VERSION {
+        return Err(RecordError::TooNew { found });
+    }
+    if hex::encode(Sha256::digest(body)) != sum {
+        return Err(RecordError::Damaged);
+    }
+    serde_json::from_slice(body).map_err(RecordError::Content)
+}
+
+/// The record of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SandboxRecord {
+    /// Its id.
+    pub id: SandboxId,
+    /// What was asked for.
+    pub config: sandbox::Config,
+    /// Nanoseconds since the epoch.
+    pub created_at_unix_ns: i64,
+    /// The boot in which it was made: `/proc/sys/kernel/random/boot_id`. In another one all of its state is gone.
+    pub boot_id: String,
+    /// Its addresses, the primary one first; empty with the host's network.
+    pub addresses: Vec<String>,
+    /// Its own process 1, when its containers share a pid namespace.
+    pub process: Option<ProcessRecord>,
+    /// It was stopped.
+    pub stopped: bool,
+}
+
+/// A process, named so that no other one is taken for it: pids are used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRecord {
+    /// As the host numbers it.
+    pub pid: i32,
+    /// Clock ticks since boot.
+    pub start_time: u64,
+}
+
+impl Default for SandboxRecord {
+    fn default() -> Self {
+        Self {
+            id: SandboxId::from_bytes([0; 32]),
+            config: sandbox::Config::default(),
+            created_at_unix_ns: 0,
+            boot_id: String::new(),
+            addresses: Vec::new(),
+            process: None,
+            stopped: false,
+        }
+    }
+}
+
+/// The record of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ContainerRecord {
+    /// Its id.
+    pub id: ContainerId,
+    /// Its sandbox.
+    pub sandbox_id: SandboxId,
+    /// What was asked for, with the resources of the last update.
+    pub config: container::Config,
+    /// The id of its image, `sha256:…`.
+    pub image_id: String,
+    /// A name of its image, for display.
+    pub image_name: String,
+    /// A reference of its image by digest, or its id.
+    pub image_ref: String,
+    /// Nanoseconds since the epoch.
+    pub created_at_unix_ns: i64,
+    /// Its main process.
+    pub process: Option<ProcessRecord>,
+    /// Who it runs as.
+    pub uid: u32,
+    /// Its primary group.
+    pub gid: u32,
+    /// Its supplementary groups.
+    pub groups: Vec<u32>,
+    /// The signal that Stop sends.
+    pub stop_signal: i32,
+    /// Absolute; empty for none.
+    pub log_path: String,
+    /// Its cgroup, relative to the roots of the hierarchies.
+    pub cgroup: String,
+}
+
+impl Default for ContainerRecord {
+    fn default() -> Self {
+        Self {
+            id: ContainerId::from_bytes([0; 32]),
+            sandbox_id: SandboxId::from_bytes([0; 32]),
+            config: container::Config::default(),
+            image_id: String::new(),
+            image_name: String::new(),
+            image_ref: String::new(),
+            created_at_unix_ns: 0,
+            process: None,
+            uid: 0,
+            gid: 0,
+            groups: Vec::new(),
+            stop_signal: 15,
+            log_path: String::new(),
+            cgroup: String::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn record() -> ContainerRecord {
+        ContainerRecord {
+            image_id: "sha256:abc".to_owned(),
+            created_at_unix_ns: 5,
+            ..ContainerRecord::default()
+        }
+    }
+
+    #[test]
+    fn a_record_comes_back() {
+        assert_eq!(decode::<ContainerRecord>(&encode(&record()).unwrap()).unwrap(), record());
+    }
+
+    #[test]
+    fn what_a_disk_made_of_it_is_noticed() {
+        let bytes = encode(&record()).unwrap();
+        for position in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[position] ^= 0x20;
+            assert!(decode::<ContainerRecord>(&damaged).is_err(), "byte {position}");
+            assert!(decode::<ContainerRecord>(&bytes[..position]).is_err(), "cut at {position}");
+        }
+    }
+
+    #[test]
+    fn a_newer_version_is_refused_and_unknown_keys_are_not() {
+        let body = br#"{"image_id":"x","of_the_future":[1]}"#;
+        let sum = hex::encode(Sha256::digest(body));
+        let file = |version: u32| [format!("berth-record {version} {sum}\n").as_bytes(), body].concat();
+        assert!(matches!(decode::<ContainerRecord>(&file(2)), Err(RecordError::TooNew { found: 2 })));
+        assert_eq!(decode::<ContainerRecord>(&file(1)).unwrap().image_id, "x");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(decode::<SandboxRecord>(&bytes).is_err());
+        }
+    }
+}

@@ -1,1 +1,42 @@
-//! Cgroups, v1 and v2, cgroupfs driver.
+//! The cgroups of containers: made, limited, watched and removed, on cgroup v2 and on v1, with the cgroupfs driver.
+//!
+//! ```text
+//! Hierarchy::detect()                      which version, mounted where (once, at start)
+//!     Cgroup::create(&hierarchy, &Parent, id)   <parent>/<id>, in every hierarchy that counts
+//!         .apply(&Limits)  .set_devices(&DevicePolicy)
+//!         .join_files() or .unified_dir()  how the container's process gets in
+//!         .update(&Limits)                 later, all or nothing
+//!         .stats()  .oom_source()
+//!         .kill(within)  .remove(within)
+//! ```
+//!
+//! Everything here is synchronous and touches only control files; nothing is kept in memory that those files do not hold, so a daemon
+//! that was restarted goes on with [`Cgroup::open`]. Who may be in which cgroup, and what the limits should be, is the caller's.
+//!
+//! A parent that the caller names is never created: it is kubelet's, with kubelet's limits, and a container outside it would escape
+//! them (CVE-2025-47291 was that). Only the default parent, which is Berth's own, is made when it is missing.
+//!
+//! The systemd driver is not here yet; [`Driver`] is where it will join.
+
+#![forbid(unsafe_code)]
+
+mod cgroup;
+mod control_file;
+mod devices;
+mod error;
+mod hierarchy;
+mod kill;
+mod limits;
+mod name;
+mod oom;
+mod remove;
+mod stats;
+
+pub use cgroup::{Cgroup, leftovers};
+pub use devices::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
+pub use error::Error;
+pub use hierarchy::{Hierarchy, LegacyMount};
+pub use limits::{Ceiling, HugepageLimit, Limits, Note, cpu_weight};
+pub use name::{Driver, Parent};
+pub use oom::{OomSource, parse_oom_kills};
+pub use stats::{CpuStats, MemoryStats, Pressure, PressureLine, Stats, SwapStats};

@@ -1,0 +1,170 @@
+//! What can go wrong with a cgroup, always with the file or name it went wrong at.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::Driver;
+
+/// A cgroup operation that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No cgroup file system is mounted, or none that has controllers.
+    #[error("no cgroup hierarchy with controllers is mounted")]
+    NoHierarchy,
+    /// The kernel has bound a controller to a v1 hierarchy that is mounted nowhere, so its limits could not be set.
+    #[error("the cgroup controller {controller} belongs to a v1 hierarchy that is not mounted")]
+    ControllerNotMounted {
+        /// The controller, such as `memory`.
+        controller: String,
+    },
+    /// A parent path that is not absolute, not normal, or of the other driver.
+    #[error("the cgroup parent {parent:?} is not usable with the {driver} driver: {reason}")]
+    InvalidParent {
+        /// As given.
+        parent: String,
+        /// The driver in use.
+        driver: Driver,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// An id that cannot be the name of a cgroup.
+    #[error("the cgroup name {id:?} is not usable: {reason}")]
+    InvalidId {
+        /// As given.
+        id: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The parent that the caller named is not there. It is not ours to create.
+    #[error("the parent cgroup {path:?} does not exist")]
+    ParentMissing {
+        /// The directory that was looked for.
+        path: PathBuf,
+    },
+    /// A cgroup of that name is there already.
+    #[error("the cgroup {path:?} exists already")]
+    AlreadyExists {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// `mkdir(2)` failed.
+    #[error("cannot create the cgroup {path:?}")]
+    Create {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A control file or directory could not be read.
+    #[error("cannot read {path:?}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused a value, or the control file is not there.
+    #[error("cannot write {value:?} to {path:?}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What was written.
+        value: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A control file says something that its format does not allow.
+    #[error("{path:?} does not hold {expected}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What should be there.
+        expected: &'static str,
+    },
+    /// A limit needs a controller that this kernel, or this cgroup's parent, does not offer.
+    #[error("the limit {limit} needs the cgroup controller {controller}, which is not available at {path:?}")]
+    ControllerMissing {
+        /// The limit as [`crate::Limits`] names it.
+        limit: &'static str,
+        /// The controller.
+        controller: &'static str,
+        /// The cgroup.
+        path: PathBuf,
+    },
+    /// A limit whose value makes no sense, whatever the kernel.
+    #[error("the limit {limit} cannot be {value:?}: {reason}")]
+    InvalidLimit {
+        /// The limit as [`crate::Limits`] names it.
+        limit: &'static str,
+        /// As given.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A lower memory limit would have the kernel kill processes of the container at once.
+    #[error(
+        "the memory limit of {path:?} cannot be lowered to {limit_bytes} bytes while {usage_bytes} bytes are in use"
+    )]
+    LimitBelowUsage {
+        /// The cgroup.
+        path: PathBuf,
+        /// The limit that was asked for.
+        limit_bytes: u64,
+        /// What is in use.
+        usage_bytes: u64,
+    },
+    /// An update failed, and so did putting the earlier values back.
+    #[error("the limits are half changed: {} earlier values could not be restored", failures.len())]
+    NotRolledBack {
+        /// Why the update failed.
+        #[source]
+        source: Box<Error>,
+        /// What could not be put back.
+        failures: Vec<Error>,
+    },
+    /// The device filter was refused.
+    #[error("cannot install the device filter of {path:?}")]
+    DeviceFilter {
+        /// The cgroup.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A process could not be signalled.
+    #[error("cannot kill the process {pid} of the cgroup {path:?}")]
+    Kill {
+        /// Its pid.
+        pid: i32,
+        /// The cgroup.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Processes were left when the time was up.
+    #[error("{left} processes of the cgroup {path:?} are still there after {waited_ms} ms")]
+    StillPopulated {
+        /// The cgroup.
+        path: PathBuf,
+        /// How many.
+        left: usize,
+        /// How long was waited.
+        waited_ms: u128,
+    },
+    /// A cgroup directory could not be removed in time; all that failed are counted, the first is told.
+    #[error("cannot remove the cgroup {path:?}{}", if *more == 0 { String::new() } else { format!(" and {more} more") })]
+    Remove {
+        /// The first directory that stayed.
+        path: PathBuf,
+        /// How many stayed besides.
+        more: usize,
+        /// Why the first stayed.
+        #[source]
+        source: io::Error,
+    },
+}

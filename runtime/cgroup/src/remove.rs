@@ -1,0 +1,72 @@
+//! Removing a cgroup with everything below it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::{Cgroup, Error, control_file};
+
+/// A killed process leaves its cgroup a moment before it can be waited for, but css references can keep it busy a moment after.
+const FIRST_WAIT: Duration = Duration::from_micros(200);
+const LONGEST_WAIT: Duration = Duration::from_millis(10);
+
+impl Cgroup {
+    /// Removes the cgroup and those that the container made below it. What is not there is removed already. Blocks for up to `within` while
+    /// the kernel says that it is busy; processes in it are not killed, [`Cgroup::kill`] does that.
+    ///
+    /// # Errors
+    /// [`Error::Remove`] for the first directory that stayed, after all have been tried.
+    pub fn remove(&self, within: Duration) -> Result<(), Error> {
+        let until = Instant::now() + within;
+        let mut failed: Vec<(PathBuf, io::Error)> = Vec::new();
+        for dir in self.directories() {
+            if let Err(error) = remove_directory(dir, until) {
+                failed.push((dir.to_path_buf(), error));
+            }
+        }
+        let more = failed.len().saturating_sub(1);
+        match failed.into_iter().next() {
+            None => Ok(()),
+            Some((path, source)) => Err(Error::Remove { path, more, source }),
+        }
+    }
+}
+
+fn remove_directory(dir: &Path, until: Instant) -> io::Result<()> {
+    let mut wait = FIRST_WAIT;
+    loop {
+        match remove_tree(dir) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
+                thread::sleep(wait);
+                wait = (wait * 2).min(LONGEST_WAIT);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// One attempt, deepest first. The files of a cgroup are not removed; they go with it.
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    let busy = match rmdir(dir) {
+        Ok(()) => return Ok(()),
+        Err(error) => error,
+    };
+    let below = control_file::tree(dir).map_err(|error| match error {
+        Error::Read { source, .. } => source,
+        // Only reading directories is done there.
+        _ => io::ErrorKind::Other.into(),
+    })?;
+    if below.len() == 1 {
+        return Err(busy);
+    }
+    // Parents come before their children in the list.
+    below.iter().rev().try_for_each(|dir| rmdir(dir))
+}
+
+fn rmdir(dir: &Path) -> io::Result<()> {
+    match std::fs::remove_dir(dir) {
+        Err(error) if control_file::is_gone(&error) => Ok(()),
+        other => other,
+    }
+}

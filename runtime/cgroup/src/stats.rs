@@ -1,0 +1,369 @@
+//! What a cgroup uses: the numbers behind CRI's `ContainerStats` and `LinuxPodSandboxStats`.
+//!
+//! All files are read on each call and nothing is cached; rates are the caller's, from two samples. What the kernel does not offer is absent,
+//! never zero.
+
+use std::path::Path;
+
+use crate::cgroup::Place;
+use crate::{Cgroup, Error, control_file};
+
+/// One sample.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Stats {
+    /// Processor time.
+    pub cpu: Option<CpuStats>,
+    /// Memory.
+    pub memory: Option<MemoryStats>,
+    /// Swap.
+    pub swap: Option<SwapStats>,
+    /// Processes and threads.
+    pub pids: Option<u64>,
+    /// Time lost waiting for reads and writes: `io.pressure`, v2 only.
+    pub io_pressure: Option<Pressure>,
+}
+
+/// Processor time since the cgroup was made.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct CpuStats {
+    /// All of it, ns.
+    pub usage_ns: u64,
+    /// In user mode, ns.
+    pub user_ns: Option<u64>,
+    /// In the kernel, ns.
+    pub system_ns: Option<u64>,
+    /// Periods that have passed, where there is a quota.
+    pub periods: Option<u64>,
+    /// Of these, the ones in which the quota was used up.
+    pub throttled_periods: Option<u64>,
+    /// Time spent waiting for the next period, ns.
+    pub throttled_ns: Option<u64>,
+    /// `cpu.pressure`, v2 only.
+    pub pressure: Option<Pressure>,
+}
+
+/// Memory now, in bytes, and faults since the cgroup was made.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct MemoryStats {
+    /// All that is charged, page cache too.
+    pub usage_bytes: u64,
+    /// Usage less the inactive page cache, which is what kubelet evicts by; not below 0.
+    pub working_set_bytes: u64,
+    /// Limit less working set, not below 0; nothing without a limit.
+    pub available_bytes: Option<u64>,
+    /// The limit.
+    pub limit_bytes: Option<u64>,
+    /// The most that was charged.
+    pub peak_bytes: Option<u64>,
+    /// Anonymous memory.
+    pub rss_bytes: Option<u64>,
+    /// Page cache.
+    pub cache_bytes: Option<u64>,
+    /// Files mapped.
+    pub mapped_file_bytes: Option<u64>,
+    /// Memory of the kernel.
+    pub kernel_bytes: Option<u64>,
+    /// Page faults.
+    pub page_faults: Option<u64>,
+    /// Of these, the ones that had to read.
+    pub major_page_faults: Option<u64>,
+    /// How often the limit was hit.
+    pub limit_hits: Option<u64>,
+    /// `memory.pressure`, v2 only.
+    pub pressure: Option<Pressure>,
+}
+
+/// Swap now, in bytes.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SwapStats {
+    /// In use.
+    pub usage_bytes: u64,
+    /// Limit less usage; nothing without a limit.
+    pub available_bytes: Option<u64>,
+}
+
+/// Pressure stall information: Documentation/accounting/psi.rst.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Pressure {
+    /// At least one task waited.
+    pub some: PressureLine,
+    /// All tasks waited.
+    pub full: PressureLine,
+}
+
+/// One line of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PressureLine {
+    /// Percent of the last 10 s.
+    pub avg10: f64,
+    /// Percent of the last 60 s.
+    pub avg60: f64,
+    /// Percent of the last 300 s.
+    pub avg300: f64,
+    /// In all, ns (the kernel writes µs).
+    pub total_ns: u64,
+}
+
+impl Cgroup {
+    /// Takes a sample. Nothing when the cgroup is not there, which is what a container that ends during a list looks like.
+    ///
+    /// # Errors
+    /// [`Error::Read`] and [`Error::Malformed`] with the file.
+    pub fn stats(&self) -> Result<Option<Stats>, Error> {
+        let stats = match &self.place {
+            Place::Unified(dir) => unified(dir)?,
+            Place::Legacy(_) => self.legacy()?,
+        };
+        Ok(Some(stats).filter(|stats| *stats != Stats::default()))
+    }
+
+    fn legacy(&self) -> Result<Stats, Error> {
+        let number = |controller: &str, file: &str| match self.dir_of(controller) {
+            Some(dir) => control_file::read_number(&dir.join(file)),
+            None => Ok(None),
+        };
+        let bytes = |controller: &str, file: &str| match self.dir_of(controller) {
+            Some(dir) => control_file::read_if_there(&dir.join(file)),
+            None => Ok(None),
+        };
+        let cpu = match number("cpuacct", "cpuacct.usage")? {
+            Some(usage_ns) => {
+                let throttling = bytes("cpu", "cpu.stat")?.unwrap_or_default();
+                Some(CpuStats {
+                    usage_ns,
+                    user_ns: number("cpuacct", "cpuacct.usage_user")?,
+                    system_ns: number("cpuacct", "cpuacct.usage_sys")?,
+                    periods: control_file::keyed(&throttling, "nr_periods"),
+                    throttled_periods: control_file::keyed(&throttling, "nr_throttled"),
+                    throttled_ns: control_file::keyed(&throttling, "throttled_time"),
+                    pressure: None,
+                })
+            }
+            None => None,
+        };
+        let mut memory = None;
+        let mut swap = None;
+        if let Some(usage_bytes) = number("memory", "memory.usage_in_bytes")? {
+            let stat = bytes("memory", "memory.stat")?.unwrap_or_default();
+            let limit_bytes =
+                number("memory", "memory.limit_in_bytes")?.filter(|&limit| limit < V1_UNLIMITED);
+            memory = Some(MemoryStats {
+                peak_bytes: number("memory", "memory.max_usage_in_bytes")?,
+                kernel_bytes: number("memory", "memory.kmem.usage_in_bytes")?,
+                limit_hits: number("memory", "memory.failcnt")?,
+                ..memory_stats(usage_bytes, limit_bytes, &stat, &LEGACY_KEYS)
+            });
+            if let Some(both) = number("memory", "memory.memsw.usage_in_bytes")? {
+                let swap_bytes =
+                    control_file::keyed(&stat, "total_swap").unwrap_or(both.saturating_sub(usage_bytes));
+                let sum =
+                    number("memory", "memory.memsw.limit_in_bytes")?.filter(|&limit| limit < V1_UNLIMITED);
+                swap = Some(SwapStats {
+                    usage_bytes: swap_bytes,
+                    available_bytes: sum
+                        .map(|sum| sum.saturating_sub(limit_bytes.unwrap_or(0)).saturating_sub(swap_bytes)),
+                });
+            }
+        }
+        Ok(Stats { cpu, memory, swap, pids: number("pids", "pids.current")?, io_pressure: None })
+    }
+}
+
+/// v1 shows "no limit" as the largest number of whole pages in a signed 64-bit number; with pages of any size that is above this.
+const V1_UNLIMITED: u64 = 0x7fff_ffff_0000_0000;
+
+fn unified(dir: &Path) -> Result<Stats, Error> {
+    let number = |file: &str| control_file::read_number(&dir.join(file));
+    let cpu = match control_file::read_if_there(&dir.join("cpu.stat"))? {
+        Some(stat) => {
+            let ns = |key| control_file::keyed(&stat, key).map(|us| us.saturating_mul(1000));
+            let usage_ns = ns("usage_usec")
+                .ok_or_else(|| Error::Malformed { path: dir.join("cpu.stat"), expected: "usage_usec" })?;
+            Some(CpuStats {
+                usage_ns,
+                user_ns: ns("user_usec"),
+                system_ns: ns("system_usec"),
+                periods: control_file::keyed(&stat, "nr_periods"),
+                throttled_periods: control_file::keyed(&stat, "nr_throttled"),
+                throttled_ns: ns("throttled_usec"),
+                pressure: pressure(dir, "cpu.pressure")?,
+            })
+        }
+        None => None,
+    };
+    let mut memory = None;
+    let mut swap = None;
+    if let Some(usage_bytes) = number("memory.current")? {
+        let stat = control_file::read_if_there(&dir.join("memory.stat"))?.unwrap_or_default();
+        let events = control_file::read_if_there(&dir.join("memory.events"))?.unwrap_or_default();
+        memory = Some(MemoryStats {
+            peak_bytes: number("memory.peak")?,
+            kernel_bytes: control_file::keyed(&stat, "kernel"),
+            limit_hits: control_file::keyed(&events, "max"),
+            pressure: pressure(dir, "memory.pressure")?,
+            ..memory_stats(usage_bytes, number("memory.max")?, &stat, &UNIFIED_KEYS)
+        });
+        if let Some(usage_bytes) = number("memory.swap.current")? {
+            let limit = number("memory.swap.max")?;
+            swap = Some(SwapStats {
+                usage_bytes,
+                available_bytes: limit.map(|limit| limit.saturating_sub(usage_bytes)),
+            });
+        }
+    }
+    let io_pressure = pressure(dir, "io.pressure")?;
+    Ok(Stats { cpu, memory, swap, pids: number("pids.current")?, io_pressure })
+}
+
+/// The names of the same things in `memory.stat`. v1's `total_` ones count sub-cgroups in, as v2 always does.
+struct Keys {
+    inactive_file: &'static str,
+    anonymous: &'static str,
+    cache: &'static str,
+    mapped: &'static str,
+    faults: &'static str,
+    major_faults: &'static str,
+}
+
+const LEGACY_KEYS: Keys = Keys {
+    inactive_file: "total_inactive_file",
+    anonymous: "total_rss",
+    cache: "total_cache",
+    mapped: "total_mapped_file",
+    faults: "total_pgfault",
+    major_faults: "total_pgmajfault",
+};
+
+const UNIFIED_KEYS: Keys = Keys {
+    inactive_file: "inactive_file",
+    anonymous: "anon",
+    cache: "file",
+    mapped: "file_mapped",
+    faults: "pgfault",
+    major_faults: "pgmajfault",
+};
+
+fn memory_stats(usage_bytes: u64, limit_bytes: Option<u64>, stat: &[u8], keys: &Keys) -> MemoryStats {
+    let get = |key| control_file::keyed(stat, key);
+    let working_set_bytes = usage_bytes.saturating_sub(get(keys.inactive_file).unwrap_or(0));
+    MemoryStats {
+        usage_bytes,
+        working_set_bytes,
+        available_bytes: limit_bytes.map(|limit| limit.saturating_sub(working_set_bytes)),
+        limit_bytes,
+        rss_bytes: get(keys.anonymous),
+        cache_bytes: get(keys.cache),
+        mapped_file_bytes: get(keys.mapped),
+        page_faults: get(keys.faults),
+        major_page_faults: get(keys.major_faults),
+        ..MemoryStats::default()
+    }
+}
+
+/// A pressure file, or nothing where the kernel keeps none (`EOPNOTSUPP` when it is switched off, psi=0).
+fn pressure(dir: &Path, file: &str) -> Result<Option<Pressure>, Error> {
+    const EOPNOTSUPP: i32 = 95;
+    match control_file::read_bytes(&dir.join(file)) {
+        Ok(bytes) => Ok(parse_pressure(&bytes)),
+        Err(error) if control_file::is_gone(&error) || error.raw_os_error() == Some(EOPNOTSUPP) => Ok(None),
+        Err(source) => Err(Error::Read { path: dir.join(file), source }),
+    }
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and `full …`, which older kernels leave out for cpu.
+fn parse_pressure(bytes: &[u8]) -> Option<Pressure> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let mut pressure = Pressure::default();
+    let mut found = false;
+    for line in text.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let slot = match words.next() {
+            Some("some") => &mut pressure.some,
+            Some("full") => &mut pressure.full,
+            _ => continue,
+        };
+        for word in words {
+            let (name, value) = word.split_once('=')?;
+            match name {
+                "avg10" => slot.avg10 = value.parse().ok()?,
+                "avg60" => slot.avg60 = value.parse().ok()?,
+                "avg300" => slot.avg300 = value.parse().ok()?,
+                "total" => slot.total_ns = control_file::number(value.as_bytes())?.saturating_mul(1000),
+                _ => {}
+            }
+        }
+        found = true;
+    }
+    found.then_some(pressure)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{Hierarchy, Parent};
+
+    #[test]
+    fn pressure_is_in_nanoseconds_and_percent() {
+        let parsed = parse_pressure(
+            b"some avg10=1.50 avg60=0.25 avg300=0.00 total=7\nfull avg10=0.10 avg60=0.00 avg300=0.00 total=3\n",
+        )
+        .unwrap();
+        assert_eq!(parsed.some, PressureLine { avg10: 1.5, avg60: 0.25, avg300: 0.0, total_ns: 7000 });
+        assert_eq!(parsed.full.total_ns, 3000);
+        for odd in [&b""[..], b"some", b"none avg10=1", b"some avg10=x", b"some avg10", b"\xff"] {
+            let parsed = parse_pressure(odd);
+            assert!(parsed.is_none() || parsed == Some(Pressure::default()), "{odd:?}");
+        }
+    }
+
+    #[test]
+    fn a_working_set_is_never_negative() {
+        let stats = memory_stats(100, Some(50), b"total_inactive_file 500\n", &LEGACY_KEYS);
+        assert_eq!((stats.working_set_bytes, stats.available_bytes), (0, Some(50)));
+        let stats = memory_stats(100, None, b"inactive_file 30\nanon 60\npgfault 5\n", &UNIFIED_KEYS);
+        assert_eq!((stats.working_set_bytes, stats.available_bytes), (70, None));
+        assert_eq!((stats.rss_bytes, stats.page_faults, stats.major_page_faults), (Some(60), Some(5), None));
+    }
+
+    #[test]
+    fn v2_files_are_read_into_one_sample() {
+        let root = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy::Unified { mount: root.path().to_path_buf() };
+        let cgroup = Cgroup::open(&hierarchy, &Parent::named("/").unwrap(), "c").unwrap();
+        assert_eq!(cgroup.stats().unwrap(), None);
+        let dir = root.path().join("c");
+        fs::create_dir(&dir).unwrap();
+        for (file, text) in [
+            (
+                "cpu.stat",
+                "usage_usec 12\nuser_usec 7\nsystem_usec 5\nnr_periods 2\nnr_throttled 1\nthrottled_usec 3\n",
+            ),
+            ("memory.current", "1000\n"),
+            ("memory.max", "max\n"),
+            ("memory.stat", "anon 300\nfile 600\nkernel 100\ninactive_file 400\npgfault 9\npgmajfault 1\n"),
+            ("memory.events", "low 0\nhigh 0\nmax 4\noom 0\noom_kill 0\n"),
+            ("memory.swap.current", "10\n"),
+            ("memory.swap.max", "30\n"),
+            ("pids.current", "3\n"),
+            ("io.pressure", "some avg10=0.00 avg60=0.00 avg300=0.00 total=1\n"),
+        ] {
+            fs::write(dir.join(file), text).unwrap();
+        }
+        let stats = cgroup.stats().unwrap().unwrap();
+        let cpu = stats.cpu.unwrap();
+        assert_eq!((cpu.usage_ns, cpu.user_ns, cpu.throttled_ns), (12_000, Some(7000), Some(3000)));
+        let memory = stats.memory.unwrap();
+        assert_eq!((memory.usage_bytes, memory.working_set_bytes, memory.limit_bytes), (1000, 600, None));
+        assert_eq!(
+            (memory.rss_bytes, memory.kernel_bytes, memory.limit_hits),
+            (Some(300), Some(100), Some(4))
+        );
+        assert_eq!(stats.swap.unwrap(), SwapStats { usage_bytes: 10, available_bytes: Some(20) });
+        assert_eq!(stats.pids, Some(3));
+        assert_eq!(stats.io_pressure.unwrap().some.total_ns, 1000);
+        fs::write(dir.join("memory.current"), "many\n").unwrap();
+        assert!(matches!(cgroup.stats(), Err(Error::Malformed { .. })));
+    }
+}

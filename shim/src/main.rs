@@ -1,2 +1,57 @@
-//! The shim.
-fn main() {}
+//! One small process beside each container: starts it, writes its log, runs what exec asks for, and records its end.
+//!
+//! One thread, no async runtime, no policy: the daemon parses and decides, the shim obeys a plan (`berth_shim_proto::launch`). It
+//! outlives the daemon. The same binary, started as `berth-shim pause`, is process 1 of a pod whose containers share a pid namespace.
+//!
+//! Descriptors that the daemon passes: 0, 1, 2 are `/dev/null`; 3 is a connection to the daemon; 4 (not for `pause`) is the
+//! container's state directory, in which the shim listens as `shim.sock` for daemons to come.
+#![forbid(unsafe_code)]
+
+mod connection;
+mod cri_log;
+mod event_loop;
+mod execute;
+mod exit;
+mod failure;
+mod handshake;
+mod init;
+mod launch;
+mod pause;
+mod rootfs;
+mod stdio;
+mod user;
+
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+
+/// Wrong arguments or descriptors: nobody but the daemon starts a shim.
+const EXIT_USAGE: u8 = 64;
+/// The shim's own work failed.
+const EXIT_FAILED: u8 = 70;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    let result = match args.next().as_deref().and_then(std::ffi::OsStr::to_str) {
+        Some("container") => prepare(5).and_then(|()| event_loop::run(inherited(3)?, inherited(4)?)),
+        Some("pause") => prepare(4).and_then(|()| pause::run(inherited(3)?)),
+        _ => return ExitCode::from(EXIT_USAGE),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::from(EXIT_FAILED),
+    }
+}
+
+/// What both kinds do first: shed everything of the parent that is not meant for them.
+fn prepare(first_foreign: u32) -> std::io::Result<()> {
+    berth_sys::process::close_from(first_foreign, berth_sys::process::CloseRange::Now)?;
+    // Started from a file in memory, the kernel would show the number of a descriptor as its name.
+    berth_sys::process::set_name(c"berth-shim")?;
+    berth_sys::process::set_umask(0o022);
+    std::env::set_current_dir("/")
+}
+
+/// Takes over a descriptor that the daemon passed by number, close-on-exec from here on.
+fn inherited(number: i32) -> std::io::Result<OwnedFd> {
+    berth_sys::file::take_inherited(number)
+}

@@ -132,9 +132,8 @@ pub fn unpin(path: &Path) -> io::Result<()> {
 /// Whether `path` is a pinned namespace (nsfs) and not just the empty file under it: `fstatfs(2)`, `NSFS_MAGIC`.
 #[must_use]
 pub fn is_pinned(path: &Path) -> bool {
-    const NSFS_MAGIC: i64 = 0x6e73_6673;
     let Ok(file) = open(path) else { return false };
-    nix::sys::statfs::fstatfs(file.as_fd()).is_ok_and(|found| found.filesystem_type().0 == NSFS_MAGIC)
+    nix::sys::statfs::fstatfs(file.as_fd()).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
 }
 
 /// Sets the hostname of the calling thread's UTS namespace: `sethostname(2)`.

@@ -1,0 +1,293 @@
+//! The log file in the CRI format: `<RFC 3339 time> <stream> <P|F> <content>` and a newline, one entry a line.
+//!
+//! The format is the one of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say whether the content ends a
+//! line (`F`) or goes on in the next entry of the same stream (`P`). Entries are never torn: what is written in one call is a run of
+//! whole entries, and a call that a full disk cut short is mended by a newline and an entry that counts the bytes lost.
+
+use berth_sys::beneath::Root;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The longest content of one entry by default, in bytes; longer lines are cut. containerd's `max_container_log_line_size`.
+pub(crate) const DEFAULT_MAX_CONTENT: usize = 16 * 1024;
+
+/// Which of a container's two streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stream {
+    Stdout,
+    Stderr,
+}
+
+impl Stream {
+    fn name(self) -> &'static [u8] {
+        match self {
+            Self::Stdout => b"stdout",
+            Self::Stderr => b"stderr",
+        }
+    }
+}
+
+/// Turns the bytes of one stream into entries. Holds at most one unfinished line.
+#[derive(Debug)]
+pub(crate) struct Splitter {
+    stream: Stream,
+    max_content: usize,
+    /// A terminal ends its lines with `\r\n`; the `\r` is not part of the content.
+    terminal: bool,
+    pending: Vec<u8>,
+}
+
+impl Splitter {
+    pub(crate) fn new(stream: Stream, max_content: usize, terminal: bool) -> Self {
+        Self { stream, max_content: max_content.max(1), terminal, pending: Vec::new() }
+    }
+
+    /// Appends the entries that `bytes` complete to `out`, all stamped `time`.
+    pub(crate) fn push(&mut self, mut bytes: &[u8], time: &[u8], out: &mut Vec<u8>) {
+        while !bytes.is_empty() {
+            let room = self.max_content - self.pending.len();
+            match memchr::memchr(b'\n', &bytes[..bytes.len().min(room + 1)]) {
+                Some(end) => {
+                    let (line, rest) = bytes.split_at(end);
+                    let pending = std::mem::take(&mut self.pending);
+                    self.entry(time, b'F', &pending, line, out);
+                    // The newline itself. `end` is in range, so `rest` is not empty.
+                    bytes = rest.get(1..).unwrap_or_default();
+                }
+                None if bytes.len() > room => {
+                    let (part, rest) = bytes.split_at(room);
+                    let pending = std::mem::take(&mut self.pending);
+                    self.entry(time, b'P', &pending, part, out);
+                    bytes = rest;
+                }
+                None => {
+                    self.pending.extend_from_slice(bytes);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The stream has ended: what is left of a line without a newline becomes a partial entry.
+    pub(crate) fn finish(&mut self, time: &[u8], out: &mut Vec<u8>) {
+        let pending = std::mem::take(&mut self.pending);
+        if !pending.is_empty() {
+            self.entry(time, b'P', &pending, b"", out);
+        }
+    }
+
+    fn entry(&self, time: &[u8], tag: u8, first: &[u8], second: &[u8], out: &mut Vec<u8>) {
+        for part in [time, b" ", self.stream.name(), b" ", &[tag], b" ", first, second] {
+            out.extend_from_slice(part);
+        }
+        if self.terminal && tag == b'F' && (!first.is_empty() || !second.is_empty()) && out.last() == Some(&b'\r') {
+            out.pop();
+        }
+        out.push(b'\n');
+    }
+}
+
+/// `time` as RFC 3339 in UTC with nine digits of the second.
+pub(crate) fn timestamp(time: SystemTime) -> [u8; 30] {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let days = since.as_secs() / 86_400;
+    let in_day = since.as_secs() % 86_400;
+    // Days to year, month and day in the proleptic Gregorian calendar, in eras of 400 years that begin on 1 March.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+
+    let mut text = *b"0000-00-00T00:00:00.000000000Z";
+    let mut put = |end: usize, digits: usize, mut value: u64| {
+        for position in (end - digits..end).rev() {
+            text[position] = b'0' + u8::try_from(value % 10).unwrap_or(0);
+            value /= 10;
+        }
+    };
+    put(4, 4, year);
+    put(7, 2, month);
+    put(10, 2, day);
+    put(13, 2, in_day / 3600);
+    put(16, 2, in_day / 60 % 60);
+    put(19, 2, in_day % 60);
+    put(29, 9, u64::from(since.subsec_nanos()));
+    text
+}
+
+/// The open log file.
+#[derive(Debug)]
+pub(crate) struct LogFile {
+    directory: PathBuf,
+    name: PathBuf,
+    file: File,
+    /// Bytes that could not be written since the last entry that was.
+    gap_bytes: u64,
+    /// The last write stopped inside an entry.
+    torn: bool,
+    /// All bytes that could not be written.
+    pub(crate) lost_bytes: u64,
+}
+
+impl LogFile {
+    /// Opens or makes the file `name` below `directory`, for appending. Only `directory` itself may be reached through symbolic
+    /// links, and only a plain file with one name is taken: pods can plant links in their log directory.
+    pub(crate) fn open(directory: &[u8], name: &[u8]) -> io::Result<Self> {
+        let directory = PathBuf::from(std::ffi::OsStr::from_bytes(directory));
+        let name = PathBuf::from(std::ffi::OsStr::from_bytes(name));
+        let file = open_below(&directory, &name)?;
+        Ok(Self { directory, name, file, gap_bytes: 0, torn: false, lost_bytes: 0 })
+    }
+
+    /// Opens the same path anew, after the old file was renamed. On an error the old file stays in use.
+    pub(crate) fn reopen(&mut self) -> io::Result<()> {
+        self.file = open_below(&self.directory, &self.name)?;
+        self.torn = false;
+        Ok(())
+    }
+
+    /// Writes a run of whole entries. Never waits and never fails: what a full or broken disk does not take is counted.
+    pub(crate) fn write(&mut self, entries: &[u8]) {
+        if self.gap_bytes > 0 || self.torn {
+            let mend = self.gap_entry();
+            if !matches!(self.file.write(&mend), Ok(length) if length == mend.len()) {
+                self.lose(entries.len());
+                return;
+            }
+            (self.gap_bytes, self.torn) = (0, false);
+        }
+        let mut rest = entries;
+        while !rest.is_empty() {
+            match self.file.write(rest) {
+                Ok(0) => break,
+                Ok(length) => rest = rest.get(length..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        if !rest.is_empty() {
+            let written = entries.len() - rest.len();
+            self.torn = written > 0 && entries.get(written - 1) != Some(&b'\n');
+            self.lose(rest.len());
+        }
+    }
+
+    fn lose(&mut self, bytes: usize) {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        self.gap_bytes = self.gap_bytes.saturating_add(bytes);
+        self.lost_bytes = self.lost_bytes.saturating_add(bytes);
+    }
+
+    fn gap_entry(&self) -> Vec<u8> {
+        let mut entry = if self.torn { b"\n".to_vec() } else { Vec::new() };
+        entry.extend_from_slice(&timestamp(SystemTime::now()));
+        entry.extend_from_slice(
+            format!(" stderr F [berth: {} bytes of log were lost, the disk did not take them]\n", self.gap_bytes)
+                .as_bytes(),
+        );
+        entry
+    }
+}
+
+fn open_below(directory: &Path, name: &Path) -> io::Result<File> {
+    Root::open(directory)?.open_append(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TIME: &[u8] = b"T";
+
+    fn entries(splitter: &mut Splitter, pieces: &[&[u8]]) -> String {
+        let mut out = Vec::new();
+        for piece in pieces {
+            splitter.push(piece, TIME, &mut out);
+        }
+        splitter.finish(TIME, &mut out);
+        String::from_utf8_lossy(&out).into_owned()
+    }
+
+    #[test]
+    fn lines_become_entries() {
+        let cases: &[(&[&[u8]], &str)] = &[
+            (&[], ""),
+            (&[b""], ""),
+            (&[b"a\n"], "T stdout F a\n"),
+            (&[b"a", b"b\n"], "T stdout F ab\n"),
+            (&[b"\n\n"], "T stdout F \nT stdout F \n"),
+            (&[b"a\nb"], "T stdout F a\nT stdout P b\n"),
+            (&[b"1234\n"], "T stdout F 1234\n"),
+            (&[b"12345\n"], "T stdout P 1234\nT stdout F 5\n"),
+            (&[b"1234", b"\n"], "T stdout F 1234\n"),
+            (&[b"1234", b"5\n"], "T stdout P 1234\nT stdout F 5\n"),
+            (&[b"123456789"], "T stdout P 1234\nT stdout P 5678\nT stdout P 9\n"),
+            (&[b"a\r\n"], "T stdout F a\r\n"),
+        ];
+        for (pieces, expected) in cases {
+            assert_eq!(entries(&mut Splitter::new(Stream::Stdout, 4, false), pieces), *expected, "{pieces:?}");
+        }
+    }
+
+    #[test]
+    fn a_terminal_loses_its_carriage_return() {
+        let cases: &[(&[&[u8]], &str)] = &[
+            (&[b"a\r\n"], "T stderr F a\n"),
+            (&[b"a\r", b"\n"], "T stderr F a\n"),
+            (&[b"\r\n"], "T stderr F \n"),
+            (&[b"\n"], "T stderr F \n"),
+            (&[b"a\rb\r\n"], "T stderr F a\rb\n"),
+        ];
+        for (pieces, expected) in cases {
+            assert_eq!(entries(&mut Splitter::new(Stream::Stderr, 64, true), pieces), *expected, "{pieces:?}");
+        }
+    }
+
+    #[test]
+    fn times_are_written_as_rfc_3339() {
+        for (seconds, nanos, expected) in [
+            (0, 0, "1970-01-01T00:00:00.000000000Z"),
+            (951_782_400, 1, "2000-02-29T00:00:00.000000001Z"),
+            (1_475_712_429, 669_794_202, "2016-10-06T00:07:09.669794202Z"),
+            (4_107_542_399, 999_999_999, "2100-02-28T23:59:59.999999999Z"),
+            (4_107_542_400, 0, "2100-03-01T00:00:00.000000000Z"),
+        ] {
+            let time = UNIX_EPOCH + Duration::new(seconds, nanos);
+            assert_eq!(String::from_utf8_lossy(&timestamp(time)), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_contents_joined_are_the_input(
+            pieces in prop::collection::vec(prop::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..40), 0..20),
+            max in 1_usize..20,
+        ) {
+            let mut splitter = Splitter::new(Stream::Stdout, max, false);
+            let mut out = Vec::new();
+            for piece in &pieces {
+                splitter.push(piece, TIME, &mut out);
+            }
+            splitter.finish(TIME, &mut out);
+            let mut joined = Vec::new();
+            // Contents have no newline, so entries end exactly at newlines.
+            for entry in out.split_inclusive(|byte| *byte == b'\n') {
+                let content = entry.strip_prefix(b"T stdout ".as_slice()).unwrap();
+                prop_assert!(content.len() - 3 <= max);
+                joined.extend_from_slice(&content[2..content.len() - 1]);
+                if content[0] == b'F' {
+                    joined.push(b'\n');
+                }
+            }
+            prop_assert_eq!(joined, pieces.concat());
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The last part of a new process, the same for a container's main process and for exec: privileges, filter, program.
+//!
+//! It runs in the child, after the namespaces and the root are in place. The order is the kernel's: each step says why it is where
+//! it is. Everything that can be done before the wait for the start is done before it.
+
+use crate::failure::{Step, from_io, refused, shown};
+use crate::handshake::ChildEnd;
+use crate::user::Resolved;
+use berth_shim_proto::control::{Created, Failed};
+use berth_shim_proto::launch::Process;
+use berth_sys::credentials;
+use berth_sys::process::{self, CloseRange};
+use std::ffi::{CString, OsStr};
+use std::os::unix::ffi::OsStrExt;
+
+/// The search path of a process whose environment has none; the same as execvp(3)'s in glibc.
+const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The program with everything that exec needs, converted before privileges go so that memory errors come early.
+pub(crate) struct Program {
+    candidates: Vec<CString>,
+    name: String,
+    args: Vec<CString>,
+    env: Vec<CString>,
+}
+
+impl Program {
+    pub(crate) fn new(process: &Process, home: &[u8]) -> Result<Self, Failed> {
+        let text = |bytes: &[u8]| {
+            CString::new(bytes).map_err(|_| refused("prepare the program", format!("{} has a NUL byte", shown(bytes))))
+        };
+        let args = process.args.iter().map(|arg| text(arg)).collect::<Result<Vec<_>, _>>()?;
+        let mut env = process.env.iter().map(|pair| text(pair)).collect::<Result<Vec<_>, _>>()?;
+        if !process.env.iter().any(|pair| pair.starts_with(b"HOME=")) {
+            env.push(text(&[b"HOME=".as_slice(), home].concat())?);
+        }
+        let name = process.args.first().ok_or_else(|| refused("prepare the program", "no command"))?;
+        if name.is_empty() {
+            return Err(refused("prepare the program", "the command is empty"));
+        }
+        let candidates = if name.contains(&b'/') {
+            vec![text(name)?]
+        } else {
+            let path = process.env.iter().rev().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH);
+            path.split(|byte| *byte == b':')
+                // An empty element means the working directory to a shell; that is a trap, not a feature.
+                .filter(|directory| !directory.is_empty())
+                .map(|directory| text(&[directory, b"/", name].concat()))
+                .collect::<Result<Vec<_>, _>>()?
+        };
+        Ok(Self { candidates, name: shown(name), args, env })
+    }
+
+    /// Becomes the program. Returns only the reason why it could not.
+    fn execute(&self) -> Failed {
+        let mut denied = None;
+        for path in &self.candidates {
+            let error = process::execute(path, &self.args, &self.env);
+            match error.kind() {
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {}
+                // Another directory of the search path may have one that can be executed: execvp(3).
+                std::io::ErrorKind::PermissionDenied => denied = Some(error),
+                _ => return from_io(&error, "execute", &self.name),
+            }
+        }
+        match denied {
+            Some(error) => from_io(&error, "execute", &self.name),
+            None => Failed {
+                step: "execute".to_owned(),
+                errno: nix_errno_enoent(),
+                detail: if self.candidates.len() == 1 {
+                    self.name.clone()
+                } else {
+                    format!("{}: not in the search path", self.name)
+                },
+            },
+        }
+    }
+}
+
+/// `ENOENT` of errno(3), the same number on every Linux architecture.
+fn nix_errno_enoent() -> i32 {
+    2
+}
+
+/// Sets what a process passes on to its program and has nothing to do with privileges: limits, mask, keyring, score.
+///
+/// Must run while `/proc` is still the host's, for the score.
+pub(crate) fn set_limits(process: &Process, notes: &mut Vec<String>) -> Result<(), Failed> {
+    if let Some(score) = process.oom_score_adj {
+        set_oom_score(score, notes)?;
+    }
+    for limit in &process.rlimits {
+        set_rlimit(limit.resource, limit.soft, limit.hard, notes)?;
+    }
+    process::set_umask(process.umask);
+    match process::join_new_session_keyring() {
+        Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
+        result => result.step("make a session keyring", "")?,
+    }
+    Ok(())
+}
+
+/// A lower score than the own one needs CAP_SYS_RESOURCE: without it, the own one is kept. That weakens no isolation.
+fn set_oom_score(score: i32, notes: &mut Vec<String>) -> Result<(), Failed> {
+    const FILE: &str = "/proc/self/oom_score_adj";
+    match std::fs::write(FILE, score.to_string()) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            let own = std::fs::read_to_string(FILE).step("read", FILE)?;
+            notes.push(format!("oom_score_adj {score} is below the own one and was kept at {}", own.trim()));
+            Ok(())
+        }
+        result => result.step("set the oom score", score),
+    }
+}
+
+fn set_rlimit(resource: u32, soft: u64, hard: u64, notes: &mut Vec<String>) -> Result<(), Failed> {
+    match process::set_rlimit(resource, soft, hard) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            let (_, own_hard) = process::rlimit(resource).step("read the resource limit", resource)?;
+            let (soft, hard) = (soft.min(own_hard), hard.min(own_hard));
+            notes.push(format!("resource limit {resource} was lowered to the own hard limit {own_hard}"));
+            process::set_rlimit(resource, soft, hard).step("set the resource limit", resource)
+        }
+        result => result.step("set the resource limit", resource),
+    }
+}
+
+/// Changes to the working directory, which is made when absent, and makes sure that it lies below the root.
+pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed> {
+    const STEP: &str = "enter the working directory";
+    let path = std::path::Path::new(OsStr::from_bytes(if cwd.is_empty() { b"/" } else { cwd }));
+    if let Err(error) = std::env::set_current_dir(path) {
+        if error.kind() != std::io::ErrorKind::NotFound {
+            return Err(from_io(&error, STEP, path.display()));
+        }
+        // Only missing components are made; the root is the container's by now, so no link leads out of it.
+        make_directories(path, owner)?;
+        std::env::set_current_dir(path).step(STEP, path.display())?;
+    }
+    // A directory descriptor left open by somebody could lead out by /proc/self/fd/N (CVE-2024-21626). The kernel's own name for
+    // a directory outside the root does not begin with a slash: getcwd(3), "(unreachable)".
+    let real = std::env::current_dir().step(STEP, path.display())?;
+    if !real.is_absolute() {
+        return Err(refused(STEP, format!("{} lies outside of the container", path.display())));
+    }
+    Ok(())
+}
+
+fn make_directories(path: &std::path::Path, owner: &Resolved) -> Result<(), Failed> {
+    for part in path.ancestors().collect::<Vec<_>>().into_iter().rev() {
+        match std::fs::create_dir(part) {
+            Ok(()) => std::os::unix::fs::lchown(part, Some(owner.uid), Some(owner.gid))
+                .step("give away the working directory", part.display())?,
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(from_io(&error, "make the working directory", part.display())),
+        }
+    }
+    Ok(())
+}
+
+/// Reports, waits for the start, sheds privileges and becomes the program. Returns only why it could not.
+///
+/// `created` is the report; `terminal` goes with it. For exec there is nothing to wait for: `wait` is false.
+pub(crate) fn finish(
+    process: &Process,
+    program: &Program,
+    user: &Resolved,
+    end: &ChildEnd,
+    report: Option<(Created, Option<std::os::fd::OwnedFd>)>,
+) -> Failed {
+    match shed(process, user, end, report) {
+        Ok(()) => program.execute(),
+        Err(failed) => failed,
+    }
+}
+
+fn shed(
+    process: &Process,
+    user: &Resolved,
+    end: &ChildEnd,
+    report: Option<(Created, Option<std::os::fd::OwnedFd>)>,
+) -> Result<(), Failed> {
+    let capabilities = process.capabilities;
+    // The bounding set needs CAP_SETPCAP, so it goes while all capabilities are there.
+    credentials::limit_bounding_set(capabilities.bounding).step("limit the capabilities", "bounding set")?;
+    credentials::set_groups(&user.groups).step("set the groups", "")?;
+    // Without this, the change away from user 0 would clear the permitted set that capset below restricts.
+    process::keep_capabilities().step("keep the capabilities", "")?;
+    credentials::set_ids(user.uid, user.gid).step("become the user", user.uid)?;
+    if let Some((created, terminal)) = report {
+        end.ready(&created, terminal.as_ref().map(std::os::fd::AsFd::as_fd))?;
+        drop(terminal);
+        end.wait_for_go()?;
+    }
+    // Everything but 0, 1, 2 closes at exec, however it was opened.
+    process::close_from(3, CloseRange::OnExec).step("close descriptors", "")?;
+    if process.no_new_privileges {
+        process::set_no_new_privileges().step("set no_new_privs", "")?;
+        // With no_new_privs a filter needs no capability, so it comes last and may forbid even capset.
+        set_capabilities(process)?;
+        install_filter(process)
+    } else {
+        // Without it the filter needs CAP_SYS_ADMIN, which the change of user above took out of the effective set.
+        if !process.seccomp_filter.is_empty() {
+            const SYS_ADMIN: u64 = 1 << 21;
+            const SETPCAP: u64 = 1 << 8;
+            let all = capabilities.permitted | capabilities.inheritable | SYS_ADMIN | SETPCAP;
+            credentials::set_capabilities(SYS_ADMIN | SETPCAP, all, 0).step("limit the capabilities", "for the filter")?;
+            install_filter(process)?;
+        }
+        set_capabilities(process)
+    }
+}
+
+fn set_capabilities(process: &Process) -> Result<(), Failed> {
+    let sets = process.capabilities;
+    credentials::clear_ambient_set().step("limit the capabilities", "ambient set")?;
+    credentials::set_capabilities(sets.effective, sets.permitted, sets.inheritable)
+        .step("limit the capabilities", "effective, permitted, inheritable")?;
+    credentials::raise_ambient_set(sets.ambient).step("limit the capabilities", "ambient set")
+}
+
+fn install_filter(process: &Process) -> Result<(), Failed> {
+    if process.seccomp_filter.is_empty() {
+        return Ok(());
+    }
+    process::install_seccomp(&process.seccomp_filter, process.seccomp_flags).step("install the seccomp filter", "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(args: &[&str], env: &[&str]) -> Process {
+        let bytes = |list: &[&str]| list.iter().map(|text| text.as_bytes().to_vec()).collect();
+        Process { args: bytes(args), env: bytes(env), ..Process::default() }
+    }
+
+    #[test]
+    fn programs_are_looked_for_where_the_environment_says() {
+        let cases: &[(&[&str], &[&str], &[&str])] = &[
+            (&["sh"], &["PATH=/a:/b"], &["/a/sh", "/b/sh"]),
+            (&["sh"], &["PATH=:/a::"], &["/a/sh"]),
+            (&["sh"], &["PATH=/a", "PATH=/b"], &["/b/sh"]),
+            (&["./sh"], &["PATH=/a"], &["./sh"]),
+            (&["/bin/sh"], &[], &["/bin/sh"]),
+            (&["sh"], &["PATH="], &[]),
+        ];
+        for (args, env, expected) in cases {
+            let program = Program::new(&process(args, env), b"/").unwrap();
+            let found: Vec<&str> = program.candidates.iter().map(|path| path.to_str().unwrap()).collect();
+            assert_eq!(found, *expected, "{args:?} {env:?}");
+        }
+        assert!(Program::new(&process(&["sh"], &[]), b"/").unwrap().candidates.len() > 3);
+    }
+
+    #[test]
+    fn home_is_added_only_when_absent() {
+        let env = |given: &[&str]| Program::new(&process(&["a"], given), b"/home").unwrap().env;
+        assert_eq!(env(&[]), [c"HOME=/home".to_owned()]);
+        assert_eq!(env(&["HOME="]), [c"HOME=".to_owned()]);
+    }
+
+    #[test]
+    fn commands_that_cannot_be_are_refused() {
+        for args in [&[][..], &[""], &["a\0b"], &["a", "\0"]] {
+            assert!(Program::new(&process(args, &[]), b"/").is_err(), "{args:?}");
+        }
+    }
+}

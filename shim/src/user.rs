@@ -1,0 +1,212 @@
+//! Who a process runs as: the words of the request resolved by the container's own `/etc/passwd` and `/etc/group`.
+//!
+//! The rules are the CRI's (`LinuxContainerSecurityContext.run_as_user`, `run_as_username`, `run_as_group`,
+//! `supplemental_groups_policy`) and the OCI image's (`config.User`). A text of digits is always a number, never a name, and a
+//! number that does not fit is an error and never a name: an image could map such a "name" to root (CVE-2016-3697, CVE-2024-40635,
+//! CVE-2026-46680). No NSS: nothing of the image is executed or loaded.
+
+use crate::failure::{refused, shown};
+use berth_shim_proto::control::Failed;
+use berth_shim_proto::launch::User;
+
+/// The largest user or group number: what the peers accept, so that no number turns negative on its way through an `int`.
+const MAX_ID: u32 = i32::MAX.unsigned_abs();
+
+/// The largest passwd or group file that is read, in bytes; the same as containerd's cap.
+pub(crate) const MAX_FILE: u64 = 10 * 1024 * 1024;
+
+/// The longest line in one; longer ones are skipped, as they cannot name anybody.
+const MAX_LINE: usize = 64 * 1024;
+
+/// A resolved user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Resolved {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// All supplementary groups, the primary one first, none twice.
+    pub(crate) groups: Vec<u32>,
+    /// The home directory, `/` when the passwd file has none.
+    pub(crate) home: Vec<u8>,
+}
+
+const STEP: &str = "find the user";
+
+/// A number if the text is one.
+fn number(text: &[u8]) -> Result<Option<u32>, Failed> {
+    if text.is_empty() || !text.iter().all(u8::is_ascii_digit) {
+        return Ok(None);
+    }
+    let value = std::str::from_utf8(text).ok().filter(|text| text.len() <= 10).and_then(|text| text.parse().ok());
+    match value {
+        Some(id) if id <= MAX_ID => Ok(Some(id)),
+        _ => Err(refused(STEP, format!("{} is not between 0 and {MAX_ID}", shown(text)))),
+    }
+}
+
+struct PasswdEntry<'a> {
+    name: &'a [u8],
+    uid: u32,
+    gid: u32,
+    home: &'a [u8],
+}
+
+/// Lines with a number that does not fit are no entries: passwd(5).
+fn passwd_entries(file: &[u8]) -> impl Iterator<Item = PasswdEntry<'_>> {
+    lines(file).filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b':');
+        let name = fields.next().filter(|name| !name.is_empty())?;
+        let uid = number(fields.nth(1)?).ok()??;
+        let gid = number(fields.next()?).ok()??;
+        let home = fields.nth(1).unwrap_or_default();
+        Some(PasswdEntry { name, uid, gid, home })
+    })
+}
+
+struct GroupEntry<'a> {
+    name: &'a [u8],
+    gid: u32,
+    members: &'a [u8],
+}
+
+fn group_entries(file: &[u8]) -> impl Iterator<Item = GroupEntry<'_>> {
+    lines(file).filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b':');
+        let name = fields.next().filter(|name| !name.is_empty())?;
+        let gid = number(fields.nth(1)?).ok()??;
+        Some(GroupEntry { name, gid, members: fields.next().unwrap_or_default() })
+    })
+}
+
+fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
+    file.split(|byte| *byte == b'\n').filter(|line| line.len() <= MAX_LINE && !line.starts_with(b"#"))
+}
+
+/// Resolves `user` by the bytes of the two files, empty when the container has none.
+pub(crate) fn resolve(user: &User, passwd: &[u8], group: &[u8]) -> Result<Resolved, Failed> {
+    let (user_text, group_text) = match user.user.as_bytes().iter().position(|byte| *byte == b':') {
+        Some(colon) => {
+            let (left, right) = user.user.as_bytes().split_at(colon);
+            (left, right.get(1..).unwrap_or_default())
+        }
+        None => (user.user.as_bytes(), b"".as_slice()),
+    };
+    let text = if user_text.is_empty() { b"0" } else { user_text };
+    let entry = match number(text)? {
+        Some(uid) => passwd_entries(passwd).find(|entry| entry.uid == uid).ok_or(uid),
+        None => Ok(passwd_entries(passwd)
+            .find(|entry| entry.name == text)
+            .ok_or_else(|| refused(STEP, format!("no user {} in the container's /etc/passwd", shown(text))))?),
+    };
+    let (name, uid, mut gid, home) = match entry {
+        Ok(entry) => (Some(entry.name), entry.uid, entry.gid, entry.home),
+        Err(uid) => (None, uid, 0, b"".as_slice()),
+    };
+    if !group_text.is_empty() {
+        gid = match number(group_text)? {
+            Some(gid) => gid,
+            None => group_entries(group).find(|entry| entry.name == group_text).map(|entry| entry.gid).ok_or_else(
+                || refused(STEP, format!("no group {} in the container's /etc/group", shown(group_text))),
+            )?,
+        };
+    }
+    if let Some(asked) = user.group {
+        gid = asked;
+    }
+    let mut groups = vec![gid];
+    groups.extend_from_slice(&user.supplementary_groups);
+    if user.merge_groups && let Some(name) = name {
+        groups.extend(
+            group_entries(group)
+                .filter(|entry| entry.members.split(|byte| *byte == b',').any(|member| member == name))
+                .map(|entry| entry.gid),
+        );
+    }
+    if let Some(wrong) = groups.iter().find(|gid| **gid > MAX_ID) {
+        return Err(refused(STEP, format!("group {wrong} is not between 0 and {MAX_ID}")));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    groups.retain(|gid| seen.insert(*gid));
+    let home = if home.is_empty() { b"/".to_vec() } else { home.to_vec() };
+    Ok(Resolved { uid, gid, groups, home })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\n# comment:x:9:9::/:\nbad:x:4294967296:0::/:\nweb:x:33:44:Web:/srv:/bin/sh\n\
+        1000:x:0:0:numeric name:/root:/bin/sh\nnohome:x:7:8\n99999999999:x:0:0::/:\nshort:x\n";
+    const GROUP: &[u8] = b"root:x:0:\nweb:x:44:\nextra:x:500:web,other\nmore:x:501:other,web\nagain:x:500:web\nbroken:x:-1:web\n";
+
+    fn asked(user: &str) -> User {
+        User { user: user.to_owned(), merge_groups: true, ..User::default() }
+    }
+
+    #[test]
+    fn the_words_of_images_are_resolved() {
+        let cases: &[(&str, Result<(u32, u32, &[u32], &str), &str>)] = &[
+            ("", Ok((0, 0, &[0], "/root"))),
+            ("0", Ok((0, 0, &[0], "/root"))),
+            ("root", Ok((0, 0, &[0], "/root"))),
+            ("web", Ok((33, 44, &[44, 500, 501], "/srv"))),
+            ("33", Ok((33, 44, &[44, 500, 501], "/srv"))),
+            ("1000", Ok((1000, 0, &[0], "/"))),
+            ("7", Ok((7, 8, &[8], "/"))),
+            ("33:7", Ok((33, 7, &[7, 500, 501], "/srv"))),
+            ("web:extra", Ok((33, 500, &[500, 501], "/srv"))),
+            (":44", Ok((0, 44, &[44], "/root"))),
+            ("nobody", Err("no user nobody")),
+            ("web:nogroup", Err("no group nogroup")),
+            ("4294967295", Err("not between")),
+            ("4294967296", Err("not between")),
+            ("2147483648", Err("not between")),
+            ("99999999999", Err("not between")),
+            ("bad", Err("no user bad")),
+            ("short", Err("no user short")),
+            ("+1", Err("no user +1")),
+            ("-1", Err("no user -1")),
+            (" 0", Err("no user  0")),
+            ("0x0", Err("no user 0x0")),
+            ("web\0", Err("no user web\\x00")),
+        ];
+        for (text, expected) in cases {
+            match (resolve(&asked(text), PASSWD, GROUP), expected) {
+                (Ok(found), Ok((uid, gid, groups, home))) => {
+                    assert_eq!((found.uid, found.gid, &found.groups[..]), (*uid, *gid, *groups), "{text:?}");
+                    assert_eq!(found.home, home.as_bytes(), "{text:?}");
+                }
+                (Err(failed), Err(words)) => assert!(failed.detail.contains(words), "{text:?}: {failed}"),
+                (found, expected) => panic!("{text:?}: {found:?}, expected {expected:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn groups_of_the_request_come_before_those_of_the_file() {
+        let mut user = asked("web");
+        user.supplementary_groups = vec![1234, 500];
+        assert_eq!(resolve(&user, PASSWD, GROUP).unwrap().groups, [44, 1234, 500, 501]);
+        user.merge_groups = false;
+        assert_eq!(resolve(&user, PASSWD, GROUP).unwrap().groups, [44, 1234, 500]);
+        user.group = Some(9);
+        assert_eq!(resolve(&user, PASSWD, GROUP).unwrap().groups, [9, 1234, 500]);
+        user.supplementary_groups = vec![u32::MAX];
+        assert!(resolve(&user, PASSWD, GROUP).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn only_a_root_of_the_files_or_zero_becomes_root(text in "[^:]{1,16}") {
+            if let Ok(found) = resolve(&asked(&text), PASSWD, GROUP) {
+                let zero = text.bytes().all(|byte| byte == b'0');
+                prop_assert!(found.uid != 0 || zero || text == "root", "{text:?} became root");
+            }
+        }
+
+        #[test]
+        fn any_files_are_survived(passwd in prop::collection::vec(any::<u8>(), 0..300), group in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = resolve(&asked("web:extra"), &passwd, &group);
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! CRI messages into plain data, checked, and back.

@@ -1,0 +1,1 @@
+//! The OCI runtime spec as a plan for the shim.

@@ -7,7 +7,7 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet bench lint clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer bench lint clean
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
 
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-unit     the tests of each crate'
 	@echo 'make test-rootful  the real daemon over its socket (root)'
 	@echo 'make test-kubelet  a real kubelet on the real daemon (root)'
+	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
 	@echo 'make bench         Berth beside containerd with runc (root)'
 	@echo 'make lint          format, clippy, docs, dependencies'
 	@echo 'make clean         remove what was built'
@@ -61,6 +62,12 @@ test-kubelet: build images
 	@scripts/install-needs test
 	@scripts/build-peer kubelet
 	@scripts/run-tests kubelet
+
+# Checks the test, not Berth: on containerd it has to pass as well.
+test-kubelet-peer: images
+	@scripts/install-needs test bench
+	@scripts/build-peer kubelet containerd runc
+	@scripts/run-tests kubelet-peer
 
 bench: build images
 	@scripts/install-needs bench

@@ -1,7 +1,8 @@
 //! A cgroup of a test's own, for what it starts: made below the root of every hierarchy, read, and taken away.
 //!
 //! Works on cgroup v1, on v2, and on hybrid machines, where the controllers sit on v1 hierarchies and the v2 one has
-//! none (`cgroups(7)`, "Cgroups version 2"). Limits are read as numbers, whichever version says them.
+//! none (`cgroups(7)`, "Cgroups version 2"); runtimes and kubelets make their cgroups there all the same. Limits are
+//! read as numbers, whichever version says them.
 
 use std::fs;
 use std::io;
@@ -184,11 +185,10 @@ fn walk(folder: &Path, visit: &mut impl FnMut(&Path)) {
     }
 }
 
-/// The hierarchies in the text of `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`), and whether they are v2. A v2 one
-/// beside v1 ones has no controllers and is left out.
+/// The hierarchies in the text of `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`), and whether there is none of v1.
 fn hierarchies(mountinfo: &str) -> (Vec<Hierarchy>, bool) {
-    let mut v1 = Vec::new();
-    let mut v2 = Vec::new();
+    let mut found = Vec::new();
+    let mut unified = true;
     for line in mountinfo.lines() {
         let Some((mount, source)) = line.split_once(" - ") else { continue };
         let Some(mount) = mount.split(' ').nth(4).map(PathBuf::from) else { continue };
@@ -199,18 +199,14 @@ fn hierarchies(mountinfo: &str) -> (Vec<Hierarchy>, bool) {
             "cgroup" => {
                 let controllers =
                     options.split(',').filter(|option| !option.contains('=')).map(str::to_owned).collect();
-                v1.push(Hierarchy { mount, controllers });
+                found.push(Hierarchy { mount, controllers });
+                unified = false;
             }
-            "cgroup2" => v2.push(Hierarchy { mount, controllers: Vec::new() }),
+            "cgroup2" => found.push(Hierarchy { mount, controllers: Vec::new() }),
             _ => {}
         }
     }
-    if v1.is_empty() {
-        v2.truncate(1);
-        (v2, true)
-    } else {
-        (v1, false)
-    }
+    (found, unified)
 }
 
 #[cfg(test)]
@@ -218,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hierarchies_of_a_hybrid_machine_are_the_v1_ones() {
+    fn a_hybrid_machine_has_its_controllers_on_v1() {
         let (found, unified) = hierarchies(
             "29 23 0:25 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
              30 29 0:26 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory\n\
@@ -229,7 +225,10 @@ mod tests {
         );
         assert!(!unified);
         let mounts: Vec<_> = found.iter().map(|hierarchy| hierarchy.mount.to_string_lossy()).collect();
-        assert_eq!(mounts, ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu,cpuacct", "/sys/fs/cgroup/systemd"]);
+        assert_eq!(
+            mounts,
+            ["memory", "cpu,cpuacct", "systemd", "unified"].map(|name| format!("/sys/fs/cgroup/{name}"))
+        );
         assert!(found[1].controllers.contains(&"cpu".to_owned()));
         assert!(!found[2].controllers.contains(&"systemd".to_owned()));
     }

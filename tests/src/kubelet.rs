@@ -44,6 +44,83 @@ pub struct Kubelet {
     cgroup: Cgroup,
 }
 
+/// A pod as the kubelet reports it: the parts of `v1.Pod` (Kubernetes API reference) that the tests look at.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Its name, with the node's at its end.
+    pub name: String,
+    /// Whether its condition `Ready` is true.
+    pub ready: bool,
+    /// Its init containers, in the order of the manifest.
+    pub init_containers: Vec<PodContainer>,
+    /// Its containers, by name.
+    pub containers: Vec<PodContainer>,
+}
+
+/// A container of a [`Pod`]: the parts of `v1.ContainerStatus` that the tests look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodContainer {
+    /// Its name in the manifest.
+    pub name: String,
+    /// The runtime's id, without the runtime's name before it; empty before the container was made.
+    pub id: String,
+    /// How often it was started anew.
+    pub restart_count: u64,
+    /// Whether its readiness probe says so.
+    pub ready: bool,
+    /// Exit code of this instance, if it ended.
+    pub exit_code: Option<i64>,
+    /// Exit code of the instance before, if there was one.
+    pub previous_exit_code: Option<i64>,
+}
+
+impl Pod {
+    /// The container of this name.
+    ///
+    /// # Errors
+    /// When the kubelet does not report one.
+    pub fn container(&self, name: &str) -> Result<&PodContainer> {
+        let mut containers = self.containers.iter().chain(&self.init_containers);
+        containers
+            .find(|container| container.name == name)
+            .with_context(|| format!("no container {name} in {self:?}"))
+    }
+
+    fn read(pod: &Value) -> Self {
+        let containers = |list: &str| {
+            let list = pod.pointer(list).and_then(Value::as_array);
+            list.into_iter().flatten().map(PodContainer::read).collect()
+        };
+        let conditions = pod.pointer("/status/conditions").and_then(Value::as_array);
+        let ready = conditions.into_iter().flatten().find(|condition| text(condition, "/type") == "Ready");
+        Self {
+            name: text(pod, "/metadata/name"),
+            ready: ready.is_some_and(|condition| text(condition, "/status") == "True"),
+            init_containers: containers("/status/initContainerStatuses"),
+            containers: containers("/status/containerStatuses"),
+        }
+    }
+}
+
+impl PodContainer {
+    fn read(status: &Value) -> Self {
+        let id = text(status, "/containerID");
+        Self {
+            name: text(status, "/name"),
+            id: id.split_once("://").map(|(_, id)| id.to_owned()).unwrap_or_default(),
+            restart_count: status.pointer("/restartCount").and_then(Value::as_u64).unwrap_or_default(),
+            ready: status.pointer("/ready").and_then(Value::as_bool).unwrap_or_default(),
+            exit_code: status.pointer("/state/terminated/exitCode").and_then(Value::as_i64),
+            previous_exit_code: status.pointer("/lastState/terminated/exitCode").and_then(Value::as_i64),
+        }
+    }
+}
+
+/// The string at `pointer`, empty when there is none.
+fn text(value: &Value, pointer: &str) -> String {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
 /// The place of a container's log to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instance {
@@ -119,6 +196,13 @@ impl Kubelet {
         self.dir.join("evidence")
     }
 
+    /// The folders of pods that the kubelet still keeps: their volumes.
+    #[must_use]
+    pub fn pod_folders(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.dir.join("root/pods")).into_iter().flatten();
+        entries.filter_map(Result::ok).map(|entry| entry.path()).collect()
+    }
+
     /// Gives the kubelet the static pod of `tests/kubelet/pod.yaml` with `image` in every container, and returns the
     /// pod's name.
     ///
@@ -141,13 +225,27 @@ impl Kubelet {
         fs::remove_file(self.manifest()).context("removing the manifest")
     }
 
-    /// The pods as the kubelet's API has them: a `v1.PodList` (Kubernetes API reference, "Pod").
+    /// The pods that the kubelet has, as its API reports them.
     ///
     /// # Errors
-    /// When the API does not answer, or not with JSON.
-    pub fn pods(&self) -> Result<Value> {
+    /// When the API does not answer, or not with a `v1.PodList`.
+    pub fn pods(&self) -> Result<Vec<Pod>> {
         let text = self.get("/pods")?;
-        serde_json::from_str(&text).context("reading the pod list")
+        let list: Value = serde_json::from_str(&text).context("reading the pod list")?;
+        match list.get("items") {
+            Some(Value::Array(items)) => Ok(items.iter().map(Pod::read).collect()),
+            Some(Value::Null) => Ok(Vec::new()),
+            _ => bail!("the answer is no pod list: {text}"),
+        }
+    }
+
+    /// The pod of this name.
+    ///
+    /// # Errors
+    /// When the API does not answer, or knows no such pod.
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        let mut pods = self.pods()?.into_iter();
+        pods.find(|pod| pod.name == name).with_context(|| format!("the kubelet knows no pod {name}"))
     }
 
     /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it.

@@ -4,4 +4,5 @@
 pub mod cgroup;
 pub mod deadline;
 pub mod kubelet;
+pub mod peer;
 pub mod skip;

@@ -1,0 +1,445 @@
+//! A real kubelet runs a static pod on the runtime: from its start, through a crash of the daemon and the restart of a
+//! container, to its end.
+//!
+//! One pod and one test, because every step looks at what the steps before left. With the feature `peer` the same runs
+//! on containerd: what fails there is a mistake of the test.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use berth_api::v1::berth_client::BerthClient;
+use berth_api::v1::import_request::Step;
+use berth_api::v1::import_start::Source;
+use berth_api::v1::{ImportRequest, ImportStart};
+use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
+use berth_cri::v1::{ListContainersRequest, ListPodSandboxRequest, VersionRequest};
+use berth_tests::cgroup::CpuLimit;
+use berth_tests::deadline::within;
+use berth_tests::kubelet::{Instance, Kubelet, Pod};
+use berth_tests::skip::skip;
+use tonic::transport::{Channel, Endpoint};
+
+/// The image of every container: what `scripts/build-image demo` makes.
+const IMAGE: &str = "localhost/berth/demo:latest";
+
+/// Time for something that the kubelet or the runtime does at once, on a machine that is busy with other things.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Time for the kubelet to collect a pod that has ended. It does so once a minute.
+const COLLECTION: Duration = Duration::from_secs(180);
+
+/// How long the daemon stays away between its end and its new start: not at all, and longer than the kubelet takes to
+/// notice. The kubelet looks at the runtime once a second.
+const ABSENCES: [Duration; 2] = [Duration::ZERO, Duration::from_secs(3)];
+
+/// What the test needs to know and do about a runtime, beside its socket.
+trait Runtime {
+    /// Its CRI socket.
+    fn socket(&self) -> &Path;
+    /// The folder that everything it keeps is below.
+    fn dir(&self) -> &Path;
+    /// The name of its bridge.
+    fn bridge(&self) -> &str;
+    /// Kills the daemon without a warning, and starts it again after `absence`.
+    fn crash(&mut self, absence: Duration) -> Result<()>;
+    /// The end of its log.
+    fn last_words(&self) -> String;
+}
+
+#[test]
+fn a_static_pod_lives_survives_a_crash_of_the_daemon_and_ends() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        skip("kubelet", "needs root");
+        return Ok(());
+    }
+    let dir = tempfile::tempdir().context("making a folder for the daemon")?;
+    let mut daemon = Berthd::start(dir.path())?;
+    import_demo_image(&daemon)?;
+    run(&mut daemon)
+}
+
+#[cfg(feature = "peer")]
+#[test]
+fn the_same_pod_lives_and_ends_on_containerd() -> Result<()> {
+    let dir = tempfile::tempdir().context("making a folder for containerd")?;
+    let dir = dir.path().join("containerd");
+    let bridge = format!("ctd{}", std::process::id());
+    let mut peer = Peer { containerd: berth_tests::peer::Containerd::start(&dir, &bridge)?, dir, bridge };
+    run(&mut peer)
+}
+
+fn run(runtime: &mut dyn Runtime) -> Result<()> {
+    let dir = tempfile::tempdir().context("making a folder for the kubelet")?;
+    let kubelet = Kubelet::start(dir.path(), runtime.socket())?;
+    let outcome = live_and_end(&kubelet, runtime);
+    outcome.with_context(|| format!("{}\n{}", kubelet.last_words(), runtime.last_words()))
+}
+
+fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
+    let cri = Cri::connect(runtime.socket())?;
+    let mounts_before = mounts_below(runtime.dir())?;
+
+    let name = kubelet.run_pod(IMAGE)?;
+    let pod = within(SOON, "the pod is ready", || Ok(Some(kubelet.pod(&name)?).filter(|pod| pod.ready)))?;
+    began_as_the_manifest_says(kubelet, &pod)?;
+    limits_are_those_of_the_manifest(kubelet, &pod)?;
+
+    for absence in ABSENCES {
+        let counted = count(kubelet, &name, Instance::Current)?;
+        runtime.crash(absence)?;
+        within(SOON, "CRI answers again", || cri.version().map(Some))?;
+        containers_live_on(kubelet, &pod, counted)
+            .with_context(|| format!("after a crash and {absence:?} without a daemon"))?;
+    }
+
+    let pod = an_exit_is_followed_by_a_restart(kubelet, &pod)?;
+    probes_go_on(kubelet)?;
+
+    let ids: Vec<&str> = pod.containers.iter().map(|container| container.id.as_str()).collect();
+    kubelet.delete_pod()?;
+    ends_gracefully(kubelet, &ids)?;
+    leaves_nothing(kubelet, &cri, runtime, &mounts_before)
+}
+
+/// The init container came first, both containers run, the volume is one and the same, localhost too, the environment
+/// is set, and the hook after the start ran.
+fn began_as_the_manifest_says(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
+    let init = pod.container("init")?;
+    ensure!(init.exit_code == Some(0), "the init container ended with success: {init:?}");
+    for name in ["server", "client"] {
+        let container = pod.container(name)?;
+        ensure!(
+            container.ready && container.restart_count == 0,
+            "{name} runs for the first time: {container:?}"
+        );
+    }
+
+    // The page was written by `init`, served by `server` from the volume, and fetched by `client` over localhost, which
+    // put what it got into the volume again.
+    let page = format!("page of {}", pod.name);
+    let read = format!("client read: {page}");
+    within(SOON, "the client tells what it read, in its log", || {
+        let log = kubelet.log(&pod.name, "client", Instance::Current)?;
+        Ok(log.lines().next().is_some_and(|line| line == read).then_some(()))
+    })?;
+    let server = kubelet.log(&pod.name, "server", Instance::Current)?;
+    ensure!(
+        server.starts_with("server greets with good morning, both of you\n"),
+        "the environment: {server:?}"
+    );
+    let post_start = evidence(kubelet, "post-start")?;
+    ensure!(post_start.trim_end() == pod.name, "the hook after the start knows the pod: {post_start:?}");
+    probes_go_on(kubelet)
+}
+
+/// The liveness probe leaves a line each time.
+fn probes_go_on(kubelet: &Kubelet) -> Result<()> {
+    let before = evidence(kubelet, "liveness").unwrap_or_default().lines().count();
+    within(SOON, "the liveness probe runs again", || {
+        Ok((evidence(kubelet, "liveness")?.lines().count() >= before + 2).then_some(()))
+    })
+}
+
+/// `cpu: 200m` is a fifth of every period, `64Mi` is a number of bytes (Kubernetes, "Resource units").
+fn limits_are_those_of_the_manifest(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
+    for (name, memory_bytes, milli_cpu) in [("server", 64 << 20, 200), ("client", 32 << 20, 500)] {
+        let id = &pod.container(name)?.id;
+        let memory = kubelet.cgroup().memory_limit_bytes(id)?;
+        ensure!(memory == memory_bytes, "{name} may use {memory} bytes of memory, not {memory_bytes}");
+        let CpuLimit { quota_us, period_us } = kubelet.cgroup().cpu_limit(id)?;
+        ensure!(quota_us * 1000 == period_us * milli_cpu, "{name} may run {quota_us} of {period_us} us");
+    }
+    Ok(())
+}
+
+/// No container was touched, and the log has every line: those from before, those of the time without a daemon, and
+/// new ones.
+fn containers_live_on(kubelet: &Kubelet, before: &Pod, counted: u64) -> Result<()> {
+    // A hundred lines are two seconds of the container's life: enough for the kubelet to look at the runtime anew.
+    within(SOON, "the client's log goes on", || {
+        Ok((count(kubelet, &before.name, Instance::Current)? >= counted + 100).then_some(()))
+    })?;
+    probes_go_on(kubelet)?;
+    let pod =
+        within(SOON, "the pod is ready", || Ok(Some(kubelet.pod(&before.name)?).filter(|pod| pod.ready)))?;
+    for container in &before.containers {
+        let now = pod.container(&container.name)?;
+        ensure!(now == container, "the container is what it was: {container:?}, and now {now:?}");
+    }
+    Ok(())
+}
+
+/// The client ends with code 3 when asked to, and is started again; the server is left alone.
+fn an_exit_is_followed_by_a_restart(kubelet: &Kubelet, before: &Pod) -> Result<Pod> {
+    fs::write(kubelet.evidence().join("exit"), "").context("asking the client to exit")?;
+    let pod = within(SOON, "the client runs again and the pod is ready", || {
+        let pod = kubelet.pod(&before.name)?;
+        let restarted = pod.container("client")?.restart_count == 1;
+        Ok(Some(pod).filter(|pod| restarted && pod.ready))
+    })?;
+    let client = pod.container("client")?;
+    ensure!(client.previous_exit_code == Some(3), "its exit code is kept: {client:?}");
+    ensure!(client.id != before.container("client")?.id, "it is a new container: {client:?}");
+    ensure!(pod.container("server")? == before.container("server")?, "the server is left alone: {pod:?}");
+    let first_life = count(kubelet, &pod.name, Instance::Previous)?;
+    ensure!(first_life > 100, "the log of its first life can be read: {first_life} lines");
+    within(SOON, "it counts anew", || Ok((count(kubelet, &pod.name, Instance::Current)? > 0).then_some(())))?;
+    Ok(pod)
+}
+
+/// The hook before the stop ran, then the signal came, and there was time for both. The kubelet's API forgets the pod
+/// at once, so the containers' cgroups tell when they have ended.
+fn ends_gracefully(kubelet: &Kubelet, ids: &[&str]) -> Result<()> {
+    within(SOON, "the containers' cgroups are gone", || {
+        Ok(ids.iter().all(|id| kubelet.cgroup().below(id).is_empty()).then_some(()))
+    })?;
+    let pre_stop = evidence(kubelet, "pre-stop").context("the hook before the stop ran")?;
+    ensure!(pre_stop.starts_with("page of "), "the hook before the stop saw the volume: {pre_stop:?}");
+    let signal = evidence(kubelet, "server-term").context("the server got its signal")?;
+    ensure!(signal == "ended\n", "the server ended by itself: {signal:?}");
+    ensure!(kubelet.pods()?.is_empty(), "the kubelet has no pod any more");
+    Ok(())
+}
+
+/// Nothing of the pod is listed or mounted, attached to the bridge, or left as a cgroup or a volume.
+fn leaves_nothing(
+    kubelet: &Kubelet,
+    cri: &Cri,
+    runtime: &dyn Runtime,
+    mounts_before: &BTreeSet<PathBuf>,
+) -> Result<()> {
+    within(COLLECTION, "the kubelet has the runtime remove the pod", || {
+        Ok(cri.everything()?.is_empty().then_some(()))
+    })?;
+    within(SOON, "no cgroup of a pod is left", || {
+        Ok(kubelet.cgroup().below("pod").iter().all(|path| path.ends_with("kubepods")).then_some(()))
+    })?;
+    within(SOON, "the pod's volumes are gone", || Ok(kubelet.pod_folders().is_empty().then_some(())))?;
+    let mounts: Vec<_> = mounts_below(runtime.dir())?.difference(mounts_before).cloned().collect();
+    ensure!(mounts.is_empty(), "nothing is left mounted: {mounts:?}");
+    let ports = Path::new("/sys/class/net").join(runtime.bridge()).join("brif");
+    let ports: Vec<_> = fs::read_dir(ports).into_iter().flatten().filter_map(Result::ok).collect();
+    ensure!(ports.is_empty(), "no pod is left on the bridge: {ports:?}");
+    Ok(())
+}
+
+/// How far the client has counted. Its lines must be 1, 2, 3 ... without a gap or a repetition.
+fn count(kubelet: &Kubelet, pod: &str, instance: Instance) -> Result<u64> {
+    let log = kubelet.log(pod, "client", instance)?;
+    let mut counted = 0;
+    for line in log.lines() {
+        let Some(number) = line.strip_prefix("count ") else { continue };
+        let number: u64 = number.parse().with_context(|| format!("the log says {line:?}"))?;
+        ensure!(number == counted + 1, "the log says {number} after {counted}");
+        counted = number;
+    }
+    Ok(counted)
+}
+
+fn evidence(kubelet: &Kubelet, name: &str) -> Result<String> {
+    let path = kubelet.evidence().join(name);
+    fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+}
+
+/// The places below `dir` where something is mounted.
+fn mounts_below(dir: &Path) -> Result<BTreeSet<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    Ok(places.filter(|place| place.starts_with(dir)).collect())
+}
+
+/// A client of the runtime beside the kubelet.
+struct Cri {
+    tokio: tokio::runtime::Runtime,
+    client: RuntimeServiceClient<Channel>,
+}
+
+impl Cri {
+    /// Connects with the first call, and anew when the connection broke.
+    fn connect(socket: &Path) -> Result<Self> {
+        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("tokio")?;
+        let channel = tokio.block_on(async { channel(socket) })?;
+        Ok(Self { tokio, client: RuntimeServiceClient::new(channel) })
+    }
+
+    fn version(&self) -> Result<String> {
+        let mut client = self.client.clone();
+        let call = client.version(VersionRequest::default());
+        Ok(self.tokio.block_on(call).context("Version")?.into_inner().runtime_name)
+    }
+
+    /// The ids of all containers and sandboxes, also of those that have ended.
+    fn everything(&self) -> Result<Vec<String>> {
+        let mut client = self.client.clone();
+        self.tokio.block_on(async {
+            let containers = client.list_containers(ListContainersRequest::default()).await;
+            let containers = containers.context("ListContainers")?.into_inner().containers;
+            let sandboxes = client.list_pod_sandbox(ListPodSandboxRequest::default()).await;
+            let sandboxes = sandboxes.context("ListPodSandbox")?.into_inner().items;
+            let ids = containers.into_iter().map(|container| container.id);
+            Ok(ids.chain(sandboxes.into_iter().map(|sandbox| sandbox.id)).collect())
+        })
+    }
+}
+
+fn channel(socket: &Path) -> Result<Channel> {
+    let uri = format!("unix://{}", socket.display());
+    Ok(Endpoint::from_shared(uri).context("naming the socket")?.connect_lazy())
+}
+
+/// A daemon of Berth with its own folders, killed on drop.
+struct Berthd {
+    process: Child,
+    dir: PathBuf,
+    socket: PathBuf,
+    bridge: String,
+}
+
+impl Berthd {
+    fn start(dir: &Path) -> Result<Self> {
+        let bridge = format!("bk{}", std::process::id());
+        let configuration = format!("[network]\nbridge = \"{bridge}\"\nsubnets = [\"10.214.0.0/16\"]\n");
+        fs::write(dir.join("berth.toml"), configuration).context("writing the daemon's configuration")?;
+        let process = spawn_berthd(dir)?;
+        let socket = dir.join("berth.sock");
+        let daemon = Self { process, dir: dir.to_owned(), socket, bridge };
+        let cri = Cri::connect(&daemon.socket)?;
+        within(SOON, "the daemon answers", || cri.version().map(Some))
+            .with_context(|| daemon.last_words())?;
+        Ok(daemon)
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        self.process.kill().context("killing the daemon")?;
+        self.process.wait().context("waiting for the daemon's end")?;
+        Ok(())
+    }
+}
+
+impl Runtime for Berthd {
+    fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn bridge(&self) -> &str {
+        &self.bridge
+    }
+
+    fn crash(&mut self, absence: Duration) -> Result<()> {
+        self.kill()?;
+        sleep(absence);
+        self.process = spawn_berthd(&self.dir)?;
+        Ok(())
+    }
+
+    fn last_words(&self) -> String {
+        last_lines("the daemon", &self.dir.join("log"))
+    }
+}
+
+impl Drop for Berthd {
+    fn drop(&mut self) {
+        let _ = self.kill();
+        let _ = Command::new("ip").args(["link", "delete", &self.bridge]).stderr(Stdio::null()).status();
+    }
+}
+
+fn spawn_berthd(dir: &Path) -> Result<Child> {
+    let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist");
+    let program = dist.join("berthd");
+    ensure!(program.exists(), "no {}: run make build", program.display());
+    let log =
+        fs::File::options().create(true).append(true).open(dir.join("log")).context("the daemon's log")?;
+    Command::new(&program)
+        .arg("--root")
+        .arg(dir.join("root"))
+        .arg("--state")
+        .arg(dir.join("state"))
+        .arg("--socket")
+        .arg(dir.join("berth.sock"))
+        .arg("--config")
+        .arg(dir.join("berth.toml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().context("sharing the daemon's log")?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))
+}
+
+fn import_demo_image(daemon: &Berthd) -> Result<()> {
+    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/images/demo.tar");
+    let archive = archive.canonicalize().context("no dist/images/demo.tar: run make images")?;
+    let start = ImportStart {
+        name: String::new(),
+        source: Some(Source::Path(archive.to_string_lossy().into_owned())),
+    };
+    let requests = tokio_stream::once(ImportRequest { step: Some(Step::Start(start)) });
+    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("tokio")?;
+    tokio.block_on(async {
+        let mut client = BerthClient::new(channel(&daemon.socket)?);
+        let mut events = client.import(requests).await.context("Import")?.into_inner();
+        while events.message().await.context("importing the demo image")?.is_some() {}
+        Ok(())
+    })
+}
+
+/// The end of a log file, for the message of a failed test.
+fn last_lines(whose: &str, log: &Path) -> String {
+    /// Enough for the lines of one request.
+    const BYTES: u64 = 4096;
+    let tail = || -> std::io::Result<Vec<u8>> {
+        let file = fs::File::open(log)?;
+        let from = file.metadata()?.len().saturating_sub(BYTES);
+        let mut bytes = vec![0; usize::try_from(BYTES).unwrap_or_default()];
+        let read = file.read_at(&mut bytes, from)?;
+        bytes.truncate(read);
+        Ok(bytes)
+    };
+    match tail() {
+        Ok(bytes) => format!("{whose}'s last lines:\n{}", String::from_utf8_lossy(&bytes)),
+        Err(error) => format!("{whose} has no log: {error}"),
+    }
+}
+
+/// containerd with runc.
+#[cfg(feature = "peer")]
+struct Peer {
+    containerd: berth_tests::peer::Containerd,
+    dir: PathBuf,
+    bridge: String,
+}
+
+#[cfg(feature = "peer")]
+impl Runtime for Peer {
+    fn socket(&self) -> &Path {
+        self.containerd.socket()
+    }
+
+    fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn bridge(&self) -> &str {
+        &self.bridge
+    }
+
+    fn crash(&mut self, absence: Duration) -> Result<()> {
+        self.containerd.kill()?;
+        sleep(absence);
+        self.containerd.start_again()
+    }
+
+    fn last_words(&self) -> String {
+        last_lines("containerd", &self.dir.join("log"))
+    }
+}

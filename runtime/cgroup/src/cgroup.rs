@@ -183,7 +183,10 @@ pub fn leftovers(hierarchy: &Hierarchy, parent: &Parent) -> Result<BTreeSet<Stri
     };
     let mut names = BTreeSet::new();
     for mount in mounts {
-        for dir in control_file::sub_directories(&below(mount, parent.path()))? {
+        let above = below(mount, parent.path());
+        let found =
+            control_file::sub_directories(&above).map_err(|source| Error::Read { path: above, source })?;
+        for dir in found {
             // A name that is not UTF-8 is not one of ours.
             names.extend(dir.file_name().and_then(OsStr::to_str).map(str::to_owned));
         }

@@ -89,30 +89,26 @@ pub(crate) fn keyed(bytes: &[u8], key: &str) -> Option<u64> {
 }
 
 /// The directories directly below one: its sub-cgroups. Nothing where it is not there.
-pub(crate) fn sub_directories(dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    let fail = |source| Error::Read { path: dir.into(), source };
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if is_gone(&error) => return Ok(Vec::new()),
-        Err(error) => return Err(fail(error)),
-    };
+pub(crate) fn sub_directories(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
+    let entries = match std::fs::read_dir(dir) {
+        Err(error) if is_gone(&error) => return Ok(found),
+        other => other?,
+    };
     for entry in entries {
-        let entry = match entry {
-            Ok(entry) => entry,
+        match entry {
+            // d_type is filled in by cgroupfs; a symbolic link, which only a fake tree can have, is not followed.
+            Ok(entry) if entry.file_type().is_ok_and(|kind| kind.is_dir()) => found.push(entry.path()),
+            Ok(_) => {}
             Err(error) if is_gone(&error) => break,
-            Err(error) => return Err(fail(error)),
-        };
-        // d_type is filled in by cgroupfs; a symbolic link, which only a fake tree can have, is not followed.
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            found.push(entry.path());
+            Err(error) => return Err(error),
         }
     }
     Ok(found)
 }
 
-/// A directory and all below it, deepest last, bounded by nothing but memory: the kernel bounds the tree.
-pub(crate) fn tree(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+/// A directory and all below it, parents before their children. What bounds the kernel's tree bounds this.
+pub(crate) fn tree(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut all = vec![dir.to_path_buf()];
     let mut next = 0;
     while let Some(at) = all.get(next).cloned() {

@@ -33,7 +33,8 @@ impl Cgroup {
     pub fn processes(&self) -> Result<BTreeSet<i32>, Error> {
         let mut pids = BTreeSet::new();
         for dir in self.directories() {
-            for dir in control_file::tree(dir)? {
+            let tree = control_file::tree(dir).map_err(|source| Error::Read { path: dir.into(), source })?;
+            for dir in tree {
                 read_pids(&dir, &mut pids)?;
             }
         }

@@ -39,4 +39,4 @@ pub use hierarchy::{Hierarchy, LegacyMount};
 pub use limits::{Ceiling, HugepageLimit, Limits, Note, cpu_weight};
 pub use name::{Driver, Parent};
 pub use oom::{OomSource, parse_oom_kills};
-pub use stats::{CpuStats, MemoryStats, Pressure, PressureLine, Stats, SwapStats};
+pub use stats::{CpuStats, Detail, MemoryStats, Pressure, PressureLine, Stats, SwapStats};

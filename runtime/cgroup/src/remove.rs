@@ -52,11 +52,7 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
         Ok(()) => return Ok(()),
         Err(error) => error,
     };
-    let below = control_file::tree(dir).map_err(|error| match error {
-        Error::Read { source, .. } => source,
-        // Only reading directories is done there.
-        _ => io::ErrorKind::Other.into(),
-    })?;
+    let below = control_file::tree(dir)?;
     if below.len() == 1 {
         return Err(busy);
     }

@@ -28,15 +28,15 @@ pub struct Stats {
 pub struct CpuStats {
     /// All of it, ns.
     pub usage_ns: u64,
-    /// In user mode, ns.
+    /// In user mode, ns; with [`Detail::All`].
     pub user_ns: Option<u64>,
-    /// In the kernel, ns.
+    /// In the kernel, ns; with [`Detail::All`].
     pub system_ns: Option<u64>,
-    /// Periods that have passed, where there is a quota.
+    /// Periods that have passed, where there is a quota; with [`Detail::All`].
     pub periods: Option<u64>,
-    /// Of these, the ones in which the quota was used up.
+    /// Of these, the ones in which the quota was used up; with [`Detail::All`].
     pub throttled_periods: Option<u64>,
-    /// Time spent waiting for the next period, ns.
+    /// Time spent waiting for the next period, ns; with [`Detail::All`].
     pub throttled_ns: Option<u64>,
     /// `cpu.pressure`, v2 only.
     pub pressure: Option<Pressure>,
@@ -53,7 +53,7 @@ pub struct MemoryStats {
     pub available_bytes: Option<u64>,
     /// The limit.
     pub limit_bytes: Option<u64>,
-    /// The most that was charged.
+    /// The most that was charged; with [`Detail::All`].
     pub peak_bytes: Option<u64>,
     /// Anonymous memory.
     pub rss_bytes: Option<u64>,
@@ -61,13 +61,13 @@ pub struct MemoryStats {
     pub cache_bytes: Option<u64>,
     /// Files mapped.
     pub mapped_file_bytes: Option<u64>,
-    /// Memory of the kernel.
+    /// Memory of the kernel; with [`Detail::All`].
     pub kernel_bytes: Option<u64>,
     /// Page faults.
     pub page_faults: Option<u64>,
     /// Of these, the ones that had to read.
     pub major_page_faults: Option<u64>,
-    /// How often the limit was hit.
+    /// How often the limit was hit; with [`Detail::All`]. On v1 newer kernels (6.18 for one) leave it at 0.
     pub limit_hits: Option<u64>,
     /// `memory.pressure`, v2 only.
     pub pressure: Option<Pressure>,
@@ -104,20 +104,29 @@ pub struct PressureLine {
     pub total_ns: u64,
 }
 
+/// How much a sample says. Each control file costs about 10 µs, and some calls take samples of a hundred containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// What CRI's `ContainerStats` has.
+    Essential,
+    /// Also the fields that say "with [`Detail::All`]".
+    All,
+}
+
 impl Cgroup {
     /// Takes a sample. Nothing when the cgroup is not there, which is what a container that ends during a list looks like.
     ///
     /// # Errors
     /// [`Error::Read`] and [`Error::Malformed`] with the file.
-    pub fn stats(&self) -> Result<Option<Stats>, Error> {
+    pub fn stats(&self, detail: Detail) -> Result<Option<Stats>, Error> {
         let stats = match &self.place {
-            Place::Unified(dir) => unified(dir)?,
-            Place::Legacy(_) => self.legacy()?,
+            Place::Unified(dir) => unified(dir, detail)?,
+            Place::Legacy(_) => self.legacy(detail)?,
         };
         Ok(Some(stats).filter(|stats| *stats != Stats::default()))
     }
 
-    fn legacy(&self) -> Result<Stats, Error> {
+    fn legacy(&self, detail: Detail) -> Result<Stats, Error> {
         let number = |controller: &str, file: &str| match self.dir_of(controller) {
             Some(dir) => control_file::read_number(&dir.join(file)),
             None => Ok(None),
@@ -126,43 +135,36 @@ impl Cgroup {
             Some(dir) => control_file::read_if_there(&dir.join(file)),
             None => Ok(None),
         };
-        let cpu = match number("cpuacct", "cpuacct.usage")? {
-            Some(usage_ns) => {
-                let throttling = bytes("cpu", "cpu.stat")?.unwrap_or_default();
-                Some(CpuStats {
-                    usage_ns,
-                    user_ns: number("cpuacct", "cpuacct.usage_user")?,
-                    system_ns: number("cpuacct", "cpuacct.usage_sys")?,
-                    periods: control_file::keyed(&throttling, "nr_periods"),
-                    throttled_periods: control_file::keyed(&throttling, "nr_throttled"),
-                    throttled_ns: control_file::keyed(&throttling, "throttled_time"),
-                    pressure: None,
-                })
-            }
-            None => None,
-        };
+        let mut cpu =
+            number("cpuacct", "cpuacct.usage")?.map(|usage_ns| CpuStats { usage_ns, ..CpuStats::default() });
         let mut memory = None;
         let mut swap = None;
         if let Some(usage_bytes) = number("memory", "memory.usage_in_bytes")? {
             let stat = bytes("memory", "memory.stat")?.unwrap_or_default();
             let limit_bytes =
                 number("memory", "memory.limit_in_bytes")?.filter(|&limit| limit < V1_UNLIMITED);
-            memory = Some(MemoryStats {
-                peak_bytes: number("memory", "memory.max_usage_in_bytes")?,
-                kernel_bytes: number("memory", "memory.kmem.usage_in_bytes")?,
-                limit_hits: number("memory", "memory.failcnt")?,
-                ..memory_stats(usage_bytes, limit_bytes, &stat, &LEGACY_KEYS)
+            memory = Some(memory_stats(usage_bytes, limit_bytes, &stat, &LEGACY_KEYS));
+            let both = number("memory", "memory.memsw.limit_in_bytes")?;
+            swap = control_file::keyed(&stat, "total_swap").map(|usage_bytes| SwapStats {
+                usage_bytes,
+                available_bytes: both
+                    .filter(|&limit| limit < V1_UNLIMITED)
+                    .map(|both| both.saturating_sub(limit_bytes.unwrap_or(0)).saturating_sub(usage_bytes)),
             });
-            if let Some(both) = number("memory", "memory.memsw.usage_in_bytes")? {
-                let swap_bytes =
-                    control_file::keyed(&stat, "total_swap").unwrap_or(both.saturating_sub(usage_bytes));
-                let sum =
-                    number("memory", "memory.memsw.limit_in_bytes")?.filter(|&limit| limit < V1_UNLIMITED);
-                swap = Some(SwapStats {
-                    usage_bytes: swap_bytes,
-                    available_bytes: sum
-                        .map(|sum| sum.saturating_sub(limit_bytes.unwrap_or(0)).saturating_sub(swap_bytes)),
-                });
+        }
+        if detail == Detail::All {
+            if let Some(cpu) = &mut cpu {
+                let throttling = bytes("cpu", "cpu.stat")?.unwrap_or_default();
+                cpu.user_ns = number("cpuacct", "cpuacct.usage_user")?;
+                cpu.system_ns = number("cpuacct", "cpuacct.usage_sys")?;
+                cpu.periods = control_file::keyed(&throttling, "nr_periods");
+                cpu.throttled_periods = control_file::keyed(&throttling, "nr_throttled");
+                cpu.throttled_ns = control_file::keyed(&throttling, "throttled_time");
+            }
+            if let Some(memory) = &mut memory {
+                memory.peak_bytes = number("memory", "memory.max_usage_in_bytes")?;
+                memory.kernel_bytes = number("memory", "memory.kmem.usage_in_bytes")?;
+                memory.limit_hits = number("memory", "memory.failcnt")?;
             }
         }
         Ok(Stats { cpu, memory, swap, pids: number("pids", "pids.current")?, io_pressure: None })
@@ -172,7 +174,7 @@ impl Cgroup {
 /// v1 shows "no limit" as the largest number of whole pages in a signed 64-bit number; with pages of any size that is above this.
 const V1_UNLIMITED: u64 = 0x7fff_ffff_0000_0000;
 
-fn unified(dir: &Path) -> Result<Stats, Error> {
+fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
     let number = |file: &str| control_file::read_number(&dir.join(file));
     let cpu = match control_file::read_if_there(&dir.join("cpu.stat"))? {
         Some(stat) => {
@@ -195,11 +197,16 @@ fn unified(dir: &Path) -> Result<Stats, Error> {
     let mut swap = None;
     if let Some(usage_bytes) = number("memory.current")? {
         let stat = control_file::read_if_there(&dir.join("memory.stat"))?.unwrap_or_default();
-        let events = control_file::read_if_there(&dir.join("memory.events"))?.unwrap_or_default();
+        let (mut peak_bytes, mut limit_hits) = (None, None);
+        if detail == Detail::All {
+            peak_bytes = number("memory.peak")?;
+            let events = control_file::read_if_there(&dir.join("memory.events"))?.unwrap_or_default();
+            limit_hits = control_file::keyed(&events, "max");
+        }
         memory = Some(MemoryStats {
-            peak_bytes: number("memory.peak")?,
+            peak_bytes,
             kernel_bytes: control_file::keyed(&stat, "kernel"),
-            limit_hits: control_file::keyed(&events, "max"),
+            limit_hits,
             pressure: pressure(dir, "memory.pressure")?,
             ..memory_stats(usage_bytes, number("memory.max")?, &stat, &UNIFIED_KEYS)
         });
@@ -332,7 +339,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let hierarchy = Hierarchy::Unified { mount: root.path().to_path_buf() };
         let cgroup = Cgroup::open(&hierarchy, &Parent::named("/").unwrap(), "c").unwrap();
-        assert_eq!(cgroup.stats().unwrap(), None);
+        assert_eq!(cgroup.stats(Detail::All).unwrap(), None);
         let dir = root.path().join("c");
         fs::create_dir(&dir).unwrap();
         for (file, text) in [
@@ -351,7 +358,7 @@ mod tests {
         ] {
             fs::write(dir.join(file), text).unwrap();
         }
-        let stats = cgroup.stats().unwrap().unwrap();
+        let stats = cgroup.stats(Detail::All).unwrap().unwrap();
         let cpu = stats.cpu.unwrap();
         assert_eq!((cpu.usage_ns, cpu.user_ns, cpu.throttled_ns), (12_000, Some(7000), Some(3000)));
         let memory = stats.memory.unwrap();
@@ -364,6 +371,6 @@ mod tests {
         assert_eq!(stats.pids, Some(3));
         assert_eq!(stats.io_pressure.unwrap().some.total_ns, 1000);
         fs::write(dir.join("memory.current"), "many\n").unwrap();
-        assert!(matches!(cgroup.stats(), Err(Error::Malformed { .. })));
+        assert!(matches!(cgroup.stats(Detail::All), Err(Error::Malformed { .. })));
     }
 }

@@ -1,2 +1,122 @@
-//! The `berth` command.
-fn main() {}
+//! The `berth` command: a person's way to a running berthd.
+//!
+//! A client of the daemon's socket and nothing else: it speaks CRI, as a kubelet does, and Berth's own service for
+//! what CRI has no call for. It keeps no state. The one thing it reads beside the socket is the log files, whose
+//! paths the daemon tells.
+//!
+//! `args` says what can be written, `commands` what it does; the other modules have one subject each.
+#![forbid(unsafe_code)]
+
+mod args;
+mod clock;
+mod commands;
+mod daemon;
+mod env_spec;
+mod error;
+mod interrupts;
+mod log_file;
+mod log_line;
+mod log_stream;
+mod mount_spec;
+mod names;
+mod output;
+mod pod_name;
+mod progress;
+mod pull;
+mod quantity;
+mod run_plan;
+mod table;
+mod user_spec;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::commands::{
+    exec, images, import, info, inspect, logs, ps, pull as pull_command, rm, run, stats, stop,
+};
+use crate::daemon::Daemon;
+use crate::error::{BERTH_FAILED, Error};
+
+fn main() -> anyhow::Result<ExitCode> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return Ok(refuse_command_line(&error)),
+    };
+    // One thread: a command waits for the daemon most of the time. Following a log has a thread of its own.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runs_a_program = matches!(cli.command, Command::Run(_) | Command::Exec(_));
+    let outcome = runtime.block_on(perform(cli));
+    // Not dropped: that would wait for a thread that may be writing to a reader who never reads.
+    runtime.shutdown_background();
+    Ok(outcome.unwrap_or_else(|error| {
+        if !error.reader_is_gone() {
+            output::remark(one_line(&error));
+        }
+        error.exit_code(runs_a_program)
+    }))
+}
+
+async fn perform(cli: Cli) -> Result<ExitCode, Error> {
+    if let Command::Version = cli.command {
+        return info::version(&cli.socket).await.map(|()| ExitCode::SUCCESS);
+    }
+    let daemon = &Daemon::connect(&cli.socket).await?;
+    match cli.command {
+        Command::Run(args) => return run::run(daemon, *args).await,
+        Command::Exec(args) => return exec::exec(daemon, args).await,
+        Command::Pull(args) => pull_command::pull(daemon, args).await?,
+        Command::Ps(args) => ps::containers(daemon, &args).await?,
+        Command::Pods(args) => ps::pods(daemon, &args).await?,
+        Command::Logs(args) => logs::logs(daemon, args).await?,
+        Command::Stop(args) => stop::stop(daemon, &args).await?,
+        Command::Rm(args) => rm::remove(daemon, &args).await?,
+        Command::Images => images::list(daemon).await?,
+        Command::Rmi(args) => images::remove(daemon, &args).await?,
+        Command::Import(args) => import::import(daemon, args).await?,
+        Command::Stats(args) => stats::stats(daemon, &args).await?,
+        Command::Inspect(args) => inspect::inspect(daemon, &args).await?,
+        Command::Info => info::info(daemon, &cli.socket).await?,
+        // Answered above, since it wants no daemon.
+        Command::Version => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what is wrong with the command line, or the help that was asked for.
+fn refuse_command_line(error: &clap::Error) -> ExitCode {
+    // Only fails when nobody reads it.
+    let _unheard = error.print();
+    if error.use_stderr() && args::runs_a_program(std::env::args_os()) {
+        return ExitCode::from(BERTH_FAILED);
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(BERTH_FAILED))
+}
+
+/// An error and its causes on one line. Texts from the daemon may hold anything; a terminal must not act on it.
+fn one_line(error: &Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    table::printable(line.trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Status;
+
+    use super::*;
+    use crate::daemon::CallError;
+
+    #[test]
+    fn an_error_is_one_line_whatever_the_daemon_says() {
+        let refusal = Status::internal("no\nsuch\u{1b}[31m thing\n").into();
+        let error = Error::from(CallError { act: "pull x".into(), refusal });
+        assert_eq!(one_line(&error), "pull x: no?such?[31m thing");
+    }
+}

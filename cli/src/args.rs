@@ -1,0 +1,351 @@
+//! The command line: what can be written, and the help that says so.
+//!
+//! Values are checked while they are read, by the modules that know them, so that a mistake is told before anything
+//! is done.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::daemon::DEFAULT_SOCKET;
+use crate::mount_spec::MountSpec;
+use crate::user_spec::UserSpec;
+use crate::{env_spec, pod_name, quantity};
+
+use berth_cri::v1::KeyValue;
+
+/// Pods and containers on this machine, through a running berthd.
+#[derive(Debug, Parser)]
+#[command(name = "berth", version, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    /// Socket of the daemon.
+    #[arg(long, global = true, env = "BERTH_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// One thing to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a program in a new pod of one container, and show its output until it ends.
+    ///
+    /// The exit code is the program's; 125 when Berth itself failed, 126 or 127 when the program cannot be run or
+    /// found. Ctrl-C stops the container as `berth stop` does; a second one kills it. A kubelet on the same daemon
+    /// removes pods that it does not know, these too.
+    #[command(override_usage = "berth run [OPTIONS] IMAGE [CMD]...")]
+    Run(Box<RunArgs>),
+    /// Fetch an image from its registry.
+    Pull(PullArgs),
+    /// List containers.
+    Ps(PsArgs),
+    /// List pods.
+    Pods(PodsArgs),
+    /// Show what a container has written.
+    Logs(LogsArgs),
+    /// Run a program in a running container to its end; the exit code is the program's, 125 when Berth failed.
+    Exec(ExecArgs),
+    /// Stop containers, or all containers of pods.
+    Stop(StopArgs),
+    /// Remove pods or containers, with the logs of pods that `berth run` made.
+    Rm(RmArgs),
+    /// List images.
+    Images,
+    /// Remove images, each with all its names.
+    Rmi(RmiArgs),
+    /// Bring in images from an archive or a folder (OCI layout or docker-archive), without a registry.
+    Import(ImportArgs),
+    /// Show what containers use, and what Berth itself uses for them.
+    Stats(StatsArgs),
+    /// Show all that is known of pods, containers or images, as JSON.
+    Inspect(InspectArgs),
+    /// Show the versions of this command and of the daemon.
+    Version,
+    /// Show what the daemon is and where it keeps things.
+    Info,
+}
+
+/// What `berth run` takes.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Name of the pod, also its host name [default: from the image].
+    #[arg(long, value_parser = pod_name::check)]
+    pub(crate) name: Option<String>,
+    /// Set a variable of the environment; a NAME alone passes on its value here.
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
+    pub(crate) envs: Vec<KeyValue>,
+    /// Show a path of the host in the container. Options are ro, rw, rprivate, rslave, rshared.
+    #[arg(short = 'v', long = "mount", value_name = "SOURCE:TARGET[:OPTIONS]")]
+    pub(crate) mounts: Vec<MountSpec>,
+    /// The most memory the container may use, like 64Mi.
+    #[arg(short, long = "memory", value_name = "BYTES", value_parser = quantity::parse_memory)]
+    pub(crate) memory_limit_bytes: Option<i64>,
+    /// The most processor time it may use, in processors, like 0.5.
+    #[arg(long = "cpus", value_name = "N", value_parser = quantity::parse_cpu_quota_us)]
+    pub(crate) cpu_quota_us: Option<i64>,
+    /// Use the host's network and host name instead of own ones.
+    #[arg(long)]
+    pub(crate) host_network: bool,
+    /// Who the program runs as, by name or number [default: as the image says].
+    #[arg(short, long, value_name = "USER[:GID]")]
+    pub(crate) user: Option<UserSpec>,
+    /// Folder below which the pod's log folder is made.
+    #[arg(long, value_name = "PATH", default_value = "/var/log/berth")]
+    pub(crate) log_dir: PathBuf,
+    /// Remove the pod and its logs at the end; this is what happens anyway.
+    #[arg(long, conflicts_with_all = ["keep", "detach"])]
+    pub(crate) rm: bool,
+    /// Keep the ended pod and its logs, until `berth rm`.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Leave it running: print the container's id and end.
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// The image, fetched if it is not here, and arguments for its entry point (or the program, if it has none)
+    /// in place of the image's own.
+    // One argument and not two: so everything behind the image is the program's, also what looks like an option.
+    #[arg(trailing_var_arg = true, required = true, value_name = "IMAGE [CMD]")]
+    image_and_command: Vec<String>,
+}
+
+impl RunArgs {
+    /// The image, and the arguments for it.
+    pub(crate) fn image_and_command(&self) -> (&str, &[String]) {
+        // There is at least one value, or the command line is refused.
+        self.image_and_command.split_first().map_or(("", &[]), |(image, command)| (image, command))
+    }
+}
+
+/// What `berth pull` takes.
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// The image.
+    pub(crate) image: String,
+    /// Name to give to the registry.
+    #[arg(long, requires = "password_stdin", value_name = "NAME")]
+    pub(crate) username: Option<String>,
+    /// Read the password from standard input, up to its first line's end.
+    #[arg(long, requires = "username")]
+    pub(crate) password_stdin: bool,
+    /// Print nothing but the image's id.
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// What `berth ps` takes.
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// Ended containers too, and pods without any.
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Print whole ids of containers only.
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// What `berth pods` takes.
+#[derive(Debug, Args)]
+pub(crate) struct PodsArgs {
+    /// Print whole ids only.
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// What `berth logs` takes.
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Go on until the container ends.
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Start at this many lines from the end.
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) tail: Option<u64>,
+    /// The time before each line.
+    #[arg(short, long)]
+    pub(crate) timestamps: bool,
+    /// The container: id, start of one, name of its pod, or POD/CONTAINER.
+    pub(crate) container: String,
+}
+
+/// What `berth exec` takes.
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    /// Seconds until the program is killed [default: never].
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) timeout: Option<u32>,
+    /// Not possible: the program gets no input.
+    #[arg(short, long, hide = true)]
+    pub(crate) interactive: bool,
+    /// Not possible: the program gets no terminal.
+    #[arg(short, long, hide = true)]
+    pub(crate) tty: bool,
+    /// The container: id, start of one, name of its pod, or POD/CONTAINER.
+    pub(crate) container: String,
+    /// The program and its arguments.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}
+
+/// What `berth stop` takes.
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Seconds between the stop signal and the kill.
+    #[arg(short, long = "time", value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) grace_seconds: u32,
+    /// Containers or pods.
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+/// What `berth rm` takes.
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// Kill what runs.
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Containers or pods.
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+/// What `berth rmi` takes.
+#[derive(Debug, Args)]
+pub(crate) struct RmiArgs {
+    /// Images, by name or id.
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(crate) images: Vec<String>,
+}
+
+/// What `berth import` takes.
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// Name to give the image, instead of those in the archive.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Send the file's bytes, for a daemon that does not see our files.
+    #[arg(long)]
+    pub(crate) upload: bool,
+    /// An archive, a folder with an OCI layout, or - for an archive on standard input.
+    #[arg(value_name = "FILE|DIR|-")]
+    pub(crate) source: PathBuf,
+}
+
+/// What `berth stats` takes.
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    /// Containers or pods [default: all].
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+/// What `berth inspect` takes.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Containers, pods or images.
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+fn parse_env(text: &str) -> Result<KeyValue, env_spec::EnvSpecError> {
+    env_spec::parse(text, |name| std::env::var_os(name))
+}
+
+/// Whether the command line is one whose exit code is another program's, so that a mistake in it needs a code that
+/// programs do not use. For command lines that cannot be parsed.
+pub(crate) fn runs_a_program(arguments: impl Iterator<Item = OsString>) -> bool {
+    let mut arguments = arguments.skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.to_str() {
+            Some("--socket") => drop(arguments.next()),
+            Some(option) if option.starts_with('-') => {}
+            command => return matches!(command, Some("run" | "exec")),
+        }
+    }
+    false
+}
+
+/// The path of an argument that stands for standard input.
+pub(crate) fn is_standard_input(path: &OsStr) -> bool {
+    path == "-"
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    fn run(line: &str) -> Box<RunArgs> {
+        match parse(line).unwrap().command {
+            Command::Run(args) => args,
+            other => panic!("not run: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_behind_the_image_are_the_programs() {
+        let args = run("berth run --name web -e A=b image --name x -d -- --socket y");
+        assert_eq!(args.name.as_deref(), Some("web"));
+        let command = ["--name", "x", "-d", "--", "--socket", "y"].map(str::to_owned);
+        assert_eq!(args.image_and_command(), ("image", &command[..]));
+        assert!(!args.detach);
+    }
+
+    #[test]
+    fn a_program_with_a_dash_is_taken_by_exec() {
+        let Command::Exec(args) = parse("berth exec web sh -c ls").unwrap().command else {
+            panic!("not exec")
+        };
+        assert_eq!((args.container.as_str(), args.command.join(" ")), ("web", "sh -c ls".into()));
+    }
+
+    #[test]
+    fn limits_are_read_into_numbers() {
+        let args = run("berth run -m 64Mi --cpus 0.5 image");
+        assert_eq!((args.memory_limit_bytes, args.cpu_quota_us), (Some(64 << 20), Some(50_000)));
+    }
+
+    #[test]
+    fn contradictions_and_mistakes_are_refused() {
+        for (line, kind) in [
+            ("berth run --rm --keep image", ErrorKind::ArgumentConflict),
+            ("berth run --rm -d image", ErrorKind::ArgumentConflict),
+            ("berth run", ErrorKind::MissingRequiredArgument),
+            ("berth run --nme web image", ErrorKind::UnknownArgument),
+            ("berth run --memory lots image", ErrorKind::ValueValidation),
+            ("berth run --name No image", ErrorKind::ValueValidation),
+            ("berth run --mount here image", ErrorKind::ValueValidation),
+            ("berth run -e =x image", ErrorKind::ValueValidation),
+            ("berth exec web", ErrorKind::MissingRequiredArgument),
+            ("berth stop -t -1 web", ErrorKind::UnknownArgument),
+            ("berth pull --username me image", ErrorKind::MissingRequiredArgument),
+            ("berth sing", ErrorKind::InvalidSubcommand),
+        ] {
+            assert_eq!(parse(line).unwrap_err().kind(), kind, "{line}");
+        }
+    }
+
+    #[test]
+    fn commands_that_run_a_program_are_known_by_their_first_word() {
+        let says = |line: &str| runs_a_program(line.split_whitespace().map(OsString::from));
+        for line in ["berth run", "berth exec x", "berth --socket /s run", "berth --socket=/s exec"] {
+            assert!(says(line), "{line}");
+        }
+        for line in ["berth", "berth ps run", "berth --socket run ps", "berth --socket", "berth rm exec"] {
+            assert!(!says(line), "{line}");
+        }
+    }
+}

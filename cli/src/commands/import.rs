@@ -1,0 +1,198 @@
+//! `berth import`: brings in images from an archive or a folder.
+//!
+//! The daemon reads the file itself: it runs on this machine. For one that sees other files than we do, or for an
+//! archive on standard input, the bytes are sent over the socket.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use berth_api::MAX_CHUNK_BYTES;
+use berth_api::v1::import_event::Event;
+use berth_api::v1::import_request::Step;
+use berth_api::v1::import_start::Source;
+use berth_api::v1::{ImportRequest, ImportStart, ImportUpload, ImportedImage};
+use tokio::fs::File;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::args::{ImportArgs, is_standard_input};
+use crate::daemon::{CallError, Daemon, answer};
+use crate::error::Error;
+use crate::names::short_id;
+use crate::output;
+use crate::progress::archive_bar;
+
+/// How many chunks wait for the daemon to take them: enough for reading and sending to overlap.
+const CHUNKS_UNDERWAY: usize = 2;
+
+/// Why an import did not work.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImportError {
+    /// The archive or folder cannot be read.
+    #[error("read {path}")]
+    Read {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// A folder cannot be sent as an archive.
+    #[error("{0} is a folder, and only an archive can be uploaded; pack it with tar, or leave --upload out")]
+    Folder(PathBuf),
+    /// The protocol has text for paths, and this one is none.
+    #[error("the path {0} is not UTF-8, so the daemon cannot be told of it; use --upload")]
+    PathEncoding(PathBuf),
+    /// The daemon ended the call well without naming an image.
+    #[error("import {0}: the daemon found no image in it")]
+    NoImage(PathBuf),
+}
+
+/// Imports and prints an id and a name for each image.
+///
+/// # Errors
+/// When the source cannot be read, or the daemon takes it for no image.
+pub(crate) async fn import(daemon: &Daemon, args: ImportArgs) -> Result<(), Error> {
+    let act = format!("import {}", args.source.display());
+    let (sender, requests) = mpsc::channel(CHUNKS_UNDERWAY);
+    let (source, archive) = source_of(&args).await?;
+    let start = ImportStart { name: args.name.unwrap_or_default(), source: Some(source) };
+    let bar = archive_bar(archive.as_ref().map_or(0, |archive| archive.size_bytes));
+    let feed = feed(start, archive, &args.source, sender);
+    let listen = async {
+        let mut daemon = daemon.own.clone();
+        let mut events = answer(act.as_str(), daemon.import(ReceiverStream::new(requests))).await?;
+        let mut images = Vec::new();
+        loop {
+            let next = events.message().await;
+            let next = next.map_err(|status| CallError { act: act.clone(), refusal: status.into() })?;
+            let Some(event) = next else { return Ok::<_, Error>(images) };
+            match event.event {
+                Some(Event::Progress(progress)) => {
+                    bar.set_length(progress.bytes_total);
+                    bar.set_position(progress.bytes_done);
+                }
+                Some(Event::Images(imported)) => images.extend(imported.images),
+                // From a newer daemon.
+                None => {}
+            }
+        }
+    };
+    // A failed read cancels the call. When the daemon refuses, the feed ends by itself, as nobody takes its chunks.
+    let fed_and_heard = tokio::try_join!(feed, listen);
+    bar.finish_and_clear();
+    let ((), images) = fed_and_heard?;
+    if images.is_empty() {
+        return Err(ImportError::NoImage(args.source).into());
+    }
+    let lines: String = images.iter().map(line_of).collect();
+    Ok(output::text(&lines)?)
+}
+
+/// An archive that we send.
+struct Archive {
+    reader: Box<dyn AsyncRead + Send + Unpin>,
+    /// 0 when unknown.
+    size_bytes: u64,
+}
+
+async fn source_of(args: &ImportArgs) -> Result<(Source, Option<Archive>), ImportError> {
+    let path = args.source.as_path();
+    let failed = |source| ImportError::Read { path: path.to_owned(), source };
+    if is_standard_input(path.as_os_str()) {
+        let archive = Archive { reader: Box::new(tokio::io::stdin()), size_bytes: 0 };
+        return Ok((Source::Upload(ImportUpload { size_bytes: 0 }), Some(archive)));
+    }
+    if !args.upload {
+        let absolute = std::fs::canonicalize(path).map_err(failed)?;
+        let text = absolute.to_str().ok_or_else(|| ImportError::PathEncoding(path.to_owned()))?;
+        return Ok((Source::Path(text.to_owned()), None));
+    }
+    let file = File::open(path).await.map_err(failed)?;
+    let metadata = file.metadata().await.map_err(failed)?;
+    if metadata.is_dir() {
+        return Err(ImportError::Folder(path.to_owned()));
+    }
+    let size_bytes = metadata.len();
+    Ok((Source::Upload(ImportUpload { size_bytes }), Some(Archive { reader: Box::new(file), size_bytes })))
+}
+
+/// Sends the start, then the archive in chunks if there is one. Ends early when nobody listens any more: the
+/// daemon has answered then, and the answer says why.
+async fn feed(
+    start: ImportStart,
+    archive: Option<Archive>,
+    path: &Path,
+    requests: mpsc::Sender<ImportRequest>,
+) -> Result<(), Error> {
+    let send = async |step| requests.send(ImportRequest { step: Some(step) }).await.is_ok();
+    if !send(Step::Start(start)).await {
+        return Ok(());
+    }
+    let Some(mut archive) = archive else { return Ok(()) };
+    loop {
+        let mut chunk = Vec::with_capacity(MAX_CHUNK_BYTES);
+        // The limit keeps the chunk from growing beyond its room.
+        let read = (&mut archive.reader).take(MAX_CHUNK_BYTES as u64).read_to_end(&mut chunk).await;
+        let length = read.map_err(|source| ImportError::Read { path: path.to_owned(), source })?;
+        if length == 0 || !send(Step::Chunk(chunk)).await {
+            return Ok(());
+        }
+    }
+}
+
+fn line_of(image: &ImportedImage) -> String {
+    let names = if image.names.is_empty() { "<none>".to_owned() } else { image.names.join(" ") };
+    format!("{} {}\n", short_id(&image.id), crate::table::printable(&names))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(source: &Path, upload: bool) -> ImportArgs {
+        ImportArgs { name: None, upload, source: source.to_owned() }
+    }
+
+    #[tokio::test]
+    async fn a_file_is_named_to_the_daemon_by_its_whole_path() {
+        let (source, archive) =
+            source_of(&args(Path::new("/proc/self/../../etc/passwd"), false)).await.unwrap();
+        assert_eq!(source, Source::Path("/etc/passwd".into()));
+        assert!(archive.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_upload_is_cut_into_chunks_and_complete() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.tar");
+        let bytes: Vec<u8> = (0..2 * MAX_CHUNK_BYTES + 5).map(|at| (at % 251).to_le_bytes()[0]).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let (source, archive) = source_of(&args(&path, true)).await.unwrap();
+        let (sender, mut requests) = mpsc::channel(64);
+        let start = ImportStart { name: "x".into(), source: Some(source) };
+        feed(start.clone(), archive, &path, sender).await.unwrap();
+        let mut sent = Vec::new();
+        while let Some(request) = requests.recv().await {
+            sent.push(request.step.unwrap());
+        }
+        assert_eq!(sent.remove(0), Step::Start(start));
+        let chunks: Vec<_> = sent
+            .into_iter()
+            .map(|step| match step {
+                Step::Chunk(chunk) => chunk,
+                other => panic!("not a chunk: {other:?}"),
+            })
+            .collect();
+        assert_eq!(chunks.iter().map(Vec::len).collect::<Vec<_>>(), [MAX_CHUNK_BYTES, MAX_CHUNK_BYTES, 5]);
+        assert!(chunks.concat() == bytes);
+    }
+
+    #[tokio::test]
+    async fn sources_that_cannot_be_sent_are_refused() {
+        let missing = source_of(&args(Path::new("/nonexistent"), false)).await;
+        assert!(matches!(missing, Err(ImportError::Read { .. })));
+        assert!(matches!(source_of(&args(Path::new("/etc"), true)).await, Err(ImportError::Folder(_))));
+    }
+}

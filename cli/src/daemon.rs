@@ -1,0 +1,303 @@
+//! The connection to the daemon, and the calls that more than one command makes.
+//!
+//! One connection over the Unix socket carries CRI's two services and Berth's own. A refused call becomes a
+//! [`CallError`] that says what was tried; commands add nothing to it.
+
+use std::error::Error as _;
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use berth_api::v1::berth_client::BerthClient;
+use berth_cri::MAX_MESSAGE_BYTES;
+use berth_cri::v1::image_service_client::ImageServiceClient;
+use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
+use berth_cri::v1::{
+    ContainerStatus, ContainerStatusRequest, Image, ImageSpec, ImageStatusRequest, ListContainersRequest,
+    ListPodSandboxRequest, PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest,
+    RemovePodSandboxRequest, StopContainerRequest, StopPodSandboxRequest,
+};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status};
+
+use crate::names::{Inventory, short_id};
+
+/// Where the daemon listens unless it is told otherwise.
+pub(crate) const DEFAULT_SOCKET: &str = "/run/berth/berth.sock";
+
+/// Why there is no connection to the daemon.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectError {
+    /// There is no socket at the path.
+    #[error(
+        "there is no socket {0}: is berthd running? Start it, or name its socket with --socket or BERTH_SOCKET"
+    )]
+    NoSocket(PathBuf),
+    /// The socket is there, and nobody behind it.
+    #[error("nobody answers on {0}: is berthd running? Start it again")]
+    NobodyListens(PathBuf),
+    /// The caller may not use the socket.
+    #[error("{0} may be used by root only: run this command as root, for example with sudo")]
+    Denied(PathBuf),
+    /// Something else.
+    #[error("connect to {path}")]
+    Connect {
+        /// Path of the socket.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// A connection was made and did not become one for calls.
+    #[error("speak to the daemon on {path}: is it berthd's socket?")]
+    Handshake {
+        /// Path of the socket.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: tonic::transport::Error,
+    },
+}
+
+/// A call that did not succeed.
+#[derive(Debug, thiserror::Error)]
+#[error("{act}")]
+pub(crate) struct CallError {
+    /// What was tried, like "stop container 0123456789ab".
+    pub(crate) act: String,
+    /// What the daemon says.
+    #[source]
+    pub(crate) refusal: Refusal,
+}
+
+/// The daemon's answer to a call that did not succeed, in its words.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Refusal {
+    /// The kind of failure.
+    pub(crate) code: Code,
+    /// The daemon's sentence, or what is known without one.
+    message: String,
+    /// Whether the answer was lost, and not given.
+    lost: bool,
+}
+
+impl Refusal {
+    /// Whether the daemon gave no answer or said that it is not ready yet, as in a restart: a later try may work.
+    pub(crate) fn daemon_is_away(&self) -> bool {
+        self.lost || self.code == Code::Unavailable
+    }
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        let code = status.code();
+        // A status with a source was made on this side, from a connection that broke.
+        let message = match (status.source(), status.message()) {
+            (Some(_), text) => {
+                format!("the connection to the daemon broke ({text}); is berthd still running?")
+            }
+            (None, "") => code.description().to_owned(),
+            (None, text) if code == Code::Unimplemented => format!("this daemon cannot do that: {text}"),
+            (None, text) => text.to_owned(),
+        };
+        Self { code, message, lost: status.source().is_some() }
+    }
+}
+
+/// Waits for the answer to a call, and puts `act` before what the daemon says against it.
+///
+/// # Errors
+/// When the call did not succeed.
+pub(crate) async fn answer<T>(
+    act: impl Into<String>,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, CallError> {
+    match call.await {
+        Ok(response) => Ok(response.into_inner()),
+        Err(status) => Err(CallError { act: act.into(), refusal: status.into() }),
+    }
+}
+
+/// A connected daemon. Clones share the connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Daemon {
+    /// CRI's pods and containers.
+    pub(crate) runtime: RuntimeServiceClient<Channel>,
+    /// CRI's images.
+    pub(crate) images: ImageServiceClient<Channel>,
+    /// What CRI has no call for.
+    pub(crate) own: BerthClient<Channel>,
+}
+
+impl Daemon {
+    /// Connects to the socket.
+    ///
+    /// # Errors
+    /// When there is no daemon at the path, or it may not be used.
+    pub(crate) async fn connect(socket: &Path) -> Result<Self, ConnectError> {
+        // Tried first by itself, because a failure inside the channel loses its kind on the way.
+        UnixStream::connect(socket).await.map_err(|source| connect_error(socket, source))?;
+        let path = socket.to_owned();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        // The address is never looked up; it becomes the `:authority` that CRI clients are expected to send.
+        let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await;
+        let channel =
+            channel.map_err(|source| ConnectError::Handshake { path: socket.to_owned(), source })?;
+        Ok(Self {
+            runtime: RuntimeServiceClient::new(channel.clone())
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            images: ImageServiceClient::new(channel.clone())
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            own: BerthClient::new(channel)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        })
+    }
+
+    /// Lists all pods and containers.
+    ///
+    /// # Errors
+    /// When a list call fails.
+    pub(crate) async fn inventory(&self) -> Result<Inventory, CallError> {
+        let (mut for_pods, mut for_containers) = (self.runtime.clone(), self.runtime.clone());
+        let pods = answer("list pods", for_pods.list_pod_sandbox(ListPodSandboxRequest::default()));
+        let containers =
+            answer("list containers", for_containers.list_containers(ListContainersRequest::default()));
+        let (pods, containers) = tokio::try_join!(pods, containers)?;
+        Ok(Inventory { pods: pods.items, containers: containers.containers })
+    }
+
+    /// What is known of a container, with the free-form details if `verbose`.
+    ///
+    /// # Errors
+    /// When the call fails, or the container is gone.
+    pub(crate) async fn container_status(&self, id: &str) -> Result<ContainerStatus, CallError> {
+        let act = format!("look at container {}", short_id(id));
+        let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
+        let response = answer(act.as_str(), self.runtime.clone().container_status(request)).await?;
+        response.status.ok_or_else(|| empty_answer(act))
+    }
+
+    /// What is known of a pod.
+    ///
+    /// # Errors
+    /// When the call fails, or the pod is gone.
+    pub(crate) async fn pod_status(&self, id: &str) -> Result<PodSandboxStatus, CallError> {
+        let act = format!("look at pod {}", short_id(id));
+        let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
+        let response = answer(act.as_str(), self.runtime.clone().pod_sandbox_status(request)).await?;
+        response.status.ok_or_else(|| empty_answer(act))
+    }
+
+    /// The image that a reference leads to, if it is on the node.
+    ///
+    /// # Errors
+    /// When the call fails; an absent image is no failure.
+    pub(crate) async fn image(&self, reference: &str) -> Result<Option<Image>, CallError> {
+        let request = ImageStatusRequest { image: Some(image_spec(reference)), verbose: false };
+        let act = format!("look for image {reference}");
+        Ok(answer(act, self.images.clone().image_status(request)).await?.image)
+    }
+
+    /// Stops a container: its stop signal, and the kill after `grace_seconds`.
+    ///
+    /// # Errors
+    /// When the container did not end.
+    pub(crate) async fn stop_container(&self, id: &str, grace_seconds: i64) -> Result<(), CallError> {
+        let request = StopContainerRequest { container_id: id.to_owned(), timeout: grace_seconds };
+        let act = format!("stop container {}", short_id(id));
+        answer(act, self.runtime.clone().stop_container(request)).await.map(|_| ())
+    }
+
+    /// Removes a container, killing it if it runs.
+    ///
+    /// # Errors
+    /// When it is still there.
+    pub(crate) async fn remove_container(&self, id: &str) -> Result<(), CallError> {
+        let request = RemoveContainerRequest { container_id: id.to_owned() };
+        let act = format!("remove container {}", short_id(id));
+        answer(act, self.runtime.clone().remove_container(request)).await.map(|_| ())
+    }
+
+    /// Ends all that runs in a pod at once, and takes its network down.
+    ///
+    /// # Errors
+    /// When something of it is left.
+    pub(crate) async fn stop_pod(&self, id: &str) -> Result<(), CallError> {
+        let request = StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
+        answer(format!("stop pod {}", short_id(id)), self.runtime.clone().stop_pod_sandbox(request))
+            .await
+            .map(|_| ())
+    }
+
+    /// Removes a pod and its containers.
+    ///
+    /// # Errors
+    /// When it is still there.
+    pub(crate) async fn remove_pod(&self, id: &str) -> Result<(), CallError> {
+        let request = RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
+        let act = format!("remove pod {}", short_id(id));
+        answer(act, self.runtime.clone().remove_pod_sandbox(request)).await.map(|_| ())
+    }
+}
+
+/// A reference as CRI wants it.
+pub(crate) fn image_spec(reference: &str) -> ImageSpec {
+    ImageSpec { image: reference.to_owned(), ..ImageSpec::default() }
+}
+
+/// For an answer that lacks what it is all about.
+fn empty_answer(act: String) -> CallError {
+    CallError { act, refusal: Status::internal("the daemon's answer is empty").into() }
+}
+
+fn connect_error(socket: &Path, source: io::Error) -> ConnectError {
+    let path = socket.to_owned();
+    match source.kind() {
+        io::ErrorKind::NotFound => ConnectError::NoSocket(path),
+        io::ErrorKind::ConnectionRefused => ConnectError::NobodyListens(path),
+        io::ErrorKind::PermissionDenied => ConnectError::Denied(path),
+        _ => ConnectError::Connect { path, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_missing_daemon_is_told_in_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("berth.sock");
+        assert!(
+            matches!(Daemon::connect(&socket).await, Err(ConnectError::NoSocket(path)) if path == socket)
+        );
+        drop(UnixListener::bind(&socket).unwrap());
+        assert!(
+            matches!(Daemon::connect(&socket).await, Err(ConnectError::NobodyListens(path)) if path == socket)
+        );
+        let far = folder.path().join("x".repeat(200));
+        assert!(matches!(Daemon::connect(&far).await, Err(ConnectError::Connect { .. })));
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_the_daemons_words() {
+        for (status, message) in [
+            (Status::not_found("no container abc"), "no container abc"),
+            (Status::new(Code::Internal, ""), "Internal error"),
+            (Status::unimplemented("attach comes later"), "this daemon cannot do that: attach comes later"),
+        ] {
+            assert_eq!(Refusal::from(status).to_string(), message);
+        }
+    }
+}

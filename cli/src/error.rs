@@ -1,0 +1,81 @@
+//! How a command fails, and the exit code that tells.
+
+use std::process::ExitCode;
+
+use crate::commands::{exec, import, pull, rm, run};
+use crate::daemon::{CallError, ConnectError};
+use crate::log_stream::LogStreamError;
+use crate::names::NameError;
+use crate::output::OutputError;
+use crate::pull::PullError;
+
+/// Exit code of a command that failed, where the code says nothing else.
+pub(crate) const FAILURE: u8 = 1;
+
+/// Exit code of `run` and `exec` when Berth failed, and not the program: the custom of env(1), chroot(1) and others.
+pub(crate) const BERTH_FAILED: u8 = 125;
+
+/// Exit code when the reader of our output has gone: as if SIGPIPE (13) had ended us, which is what it does to
+/// programs that leave it alone.
+pub(crate) const READER_GONE: u8 = 128 + 13;
+
+/// Why a command did not do what it was asked. A variant without words of its own is that of the module it names.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error(transparent)]
+    Name(#[from] NameError),
+    #[error(transparent)]
+    Log(#[from] LogStreamError),
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error(transparent)]
+    Password(#[from] pull::PasswordError),
+    #[error(transparent)]
+    Run(#[from] run::RunError),
+    #[error(transparent)]
+    Exec(#[from] exec::ExecError),
+    #[error(transparent)]
+    Import(#[from] import::ImportError),
+    #[error(transparent)]
+    Remove(#[from] rm::RemoveError),
+    /// Several things were asked for, and some failed; each has been told.
+    #[error("{failed} of {all} failed")]
+    Partly { failed: usize, all: usize },
+    /// No container is meant by the name, since there is no such image either.
+    #[error("no pod, container or image is called `{0}`")]
+    Nothing(String),
+    /// The image is not on this machine.
+    #[error("there is no image `{0}` here; `berth images` lists all")]
+    NoImage(String),
+    /// The container was made without a log.
+    #[error("container `{0}` has no log: it was made without one")]
+    NoLog(String),
+}
+
+impl Error {
+    /// The exit code for this failure, in a command that runs a program or one that does not.
+    pub(crate) fn exit_code(&self, runs_a_program: bool) -> ExitCode {
+        let code = match self {
+            Self::Run(run::RunError::NotStarted { exit_code: Some(code), .. }) => *code,
+            _ if self.reader_is_gone() => READER_GONE,
+            _ if runs_a_program => BERTH_FAILED,
+            _ => FAILURE,
+        };
+        ExitCode::from(code)
+    }
+
+    /// Whether the cause is that nobody reads our output any more, so that there is nobody to tell.
+    pub(crate) fn reader_is_gone(&self) -> bool {
+        let error = match self {
+            Self::Output(error) | Self::Log(LogStreamError::Write(error)) => error,
+            _ => return false,
+        };
+        error.0.kind() == std::io::ErrorKind::BrokenPipe
+    }
+}

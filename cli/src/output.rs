@@ -1,0 +1,52 @@
+//! What the command prints: results to standard output, remarks to standard error.
+//!
+//! The one place that writes to either. A reader that has gone away (`berth ps | head -1`) is an error like any
+//! other here; `main` ends quietly on it.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use crate::log_line::Stream;
+
+/// Writing failed.
+#[derive(Debug, thiserror::Error)]
+#[error("write the output")]
+pub(crate) struct OutputError(#[source] pub(crate) io::Error);
+
+/// Writes text to standard output as it is.
+///
+/// # Errors
+/// When it cannot be written.
+pub(crate) fn text(text: &str) -> Result<(), OutputError> {
+    bytes(Stream::Stdout, text.as_bytes())
+}
+
+/// Writes a line to standard output.
+///
+/// # Errors
+/// When it cannot be written.
+pub(crate) fn line(text: impl Display) -> Result<(), OutputError> {
+    bytes(Stream::Stdout, format!("{text}\n").as_bytes())
+}
+
+/// Writes bytes as they are, at once.
+///
+/// # Errors
+/// When they cannot be written.
+pub(crate) fn bytes(stream: Stream, bytes: &[u8]) -> Result<(), OutputError> {
+    let written = match stream {
+        Stream::Stdout => {
+            let mut stdout = io::stdout().lock();
+            stdout.write_all(bytes).and_then(|()| stdout.flush())
+        }
+        Stream::Stderr => io::stderr().lock().write_all(bytes),
+    };
+    written.map_err(OutputError)
+}
+
+/// Tells the person something that is not the result, as a line on standard error.
+///
+/// Cannot fail: there is nobody left to tell.
+pub(crate) fn remark(text: impl Display) {
+    let _unheard = writeln!(io::stderr().lock(), "berth: {text}");
+}

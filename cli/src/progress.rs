@@ -1,0 +1,161 @@
+//! Shows how far a transfer has come: a bar per layer on a terminal, nothing where nobody watches.
+//!
+//! Bars go to standard error and are wiped at the end, so that the result on standard output stands alone.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use berth_api::v1::{LayerPhase, LayerProgress};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::names::short_id;
+
+/// More bars than fit on any screen: further layers are counted, not drawn.
+const MOST_BARS: usize = 32;
+
+/// The bars of one pull.
+#[derive(Debug)]
+pub(crate) struct LayerBars {
+    screen: MultiProgress,
+    bars: HashMap<String, ProgressBar>,
+    bytes_done: HashMap<String, u64>,
+}
+
+impl LayerBars {
+    /// No bars yet. Draws only if `visible` and standard error is a terminal.
+    pub(crate) fn new(visible: bool) -> Self {
+        let target = if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        Self {
+            screen: MultiProgress::with_draw_target(target),
+            bars: HashMap::new(),
+            bytes_done: HashMap::new(),
+        }
+    }
+
+    /// Makes a bar for each layer, so that they stand in the image's order.
+    pub(crate) fn expect_layers(&mut self, digests: &[String]) {
+        for digest in digests {
+            self.bar(digest);
+        }
+    }
+
+    /// Moves the bar of a layer.
+    pub(crate) fn show(&mut self, layer: &LayerProgress) {
+        self.bytes_done.insert(layer.digest.clone(), if loads(layer.phase()) { layer.bytes_done } else { 0 });
+        let Some(bar) = self.bar(&layer.digest) else { return };
+        bar.set_length(layer.bytes_total);
+        bar.set_message(phase_text(layer.phase()));
+        if is_end(layer.phase()) {
+            bar.set_position(layer.bytes_total);
+            bar.abandon();
+        } else {
+            bar.set_position(layer.bytes_done);
+        }
+    }
+
+    /// Compressed bytes that were really transferred.
+    pub(crate) fn bytes_loaded(&self) -> u64 {
+        self.bytes_done.values().fold(0, |sum, bytes| sum.saturating_add(*bytes))
+    }
+
+    fn bar(&mut self, digest: &str) -> Option<&ProgressBar> {
+        if !self.bars.contains_key(digest) {
+            if self.bars.len() >= MOST_BARS {
+                return None;
+            }
+            let bar = self.screen.add(ProgressBar::new(0).with_style(style()));
+            bar.set_prefix(short_id(digest).to_owned());
+            bar.set_message(phase_text(LayerPhase::Waiting));
+            self.bars.insert(digest.to_owned(), bar);
+        }
+        self.bars.get(digest)
+    }
+}
+
+impl Drop for LayerBars {
+    fn drop(&mut self) {
+        // Also after an error: its message shall not stand behind half a bar. Only fails with the terminal gone.
+        let _unseen = self.screen.clear();
+    }
+}
+
+/// A bar for one archive; without a length it only spins and counts.
+pub(crate) fn archive_bar(bytes_total: u64) -> ProgressBar {
+    let bar = match bytes_total {
+        0 => ProgressBar::new_spinner(),
+        total => ProgressBar::new(total).with_style(style()),
+    };
+    bar.set_draw_target(ProgressDrawTarget::stderr());
+    bar.set_prefix("import");
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
+}
+
+/// What a bar looks like.
+const TEMPLATE: &str = "{prefix:12} {bar:30} {bytes:>10} / {total_bytes:10} {msg}";
+
+fn style() -> ProgressStyle {
+    // A test reads the template, so the fallback is never seen.
+    ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+fn phase_text(phase: LayerPhase) -> &'static str {
+    match phase {
+        LayerPhase::Unspecified => "",
+        LayerPhase::Waiting => "waiting",
+        LayerPhase::Downloading => "downloading",
+        LayerPhase::Unpacking => "unpacking",
+        LayerPhase::Done => "done",
+        LayerPhase::Exists => "already here",
+    }
+}
+
+fn is_end(phase: LayerPhase) -> bool {
+    matches!(phase, LayerPhase::Done | LayerPhase::Exists)
+}
+
+fn loads(phase: LayerPhase) -> bool {
+    matches!(phase, LayerPhase::Downloading | LayerPhase::Unpacking | LayerPhase::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(digest: &str, phase: LayerPhase, bytes_done: u64) -> LayerProgress {
+        LayerProgress { digest: digest.into(), phase: phase.into(), bytes_done, bytes_total: 100 }
+    }
+
+    #[test]
+    fn what_was_here_already_counts_as_not_loaded() {
+        let mut bars = LayerBars::new(false);
+        bars.expect_layers(&["sha256:a".into(), "sha256:b".into()]);
+        bars.show(&layer("sha256:a", LayerPhase::Downloading, 40));
+        bars.show(&layer("sha256:a", LayerPhase::Done, 100));
+        bars.show(&layer("sha256:b", LayerPhase::Exists, 100));
+        assert_eq!(bars.bytes_loaded(), 100);
+    }
+
+    #[test]
+    fn layers_beyond_the_screen_are_counted() {
+        let mut bars = LayerBars::new(false);
+        for number in 0..100 {
+            bars.show(&layer(&number.to_string(), LayerPhase::Done, 100));
+        }
+        assert_eq!((bars.bars.len(), bars.bytes_loaded()), (MOST_BARS, 10_000));
+    }
+
+    #[test]
+    fn odd_numbers_do_not_confuse() {
+        let mut bars = LayerBars::new(false);
+        bars.show(&layer("", LayerPhase::Downloading, u64::MAX));
+        bars.show(&LayerProgress { phase: 99, bytes_done: u64::MAX, ..layer("é", LayerPhase::Done, 0) });
+        bars.show(&layer("x", LayerPhase::Done, 7));
+        assert_eq!(bars.bytes_loaded(), u64::MAX);
+    }
+
+    #[test]
+    fn the_style_of_a_bar_is_well_formed() {
+        assert!(ProgressStyle::with_template(TEMPLATE).is_ok());
+    }
+}

@@ -1,0 +1,359 @@
+//! From what `berth run` was asked to what CRI is asked: the configurations of a pod and its one container.
+//!
+//! Pure functions. Where CRI leaves a choice to its caller, the container gets what Kubernetes gives to one that
+//! asks for nothing: the default seccomp filter, a pid namespace of its own, and the usual paths of /proc and /sys
+//! hidden or read-only. Those lists have to be sent: an empty list in CRI means that nothing is hidden.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use berth_cri::v1::security_profile::ProfileType;
+use berth_cri::v1::{
+    ContainerConfig, ContainerMetadata, ImageSpec, Int64Value, KeyValue, LinuxContainerConfig,
+    LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+    LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    SecurityProfile,
+};
+
+use crate::mount_spec::MountSpec;
+use crate::quantity::CPU_PERIOD;
+use crate::user_spec::UserSpec;
+
+/// Namespace, in the sense of Kubernetes, of the pods that the command makes.
+pub(crate) const NAMESPACE: &str = "default";
+
+/// Name of the one container of such a pod.
+pub(crate) const CONTAINER: &str = "main";
+
+/// Annotation of a pod that says where its logs are, on those that the command made; `berth rm` removes them.
+pub(crate) const LOG_FOLDER_ANNOTATION: &str = "berth.log-folder";
+
+/// Log of the container, below the pod's folder.
+const LOG_FILE: &str = "main.log";
+
+/// Files and folders of the kernel that tell of the host or change it: what Kubernetes hides for the default
+/// `procMount` (pod.spec.containers.securityContext).
+const MASKED_PATHS: [&str; 12] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+
+/// Those that may be read only, for the same.
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// Labels by which crictl and others show the names of pods and containers, as a kubelet sets them.
+const POD_NAME_LABEL: &str = "io.kubernetes.pod.name";
+const POD_NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
+const POD_UID_LABEL: &str = "io.kubernetes.pod.uid";
+const CONTAINER_NAME_LABEL: &str = "io.kubernetes.container.name";
+
+/// Whose network a pod uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Network {
+    /// One of its own.
+    Pod,
+    /// The host's, with its name.
+    Host,
+}
+
+/// What a pod is made of.
+#[derive(Debug)]
+pub(crate) struct PodPlan {
+    /// Name, also the host name.
+    pub(crate) name: String,
+    /// What tells it from other pods of the name.
+    pub(crate) uid: String,
+    /// Whose network.
+    pub(crate) network: Network,
+    /// Absolute path of the folder for logs, of this pod alone.
+    pub(crate) log_folder: String,
+}
+
+/// What the container of a pod is made of.
+#[derive(Debug)]
+pub(crate) struct ContainerPlan {
+    /// The image's id.
+    pub(crate) image_id: String,
+    /// The image as it was asked for.
+    pub(crate) image_name: String,
+    /// Arguments in place of the image's, if any.
+    pub(crate) command: Vec<String>,
+    /// Additions to the image's environment.
+    pub(crate) envs: Vec<KeyValue>,
+    /// Mounts, their sources absolute.
+    pub(crate) mounts: Vec<MountSpec>,
+    /// Who the program runs as, if not as the image says.
+    pub(crate) user: Option<UserSpec>,
+    /// Limit of memory.
+    pub(crate) memory_limit_bytes: Option<i64>,
+    /// Limit of processor time per [`CPU_PERIOD`].
+    pub(crate) cpu_quota_us: Option<i64>,
+}
+
+/// Folder for the logs of one pod.
+pub(crate) fn log_folder(below: &Path, pod_name: &str, uid: &str) -> PathBuf {
+    below.join(format!("{pod_name}_{uid}"))
+}
+
+/// The log folder of a pod that the command made, if it is one.
+///
+/// Trusts the annotation only when it names a folder that belongs to this pod by its last part, so that an
+/// annotation of other origin cannot have any folder removed.
+pub(crate) fn log_folder_of(
+    metadata: Option<&PodSandboxMetadata>,
+    annotations: &BTreeMap<String, String>,
+) -> Option<PathBuf> {
+    let metadata = metadata?;
+    let folder = Path::new(annotations.get(LOG_FOLDER_ANNOTATION)?);
+    let below = folder.parent()?;
+    let plain = folder.is_absolute() && folder.components().all(|part| part.as_os_str() != "..");
+    let owned = !metadata.uid.is_empty() && log_folder(below, &metadata.name, &metadata.uid) == folder;
+    if plain && owned { Some(folder.to_owned()) } else { None }
+}
+
+fn namespaces(network: Network) -> NamespaceOption {
+    let network = match network {
+        Network::Pod => NamespaceMode::Pod,
+        Network::Host => NamespaceMode::Node,
+    };
+    NamespaceOption {
+        network: network.into(),
+        pid: NamespaceMode::Container.into(),
+        ipc: NamespaceMode::Pod.into(),
+        ..NamespaceOption::default()
+    }
+}
+
+fn default_seccomp() -> SecurityProfile {
+    SecurityProfile { profile_type: ProfileType::RuntimeDefault.into(), localhost_ref: String::new() }
+}
+
+fn pod_labels(pod: &PodPlan) -> BTreeMap<String, String> {
+    [(POD_NAME_LABEL, pod.name.as_str()), (POD_NAMESPACE_LABEL, NAMESPACE), (POD_UID_LABEL, &pod.uid)]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into()
+}
+
+/// The sandbox to ask for.
+pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
+    let hostname = match pod.network {
+        Network::Pod => pod.name.clone(),
+        Network::Host => String::new(),
+    };
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: pod.name.clone(),
+            uid: pod.uid.clone(),
+            namespace: NAMESPACE.into(),
+            attempt: 0,
+        }),
+        hostname,
+        log_directory: pod.log_folder.clone(),
+        labels: pod_labels(pod),
+        annotations: [(LOG_FOLDER_ANNOTATION.to_owned(), pod.log_folder.clone())].into(),
+        linux: Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(namespaces(pod.network)),
+                seccomp: Some(default_seccomp()),
+                ..LinuxSandboxSecurityContext::default()
+            }),
+            ..LinuxPodSandboxConfig::default()
+        }),
+        ..PodSandboxConfig::default()
+    }
+}
+
+/// The container to ask for. Wants the sources of the mounts to be UTF-8, as CRI does.
+pub(crate) fn container_config(pod: &PodPlan, container: ContainerPlan) -> ContainerConfig {
+    let mut labels = pod_labels(pod);
+    labels.insert(CONTAINER_NAME_LABEL.into(), CONTAINER.into());
+    let mut security_context = LinuxContainerSecurityContext {
+        namespace_options: Some(namespaces(pod.network)),
+        seccomp: Some(default_seccomp()),
+        masked_paths: MASKED_PATHS.map(str::to_owned).into(),
+        readonly_paths: READONLY_PATHS.map(str::to_owned).into(),
+        ..LinuxContainerSecurityContext::default()
+    };
+    let gid = match container.user {
+        None => None,
+        Some(UserSpec::Id { uid, gid }) => {
+            security_context.run_as_user = Some(Int64Value { value: uid.into() });
+            gid
+        }
+        Some(UserSpec::Name { name, gid }) => {
+            security_context.run_as_username = name;
+            gid
+        }
+    };
+    security_context.run_as_group = gid.map(|gid| Int64Value { value: gid.into() });
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: CONTAINER.into(), attempt: 0 }),
+        image: Some(ImageSpec {
+            image: container.image_id,
+            user_specified_image: container.image_name,
+            ..ImageSpec::default()
+        }),
+        args: container.command,
+        envs: container.envs,
+        mounts: container.mounts.into_iter().map(mount).collect(),
+        labels,
+        log_path: LOG_FILE.into(),
+        linux: Some(LinuxContainerConfig {
+            resources: Some(resources(container.memory_limit_bytes, container.cpu_quota_us)),
+            security_context: Some(security_context),
+        }),
+        ..ContainerConfig::default()
+    }
+}
+
+fn mount(mount: MountSpec) -> Mount {
+    Mount {
+        host_path: mount.source.to_string_lossy().into_owned(),
+        container_path: mount.target,
+        readonly: mount.readonly,
+        propagation: mount.propagation.into(),
+        ..Mount::default()
+    }
+}
+
+fn resources(memory_limit_bytes: Option<i64>, cpu_quota_us: Option<i64>) -> LinuxContainerResources {
+    let cpu_period = match cpu_quota_us {
+        Some(_) => i64::try_from(CPU_PERIOD.as_micros()).unwrap_or(i64::MAX),
+        None => 0,
+    };
+    LinuxContainerResources {
+        memory_limit_in_bytes: memory_limit_bytes.unwrap_or(0),
+        cpu_quota: cpu_quota_us.unwrap_or(0),
+        cpu_period,
+        ..LinuxContainerResources::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(network: Network) -> PodPlan {
+        PodPlan { name: "web".into(), uid: "u-1".into(), network, log_folder: "/logs/web_u-1".into() }
+    }
+
+    fn container() -> ContainerPlan {
+        ContainerPlan {
+            image_id: "sha256:1".into(),
+            image_name: "busybox".into(),
+            command: vec!["ls".into()],
+            envs: Vec::new(),
+            mounts: Vec::new(),
+            user: None,
+            memory_limit_bytes: None,
+            cpu_quota_us: None,
+        }
+    }
+
+    fn security(config: &ContainerConfig) -> &LinuxContainerSecurityContext {
+        config.linux.as_ref().unwrap().security_context.as_ref().unwrap()
+    }
+
+    #[test]
+    fn a_pod_has_its_own_network_and_name_unless_it_uses_the_hosts() {
+        for (network, mode, hostname) in
+            [(Network::Pod, NamespaceMode::Pod, "web"), (Network::Host, NamespaceMode::Node, "")]
+        {
+            let sandbox = sandbox_config(&pod(network));
+            let linux = sandbox.linux.unwrap().security_context.unwrap();
+            assert_eq!(linux.namespace_options.unwrap().network(), mode);
+            assert_eq!(sandbox.hostname, hostname);
+            let options =
+                security(&container_config(&pod(network), container())).namespace_options.clone().unwrap();
+            assert_eq!((options.network(), options.pid()), (mode, NamespaceMode::Container));
+        }
+    }
+
+    #[test]
+    fn a_container_that_asks_for_nothing_is_confined() {
+        let config = container_config(&pod(Network::Pod), container());
+        let security = security(&config);
+        assert_eq!(security.seccomp.as_ref().unwrap().profile_type(), ProfileType::RuntimeDefault);
+        assert!(security.masked_paths.contains(&"/proc/kcore".to_owned()));
+        assert!(security.readonly_paths.contains(&"/proc/sys".to_owned()));
+        assert!(!security.privileged);
+        let resources = config.linux.as_ref().unwrap().resources.as_ref().unwrap();
+        assert_eq!(*resources, LinuxContainerResources::default());
+    }
+
+    #[test]
+    fn the_image_is_asked_for_by_id_and_its_arguments_are_replaced() {
+        let config = container_config(&pod(Network::Pod), container());
+        let image = config.image.unwrap();
+        assert_eq!((image.image.as_str(), image.user_specified_image.as_str()), ("sha256:1", "busybox"));
+        assert_eq!((config.command.len(), config.args.as_slice()), (0, &["ls".to_owned()][..]));
+    }
+
+    #[test]
+    fn limits_go_with_their_period() {
+        let plan = ContainerPlan { memory_limit_bytes: Some(7), cpu_quota_us: Some(50_000), ..container() };
+        let resources = container_config(&pod(Network::Pod), plan).linux.unwrap().resources.unwrap();
+        assert_eq!(
+            (resources.memory_limit_in_bytes, resources.cpu_quota, resources.cpu_period),
+            (7, 50_000, 100_000)
+        );
+    }
+
+    #[test]
+    fn users_go_into_the_field_of_their_kind() {
+        for (user, uid, name, gid) in [
+            (UserSpec::Id { uid: 5, gid: Some(6) }, Some(5), "", Some(6)),
+            (UserSpec::Id { uid: 0, gid: None }, Some(0), "", None),
+            (UserSpec::Name { name: "www".into(), gid: Some(6) }, None, "www", Some(6)),
+        ] {
+            let config =
+                container_config(&pod(Network::Pod), ContainerPlan { user: Some(user), ..container() });
+            let security = security(&config);
+            assert_eq!(security.run_as_user.map(|uid| uid.value), uid);
+            assert_eq!(security.run_as_username, name);
+            assert_eq!(security.run_as_group.map(|gid| gid.value), gid);
+        }
+    }
+
+    #[test]
+    fn the_log_folder_of_an_own_pod_is_known_again() {
+        let config = sandbox_config(&pod(Network::Pod));
+        let found = log_folder_of(config.metadata.as_ref(), &config.annotations);
+        assert_eq!(found.as_deref(), Some(Path::new("/logs/web_u-1")));
+    }
+
+    #[test]
+    fn no_foreign_folder_passes_for_a_log_folder() {
+        let metadata = sandbox_config(&pod(Network::Pod)).metadata.unwrap();
+        for folder in [
+            "",
+            "/",
+            "/etc",
+            "web_u-1",
+            "/logs/web_u-1/..",
+            "/logs/../web_u-1",
+            "/logs/web_u-2",
+            "/logs/web_u-1/x",
+        ] {
+            let annotations = [(LOG_FOLDER_ANNOTATION.to_owned(), folder.to_owned())].into();
+            assert_eq!(log_folder_of(Some(&metadata), &annotations), None, "{folder}");
+        }
+        assert_eq!(log_folder_of(Some(&metadata), &BTreeMap::new()), None);
+        let annotations = [(LOG_FOLDER_ANNOTATION.to_owned(), "/logs/_".to_owned())].into();
+        assert_eq!(
+            log_folder_of(Some(&PodSandboxMetadata::default()), &annotations),
+            None,
+            "no name and no uid"
+        );
+    }
+}

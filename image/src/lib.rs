@@ -15,6 +15,7 @@ pub mod image;
 pub mod progress;
 pub mod reference;
 pub mod store;
+pub mod unpack;
 
 pub use credentials::{Credentials, Secret};
 pub use digest::Digest;

@@ -44,8 +44,8 @@ trait Runtime {
     fn socket(&self) -> &Path;
     /// The folder that everything it keeps is below.
     fn dir(&self) -> &Path;
-    /// The name of its bridge.
-    fn bridge(&self) -> &str;
+    /// The host's ends of the links into pods, one a line.
+    fn pod_links(&self) -> Result<String>;
     /// Kills the daemon without a warning, and starts it again after `absence`.
     fn crash(&mut self, absence: Duration) -> Result<()>;
     /// The end of its log.
@@ -207,7 +207,7 @@ fn ends_gracefully(kubelet: &Kubelet, ids: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Nothing of the pod is listed or mounted, attached to the bridge, or left as a cgroup or a volume.
+/// Nothing of the pod is listed or mounted, linked to a pod, or left as a cgroup or a volume.
 fn leaves_nothing(
     kubelet: &Kubelet,
     cri: &Cri,
@@ -223,9 +223,8 @@ fn leaves_nothing(
     within(SOON, "the pod's volumes are gone", || Ok(kubelet.pod_folders().is_empty().then_some(())))?;
     let mounts: Vec<_> = mounts_below(runtime.dir())?.difference(mounts_before).cloned().collect();
     ensure!(mounts.is_empty(), "nothing is left mounted: {mounts:?}");
-    let ports = Path::new("/sys/class/net").join(runtime.bridge()).join("brif");
-    let ports: Vec<_> = fs::read_dir(ports).into_iter().flatten().filter_map(Result::ok).collect();
-    ensure!(ports.is_empty(), "no pod is left on the bridge: {ports:?}");
+    let links = runtime.pod_links()?;
+    ensure!(links.is_empty(), "no link into a pod is left: {links}");
     Ok(())
 }
 
@@ -293,22 +292,21 @@ fn channel(socket: &Path) -> Result<Channel> {
     Ok(Endpoint::from_shared(uri).context("naming the socket")?.connect_lazy())
 }
 
-/// A daemon of Berth with its own folders, killed on drop.
+/// A daemon of Berth with folders and a network namespace of its own, killed on drop. The kubelet is in the host's
+/// namespace: they only meet on the socket.
 struct Berthd {
     process: Child,
     dir: PathBuf,
     socket: PathBuf,
-    bridge: String,
+    namespace: Namespace,
 }
 
 impl Berthd {
     fn start(dir: &Path) -> Result<Self> {
-        let bridge = format!("bk{}", std::process::id());
-        let configuration = format!("[network]\nbridge = \"{bridge}\"\nsubnets = [\"10.214.0.0/16\"]\n");
-        fs::write(dir.join("berth.toml"), configuration).context("writing the daemon's configuration")?;
-        let process = spawn_berthd(dir)?;
-        let socket = dir.join("berth.sock");
-        let daemon = Self { process, dir: dir.to_owned(), socket, bridge };
+        fs::write(dir.join("berth.toml"), "").context("writing the daemon's configuration")?;
+        let namespace = Namespace::create(dir.join("netns"))?;
+        let process = spawn_berthd(dir, &namespace)?;
+        let daemon = Self { process, dir: dir.to_owned(), socket: dir.join("berth.sock"), namespace };
         let cri = Cri::connect(&daemon.socket)?;
         within(SOON, "the daemon answers", || cri.version().map(Some))
             .with_context(|| daemon.last_words())?;
@@ -331,14 +329,14 @@ impl Runtime for Berthd {
         &self.dir
     }
 
-    fn bridge(&self) -> &str {
-        &self.bridge
+    fn pod_links(&self) -> Result<String> {
+        self.namespace.run("ip", &["-oneline", "link", "show", "type", "veth"])
     }
 
     fn crash(&mut self, absence: Duration) -> Result<()> {
         self.kill()?;
         sleep(absence);
-        self.process = spawn_berthd(&self.dir)?;
+        self.process = spawn_berthd(&self.dir, &self.namespace)?;
         Ok(())
     }
 
@@ -350,17 +348,57 @@ impl Runtime for Berthd {
 impl Drop for Berthd {
     fn drop(&mut self) {
         let _ = self.kill();
-        let _ = Command::new("ip").args(["link", "delete", &self.bridge]).stderr(Stdio::null()).status();
     }
 }
 
-fn spawn_berthd(dir: &Path) -> Result<Child> {
+/// A network namespace pinned as a file, for it has to outlive the daemons in it.
+struct Namespace {
+    file: PathBuf,
+}
+
+impl Namespace {
+    fn create(file: PathBuf) -> Result<Self> {
+        fs::write(&file, "").context("making a file for the network namespace")?;
+        let namespace = Self { file };
+        output(Command::new("unshare").arg(namespace.option()).args(["ip", "link", "set", "lo", "up"]))?;
+        Ok(namespace)
+    }
+
+    /// Names it to unshare(1) and nsenter(1).
+    fn option(&self) -> String {
+        format!("--net={}", self.file.display())
+    }
+
+    /// Runs a program in it and returns what it prints.
+    fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        output(Command::new("nsenter").arg(self.option()).arg(program).args(arguments))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.file, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// Runs a program to its end and returns what it prints.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("running {command:?}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {} {said}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn spawn_berthd(dir: &Path, namespace: &Namespace) -> Result<Child> {
     let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist");
     let program = dist.join("berthd");
     ensure!(program.exists(), "no {}: run make build", program.display());
     let log =
         fs::File::options().create(true).append(true).open(dir.join("log")).context("the daemon's log")?;
-    Command::new(&program)
+    // nsenter becomes the daemon, so the process is the daemon's.
+    Command::new("nsenter")
+        .arg(namespace.option())
+        .arg(&program)
         .arg("--root")
         .arg(dir.join("root"))
         .arg("--state")
@@ -429,8 +467,8 @@ impl Runtime for Peer {
         &self.dir
     }
 
-    fn bridge(&self) -> &str {
-        &self.bridge
+    fn pod_links(&self) -> Result<String> {
+        output(Command::new("ip").args(["-oneline", "link", "show", "master", &self.bridge]))
     }
 
     fn crash(&mut self, absence: Duration) -> Result<()> {

@@ -208,6 +208,15 @@ impl AddressStore {
         self.lock().of(sandbox_id)
     }
 
+    /// All sandboxes that have addresses, each with them.
+    pub fn owners(&self) -> BTreeMap<String, Vec<IpAddr>> {
+        let mut owners: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+        for (address, owner) in &self.lock().owners {
+            owners.entry(owner.clone()).or_default().push(*address);
+        }
+        owners
+    }
+
     /// How many addresses are taken, of all families.
     pub fn taken(&self) -> usize {
         self.lock().owners.len()

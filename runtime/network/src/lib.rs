@@ -11,7 +11,8 @@
 //! | [`netlink`] | a synchronous rtnetlink socket |
 //! | [`interfaces`] | traffic counters of a network namespace |
 //! | [`masquerade`] | the firewall rules as text |
-//! | [`nft`] | running the `nft` program, and asking the kernel whether a table is there |
+//! | [`nft`] | running the `nft` program |
+//! | [`guard`] | which addresses a pod's port may use: firewall sets, changed by netlink |
 //! | [`forwarding`] | the host's forwarding sysctls |
 //! | [`identity`] | interface names and MAC addresses, derived rather than stored |
 //!
@@ -25,6 +26,7 @@ pub mod addresses;
 pub mod bridge;
 pub mod config;
 pub mod forwarding;
+pub mod guard;
 pub mod identity;
 pub mod interfaces;
 pub mod masquerade;

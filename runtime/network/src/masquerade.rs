@@ -3,28 +3,44 @@
 //! Two tables, both named after the bridge, replaced as a whole in one transaction:
 //!
 //! - `inet berth-<bridge>`: packets from the pods' subnet to anywhere else leave with the address of the interface they leave by.
-//! - `bridge berth-<bridge>`: frames that enter from a pod's port are dropped when they pretend to come from outside the
-//!   pods' subnets or from the gateway, advertise routes, redirect, aim at loopback addresses, or are neither IP nor ARP
-//!   (a VLAN tag would hide the rest from these rules).
+//! - `bridge berth-<bridge>`: frames that enter from a pod's port are dropped unless their sender is one of that pod's own
+//!   addresses, and when they advertise routes, redirect, aim at loopback addresses, or are neither IP nor ARP (a VLAN tag
+//!   would hide the rest from these rules).
 //!
-//! The rules name no single pod, so that starting a pod costs nothing here. What they therefore do not stop is a pod with
-//! `CAP_NET_RAW` using the address of another pod of the same bridge.
+//! Which addresses a port may use stands in sets. This text fills them for the pods that are there; those that come later are
+//! added by [`crate::guard`], without `nft`.
 //!
 //! Each rule counts what it meets, so that `nft list table bridge berth-<bridge>` shows who is being stopped by what.
 //!
 //! Nothing in the text comes from a user unchecked: names and subnets are types with closed character sets ([`crate::config`]).
 //! Syntax and priorities: `nft(8)`; the bridge family's prerouting hook runs before the bridge learns or forwards.
 
+use std::net::{IpAddr, Ipv6Addr};
+
 use crate::config::{BridgeName, Ipv4Subnet, Ipv6Subnet};
-use crate::identity;
+use crate::{guard, identity};
 
 /// Name of both tables of a bridge.
 pub fn table(bridge: &BridgeName) -> String {
     format!("berth-{bridge}")
 }
 
-/// A script that puts both tables in place, whatever was there under their names.
-pub fn installation(bridge: &BridgeName, ipv4: Ipv4Subnet, ipv6: Option<Ipv6Subnet>) -> String {
+/// A pod's port on the bridge and the addresses that it may use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    /// The host end of the pod's veth pair ([`identity::host_interface`]).
+    pub interface: String,
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A script that puts both tables in place, whatever was there under their names, with the given pods in the sets.
+pub fn installation(
+    bridge: &BridgeName,
+    ipv4: Ipv4Subnet,
+    ipv6: Option<Ipv6Subnet>,
+    pods: &[Port],
+) -> String {
     let table = table(bridge);
     let mut text = removal(bridge);
 
@@ -40,31 +56,71 @@ pub fn installation(bridge: &BridgeName, ipv4: Ipv4Subnet, ipv6: Option<Ipv6Subn
     let ports = format!("{}*", identity::host_interface_prefix(bridge));
     let mac = identity::bridge_mac(bridge);
     let types = if ipv6.is_some() { "{ ip, ip6, arp }" } else { "{ ip, arp }" };
-    let gateway = ipv4.gateway();
     text += &format!("table bridge {table} {{\n");
+    text += &set(
+        guard::IPV4_SENDERS,
+        "type ifname . ipv4_addr",
+        &elements(pods, |address| match address {
+            IpAddr::V4(address) => Some(address.to_string()),
+            IpAddr::V6(_) => None,
+        }),
+    );
+    if ipv6.is_some() {
+        let ipv6 = |show: fn(Ipv6Addr) -> String| {
+            elements(pods, move |address| match address {
+                IpAddr::V4(_) => None,
+                IpAddr::V6(address) => Some(show(address)),
+            })
+        };
+        text += &set(guard::IPV6_SENDERS, "type ifname . ipv6_addr", &ipv6(|address| address.to_string()));
+        // The target of a neighbour advertisement: the 128 bits behind the first 64 of the ICMPv6 header (RFC 4861, 4.4).
+        let integers = ipv6(|address| format!("{:#034x}", u128::from(address)));
+        text += &set(guard::IPV6_TARGETS, "typeof iifname . @th,64,128", &integers);
+    }
     text += "  chain prerouting {\n    type filter hook prerouting priority filter; policy accept;\n";
     text += &format!("    iifname \"{ports}\" jump from_pod\n  }}\n");
     text += "  chain from_pod {\n";
     text += &format!("    ether type != {types} counter drop\n");
     text += &format!("    ether saddr {mac} counter drop\n");
-    text += &format!("    ip saddr {gateway} counter drop\n");
-    text += &format!("    ip saddr != {ipv4} counter drop\n");
+    text += &format!("    iifname . ip saddr != @{} counter drop\n", guard::IPV4_SENDERS);
     text += "    ip daddr 127.0.0.0/8 counter drop\n";
-    text += "    ether type arp arp htype != 1 counter drop\n";
-    text += &format!("    arp saddr ip {gateway} counter drop\n");
+    text += "    arp htype != 1 counter drop\n";
     // 0.0.0.0 is the sender of a probe for a duplicate address (RFC 5227).
-    text += &format!("    arp saddr ip != {{ 0.0.0.0, {ipv4} }} counter drop\n");
-    if let Some(ipv6) = ipv6 {
-        let gateway = ipv6.gateway();
-        text += &format!("    ip6 saddr {gateway} counter drop\n");
-        text += &format!("    ip6 saddr != {{ ::, fe80::/10, {ipv6} }} counter drop\n");
+    text += &format!(
+        "    arp saddr ip != 0.0.0.0 iifname . arp saddr ip != @{} counter drop\n",
+        guard::IPV4_SENDERS
+    );
+    if ipv6.is_some() {
         text += "    icmpv6 type { nd-router-advert, nd-redirect } counter drop\n";
-        // The target of a neighbour advertisement: the 128 bits behind the first 64 of the ICMPv6 header (RFC 4861, 4.4).
-        let target = u128::from(gateway);
-        text += &format!("    icmpv6 type nd-neighbor-advert @th,64,128 {target:#034x} counter drop\n");
+        // 0x3fa: the ten bits of fe80::/10. A pod makes its link-local address by itself.
+        text += &format!(
+            "    icmpv6 type nd-neighbor-advert @th,64,10 != 0x3fa iifname . @th,64,128 != @{} counter drop\n",
+            guard::IPV6_TARGETS
+        );
+        text += &format!(
+            "    ip6 saddr != {{ ::, fe80::/10 }} iifname . ip6 saddr != @{} counter drop\n",
+            guard::IPV6_SENDERS
+        );
     }
     text += "  }\n}\n";
     text
+}
+
+fn set(name: &str, kind: &str, elements: &[String]) -> String {
+    let elements = match elements {
+        [] => String::new(),
+        _ => format!("    elements = {{ {} }}\n", elements.join(", ")),
+    };
+    format!("  set {name} {{\n    {kind}\n{elements}  }}\n")
+}
+
+/// The elements of a set: each port with those of its addresses that belong there, as text.
+fn elements(pods: &[Port], show: impl Fn(IpAddr) -> Option<String>) -> Vec<String> {
+    let of = |port: &Port| -> Vec<String> {
+        let shown = port.addresses.iter().filter_map(|address| show(*address));
+        shown.map(|address| format!("\"{}\" . {address}", port.interface)).collect()
+    };
+    pods.iter().flat_map(of).collect()
 }
 
 /// A script that removes both tables, whether or not they are there.
@@ -87,17 +143,23 @@ mod tests {
         }
     }
 
+    fn pod(number: u8) -> Port {
+        let addresses = [format!("10.88.0.{number}"), format!("fd62:6572:7468::{number}")];
+        Port {
+            interface: format!("bvaaa000000000{number}"),
+            addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+        }
+    }
+
     #[test]
     fn nft_accepts_the_rules_of_every_configuration() {
         for name in ["berth0", "b", "_", "exactly15bytes_", "a-b_c", "0", "table"] {
             let bridge = BridgeName::new(name).unwrap();
             for ipv4 in ["10.88.0.0/16", "10.0.0.0/8", "192.168.7.8/30"] {
                 for ipv6 in [None, Some("fd62:6572:7468::/64"), Some("2001:db8::1200/120")] {
-                    check(&installation(
-                        &bridge,
-                        ipv4.parse().unwrap(),
-                        ipv6.map(|text| text.parse().unwrap()),
-                    ));
+                    let ipv6 = ipv6.map(|text| text.parse().unwrap());
+                    check(&installation(&bridge, ipv4.parse().unwrap(), ipv6, &[]));
+                    check(&installation(&bridge, ipv4.parse().unwrap(), ipv6, &[pod(1), pod(2)]));
                 }
             }
             check(&removal(&bridge));
@@ -106,7 +168,7 @@ mod tests {
 
     #[test]
     fn without_ipv6_no_ipv6_frame_passes() {
-        let text = installation(&BridgeName::default(), Ipv4Subnet::default(), None);
+        let text = installation(&BridgeName::default(), Ipv4Subnet::default(), None, &[pod(1)]);
         assert!(text.contains("ether type != { ip, arp } counter drop"), "{text}");
         assert!(!text.contains("ip6"), "{text}");
     }

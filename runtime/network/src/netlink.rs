@@ -104,6 +104,8 @@ pub(crate) struct Request {
     kind: u16,
     flags: u16,
     body: Vec<u8>,
+    /// Whether the kernel is asked to say that it is done, and the answer is awaited.
+    acknowledged: bool,
 }
 
 impl Request {
@@ -111,12 +113,25 @@ impl Request {
     pub(crate) fn route(operation: &'static str, flags: u16, message: &RouteNetlinkMessage) -> Self {
         let mut body = vec![0; message.buffer_len()];
         message.serialize(&mut body);
-        Self { operation, kind: message.message_type(), flags, body }
+        Self { operation, kind: message.message_type(), flags, body, acknowledged: true }
     }
 
     /// A request of another protocol, its body already encoded.
     pub(crate) fn raw(operation: &'static str, kind: u16, flags: u16, body: Vec<u8>) -> Self {
-        Self { operation, kind, flags, body }
+        Self { operation, kind, flags, body, acknowledged: true }
+    }
+
+    /// The same, for a message that the kernel answers only when it fails.
+    pub(crate) fn unacknowledged(self) -> Self {
+        Self { acknowledged: false, ..self }
+    }
+}
+
+#[cfg(test)]
+impl Request {
+    /// The encoded body.
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.body
     }
 }
 
@@ -177,16 +192,24 @@ impl Netlink {
     /// The first request's failure, in the order given; the later ones have been carried out as far as they could be.
     pub(crate) fn request(&mut self, requests: &[Request]) -> Result<Vec<Reply>, Error> {
         let Some(last) = requests.last() else { return Ok(Vec::new()) };
-        let first_sequence = self.send(requests, NLM_F_ACK)?;
-        let mut outcomes: Vec<Option<Result<(), Errno>>> = vec![None; requests.len()];
+        let first_sequence = self.send(requests, 0)?;
+        let mut outcomes: Vec<Option<Result<(), Errno>>> =
+            requests.iter().map(|request| (!request.acknowledged).then_some(Ok(()))).collect();
         let mut replies = Vec::new();
-        while outcomes.iter().any(Option::is_none) {
+        // An error to a message that is not acknowledged stands for all of them: the others get no answer any more.
+        let mut refused = false;
+        while !refused && outcomes.iter().any(Option::is_none) {
             for message in self.receive(last.operation)? {
                 let position = message.sequence.wrapping_sub(first_sequence);
-                let outcome = usize::try_from(position).ok().and_then(|position| outcomes.get_mut(position));
-                let Some(outcome) = outcome else { continue };
+                let position = usize::try_from(position).unwrap_or(usize::MAX);
+                let (Some(outcome), Some(request)) = (outcomes.get_mut(position), requests.get(position))
+                else {
+                    continue;
+                };
                 if message.kind == NLMSG_ERROR {
-                    *outcome = Some(message.error_code(last.operation)?);
+                    let result = message.error_code(last.operation)?;
+                    refused |= result.is_err() && !request.acknowledged;
+                    *outcome = Some(result);
                 } else {
                     replies.push(Reply { body: message.body });
                 }
@@ -250,7 +273,10 @@ impl Netlink {
                 .map_err(|_| Error::Malformed { operation })?;
             datagram.extend_from_slice(&length.to_ne_bytes());
             datagram.extend_from_slice(&request.kind.to_ne_bytes());
-            datagram.extend_from_slice(&(request.flags | extra_flags | NLM_F_REQUEST).to_ne_bytes());
+            let acknowledge =
+                if request.acknowledged && extra_flags & NLM_F_DUMP == 0 { NLM_F_ACK } else { 0 };
+            let flags = request.flags | extra_flags | acknowledge | NLM_F_REQUEST;
+            datagram.extend_from_slice(&flags.to_ne_bytes());
             datagram.extend_from_slice(&self.sequence.to_ne_bytes());
             datagram.extend_from_slice(&0_u32.to_ne_bytes());
             datagram.extend_from_slice(&request.body);

@@ -1,4 +1,4 @@
-//! Running the `nft` program, and asking the kernel directly whether a table is there.
+//! Running the `nft` program.
 //!
 //! The program is started at set-up, repair and tear-down only. It is looked for in the system's own directories, not in
 //! `PATH`; it gets an empty environment, the script on its standard input, a deadline, and a bound on what it may say.
@@ -9,10 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use nix::errno::Errno;
-
-use crate::netlink::{self, Netlink, Request};
 
 /// Where the program may be.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -144,43 +140,6 @@ fn converse(child: &mut Child, script: &str, deadline: Duration) -> io::Result<O
             return Ok(None);
         }
         thread::sleep(POLL);
-    }
-}
-
-/// The families of tables that are used here, by their number (`NFPROTO_*`, `linux/netfilter.h`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Family {
-    Inet = 1,
-    Bridge = 7,
-}
-
-/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE` (`linux/netfilter/nfnetlink.h`, `nf_tables.h`).
-const GET_TABLE: u16 = 10 << 8 | 1;
-/// `NFTA_TABLE_NAME` (`linux/netfilter/nf_tables.h`): a NUL-terminated string.
-const TABLE_NAME: u16 = 1;
-
-/// Whether a table exists in the kernel: one netlink exchange, some 10 µs.
-///
-/// # Errors
-/// What the kernel said, other than that there is no such table.
-pub(crate) fn table_exists(
-    netfilter: &mut Netlink,
-    family: Family,
-    table: &str,
-) -> Result<bool, netlink::Error> {
-    // struct nfgenmsg: family u8, version u8 (NFNETLINK_V0), resource id u16.
-    let mut body = vec![family as u8, 0, 0, 0];
-    // A table name is at most 6 + 15 bytes (crate::masquerade::table), so the length fits.
-    let length = u16::try_from(4 + table.len() + 1).unwrap_or(u16::MAX);
-    body.extend_from_slice(&length.to_ne_bytes());
-    body.extend_from_slice(&TABLE_NAME.to_ne_bytes());
-    body.extend_from_slice(table.as_bytes());
-    body.push(0);
-    body.resize(body.len().next_multiple_of(4), 0);
-    match netfilter.request(&[Request::raw("look up a firewall table", GET_TABLE, 0, body)]) {
-        Ok(_) => Ok(true),
-        Err(error) if error.errno() == Some(Errno::ENOENT) => Ok(false),
-        Err(error) => Err(error),
     }
 }
 

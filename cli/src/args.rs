@@ -193,7 +193,7 @@ pub(crate) struct ExecArgs {
 #[derive(Debug, Args)]
 pub(crate) struct StopArgs {
     /// Seconds between the stop signal and the kill.
-    #[arg(short, long = "time", value_name = "SECONDS", default_value_t = 10)]
+    #[arg(short = 't', long = "time", value_name = "SECONDS", default_value_t = 10)]
     pub(crate) grace_seconds: u32,
     /// Containers or pods.
     #[arg(required = true, value_name = "NAME")]
@@ -313,6 +313,18 @@ mod tests {
     }
 
     #[test]
+    fn short_options_are_those_that_people_know() {
+        let Command::Stop(args) = parse("berth stop -t 3 web").unwrap().command else { panic!("not stop") };
+        assert_eq!((args.grace_seconds, args.names), (3, vec!["web".to_owned()]));
+        let Command::Logs(args) = parse("berth logs -fn 5 web").unwrap().command else { panic!("not logs") };
+        assert_eq!((args.follow, args.tail), (true, Some(5)));
+        let Command::Exec(args) = parse("berth exec -it web sh").unwrap().command else { panic!("not exec") };
+        assert!(args.interactive && args.tty);
+        let args = run("berth run -d -e A=b -m 1Mi -u 5 -v /a:/b image");
+        assert!(args.detach && args.envs.len() == 1 && args.user.is_some() && args.mounts.len() == 1);
+    }
+
+    #[test]
     fn limits_are_read_into_numbers() {
         let args = run("berth run -m 64Mi --cpus 0.5 image");
         assert_eq!((args.memory_limit_bytes, args.cpu_quota_us), (Some(64 << 20), Some(50_000)));
@@ -330,7 +342,7 @@ mod tests {
             ("berth run --mount here image", ErrorKind::ValueValidation),
             ("berth run -e =x image", ErrorKind::ValueValidation),
             ("berth exec web", ErrorKind::MissingRequiredArgument),
-            ("berth stop -t -1 web", ErrorKind::UnknownArgument),
+            ("berth stop -t soon web", ErrorKind::ValueValidation),
             ("berth pull --username me image", ErrorKind::MissingRequiredArgument),
             ("berth sing", ErrorKind::InvalidSubcommand),
         ] {

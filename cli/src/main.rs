@@ -13,6 +13,8 @@ mod commands;
 mod daemon;
 mod env_spec;
 mod error;
+#[cfg(test)]
+mod fake_daemon;
 mod interrupts;
 mod log_file;
 mod log_line;

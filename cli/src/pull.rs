@@ -99,3 +99,81 @@ async fn pull_unwatched(daemon: &Daemon, request: PullRequest) -> Result<String,
     let request = PullImageRequest { image: Some(image_spec(&image)), auth, sandbox_config: None };
     Ok(answer(format!("pull {image}"), daemon.images.clone().pull_image(request)).await?.image_ref)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use berth_api::v1::{LayerPhase, LayerProgress, PullResolved, PulledImage};
+    use tonic::Status;
+
+    use super::*;
+    use crate::fake_daemon::{FakeDaemon, Script};
+
+    fn event(event: Event) -> Result<PullEvent, Status> {
+        Ok(PullEvent { event: Some(event) })
+    }
+
+    fn layer(phase: LayerPhase, bytes_done: u64) -> Result<PullEvent, Status> {
+        let digest = "sha256:1".to_owned();
+        event(Event::Layer(LayerProgress { digest, phase: phase.into(), bytes_done, bytes_total: 9 }))
+    }
+
+    async fn outcome(events: Vec<Result<PullEvent, Status>>) -> Result<String, PullError> {
+        let fake = FakeDaemon::start(Script { pull: events, ..Script::default() }).await;
+        pull(&fake.daemon, "busybox", None, Narration::Silent).await
+    }
+
+    #[tokio::test]
+    async fn a_pull_ends_with_the_images_id() {
+        let resolved = PullResolved {
+            reference: "docker.io/library/busybox:latest".into(),
+            layers: vec!["sha256:1".into()],
+        };
+        let id = outcome(vec![
+            event(Event::Resolved(resolved)),
+            layer(LayerPhase::Downloading, 4),
+            layer(LayerPhase::Done, 9),
+            Ok(PullEvent { event: None }),
+            event(Event::Image(PulledImage { id: "sha256:2".into() })),
+        ]);
+        assert_eq!(id.await.unwrap(), "sha256:2");
+    }
+
+    #[tokio::test]
+    async fn a_pull_that_breaks_off_is_no_success() {
+        let broken =
+            outcome(vec![layer(LayerPhase::Downloading, 4), Err(Status::unknown("digest mismatch"))]).await;
+        assert!(
+            matches!(broken, Err(PullError::Call(error)) if error.refusal.to_string() == "digest mismatch")
+        );
+        let silent = outcome(vec![layer(LayerPhase::Done, 9)]).await;
+        assert!(matches!(silent, Err(PullError::NoImage(image)) if image == "busybox"));
+    }
+
+    #[tokio::test]
+    async fn credentials_are_sent_along() {
+        let script =
+            Script { pull: vec![event(Event::Image(PulledImage { id: "x".into() }))], ..Script::default() };
+        let pulled = Arc::clone(&script.pulled);
+        let fake = FakeDaemon::start(script).await;
+        let credentials = Credentials { username: "me".into(), password: "secret".into() };
+        pull(&fake.daemon, "a/b", Some(credentials), Narration::Silent).await.unwrap();
+        let pulled = pulled.lock().unwrap();
+        let [request] = pulled.as_slice() else { panic!("one pull, not {}", pulled.len()) };
+        assert_eq!(
+            (request.image.as_str(), request.username.as_str(), request.password.as_str()),
+            ("a/b", "me", "secret")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_daemon_without_the_own_service_is_asked_through_cri() {
+        let own_words = "not here";
+        let error = outcome(vec![Err(Status::unimplemented(own_words))]).await.unwrap_err();
+        let PullError::Call(error) = error else { panic!("not a refused call: {error:?}") };
+        // The fake does not serve CRI either, so the second call is refused as well, and not in the script's words.
+        assert_eq!(error.refusal.code, Code::Unimplemented);
+        assert!(!error.refusal.to_string().contains(own_words), "{}", error.refusal);
+    }
+}

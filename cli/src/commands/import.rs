@@ -149,7 +149,13 @@ fn line_of(image: &ImportedImage) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use berth_api::v1::{ImportEvent, ImportProgress, ImportedImages};
+    use tonic::{Code, Status};
+
     use super::*;
+    use crate::fake_daemon::{FakeDaemon, Script};
 
     fn args(source: &Path, upload: bool) -> ImportArgs {
         ImportArgs { name: None, upload, source: source.to_owned() }
@@ -194,5 +200,56 @@ mod tests {
         let missing = source_of(&args(Path::new("/nonexistent"), false)).await;
         assert!(matches!(missing, Err(ImportError::Read { .. })));
         assert!(matches!(source_of(&args(Path::new("/etc"), true)).await, Err(ImportError::Folder(_))));
+    }
+
+    fn events() -> Vec<Result<ImportEvent, Status>> {
+        let image = ImportedImage { id: "sha256:1".into(), names: vec!["a:1".into()] };
+        [
+            Event::Progress(ImportProgress { bytes_done: 5, bytes_total: 5 }),
+            Event::Images(ImportedImages { images: vec![image] }),
+        ]
+        .map(|event| Ok(ImportEvent { event: Some(event) }))
+        .into()
+    }
+
+    #[tokio::test]
+    async fn an_uploaded_archive_arrives_whole() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let bytes = vec![7; MAX_CHUNK_BYTES * 3 + 1];
+        std::fs::write(file.path(), &bytes).unwrap();
+        let script = Script { import: events(), ..Script::default() };
+        let imported = Arc::clone(&script.imported);
+        let fake = FakeDaemon::start(script).await;
+        import(&fake.daemon, args(file.path(), true)).await.unwrap();
+        let steps: Vec<_> = imported.lock().unwrap().drain(..).filter_map(|request| request.step).collect();
+        let sizes = steps.iter().map(|step| match step {
+            Step::Start(_) => 0,
+            Step::Chunk(chunk) => chunk.len(),
+        });
+        assert_eq!(sizes.sum::<usize>(), bytes.len());
+        assert!(matches!(steps.first(), Some(Step::Start(_))), "the start comes first");
+    }
+
+    #[tokio::test]
+    async fn a_refused_import_ends_with_the_daemons_words() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // More than fits into what is underway, so that the feed is stuck when the refusal comes.
+        std::fs::write(file.path(), vec![7; MAX_CHUNK_BYTES * 16]).unwrap();
+        let import_events = vec![Err(Status::failed_precondition("no image in it"))];
+        let fake = FakeDaemon::start(Script { import: import_events, ..Script::default() }).await;
+        let error = import(&fake.daemon, args(file.path(), true)).await.unwrap_err();
+        let Error::Call(error) = error else { panic!("not a refused call: {error:?}") };
+        assert_eq!(
+            (error.refusal.code, error.refusal.to_string().as_str()),
+            (Code::FailedPrecondition, "no image in it")
+        );
+    }
+
+    #[tokio::test]
+    async fn an_import_without_an_image_is_no_success() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let fake = FakeDaemon::start(Script::default()).await;
+        let error = import(&fake.daemon, args(file.path(), false)).await.unwrap_err();
+        assert!(matches!(error, Error::Import(ImportError::NoImage(_))), "{error:?}");
     }
 }

@@ -18,7 +18,7 @@ use berth_cri::v1::{
 };
 
 use crate::args::RunArgs;
-use crate::daemon::{CallError, Daemon, answer};
+use crate::daemon::{CallError, Daemon, Refusal, answer};
 use crate::error::Error;
 use crate::interrupts::{GivenUp, Interrupts};
 use crate::log_stream::{Following, Selection};
@@ -80,13 +80,15 @@ pub(crate) enum RunError {
     #[error("listen for signals")]
     Signals(#[source] io::Error),
     /// The program could not be started.
-    #[error("run the program")]
+    #[error("start the program of pod {pod}")]
     NotStarted {
+        /// Name of the pod.
+        pod: String,
         /// The exit code, if it says why.
         exit_code: Option<u8>,
         /// What the daemon says.
         #[source]
-        source: CallError,
+        refusal: Refusal,
     },
     /// Interrupted while the container was made.
     #[error("interrupted before the program ran")]
@@ -177,20 +179,20 @@ impl Made<'_> {
         let act = format!("make the container of pod {}", pod.name);
         let id = answer(act, self.daemon.runtime.clone().create_container(request)).await?.container_id;
         let request = StartContainerRequest { container_id: id.clone() };
-        match answer("start", self.daemon.runtime.clone().start_container(request)).await {
+        match self.daemon.runtime.clone().start_container(request).await {
             Ok(_) => Ok(id),
-            Err(source) => {
+            Err(status) => {
                 let exit_code = self.exit_code_of_failed_start(&id).await;
-                Err(RunError::NotStarted { exit_code, source }.into())
+                let (pod, refusal) = (pod.name.clone(), status.into());
+                Err(RunError::NotStarted { pod, exit_code, refusal }.into())
             }
         }
     }
 
     async fn make_pod(&mut self, name: &str, config: PodSandboxConfig) -> Result<String, Error> {
         let request = RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
-        let call =
-            answer(format!("make pod {name}"), self.daemon.runtime.clone().run_pod_sandbox(request)).await;
-        let pod_id = call?.pod_sandbox_id;
+        let act = format!("make pod {name}");
+        let pod_id = answer(act, self.daemon.runtime.clone().run_pod_sandbox(request)).await?.pod_sandbox_id;
         self.pod_id = Some(pod_id.clone());
         Ok(pod_id)
     }

@@ -74,7 +74,8 @@ impl Following {
     pub(crate) async fn failed(&mut self) -> LogStreamError {
         match (&mut self.thread).await {
             Ok(Err(error)) => error,
-            // It only ends by itself with an error, and is neither aborted nor polled again after this.
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // It ends by itself only with an error, and nobody cancels it.
             Ok(Ok(())) | Err(_) => std::future::pending().await,
         }
     }
@@ -85,8 +86,12 @@ impl Following {
     /// When the log cannot be read, or the output not written.
     pub(crate) async fn finish(self) -> Result<(), LogStreamError> {
         self.ended.store(true, Ordering::Release);
-        // A panic in the thread is a bug; it has been reported on standard error by then.
-        self.thread.await.unwrap_or(Ok(()))
+        match self.thread.await {
+            Ok(outcome) => outcome,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Nobody cancels it.
+            Err(_) => Ok(()),
+        }
     }
 }
 

@@ -3,9 +3,8 @@
 //! Bars go to standard error and are wiped at the end, so that the result on standard output stands alone.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
-use berth_api::v1::{LayerPhase, LayerProgress};
+use berth_api::v1::{ImportProgress, LayerPhase, LayerProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::names::short_id;
@@ -63,7 +62,7 @@ impl LayerBars {
             if self.bars.len() >= MOST_BARS {
                 return None;
             }
-            let bar = self.screen.add(ProgressBar::new(0).with_style(style()));
+            let bar = self.screen.add(ProgressBar::new(0).with_style(styled(TEMPLATE)));
             bar.set_prefix(short_id(digest).to_owned());
             bar.set_message(phase_text(LayerPhase::Waiting));
             self.bars.insert(digest.to_owned(), bar);
@@ -79,24 +78,45 @@ impl Drop for LayerBars {
     }
 }
 
-/// A bar for one archive; without a length it only spins and counts.
-pub(crate) fn archive_bar(bytes_total: u64) -> ProgressBar {
-    let bar = match bytes_total {
-        0 => ProgressBar::new_spinner(),
-        total => ProgressBar::new(total).with_style(style()),
-    };
-    bar.set_draw_target(ProgressDrawTarget::stderr());
-    bar.set_prefix("import");
-    bar.enable_steady_tick(Duration::from_millis(100));
-    bar
+/// How far an import has come: a bar when the daemon knows the archive's size, else a count of bytes.
+#[derive(Debug)]
+pub(crate) struct ArchiveBar {
+    bar: ProgressBar,
+}
+
+impl ArchiveBar {
+    /// Nothing has been read yet. Draws only if standard error is a terminal.
+    pub(crate) fn new() -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        Self { bar: bar.with_style(styled(COUNT_TEMPLATE)) }
+    }
+
+    /// Moves the bar.
+    pub(crate) fn show(&self, progress: &ImportProgress) {
+        if progress.bytes_total > 0 && self.bar.length() != Some(progress.bytes_total) {
+            self.bar.set_style(styled(TEMPLATE));
+            self.bar.set_prefix("archive");
+            self.bar.set_length(progress.bytes_total);
+        }
+        self.bar.set_position(progress.bytes_done);
+    }
+}
+
+impl Drop for ArchiveBar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 /// What a bar looks like.
 const TEMPLATE: &str = "{prefix:12} {bar:30} {bytes:>10} / {total_bytes:10} {msg}";
 
-fn style() -> ProgressStyle {
-    // A test reads the template, so the fallback is never seen.
-    ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar())
+/// What is shown where the end is not known.
+const COUNT_TEMPLATE: &str = "{spinner} {bytes} read";
+
+fn styled(template: &str) -> ProgressStyle {
+    // Templates are constants that a test reads, so the fallback is never seen.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 fn phase_text(phase: LayerPhase) -> &'static str {
@@ -155,7 +175,18 @@ mod tests {
     }
 
     #[test]
-    fn the_style_of_a_bar_is_well_formed() {
-        assert!(ProgressStyle::with_template(TEMPLATE).is_ok());
+    fn an_archive_of_unknown_size_is_counted_until_the_size_is_known() {
+        let bar = ArchiveBar::new();
+        bar.show(&ImportProgress { bytes_done: 5, bytes_total: 0 });
+        assert_eq!((bar.bar.position(), bar.bar.length()), (5, None));
+        bar.show(&ImportProgress { bytes_done: 7, bytes_total: 9 });
+        assert_eq!((bar.bar.position(), bar.bar.length()), (7, Some(9)));
+    }
+
+    #[test]
+    fn the_templates_are_well_formed() {
+        for template in [TEMPLATE, COUNT_TEMPLATE] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
     }
 }

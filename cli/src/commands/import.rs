@@ -21,7 +21,7 @@ use crate::daemon::{CallError, Daemon, answer};
 use crate::error::Error;
 use crate::names::short_id;
 use crate::output;
-use crate::progress::archive_bar;
+use crate::progress::ArchiveBar;
 
 /// How many chunks wait for the daemon to take them: enough for reading and sending to overlap.
 const CHUNKS_UNDERWAY: usize = 2;
@@ -54,11 +54,18 @@ pub(crate) enum ImportError {
 /// # Errors
 /// When the source cannot be read, or the daemon takes it for no image.
 pub(crate) async fn import(daemon: &Daemon, args: ImportArgs) -> Result<(), Error> {
+    let images = bring_in(daemon, args).await?;
+    let lines: String = images.iter().map(line_of).collect();
+    Ok(output::text(&lines)?)
+}
+
+/// Imports and returns the images, at least one.
+async fn bring_in(daemon: &Daemon, args: ImportArgs) -> Result<Vec<ImportedImage>, Error> {
     let act = format!("import {}", args.source.display());
     let (sender, requests) = mpsc::channel(CHUNKS_UNDERWAY);
     let (source, archive) = source_of(&args).await?;
     let start = ImportStart { name: args.name.unwrap_or_default(), source: Some(source) };
-    let bar = archive_bar(archive.as_ref().map_or(0, |archive| archive.size_bytes));
+    let bar = ArchiveBar::new();
     let feed = feed(start, archive, &args.source, sender);
     let listen = async {
         let mut daemon = daemon.own.clone();
@@ -69,10 +76,7 @@ pub(crate) async fn import(daemon: &Daemon, args: ImportArgs) -> Result<(), Erro
             let next = next.map_err(|status| CallError { act: act.clone(), refusal: status.into() })?;
             let Some(event) = next else { return Ok::<_, Error>(images) };
             match event.event {
-                Some(Event::Progress(progress)) => {
-                    bar.set_length(progress.bytes_total);
-                    bar.set_position(progress.bytes_done);
-                }
+                Some(Event::Progress(progress)) => bar.show(&progress),
                 Some(Event::Images(imported)) => images.extend(imported.images),
                 // From a newer daemon.
                 None => {}
@@ -81,28 +85,22 @@ pub(crate) async fn import(daemon: &Daemon, args: ImportArgs) -> Result<(), Erro
     };
     // A failed read cancels the call. When the daemon refuses, the feed ends by itself, as nobody takes its chunks.
     let fed_and_heard = tokio::try_join!(feed, listen);
-    bar.finish_and_clear();
+    drop(bar);
     let ((), images) = fed_and_heard?;
     if images.is_empty() {
         return Err(ImportError::NoImage(args.source).into());
     }
-    let lines: String = images.iter().map(line_of).collect();
-    Ok(output::text(&lines)?)
+    Ok(images)
 }
 
 /// An archive that we send.
-struct Archive {
-    reader: Box<dyn AsyncRead + Send + Unpin>,
-    /// 0 when unknown.
-    size_bytes: u64,
-}
+type Archive = Box<dyn AsyncRead + Send + Unpin>;
 
 async fn source_of(args: &ImportArgs) -> Result<(Source, Option<Archive>), ImportError> {
     let path = args.source.as_path();
     let failed = |source| ImportError::Read { path: path.to_owned(), source };
     if is_standard_input(path.as_os_str()) {
-        let archive = Archive { reader: Box::new(tokio::io::stdin()), size_bytes: 0 };
-        return Ok((Source::Upload(ImportUpload { size_bytes: 0 }), Some(archive)));
+        return Ok((Source::Upload(ImportUpload { size_bytes: 0 }), Some(Box::new(tokio::io::stdin()))));
     }
     if !args.upload {
         let absolute = std::fs::canonicalize(path).map_err(failed)?;
@@ -114,8 +112,7 @@ async fn source_of(args: &ImportArgs) -> Result<(Source, Option<Archive>), Impor
     if metadata.is_dir() {
         return Err(ImportError::Folder(path.to_owned()));
     }
-    let size_bytes = metadata.len();
-    Ok((Source::Upload(ImportUpload { size_bytes }), Some(Archive { reader: Box::new(file), size_bytes })))
+    Ok((Source::Upload(ImportUpload { size_bytes: metadata.len() }), Some(Box::new(file))))
 }
 
 /// Sends the start, then the archive in chunks if there is one. Ends early when nobody listens any more: the
@@ -134,7 +131,7 @@ async fn feed(
     loop {
         let mut chunk = Vec::with_capacity(MAX_CHUNK_BYTES);
         // The limit keeps the chunk from growing beyond its room.
-        let read = (&mut archive.reader).take(MAX_CHUNK_BYTES as u64).read_to_end(&mut chunk).await;
+        let read = (&mut archive).take(MAX_CHUNK_BYTES as u64).read_to_end(&mut chunk).await;
         let length = read.map_err(|source| ImportError::Read { path: path.to_owned(), source })?;
         if length == 0 || !send(Step::Chunk(chunk)).await {
             return Ok(());
@@ -220,7 +217,8 @@ mod tests {
         let script = Script { import: events(), ..Script::default() };
         let imported = Arc::clone(&script.imported);
         let fake = FakeDaemon::start(script).await;
-        import(&fake.daemon, args(file.path(), true)).await.unwrap();
+        let images = bring_in(&fake.daemon, args(file.path(), true)).await.unwrap();
+        assert_eq!(images.iter().map(line_of).collect::<String>(), "1 a:1\n");
         let steps: Vec<_> = imported.lock().unwrap().drain(..).filter_map(|request| request.step).collect();
         let sizes = steps.iter().map(|step| match step {
             Step::Start(_) => 0,
@@ -237,7 +235,7 @@ mod tests {
         std::fs::write(file.path(), vec![7; MAX_CHUNK_BYTES * 16]).unwrap();
         let import_events = vec![Err(Status::failed_precondition("no image in it"))];
         let fake = FakeDaemon::start(Script { import: import_events, ..Script::default() }).await;
-        let error = import(&fake.daemon, args(file.path(), true)).await.unwrap_err();
+        let error = bring_in(&fake.daemon, args(file.path(), true)).await.unwrap_err();
         let Error::Call(error) = error else { panic!("not a refused call: {error:?}") };
         assert_eq!(
             (error.refusal.code, error.refusal.to_string().as_str()),
@@ -249,7 +247,7 @@ mod tests {
     async fn an_import_without_an_image_is_no_success() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let fake = FakeDaemon::start(Script::default()).await;
-        let error = import(&fake.daemon, args(file.path(), false)).await.unwrap_err();
+        let error = bring_in(&fake.daemon, args(file.path(), false)).await.unwrap_err();
         assert!(matches!(error, Error::Import(ImportError::NoImage(_))), "{error:?}");
     }
 }

@@ -1,0 +1,414 @@
+//! `make bench`: the same CRI calls on several runtimes in one run, side by side.
+//!
+//! Called as `berth-bench NAME SOCKET DAEMON_PID [NAME SOCKET DAEMON_PID]...`; `scripts/bench` starts the runtimes. Each
+//! has the image [`IMAGE`], is idle, and is driven by nobody else. The runtimes take turns round by round, so that what
+//! the machine does besides meets them alike. Times are those of one client on the socket; memory is the proportional set
+//! size of `proc_pid_smaps(5)`, in which a page that n processes share counts 1/n for each.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{IsTerminal as _, Write as _};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use berth_cri::MAX_MESSAGE_BYTES;
+use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
+use berth_cri::v1::{
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
+    LinuxContainerConfig, LinuxPodSandboxConfig, ListContainerStatsRequest, PodSandboxConfig,
+    PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+};
+use tokio::task::JoinSet;
+use tonic::transport::{Channel, Endpoint};
+
+/// What every container is made of: `scripts/build-image demo`.
+const IMAGE: &str = "localhost/berth/demo:latest";
+
+/// Rounds of one pod per runtime.
+const ROUNDS: usize = 30;
+
+/// Rounds before those, whose times do not count: caches are cold, and a runtime may set things up on first use.
+const WARM_UP: usize = 3;
+
+/// Execs in each round's container.
+const EXECS: usize = 5;
+
+/// Pods that are started one beside the other, and how many at a time. A node's kubelet allows 110 pods.
+const CROWD: usize = 100;
+const AT_A_TIME: usize = 8;
+
+/// Lists of all containers' stats, with the crowd there.
+const LISTS: usize = 10;
+
+/// A runtime to measure.
+struct Runtime {
+    name: String,
+    daemon_pid: u32,
+    client: RuntimeServiceClient<Channel>,
+    /// For the log folders of the pods.
+    logs: tempfile::TempDir,
+    found: Found,
+}
+
+/// What was measured of one runtime.
+#[derive(Default)]
+struct Found {
+    idle_daemon_bytes: u64,
+    run_pod: Vec<Duration>,
+    create: Vec<Duration>,
+    start: Vec<Duration>,
+    pod_in_sum: Vec<Duration>,
+    exec: Vec<Duration>,
+    stop_container: Vec<Duration>,
+    stop_pod: Vec<Duration>,
+    remove_pod: Vec<Duration>,
+    crowd: Duration,
+    crowd_removed: Duration,
+    list_stats: Vec<Duration>,
+    own_bytes_per_pod: u64,
+    daemon_growth_per_pod: u64,
+}
+
+/// One of the lists in [`Found`].
+type Times = fn(&Found) -> &[Duration];
+
+/// A pod with one container.
+struct Pod {
+    sandbox: String,
+    container: String,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut runtimes = Vec::new();
+    for triple in arguments.chunks(3) {
+        let [name, socket, pid] = triple else {
+            bail!("three words for each runtime: NAME SOCKET DAEMON_PID")
+        };
+        runtimes.push(Runtime::connect(name, socket, pid)?);
+    }
+    ensure!(!runtimes.is_empty(), "name a runtime: NAME SOCKET DAEMON_PID");
+
+    for runtime in &mut runtimes {
+        runtime.found.idle_daemon_bytes = pss_bytes(runtime.daemon_pid)?;
+    }
+    for round in 0..WARM_UP + ROUNDS {
+        for runtime in &mut runtimes {
+            let context = format!("{}, round {round}", runtime.name);
+            runtime.one_pod(round).await.context(context)?;
+        }
+        note(&format!("\rround {} of {}", round + 1, WARM_UP + ROUNDS));
+    }
+    for runtime in &mut runtimes {
+        note(&format!("\r{CROWD} pods on {}      ", runtime.name));
+        let context = format!("{}, {CROWD} pods", runtime.name);
+        runtime.crowd().await.context(context)?;
+    }
+    note("\r                                \r");
+    print(&table(&runtimes))
+}
+
+impl Runtime {
+    fn connect(name: &str, socket: &str, pid: &str) -> Result<Self> {
+        let channel =
+            Endpoint::from_shared(format!("unix://{socket}")).context("naming the socket")?.connect_lazy();
+        Ok(Self {
+            name: name.to_owned(),
+            daemon_pid: pid.parse().with_context(|| format!("{pid:?} is no process id"))?,
+            client: RuntimeServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            logs: tempfile::tempdir().context("making a folder for logs")?,
+            found: Found::default(),
+        })
+    }
+
+    fn pod_config(&self, name: &str) -> PodSandboxConfig {
+        PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: "bench".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: self.logs.path().join(name).to_string_lossy().into_owned(),
+            linux: Some(LinuxPodSandboxConfig::default()),
+            ..PodSandboxConfig::default()
+        }
+    }
+
+    /// One pod from its start to its end, each step timed.
+    async fn one_pod(&mut self, round: usize) -> Result<()> {
+        let config = self.pod_config(&format!("pod-{round}"));
+        let mut client = self.client.clone();
+        let begin = Instant::now();
+        let (pod, [run, create, start]) = start_pod(&mut client, config).await?;
+        let in_sum = begin.elapsed();
+
+        let mut execs = Vec::new();
+        for _ in 0..EXECS {
+            let request = ExecSyncRequest {
+                container_id: pod.container.clone(),
+                cmd: vec!["true".to_owned()],
+                timeout: 10,
+            };
+            let (answer, took) = timed(client.exec_sync(request)).await.context("ExecSync")?;
+            ensure!(answer.exit_code == 0, "true ended with {}", answer.exit_code);
+            execs.push(took);
+        }
+        let ends = end_pod(&mut client, &pod).await?;
+        if round >= WARM_UP {
+            self.found.run_pod.push(run);
+            self.found.create.push(create);
+            self.found.start.push(start);
+            self.found.pod_in_sum.push(in_sum);
+            self.found.exec.extend(execs);
+            self.found.stop_container.push(ends[0]);
+            self.found.stop_pod.push(ends[1]);
+            self.found.remove_pod.push(ends[2]);
+        }
+        Ok(())
+    }
+
+    /// Many pods at once: how fast they come, what they cost while they are there, how fast they go.
+    async fn crowd(&mut self) -> Result<()> {
+        let daemon_before = pss_bytes(self.daemon_pid)?;
+        let configs = (0..CROWD).map(|number| self.pod_config(&format!("crowd-{number}"))).collect();
+        let client = self.client.clone();
+        let begin = Instant::now();
+        let pods = side_by_side(configs, |config| {
+            let mut client = client.clone();
+            async move { Ok(start_pod(&mut client, config).await?.0) }
+        })
+        .await?;
+        self.found.crowd = begin.elapsed();
+
+        let mut client = client;
+        for _ in 0..LISTS {
+            let (answer, took) = timed(client.list_container_stats(ListContainerStatsRequest::default()))
+                .await
+                .context("ListContainerStats")?;
+            ensure!(answer.stats.len() == CROWD, "the list has {} containers", answer.stats.len());
+            self.found.list_stats.push(took);
+        }
+        let pods_count = u64::try_from(CROWD)?;
+        self.found.own_bytes_per_pod = own_bytes(&pods)? / pods_count;
+        self.found.daemon_growth_per_pod =
+            pss_bytes(self.daemon_pid)?.saturating_sub(daemon_before) / pods_count;
+
+        let begin = Instant::now();
+        side_by_side(pods, |pod| {
+            let mut client = client.clone();
+            async move { end_pod(&mut client, &pod).await.map(|_| ()) }
+        })
+        .await?;
+        self.found.crowd_removed = begin.elapsed();
+        Ok(())
+    }
+}
+
+/// RunPodSandbox, CreateContainer, StartContainer, and how long each took.
+async fn start_pod(
+    client: &mut RuntimeServiceClient<Channel>,
+    config: PodSandboxConfig,
+) -> Result<(Pod, [Duration; 3])> {
+    let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+    let (answer, run) = timed(client.run_pod_sandbox(request)).await.context("RunPodSandbox")?;
+    let sandbox = answer.pod_sandbox_id;
+
+    let container = ContainerConfig {
+        metadata: Some(ContainerMetadata { name: "main".to_owned(), attempt: 0 }),
+        image: Some(ImageSpec { image: IMAGE.to_owned(), ..ImageSpec::default() }),
+        command: vec!["sleep".to_owned(), "1000000".to_owned()],
+        log_path: "main.log".to_owned(),
+        linux: Some(LinuxContainerConfig::default()),
+        ..ContainerConfig::default()
+    };
+    let request = CreateContainerRequest {
+        pod_sandbox_id: sandbox.clone(),
+        config: Some(container),
+        sandbox_config: Some(config),
+    };
+    let (answer, create) = timed(client.create_container(request)).await.context("CreateContainer")?;
+    let container = answer.container_id;
+    let request = StartContainerRequest { container_id: container.clone() };
+    let (_, start) = timed(client.start_container(request)).await.context("StartContainer")?;
+    Ok((Pod { sandbox, container }, [run, create, start]))
+}
+
+/// StopContainer without grace, StopPodSandbox, RemovePodSandbox, and how long each took. The container is removed in
+/// between, untimed, as a kubelet does.
+async fn end_pod(client: &mut RuntimeServiceClient<Channel>, pod: &Pod) -> Result<[Duration; 3]> {
+    let request = StopContainerRequest { container_id: pod.container.clone(), timeout: 0 };
+    let (_, container) = timed(client.stop_container(request)).await.context("StopContainer")?;
+    let request = RemoveContainerRequest { container_id: pod.container.clone() };
+    client.remove_container(request).await.context("RemoveContainer")?;
+    let request = StopPodSandboxRequest { pod_sandbox_id: pod.sandbox.clone() };
+    let (_, stop) = timed(client.stop_pod_sandbox(request)).await.context("StopPodSandbox")?;
+    let request = RemovePodSandboxRequest { pod_sandbox_id: pod.sandbox.clone() };
+    let (_, remove) = timed(client.remove_pod_sandbox(request)).await.context("RemovePodSandbox")?;
+    Ok([container, stop, remove])
+}
+
+/// The answer of a call, and how long it took.
+async fn timed<T>(
+    call: impl Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>,
+) -> std::result::Result<(T, Duration), tonic::Status> {
+    let begin = Instant::now();
+    let answer = call.await?;
+    Ok((answer.into_inner(), begin.elapsed()))
+}
+
+/// Does `work` for every item, [`AT_A_TIME`] at a time.
+async fn side_by_side<I, T, F>(items: Vec<I>, work: impl Fn(I) -> F) -> Result<Vec<T>>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    let mut items = items.into_iter();
+    let mut running = JoinSet::new();
+    let mut done = Vec::new();
+    for item in items.by_ref().take(AT_A_TIME) {
+        running.spawn(work(item));
+    }
+    while let Some(result) = running.join_next().await {
+        done.push(result??);
+        if let Some(item) = items.next() {
+            running.spawn(work(item));
+        }
+    }
+    Ok(done)
+}
+
+/// The memory of what the runtime keeps for these pods beside the programs in the containers, in bytes: the processes
+/// whose children those programs are (shims), and what runs in the sandboxes' own cgroups (pause).
+fn own_bytes(pods: &[Pod]) -> Result<u64> {
+    let mut own = BTreeSet::new();
+    for entry in fs::read_dir("/proc").context("listing processes")? {
+        let name = entry.context("listing processes")?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        // Processes come and go meanwhile.
+        let Ok(cgroups) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
+        if pods.iter().any(|pod| cgroups.contains(&pod.container)) {
+            own.extend(parent(pid));
+        } else if pods.iter().any(|pod| cgroups.contains(&pod.sandbox)) {
+            own.insert(pid);
+        }
+    }
+    ensure!(!own.is_empty(), "no process of the runtime was found");
+    own.into_iter().map(pss_bytes).sum()
+}
+
+/// The parent of a process, from `proc_pid_status(5)`.
+fn parent(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
+/// The proportional set size of a process in bytes, from `/proc/PID/smaps_rollup` (`proc_pid_smaps(5)`).
+fn pss_bytes(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let kib = text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+    let kib: u64 =
+        kib.and_then(|kib| kib.trim().parse().ok()).with_context(|| format!("{path} has no Pss"))?;
+    Ok(kib * 1024)
+}
+
+/// A row per measurement, a column per runtime.
+fn table(runtimes: &[Runtime]) -> String {
+    let mut text = format!("{:<46}", format!("median of {ROUNDS} (95 of 100 within)"));
+    for runtime in runtimes {
+        let _ = write!(text, "{:>24}", runtime.name);
+    }
+    text.push('\n');
+    let times: [(&str, Times); 9] = [
+        ("RunPodSandbox", |found| &found.run_pod),
+        ("CreateContainer", |found| &found.create),
+        ("StartContainer", |found| &found.start),
+        ("the three in sequence", |found| &found.pod_in_sum),
+        ("ExecSync of true", |found| &found.exec),
+        ("StopContainer without grace", |found| &found.stop_container),
+        ("StopPodSandbox", |found| &found.stop_pod),
+        ("RemovePodSandbox", |found| &found.remove_pod),
+        ("ListContainerStats, 100 pods", |found| &found.list_stats),
+    ];
+    for (name, of) in times {
+        row(&mut text, name, runtimes, |found| {
+            let times = of(found);
+            format!("{:.2} ms ({:.2})", milliseconds(quantile(times, 50)), milliseconds(quantile(times, 95)))
+        });
+    }
+    row(&mut text, "100 pods, 8 at a time: started per second", runtimes, |found| per_second(found.crowd));
+    row(&mut text, "100 pods, 8 at a time: ended per second", runtimes, |found| {
+        per_second(found.crowd_removed)
+    });
+    row(&mut text, "own memory per pod of one container (PSS)", runtimes, |found| {
+        kib(found.own_bytes_per_pod)
+    });
+    row(&mut text, "the daemon's growth per pod (PSS)", runtimes, |found| kib(found.daemon_growth_per_pod));
+    row(&mut text, "the daemon before the first pod (PSS)", runtimes, |found| kib(found.idle_daemon_bytes));
+    text
+}
+
+fn row(text: &mut String, name: &str, runtimes: &[Runtime], cell: impl Fn(&Found) -> String) {
+    let _ = write!(text, "{name:<46}");
+    for runtime in runtimes {
+        let _ = write!(text, "{:>24}", cell(&runtime.found));
+    }
+    text.push('\n');
+}
+
+/// The value that `percent` of `times` do not exceed.
+fn quantile(times: &[Duration], percent: usize) -> Duration {
+    let mut times = times.to_vec();
+    times.sort_unstable();
+    let rank = (times.len() * percent).div_ceil(100).saturating_sub(1);
+    times.get(rank).copied().unwrap_or_default()
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+fn per_second(time: Duration) -> String {
+    let pods = f64::from(u32::try_from(CROWD).unwrap_or(u32::MAX));
+    format!("{:.1}", pods / time.as_secs_f64())
+}
+
+fn kib(bytes: u64) -> String {
+    format!("{} KiB", bytes / 1024)
+}
+
+fn print(text: &str) -> Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context("printing")
+}
+
+/// Tells the person at a terminal how far the run is; who cannot be told misses nothing.
+fn note(text: &str) {
+    if !std::io::stderr().is_terminal() {
+        return;
+    }
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_values_that_occurred() {
+        let times: Vec<Duration> = (1..=20).rev().map(Duration::from_millis).collect();
+        assert_eq!(quantile(&times, 50), Duration::from_millis(10));
+        assert_eq!(quantile(&times, 95), Duration::from_millis(19));
+        assert_eq!(quantile(&times[..1], 50), Duration::from_millis(20));
+        assert_eq!(quantile(&[], 50), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_memory_of_this_process_is_known() {
+        assert!(pss_bytes(std::process::id()).unwrap() > 0);
+    }
+}

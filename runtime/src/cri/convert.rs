@@ -1,1 +1,0 @@
-//! CRI messages into plain data, checked, and back.

@@ -1,0 +1,202 @@
+//! The place of a value in a request, what is said about a value that is refused, and checks that several messages need.
+
+use std::fmt;
+
+/// The longest piece of a refused value that a message repeats, in characters. A message travels in HTTP/2 trailers, which some stacks
+/// limit to 8 KiB.
+const QUOTED_CHARS: usize = 128;
+
+/// The longest path, without its NUL: `PATH_MAX` of <linux/limits.h>.
+pub(super) const MAX_PATH_BYTES: usize = 4095;
+
+/// The longest name of anything. Names in Kubernetes have at most 253 bytes.
+pub(super) const MAX_NAME_BYTES: usize = 1024;
+
+/// The longest id that is looked at; ours have 64 characters, a UUID has 36.
+pub(super) const MAX_ID_BYTES: usize = 128;
+
+/// Why a request is refused before anything is done.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Rejected {
+    /// It makes no sense, or asks for what must not be: gRPC `InvalidArgument`.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// Its path in the request, as `config.linux.security_context.run_as_group`.
+        field: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It makes sense, and this runtime does not do it (yet): gRPC `Unimplemented`.
+    #[error("{field}: {feature} not supported")]
+    NotOffered {
+        /// Its path in the request.
+        field: String,
+        /// What it asks for, with its verb: "host ports are".
+        feature: &'static str,
+    },
+}
+
+/// The last step of a [`Field`].
+#[derive(Debug, Clone, Copy)]
+enum Step<'a> {
+    Name(&'a str),
+    Index(usize),
+    Key(&'a str),
+}
+
+/// The path of a field in a request. Made on the way down, and written out only when something is wrong.
+#[derive(Debug, Clone, Copy)]
+pub struct Field<'a> {
+    parent: Option<&'a Field<'a>>,
+    step: Step<'a>,
+}
+
+impl<'a> Field<'a> {
+    /// A field of the request itself.
+    #[must_use]
+    pub fn root(name: &'a str) -> Self {
+        Self { parent: None, step: Step::Name(name) }
+    }
+
+    /// The field `name` of this message.
+    #[must_use]
+    pub fn of(&'a self, name: &'a str) -> Self {
+        Self { parent: Some(self), step: Step::Name(name) }
+    }
+
+    /// The element at `index` of this list.
+    #[must_use]
+    pub(super) fn at(&'a self, index: usize) -> Self {
+        Self { parent: Some(self), step: Step::Index(index) }
+    }
+
+    /// The entry `key` of this map.
+    #[must_use]
+    pub(super) fn key(&'a self, key: &'a str) -> Self {
+        Self { parent: Some(self), step: Step::Key(key) }
+    }
+
+    pub(super) fn invalid(&self, reason: impl Into<String>) -> Rejected {
+        Rejected::Invalid { field: self.to_string(), reason: reason.into() }
+    }
+
+    pub(super) fn not_offered(&self, feature: &'static str) -> Rejected {
+        Rejected::NotOffered { field: self.to_string(), feature }
+    }
+}
+
+impl fmt::Display for Field<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(parent) = self.parent {
+            write!(f, "{parent}")?;
+        }
+        match self.step {
+            Step::Name(name) if self.parent.is_none() => f.write_str(name),
+            Step::Name(name) => write!(f, ".{name}"),
+            Step::Index(index) => write!(f, "[{index}]"),
+            Step::Key(key) => write!(f, "[{}]", quoted(key)),
+        }
+    }
+}
+
+/// `text` for a message: in quotes, short, and with everything escaped that could move a cursor or start a line.
+pub(super) fn quoted(text: &str) -> String {
+    match text.char_indices().nth(QUOTED_CHARS) {
+        Some((end, _)) => format!("{:?}...", text.get(..end).unwrap_or_default()),
+        None => format!("{text:?}"),
+    }
+}
+
+/// At most `most` elements.
+pub(super) fn at_most(field: &Field<'_>, count: usize, most: usize) -> Result<(), Rejected> {
+    if count > most {
+        return Err(field.invalid(format!("{count} entries, and at most {most} are accepted")));
+    }
+    Ok(())
+}
+
+/// At most `most` bytes.
+pub(super) fn no_longer_than(field: &Field<'_>, text: &str, most: usize) -> Result<(), Rejected> {
+    if text.len() > most {
+        return Err(field.invalid(format!("{} bytes, and at most {most} are accepted", text.len())));
+    }
+    Ok(())
+}
+
+/// No NUL, which ends a string for the kernel.
+pub(super) fn no_nul(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    if text.contains('\0') {
+        return Err(field.invalid("it contains a NUL"));
+    }
+    Ok(())
+}
+
+/// A name: there, not too long, and nothing in it that could break a line of a log.
+pub(super) fn name(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    if text.is_empty() {
+        return Err(field.invalid("it is empty"));
+    }
+    no_longer_than(field, text, MAX_NAME_BYTES)?;
+    if text.chars().any(char::is_control) {
+        return Err(field.invalid("it contains a control character"));
+    }
+    Ok(())
+}
+
+/// An id that somebody asks for; whether it exists is found out later.
+pub(super) fn id(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    no_longer_than(field, text, MAX_ID_BYTES)?;
+    if text.chars().any(char::is_control) {
+        return Err(field.invalid("it contains a control character"));
+    }
+    Ok(())
+}
+
+/// A path that the kernel takes.
+fn path(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    no_longer_than(field, text, MAX_PATH_BYTES)?;
+    no_nul(field, text)
+}
+
+/// A path that begins with a slash.
+pub(super) fn absolute(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    if !text.starts_with('/') {
+        return Err(field.invalid(format!("{} is not an absolute path", quoted(text))));
+    }
+    path(field, text)
+}
+
+/// An absolute path without `..`, which would mean another directory once a link is on the way.
+pub(super) fn absolute_forward(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    absolute(field, text)?;
+    forward(field, text)
+}
+
+/// A relative path without `..`, naming a file: it ends neither in a slash nor in a dot.
+pub(super) fn relative_file(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    path(field, text)?;
+    if text.starts_with('/') {
+        return Err(field.invalid(format!("{} is not a relative path", quoted(text))));
+    }
+    forward(field, text)?;
+    match text.rsplit('/').next() {
+        None | Some("" | ".") => Err(field.invalid(format!("{} names no file", quoted(text)))),
+        Some(_) => Ok(()),
+    }
+}
+
+fn forward(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    if text.split('/').any(|component| component == "..") {
+        return Err(field.invalid(format!("{} contains \"..\"", quoted(text))));
+    }
+    Ok(())
+}
+
+/// An absolute path without `..` that is not the root itself.
+pub(super) fn below_the_root(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    absolute_forward(field, text)?;
+    if text.split('/').all(|component| matches!(component, "" | ".")) {
+        return Err(field.invalid(format!("{} is the root itself", quoted(text))));
+    }
+    Ok(())
+}

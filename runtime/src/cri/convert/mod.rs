@@ -1,0 +1,36 @@
+//! CRI messages into plain data, checked, and back.
+//!
+//! Pure: no I/O, no clock. A message goes in, and either the plain data of `berth-model` comes out or a [`Rejected`] that names the field.
+//! What comes out can be relied on: paths are absolute or relative as said and have no `..`, enums are known, numbers are in range, and
+//! everything is bounded. What the request asks for and this runtime does not do is refused in words, never ignored, if ignoring it would
+//! leave a pod less confined or less limited than it was meant to be.
+//!
+//! Left to others: whether the things named exist (images, users, host paths, profiles), and what the image adds.
+//!
+//! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and `linux.resources` of a sandbox (for information; the
+//! kubelet limits the pod's cgroup), user, groups, read-only root and profiles of a sandbox (they are for a process of the sandbox's own,
+//! and nothing of the pod's runs in one), `selinux_relabel` (nothing to label where SELinux is not in use).
+
+mod container;
+mod field;
+mod filter;
+mod image;
+mod resources;
+mod sandbox;
+mod security;
+mod signal;
+mod status;
+mod sysctl;
+
+pub use container::container_config;
+pub use field::{Field, Rejected};
+pub use filter::{ContainerFilter, SandboxFilter};
+pub use image::{ImageUser, ImageView, image, image_user};
+pub use resources::{resources, resources_message, updated_resources};
+pub use sandbox::{RUNTIME_HANDLERS, port_protocol, sandbox_config};
+pub use security::namespace_options;
+pub use signal::{signal_message, signal_number};
+pub use status::{
+    ContainerView, SandboxView, container, container_metadata, container_mounts, container_status, sandbox,
+    sandbox_metadata, sandbox_status,
+};

@@ -1,0 +1,248 @@
+//! `LinuxContainerResources` into [`Resources`], and back for a status.
+
+use super::field::{Field, Rejected, at_most, no_longer_than, no_nul, quoted};
+use berth_cri::v1;
+use berth_model::container::Resources;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Page sizes in one request; an architecture has at most a handful.
+const MAX_HUGEPAGE_LIMITS: usize = 64;
+
+/// Entries of `unified`; cgroup v2 has about a hundred files.
+const MAX_UNIFIED: usize = 256;
+
+/// The longest value of `unified`, and of a list of processors.
+const MAX_VALUE_BYTES: usize = 4096;
+
+/// The longest name of a file: `NAME_MAX` of <linux/limits.h>.
+const MAX_FILE_NAME_BYTES: usize = 255;
+
+/// The period in microseconds, and the least quota: kernel/sched/core.c, 1 ms to 1 s.
+const CPU_PERIOD_US: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
+
+/// Shares: kernel/sched/sched.h, `MIN_SHARES` and `MAX_SHARES`. The kernel takes others and moves them to the nearer end.
+const MAX_CPU_SHARES: i64 = 262_144;
+
+/// proc_pid_oom_score_adj(5).
+const OOM_SCORE_ADJ: std::ops::RangeInclusive<i64> = -1_000..=1_000;
+
+/// The limits of a new container. Zero and empty are "not set".
+///
+/// # Errors
+/// [`Rejected`], with the first field that is wrong.
+pub fn resources(field: &Field<'_>, message: &v1::LinuxContainerResources) -> Result<Resources, Rejected> {
+    let resources = fields(field, message)?;
+    check_together(field, &resources)?;
+    Ok(resources)
+}
+
+/// The limits of `current` with those changed that an `UpdateContainerResourcesRequest` sets.
+///
+/// `oom_score_adj` stays: it is the process's since its start. If only the memory limit is set, the limit of memory and swap together moves
+/// by the same amount, so that the swap stays what it was.
+///
+/// # Errors
+/// [`Rejected`], with the first field that is wrong, alone or together with what it does not change.
+pub fn updated_resources(
+    field: &Field<'_>,
+    current: &Resources,
+    message: &v1::LinuxContainerResources,
+) -> Result<Resources, Rejected> {
+    let asked = fields(field, message)?;
+    let number = |asked: i64, current: i64| if asked == 0 { current } else { asked };
+    let text = |asked: String, current: &String| if asked.is_empty() { current.clone() } else { asked };
+    let memory_limit_bytes = number(asked.memory_limit_bytes, current.memory_limit_bytes);
+    let memory_swap_limit_bytes = match (asked.memory_swap_limit_bytes, current.memory_swap_limit_bytes) {
+        (0, together) if together > 0 && current.memory_limit_bytes > 0 && memory_limit_bytes > 0 => {
+            let swap = together.saturating_sub(current.memory_limit_bytes);
+            memory_limit_bytes.saturating_add(swap)
+        }
+        // Memory without a limit and swap with one: there is no such thing.
+        (0, together) if together > 0 && memory_limit_bytes < 0 => -1,
+        (asked, current) => number(asked, current),
+    };
+    let mut hugepage_limits = current.hugepage_limits.clone();
+    for (size, limit) in asked.hugepage_limits {
+        match hugepage_limits.iter_mut().find(|(known, _)| *known == size) {
+            Some((_, known)) => *known = limit,
+            None => hugepage_limits.push((size, limit)),
+        }
+    }
+    let mut unified = current.unified.clone();
+    unified.extend(asked.unified);
+    let updated = Resources {
+        cpu_period_us: number(asked.cpu_period_us, current.cpu_period_us),
+        cpu_quota_us: number(asked.cpu_quota_us, current.cpu_quota_us),
+        cpu_shares: number(asked.cpu_shares, current.cpu_shares),
+        memory_limit_bytes,
+        memory_swap_limit_bytes,
+        oom_score_adj: current.oom_score_adj,
+        cpuset_cpus: text(asked.cpuset_cpus, &current.cpuset_cpus),
+        cpuset_mems: text(asked.cpuset_mems, &current.cpuset_mems),
+        hugepage_limits,
+        unified,
+    };
+    check_together(field, &updated)?;
+    Ok(updated)
+}
+
+/// `LinuxContainerResources` again, as a status has it.
+#[must_use]
+pub fn resources_message(resources: &Resources) -> v1::LinuxContainerResources {
+    v1::LinuxContainerResources {
+        cpu_period: resources.cpu_period_us,
+        cpu_quota: resources.cpu_quota_us,
+        cpu_shares: resources.cpu_shares,
+        memory_limit_in_bytes: resources.memory_limit_bytes,
+        oom_score_adj: resources.oom_score_adj,
+        cpuset_cpus: resources.cpuset_cpus.clone(),
+        cpuset_mems: resources.cpuset_mems.clone(),
+        hugepage_limits: resources
+            .hugepage_limits
+            .iter()
+            .map(|(page_size, limit)| v1::HugepageLimit { page_size: page_size.clone(), limit: *limit })
+            .collect(),
+        unified: resources.unified.clone(),
+        memory_swap_limit_in_bytes: resources.memory_swap_limit_bytes,
+    }
+}
+
+/// Each field by itself.
+fn fields(field: &Field<'_>, message: &v1::LinuxContainerResources) -> Result<Resources, Rejected> {
+    if message.cpu_period != 0 && !CPU_PERIOD_US.contains(&message.cpu_period) {
+        return Err(out_of_range(
+            &field.of("cpu_period"),
+            message.cpu_period,
+            CPU_PERIOD_US.start(),
+            CPU_PERIOD_US.end(),
+        ));
+    }
+    let quota = message.cpu_quota;
+    if quota < -1 || (1..*CPU_PERIOD_US.start()).contains(&quota) {
+        return Err(field
+            .of("cpu_quota")
+            .invalid(format!("{quota} is neither -1 for no limit nor at least {}", CPU_PERIOD_US.start())));
+    }
+    if !(0..=MAX_CPU_SHARES).contains(&message.cpu_shares) {
+        return Err(out_of_range(&field.of("cpu_shares"), message.cpu_shares, &0, &MAX_CPU_SHARES));
+    }
+    for (name, value) in [
+        ("memory_limit_in_bytes", message.memory_limit_in_bytes),
+        ("memory_swap_limit_in_bytes", message.memory_swap_limit_in_bytes),
+    ] {
+        if value < -1 {
+            return Err(field.of(name).invalid(format!("{value} is neither -1 for no limit nor a size")));
+        }
+    }
+    if !OOM_SCORE_ADJ.contains(&message.oom_score_adj) {
+        return Err(out_of_range(
+            &field.of("oom_score_adj"),
+            message.oom_score_adj,
+            OOM_SCORE_ADJ.start(),
+            OOM_SCORE_ADJ.end(),
+        ));
+    }
+    cpu_list(&field.of("cpuset_cpus"), &message.cpuset_cpus)?;
+    cpu_list(&field.of("cpuset_mems"), &message.cpuset_mems)?;
+    Ok(Resources {
+        cpu_period_us: message.cpu_period,
+        cpu_quota_us: quota,
+        cpu_shares: message.cpu_shares,
+        memory_limit_bytes: message.memory_limit_in_bytes,
+        memory_swap_limit_bytes: message.memory_swap_limit_in_bytes,
+        oom_score_adj: message.oom_score_adj,
+        cpuset_cpus: message.cpuset_cpus.clone(),
+        cpuset_mems: message.cpuset_mems.clone(),
+        hugepage_limits: hugepage_limits(&field.of("hugepage_limits"), &message.hugepage_limits)?,
+        unified: unified(&field.of("unified"), &message.unified)?,
+    })
+}
+
+/// The limit of memory and swap together is no less than that of memory.
+fn check_together(field: &Field<'_>, resources: &Resources) -> Result<(), Rejected> {
+    let (memory, together) = (resources.memory_limit_bytes, resources.memory_swap_limit_bytes);
+    let entry = field.of("memory_swap_limit_in_bytes");
+    if together > 0 && memory <= 0 {
+        return Err(entry.invalid("it limits memory and swap together, and memory has no limit"));
+    }
+    if together > 0 && together < memory {
+        return Err(entry.invalid(format!("{together} is less than the memory limit, {memory}")));
+    }
+    Ok(())
+}
+
+fn out_of_range(field: &Field<'_>, value: i64, least: &i64, most: &i64) -> Rejected {
+    field.invalid(format!("{value} is not between {least} and {most}"))
+}
+
+/// The "List format" of cpuset(7), `0-3,7`, without what the kernel tolerates beside it.
+fn cpu_list(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    no_longer_than(field, text, MAX_VALUE_BYTES)?;
+    let number = |text: &str| -> Option<u16> {
+        if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse().ok() } else { None }
+    };
+    let range = |text: &str| match text.split_once('-') {
+        Some((first, last)) => {
+            matches!((number(first), number(last)), (Some(first), Some(last)) if first <= last)
+        }
+        None => number(text).is_some(),
+    };
+    if !text.split(',').all(range) {
+        return Err(field.invalid(format!("{} is not a list like 0-3,7", quoted(text))));
+    }
+    Ok(())
+}
+
+fn hugepage_limits(field: &Field<'_>, limits: &[v1::HugepageLimit]) -> Result<Vec<(String, u64)>, Rejected> {
+    at_most(field, limits.len(), MAX_HUGEPAGE_LIMITS)?;
+    let mut seen = BTreeSet::new();
+    for (index, limit) in limits.iter().enumerate() {
+        let entry = field.at(index);
+        // It becomes a part of a file name, hugetlb.2MB.max.
+        let digits = ["KB", "MB", "GB"].iter().find_map(|unit| limit.page_size.strip_suffix(unit));
+        let plain = digits.is_some_and(|digits| {
+            (1..=4).contains(&digits.len())
+                && !digits.starts_with('0')
+                && digits.bytes().all(|byte| byte.is_ascii_digit())
+        });
+        if !plain {
+            return Err(entry
+                .of("page_size")
+                .invalid(format!("{} is not a size like 2MB", quoted(&limit.page_size))));
+        }
+        if !seen.insert(limit.page_size.as_str()) {
+            return Err(entry.of("page_size").invalid("it is there twice"));
+        }
+    }
+    Ok(limits.iter().map(|limit| (limit.page_size.clone(), limit.limit)).collect())
+}
+
+/// Files of the controllers. Those of the cgroup itself (`cgroup.procs`, `cgroup.kill`) are not limits.
+fn unified(
+    field: &Field<'_>,
+    entries: &BTreeMap<String, String>,
+) -> Result<BTreeMap<String, String>, Rejected> {
+    at_most(field, entries.len(), MAX_UNIFIED)?;
+    for (file, value) in entries {
+        let entry = field.key(file);
+        no_longer_than(&entry, file, MAX_FILE_NAME_BYTES)?;
+        let plain = |part: &str| {
+            !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        };
+        let is_control_file = file.split_once('.').is_some_and(|(controller, name)| {
+            plain(controller) && controller != "cgroup" && name.split('.').all(plain)
+        });
+        if !is_control_file {
+            return Err(entry.invalid("it is not a control file like memory.high"));
+        }
+        no_longer_than(&entry, value, MAX_VALUE_BYTES)?;
+        no_nul(&entry, value)?;
+        if value.contains('\n') {
+            return Err(entry.invalid("the value has more than one line"));
+        }
+    }
+    Ok(entries.clone())
+}

@@ -1,0 +1,235 @@
+//! `PodSandboxConfig` into [`sandbox::Config`].
+
+use super::field::{
+    self, Field, MAX_NAME_BYTES, Rejected, absolute_forward, at_most, no_longer_than, quoted,
+};
+use super::{security, sysctl};
+use berth_cri::v1;
+use berth_model::sandbox::{Config, Dns, Metadata, PortMapping};
+use berth_model::security::{NamespaceMode, Namespaces};
+use prost::Message;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+/// The runtime handlers that exist: the default one, and its name.
+pub const RUNTIME_HANDLERS: [&str; 2] = ["", "berth"];
+
+/// The largest `PodSandboxConfig` or `ContainerConfig`, in bytes on the wire. As JSON in a record it can become six times as long (each
+/// byte as `\u0001`), and a record is read up to 64 MiB.
+pub(super) const MAX_CONFIG_BYTES: usize = 8 << 20;
+
+/// Labels together, annotations together: bytes of keys and values. Kubernetes stores at most 256 KiB of annotations with an object.
+const MAX_LABELS_BYTES: usize = 1 << 20;
+
+/// Port mappings: one for each number there is.
+const MAX_PORT_MAPPINGS: usize = 65_536;
+
+/// Entries of one list of the DNS configuration; a kubelet allows 32 search domains.
+const MAX_DNS_ENTRIES: usize = 1024;
+
+/// The longest hostname: `HOST_NAME_MAX` of <linux/limits.h>.
+const MAX_HOSTNAME_BYTES: usize = 64;
+
+/// The longest component of a path: `NAME_MAX` of <linux/limits.h>.
+const MAX_COMPONENT_BYTES: usize = 255;
+
+/// The sandbox asked for by `RunPodSandboxRequest`.
+///
+/// # Errors
+/// [`Rejected`], with the first field that is wrong.
+pub fn sandbox_config(message: v1::PodSandboxConfig, runtime_handler: &str) -> Result<Config, Rejected> {
+    let field = Field::root("config");
+    if !RUNTIME_HANDLERS.contains(&runtime_handler) {
+        return Err(Field::root("runtime_handler")
+            .invalid(format!("there is no handler {}", quoted(runtime_handler))));
+    }
+    fits_a_record(&field, &message)?;
+    let linux = message.linux.unwrap_or_default();
+    let linux_field = field.of("linux");
+    let security_context = linux.security_context.unwrap_or_default();
+    let security_field = linux_field.of("security_context");
+    let namespaces = security::sandbox_namespaces(
+        &security_field.of("namespace_options"),
+        security_context.namespace_options.as_ref(),
+    )?;
+    security::check_sandbox(&security_field, &security_context)?;
+    Ok(Config {
+        metadata: metadata(&field.of("metadata"), message.metadata)?,
+        hostname: hostname(&field.of("hostname"), message.hostname)?,
+        log_directory: optional_directory(&field.of("log_directory"), message.log_directory)?,
+        dns: message.dns_config.map(|config| dns(&field.of("dns_config"), config)).transpose()?,
+        port_mappings: port_mappings(&field.of("port_mappings"), message.port_mappings, namespaces.network)?,
+        labels: labels(&field.of("labels"), message.labels)?,
+        annotations: labels(&field.of("annotations"), message.annotations)?,
+        cgroup_parent: cgroup_parent(&linux_field.of("cgroup_parent"), linux.cgroup_parent)?,
+        sysctls: sysctls(&linux_field.of("sysctls"), linux.sysctls, &namespaces)?,
+        namespaces,
+        privileged: security_context.privileged,
+        runtime_handler: runtime_handler.to_owned(),
+    })
+}
+
+/// It is no larger than a record can be.
+pub(super) fn fits_a_record(field: &Field<'_>, message: &impl Message) -> Result<(), Rejected> {
+    let bytes = message.encoded_len();
+    if bytes > MAX_CONFIG_BYTES {
+        return Err(field.invalid(format!("{bytes} bytes, and at most {MAX_CONFIG_BYTES} are accepted")));
+    }
+    Ok(())
+}
+
+fn metadata(field: &Field<'_>, message: Option<v1::PodSandboxMetadata>) -> Result<Metadata, Rejected> {
+    let message = message.ok_or_else(|| field.invalid("it is missing"))?;
+    // The kubelet drops a status in which one of the three is empty.
+    field::name(&field.of("name"), &message.name)?;
+    field::name(&field.of("uid"), &message.uid)?;
+    field::name(&field.of("namespace"), &message.namespace)?;
+    let v1::PodSandboxMetadata { name, uid, namespace, attempt } = message;
+    Ok(Metadata { name, uid, namespace, attempt })
+}
+
+/// hostname(7), and underscores, which the kernel and many hosts know.
+fn hostname(field: &Field<'_>, text: String) -> Result<String, Rejected> {
+    let label = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+    };
+    no_longer_than(field, &text, MAX_HOSTNAME_BYTES)?;
+    if !text.is_empty() && !text.split('.').all(label) {
+        return Err(field.invalid(format!("{} is not a hostname", quoted(&text))));
+    }
+    Ok(text)
+}
+
+fn optional_directory(field: &Field<'_>, text: String) -> Result<String, Rejected> {
+    if !text.is_empty() {
+        absolute_forward(field, &text)?;
+    }
+    Ok(text)
+}
+
+fn cgroup_parent(field: &Field<'_>, text: String) -> Result<String, Rejected> {
+    let text = optional_directory(field, text)?;
+    // It shows in lines of /proc/<pid>/cgroup and becomes names of directories.
+    if text.chars().any(char::is_control) {
+        return Err(field.invalid("it contains a control character"));
+    }
+    if text.split('/').any(|component| component.len() > MAX_COMPONENT_BYTES) {
+        return Err(field.invalid(format!("it has a component of more than {MAX_COMPONENT_BYTES} bytes")));
+    }
+    Ok(text)
+}
+
+fn dns(field: &Field<'_>, message: v1::DnsConfig) -> Result<Dns, Rejected> {
+    let v1::DnsConfig { servers, searches, options } = message;
+    for (name, entries) in [("servers", &servers), ("searches", &searches), ("options", &options)] {
+        let list = field.of(name);
+        at_most(&list, entries.len(), MAX_DNS_ENTRIES)?;
+        for (index, entry) in entries.iter().enumerate() {
+            let entry_field = list.at(index);
+            field::name(&entry_field, entry)?;
+            // One word, or it would begin another entry or another line of resolv.conf.
+            if entry.chars().any(char::is_whitespace) {
+                return Err(entry_field.invalid(format!("{} is not one word", quoted(entry))));
+            }
+        }
+    }
+    for (index, server) in servers.iter().enumerate() {
+        // resolver(5) takes an interface after a link-local address: fe80::1%eth0.
+        let address = server.split_once('%').map_or(server.as_str(), |(address, _)| address);
+        if address.parse::<IpAddr>().is_err() {
+            return Err(field
+                .of("servers")
+                .at(index)
+                .invalid(format!("{} is not an address", quoted(server))));
+        }
+    }
+    Ok(Dns { servers, searches, options })
+}
+
+fn port_mappings(
+    field: &Field<'_>,
+    mappings: Vec<v1::PortMapping>,
+    network: NamespaceMode,
+) -> Result<Vec<PortMapping>, Rejected> {
+    at_most(field, mappings.len(), MAX_PORT_MAPPINGS)?;
+    mappings
+        .into_iter()
+        .enumerate()
+        .map(|(index, mapping)| port_mapping(&field.at(index), mapping, network))
+        .collect()
+}
+
+fn port_mapping(
+    field: &Field<'_>,
+    mapping: v1::PortMapping,
+    network: NamespaceMode,
+) -> Result<PortMapping, Rejected> {
+    let port = |name: &str, number: i32| {
+        u16::try_from(number).map_err(|_| field.of(name).invalid(format!("{number} is not a port")))
+    };
+    let protocol = v1::Protocol::try_from(mapping.protocol).map_err(|_| {
+        field.of("protocol").invalid(format!("there is no protocol with the number {}", mapping.protocol))
+    })?;
+    let container_port = port("container_port", mapping.container_port)?;
+    let host_port = port("host_port", mapping.host_port)?;
+    // A pod on the host's network has its ports there already, and Kubernetes fills them all in.
+    if host_port != 0 && network != NamespaceMode::Node {
+        return Err(field.of("host_port").not_offered("host ports are"));
+    }
+    if !mapping.host_ip.is_empty() && mapping.host_ip.parse::<IpAddr>().is_err() {
+        return Err(field.of("host_ip").invalid(format!("{} is not an address", quoted(&mapping.host_ip))));
+    }
+    Ok(PortMapping {
+        protocol: port_protocol(protocol).to_owned(),
+        container_port,
+        host_port,
+        host_ip: mapping.host_ip,
+    })
+}
+
+/// The name of a protocol in [`PortMapping`].
+#[must_use]
+pub fn port_protocol(protocol: v1::Protocol) -> &'static str {
+    match protocol {
+        v1::Protocol::Tcp => "TCP",
+        v1::Protocol::Udp => "UDP",
+        v1::Protocol::Sctp => "SCTP",
+    }
+}
+
+/// Labels or annotations: any text, within bounds.
+pub(super) fn labels(
+    field: &Field<'_>,
+    labels: BTreeMap<String, String>,
+) -> Result<BTreeMap<String, String>, Rejected> {
+    let bytes: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if bytes > MAX_LABELS_BYTES {
+        return Err(field.invalid(format!("{bytes} bytes, and at most {MAX_LABELS_BYTES} are accepted")));
+    }
+    for key in labels.keys() {
+        no_longer_than(&field.key(key), key, MAX_NAME_BYTES)?;
+    }
+    Ok(labels)
+}
+
+/// Names with dots, of parameters that belong to a namespace of the pod's own.
+fn sysctls(
+    field: &Field<'_>,
+    asked: BTreeMap<String, String>,
+    namespaces: &Namespaces,
+) -> Result<BTreeMap<String, String>, Rejected> {
+    at_most(field, asked.len(), sysctl::MAX_SYSCTLS)?;
+    let mut checked = BTreeMap::new();
+    for (name, value) in asked {
+        let entry = field.key(&name);
+        let dotted = sysctl::name(&entry, &name, namespaces)?;
+        sysctl::check_value(&entry, &value)?;
+        if checked.insert(dotted, value).is_some() {
+            return Err(entry.invalid("it is there twice, with dots and with slashes"));
+        }
+    }
+    Ok(checked)
+}

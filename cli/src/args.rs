@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::daemon::DEFAULT_SOCKET;
 use crate::mount_spec::MountSpec;
+use crate::run_plan::DEFAULT_CONTAINER;
 use crate::user_spec::UserSpec;
 use crate::{env_spec, pod_name, quantity};
 
@@ -31,7 +32,7 @@ pub(crate) struct Cli {
 /// One thing to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run a program in a new pod of one container, and show its output until it ends.
+    /// Run a program in a new pod, and show its output until it ends.
     ///
     /// The exit code is the program's; 125 when Berth itself failed, 126 or 127 when the program cannot be run or
     /// found. Ctrl-C stops the container as `berth stop` does; a second one kills it. A kubelet on the same daemon
@@ -74,6 +75,12 @@ pub(crate) struct RunArgs {
     /// Name of the pod, also its host name [default: from the image].
     #[arg(long, value_parser = pod_name::check)]
     pub(crate) name: Option<String>,
+    /// Run in this pod, beside what runs there, instead of a new one.
+    #[arg(long, value_name = "POD", conflicts_with_all = ["name", "host_network", "log_dir"])]
+    pub(crate) pod: Option<String>,
+    /// Name of the container within its pod.
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_CONTAINER, value_parser = pod_name::check)]
+    pub(crate) container: String,
     /// Set a variable of the environment; a NAME alone passes on its value here.
     #[arg(short, long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
     pub(crate) envs: Vec<KeyValue>,
@@ -95,10 +102,10 @@ pub(crate) struct RunArgs {
     /// Folder below which the pod's log folder is made.
     #[arg(long, value_name = "PATH", default_value = "/var/log/berth")]
     pub(crate) log_dir: PathBuf,
-    /// Remove the pod and its logs at the end; this is what happens anyway.
+    /// Remove the pod (or container) and its logs at the end; this is what happens anyway.
     #[arg(long, conflicts_with_all = ["keep", "detach"])]
     pub(crate) rm: bool,
-    /// Keep the ended pod and its logs, until `berth rm`.
+    /// Keep the ended pod (or container) and its logs, until `berth rm`.
     #[arg(long)]
     pub(crate) keep: bool,
     /// Leave it running: print the container's id and end.
@@ -335,6 +342,9 @@ mod tests {
         for (line, kind) in [
             ("berth run --rm --keep image", ErrorKind::ArgumentConflict),
             ("berth run --rm -d image", ErrorKind::ArgumentConflict),
+            ("berth run --pod web --name x image", ErrorKind::ArgumentConflict),
+            ("berth run --pod web --host-network image", ErrorKind::ArgumentConflict),
+            ("berth run --container ../x image", ErrorKind::ValueValidation),
             ("berth run", ErrorKind::MissingRequiredArgument),
             ("berth run --nme web image", ErrorKind::UnknownArgument),
             ("berth run --memory lots image", ErrorKind::ValueValidation),

@@ -1,4 +1,4 @@
-//! From what `berth run` was asked to what CRI is asked: the configurations of a pod and its one container.
+//! From what `berth run` was asked to what CRI is asked: the configurations of a pod and of a container in it.
 //!
 //! Pure functions. Where CRI leaves a choice to its caller, the container gets what Kubernetes gives to one that
 //! asks for nothing: the default seccomp filter, a pid namespace of its own, and the usual paths of /proc and /sys
@@ -12,7 +12,7 @@ use berth_cri::v1::{
     ContainerConfig, ContainerMetadata, ImageSpec, Int64Value, KeyValue, LinuxContainerConfig,
     LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
     LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    SecurityProfile,
+    PodSandboxStatus, SecurityProfile,
 };
 
 use crate::mount_spec::MountSpec;
@@ -22,14 +22,11 @@ use crate::user_spec::UserSpec;
 /// Namespace, in the sense of Kubernetes, of the pods that the command makes.
 pub(crate) const NAMESPACE: &str = "default";
 
-/// Name of the one container of such a pod.
-pub(crate) const CONTAINER: &str = "main";
+/// Name of the container if none is given.
+pub(crate) const DEFAULT_CONTAINER: &str = "main";
 
 /// Annotation of a pod that says where its logs are, on those that the command made; `berth rm` removes them.
 pub(crate) const LOG_FOLDER_ANNOTATION: &str = "berth.log-folder";
-
-/// Log of the container, below the pod's folder.
-const LOG_FILE: &str = "main.log";
 
 /// Files and folders of the kernel that tell of the host or change it: what Kubernetes hides for the default
 /// `procMount` (pod.spec.containers.securityContext).
@@ -79,9 +76,18 @@ pub(crate) struct PodPlan {
     pub(crate) log_folder: String,
 }
 
-/// What the container of a pod is made of.
+/// What a container takes over from the pod that it goes into.
+#[derive(Debug)]
+pub(crate) struct Home {
+    namespaces: NamespaceOption,
+    labels: BTreeMap<String, String>,
+}
+
+/// What a container is made of.
 #[derive(Debug)]
 pub(crate) struct ContainerPlan {
+    /// Name within the pod.
+    pub(crate) name: String,
     /// The image's id.
     pub(crate) image_id: String,
     /// The image as it was asked for.
@@ -121,16 +127,48 @@ pub(crate) fn log_folder_of(
     if plain && owned { Some(folder.to_owned()) } else { None }
 }
 
-fn namespaces(network: Network) -> NamespaceOption {
-    let network = match network {
-        Network::Pod => NamespaceMode::Pod,
-        Network::Host => NamespaceMode::Node,
-    };
+fn namespaces(network: NamespaceMode, ipc: NamespaceMode) -> NamespaceOption {
     NamespaceOption {
         network: network.into(),
         pid: NamespaceMode::Container.into(),
-        ipc: NamespaceMode::Pod.into(),
+        ipc: ipc.into(),
         ..NamespaceOption::default()
+    }
+}
+
+impl PodPlan {
+    /// What its containers take over.
+    pub(crate) fn home(&self) -> Home {
+        let network = match self.network {
+            Network::Pod => NamespaceMode::Pod,
+            Network::Host => NamespaceMode::Node,
+        };
+        let namespaces = namespaces(network, NamespaceMode::Pod);
+        Home { namespaces, labels: pod_labels(&self.name, NAMESPACE, &self.uid) }
+    }
+}
+
+/// What the containers of a pod take over that is there already, whoever made it.
+///
+/// Network and IPC have to be the pod's; of process ids the container gets a namespace of its own in any pod.
+pub(crate) fn home_of(status: &PodSandboxStatus) -> Home {
+    let linux = status.linux.as_ref();
+    let options = linux.and_then(|linux| linux.namespaces.as_ref()?.options.clone()).unwrap_or_default();
+    let metadata = status.metadata.clone().unwrap_or_default();
+    let mut namespaces = namespaces(options.network(), options.ipc());
+    namespaces.userns_options = options.userns_options;
+    Home { namespaces, labels: pod_labels(&metadata.name, &metadata.namespace, &metadata.uid) }
+}
+
+/// What is known of the configuration of a pod that is there already. The daemon has the whole of it.
+pub(crate) fn known_config(status: &PodSandboxStatus) -> PodSandboxConfig {
+    let log_folder = log_folder_of(status.metadata.as_ref(), &status.annotations);
+    PodSandboxConfig {
+        metadata: status.metadata.clone(),
+        log_directory: log_folder.map(|folder| folder.to_string_lossy().into_owned()).unwrap_or_default(),
+        labels: status.labels.clone(),
+        annotations: status.annotations.clone(),
+        ..PodSandboxConfig::default()
     }
 }
 
@@ -138,14 +176,15 @@ fn default_seccomp() -> SecurityProfile {
     SecurityProfile { profile_type: ProfileType::RuntimeDefault.into(), localhost_ref: String::new() }
 }
 
-fn pod_labels(pod: &PodPlan) -> BTreeMap<String, String> {
-    [(POD_NAME_LABEL, pod.name.as_str()), (POD_NAMESPACE_LABEL, NAMESPACE), (POD_UID_LABEL, &pod.uid)]
+fn pod_labels(name: &str, namespace: &str, uid: &str) -> BTreeMap<String, String> {
+    [(POD_NAME_LABEL, name), (POD_NAMESPACE_LABEL, namespace), (POD_UID_LABEL, uid)]
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into()
 }
 
 /// The sandbox to ask for.
 pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
+    let Home { namespaces, labels } = pod.home();
     let hostname = match pod.network {
         Network::Pod => pod.name.clone(),
         Network::Host => String::new(),
@@ -159,11 +198,11 @@ pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
         }),
         hostname,
         log_directory: pod.log_folder.clone(),
-        labels: pod_labels(pod),
+        labels,
         annotations: [(LOG_FOLDER_ANNOTATION.to_owned(), pod.log_folder.clone())].into(),
         linux: Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(namespaces(pod.network)),
+                namespace_options: Some(namespaces),
                 seccomp: Some(default_seccomp()),
                 ..LinuxSandboxSecurityContext::default()
             }),
@@ -174,11 +213,11 @@ pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
 }
 
 /// The container to ask for. Wants the sources of the mounts to be UTF-8, as CRI does.
-pub(crate) fn container_config(pod: &PodPlan, container: ContainerPlan) -> ContainerConfig {
-    let mut labels = pod_labels(pod);
-    labels.insert(CONTAINER_NAME_LABEL.into(), CONTAINER.into());
+pub(crate) fn container_config(home: Home, container: ContainerPlan) -> ContainerConfig {
+    let Home { namespaces, mut labels } = home;
+    labels.insert(CONTAINER_NAME_LABEL.into(), container.name.clone());
     let mut security_context = LinuxContainerSecurityContext {
-        namespace_options: Some(namespaces(pod.network)),
+        namespace_options: Some(namespaces),
         seccomp: Some(default_seccomp()),
         masked_paths: MASKED_PATHS.map(str::to_owned).into(),
         readonly_paths: READONLY_PATHS.map(str::to_owned).into(),
@@ -197,7 +236,8 @@ pub(crate) fn container_config(pod: &PodPlan, container: ContainerPlan) -> Conta
     };
     security_context.run_as_group = gid.map(|gid| Int64Value { value: gid.into() });
     ContainerConfig {
-        metadata: Some(ContainerMetadata { name: CONTAINER.into(), attempt: 0 }),
+        log_path: format!("{}.log", container.name),
+        metadata: Some(ContainerMetadata { name: container.name, attempt: 0 }),
         image: Some(ImageSpec {
             image: container.image_id,
             user_specified_image: container.image_name,
@@ -207,7 +247,6 @@ pub(crate) fn container_config(pod: &PodPlan, container: ContainerPlan) -> Conta
         envs: container.envs,
         mounts: container.mounts.into_iter().map(mount).collect(),
         labels,
-        log_path: LOG_FILE.into(),
         linux: Some(LinuxContainerConfig {
             resources: Some(resources(container.memory_limit_bytes, container.cpu_quota_us)),
             security_context: Some(security_context),
@@ -241,6 +280,8 @@ fn resources(memory_limit_bytes: Option<i64>, cpu_quota_us: Option<i64>) -> Linu
 
 #[cfg(test)]
 mod tests {
+    use berth_cri::v1::{LinuxPodSandboxStatus, Namespace};
+
     use super::*;
 
     fn pod(network: Network) -> PodPlan {
@@ -249,6 +290,7 @@ mod tests {
 
     fn container() -> ContainerPlan {
         ContainerPlan {
+            name: DEFAULT_CONTAINER.into(),
             image_id: "sha256:1".into(),
             image_name: "busybox".into(),
             command: vec!["ls".into()],
@@ -273,15 +315,17 @@ mod tests {
             let linux = sandbox.linux.unwrap().security_context.unwrap();
             assert_eq!(linux.namespace_options.unwrap().network(), mode);
             assert_eq!(sandbox.hostname, hostname);
-            let options =
-                security(&container_config(&pod(network), container())).namespace_options.clone().unwrap();
+            let options = security(&container_config(pod(network).home(), container()))
+                .namespace_options
+                .clone()
+                .unwrap();
             assert_eq!((options.network(), options.pid()), (mode, NamespaceMode::Container));
         }
     }
 
     #[test]
     fn a_container_that_asks_for_nothing_is_confined() {
-        let config = container_config(&pod(Network::Pod), container());
+        let config = container_config(pod(Network::Pod).home(), container());
         let security = security(&config);
         assert_eq!(security.seccomp.as_ref().unwrap().profile_type(), ProfileType::RuntimeDefault);
         assert!(security.masked_paths.contains(&"/proc/kcore".to_owned()));
@@ -293,7 +337,7 @@ mod tests {
 
     #[test]
     fn the_image_is_asked_for_by_id_and_its_arguments_are_replaced() {
-        let config = container_config(&pod(Network::Pod), container());
+        let config = container_config(pod(Network::Pod).home(), container());
         let image = config.image.unwrap();
         assert_eq!((image.image.as_str(), image.user_specified_image.as_str()), ("sha256:1", "busybox"));
         assert_eq!((config.command.len(), config.args.as_slice()), (0, &["ls".to_owned()][..]));
@@ -302,7 +346,7 @@ mod tests {
     #[test]
     fn limits_go_with_their_period() {
         let plan = ContainerPlan { memory_limit_bytes: Some(7), cpu_quota_us: Some(50_000), ..container() };
-        let resources = container_config(&pod(Network::Pod), plan).linux.unwrap().resources.unwrap();
+        let resources = container_config(pod(Network::Pod).home(), plan).linux.unwrap().resources.unwrap();
         assert_eq!(
             (resources.memory_limit_in_bytes, resources.cpu_quota, resources.cpu_period),
             (7, 50_000, 100_000)
@@ -317,12 +361,33 @@ mod tests {
             (UserSpec::Name { name: "www".into(), gid: Some(6) }, None, "www", Some(6)),
         ] {
             let config =
-                container_config(&pod(Network::Pod), ContainerPlan { user: Some(user), ..container() });
+                container_config(pod(Network::Pod).home(), ContainerPlan { user: Some(user), ..container() });
             let security = security(&config);
             assert_eq!(security.run_as_user.map(|uid| uid.value), uid);
             assert_eq!(security.run_as_username, name);
             assert_eq!(security.run_as_group.map(|gid| gid.value), gid);
         }
+    }
+
+    #[test]
+    fn a_container_in_a_pod_that_is_there_shares_what_the_pod_shares() {
+        let config = sandbox_config(&pod(Network::Host));
+        let asked = config.linux.unwrap().security_context.unwrap().namespace_options.unwrap();
+        let shared_pids = NamespaceOption { pid: NamespaceMode::Pod.into(), ..asked };
+        let namespaces = Namespace { options: Some(shared_pids) };
+        let status = PodSandboxStatus {
+            metadata: config.metadata,
+            linux: Some(LinuxPodSandboxStatus { namespaces: Some(namespaces) }),
+            annotations: config.annotations,
+            ..PodSandboxStatus::default()
+        };
+        let plan = ContainerPlan { name: "client".into(), ..container() };
+        let joined = container_config(home_of(&status), plan);
+        let options = security(&joined).namespace_options.clone().unwrap();
+        assert_eq!((options.network(), options.pid()), (NamespaceMode::Node, NamespaceMode::Container));
+        assert_eq!(joined.labels.get(POD_UID_LABEL).map(String::as_str), Some("u-1"));
+        assert_eq!(joined.log_path, "client.log");
+        assert_eq!(known_config(&status).log_directory, "/logs/web_u-1");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::daemon::Daemon;
 use crate::error::Error;
 use crate::log_stream::{self, Following, Selection};
 
-use super::run::wait_for_end;
+use super::run::watch::wait_for_end;
 
 /// Prints a container's log.
 ///

@@ -1,11 +1,11 @@
 //! `berth rm`: removes pods and containers, and the logs of pods that `berth run` made.
 //!
-//! Such a pod is its one container, so naming either removes both. In other pods a container goes by itself; their
-//! logs belong to whoever made them.
+//! In such a pod the last container takes the pod with it, as it came with it. The logs of other pods belong to
+//! whoever made them, and stay.
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use berth_cri::v1::{Container, PodSandbox};
 
@@ -51,26 +51,39 @@ async fn remove_one(daemon: &Daemon, inventory: &Inventory, name: &str, force: b
     match inventory.target(name)? {
         Target::Pod(pod) => remove_pod(daemon, inventory, pod, force).await,
         Target::Container(container) => match inventory.pod(&container.pod_sandbox_id) {
-            Some(pod) if is_own(pod) => remove_pod(daemon, inventory, pod, force).await,
-            _ => remove_container(daemon, inventory, container, force).await,
+            Some(pod) if is_own(pod) && inventory.containers_of(&pod.id).count() == 1 => {
+                remove_pod(daemon, inventory, pod, force).await
+            }
+            pod => remove_container(daemon, inventory, container, pod, force).await,
         },
     }
 }
 
+fn log_folder(pod: &PodSandbox) -> Option<PathBuf> {
+    log_folder_of(pod.metadata.as_ref(), &pod.annotations)
+}
+
 fn is_own(pod: &PodSandbox) -> bool {
-    log_folder_of(pod.metadata.as_ref(), &pod.annotations).is_some()
+    log_folder(pod).is_some()
 }
 
 async fn remove_container(
     daemon: &Daemon,
     inventory: &Inventory,
     container: &Container,
+    pod: Option<&PodSandbox>,
     force: bool,
 ) -> Result<(), Error> {
     if runs(container) && !force {
         return Err(RemoveError::Runs(inventory.label(container)).into());
     }
-    Ok(daemon.remove_container(&container.id).await?)
+    let log = PathBuf::from(daemon.container_status(&container.id).await?.log_path);
+    daemon.remove_container(&container.id).await?;
+    match pod.and_then(log_folder) {
+        // Nothing but a file right in the pod's own folder.
+        Some(folder) if log.parent() == Some(&folder) => Ok(remove_logs(&log, fs::remove_file(&log))?),
+        _ => Ok(()),
+    }
 }
 
 async fn remove_pod(
@@ -84,13 +97,35 @@ async fn remove_pod(
     }
     daemon.stop_pod(&pod.id).await?;
     daemon.remove_pod(&pod.id).await?;
-    if let Some(path) = log_folder_of(pod.metadata.as_ref(), &pod.annotations) {
-        match fs::remove_dir_all(&path) {
-            // Removed by hand before.
-            Err(source) if source.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(RemoveError::Logs { path, source }.into()),
-            Ok(()) => {}
-        }
+    match log_folder(pod) {
+        Some(folder) => Ok(remove_logs(&folder, fs::remove_dir_all(&folder))?),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// The outcome of a removal; what was removed by hand before is gone, too.
+pub(super) fn remove_logs(path: &Path, removed: io::Result<()>) -> Result<(), RemoveError> {
+    match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(RemoveError::Logs { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logs_that_are_gone_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.log");
+        fs::write(&path, "x").unwrap();
+        for _ in 0..2 {
+            remove_logs(&path, fs::remove_file(&path)).unwrap();
+        }
+        let error = remove_logs(folder.path(), fs::remove_file(folder.path())).unwrap_err();
+        assert!(matches!(error, RemoveError::Logs { path, .. } if path == folder.path()));
+    }
 }

@@ -1,0 +1,164 @@
+//! What `berth run` makes for a program, and how it is undone: in the reverse order, as far as it came.
+
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use berth_cri::v1::{
+    ContainerConfig, ContainerState, CreateContainerRequest, PodSandboxConfig, RunPodSandboxRequest,
+    StartContainerRequest,
+};
+
+use crate::commands::rm::remove_logs;
+use crate::daemon::{CallError, Daemon, answer};
+use crate::error::Error;
+use crate::output;
+
+use super::RunError;
+
+/// Exit codes of a program that could not be run (126) or found (127), as env(1) and shells have them.
+const CANNOT_RUN: [u8; 2] = [126, 127];
+
+/// One thing that was made.
+enum Step {
+    LogFolder(PathBuf),
+    Pod(String),
+    /// In a pod that was there before; otherwise the pod's end is the container's too.
+    Container(String),
+}
+
+/// What has been made so far.
+pub(super) struct Made<'a> {
+    daemon: &'a Daemon,
+    steps: Vec<Step>,
+}
+
+impl<'a> Made<'a> {
+    /// Nothing yet.
+    pub(super) fn nothing(daemon: &'a Daemon) -> Self {
+        Self { daemon, steps: Vec::new() }
+    }
+
+    /// Makes a pod's own folder for logs. What a program writes may be secret: not everybody may look in.
+    pub(super) fn log_folder(&mut self, folder: &Path) -> Result<(), RunError> {
+        let made = DirBuilder::new().recursive(true).mode(0o750).create(folder);
+        made.map_err(|source| RunError::LogFolder { path: folder.to_owned(), source })?;
+        self.steps.push(Step::LogFolder(folder.to_owned()));
+        Ok(())
+    }
+
+    /// Makes a pod and returns its id.
+    pub(super) async fn pod(&mut self, name: &str, config: PodSandboxConfig) -> Result<String, CallError> {
+        let request = RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
+        let act = format!("make pod {name}");
+        let id = answer(act, self.daemon.runtime.clone().run_pod_sandbox(request)).await?.pod_sandbox_id;
+        self.steps.push(Step::Pod(id.clone()));
+        Ok(id)
+    }
+
+    /// Makes a container and returns its id.
+    pub(super) async fn container(
+        &mut self,
+        pod_sandbox_id: String,
+        sandbox_config: PodSandboxConfig,
+        config: ContainerConfig,
+    ) -> Result<String, CallError> {
+        let (config, sandbox_config) = (Some(config), Some(sandbox_config));
+        let request = CreateContainerRequest { pod_sandbox_id, config, sandbox_config };
+        let call = answer("make the container", self.daemon.runtime.clone().create_container(request)).await;
+        let id = call?.container_id;
+        if !self.steps.iter().any(|step| matches!(step, Step::Pod(_))) {
+            self.steps.push(Step::Container(id.clone()));
+        }
+        Ok(id)
+    }
+
+    /// Starts the program of the container.
+    pub(super) async fn start(&self, container_id: &str) -> Result<(), RunError> {
+        let request = StartContainerRequest { container_id: container_id.to_owned() };
+        match self.daemon.runtime.clone().start_container(request).await {
+            Ok(_) => Ok(()),
+            Err(status) => {
+                let exit_code = self.exit_code_of_failed_start(container_id).await;
+                Err(RunError::NotStarted { exit_code, refusal: status.into() })
+            }
+        }
+    }
+
+    async fn exit_code_of_failed_start(&self, container_id: &str) -> Option<u8> {
+        let status = self.daemon.container_status(container_id).await.ok()?;
+        let code = u8::try_from(status.exit_code).ok()?;
+        (status.state() == ContainerState::ContainerExited && CANNOT_RUN.contains(&code)).then_some(code)
+    }
+
+    /// Removes everything again. What cannot be removed is told, and what it needs is left with it: the logs of a
+    /// pod that is still there may say why.
+    pub(super) async fn undo(&mut self) {
+        while let Some(step) = self.steps.pop() {
+            let undone = match step {
+                Step::LogFolder(folder) => {
+                    remove_logs(&folder, fs::remove_dir_all(&folder)).map_err(Error::from)
+                }
+                Step::Pod(id) => self.undo_pod(&id).await,
+                Step::Container(id) => self.undo_container(&id).await,
+            };
+            if let Err(error) = undone {
+                output::remark(crate::one_line(&error));
+                return;
+            }
+        }
+    }
+
+    async fn undo_pod(&self, id: &str) -> Result<(), Error> {
+        // Removing stops too; stopping first makes an error say which of the two failed.
+        self.daemon.stop_pod(id).await?;
+        Ok(self.daemon.remove_pod(id).await?)
+    }
+
+    async fn undo_container(&self, id: &str) -> Result<(), Error> {
+        let log_path = PathBuf::from(self.daemon.container_status(id).await?.log_path);
+        self.daemon.remove_container(id).await?;
+        Ok(remove_logs(&log_path, fs::remove_file(&log_path))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake_daemon::{FakeDaemon, Script};
+
+    #[tokio::test]
+    async fn a_log_folder_is_made_for_few_eyes_and_undone() {
+        use std::os::unix::fs::PermissionsExt;
+        let fake = FakeDaemon::start(Script::default()).await;
+        let below = tempfile::tempdir().unwrap();
+        let folder = below.path().join("a/b");
+        let mut made = Made::nothing(&fake.daemon);
+        made.log_folder(&folder).unwrap();
+        assert_eq!(fs::metadata(&folder).unwrap().permissions().mode() & 0o027, 0);
+        fs::write(folder.join("main.log"), "x").unwrap();
+        made.undo().await;
+        assert!(!folder.exists());
+    }
+
+    #[tokio::test]
+    async fn a_log_folder_that_cannot_be_made_names_the_way_out() {
+        let fake = FakeDaemon::start(Script::default()).await;
+        let mut made = Made::nothing(&fake.daemon);
+        let error = made.log_folder(Path::new("/proc/none/x")).unwrap_err();
+        assert!(error.to_string().contains("--log-dir"), "{error}");
+        assert!(made.steps.is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_logs_of_a_pod_that_cannot_be_removed_stay() {
+        let fake = FakeDaemon::start(Script::default()).await;
+        let folder = tempfile::tempdir().unwrap();
+        let mut made = Made::nothing(&fake.daemon);
+        made.log_folder(folder.path()).unwrap();
+        // The fake has no CRI, so every call about the pod fails.
+        made.steps.push(Step::Pod("p".into()));
+        made.undo().await;
+        assert!(folder.path().exists());
+    }
+}

@@ -111,6 +111,12 @@ pub(crate) struct RunArgs {
     /// Leave it running: print the container's id and end.
     #[arg(short, long)]
     pub(crate) detach: bool,
+    /// Not possible: the program gets no input.
+    #[arg(short, long, hide = true)]
+    pub(crate) interactive: bool,
+    /// Not possible: the program gets no terminal.
+    #[arg(short, long, hide = true)]
+    pub(crate) tty: bool,
     /// The image, fetched if it is not here, and arguments for its entry point (or the program, if it has none)
     /// in place of the image's own.
     // One argument and not two: so everything behind the image is the program's, also what looks like an option.
@@ -327,6 +333,8 @@ mod tests {
         assert_eq!((args.follow, args.tail), (true, Some(5)));
         let Command::Exec(args) = parse("berth exec -it web sh").unwrap().command else { panic!("not exec") };
         assert!(args.interactive && args.tty);
+        let args = run("berth run -it image");
+        assert!(args.interactive && args.tty, "so that it can be refused in words");
         let args = run("berth run -d -e A=b -m 1Mi -u 5 -v /a:/b image");
         assert!(args.detach && args.envs.len() == 1 && args.user.is_some() && args.mounts.len() == 1);
     }

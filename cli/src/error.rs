@@ -44,6 +44,9 @@ pub(crate) enum Error {
     Import(#[from] import::ImportError),
     #[error(transparent)]
     Remove(#[from] rm::RemoveError),
+    /// Input or a terminal was asked for.
+    #[error("-i and -t are not possible: the program gets no input and no terminal; run it without them")]
+    Interactive,
     /// Several things were asked for, and some failed; each has been told.
     #[error("{failed} of {all} failed")]
     Partly { failed: usize, all: usize },

@@ -13,9 +13,6 @@ use crate::output;
 /// Why a program is not run at all.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExecError {
-    /// Input or a terminal was asked for.
-    #[error("-i and -t are not possible: the program gets no input and no terminal; run it without them")]
-    Interactive,
     /// There is no process to join.
     #[error("container `{0}` does not run")]
     NotRunning(String),
@@ -27,7 +24,7 @@ pub(crate) enum ExecError {
 /// When the program could not be run, or was killed for taking too long.
 pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Error> {
     if args.interactive || args.tty {
-        return Err(ExecError::Interactive.into());
+        return Err(Error::Interactive);
     }
     let inventory = daemon.inventory().await?;
     let container = inventory.container(&args.container)?;

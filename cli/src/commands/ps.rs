@@ -131,7 +131,7 @@ fn unless_gone<T>(status: Result<T, CallError>) -> Result<Option<T>, CallError> 
 }
 
 /// The image as somebody asked for it, else by the start of its id.
-pub(super) fn image_text(container: &Container) -> String {
+fn image_text(container: &Container) -> String {
     let Some(image) = &container.image else { return short_id(&container.image_id).to_owned() };
     let asked =
         if image.user_specified_image.is_empty() { &image.image } else { &image.user_specified_image };

@@ -106,6 +106,9 @@ enum Pod {
 /// # Errors
 /// When the program could not be run, or its end not be learned.
 pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Error> {
+    if args.interactive || args.tty {
+        return Err(Error::Interactive);
+    }
     let (image, command) = args.image_and_command();
     let mounts = args.mounts.iter().map(absolute_mount).collect::<Result<Vec<_>, _>>()?;
     let pod = match &args.pod {

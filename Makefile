@@ -7,7 +7,8 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer bench lint clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer bench clean
+.PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
 
@@ -73,14 +74,25 @@ bench: build images
 	@scripts/install-needs bench
 	@scripts/bench
 
-lint:
+lint: lint-format lint-code lint-docs lint-dependencies
+
+lint-format:
 	@scripts/install-needs build
 	@echo '== format'
 	@$(CARGO) fmt --all --check || { echo 'lint: run `cargo fmt --all`'; exit 1; }
+
+lint-code:
+	@scripts/install-needs build
 	@echo '== clippy'
-	@$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@$(CARGO) clippy --workspace --all-targets --all-features --locked -- -D warnings
+
+lint-docs:
+	@scripts/install-needs build
 	@echo '== documentation'
 	@RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked
+
+lint-dependencies:
+	@scripts/install-needs build
 	@echo '== dependencies'
 	@scripts/check-dependencies
 

@@ -1,0 +1,146 @@
+//! For tests: runs a filter as the kernel would, and says what a profile means in the plainest way, to hold one against the other.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompOperator, LinuxSyscall};
+
+use crate::abi::{Abi, X32_BIT};
+use crate::assemble::code;
+
+/// A system call as a filter sees it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Call {
+    pub(crate) number: u32,
+    pub(crate) arch: u32,
+    pub(crate) args: [u64; 6],
+}
+
+impl Call {
+    pub(crate) fn new(abi: Abi, name: &str, args: &[u64]) -> Self {
+        let number = abi.number(name).unwrap_or_else(|| panic!("{name} on {abi:?}"));
+        let mut all = [0; 6];
+        all[..args.len()].copy_from_slice(args);
+        Self { number, arch: abi.audit_arch(), args: all }
+    }
+
+    fn word(&self, offset: u32) -> u32 {
+        let mut data = Vec::new();
+        data.extend(self.number.to_le_bytes());
+        data.extend(self.arch.to_le_bytes());
+        data.extend(0_u64.to_le_bytes());
+        data.extend(self.args.iter().flat_map(|arg| arg.to_le_bytes()));
+        let at = usize::try_from(offset).unwrap();
+        assert_eq!(at % 4, 0, "the kernel refuses unaligned loads");
+        u32::from_le_bytes(data[at..at + 4].try_into().unwrap())
+    }
+}
+
+/// Runs a filter. Panics where the kernel's checker would have refused it.
+pub(crate) fn run(filter: &[u8], call: &Call) -> u32 {
+    assert_eq!(filter.len() % 8, 0);
+    let program: Vec<&[u8]> = filter.chunks(8).collect();
+    let mut accumulator = 0_u32;
+    let mut at = 0;
+    loop {
+        let [c0, c1, jt, jf, k0, k1, k2, k3] = <[u8; 8]>::try_from(program[at]).unwrap();
+        let operand = u32::from_ne_bytes([k0, k1, k2, k3]);
+        at += 1;
+        let mut jump = |holds: bool| at += usize::from(if holds { jt } else { jf });
+        match u16::from_ne_bytes([c0, c1]) {
+            code::LOAD => accumulator = call.word(operand),
+            code::AND => accumulator &= operand,
+            code::JUMP => at += usize::try_from(operand).unwrap(),
+            code::JUMP_IF_EQUAL => jump(accumulator == operand),
+            code::JUMP_IF_GREATER => jump(accumulator > operand),
+            code::JUMP_IF_GREATER_OR_EQUAL => jump(accumulator >= operand),
+            code::RETURN => return operand,
+            other => panic!("no such instruction: {other:#x}"),
+        }
+    }
+}
+
+thread_local! {
+    /// Looking names up is slow in a build without optimization.
+    static NUMBERS: RefCell<HashMap<(Abi, String), Option<u32>>> = RefCell::default();
+}
+
+fn number(abi: Abi, name: &str) -> Option<u32> {
+    NUMBERS.with_borrow_mut(|known| *known.entry((abi, name.to_owned())).or_insert_with(|| abi.number(name)))
+}
+
+/// What a profile means for a call: the text of [`crate::compile`] as code, rule by rule, without tables.
+pub(crate) fn meaning(profile: &LinuxSeccomp, call: &Call) -> u32 {
+    let wanted: Vec<Arch> = profile.architectures().clone().unwrap_or_default();
+    let abi = match (call.arch, call.number >= X32_BIT) {
+        (0xc000_003e, true) if !wanted.contains(&Arch::ScmpArchX32) => return 0x5_0026,
+        (0xc000_003e, true) => Abi::X32,
+        (0xc000_003e, false) => Abi::X86_64,
+        (0x4000_0003, _) if wanted.contains(&Arch::ScmpArchX86) => Abi::X86,
+        _ => return 0x8000_0000,
+    };
+    let default = profile.default_action().as_u32(profile.default_errno_ret());
+    let rules: Vec<&LinuxSyscall> = profile.syscalls().iter().flatten().collect();
+    let action = |rule: &LinuxSyscall| rule.action().as_u32(rule.errno_ret());
+    let speaking = || rules.iter().filter(|rule| action(rule) != default);
+    let has_args = |rule: &LinuxSyscall| rule.args().as_ref().is_some_and(|args| !args.is_empty());
+    let names = |rule: &LinuxSyscall| rule.names().iter().any(|name| number(abi, name) == Some(call.number));
+
+    if let Some(rule) = speaking().find(|rule| names(rule) && !has_args(rule)) {
+        return action(rule);
+    }
+    let mut spoken_of = false;
+    for rule in speaking() {
+        for name in rule.names() {
+            if number(abi, name) == Some(call.number) {
+                spoken_of = true;
+                if holds(rule, abi, call) {
+                    return action(rule);
+                }
+            }
+            let lets = matches!(
+                rule.action(),
+                LinuxSeccompAction::ScmpActAllow
+                    | LinuxSeccompAction::ScmpActLog
+                    | LinuxSeccompAction::ScmpActTrace
+            );
+            if let Some((number, first)) = abi.multiplexer(name)
+                && !(has_args(rule) && lets)
+                && number == call.number
+            {
+                spoken_of = true;
+                if call.args[0] & 0xffff_ffff == first {
+                    return action(rule);
+                }
+            }
+        }
+    }
+    let newest = rules.iter().flat_map(|rule| rule.names()).filter_map(|name| number(abi, name)).max();
+    let refuses = !matches!(
+        profile.default_action(),
+        LinuxSeccompAction::ScmpActAllow | LinuxSeccompAction::ScmpActLog | LinuxSeccompAction::ScmpActTrace
+    );
+    let is_errno = profile.default_action() == LinuxSeccompAction::ScmpActErrno;
+    let is_newer = refuses && newest.is_some_and(|newest| call.number > newest);
+    let is_nothing = is_errno && !abi.assigned().contains(&call.number);
+    if !spoken_of && (is_newer || is_nothing) { 0x5_0026 } else { default }
+}
+
+fn holds(rule: &LinuxSyscall, abi: Abi, call: &Call) -> bool {
+    let args = rule.args().clone().unwrap_or_default();
+    let cut = |value: u64| if abi == Abi::X86_64 { value } else { value & 0xffff_ffff };
+    let mut each = args.iter().map(|arg| {
+        let (is, value) = (cut(call.args[arg.index()]), cut(arg.value()));
+        match arg.op() {
+            LinuxSeccompOperator::ScmpCmpEq => is == value,
+            LinuxSeccompOperator::ScmpCmpNe => is != value,
+            LinuxSeccompOperator::ScmpCmpLt => is < value,
+            LinuxSeccompOperator::ScmpCmpLe => is <= value,
+            LinuxSeccompOperator::ScmpCmpGt => is > value,
+            LinuxSeccompOperator::ScmpCmpGe => is >= value,
+            LinuxSeccompOperator::ScmpCmpMaskedEq => is & value == cut(arg.value_two().unwrap_or(0)) & value,
+        }
+    });
+    let repeats = args.iter().enumerate().any(|(i, a)| args[..i].iter().any(|b| a.index() == b.index()));
+    if repeats { each.any(|holds| holds) } else { each.all(|holds| holds) }
+}

@@ -19,7 +19,7 @@ use berth_api::v1::import_start::Source;
 use berth_api::v1::{ImportRequest, ImportStart};
 use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
 use berth_cri::v1::{ListContainersRequest, ListPodSandboxRequest, VersionRequest};
-use berth_tests::cgroup::CpuLimit;
+use berth_tests::cgroup::{Cgroup, CpuLimit};
 use berth_tests::deadline::within;
 use berth_tests::kubelet::{Instance, Kubelet, Pod};
 use berth_tests::skip::skip;
@@ -292,21 +292,26 @@ fn channel(socket: &Path) -> Result<Channel> {
     Ok(Endpoint::from_shared(uri).context("naming the socket")?.connect_lazy())
 }
 
-/// A daemon of Berth with folders and a network namespace of its own, killed on drop. The kubelet is in the host's
+/// A daemon of Berth with folders, a cgroup and a network namespace of its own, killed on drop. The kubelet is in the host's
 /// namespace: they only meet on the socket.
 struct Berthd {
     process: Child,
     dir: PathBuf,
     socket: PathBuf,
     namespace: Namespace,
+    /// Where pods would go that name no parent; removed when the daemon is gone.
+    _cgroup: Cgroup,
 }
 
 impl Berthd {
     fn start(dir: &Path) -> Result<Self> {
-        fs::write(dir.join("berth.toml"), "").context("writing the daemon's configuration")?;
+        let cgroup = Cgroup::create(&format!("berth-daemon-{}", std::process::id()))?;
+        let configuration = format!("[cgroup]\nparent = \"{}\"\n", cgroup.path());
+        fs::write(dir.join("berth.toml"), configuration).context("writing the daemon's configuration")?;
         let namespace = Namespace::create(dir.join("netns"))?;
         let process = spawn_berthd(dir, &namespace)?;
-        let daemon = Self { process, dir: dir.to_owned(), socket: dir.join("berth.sock"), namespace };
+        let daemon =
+            Self { process, dir: dir.to_owned(), socket: dir.join("berth.sock"), namespace, _cgroup: cgroup };
         let cri = Cri::connect(&daemon.socket)?;
         within(SOON, "the daemon answers", || cri.version().map(Some))
             .with_context(|| daemon.last_words())?;

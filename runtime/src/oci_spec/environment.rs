@@ -1,0 +1,88 @@
+//! The environment and the arguments of a container's main process, as text that execve(2) takes.
+//!
+//! The image's strings are not trusted to be assignments, the request's are trusted to be what its author wanted. A line break in a
+//! value is legitimate, here it is only a byte: nothing of this is ever written into a file of lines (CVE-2022-4318).
+
+use super::{Inputs, SpecError};
+use std::collections::HashMap;
+
+/// The search path of a container whose image and request name none; the one that Docker images are built for.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The longest argument or variable: `MAX_ARG_STRLEN` of execve(2) is 32 pages of 4 KiB, with the final NUL.
+pub(super) const MAX_TEXT_BYTES: usize = 128 * 1024 - 1;
+
+/// All arguments and variables together, in bytes. execve(2) allows a quarter of the stack limit, 2 MiB by default, and the program's
+/// name and pointers count too; refused here, it is an error of the creation and not of the start.
+pub(super) const MAX_TOTAL_BYTES: usize = 1024 * 1024;
+
+/// The request's variables in messages.
+const REQUEST: &str = "envs";
+/// The image's.
+const IMAGE: &str = "the image's Env";
+
+/// `NAME=value`, each name once, in the order of first appearance and with the last value.
+pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError> {
+    let mut variables = Variables::default();
+    variables.set("PATH", DEFAULT_PATH);
+    if inputs.config.tty {
+        variables.set("TERM", "xterm");
+    }
+    if !inputs.hostname.is_empty() {
+        variables.set("HOSTNAME", inputs.hostname);
+    }
+    for assignment in &inputs.image.env {
+        check(IMAGE, assignment)?;
+        // What assigns nothing is left out: no program could make anything of it, and such images run elsewhere.
+        if let Some((name, value)) = assignment.split_once('=').filter(|(name, _)| !name.is_empty()) {
+            variables.set(name, value);
+        }
+    }
+    for (name, value) in &inputs.config.envs {
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return Err(SpecError::VariableName(name.clone()));
+        }
+        check(REQUEST, value)?;
+        variables.set(name, value);
+    }
+    let assignments = variables.assignments;
+    assignments.iter().try_for_each(|assignment| check(REQUEST, assignment))?;
+    Ok(assignments)
+}
+
+/// Whether the text can be one argument or variable.
+pub(super) fn check(origin: &'static str, text: &str) -> Result<(), SpecError> {
+    if text.len() > MAX_TEXT_BYTES {
+        return Err(SpecError::TextTooLong { origin, length: text.len() });
+    }
+    if text.contains('\0') {
+        return Err(SpecError::NulByte { origin, text: text.to_owned() });
+    }
+    Ok(())
+}
+
+/// Whether all texts can be given to one program.
+pub(super) fn check_total(args: &[String], env: &[String]) -> Result<(), SpecError> {
+    let length = args.iter().chain(env).map(|text| text.len() + 1).sum();
+    if length > MAX_TOTAL_BYTES { Err(SpecError::TooMuchText { length }) } else { Ok(()) }
+}
+
+#[derive(Default)]
+struct Variables {
+    assignments: Vec<String>,
+    /// The place of each name in `assignments`: an image may bring a million of them.
+    places: HashMap<String, usize>,
+}
+
+impl Variables {
+    fn set(&mut self, name: &str, value: &str) {
+        let assignment = format!("{name}={value}");
+        match self.places.get(name).and_then(|place| self.assignments.get_mut(*place)) {
+            Some(earlier) => *earlier = assignment,
+            None => {
+                self.places.insert(name.to_owned(), self.assignments.len());
+                self.assignments.push(assignment);
+            }
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! What is mounted in a container, and where that comes from.
+//!
+//! Three kinds, in the order in which the weaker gives way: the mounts asked for; the standard ones, from `/proc` to
+//! `/etc/resolv.conf`; a directory for each volume that the image names. All are sorted by the number of path elements, so that what lies
+//! below something is mounted after it. Destinations are compared as text here and resolved below the root by the shim; a
+//! destination that a link leads elsewhere is mounted there, inside the root.
+
+use super::{HOST_SHM, Inputs, SpecError, is_pods};
+use berth_image::ImageConfig;
+use berth_model::container::{Config, Mount as Asked, Propagation};
+use berth_model::layout::ContainerFiles;
+use oci_spec::runtime::Mount;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Mounts asked for and volumes of the image together. The kernel allows 100,000 in a mount namespace (`fs.mount-max`); pods have tens.
+pub const MAX_MOUNTS: usize = 1000;
+
+/// The longest path: `PATH_MAX` of limits.h, with the final NUL.
+const MAX_PATH_BYTES: usize = 4095;
+
+/// Where Berth puts filesystems of the kernel. A volume of an image there would replace files that later steps write to and that the
+/// isolation rests on (CVE-2019-16884), and a mount asked for there stands for everything below it.
+const OF_THE_KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
+
+/// A mount asked for, with its source looked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedMount {
+    /// As asked.
+    pub asked: Asked,
+    /// The source on the host: absolute, without links.
+    pub source: PathBuf,
+}
+
+/// A container's cgroup in one v1 hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CgroupDirectory {
+    /// The name of the hierarchy's directory below `/sys/fs/cgroup`, as on the host; such as `memory`.
+    pub name: String,
+    /// The cgroup's directory on the host.
+    pub directory: PathBuf,
+}
+
+/// A directory that the image wants to be no part of the writable layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// In the container; absolute, cleaned.
+    pub destination: String,
+    /// On the host: to be made by whoever makes the container, with the image's content at `destination` copied in.
+    pub directory: PathBuf,
+}
+
+/// A mount of the request whose source cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// `Mount.host_path` is not absolute.
+    #[error("mounts: host_path {0:?} is not absolute")]
+    Relative(String),
+    /// It cannot be looked up.
+    #[error("mounts: look up {path:?}")]
+    Look {
+        /// The path.
+        path: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// It is absent and cannot be made.
+    #[error("mounts: make the directory {path:?}")]
+    Make {
+        /// The path.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The table of mounts cannot be read.
+    #[error("read {MOUNTINFO}")]
+    Table(#[source] io::Error),
+    /// Propagation from the host needs a mount that takes part in it.
+    #[error("mounts: {path:?} is on a mount that is not {needed}")]
+    Propagation {
+        /// The source.
+        path: PathBuf,
+        /// What it would have to be.
+        needed: &'static str,
+    },
+}
+
+/// The mounts of this process: proc(5).
+const MOUNTINFO: &str = "/proc/self/mountinfo";
+
+/// Looks up the sources of the mounts of a request, in order. Links are resolved. A source that is absent becomes a directory with mode 0755:
+/// the CRI calls that an error, but what runs on it was written for runtimes that make it.
+///
+/// Blocks; touches the host.
+///
+/// # Errors
+/// [`SourceError`]. Directories made by then stay.
+pub fn resolve_mounts(mounts: &[Asked]) -> Result<Vec<ResolvedMount>, SourceError> {
+    let mut table = None;
+    let mut resolved = Vec::with_capacity(mounts.len());
+    for asked in mounts {
+        let path = Path::new(&asked.host_path);
+        if !path.is_absolute() {
+            return Err(SourceError::Relative(asked.host_path.clone()));
+        }
+        let source = match std::fs::canonicalize(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                make_directories(path)?;
+                std::fs::canonicalize(path)
+            }
+            found => found,
+        }
+        .map_err(|source| SourceError::Look { path: asked.host_path.clone(), source })?;
+        if asked.propagation != Propagation::Private {
+            let table = match &table {
+                Some(table) => table,
+                None => table.insert(std::fs::read(MOUNTINFO).map_err(SourceError::Table)?),
+            };
+            check_propagation(table, &source, asked.propagation)?;
+        }
+        resolved.push(ResolvedMount { asked: asked.clone(), source });
+    }
+    Ok(resolved)
+}
+
+fn make_directories(path: &Path) -> Result<(), SourceError> {
+    let mut missing: Vec<&Path> = path.ancestors().take_while(|part| !part.exists()).collect();
+    missing.reverse();
+    for part in missing {
+        // With the mode set afterwards: the daemon's umask is for its own files.
+        match std::fs::create_dir(part)
+            .and_then(|()| std::fs::set_permissions(part, std::fs::Permissions::from_mode(0o755)))
+        {
+            Ok(()) => {}
+            // Two containers of a pod with one directory are made at the same time.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && part.is_dir() => {}
+            Err(source) => return Err(SourceError::Make { path: part.to_owned(), source }),
+        }
+    }
+    Ok(())
+}
+
+/// mount_namespaces(7): a slave receives from a shared mount or a slave, a peer has to be one of a shared mount.
+fn check_propagation(table: &[u8], source: &Path, wanted: Propagation) -> Result<(), SourceError> {
+    let tags = propagation_tags(table, source);
+    let refused = |needed| Err(SourceError::Propagation { path: source.to_owned(), needed });
+    match wanted {
+        Propagation::Bidirectional if !tags.shared => refused("shared"),
+        Propagation::HostToContainer if !(tags.shared || tags.slave) => refused("shared or a slave"),
+        _ => Ok(()),
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Tags {
+    shared: bool,
+    slave: bool,
+}
+
+/// How the mount that `path` lies on propagates, by the text of [`MOUNTINFO`]: proc(5), fields 5 (mount point) and 7 (tags, up to a dash).
+/// Of mounts on one place the last one is on top.
+fn propagation_tags(table: &[u8], path: &Path) -> Tags {
+    let mut best = (0, Tags::default());
+    for line in table.split(|byte| *byte == b'\n') {
+        let mut fields = line.split(|byte| *byte == b' ').skip(4);
+        let Some(point) = fields.next().map(unescape) else { continue };
+        let point = Path::new(std::ffi::OsStr::from_bytes(&point));
+        if !point.is_absolute() || !path.starts_with(point) {
+            continue;
+        }
+        let length = point.as_os_str().len();
+        if length >= best.0 {
+            let tags: Vec<&[u8]> = fields.skip(1).take_while(|tag| *tag != b"-").collect();
+            let has = |prefix: &[u8]| tags.iter().any(|tag| tag.starts_with(prefix));
+            best = (length, Tags { shared: has(b"shared:"), slave: has(b"master:") });
+        }
+    }
+    best.1
+}
+
+/// Space, tab, line break and backslash are `\` and three octal digits in the kernel's tables of mounts.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let octal =
+            after.get(..3).filter(|_| *first == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
+        if let Some(byte) = octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            plain.push(byte);
+            rest = after.get(3..).unwrap_or_default();
+        } else {
+            plain.push(*first);
+            rest = after;
+        }
+    }
+    plain
+}
+
+/// The path without `.`, `..`, double and final slashes, by its text alone. `None` when it is not absolute, too long, or has a NUL byte.
+pub(super) fn clean(path: &str) -> Option<String> {
+    if !path.starts_with('/') || path.len() > MAX_PATH_BYTES || path.contains('\0') {
+        return None;
+    }
+    let mut parts = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            name => parts.push(name),
+        }
+    }
+    Some(format!("/{}", parts.join("/")))
+}
+
+/// Whether `path` is `above` or lies below it, by text.
+fn is_at_or_below(path: &Path, above: &str) -> bool {
+    path.starts_with(above)
+}
+
+/// Whether the mount is the container's new `/dev`, into which nodes are made.
+pub(super) fn is_own_dev(mount: &Mount) -> bool {
+    mount.destination() == Path::new("/dev") && mount.typ().as_deref() == Some("tmpfs")
+}
+
+/// All mounts of a container, in the order in which they are made.
+pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<Mount>, SpecError> {
+    let asked = inputs.mounts.iter().map(asked_mount).collect::<Result<Vec<_>, _>>()?;
+    let volumes = image_volumes(inputs.config, inputs.image, inputs.files)?;
+    let found = asked.len() + volumes.len();
+    if found > MAX_MOUNTS {
+        return Err(SpecError::TooManyMounts { found });
+    }
+    let mut mounts = standard(inputs, &asked)?;
+    mounts.retain(|mount| !asked.iter().any(|asked| gives_way(mount.destination(), asked.destination())));
+    mounts.extend(
+        volumes
+            .into_iter()
+            .map(|volume| bind(&volume.destination, volume.directory, &["rbind", "rprivate", "rw"])),
+    );
+    mounts.extend(asked);
+    mounts.sort_by_key(|mount| mount.destination().components().count());
+    Ok(mounts)
+}
+
+/// Whether a standard mount is left out because of one that was asked for: at the same place, or above it in what would be the kernel's.
+fn gives_way(standard: &Path, asked: &Path) -> bool {
+    let kernels = OF_THE_KERNEL.iter().any(|place| is_at_or_below(asked, place));
+    standard == asked || (kernels && standard.starts_with(asked))
+}
+
+fn asked_mount(resolved: &ResolvedMount) -> Result<Mount, SpecError> {
+    let asked = &resolved.asked;
+    let destination = clean(&asked.container_path).ok_or_else(|| SpecError::Path {
+        origin: "mounts: container_path",
+        path: asked.container_path.clone(),
+    })?;
+    if destination == "/" {
+        return Err(SpecError::MountOnRoot(asked.container_path.clone()));
+    }
+    let propagation = match asked.propagation {
+        Propagation::Private => "rprivate",
+        Propagation::HostToContainer => "rslave",
+        Propagation::Bidirectional => "rshared",
+    };
+    let mode = match (asked.recursive_read_only, asked.readonly) {
+        (true, true) if asked.propagation == Propagation::Private => "rro",
+        (true, _) => return Err(SpecError::RecursiveReadOnly(asked.container_path.clone())),
+        (false, true) => "ro",
+        (false, false) => "rw",
+    };
+    Ok(bind(&destination, resolved.source.clone(), &["rbind", propagation, mode]))
+}
+
+/// What the root's mount has to be so that the mounts below it can do what was asked for.
+pub(super) fn root_propagation(mounts: &[ResolvedMount]) -> &'static str {
+    let any = |wanted| mounts.iter().any(|mount| mount.asked.propagation == wanted);
+    if any(Propagation::Bidirectional) {
+        "rshared"
+    } else if any(Propagation::HostToContainer) {
+        "rslave"
+    } else {
+        "rprivate"
+    }
+}
+
+/// The volumes of the image for which a directory has to be made: those without a mount of the request at their place. A volume where a standard
+/// mount is, or among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is there anyway.
+///
+/// # Errors
+/// [`SpecError::Volume`] for a path that is not absolute, is the root, or has `..` in it.
+pub fn image_volumes(
+    config: &Config,
+    image: &ImageConfig,
+    files: &ContainerFiles,
+) -> Result<Vec<Volume>, SpecError> {
+    let mut volumes: Vec<Volume> = Vec::new();
+    // Before anything is done for each of them.
+    if image.volumes.len() > MAX_MOUNTS {
+        return Err(SpecError::TooManyMounts { found: image.volumes.len() });
+    }
+    for text in &image.volumes {
+        let destination = clean(text)
+            .filter(|path| path != "/" && !text.split('/').any(|part| part == ".."))
+            .ok_or_else(|| SpecError::Volume(text.clone()))?;
+        let path = Path::new(&destination);
+        let taken = OF_THE_KERNEL.iter().any(|place| is_at_or_below(path, place))
+            || ETC_FILES.iter().any(|name| path == Path::new("/etc").join(name))
+            || config.mounts.iter().any(|mount| clean(&mount.container_path).as_ref() == Some(&destination))
+            || volumes.iter().any(|volume| volume.destination == destination);
+        if !taken {
+            let directory = files.volumes().join(volumes.len().to_string());
+            volumes.push(Volume { destination, directory });
+        }
+    }
+    Ok(volumes)
+}
+
+/// The files of the sandbox that every container sees.
+const ETC_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
+
+/// OCI runtime-spec "Default Filesystems", and what the CRI's custom adds to them.
+fn standard(inputs: &Inputs<'_>, asked: &[Mount]) -> Result<Vec<Mount>, SpecError> {
+    let security = &inputs.config.security;
+    let system = if security.privileged { "rw" } else { "ro" };
+    let mut mounts = vec![
+        filesystem("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+        filesystem("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        // Group 5 is "tty" wherever it matters; glibc's grantpt(3) relies on nothing else being there.
+        filesystem(
+            "/dev/pts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        filesystem("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        filesystem("/sys", "sysfs", &["nosuid", "noexec", "nodev", system]),
+    ];
+    mounts.extend(cgroup_mounts(inputs, asked, system));
+    let shm = if is_pods("ipc", inputs.sandbox.namespaces.ipc)? {
+        inputs.sandbox_files.shm()
+    } else {
+        PathBuf::from(HOST_SHM)
+    };
+    mounts.push(bind("/dev/shm", shm, &["rbind", "rprivate", "nosuid", "noexec", "nodev", "rw"]));
+    let mode = if security.readonly_rootfs { "ro" } else { "rw" };
+    mounts.extend(ETC_FILES.iter().map(|name| {
+        let options = ["bind", "rprivate", "nosuid", "noexec", "nodev", mode];
+        bind(&format!("/etc/{name}"), inputs.sandbox_files.etc(name), &options)
+    }));
+    Ok(mounts)
+}
+
+/// On v2 the hierarchy itself, of which the cgroup namespace shows the container's part; on v1 the container's directory of each hierarchy.
+fn cgroup_mounts(inputs: &Inputs<'_>, asked: &[Mount], system: &str) -> Vec<Mount> {
+    const PLACE: &str = "/sys/fs/cgroup";
+    let flags = ["nosuid", "noexec", "nodev"];
+    if inputs.host.unified_cgroups {
+        return vec![filesystem(PLACE, "cgroup2", &[&flags[..], &["relatime", system]].concat())];
+    }
+    // Read-only also by itself, unless something writable was asked for in it.
+    let holds_asked = asked.iter().any(|mount| is_at_or_below(mount.destination(), PLACE));
+    let own = if holds_asked { "rw" } else { system };
+    let mut mounts = vec![filesystem(PLACE, "tmpfs", &[&flags[..], &["mode=755", "size=64k", own]].concat())];
+    mounts.extend(inputs.cgroup_directories.iter().map(|cgroup| {
+        let options = [&["bind", "rprivate"], &flags[..], &[system]].concat();
+        bind(&format!("{PLACE}/{}", cgroup.name), cgroup.directory.clone(), &options)
+    }));
+    mounts
+}
+
+fn filesystem(destination: &str, kind: &str, options: &[&str]) -> Mount {
+    mount(destination, kind, PathBuf::from(kind), options)
+}
+
+fn bind(destination: &str, source: PathBuf, options: &[&str]) -> Mount {
+    mount(destination, "bind", source, options)
+}
+
+fn mount(destination: &str, kind: &str, source: PathBuf, options: &[&str]) -> Mount {
+    let mut mount = Mount::default();
+    mount
+        .set_destination(PathBuf::from(destination))
+        .set_typ(Some(kind.to_owned()))
+        .set_source(Some(source))
+        .set_options(Some(options.iter().map(|option| (*option).to_owned()).collect()));
+    mount
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_cleaned_by_their_text() {
+        for (path, expected) in [
+            ("/", Some("/")),
+            ("//", Some("/")),
+            ("/a/", Some("/a")),
+            ("/a//b/./c", Some("/a/b/c")),
+            ("/a/../../b", Some("/b")),
+            ("/..", Some("/")),
+            ("/a b", Some("/a b")),
+            ("/...", Some("/...")),
+            ("", None),
+            ("a", None),
+            ("../a", None),
+            ("/a\0", None),
+        ] {
+            assert_eq!(clean(path).as_deref(), expected, "{path:?}");
+        }
+        assert_eq!(clean(&format!("/{}", "a".repeat(MAX_PATH_BYTES))), None);
+    }
+
+    #[test]
+    fn the_mount_that_a_path_lies_on_says_how_it_propagates() {
+        let table = b"1 0 8:1 / / rw shared:1 - ext4 /dev/a rw\n\
+            2 1 8:2 / /private rw - ext4 /dev/b rw\n\
+            3 1 8:3 / /slave rw master:1 - ext4 /dev/c rw\n\
+            4 1 8:4 / /with\\040space rw shared:7 master:1 - ext4 /dev/d rw\n\
+            5 1 8:5 / /covered rw shared:9 - ext4 /dev/e rw\n\
+            6 5 8:6 / /covered rw - ext4 shared:1 rw\n\
+            broken\n\n";
+        for (path, shared, slave) in [
+            ("/a", true, false),
+            ("/privately", true, false),
+            ("/private", false, false),
+            ("/private/a", false, false),
+            ("/slave/a", false, true),
+            ("/with space/a", true, true),
+            // The last one on a place counts, and what looks like a tag behind the dash is none.
+            ("/covered", false, false),
+        ] {
+            assert_eq!(propagation_tags(table, Path::new(path)), Tags { shared, slave }, "{path}");
+            let check = |wanted| check_propagation(table, Path::new(path), wanted).is_ok();
+            assert!(check(Propagation::Private));
+            assert_eq!(check(Propagation::Bidirectional), shared, "{path}");
+            assert_eq!(check(Propagation::HostToContainer), shared || slave, "{path}");
+        }
+        assert_eq!(propagation_tags(b"", Path::new("/a")), Tags::default());
+    }
+
+    fn asked(host_path: &Path) -> Asked {
+        Asked {
+            container_path: "/x".to_owned(),
+            host_path: host_path.to_str().unwrap().to_owned(),
+            readonly: false,
+            recursive_read_only: false,
+            propagation: Propagation::Private,
+        }
+    }
+
+    #[test]
+    fn sources_are_resolved_and_made() {
+        let place = tempfile::tempdir().unwrap();
+        let root = std::fs::canonicalize(place.path()).unwrap();
+        std::fs::write(root.join("file"), "").unwrap();
+        std::os::unix::fs::symlink("file", root.join("link")).unwrap();
+        std::os::unix::fs::symlink("nowhere", root.join("dangling")).unwrap();
+        let source =
+            |path: &str| resolve_mounts(&[asked(&root.join(path))]).map(|found| found[0].source.clone());
+        assert_eq!(source("link").unwrap(), root.join("file"));
+        assert_eq!(source("new/er").unwrap(), root.join("new/er"));
+        let mode = |path: &str| std::fs::metadata(root.join(path)).unwrap().permissions().mode() & 0o7777;
+        assert_eq!((mode("new"), mode("new/er")), (0o755, 0o755));
+        assert!(matches!(source("file/below"), Err(SourceError::Look { .. })));
+        assert!(matches!(source("dangling"), Err(SourceError::Make { .. })));
+        assert!(matches!(source("n\0ul"), Err(SourceError::Look { .. })));
+        assert!(matches!(resolve_mounts(&[asked(Path::new("a"))]), Err(SourceError::Relative(_))));
+    }
+}

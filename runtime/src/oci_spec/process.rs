@@ -1,0 +1,126 @@
+//! The main process of a container: what is run, where, and with which limits and privileges.
+
+use super::{Inputs, SpecError, capabilities, environment};
+use berth_model::security::Profile;
+use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec, User};
+use std::path::PathBuf;
+
+/// The file mode creation mask that every container starts with, whatever the daemon's is.
+const UMASK: u32 = 0o022;
+
+/// Open files, soft and hard: the CRI has no field for it, and a container must not inherit what the daemon's unit was given. systemd's
+/// default for services, which is what a program meets outside of containers. A higher soft limit breaks programs that use select(2)
+/// or close every possible descriptor; whoever needs more raises it up to the hard one.
+const OPEN_FILES: (u64, u64) = (1024, 524_288);
+
+/// The name that the kernel gives to "no profile": asked for as if it were one, it would be a way around the check of the field.
+const NO_PROFILE: &str = "unconfined";
+
+pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
+    let config = inputs.config;
+    let security = &config.security;
+    let (args, env) = (args(inputs)?, environment::of_container(inputs)?);
+    environment::check_total(&args, &env)?;
+
+    let score = config.resources.oom_score_adj;
+    if !(-1000..=1000).contains(&score) {
+        return Err(SpecError::OomScore(score));
+    }
+
+    let mut process = Process::default();
+    process
+        .set_terminal(Some(config.tty))
+        .set_user(user(inputs))
+        .set_args(Some(args))
+        .set_env(Some(env))
+        .set_cwd(working_directory(inputs)?)
+        .set_capabilities(Some(capabilities::of_container(security, inputs.host.bounding)?))
+        .set_rlimits(Some(vec![open_files()]))
+        .set_no_new_privileges(Some(security.no_new_privileges))
+        .set_apparmor_profile(apparmor_profile(inputs)?)
+        .set_oom_score_adj(i32::try_from(score).ok());
+    Ok(process)
+}
+
+fn open_files() -> PosixRlimit {
+    let (soft, hard) = OPEN_FILES;
+    PosixRlimitBuilder::default()
+        .typ(PosixRlimitType::RlimitNofile)
+        .soft(soft)
+        .hard(hard)
+        .build()
+        .expect("a builder whose every field has a default has all that it needs")
+}
+
+/// CRI `command` is the entrypoint and `args` its arguments: a command drops both of the image's, arguments alone only its `Cmd`.
+fn args(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError> {
+    let (config, image) = (inputs.config, inputs.image);
+    let entrypoint = ("command", &config.command);
+    let cmd = ("args", &config.args);
+    let image_entrypoint = ("the image's Entrypoint", &image.entrypoint);
+    let image_cmd = ("the image's Cmd", &image.cmd);
+    let parts = match (config.command.is_empty(), config.args.is_empty()) {
+        (false, _) => [entrypoint, cmd],
+        (true, false) => [image_entrypoint, cmd],
+        (true, true) => [image_entrypoint, image_cmd],
+    };
+    let mut all = Vec::new();
+    for (origin, texts) in parts {
+        for text in texts {
+            environment::check(origin, text)?;
+            all.push(text.clone());
+        }
+    }
+    // An empty name of a program is refused by no one before execve(2), which reports a missing file.
+    if all.first().is_none_or(String::is_empty) { Err(SpecError::NoCommand) } else { Ok(all) }
+}
+
+/// The text stays as it is, `..` and links included: it is resolved inside the container's root, and the shim makes sure that the place it
+/// arrives at is inside (CVE-2024-21626).
+fn working_directory(inputs: &Inputs<'_>) -> Result<PathBuf, SpecError> {
+    let (origin, text) = match (inputs.config.working_dir.as_str(), inputs.image.working_dir.as_str()) {
+        ("", "") => return Ok(PathBuf::from("/")),
+        ("", image) => ("the image's WorkingDir", image),
+        (asked, _) => ("working_dir", asked),
+    };
+    if !text.starts_with('/') || text.contains('\0') {
+        return Err(SpecError::Path { origin, path: text.to_owned() });
+    }
+    Ok(PathBuf::from(text))
+}
+
+/// The profile to change to on exec. A privileged container has none but the one that it names itself.
+fn apparmor_profile(inputs: &Inputs<'_>) -> Result<Option<String>, SpecError> {
+    let (security, host) = (&inputs.config.security, inputs.host);
+    match &security.apparmor {
+        Profile::Unconfined => Ok(None),
+        Profile::RuntimeDefault if security.privileged || !host.apparmor => Ok(None),
+        Profile::RuntimeDefault => Ok(host.default_apparmor_profile.clone()),
+        Profile::Localhost(name) if !host.apparmor => Err(SpecError::NoAppArmor(name.clone())),
+        Profile::Localhost(name) => {
+            // The name goes into a command line of the kernel's, `exec <name>`.
+            let odd = name.is_empty() || name == NO_PROFILE || name.chars().any(char::is_control);
+            if odd { Err(SpecError::AppArmorProfile(name.clone())) } else { Ok(Some(name.clone())) }
+        }
+    }
+}
+
+/// As far as it is known before the container's own passwd file has been read; [`set_user`] has the rest.
+fn user(inputs: &Inputs<'_>) -> User {
+    let asked = &inputs.config.security.user;
+    let text = asked.user.as_deref().unwrap_or(&inputs.image.user);
+    let (name, group) = text.split_once(':').unwrap_or((text, ""));
+    let mut user = User::default();
+    user.set_uid(name.parse().unwrap_or_default())
+        .set_gid(asked.group.or_else(|| group.parse().ok()).unwrap_or_default())
+        .set_umask(Some(UMASK))
+        .set_additional_gids(Some(asked.supplementary_groups.clone()));
+    user
+}
+
+/// Puts into the spec who the process turned out to run as, from the shim's report.
+pub fn set_user(spec: &mut Spec, uid: u32, gid: u32, groups: &[u32]) {
+    if let Some(process) = spec.process_mut() {
+        process.user_mut().set_uid(uid).set_gid(gid).set_additional_gids(Some(groups.to_vec()));
+    }
+}

@@ -1,0 +1,1 @@
+//! The specs of containers, by what was asked for.

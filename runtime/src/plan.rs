@@ -1,1 +1,0 @@
-//! The OCI runtime spec as a plan for the shim.

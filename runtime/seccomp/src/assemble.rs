@@ -13,8 +13,8 @@ use crate::CompileError;
 use crate::abi::{Abi, X32_BIT};
 use crate::lower::{Comparison, Condition, Decision, Lowered, Rule, Table, ret};
 
-/// `BPF_MAXINSNS`.
-const MAX_INSTRUCTIONS: usize = 4096;
+/// `BPF_MAXINSNS`, <linux/bpf_common.h>.
+pub(crate) const MAX_INSTRUCTIONS: usize = 4096;
 
 /// Codes of classic BPF: <linux/bpf_common.h>, Documentation/networking/filter.rst.
 pub(crate) mod code {

@@ -691,9 +691,11 @@ mod tests {
         assert_eq!(nowhere, ["break", "recv", "send"]);
     }
 
+    type Verdict = (&'static str, &'static [u64], Option<u32>, Option<u32>);
+
     /// Name, arguments, and what is said on amd64 and on i386 (nothing where the call does not exist) with the usual capabilities.
     #[rustfmt::skip]
-    const VERDICTS: [(&str, &[u64], Option<u32>, Option<u32>); 75] = [
+    const VERDICTS: [Verdict; 75] = [
         ("read", &[], Some(ALLOW), Some(ALLOW)),
         ("openat", &[], Some(ALLOW), Some(ALLOW)),
         ("openat2", &[], Some(ALLOW), Some(ALLOW)),

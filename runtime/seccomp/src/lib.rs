@@ -290,6 +290,12 @@ mod tests {
         assert!(
             compile(&one(long.clone())).is_err_and(|error| matches!(error, CompileError::TooLong { .. }))
         );
+        // Names times conditions, which is refused before it takes memory.
+        long.set_names(vec!["read".into(); 100_000]);
+        assert!(
+            compile(&one(long.clone())).is_err_and(|error| matches!(error, CompileError::TooLong { .. }))
+        );
+        long.set_names(vec!["read".into()]);
         // Long, but not too long: jumps over more than 255 instructions.
         long.set_args(Some((0..400).map(condition).collect()));
         let filter = compile(&one(long)).unwrap();

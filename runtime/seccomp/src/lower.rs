@@ -8,6 +8,7 @@ use oci_spec::runtime::{
 
 use crate::CompileError;
 use crate::abi::{Abi, X32_BIT};
+use crate::assemble::MAX_INSTRUCTIONS;
 
 /// `SECCOMP_RET_*` of <linux/seccomp.h>, seccomp(2).
 pub(crate) mod ret {
@@ -85,6 +86,14 @@ pub(crate) struct Lowered {
     pub(crate) flags: u32,
 }
 
+/// A rule of the profile, before it is known which numbers it is about.
+struct Stated<'a> {
+    names: &'a [String],
+    action: u32,
+    /// Lists of conditions, of which one must hold; one empty list when there are no conditions.
+    alternatives: Vec<Vec<Condition>>,
+}
+
 /// See [`crate::compile`] for what is decided here.
 pub(crate) fn lower(profile: &LinuxSeccomp) -> Result<Lowered, CompileError> {
     if profile.listener_path().is_some() {
@@ -106,9 +115,9 @@ pub(crate) fn lower(profile: &LinuxSeccomp) -> Result<Lowered, CompileError> {
         // As in runc, a rule's errno falls back to EPERM, not to the profile's default errno.
         let action = action(syscall.action(), syscall.errno_ret())?;
         let args = syscall.args().as_deref().unwrap_or_default();
-        rules.push((syscall.names(), action, alternatives(first, args)?));
+        rules.push(Stated { names: syscall.names(), action, alternatives: alternatives(first, args)? });
     }
-    let tables = abis.into_iter().map(|abi| table(abi, default, &rules)).collect();
+    let tables = abis.into_iter().map(|abi| table(abi, default, &rules)).collect::<Result<_, _>>()?;
     Ok(Lowered { tables, flags })
 }
 
@@ -189,34 +198,42 @@ fn permits(action: u32) -> bool {
     matches!(action & ret::ACTION, ret::ALLOW | ret::LOG | ret::TRACE)
 }
 
-fn table(abi: Abi, default: u32, rules: &[(&Vec<String>, u32, Vec<Vec<Condition>>)]) -> Table {
+fn table(abi: Abi, default: u32, rules: &[Stated<'_>]) -> Result<Table, CompileError> {
     let mut unconditional: BTreeMap<u32, u32> = BTreeMap::new();
     let mut conditional: BTreeMap<u32, Vec<Rule>> = BTreeMap::new();
     let mut newest = None;
-    for (names, action, alternatives) in rules {
-        for name in *names {
+    let mut count = 0;
+    let mut add = |number: u32, conditions: Vec<Condition>, action: u32| {
+        // Each takes instructions. A hostile profile multiplies names by conditions, so the end is drawn here already.
+        count += 1;
+        if count > MAX_INSTRUCTIONS {
+            return Err(CompileError::TooLong { instructions: count });
+        }
+        conditional.entry(number).or_default().push(Rule { conditions, action });
+        Ok(())
+    };
+    for &Stated { names, action, ref alternatives } in rules {
+        let by_conditions = alternatives.iter().any(|conditions| !conditions.is_empty());
+        for name in names {
             let number = abi.number(name);
             newest = newest.max(number);
-            if *action == default {
+            if action == default {
                 continue;
             }
-            let by_conditions = alternatives.iter().any(|conditions| !conditions.is_empty());
             if let Some(number) = number {
                 if by_conditions {
-                    let all = alternatives
-                        .iter()
-                        .map(|conditions| Rule { conditions: conditions.clone(), action: *action });
-                    conditional.entry(number).or_default().extend(all);
+                    for conditions in alternatives {
+                        add(number, conditions.clone(), action)?;
+                    }
                 } else {
-                    unconditional.entry(number).or_insert(*action);
+                    unconditional.entry(number).or_insert(action);
                 }
             }
             if let Some((number, call)) = abi.multiplexer(name)
-                && !(by_conditions && permits(*action))
+                && !(by_conditions && permits(action))
             {
                 let condition = Condition { argument: 0, comparison: Comparison::Equal(call) };
-                let rule = Rule { conditions: vec![condition], action: *action };
-                conditional.entry(number).or_default().push(rule);
+                add(number, vec![condition], action)?;
             }
         }
     }
@@ -242,5 +259,5 @@ fn table(abi: Abi, default: u32, rules: &[(&Vec<String>, u32, Vec<Vec<Condition>
             ranges.push((number, decision));
         }
     }
-    Table { abi, ranges }
+    Ok(Table { abi, ranges })
 }

@@ -233,8 +233,8 @@ fn make_if_missing(path: &Path) -> Result<(), Error> {
 fn make_legacy_parent(mount: &Path, path: &str) -> Result<(), Error> {
     for step in steps(mount, path) {
         make_if_missing(&step)?;
-        if step.join("cpuset.cpus").exists() {
-            inherit_cpuset(&step)?;
+        for file in CPUSET_FILES.iter().filter(|file| step.join(file).exists()) {
+            filled_cpuset(&step, file)?;
         }
     }
     Ok(())
@@ -276,36 +276,33 @@ fn hand_down_controllers(dir: &Path) -> Result<(), Error> {
     if request.is_empty() { Ok(()) } else { control_file::write(&control, &request) }
 }
 
-/// Gives a v1 cpuset its parent's processors and memory nodes, if it has none, and the same first for parents that have none.
-///
-/// A new v1 cpuset is empty, and a process that joins an empty one gets `ENOSPC`: cpuset(7).
+/// The two files without which a v1 cpuset takes no process: a new one has them empty, and joining it gets `ENOSPC`, cpuset(7).
+const CPUSET_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
+
+/// Gives a new v1 cpuset its parent's processors and memory nodes.
 fn inherit_cpuset(dir: &Path) -> Result<(), Error> {
-    for file in ["cpuset.cpus", "cpuset.mems"] {
-        let mut empty = Vec::new();
-        let mut at = dir;
-        let value = loop {
-            let value = control_file::read(&at.join(file))?;
-            if !value.trim_ascii().is_empty() {
-                break value;
-            }
-            empty.push(at);
-            // The root of the hierarchy always has a value; above it there is no such file, which the read reports.
-            match at.parent() {
-                Some(parent) => at = parent,
-                None => {
-                    return Err(Error::Malformed {
-                        path: dir.join(file),
-                        expected: "a cpuset, nor do its parents",
-                    });
-                }
-            }
-        };
-        let value = String::from_utf8_lossy(value.trim_ascii());
-        for dir in empty.into_iter().rev() {
-            control_file::write(&dir.join(file), &value)?;
-        }
+    let Some(parent) = dir.parent() else { return Ok(()) };
+    for file in CPUSET_FILES {
+        control_file::write(&dir.join(file), &filled_cpuset(parent, file)?)?;
     }
     Ok(())
+}
+
+/// What is in a cpuset's file, after filling it from the parents when it is empty.
+fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
+    let path = dir.join(file);
+    let value = control_file::read(&path)?;
+    let value = value.trim_ascii();
+    if !value.is_empty() {
+        return Ok(String::from_utf8_lossy(value).into_owned());
+    }
+    // Ends at the root of the hierarchy, which is never empty; above it there is no such file, which the read reports.
+    let Some(parent) = dir.parent() else {
+        return Err(Error::Malformed { path, expected: "processors or memory nodes" });
+    };
+    let value = filled_cpuset(parent, file)?;
+    control_file::write(&path, &value)?;
+    Ok(value)
 }
 
 /// Removes what a failed creation made. These directories are empty and nobody knows them yet, so this can only fail where making them

@@ -7,13 +7,13 @@ use std::fmt;
 const QUOTED_CHARS: usize = 128;
 
 /// The longest path, without its NUL: `PATH_MAX` of <linux/limits.h>.
-pub(super) const MAX_PATH_BYTES: usize = 4095;
+const MAX_PATH_BYTES: usize = 4095;
 
 /// The longest name of anything. Names in Kubernetes have at most 253 bytes.
 pub(super) const MAX_NAME_BYTES: usize = 1024;
 
 /// The longest id that is looked at; ours have 64 characters, a UUID has 36.
-pub(super) const MAX_ID_BYTES: usize = 128;
+const MAX_ID_BYTES: usize = 128;
 
 /// Why a request is refused before anything is done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -199,4 +199,87 @@ pub(super) fn below_the_root(field: &Field<'_>, text: &str) -> Result<(), Reject
         return Err(field.invalid(format!("{} is the root itself", quoted(text))));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_reads_as_in_the_request() {
+        let (config, list, map) = (Field::root("config"), "mounts", "sysctls");
+        let mounts = config.of(list);
+        let third = mounts.at(2);
+        assert_eq!(third.of("host_path").to_string(), "config.mounts[2].host_path");
+        assert_eq!(config.of(map).key("a\"b\n").to_string(), r#"config.sysctls["a\"b\n"]"#);
+        assert_eq!(config.of("image").invalid("it is missing").to_string(), "config.image: it is missing");
+        assert_eq!(
+            mounts.not_offered("mounts of images are").to_string(),
+            "config.mounts: mounts of images are not supported"
+        );
+    }
+
+    #[test]
+    fn what_is_repeated_is_short_and_moves_no_cursor() {
+        assert_eq!(quoted("plain"), "\"plain\"");
+        assert!(quoted(&"ä".repeat(1_000_000)).len() < 2 * QUOTED_CHARS + 8);
+        let hostile = quoted("\x1b[2J\r\n\u{2028}\u{202e}\0");
+        assert!(hostile.chars().all(|character| (' '..='~').contains(&character)), "{hostile}");
+    }
+
+    #[test]
+    fn paths_are_held_to_their_kind() {
+        let long = format!("/{}", "a".repeat(MAX_PATH_BYTES));
+        let longest = format!("/{}", "a".repeat(MAX_PATH_BYTES - 1));
+        // path, absolute, absolute_forward, below_the_root, relative_file
+        let cases: &[(&str, [bool; 4])] = &[
+            ("", [false, false, false, false]),
+            ("/", [true, true, false, false]),
+            ("//./", [true, true, false, false]),
+            ("/a", [true, true, true, false]),
+            ("/a b\n/c", [true, true, true, false]),
+            ("/a/../b", [true, false, false, false]),
+            ("/..", [true, false, false, false]),
+            ("/a..b/...", [true, true, true, false]),
+            ("/a\0b", [false, false, false, false]),
+            (&longest, [true, true, true, false]),
+            (&long, [false, false, false, false]),
+            ("a", [false, false, false, true]),
+            ("a/0.log", [false, false, false, true]),
+            ("./a", [false, false, false, true]),
+            ("a/", [false, false, false, false]),
+            ("a/.", [false, false, false, false]),
+            (".", [false, false, false, false]),
+            ("..", [false, false, false, false]),
+            ("a/../b", [false, false, false, false]),
+            ("a\0", [false, false, false, false]),
+        ];
+        let root = Field::root("path");
+        for (text, expected) in cases {
+            let found = [absolute, absolute_forward, below_the_root, relative_file]
+                .map(|check| check(&root, text).is_ok());
+            assert_eq!(found, *expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn names_and_ids_are_bounded_lines() {
+        let root = Field::root("name");
+        let cases = [
+            ("a", true),
+            ("ä b/../c", true),
+            ("", false),
+            ("a\nb", false),
+            ("a\0", false),
+            ("\u{85}", false),
+        ];
+        for (text, good) in cases {
+            assert_eq!(name(&root, text).is_ok(), good, "{text:?}");
+        }
+        assert!(name(&root, &"n".repeat(MAX_NAME_BYTES)).is_ok());
+        assert!(name(&root, &"n".repeat(MAX_NAME_BYTES + 1)).is_err());
+        assert!(id(&root, &"0".repeat(MAX_ID_BYTES)).is_ok());
+        assert!(id(&root, &"0".repeat(MAX_ID_BYTES + 1)).is_err());
+        assert!(id(&root, "a\n").is_err());
+    }
 }

@@ -23,6 +23,13 @@ impl SandboxFilter {
         Self { id: message.id, state: message.state.map(|value| value.state), labels: message.label_selector }
     }
 
+    /// The filter of a statistics request, which has no state.
+    #[must_use]
+    pub fn of_stats(message: Option<v1::PodSandboxStatsFilter>) -> Self {
+        let message = message.unwrap_or_default();
+        Self { id: message.id, state: None, labels: message.label_selector }
+    }
+
     /// The sandbox is one of those asked for.
     #[must_use]
     pub fn matches(&self, sandbox: &SandboxView<'_>) -> bool {
@@ -74,15 +81,6 @@ impl ContainerFilter {
             && container.sandbox_id.as_str().starts_with(&self.sandbox_id)
             && self.state.is_none_or(|state| state == i32::from(container_state(container.state)))
             && has_labels(&container.config.labels, &self.labels)
-    }
-}
-
-impl SandboxFilter {
-    /// The filter of a statistics request, which has no state.
-    #[must_use]
-    pub fn of_stats(message: Option<v1::PodSandboxStatsFilter>) -> Self {
-        let message = message.unwrap_or_default();
-        Self { id: message.id, state: None, labels: message.label_selector }
     }
 }
 

@@ -9,7 +9,8 @@
 //!
 //! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and `linux.resources` of a sandbox (for information; the
 //! kubelet limits the pod's cgroup), user, groups, read-only root and profiles of a sandbox (they are for a process of the sandbox's own,
-//! and nothing of the pod's runs in one), `selinux_relabel` (nothing to label where SELinux is not in use).
+//! and nothing of the pod's runs in one), `selinux_relabel` (nothing to label where SELinux is not in use). Annotations
+//! are kept and not read, those for CDI devices excepted: bandwidth, block I/O and RDT classes are wishes to parts that a node may not have.
 
 mod container;
 mod field;

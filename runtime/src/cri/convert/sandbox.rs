@@ -233,3 +233,262 @@ fn sysctls(
     }
     Ok(checked)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked() -> v1::PodSandboxConfig {
+        v1::PodSandboxConfig {
+            metadata: Some(v1::PodSandboxMetadata {
+                name: "nginx".into(),
+                uid: "0b3c".into(),
+                namespace: "default".into(),
+                attempt: 3,
+            }),
+            hostname: "nginx-0.example".into(),
+            log_directory: "/var/log/pods/default_nginx_0b3c".into(),
+            dns_config: Some(v1::DnsConfig {
+                servers: vec!["10.10.10.10".into(), "fe80::1%eth0".into()],
+                searches: vec!["google.com".into(), ".".into()],
+                options: vec!["ndots:8".into()],
+            }),
+            port_mappings: vec![v1::PortMapping {
+                protocol: v1::Protocol::Udp.into(),
+                container_port: 53,
+                ..Default::default()
+            }],
+            labels: BTreeMap::from([("a".into(), "b\n\0".into())]),
+            annotations: BTreeMap::from([("c".into(), String::new())]),
+            linux: Some(v1::LinuxPodSandboxConfig {
+                cgroup_parent: "/kubepods/burstable/pod0b3c".into(),
+                security_context: Some(v1::LinuxSandboxSecurityContext {
+                    namespace_options: Some(v1::NamespaceOption {
+                        pid: v1::NamespaceMode::Container.into(),
+                        ..Default::default()
+                    }),
+                    privileged: true,
+                    seccomp: Some(v1::SecurityProfile::default()),
+                    ..Default::default()
+                }),
+                sysctls: BTreeMap::from([("kernel/shm_rmid_forced".into(), "1".into())]),
+                ..Default::default()
+            }),
+            windows: None,
+        }
+    }
+
+    fn linux(message: &mut v1::PodSandboxConfig) -> &mut v1::LinuxPodSandboxConfig {
+        message.linux.get_or_insert_default()
+    }
+
+    fn options(message: &mut v1::PodSandboxConfig) -> &mut v1::NamespaceOption {
+        linux(message).security_context.get_or_insert_default().namespace_options.get_or_insert_default()
+    }
+
+    #[test]
+    fn what_a_kubelet_asks_for_is_kept() {
+        let config = sandbox_config(asked(), "berth").unwrap();
+        let expected = Config {
+            metadata: Metadata {
+                name: "nginx".into(),
+                uid: "0b3c".into(),
+                namespace: "default".into(),
+                attempt: 3,
+            },
+            hostname: "nginx-0.example".into(),
+            log_directory: "/var/log/pods/default_nginx_0b3c".into(),
+            dns: Some(Dns {
+                servers: vec!["10.10.10.10".into(), "fe80::1%eth0".into()],
+                searches: vec!["google.com".into(), ".".into()],
+                options: vec!["ndots:8".into()],
+            }),
+            port_mappings: vec![PortMapping {
+                protocol: "UDP".into(),
+                container_port: 53,
+                host_port: 0,
+                host_ip: String::new(),
+            }],
+            labels: asked().labels,
+            annotations: asked().annotations,
+            cgroup_parent: "/kubepods/burstable/pod0b3c".into(),
+            namespaces: Namespaces { pid: NamespaceMode::Container, ..Namespaces::default() },
+            privileged: true,
+            sysctls: BTreeMap::from([("kernel.shm_rmid_forced".into(), "1".into())]),
+            runtime_handler: "berth".into(),
+        };
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn metadata_alone_is_enough() {
+        let message = v1::PodSandboxConfig { metadata: asked().metadata, ..Default::default() };
+        let config = sandbox_config(message, "").unwrap();
+        assert_eq!(
+            config,
+            Config { metadata: config.metadata.clone(), ..Config::default() },
+            "everything else is unset"
+        );
+        assert_eq!(config.dns, None, "an absent DNS configuration is not an empty one");
+    }
+
+    #[test]
+    fn a_pod_on_the_hosts_network_may_name_host_ports() {
+        let mut message = asked();
+        options(&mut message).network = v1::NamespaceMode::Node.into();
+        message.port_mappings[0].host_port = 53;
+        assert_eq!(sandbox_config(message, "").unwrap().port_mappings[0].host_port, 53);
+    }
+
+    #[test]
+    fn an_unknown_handler_is_refused() {
+        for handler in ["runc", "Berth", " ", "berth\0", &"x".repeat(1 << 20)] {
+            let refused = sandbox_config(asked(), handler).unwrap_err().to_string();
+            assert!(refused.starts_with("runtime_handler: ") && refused.len() < 400, "{refused}");
+        }
+    }
+
+    type Change = fn(&mut v1::PodSandboxConfig);
+
+    #[test]
+    fn each_wrong_field_is_named() {
+        let cases: &[(&str, Change)] = &[
+            ("config.metadata", |m| m.metadata = None),
+            ("config.metadata.name", |m| m.metadata.as_mut().unwrap().name.clear()),
+            ("config.metadata.uid", |m| m.metadata.as_mut().unwrap().uid.clear()),
+            ("config.metadata.namespace", |m| m.metadata.as_mut().unwrap().namespace.clear()),
+            ("config.metadata.name", |m| m.metadata.as_mut().unwrap().name = "n".repeat(1025)),
+            ("config.metadata.uid", |m| m.metadata.as_mut().unwrap().uid = "a\nb".into()),
+            ("config.hostname", |m| m.hostname = "a b".into()),
+            ("config.hostname", |m| m.hostname = "a\nb".into()),
+            ("config.hostname", |m| m.hostname = "a..b".into()),
+            ("config.hostname", |m| m.hostname = "-a".into()),
+            ("config.hostname", |m| m.hostname = ".".into()),
+            ("config.hostname", |m| m.hostname = "../x".into()),
+            ("config.hostname", |m| m.hostname = "a".repeat(65)),
+            ("config.log_directory", |m| m.log_directory = "var/log".into()),
+            ("config.log_directory", |m| m.log_directory = "/var/../etc".into()),
+            ("config.log_directory", |m| m.log_directory = "/var\0".into()),
+            ("config.dns_config.servers[0]", |m| m.dns_config.as_mut().unwrap().servers[0].clear()),
+            ("config.dns_config.servers[1]", |m| {
+                m.dns_config.as_mut().unwrap().servers[1] = "dns.google".into();
+            }),
+            ("config.dns_config.servers[0]", |m| {
+                m.dns_config.as_mut().unwrap().servers[0] = "1.1.1.1\nsearch evil".into();
+            }),
+            ("config.dns_config.searches[0]", |m| {
+                m.dns_config.as_mut().unwrap().searches[0] = "a b".into();
+            }),
+            ("config.dns_config.options[0]", |m| {
+                m.dns_config.as_mut().unwrap().options[0] = "a\u{2028}b".into();
+            }),
+            ("config.dns_config.options", |m| {
+                m.dns_config.as_mut().unwrap().options = vec!["a".into(); 1025];
+            }),
+            ("config.port_mappings[0].protocol", |m| m.port_mappings[0].protocol = 9),
+            ("config.port_mappings[0].container_port", |m| m.port_mappings[0].container_port = 65_536),
+            ("config.port_mappings[0].container_port", |m| m.port_mappings[0].container_port = -1),
+            ("config.port_mappings[0].host_port", |m| m.port_mappings[0].host_port = 1 << 20),
+            ("config.port_mappings[0].host_ip", |m| m.port_mappings[0].host_ip = "all".into()),
+            ("config.port_mappings", |m| m.port_mappings = vec![v1::PortMapping::default(); 65_537]),
+            ("config.labels", |m| drop(m.labels.insert("big".into(), "x".repeat(1 << 20)))),
+            ("config.annotations", |m| drop(m.annotations.insert("big".into(), "x".repeat(1 << 20)))),
+            ("config", |m| drop(m.annotations.insert("big".into(), "x".repeat(8 << 20)))),
+            ("config.linux.cgroup_parent", |m| linux(m).cgroup_parent = "kubepods".into()),
+            ("config.linux.cgroup_parent", |m| linux(m).cgroup_parent = "/kubepods/../..".into()),
+            ("config.linux.cgroup_parent", |m| linux(m).cgroup_parent = "/a\nb".into()),
+            ("config.linux.cgroup_parent", |m| linux(m).cgroup_parent = format!("/{}", "a".repeat(256))),
+            ("config.linux.sysctls[\"kernel.hostname\"]", |m| {
+                linux(m).sysctls.insert("kernel.hostname".into(), "x".into());
+            }),
+            ("config.linux.sysctls[\"net.core.somaxconn\"]", |m| {
+                linux(m).sysctls.insert("net.core.somaxconn".into(), "1\n2".into());
+            }),
+            ("config.linux.sysctls[\"net.core.somaxconn\"]", |m| {
+                linux(m).sysctls.insert("net.core.somaxconn".into(), "1".into());
+                options(m).network = v1::NamespaceMode::Node.into();
+            }),
+            ("config.linux.sysctls[\"kernel/shm_rmid_forced\"]", |m| {
+                linux(m).sysctls.insert("kernel.shm_rmid_forced".into(), "0".into());
+            }),
+            ("config.linux.security_context.namespace_options.network", |m| options(m).network = 1),
+            ("config.linux.security_context.namespace_options.network", |m| options(m).network = 3),
+            ("config.linux.security_context.namespace_options.network", |m| options(m).network = -1),
+            ("config.linux.security_context.namespace_options.ipc", |m| options(m).ipc = 1),
+            ("config.linux.security_context.namespace_options.ipc", |m| options(m).ipc = 4),
+            ("config.linux.security_context.namespace_options.pid", |m| options(m).pid = 3),
+            ("config.linux.security_context.namespace_options.pid", |m| options(m).pid = 77),
+            ("config.linux.security_context.namespace_options.target_id", |m| {
+                options(m).target_id = "abc".into();
+            }),
+            ("config.linux.security_context.namespace_options.userns_options", |m| {
+                options(m).userns_options =
+                    Some(v1::UserNamespace { mode: 2, uids: vec![v1::IdMapping::default()], gids: vec![] });
+            }),
+            ("config.linux.security_context.namespace_options.userns_options.mode", |m| {
+                options(m).userns_options = Some(v1::UserNamespace { mode: 1, ..Default::default() });
+            }),
+            ("config.linux.security_context.seccomp.localhost_ref", |m| {
+                let context = linux(m).security_context.as_mut().unwrap();
+                context.seccomp.as_mut().unwrap().localhost_ref = "/x".into();
+            }),
+        ];
+        for (index, (field, change)) in cases.iter().enumerate() {
+            let mut message = asked();
+            change(&mut message);
+            match sandbox_config(message, "") {
+                Err(Rejected::Invalid { field: found, reason }) => {
+                    assert_eq!(&found, field, "case {index}: {reason}");
+                    assert!(reason.len() < 1024, "case {index}: {} bytes", reason.len());
+                }
+                other => panic!("case {index}, {field}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_offered_is_said_so() {
+        let cases: &[(&str, Change)] = &[
+            ("config.port_mappings[0].host_port", |m| m.port_mappings[0].host_port = 80),
+            ("config.linux.security_context.namespace_options.userns_options", |m| {
+                options(m).userns_options = Some(v1::UserNamespace::default());
+            }),
+            ("config.linux.security_context.selinux_options", |m| {
+                linux(m).security_context.as_mut().unwrap().selinux_options =
+                    Some(v1::SeLinuxOption { level: "s0".into(), ..Default::default() });
+            }),
+        ];
+        for (field, change) in cases {
+            let mut message = asked();
+            change(&mut message);
+            match sandbox_config(message, "") {
+                Err(Rejected::NotOffered { field: found, .. }) => assert_eq!(&found, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn messages_that_ask_for_nothing_are_taken() {
+        let changes: &[Change] = &[
+            |m| {
+                linux(m).security_context.as_mut().unwrap().selinux_options =
+                    Some(v1::SeLinuxOption::default())
+            },
+            |m| options(m).userns_options = Some(v1::UserNamespace { mode: 2, ..Default::default() }),
+            |m| m.dns_config = Some(v1::DnsConfig::default()),
+            |m| m.log_directory.clear(),
+            |m| m.hostname.clear(),
+            |m| m.linux = None,
+            // Of no consequence: no process of the pod's runs as either.
+            |m| {
+                linux(m).security_context.as_mut().unwrap().run_as_group = Some(v1::Int64Value { value: 5 });
+            },
+        ];
+        for (index, change) in changes.iter().enumerate() {
+            let mut message = asked();
+            change(&mut message);
+            assert_eq!(sandbox_config(message, "").err(), None, "case {index}");
+        }
+    }
+}

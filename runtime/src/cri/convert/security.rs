@@ -1,6 +1,6 @@
 //! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into [`berth_model::security`].
 
-use super::field::{self, Field, Rejected, absolute_forward, at_most, no_longer_than, quoted};
+use super::field::{self, Field, Rejected, absolute_forward, at_most, quoted};
 use berth_cri::v1;
 use berth_cri::v1::security_profile::ProfileType;
 use berth_model::sandbox;
@@ -379,7 +379,6 @@ fn capabilities(field: &Field<'_>, names: &[String]) -> Result<Vec<String>, Reje
 fn paths(field: &Field<'_>, paths: Vec<String>) -> Result<Vec<String>, Rejected> {
     at_most(field, paths.len(), MAX_PATHS)?;
     for (index, path) in paths.iter().enumerate() {
-        no_longer_than(&field.at(index), path, field::MAX_PATH_BYTES)?;
         absolute_forward(&field.at(index), path)?;
     }
     Ok(paths)

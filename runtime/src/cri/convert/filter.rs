@@ -104,3 +104,108 @@ pub(super) fn container_state(state: &ContainerState) -> v1::ContainerState {
         ContainerState::Exited(_) => v1::ContainerState::ContainerExited,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_model::id::{ContainerId, SandboxId};
+    use berth_model::{container, sandbox};
+
+    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn a_sandbox_matches_when_all_that_is_set_does() {
+        let id = SandboxId::from_bytes([0xab; 32]);
+        let config = sandbox::Config { labels: labels(&[("a", "1"), ("b", "")]), ..Default::default() };
+        let view = SandboxView {
+            id: &id,
+            config: &config,
+            created_at_unix_ns: 1,
+            state: SandboxState::NotReady,
+            addresses: &[],
+        };
+        assert!(SandboxFilter::new(None).matches(&view));
+        let full = "ab".repeat(32);
+        let long = "ab".repeat(33);
+        let cases: &[(&str, Option<i32>, &[(&str, &str)], bool)] = &[
+            ("", None, &[], true),
+            ("ab", None, &[], true),
+            (&full, Some(1), &[("a", "1"), ("b", "")], true),
+            (&long, None, &[], false),
+            ("b", None, &[], false),
+            ("AB", None, &[], false),
+            ("", Some(0), &[], false),
+            ("", Some(9), &[], false),
+            ("", None, &[("a", "2")], false),
+            ("", None, &[("a", "")], false),
+            ("", None, &[("c", "")], false),
+            ("ab", Some(1), &[("a", "1"), ("c", "")], false),
+        ];
+        for (id, state, pairs, expected) in cases {
+            let filter = SandboxFilter::new(Some(v1::PodSandboxFilter {
+                id: (*id).into(),
+                state: state.map(|state| v1::PodSandboxStateValue { state }),
+                label_selector: labels(pairs),
+            }));
+            assert_eq!(filter.matches(&view), *expected, "{filter:?}");
+        }
+        let stats = |id: &str, pairs| {
+            let message = v1::PodSandboxStatsFilter { id: id.into(), label_selector: labels(pairs) };
+            SandboxFilter::of_stats(Some(message)).matches(&view)
+        };
+        assert!(stats("ab", &[("a", "1")]));
+        assert!(!stats("b", &[]) && !stats("", &[("a", "2")]));
+    }
+
+    #[test]
+    fn a_container_matches_when_all_that_is_set_does() {
+        let (id, sandbox_id) = (ContainerId::from_bytes([0xcd; 32]), SandboxId::from_bytes([0xab; 32]));
+        let config = container::Config { labels: labels(&[("a", "1")]), ..Default::default() };
+        let view = ContainerView {
+            id: &id,
+            sandbox_id: &sandbox_id,
+            config: &config,
+            image_id: "i",
+            image_name: "",
+            image_ref: "",
+            created_at_unix_ns: 1,
+            state: &ContainerState::Running { started_at_unix_ns: 1 },
+            log_path: "",
+            uid: 0,
+            gid: 0,
+            groups: &[],
+            stop_signal: 15,
+        };
+        assert!(ContainerFilter::new(None).matches(&view));
+        let cases: &[(&str, &str, Option<i32>, &[(&str, &str)], bool)] = &[
+            ("", "", None, &[], true),
+            ("cd", "ab", Some(1), &[("a", "1")], true),
+            ("ab", "", None, &[], false),
+            ("", "cd", None, &[], false),
+            ("", "", Some(0), &[], false),
+            ("", "", Some(3), &[], false),
+            ("", "", None, &[("a", "1"), ("b", "1")], false),
+        ];
+        for (id, sandbox, state, pairs, expected) in cases {
+            let filter = ContainerFilter::new(Some(v1::ContainerFilter {
+                id: (*id).into(),
+                state: state.map(|state| v1::ContainerStateValue { state }),
+                pod_sandbox_id: (*sandbox).into(),
+                label_selector: labels(pairs),
+            }));
+            assert_eq!(filter.matches(&view), *expected, "{filter:?}");
+        }
+        let stats = |id: &str, sandbox: &str, pairs| {
+            let message = v1::ContainerStatsFilter {
+                id: id.into(),
+                pod_sandbox_id: sandbox.into(),
+                label_selector: labels(pairs),
+            };
+            ContainerFilter::of_stats(Some(message)).matches(&view)
+        };
+        assert!(stats("c", "a", &[("a", "1")]));
+        assert!(!stats("", "c", &[]) && !stats("a", "", &[]) && !stats("", "", &[("a", "2")]));
+    }
+}

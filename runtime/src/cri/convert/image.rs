@@ -67,3 +67,59 @@ pub fn image(view: &ImageView<'_>) -> v1::Image {
         pinned: false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_user_is_what_comes_before_the_colon() {
+        let cases = [
+            ("", ImageUser::Unset),
+            (":1004", ImageUser::Unset),
+            ("1002", ImageUser::Uid(1002)),
+            ("0", ImageUser::Uid(0)),
+            ("www-data", ImageUser::Name("www-data")),
+            ("1003:1004", ImageUser::Uid(1003)),
+            ("www-data:1004", ImageUser::Name("www-data")),
+            ("1:2:3", ImageUser::Uid(1)),
+            ("+1000", ImageUser::Name("+1000")),
+            (" 0", ImageUser::Name(" 0")),
+            ("4294967296", ImageUser::Name("4294967296")),
+            ("2147483648", ImageUser::Name("2147483648")),
+            ("99999999999999999999", ImageUser::Name("99999999999999999999")),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(image_user(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn an_image_has_an_id_a_size_and_either_a_uid_or_a_name() {
+        let (tags, digests) =
+            (["docker.io/library/a:1".to_owned()], ["docker.io/library/a@sha256:0".to_owned()]);
+        let annotations = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
+        let view = ImageView {
+            id: "sha256:abc",
+            repo_tags: &tags,
+            repo_digests: &digests,
+            size_bytes: 0,
+            user: "0:5",
+            annotations: &annotations,
+        };
+        let message = image(&view);
+        assert_eq!((message.id.as_str(), message.size), ("sha256:abc", 1));
+        assert_eq!(
+            (message.repo_tags.as_slice(), message.repo_digests.as_slice()),
+            (&tags[..], &digests[..])
+        );
+        assert_eq!((message.uid, message.username.as_str()), (Some(v1::Int64Value { value: 0 }), ""));
+        assert_eq!(message.spec.as_ref().map(|spec| &spec.annotations), Some(&annotations));
+        assert!(!message.pinned);
+        let named = image(&ImageView { user: "www-data", size_bytes: 7, ..view });
+        assert_eq!((named.uid, named.username.as_str(), named.size), (None, "www-data", 7));
+        let unset = image(&ImageView { user: "", ..view });
+        assert_eq!((unset.uid, unset.username.as_str()), (None, ""));
+        assert_eq!(image(&view), image(&view), "the same image is the same message");
+    }
+}

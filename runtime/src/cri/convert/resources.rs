@@ -246,3 +246,240 @@ fn unified(
     }
     Ok(entries.clone())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(message: &v1::LinuxContainerResources) -> Result<Resources, Rejected> {
+        resources(&Field::root("r"), message)
+    }
+
+    fn everything() -> v1::LinuxContainerResources {
+        v1::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 50_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 64 << 20,
+            oom_score_adj: 999,
+            cpuset_cpus: "0-3,7".into(),
+            cpuset_mems: "0".into(),
+            hugepage_limits: vec![
+                v1::HugepageLimit { page_size: "2MB".into(), limit: 0 },
+                v1::HugepageLimit { page_size: "1GB".into(), limit: 1 << 30 },
+            ],
+            unified: BTreeMap::from([
+                ("memory.swap.max".into(), "0".into()),
+                ("io.max".into(), "8:0 rbps=1".into()),
+            ]),
+            memory_swap_limit_in_bytes: 64 << 20,
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_comes_back_in_the_status() {
+        for message in [everything(), v1::LinuxContainerResources::default()] {
+            assert_eq!(resources_message(&checked(&message).unwrap()), message);
+        }
+    }
+
+    #[test]
+    fn numbers_have_their_ranges() {
+        type Set = fn(&mut v1::LinuxContainerResources, i64);
+        let cases: &[(&str, Set, &[i64], &[i64])] = &[
+            (
+                "r.cpu_period",
+                |m, v| m.cpu_period = v,
+                &[0, 1_000, 1_000_000],
+                &[-1, 1, 999, 1_000_001, i64::MAX],
+            ),
+            ("r.cpu_quota", |m, v| m.cpu_quota = v, &[-1, 0, 1_000, i64::MAX], &[-2, 1, 999, i64::MIN]),
+            ("r.cpu_shares", |m, v| m.cpu_shares = v, &[0, 1, 2, 262_144], &[-1, 262_145, i64::MIN]),
+            (
+                "r.memory_limit_in_bytes",
+                |m, v| m.memory_limit_in_bytes = v,
+                &[-1, 0, 1, i64::MAX],
+                &[-2, i64::MIN],
+            ),
+            (
+                "r.memory_swap_limit_in_bytes",
+                |m, v| {
+                    m.memory_limit_in_bytes = 100;
+                    m.memory_swap_limit_in_bytes = v;
+                },
+                &[-1, 0, 100, i64::MAX],
+                &[-2, 1, 99],
+            ),
+            (
+                "r.memory_swap_limit_in_bytes",
+                |m, v| m.memory_swap_limit_in_bytes = v,
+                &[-1, 0],
+                &[1, i64::MAX],
+            ),
+            ("r.oom_score_adj", |m, v| m.oom_score_adj = v, &[-1_000, 0, 1_000], &[-1_001, 1_001, i64::MAX]),
+        ];
+        for (field, set, good, bad) in cases {
+            for value in *good {
+                let mut message = v1::LinuxContainerResources::default();
+                set(&mut message, *value);
+                assert_eq!(checked(&message).err(), None, "{field} {value}");
+            }
+            for value in *bad {
+                let mut message = v1::LinuxContainerResources::default();
+                set(&mut message, *value);
+                match checked(&message) {
+                    Err(Rejected::Invalid { field: found, .. }) => assert_eq!(found, *field, "{value}"),
+                    other => panic!("{field} {value}: {other:?}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn lists_of_processors_are_numbers_and_ranges() {
+        let long = "0,".repeat(4096);
+        let cases = [
+            ("", true),
+            ("0", true),
+            ("0-3,7,9-9", true),
+            ("3-0", false),
+            ("-1", false),
+            ("0-", false),
+            ("0,,1", false),
+            ("0,", false),
+            ("0-1-2", false),
+            ("+1", false),
+            ("0 1", false),
+            ("0\n", false),
+            ("65536", false),
+            ("all", false),
+            (&long, false),
+        ];
+        for (text, good) in cases {
+            assert_eq!(cpu_list(&Field::root("c"), text).is_ok(), good, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn page_sizes_cannot_name_another_file() {
+        let one = |size: &str| {
+            hugepage_limits(&Field::root("h"), &[v1::HugepageLimit { page_size: size.into(), limit: 1 }])
+        };
+        for size in ["64KB", "2MB", "1GB", "512MB"] {
+            assert!(one(size).is_ok(), "{size}");
+        }
+        for size in [
+            "", "MB", "2", "2mb", "2MiB", "02MB", "+2MB", "-2MB", "2.0MB", "../2MB", "2MB/../x", "2MB\n",
+            "99999MB", " 2MB",
+        ] {
+            assert!(one(size).is_err(), "{size:?}");
+        }
+        let twice = vec![v1::HugepageLimit { page_size: "2MB".into(), limit: 1 }; 2];
+        assert!(hugepage_limits(&Field::root("h"), &twice).is_err());
+    }
+
+    #[test]
+    fn unified_entries_are_limits_and_nothing_else() {
+        let one = |file: &str, value: &str| {
+            unified(&Field::root("u"), &BTreeMap::from([(file.to_owned(), value.to_owned())]))
+        };
+        for (file, value) in [
+            ("memory.high", "max"),
+            ("hugetlb.2MB.max", "0"),
+            ("io.bfq.weight", "default 100"),
+            ("memory.low", ""),
+        ] {
+            assert!(one(file, value).is_ok(), "{file}");
+        }
+        for file in [
+            "",
+            "memory",
+            ".memory",
+            "memory.",
+            "memory..high",
+            "cgroup.procs",
+            "cgroup.kill",
+            "cgroup.subtree_control",
+            "../memory.high",
+            "memory.high/../../cgroup.procs",
+            "/memory.high",
+            "memory.high\n",
+            "memory high.x",
+            "memory.high\0",
+        ] {
+            assert!(one(file, "1").is_err(), "{file:?}");
+        }
+        for value in ["1\n2", "1\0", &"1".repeat(MAX_VALUE_BYTES + 1)] {
+            assert!(one("memory.high", value).is_err(), "{} bytes", value.len());
+        }
+        let many = (0..=MAX_UNIFIED).map(|number| (format!("memory.x{number}"), String::new())).collect();
+        assert!(unified(&Field::root("u"), &many).is_err());
+    }
+
+    #[test]
+    fn an_update_changes_what_it_sets() {
+        let current = checked(&everything()).unwrap();
+        let none = v1::LinuxContainerResources::default();
+        assert_eq!(updated_resources(&Field::root("r"), &current, &none), Ok(current.clone()));
+
+        let cpus = v1::LinuxContainerResources { cpuset_cpus: "2".into(), ..none.clone() };
+        let expected = Resources { cpuset_cpus: "2".into(), ..current.clone() };
+        assert_eq!(updated_resources(&Field::root("r"), &current, &cpus), Ok(expected));
+
+        let score = v1::LinuxContainerResources { oom_score_adj: -5, ..none.clone() };
+        assert_eq!(updated_resources(&Field::root("r"), &current, &score), Ok(current.clone()));
+
+        let message = v1::LinuxContainerResources {
+            cpu_quota: -1,
+            hugepage_limits: vec![
+                v1::HugepageLimit { page_size: "2MB".into(), limit: 7 },
+                v1::HugepageLimit { page_size: "64KB".into(), limit: 8 },
+            ],
+            unified: BTreeMap::from([("io.max".into(), "8:0 rbps=2".into())]),
+            ..none
+        };
+        let updated = updated_resources(&Field::root("r"), &current, &message).unwrap();
+        assert_eq!(updated.cpu_quota_us, -1);
+        let pages = [("2MB".to_owned(), 7), ("1GB".to_owned(), 1 << 30), ("64KB".to_owned(), 8)];
+        assert_eq!(updated.hugepage_limits, pages);
+        assert_eq!(updated.unified["io.max"], "8:0 rbps=2");
+        assert_eq!(updated.unified["memory.swap.max"], "0");
+    }
+
+    #[test]
+    fn an_update_keeps_the_swap_when_only_memory_changes() {
+        // Memory and together before; memory and together asked; memory and together after.
+        let cases: &[([i64; 2], [i64; 2], Option<[i64; 2]>)] = &[
+            ([100, 100], [200, 0], Some([200, 200])),
+            ([100, 150], [200, 0], Some([200, 250])),
+            ([100, 150], [50, 0], Some([50, 100])),
+            ([100, 0], [200, 0], Some([200, 0])),
+            ([100, -1], [200, 0], Some([200, -1])),
+            ([100, 150], [-1, 0], Some([-1, -1])),
+            ([100, 150], [0, 120], Some([100, 120])),
+            ([100, 150], [200, 300], Some([200, 300])),
+            ([100, i64::MAX], [200, 0], Some([200, i64::MAX])),
+            ([0, 0], [200, 0], Some([200, 0])),
+            ([100, 150], [0, 99], None),
+            ([0, 0], [0, 100], None),
+            ([100, 150], [200, 150], None),
+            ([100, 150], [-2, 0], None),
+        ];
+        for (before, asked, after) in cases {
+            let current = Resources {
+                memory_limit_bytes: before[0],
+                memory_swap_limit_bytes: before[1],
+                ..Resources::default()
+            };
+            let message = v1::LinuxContainerResources {
+                memory_limit_in_bytes: asked[0],
+                memory_swap_limit_in_bytes: asked[1],
+                ..Default::default()
+            };
+            let found = updated_resources(&Field::root("r"), &current, &message)
+                .ok()
+                .map(|updated| [updated.memory_limit_bytes, updated.memory_swap_limit_bytes]);
+            assert_eq!(found, *after, "{before:?} {asked:?}");
+        }
+    }
+}

@@ -383,3 +383,316 @@ fn paths(field: &Field<'_>, paths: Vec<String>) -> Result<Vec<String>, Rejected>
     }
     Ok(paths)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn context() -> v1::LinuxContainerSecurityContext {
+        v1::LinuxContainerSecurityContext::default()
+    }
+
+    fn checked(message: v1::LinuxContainerSecurityContext) -> Result<ContainerSecurity, Rejected> {
+        container_security(&Field::root("s"), Some(message), &sandbox::Config::default())
+    }
+
+    fn value(value: i64) -> Option<v1::Int64Value> {
+        Some(v1::Int64Value { value })
+    }
+
+    fn profile_of(profile_type: i32, localhost_ref: &str) -> Option<v1::SecurityProfile> {
+        Some(v1::SecurityProfile { profile_type, localhost_ref: localhost_ref.into() })
+    }
+
+    #[test]
+    fn an_absent_context_is_one_of_zeros() {
+        let found = container_security(&Field::root("s"), None, &sandbox::Config::default());
+        let expected = ContainerSecurity {
+            user: User { merge_groups: true, ..User::default() },
+            apparmor: Profile::RuntimeDefault,
+            ..ContainerSecurity::default()
+        };
+        assert_eq!(found, Ok(expected));
+        assert_eq!(checked(context()), found);
+    }
+
+    #[test]
+    fn a_seccomp_profile_is_the_message_then_the_string_then_none() {
+        let file = |path: &str| Some(Profile::Localhost(path.into()));
+        let cases: &[(Option<v1::SecurityProfile>, &str, Option<Profile>)] = &[
+            (None, "", Some(Profile::Unconfined)),
+            (profile_of(0, ""), "", Some(Profile::RuntimeDefault)),
+            (profile_of(1, ""), "", Some(Profile::Unconfined)),
+            (profile_of(2, "/p/a.json"), "", file("/p/a.json")),
+            (profile_of(2, "localhost//p/a.json"), "", file("/p/a.json")),
+            (profile_of(0, ""), "unconfined", Some(Profile::RuntimeDefault)),
+            (profile_of(1, ""), "nonsense", Some(Profile::Unconfined)),
+            (profile_of(2, ""), "", None),
+            (profile_of(2, "localhost/"), "", None),
+            (profile_of(2, "a.json"), "", None),
+            (profile_of(2, "localhost/a.json"), "", None),
+            (profile_of(2, "/p/../../etc/shadow"), "", None),
+            (profile_of(2, "/p\0"), "", None),
+            (profile_of(0, "/p/a.json"), "", None),
+            (profile_of(1, "/p/a.json"), "", None),
+            (profile_of(3, ""), "", None),
+            (profile_of(-1, ""), "", None),
+            (None, "runtime/default", Some(Profile::RuntimeDefault)),
+            (None, "docker/default", Some(Profile::RuntimeDefault)),
+            (None, "unconfined", Some(Profile::Unconfined)),
+            (None, "localhost//p/a.json", file("/p/a.json")),
+            (None, "localhost/a.json", None),
+            (None, "localhost/", None),
+            (None, "Unconfined", None),
+            (None, "/p/a.json", None),
+        ];
+        for (message, old, expected) in cases {
+            let found = seccomp(&Field::root("s"), message.as_ref(), old).ok();
+            assert_eq!(&found, expected, "{message:?} {old:?}");
+        }
+    }
+
+    #[test]
+    fn an_apparmor_profile_is_the_message_then_the_string_then_the_default() {
+        let named = |name: &str| Some(Profile::Localhost(name.into()));
+        let cases: &[(Option<v1::SecurityProfile>, &str, Option<Profile>)] = &[
+            (None, "", Some(Profile::RuntimeDefault)),
+            (profile_of(0, ""), "unconfined", Some(Profile::RuntimeDefault)),
+            (profile_of(1, ""), "runtime/default", Some(Profile::Unconfined)),
+            (profile_of(2, "mine"), "localhost/other", named("mine")),
+            (profile_of(2, "localhost/mine"), "", named("mine")),
+            (None, "localhost/mine", named("mine")),
+            (None, "unconfined", Some(Profile::Unconfined)),
+            (None, "mine", None),
+            (profile_of(2, ""), "localhost/mine", None),
+            (profile_of(2, "a\nb"), "", None),
+            (profile_of(0, "mine"), "", None),
+        ];
+        for (message, old, expected) in cases {
+            let found = apparmor(&Field::root("s"), message.as_ref(), old).ok();
+            assert_eq!(&found, expected, "{message:?} {old:?}");
+        }
+    }
+
+    #[test]
+    fn a_user_is_a_number_or_a_name_and_a_group_needs_one() {
+        // run_as_user, run_as_username, run_as_group -> user and group
+        type Expected = Option<(Option<&'static str>, Option<u32>)>;
+        let cases: &[(Option<i64>, &str, Option<i64>, Expected)] = &[
+            (None, "", None, Some((None, None))),
+            (Some(0), "", None, Some((Some("0"), None))),
+            (Some(2_147_483_647), "", Some(2_147_483_647), Some((Some("2147483647"), Some(2_147_483_647)))),
+            (None, "www-data", Some(33), Some((Some("www-data"), Some(33)))),
+            (None, "1000", None, Some((Some("1000"), None))),
+            (None, "+1000", None, Some((Some("+1000"), None))),
+            (Some(2_147_483_648), "", None, None),
+            (Some(4_294_967_296), "", None, None),
+            (Some(-1), "", None, None),
+            (Some(i64::MIN), "", None, None),
+            (None, "", Some(0), None),
+            (Some(1), "", Some(-1), None),
+            (Some(1), "", Some(4_294_967_295), None),
+            (Some(1), "root", None, None),
+            (None, "www-data:0", None, None),
+            (None, "a b", None, None),
+            (None, "a\n", None, None),
+            (None, "a\0", None, None),
+            (None, "4294967296", None, None),
+            (None, "99999999999999999999", None, None),
+        ];
+        for (number, name, group, expected) in cases {
+            let found = checked(v1::LinuxContainerSecurityContext {
+                run_as_user: number.and_then(value),
+                run_as_username: (*name).into(),
+                run_as_group: group.and_then(value),
+                ..context()
+            });
+            let found =
+                found.as_ref().ok().map(|security| (security.user.user.as_deref(), security.user.group));
+            assert_eq!(found, *expected, "{number:?} {name:?} {group:?}");
+        }
+    }
+
+    #[test]
+    fn digits_are_a_uid_and_nothing_like_them_is() {
+        let cases = [
+            ("0", Some(0)),
+            ("0000000007", Some(7)),
+            ("2147483647", Some(2_147_483_647)),
+            ("2147483648", None),
+            ("4294967296", None),
+            ("00000000007", None),
+            ("", None),
+            ("+1", None),
+            ("-1", None),
+            (" 1", None),
+            ("1_000", None),
+            ("0x1", None),
+            ("١", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(uid_of_digits(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn groups_and_their_policy_are_checked() {
+        let of = |groups: Vec<i64>, policy: i32| {
+            checked(v1::LinuxContainerSecurityContext {
+                supplemental_groups: groups,
+                supplemental_groups_policy: policy,
+                ..context()
+            })
+            .map(|security| (security.user.supplementary_groups, security.user.merge_groups))
+        };
+        assert_eq!(of(vec![5, 0, 5], 0), Ok((vec![5, 0, 5], true)));
+        assert_eq!(of(vec![], 1), Ok((vec![], false)));
+        for (groups, policy) in [
+            (vec![], 2),
+            (vec![], -1),
+            (vec![-1], 0),
+            (vec![1 << 31], 0),
+            (vec![i64::MAX], 1),
+            (vec![1; 65_537], 0),
+        ] {
+            assert!(of(groups.clone(), policy).is_err(), "{policy} {} groups", groups.len());
+        }
+    }
+
+    #[test]
+    fn capabilities_have_one_spelling_afterwards() {
+        let of = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            capabilities(&Field::root("c"), &names)
+        };
+        assert_eq!(of(&[]).unwrap(), Vec::<String>::new());
+        assert_eq!(
+            of(&["NET_ADMIN", "cap_net_admin", "Cap_Sys_Time", "all", "CAP_ALL"]).unwrap(),
+            ["NET_ADMIN", "SYS_TIME", "ALL"]
+        );
+        for bad in ["", "CAP_", "NET_ADMINN", "CAP_CAP_CHOWN", "NET ADMIN", "NET_ADMIN\0", "0", "ALL "] {
+            assert!(of(&["CHOWN", bad]).unwrap_err().to_string().starts_with("c[1]: "), "{bad:?}");
+        }
+        assert!(of(&vec!["CHOWN"; MAX_CAPABILITIES + 1]).is_err());
+    }
+
+    #[test]
+    fn every_list_of_capabilities_is_looked_at() {
+        let bad = || vec!["NONSENSE".to_owned()];
+        let cases = [
+            ("add_capabilities", v1::Capability { add_capabilities: bad(), ..Default::default() }),
+            ("drop_capabilities", v1::Capability { drop_capabilities: bad(), ..Default::default() }),
+            (
+                "add_ambient_capabilities",
+                v1::Capability { add_ambient_capabilities: bad(), ..Default::default() },
+            ),
+        ];
+        for (name, list) in cases {
+            let refused =
+                checked(v1::LinuxContainerSecurityContext { capabilities: Some(list), ..context() })
+                    .unwrap_err();
+            assert!(refused.to_string().starts_with(&format!("s.capabilities.{name}[0]: ")), "{refused}");
+        }
+    }
+
+    #[test]
+    fn privileges_selinux_and_paths_are_checked() {
+        assert!(checked(v1::LinuxContainerSecurityContext { privileged: true, ..context() }).is_err());
+        let allowing = sandbox::Config { privileged: true, ..sandbox::Config::default() };
+        let message = v1::LinuxContainerSecurityContext {
+            privileged: true,
+            masked_paths: vec!["/proc/kcore".into()],
+            seccomp: profile_of(0, ""),
+            ..context()
+        };
+        let security = container_security(&Field::root("s"), Some(message), &allowing).unwrap();
+        assert!(security.privileged);
+        assert_eq!(security.masked_paths, ["/proc/kcore"], "kept as asked");
+        assert_eq!(security.seccomp, Profile::RuntimeDefault, "kept as asked");
+
+        let options = v1::SeLinuxOption { r#type: "spc_t".into(), ..Default::default() };
+        let refused =
+            checked(v1::LinuxContainerSecurityContext { selinux_options: Some(options), ..context() });
+        assert!(matches!(refused, Err(Rejected::NotOffered { .. })), "{refused:?}");
+
+        for bad in ["", "proc/kcore", "/proc/../etc", "/proc\0"] {
+            let masked = v1::LinuxContainerSecurityContext { masked_paths: vec![bad.into()], ..context() };
+            let readonly =
+                v1::LinuxContainerSecurityContext { readonly_paths: vec![bad.into()], ..context() };
+            assert!(checked(masked).is_err(), "masked {bad:?}");
+            assert!(checked(readonly).is_err(), "readonly {bad:?}");
+        }
+        let many = vec!["/a".into(); MAX_PATHS + 1];
+        assert!(checked(v1::LinuxContainerSecurityContext { masked_paths: many, ..context() }).is_err());
+    }
+
+    #[test]
+    fn a_container_has_the_namespaces_of_its_sandbox() {
+        use NamespaceMode::{Container, Node, Pod, Target};
+        // Of the sandbox: network, pid, ipc. Of the message: the same as numbers, and the target. Then the pid mode that comes out.
+        type Case = ([NamespaceMode; 3], [i32; 3], &'static str, Option<NamespaceMode>);
+        let cases: &[Case] = &[
+            ([Pod, Pod, Pod], [0, 0, 0], "", Some(Pod)),
+            ([Pod, Container, Pod], [0, 1, 0], "", Some(Container)),
+            ([Pod, Pod, Pod], [0, 1, 0], "", Some(Container)),
+            ([Node, Node, Node], [2, 2, 2], "", Some(Node)),
+            ([Node, Container, Pod], [2, 1, 0], "", Some(Container)),
+            ([Pod, Container, Pod], [0, 3, 0], "abc", Some(Target)),
+            // "The pod's" is what the sandbox has.
+            ([Pod, Container, Pod], [0, 0, 0], "", Some(Container)),
+            ([Pod, Node, Pod], [0, 0, 0], "", Some(Node)),
+            // The host's only where the sandbox has it too.
+            ([Pod, Pod, Pod], [2, 0, 0], "", None),
+            ([Pod, Pod, Pod], [0, 2, 0], "", None),
+            ([Pod, Container, Pod], [0, 2, 0], "", None),
+            ([Pod, Pod, Pod], [0, 0, 2], "", None),
+            ([Node, Pod, Pod], [0, 0, 0], "", None),
+            ([Pod, Pod, Node], [0, 0, 0], "", None),
+            ([Pod, Pod, Pod], [1, 0, 0], "", None),
+            ([Pod, Pod, Pod], [0, 0, 3], "", None),
+            ([Pod, Pod, Pod], [0, 4, 0], "", None),
+            ([Pod, Pod, Pod], [-1, 0, 0], "", None),
+            ([Pod, Pod, Pod], [0, 3, 0], "", None),
+            ([Pod, Pod, Pod], [0, 3, 0], "a\n", None),
+            ([Pod, Pod, Pod], [0, 1, 0], "abc", None),
+        ];
+        for ([network, pid, ipc], [asked_network, asked_pid, asked_ipc], target, expected) in cases {
+            let of_sandbox = Namespaces { network: *network, pid: *pid, ipc: *ipc, target_id: String::new() };
+            let message = v1::NamespaceOption {
+                network: *asked_network,
+                pid: *asked_pid,
+                ipc: *asked_ipc,
+                target_id: (*target).into(),
+                userns_options: None,
+            };
+            let found = container_namespaces(&Field::root("n"), Some(&message), &of_sandbox);
+            let expected =
+                expected.map(|pid| Namespaces { pid, target_id: (*target).into(), ..of_sandbox.clone() });
+            assert_eq!(found.ok(), expected, "{of_sandbox:?} {message:?}");
+        }
+    }
+
+    #[test]
+    fn silence_about_namespaces_means_the_sandboxs() {
+        let of_sandbox = Namespaces {
+            network: NamespaceMode::Node,
+            pid: NamespaceMode::Container,
+            ipc: NamespaceMode::Node,
+            target_id: String::new(),
+        };
+        assert_eq!(container_namespaces(&Field::root("n"), None, &of_sandbox), Ok(of_sandbox));
+    }
+
+    #[test]
+    fn namespaces_are_echoed() {
+        for [network, pid, ipc] in [[0, 0, 0], [2, 1, 0], [0, 2, 2], [2, 2, 2]] {
+            let message = v1::NamespaceOption { network, pid, ipc, ..Default::default() };
+            let namespaces = sandbox_namespaces(&Field::root("n"), Some(&message)).unwrap();
+            assert_eq!(namespace_options(&namespaces), message);
+        }
+        let target =
+            Namespaces { pid: NamespaceMode::Target, target_id: "abc".into(), ..Namespaces::default() };
+        let message = namespace_options(&target);
+        assert_eq!((message.pid, message.target_id.as_str()), (3, "abc"));
+    }
+}

@@ -212,3 +212,197 @@ fn image_spec(view: &ContainerView<'_>, text: &str) -> v1::ImageSpec {
 fn first_set<'a>(texts: &[&'a str]) -> &'a str {
     texts.iter().copied().find(|text| !text.is_empty()).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_model::security::Namespaces;
+    use berth_model::state::{Exit, ExitReason};
+    use std::collections::BTreeMap;
+
+    fn sandbox_config(network: NamespaceMode) -> sandbox::Config {
+        sandbox::Config {
+            metadata: sandbox::Metadata {
+                name: "n".into(),
+                uid: "u".into(),
+                namespace: "s".into(),
+                attempt: 1,
+            },
+            labels: BTreeMap::from([("l".into(), "\u{1}".into())]),
+            annotations: BTreeMap::from([("a".into(), String::new())]),
+            namespaces: Namespaces { network, pid: NamespaceMode::Container, ..Namespaces::default() },
+            runtime_handler: "berth".into(),
+            ..sandbox::Config::default()
+        }
+    }
+
+    #[test]
+    fn a_sandbox_shows_what_a_kubelet_compares() {
+        let id = SandboxId::from_bytes([0xab; 32]);
+        let config = sandbox_config(NamespaceMode::Pod);
+        let addresses = ["10.0.0.2".to_owned(), "fd00::2".to_owned()];
+        let view = SandboxView {
+            id: &id,
+            config: &config,
+            created_at_unix_ns: 7,
+            state: SandboxState::NotReady,
+            addresses: &addresses,
+        };
+        let status = sandbox_status(&view);
+        let listed = sandbox(&view);
+        assert_eq!(status.id, "ab".repeat(32));
+        assert_eq!(status.state, 1);
+        assert_eq!(status.created_at, 7);
+        let metadata =
+            v1::PodSandboxMetadata { name: "n".into(), uid: "u".into(), namespace: "s".into(), attempt: 1 };
+        assert_eq!(status.metadata, Some(metadata));
+        let network = status.network.clone().unwrap();
+        assert_eq!(network.ip, "10.0.0.2");
+        assert_eq!(network.additional_ips, [v1::PodIp { ip: "fd00::2".into() }]);
+        let options = status.linux.clone().unwrap().namespaces.unwrap().options.unwrap();
+        assert_eq!((options.network, options.pid, options.ipc), (0, 1, 0));
+        assert_eq!((&status.labels, &status.annotations), (&config.labels, &config.annotations));
+        assert_eq!(status.runtime_handler, "berth");
+        assert_eq!(
+            (listed.id, listed.metadata, listed.state, listed.created_at, listed.labels, listed.annotations),
+            (status.id, status.metadata, 1, 7, status.labels, status.annotations)
+        );
+        assert_eq!(listed.runtime_handler, "berth");
+    }
+
+    #[test]
+    fn an_empty_address_is_shown_on_the_hosts_network_alone() {
+        let id = SandboxId::from_bytes([1; 32]);
+        for (network, addresses, expected) in [
+            (NamespaceMode::Node, vec![], Some("")),
+            (NamespaceMode::Node, vec!["10.0.0.1".to_owned()], Some("")),
+            (NamespaceMode::Pod, vec![], None),
+            (NamespaceMode::Pod, vec!["10.0.0.2".to_owned()], Some("10.0.0.2")),
+        ] {
+            let config = sandbox_config(network);
+            let view = SandboxView {
+                id: &id,
+                config: &config,
+                created_at_unix_ns: 1,
+                state: SandboxState::Ready,
+                addresses: &addresses,
+            };
+            let shown = sandbox_status(&view).network;
+            assert_eq!(
+                shown.as_ref().map(|network| network.ip.as_str()),
+                expected,
+                "{network:?} {addresses:?}"
+            );
+        }
+    }
+
+    fn with_container(
+        state: &ContainerState,
+        name: &str,
+        by_digest: &str,
+    ) -> (v1::ContainerStatus, v1::Container) {
+        let config = container::Config {
+            metadata: container::Metadata { name: "web".into(), attempt: 2 },
+            image: "nginx".into(),
+            user_specified_image: "nginx:latest".into(),
+            labels: BTreeMap::from([("l".into(), "v".into())]),
+            annotations: BTreeMap::from([("a".into(), "w".into())]),
+            mounts: vec![container::Mount {
+                container_path: "/dev/termination-log".into(),
+                host_path: "/var/x".into(),
+                readonly: true,
+                recursive_read_only: true,
+                propagation: container::Propagation::Bidirectional,
+            }],
+            resources: container::Resources { cpu_shares: 5, ..Default::default() },
+            ..container::Config::default()
+        };
+        let (id, sandbox_id) = (ContainerId::from_bytes([2; 32]), SandboxId::from_bytes([1; 32]));
+        let view = ContainerView {
+            id: &id,
+            sandbox_id: &sandbox_id,
+            config: &config,
+            image_id: "sha256:id",
+            image_name: name,
+            image_ref: by_digest,
+            created_at_unix_ns: 7,
+            state,
+            log_path: "/var/log/pods/x/web/2.log",
+            uid: u32::MAX,
+            gid: 5,
+            groups: &[5, 6],
+            stop_signal: 3,
+        };
+        (container_status(&view), container(&view))
+    }
+
+    #[test]
+    fn a_container_shows_what_a_kubelet_needs() {
+        let (status, listed) =
+            with_container(&ContainerState::Created, "docker.io/library/nginx:latest", "nginx@x");
+        assert_eq!(status.id, "02".repeat(32));
+        assert_eq!(listed.pod_sandbox_id, "01".repeat(32));
+        assert_eq!(status.metadata, Some(v1::ContainerMetadata { name: "web".into(), attempt: 2 }));
+        assert_eq!(status.image.as_ref().unwrap().image, "docker.io/library/nginx:latest");
+        assert_eq!(status.image.as_ref().unwrap().user_specified_image, "nginx:latest");
+        assert_eq!((status.image_ref.as_str(), status.image_id.as_str()), ("nginx@x", "sha256:id"));
+        assert_eq!(listed.image.as_ref().unwrap().image, "nginx", "as asked at creation");
+        assert_eq!((listed.image_ref.as_str(), listed.image_id.as_str()), ("sha256:id", "sha256:id"));
+        assert_eq!((status.created_at, listed.created_at), (7, 7));
+        assert_eq!((&status.labels, &status.annotations), (&listed.labels, &listed.annotations));
+        let mount = &status.mounts[0];
+        assert_eq!(
+            (mount.container_path.as_str(), mount.host_path.as_str()),
+            ("/dev/termination-log", "/var/x")
+        );
+        assert!(mount.readonly && mount.recursive_read_only);
+        assert_eq!(mount.propagation, 2);
+        assert_eq!(status.log_path, "/var/log/pods/x/web/2.log");
+        assert_eq!(status.resources.unwrap().linux.unwrap().cpu_shares, 5);
+        let user = status.user.unwrap().linux.unwrap();
+        assert_eq!((user.uid, user.gid), (4_294_967_295, 5));
+        assert_eq!(user.supplemental_groups, [5, 6]);
+        assert_eq!(status.stop_signal, i32::from(v1::Signal::Sigquit));
+    }
+
+    #[test]
+    fn an_image_is_never_nameless() {
+        for (name, by_digest, shown, reference) in [
+            ("", "nginx@x", "nginx@x", "nginx@x"),
+            ("", "", "sha256:id", "sha256:id"),
+            ("nginx:1", "", "nginx:1", "sha256:id"),
+        ] {
+            let (status, _) = with_container(&ContainerState::Created, name, by_digest);
+            assert_eq!(status.image.unwrap().image, shown);
+            assert_eq!(status.image_ref, reference);
+        }
+    }
+
+    #[test]
+    fn each_state_fills_its_fields() {
+        let exit = Exit {
+            code: 137,
+            started_at_unix_ns: 8,
+            finished_at_unix_ns: 9,
+            reason: ExitReason::OomKilled,
+            message: "m".into(),
+        };
+        let cases = [
+            (ContainerState::Created, 0, (0, 0, 0, "", "")),
+            (ContainerState::Running { started_at_unix_ns: 8 }, 1, (8, 0, 0, "", "")),
+            (ContainerState::Exited(exit), 2, (8, 9, 137, "OOMKilled", "m")),
+        ];
+        for (state, number, expected) in cases {
+            let (status, listed) = with_container(&state, "", "");
+            assert_eq!((status.state, listed.state), (number, number));
+            let found = (
+                status.started_at,
+                status.finished_at,
+                status.exit_code,
+                status.reason.as_str(),
+                status.message.as_str(),
+            );
+            assert_eq!(found, expected, "{state:?}");
+        }
+    }
+}

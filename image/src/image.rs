@@ -131,3 +131,21 @@ impl ImageConfig {
         }
     }
 }
+
+impl Content {
+    pub(crate) fn new(
+        configuration: &crate::manifest::Configuration,
+        size_bytes: u64,
+        raw_config: Vec<u8>,
+        raw_manifest: Vec<u8>,
+    ) -> Self {
+        Self {
+            layers: configuration.diff_ids.clone(),
+            size_bytes,
+            created: configuration.parsed.created().clone(),
+            config: ImageConfig::of(&configuration.parsed),
+            raw_config,
+            raw_manifest,
+        }
+    }
+}

@@ -12,8 +12,15 @@
 pub mod credentials;
 pub mod digest;
 pub mod image;
+pub mod json;
+pub mod layer;
+pub mod manifest;
+mod merged;
+pub mod patch;
+mod pipe;
 pub mod progress;
 pub mod reference;
+pub mod registry;
 pub mod store;
 pub mod unpack;
 
@@ -22,4 +29,4 @@ pub use digest::Digest;
 pub use image::{Image, ImageConfig};
 pub use progress::{LayerPhase, LayerProgress, NoProgress, Progress};
 pub use reference::Reference;
-pub use store::{ImportError, ImportSource, PullError, Store, StoreError, StoreOptions, Usage};
+pub use store::{ContentError, ImportError, ImportSource, PullError, Store, StoreError, StoreOptions, Usage};

@@ -209,7 +209,7 @@ mod tests {
             (b"7 a\0=b\n", PaxError::Record),
             (b"10 path=\0\n", PaxError::Record),
             (b"11 size=-1\n", PaxError::Value),
-            (b"10 uid=0x1\n", PaxError::Value),
+            (b"11 uid=0x1\n", PaxError::Value),
             (b"22 GNU.sparse.major=1\n", PaxError::Sparse),
             (b"6 a=b\n\0\0\0", PaxError::Length),
         ] {

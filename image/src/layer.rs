@@ -1,0 +1,248 @@
+//! One layer's bytes -> its tree: digest, decompression, diff id, unpacking, in one pass.
+//!
+//! Nothing is kept of the compressed bytes. The compression is told by the first bytes, not by the media type, as other runtimes do: types
+//! in the field are often wrong, and both digests are checked anyway.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use berth_sys::beneath::Root;
+use sha2::{Digest as _, Sha256};
+
+use crate::Digest;
+use crate::manifest::Blob;
+use crate::pipe::Abandoned;
+use crate::unpack::{self, Summary, UnpackError};
+
+/// Largest zstd window: 128 MiB. Encoders stay at 8 MiB unless told `--long`; the format allows 3.75 TiB (RFC 8878, section 3.1.1.1.2).
+const MAX_ZSTD_WINDOW_LOG: u32 = 27;
+
+const READ_BUFFER: usize = 128 * 1024;
+
+/// The free space is looked at whenever so many bytes were unpacked.
+const FREE_SPACE_INTERVAL: u64 = 64 << 20;
+
+/// How far a broken layer is read on to learn whether its bytes were the wrong ones in the first place.
+const DIAGNOSIS_LIMIT: u64 = 1 << 20;
+
+/// Why a layer was not made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayerError {
+    /// Other bytes than the manifest names.
+    #[error("content is {actual}, not {expected}")]
+    DigestMismatch {
+        /// By the manifest.
+        expected: Digest,
+        /// What came.
+        actual: Digest,
+    },
+    /// The right compressed bytes, but not the tar archive that the configuration names.
+    #[error("uncompressed content is {actual}, not {expected}")]
+    DiffIdMismatch {
+        /// By the configuration.
+        expected: Digest,
+        /// What came.
+        actual: Digest,
+    },
+    /// Uncompressed bytes beyond what an image may have.
+    #[error("image has more uncompressed bytes than the limit of {limit}")]
+    TooLarge {
+        /// For all layers of the image together.
+        limit: u64,
+    },
+    /// The disk is full, or would go below what must stay free.
+    #[error("no space left on the device for the layer")]
+    DiskFull,
+    /// The transfer was given up by the other side.
+    #[error("transfer was abandoned")]
+    Abandoned,
+    /// Not a layer, or a hostile one.
+    #[error("unpack the layer")]
+    Unpack(#[from] UnpackError),
+    /// The compressed stream could not be read.
+    #[error("read the layer")]
+    Read(#[source] io::Error),
+}
+
+/// What one image may take. Shared by the threads that unpack its layers.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    limit: u64,
+    left: AtomicU64,
+    path: PathBuf,
+    min_free_bytes: u64,
+    min_free_percent: u8,
+}
+
+/// Carried through readers inside an `io::Error`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+enum Fault {
+    #[error("image is larger than its limit")]
+    OverBudget,
+    #[error("no space left that may be used")]
+    NoFreeSpace,
+}
+
+impl Budget {
+    /// `limit` bytes, on the filesystem of `path`, of which the larger of the two amounts stays free.
+    pub(crate) fn new(limit: u64, path: PathBuf, min_free_bytes: u64, min_free_percent: u8) -> Self {
+        Self { limit, left: AtomicU64::new(limit), path, min_free_bytes, min_free_percent }
+    }
+
+    fn take(&self, bytes: u64) -> io::Result<()> {
+        self.left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes))
+            .map(drop)
+            .map_err(|_| io::Error::other(Fault::OverBudget))
+    }
+
+    fn check_free_space(&self) -> io::Result<()> {
+        let (total, free, _, _) = berth_sys::file::space(&self.path)?;
+        let floor = self.min_free_bytes.max(total / 100 * u64::from(self.min_free_percent));
+        if free < floor { Err(io::Error::other(Fault::NoFreeSpace)) } else { Ok(()) }
+    }
+}
+
+/// Unpacks `input`, the bytes of `blob`, into the empty directory `root`.
+///
+/// # Errors
+/// [`LayerError`]; the tree is incomplete then.
+pub(crate) fn unpack(
+    input: impl Read,
+    blob: Digest,
+    diff_id: Digest,
+    root: &Root,
+    budget: &Arc<Budget>,
+) -> Result<Summary, LayerError> {
+    budget.check_free_space().map_err(|source| classify(LayerError::Read(source), budget))?;
+    let mut compressed = BufReader::with_capacity(READ_BUFFER, Hashing::new(input));
+    let unpacked = decompress_and_unpack(&mut compressed, root, budget);
+    let broken = unpacked.is_err();
+    // What is behind the archive counts for the digest too.
+    let rest = if broken {
+        io::copy(&mut (&mut compressed).take(DIAGNOSIS_LIMIT), &mut io::sink())
+    } else {
+        io::copy(&mut compressed, &mut io::sink())
+    };
+    let at_end = !broken || rest.as_ref().is_ok_and(|&length| length < DIAGNOSIS_LIMIT);
+    let actual = compressed.into_inner().digest();
+    if at_end && rest.is_ok() && actual != blob {
+        return Err(LayerError::DigestMismatch { expected: blob, actual });
+    }
+    let (summary, actual_diff_id) = unpacked.map_err(|error| classify(error, budget))?;
+    rest.map_err(|source| classify(LayerError::Read(source), budget))?;
+    if actual_diff_id != diff_id {
+        return Err(LayerError::DiffIdMismatch { expected: diff_id, actual: actual_diff_id });
+    }
+    Ok(summary)
+}
+
+fn decompress_and_unpack(
+    compressed: &mut impl BufRead,
+    root: &Root,
+    budget: &Arc<Budget>,
+) -> Result<(Summary, Digest), LayerError> {
+    let magic = compressed.fill_buf().map_err(LayerError::Read)?;
+    let magic = magic.get(..4).and_then(|m| <[u8; 4]>::try_from(m).ok()).unwrap_or_default();
+    let archive: Box<dyn Read + '_> = match magic {
+        [0x1f, 0x8b, _, _] => Box::new(flate2::bufread::MultiGzDecoder::new(compressed)),
+        // A zstd frame or one of the skippable frames (RFC 8878, section 3.1.2).
+        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => {
+            let mut decoder =
+                zstd::stream::read::Decoder::with_buffer(compressed).map_err(LayerError::Read)?;
+            decoder.window_log_max(MAX_ZSTD_WINDOW_LOG).map_err(LayerError::Read)?;
+            Box::new(decoder)
+        }
+        _ => Box::new(compressed),
+    };
+    let mut metered = Hashing::new(Metered {
+        inner: archive,
+        budget: Arc::clone(budget),
+        until_check: FREE_SPACE_INTERVAL,
+    });
+    let summary = unpack::unpack(&mut metered, root)?;
+    // The reader of the archive has seen the end of its stream, so the diff id is whole.
+    Ok((summary, metered.digest()))
+}
+
+/// Finds the cause that matters in an error of some reader or file operation below.
+fn classify(error: LayerError, budget: &Budget) -> LayerError {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(current) = cause {
+        if let Some(io) = current.downcast_ref::<io::Error>() {
+            if let Some(fault) = io.get_ref().and_then(|inner| inner.downcast_ref::<Fault>()) {
+                return match fault {
+                    Fault::OverBudget => LayerError::TooLarge { limit: budget.limit },
+                    Fault::NoFreeSpace => LayerError::DiskFull,
+                };
+            }
+            if io.get_ref().is_some_and(|inner| inner.is::<Abandoned>()) {
+                return LayerError::Abandoned;
+            }
+            if is_disk_full(io) {
+                return LayerError::DiskFull;
+            }
+        }
+        cause = current.source();
+    }
+    error
+}
+
+/// No blocks, no inodes, or no quota left.
+pub(crate) fn is_disk_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// A layer's content in an archive file or folder for an import, or from a registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LayerContent {
+    pub(crate) blob: Blob,
+    pub(crate) diff_id: Digest,
+}
+
+struct Hashing<R> {
+    inner: R,
+    hasher: Sha256,
+}
+
+impl<R> Hashing<R> {
+    fn new(inner: R) -> Self {
+        Self { inner, hasher: Sha256::new() }
+    }
+
+    fn digest(self) -> Digest {
+        Digest::from_hasher(self.hasher)
+    }
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.inner.read(buffer)?;
+        self.hasher.update(buffer.get(..length).unwrap_or_default());
+        Ok(length)
+    }
+}
+
+struct Metered<R> {
+    inner: R,
+    budget: Arc<Budget>,
+    until_check: u64,
+}
+
+impl<R: Read> Read for Metered<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.inner.read(buffer)?;
+        self.budget.take(length as u64)?;
+        match self.until_check.checked_sub(length as u64) {
+            Some(left) => self.until_check = left,
+            None => {
+                self.until_check = FREE_SPACE_INTERVAL;
+                self.budget.check_free_space()?;
+            }
+        }
+        Ok(length)
+    }
+}

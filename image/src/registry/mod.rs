@@ -1,0 +1,757 @@
+//! The registry client: manifests and blobs over the OCI distribution protocol (distribution-spec 1.1, "Pull").
+//!
+//! A [`Session`] is one pull: its token is its own, so no pull ever uses what another's credentials bought. Hosts are asked in the order of
+//! `hosts`; each request is tried again while that makes sense; a blob goes on at the byte where it broke off, on the next host too.
+//!
+//! What a registry may not do: get credentials sent elsewhere (redirects carry none; token services only within [`auth`]'s policy), make us
+//! read more than was announced, or keep us waiting for ever.
+
+mod auth;
+mod challenge;
+pub mod hosts;
+pub mod transport;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use http::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE, RETRY_AFTER,
+};
+use http::{HeaderMap, HeaderValue, StatusCode};
+use reqwest::Response;
+use url::Url;
+
+use crate::Digest;
+use crate::credentials::Credentials;
+use crate::manifest::{self, Blob, MAX_DOCUMENT};
+use crate::reference::{Reference, Target};
+use crate::unpack::printable;
+
+pub use auth::AuthError;
+pub use hosts::HostsError;
+pub use transport::TlsError;
+
+use hosts::Endpoint;
+use transport::Reach;
+
+/// Redirects of one request.
+const MAX_REDIRECTS: usize = 5;
+
+/// Challenges of one request that are answered.
+const MAX_AUTH_ROUNDS: usize = 2;
+
+/// Body of an error answer.
+const MAX_ERROR_BODY: usize = 64 * 1024;
+
+/// Longest wait that a registry may ask for.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// Tries of one blob in all, however much each brings: a registry that cuts every connection after a megabyte ends too.
+const MAX_BLOB_TRIES: usize = 100;
+
+/// Time limits and numbers of tries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TransportLimits {
+    /// To connect, TLS included. Default 15 s.
+    pub connect_timeout: Duration,
+    /// From a request to the headers of its answer. Default 30 s.
+    pub header_timeout: Duration,
+    /// A body that brings fewer than `stall_bytes` in this time of waiting has stalled. Default 60 s.
+    pub stall_window: Duration,
+    /// See `stall_window`. Default 60 KiB, so 1 KiB/s.
+    pub stall_bytes: u64,
+    /// Tries of one request on one host without any progress. Default 4.
+    pub tries: usize,
+    /// Wait before the second try; doubles each time, with jitter. Default 250 ms.
+    pub backoff: Duration,
+}
+
+impl Default for TransportLimits {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(15),
+            header_timeout: Duration::from_secs(30),
+            stall_window: Duration::from_secs(60),
+            stall_bytes: 60 * 1024,
+            tries: 4,
+            backoff: Duration::from_millis(250),
+        }
+    }
+}
+
+/// Why a registry did not give what it was asked for. No text here holds a credential, a token or the query of a URL.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegistryError {
+    /// No host has it.
+    #[error("not found")]
+    NotFound,
+    /// Refused for want of (other) credentials.
+    #[error("registry host {host} refused access")]
+    Unauthorized {
+        /// Which host.
+        host: String,
+        /// What was tried, if there is more to say.
+        #[source]
+        source: Option<AuthError>,
+    },
+    /// The host cannot be talked to, for now at least.
+    #[error("registry host {host} is not available")]
+    Unreachable {
+        /// Which host.
+        host: String,
+        /// What happened the last time.
+        #[source]
+        source: Fault,
+    },
+    /// An answer that is neither yes nor "try again".
+    #[error("registry host {host} answered {status}{detail}")]
+    Status {
+        /// Which host.
+        host: String,
+        /// HTTP status.
+        status: u16,
+        /// The registry's own words, escaped, with a leading separator; or nothing.
+        detail: String,
+    },
+    /// A redirect to where no registry may send us, or too many.
+    #[error("registry host {host} redirects to where it must not")]
+    Redirect {
+        /// Which host.
+        host: String,
+    },
+    /// Longer or shorter than announced.
+    #[error("content has another size than announced")]
+    Size,
+    /// Above what is read of a document.
+    #[error("document is too large")]
+    TooLarge,
+    /// Not the bytes that were asked for.
+    #[error("content is {actual}, not {expected}")]
+    DigestMismatch {
+        /// Asked for.
+        expected: Digest,
+        /// What came.
+        actual: Digest,
+    },
+    /// The configuration of hosts.
+    #[error("configuration of registry hosts")]
+    Hosts(#[from] HostsError),
+    /// Certificates, or the HTTP client.
+    #[error("set up the connection to {host}")]
+    Tls {
+        /// Which host.
+        host: String,
+        /// Why.
+        #[source]
+        source: TlsError,
+    },
+    /// The receiver of the bytes does not want more. Never leaves this crate's pull.
+    #[error("the receiver stopped")]
+    Unwanted,
+}
+
+/// What keeps a host from answering.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Fault {
+    /// Below HTTP: name, connection, TLS, or a body that was cut.
+    #[error("transport failed")]
+    Transport(#[source] reqwest::Error),
+    /// No headers in time.
+    #[error("no answer in time")]
+    Timeout,
+    /// The body came too slowly.
+    #[error("transfer stalled")]
+    Stalled,
+    /// The body ended early.
+    #[error("transfer was cut off")]
+    Cut,
+    /// A status that says "try again": 408, 429, 5xx.
+    #[error("status {status}")]
+    Status {
+        /// HTTP status.
+        status: u16,
+        /// How long the registry asks to wait.
+        retry_after: Option<Duration>,
+    },
+    /// The answer to a request for a range is for another one.
+    #[error("answer is for another range")]
+    WrongRange,
+}
+
+/// A document as it came.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) content_type: Option<String>,
+    pub(crate) digest: Digest,
+}
+
+/// Where a blob's bytes go.
+pub(crate) trait Sink: Send {
+    /// Takes the next bytes, waiting for room; [`RegistryError::Unwanted`] ends the transfer.
+    fn take(&mut self, bytes: Bytes) -> impl Future<Output = Result<(), RegistryError>> + Send;
+}
+
+impl Sink for BytesMut {
+    async fn take(&mut self, bytes: Bytes) -> Result<(), RegistryError> {
+        self.extend_from_slice(&bytes);
+        Ok(())
+    }
+}
+
+/// Makes sessions.
+#[derive(Debug)]
+pub(crate) struct Client {
+    config_path: Option<PathBuf>,
+    trusted_token_hosts: Vec<String>,
+    limits: TransportLimits,
+}
+
+/// One pull.
+#[derive(Debug)]
+pub(crate) struct Session {
+    repository: String,
+    hosts: Vec<Host>,
+    credentials: Credentials,
+    trusted_token_hosts: Vec<String>,
+    limits: TransportLimits,
+}
+
+#[derive(Debug)]
+struct Host {
+    endpoint: Endpoint,
+    /// `host[:port]`, for messages.
+    name: String,
+    client: reqwest::Client,
+    /// Made when first needed: most pulls are not sent elsewhere, and it reads the system's certificates.
+    guarded: Mutex<Option<reqwest::Client>>,
+    /// What this session's requests to the host carry; never shown, it is marked sensitive.
+    authorization: Mutex<Option<HeaderValue>>,
+}
+
+impl Client {
+    pub(crate) fn new(
+        config_path: Option<PathBuf>,
+        trusted_token_hosts: Vec<String>,
+        limits: TransportLimits,
+    ) -> Self {
+        Self { config_path, trusted_token_hosts, limits }
+    }
+
+    /// A session for the repository of `reference`. Reads the configuration of hosts.
+    pub(crate) fn session(
+        &self,
+        reference: &Reference,
+        credentials: &Credentials,
+    ) -> Result<Arc<Session>, RegistryError> {
+        let mut hosts = Vec::new();
+        for endpoint in hosts::endpoints(self.config_path.as_deref(), reference.domain())? {
+            let name = hosts::authority(&endpoint.base);
+            let timeout = self.limits.connect_timeout;
+            let client = transport::client(&endpoint.base, &endpoint.tls, Reach::Configured, timeout)
+                .map_err(|source| RegistryError::Tls { host: name.clone(), source })?;
+            hosts.push(Host {
+                endpoint,
+                name,
+                client,
+                guarded: Mutex::new(None),
+                authorization: Mutex::new(None),
+            });
+        }
+        Ok(Arc::new(Session {
+            repository: reference.repository().to_owned(),
+            hosts,
+            credentials: credentials.clone(),
+            trusted_token_hosts: self.trusted_token_hosts.clone(),
+            limits: self.limits.clone(),
+        }))
+    }
+}
+
+impl Session {
+    /// Fetches an index or a manifest. By digest, the bytes are held against it; by tag, their digest is what the tag means now.
+    pub(crate) async fn fetch_manifest(&self, target: &Target) -> Result<Fetched, RegistryError> {
+        let name = match target {
+            Target::Tag(tag) => tag.clone(),
+            Target::Digest(digest) => digest.to_string(),
+        };
+        let mut last = RegistryError::NotFound;
+        for host in &self.hosts {
+            let may = match target {
+                Target::Tag(_) => host.endpoint.resolve && host.endpoint.pull,
+                Target::Digest(_) => host.endpoint.pull,
+            };
+            if !may {
+                continue;
+            }
+            match self.manifest_from(host, target, &name).await {
+                Ok(fetched) => return Ok(fetched),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn manifest_from(
+        &self,
+        host: &Host,
+        target: &Target,
+        name: &str,
+    ) -> Result<Fetched, RegistryError> {
+        let accept = HeaderValue::from_str(&manifest::ACCEPTED.join(", ")).ok();
+        let mut tries = 0;
+        loop {
+            let attempt = async {
+                let headers: HeaderMap = accept.clone().map(|value| (ACCEPT, value)).into_iter().collect();
+                let response = self.request(host, &format!("manifests/{name}"), &headers).await?;
+                let text = |name: &str| {
+                    response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+                };
+                let content_type = text(CONTENT_TYPE.as_str());
+                let stated = text("docker-content-digest").and_then(|text| Digest::parse(&text).ok());
+                let bytes = self.read_body(host, response, MAX_DOCUMENT).await?;
+                let digest = Digest::of(&bytes);
+                let wanted = match target {
+                    Target::Digest(wanted) => Some(*wanted),
+                    Target::Tag(_) => stated,
+                };
+                match wanted {
+                    Some(expected) if expected != digest => {
+                        Err(RegistryError::DigestMismatch { expected, actual: digest })
+                    }
+                    _ => Ok(Fetched { bytes, content_type, digest }),
+                }
+            };
+            let error = match attempt.await {
+                Ok(fetched) => return Ok(fetched),
+                Err(error) => error,
+            };
+            tries += 1;
+            self.wait_or_give_up(error, tries).await?;
+        }
+    }
+
+    /// Fetches a blob of at most `limit` bytes whole, and holds it against its digest.
+    pub(crate) async fn fetch_small(&self, blob: Blob, limit: usize) -> Result<Vec<u8>, RegistryError> {
+        if blob.size > limit as u64 {
+            return Err(RegistryError::TooLarge);
+        }
+        let mut bytes = BytesMut::new();
+        self.fetch_blob(blob, &mut bytes).await?;
+        let actual = Digest::of(&bytes);
+        if actual != blob.digest {
+            return Err(RegistryError::DigestMismatch { expected: blob.digest, actual });
+        }
+        Ok(bytes.into())
+    }
+
+    /// Fetches a blob piece by piece: exactly as many bytes as the descriptor says, in order, each once. The digest is the receiver's
+    /// business.
+    pub(crate) async fn fetch_blob(&self, blob: Blob, sink: &mut impl Sink) -> Result<(), RegistryError> {
+        let mut progress = BlobProgress { offset: 0, ranges: true };
+        let mut last = RegistryError::NotFound;
+        let mut all_tries = 0;
+        for host in &self.hosts {
+            if !host.endpoint.pull {
+                continue;
+            }
+            let mut tries = 0;
+            loop {
+                let before = progress.offset;
+                let error = match self.blob_from(host, blob, &mut progress, sink).await {
+                    Ok(()) => return Ok(()),
+                    Err(error @ (RegistryError::Unwanted | RegistryError::Size)) => return Err(error),
+                    Err(error) => error,
+                };
+                if let RegistryError::Unreachable { source: Fault::WrongRange, .. } = error {
+                    progress.ranges = false;
+                }
+                tries = if progress.offset > before { 1 } else { tries + 1 };
+                all_tries += 1;
+                if all_tries >= MAX_BLOB_TRIES {
+                    return Err(error);
+                }
+                if let Err(error) = self.wait_or_give_up(error, tries).await {
+                    last = error;
+                    break;
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn blob_from(
+        &self,
+        host: &Host,
+        blob: Blob,
+        progress: &mut BlobProgress,
+        sink: &mut impl Sink,
+    ) -> Result<(), RegistryError> {
+        if progress.offset == blob.size && blob.size > 0 {
+            return Ok(());
+        }
+        let mut headers = HeaderMap::new();
+        if progress.offset > 0
+            && progress.ranges
+            && let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", progress.offset))
+        {
+            headers.insert(RANGE, range);
+        }
+        let asked_for_range = headers.contains_key(RANGE);
+        let mut response = self.request(host, &format!("blobs/{}", blob.digest), &headers).await?;
+        let unavailable = |source| RegistryError::Unreachable { host: host.name.clone(), source };
+        let from = match response.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                let stated = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+                if !asked_for_range
+                    || !stated.is_some_and(|text| is_range_from(text, progress.offset, blob.size))
+                {
+                    return Err(unavailable(Fault::WrongRange));
+                }
+                progress.offset
+            }
+            // The whole blob again: what came before is skipped. The digest will tell whether it was the same.
+            _ => 0,
+        };
+        if response.content_length().is_some_and(|length| length != blob.size - from) {
+            return Err(RegistryError::Size);
+        }
+        let mut skip = progress.offset - from;
+        let mut watch = StallWatch::new(&self.limits);
+        while let Some(mut piece) = self.next_piece(host, &mut response, &mut watch).await? {
+            let skipped = skip.min(piece.len() as u64);
+            skip -= skipped;
+            drop(piece.split_to(usize::try_from(skipped).unwrap_or(piece.len())));
+            if piece.is_empty() {
+                continue;
+            }
+            if piece.len() as u64 > blob.size - progress.offset {
+                return Err(RegistryError::Size);
+            }
+            progress.offset += piece.len() as u64;
+            sink.take(piece).await?;
+        }
+        if progress.offset == blob.size { Ok(()) } else { Err(unavailable(Fault::Cut)) }
+    }
+
+    /// Sleeps before the next try, or says that there is none.
+    async fn wait_or_give_up(&self, error: RegistryError, tries: usize) -> Result<(), RegistryError> {
+        let RegistryError::Unreachable { source, .. } = &error else { return Err(error) };
+        if tries >= self.limits.tries.max(1) {
+            return Err(error);
+        }
+        let doubled = self.limits.backoff * 2_u32.pow(u32::try_from(tries.clamp(1, 10) - 1).unwrap_or(0));
+        let wait = match source {
+            Fault::Status { retry_after: Some(wait), .. } => (*wait).max(doubled),
+            _ => doubled,
+        };
+        tracing::debug!(error = &error as &dyn std::error::Error, tries, "will try again");
+        tokio::time::sleep(wait + jitter(doubled)).await;
+        Ok(())
+    }
+
+    /// Sends a GET to a host, answers challenges, follows redirects. Gives answers of success only.
+    async fn request(&self, host: &Host, path: &str, headers: &HeaderMap) -> Result<Response, RegistryError> {
+        let mut url = host.endpoint.base.clone();
+        url.set_path(&format!("{}/{}/{path}", host.endpoint.base.path(), self.repository));
+        if let Some(namespace) = &host.endpoint.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        let mut rounds = 0;
+        loop {
+            let response = self.follow(host, url.clone(), headers).await?;
+            let status = response.status();
+            if status.is_success() {
+                return Ok(response);
+            }
+            match status {
+                StatusCode::UNAUTHORIZED if rounds < MAX_AUTH_ROUNDS => {
+                    rounds += 1;
+                    self.authenticate(host, response.headers()).await?;
+                }
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                    return Err(RegistryError::Unauthorized { host: host.name.clone(), source: None });
+                }
+                StatusCode::NOT_FOUND => return Err(RegistryError::NotFound),
+                StatusCode::RANGE_NOT_SATISFIABLE => {
+                    return Err(RegistryError::Unreachable {
+                        host: host.name.clone(),
+                        source: Fault::WrongRange,
+                    });
+                }
+                _ if is_temporary(status) => {
+                    let retry_after = retry_after(response.headers());
+                    let source = Fault::Status { status: status.as_u16(), retry_after };
+                    return Err(RegistryError::Unreachable { host: host.name.clone(), source });
+                }
+                _ => {
+                    let detail = self.error_detail(host, response).await;
+                    return Err(RegistryError::Status {
+                        host: host.name.clone(),
+                        status: status.as_u16(),
+                        detail,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Follows redirects by hand: what was configured for the host goes to that very host, nothing of it to any other.
+    async fn follow(
+        &self,
+        host: &Host,
+        mut url: Url,
+        headers: &HeaderMap,
+    ) -> Result<Response, RegistryError> {
+        let refused = || RegistryError::Redirect { host: host.name.clone() };
+        for _ in 0..=MAX_REDIRECTS {
+            let own = url.origin() == host.endpoint.base.origin();
+            let client = if own { host.client.clone() } else { self.guarded(host)? };
+            let mut request = client.get(url.clone()).headers(headers.clone());
+            // The digest is of the bytes as stored: nobody may compress them once more on the way.
+            request = request.header(ACCEPT_ENCODING, "identity");
+            if own {
+                for (name, value) in &host.endpoint.headers {
+                    request = request.header(name, value);
+                }
+                let authorization = host.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if let Some(authorization) = authorization {
+                    request = request.header(AUTHORIZATION, authorization);
+                }
+            }
+            let response = self.send(host, request).await?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                // A stranger's challenge is not answered.
+                if !own && response.status() == StatusCode::UNAUTHORIZED {
+                    return Err(RegistryError::Unauthorized { host: host.name.clone(), source: None });
+                }
+                return Ok(response);
+            }
+            let location =
+                response.headers().get(LOCATION).and_then(|value| value.to_str().ok()).ok_or_else(refused)?;
+            let next = url.join(location).map_err(|_| refused())?;
+            if next.origin() != host.endpoint.base.origin()
+                && !transport::may_follow(&host.endpoint.base, &next)
+            {
+                return Err(refused());
+            }
+            url = next;
+        }
+        Err(refused())
+    }
+
+    async fn send(&self, host: &Host, request: reqwest::RequestBuilder) -> Result<Response, RegistryError> {
+        let unavailable = |source| RegistryError::Unreachable { host: host.name.clone(), source };
+        match tokio::time::timeout(self.limits.header_timeout, request.send()).await {
+            Err(_) => Err(unavailable(Fault::Timeout)),
+            // The URL may have a signature in it.
+            Ok(sent) => sent.map_err(|error| unavailable(Fault::Transport(error.without_url()))),
+        }
+    }
+
+    fn guarded(&self, host: &Host) -> Result<reqwest::Client, RegistryError> {
+        let mut guarded = host.guarded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = &*guarded {
+            return Ok(client.clone());
+        }
+        let base = &host.endpoint.base;
+        let reach = Reach::Guarded { loopback: hosts::is_loopback(base) };
+        let client = transport::client(base, &host.endpoint.tls, reach, self.limits.connect_timeout)
+            .map_err(|source| RegistryError::Tls { host: host.name.clone(), source })?;
+        *guarded = Some(client.clone());
+        Ok(client)
+    }
+
+    /// Reads a body of at most `limit` bytes.
+    async fn read_body(
+        &self,
+        host: &Host,
+        mut response: Response,
+        limit: usize,
+    ) -> Result<Vec<u8>, RegistryError> {
+        if response.content_length().is_some_and(|length| length > limit as u64) {
+            return Err(RegistryError::TooLarge);
+        }
+        let mut body = Vec::new();
+        let mut watch = StallWatch::new(&self.limits);
+        while let Some(piece) = self.next_piece(host, &mut response, &mut watch).await? {
+            if body.len() + piece.len() > limit {
+                return Err(RegistryError::TooLarge);
+            }
+            body.extend_from_slice(&piece);
+        }
+        Ok(body)
+    }
+
+    async fn next_piece(
+        &self,
+        host: &Host,
+        response: &mut Response,
+        watch: &mut StallWatch,
+    ) -> Result<Option<Bytes>, RegistryError> {
+        let unavailable = |source| RegistryError::Unreachable { host: host.name.clone(), source };
+        let started = Instant::now();
+        let piece = match tokio::time::timeout(watch.left(), response.chunk()).await {
+            Err(_) => return Err(unavailable(Fault::Stalled)),
+            Ok(piece) => piece.map_err(|error| unavailable(Fault::Transport(error.without_url())))?,
+        };
+        if let Some(piece) = &piece
+            && watch.has_stalled(started.elapsed(), piece.len() as u64)
+        {
+            return Err(unavailable(Fault::Stalled));
+        }
+        Ok(piece)
+    }
+
+    /// What a registry says about an error (distribution-spec 1.1, "Error Codes").
+    async fn error_detail(&self, host: &Host, response: Response) -> String {
+        #[derive(serde::Deserialize)]
+        struct Errors {
+            errors: Vec<OneError>,
+        }
+        #[derive(serde::Deserialize)]
+        struct OneError {
+            #[serde(default)]
+            code: String,
+            #[serde(default)]
+            message: String,
+        }
+        const LONGEST: usize = 200;
+        let Ok(body) = self.read_body(host, response, MAX_ERROR_BODY).await else { return String::new() };
+        let errors = serde_json::from_slice::<Errors>(&body).map(|body| body.errors).unwrap_or_default();
+        let Some(first) = errors.first() else { return String::new() };
+        let text: String = format!("{}: {}", first.code, first.message).chars().take(LONGEST).collect();
+        format!(": {}", printable(text.as_bytes()))
+    }
+}
+
+#[derive(Debug)]
+struct BlobProgress {
+    /// Bytes that the receiver has.
+    offset: u64,
+    /// The registry has answered requests for ranges sensibly so far.
+    ranges: bool,
+}
+
+/// Notices bodies that trickle. Only the time spent waiting for the network counts, not what the receiver takes.
+#[derive(Debug)]
+struct StallWatch {
+    window: Duration,
+    least: u64,
+    waited: Duration,
+    received: u64,
+}
+
+impl StallWatch {
+    fn new(limits: &TransportLimits) -> Self {
+        Self { window: limits.stall_window, least: limits.stall_bytes, waited: Duration::ZERO, received: 0 }
+    }
+
+    fn left(&self) -> Duration {
+        self.window.saturating_sub(self.waited)
+    }
+
+    fn has_stalled(&mut self, waited: Duration, received: u64) -> bool {
+        self.waited += waited;
+        self.received += received;
+        if self.received >= self.least {
+            (self.waited, self.received) = (Duration::ZERO, 0);
+        }
+        self.waited >= self.window
+    }
+}
+
+fn is_temporary(status: StatusCode) -> bool {
+    status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429)
+}
+
+/// Seconds only; the form with a date is not worth its trouble here.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds: u64 = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER))
+}
+
+/// `bytes <from>-<last>/<size or *>` with exactly this start (RFC 9110, section 14.4).
+fn is_range_from(text: &str, from: u64, size: u64) -> bool {
+    let Some((range, total)) = text.strip_prefix("bytes ").and_then(|rest| rest.split_once('/')) else {
+        return false;
+    };
+    let Some((first, last)) = range.split_once('-') else { return false };
+    let number =
+        |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
+    number(first) == Some(from)
+        && number(last).is_some_and(|last| last >= from && last < size)
+        && (total == "*" || number(total) == Some(size))
+}
+
+/// Up to half of `wait`, so that many nodes that failed together do not come back together.
+fn jitter(wait: Duration) -> Duration {
+    use std::hash::{BuildHasher, RandomState};
+    let random = RandomState::new().hash_one(0_u8) % 1000;
+    wait / 2 * u32::try_from(random).unwrap_or(0) / 1000
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn only_the_exact_range_is_taken() {
+        for (text, fine) in [
+            ("bytes 10-99/100", true),
+            ("bytes 10-50/100", true),
+            ("bytes 10-99/*", true),
+            ("bytes 0-99/100", false),
+            ("bytes 11-99/100", false),
+            ("bytes 10-100/100", false),
+            ("bytes 10-99/101", false),
+            ("bytes 10-9/100", false),
+            ("bytes +10-99/100", false),
+            ("bytes */100", false),
+            ("lines 10-99/100", false),
+            ("", false),
+        ] {
+            assert_eq!(is_range_from(text, 10, 100), fine, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_trickle_is_a_stall_and_a_slow_receiver_is_not() {
+        let limits = TransportLimits {
+            stall_window: Duration::from_secs(10),
+            stall_bytes: 100,
+            ..TransportLimits::default()
+        };
+        let mut watch = StallWatch::new(&limits);
+        assert!((0..9).all(|_| !watch.has_stalled(Duration::from_secs(1), 1)));
+        assert!(watch.has_stalled(Duration::from_secs(1), 1));
+        let mut watch = StallWatch::new(&limits);
+        assert!((0..1000).all(|_| !watch.has_stalled(Duration::from_secs(1), 20)));
+    }
+
+    #[test]
+    fn retry_after_is_bounded() {
+        let of = |text: &str| {
+            let headers: HeaderMap =
+                [(RETRY_AFTER, HeaderValue::from_str(text).unwrap())].into_iter().collect();
+            retry_after(&headers)
+        };
+        assert_eq!(of("10"), Some(Duration::from_secs(10)));
+        assert_eq!(of("99999999"), Some(MAX_RETRY_AFTER));
+        assert_eq!(of("-1"), None);
+        assert_eq!(of("Fri, 31 Dec 1999 23:59:59 GMT"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_content_range_ends_in_a_result(text in any::<String>()) {
+            let _ = is_range_from(&text, 1, 2);
+        }
+    }
+}

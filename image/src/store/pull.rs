@@ -1,0 +1,298 @@
+//! From a reference to a listed image.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+
+use super::commit::{self, ContentError, Names, NewImage};
+use super::staging::{self, Acquired, Fetch};
+use super::{Inner, StoreError, blocking};
+use crate::credentials::Credentials;
+use crate::layer::{Budget, LayerContent};
+use crate::manifest::{self, Blob, Document, MAX_NESTING, Manifest, ManifestError};
+use crate::pipe;
+use crate::reference::{Reference, Target};
+use crate::registry::{RegistryError, Session, Sink};
+use crate::{Digest, Image, LayerPhase, LayerProgress, Progress};
+
+/// Why a pull failed. The message is fit for a pod's event: it holds no secret and no URL query.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PullError {
+    /// No registry host has it.
+    #[error("{reference} was not found")]
+    NotFound {
+        /// What was asked for.
+        reference: String,
+    },
+    /// The registry wants other credentials, or any.
+    #[error("not authorised to pull {reference}")]
+    Unauthorized {
+        /// What was asked for.
+        reference: String,
+        /// What was refused.
+        #[source]
+        source: RegistryError,
+    },
+    /// No host of the registry could be talked to. CRI wants the status text to start with `RegistryUnavailable`.
+    #[error("registry {registry} cannot be reached")]
+    Unreachable {
+        /// Domain of the reference.
+        registry: String,
+        /// What the last host said.
+        #[source]
+        source: RegistryError,
+    },
+    /// The registry answered something that makes no sense.
+    #[error("pull {reference}")]
+    Registry {
+        /// What was asked for.
+        reference: String,
+        /// Why.
+        #[source]
+        source: RegistryError,
+    },
+    /// Bytes came that are not those of the digest that they were asked by.
+    #[error("content of {reference} is not what its digest says")]
+    DigestMismatch {
+        /// What was asked for.
+        reference: String,
+        /// Which content.
+        #[source]
+        source: ContentError,
+    },
+    /// The disk is full, or would go below the floor that must stay free.
+    #[error("no space left on the device for {reference}")]
+    DiskFull {
+        /// What was asked for.
+        reference: String,
+        /// Where it ended.
+        #[source]
+        source: ContentError,
+    },
+    /// The image is broken, hostile or not for this machine.
+    #[error("image {reference} cannot be used")]
+    Content {
+        /// What was asked for.
+        reference: String,
+        /// Why.
+        #[source]
+        source: ContentError,
+    },
+}
+
+impl PullError {
+    fn new(reference: &Reference, error: ContentError) -> Self {
+        let name = reference.to_string();
+        match error {
+            ContentError::Registry(source) => match source {
+                RegistryError::NotFound => Self::NotFound { reference: name },
+                RegistryError::Unauthorized { .. } => Self::Unauthorized { reference: name, source },
+                RegistryError::Unreachable { .. } => {
+                    Self::Unreachable { registry: reference.domain().to_owned(), source }
+                }
+                RegistryError::DigestMismatch { expected, actual } => Self::DigestMismatch {
+                    reference: name,
+                    source: ContentError::DigestMismatch { expected, actual },
+                },
+                _ => Self::Registry { reference: name, source },
+            },
+            error if error.is_disk_full() => Self::DiskFull { reference: name, source: error },
+            error if error.is_digest_mismatch() => Self::DigestMismatch { reference: name, source: error },
+            error => Self::Content { reference: name, source: error },
+        }
+    }
+}
+
+pub(super) async fn pull(
+    inner: &Arc<Inner>,
+    reference: &Reference,
+    credentials: &Credentials,
+    progress: Arc<dyn Progress>,
+) -> Result<Image, PullError> {
+    pull_content(inner, reference, credentials, progress)
+        .await
+        .map_err(|error| PullError::new(reference, error))
+}
+
+async fn pull_content(
+    inner: &Arc<Inner>,
+    reference: &Reference,
+    credentials: &Credentials,
+    progress: Arc<dyn Progress>,
+) -> Result<Image, ContentError> {
+    let session = inner.client.session(reference, credentials)?;
+    let (manifest, raw_manifest, top) = find_manifest(&session, reference.target()).await?;
+    let tag = matches!(reference.target(), Target::Tag(_)).then(|| reference.to_string());
+    let names = vec![Names { tag, repo_digest: Some(reference.with_digest(top).to_string()) }];
+
+    let (known_inner, known_names, id) = (Arc::clone(inner), names.clone(), manifest.config.digest);
+    if let Some(image) = blocking(move || commit::name_existing(&known_inner, id, &known_names)).await? {
+        return Ok(image);
+    }
+
+    let raw_config = session.fetch_small(manifest.config, manifest::MAX_DOCUMENT).await?;
+    let configuration = manifest::parse_config(&raw_config, manifest.layers.len())?;
+    let contents: Vec<LayerContent> = manifest
+        .layers
+        .iter()
+        .zip(&configuration.diff_ids)
+        .map(|(&blob, &diff_id)| LayerContent { blob, diff_id })
+        .collect();
+    let fetch = |_: usize, content: LayerContent, report: Reporter| FromRegistry {
+        session: Arc::clone(&session),
+        blob: content.blob,
+        report,
+    };
+    let layers = acquire_all(inner, &contents, &progress, fetch).await?;
+    finish(inner, NewImage { configuration, raw_config, raw_manifest, layers, names }, &progress).await
+}
+
+/// Commits, off the async threads and to the end.
+pub(super) async fn finish(
+    inner: &Arc<Inner>,
+    new: NewImage,
+    progress: &Arc<dyn Progress>,
+) -> Result<Image, ContentError> {
+    progress.committing();
+    let inner = Arc::clone(inner);
+    let committed = tokio::task::spawn_blocking(move || {
+        let committed = commit::commit(&inner, &new);
+        // Layers that are not part of an image now go at once, not when the last clone of something is dropped.
+        drop(new);
+        if committed.is_err() {
+            let _disk = inner.disk();
+            if let Err(error) = inner.collect(None) {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "could not remove layers of a failed pull"
+                );
+            }
+        }
+        committed
+    });
+    committed.await.map_err(|_| StoreError::BrokenOff)?
+}
+
+/// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays of the others that nobody else needs.
+pub(super) async fn acquire_all<F: Fetch>(
+    inner: &Arc<Inner>,
+    contents: &[LayerContent],
+    progress: &Arc<dyn Progress>,
+    mut fetch: impl FnMut(usize, LayerContent, Reporter) -> F,
+) -> Result<Vec<Acquired>, ContentError> {
+    let options = &inner.options;
+    let budget = Arc::new(Budget::new(
+        options.max_image_bytes,
+        inner.root.clone(),
+        options.min_free_bytes,
+        options.min_free_percent,
+    ));
+    let running = contents.iter().enumerate().map(|(index, &content)| {
+        let report = Reporter { progress: Arc::clone(progress), index, count: contents.len(), content };
+        report.say(LayerPhase::Waiting, 0);
+        let (fetch, budget) = (fetch(index, content, report.clone()), Arc::clone(&budget));
+        async move {
+            let acquired = staging::acquire(inner, content, &budget, fetch).await?;
+            let phase = if acquired.staged.is_some() { LayerPhase::Unpacked } else { LayerPhase::Present };
+            report.say(phase, content.blob.size);
+            Ok::<_, ContentError>(acquired)
+        }
+    });
+    let running: Vec<_> = running.collect();
+    let acquired = try_join_all(running).await;
+    if acquired.is_err() {
+        let diff_ids: Vec<Digest> = contents.iter().map(|content| content.diff_id).collect();
+        staging::settle(inner, &diff_ids).await;
+    }
+    acquired
+}
+
+/// Tells one layer's progress.
+#[derive(Clone)]
+pub(super) struct Reporter {
+    progress: Arc<dyn Progress>,
+    index: usize,
+    count: usize,
+    content: LayerContent,
+}
+
+impl Reporter {
+    pub(super) fn say(&self, phase: LayerPhase, done_bytes: u64) {
+        self.progress.layer(LayerProgress {
+            index: self.index,
+            count: self.count,
+            digest: self.content.blob.digest,
+            phase,
+            done_bytes,
+            total_bytes: self.content.blob.size,
+        });
+    }
+}
+
+struct FromRegistry {
+    session: Arc<Session>,
+    blob: Blob,
+    report: Reporter,
+}
+
+/// Passes bytes on and tells how many.
+struct ReportedPipe {
+    writer: pipe::Writer,
+    report: Reporter,
+    done: u64,
+}
+
+impl Sink for ReportedPipe {
+    async fn take(&mut self, bytes: Bytes) -> Result<(), RegistryError> {
+        self.done += bytes.len() as u64;
+        self.report.say(LayerPhase::Fetching, self.done);
+        self.writer.write(bytes).await.map_err(|_| RegistryError::Unwanted)
+    }
+}
+
+impl Fetch for FromRegistry {
+    type Input = pipe::Reader;
+
+    fn start(self) -> (pipe::Reader, impl Future<Output = Result<(), ContentError>> + Send) {
+        let (writer, reader) = pipe::pipe();
+        let filling = async move {
+            self.report.say(LayerPhase::Fetching, 0);
+            let mut sink = ReportedPipe { writer, report: self.report, done: 0 };
+            match self.session.fetch_blob(self.blob, &mut sink).await {
+                Ok(()) => drop(sink.writer.finish().await),
+                // The reader is gone, and knows why.
+                Err(RegistryError::Unwanted) => {}
+                Err(error) => return Err(error.into()),
+            }
+            Ok(())
+        };
+        (reader, filling)
+    }
+}
+
+/// Follows indexes to the manifest for this machine. Returns it with its bytes, and the digest of what the reference itself points at.
+async fn find_manifest(
+    session: &Session,
+    target: &Target,
+) -> Result<(Manifest, Vec<u8>, Digest), ContentError> {
+    let mut fetched = session.fetch_manifest(target).await?;
+    let top = fetched.digest;
+    for _ in 0..=MAX_NESTING {
+        match manifest::parse(&fetched.bytes, fetched.content_type.as_deref())? {
+            Document::Manifest(manifest) => return Ok((manifest, fetched.bytes, top)),
+            Document::Index(index) => {
+                let (blob, media_type) = manifest::select(&index)?;
+                fetched = session.fetch_manifest(&Target::Digest(blob.digest)).await?;
+                if fetched.bytes.len() as u64 != blob.size {
+                    return Err(RegistryError::Size.into());
+                }
+                // What the index calls it counts, and what the registry calls it must not contradict.
+                manifest::parse(&fetched.bytes, fetched.content_type.as_deref())?;
+                fetched.content_type = Some(media_type);
+            }
+        }
+    }
+    Err(ManifestError::TooDeep.into())
+}

@@ -1,0 +1,193 @@
+//! Layers on their way in: each is fetched and unpacked once, however many pulls want it.
+//!
+//! One slot per diff id. Whoever holds the slot's lock looks whether the layer is in the store or staged by somebody else, and unpacks it
+//! otherwise. The lock is owned by the blocking thread that unpacks, not by the future that waits for it: so it is given back only when
+//! nothing of a failed or cancelled layer is left. A staged layer lives as long as a pull holds it; then it is in the store or gone.
+//!
+//! Nobody waits for a slot while holding another slot's lock, and nobody waits for a permit while holding a permit: no deadlock.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, Weak};
+
+use berth_sys::beneath::Root;
+use tokio::sync::{Mutex as AsyncMutex, oneshot};
+
+use super::record::{self, LayerRecord, OpenQuestions};
+use super::{ContentError, Inner, Pin, StoreError, file_error, make_private_dir, remove_tree};
+use crate::Digest;
+use crate::layer::{self, Budget, LayerContent};
+use crate::unpack::Summary;
+
+pub(super) type Slot = AsyncMutex<Weak<Staged>>;
+
+/// A layer that is unpacked and verified but not in the store yet.
+#[derive(Debug)]
+pub(super) struct Staged {
+    path: PathBuf,
+    pub(super) record: LayerRecord,
+    pub(super) summary: Summary,
+    /// Moved into the store; nothing to clean up.
+    committed: AtomicBool,
+}
+
+impl Staged {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn is_committed(&self) -> bool {
+        self.committed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_committed(&self) {
+        self.committed.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if self.is_committed() {
+            return;
+        }
+        let path = std::mem::take(&mut self.path);
+        let remove = move || {
+            if let Err(error) = remove_tree(&path) {
+                // Not lost: the next start removes it.
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "could not remove an unfinished layer"
+                );
+            }
+        };
+        // The last holder may be a future that was dropped on an async thread, where a large removal would hold up others.
+        match tokio::runtime::Handle::try_current() {
+            Ok(handle) => drop(handle.spawn_blocking(remove)),
+            Err(_) => remove(),
+        }
+    }
+}
+
+/// A layer that a pull has in hand.
+#[derive(Debug)]
+pub(super) struct Acquired {
+    pub(super) diff_id: Digest,
+    /// `None` if it was in the store.
+    pub(super) staged: Option<Arc<Staged>>,
+    _pin: Pin,
+}
+
+/// What to do when it turns out that the layer must be fetched.
+pub(super) trait Fetch: Send {
+    /// The layer's bytes, to be read on a blocking thread.
+    type Input: Read + Send + 'static;
+
+    /// Opens the input and starts whatever fills it; the future resolves when all was put in.
+    fn start(self) -> (Self::Input, impl Future<Output = Result<(), ContentError>> + Send);
+}
+
+/// Sees to it that a layer is in the store or staged.
+pub(super) async fn acquire<F: Fetch>(
+    inner: &Arc<Inner>,
+    content: LayerContent,
+    budget: &Arc<Budget>,
+    fetch: F,
+) -> Result<Acquired, ContentError> {
+    let diff_id = content.diff_id;
+    let pin = Pin::new(inner, diff_id);
+    let slot = {
+        let mut slots = inner.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|_, slot| Arc::strong_count(slot) > 1);
+        Arc::clone(slots.entry(diff_id).or_default())
+    };
+    let mut guard = slot.lock_owned().await;
+    if inner.state().layers.contains_key(&diff_id) {
+        return Ok(Acquired { diff_id, staged: None, _pin: pin });
+    }
+    if let Some(staged) = guard.upgrade() {
+        return Ok(Acquired { diff_id, staged: Some(staged), _pin: pin });
+    }
+    let permit = Arc::clone(&inner.permits).acquire_owned().await.map_err(|_| StoreError::BrokenOff)?;
+    let (input, filling) = fetch.start();
+    let path = inner.partial_path(&inner.layer_path(diff_id));
+    let budget = Arc::clone(budget);
+    let (result_sender, result) = oneshot::channel();
+    tokio::task::spawn_blocking(move || {
+        let staged = stage(input, content, path, &budget);
+        if let Ok(staged) = &staged {
+            *guard = Arc::downgrade(staged);
+        }
+        // If nobody waits any more, the layer goes here and now, before the slot is free again.
+        if let Err(unwanted) = result_sender.send(staged) {
+            drop(unwanted);
+        }
+        drop(guard);
+        drop(permit);
+    });
+    let (filled, staged) = tokio::join!(filling, result);
+    let staged = staged.map_err(|_| StoreError::BrokenOff)?;
+    match (filled, staged) {
+        (_, Ok(staged)) => Ok(Acquired { diff_id, staged: Some(staged), _pin: pin }),
+        // The reader's "abandoned" is only the echo of the writer's error.
+        (Err(cause), Err(ContentError::Layer { source: layer::LayerError::Abandoned, .. })) => Err(cause),
+        (_, Err(error)) => Err(error),
+    }
+}
+
+/// Waits until no thread works on these layers any more.
+pub(super) async fn settle(inner: &Arc<Inner>, diff_ids: &[Digest]) {
+    for diff_id in diff_ids {
+        let slot = inner.slots.lock().unwrap_or_else(PoisonError::into_inner).get(diff_id).map(Arc::clone);
+        if let Some(slot) = slot {
+            drop(slot.lock().await);
+        }
+    }
+}
+
+/// Unpacks into `path`; removes it again if that fails.
+fn stage(
+    input: impl Read,
+    content: LayerContent,
+    path: PathBuf,
+    budget: &Arc<Budget>,
+) -> Result<Arc<Staged>, ContentError> {
+    let made = unpack_into(input, content, &path, budget);
+    if made.is_err()
+        && let Err(error) = remove_tree(&path)
+    {
+        tracing::warn!(error = &error as &dyn std::error::Error, "could not remove an unfinished layer");
+    }
+    let (record, summary) = made?;
+    Ok(Arc::new(Staged { path, record, summary, committed: AtomicBool::new(false) }))
+}
+
+fn unpack_into(
+    input: impl Read,
+    content: LayerContent,
+    path: &Path,
+    budget: &Arc<Budget>,
+) -> Result<(LayerRecord, Summary), ContentError> {
+    let tree = path.join("fs");
+    make_private_dir(path)?;
+    fs::create_dir(&tree).map_err(file_error("create", &tree))?;
+    let root = Root::open(&tree).map_err(file_error("open", &tree))?;
+    let summary = layer::unpack(input, content.blob.digest, content.diff_id, &root, budget)
+        .map_err(|source| ContentError::Layer { diff_id: content.diff_id, source })?;
+    let questions = OpenQuestions::of(&summary);
+    let record = LayerRecord {
+        bytes: summary.bytes,
+        inodes: summary.inodes,
+        opaque_root: summary.opaque_root,
+        has_open_questions: questions.is_some(),
+    };
+    let write = |name: &str, written: Result<fs::File, record::RecordError>| {
+        written.map(drop).map_err(|source| StoreError::Record { path: path.join(name), source })
+    };
+    if let Some(questions) = &questions {
+        write("open.json", record::write(&path.join("open.json"), questions))?;
+    }
+    write("layer.json", record::write(&path.join("layer.json"), &record))?;
+    Ok((record, summary))
+}

@@ -424,6 +424,20 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_request_fits_a_record() {
+        let path = format!("/{}", "\u{1}".repeat(4000));
+        let mount = v1::Mount { container_path: path.clone(), host_path: path, ..Default::default() };
+        let mut message = asked();
+        message.mounts = vec![mount; MAX_MOUNTS];
+        let config = convert(message.clone()).unwrap();
+        let bytes = serde_json::to_vec(&config).unwrap().len() as u64;
+        let most = berth_model::record::MAX_BYTES;
+        assert!(bytes > most / 2 && bytes < most, "{bytes}: the case is near the limit, and below it");
+        message.args = vec!["a".repeat(1 << 19)];
+        assert!(convert(message).is_err(), "and there is no room beside it");
+    }
+
+    #[test]
     fn the_value_of_a_variable_is_in_no_message() {
         for value in [b"hunter2\0".to_vec(), b"hunter2\xff".to_vec()] {
             let mut message = asked();

@@ -129,7 +129,8 @@ mod tests {
         assert!(SandboxFilter::new(None).matches(&view));
         let full = "ab".repeat(32);
         let long = "ab".repeat(33);
-        let cases: &[(&str, Option<i32>, &[(&str, &str)], bool)] = &[
+        type Case<'a> = (&'a str, Option<i32>, &'a [(&'a str, &'a str)], bool);
+        let cases: &[Case<'_>] = &[
             ("", None, &[], true),
             ("ab", None, &[], true),
             (&full, Some(1), &[("a", "1"), ("b", "")], true),
@@ -179,7 +180,8 @@ mod tests {
             stop_signal: 15,
         };
         assert!(ContainerFilter::new(None).matches(&view));
-        let cases: &[(&str, &str, Option<i32>, &[(&str, &str)], bool)] = &[
+        type Case<'a> = (&'a str, &'a str, Option<i32>, &'a [(&'a str, &'a str)], bool);
+        let cases: &[Case<'_>] = &[
             ("", "", None, &[], true),
             ("cd", "ab", Some(1), &[("a", "1")], true),
             ("ab", "", None, &[], false),

@@ -35,3 +35,51 @@ pub use status::{
     ContainerView, SandboxView, container, container_metadata, container_mounts, container_status, sandbox,
     sandbox_metadata, sandbox_status,
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_cri::v1;
+    use proptest::prelude::*;
+    use prost::Message;
+
+    proptest! {
+        #[test]
+        fn any_message_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..64), number in any::<i32>()) {
+            if let Ok(message) = v1::PodSandboxConfig::decode(bytes.as_slice()) {
+                let _ = sandbox_config(message, "");
+            }
+            if let Ok(message) = v1::ContainerConfig::decode(bytes.as_slice()) {
+                let _ = container_config(message, &berth_model::sandbox::Config::default());
+            }
+            if let Ok(Some(signal)) = signal_number(&Field::root("s"), number) {
+                prop_assert!((1..=64).contains(&signal));
+            }
+            let _ = signal_message(number);
+        }
+
+        #[test]
+        fn a_parameter_that_is_taken_is_a_path_below_its_namespace(text in "(net|kernel|fs)[./](\\PC|[./a-z]){0,12}") {
+            let config = v1::PodSandboxConfig {
+                metadata: Some(v1::PodSandboxMetadata {
+                    name: "n".into(),
+                    uid: "u".into(),
+                    namespace: "s".into(),
+                    attempt: 0,
+                }),
+                linux: Some(v1::LinuxPodSandboxConfig {
+                    sysctls: [(text, "1".to_owned())].into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            if let Ok(config) = sandbox_config(config, "") {
+                for name in config.sysctls.keys() {
+                    prop_assert!(name.split('.').all(|part| {
+                        !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+                    }), "{name:?}");
+                }
+            }
+        }
+    }
+}

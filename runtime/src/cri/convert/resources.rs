@@ -449,7 +449,8 @@ mod tests {
     #[test]
     fn an_update_keeps_the_swap_when_only_memory_changes() {
         // Memory and together before; memory and together asked; memory and together after.
-        let cases: &[([i64; 2], [i64; 2], Option<[i64; 2]>)] = &[
+        type Case = ([i64; 2], [i64; 2], Option<[i64; 2]>);
+        let cases: &[Case] = &[
             ([100, 100], [200, 0], Some([200, 200])),
             ([100, 150], [200, 0], Some([200, 250])),
             ([100, 150], [50, 0], Some([50, 100])),

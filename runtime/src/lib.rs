@@ -1,9 +1,38 @@
 //! The daemon.
 //!
-//! `docs/ARCHITECTURE.md` has the map. In short: [`cri`] is the edge, where requests become plain data; `sandbox` and `container` own the
-//! objects; `oci_spec` and `plan` turn what was asked for into what a shim does; `shim_client` talks to the shims.
+//! `docs/ARCHITECTURE.md` has the map. In short: `cri` is the edge, where requests become plain data, and `api` the same for Berth's own
+//! service; `sandbox` and `container` own the objects, `registry` knows them by id and name; `oci_spec` and `plan` turn what was asked
+//! for into what a shim does; `shim_client` talks to the shims; `recovery` brings back what the daemon before left.
 #![forbid(unsafe_code)]
 
+mod api;
+mod atomic_file;
+pub mod config;
+mod container;
 pub mod cri;
+pub mod daemon;
+mod node;
 pub mod oci_spec;
 pub mod plan;
+mod recovery;
+mod registry;
+mod sandbox;
+mod server;
+mod shim_client;
+mod trash;
+
+/// An error with all its causes, as one line: what a person needs who sees nothing else.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Errors that pass their cause on say the same twice.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

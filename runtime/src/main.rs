@@ -1,2 +1,141 @@
-//! The daemon.
-fn main() {}
+//! `berthd`: arguments and configuration, then the daemon.
+#![forbid(unsafe_code)]
+
+use anyhow::Context as _;
+use berth_runtime::config::{self, Config, Written};
+use clap::Parser;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// sysexits.h: the configuration is wrong.
+const EXIT_CONFIG: u8 = 78;
+
+/// The Berth container runtime: serves the Kubernetes CRI on a Unix socket.
+#[derive(Debug, Parser)]
+#[command(name = "berthd", version)]
+struct Arguments {
+    /// The configuration file; files in FILE.d/*.toml are read after it.
+    #[arg(long, value_name = "FILE", default_value = config::DEFAULT_FILE)]
+    config: PathBuf,
+    /// Folder for images, records and writable layers.
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Folder for what a reboot takes away: namespaces, sockets.
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// The socket to serve on.
+    #[arg(long, value_name = "FILE")]
+    socket: Option<PathBuf>,
+    /// The shim's program.
+    #[arg(long, value_name = "FILE")]
+    shim: Option<PathBuf>,
+    /// What to log: error, warn, info, debug, trace, or a filter.
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+    /// Check the configuration and end.
+    #[arg(long)]
+    check_config: bool,
+    /// Print the configuration with all its defaults and end.
+    #[arg(long)]
+    print_config: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let config = match read(&arguments) {
+        Ok(config) => config,
+        Err(error) => {
+            tell(&format!("berthd: {error:#}"));
+            return ExitCode::from(EXIT_CONFIG);
+        }
+    };
+    if arguments.print_config {
+        return match toml::to_string(&config.written()) {
+            Ok(text) => {
+                print(&text);
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                tell(&format!("berthd: {error}"));
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if arguments.check_config {
+        return ExitCode::SUCCESS;
+    }
+    match serve(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tell(&format!("berthd: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn read(arguments: &Arguments) -> anyhow::Result<Config> {
+    let mut written = Written::default();
+    for path in config::files(&arguments.config).context("read the configuration")? {
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error)
+                if error.kind() == std::io::ErrorKind::NotFound
+                    && path.as_os_str() == config::DEFAULT_FILE =>
+            {
+                continue;
+            }
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        let file = Written::parse(&text).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+        written = file.over(written);
+    }
+    let flags = Written {
+        root: arguments.root.clone(),
+        state: arguments.state.clone(),
+        socket: arguments.socket.clone(),
+        shim: arguments.shim.clone(),
+        log: arguments.log.clone(),
+        ..Written::default()
+    };
+    Config::check(flags.over(written)).map_err(|mistakes| {
+        let lines: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
+        anyhow::anyhow!("the configuration is wrong:\n  {}", lines.join("\n  "))
+    })
+}
+
+fn serve(config: Config) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log).context("log")?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    berth_sys::process::set_umask(0o077);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("berthd")
+        .build()
+        .context("start the async runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        berth_runtime::daemon::run(config, stop).await?;
+        anyhow::Ok(())
+    })?;
+    // A pull or a deletion may be in a blocking call; nothing that it leaves is in the next daemon's way.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    Ok(())
+}
+
+#[expect(clippy::print_stderr, reason = "what cannot be logged yet is told where the caller looks")]
+fn tell(text: &str) {
+    eprintln!("{text}");
+}
+
+#[expect(clippy::print_stdout, reason = "--print-config is asked for on standard output")]
+fn print(text: &str) {
+    print!("{text}");
+}

@@ -83,7 +83,11 @@ impl Splitter {
         for part in [time, b" ", self.stream.name(), b" ", &[tag], b" ", first, second] {
             out.extend_from_slice(part);
         }
-        if self.terminal && tag == b'F' && (!first.is_empty() || !second.is_empty()) && out.last() == Some(&b'\r') {
+        if self.terminal
+            && tag == b'F'
+            && (!first.is_empty() || !second.is_empty())
+            && out.last() == Some(&b'\r')
+        {
             out.pop();
         }
         out.push(b'\n');
@@ -189,8 +193,11 @@ impl LogFile {
         let mut entry = if self.torn { b"\n".to_vec() } else { Vec::new() };
         entry.extend_from_slice(&timestamp(SystemTime::now()));
         entry.extend_from_slice(
-            format!(" stderr F [berth: {} bytes of log were lost, the disk did not take them]\n", self.gap_bytes)
-                .as_bytes(),
+            format!(
+                " stderr F [berth: {} bytes of log were lost, the disk did not take them]\n",
+                self.gap_bytes
+            )
+            .as_bytes(),
         );
         entry
     }
@@ -233,7 +240,11 @@ mod tests {
             (&[b"a\r\n"], "T stdout F a\r\n"),
         ];
         for (pieces, expected) in cases {
-            assert_eq!(entries(&mut Splitter::new(Stream::Stdout, 4, false), pieces), *expected, "{pieces:?}");
+            assert_eq!(
+                entries(&mut Splitter::new(Stream::Stdout, 4, false), pieces),
+                *expected,
+                "{pieces:?}"
+            );
         }
     }
 
@@ -247,7 +258,11 @@ mod tests {
             (&[b"a\rb\r\n"], "T stderr F a\rb\n"),
         ];
         for (pieces, expected) in cases {
-            assert_eq!(entries(&mut Splitter::new(Stream::Stderr, 64, true), pieces), *expected, "{pieces:?}");
+            assert_eq!(
+                entries(&mut Splitter::new(Stream::Stderr, 64, true), pieces),
+                *expected,
+                "{pieces:?}"
+            );
         }
     }
 

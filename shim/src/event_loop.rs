@@ -15,7 +15,9 @@ use crate::failure::refused;
 use crate::init::host_path;
 use crate::launch::{self, Container, Exec};
 use crate::stdio::Output;
-use berth_shim_proto::control::{Created, Ended, Failed, Phase, Reply, Request, Started, reply::Answer, request::Call};
+use berth_shim_proto::control::{
+    Created, Ended, Failed, Phase, Reply, Request, Started, reply::Answer, request::Call,
+};
 use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::launch::Launch;
 use berth_sys::poll::{ChildSignals, Poll};
@@ -37,8 +39,17 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Daemons that may be connected at once; one is the rule, two happen at a restart.
 const MAX_CONNECTIONS: usize = 4;
 
-/// What containerd and CRI report for a container whose program could not be started.
-const EXIT_CODE_START_FAILED: i32 = 128;
+/// What a container exits with whose program could not be started: as shells and docker say it, POSIX "Exit Status for Commands".
+fn start_failure_code(failed: &Failed) -> i32 {
+    const ENOENT: i32 = 2;
+    const ENOEXEC: i32 = 8;
+    const EACCES: i32 = 13;
+    match (failed.step.as_str(), failed.errno) {
+        (crate::execute::EXECUTE, ENOENT) => 127,
+        (crate::execute::EXECUTE, EACCES | ENOEXEC) => 126,
+        _ => 128,
+    }
+}
 
 const TOKEN_CHILDREN: u64 = 0;
 const TOKEN_LISTENER: u64 = 1;
@@ -137,8 +148,9 @@ impl Shim {
             Event::ChildrenEnded => self.reap(),
             Event::ConnectionWaits => self.accept(),
             Event::OutputReadable(token) => {
-                if let State::Waiting { output, .. } | State::Running { output, .. } | State::Draining { output, .. } =
-                    &mut self.state
+                if let State::Waiting { output, .. }
+                | State::Running { output, .. }
+                | State::Draining { output, .. } = &mut self.state
                 {
                     output.readable(token);
                 }
@@ -162,7 +174,8 @@ impl Shim {
     }
 
     fn serve(&mut self, token: u64, writable: bool) {
-        let Some(connection) = self.connections.iter_mut().find(|connection| connection.token() == token) else {
+        let Some(connection) = self.connections.iter_mut().find(|connection| connection.token() == token)
+        else {
             return;
         };
         if writable && !connection.flush(&self.poll) {
@@ -188,7 +201,8 @@ impl Shim {
 
     fn reply(&mut self, token: u64, id: u64, answer: Answer) {
         let reply = Reply { id, answer: Some(answer) };
-        let Some(connection) = self.connections.iter_mut().find(|connection| connection.token() == token) else {
+        let Some(connection) = self.connections.iter_mut().find(|connection| connection.token() == token)
+        else {
             return;
         };
         if !connection.send(&reply, &self.poll) {
@@ -265,8 +279,11 @@ impl Shim {
                     Err(failed) => {
                         launch::end_child(container.created.pid, &container.pidfd);
                         let record = ExitRecord {
-                            exit_code: EXIT_CODE_START_FAILED,
-                            oom_killed: container.oom.as_ref().is_some_and(crate::exit::OomCounter::has_risen),
+                            exit_code: start_failure_code(&failed),
+                            oom_killed: container
+                                .oom
+                                .as_ref()
+                                .is_some_and(crate::exit::OomCounter::has_risen),
                             finished_at_unix_ns: unix_ns(now),
                             start_error: failed.to_string(),
                             ..ExitRecord::default()
@@ -317,7 +334,9 @@ impl Shim {
 
     fn phase(&self) -> Phase {
         match &self.state {
-            State::Waiting { container, .. } => Phase { created: Some(container.created.clone()), started: None },
+            State::Waiting { container, .. } => {
+                Phase { created: Some(container.created.clone()), started: None }
+            }
             State::Running { container, started, .. } => {
                 Phase { created: Some(container.created.clone()), started: Some(*started) }
             }
@@ -344,7 +363,11 @@ impl Shim {
                 self.main_ended(ended);
             } else if let Some(index) = self.execs.iter().position(|exec| exec.pid == pid) {
                 let exec = self.execs.swap_remove(index);
-                self.reply(exec.connection, exec.request_id, Answer::Ended(Ended { exit_code: ended.code() }));
+                self.reply(
+                    exec.connection,
+                    exec.request_id,
+                    Answer::Ended(Ended { exit_code: ended.code() }),
+                );
             }
         }
         self.finish_if_drained(false);

@@ -16,6 +16,9 @@ use std::os::unix::ffi::OsStrExt;
 /// The search path of a process whose environment has none; the same as execvp(3)'s in glibc.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// The step that is exec itself.
+pub(crate) const EXECUTE: &str = "execute";
+
 /// The program with everything that exec needs, converted before privileges go so that memory errors come early.
 pub(crate) struct Program {
     candidates: Vec<CString>,
@@ -27,7 +30,8 @@ pub(crate) struct Program {
 impl Program {
     pub(crate) fn new(process: &Process, home: &[u8]) -> Result<Self, Failed> {
         let text = |bytes: &[u8]| {
-            CString::new(bytes).map_err(|_| refused("prepare the program", format!("{} has a NUL byte", shown(bytes))))
+            CString::new(bytes)
+                .map_err(|_| refused("prepare the program", format!("{} has a NUL byte", shown(bytes))))
         };
         let args = process.args.iter().map(|arg| text(arg)).collect::<Result<Vec<_>, _>>()?;
         let mut env = process.env.iter().map(|pair| text(pair)).collect::<Result<Vec<_>, _>>()?;
@@ -41,7 +45,8 @@ impl Program {
         let candidates = if name.contains(&b'/') {
             vec![text(name)?]
         } else {
-            let path = process.env.iter().rev().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH);
+            let path =
+                process.env.iter().rev().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH);
             path.split(|byte| *byte == b':')
                 // An empty element means the working directory to a shell; that is a trap, not a feature.
                 .filter(|directory| !directory.is_empty())
@@ -60,14 +65,14 @@ impl Program {
                 std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {}
                 // Another directory of the search path may have one that can be executed: execvp(3).
                 std::io::ErrorKind::PermissionDenied => denied = Some(error),
-                _ => return from_io(&error, "execute", &self.name),
+                _ => return from_io(&error, EXECUTE, &self.name),
             }
         }
         match denied {
-            Some(error) => from_io(&error, "execute", &self.name),
+            Some(error) => from_io(&error, EXECUTE, &self.name),
             None => Failed {
-                step: "execute".to_owned(),
-                errno: nix_errno_enoent(),
+                step: EXECUTE.to_owned(),
+                errno: ENOENT,
                 detail: if self.candidates.len() == 1 {
                     self.name.clone()
                 } else {
@@ -78,10 +83,8 @@ impl Program {
     }
 }
 
-/// `ENOENT` of errno(3), the same number on every Linux architecture.
-fn nix_errno_enoent() -> i32 {
-    2
-}
+/// errno(3), the same number on every Linux architecture.
+const ENOENT: i32 = 2;
 
 /// Sets what a process passes on to its program and has nothing to do with privileges: limits, mask, keyring, score.
 ///
@@ -206,7 +209,8 @@ fn shed(
             const SYS_ADMIN: u64 = 1 << 21;
             const SETPCAP: u64 = 1 << 8;
             let all = capabilities.permitted | capabilities.inheritable | SYS_ADMIN | SETPCAP;
-            credentials::set_capabilities(SYS_ADMIN | SETPCAP, all, 0).step("limit the capabilities", "for the filter")?;
+            credentials::set_capabilities(SYS_ADMIN | SETPCAP, all, 0)
+                .step("limit the capabilities", "for the filter")?;
             install_filter(process)?;
         }
         set_capabilities(process)
@@ -225,7 +229,8 @@ fn install_filter(process: &Process) -> Result<(), Failed> {
     if process.seccomp_filter.is_empty() {
         return Ok(());
     }
-    process::install_seccomp(&process.seccomp_filter, process.seccomp_flags).step("install the seccomp filter", "")
+    process::install_seccomp(&process.seccomp_filter, process.seccomp_flags)
+        .step("install the seccomp filter", "")
 }
 
 #[cfg(test)]

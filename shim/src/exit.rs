@@ -69,7 +69,9 @@ mod tests {
     fn the_counter_is_found_in_both_versions() {
         let v1 = b"oom_kill_disable 0\nunder_oom 0\noom_kill 3\n";
         let v2 = b"low 0\nhigh 0\nmax 12\noom 1\noom_kill 1\noom_group_kill 0\n";
-        for (file, expected) in [(v1.as_slice(), 3), (v2, 1), (b"", 0), (b"oom_kill x\n", 0), (b"oom_kill_disable 1\n", 0)] {
+        for (file, expected) in
+            [(v1.as_slice(), 3), (v2, 1), (b"", 0), (b"oom_kill x\n", 0), (b"oom_kill_disable 1\n", 0)]
+        {
             assert_eq!(count(file, b"oom_kill"), expected, "{}", file.escape_ascii());
         }
     }

@@ -61,7 +61,8 @@ impl ShimEnd {
         let (packet, descriptors) = self.packet()?;
         match packet.split_first() {
             Some((b'R', body)) => {
-                let created = Created::decode(body).map_err(|_| refused("prepare the container", "a torn report"))?;
+                let created =
+                    Created::decode(body).map_err(|_| refused("prepare the container", "a torn report"))?;
                 Ok((created, descriptors.into_iter().next()))
             }
             Some((b'F', body)) => Err(decode_failure(body)),
@@ -94,7 +95,9 @@ impl ShimEnd {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // A child killed with unread bytes in its socket resets it: an end like another.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok((Vec::new(), Vec::new())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Ok((Vec::new(), Vec::new()));
+                }
                 other => other.step("hear from the container's process", "").map(drop)?,
             }
         }

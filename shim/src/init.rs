@@ -71,9 +71,11 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>) -> Result<Prepared, Faile
     execute::set_limits(&launch.process, &mut notes)?;
 
     let namespaces = &launch.namespaces;
-    for (path, kind) in
-        [(&namespaces.network, ns::Kind::Network), (&namespaces.ipc, ns::Kind::Ipc), (&namespaces.uts, ns::Kind::Uts)]
-    {
+    for (path, kind) in [
+        (&namespaces.network, ns::Kind::Network),
+        (&namespaces.ipc, ns::Kind::Ipc),
+        (&namespaces.uts, ns::Kind::Uts),
+    ] {
         if !path.is_empty() {
             let file = ns::open(host_path(path)).step("open the namespace", host_path(path).display())?;
             ns::join(file.as_fd(), kind.flag()).step("join the namespace", host_path(path).display())?;
@@ -112,8 +114,14 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>) -> Result<Prepared, Faile
         set_apparmor_profile(&launch.process.apparmor_profile)?;
     }
     let program = Program::new(&launch.process, &user.home)?;
-    let created =
-        Created { uid: user.uid, gid: user.gid, groups: user.groups.clone(), home: user.home.clone(), notes, ..Created::default() };
+    let created = Created {
+        uid: user.uid,
+        gid: user.gid,
+        groups: user.groups.clone(),
+        home: user.home.clone(),
+        notes,
+        ..Created::default()
+    };
     Ok((program, user, created, terminal))
 }
 
@@ -166,7 +174,7 @@ fn prepare_exec(
 }
 
 /// What every child does first.
-fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
+pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     // Before anything of the container can see this process: nobody in there may trace it or open its files, /proc/<pid>/exe
     // among them (CVE-2016-9962, CVE-2019-5736). Exec turns it on again.
     process::set_dumpable(false).step("guard the process", "")?;
@@ -207,7 +215,8 @@ fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> 
 fn open_terminal(user: &Resolved) -> Result<OwnedFd, Failed> {
     const STEP: &str = "open a terminal";
     let inside = Root::open(Path::new("/dev/pts")).step(STEP, "/dev/pts")?;
-    let controller = inside.open_with(Path::new("ptmx"), berth_sys::file::READ_WRITE).step(STEP, "/dev/pts/ptmx")?;
+    let controller =
+        inside.open_with(Path::new("ptmx"), berth_sys::file::READ_WRITE).step(STEP, "/dev/pts/ptmx")?;
     let terminal = tty::open_other_end(controller.as_fd()).step(STEP, "")?;
     tty::make_controlling(terminal.as_fd()).step(STEP, "")?;
     std::os::unix::fs::fchown(&terminal, Some(user.uid), None).step(STEP, "")?;
@@ -223,14 +232,19 @@ fn read_account_file(inside: &Root, name: &str) -> Result<Vec<u8>, Failed> {
     const STEP: &str = "read the accounts";
     let file = match inside.open_with(Path::new(name), berth_sys::file::READ_NONBLOCKING) {
         Ok(file) => std::fs::File::from(file),
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+        Err(error)
+            if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
+        {
             return Ok(Vec::new());
         }
         Err(error) => return Err(error).step(STEP, name),
     };
     let metadata = file.metadata().step(STEP, name)?;
     if !metadata.is_file() || metadata.len() > user::MAX_FILE {
-        return Err(refused(STEP, format!("/{name} is not a plain file of at most {} bytes", user::MAX_FILE)));
+        return Err(refused(
+            STEP,
+            format!("/{name} is not a plain file of at most {} bytes", user::MAX_FILE),
+        ));
     }
     let mut bytes = Vec::new();
     file.take(user::MAX_FILE).read_to_end(&mut bytes).step(STEP, name)?;
@@ -241,8 +255,7 @@ fn read_account_file(inside: &Root, name: &str) -> Result<Vec<u8>, Failed> {
 fn set_apparmor_profile(profile: &str) -> Result<(), Failed> {
     const STEP: &str = "set the AppArmor profile";
     let proc = Root::open(Path::new("/proc")).step(STEP, profile)?;
-    let file = proc
-        .open_with(Path::new("self/attr/apparmor/exec"), berth_sys::file::WRITE)
-        .step(STEP, profile)?;
+    let file =
+        proc.open_with(Path::new("self/attr/apparmor/exec"), berth_sys::file::WRITE).step(STEP, profile)?;
     std::fs::File::from(file).write_all(format!("exec {profile}").as_bytes()).step(STEP, profile)
 }

@@ -1,12 +1,12 @@
 //! The parent half of starting processes: what the shim prepares, clones and keeps.
 
+use crate::cri_log::LogFile;
 use crate::exit::{self, OomCounter};
 use crate::failure::{Step, refused};
 use crate::handshake::{self, ShimEnd};
 use crate::init::{self, Stdio, host_path};
 use crate::stdio::{Output, ShimStreams};
 use crate::user::Resolved;
-use crate::cri_log::LogFile;
 use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
 use berth_sys::process::{self, Cloned, namespace};
@@ -91,7 +91,8 @@ pub(crate) fn create(launch: Launch) -> Result<NewContainer, Failed> {
             return Err(refused("open a terminal", "none was reported"));
         }
     };
-    let container = Container { launch: without_what_is_done(launch), created, pidfd, oom, handshake: Some(end) };
+    let container =
+        Container { launch: without_what_is_done(launch), created, pidfd, oom, handshake: Some(end) };
     Ok(NewContainer { container, streams, log })
 }
 
@@ -139,14 +140,13 @@ pub(crate) fn exec(
     };
     let (end, child_end) = handshake::pair().step("make a socket", "")?;
     let unified = open_unified(&container.launch.cgroup)?;
-    let (pid, pidfd) =
-        match process::clone_process(0, unified.as_ref().map(AsFd::as_fd)).step(STEP, "")? {
-            Cloned::Child => {
-                drop(end);
-                init::run_exec(&container.launch, &program, container.pidfd.as_fd(), &user, stdio, &child_end)
-            }
-            Cloned::Parent { pid, pidfd } => (pid, pidfd),
-        };
+    let (pid, pidfd) = match process::clone_process(0, unified.as_ref().map(AsFd::as_fd)).step(STEP, "")? {
+        Cloned::Child => {
+            drop(end);
+            init::run_exec(&container.launch, &program, container.pidfd.as_fd(), &user, stdio, &child_end)
+        }
+        Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    };
     drop((child_end, stdio));
     if let Err(failed) = end.wait_for_exec() {
         end_child(pid, &pidfd);
@@ -169,7 +169,7 @@ fn join_for_children(path: &Path) -> Result<(), Failed> {
     ns::join(namespace.as_fd(), ns::Kind::Pid.flag()).step("join the pid namespace", path.display())
 }
 
-fn open_unified(cgroup: &Cgroup) -> Result<Option<OwnedFd>, Failed> {
+pub(crate) fn open_unified(cgroup: &Cgroup) -> Result<Option<OwnedFd>, Failed> {
     if cgroup.unified_dir.is_empty() {
         return Ok(None);
     }

@@ -1,14 +1,15 @@
 //! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps orphans and does nothing else.
 //!
 //! `berth-shim pause` makes it and ends: a child in a new pid and mount namespace whose root is an empty read-only tmpfs, without
-//! capabilities, without descriptors. It answers on its connection with `Created` (or `Failed`) and lives until it is killed.
+//! capabilities, without descriptors. The daemon sends its cgroup as one frame; it answers on its connection with `Created` (or `Failed`) and lives until it is killed.
 
-use crate::failure::{Step, from_io};
+use crate::failure::{Step, from_io, refused};
 use berth_shim_proto::control::{Created, Failed, Reply, reply::Answer};
 use berth_shim_proto::frame;
+use berth_shim_proto::launch::Cgroup;
 use berth_sys::mount::{self, FsContext, Propagation, attr};
 use berth_sys::poll::{ChildSignals, Poll};
-use berth_sys::process::{self, CloseRange, Cloned, namespace};
+use berth_sys::process::{self, Cloned, CloseRange, namespace};
 use berth_sys::{credentials, socket};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +20,7 @@ use std::path::Path;
 /// # Errors
 /// When the report cannot be sent; what failed before that is in the report.
 pub(crate) fn run(connection: OwnedFd) -> io::Result<()> {
-    let answer = match make() {
+    let answer = match read_cgroup(&connection).and_then(|cgroup| make(&cgroup)) {
         Ok(created) => Answer::Created(created),
         Err(failed) => Answer::Failed(failed),
     };
@@ -27,12 +28,30 @@ pub(crate) fn run(connection: OwnedFd) -> io::Result<()> {
     socket::send(connection.as_fd(), &bytes, &[]).map(drop)
 }
 
-fn make() -> Result<Created, Failed> {
+fn read_cgroup(connection: &OwnedFd) -> Result<Cgroup, Failed> {
+    const STEP: &str = "read the request";
+    let mut received = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        if let Some(cgroup) = frame::take(&mut received).map_err(|error| refused(STEP, error))? {
+            return Ok(cgroup);
+        }
+        match socket::receive(connection.as_fd(), &mut buffer).step(STEP, "")? {
+            (0, _) => return Err(refused(STEP, "it is cut short")),
+            (length, _) => received.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+        }
+    }
+}
+
+fn make(cgroup: &Cgroup) -> Result<Created, Failed> {
+    let unified = crate::launch::open_unified(cgroup)?;
     let (read, write) = berth_sys::file::pipe().step("make a pipe", "")?;
-    match process::clone_process(namespace::PID | namespace::MOUNT, None).step("make a process", "")? {
+    match process::clone_process(namespace::PID | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
+        .step("make a process", "")?
+    {
         Cloned::Child => {
             drop(read);
-            if let Err(failed) = confine() {
+            if let Err(failed) = crate::init::begin(cgroup).and_then(|()| confine()) {
                 let text = failed.to_string();
                 // The reader is the parent, which reads to the end; a message is shorter than a pipe.
                 let _ = io::Write::write_all(&mut std::fs::File::from(write), text.as_bytes());
@@ -46,12 +65,18 @@ fn make() -> Result<Created, Failed> {
         Cloned::Parent { pid, pidfd } => {
             drop(write);
             let mut failure = String::new();
-            io::Read::read_to_string(&mut std::fs::File::from(read), &mut failure).step("hear from the process", "")?;
+            io::Read::read_to_string(&mut std::fs::File::from(read), &mut failure)
+                .step("hear from the process", "")?;
             if !failure.is_empty() {
                 crate::launch::end_child(pid, &pidfd);
-                return Err(Failed { step: "make the pod's first process".to_owned(), errno: 0, detail: failure });
+                return Err(Failed {
+                    step: "make the pod's first process".to_owned(),
+                    errno: 0,
+                    detail: failure,
+                });
             }
-            let start_time = process::start_time(pid).map_err(|error| from_io(&error, "find the process", pid))?;
+            let start_time =
+                process::start_time(pid).map_err(|error| from_io(&error, "find the process", pid))?;
             Ok(Created { pid, start_time, ..Created::default() })
         }
     }
@@ -59,10 +84,10 @@ fn make() -> Result<Created, Failed> {
 
 /// Takes everything away that somebody in the pod could gain by getting at this process.
 fn confine() -> Result<(), Failed> {
-    process::set_dumpable(false).step("guard the process", "")?;
     process::new_session().step("make a session", "")?;
     process::set_name(c"berth-pause").step("name the process", "")?;
-    mount::set_propagation(Path::new("/"), Propagation::Private, true).step("make the mounts private", "/")?;
+    mount::set_propagation(Path::new("/"), Propagation::Private, true)
+        .step("make the mounts private", "/")?;
     let empty = FsContext::open(c"tmpfs").step("open", "tmpfs")?;
     empty.set("size", "0".as_ref()).step("configure", "tmpfs")?;
     empty.set("nr_inodes", "1".as_ref()).step("configure", "tmpfs")?;

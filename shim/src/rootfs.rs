@@ -7,7 +7,9 @@
 use crate::failure::{Step, from_io, refused, shown};
 use crate::init::host_path;
 use berth_shim_proto::control::Failed;
-use berth_shim_proto::launch::{Device, Launch, Mount, Propagation, Rootfs, mount::Filesystem, mount::Source};
+use berth_shim_proto::launch::{
+    Device, Launch, Mount, Propagation, Rootfs, mount::Filesystem, mount::Source,
+};
 use berth_sys::beneath::{self, FileType, Node, Root};
 use berth_sys::mount::{self, FsContext, attr};
 use std::ffi::{CString, OsStr, OsString};
@@ -61,7 +63,8 @@ pub(crate) fn assemble(launch: &Launch) -> Result<OwnedFd, Failed> {
         covers.hide(&root, path)?;
     }
     if launch.rootfs.read_only {
-        mount::set_attributes(mounted.as_fd(), attr::RDONLY, 0, None, false).step("make the root read-only", "")?;
+        mount::set_attributes(mounted.as_fd(), attr::RDONLY, 0, None, false)
+            .step("make the root read-only", "")?;
     }
     Ok(mounted)
 }
@@ -71,7 +74,8 @@ pub(crate) fn finish_inside(launch: &Launch) -> Result<(), Failed> {
     // Propagation of the container's own mounts, for containers that asked for some; pivot_root(2) refuses a shared root.
     match propagation(launch.rootfs.propagation) {
         mount::Propagation::Shared => {
-            mount::set_propagation(Path::new("/"), mount::Propagation::Shared, false).step("share the root's mount", "/")
+            mount::set_propagation(Path::new("/"), mount::Propagation::Shared, false)
+                .step("share the root's mount", "/")
         }
         mount::Propagation::Private | mount::Propagation::Slave => Ok(()),
     }
@@ -92,7 +96,9 @@ fn pin_sources(launch: &Launch) -> Result<Vec<Option<OwnedFd>>, Failed> {
         .map(|mount| match &mount.source {
             Some(Source::Bind(bind)) => {
                 let path = host_path(&bind.source);
-                mount::clone_tree_at(path, bind.recursive).step("open the mount source", path.display()).map(Some)
+                mount::clone_tree_at(path, bind.recursive)
+                    .step("open the mount source", path.display())
+                    .map(Some)
             }
             _ => Ok(None),
         })
@@ -126,7 +132,9 @@ fn new_overlay(rootfs: &Rootfs) -> Result<OwnedFd, Failed> {
     const STEP: &str = "mount the root";
     let overlay = FsContext::open(c"overlay").step(STEP, "overlay")?;
     let set = |key: &str, value: &OsStr| {
-        overlay.set(key, value).map_err(|error| with_log(&overlay, &error, STEP, &format!("{key}={}", value.display())))
+        overlay
+            .set(key, value)
+            .map_err(|error| with_log(&overlay, &error, STEP, &format!("{key}={}", value.display())))
     };
     set("source", OsStr::new("overlay"))?;
     for layer in &rootfs.lower_dirs {
@@ -179,7 +187,8 @@ fn attach(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), Fai
     let path = shown(&mount.target);
     let is_directory = match &source {
         Some(source) => {
-            beneath::stat_fd(source.as_fd()).step("look at the mount source", &path)?.file_type == FileType::Directory
+            beneath::stat_fd(source.as_fd()).step("look at the mount source", &path)?.file_type
+                == FileType::Directory
         }
         None => true,
     };
@@ -187,12 +196,19 @@ fn attach(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), Fai
     let mounted = match (&mount.source, source) {
         (Some(Source::Filesystem(filesystem)), _) => new_filesystem(filesystem, mount.attributes, &path)?,
         (Some(Source::Bind(bind)), Some(clone)) => {
-            mount::set_attributes(clone.as_fd(), mount.attributes, atime_mask(mount.attributes), None, mount.attributes_recursive)
-                .step("set the flags of the mount", &path)?;
+            mount::set_attributes(
+                clone.as_fd(),
+                mount.attributes,
+                atime_mask(mount.attributes),
+                None,
+                mount.attributes_recursive,
+            )
+            .step("set the flags of the mount", &path)?;
             let own = propagation(bind.propagation);
             // Shared stays what it was cloned as, a peer of the host's; made shared here it would be a peer of nobody.
             if own != mount::Propagation::Shared {
-                mount::set_attributes(clone.as_fd(), 0, 0, Some(own), true).step("set the propagation of the mount", &path)?;
+                mount::set_attributes(clone.as_fd(), 0, 0, Some(own), true)
+                    .step("set the propagation of the mount", &path)?;
             }
             clone
         }
@@ -208,7 +224,8 @@ fn atime_mask(attributes: u64) -> u64 {
 
 fn new_filesystem(filesystem: &Filesystem, attributes: u64, path: &str) -> Result<OwnedFd, Failed> {
     const STEP: &str = "mount";
-    let fstype = CString::new(filesystem.fstype.as_bytes()).map_err(|_| refused(STEP, "a type with a NUL byte"))?;
+    let fstype =
+        CString::new(filesystem.fstype.as_bytes()).map_err(|_| refused(STEP, "a type with a NUL byte"))?;
     let about = format!("{} on {path}", filesystem.fstype);
     let context = FsContext::open(&fstype).step(STEP, &about)?;
     if !filesystem.source.is_empty() {
@@ -309,7 +326,9 @@ fn make_readonly(root: &Root, path: &[u8]) -> Result<(), Failed> {
 fn if_present(root: &Root, path: &[u8], step: &str) -> Result<Option<OwnedFd>, Failed> {
     match root.resolve(relative(path)) {
         Ok(target) => Ok(Some(target)),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
         Err(error) => Err(from_io(&error, step, shown(path))),
     }
 }
@@ -347,7 +366,9 @@ impl Covers {
     fn tmpfs(inodes: &str, attributes: u64) -> Result<OwnedFd, Failed> {
         let tmpfs = FsContext::open(c"tmpfs").step("prepare the masks", "tmpfs")?;
         for (key, value) in [("size", "4k"), ("nr_inodes", inodes), ("mode", "755")] {
-            tmpfs.set(key, OsStr::new(value)).map_err(|error| with_log(&tmpfs, &error, "prepare the masks", key))?;
+            tmpfs
+                .set(key, OsStr::new(value))
+                .map_err(|error| with_log(&tmpfs, &error, "prepare the masks", key))?;
         }
         tmpfs.mount(attributes).map_err(|error| with_log(&tmpfs, &error, "prepare the masks", "tmpfs"))
     }

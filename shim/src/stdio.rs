@@ -47,7 +47,8 @@ impl Output {
         if launch.log_directory.is_empty() || launch.log_name.is_empty() {
             return Ok(None);
         }
-        let path = crate::init::host_path(&launch.log_directory).join(crate::init::host_path(&launch.log_name));
+        let path =
+            crate::init::host_path(&launch.log_directory).join(crate::init::host_path(&launch.log_name));
         LogFile::open(&launch.log_directory, &launch.log_name).step("open the log", path.display()).map(Some)
     }
 
@@ -133,7 +134,9 @@ fn read_some(source: &mut Source, mut log: Option<&mut LogFile>, reads: usize) -
                 entries.clear();
                 let time = timestamp(SystemTime::now());
                 source.splitter.push(buffer.get(..length).unwrap_or_default(), &time, &mut entries);
-                if let Some(log) = &mut log && !entries.is_empty() {
+                if let Some(log) = &mut log
+                    && !entries.is_empty()
+                {
                     log.write(&entries);
                 }
                 if length < READ_BYTES {
@@ -153,7 +156,9 @@ fn read_some(source: &mut Source, mut log: Option<&mut LogFile>, reads: usize) -
 fn end_of(source: &mut Source, log: Option<&mut LogFile>) -> After {
     let mut entries = Vec::new();
     source.splitter.finish(&timestamp(SystemTime::now()), &mut entries);
-    if let Some(log) = log && !entries.is_empty() {
+    if let Some(log) = log
+        && !entries.is_empty()
+    {
         log.write(&entries);
     }
     After::Ended

@@ -36,7 +36,8 @@ fn number(text: &[u8]) -> Result<Option<u32>, Failed> {
     if text.is_empty() || !text.iter().all(u8::is_ascii_digit) {
         return Ok(None);
     }
-    let value = std::str::from_utf8(text).ok().filter(|text| text.len() <= 10).and_then(|text| text.parse().ok());
+    let value =
+        std::str::from_utf8(text).ok().filter(|text| text.len() <= 10).and_then(|text| text.parse().ok());
     match value {
         Some(id) if id <= MAX_ID => Ok(Some(id)),
         _ => Err(refused(STEP, format!("{} is not between 0 and {MAX_ID}", shown(text)))),
@@ -93,9 +94,9 @@ pub(crate) fn resolve(user: &User, passwd: &[u8], group: &[u8]) -> Result<Resolv
     let text = if user_text.is_empty() { b"0" } else { user_text };
     let entry = match number(text)? {
         Some(uid) => passwd_entries(passwd).find(|entry| entry.uid == uid).ok_or(uid),
-        None => Ok(passwd_entries(passwd)
-            .find(|entry| entry.name == text)
-            .ok_or_else(|| refused(STEP, format!("no user {} in the container's /etc/passwd", shown(text))))?),
+        None => Ok(passwd_entries(passwd).find(|entry| entry.name == text).ok_or_else(|| {
+            refused(STEP, format!("no user {} in the container's /etc/passwd", shown(text)))
+        })?),
     };
     let (name, uid, mut gid, home) = match entry {
         Ok(entry) => (Some(entry.name), entry.uid, entry.gid, entry.home),
@@ -104,9 +105,12 @@ pub(crate) fn resolve(user: &User, passwd: &[u8], group: &[u8]) -> Result<Resolv
     if !group_text.is_empty() {
         gid = match number(group_text)? {
             Some(gid) => gid,
-            None => group_entries(group).find(|entry| entry.name == group_text).map(|entry| entry.gid).ok_or_else(
-                || refused(STEP, format!("no group {} in the container's /etc/group", shown(group_text))),
-            )?,
+            None => group_entries(group)
+                .find(|entry| entry.name == group_text)
+                .map(|entry| entry.gid)
+                .ok_or_else(|| {
+                    refused(STEP, format!("no group {} in the container's /etc/group", shown(group_text)))
+                })?,
         };
     }
     if let Some(asked) = user.group {
@@ -114,7 +118,9 @@ pub(crate) fn resolve(user: &User, passwd: &[u8], group: &[u8]) -> Result<Resolv
     }
     let mut groups = vec![gid];
     groups.extend_from_slice(&user.supplementary_groups);
-    if user.merge_groups && let Some(name) = name {
+    if user.merge_groups
+        && let Some(name) = name
+    {
         groups.extend(
             group_entries(group)
                 .filter(|entry| entry.members.split(|byte| *byte == b',').any(|member| member == name))

@@ -65,6 +65,16 @@ pub fn take_inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// A file without a name on the filesystem of `directory`, for reading and writing; it vanishes with its descriptor: `O_TMPFILE` of
+/// open(2).
+///
+/// # Errors
+/// `EOPNOTSUPP` when the filesystem has none.
+pub fn unnamed(directory: &std::path::Path) -> io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(directory)
+}
+
 /// A pipe, both ends close-on-exec: the end to read and the end to write, `pipe2(2)`.
 ///
 /// # Errors

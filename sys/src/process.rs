@@ -176,12 +176,41 @@ pub fn reap_any() -> io::Result<Option<(i32, Ended)>> {
     wait(libc::P_ALL, 0, libc::WNOHANG)
 }
 
+/// What [`reap_or_running`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Child {
+    /// It runs still.
+    Running,
+    /// It has ended and is reaped now.
+    Ended(Ended),
+    /// It is not a child of the caller, or was reaped before.
+    None,
+}
+
 /// Reaps the child `pid` if it has ended, without waiting.
 ///
 /// # Errors
-/// `ECHILD` when it is not a child of the caller is turned into `None`.
-pub fn reap(pid: i32) -> io::Result<Option<Ended>> {
-    Ok(wait(libc::P_PID, pid.unsigned_abs(), libc::WNOHANG)?.map(|(_, ended)| ended))
+/// None that a caller has to act on.
+pub fn reap_or_running(pid: i32) -> io::Result<Child> {
+    // SAFETY: siginfo_t is plain data for which all zero bytes are valid.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is a live siginfo_t; the rest are numbers. WNOWAIT leaves the child to be reaped below.
+    let result = unsafe {
+        libc::waitid(
+            libc::P_PID,
+            pid.unsigned_abs(),
+            &raw mut info,
+            libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL,
+        )
+    };
+    if result < 0 {
+        let error = io::Error::last_os_error();
+        return if error.raw_os_error() == Some(libc::ECHILD) { Ok(Child::None) } else { Err(error) };
+    }
+    Ok(match wait(libc::P_PID, pid.unsigned_abs(), libc::WNOHANG)? {
+        Some((_, ended)) => Child::Ended(ended),
+        None => Child::Running,
+    })
 }
 
 /// Waits for the child `pid` to end and reaps it.

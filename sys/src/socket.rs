@@ -77,6 +77,14 @@ pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(getsockopt(&socket, sockopt::PeerCredentials)?.uid())
 }
 
+/// The process at the other end of a connected Unix socket, as of its listen: `SO_PEERCRED`, unix(7).
+///
+/// # Errors
+/// When `socket` is not one.
+pub fn peer_pid(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    Ok(getsockopt(&socket, sockopt::PeerCredentials)?.pid())
+}
+
 /// Sends `bytes` with up to [`MAX_DESCRIPTORS`] descriptors; returns how many bytes were taken (the descriptors go with the
 /// first): `sendmsg(2)`. No `SIGPIPE`.
 ///

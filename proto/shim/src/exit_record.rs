@@ -5,8 +5,8 @@
 //! 8 bytes  FNV-1a checksum (64 bit, little-endian) of all that follows
 //! rest     ExitRecord, protobuf
 //! ```
-//! It is written under another name, synced and renamed, so it is there whole or not at all; the checksum finds what a disk made
-//! of it later.
+//! It is written under another name and renamed, so that it is there whole or not at all; the checksum finds what a power cut or a disk
+//! made of it.
 
 use prost::Message;
 
@@ -39,6 +39,9 @@ pub struct ExitRecord {
     /// Bytes of output that could not be written to the log.
     #[prost(uint64, tag = "7")]
     pub log_bytes_lost: u64,
+    /// Written by the daemon, because the shim was lost: code and time are not the container's.
+    #[prost(bool, tag = "8")]
+    pub lost: bool,
 }
 
 /// The file is not an exit record.

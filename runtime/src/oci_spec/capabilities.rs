@@ -34,12 +34,43 @@ pub(super) fn of_container(
     security: &ContainerSecurity,
     available: CapabilityBits,
 ) -> Result<LinuxCapabilities, SpecError> {
+    let (granted, ambient) = granted_and_ambient(security, available)?;
+    let mut sets = LinuxCapabilities::default();
+    sets.set_bounding(Some(names(granted)))
+        .set_effective(Some(names(granted)))
+        .set_permitted(Some(names(granted)))
+        .set_inheritable(Some(names(ambient)))
+        .set_ambient(Some(names(ambient)));
+    Ok(sets)
+}
+
+/// The names of the capabilities that a container gets, without `CAP_`: what RuntimeDefault of seccomp goes by.
+///
+/// # Errors
+/// [`SpecError::Capability`].
+pub fn granted_capabilities(
+    security: &ContainerSecurity,
+    available: CapabilityBits,
+) -> Result<Vec<&'static str>, SpecError> {
+    let (granted, _) = granted_and_ambient(security, available)?;
+    Ok(CAPABILITIES
+        .iter()
+        .zip(0_u32..)
+        .filter(|(_, number)| granted & (1 << number) != 0)
+        .map(|(name, _)| *name)
+        .collect())
+}
+
+fn granted_and_ambient(
+    security: &ContainerSecurity,
+    available: CapabilityBits,
+) -> Result<(CapabilityBits, CapabilityBits), SpecError> {
     let add = Named::read("capabilities.add_capabilities", &security.add_capabilities)?;
     let drop = Named::read("capabilities.drop_capabilities", &security.drop_capabilities)?;
     let add_ambient =
         Named::read("capabilities.add_ambient_capabilities", &security.add_ambient_capabilities)?;
 
-    let (granted, ambient) = if security.privileged {
+    Ok(if security.privileged {
         (available, 0)
     } else {
         let start = if drop.all {
@@ -51,15 +82,7 @@ pub(super) fn of_container(
         };
         let ambient = if add_ambient.all && !drop.all { u64::MAX } else { add_ambient.single };
         ((start | add.single | ambient) & !drop.single & available, ambient & !drop.single & available)
-    };
-
-    let mut sets = LinuxCapabilities::default();
-    sets.set_bounding(Some(names(granted)))
-        .set_effective(Some(names(granted)))
-        .set_permitted(Some(names(granted)))
-        .set_inheritable(Some(names(ambient)))
-        .set_ambient(Some(names(ambient)));
-    Ok(sets)
+    })
 }
 
 /// A list of the request.

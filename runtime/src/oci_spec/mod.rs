@@ -18,6 +18,7 @@ mod process;
 pub mod resources;
 pub mod stop_signal;
 
+pub use capabilities::granted_capabilities;
 pub use devices::{ResolvedDevice, device_policy};
 pub use mounts::{CgroupDirectory, ResolvedMount, Volume};
 pub use process::set_user;
@@ -326,4 +327,4 @@ fn annotations(inputs: &Inputs<'_>) -> HashMap<String, String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

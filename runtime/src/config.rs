@@ -1,0 +1,395 @@
+//! The configuration: what was written (file and flags, all optional), and what is used (complete and checked).
+//!
+//! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags; later ones win, key by key.
+//! Unknown keys are errors. All mistakes are reported at once, each with its key.
+
+use berth_cgroup::Parent;
+use berth_network::config::{BridgeConfig, BridgeName, Mtu};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Where the configuration is read from when no flag says otherwise. An absent file is an empty one.
+pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
+
+/// The folders of mirror rules that are used when the configuration names none, in this order: Berth's, then those that a node which ran
+/// containerd has.
+const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
+
+/// What was written. Every key is optional.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Written {
+    /// Durable files. Default `/var/lib/berth`.
+    pub root: Option<PathBuf>,
+    /// Files that a reboot takes away. Default `/run/berth`.
+    pub state: Option<PathBuf>,
+    /// The socket. Default `berth.sock` in `state`.
+    pub socket: Option<PathBuf>,
+    /// The shim's program. Default: beside the daemon's, then `/usr/libexec/berth/berth-shim`.
+    pub shim: Option<PathBuf>,
+    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter of the tracing crate. Default `info`.
+    pub log: Option<String>,
+    /// Registries.
+    #[serde(default)]
+    pub registry: WrittenRegistry,
+    /// Images.
+    #[serde(default)]
+    pub image: WrittenImage,
+    /// The built-in network.
+    #[serde(default)]
+    pub network: WrittenNetwork,
+    /// Cgroups.
+    #[serde(default)]
+    pub cgroup: WrittenCgroup,
+}
+
+/// `[registry]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenRegistry {
+    /// The folder of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of `/etc/berth/certs.d` and
+    /// `/etc/containerd/certs.d`.
+    pub config_path: Option<PathBuf>,
+    /// Hosts of token services outside of their registry's domain that may be sent credentials.
+    pub trusted_token_hosts: Option<Vec<String>>,
+}
+
+/// `[image]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenImage {
+    /// Layers fetched and unpacked at the same time. Default 3.
+    pub layers_at_once: Option<usize>,
+    /// The most that an image may have, unpacked, in bytes. Default 64 GiB.
+    pub max_image_bytes: Option<u64>,
+    /// What unpacking leaves free, in bytes. Default 1 GiB.
+    pub min_free_bytes: Option<u64>,
+    /// What unpacking leaves free, in percent of the filesystem. Default 5.
+    pub min_free_percent: Option<u8>,
+}
+
+/// `[network]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenNetwork {
+    /// The bridge's name, at most 15 characters. Default `berth0`.
+    pub bridge: Option<String>,
+    /// The pods' IPv4 network. Default `10.88.0.0/16`.
+    pub ipv4: Option<String>,
+    /// The pods' IPv6 network, or `off`. Default `fd62:6572:7468::/64`, where the host has IPv6.
+    pub ipv6: Option<String>,
+    /// MTU. Default: the kernel's.
+    pub mtu: Option<u32>,
+    /// Whether Berth may make the host forward packets. Default true.
+    pub forwarding: Option<bool>,
+}
+
+/// `[cgroup]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenCgroup {
+    /// Where pods go that name no parent. Default `/berth`.
+    pub parent: Option<String>,
+}
+
+impl Written {
+    /// Reads one file's text.
+    ///
+    /// # Errors
+    /// What is wrong with it, with line and column.
+    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    /// The keys of `self`, and where it has none those of `earlier`.
+    #[must_use]
+    pub fn over(self, earlier: Self) -> Self {
+        Self {
+            root: self.root.or(earlier.root),
+            state: self.state.or(earlier.state),
+            socket: self.socket.or(earlier.socket),
+            shim: self.shim.or(earlier.shim),
+            log: self.log.or(earlier.log),
+            registry: WrittenRegistry {
+                config_path: self.registry.config_path.or(earlier.registry.config_path),
+                trusted_token_hosts: self
+                    .registry
+                    .trusted_token_hosts
+                    .or(earlier.registry.trusted_token_hosts),
+            },
+            image: WrittenImage {
+                layers_at_once: self.image.layers_at_once.or(earlier.image.layers_at_once),
+                max_image_bytes: self.image.max_image_bytes.or(earlier.image.max_image_bytes),
+                min_free_bytes: self.image.min_free_bytes.or(earlier.image.min_free_bytes),
+                min_free_percent: self.image.min_free_percent.or(earlier.image.min_free_percent),
+            },
+            network: WrittenNetwork {
+                bridge: self.network.bridge.or(earlier.network.bridge),
+                ipv4: self.network.ipv4.or(earlier.network.ipv4),
+                ipv6: self.network.ipv6.or(earlier.network.ipv6),
+                mtu: self.network.mtu.or(earlier.network.mtu),
+                forwarding: self.network.forwarding.or(earlier.network.forwarding),
+            },
+            cgroup: WrittenCgroup { parent: self.cgroup.parent.or(earlier.cgroup.parent) },
+        }
+    }
+}
+
+/// What is used.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Durable files.
+    pub root: PathBuf,
+    /// Files that a reboot takes away.
+    pub state: PathBuf,
+    /// The socket.
+    pub socket: PathBuf,
+    /// The shim's program.
+    pub shim: PathBuf,
+    /// The filter of the log.
+    pub log: String,
+    /// How images are pulled and kept.
+    pub images: berth_image::StoreOptions,
+    /// The built-in network.
+    pub network: BridgeConfig,
+    /// Where pods go that name no parent.
+    pub cgroup_parent: Parent,
+}
+
+/// A key whose value cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// Such as `network.bridge`.
+    pub key: &'static str,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Mistake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.key, self.reason)
+    }
+}
+
+struct Check(Vec<Mistake>);
+
+impl Check {
+    fn ok<T, E: std::fmt::Display>(&mut self, key: &'static str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.0.push(Mistake { key, reason: error.to_string() })).ok()
+    }
+
+    fn absolute(&mut self, key: &'static str, path: PathBuf) -> PathBuf {
+        if !path.is_absolute() {
+            self.0.push(Mistake { key, reason: format!("{} is not an absolute path", path.display()) });
+        }
+        path
+    }
+}
+
+impl Config {
+    /// Checks what was written and fills in the defaults.
+    ///
+    /// # Errors
+    /// All mistakes.
+    pub fn check(written: Written) -> Result<Self, Vec<Mistake>> {
+        let mut check = Check(Vec::new());
+        let root = check.absolute("root", written.root.unwrap_or_else(|| "/var/lib/berth".into()));
+        let state = check.absolute("state", written.state.unwrap_or_else(|| "/run/berth".into()));
+        if root == state {
+            check.0.push(Mistake { key: "state", reason: "it is the same directory as root".to_owned() });
+        }
+        let socket = check.absolute("socket", written.socket.unwrap_or_else(|| state.join("berth.sock")));
+        let shim = match written.shim.or_else(crate::shim_client::default_program) {
+            Some(path) => check.absolute("shim", path),
+            None => {
+                let reason =
+                    "no berth-shim lies beside berthd or in /usr/libexec/berth; name its path".to_owned();
+                check.0.push(Mistake { key: "shim", reason });
+                PathBuf::new()
+            }
+        };
+        let images = images(&mut check, written.registry, &written.image);
+        let network = network(&mut check, &written.network);
+        let parent = written.cgroup.parent.as_deref().unwrap_or("/berth");
+        let cgroup_parent = check.ok("cgroup.parent", Parent::default_of_daemon(parent));
+        match (network, cgroup_parent) {
+            (Some(network), Some(cgroup_parent)) if check.0.is_empty() => Ok(Self {
+                root,
+                state,
+                socket,
+                shim,
+                log: written.log.unwrap_or_else(|| "info".to_owned()),
+                images,
+                network,
+                cgroup_parent,
+            }),
+            _ => Err(check.0),
+        }
+    }
+
+    /// As it would be written, with every default in it.
+    #[must_use]
+    pub fn written(&self) -> Written {
+        Written {
+            root: Some(self.root.clone()),
+            state: Some(self.state.clone()),
+            socket: Some(self.socket.clone()),
+            shim: Some(self.shim.clone()),
+            log: Some(self.log.clone()),
+            registry: WrittenRegistry {
+                config_path: self.images.registry_config_path.clone(),
+                trusted_token_hosts: Some(self.images.trusted_token_hosts.clone()),
+            },
+            image: WrittenImage {
+                layers_at_once: Some(self.images.layers_at_once),
+                max_image_bytes: Some(self.images.max_image_bytes),
+                min_free_bytes: Some(self.images.min_free_bytes),
+                min_free_percent: Some(self.images.min_free_percent),
+            },
+            network: WrittenNetwork {
+                bridge: Some(self.network.name.to_string()),
+                ipv4: Some(self.network.ipv4.to_string()),
+                ipv6: Some(self.network.ipv6.map_or_else(|| "off".to_owned(), |subnet| subnet.to_string())),
+                mtu: self.network.mtu.map(Mtu::bytes),
+                forwarding: Some(self.network.forwarding),
+            },
+            cgroup: WrittenCgroup { parent: Some(self.cgroup_parent.path().to_owned()) },
+        }
+    }
+}
+
+fn images(check: &mut Check, registry: WrittenRegistry, image: &WrittenImage) -> berth_image::StoreOptions {
+    let defaults = berth_image::StoreOptions::default();
+    let config_path = match registry.config_path {
+        Some(path) => Some(check.absolute("registry.config_path", path)),
+        None => REGISTRY_CONFIG_PATHS.iter().map(PathBuf::from).find(|path| path.is_dir()),
+    };
+    let layers_at_once = image.layers_at_once.unwrap_or(defaults.layers_at_once);
+    if !(1..=64).contains(&layers_at_once) {
+        check.0.push(Mistake {
+            key: "image.layers_at_once",
+            reason: format!("{layers_at_once} is not from 1 to 64"),
+        });
+    }
+    let min_free_percent = image.min_free_percent.unwrap_or(defaults.min_free_percent);
+    if min_free_percent > 90 {
+        check.0.push(Mistake {
+            key: "image.min_free_percent",
+            reason: format!("{min_free_percent} is over 90"),
+        });
+    }
+    berth_image::StoreOptions {
+        registry_config_path: config_path,
+        trusted_token_hosts: registry.trusted_token_hosts.unwrap_or_default(),
+        layers_at_once,
+        max_image_bytes: image.max_image_bytes.unwrap_or(defaults.max_image_bytes),
+        min_free_bytes: image.min_free_bytes.unwrap_or(defaults.min_free_bytes),
+        min_free_percent,
+        ..defaults
+    }
+}
+
+fn network(check: &mut Check, written: &WrittenNetwork) -> Option<BridgeConfig> {
+    let defaults = BridgeConfig::default();
+    let name = match &written.bridge {
+        Some(name) => check.ok("network.bridge", BridgeName::new(name)),
+        None => Some(defaults.name),
+    };
+    let ipv4 = match &written.ipv4 {
+        Some(subnet) => check.ok("network.ipv4", subnet.parse()),
+        None => Some(defaults.ipv4),
+    };
+    let ipv6 = match written.ipv6.as_deref() {
+        Some("off") => Some(None),
+        Some(subnet) => check.ok("network.ipv6", subnet.parse()).map(Some),
+        None => Some(defaults.ipv6),
+    };
+    let mtu = match written.mtu {
+        Some(bytes) => check.ok("network.mtu", Mtu::new(bytes)).map(Some),
+        None => Some(None),
+    };
+    Some(BridgeConfig {
+        name: name?,
+        ipv4: ipv4?,
+        ipv6: ipv6?,
+        mtu: mtu?,
+        forwarding: written.forwarding.unwrap_or(defaults.forwarding),
+    })
+}
+
+/// The files that make up the configuration at `file`, in the order in which they count: the file, then those in `<file>.d`.
+///
+/// # Errors
+/// When the folder cannot be listed.
+pub fn files(file: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut folder = file.as_os_str().to_owned();
+    folder.push(".d");
+    let mut more: Vec<PathBuf> = match std::fs::read_dir(&folder) {
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    more.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    more.sort();
+    Ok([file.to_owned()].into_iter().chain(more).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(text: &str) -> Vec<&'static str> {
+        match Config::check(Written { shim: Some("/shim".into()), ..Written::parse(text).unwrap() }) {
+            Ok(_) => Vec::new(),
+            Err(mistakes) => mistakes.into_iter().map(|mistake| mistake.key).collect(),
+        }
+    }
+
+    #[test]
+    fn nothing_written_is_a_configuration() {
+        assert_eq!(keys(""), [""; 0]);
+    }
+
+    #[test]
+    fn all_mistakes_are_named_at_once() {
+        let text = "root = 'relative'\n[network]\nbridge = 'far too long a name'\nipv4 = '1.2.3.4'\nmtu = 1\n[cgroup]\nparent = '../x'\n\
+            [image]\nlayers_at_once = 0\n";
+        assert_eq!(
+            keys(text),
+            [
+                "root",
+                "image.layers_at_once",
+                "network.bridge",
+                "network.ipv4",
+                "network.mtu",
+                "cgroup.parent"
+            ]
+        );
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        for text in ["rooot = '/x'", "[network]\nname = 'x'", "[nonsense]\n"] {
+            assert!(Written::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn later_files_win_key_by_key() {
+        let first = Written::parse("root = '/a'\n[network]\nbridge = 'one'\nmtu = 1400").unwrap();
+        let second = Written::parse("state = '/s'\n[network]\nbridge = 'two'").unwrap();
+        let merged = second.over(first);
+        assert_eq!(merged.root, Some("/a".into()));
+        assert_eq!(merged.state, Some("/s".into()));
+        assert_eq!(merged.network.bridge.as_deref(), Some("two"));
+        assert_eq!(merged.network.mtu, Some(1400));
+    }
+
+    #[test]
+    fn what_is_printed_is_read_again_as_the_same() {
+        let config = Config::check(Written { shim: Some("/shim".into()), ..Written::default() }).unwrap();
+        let text = toml::to_string(&config.written()).unwrap();
+        let again = Config::check(Written::parse(&text).unwrap()).unwrap();
+        assert_eq!(again.written(), config.written());
+    }
+}

@@ -1,0 +1,396 @@
+//! CreateContainer: everything up to the exec of the program.
+//!
+//! Prepared on a blocking thread (files, cgroup, spec, plan), then one message to a new shim. On success the record is written last: it is what
+//! makes the container exist. On failure everything is taken back, in [`undo`]; what a crash leaves half-way is found by the next start, by
+//! the missing record.
+
+use super::{Container, ContainerError, cgroup_plan, end};
+use crate::node::{Node, random_bytes, unix_ns};
+use crate::oci_spec::{self, CgroupDirectory, Inputs, devices, mounts, stop_signal::stop_signal};
+use crate::plan::{self, Extra};
+use crate::registry::{Found, Name};
+use crate::sandbox::Sandbox;
+use crate::shim_client::ShimClient;
+use crate::trash;
+use ::oci_spec::runtime::{LinuxSeccomp, Spec};
+use berth_cgroup::Cgroup;
+use berth_image::Image;
+use berth_model::container::Config;
+use berth_model::id::ContainerId;
+use berth_model::layout::ContainerFiles;
+use berth_model::record::{ContainerRecord, ProcessRecord};
+use berth_model::security::{NamespaceMode, Profile};
+use berth_model::state::{ContainerState, SandboxState};
+use berth_shim_proto::launch::Launch;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// The largest seccomp profile that is read. Docker's default has 14 KiB.
+const MAX_PROFILE_BYTES: u64 = 1024 * 1024;
+
+/// How long the cgroup of a container that failed may take to go.
+const CGROUP_GONE: Duration = Duration::from_secs(10);
+
+/// SIGTERM, what Stop sends when neither request nor image says.
+const SIGTERM: i32 = 15;
+
+/// Makes a container, which is CREATED on return. On an error nothing of it is left.
+pub(crate) async fn create(
+    node: Arc<Node>,
+    sandbox: Arc<Sandbox>,
+    config: Config,
+) -> Result<Arc<Container>, ContainerError> {
+    // Held until the container is visible: a stop of the sandbox waits for it, and then finds the container.
+    let _gate = sandbox.gate().read().await;
+    if sandbox.state() != SandboxState::Ready {
+        return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
+    }
+    let id = ContainerId::from_bytes(random_bytes().map_err(ContainerError::Id)?);
+    let name = Name::Container(sandbox.id().clone(), config.metadata.clone());
+    let reservation = node.registry.reserve(name, id.as_str())?;
+
+    let (preparing, within) = (node.clone(), sandbox.clone());
+    let prepared = tokio::task::spawn_blocking(move || prepare(&preparing, &within, id, config))
+        .await
+        .map_err(|_| ContainerError::Stopping)??;
+    let container = launch(&node, prepared).await?;
+    node.registry.add_container(container.clone(), reservation);
+    end::watch(container.clone());
+    tracing::info!(
+        container = %container.id(), name = %container.config().metadata.name, sandbox = %sandbox.id(), "container is created"
+    );
+    Ok(container)
+}
+
+/// What is ready for the shim.
+struct Prepared {
+    record: ContainerRecord,
+    files: ContainerFiles,
+    cgroup: Cgroup,
+    spec: Spec,
+    plan: Launch,
+}
+
+/// What there is to take back.
+struct Made {
+    files: ContainerFiles,
+    cgroup: Option<Cgroup>,
+}
+
+fn prepare(
+    node: &Node,
+    sandbox: &Sandbox,
+    id: ContainerId,
+    config: Config,
+) -> Result<Prepared, ContainerError> {
+    let image = node
+        .images
+        .find(&config.image)
+        .ok_or_else(|| ContainerError::NoImage { image: config.image.clone() })?;
+    let mut made = Made { files: node.layout.container(&id), cgroup: None };
+    prepare_from(node, sandbox, &image, id, config, &mut made).inspect_err(|_| undo(node, &made))
+}
+
+fn prepare_from(
+    node: &Node,
+    sandbox: &Sandbox,
+    image: &Image,
+    id: ContainerId,
+    config: Config,
+    made: &mut Made,
+) -> Result<Prepared, ContainerError> {
+    let lower_dirs = node
+        .images
+        .lower_dirs(image)
+        .map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
+    let stop_signal = effective_stop_signal(&config, image)?;
+    let target = target_namespace(node, sandbox, &config)?;
+    let mounts = mounts::resolve_mounts(&config.mounts).map_err(|error| ContainerError::Mount {
+        path: "config.mounts".to_owned(),
+        reason: crate::chain(&error),
+    })?;
+    let asked_devices = devices::resolve_devices(&config.devices).map_err(|error| ContainerError::Mount {
+        path: "config.devices".to_owned(),
+        reason: crate::chain(&error),
+    })?;
+    let volumes = mounts::image_volumes(&config, image.config(), &made.files)?;
+    check_apparmor(node, &config)?;
+
+    make_directories(&made.files, volumes.iter().map(|volume| volume.directory.as_path()))?;
+    let cgroup = Cgroup::create(&node.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
+    let cgroup = made.cgroup.insert(cgroup);
+    for note in cgroup.apply(&oci_spec::limits(&config.resources))? {
+        tracing::warn!(container = %id, %note, "a limit could not be set as asked");
+    }
+    cgroup.set_devices(&oci_spec::device_policy(config.security.privileged, &asked_devices))?;
+
+    let seccomp = seccomp_profile(node, &config)?;
+    let hostname = hostname(sandbox)?;
+    let inputs = Inputs {
+        container_id: &id,
+        config: &config,
+        files: &made.files,
+        sandbox_id: sandbox.id(),
+        sandbox: sandbox.config(),
+        sandbox_files: sandbox.files(),
+        hostname: &hostname,
+        image: image.config(),
+        image_name: image.repo_tags().first().map_or(config.image.as_str(), String::as_str),
+        mounts: &mounts,
+        devices: &asked_devices,
+        cgroup_path: cgroup.path(),
+        cgroup_directories: &cgroup_directories(node, cgroup),
+        target_pid_namespace: target.as_deref(),
+        seccomp: seccomp.as_ref(),
+        host: &node.facts,
+    };
+    let spec = oci_spec::build(&inputs)?;
+    // The spec has the last word: a privileged container has no profile in it.
+    let filter = match spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref()) {
+        Some(profile) => Some(
+            node.filters
+                .get(profile)
+                .map_err(|error| ContainerError::Seccomp { reason: crate::chain(&error) })?,
+        ),
+        None => None,
+    };
+    let sandbox_log = Path::new(&sandbox.config().log_directory);
+    let has_log = !sandbox.config().log_directory.is_empty() && !config.log_path.is_empty();
+    let plan = plan::launch(
+        &spec,
+        &Extra {
+            container_id: &id,
+            user: &config.security.user,
+            image_user: image.user(),
+            lower_dirs: &lower_dirs,
+            upper_dir: &made.files.upper(),
+            work_dir: &made.files.work(),
+            log: has_log.then_some((sandbox_log, Path::new(&config.log_path))),
+            exit_record: &made.files.exit_record(),
+            stdin: config.stdin,
+            cgroup: &cgroup_plan(cgroup),
+            seccomp: filter
+                .as_ref()
+                .map(|filter| plan::Filter { program: &filter.bytes, flags: filter.flags }),
+        },
+    )?;
+    let log_path =
+        if has_log { sandbox_log.join(&config.log_path).display().to_string() } else { String::new() };
+    let record = ContainerRecord {
+        sandbox_id: sandbox.id().clone(),
+        image_id: image.id().to_string(),
+        image_name: image.repo_tags().first().cloned().unwrap_or_default(),
+        image_ref: image.repo_digests().first().cloned().unwrap_or_default(),
+        created_at_unix_ns: unix_ns(),
+        stop_signal,
+        log_path,
+        cgroup: cgroup.path().to_owned(),
+        id,
+        config,
+        ..ContainerRecord::default()
+    };
+    Ok(Prepared { record, files: made.files.clone(), cgroup: cgroup.clone(), spec, plan })
+}
+
+/// Starts the shim, lets it make the container, and records it.
+async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, ContainerError> {
+    let Prepared { mut record, files, cgroup, mut spec, plan } = prepared;
+    let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
+    let result = async {
+        let shim = Arc::new(ShimClient::spawn(&node.shim, &files.state)?);
+        let created = match shim.create(plan).await {
+            Ok(created) => created,
+            Err(error) => {
+                shim.discard().await;
+                return Err(error.into());
+            }
+        };
+        for note in &created.notes {
+            tracing::warn!(container = %record.id, note, "done in a weaker way");
+        }
+        record.process = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
+        (record.uid, record.gid, record.groups) = (created.uid, created.gid, created.groups);
+        oci_spec::set_user(&mut spec, record.uid, record.gid, &record.groups);
+        let container = Arc::new(Container {
+            resources: Mutex::new(record.config.resources.clone()),
+            state: watch::Sender::new(ContainerState::Created),
+            shim: Mutex::new(Some(shim.clone())),
+            operation: tokio::sync::Mutex::default(),
+            kill_at: watch::Sender::new(None),
+            record,
+            files,
+            cgroup,
+        });
+        if let Err(error) = write_files(&container, &spec) {
+            shim.discard().await;
+            return Err(error);
+        }
+        Ok(container)
+    }
+    .await;
+    if result.is_err() {
+        let node = node.clone();
+        // The error is told in any case; a task that could not be run leaves what the next start takes away.
+        let _ = tokio::task::spawn_blocking(move || undo(&node, &made)).await;
+    }
+    result
+}
+
+fn write_files(container: &Container, spec: &Spec) -> Result<(), ContainerError> {
+    let path = container.files.spec();
+    // Only for those who ask; written without care for a crash.
+    let json =
+        serde_json::to_vec(spec).map_err(|error| ContainerError::file("write", &path)(error.into()))?;
+    std::fs::write(&path, json).map_err(ContainerError::file("write", &path))?;
+    container.write_record()
+}
+
+/// Takes back what was made. What cannot be taken back is logged, and found again at the next start.
+fn undo(node: &Node, made: &Made) {
+    if let Some(cgroup) = &made.cgroup
+        && let Err(error) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))
+    {
+        tracing::warn!(error = %crate::chain(&error), "the cgroup of a container that failed is left");
+    }
+    if let Err(error) = trash::discard(&node.layout, &made.files.durable) {
+        tracing::warn!(path = %made.files.durable.display(), %error, "files of a container that failed are left");
+    }
+    match std::fs::remove_dir_all(&made.files.state) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(path = %made.files.state.display(), %error, "files of a container that failed are left");
+        }
+        _ => {}
+    }
+}
+
+fn make_directories<'a>(
+    files: &ContainerFiles,
+    volumes: impl Iterator<Item = &'a Path>,
+) -> Result<(), ContainerError> {
+    let make = |path: &Path, mode: u32| {
+        std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("make", path))
+    };
+    make(&files.durable, 0o700)?;
+    make(&files.state, 0o700)?;
+    // The root directory of the container takes its mode from here; the daemon's umask is strict.
+    make(&files.upper(), 0o755)?;
+    set_mode(&files.upper(), 0o755)?;
+    make(&files.work(), 0o700)?;
+    make(&files.rootfs(), 0o700)?;
+    let mut parent_made = false;
+    for volume in volumes {
+        if !parent_made {
+            make(&files.volumes(), 0o700)?;
+            parent_made = true;
+        }
+        make(volume, 0o755)?;
+        set_mode(volume, 0o755)?;
+    }
+    Ok(())
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<(), ContainerError> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+        .map_err(ContainerError::file("open up", path))
+}
+
+fn effective_stop_signal(config: &Config, image: &Image) -> Result<i32, ContainerError> {
+    if let Some(signal) = config.stop_signal {
+        return Ok(signal);
+    }
+    match image.config().stop_signal.as_str() {
+        "" => Ok(SIGTERM),
+        text => stop_signal(text).map_err(|error| ContainerError::Image {
+            image: config.image.clone(),
+            source: berth_image::StoreError::File {
+                operation: "read the StopSignal of",
+                path: PathBuf::from(&config.image),
+                source: std::io::Error::other(error.to_string()),
+            },
+        }),
+    }
+}
+
+fn target_namespace(
+    node: &Node,
+    sandbox: &Sandbox,
+    config: &Config,
+) -> Result<Option<PathBuf>, ContainerError> {
+    let namespaces = &config.security.namespaces;
+    if namespaces.pid != NamespaceMode::Target {
+        return Ok(None);
+    }
+    let target = match node.registry.find_container(&namespaces.target_id) {
+        Found::One(target) if target.sandbox_id() == sandbox.id() => target.pid(),
+        _ => None,
+    };
+    let pid = target.ok_or_else(|| ContainerError::NoTarget { target: namespaces.target_id.clone() })?;
+    Ok(Some(PathBuf::from(format!("/proc/{pid}/ns/pid"))))
+}
+
+fn check_apparmor(node: &Node, config: &Config) -> Result<(), ContainerError> {
+    match &config.security.apparmor {
+        Profile::Localhost(name) if !node.facts.apparmor => Err(ContainerError::AppArmor {
+            reason: format!("profile {name:?} cannot be applied: this kernel has no AppArmor"),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn seccomp_profile(node: &Node, config: &Config) -> Result<Option<LinuxSeccomp>, ContainerError> {
+    let security = &config.security;
+    match &security.seccomp {
+        Profile::Unconfined => Ok(None),
+        _ if security.privileged => Ok(None),
+        Profile::RuntimeDefault => {
+            let names = oci_spec::granted_capabilities(security, node.facts.bounding)?;
+            Ok(Some(berth_seccomp::default_profile(names)))
+        }
+        Profile::Localhost(path) => {
+            let failed = |reason: String| ContainerError::Seccomp { reason: format!("{path}: {reason}") };
+            let text = read_profile(Path::new(path)).map_err(|error| failed(error.to_string()))?;
+            berth_seccomp::parse_profile(&text).map(Some).map_err(|error| failed(crate::chain(&error)))
+        }
+    }
+}
+
+fn read_profile(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let file =
+        std::fs::File::options().read(true).custom_flags(berth_sys::file::READ_NONBLOCKING).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a plain file"));
+    }
+    let mut text = Vec::new();
+    file.take(MAX_PROFILE_BYTES + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > MAX_PROFILE_BYTES {
+        return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, "longer than 1 MiB"));
+    }
+    Ok(text)
+}
+
+/// The hostname that the sandbox got: it is in its own file.
+fn hostname(sandbox: &Sandbox) -> Result<String, ContainerError> {
+    let path = sandbox.files().etc("hostname");
+    let text = std::fs::read_to_string(&path).map_err(ContainerError::file("read", &path))?;
+    Ok(text.trim_end().to_owned())
+}
+
+/// Its directory in each v1 hierarchy, by the name that the hierarchy has below `/sys/fs/cgroup`.
+fn cgroup_directories(node: &Node, cgroup: &Cgroup) -> Vec<CgroupDirectory> {
+    let berth_cgroup::Hierarchy::Legacy { mounts } = &node.hierarchy else { return Vec::new() };
+    let directories: Vec<&Path> = cgroup.directories().collect();
+    mounts
+        .iter()
+        .filter_map(|mount| {
+            let directory = directories.iter().find(|directory| directory.starts_with(&mount.path))?;
+            let name = mount.path.file_name()?.to_str()?.to_owned();
+            Some(CgroupDirectory { name, directory: directory.to_path_buf() })
+        })
+        .collect()
+}

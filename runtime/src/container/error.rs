@@ -1,0 +1,130 @@
+//! Why something with a container failed.
+
+use crate::registry::NameTaken;
+use crate::shim_client::ShimError;
+use berth_model::id::{ContainerId, SandboxId};
+use berth_model::record::RecordError;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why something with a container failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ContainerError {
+    /// Another one has its name.
+    #[error(transparent)]
+    NameTaken(#[from] NameTaken),
+    /// Its sandbox was stopped.
+    #[error("sandbox {id} is not ready")]
+    SandboxNotReady {
+        /// Which.
+        id: SandboxId,
+    },
+    /// Its image is not here.
+    #[error("image {image} is not present")]
+    NoImage {
+        /// As asked.
+        image: String,
+    },
+    /// The image store.
+    #[error("find the layers of image {image}")]
+    Image {
+        /// As asked.
+        image: String,
+        /// Why.
+        #[source]
+        source: berth_image::StoreError,
+    },
+    /// The container whose pid namespace is to be joined.
+    #[error(
+        "config.linux.security_context.namespace_options.target_id: container {target} is not a running container of this sandbox"
+    )]
+    NoTarget {
+        /// As asked.
+        target: String,
+    },
+    /// No random bytes.
+    #[error("make an id")]
+    Id(#[source] io::Error),
+    /// What was asked for cannot be.
+    #[error(transparent)]
+    Spec(#[from] crate::oci_spec::SpecError),
+    /// The spec cannot be carried out.
+    #[error(transparent)]
+    Plan(#[from] crate::plan::PlanError),
+    /// The seccomp profile.
+    #[error("config.linux.security_context.seccomp: {reason}")]
+    Seccomp {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The AppArmor profile.
+    #[error("config.linux.security_context.apparmor: {reason}")]
+    AppArmor {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A mount's source.
+    #[error("config.mounts: {path}: {reason}")]
+    Mount {
+        /// As asked.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file.
+    #[error("{action} {path}")]
+    File {
+        /// The failed act.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] berth_cgroup::Error),
+    /// The shim, or in it the container.
+    #[error(transparent)]
+    Shim(#[from] ShimError),
+    /// It is in a state in which that cannot be.
+    #[error("container {id} is {state}")]
+    WrongState {
+        /// Which.
+        id: ContainerId,
+        /// The word for its state.
+        state: &'static str,
+    },
+    /// It was to end and did not.
+    #[error("container {id} does not end, though it was killed; try again")]
+    DoesNotEnd {
+        /// Which.
+        id: ContainerId,
+    },
+    /// A program did not end in its time, and was killed.
+    #[error("the command did not end within {seconds} s")]
+    ExecTimeout {
+        /// The time.
+        seconds: u64,
+    },
+    /// The record.
+    #[error("record container {id}")]
+    Record {
+        /// Which.
+        id: ContainerId,
+        /// Why.
+        #[source]
+        source: RecordError,
+    },
+    /// The daemon's own task ended early.
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+impl ContainerError {
+    pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File { action, path, source }
+    }
+}

@@ -1,0 +1,101 @@
+//! ExecSync: a program in a running container, its output and its exit code.
+//!
+//! The shim starts it; its output comes here by pipes without a copy in between. Each stream is kept up to [`MAX_OUTPUT`] and read to
+//! its end all the same, so that a program is never stopped by a full pipe.
+
+use super::{Container, ContainerError};
+use berth_model::state::ContainerState;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+
+/// What is kept of each stream, in bytes: `ExecSyncResponse` of the CRI says 16 MiB.
+pub(crate) const MAX_OUTPUT: usize = 16 * 1024 * 1024;
+
+/// How long after the program's end its output may go on, written by what it left behind.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct Output {
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: Vec<u8>,
+    pub(crate) exit_code: i32,
+}
+
+/// Runs `command` and waits for its end, at most `timeout`.
+pub(crate) async fn exec_sync(
+    container: &Arc<Container>,
+    command: Vec<String>,
+    timeout: Option<Duration>,
+) -> Result<Output, ContainerError> {
+    let state = container.state();
+    let (ContainerState::Running { .. }, Some(shim)) = (&state, container.shim()) else {
+        return Err(ContainerError::WrongState { id: container.id().clone(), state: state.name() });
+    };
+    let (stdout, stdout_end) = reader()?;
+    let (stderr, stderr_end) = reader()?;
+    let args = command.into_iter().map(String::into_bytes).collect();
+    let mut running = shim.exec(args, stdout_end, stderr_end)?;
+    let (mut out, mut err) = (Collected::default(), Collected::default());
+    let ended = {
+        let collect = async { tokio::join!(out.read(stdout), err.read(stderr)) };
+        tokio::pin!(collect);
+        let end = async {
+            match timeout {
+                Some(limit) => tokio::time::timeout(limit, running.ended()).await,
+                None => Ok(running.ended().await),
+            }
+        };
+        tokio::pin!(end);
+        let mut complete = false;
+        let ended = loop {
+            tokio::select! {
+                ended = &mut end => break ended,
+                _ = &mut collect, if !complete => complete = true,
+            }
+        };
+        if !complete && ended.is_ok() {
+            // What is late is lost; the program itself has ended.
+            let _ = tokio::time::timeout(DRAIN, collect).await;
+        }
+        ended
+    };
+    match ended {
+        Ok(exit_code) => Ok(Output { stdout: out.bytes, stderr: err.bytes, exit_code: exit_code? }),
+        Err(_) => {
+            running.kill().await;
+            Err(ContainerError::ExecTimeout { seconds: timeout.unwrap_or_default().as_secs() })
+        }
+    }
+}
+
+fn reader() -> Result<(pipe::Receiver, OwnedFd), ContainerError> {
+    let failed = |source| ContainerError::File { action: "make", path: "a pipe".into(), source };
+    let (read, write) = berth_sys::file::pipe().map_err(failed)?;
+    berth_sys::file::set_nonblocking(std::os::fd::AsFd::as_fd(&read)).map_err(failed)?;
+    Ok((pipe::Receiver::from_owned_fd(read).map_err(failed)?, write))
+}
+
+#[derive(Debug, Default)]
+struct Collected {
+    bytes: Vec<u8>,
+}
+
+impl Collected {
+    async fn read(&mut self, mut stream: pipe::Receiver) {
+        // On the heap, and only for as long as the stream lives; a future would carry an array along.
+        let mut buffer = vec![0; 16 * 1024];
+        loop {
+            match stream.read(&mut buffer).await {
+                Ok(0) | Err(_) => return,
+                Ok(length) => {
+                    let room = MAX_OUTPUT - self.bytes.len();
+                    self.bytes.extend_from_slice(buffer.get(..length.min(room)).unwrap_or_default());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Containers: made in a sandbox, each served by its shim.
+//!
+//! - [`create`]: CreateContainer, everything up to the exec of the program;
+//! - [`start`]: StartContainer;
+//! - [`exec`]: ExecSync;
+//! - [`stop`]: StopContainer;
+//! - [`remove`]: RemoveContainer;
+//! - [`end`]: what happens when it has ended, by itself or not;
+//! - [`recover`]: what a new daemon makes of a record.
+//!
+//! The state is in a watch channel: whoever waits for the end of a container waits for that value to change. It changes through
+//! `model::state` only.
+
+pub(crate) mod create;
+mod end;
+mod error;
+pub(crate) mod exec;
+pub(crate) mod recover;
+pub(crate) mod remove;
+pub(crate) mod start;
+pub(crate) mod stop;
+pub(crate) mod update;
+
+pub(crate) use error::ContainerError;
+
+use crate::atomic_file;
+use crate::registry::Name;
+use crate::shim_client::ShimClient;
+use berth_cgroup::Cgroup;
+use berth_model::container::{Config, Resources};
+use berth_model::id::{ContainerId, SandboxId};
+use berth_model::layout::ContainerFiles;
+use berth_model::record::{self, ContainerRecord};
+use berth_model::state::{ContainerEvent, ContainerState, Refused, container_after};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// A container.
+#[derive(Debug)]
+pub(crate) struct Container {
+    /// All that does not change, the resources excepted, which [`Container::resources`] has.
+    record: ContainerRecord,
+    files: ContainerFiles,
+    cgroup: Cgroup,
+    resources: Mutex<Resources>,
+    state: watch::Sender<ContainerState>,
+    shim: Mutex<Option<Arc<ShimClient>>>,
+    /// Start, update and remove, one at a time.
+    operation: tokio::sync::Mutex<()>,
+    /// When a stop that is under way kills; only ever moved to be earlier.
+    kill_at: watch::Sender<Option<Instant>>,
+}
+
+impl Container {
+    pub(crate) fn id(&self) -> &ContainerId {
+        &self.record.id
+    }
+
+    pub(crate) fn sandbox_id(&self) -> &SandboxId {
+        &self.record.sandbox_id
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.record.config
+    }
+
+    pub(crate) fn record(&self) -> &ContainerRecord {
+        &self.record
+    }
+
+    pub(crate) fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    pub(crate) fn files(&self) -> &ContainerFiles {
+        &self.files
+    }
+
+    /// The limits in force.
+    pub(crate) fn resources(&self) -> Resources {
+        lock(&self.resources).clone()
+    }
+
+    pub(crate) fn state(&self) -> ContainerState {
+        self.state.borrow().clone()
+    }
+
+    /// The identity that no other container has.
+    pub(crate) fn name(&self) -> Name {
+        Name::Container(self.record.sandbox_id.clone(), self.record.config.metadata.clone())
+    }
+
+    pub(crate) fn image_digest(&self) -> Option<berth_image::Digest> {
+        berth_image::Digest::parse(&self.record.image_id).ok()
+    }
+
+    /// The main process, as the host numbers it; `None` once it has ended.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        let ended = matches!(*self.state.borrow(), ContainerState::Exited(_));
+        self.record.process.filter(|_| !ended).map(|process| process.pid)
+    }
+
+    /// The pid of its shim, while it has one.
+    pub(crate) fn shim_pid(&self) -> Option<i32> {
+        lock(&self.shim).as_ref().and_then(|shim| shim.pid())
+    }
+
+    fn shim(&self) -> Option<Arc<ShimClient>> {
+        lock(&self.shim).clone()
+    }
+
+    /// Moves the state on.
+    fn apply(&self, event: ContainerEvent) -> Result<(), Refused> {
+        let mut result = Ok(());
+        self.state.send_if_modified(|state| match container_after(state, event) {
+            Ok(next) if next == *state => false,
+            Ok(next) => {
+                *state = next;
+                true
+            }
+            Err(refused) => {
+                result = Err(refused);
+                false
+            }
+        });
+        result
+    }
+
+    /// Waits until it has ended.
+    pub(crate) async fn exited(&self) {
+        let mut state = self.state.subscribe();
+        // The sender is in `self`, so it cannot have gone.
+        let _ = state.wait_for(|state| matches!(state, ContainerState::Exited(_))).await;
+    }
+
+    fn write_record(&self) -> Result<(), ContainerError> {
+        let mut content = self.record.clone();
+        content.config.resources = self.resources();
+        let path = self.files.record();
+        let bytes = record::encode(&content)
+            .map_err(|source| ContainerError::Record { id: self.record.id.clone(), source })?;
+        atomic_file::write(&path, &bytes).map_err(ContainerError::file("write", &path))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every value in these locks is replaced as a whole, so a panic elsewhere leaves it whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn bytes(path: &Path) -> Vec<u8> {
+    path.as_os_str().as_bytes().to_vec()
+}
+
+/// How a process gets into `cgroup`, as a shim is told it.
+pub(crate) fn cgroup_plan(cgroup: &Cgroup) -> berth_shim_proto::launch::Cgroup {
+    let oom = cgroup.oom_source();
+    berth_shim_proto::launch::Cgroup {
+        tasks_files: cgroup.join_files().iter().map(|path| bytes(path)).collect(),
+        unified_dir: cgroup.unified_dir().map(|path| bytes(&path)).unwrap_or_default(),
+        oom_file: oom.as_ref().map(|source| bytes(&source.file)).unwrap_or_default(),
+        oom_key: oom.map(|source| source.key.to_owned()).unwrap_or_default(),
+    }
+}

@@ -1,0 +1,83 @@
+//! Containers of the daemon before this one.
+//!
+//! A record says that there was a container; its exit record says how it ended; without one its shim is asked. When there is neither, its
+//! processes are killed and its end is written down as unknown: a container without a shim has nobody to keep its output or see it end.
+
+use super::{Container, ContainerError, end, lock};
+use crate::node::Node;
+use crate::shim_client::ShimClient;
+use berth_cgroup::{Cgroup, Parent};
+use berth_model::id::ContainerId;
+use berth_model::record::{self, ContainerRecord};
+use berth_model::state::{ContainerEvent, ContainerState};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How long a shim of another daemon may take to answer at the start, so that one that hangs does not keep the daemon from serving.
+const SHIM: Duration = Duration::from_secs(3);
+
+/// Makes the container that the record of `id` describes, in the state in which it is now.
+pub(crate) async fn recover(node: &Node, id: &ContainerId) -> Result<Arc<Container>, ContainerError> {
+    let files = node.layout.container(id);
+    let path = files.record();
+    let bytes = std::fs::read(&path).map_err(ContainerError::file("read", &path))?;
+    let record: ContainerRecord =
+        record::decode(&bytes).map_err(|source| ContainerError::Record { id: id.clone(), source })?;
+    let cgroup = open_cgroup(node, &record)?;
+    let container = Arc::new(Container {
+        files,
+        cgroup,
+        resources: Mutex::new(record.config.resources.clone()),
+        state: watch::Sender::new(ContainerState::Created),
+        shim: Mutex::new(None),
+        operation: tokio::sync::Mutex::default(),
+        kill_at: watch::Sender::new(None),
+        record,
+    });
+    if let Some(record) = end::read_record(&container) {
+        // Its shim wrote that and ended, or the daemon did; what the daemon would have cleaned up after it may be there still.
+        let _ = container.apply(ContainerEvent::Ended(end::exit(&record)));
+        let settled = container.clone();
+        tokio::task::spawn_blocking(move || end::settle(&settled))
+            .await
+            .map_err(|_| ContainerError::Stopping)?;
+        return Ok(container);
+    }
+    match adopt(&container).await {
+        Some(()) => end::watch(container.clone()),
+        None => {
+            let lost = container.clone();
+            let exit = tokio::task::spawn_blocking(move || end::settle(&lost))
+                .await
+                .map_err(|_| ContainerError::Stopping)?;
+            let _ = container.apply(ContainerEvent::Ended(exit));
+        }
+    }
+    Ok(container)
+}
+
+fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, ContainerError> {
+    let parent = match record.cgroup.rsplit_once('/') {
+        Some((parent, _)) if parent == node.config.cgroup_parent.path() => node.config.cgroup_parent.clone(),
+        Some((parent, _)) => Parent::named(&format!("{parent}/"))?,
+        None => Parent::named(&record.cgroup)?,
+    };
+    Ok(Cgroup::open(&node.hierarchy, &parent, record.id.as_str())?)
+}
+
+/// Finds its shim and takes over its state.
+async fn adopt(container: &Arc<Container>) -> Option<()> {
+    let shim = ShimClient::connect(&container.files.state).ok()?;
+    let phase = tokio::time::timeout(SHIM, shim.phase()).await.ok()?.ok()?;
+    let created = phase.created?;
+    if container.record.process.is_none_or(|process| process.pid != created.pid) {
+        return None;
+    }
+    if let Some(started) = phase.started {
+        // From Created, which every recovered container is at first.
+        let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
+    }
+    *lock(&container.shim) = Some(Arc::new(shim));
+    Some(())
+}

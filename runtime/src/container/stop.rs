@@ -1,0 +1,84 @@
+//! StopContainer: the stop signal to the main process, once; after the grace SIGKILL for everything.
+//!
+//! Stops may come together: the signal is sent by the first, and the shortest time counts. A stop whose caller went away goes on,
+//! because the edge runs it in a task of its own.
+
+use super::{Container, ContainerError};
+use berth_model::state::ContainerState;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+const SIGKILL: i32 = 9;
+
+/// How long the end may take after a kill: a process in uninterruptible sleep ends when its device lets it.
+const KILLED: Duration = Duration::from_secs(10);
+
+/// How long the shim may take to pass a kill on before the cgroup is killed without it.
+const SHIM: Duration = Duration::from_secs(1);
+
+/// Ends it within `grace` and a bit. Already ended is fine.
+pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<(), ContainerError> {
+    if matches!(container.state(), ContainerState::Exited(_)) {
+        return Ok(());
+    }
+    let mine = Instant::now() + grace;
+    let mut first = false;
+    container.kill_at.send_if_modified(|kill_at| {
+        first = kill_at.is_none();
+        let earlier = kill_at.is_none_or(|set| mine < set);
+        if earlier {
+            *kill_at = Some(mine);
+        }
+        earlier
+    });
+    if first && !grace.is_zero() {
+        signal(container, container.record.stop_signal).await;
+    }
+    wait_for_time(container).await;
+    if matches!(container.state(), ContainerState::Exited(_)) {
+        return Ok(());
+    }
+    kill(container).await
+}
+
+/// Waits until it has ended or the shortest time of all stops is over.
+async fn wait_for_time(container: &Container) {
+    let mut changes = container.kill_at.subscribe();
+    let exited = container.exited();
+    tokio::pin!(exited);
+    loop {
+        let kill_at = *changes.borrow_and_update();
+        let Some(kill_at) = kill_at else { return };
+        tokio::select! {
+            () = &mut exited => return,
+            () = tokio::time::sleep_until(kill_at) => return,
+            changed = changes.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+async fn signal(container: &Container, signal: i32) {
+    if let Some(shim) = container.shim() {
+        // It may have ended by itself meanwhile; if the shim hangs, the time passes and the cgroup is killed.
+        let _ = tokio::time::timeout(SHIM, shim.signal(signal)).await;
+    }
+}
+
+/// Kills every process of it and waits for the end.
+pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerError> {
+    // By the shim's pidfd: the kernel takes a whole pid namespace with its process 1. The rest is killed by cgroup when the
+    // shim reports the end.
+    signal(container, SIGKILL).await;
+    if tokio::time::timeout(SHIM, container.exited()).await.is_ok() {
+        return Ok(());
+    }
+    let all = container.clone();
+    tokio::task::spawn_blocking(move || all.cgroup.kill(KILLED))
+        .await
+        .map_err(|_| ContainerError::Stopping)??;
+    match tokio::time::timeout(KILLED, container.exited()).await {
+        Ok(()) => Ok(()),
+        Err(_) => Err(ContainerError::DoesNotEnd { id: container.id().clone() }),
+    }
+}

@@ -1,0 +1,202 @@
+//! Numbers of cgroups and writable layers as CRI messages.
+
+use crate::container::Container;
+use crate::node::{Node, unix_ns};
+use berth_cgroup::{Detail, Stats};
+use berth_cri::v1;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long the size of a writable layer counts as known. Walking a tree costs more than all other numbers together, and the kubelet
+/// asks every ten seconds.
+const LAYER_AGE: Duration = Duration::from_secs(10);
+
+/// Entries of a writable layer that are counted; a larger one is reported as what was counted until then.
+const MAX_ENTRIES: u64 = 1_000_000;
+
+#[derive(Debug, Clone, Copy)]
+struct LayerSize {
+    at: Instant,
+    at_unix_ns: i64,
+    bytes: u64,
+    inodes: u64,
+}
+
+/// What has to be remembered between two calls.
+#[derive(Debug, Default)]
+pub(super) struct Samples {
+    layers: Mutex<HashMap<String, LayerSize>>,
+    /// Processor time and when it was read, for the rate.
+    cpu: Mutex<HashMap<String, (i64, u64, Option<u64>)>>,
+}
+
+impl Samples {
+    /// The numbers of one container. Blocking.
+    pub(super) fn container(
+        &self,
+        node: &Node,
+        container: &Arc<Container>,
+    ) -> Result<v1::ContainerStats, berth_cgroup::Error> {
+        let now = unix_ns();
+        let stats = match container.pid() {
+            Some(_) => container.cgroup().stats(Detail::Essential)?,
+            None => None,
+        };
+        let config = container.config();
+        let id = container.id().as_str();
+        let mut message = v1::ContainerStats {
+            attributes: Some(v1::ContainerAttributes {
+                id: id.to_owned(),
+                metadata: Some(super::convert::container_metadata(&config.metadata)),
+                labels: config.labels.clone(),
+                annotations: config.annotations.clone(),
+            }),
+            writable_layer: Some(self.layer(node, container)),
+            ..v1::ContainerStats::default()
+        };
+        if let Some(stats) = stats {
+            self.fill(&mut message, id, now, &stats);
+        }
+        Ok(message)
+    }
+
+    fn fill(&self, message: &mut v1::ContainerStats, id: &str, now: i64, stats: &Stats) {
+        if let Some(cpu) = &stats.cpu {
+            message.cpu = Some(v1::CpuUsage {
+                timestamp: now,
+                usage_core_nano_seconds: value(Some(cpu.usage_ns)),
+                usage_nano_cores: value(self.rate(id, now, cpu.usage_ns)),
+                psi: cpu.pressure.as_ref().map(psi),
+            });
+        }
+        if let Some(memory) = &stats.memory {
+            message.memory = Some(v1::MemoryUsage {
+                timestamp: now,
+                working_set_bytes: value(Some(memory.working_set_bytes)),
+                available_bytes: value(Some(memory.available_bytes.unwrap_or(0))),
+                usage_bytes: value(Some(memory.usage_bytes)),
+                rss_bytes: value(memory.rss_bytes),
+                page_faults: value(memory.page_faults),
+                major_page_faults: value(memory.major_page_faults),
+                psi: memory.pressure.as_ref().map(psi),
+            });
+        }
+        if let Some(swap) = &stats.swap {
+            message.swap = Some(v1::SwapUsage {
+                timestamp: now,
+                swap_usage_bytes: value(Some(swap.usage_bytes)),
+                swap_available_bytes: value(swap.available_bytes),
+            });
+        }
+        if let Some(pressure) = &stats.io_pressure {
+            message.io = Some(v1::IoUsage { timestamp: now, psi: Some(psi(pressure)) });
+        }
+    }
+
+    /// Nanocores between this sample and the last; two samples closer than a tenth of a second give the rate of before.
+    fn rate(&self, id: &str, now: i64, usage_ns: u64) -> Option<u64> {
+        let mut samples = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((then, before, rate)) = samples.get(id).copied() else {
+            samples.insert(id.to_owned(), (now, usage_ns, None));
+            return None;
+        };
+        let elapsed = u64::try_from(now.saturating_sub(then)).unwrap_or(0);
+        if elapsed < 100_000_000 {
+            return rate;
+        }
+        let used = u128::from(usage_ns.saturating_sub(before));
+        let rate = u64::try_from(used * 1_000_000_000 / u128::from(elapsed)).unwrap_or(u64::MAX);
+        samples.insert(id.to_owned(), (now, usage_ns, Some(rate)));
+        Some(rate)
+    }
+
+    fn layer(&self, node: &Node, container: &Container) -> v1::FilesystemUsage {
+        let key = container.id().as_str();
+        let known = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(key).copied();
+        let size = match known {
+            Some(size) if size.at.elapsed() < LAYER_AGE => size,
+            _ => {
+                let (bytes, inodes) = usage_below(&container.files().upper());
+                let size = LayerSize { at: Instant::now(), at_unix_ns: unix_ns(), bytes, inodes };
+                self.layers.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), size);
+                size
+            }
+        };
+        v1::FilesystemUsage {
+            timestamp: size.at_unix_ns,
+            fs_id: Some(v1::FilesystemIdentifier { mountpoint: node.layout.root().display().to_string() }),
+            used_bytes: value(Some(size.bytes)),
+            inodes_used: value(Some(size.inodes)),
+        }
+    }
+
+    /// Forgets what is known of a container that is gone.
+    pub(super) fn forget(&self, id: &str) {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.cpu.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+}
+
+fn value(number: Option<u64>) -> Option<v1::UInt64Value> {
+    number.map(|value| v1::UInt64Value { value })
+}
+
+fn psi(pressure: &berth_cgroup::Pressure) -> v1::PsiStats {
+    let line = |line: &berth_cgroup::PressureLine| v1::PsiData {
+        total: line.total_ns,
+        avg10: line.avg10,
+        avg60: line.avg60,
+        avg300: line.avg300,
+    };
+    v1::PsiStats { full: Some(line(&pressure.full)), some: Some(line(&pressure.some)) }
+}
+
+/// Bytes on the disk and inodes of a tree, without following links. What vanishes meanwhile is not counted.
+fn usage_below(top: &Path) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    let (mut bytes, mut inodes) = (0_u64, 0_u64);
+    let mut folders = vec![top.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+        for entry in entries.flatten() {
+            let Ok(metadata) = entry.metadata() else { continue };
+            bytes = bytes.saturating_add(metadata.blocks() * 512);
+            inodes += 1;
+            if inodes >= MAX_ENTRIES {
+                return (bytes, inodes);
+            }
+            if metadata.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    (bytes, inodes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_come_from_two_samples() {
+        let samples = Samples::default();
+        assert_eq!(samples.rate("a", 1_000_000_000, 5_000_000), None);
+        assert_eq!(samples.rate("a", 1_050_000_000, 6_000_000), None, "too close");
+        assert_eq!(samples.rate("a", 2_000_000_000, 505_000_000), Some(500_000_000));
+        assert_eq!(samples.rate("a", 2_000_000_001, 600_000_000), Some(500_000_000), "the rate of before");
+        assert_eq!(samples.rate("a", 3_000_000_000, 0), Some(0), "a counter that went back");
+    }
+
+    #[test]
+    fn links_out_of_the_layer_are_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/", directory.path().join("out")).unwrap();
+        std::fs::create_dir(directory.path().join("d")).unwrap();
+        std::fs::write(directory.path().join("d/file"), vec![1; 10_000]).unwrap();
+        let (bytes, inodes) = usage_below(directory.path());
+        assert_eq!(inodes, 3);
+        assert!((10_000..100_000).contains(&bytes), "{bytes}");
+    }
+}

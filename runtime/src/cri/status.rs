@@ -1,0 +1,198 @@
+//! Errors as gRPC codes: the only place where that is decided, and where a failed request is logged.
+//!
+//! | situation | code |
+//! |---|---|
+//! | an id or image that is not there | `NotFound` |
+//! | a beginning of an id that fits several | `InvalidArgument` |
+//! | a name that another object has | `AlreadyExists` |
+//! | a request that makes no sense, or asks for what cannot be | `InvalidArgument` |
+//! | a feature that is not offered | `Unimplemented` |
+//! | an object in another state than the call needs | `FailedPrecondition` |
+//! | a command or a kill that took too long | `DeadlineExceeded` |
+//! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
+//! | a program that cannot be started, an image that cannot be had | `Unknown` |
+//! | the daemon is ending | `Unavailable` |
+//! | anything else | `Internal` |
+//!
+//! Messages carry the whole chain of causes: they end up in a pod's events, in front of somebody who has nothing else.
+
+use super::convert::Rejected;
+use crate::chain;
+use crate::container::ContainerError;
+use crate::sandbox::SandboxError;
+use crate::shim_client::ShimError;
+use berth_image::reference::ParseReferenceError;
+use berth_image::{ImportError, PullError, StoreError};
+use tonic::{Code, Status};
+
+/// The longest message. It travels in HTTP/2 trailers, which some stacks limit to 8 KiB, escaped.
+const MAX_MESSAGE_BYTES: usize = 2048;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CallError {
+    #[error(transparent)]
+    Rejected(#[from] Rejected),
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    #[error("{kind} {id:?} not found")]
+    NotFound { kind: &'static str, id: String },
+    #[error("{kind} id {id:?} is the beginning of more than one")]
+    Ambiguous { kind: &'static str, id: String },
+    #[error("{0}")]
+    NotOffered(&'static str),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    #[error(transparent)]
+    Reference(#[from] ParseReferenceError),
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    #[error("{0}")]
+    Auth(&'static str),
+    #[error("{0}")]
+    Argument(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Stats(#[from] berth_cgroup::Error),
+    #[error("the pull was cancelled")]
+    Cancelled,
+    #[error("the daemon is stopping")]
+    Stopping,
+    #[error("{action}")]
+    File {
+        action: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+fn code(error: &CallError) -> Code {
+    match error {
+        CallError::Rejected(Rejected::Invalid { .. })
+        | CallError::Missing(_)
+        | CallError::Ambiguous { .. }
+        | CallError::Auth(_)
+        | CallError::Argument(_)
+        | CallError::Reference(_) => Code::InvalidArgument,
+        CallError::Rejected(Rejected::NotOffered { .. }) | CallError::NotOffered(_) => Code::Unimplemented,
+        CallError::NotFound { .. } => Code::NotFound,
+        CallError::Sandbox(error) => sandbox(error),
+        CallError::Container(error) => container(error),
+        // Unknown is what kubelets unwrap to read the beginning of the text.
+        CallError::Pull(PullError::NotFound { .. }) => Code::NotFound,
+        CallError::Pull(_) => Code::Unknown,
+        CallError::Import(_) => Code::FailedPrecondition,
+        CallError::Stopping => Code::Unavailable,
+        CallError::Cancelled => Code::Cancelled,
+        CallError::Store(_) | CallError::Stats(_) | CallError::File { .. } => Code::Internal,
+    }
+}
+
+fn sandbox(error: &SandboxError) -> Code {
+    match error {
+        SandboxError::NameTaken(_) => Code::AlreadyExists,
+        SandboxError::NoCgroupParent { .. }
+        | SandboxError::Sysctl { .. }
+        | SandboxError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => Code::InvalidArgument,
+        SandboxError::Containers { source, .. } => container(source),
+        SandboxError::Stopping => Code::Unavailable,
+        _ => Code::Internal,
+    }
+}
+
+fn container(error: &ContainerError) -> Code {
+    match error {
+        ContainerError::NameTaken(_) => Code::AlreadyExists,
+        ContainerError::NoImage { .. } => Code::NotFound,
+        ContainerError::SandboxNotReady { .. } | ContainerError::WrongState { .. } => {
+            Code::FailedPrecondition
+        }
+        ContainerError::NoTarget { .. }
+        | ContainerError::Spec(_)
+        | ContainerError::Plan(_)
+        | ContainerError::Seccomp { .. }
+        | ContainerError::AppArmor { .. }
+        | ContainerError::Mount { .. }
+        | ContainerError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => Code::InvalidArgument,
+        ContainerError::ExecTimeout { .. } | ContainerError::DoesNotEnd { .. } => Code::DeadlineExceeded,
+        ContainerError::Shim(ShimError::Failed(_)) => Code::Unknown,
+        ContainerError::Stopping => Code::Unavailable,
+        _ => Code::Internal,
+    }
+}
+
+/// Logs the failure of `call` and turns it into its answer.
+pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
+    let code = code(error);
+    let mut message = chain(error);
+    if let CallError::Container(ContainerError::Shim(ShimError::Failed(failed))) = error
+        && let Some(conventional) = shell_code(failed)
+    {
+        message.push_str(&format!(" (a shell would say {conventional})"));
+    }
+    if let CallError::Pull(PullError::Unreachable { .. }) = error {
+        message.insert_str(0, "RegistryUnavailable: ");
+    }
+    if message.len() > MAX_MESSAGE_BYTES {
+        let end = (0..=MAX_MESSAGE_BYTES).rev().find(|end| message.is_char_boundary(*end)).unwrap_or(0);
+        message.truncate(end);
+    }
+    match code {
+        Code::Internal => tracing::error!(call, %code, error = message, "call failed"),
+        // Kubelets ask for what is gone as a matter of course.
+        Code::NotFound | Code::Unimplemented => tracing::debug!(call, %code, error = message, "call refused"),
+        _ => tracing::warn!(call, %code, error = message, "call failed"),
+    }
+    Status::new(code, message)
+}
+
+/// What a shell returns for a command that it cannot start: 127 not found, 126 not executable (POSIX, "Command Search and Execution").
+fn shell_code(failed: &crate::shim_client::Failed) -> Option<i32> {
+    const ENOENT: i32 = 2;
+    const ENOEXEC: i32 = 8;
+    const EACCES: i32 = 13;
+    match (failed.step.as_str(), failed.errno) {
+        ("execute", ENOENT) => Some(127),
+        ("execute", ENOEXEC | EACCES) => Some(126),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shim_client::Failed;
+
+    #[test]
+    fn the_codes_that_kubelets_rely_on_are_these() {
+        let not_found = CallError::NotFound { kind: "container", id: "x".to_owned() };
+        assert_eq!(failed("ContainerStatus", &not_found).code(), Code::NotFound);
+        let late = CallError::Container(ContainerError::ExecTimeout { seconds: 1 });
+        assert_eq!(failed("ExecSync", &late).code(), Code::DeadlineExceeded);
+        let unreachable = CallError::Pull(PullError::Unreachable { registry: "r.example".to_owned() });
+        let status = failed("PullImage", &unreachable);
+        assert_eq!(status.code(), Code::Unknown);
+        assert!(status.message().starts_with("RegistryUnavailable"), "{}", status.message());
+    }
+
+    #[test]
+    fn a_missing_program_is_told_with_the_code_that_people_know() {
+        for (errno, expected) in [(2, "127"), (13, "126"), (8, "126")] {
+            let shim =
+                ShimError::Failed(Failed { step: "execute".to_owned(), errno, detail: "foo".to_owned() });
+            let message = failed("StartContainer", &CallError::Container(shim.into())).message().to_owned();
+            assert!(message.contains("foo") && message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn long_messages_are_cut_at_a_character() {
+        let long = CallError::NotFound { kind: "image", id: "ä".repeat(5000) };
+        assert!(failed("x", &long).message().len() <= MAX_MESSAGE_BYTES);
+    }
+}

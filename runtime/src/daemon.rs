@@ -1,0 +1,213 @@
+//! The daemon as a whole: opening everything, serving, ending.
+
+use crate::config::Config;
+use crate::cri::{ImageService, RuntimeService};
+use crate::node::Node;
+use crate::oci_spec::{HostFacts, devices};
+use crate::recovery::{self, RecoveryError};
+use crate::registry::Registry;
+use crate::shim_client::ShimProgram;
+use crate::{api, server};
+use berth_cgroup::Hierarchy;
+use berth_image::Store;
+use berth_model::layout::Layout;
+use berth_network::Bridge;
+use berth_sys::mount::{self, Propagation};
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often the network is looked at and, when somebody broke it, repaired.
+const NETWORK_LOOK: Duration = Duration::from_secs(5);
+
+/// Why the daemon cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// A file or folder of its own.
+    #[error("{action} {path}")]
+    File {
+        /// The failed act.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another daemon works in the same root.
+    #[error("another berthd uses {path}; give this one its own --root and --state")]
+    Taken {
+        /// The root.
+        path: PathBuf,
+    },
+    /// The images.
+    #[error("open the image store")]
+    Images(#[source] berth_image::StoreError),
+    /// The cgroups.
+    #[error("find the cgroup hierarchies")]
+    Cgroups(#[source] berth_cgroup::Error),
+    /// The network.
+    #[error("set up the bridge network")]
+    Network(#[source] berth_network::bridge::Error),
+    /// The host's devices.
+    #[error("list the host's devices")]
+    Devices(#[source] devices::DeviceError),
+    /// The host.
+    #[error("find out about the host: {what}")]
+    Host {
+        /// What could not be found out.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The objects of the daemon before.
+    #[error("recover")]
+    Recovery(#[from] RecoveryError),
+    /// The socket.
+    #[error("serve")]
+    Serve(#[source] server::ServeError),
+}
+
+fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonError {
+    let path = path.to_owned();
+    move |source| DaemonError::File { action, path, source }
+}
+
+/// Serves until `stop` resolves. Pods go on after that: the next daemon finds them.
+///
+/// # Errors
+/// [`DaemonError`], with what to do where there is something to do.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), DaemonError> {
+    let layout = Layout::new(config.root.clone(), config.state.clone());
+    prepare(&layout)?;
+    let _lock = take(&layout)?;
+    make_private(layout.state())?;
+    let node = tokio::task::spawn_blocking(move || open(config, layout)).await.map_err(|error| {
+        DaemonError::Host { what: "the start was interrupted", source: io::Error::other(error) }
+    })??;
+    let node = Arc::new(node);
+    recovery::run(&node).await?;
+    let watcher = tokio::spawn(watch_network(node.clone()));
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"), socket = %node.config.socket.display(),
+        cgroup = if node.hierarchy.is_unified() { 2 } else { 1 }, bridge = %node.bridge.config().name, "berthd serves"
+    );
+    let services = server::Services {
+        runtime: RuntimeService::new(node.clone()),
+        image: ImageService::new(node.clone()),
+        berth: api::Service::new(node.clone()),
+    };
+    let served = server::serve(&node.config.socket, services, stop).await.map_err(DaemonError::Serve);
+    watcher.abort();
+    tracing::info!("berthd ends; pods go on");
+    if node.registry.sandboxes().is_empty() {
+        // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no harm.
+        let _ = mount::detach(node.layout.state());
+    }
+    served
+}
+
+fn prepare(layout: &Layout) -> Result<(), DaemonError> {
+    let folders = [
+        layout.root().to_owned(),
+        layout.state().to_owned(),
+        layout.sandboxes(),
+        layout.containers(),
+        layout.trash(),
+        layout.quarantine(),
+        layout.network(),
+        layout.sandbox_states(),
+        layout.container_states(),
+    ];
+    for path in folders {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(file("make", &path))?;
+    }
+    // Nobody but root may get through, also into folders that an older version made: images hold setuid programs.
+    for path in [layout.root(), layout.state()] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+            .map_err(file("close", path))?;
+    }
+    Ok(())
+}
+
+/// One daemon for a root.
+fn take(layout: &Layout) -> Result<File, DaemonError> {
+    let path = layout.root().join("lock");
+    let lock =
+        File::options().create(true).truncate(false).write(true).open(&path).map_err(file("open", &path))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(std::fs::TryLockError::WouldBlock) => Err(DaemonError::Taken { path: layout.root().to_owned() }),
+        Err(std::fs::TryLockError::Error(source)) => Err(file("lock", &path)(source)),
+    }
+}
+
+/// Makes the runtime state a mount of its own that travels nowhere: namespaces pinned and memory mounted in it would otherwise be
+/// copied into every mount namespace that gets the host's mounts, and stay there.
+fn make_private(state: &Path) -> Result<(), DaemonError> {
+    if !is_mount_point(state).map_err(file("look at", state))? {
+        mount::bind(state, state).map_err(file("mount onto itself", state))?;
+    }
+    mount::set_propagation(state, Propagation::Private, false).map_err(file("make private", state))
+}
+
+fn is_mount_point(path: &Path) -> io::Result<bool> {
+    let path = path.canonicalize()?;
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    // Field 5 is the mount point, proc_pid_mountinfo(5); paths with spaces are escaped there and not found, which mounts once
+    // more and does no harm.
+    Ok(mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|point| Path::new(point) == path)))
+}
+
+fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
+    let host = |what| move |source| DaemonError::Host { what, source };
+    let shim = ShimProgram::load(&config.shim).map_err(file("load the shim", &config.shim))?;
+    let hierarchy = Hierarchy::detect().map_err(DaemonError::Cgroups)?;
+    let images = Store::open(layout.root(), config.images.clone()).map_err(DaemonError::Images)?;
+    let bridge = Bridge::set_up(config.network.clone(), &layout.network()).map_err(DaemonError::Network)?;
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(host("the boot id"))?;
+    let facts = HostFacts {
+        bounding: berth_sys::credentials::bounding_set().map_err(host("the capabilities"))?,
+        unified_cgroups: hierarchy.is_unified(),
+        apparmor: std::fs::read("/sys/module/apparmor/parameters/enabled")
+            .is_ok_and(|text| text.starts_with(b"Y")),
+        default_apparmor_profile: None,
+        devices: devices::host_devices().map_err(DaemonError::Devices)?,
+    };
+    Ok(Node {
+        layout,
+        hierarchy,
+        shim,
+        bridge: Arc::new(bridge),
+        images,
+        filters: berth_seccomp::Cache::new(),
+        registry: Registry::default(),
+        boot_id: boot_id.trim().to_owned(),
+        facts,
+        network: std::sync::Mutex::new(Ok(())),
+        config,
+    })
+}
+
+/// Looks after the network: somebody may flush the firewall or take the bridge down under running pods.
+async fn watch_network(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(NETWORK_LOOK).await;
+        let looking = node.clone();
+        // Netlink and, for a repair, a program: both block.
+        let looked = tokio::task::spawn_blocking(move || {
+            let Err(broken) = looking.bridge.ready() else { return Ok(()) };
+            tracing::warn!(error = %crate::chain(&broken), "the network is not whole; repairing it");
+            looking.bridge.repair().map_err(|error| crate::chain(&error))
+        })
+        .await;
+        if let Ok(result) = looked {
+            node.set_network(result);
+        }
+    }
+}

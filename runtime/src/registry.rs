@@ -1,0 +1,200 @@
+//! The sandboxes and containers that exist, by id and by name.
+//!
+//! Objects appear here when they are complete, and go when they are gone; what is being made holds only its name, by a
+//! [`Reservation`]. All locks here are held for a look-up and no longer.
+
+use crate::container::Container;
+use crate::sandbox::Sandbox;
+use berth_model::id::{ContainerId, SandboxId};
+use berth_model::{container, sandbox};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The identity that must be unique.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Name {
+    /// Of a sandbox.
+    Sandbox(sandbox::Metadata),
+    /// Of a container in its sandbox.
+    Container(SandboxId, container::Metadata),
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sandbox(metadata) => write!(f, "pod {metadata}"),
+            Self::Container(sandbox, metadata) => {
+                write!(f, "container {} (attempt {}) in sandbox {sandbox}", metadata.name, metadata.attempt)
+            }
+        }
+    }
+}
+
+/// The name belongs to another object.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{name} exists already, as {owner}")]
+pub(crate) struct NameTaken {
+    name: String,
+    owner: String,
+}
+
+/// What a text that should name an object finds.
+#[derive(Debug)]
+pub(crate) enum Found<T> {
+    /// This one.
+    One(T),
+    /// None.
+    Nothing,
+    /// More than one begins like this.
+    Ambiguous,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    sandboxes: HashMap<SandboxId, Arc<Sandbox>>,
+    containers: HashMap<ContainerId, Arc<Container>>,
+    names: HashMap<Name, String>,
+}
+
+/// All objects.
+#[derive(Debug, Default)]
+pub(crate) struct Registry(Arc<Mutex<Inner>>);
+
+/// A name that is held for an object until it goes; given back when dropped before that.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    inner: Arc<Mutex<Inner>>,
+    name: Option<Name>,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if let Some(name) = self.name.take() {
+            lock(&self.inner).names.remove(&name);
+        }
+    }
+}
+
+fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
+    // Every change under this lock is one insert or remove, so a panic elsewhere leaves it whole.
+    inner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Registry {
+    /// Takes `name` for the object `owner`.
+    ///
+    /// # Errors
+    /// [`NameTaken`].
+    pub(crate) fn reserve(&self, name: Name, owner: &str) -> Result<Reservation, NameTaken> {
+        let mut inner = lock(&self.0);
+        if let Some(taken) = inner.names.get(&name) {
+            return Err(NameTaken { name: name.to_string(), owner: taken.clone() });
+        }
+        inner.names.insert(name.clone(), owner.to_owned());
+        Ok(Reservation { inner: self.0.clone(), name: Some(name) })
+    }
+
+    /// Makes a sandbox visible; its name stays taken until [`Registry::remove_sandbox`].
+    pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>, mut reservation: Reservation) {
+        reservation.name = None;
+        lock(&self.0).sandboxes.insert(sandbox.id().clone(), sandbox);
+    }
+
+    /// Makes a container visible; its name stays taken until [`Registry::remove_container`].
+    pub(crate) fn add_container(&self, container: Arc<Container>, mut reservation: Reservation) {
+        reservation.name = None;
+        lock(&self.0).containers.insert(container.id().clone(), container);
+    }
+
+    pub(crate) fn remove_sandbox(&self, sandbox: &Sandbox) {
+        let mut inner = lock(&self.0);
+        inner.sandboxes.remove(sandbox.id());
+        inner.names.remove(&Name::Sandbox(sandbox.config().metadata.clone()));
+    }
+
+    pub(crate) fn remove_container(&self, container: &Container) {
+        let mut inner = lock(&self.0);
+        inner.containers.remove(container.id());
+        inner.names.remove(&container.name());
+    }
+
+    /// By id, or by an unambiguous beginning of one.
+    pub(crate) fn find_sandbox(&self, text: &str) -> Found<Arc<Sandbox>> {
+        let inner = lock(&self.0);
+        if let Ok(id) = text.parse::<SandboxId>() {
+            return inner.sandboxes.get(&id).cloned().map_or(Found::Nothing, Found::One);
+        }
+        one(inner
+            .sandboxes
+            .iter()
+            .filter(|(id, _)| is_beginning(text, id.as_str()))
+            .map(|(_, sandbox)| sandbox))
+    }
+
+    /// By id, or by an unambiguous beginning of one.
+    pub(crate) fn find_container(&self, text: &str) -> Found<Arc<Container>> {
+        let inner = lock(&self.0);
+        if let Ok(id) = text.parse::<ContainerId>() {
+            return inner.containers.get(&id).cloned().map_or(Found::Nothing, Found::One);
+        }
+        one(inner
+            .containers
+            .iter()
+            .filter(|(id, _)| is_beginning(text, id.as_str()))
+            .map(|(_, container)| container))
+    }
+
+    pub(crate) fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
+        lock(&self.0).sandboxes.values().cloned().collect()
+    }
+
+    pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
+        lock(&self.0).containers.values().cloned().collect()
+    }
+
+    pub(crate) fn containers_of(&self, sandbox: &SandboxId) -> Vec<Arc<Container>> {
+        lock(&self.0)
+            .containers
+            .values()
+            .filter(|container| container.sandbox_id() == sandbox)
+            .cloned()
+            .collect()
+    }
+}
+
+fn is_beginning(text: &str, id: &str) -> bool {
+    !text.is_empty() && id.starts_with(text)
+}
+
+fn one<'a, T: Clone + 'a>(mut found: impl Iterator<Item = &'a T>) -> Found<T> {
+    match (found.next(), found.next()) {
+        (None, _) => Found::Nothing,
+        (Some(one), None) => Found::One(one.clone()),
+        (Some(_), Some(_)) => Found::Ambiguous,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_free_again_when_its_making_failed() {
+        let registry = Registry::default();
+        let name = Name::Sandbox(sandbox::Metadata { name: "a".to_owned(), ..sandbox::Metadata::default() });
+        let reservation = registry.reserve(name.clone(), "first").unwrap();
+        let taken = registry.reserve(name.clone(), "second").unwrap_err();
+        assert!(taken.to_string().contains("first"), "{taken}");
+        drop(reservation);
+        assert!(registry.reserve(name, "second").is_ok());
+    }
+
+    #[test]
+    fn beginnings_of_ids_are_found_and_the_empty_text_is_none() {
+        assert!(is_beginning("ab", "abc"));
+        assert!(!is_beginning("", "abc"));
+        assert!(!is_beginning("b", "abc"));
+        assert!(matches!(one([1, 2].iter()), Found::Ambiguous));
+        assert!(matches!(one::<i32>([].iter()), Found::Nothing));
+    }
+}

@@ -1,0 +1,161 @@
+//! RunPodSandbox.
+//!
+//! The steps build on each other, and each has its undoing in [`super::stop::release`], which goes by what is there and so serves a
+//! failure here, a stop, and a daemon that finds the remains of a crash.
+
+use super::etc_files::{self, Contents};
+use super::namespaces::{self, Wanted};
+use super::{PodProcess, Sandbox, SandboxError, stop};
+use crate::node::{Node, random_bytes, unix_ns};
+use crate::registry::Name;
+use berth_cgroup::Cgroup;
+use berth_model::id::SandboxId;
+use berth_model::layout::SandboxFiles;
+use berth_model::record::ProcessRecord;
+use berth_model::sandbox::Config;
+use berth_model::security::NamespaceMode;
+use berth_model::state::SandboxState;
+use berth_sys::mount::{self, FsContext, attr};
+use berth_sys::ns::{self, Kind};
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+/// `/dev/shm` of a pod: what the peers give.
+const SHM_SIZE: &str = "65536k";
+
+/// Makes a sandbox. It is READY and visible on return; on an error nothing of it is left.
+pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbox>, SandboxError> {
+    let id = SandboxId::from_bytes(random_bytes().map_err(SandboxError::Id)?);
+    let reservation = node.registry.reserve(Name::Sandbox(config.metadata.clone()), id.as_str())?;
+    let making = node.clone();
+    let sandbox = tokio::task::spawn_blocking(move || make(&making, id, config))
+        .await
+        .map_err(|_| SandboxError::Stopping)??;
+    let sandbox = Arc::new(sandbox);
+    node.registry.add_sandbox(sandbox.clone(), reservation);
+    tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is ready");
+    Ok(sandbox)
+}
+
+fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxError> {
+    let parent = node.cgroup_parent(&config.cgroup_parent)?;
+    if !parent.is_ours() && !node.has_cgroup(&parent) {
+        return Err(SandboxError::NoCgroupParent { parent: config.cgroup_parent });
+    }
+    let files = node.layout.sandbox(&id);
+    let mut sandbox = Sandbox {
+        created_at_unix_ns: unix_ns(),
+        boot_id: node.boot_id.clone(),
+        addresses: Vec::new(),
+        cgroup_parent: parent,
+        state: Mutex::new(SandboxState::Ready),
+        process: Mutex::new(None),
+        gate: tokio::sync::RwLock::new(()),
+        torn_down: Mutex::new(false),
+        id,
+        config,
+        files,
+    };
+    match fill(node, &mut sandbox) {
+        Ok(()) => Ok(sandbox),
+        Err(error) => {
+            if let Err(left) = stop::release(node, &sandbox).and_then(|()| stop::remove_files(node, &sandbox))
+            {
+                // The first error is what the caller has to know; what is left is found again at the next start.
+                tracing::warn!(sandbox = %sandbox.id, error = %crate::chain(&left), "a failed sandbox left something");
+            }
+            Err(error)
+        }
+    }
+}
+
+fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
+    let files = sandbox.files.clone();
+    make_directories(&files)?;
+    let config = &sandbox.config;
+    if !config.log_directory.is_empty() {
+        // The kubelet has made it; others rely on the runtime.
+        let path = Path::new(&config.log_directory);
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(path)
+            .map_err(SandboxError::file("make the log directory", path))?;
+    }
+    let host_network = config.namespaces.network == NamespaceMode::Node;
+    let hostname = hostname(config, host_network)?;
+    let attachment = namespaces::make(&Wanted {
+        files: &files,
+        sandbox_id: sandbox.id.as_str(),
+        network: (!host_network).then_some(node.bridge.as_ref()),
+        ipc: config.namespaces.ipc != NamespaceMode::Node,
+        hostname: (!host_network).then_some(hostname.as_str()),
+        sysctls: &config.sysctls,
+    })?;
+    let addresses: Vec<String> =
+        attachment.iter().flat_map(|got| &got.addresses).map(|address| address.address.to_string()).collect();
+    etc_files::write(
+        &files,
+        &Contents { hostname: &hostname, dns: config.dns.as_ref(), addresses: &addresses, host_network },
+    )?;
+    if config.namespaces.ipc != NamespaceMode::Node {
+        mount_shm(&files)?;
+    }
+    if config.namespaces.pid == NamespaceMode::Pod {
+        let process = make_process(node, sandbox)?;
+        *super::lock(&sandbox.process) = Some(process);
+    }
+    sandbox.addresses = addresses;
+    sandbox.write_record()
+}
+
+fn make_directories(files: &SandboxFiles) -> Result<(), SandboxError> {
+    for path in [&files.durable, &files.state] {
+        std::fs::DirBuilder::new().mode(0o700).create(path).map_err(SandboxError::file("make", path))?;
+    }
+    Ok(())
+}
+
+fn hostname(config: &Config, host_network: bool) -> Result<String, SandboxError> {
+    if !config.hostname.is_empty() && !host_network {
+        return Ok(config.hostname.clone());
+    }
+    let path = Path::new("/proc/sys/kernel/hostname");
+    let name = std::fs::read_to_string(path).map_err(SandboxError::file("read", path))?;
+    Ok(name.trim_end().to_owned())
+}
+
+fn mount_shm(files: &SandboxFiles) -> Result<(), SandboxError> {
+    let path = files.shm();
+    let failed = || SandboxError::file("mount the shared memory", &path);
+    std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(failed())?;
+    let mounted = FsContext::open(c"tmpfs")
+        .and_then(|tmpfs| {
+            tmpfs.set("source", "shm".as_ref())?;
+            tmpfs.set("size", SHM_SIZE.as_ref())?;
+            tmpfs.set("mode", "1777".as_ref())?;
+            tmpfs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC)
+        })
+        .map_err(failed())?;
+    let target = std::fs::File::open(&path).map_err(failed())?;
+    mount::attach(mounted.as_fd(), target.as_fd()).map_err(failed())
+}
+
+/// Makes process 1 of the pod's pid namespace, in a cgroup of its own below the pod's, and pins the namespace.
+fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxError> {
+    let cgroup = Cgroup::create(&node.hierarchy, &sandbox.cgroup_parent, sandbox.id.as_str())?;
+    let created =
+        node.shim.spawn_pause(crate::container::cgroup_plan(&cgroup)).map_err(SandboxError::Process)?;
+    let record = ProcessRecord { pid: created.pid, start_time: created.start_time };
+    let process = PodProcess::find(record).ok_or_else(|| {
+        SandboxError::namespace("find the pod's first process")(std::io::ErrorKind::NotFound.into())
+    })?;
+    let path = sandbox.files.namespace(Kind::Pid.file_name());
+    if let Err(error) = ns::pin_of(record.pid, Kind::Pid, &path) {
+        process.kill();
+        return Err(SandboxError::file("pin the namespace", &path)(error));
+    }
+    Ok(process)
+}

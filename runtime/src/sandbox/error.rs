@@ -1,0 +1,106 @@
+//! Why something with a sandbox failed.
+
+use crate::registry::NameTaken;
+use crate::shim_client::ShimError;
+use berth_model::id::SandboxId;
+use berth_model::record::RecordError;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why something with a sandbox failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SandboxError {
+    /// Another one has its name.
+    #[error(transparent)]
+    NameTaken(#[from] NameTaken),
+    /// No random bytes.
+    #[error("make an id")]
+    Id(#[source] io::Error),
+    /// A file.
+    #[error("{action} {path}")]
+    File {
+        /// The failed act.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A namespace.
+    #[error("{action}")]
+    Namespace {
+        /// The failed act.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A kernel parameter.
+    #[error("set the sysctl {name} to {value}")]
+    Sysctl {
+        /// With dots.
+        name: String,
+        /// As asked.
+        value: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The network.
+    #[error("set up the network")]
+    Network(#[source] berth_network::bridge::Error),
+    /// The network was not given back.
+    #[error("tear down the network of sandbox {id}")]
+    NetworkLeft {
+        /// Which.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: berth_network::bridge::Error,
+    },
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] berth_cgroup::Error),
+    /// The cgroup parent that the request names is not there.
+    #[error("the cgroup parent {parent} does not exist")]
+    NoCgroupParent {
+        /// As asked.
+        parent: String,
+    },
+    /// The pod's own process.
+    #[error("make the pod's first process")]
+    Process(#[source] ShimError),
+    /// The record.
+    #[error("record sandbox {id}")]
+    Record {
+        /// Which.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: RecordError,
+    },
+    /// Containers that could not be ended.
+    #[error("stop the containers of sandbox {id}")]
+    Containers {
+        /// Which.
+        id: SandboxId,
+        /// The first of them.
+        #[source]
+        source: Box<crate::container::ContainerError>,
+    },
+    /// The daemon's own task ended early.
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+impl SandboxError {
+    pub(super) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File { action, path, source }
+    }
+
+    pub(super) fn namespace(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Namespace { action, source }
+    }
+}

@@ -1,0 +1,97 @@
+//! The namespaces of a sandbox: made on a thread of their own, pinned as files, held by no process.
+//!
+//! The thread goes into new namespaces, sets them up from inside, pins them and ends. Kernel parameters are written there too,
+//! because `/proc/sys` shows a thread its own namespaces. Whatever fails is undone from the outside by [`unpin`], which needs the
+//! files only.
+
+use super::SandboxError;
+use berth_model::layout::SandboxFiles;
+use berth_network::{Attachment, Bridge};
+use berth_sys::ns::{self, Kind};
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+/// What to make.
+pub(super) struct Wanted<'a> {
+    pub(super) files: &'a SandboxFiles,
+    pub(super) sandbox_id: &'a str,
+    /// A network namespace, attached to this bridge.
+    pub(super) network: Option<&'a Bridge>,
+    pub(super) ipc: bool,
+    /// A UTS namespace with this hostname.
+    pub(super) hostname: Option<&'a str>,
+    pub(super) sysctls: &'a BTreeMap<String, String>,
+}
+
+/// The kinds that can be pinned.
+const KINDS: [Kind; 4] = [Kind::Network, Kind::Ipc, Kind::Uts, Kind::Pid];
+
+/// Makes and pins them. Blocking.
+///
+/// On an error some may be pinned and the network attached; the caller calls [`unpin`] and `Bridge::detach`.
+pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attachment>, SandboxError> {
+    let mut flags = 0;
+    for (kind, asked) in [
+        (Kind::Network, wanted.network.is_some()),
+        (Kind::Ipc, wanted.ipc),
+        (Kind::Uts, wanted.hostname.is_some()),
+    ] {
+        if asked {
+            flags |= kind.flag();
+        }
+    }
+    if flags == 0 && wanted.sysctls.is_empty() {
+        return Ok(None);
+    }
+    ns::on_own_thread("sandbox", || make_here(wanted, flags))
+        .map_err(SandboxError::namespace("make a thread"))?
+}
+
+fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attachment>, SandboxError> {
+    ns::unshare(flags).map_err(SandboxError::namespace("make namespaces"))?;
+    let pin = |kind: Kind| {
+        let path = wanted.files.namespace(kind.file_name());
+        ns::pin_own(kind, &path).map_err(SandboxError::file("pin the namespace", &path))
+    };
+    if let Some(hostname) = wanted.hostname {
+        ns::set_hostname(hostname).map_err(SandboxError::namespace("set the hostname"))?;
+        pin(Kind::Uts)?;
+    }
+    if wanted.ipc {
+        pin(Kind::Ipc)?;
+    }
+    let mut attachment = None;
+    if let Some(bridge) = wanted.network {
+        pin(Kind::Network)?;
+        let mut inside = berth_network::bridge::open_in_pod().map_err(SandboxError::Network)?;
+        let own =
+            ns::open_own(Kind::Network).map_err(SandboxError::namespace("open the network namespace"))?;
+        attachment =
+            Some(bridge.attach(wanted.sandbox_id, &mut inside, own.as_fd()).map_err(SandboxError::Network)?);
+    }
+    for (name, value) in wanted.sysctls {
+        // Names were checked at the edge: letters, digits, dots, underscores and dashes, of namespaces that the pod owns.
+        let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
+        std::fs::write(&path, value).map_err(|source| SandboxError::Sysctl {
+            name: name.clone(),
+            value: value.clone(),
+            source,
+        })?;
+    }
+    Ok(attachment)
+}
+
+/// Lets go of all that are pinned. Absent is fine. Blocking.
+pub(super) fn unpin(files: &SandboxFiles) -> Result<(), SandboxError> {
+    for kind in KINDS {
+        let path = files.namespace(kind.file_name());
+        ns::unpin(&path).map_err(SandboxError::file("unpin the namespace", &path))?;
+    }
+    Ok(())
+}
+
+/// Whether every namespace of `kinds` is pinned still.
+pub(super) fn all_pinned(files: &SandboxFiles, kinds: &[Kind]) -> bool {
+    kinds.iter().all(|kind| ns::is_pinned(&files.namespace(kind.file_name())))
+}

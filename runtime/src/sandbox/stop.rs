@@ -1,0 +1,120 @@
+//! StopPodSandbox and RemovePodSandbox, and giving back what a sandbox holds.
+//!
+//! Everything here may be done twice, and goes by what is there: a stop that failed half-way is finished by the next.
+
+use super::{Sandbox, SandboxError, lock, namespaces};
+use crate::container;
+use crate::node::Node;
+use crate::trash;
+use berth_cgroup::Cgroup;
+use berth_model::security::NamespaceMode;
+use berth_model::state::SandboxState;
+use berth_sys::mount;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long the cgroup of the pod's own process may stay busy after its end.
+const CGROUP_BUSY: Duration = Duration::from_secs(2);
+
+/// Ends every process of the sandbox by force, gives back its network and the rest. Idempotent.
+pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), SandboxError> {
+    *lock(&sandbox.state) = SandboxState::NotReady;
+    // Containers that are being made finish, or see the state and give up; new ones see the state.
+    let _alone = sandbox.gate.write().await;
+    end_containers(node, sandbox).await?;
+    if *lock(&sandbox.torn_down) {
+        return Ok(());
+    }
+    let (node, sandbox) = (node.clone(), sandbox.clone());
+    tokio::task::spawn_blocking(move || {
+        release(&node, &sandbox)?;
+        *lock(&sandbox.torn_down) = true;
+        sandbox.write_record()?;
+        tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is stopped");
+        Ok(())
+    })
+    .await
+    .map_err(|_| SandboxError::Stopping)?
+}
+
+async fn end_containers(node: &Arc<Node>, sandbox: &Sandbox) -> Result<(), SandboxError> {
+    let mut ends = tokio::task::JoinSet::new();
+    for container in node.registry.containers_of(&sandbox.id) {
+        ends.spawn(async move { container::stop::stop(&container, Duration::ZERO).await });
+    }
+    let mut first = None;
+    while let Some(end) = ends.join_next().await {
+        if let Ok(Err(error)) = end {
+            first.get_or_insert(error);
+        }
+    }
+    match first {
+        None => Ok(()),
+        Some(source) => Err(SandboxError::Containers { id: sandbox.id.clone(), source: Box::new(source) }),
+    }
+}
+
+/// Stops it if need be, and removes it with all its containers. Log files stay: they are the kubelet's.
+pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), SandboxError> {
+    stop(node, sandbox).await?;
+    for container in node.registry.containers_of(&sandbox.id) {
+        container::remove::remove(node, &container).await.map_err(|source| SandboxError::Containers {
+            id: sandbox.id.clone(),
+            source: Box::new(source),
+        })?;
+    }
+    let (removing, files_of) = (node.clone(), sandbox.clone());
+    tokio::task::spawn_blocking(move || remove_files(&removing, &files_of))
+        .await
+        .map_err(|_| SandboxError::Stopping)??;
+    node.registry.remove_sandbox(sandbox);
+    tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is removed");
+    Ok(())
+}
+
+/// Gives back processes, namespaces, network, mounts and cgroup. Blocking.
+pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
+    let process = lock(&sandbox.process).take();
+    if let Some(process) = &process {
+        process.kill();
+    }
+    let had_network = namespaces::all_pinned(&sandbox.files, &[berth_sys::ns::Kind::Network]);
+    namespaces::unpin(&sandbox.files)?;
+    if sandbox.config.namespaces.network != NamespaceMode::Node {
+        // The kernel takes the interfaces away with the namespace, on its own time, once its last user is gone. Without a
+        // pinned namespace there is no knowing whether it is, so the interface is removed by hand.
+        let given_back = if had_network {
+            node.bridge.release(sandbox.id.as_str())
+        } else {
+            node.bridge.detach(sandbox.id.as_str())
+        };
+        given_back.map_err(|source| SandboxError::NetworkLeft { id: sandbox.id.clone(), source })?;
+    }
+    let shm = sandbox.files.shm();
+    match mount::detach(&shm) {
+        Err(error)
+            if error.kind() != std::io::ErrorKind::NotFound
+                && error.kind() != std::io::ErrorKind::InvalidInput =>
+        {
+            return Err(SandboxError::file("unmount", &shm)(error));
+        }
+        _ => {}
+    }
+    if sandbox.config.namespaces.pid == NamespaceMode::Pod {
+        let cgroup = Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, sandbox.id.as_str())?;
+        cgroup.remove(CGROUP_BUSY)?;
+    }
+    Ok(())
+}
+
+/// Takes its files away. Blocking.
+pub(super) fn remove_files(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
+    trash::discard(&node.layout, &sandbox.files.durable)
+        .map_err(SandboxError::file("remove", &sandbox.files.durable))?;
+    match std::fs::remove_dir_all(&sandbox.files.state) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(SandboxError::file("remove", &sandbox.files.state)(error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,100 @@
+//! The socket and the gRPC server on it.
+
+use crate::api;
+use crate::cri::{ImageService, RuntimeService};
+use berth_api::v1::berth_server::BerthServer;
+use berth_cri::MAX_MESSAGE_BYTES;
+use berth_cri::v1::image_service_server::ImageServiceServer;
+use berth_cri::v1::runtime_service_server::RuntimeServiceServer;
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnixListenerStream;
+
+/// Why the socket cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket's file.
+    #[error("listen on {path}")]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The server.
+    #[error("the server ended")]
+    Server(#[source] tonic::transport::Error),
+}
+
+/// What is served.
+#[derive(Debug)]
+pub(crate) struct Services {
+    pub(crate) runtime: RuntimeService,
+    pub(crate) image: ImageService,
+    pub(crate) berth: api::Service,
+}
+
+/// Serves on the socket at `path` until `stop` resolves, and then removes the socket's file.
+///
+/// # Errors
+/// [`ServeError`].
+pub(crate) async fn serve(
+    path: &Path,
+    services: Services,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let listener = listen(path).map_err(|source| ServeError::Listen { path: path.to_owned(), source })?;
+    let connections = UnixListenerStream::new(listener).filter(|connection| match connection {
+        // The file's mode keeps others out; this is the second lock. Errors (no descriptors left for a moment) pass: the server goes on.
+        Ok(stream) => is_root(stream),
+        Err(_) => true,
+    });
+    let result = tonic::transport::Server::builder()
+        .add_service(
+            RuntimeServiceServer::new(services.runtime)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .add_service(
+            ImageServiceServer::new(services.image)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .add_service(
+            BerthServer::new(services.berth)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .serve_with_incoming_shutdown(connections, stop)
+        .await
+        .map_err(ServeError::Server);
+    // A client that sees no file knows at once that nobody listens.
+    let _ = std::fs::remove_file(path);
+    result
+}
+
+fn is_root(stream: &UnixStream) -> bool {
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == 0)
+}
+
+/// Binds under another name and renames, so that the socket appears with its mode, over whatever a crash left.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let parent = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    std::fs::create_dir_all(parent)?;
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let temporary = PathBuf::from(temporary);
+    match std::fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&temporary)?;
+    std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o660))?;
+    std::fs::rename(&temporary, path)?;
+    Ok(listener)
+}

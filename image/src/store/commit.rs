@@ -206,7 +206,7 @@ fn commit_locked(
 
 fn enter_layer(inner: &Inner, diff_id: Digest, staged: &Staged) -> Result<(), StoreError> {
     // Another image's commit may have entered it; or the layer is in this image twice.
-    if staged.is_committed() {
+    if staged.is_committed() || inner.state().layers.contains_key(&diff_id) {
         return Ok(());
     }
     fs::rename(staged.path(), inner.layer_path(diff_id)).map_err(file_error("rename", staged.path()))?;

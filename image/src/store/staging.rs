@@ -99,7 +99,10 @@ pub(super) async fn acquire<F: Fetch>(
     let pin = Pin::new(inner, diff_id);
     let slot = {
         let mut slots = inner.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        slots.retain(|_, slot| Arc::strong_count(slot) > 1);
+        // A slot that nobody holds is still needed while it knows of a staged layer.
+        slots.retain(|_, slot| {
+            Arc::strong_count(slot) > 1 || slot.try_lock().map_or(true, |staged| staged.strong_count() > 0)
+        });
         Arc::clone(slots.entry(diff_id).or_default())
     };
     let mut guard = slot.lock_owned().await;

@@ -1,0 +1,282 @@
+//! Hostile archives against a canary outside the root: each ends in an error or inside the root. Needs root.
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use berth_image::unpack::{Summary, UnpackError, unpack};
+use berth_sys::beneath::Root;
+use support::*;
+
+struct Case {
+    dir: tempfile::TempDir,
+    canary: Canary,
+}
+
+impl Case {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let canary = Canary::new(&dir.path().join("canary"));
+        fs::create_dir(dir.path().join("root")).unwrap();
+        Self { dir, canary }
+    }
+
+    fn root(&self) -> std::path::PathBuf {
+        self.dir.path().join("root")
+    }
+
+    fn unpack(&self, layer: Layer) -> Result<Summary, UnpackError> {
+        unpack(&layer.tar()[..], &Root::open(&self.root()).unwrap())
+    }
+}
+
+fn entry(kind: u8) -> Entry {
+    Entry { kind, ..Entry::default() }
+}
+
+fn linked(kind: u8, target: &str) -> Entry {
+    Entry { kind, link: target.into(), mode: 0o777, ..Entry::default() }
+}
+
+#[test]
+fn no_path_leads_out_of_the_root() {
+    let canary_path = Case::new();
+    let to = canary_path.canary.path().to_owned();
+    let mut cases: Vec<(&str, Layer)> = vec![
+        ("file through an absolute link", Layer::new().symlink("a", &to).file("a/secret", b"owned")),
+        ("file through a relative link", Layer::new().symlink("a", "../canary").file("a/secret", b"owned")),
+        ("directory through a link", Layer::new().symlink("a", &to).dir("a/sub", 0o777)),
+        ("link over a directory", Layer::new().dir("a", 0o755).symlink("a", &to).file("a/secret", b"owned")),
+        ("directory over a link", Layer::new().symlink("a", &to).dir("a", 0o777).file("a/secret", b"owned")),
+        ("parent components", Layer::new().file("../canary/secret", b"owned")),
+        ("parent components inside", Layer::new().file("x/../../canary/secret", b"owned")),
+        ("absolute name", Layer::new().file(&format!("{to}/secret"), b"owned")),
+        ("root as a link", Layer::new().symlink("./", &to).file("secret", b"owned")),
+        ("root as a file", Layer::new().file("./", b"")),
+        ("root as a hard link", Layer::new().hard_link(".", "etc")),
+        ("attributes through a link", Layer::new().symlink("a", &to).add("a", entry(b'5').mode(0o777), b"")),
+        ("file over a link", Layer::new().symlink("a", &format!("{to}/secret")).file("a", b"owned")),
+        ("device through a link", Layer::new().symlink("a", &to).node("a/dev", b'3', (1, 3), 0o666)),
+        (
+            "FIFO over a link",
+            Layer::new().symlink("a", &format!("{to}/secret")).node("a", b'6', (0, 0), 0o666),
+        ),
+        (
+            "hard link to an absolute path",
+            Layer::new().hard_link("h", &format!("{to}/secret")).file("h", b"owned"),
+        ),
+        ("hard link up", Layer::new().hard_link("h", "../canary/secret")),
+        (
+            "hard link through a link",
+            Layer::new().symlink("a", &to).hard_link("h", "a/secret").file("h", b"owned"),
+        ),
+        (
+            "hard link to a link, then a file",
+            Layer::new().symlink("a", &format!("{to}/secret")).hard_link("h", "a").file("h", b"x"),
+        ),
+        (
+            "hard link to a link, then attributes",
+            Layer::new().symlink("a", &format!("{to}/secret")).hard_link("h", "a").add("h", entry(b'5'), b""),
+        ),
+        (
+            "hard link onto a linked directory",
+            Layer::new().symlink("a", &to).file("f", b"f").hard_link("a/secret", "f"),
+        ),
+        ("hard link to a directory", Layer::new().dir("d", 0o755).hard_link("h", "d")),
+        ("hard link to itself", Layer::new().hard_link("h", "h")),
+        ("whiteout through a link", Layer::new().symlink("a", &to).file("a/.wh.secret", b"")),
+        ("whiteout of the parent", Layer::new().file("a/.wh...", b"")),
+        ("whiteout of the directory", Layer::new().file("a/.wh..", b"")),
+        ("whiteout of nothing", Layer::new().file(".wh.", b"")),
+        ("whiteout behind a parent", Layer::new().file("dne/../../.wh.canary", b"")),
+        ("opaque through a link", Layer::new().symlink("a", &to).file("a/.wh..wh..opq", b"")),
+        ("whiteout as a directory", Layer::new().dir(".wh.x", 0o755).file(".wh.x/y", b"")),
+        ("whiteout as a link", Layer::new().symlink(".wh.x", &to)),
+        ("opaque as a link", Layer::new().symlink(".wh..wh..opq", &to)),
+        ("whiteout in the middle", Layer::new().file(".wh.x/secret", b"")),
+        (
+            "whiteout name with a slash in PAX",
+            Layer::new().add("x", entry(b'0').pax("path", b".wh.../canary"), b""),
+        ),
+        (
+            "NUL in a PAX path",
+            Layer::new().add("x", entry(b'0').pax("path", b"a\0/../../canary/secret"), b""),
+        ),
+        (
+            "PAX link target",
+            Layer::new()
+                .add("a", linked(b'2', "x").pax("linkpath", to.as_bytes()), b"")
+                .file("a/secret", b"owned"),
+        ),
+    ];
+    let mut chain = Layer::new();
+    for i in 0..41 {
+        chain = chain.symlink(&format!("l{i}"), &format!("l{}", i + 1));
+    }
+    cases.push(("chain of 41 links", chain.symlink("l41", &to).file("l0/secret", b"owned")));
+    for (name, layer) in cases {
+        let case = Case::new();
+        let result = case.unpack(layer);
+        canary_path.canary.assert_untouched(name);
+        case.canary.assert_untouched(name);
+        // Whatever was made is removable, too.
+        drop(result);
+        fs::remove_dir_all(case.root()).unwrap();
+    }
+}
+
+#[test]
+fn links_are_followed_inside_as_if_the_root_were_everything() {
+    let case = Case::new();
+    case.unpack(
+        Layer::new()
+            .dir("real", 0o755)
+            .symlink("abs", "/real")
+            .file("abs/f", b"x")
+            .symlink("up", "../../real")
+            .file("up/g", b"y"),
+    )
+    .unwrap();
+    assert_eq!(fs::read(case.root().join("real/f")).unwrap(), b"x");
+    assert_eq!(fs::read(case.root().join("real/g")).unwrap(), b"y");
+}
+
+#[test]
+fn forged_whiteouts_and_overlay_attributes_have_no_effect() {
+    for (name, layer) in [
+        ("char 0:0", Layer::new().node("x", b'3', (0, 0), 0o600)),
+        ("hard link to a whiteout", Layer::new().file(".wh.x", b"").hard_link("y", "x")),
+        (
+            "device number too large",
+            Layer::new().add("x", Entry { kind: b'3', device: (4096, 0), ..Entry::default() }, b""),
+        ),
+    ] {
+        assert!(matches!(Case::new().unpack(layer), Err(UnpackError::Refused { .. })), "{name}");
+    }
+    let case = Case::new();
+    let mut dir = entry(b'5').pax("SCHILY.xattr.user.kept", b"1");
+    for forged in [
+        "trusted.overlay.opaque",
+        "trusted.overlay.redirect",
+        "trusted.overlay.metacopy",
+        "user.overlay.opaque",
+        "security.ima",
+        "security.selinux",
+        "system.posix_acl_access",
+    ] {
+        dir = dir.pax(&format!("SCHILY.xattr.{forged}"), b"y");
+    }
+    case.unpack(Layer::new().add("d", dir, b"")).unwrap();
+    let listed = std::process::Command::new("getfattr")
+        .args(["-m", "-", "-d"])
+        .arg(case.root().join("d"))
+        .output()
+        .unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    assert!(listed.contains("user.kept"), "{listed}");
+    assert!(!["overlay", "ima", "selinux", "posix"].iter().any(|name| listed.contains(name)), "{listed}");
+}
+
+#[test]
+fn whiteouts_hide_lower_layers_only() {
+    let case = Case::new();
+    let summary = case
+        .unpack(
+            Layer::new()
+                .file("same", b"stays")
+                .file(".wh.same", b"")
+                .dir("dir", 0o755)
+                .file("dir/kept", b"k")
+                .file(".wh.dir", b"")
+                .file(".wh.hidden", b"")
+                .file(".wh.reborn", b"")
+                .file("reborn/x", b"x")
+                .file(".wh..wh..opq", b""),
+        )
+        .unwrap();
+    let root = case.root();
+    assert_eq!(fs::read(root.join("same")).unwrap(), b"stays");
+    assert_eq!(fs::read(root.join("dir/kept")).unwrap(), b"k");
+    let hidden = fs::symlink_metadata(root.join("hidden")).unwrap();
+    assert!(hidden.file_type().is_char_device() && hidden.rdev() == 0);
+    assert!(summary.opaque_root);
+    let opaque = |path: &str| {
+        let out = std::process::Command::new("getfattr")
+            .args(["-n", "trusted.overlay.opaque"])
+            .arg(root.join(path))
+            .output();
+        out.unwrap().status.success()
+    };
+    assert!(opaque("dir") && opaque("reborn"));
+    assert!(!summary.implicit_dirs.contains(&"reborn".into()));
+}
+
+#[test]
+fn bounds_on_names_and_depth_are_kept() {
+    let deep = "d/".repeat(1024) + "f";
+    for (name, path, fine) in [
+        ("depth 1024", "d/".repeat(1023) + "f", true),
+        ("depth 1025", deep, false),
+        ("name of 255", "n".repeat(255), true),
+        ("name of 256", "n".repeat(256), false),
+        ("path above 4095", ["n".repeat(250), "m".repeat(250)].join("/").repeat(9), false),
+    ] {
+        let case = Case::new();
+        let unpacked = case.unpack(Layer::new().file(&path, b"x"));
+        assert_eq!(unpacked.is_ok(), fine, "{name}: {unpacked:?}");
+    }
+    let case = Case::new();
+    assert!(case.unpack(Layer::new().symlink("l", &"t".repeat(4095))).is_ok());
+    assert!(case.unpack(Layer::new().symlink("m", &"t".repeat(4096))).is_err());
+    assert!(case.unpack(Layer::new().symlink("e", "")).is_err());
+}
+
+#[test]
+fn the_layer_says_what_it_left_open() {
+    let case = Case::new();
+    let summary = case
+        .unpack(
+            Layer::new()
+                .file("a/b/c", b"x")
+                .dir("a/b", 0o700)
+                .file("e/f", b"x")
+                .file("e", b"now a file")
+                .hard_link("link", "lower/file")
+                .hard_link("again", "link")
+                .hard_link("dropped", "lower/other")
+                .file("dropped", b"own"),
+        )
+        .unwrap();
+    assert_eq!(summary.implicit_dirs, ["", "a"].map(std::path::PathBuf::from));
+    let links: Vec<_> =
+        summary.lower_links.iter().map(|l| (l.name.to_str().unwrap(), l.target.to_str().unwrap())).collect();
+    assert_eq!(links, [("again", "lower/file"), ("link", "lower/file")]);
+    let mode = |path: &str| fs::metadata(case.root().join(path)).unwrap().mode() & 0o7777;
+    assert_eq!((mode("a"), mode("a/b")), (0o755, 0o700));
+}
+
+#[test]
+fn owners_modes_and_times_are_exact_whatever_the_order() {
+    let case = Case::new();
+    case.unpack(
+        Layer::new()
+            .add("d", entry(b'5').mode(0o2775).owner(7, 8).mtime(11), b"")
+            .add("d/s", entry(b'0').mode(0o6755).owner(9, 10).mtime(12), b"x")
+            .add("e/s", entry(b'0').mtime(13), b"x")
+            .add("e", entry(b'5').mtime(14), b"")
+            .add("d/l", linked(b'2', "nowhere").owner(11, 12).mtime(15), b"")
+            .add("d/p", entry(b'6').mode(0o1666).owner(13, 14).mtime(16), b""),
+    )
+    .unwrap();
+    let look = |path: &str| {
+        let m = fs::symlink_metadata(case.root().join(Path::new(path))).unwrap();
+        (m.mode() & 0o7777, m.uid(), m.gid(), m.mtime())
+    };
+    assert_eq!(look("d"), (0o2775, 7, 8, 11));
+    assert_eq!(look("d/s"), (0o6755, 9, 10, 12));
+    assert_eq!(look("e").3, 14);
+    assert_eq!(look("d/l"), (0o777, 11, 12, 15));
+    assert_eq!(look("d/p"), (0o1666, 13, 14, 16));
+}

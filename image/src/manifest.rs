@@ -99,7 +99,7 @@ pub(crate) struct Blob {
 /// A document with its type settled.
 #[derive(Debug)]
 pub(crate) enum Document {
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
     Manifest(Manifest),
 }
 
@@ -165,7 +165,7 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document
             if index.manifests().len() > MAX_INDEX_ENTRIES {
                 return Err(ManifestError::TooLong);
             }
-            Ok(Document::Index(index))
+            Ok(Document::Index(Box::new(index)))
         }
         Kind::Manifest => {
             let manifest: ImageManifest = serde_json::from_slice(bytes).map_err(ManifestError::Form)?;

@@ -1,5 +1,11 @@
 //! A registry that does what a script says: cuts, lies, redirects, demands tokens. Plain HTTP on loopback.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "what cannot be set up fails the test; skips are said aloud"
+)]
+
 mod support;
 
 use std::collections::HashMap;

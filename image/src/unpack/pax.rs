@@ -59,7 +59,10 @@ pub(crate) fn parse(mut block: &[u8]) -> Result<Overrides, PaxError> {
     Ok(found)
 }
 
-fn record(block: &[u8]) -> Result<(&[u8], &[u8], &[u8]), PaxError> {
+/// Key, value, and what follows the record.
+type Record<'a> = (&'a [u8], &'a [u8], &'a [u8]);
+
+fn record(block: &[u8]) -> Result<Record<'_>, PaxError> {
     let space = block.iter().take(20).position(|&b| b == b' ').ok_or(PaxError::Length)?;
     let (digits, _) = block.split_at_checked(space).ok_or(PaxError::Length)?;
     let length = decimal(digits).and_then(|n| usize::try_from(n).ok()).ok_or(PaxError::Length)?;

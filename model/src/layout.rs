@@ -182,12 +182,6 @@ impl ContainerFiles {
         self.durable.join("work")
     }
 
-    /// Volumes that the image names and the request does not mount: one directory each, by number.
-    #[must_use]
-    pub fn volumes(&self) -> PathBuf {
-        self.durable.join("volumes")
-    }
-
     /// The directory that the root is mounted on.
     #[must_use]
     pub fn rootfs(&self) -> PathBuf {

@@ -3,11 +3,11 @@
 //! No I/O, no async, no CRI types: the daemon converts at its edge (`runtime::cri`), and everything behind the edge speaks these
 //! types.
 //!
-//! - [`id`]: the ids of sandboxes and containers;
-//! - [`sandbox`], [`container`], [`security`]: what was asked for;
-//! - [`state`]: states, events and the transition functions;
-//! - [`record`]: how the above lies on disk;
-//! - [`layout`]: every path below the two roots.
+//! - `id`: the ids of sandboxes and containers;
+//! - `sandbox`, `container`, `security`: what was asked for;
+//! - `state`: states, events and the transition functions;
+//! - `record`: how the above lies on disk;
+//! - `layout`: every path below the two roots.
 #![forbid(unsafe_code)]
 
 pub mod container;

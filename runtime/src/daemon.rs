@@ -137,7 +137,7 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
 
 /// One daemon for a root.
 fn take(layout: &Layout) -> Result<File, DaemonError> {
-    let path = layout.root().join("lock");
+    let path = layout.root().join("berthd.lock");
     let lock =
         File::options().create(true).truncate(false).write(true).open(&path).map_err(file("open", &path))?;
     match lock.try_lock() {

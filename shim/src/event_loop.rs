@@ -19,7 +19,7 @@ use berth_shim_proto::control::{
     Created, Ended, Failed, Phase, Reply, Request, Started, reply::Answer, request::Call,
 };
 use berth_shim_proto::exit_record::ExitRecord;
-use berth_shim_proto::launch::Launch;
+use berth_shim_proto::launch::{Launch, PidNamespace};
 use berth_sys::poll::{ChildSignals, Poll};
 use berth_sys::process::{self, Ended as ProcessEnded};
 use berth_sys::socket;
@@ -301,6 +301,9 @@ impl Shim {
     }
 
     fn drain(&mut self, container: Container, output: Output, record: ExitRecord) {
+        if !matches!(container.launch.namespaces.pid, Some(PidNamespace::Own(()))) {
+            crate::exit::end_the_rest(&container.launch.cgroup);
+        }
         let launch = Box::new(container.launch);
         self.state = State::Draining { launch, output, record, deadline: Instant::now() + DRAIN };
     }

@@ -47,6 +47,26 @@ fn count(file: &[u8], key: &[u8]) -> u64 {
         .unwrap_or(0)
 }
 
+/// Ends every process that is left in the cgroup of a container without a pid namespace of its own, when its main process has ended: they
+/// would hold its output open, and nobody else stops them soon. The daemon looks again.
+pub(crate) fn end_the_rest(cgroup: &Cgroup) {
+    const SIGKILL: i32 = 9;
+    if !cgroup.unified_dir.is_empty() {
+        // Linux 5.14. What cannot be killed here is killed by the daemon.
+        let _ = std::fs::write(crate::init::host_path(&cgroup.unified_dir).join("cgroup.kill"), "1");
+        return;
+    }
+    let Some(tasks) = cgroup.tasks_files.first() else { return };
+    let list = crate::init::host_path(tasks).with_file_name("cgroup.procs");
+    let processes = std::fs::read_to_string(list).unwrap_or_default();
+    for pid in processes.lines().filter_map(|line| line.parse().ok()) {
+        // By descriptor; whoever has the number when it is opened is in the list still, or has ended.
+        if let Ok(pidfd) = berth_sys::process::open_pidfd(pid) {
+            let _ = berth_sys::process::signal_pidfd(std::os::fd::AsFd::as_fd(&pidfd), SIGKILL);
+        }
+    }
+}
+
 /// Writes the record beside its place and renames it into it, so that it is there whole or not at all.
 pub(crate) fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
     let mut partial = path.as_os_str().to_owned();

@@ -107,7 +107,7 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>) -> Result<Prepared, Faile
             place(stdio, &user)?;
             None
         }
-        None => Some(open_terminal(&user)?),
+        None => Some(open_terminal(&user, rootfs::has_own_dev(launch))?),
     };
     execute::enter_directory(&launch.process.cwd, &user)?;
     if !launch.process.apparmor_profile.is_empty() {
@@ -211,8 +211,9 @@ fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> 
     Ok(())
 }
 
-/// Opens a new terminal in the container's own devpts, makes it the controlling one and 0, 1 and 2; returns the other end.
-fn open_terminal(user: &Resolved) -> Result<OwnedFd, Failed> {
+/// Opens a new terminal in the container's own devpts, makes it the controlling one, 0, 1 and 2, and where `/dev` is the container's own
+/// `/dev/console` too; returns the other end.
+fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "open a terminal";
     let inside = Root::open(Path::new("/dev/pts")).step(STEP, "/dev/pts")?;
     let controller =
@@ -220,6 +221,9 @@ fn open_terminal(user: &Resolved) -> Result<OwnedFd, Failed> {
     let terminal = tty::open_other_end(controller.as_fd()).step(STEP, "")?;
     tty::make_controlling(terminal.as_fd()).step(STEP, "")?;
     std::os::unix::fs::fchown(&terminal, Some(user.uid), None).step(STEP, "")?;
+    if own_dev {
+        rootfs::show_console(terminal.as_fd())?;
+    }
     for number in 0..3 {
         process::place_descriptor(terminal.as_fd(), number).step(STEP, number)?;
     }
@@ -255,6 +259,10 @@ fn read_account_file(inside: &Root, name: &str) -> Result<Vec<u8>, Failed> {
 fn set_apparmor_profile(profile: &str) -> Result<(), Failed> {
     const STEP: &str = "set the AppArmor profile";
     let proc = Root::open(Path::new("/proc")).step(STEP, profile)?;
+    // A mount of the request could have covered it; the write would go nowhere and the container run without its profile.
+    if !berth_sys::mount::is_procfs(proc.as_fd()).step(STEP, "/proc")? {
+        return Err(refused(STEP, format!("{profile}: /proc is not the kernel's")));
+    }
     let file =
         proc.open_with(Path::new("self/attr/apparmor/exec"), berth_sys::file::WRITE).step(STEP, profile)?;
     std::fs::File::from(file).write_all(format!("exec {profile}").as_bytes()).step(STEP, profile)

@@ -43,14 +43,14 @@ pub(crate) fn assemble(launch: &Launch) -> Result<OwnedFd, Failed> {
     let covers = Covers::make(host_path(&launch.rootfs.mount_point))?;
     let mounted = mount_overlay(&launch.rootfs)?;
     let root = Root::from_fd(mounted.try_clone().step("copy a descriptor", "")?).step("open the root", "")?;
+    // Before the mounts, some of which may lie in them.
+    for path in &launch.volumes {
+        keep_writable(&root, path, launch.rootfs.read_only)?;
+    }
     for (mount, source) in launch.mounts.iter().zip(sources) {
         attach(&root, mount, source)?;
     }
-    let own_dev = launch
-        .mounts
-        .iter()
-        .any(|mount| mount.target == b"/dev" && matches!(mount.source, Some(Source::Filesystem(_))));
-    if own_dev {
+    if has_own_dev(launch) {
         make_dev_links(&root)?;
     }
     for device in &launch.devices {
@@ -67,6 +67,30 @@ pub(crate) fn assemble(launch: &Launch) -> Result<OwnedFd, Failed> {
             .step("make the root read-only", "")?;
     }
     Ok(mounted)
+}
+
+/// Whether `/dev` is a tmpfs that was made for this container, and not something of the host.
+pub(crate) fn has_own_dev(launch: &Launch) -> bool {
+    launch
+        .mounts
+        .iter()
+        .any(|mount| mount.target == b"/dev" && matches!(mount.source, Some(Source::Filesystem(_))))
+}
+
+/// Binds the container's terminal on `/dev/console`, by descriptor on both sides. Runs once the root is the root.
+pub(crate) fn show_console(terminal: std::os::fd::BorrowedFd<'_>) -> Result<(), Failed> {
+    const STEP: &str = "show the terminal as /dev/console";
+    let root = Root::open(Path::new("/")).step(STEP, "")?;
+    let dev = root.open_dir_no_links(Path::new("dev")).step(STEP, "")?;
+    match dev.create_file(OsStr::new("console"), 0o600) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => {
+            made.step(STEP, "")?;
+        }
+    }
+    let place = root.resolve_no_follow(Path::new("dev/console")).step(STEP, "")?;
+    let clone = mount::clone_tree(terminal, Path::new(""), false).step(STEP, "")?;
+    mount::attach(clone.as_fd(), place.as_fd()).step(STEP, "")
 }
 
 /// What can only be done once the root is the root.
@@ -274,6 +298,19 @@ fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> R
 fn relative(path: &[u8]) -> &Path {
     let start = path.iter().position(|byte| *byte != b'/').unwrap_or(path.len());
     Path::new(OsStr::from_bytes(path.get(start..).unwrap_or_default()))
+}
+
+/// A volume of the image: a directory of the writable layer like others, but with a mount of its own in a root that is made read-only, so
+/// that it keeps its content and takes writes.
+fn keep_writable(root: &Root, path: &[u8], read_only: bool) -> Result<(), Failed> {
+    const STEP: &str = "make the image's volume";
+    let about = shown(path);
+    let directory = root.make_dir_all(relative(path), 0o755).step(STEP, &about)?;
+    if read_only {
+        let clone = mount::clone_tree(directory.as_fd(), Path::new(""), false).step(STEP, &about)?;
+        mount::attach(clone.as_fd(), directory.as_fd()).step(STEP, about)?;
+    }
+    Ok(())
 }
 
 fn make_dev_links(root: &Root) -> Result<(), Failed> {

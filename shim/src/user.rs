@@ -151,7 +151,8 @@ mod tests {
 
     #[test]
     fn the_words_of_images_are_resolved() {
-        let cases: &[(&str, Result<(u32, u32, &[u32], &str), &str>)] = &[
+        type Expected = Result<(u32, u32, &'static [u32], &'static str), &'static str>;
+        let cases: &[(&str, Expected)] = &[
             ("", Ok((0, 0, &[0], "/root"))),
             ("0", Ok((0, 0, &[0], "/root"))),
             ("root", Ok((0, 0, &[0], "/root"))),

@@ -97,11 +97,12 @@ pub fn limit_bounding_set(keep: CapabilityBits) -> io::Result<()> {
             // EINVAL: past the last capability of this kernel.
             break;
         }
-        // SAFETY: PR_CAPBSET_DROP takes only a number.
-        if present == 1
-            && unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) } < 0
-        {
-            return Err(io::Error::last_os_error());
+        if present == 1 {
+            // SAFETY: PR_CAPBSET_DROP takes only a number.
+            let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) };
+            if dropped < 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
     }
     Ok(())

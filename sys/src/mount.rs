@@ -292,6 +292,14 @@ pub fn mount_overlay_with_options(target: &Path, options: &OsStr) -> io::Result<
     .map(drop)
 }
 
+/// Whether `place` lies on a procfs: `fstatfs(2)`, `PROC_SUPER_MAGIC`.
+///
+/// # Errors
+/// None in practice.
+pub fn is_procfs(place: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(nix::sys::statfs::fstatfs(place)?.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
+}
+
 /// Binds `source` on `target`, both paths of this process that nobody else can change: `mount(2)` with `MS_BIND`.
 ///
 /// # Errors

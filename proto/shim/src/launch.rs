@@ -15,7 +15,7 @@ pub struct Launch {
     /// What is mounted in it, in this order.
     #[prost(message, repeated, tag = "3")]
     pub mounts: Vec<Mount>,
-    /// Device nodes in `/dev`, beside the default ones.
+    /// Device nodes, all of them.
     #[prost(message, repeated, tag = "4")]
     pub devices: Vec<Device>,
     /// Inside: hidden, files by an empty device, directories by an empty read-only tmpfs. Absent ones are skipped.
@@ -45,6 +45,9 @@ pub struct Launch {
     /// Whether standard input is a pipe that stays open (`ContainerConfig.stdin`); else it is `/dev/null`.
     #[prost(bool, tag = "12")]
     pub stdin: bool,
+    /// Inside: directories that are made when absent, and stay writable when the root is read-only.
+    #[prost(bytes = "vec", repeated, tag = "15")]
+    pub volumes: Vec<Vec<u8>>,
     /// The longest piece of a line in one log entry; longer lines are cut into partial entries. 0 is the default, 16 KiB.
     #[prost(uint64, tag = "13")]
     pub max_log_line_bytes: u64,

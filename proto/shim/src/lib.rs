@@ -3,10 +3,10 @@
 //! The messages are protobuf (prost), so that a daemon of one version talks to shims of another: fields are only added, numbers
 //! never used again. The page `docs/shim-protocol.md` draws the wire.
 //!
-//! - [`frame`]: how a message becomes bytes on the socket;
-//! - [`launch`]: the plan of a container, everything that a shim has to know to start it;
-//! - [`control`]: requests, replies and events;
-//! - [`exit_record`]: the file that says how a container ended.
+//! - `frame`: how a message becomes bytes on the socket;
+//! - `launch`: the plan of a container, everything that a shim has to know to start it;
+//! - `control`: requests, replies and events;
+//! - `exit_record`: the file that says how a container ended.
 #![forbid(unsafe_code)]
 
 pub mod control;

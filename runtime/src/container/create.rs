@@ -116,10 +116,10 @@ fn prepare_from(
         path: "config.devices".to_owned(),
         reason: crate::chain(&error),
     })?;
-    let volumes = mounts::image_volumes(&config, image.config(), &made.files)?;
+    let volumes = mounts::image_volumes(&config, image.config())?;
     check_apparmor(node, &config)?;
 
-    make_directories(&made.files, volumes.iter().map(|volume| volume.directory.as_path()))?;
+    make_directories(&made.files)?;
     let cgroup = Cgroup::create(&node.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
     let cgroup = made.cgroup.insert(cgroup);
     for note in cgroup.apply(&oci_spec::limits(&config.resources))? {
@@ -168,6 +168,7 @@ fn prepare_from(
             lower_dirs: &lower_dirs,
             upper_dir: &made.files.upper(),
             work_dir: &made.files.work(),
+            volumes: &volumes,
             log: has_log.then_some((sandbox_log, Path::new(&config.log_path))),
             exit_record: &made.files.exit_record(),
             stdin: config.stdin,
@@ -266,10 +267,7 @@ fn undo(node: &Node, made: &Made) {
     }
 }
 
-fn make_directories<'a>(
-    files: &ContainerFiles,
-    volumes: impl Iterator<Item = &'a Path>,
-) -> Result<(), ContainerError> {
+fn make_directories(files: &ContainerFiles) -> Result<(), ContainerError> {
     let make = |path: &Path, mode: u32| {
         std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("make", path))
     };
@@ -279,17 +277,7 @@ fn make_directories<'a>(
     make(&files.upper(), 0o755)?;
     set_mode(&files.upper(), 0o755)?;
     make(&files.work(), 0o700)?;
-    make(&files.rootfs(), 0o700)?;
-    let mut parent_made = false;
-    for volume in volumes {
-        if !parent_made {
-            make(&files.volumes(), 0o700)?;
-            parent_made = true;
-        }
-        make(volume, 0o755)?;
-        set_mode(volume, 0o755)?;
-    }
-    Ok(())
+    make(&files.rootfs(), 0o700)
 }
 
 fn set_mode(path: &Path, mode: u32) -> Result<(), ContainerError> {

@@ -1,12 +1,12 @@
 //! Containers: made in a sandbox, each served by its shim.
 //!
-//! - [`create`]: CreateContainer, everything up to the exec of the program;
-//! - [`start`]: StartContainer;
-//! - [`exec`]: ExecSync;
-//! - [`stop`]: StopContainer;
-//! - [`remove`]: RemoveContainer;
-//! - [`end`]: what happens when it has ended, by itself or not;
-//! - [`recover`]: what a new daemon makes of a record.
+//! - `create`: CreateContainer, everything up to the exec of the program;
+//! - `start`: StartContainer;
+//! - `exec`: ExecSync;
+//! - `stop`: StopContainer;
+//! - `remove`: RemoveContainer;
+//! - `end`: what happens when it has ended, by itself or not;
+//! - `recover`: what a new daemon makes of a record.
 //!
 //! The state is in a watch channel: whoever waits for the end of a container waits for that value to change. It changes through
 //! `model::state` only.

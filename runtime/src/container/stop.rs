@@ -67,8 +67,8 @@ async fn signal(container: &Container, signal: i32) {
 
 /// Kills every process of it and waits for the end.
 pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerError> {
-    // By the shim's pidfd: the kernel takes a whole pid namespace with its process 1. The rest is killed by cgroup when the
-    // shim reports the end.
+    // By the shim's pidfd: the kernel takes a whole pid namespace with its process 1. Without one of its own, the shim ends the rest
+    // when the main process has ended.
     signal(container, SIGKILL).await;
     if tokio::time::timeout(SHIM, container.exited()).await.is_ok() {
         return Ok(());

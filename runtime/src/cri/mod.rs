@@ -1,6 +1,6 @@
 //! The CRI edge: the only module that names CRI messages.
 //!
-//! - [`convert`]: messages into plain data, checked, and back;
+//! - `convert`: messages into plain data, checked, and back;
 //! - `runtime_service`, `image_service`: the two services, one method a call;
 //! - `stats`: cgroup numbers as CRI messages;
 //! - `info`: the verbose JSON that node tools read;

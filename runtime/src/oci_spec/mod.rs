@@ -20,7 +20,7 @@ pub mod stop_signal;
 
 pub use capabilities::granted_capabilities;
 pub use devices::{ResolvedDevice, device_policy};
-pub use mounts::{CgroupDirectory, ResolvedMount, Volume};
+pub use mounts::{CgroupDirectory, ResolvedMount};
 pub use process::set_user;
 pub use resources::limits;
 

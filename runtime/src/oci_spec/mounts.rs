@@ -8,7 +8,6 @@
 use super::{HOST_SHM, Inputs, SpecError, is_pods};
 use berth_image::ImageConfig;
 use berth_model::container::{Config, Mount as Asked, Propagation};
-use berth_model::layout::ContainerFiles;
 use oci_spec::runtime::Mount;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -40,15 +39,6 @@ pub struct CgroupDirectory {
     /// The name of the hierarchy's directory below `/sys/fs/cgroup`, as on the host; such as `memory`.
     pub name: String,
     /// The cgroup's directory on the host.
-    pub directory: PathBuf,
-}
-
-/// A directory that the image wants to be no part of the writable layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Volume {
-    /// In the container; absolute, cleaned.
-    pub destination: String,
-    /// On the host: to be made by whoever makes the container, with the image's content at `destination` copied in.
     pub directory: PathBuf,
 }
 
@@ -229,18 +219,12 @@ pub(super) fn is_own_dev(mount: &Mount) -> bool {
 /// All mounts of a container, in the order in which they are made.
 pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<Mount>, SpecError> {
     let asked = inputs.mounts.iter().map(asked_mount).collect::<Result<Vec<_>, _>>()?;
-    let volumes = image_volumes(inputs.config, inputs.image, inputs.files)?;
-    let found = asked.len() + volumes.len();
+    let found = asked.len() + image_volumes(inputs.config, inputs.image)?.len();
     if found > MAX_MOUNTS {
         return Err(SpecError::TooManyMounts { found });
     }
     let mut mounts = standard(inputs, &asked)?;
     mounts.retain(|mount| !asked.iter().any(|asked| gives_way(mount.destination(), asked.destination())));
-    mounts.extend(
-        volumes
-            .into_iter()
-            .map(|volume| bind(&volume.destination, volume.directory, &["rbind", "rprivate", "rw"])),
-    );
     mounts.extend(asked);
     mounts.sort_by_key(|mount| mount.destination().components().count());
     Ok(mounts)
@@ -287,17 +271,17 @@ pub(super) fn root_propagation(mounts: &[ResolvedMount]) -> &'static str {
     }
 }
 
-/// The volumes of the image for which a directory has to be made: those without a mount of the request at their place. A volume where a standard
-/// mount is, or among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is there anyway.
+/// The directories that the image wants to be writable and no part of it: those without a mount of the request at their place, absolute and
+/// cleaned. A volume where a standard mount is, or among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is
+/// there anyway.
+///
+/// They are no mounts of the spec: the writable layer is the container's own already and goes with it, so the shim only sees to it that
+/// they are there, and writable in a root that is not.
 ///
 /// # Errors
 /// [`SpecError::Volume`] for a path that is not absolute, is the root, or has `..` in it.
-pub fn image_volumes(
-    config: &Config,
-    image: &ImageConfig,
-    files: &ContainerFiles,
-) -> Result<Vec<Volume>, SpecError> {
-    let mut volumes: Vec<Volume> = Vec::new();
+pub fn image_volumes(config: &Config, image: &ImageConfig) -> Result<Vec<String>, SpecError> {
+    let mut volumes: Vec<String> = Vec::new();
     // Before anything is done for each of them.
     if image.volumes.len() > MAX_MOUNTS {
         return Err(SpecError::TooManyMounts { found: image.volumes.len() });
@@ -310,10 +294,9 @@ pub fn image_volumes(
         let taken = OF_THE_KERNEL.iter().any(|place| is_at_or_below(path, place))
             || ETC_FILES.iter().any(|name| path == Path::new("/etc").join(name))
             || config.mounts.iter().any(|mount| clean(&mount.container_path).as_ref() == Some(&destination))
-            || volumes.iter().any(|volume| volume.destination == destination);
+            || volumes.contains(&destination);
         if !taken {
-            let directory = files.volumes().join(volumes.len().to_string());
-            volumes.push(Volume { destination, directory });
+            volumes.push(destination);
         }
     }
     Ok(volumes)

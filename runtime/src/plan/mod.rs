@@ -44,6 +44,8 @@ pub struct Extra<'a> {
     pub upper_dir: &'a Path,
     /// Overlay's work directory.
     pub work_dir: &'a Path,
+    /// Inside: directories of the image that stay writable.
+    pub volumes: &'a [String],
     /// The pod's log directory and the name of the log file below it; `None` for no log.
     pub log: Option<(&'a Path, &'a Path)>,
     /// Where the exit record is written.
@@ -153,6 +155,7 @@ pub fn launch(spec: &Spec, extra: &Extra<'_>) -> Result<Launch, PlanError> {
         namespaces: namespaces(linux)?,
         cgroup: extra.cgroup.clone(),
         process: translate_process(process, linux, extra)?,
+        volumes: extra.volumes.iter().map(|path| path.as_bytes().to_vec()).collect(),
         log_directory: bytes(log_directory),
         log_name: bytes(log_name),
         exit_record_path: bytes(extra.exit_record),

@@ -1,10 +1,10 @@
 //! Pod sandboxes: namespaces, network, files and cgroup that the containers of a pod share.
 //!
-//! - [`create`]: RunPodSandbox;
-//! - [`namespaces`]: making and pinning them, without a process;
-//! - [`etc_files`]: `hosts`, `hostname`, `resolv.conf`;
-//! - [`stop`]: StopPodSandbox and RemovePodSandbox;
-//! - [`recover`]: what a new daemon makes of a record.
+//! - `create`: RunPodSandbox;
+//! - `namespaces`: making and pinning them, without a process;
+//! - `etc_files`: `hosts`, `hostname`, `resolv.conf`;
+//! - `stop`: StopPodSandbox and RemovePodSandbox;
+//! - `recover`: what a new daemon makes of a record.
 //!
 //! A sandbox is made by one task and seen by others only when it is whole. While containers are made in it they hold its gate for
 //! reading; Stop marks it NotReady, takes the gate for writing, and so finds every container that will ever be in it.

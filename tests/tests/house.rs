@@ -1,0 +1,147 @@
+//! The structure that `docs/ARCHITECTURE.md` promises, held against the code.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests lie in the repository").to_owned()
+}
+
+/// Our crates, each with those of ours that it depends on; test dependencies do not count.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline", "--locked"])
+        .current_dir(repository())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo writes JSON");
+    let packages = metadata["packages"].as_array().expect("packages");
+    packages
+        .iter()
+        .map(|package| {
+            let needs = package["dependencies"].as_array().expect("dependencies");
+            let ours = needs
+                .iter()
+                .filter(|need| need["kind"].is_null())
+                .filter_map(|need| need["name"].as_str())
+                .filter(|name| name.starts_with("berth-"))
+                .map(str::to_owned)
+                .collect();
+            (package["name"].as_str().expect("a name").to_owned(), ours)
+        })
+        .collect()
+}
+
+#[test]
+fn crates_depend_on_each_other_only_in_the_promised_directions() {
+    let libraries = ["berth-cgroup", "berth-image", "berth-network", "berth-seccomp"];
+    let base = ["berth-model", "berth-sys"];
+    let allowed: BTreeMap<&str, Vec<&str>> = BTreeMap::from([
+        ("berth-api", vec![]),
+        ("berth-cri", vec![]),
+        ("berth-shim-proto", vec![]),
+        ("berth-model", vec![]),
+        ("berth-sys", vec![]),
+        ("berth-cgroup", base.to_vec()),
+        ("berth-image", base.to_vec()),
+        ("berth-network", base.to_vec()),
+        ("berth-seccomp", base.to_vec()),
+        ("berth-shim", vec!["berth-shim-proto", "berth-sys"]),
+        ("berth-cli", vec!["berth-api", "berth-cri"]),
+        (
+            "berth-runtime",
+            [&libraries[..], &base[..], &["berth-api", "berth-cri", "berth-shim-proto"]].concat(),
+        ),
+        ("berth-tests", vec!["berth-api", "berth-cri"]),
+    ]);
+    let found = dependencies();
+    assert_eq!(
+        found.keys().map(String::as_str).collect::<Vec<_>>(),
+        allowed.keys().copied().collect::<Vec<_>>()
+    );
+    for (name, needs) in found {
+        for need in needs {
+            assert!(allowed[name.as_str()].contains(&need.as_str()), "{name} depends on {need}");
+        }
+    }
+}
+
+#[test]
+fn only_sys_has_unsafe_code() {
+    for folder in [
+        "proto/cri",
+        "proto/berth",
+        "proto/shim",
+        "model",
+        "image",
+        "runtime",
+        "runtime/cgroup",
+        "runtime/network",
+        "runtime/seccomp",
+        "cli",
+        "shim",
+    ] {
+        let sources = repository().join(folder).join("src");
+        for root in
+            ["lib.rs", "main.rs"].map(|name| sources.join(name)).into_iter().filter(|path| path.exists())
+        {
+            let text = std::fs::read_to_string(&root).expect("a source file");
+            assert!(
+                text.contains("#![forbid(unsafe_code)]"),
+                "{} does not forbid unsafe code",
+                root.display()
+            );
+        }
+    }
+}
+
+/// What stands between backquotes and has a slash or an ending is a path of the repository, or of the part that its section is about.
+#[test]
+fn the_map_names_only_what_exists() {
+    let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");
+    let places = ["", "runtime/src", "shim/src", "image/src", "tests"].map(|place| repository().join(place));
+    let mut checked = 0;
+    for name in text.split('`').skip(1).step_by(2) {
+        let is_path = name.ends_with(".rs")
+            || (name.contains('/')
+                && name.bytes().all(|byte| byte.is_ascii_lowercase() || b"/_.-".contains(&byte)));
+        if !is_path || name.starts_with('/') {
+            continue;
+        }
+        let exists = places.iter().any(|place| {
+            let path = place.join(name);
+            path.exists() || path.with_extension("rs").exists()
+        });
+        assert!(exists, "docs/ARCHITECTURE.md names {name}, which is not there");
+        checked += 1;
+    }
+    assert!(checked > 30, "only {checked} names were found; is the test still looking?");
+    for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+        assert!(repository().join("docs").join(link).exists(), "docs/ARCHITECTURE.md links to {link}");
+    }
+}
+
+#[test]
+fn every_source_file_says_what_it_is_for() {
+    let mut folders = ["proto", "model", "sys", "image", "runtime", "cli", "shim", "tests"]
+        .map(|name| repository().join(name))
+        .to_vec();
+    let mut checked = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                if path.file_name().is_none_or(|name| name != "generated") {
+                    folders.push(path);
+                }
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).expect("a source file");
+                assert!(text.starts_with("//!"), "{} does not begin with its purpose", path.display());
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 100, "only {checked} files were found");
+}

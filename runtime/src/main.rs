@@ -4,6 +4,7 @@
 use anyhow::Context as _;
 use berth_runtime::config::{self, Config, Written};
 use clap::Parser;
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -106,7 +107,11 @@ fn read(arguments: &Arguments) -> anyhow::Result<Config> {
 
 fn serve(config: Config) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(&config.log).context("log")?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     berth_sys::process::set_umask(0o077);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -116,6 +121,8 @@ fn serve(config: Config) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
+        // Taken, so that the end of a terminal does not end the daemon. The configuration is read at the start only.
+        let _hangup = signal(SignalKind::hangup()).context("take SIGHUP")?;
         let stop = async move {
             tokio::select! {
                 _ = terminate.recv() => {}

@@ -10,9 +10,14 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
+
+/// How long calls may go on after the daemon was told to end. Pods do not depend on it.
+const LAST_CALLS: Duration = Duration::from_secs(3);
 
 /// Why the socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +59,8 @@ pub(crate) async fn serve(
         Ok(stream) => is_root(stream),
         Err(_) => true,
     });
-    let result = tonic::transport::Server::builder()
+    let (close, closing) = oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
         .add_service(
             RuntimeServiceServer::new(services.runtime)
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -70,9 +76,20 @@ pub(crate) async fn serve(
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
         )
-        .serve_with_incoming_shutdown(connections, stop)
-        .await
-        .map_err(ServeError::Server);
+        .serve_with_incoming_shutdown(connections, async {
+            // A sender that has gone means the same as one that spoke.
+            let _ = closing.await;
+        });
+    let ending = async {
+        stop.await;
+        let _ = close.send(());
+        tokio::time::sleep(LAST_CALLS).await;
+    };
+    let result = tokio::select! {
+        result = server => result.map_err(ServeError::Server),
+        // A pull or a command that still runs; whoever waits for it sees the connection end and asks again.
+        () = ending => Ok(()),
+    };
     // A client that sees no file knows at once that nobody listens.
     let _ = std::fs::remove_file(path);
     result

@@ -354,6 +354,11 @@ fn make_readonly(root: &Root, path: &[u8]) -> Result<(), Failed> {
     const STEP: &str = "make the path read-only";
     let about = shown(path);
     let Some(target) = if_present(root, path, STEP)? else { return Ok(()) };
+    // Where a mount begins, it is the container's own and is changed itself; elsewhere a mount is laid over the path.
+    match mount::set_attributes(target.as_fd(), attr::RDONLY, 0, None, true) {
+        Err(error) if error.raw_os_error() == Some(EINVAL) => {}
+        result => return result.step(STEP, about),
+    }
     let clone = mount::clone_tree(target.as_fd(), Path::new(""), true).step(STEP, &about)?;
     mount::set_attributes(clone.as_fd(), attr::RDONLY, 0, None, true).step(STEP, &about)?;
     mount::attach(clone.as_fd(), target.as_fd()).step(STEP, about)

@@ -56,6 +56,15 @@ struct Inner {
     names: HashMap<Name, String>,
 }
 
+impl Inner {
+    /// Frees a name, unless it is another object's by now: of two removals at once the later one finds the name taken anew.
+    fn give_back(&mut self, name: &Name, owner: &str) {
+        if self.names.get(name).is_some_and(|found| found == owner) {
+            self.names.remove(name);
+        }
+    }
+}
+
 /// All objects.
 #[derive(Debug, Default)]
 pub(crate) struct Registry(Arc<Mutex<Inner>>);
@@ -109,13 +118,13 @@ impl Registry {
     pub(crate) fn remove_sandbox(&self, sandbox: &Sandbox) {
         let mut inner = lock(&self.0);
         inner.sandboxes.remove(sandbox.id());
-        inner.names.remove(&Name::Sandbox(sandbox.config().metadata.clone()));
+        inner.give_back(&Name::Sandbox(sandbox.config().metadata.clone()), sandbox.id().as_str());
     }
 
     pub(crate) fn remove_container(&self, container: &Container) {
         let mut inner = lock(&self.0);
         inner.containers.remove(container.id());
-        inner.names.remove(&container.name());
+        inner.give_back(&container.name(), container.id().as_str());
     }
 
     /// By id, or by an unambiguous beginning of one.
@@ -187,6 +196,17 @@ mod tests {
         assert!(taken.to_string().contains("first"), "{taken}");
         drop(reservation);
         assert!(registry.reserve(name, "second").is_ok());
+    }
+
+    #[test]
+    fn a_name_that_was_taken_anew_is_not_freed_by_its_old_owner() {
+        let registry = Registry::default();
+        let name = Name::Sandbox(sandbox::Metadata::default());
+        let reservation = registry.reserve(name.clone(), "new").unwrap();
+        lock(&registry.0).give_back(&name, "old");
+        assert!(registry.reserve(name.clone(), "third").is_err());
+        drop(reservation);
+        assert!(registry.reserve(name, "third").is_ok());
     }
 
     #[test]

@@ -185,7 +185,8 @@ impl RuntimeService {
         let output =
             apart(async move { Ok(container::exec::exec_sync(&container, request.cmd, limit).await?) })
                 .await?;
-        Ok(v1::ExecSyncResponse { stdout: output.stdout, stderr: output.stderr, exit_code: output.exit_code })
+        let (stdout, stderr) = fitting(output.stdout, output.stderr);
+        Ok(v1::ExecSyncResponse { stdout, stderr, exit_code: output.exit_code })
     }
 
     async fn stats(
@@ -237,6 +238,26 @@ impl RuntimeService {
             }),
         }
     }
+}
+
+/// Cuts the two streams so that their message is one that clients accept; each may be as long as a message by itself. What is cut is the
+/// end of the longer one, and as little as possible.
+fn fitting(mut stdout: Vec<u8>, mut stderr: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
+    // Tags, lengths and the exit code take less than this.
+    const ENVELOPE: usize = 64;
+    let room = berth_cri::MAX_MESSAGE_BYTES - ENVELOPE;
+    if stdout.len() + stderr.len() > room {
+        let half = room / 2;
+        if stderr.len() <= half {
+            stdout.truncate(room - stderr.len());
+        } else if stdout.len() <= half {
+            stderr.truncate(room - stdout.len());
+        } else {
+            stdout.truncate(half);
+            stderr.truncate(half);
+        }
+    }
+    (stdout, stderr)
 }
 
 /// Runs what must be finished, whatever becomes of the client.
@@ -628,5 +649,31 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
         // The kubelet has changed the pod's cgroup itself; it tells, and nothing here depends on it.
         let known = self.sandbox(&request.into_inner().pod_sandbox_id);
         answer!("UpdatePodSandboxResources", known.map(|_| v1::UpdatePodSandboxResourcesResponse {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message;
+
+    #[test]
+    fn the_output_of_a_command_fits_into_a_message_and_is_cut_no_more_than_needed() {
+        const MIB: usize = 1024 * 1024;
+        for (out, err) in [
+            (0, 0),
+            (5, 7),
+            (16 * MIB, 0),
+            (0, 16 * MIB),
+            (16 * MIB, 16 * MIB),
+            (15 * MIB, 2 * MIB),
+            (MIB, 16 * MIB),
+        ] {
+            let (stdout, stderr) = fitting(vec![0; out], vec![0; err]);
+            let length = stdout.len() + stderr.len();
+            assert!(length == out + err || length > 16 * MIB - 100, "{out} {err}");
+            let message = v1::ExecSyncResponse { stdout, stderr, exit_code: i32::MIN };
+            assert!(message.encoded_len() <= berth_cri::MAX_MESSAGE_BYTES, "{out} {err}");
+        }
     }
 }

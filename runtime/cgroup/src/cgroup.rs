@@ -43,7 +43,8 @@ impl Cgroup {
     /// controller that Berth uses, and in the others that have the parent. A v1 cpuset starts with its parent's processors and memory
     /// nodes, without which no process could join.
     ///
-    /// A missing default parent is made first. When this fails, nothing of the leaf is left.
+    /// A missing default parent is made first; so is a named one in the hierarchy that a kubelet leaves out, once it is known to exist in
+    /// the others. When this fails, nothing of the leaf is left.
     ///
     /// # Errors
     /// [`Error::InvalidId`]; [`Error::ParentMissing`] with the directory that should be there; [`Error::AlreadyExists`]; [`Error::Create`];
@@ -66,11 +67,13 @@ impl Cgroup {
             }
             Hierarchy::Legacy { mounts } => {
                 let mut dirs: Vec<LegacyDir> = Vec::with_capacity(mounts.len());
-                for mount in mounts {
+                let (own, common): (Vec<_>, Vec<_>) = mounts.iter().partition(|mount| mount.is_runtimes_own());
+                for mount in common.into_iter().chain(own) {
                     let leaf = below(&mount.path, &path);
+                    let may_make_parent = parent.is_ours() || (mount.is_runtimes_own() && !dirs.is_empty());
                     let made = match make_directory(&leaf) {
                         // The leaf is tried first: that the default parent is missing happens once in its life.
-                        Err(Error::ParentMissing { .. }) if parent.is_ours() => {
+                        Err(Error::ParentMissing { .. }) if may_make_parent => {
                             make_legacy_parent(&mount.path, parent.path())
                                 .and_then(|()| make_directory(&leaf))
                         }
@@ -229,7 +232,7 @@ fn make_if_missing(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// The default parent on v1. A cpuset in it must not stay empty, or nothing below it could be filled.
+/// A parent on v1. A cpuset in it must not stay empty, or nothing below it could be filled.
 fn make_legacy_parent(mount: &Path, path: &str) -> Result<(), Error> {
     for step in steps(mount, path) {
         make_if_missing(&step)?;
@@ -369,6 +372,23 @@ mod tests {
         assert!(matches!(error, Error::ParentMissing { path } if path == root.path().join("memory/pod")));
         assert!(!root.path().join("cpu/pod/c1").exists());
         assert!(!root.path().join("memory/pod").exists());
+    }
+
+    #[test]
+    fn a_named_parent_is_made_in_the_hierarchy_that_a_kubelet_leaves_out() {
+        let (root, hierarchy) = fake_legacy(&["devices", "memory", "pids"]);
+        fs::create_dir_all(root.path().join("memory/kubepods/pod")).unwrap();
+        let named = parent("/kubepods/pod");
+        let error = Cgroup::create(&hierarchy, &named, "c1").unwrap_err();
+        assert!(
+            matches!(error, Error::ParentMissing { path } if path == root.path().join("pids/kubepods/pod"))
+        );
+        assert!(!root.path().join("devices/kubepods").exists());
+
+        fs::create_dir_all(root.path().join("pids/kubepods/pod")).unwrap();
+        let cgroup = Cgroup::create(&hierarchy, &named, "c1").unwrap();
+        assert_eq!(cgroup.directories().count(), 3);
+        assert_eq!(cgroup.dir_of("devices"), Some(root.path().join("devices/kubepods/pod/c1").as_path()));
     }
 
     #[test]

@@ -32,6 +32,12 @@ impl LegacyMount {
     pub(crate) fn is_needed(&self) -> bool {
         self.controllers.iter().any(|name| NEEDED.contains(&name.as_str()))
     }
+
+    /// Whether whoever makes pods' cgroups may have left this hierarchy out. A kubelet does so with `devices`, which it sets no limit
+    /// in (runc's `SkipDevices`, set by kubelet's cgroup manager); what a container may open is the runtime's affair.
+    pub(crate) fn is_runtimes_own(&self) -> bool {
+        self.controllers.iter().all(|name| name == "devices")
+    }
 }
 
 /// The cgroup file systems of this machine.

@@ -2,7 +2,8 @@
 //! container, to its end.
 //!
 //! One pod and one test, because every step looks at what the steps before left. With the feature `peer` the same runs
-//! on containerd: what fails there is a mistake of the test.
+//! on containerd: what fails there is a mistake of the test. The daemon is that of the folder that `BERTH_BIN_DIR` names,
+//! else of `dist/`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -353,6 +354,10 @@ impl Runtime for Berthd {
 impl Drop for Berthd {
     fn drop(&mut self) {
         let _ = self.kill();
+        // The daemon's own, and those of pods that a failed test left; without this the folder could not be removed.
+        for mount in mounts_below(&self.dir).unwrap_or_default().iter().rev() {
+            let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
+        }
     }
 }
 
@@ -394,9 +399,16 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// The folder with the built programs and images.
+fn programs() -> PathBuf {
+    match std::env::var_os("BERTH_BIN_DIR") {
+        Some(folder) => folder.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist"),
+    }
+}
+
 fn spawn_berthd(dir: &Path, namespace: &Namespace) -> Result<Child> {
-    let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist");
-    let program = dist.join("berthd");
+    let program = programs().join("berthd");
     ensure!(program.exists(), "no {}: run make build", program.display());
     let log =
         fs::File::options().create(true).append(true).open(dir.join("log")).context("the daemon's log")?;
@@ -420,8 +432,8 @@ fn spawn_berthd(dir: &Path, namespace: &Namespace) -> Result<Child> {
 }
 
 fn import_demo_image(daemon: &Berthd) -> Result<()> {
-    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/images/demo.tar");
-    let archive = archive.canonicalize().context("no dist/images/demo.tar: run make images")?;
+    let archive = programs().join("images/demo.tar");
+    let archive = archive.canonicalize().context("no images/demo.tar beside the daemon: run make images")?;
     let start = ImportStart {
         name: String::new(),
         source: Some(Source::Path(archive.to_string_lossy().into_owned())),

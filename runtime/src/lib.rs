@@ -11,6 +11,7 @@ pub mod config;
 mod container;
 pub mod cri;
 pub mod daemon;
+mod host_directory;
 mod node;
 pub mod oci_spec;
 pub mod plan;

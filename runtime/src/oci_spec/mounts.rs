@@ -6,12 +6,12 @@
 //! destination that a link leads elsewhere is mounted there, inside the root.
 
 use super::{HOST_SHM, Inputs, SpecError, is_pods};
+use crate::host_directory;
 use berth_image::ImageConfig;
 use berth_model::container::{Config, Mount as Asked, Propagation};
 use oci_spec::runtime::Mount;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Mounts asked for and volumes of the image together. The kernel allows 100,000 in a mount namespace (`fs.mount-max`); pods have tens.
@@ -99,7 +99,8 @@ pub fn resolve_mounts(mounts: &[Asked]) -> Result<Vec<ResolvedMount>, SourceErro
         }
         let source = match std::fs::canonicalize(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                make_directories(path)?;
+                host_directory::make_missing(path)
+                    .map_err(|(path, source)| SourceError::Make { path, source })?;
                 std::fs::canonicalize(path)
             }
             found => found,
@@ -115,23 +116,6 @@ pub fn resolve_mounts(mounts: &[Asked]) -> Result<Vec<ResolvedMount>, SourceErro
         resolved.push(ResolvedMount { asked: asked.clone(), source });
     }
     Ok(resolved)
-}
-
-fn make_directories(path: &Path) -> Result<(), SourceError> {
-    let mut missing: Vec<&Path> = path.ancestors().take_while(|part| !part.exists()).collect();
-    missing.reverse();
-    for part in missing {
-        // With the mode set afterwards: the daemon's umask is for its own files.
-        match std::fs::create_dir(part)
-            .and_then(|()| std::fs::set_permissions(part, std::fs::Permissions::from_mode(0o755)))
-        {
-            Ok(()) => {}
-            // Two containers of a pod with one directory are made at the same time.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && part.is_dir() => {}
-            Err(source) => return Err(SourceError::Make { path: part.to_owned(), source }),
-        }
-    }
-    Ok(())
 }
 
 /// mount_namespaces(7): a slave receives from a shared mount or a slave, a peer has to be one of a shared mount.

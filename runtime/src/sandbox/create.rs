@@ -6,6 +6,7 @@
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, Wanted};
 use super::{PodProcess, Sandbox, SandboxError, stop};
+use crate::host_directory;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
 use berth_cgroup::Cgroup;
@@ -77,12 +78,8 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     let config = &sandbox.config;
     if !config.log_directory.is_empty() {
         // The kubelet has made it; others rely on the runtime.
-        let path = Path::new(&config.log_directory);
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(path)
-            .map_err(SandboxError::file("make the log directory", path))?;
+        host_directory::make_missing(Path::new(&config.log_directory))
+            .map_err(|(path, source)| SandboxError::file("make the log directory", &path)(source))?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
     let hostname = hostname(config, host_network)?;

@@ -67,7 +67,8 @@ impl Cgroup {
             }
             Hierarchy::Legacy { mounts } => {
                 let mut dirs: Vec<LegacyDir> = Vec::with_capacity(mounts.len());
-                let (own, common): (Vec<_>, Vec<_>) = mounts.iter().partition(|mount| mount.is_runtimes_own());
+                let (own, common): (Vec<_>, Vec<_>) =
+                    mounts.iter().partition(|mount| mount.is_runtimes_own());
                 for mount in common.into_iter().chain(own) {
                     let leaf = below(&mount.path, &path);
                     let may_make_parent = parent.is_ours() || (mount.is_runtimes_own() && !dirs.is_empty());

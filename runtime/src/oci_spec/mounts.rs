@@ -359,6 +359,7 @@ fn mount(destination: &str, kind: &str, source: PathBuf, options: &[&str]) -> Mo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn paths_are_cleaned_by_their_text() {

@@ -214,3 +214,54 @@ async fn a_cancelled_pull_leaves_nothing() {
     }
     store.pull(&reference, &Credentials::Anonymous, quiet()).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_checked_against_the_configured_authorities() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = std::process::Command::new("openssl")
+        .current_dir(dir.path())
+        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"])
+        .args([
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+        ])
+        .output();
+    if !made.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: openssl is not installed");
+        return;
+    }
+    let Some(registry) = Registry::start_tls(&dir.path().join("cert.pem"), &dir.path().join("key.pem"))
+    else {
+        eprintln!("skipped: docker-registry is not installed");
+        return;
+    };
+    let address = registry.address.clone();
+    let port = address.rsplit_once(':').unwrap().1.to_owned();
+    // Nothing is pushed over TLS: what is asked for is absent, and to say so the registry must have been spoken to.
+    for (name, settings, spoken) in [
+        ("authority", format!("[host.\"https://{address}\"]\nca = \"cert.pem\"\n"), true),
+        ("no check", format!("[host.\"https://{address}\"]\nskip_verify = true\n"), true),
+        ("system's authorities", format!("[host.\"https://{address}\"]\n"), false),
+        ("another name", format!("[host.\"https://localhost:{port}\"]\nca = \"cert.pem\"\n"), false),
+    ] {
+        let config = dir.path().join("certs.d/tls.example");
+        fs::create_dir_all(&config).unwrap();
+        fs::copy(dir.path().join("cert.pem"), config.join("cert.pem")).unwrap();
+        // The only host is also the server, so that no name of the outside is looked up.
+        let server = settings.lines().next().unwrap().replace("[host.", "server = ").replace(']', "");
+        fs::write(config.join("hosts.toml"), format!("{server}\n{settings}")).unwrap();
+        let options = StoreOptions { registry_config_path: Some(dir.path().join("certs.d")), ..options() };
+        let store = berth_image::Store::open(&dir.path().join("store"), options).unwrap();
+        let reference = Reference::parse("tls.example/a:b").unwrap();
+        let failed = store.pull(&reference, &Credentials::Anonymous, quiet()).await.unwrap_err();
+        let heard = matches!(failed, PullError::NotFound { .. });
+        let refused = matches!(failed, PullError::Unreachable { .. });
+        assert!(if spoken { heard } else { refused }, "{name}: {failed:?}");
+    }
+}

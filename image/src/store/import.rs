@@ -272,6 +272,14 @@ impl Source {
                 .map_err(|source| ImportError::Read { what: path.display().to_string(), source }),
             ImportSource::Archive(file) => {
                 let file = Arc::new(file);
+                let mut magic = [0; 4];
+                let length = file
+                    .read_at(&mut magic, 0)
+                    .map_err(|source| ImportError::Read { what: "archive".to_owned(), source })?;
+                // gzip and zstd; an empty file is none of the two forms either.
+                if length == 0 || magic.starts_with(&[0x1f, 0x8b]) || magic == [0x28, 0xb5, 0x2f, 0xfd] {
+                    return Err(ImportError::UnknownForm);
+                }
                 let members = index_members(&file)?;
                 Ok(Self::Archive(members, file))
             }

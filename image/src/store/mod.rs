@@ -35,7 +35,7 @@ pub use pull::PullError;
 pub use record::RecordError;
 
 use record::{ImageRecord, LayerRecord, Lower};
-use staging::Slot;
+use staging::{Removals, Slot};
 
 /// Shortest prefix of an id that finds an image.
 const MIN_PREFIX: usize = 4;
@@ -149,6 +149,7 @@ struct Inner {
     /// Who unpacks which layer right now; see `staging`.
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     permits: Arc<Semaphore>,
+    removals: Removals,
     counter: AtomicU64,
     client: Client,
     /// Locked as long as the store is open.
@@ -202,6 +203,7 @@ impl Store {
             state: Mutex::new(State::default()),
             slots: Mutex::new(HashMap::new()),
             permits: Arc::new(Semaphore::new(options.layers_at_once.max(1))),
+            removals: Removals::default(),
             counter: AtomicU64::new(0),
             client,
             options,

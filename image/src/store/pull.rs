@@ -156,14 +156,14 @@ pub(super) async fn finish(
     progress: &Arc<dyn Progress>,
 ) -> Result<Image, ContentError> {
     progress.committing();
-    let inner = Arc::clone(inner);
+    let committing = Arc::clone(inner);
     let committed = tokio::task::spawn_blocking(move || {
-        let committed = commit::commit(&inner, &new);
-        // Layers that are not part of an image now go at once, not when the last clone of something is dropped.
+        let committed = commit::commit(&committing, &new);
+        // What the image did not take is let go before what nobody needs is collected.
         drop(new);
         if committed.is_err() {
-            let _disk = inner.disk();
-            if let Err(error) = inner.collect(None) {
+            let _disk = committing.disk();
+            if let Err(error) = committing.collect(None) {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "could not remove layers of a failed pull"
@@ -172,7 +172,11 @@ pub(super) async fn finish(
         }
         committed
     });
-    committed.await.map_err(|_| StoreError::BrokenOff)?
+    let committed = committed.await.map_err(|_| StoreError::BrokenOff)?;
+    if committed.is_err() {
+        staging::settle(inner, &[]).await;
+    }
+    committed
 }
 
 /// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays of the others that nobody else needs.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
 
 use berth_sys::beneath::Root;
-use tokio::sync::{Mutex as AsyncMutex, oneshot};
+use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
 use super::record::{self, LayerRecord, OpenQuestions};
 use super::{ContentError, Inner, Pin, StoreError, file_error, make_private_dir, remove_tree};
@@ -31,6 +31,33 @@ pub(super) struct Staged {
     pub(super) summary: Summary,
     /// Moved into the store; nothing to clean up.
     committed: AtomicBool,
+    removals: Removals,
+}
+
+/// How many removals of unfinished layers are under way.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Removals(watch::Sender<usize>);
+
+impl Removals {
+    /// Counts one until the result is dropped.
+    fn begin(&self) -> Removing {
+        self.0.send_modify(|running| *running += 1);
+        Removing(self.clone())
+    }
+
+    async fn done(&self) {
+        // Fails only when all senders are gone, and one is here.
+        let _ = self.0.subscribe().wait_for(|running| *running == 0).await;
+    }
+}
+
+/// One removal.
+struct Removing(Removals);
+
+impl Drop for Removing {
+    fn drop(&mut self) {
+        (self.0.0).send_modify(|running| *running = running.saturating_sub(1));
+    }
 }
 
 impl Staged {
@@ -53,7 +80,9 @@ impl Drop for Staged {
             return;
         }
         let path = std::mem::take(&mut self.path);
+        let removing = self.removals.begin();
         let remove = move || {
+            let _removing = removing;
             if let Err(error) = remove_tree(&path) {
                 // Not lost: the next start removes it.
                 tracing::warn!(
@@ -115,10 +144,10 @@ pub(super) async fn acquire<F: Fetch>(
     let permit = Arc::clone(&inner.permits).acquire_owned().await.map_err(|_| StoreError::BrokenOff)?;
     let (input, filling) = fetch.start();
     let path = inner.partial_path(&inner.layer_path(diff_id));
-    let budget = Arc::clone(budget);
+    let (budget, removals) = (Arc::clone(budget), inner.removals.clone());
     let (result_sender, result) = oneshot::channel();
     tokio::task::spawn_blocking(move || {
-        let staged = stage(input, content, path, &budget);
+        let staged = stage(input, content, path, &budget, removals);
         if let Ok(staged) = &staged {
             *guard = Arc::downgrade(staged);
         }
@@ -139,7 +168,7 @@ pub(super) async fn acquire<F: Fetch>(
     }
 }
 
-/// Waits until no thread works on these layers any more.
+/// Waits until no thread works on these layers any more, and what they left is removed.
 pub(super) async fn settle(inner: &Arc<Inner>, diff_ids: &[Digest]) {
     for diff_id in diff_ids {
         let slot = inner.slots.lock().unwrap_or_else(PoisonError::into_inner).get(diff_id).map(Arc::clone);
@@ -147,6 +176,7 @@ pub(super) async fn settle(inner: &Arc<Inner>, diff_ids: &[Digest]) {
             drop(slot.lock().await);
         }
     }
+    inner.removals.done().await;
 }
 
 /// Unpacks into `path`; removes it again if that fails.
@@ -155,6 +185,7 @@ fn stage(
     content: LayerContent,
     path: PathBuf,
     budget: &Arc<Budget>,
+    removals: Removals,
 ) -> Result<Arc<Staged>, ContentError> {
     let made = unpack_into(input, content, &path, budget);
     if made.is_err()
@@ -163,7 +194,7 @@ fn stage(
         tracing::warn!(error = &error as &dyn std::error::Error, "could not remove an unfinished layer");
     }
     let (record, summary) = made?;
-    Ok(Arc::new(Staged { path, record, summary, committed: AtomicBool::new(false) }))
+    Ok(Arc::new(Staged { path, record, summary, committed: AtomicBool::new(false), removals }))
 }
 
 fn unpack_into(

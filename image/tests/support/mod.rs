@@ -301,6 +301,19 @@ pub struct Registry {
 impl Registry {
     /// `None` if the program is not installed: the caller says that it skips.
     pub fn start() -> Option<Self> {
+        Self::start_with("")
+    }
+
+    /// The same over TLS, with this certificate and key.
+    pub fn start_tls(certificate: &Path, key: &Path) -> Option<Self> {
+        Self::start_with(&format!(
+            ", tls: {{certificate: {}, key: {}}}",
+            certificate.display(),
+            key.display()
+        ))
+    }
+
+    fn start_with(http: &str) -> Option<Self> {
         if !Path::new("/usr/bin/docker-registry").exists() {
             return None;
         }
@@ -312,7 +325,7 @@ impl Registry {
         fs::write(
             &config,
             format!(
-                "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{address}\"}}\n",
+                "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{address}\"{http}}}\n",
                 data.display()
             ),
         )

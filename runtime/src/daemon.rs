@@ -190,6 +190,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         boot_id: boot_id.trim().to_owned(),
         facts,
         network: std::sync::Mutex::new(Ok(())),
+        said: std::sync::Mutex::default(),
         config,
     })
 }

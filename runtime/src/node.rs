@@ -10,7 +10,7 @@ use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
 use berth_seccomp::Cache;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -30,6 +30,8 @@ pub(crate) struct Node {
     pub(crate) facts: HostFacts,
     /// Whether the network was whole when it was last looked at; if not, why.
     pub(crate) network: Mutex<Result<(), String>>,
+    /// Notes that were said already. They are about privileges and limits that the daemon lacks, so there are few.
+    pub(crate) said: Mutex<HashSet<String>>,
 }
 
 impl Node {
@@ -42,6 +44,11 @@ impl Node {
     pub(crate) fn has_cgroup(&self, parent: &Parent) -> bool {
         let Some(mount) = self.hierarchy.mount_of("memory") else { return false };
         mount.join(parent.path().trim_start_matches('/')).is_dir()
+    }
+
+    /// Whether this is the first time that `note` is to be said: what holds for the whole node is said once, not for every container.
+    pub(crate) fn is_new(&self, note: &str) -> bool {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).insert(note.to_owned())
     }
 
     /// Whether the network was whole when it was last looked at; if not, why.

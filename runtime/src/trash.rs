@@ -51,7 +51,10 @@ pub(crate) fn empty(layout: &Layout) -> io::Result<()> {
 /// Trees of containers are hostile: any depth, any links. `beneath` walks them by descriptor.
 fn delete(trash: &Path, name: &str) {
     let deleted = Root::open(trash).and_then(|root| root.open_dir(Path::new("."))?.remove_all(name.as_ref()));
-    if let Err(error) = deleted {
+    if let Err(error) = deleted
+        // Somebody else deleted it: the one who threw it away, or the start of the daemon.
+        && error.kind() != io::ErrorKind::NotFound
+    {
         tracing::warn!(path = %trash.join(name).display(), %error, "could not delete; the next start tries again");
     }
 }

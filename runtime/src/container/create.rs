@@ -210,7 +210,11 @@ async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, 
             }
         };
         for note in &created.notes {
-            tracing::warn!(container = %record.id, note, "done in a weaker way");
+            if node.is_new(note) {
+                tracing::warn!(note, "done in a weaker way, for this container and others like it");
+            } else {
+                tracing::debug!(container = %record.id, note, "done in a weaker way");
+            }
         }
         record.process = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         (record.uid, record.gid, record.groups) = (created.uid, created.gid, created.groups);

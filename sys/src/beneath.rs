@@ -212,7 +212,12 @@ impl Root {
     pub fn open_append(&self, path: &Path) -> io::Result<File> {
         let path = c_string(path.as_os_str())?;
         // Non-blocking for the case that a FIFO lies there; it means nothing for the regular file that is wanted.
-        let flags = libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+        let flags = libc::O_WRONLY
+            | libc::O_APPEND
+            | libc::O_CREAT
+            | libc::O_NOFOLLOW
+            | libc::O_NONBLOCK
+            | libc::O_NOCTTY;
         let how = OpenHow {
             flags: u64::from((flags | libc::O_CLOEXEC).cast_unsigned()),
             mode: 0o640,

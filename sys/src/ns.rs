@@ -133,7 +133,8 @@ pub fn unpin(path: &Path) -> io::Result<()> {
 #[must_use]
 pub fn is_pinned(path: &Path) -> bool {
     let Ok(file) = open(path) else { return false };
-    nix::sys::statfs::fstatfs(file.as_fd()).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
+    nix::sys::statfs::fstatfs(file.as_fd())
+        .is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
 }
 
 /// Sets the hostname of the calling thread's UTS namespace: `sethostname(2)`.

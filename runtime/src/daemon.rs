@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::cri::{ImageService, RuntimeService};
 use crate::node::Node;
+use crate::notify::{self, Notifier};
 use crate::oci_spec::{HostFacts, devices};
 use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
@@ -83,6 +84,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
 /// # Errors
 /// [`DaemonError`], with what to do where there is something to do.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), DaemonError> {
+    let notifier = Arc::new(Notifier::from_environment());
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
     let _lock = take(&layout)?;
@@ -91,6 +93,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
         DaemonError::Host { what: "the start was interrupted", source: io::Error::other(error) }
     })??;
     let node = Arc::new(node);
+    notifier.status("looking for the pods of the daemon before");
     recovery::run(&node).await?;
     let watcher = tokio::spawn(watch_network(node.clone()));
     tracing::info!(
@@ -102,8 +105,16 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
         image: ImageService::new(node.clone()),
         berth: api::Service::new(node.clone()),
     };
-    let served = server::serve(&node.config.socket, services, stop).await.map_err(DaemonError::Serve);
+    let alive = tokio::spawn(keep_alive(notifier.clone(), node.clone()));
+    let listening = || notifier.ready(&status(&node));
+    let stopping = async {
+        stop.await;
+        notifier.stopping();
+    };
+    let served =
+        server::serve(&node.config.socket, services, listening, stopping).await.map_err(DaemonError::Serve);
     watcher.abort();
+    alive.abort();
     tracing::info!("berthd ends; pods go on");
     if node.registry.sandboxes().is_empty() {
         // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no harm.
@@ -193,6 +204,24 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         said: std::sync::Mutex::default(),
         config,
     })
+}
+
+/// Tells the service manager's watchdog that the daemon is alive, as long as it answers itself.
+async fn keep_alive(notifier: Arc<Notifier>, node: Arc<Node>) {
+    let probe = || async {
+        notify::ask_the_daemon(&node.config.socket).await?;
+        Ok(status(&node))
+    };
+    notifier.keep_alive(probe).await;
+}
+
+/// What a person sees who asks the service manager.
+fn status(node: &Node) -> String {
+    let (pods, containers) = (node.registry.sandboxes().len(), node.registry.containers().len());
+    match node.network() {
+        Ok(()) => format!("serving {pods} pods, {containers} containers"),
+        Err(broken) => format!("serving {pods} pods, {containers} containers; network: {broken}"),
+    }
 }
 
 /// Looks after the network: somebody may flush the firewall or take the bridge down under running pods.

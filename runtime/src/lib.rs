@@ -13,6 +13,7 @@ pub mod cri;
 pub mod daemon;
 mod host_directory;
 mod node;
+mod notify;
 pub mod oci_spec;
 pub mod plan;
 mod recovery;

@@ -44,16 +44,19 @@ pub(crate) struct Services {
     pub(crate) berth: api::Service,
 }
 
-/// Serves on the socket at `path` until `stop` resolves, and then removes the socket's file.
+/// Serves on the socket at `path` until `stop` resolves, and then removes the socket's file. Calls `listening` once connections
+/// are accepted.
 ///
 /// # Errors
 /// [`ServeError`].
 pub(crate) async fn serve(
     path: &Path,
     services: Services,
+    listening: impl FnOnce(),
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let listener = listen(path).map_err(|source| ServeError::Listen { path: path.to_owned(), source })?;
+    listening();
     let connections = UnixListenerStream::new(listener).filter(|connection| match connection {
         // The file's mode keeps others out; this is the second lock. Errors (no descriptors left for a moment) pass: the server goes on.
         Ok(stream) => is_root(stream),

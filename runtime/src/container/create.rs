@@ -119,7 +119,7 @@ fn prepare_from(
     let volumes = mounts::image_volumes(&config, image.config())?;
     check_apparmor(node, &config)?;
 
-    make_directories(&made.files)?;
+    make_directories(&made.files, &lower_dirs)?;
     let cgroup = Cgroup::create(&node.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
     let cgroup = made.cgroup.insert(cgroup);
     for note in cgroup.apply(&oci_spec::limits(&config.resources))? {
@@ -271,23 +271,28 @@ fn undo(node: &Node, made: &Made) {
     }
 }
 
-fn make_directories(files: &ContainerFiles) -> Result<(), ContainerError> {
+fn make_directories(files: &ContainerFiles, lower_dirs: &[PathBuf]) -> Result<(), ContainerError> {
     let make = |path: &Path, mode: u32| {
         std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("make", path))
     };
     make(&files.durable, 0o700)?;
     make(&files.state, 0o700)?;
-    // The root directory of the container takes its mode from here; the daemon's umask is strict.
     make(&files.upper(), 0o755)?;
-    set_mode(&files.upper(), 0o755)?;
+    if let Some(top) = lower_dirs.first() {
+        copy_mode_and_owner(top, &files.upper())?;
+    }
     make(&files.work(), 0o700)?;
     make(&files.rootfs(), 0o700)
 }
 
-fn set_mode(path: &Path, mode: u32) -> Result<(), ContainerError> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-        .map_err(ContainerError::file("open up", path))
+/// An overlay shows its upper directory's mode and owner as those of its root, so the image's have to be put there.
+fn copy_mode_and_owner(from: &Path, to: &Path) -> Result<(), ContainerError> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(from).map_err(ContainerError::file("look at", from))?;
+    // In this order: a change of owner takes set-user-id bits away.
+    std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()))
+        .and_then(|()| std::fs::set_permissions(to, metadata.permissions()))
+        .map_err(ContainerError::file("set the mode of", to))
 }
 
 fn effective_stop_signal(config: &Config, image: &Image) -> Result<i32, ContainerError> {

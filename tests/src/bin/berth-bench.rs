@@ -8,15 +8,17 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use berth_cri::MAX_MESSAGE_BYTES;
 use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
 use berth_cri::v1::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
-    LinuxContainerConfig, LinuxPodSandboxConfig, ListContainerStatsRequest, PodSandboxConfig,
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
+    ExecSyncRequest, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+    LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode, NamespaceOption, PodSandboxConfig,
     PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
     StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
 };
@@ -41,6 +43,14 @@ const AT_A_TIME: usize = 8;
 
 /// Lists of all containers' stats, with the crowd there.
 const LISTS: usize = 10;
+
+/// What a container writes to its log for the throughput: so many times a file of so many lines of a hundred bytes.
+const LOG_FILES: u64 = 20;
+const LOG_FILE_LINES: u64 = 100_000;
+const LOG_LINE_BYTES: u64 = 100;
+
+/// Time for that, on a slow machine.
+const LOG_PATIENCE: Duration = Duration::from_secs(120);
 
 /// A runtime to measure.
 struct Runtime {
@@ -67,6 +77,7 @@ struct Found {
     crowd: Duration,
     crowd_removed: Duration,
     list_stats: Vec<Duration>,
+    log: Duration,
     own_bytes_per_pod: u64,
     daemon_growth_per_pod: u64,
 }
@@ -107,6 +118,11 @@ async fn main() -> Result<()> {
         let context = format!("{}, {CROWD} pods", runtime.name);
         runtime.crowd().await.context(context)?;
     }
+    for runtime in &mut runtimes {
+        note(&format!("\ra log on {}          ", runtime.name));
+        let context = format!("{}, a log", runtime.name);
+        runtime.log().await.context(context)?;
+    }
     note("\r                                \r");
     print(&table(&runtimes))
 }
@@ -134,7 +150,13 @@ impl Runtime {
             }),
             hostname: name.to_owned(),
             log_directory: self.logs.path().join(name).to_string_lossy().into_owned(),
-            linux: Some(LinuxPodSandboxConfig::default()),
+            linux: Some(LinuxPodSandboxConfig {
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..LinuxSandboxSecurityContext::default()
+                }),
+                ..LinuxPodSandboxConfig::default()
+            }),
             ..PodSandboxConfig::default()
         }
     }
@@ -144,7 +166,7 @@ impl Runtime {
         let config = self.pod_config(&format!("pod-{round}"));
         let mut client = self.client.clone();
         let begin = Instant::now();
-        let (pod, [run, create, start]) = start_pod(&mut client, config).await?;
+        let (pod, [run, create, start]) = start_pod(&mut client, config, sleeping()).await?;
         let in_sum = begin.elapsed();
 
         let mut execs = Vec::new();
@@ -172,6 +194,35 @@ impl Runtime {
         Ok(())
     }
 
+    /// A container that writes lines as fast as they are taken from it.
+    async fn log(&mut self) -> Result<()> {
+        let mut client = self.client.clone();
+        let line = "x".repeat(usize::try_from(LOG_LINE_BYTES - 1)?);
+        let bytes = LOG_FILE_LINES * LOG_LINE_BYTES;
+        let script = format!(
+            "yes {line} | head -c {bytes} >/tmp/lines; cat /proc/uptime >&2; \
+             for i in $(seq {LOG_FILES}); do cat /tmp/lines; done; cat /proc/uptime >&2"
+        );
+        let config = self.pod_config("log");
+        let path = self.logs.path().join("log/main.log");
+        let command = vec!["sh".to_owned(), "-c".to_owned(), script];
+        let (pod, _) = start_pod(&mut client, config, command).await?;
+        let begin = Instant::now();
+        let request = ContainerStatusRequest { container_id: pod.container.clone(), verbose: false };
+        loop {
+            let answer = client.container_status(request.clone()).await.context("ContainerStatus")?;
+            let status = answer.into_inner().status.unwrap_or_default();
+            if status.state() == ContainerState::ContainerExited {
+                break;
+            }
+            ensure!(begin.elapsed() < LOG_PATIENCE, "the log was not written within {LOG_PATIENCE:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.found.log = log_time(&path).with_context(|| format!("reading {}", path.display()))?;
+        end_pod(&mut client, &pod).await?;
+        fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))
+    }
+
     /// Many pods at once: how fast they come, what they cost while they are there, how fast they go.
     async fn crowd(&mut self) -> Result<()> {
         let daemon_before = pss_bytes(self.daemon_pid)?;
@@ -180,7 +231,7 @@ impl Runtime {
         let begin = Instant::now();
         let pods = side_by_side(configs, |config| {
             let mut client = client.clone();
-            async move { Ok(start_pod(&mut client, config).await?.0) }
+            async move { Ok(start_pod(&mut client, config, sleeping()).await?.0) }
         })
         .await?;
         self.found.crowd = begin.elapsed();
@@ -209,10 +260,46 @@ impl Runtime {
     }
 }
 
+/// What a kubelet asks for when the pod's manifest says nothing: a pid namespace for each container, the rest shared.
+fn namespaces() -> NamespaceOption {
+    NamespaceOption { pid: NamespaceMode::Container.into(), ..NamespaceOption::default() }
+}
+
+/// What the containers run whose program does not matter.
+fn sleeping() -> Vec<String> {
+    vec!["sleep".to_owned(), "1000000".to_owned()]
+}
+
+/// Between the two times that the container wrote to standard error, before and after its lines: seconds since the boot,
+/// with two decimals (`proc_uptime(5)`). An error when a line is missing.
+fn log_time(path: &Path) -> Result<Duration> {
+    let mut times = Vec::new();
+    let mut lines = 0;
+    for line in BufReader::new(fs::File::open(path)?).lines() {
+        // TIME STREAM TAG CONTENT (KEP "CRI log format")
+        let line = line?;
+        let mut words = line.splitn(4, ' ').skip(1);
+        match (words.next(), words.next(), words.next()) {
+            (Some("stderr"), _, Some(uptimes)) => {
+                let uptime = uptimes.split(' ').next().unwrap_or_default();
+                times.push(uptime.parse::<f64>()?);
+            }
+            (Some("stdout"), Some("F"), _) => lines += 1,
+            _ => bail!("a line says {line:?}"),
+        }
+    }
+    ensure!(lines == LOG_FILES * LOG_FILE_LINES, "the log has {lines} lines");
+    match times.as_slice() {
+        [begin, end] => Ok(Duration::from_secs_f64((end - begin).max(0.0))),
+        _ => bail!("the log has {} times", times.len()),
+    }
+}
+
 /// RunPodSandbox, CreateContainer, StartContainer, and how long each took.
 async fn start_pod(
     client: &mut RuntimeServiceClient<Channel>,
     config: PodSandboxConfig,
+    command: Vec<String>,
 ) -> Result<(Pod, [Duration; 3])> {
     let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
     let (answer, run) = timed(client.run_pod_sandbox(request)).await.context("RunPodSandbox")?;
@@ -221,9 +308,15 @@ async fn start_pod(
     let container = ContainerConfig {
         metadata: Some(ContainerMetadata { name: "main".to_owned(), attempt: 0 }),
         image: Some(ImageSpec { image: IMAGE.to_owned(), ..ImageSpec::default() }),
-        command: vec!["sleep".to_owned(), "1000000".to_owned()],
+        command,
         log_path: "main.log".to_owned(),
-        linux: Some(LinuxContainerConfig::default()),
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(namespaces()),
+                ..LinuxContainerSecurityContext::default()
+            }),
+            ..LinuxContainerConfig::default()
+        }),
         ..ContainerConfig::default()
     };
     let request = CreateContainerRequest {
@@ -344,6 +437,10 @@ fn table(runtimes: &[Runtime]) -> String {
     row(&mut text, "100 pods, 8 at a time: started per second", runtimes, |found| per_second(found.crowd));
     row(&mut text, "100 pods, 8 at a time: ended per second", runtimes, |found| {
         per_second(found.crowd_removed)
+    });
+    row(&mut text, "log throughput, lines of 100 bytes", runtimes, |found| {
+        let bytes = u32::try_from(LOG_FILES * LOG_FILE_LINES * LOG_LINE_BYTES).unwrap_or(u32::MAX);
+        format!("{:.0} MB/s", f64::from(bytes) / 1e6 / found.log.as_secs_f64())
     });
     row(&mut text, "own memory per pod of one container (PSS)", runtimes, |found| {
         kib(found.own_bytes_per_pod)

@@ -77,6 +77,8 @@ impl Notifier {
     {
         let Some(watchdog) = self.watchdog else { return std::future::pending().await };
         loop {
+            // First, since it is started before the socket is there.
+            tokio::time::sleep(watchdog / 2).await;
             let limit = watchdog / 4;
             let outcome =
                 tokio::time::timeout(limit, probe()).await.unwrap_or(Err(ProbeError::Late { limit }));
@@ -84,10 +86,9 @@ impl Notifier {
                 Ok(status) => self.send(&format!("WATCHDOG=1\n{}", status_line(&status))),
                 // Not told anything, the manager ends the daemon and starts another; pods do not notice.
                 Err(error) => {
-                    tracing::error!(error = %crate::chain(&error), "the daemon does not answer itself")
+                    tracing::error!(error = %crate::chain(&error), "the daemon does not answer itself");
                 }
             }
-            tokio::time::sleep(watchdog / 2).await;
         }
     }
 

@@ -85,6 +85,12 @@ struct Found {
 /// One of the lists in [`Found`].
 type Times = fn(&Found) -> &[Duration];
 
+/// The time that a crowd took.
+type Crowd = fn(&Found) -> Duration;
+
+/// One of the sizes in bytes.
+type Size = fn(&Found) -> u64;
+
 /// A pod with one container.
 struct Pod {
     sandbox: String,
@@ -410,11 +416,14 @@ fn pss_bytes(pid: u32) -> Result<u64> {
     Ok(kib * 1024)
 }
 
-/// A row per measurement, a column per runtime.
+/// A row per measurement, a column per runtime, and how many times the first one's time or memory the last one takes.
 fn table(runtimes: &[Runtime]) -> String {
     let mut text = format!("{:<46}", format!("median of {ROUNDS} (95 of 100 within)"));
     for runtime in runtimes {
         let _ = write!(text, "{:>24}", runtime.name);
+    }
+    if runtimes.len() > 1 {
+        let _ = write!(text, "{:>14}", "last : first");
     }
     text.push('\n');
     let times: [(&str, Times); 9] = [
@@ -429,31 +438,49 @@ fn table(runtimes: &[Runtime]) -> String {
         ("ListContainerStats, 100 pods", |found| &found.list_stats),
     ];
     for (name, of) in times {
-        row(&mut text, name, runtimes, |found| {
+        let cost = |found: &Found| quantile(of(found), 50).as_secs_f64();
+        row(&mut text, name, runtimes, cost, |found| {
             let times = of(found);
             format!("{:.2} ms ({:.2})", milliseconds(quantile(times, 50)), milliseconds(quantile(times, 95)))
         });
     }
-    row(&mut text, "100 pods, 8 at a time: started per second", runtimes, |found| per_second(found.crowd));
-    row(&mut text, "100 pods, 8 at a time: ended per second", runtimes, |found| {
-        per_second(found.crowd_removed)
-    });
-    row(&mut text, "log throughput, lines of 100 bytes", runtimes, |found| {
+    let crowds: [(&str, Crowd); 2] = [
+        ("100 pods, 8 at a time: started per second", |found| found.crowd),
+        ("100 pods, 8 at a time: ended per second", |found| found.crowd_removed),
+    ];
+    for (name, of) in crowds {
+        row(&mut text, name, runtimes, |found| of(found).as_secs_f64(), |found| per_second(of(found)));
+    }
+    let log_cost = |found: &Found| found.log.as_secs_f64();
+    row(&mut text, "log throughput, lines of 100 bytes", runtimes, log_cost, |found| {
         let bytes = u32::try_from(LOG_FILES * LOG_FILE_LINES * LOG_LINE_BYTES).unwrap_or(u32::MAX);
         format!("{:.0} MB/s", f64::from(bytes) / 1e6 / found.log.as_secs_f64())
     });
-    row(&mut text, "own memory per pod of one container (PSS)", runtimes, |found| {
-        kib(found.own_bytes_per_pod)
-    });
-    row(&mut text, "the daemon's growth per pod (PSS)", runtimes, |found| kib(found.daemon_growth_per_pod));
-    row(&mut text, "the daemon before the first pod (PSS)", runtimes, |found| kib(found.idle_daemon_bytes));
+    let sizes: [(&str, Size); 3] = [
+        ("own memory per pod of one container (PSS)", |found| found.own_bytes_per_pod),
+        ("the daemon's growth per pod (PSS)", |found| found.daemon_growth_per_pod),
+        ("the daemon before the first pod (PSS)", |found| found.idle_daemon_bytes),
+    ];
+    for (name, of) in sizes {
+        row(&mut text, name, runtimes, |found| kib(of(found)), |found| format!("{:.0} KiB", kib(of(found))));
+    }
     text
 }
 
-fn row(text: &mut String, name: &str, runtimes: &[Runtime], cell: impl Fn(&Found) -> String) {
+/// `cost` is what the row is about as a number of which less is better; its ratio ends the row.
+fn row(
+    text: &mut String,
+    name: &str,
+    runtimes: &[Runtime],
+    cost: impl Fn(&Found) -> f64,
+    cell: impl Fn(&Found) -> String,
+) {
     let _ = write!(text, "{name:<46}");
     for runtime in runtimes {
         let _ = write!(text, "{:>24}", cell(&runtime.found));
+    }
+    if let [first, .., last] = runtimes {
+        let _ = write!(text, "{:>14.1}", cost(&last.found) / cost(&first.found));
     }
     text.push('\n');
 }
@@ -475,8 +502,8 @@ fn per_second(time: Duration) -> String {
     format!("{:.1}", pods / time.as_secs_f64())
 }
 
-fn kib(bytes: u64) -> String {
-    format!("{} KiB", bytes / 1024)
+fn kib(bytes: u64) -> f64 {
+    f64::from(u32::try_from(bytes / 1024).unwrap_or(u32::MAX))
 }
 
 fn print(text: &str) -> Result<()> {

@@ -7,7 +7,7 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer bench clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -21,6 +21,8 @@ help:
 	@echo 'make test-rootful  the real daemon over its socket (root)'
 	@echo 'make test-kubelet  a real kubelet on the real daemon (root)'
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
+	@echo 'make deb           dist/berth_VERSION_amd64.deb'
+	@echo 'make test-deb      that package installed, upgraded, removed and purged in a Debian of its own (root)'
 	@echo 'make bench         Berth beside containerd with runc (root)'
 	@echo 'make lint          format, clippy, docs, dependencies'
 	@echo 'make clean         remove what was built'
@@ -69,6 +71,13 @@ test-kubelet-peer: images
 	@scripts/install-needs test bench
 	@scripts/build-peer kubelet containerd runc
 	@scripts/run-tests kubelet-peer
+
+deb: build
+	@packaging/build-deb
+
+test-deb: deb images
+	@scripts/install-needs deb
+	@packaging/test-deb
 
 bench: build images
 	@scripts/install-needs bench

@@ -117,12 +117,35 @@ fn set_oom_score(score: i32, notes: &mut Vec<String>) -> Result<(), Failed> {
     }
 }
 
+/// The names of the limits by number: <asm-generic/resource.h>.
+const RLIMITS: [&str; 16] = [
+    "CPU",
+    "FSIZE",
+    "DATA",
+    "STACK",
+    "CORE",
+    "RSS",
+    "NPROC",
+    "NOFILE",
+    "MEMLOCK",
+    "AS",
+    "LOCKS",
+    "SIGPENDING",
+    "MSGQUEUE",
+    "NICE",
+    "RTPRIO",
+    "RTTIME",
+];
+
 fn set_rlimit(resource: u32, soft: u64, hard: u64, notes: &mut Vec<String>) -> Result<(), Failed> {
     match process::set_rlimit(resource, soft, hard) {
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             let (_, own_hard) = process::rlimit(resource).step("read the resource limit", resource)?;
             let (soft, hard) = (soft.min(own_hard), hard.min(own_hard));
-            notes.push(format!("resource limit {resource} was lowered to the own hard limit {own_hard}"));
+            let name = usize::try_from(resource).ok().and_then(|number| RLIMITS.get(number)).unwrap_or(&"?");
+            notes.push(format!(
+                "the resource limit {name} was lowered to {own_hard}, what the daemon has itself"
+            ));
             process::set_rlimit(resource, soft, hard).step("set the resource limit", resource)
         }
         result => result.step("set the resource limit", resource),

@@ -7,7 +7,7 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer bench deb test-deb clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -21,6 +21,8 @@ help:
 	@echo 'make test-rootful  the real daemon over its socket (root)'
 	@echo 'make test-kubelet  a real kubelet on the real daemon (root)'
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
+	@echo 'make test-vm       systemd and cgroup v2, in a virtual machine (root)'
+	@echo 'make vm-shell      a shell in that machine (root)'
 	@echo 'make deb           dist/berth_VERSION_amd64.deb'
 	@echo 'make test-deb      that package installed, upgraded, removed and purged in a Debian of its own (root)'
 	@echo 'make bench         Berth beside containerd with runc (root)'
@@ -71,6 +73,14 @@ test-kubelet-peer: images
 	@scripts/install-needs test bench
 	@scripts/build-peer kubelet containerd runc
 	@scripts/run-tests kubelet-peer
+
+test-vm: build images
+	@scripts/install-needs vm
+	@scripts/run-tests vm
+
+vm-shell: build images
+	@scripts/install-needs vm
+	@scripts/vm shell
 
 deb: build
 	@packaging/build-deb

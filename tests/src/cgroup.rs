@@ -124,7 +124,11 @@ impl Cgroup {
         found
     }
 
-    fn read(&self, controller: &str, id: &str, file: &str) -> Result<String> {
+    /// A file of the cgroup below this one whose name contains `id`, in the hierarchy of `controller`.
+    ///
+    /// # Errors
+    /// When there is no such cgroup, or it has no such file.
+    pub fn read(&self, controller: &str, id: &str, file: &str) -> Result<String> {
         let hierarchy = self
             .hierarchies
             .iter()
@@ -138,6 +142,19 @@ impl Cgroup {
         });
         let path = found.with_context(|| format!("no {controller} cgroup of {id} below {}", self.path()))?;
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    /// Whether the machine has one v2 hierarchy and none of v1: then files have other names.
+    #[must_use]
+    pub fn is_unified(&self) -> bool {
+        self.unified
+    }
+
+    /// Kills every process in this cgroup and below.
+    pub fn end_everything(&self) {
+        for folder in self.folders() {
+            walk(&folder, &mut end_processes);
+        }
     }
 
     fn folders(&self) -> Vec<PathBuf> {

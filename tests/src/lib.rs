@@ -1,8 +1,17 @@
 //! Integration tests' fixtures.
 #![forbid(unsafe_code)]
 
+pub mod census;
 pub mod cgroup;
+pub mod cri;
+pub mod daemon;
 pub mod deadline;
+pub mod forge;
+pub mod host;
 pub mod kubelet;
+pub mod log;
 pub mod peer;
+pub mod pod;
+pub mod program;
+pub mod registry;
 pub mod skip;

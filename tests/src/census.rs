@@ -1,0 +1,224 @@
+//! Everything that a daemon and its pods hold on a machine, counted: to see that what they did left nothing behind.
+//!
+//! Processes, mounts, links, firewall rules, cgroups, files, and the daemon's own descriptors, each as a sorted list of
+//! texts that stay the same as long as the thing does. Network namespaces show as mounts (pinned), as processes (in use) or
+//! as descriptors (held).
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use berth_cri::v1;
+
+use crate::daemon::{Daemon, SOON};
+use crate::deadline::within;
+
+/// The lists that a restart of the daemon changes by itself.
+const OF_THE_DAEMON: [&str; 2] = ["daemon", "descriptors"];
+
+/// What is there at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Census(Vec<(&'static str, Vec<String>)>);
+
+impl Census {
+    /// Looks at everything that belongs to `daemon`, once the kernel has taken away the links of pods that are gone, which
+    /// it does on its own time.
+    ///
+    /// # Errors
+    /// When a tool that lists something fails, or more links stay than there are pods.
+    pub fn take(daemon: &Daemon) -> Result<Self> {
+        let client = daemon.client();
+        within(SOON, "links are there for pods that are there only", || {
+            let mut pods = 0;
+            for sandbox in client.sandboxes(v1::PodSandboxFilter::default())? {
+                let network = client.sandbox(&sandbox.id)?.network.unwrap_or_default();
+                let ready = sandbox.state() == v1::PodSandboxState::SandboxReady;
+                pods += usize::from(ready && !network.ip.is_empty());
+            }
+            let links = daemon.host().run("ip", &["-oneline", "link", "show", "type", "veth"])?;
+            Ok((links.lines().count() <= pods).then_some(()))
+        })?;
+        Self::now(daemon)
+    }
+
+    fn now(daemon: &Daemon) -> Result<Self> {
+        let host = daemon.host();
+        let links = host.run("ip", &["-oneline", "link", "show"])?;
+        let links = links.lines().filter_map(|line| line.split(": ").nth(1)).map(str::to_owned).collect();
+        let rules = host.run("nft", &["list", "ruleset"])?.lines().map(str::to_owned).collect();
+        let text = |paths: Vec<PathBuf>| paths.iter().map(|path| path.display().to_string()).collect();
+        let mut cgroups: Vec<String> = text(daemon.cgroup().below(""));
+        cgroups.sort();
+        Ok(Self(vec![
+            ("daemon", vec![daemon.pid()?.to_string()]),
+            ("processes", processes(daemon)?),
+            ("mounts", text(mounts_below(daemon.dir()))),
+            ("links", links),
+            ("firewall rules", rules),
+            ("cgroups", cgroups),
+            ("files", files(daemon)),
+            ("descriptors", descriptors(daemon.pid()?)),
+        ]))
+    }
+
+    /// The same without the daemon's own process and descriptors: for tests that start it anew.
+    #[must_use]
+    pub fn without_the_daemon(mut self) -> Self {
+        self.0.retain(|(kind, _)| !OF_THE_DAEMON.contains(kind));
+        self
+    }
+
+    /// Waits until the same is there as at this census. Some things go a moment after the call that ended them has
+    /// answered.
+    ///
+    /// # Errors
+    /// When something is missing or too many after the time; the message names it.
+    pub fn stays(&self, daemon: &Daemon) -> Result<()> {
+        within(SOON, "what is there is what was there before", || {
+            let mut now = Self::now(daemon)?;
+            now.0.retain(|(kind, _)| self.0.iter().any(|(counted, _)| counted == kind));
+            if now == *self {
+                return Ok(Some(()));
+            }
+            bail!("{}", self.difference(&now).join("; "))
+        })
+    }
+
+    fn difference(&self, now: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        for ((kind, before), (_, after)) in self.0.iter().zip(&now.0) {
+            for (word, gone) in [("missing", lacking(before, after)), ("left", lacking(after, before))] {
+                if !gone.is_empty() {
+                    found.push(format!("{kind} {word}: {}", gone.join(", ")));
+                }
+            }
+        }
+        found
+    }
+}
+
+/// What `of` has and `from` has not, or not so often.
+fn lacking(of: &[String], from: &[String]) -> Vec<String> {
+    let mut rest = from.to_vec();
+    let mut lacking = Vec::new();
+    for one in of {
+        match rest.iter().position(|other| other == one) {
+            Some(at) => drop(rest.swap_remove(at)),
+            None => lacking.push(one.clone()),
+        }
+    }
+    lacking
+}
+
+/// The places at and below `dir` where something is mounted, in the order of mounting; more than once where mounts lie on
+/// top of each other.
+#[must_use]
+pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    places.filter(|place| place.starts_with(dir)).collect()
+}
+
+/// The processes in the network namespace with this number, in any cgroup.
+#[must_use]
+pub fn processes_in_network(number: u64) -> Vec<i32> {
+    let inside = |pid: &i32| {
+        fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|namespace| namespace.ino() == number)
+    };
+    all_processes().filter(inside).collect()
+}
+
+/// A process's parent (`proc_pid_status(5)`, `PPid`).
+#[must_use]
+pub fn parent(pid: i32) -> Option<i32> {
+    status_field(pid, "PPid").and_then(|text| text.parse().ok())
+}
+
+/// A field of `/proc/PID/status`, without the white space around it.
+#[must_use]
+pub fn status_field(pid: i32, field: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(line.trim().to_owned())
+}
+
+fn all_processes() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(std::result::Result::ok);
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// Processes on the daemon's host, in its cgroup, or its children; the dead among them too, for somebody has to wait for
+/// them.
+fn processes(daemon: &Daemon) -> Result<Vec<String>> {
+    let (host, cgroup) = (daemon.host().number()?, daemon.cgroup().path());
+    let parent_pid = i32::try_from(daemon.pid()?)?;
+    let on_host = processes_in_network(host);
+    let mut found = Vec::new();
+    for pid in all_processes().filter(|pid| *pid != parent_pid) {
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        if on_host.contains(&pid) || cgroups.contains(&cgroup) || parent(pid) == Some(parent_pid) {
+            let name = status_field(pid, "Name").unwrap_or_default();
+            let state = status_field(pid, "State").unwrap_or_default();
+            let dead = if state.starts_with('Z') { " (dead)" } else { "" };
+            found.push(format!("{pid} {name}{dead}"));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// What the daemon keeps below its root and its state.
+fn files(daemon: &Daemon) -> Vec<String> {
+    let mut found = Vec::new();
+    for top in [daemon.root(), daemon.state()] {
+        walk(&top, &mut found);
+    }
+    let mut found: Vec<String> = found
+        .iter()
+        .map(|path| path.strip_prefix(daemon.dir()).unwrap_or(path).display().to_string())
+        .collect();
+    found.sort();
+    found
+}
+
+fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().filter_map(std::result::Result::ok) {
+        found.push(entry.path());
+        // The content of layers is the image's, and much.
+        let is_layers = entry.file_name() == "layers" || folder.ends_with("layers");
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !(is_layers && folder.ends_with("layers")) {
+            walk(&entry.path(), found);
+        }
+    }
+}
+
+/// What a process holds open, without the numbers that differ from one socket or pipe to the next.
+fn descriptors(pid: u32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
+    let targets = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    let mut found: Vec<String> = targets
+        .map(|target| {
+            let target = target.display().to_string();
+            target.split_once(":[").map(|(kind, _)| kind.to_owned()).unwrap_or(target)
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn census(processes: &[&str]) -> Census {
+        Census(vec![("processes", processes.iter().map(|name| (*name).to_owned()).collect())])
+    }
+
+    #[test]
+    fn a_difference_is_told_in_both_directions_and_counts() {
+        let before = census(&["a", "b", "b"]);
+        assert!(before.difference(&before).is_empty());
+        assert_eq!(before.difference(&census(&["b", "c"])), ["processes missing: a, b", "processes left: c"]);
+    }
+}

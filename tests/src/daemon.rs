@@ -1,0 +1,398 @@
+//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with folders, a network and a cgroup that nobody else
+//! has.
+//!
+//! The programs are those of the folder that `BERTH_BIN_DIR` names, else of `dist/` in the repository. Whatever becomes of
+//! the test, all that the daemon and its containers made goes when the value is dropped: processes, mounts, network,
+//! cgroups, files.
+
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use berth_cri::v1;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, geteuid};
+use tempfile::TempDir;
+
+use crate::cgroup::Cgroup;
+use crate::cri::Client;
+use crate::deadline::within;
+use crate::host::Host;
+use crate::pod::Pod;
+use crate::skip::skip;
+
+/// The image that every daemon here has: what `scripts/build-image demo` makes.
+pub const IMAGE: &str = "localhost/berth/demo:latest";
+
+/// Time for something that the daemon does at once, on a machine that is busy with other things.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// How much of the daemon's log a failed test shows: enough for the lines of some requests.
+const LAST_WORDS_BYTES: u64 = 6000;
+
+/// What a test wants otherwise than usual.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Setup {
+    /// More lines for `berth.toml`, in sections of their own.
+    pub configuration: &'static str,
+    /// Puts the durable root on a filesystem of this size.
+    pub disk_bytes: Option<u64>,
+}
+
+/// A daemon, running or killed.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Mutex<Option<Child>>,
+    client: Client,
+    cgroup: Cgroup,
+    host: Host,
+    // Last: the files go when nothing uses them any more.
+    dir: TempDir,
+}
+
+/// Runs a test on a daemon with the demo image; a failure is told with the daemon's last lines. Without root the test is
+/// skipped.
+///
+/// # Errors
+/// What the test returns, and when the daemon does not start.
+pub fn rootful(test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
+    rootful_with(Setup::default(), test)
+}
+
+/// [`rootful`] on a daemon that is set up otherwise.
+///
+/// # Errors
+/// What the test returns, and when the daemon does not start.
+pub fn rootful_with(setup: Setup, test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
+    if !geteuid().is_root() {
+        skip(std::thread::current().name().unwrap_or("rootful"), "needs root");
+        return Ok(());
+    }
+    let daemon = Daemon::start(setup)?;
+    let archive = programs()?.join("images/demo.tar");
+    ensure!(archive.exists(), "no {}: run make images", archive.display());
+    daemon
+        .client
+        .import(&archive)
+        .context("importing the demo image")
+        .with_context(|| daemon.last_words())?;
+    test(&daemon).with_context(|| daemon.last_words())
+}
+
+impl Daemon {
+    /// Starts one without images.
+    ///
+    /// # Errors
+    /// When it does not answer in time; the message has its last lines.
+    pub fn start(setup: Setup) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("berth-test-").tempdir().context("making a folder")?;
+        let name = dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let cgroup = Cgroup::create(&name)?;
+        let host = Host::create(dir.path().join("netns"))?;
+        fs::create_dir(dir.path().join("certs.d")).context("making a folder for mirror rules")?;
+        // A name of this test only, of at most 15 characters.
+        let bridge = format!("bt{}", name.trim_start_matches("berth-test-"));
+        let configuration = format!(
+            "[cgroup]\nparent = \"{}\"\n[registry]\nconfig_path = \"{}\"\n[network]\nbridge = \"{bridge}\"\n{}",
+            cgroup.path(),
+            dir.path().join("certs.d").display(),
+            setup.configuration
+        );
+        fs::write(dir.path().join("berth.toml"), configuration).context("writing the configuration")?;
+        let client = Client::new(&dir.path().join("berth.sock"))?;
+        let daemon = Self { process: Mutex::new(None), client, cgroup, host, dir };
+        if let Some(bytes) = setup.disk_bytes {
+            let root = daemon.root();
+            fs::create_dir(&root).context("making the root")?;
+            mount(
+                Some("disk"),
+                &root,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                Some(format!("size={bytes}").as_str()),
+            )
+            .context("mounting a small disk")?;
+        }
+        daemon.start_again()?;
+        Ok(daemon)
+    }
+
+    /// Starts it when it was killed or stopped, on what it left, and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not answer in time; the message has its last lines.
+    pub fn start_again(&self) -> Result<()> {
+        let child = self.spawn()?;
+        *self.process() = Some(child);
+        let ended = within(SOON, "the daemon answers", || {
+            // An end is not worth waiting on: nothing follows it.
+            if let Some(status) = self.process().as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+                return Ok(Some(Some(status)));
+            }
+            self.client.version(v1::VersionRequest::default())?;
+            Ok(Some(None))
+        })
+        .with_context(|| self.last_words())?;
+        match ended {
+            None => Ok(()),
+            Some(status) => bail!("the daemon ended by itself: {status}; {}", self.last_words()),
+        }
+    }
+
+    fn spawn(&self) -> Result<Child> {
+        let program = programs()?.join("berthd");
+        ensure!(program.exists(), "no {}: run make build", program.display());
+        let dir = self.dir.path();
+        let log = fs::File::options().create(true).append(true).open(dir.join("log")).context("the log")?;
+        // nsenter becomes the daemon, so the process is the daemon's.
+        self.host
+            .command(&program)
+            .arg("--root")
+            .arg(self.root())
+            .arg("--state")
+            .arg(self.state())
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--config")
+            .arg(dir.join("berth.toml"))
+            .arg("--shim")
+            .arg(programs()?.join("berth-shim"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("sharing the log")?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))
+    }
+
+    /// Ends it without a warning, as a crash does. What it runs goes on.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn kill(&self) -> Result<()> {
+        let mut child = self.process().take().context("the daemon does not run")?;
+        child.kill().context("killing the daemon")?;
+        let status = child.wait().context("waiting for the daemon's end")?;
+        ensure!(status.signal() == Some(Signal::SIGKILL as i32), "the daemon had ended before: {status}");
+        Ok(())
+    }
+
+    /// Ends it with SIGTERM and waits for its end.
+    ///
+    /// # Errors
+    /// When it does not run, or does not end with success in time.
+    pub fn stop(&self) -> Result<()> {
+        let mut child = self.process().take().context("the daemon does not run")?;
+        kill(Pid::from_raw(i32::try_from(child.id())?), Signal::SIGTERM).context("stopping the daemon")?;
+        let status = within(SOON, "the daemon ends", || Ok(child.try_wait()?))?;
+        ensure!(status.success(), "the daemon ended with {status}");
+        Ok(())
+    }
+
+    /// [`kill`](Self::kill), then [`start_again`](Self::start_again).
+    ///
+    /// # Errors
+    /// Those of the two.
+    pub fn crash(&self) -> Result<()> {
+        self.kill()?;
+        self.start_again()
+    }
+
+    /// Its process id.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.process().as_ref().context("the daemon does not run")?.id())
+    }
+
+    /// A client of its socket. It outlives a crash of the daemon.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// The host that it is on.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The cgroup that pods go below that name no other.
+    #[must_use]
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// The folder with everything that it, its pods and the test keep.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Its durable root.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        self.dir.path().join("root")
+    }
+
+    /// Its runtime state.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("berth.sock")
+    }
+
+    /// The folder that the folders of pods' logs are in.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.dir.path().join("logs")
+    }
+
+    /// Makes the folder `name` for a test's own files, and returns its path.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn folder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.dir.path().join(name);
+        fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Writes the mirror rules of a registry's host (`hosts.toml`), or of every host for `_default`.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn mirror(&self, host: &str, rules: &str) -> Result<()> {
+        let folder = self.folder(&format!("certs.d/{host}"))?;
+        fs::write(folder.join("hosts.toml"), rules).context("writing the mirror rules")
+    }
+
+    /// The request for a pod of this name, as a kubelet would write it: own network and IPC, RuntimeDefault for seccomp,
+    /// a log folder of its own.
+    #[must_use]
+    pub fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
+        v1::PodSandboxConfig {
+            metadata: Some(v1::PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-of-{name}"),
+                namespace: "default".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: self.logs().join(name).to_string_lossy().into_owned(),
+            linux: Some(v1::LinuxPodSandboxConfig {
+                security_context: Some(v1::LinuxSandboxSecurityContext {
+                    namespace_options: Some(own_namespaces()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// Makes the pod of [`pod_config`](Self::pod_config).
+    ///
+    /// # Errors
+    /// The daemon's refusal.
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        self.pod_of(self.pod_config(name))
+    }
+
+    /// Makes a pod.
+    ///
+    /// # Errors
+    /// The daemon's refusal.
+    pub fn pod_of(&self, config: v1::PodSandboxConfig) -> Result<Pod> {
+        Ok(Pod::run(self.client(), config)?)
+    }
+
+    /// The `berth` command, for this daemon.
+    ///
+    /// # Errors
+    /// When it was not built.
+    pub fn berth(&self) -> Result<Command> {
+        let program = programs()?.join("berth");
+        ensure!(program.exists(), "no {}: run make build", program.display());
+        let mut command = Command::new(program);
+        command.env("BERTH_SOCKET", self.socket()).stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// The end of its log, for the message of a failed test.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        let tail = || -> std::io::Result<Vec<u8>> {
+            let file = fs::File::open(self.dir.path().join("log"))?;
+            let from = file.metadata()?.len().saturating_sub(LAST_WORDS_BYTES);
+            let mut bytes = vec![0; usize::try_from(LAST_WORDS_BYTES).unwrap_or_default()];
+            let read = file.read_at(&mut bytes, from)?;
+            bytes.truncate(read);
+            Ok(bytes)
+        };
+        match tail() {
+            Ok(bytes) => format!("the daemon's last lines:\n{}", String::from_utf8_lossy(&bytes)),
+            Err(error) => format!("the daemon has no log: {error}"),
+        }
+    }
+
+    fn process(&self) -> MutexGuard<'_, Option<Child>> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Daemon {
+    #[expect(clippy::print_stderr, reason = "a test that panics has no other way to tell more")]
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.last_words());
+        }
+        if let Some(mut child) = self.process().take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // Shims are on the test's host, containers in its cgroup, which ends them when it is dropped.
+        if let Ok(host) = self.host.number() {
+            for pid in crate::census::processes_in_network(host) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+        self.cgroup.end_everything();
+        for mount in crate::census::mounts_below(self.dir.path()).into_iter().rev() {
+            // The host's own goes with the host.
+            if mount != self.dir.path().join("netns") {
+                let _ = umount2(&mount, MntFlags::MNT_DETACH);
+            }
+        }
+    }
+}
+
+/// The namespaces that a kubelet asks for when the pod's manifest says nothing: the pod's own network and IPC, and
+/// processes of each container's own.
+#[must_use]
+pub fn own_namespaces() -> v1::NamespaceOption {
+    v1::NamespaceOption { pid: v1::NamespaceMode::Container.into(), ..Default::default() }
+}
+
+/// The folder with the built programs.
+///
+/// # Errors
+/// When it is not there.
+pub fn programs() -> Result<PathBuf> {
+    let folder = match std::env::var_os("BERTH_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist"),
+    };
+    folder.canonicalize().with_context(|| format!("no {}: run make build", folder.display()))
+}

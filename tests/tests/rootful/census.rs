@@ -1,0 +1,59 @@
+//! Pods come and go, and nothing of them stays.
+
+use anyhow::{Result, anyhow};
+use berth_tests::census::Census;
+use berth_tests::daemon::rootful;
+use berth_tests::pod::shell;
+
+/// Pods in all, and how many threads make them.
+const PODS: usize = 200;
+const AT_ONCE: usize = 4;
+
+#[test]
+fn two_hundred_pods_leave_nothing() -> Result<()> {
+    rootful(|daemon| {
+        // The first pod is not counted: what it makes on a host, a bridge and its rules, stays for the others.
+        daemon.pod("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..AT_ONCE)
+                .map(|thread| {
+                    scope.spawn(move || -> Result<()> {
+                        for number in 0..PODS / AT_ONCE {
+                            let pod = daemon.pod(&format!("pod-{thread}-{number}"))?;
+                            match number % 4 {
+                                // One that ended, one that runs, one that only was made, and none at all.
+                                0 => drop(pod.run_container(shell("main", "echo hello"))?),
+                                1 => {
+                                    let main = pod.idle("main")?;
+                                    assert_eq!(main.exec(&["true"])?.code, 0);
+                                    main.stop(10)?;
+                                    main.remove()?;
+                                }
+                                2 => drop((pod.idle("main")?, pod.create(shell("other", "true"))?)),
+                                _ => pod.stop()?,
+                            }
+                            pod.remove()?;
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .try_for_each(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?)
+        })?;
+        census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_daemon_that_ends_without_pods_leaves_no_mount() -> Result<()> {
+    rootful(|daemon| {
+        daemon.pod("web")?.remove()?;
+        daemon.stop()?;
+        let left = berth_tests::census::mounts_below(&daemon.dir().join("state"));
+        assert!(left.is_empty(), "{left:?}");
+        daemon.start_again()
+    })
+}

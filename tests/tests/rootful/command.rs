@@ -1,0 +1,117 @@
+//! The `berth` command, end to end.
+
+use std::process::{Output, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use berth_tests::daemon::{Daemon, IMAGE, SOON, programs, rootful};
+use berth_tests::deadline::within;
+use berth_tests::forge::{Image, Layer};
+use berth_tests::registry::Registry;
+
+fn run(daemon: &Daemon, arguments: &[&str]) -> Result<Output> {
+    daemon.berth()?.args(arguments).output().context("running berth")
+}
+
+/// What it prints, when it ends with success.
+fn says(daemon: &Daemon, arguments: &[&str]) -> Result<String> {
+    let output = run(daemon, arguments)?;
+    ensure!(output.status.success(), "berth {arguments:?}: {output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[test]
+fn run_passes_on_streams_and_exit_code_and_removes_the_pod() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.folder("logs")?.to_string_lossy().into_owned();
+        let script = "echo out; echo err >&2; hostname; exit 7";
+        let output = run(daemon, &["run", "--name", "job", "--log-dir", &logs, IMAGE, "sh", "-c", script])?;
+        assert_eq!(output.status.code(), Some(7), "{output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "out\njob\n");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "err\n");
+        assert_eq!(says(daemon, &["ps", "--all", "--quiet"])?, "");
+        assert_eq!(says(daemon, &["pods", "--quiet"])?, "");
+        for (program, code) in [("no-such-program", 127), ("/etc/passwd", 126)] {
+            let output = run(daemon, &["run", "--log-dir", &logs, IMAGE, program])?;
+            assert_eq!(output.status.code(), Some(code), "{output:?}");
+            assert!(String::from_utf8_lossy(&output.stderr).contains(program), "{output:?}");
+        }
+        assert_eq!(says(daemon, &["pods", "--quiet"])?, "");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_detached_pod_is_listed_read_entered_stopped_and_removed() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.folder("logs")?.to_string_lossy().into_owned();
+        let script =
+            "trap 'echo bye; exit 0' TERM; i=0; while true; do i=$((i + 1)); echo line $i; sleep 0.05; done";
+        let id = says(
+            daemon,
+            &["run", "--detach", "--name", "web", "--log-dir", &logs, "-e", "A=b", IMAGE, "sh", "-c", script],
+        )?;
+        assert!(says(daemon, &["ps", "--quiet"])?.contains(id.trim_end()));
+        assert!(says(daemon, &["ps"])?.contains("web"));
+        assert_eq!(says(daemon, &["exec", "web", "sh", "-c", "echo $A; hostname"])?, "b\nweb\n");
+        assert_eq!(run(daemon, &["exec", "web", "sh", "-c", "exit 9"])?.status.code(), Some(9));
+        assert!(says(daemon, &["stats"])?.contains("web"));
+        assert!(says(daemon, &["inspect", id.trim_end()])?.contains(id.trim_end()));
+        within(SOON, "there are lines", || {
+            Ok(says(daemon, &["logs", "web"])?.contains("line 5\n").then_some(()))
+        })?;
+        assert_eq!(says(daemon, &["logs", "--tail", "1", "web"])?.lines().count(), 1);
+        let following = daemon
+            .berth()?
+            .args(["logs", "--follow", "web"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("following")?;
+        assert!(!run(daemon, &["rm", "web"])?.status.success(), "it runs");
+        says(daemon, &["stop", "web"])?;
+        let followed = String::from_utf8(following.wait_with_output()?.stdout)?;
+        assert!(followed.starts_with("line 1\nline 2\n") && followed.ends_with("bye\n"), "{followed}");
+        says(daemon, &["rm", "web"])?;
+        assert_eq!(says(daemon, &["pods", "--quiet"])?, "");
+        Ok(())
+    })
+}
+
+#[test]
+fn images_are_imported_listed_pulled_and_removed() -> Result<()> {
+    rootful(|daemon| {
+        let archive = programs()?.join("images/demo.tar").to_string_lossy().into_owned();
+        says(daemon, &["rmi", IMAGE])?;
+        assert!(!says(daemon, &["images"])?.contains("berth/demo"));
+        assert!(says(daemon, &["import", &archive])?.contains("berth/demo"));
+        says(daemon, &["import", "--upload", "--name", "localhost/uploaded:v1", &archive])?;
+        let listed = says(daemon, &["images"])?;
+        assert!(listed.contains("berth/demo") && listed.contains("uploaded"), "{listed}");
+        let registry = Registry::start(daemon, 5000)?;
+        let sealed = Image::demo()?.on_top(Layer::of_files(&[("note", b"x")])).seal();
+        let reference = registry.push("demo", "v1", &sealed)?;
+        let pulled = run(daemon, &["pull", &reference])?;
+        assert!(pulled.status.success(), "{pulled:?}");
+        assert!(String::from_utf8_lossy(&pulled.stdout).contains(&sealed.id), "{pulled:?}");
+        assert!(!pulled.stderr.is_empty(), "it tells what it does");
+        assert_eq!(says(daemon, &["pull", "--quiet", &reference])?.trim_end(), sealed.id);
+        let absent = run(daemon, &["pull", &format!("{}/no/such", registry.address)])?;
+        assert!(!absent.status.success());
+        assert!(String::from_utf8_lossy(&absent.stderr).contains("no/such"), "{absent:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_daemon_that_is_not_there_is_told() -> Result<()> {
+    rootful(|daemon| {
+        daemon.stop()?;
+        let output = run(daemon, &["ps"])?;
+        assert!(!output.status.success());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("berth.sock"), "{said}");
+        daemon.start_again()?;
+        assert!(says(daemon, &["version"])?.contains("berth"));
+        says(daemon, &["info"])?;
+        Ok(())
+    })
+}

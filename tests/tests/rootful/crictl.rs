@@ -1,0 +1,89 @@
+//! A real `crictl`, when the machine has one: `CRICTL`, else the one on `PATH`.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use berth_tests::daemon::{Daemon, rootful};
+use berth_tests::deadline::within;
+use berth_tests::forge::Image;
+use berth_tests::program::output;
+use berth_tests::registry::Registry;
+use berth_tests::skip::skip;
+use serde_json::json;
+
+fn program() -> Option<PathBuf> {
+    let named = std::env::var_os("CRICTL").map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    named.or_else(|| {
+        std::env::split_paths(&path).map(|folder| folder.join("crictl")).find(|file| file.is_file())
+    })
+}
+
+struct Crictl<'daemon> {
+    program: PathBuf,
+    daemon: &'daemon Daemon,
+}
+
+impl Crictl<'_> {
+    fn run(&self, arguments: &[&str]) -> Result<String> {
+        let endpoint = format!("unix://{}", self.daemon.socket().display());
+        let mut command = Command::new(&self.program);
+        command.args(["--runtime-endpoint", &endpoint, "--image-endpoint", &endpoint]).args(arguments);
+        Ok(output(&mut command)?.trim_end().to_owned())
+    }
+}
+
+#[test]
+fn crictl_takes_a_pod_from_the_pull_to_the_end() -> Result<()> {
+    let Some(program) = program() else {
+        skip("crictl", "no crictl on PATH, and CRICTL does not name one");
+        return Ok(());
+    };
+    rootful(|daemon| {
+        let crictl = Crictl { program, daemon };
+        let registry = Registry::start(daemon, 5000)?;
+        let sealed = Image::demo()?.with("Labels", json!({"for": "crictl"})).seal();
+        let image = registry.push("demo", "v1", &sealed)?;
+        assert!(crictl.run(&["version"])?.contains("berth"));
+        crictl.run(&["info"])?;
+        assert!(crictl.run(&["pull", &image])?.contains(&sealed.id));
+        assert!(crictl.run(&["images"])?.contains("demo"));
+
+        let (pod_file, container_file) = (daemon.dir().join("pod.json"), daemon.dir().join("container.json"));
+        let pod_config = json!({
+            "metadata": {"name": "web", "namespace": "default", "uid": "u", "attempt": 1},
+            "hostname": "web", "log_directory": daemon.logs().join("web"), "linux": {},
+        });
+        let container_config = json!({
+            "metadata": {"name": "main"}, "image": {"image": image}, "log_path": "main.log", "linux": {},
+            "command": ["sh", "-c", "echo hello from $HOSTNAME; trap 'exit 0' TERM; sleep 1000 & wait"],
+        });
+        fs::write(&pod_file, pod_config.to_string())?;
+        fs::write(&container_file, container_config.to_string())?;
+        let (pod_file, container_file) = (pod_file.to_string_lossy(), container_file.to_string_lossy());
+        let pod = crictl.run(&["runp", &pod_file])?;
+        let main = crictl.run(&["create", &pod, &container_file, &pod_file])?;
+        crictl.run(&["start", &main])?;
+        assert!(crictl.run(&["ps", "--quiet"])?.contains(&main));
+        assert!(crictl.run(&["pods", "--quiet"])?.contains(&pod));
+        assert_eq!(crictl.run(&["exec", "--sync", &main, "hostname"])?, "web");
+        within(berth_tests::daemon::SOON, "crictl shows the log", || {
+            Ok((crictl.run(&["logs", &main])? == "hello from web").then_some(()))
+        })?;
+        assert!(crictl.run(&["stats", &main])?.contains("main"));
+        let inspected: serde_json::Value = serde_json::from_str(&crictl.run(&["inspect", &main])?)?;
+        assert_eq!(inspected.pointer("/status/state").context("a state")?, "CONTAINER_RUNNING");
+        crictl.run(&["inspectp", &pod])?;
+        crictl.run(&["stop", &main])?;
+        assert!(crictl.run(&["ps", "--all", "--state", "exited", "--quiet"])?.contains(&main));
+        crictl.run(&["rm", &main])?;
+        crictl.run(&["stopp", &pod])?;
+        crictl.run(&["rmp", &pod])?;
+        crictl.run(&["rmi", &image])?;
+        assert_eq!(crictl.run(&["pods", "--quiet"])?, "");
+        assert!(!crictl.run(&["images"])?.contains("v1"));
+        Ok(())
+    })
+}

@@ -1,0 +1,168 @@
+//! ExecSync.
+
+use anyhow::{Context as _, Result, anyhow};
+use berth_cri::v1;
+use berth_tests::daemon::{SOON, rootful};
+use berth_tests::deadline::within;
+use berth_tests::pod::{idle, shell, words};
+use tonic::Code;
+
+#[test]
+fn both_streams_and_the_code_come_back() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        let output = main.exec(&["sh", "-c", "echo out; echo err >&2; exit 7"])?;
+        assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (7, "out\n", "err\n"));
+        assert_eq!(main.exec(&["true"])?.code, 0);
+        // Process 1 of a namespace is safe from its own signals; others are not.
+        assert_eq!(main.exec(&["sh", "-c", "kill -9 $$"])?.code, 137);
+        assert_eq!(main.exec(&["cat"])?.stdout, "", "the input is empty");
+        assert_eq!(main.exec(&["sh", "-c", "pwd; echo $HOSTNAME $PATH"])?.stdout, "/\nexec /bin\n");
+        assert!(main.exec(&["ps"])?.stdout.contains("sleep 1000"), "it is in the container's namespaces");
+        Ok(())
+    })
+}
+
+#[test]
+fn environment_directory_and_arguments_are_the_containers() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("exec")?;
+        let mut config = idle("main");
+        config.working_dir = "/www".to_owned();
+        config.envs = vec![v1::KeyValue { key: "WHO".to_owned(), value: b"me".to_vec() }];
+        let main = pod.start(config)?;
+        let output = main.exec(&["sh", "-c", "pwd; echo $WHO; echo \"$1|$2\"", "name", "a b", ""])?;
+        assert_eq!(output.stdout, "/www\nme\na b|\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_takes_too_long_is_killed_with_all_it_started_and_the_container_lives() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        let late = main.exec_within(&["sh", "-c", "sleep 4321 & sleep 4322"], 1).err().context("too late")?;
+        assert_eq!(late.code(), Code::DeadlineExceeded, "{late}");
+        within(SOON, "nothing of it runs", || {
+            Ok((!main.sh("ps -o args")?.contains("sleep 432")).then_some(()))
+        })?;
+        assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_child_that_holds_the_output_does_not_hold_the_answer() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        let output = main.exec_within(&["sh", "-c", "echo begun; sleep 1000 &"], 20)?;
+        assert_eq!((output.code, output.stdout.as_str()), (0, "begun\n"));
+        Ok(())
+    })
+}
+
+#[test]
+fn output_is_cut_to_what_a_kubelet_can_take() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        // A kubelet takes answers of 16 MiB; the rest of the message is small.
+        let room = (berth_cri::MAX_MESSAGE_BYTES - 1024)..=berth_cri::MAX_MESSAGE_BYTES;
+        for script in [
+            "head -c 20000000 /dev/zero; exit 5",
+            "head -c 20000000 /dev/zero; head -c 17000000 /dev/zero >&2; exit 5",
+        ] {
+            let answer = daemon.client().exec_sync(v1::ExecSyncRequest {
+                container_id: main.id.clone(),
+                cmd: words(&["sh", "-c", script]),
+                timeout: 60,
+            })?;
+            let kept = answer.stdout.len() + answer.stderr.len();
+            assert!(room.contains(&kept), "{kept} bytes of {script}");
+            assert_eq!((answer.exit_code, answer.stderr.is_empty()), (5, !script.contains("&2")));
+        }
+        let exact = daemon.client().exec_sync(v1::ExecSyncRequest {
+            container_id: main.id.clone(),
+            cmd: words(&["sh", "-c", "seq 1 200000"]),
+            timeout: 60,
+        })?;
+        let expected: Vec<u8> =
+            (1..=200_000).flat_map(|number: u32| format!("{number}\n").into_bytes()).collect();
+        assert!(exact.stdout == expected, "{} bytes", exact.stdout.len());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_program_that_is_not_there_is_an_error_that_names_it() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        for (program, code) in
+            [("no-such-program", "127"), ("/no/such/program", "127"), ("/etc/passwd", "126")]
+        {
+            let refused = main.exec(&[program]).err().with_context(|| format!("{program} is refused"))?;
+            assert!(refused.message().contains(program) && refused.message().contains(code), "{refused}");
+        }
+        let empty = main.exec(&[]).err().context("no program is refused")?;
+        assert_eq!(empty.code(), Code::InvalidArgument, "{empty}");
+        Ok(())
+    })
+}
+
+#[test]
+fn exec_needs_a_container_that_runs() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("exec")?;
+        let created = pod.create(idle("created"))?;
+        assert_eq!(created.exec(&["true"]).err().map(|status| status.code()), Some(Code::FailedPrecondition));
+        let ended = pod.start(shell("ended", "true"))?;
+        ended.ended()?;
+        assert_eq!(ended.exec(&["true"]).err().map(|status| status.code()), Some(Code::FailedPrecondition));
+        ended.remove()?;
+        assert_eq!(ended.exec(&["true"]).err().map(|status| status.code()), Some(Code::NotFound));
+        Ok(())
+    })
+}
+
+#[test]
+fn the_containers_end_is_the_commands_end() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        let running = main.clone();
+        let thread =
+            std::thread::spawn(move || running.exec_within(&["sh", "-c", "touch /tmp/on; sleep 1000"], 0));
+        within(SOON, "the command runs", || {
+            Ok((main.exec(&["test", "-e", "/tmp/on"])?.code == 0).then_some(()))
+        })?;
+        main.stop(0)?;
+        match thread.join().map_err(|_| anyhow!("the thread panicked"))? {
+            Ok(output) => assert_eq!(output.code, 137),
+            Err(status) => assert_ne!(status.code(), Code::DeadlineExceeded, "{status}"),
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn many_commands_at_once_get_each_its_own_output() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..16)
+                .map(|number| {
+                    let main = main.clone();
+                    scope.spawn(move || -> Result<()> {
+                        for turn in 0..5 {
+                            let output =
+                                main.exec(&["sh", "-c", &format!("echo {number}-{turn}; exit {number}")])?;
+                            assert_eq!((output.code, output.stdout), (number, format!("{number}-{turn}\n")));
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .try_for_each(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?)
+        })
+    })
+}

@@ -1,0 +1,337 @@
+//! What a container may not do: capabilities, seccomp, paths, devices.
+
+use anyhow::{Context as _, Result, ensure};
+use berth_cri::v1;
+use berth_tests::daemon::rootful;
+use berth_tests::pod::{idle, security, words};
+
+/// The capabilities that images are written for: Docker's and containerd's default set, by number (capability.h).
+const DEFAULT: [u32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
+
+fn mask(numbers: &[u32]) -> u64 {
+    numbers.iter().fold(0, |mask, number| mask | 1 << number)
+}
+
+/// The sets of a process: Inh, Prm, Eff, Bnd, Amb (`proc_pid_status(5)`).
+fn sets(status: &str) -> Result<[u64; 5]> {
+    let mut sets = [0; 5];
+    for (set, name) in sets.iter_mut().zip(["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"]) {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"));
+        *set = u64::from_str_radix(line.with_context(|| format!("no {name} in {status}"))?, 16)?;
+    }
+    Ok(sets)
+}
+
+#[test]
+fn capabilities_are_exactly_those_of_the_request() -> Result<()> {
+    rootful(|daemon| {
+        // What the daemon does not have itself it cannot give.
+        let own =
+            berth_tests::census::status_field(i32::try_from(daemon.pid()?)?, "CapBnd").context("CapBnd")?;
+        let own = u64::from_str_radix(&own, 16)?;
+        let default = mask(&DEFAULT);
+        let net_admin = 1 << 12;
+        let pod = daemon.pod("caps")?;
+        let capability = |add: &[&str], drop: &[&str]| v1::Capability {
+            add_capabilities: words(add),
+            drop_capabilities: words(drop),
+            ..Default::default()
+        };
+        type Change<'a> = Box<dyn Fn(&mut v1::LinuxContainerSecurityContext) + 'a>;
+        let set = |value: v1::Capability| -> Change<'_> {
+            Box::new(move |context| context.capabilities = Some(value.clone()))
+        };
+        let cases: Vec<(&str, Change<'_>, u64)> = vec![
+            ("nothing asked", Box::new(|_| {}), default),
+            ("one more", set(capability(&["NET_ADMIN"], &[])), default | net_admin),
+            ("with CAP_ before it", set(capability(&["CAP_NET_ADMIN"], &[])), default | net_admin),
+            ("one less", set(capability(&[], &["CHOWN"])), default & !1),
+            ("all gone", set(capability(&[], &["ALL"])), 0),
+            ("all gone but one", set(capability(&["NET_BIND_SERVICE"], &["ALL"])), 1 << 10),
+            ("all but one", set(capability(&["ALL"], &["NET_ADMIN"])), own & !net_admin),
+            ("privileged", Box::new(|context| context.privileged = true), own),
+        ];
+        let mut trusted = daemon.pod_config("trusted");
+        trusted.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let trusted = daemon.pod_of(trusted)?;
+        for (number, (what, change, expected)) in cases.iter().enumerate() {
+            let mut config = idle(&format!("c{number}"));
+            change(security(&mut config));
+            let pod = if security(&mut config).privileged { &trusted } else { &pod };
+            let main = pod.start(config)?;
+            let [inheritable, permitted, effective, bounding, ambient] =
+                sets(&main.sh("cat /proc/self/status")?)?;
+            let expected = expected & own;
+            assert_eq!((permitted, effective, bounding), (expected, expected, expected), "{what}");
+            assert_eq!((inheritable, ambient), (0, 0), "{what}");
+            assert_eq!(
+                sets(&main.sh("cat /proc/1/status")?)?,
+                sets(&main.sh("cat /proc/self/status")?)?,
+                "{what}"
+            );
+            main.remove()?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn another_user_than_root_has_no_capability_but_the_ambient_ones() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("caps")?;
+        let mut config = idle("main");
+        security(&mut config).run_as_user = Some(v1::Int64Value { value: 1000 });
+        let main = pod.start(config)?;
+        let [inheritable, permitted, effective, bounding, ambient] =
+            sets(&main.sh("cat /proc/self/status")?)?;
+        assert_eq!((inheritable, permitted, effective, ambient), (0, 0, 0, 0));
+        assert_eq!(bounding, mask(&DEFAULT));
+        let mut config = idle("ambient");
+        security(&mut config).run_as_user = Some(v1::Int64Value { value: 1000 });
+        security(&mut config).capabilities = Some(v1::Capability {
+            add_ambient_capabilities: words(&["NET_BIND_SERVICE"]),
+            ..Default::default()
+        });
+        let main = pod.start(config)?;
+        let [inheritable, permitted, effective, _, ambient] = sets(&main.sh("cat /proc/self/status")?)?;
+        let bind = 1 << 10;
+        assert_eq!((inheritable, permitted, effective, ambient), (bind, bind, bind, bind));
+        Ok(())
+    })
+}
+
+#[test]
+fn no_new_privileges_is_set_when_asked_for() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("nnp")?;
+        let read = "grep NoNewPrivs /proc/self/status";
+        assert_eq!(pod.script(read, |_| {})?, "NoNewPrivs:\t0\n");
+        assert_eq!(pod.script(read, |config| security(config).no_new_privs = true)?, "NoNewPrivs:\t1\n");
+        let mut config = idle("main");
+        security(&mut config).no_new_privs = true;
+        assert_eq!(pod.start(config)?.sh(read)?, "NoNewPrivs:\t1\n", "for exec too");
+        Ok(())
+    })
+}
+
+#[test]
+fn seccomp_is_on_by_default_in_exec_too_and_off_only_when_asked() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("seccomp")?;
+        let read = "grep Seccomp: /proc/self/status";
+        let main = pod.idle("main")?;
+        assert_eq!(main.sh(read)?, "Seccomp:\t2\n");
+        assert_eq!(pod.script(read, |_| {})?, "Seccomp:\t2\n");
+        // unshare(2) needs CAP_SYS_ADMIN in the profile; a user namespace would not need it in the kernel.
+        let refused = main.exec(&["unshare", "-U", "true"])?;
+        assert_ne!(refused.code, 0);
+        assert!(refused.stderr.contains("not permitted"), "{refused:?}");
+        let unconfined = v1::SecurityProfile {
+            profile_type: v1::security_profile::ProfileType::Unconfined.into(),
+            localhost_ref: String::new(),
+        };
+        let free = |config: &mut v1::ContainerConfig| security(config).seccomp = Some(unconfined.clone());
+        assert_eq!(pod.script(read, free)?, "Seccomp:\t0\n");
+        assert_eq!(pod.script(read, |config| security(config).seccomp = None)?, "Seccomp:\t0\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_profile_of_the_nodes_is_loaded_and_a_bad_one_refused() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("seccomp")?;
+        let folder = daemon.folder("profiles")?;
+        let profile = |name: &str, text: &str| -> Result<v1::SecurityProfile> {
+            std::fs::write(folder.join(name), text)?;
+            Ok(v1::SecurityProfile {
+                profile_type: v1::security_profile::ProfileType::Localhost.into(),
+                localhost_ref: folder.join(name).to_string_lossy().into_owned(),
+            })
+        };
+        let no_mkdir = profile(
+            "no-mkdir.json",
+            r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}"#,
+        )?;
+        let seen = pod.script("mkdir /tmp/x 2>&1; touch /tmp/y && echo touched", |config| {
+            security(config).seccomp = Some(no_mkdir.clone());
+        })?;
+        assert!(seen.contains("Permission denied") && seen.ends_with("touched\n"), "{seen}");
+        let mut bad = vec![profile("not-json", "{")?, profile("empty", "")?];
+        for path in [folder.clone(), folder.join("no-such-file")] {
+            bad.push(v1::SecurityProfile {
+                profile_type: v1::security_profile::ProfileType::Localhost.into(),
+                localhost_ref: path.to_string_lossy().into_owned(),
+            });
+        }
+        for profile in bad {
+            let mut config = idle("main");
+            security(&mut config).seccomp = Some(profile.clone());
+            let refused = pod.create(config).err().with_context(|| format!("{profile:?} is refused"))?;
+            assert!(refused.message().contains("seccomp"), "{refused}");
+            assert!(refused.message().contains(&profile.localhost_ref), "{refused}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn masked_paths_show_nothing_and_read_only_paths_take_nothing() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("paths")?;
+        let main = pod.idle("main")?;
+        assert_eq!(main.sh("cat /proc/kcore /proc/keys /proc/timer_list | wc -c")?, "0\n");
+        assert_eq!(main.sh("ls -A /sys/firmware | wc -l")?, "0\n");
+        for path in ["/proc/sys/kernel/hostname", "/proc/irq/default_smp_affinity"] {
+            let wrote = main.exec(&["sh", "-c", &format!("echo x > {path}")])?;
+            assert!(wrote.code != 0 && wrote.stderr.contains("Read-only"), "{path}: {wrote:?}");
+        }
+        // Lists replace the defaults; empty ones mean none.
+        let mut config = idle("open");
+        security(&mut config).masked_paths.clear();
+        security(&mut config).readonly_paths.clear();
+        let open = pod.start(config)?;
+        assert_ne!(open.sh("cat /proc/timer_list /proc/keys /proc/version | wc -c")?, "0\n");
+        let mut config = idle("own");
+        security(&mut config).masked_paths = words(&["/www/index.html", "/home", "/no/such/path"]);
+        security(&mut config).readonly_paths = words(&["/tmp", "/no/such/path"]);
+        let own = pod.start(config)?;
+        assert_eq!(
+            own.sh("cat /www/index.html; ls -A /home; touch /tmp/x 2>/dev/null || echo read-only")?,
+            "read-only\n"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn proc_sys_and_dev_have_what_containers_need_and_no_more() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("mounts")?;
+        let main = pod.idle("main")?;
+        assert_eq!(main.sh("readlink /proc/1/exe")?, "/bin/sh\n");
+        let mut devices: Vec<String> = main.sh("ls /dev")?.lines().map(str::to_owned).collect();
+        devices.sort();
+        // A link to /proc/kcore, which some kernels have not.
+        devices.retain(|name| name != "core");
+        let expected = [
+            "fd", "full", "mqueue", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout",
+            "tty", "urandom", "zero",
+        ];
+        assert_eq!(devices, expected);
+        assert_eq!(main.sh("echo x > /dev/null; head -c 3 /dev/zero | od -An -tx1 | tr -d ' '")?, "000000\n");
+        let mounts = main.sh("cat /proc/mounts")?;
+        let options = |place: &str| {
+            let line = mounts.lines().find(|line| line.split(' ').nth(1) == Some(place));
+            line.map(|line| line.to_owned()).with_context(|| format!("nothing on {place} in {mounts}"))
+        };
+        for (place, kind, option) in [
+            ("/", "overlay", "rw"),
+            ("/proc", "proc", "nosuid"),
+            ("/sys", "sysfs", "ro"),
+            ("/dev", "tmpfs", "nosuid"),
+            ("/dev/pts", "devpts", "noexec"),
+            ("/dev/mqueue", "mqueue", "noexec"),
+            ("/dev/shm", "tmpfs", "nodev"),
+        ] {
+            let line = options(place)?;
+            let mut words = line.split(' ').skip(2);
+            assert_eq!(words.next(), Some(kind), "{line}");
+            assert!(words.next().unwrap_or_default().split(',').any(|word| word == option), "{line}");
+        }
+        assert!(
+            !mounts.contains("/tmp/berth-test") || !mounts.contains("/netns"),
+            "none of the host's: {mounts}"
+        );
+        ensure!(main.exec(&["touch", "/sys/x"])?.code != 0);
+        let cgroups =
+            main.exec(&["sh", "-c", "ls /sys/fs/cgroup | wc -l; mkdir /sys/fs/cgroup/*/x /sys/fs/cgroup/x"])?;
+        assert!(!cgroups.stdout.starts_with("0\n") && cgroups.code != 0, "{cgroups:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn devices_of_the_host_cannot_be_made_and_opened() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("devices")?;
+        let main = pod.idle("main")?;
+        // Making nodes is allowed by the default capabilities; opening them is not.
+        for (name, kind, major, minor) in [
+            ("mem", "c", "1", "1"),
+            ("kmsg", "c", "1", "11"),
+            ("disk", "b", "254", "0"),
+            ("loop", "b", "7", "0"),
+        ] {
+            let path = format!("/tmp/{name}");
+            main.sh(&format!("mknod {path} {kind} {major} {minor}"))?;
+            let opened = main.exec(&["head", "-c", "1", &path])?;
+            assert!(opened.code != 0 && opened.stderr.contains("not permitted"), "{name}: {opened:?}");
+        }
+        main.sh("mknod /tmp/null c 1 3; echo x > /tmp/null")?;
+        // One that is asked for is there, with these rights and no others.
+        // Loop control: opening it does nothing, and it is not among the devices that every container has.
+        if !std::path::Path::new("/dev/loop-control").exists() {
+            berth_tests::skip::skip(
+                "isolation::devices (those asked for)",
+                "this host has no /dev/loop-control",
+            );
+            return Ok(());
+        }
+        let mut config = idle("asked");
+        config.devices = vec![v1::Device {
+            container_path: "/dev/control".to_owned(),
+            host_path: "/dev/loop-control".to_owned(),
+            permissions: "r".to_owned(),
+        }];
+        let asked = pod.start(config)?;
+        assert_eq!(
+            asked.sh("stat -c '%F %t %T' /dev/control; : < /dev/control && echo opened")?,
+            "character special file a ed\nopened\n"
+        );
+        let wrote = asked.exec(&["sh", "-c", ": > /dev/control"])?;
+        assert!(wrote.code != 0 && wrote.stderr.contains("not permitted"), "it is for reading: {wrote:?}");
+        let main_opened = main.exec(&["sh", "-c", "mknod /tmp/control c 10 237; : < /tmp/control"])?;
+        assert!(main_opened.code != 0, "for who asked only: {main_opened:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn resource_limits_of_a_process_are_not_the_daemons() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("limits")?.idle("main")?;
+        let limits = main.sh("cat /proc/self/limits")?;
+        let files = limits.lines().find(|line| line.starts_with("Max open files")).context("the line")?;
+        let soft = files.split_whitespace().nth(3).context("a number")?;
+        assert_eq!(main.sh("ulimit -n")?.trim(), soft);
+        let init = main.sh("cat /proc/1/limits")?;
+        assert_eq!(init, limits, "exec has what the program has");
+        assert_eq!(main.sh("umask")?, "0022\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn nothing_of_the_daemon_is_open_in_a_container() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("fds")?.idle("main")?;
+        // What a shell or ls opens for itself is in the container; what the daemon or the shim left open would not be.
+        for (what, process) in [("the program", "1"), ("exec", "$$")] {
+            let open = main.sh(&format!(
+                "for fd in /proc/{process}/fd/*; do echo -n \"${{fd##*/}} \"; readlink $fd || echo; done"
+            ))?;
+            for line in open.lines() {
+                let (number, target) = line.split_once(' ').unwrap_or((line, ""));
+                let known = target.is_empty() || target.starts_with("pipe:") || target == "/dev/null";
+                let own = target.starts_with("/proc/");
+                assert!(
+                    if number.parse::<u32>()? < 3 { known } else { own || target.is_empty() },
+                    "{what}: {open}"
+                );
+            }
+        }
+        Ok(())
+    })
+}

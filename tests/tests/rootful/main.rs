@@ -1,0 +1,20 @@
+//! The real daemon and shim over the real socket: one module for each part of the contract.
+#![forbid(unsafe_code)]
+
+mod census;
+mod command;
+mod containers;
+mod crictl;
+mod exec;
+mod images;
+mod isolation;
+mod lists;
+mod logs;
+mod pods;
+mod recovery;
+mod refusals;
+mod registry;
+mod resources;
+mod shim;
+mod stop;
+mod users;

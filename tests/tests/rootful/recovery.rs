@@ -1,0 +1,222 @@
+//! The daemon dies at any moment, and so may shims: what runs goes on, what ended is told truly, what was half made goes.
+
+use std::fs;
+
+use anyhow::{Context as _, Result};
+use berth_cri::v1;
+use berth_tests::census::Census;
+use berth_tests::daemon::{SOON, rootful};
+use berth_tests::deadline::within;
+use berth_tests::pod::{idle, limit, shell};
+use nix::sys::signal::{SIGKILL, kill};
+use nix::unistd::Pid;
+
+#[test]
+fn what_runs_goes_on_with_the_same_process_and_no_line_of_its_log_is_lost() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let main = pod.start(shell("main", "i=0; while true; do i=$((i + 1)); echo $i; sleep 0.01; done"))?;
+        let (pid, shim) = (main.pid()?, main.shim_pid()?);
+        let before = main.status()?;
+        for _ in 0..3 {
+            daemon.kill()?;
+            let length = fs::metadata(&main.log_path)?.len();
+            within(SOON, "the log grows without a daemon", || {
+                Ok((fs::metadata(&main.log_path)?.len() > length).then_some(()))
+            })?;
+            daemon.start_again()?;
+            assert_eq!(main.status()?, before);
+            assert_eq!((main.pid()?, main.shim_pid()?), (pid, shim));
+            assert_eq!(main.sh("echo exec works")?, "exec works\n");
+        }
+        main.stop(0)?;
+        for (index, line) in main.ended()?.stdout.lines().enumerate() {
+            assert_eq!(line.parse::<usize>().ok(), Some(index + 1));
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn ends_while_the_daemon_is_away_are_told_truly() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let volume = daemon.folder("volume")?;
+        let waiting = |name: &str, then: &str| {
+            let mut config = shell(name, &format!("while [ ! -e /volume/go ]; do sleep 0.05; done; {then}"));
+            config.mounts = vec![v1::Mount {
+                container_path: "/volume".to_owned(),
+                host_path: volume.to_string_lossy().into_owned(),
+                ..Default::default()
+            }];
+            limit(
+                &mut config,
+                v1::LinuxContainerResources { memory_limit_in_bytes: 16 << 20, ..Default::default() },
+            );
+            pod.start(config)
+        };
+        let good = waiting("good", "echo good; exit 0")?;
+        let bad = waiting("bad", "exit 42")?;
+        let hungry = waiting("hungry", "exec tail /dev/zero")?;
+        let killed = pod.idle("killed")?;
+        let alive = pod.idle("alive")?;
+        let pids = [good.pid()?, bad.pid()?, hungry.pid()?, killed.pid()?];
+        daemon.kill()?;
+        fs::write(volume.join("go"), "")?;
+        kill(Pid::from_raw(pids[3]), SIGKILL)?;
+        within(SOON, "all of them end", || {
+            let gone = |pid: &i32| !std::path::Path::new(&format!("/proc/{pid}")).exists();
+            Ok(pids.iter().all(gone).then_some(()))
+        })?;
+        daemon.start_again()?;
+        for (container, code, reason) in [
+            (&good, 0, "Completed"),
+            (&bad, 42, "Error"),
+            (&hungry, 137, "OOMKilled"),
+            (&killed, 137, "Error"),
+        ] {
+            let status = container.status()?;
+            assert_eq!(status.state(), v1::ContainerState::ContainerExited, "{status:?}");
+            assert_eq!((status.exit_code, status.reason.as_str()), (code, reason), "{status:?}");
+            assert!(
+                status.started_at >= status.created_at && status.finished_at >= status.started_at,
+                "{status:?}"
+            );
+        }
+        assert_eq!(good.ended()?.stdout, "good\n");
+        assert_eq!(alive.status()?.state(), v1::ContainerState::ContainerRunning);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_created_container_can_be_started_by_the_next_daemon() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("web")?.create(shell("main", "echo begun"))?;
+        daemon.crash()?;
+        assert_eq!(main.status()?.state(), v1::ContainerState::ContainerCreated);
+        main.start()?;
+        assert_eq!(main.ended()?.stdout, "begun\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_container_whose_shim_is_killed_is_ended_and_told_as_that() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let main = pod.start(shell("main", "sleep 1000 & sleep 1001"))?;
+        let other = pod.idle("other")?;
+        let pid = main.pid()?;
+        kill(Pid::from_raw(main.shim_pid()?), SIGKILL)?;
+        let status = main.ended()?.status;
+        assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"), "{status:?}");
+        assert!(!status.message.is_empty() && status.finished_at >= status.started_at, "{status:?}");
+        within(SOON, "its processes are gone", || {
+            let gone = !std::path::Path::new(&format!("/proc/{pid}")).exists();
+            Ok((gone && daemon.cgroup().below(&main.id).is_empty()).then_some(()))
+        })?;
+        assert_eq!(other.sh("echo alive")?, "alive\n");
+        main.remove()?;
+        // The same while nobody looks.
+        let away = pod.idle("away")?;
+        let shim = away.shim_pid()?;
+        daemon.kill()?;
+        kill(Pid::from_raw(shim), SIGKILL)?;
+        daemon.start_again()?;
+        let status = away.ended()?.status;
+        assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"), "{status:?}");
+        pod.remove()?;
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_crash_leaves_half_made_is_gone_after_the_next_start() -> Result<()> {
+    rootful(|daemon| {
+        daemon.pod("first")?.remove()?;
+        daemon.crash()?;
+        let census = Census::take(daemon)?.without_the_daemon();
+        for round in 0..6_u64 {
+            // The daemon dies somewhere in the middle of making pods and containers, each round somewhere else.
+            std::thread::scope(|scope| -> Result<()> {
+                let making = scope.spawn(|| {
+                    for number in 0..100 {
+                        let Ok(pod) = daemon.pod(&format!("pod-{round}-{number}")) else { return };
+                        if pod.idle("main").is_err() {
+                            return;
+                        }
+                    }
+                });
+                within(SOON, "some pods are there", || {
+                    let sandboxes = daemon.client().sandboxes(v1::PodSandboxFilter::default())?;
+                    Ok((sandboxes.len() as u64 > round).then_some(()))
+                })?;
+                daemon.kill()?;
+                making.join().map_err(|_| anyhow::anyhow!("the thread panicked"))
+            })?;
+            daemon.start_again()?;
+            let client = daemon.client();
+            for sandbox in client.sandboxes(v1::PodSandboxFilter::default())? {
+                assert_eq!(client.sandbox(&sandbox.id)?.state(), v1::PodSandboxState::SandboxReady);
+            }
+            for container in client.containers(v1::ContainerFilter::default())? {
+                client.container(&container.id)?;
+            }
+            for sandbox in client.sandboxes(v1::PodSandboxFilter::default())? {
+                client.remove_sandbox(&sandbox.id)?;
+            }
+            census.stays(daemon).with_context(|| format!("in round {round}"))?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn records_that_cannot_be_read_do_not_keep_the_daemon_from_starting() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let broken = pod.idle("broken")?;
+        let good = pod.idle("good")?;
+        let pid = broken.pid()?;
+        daemon.kill()?;
+        fs::write(daemon.root().join("containers").join(&broken.id).join("record"), "torn")?;
+        daemon.start_again()?;
+        assert_eq!(good.sh("echo alive")?, "alive\n");
+        assert!(broken.status().is_err(), "nobody knows it any more");
+        within(SOON, "its processes are gone", || {
+            Ok((!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
+        })?;
+        assert!(
+            daemon.root().join("quarantine").read_dir()?.next().is_some(),
+            "it is kept for a person to look at"
+        );
+        pod.remove()?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_that_lost_its_namespaces_is_not_ready_and_can_be_removed() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let main = pod.start(idle("main"))?;
+        daemon.kill()?;
+        // As after a reboot: the runtime state is gone, and so are the processes.
+        daemon.cgroup().end_everything();
+        within(SOON, "the container has ended", || {
+            Ok(berth_tests::census::processes_in_network(daemon.host().number()?).is_empty().then_some(()))
+        })?;
+        for mount in berth_tests::census::mounts_below(&daemon.state()).into_iter().rev() {
+            nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH)?;
+        }
+        fs::remove_dir_all(daemon.state())?;
+        daemon.start_again()?;
+        assert_eq!(pod.status()?.state(), v1::PodSandboxState::SandboxNotready);
+        assert_eq!(main.status()?.state(), v1::ContainerState::ContainerExited);
+        pod.stop()?;
+        pod.remove()?;
+        daemon.pod("web")?;
+        Ok(())
+    })
+}

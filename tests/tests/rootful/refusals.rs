@@ -1,0 +1,234 @@
+//! Requests that make no sense or cannot be met: an error that names what is wrong, and nothing left behind.
+
+use std::fs;
+
+use anyhow::{Context as _, Result};
+use berth_cri::v1;
+use berth_tests::census::Census;
+use berth_tests::cri::image_spec;
+use berth_tests::daemon::{Setup, rootful, rootful_with};
+use berth_tests::forge::{Image, Layer};
+use berth_tests::pod::{Pod, idle, limit, security, words};
+use tonic::Code;
+
+type ChangePod = Box<dyn Fn(&mut v1::PodSandboxConfig)>;
+type ChangeContainer = Box<dyn Fn(&mut v1::ContainerConfig)>;
+
+#[test]
+fn pods_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<()> {
+    rootful(|daemon| {
+        // One pod first: what the first of all makes on a host stays.
+        daemon.pod("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        let linux = |change: fn(&mut v1::LinuxPodSandboxConfig)| -> ChangePod {
+            Box::new(move |config| change(config.linux.get_or_insert_default()))
+        };
+        let cases: Vec<(&str, ChangePod)> = vec![
+            ("metadata", Box::new(|config| config.metadata = None)),
+            (
+                "metadata.name",
+                Box::new(|config| config.metadata.get_or_insert_default().name = String::new()),
+            ),
+            ("hostname", Box::new(|config| config.hostname = "a/b".to_owned())),
+            ("hostname", Box::new(|config| config.hostname = "x".repeat(65))),
+            ("log_directory", Box::new(|config| config.log_directory = "relative".to_owned())),
+            ("log_directory", Box::new(|config| config.log_directory = "/a/../b".to_owned())),
+            ("/no-such-cgroup", linux(|linux| linux.cgroup_parent = "/no-such-cgroup".to_owned())),
+            ("cgroup_parent", linux(|linux| linux.cgroup_parent = "/a/../../b".to_owned())),
+            (
+                "no.such.sysctl",
+                linux(|linux| drop(linux.sysctls.insert("no.such.sysctl".to_owned(), "1".to_owned()))),
+            ),
+            (
+                "net.ipv4.ip_forward",
+                linux(|linux| {
+                    drop(linux.sysctls.insert("net.ipv4.ip_forward".to_owned(), "nonsense".to_owned()))
+                }),
+            ),
+            // It would be the host's.
+            (
+                "vm.swappiness",
+                linux(|linux| drop(linux.sysctls.insert("vm.swappiness".to_owned(), "1".to_owned()))),
+            ),
+            (
+                "servers",
+                Box::new(|config| {
+                    config.dns_config = Some(v1::DnsConfig {
+                        servers: words(&["1.1.1.1\noptions evil"]),
+                        ..Default::default()
+                    });
+                }),
+            ),
+        ];
+        for (field, change) in cases {
+            let mut config = daemon.pod_config("web");
+            change(&mut config);
+            let refused =
+                Pod::run(daemon.client(), config).err().with_context(|| format!("{field} is refused"))?;
+            assert!(refused.message().contains(field), "{field}: {refused}");
+            assert_eq!(refused.code(), Code::InvalidArgument, "{field}: {refused}");
+        }
+        let request = v1::RunPodSandboxRequest {
+            config: Some(daemon.pod_config("web")),
+            runtime_handler: "none-such".to_owned(),
+        };
+        let refused =
+            daemon.client().run_pod_sandbox(request).err().context("an unknown handler is refused")?;
+        assert!(refused.message().contains("none-such"), "{refused}");
+        assert!(daemon.client().sandboxes(v1::PodSandboxFilter::default())?.is_empty());
+        census.stays(daemon)?;
+        daemon.pod("web").context("the name is not taken")?;
+        Ok(())
+    })
+}
+
+#[test]
+fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let folder = daemon.folder("files")?;
+        fs::write(folder.join("file"), "")?;
+        let file = folder.join("file").to_string_lossy().into_owned();
+        // The log's folder is a file, so that no log can be in it.
+        fs::write(daemon.logs().join("web/blocked"), "")?;
+        pod.idle("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        let secure = |change: fn(&mut v1::LinuxContainerSecurityContext)| -> ChangeContainer {
+            Box::new(move |config| change(security(config)))
+        };
+        let mount = |container: &str, host: &str| {
+            let (container_path, host_path) = (container.to_owned(), host.to_owned());
+            let mount = v1::Mount { container_path, host_path, ..Default::default() };
+            Box::new(move |config: &mut v1::ContainerConfig| config.mounts = vec![mount.clone()])
+        };
+        let cases: Vec<(&str, ChangeContainer)> = vec![
+            ("metadata", Box::new(|config| config.metadata = None)),
+            (
+                "localhost/none:such",
+                Box::new(|config| config.image = Some(image_spec("localhost/none:such"))),
+            ),
+            ("image", Box::new(|config| config.image = None)),
+            ("nobody-knows", secure(|context| context.run_as_username = "nobody-knows".to_owned())),
+            ("log_path", Box::new(|config| config.log_path = "../../escape.log".to_owned())),
+            ("log_path", Box::new(|config| config.log_path = "/absolute.log".to_owned())),
+            ("blocked/main.log", Box::new(|config| config.log_path = "blocked/main.log".to_owned())),
+            (
+                "NO_SUCH_CAP",
+                secure(|context| {
+                    context.capabilities = Some(v1::Capability {
+                        add_capabilities: words(&["NO_SUCH_CAP"]),
+                        ..Default::default()
+                    });
+                }),
+            ),
+            ("container_path", mount("relative", "/tmp")),
+            ("container_path", mount("/", "/tmp")),
+            ("host_path", mount("/data", "relative")),
+            ("/bin/busybox/x", mount("/bin/busybox/x", &file)),
+            ("working_dir", Box::new(|config| config.working_dir = "relative".to_owned())),
+            (
+                "envs",
+                Box::new(|config| {
+                    config.envs = vec![v1::KeyValue { key: "A=B".to_owned(), value: Vec::new() }];
+                }),
+            ),
+            ("command", Box::new(|config| config.command = words(&["nul\0byte"]))),
+            (
+                "/dev/no-such-device",
+                Box::new(|config| {
+                    config.devices = vec![v1::Device {
+                        container_path: "/dev/x".to_owned(),
+                        host_path: "/dev/no-such-device".to_owned(),
+                        permissions: "rw".to_owned(),
+                    }];
+                }),
+            ),
+            (
+                "memory",
+                Box::new(|config| {
+                    limit(
+                        config,
+                        v1::LinuxContainerResources { memory_limit_in_bytes: -5, ..Default::default() },
+                    );
+                }),
+            ),
+            (
+                "target_id",
+                secure(|context| {
+                    context.namespace_options = Some(v1::NamespaceOption {
+                        pid: v1::NamespaceMode::Target.into(),
+                        target_id: "nobody".to_owned(),
+                        ..Default::default()
+                    });
+                }),
+            ),
+            ("privileged", secure(|context| context.privileged = true)),
+        ];
+        for (field, change) in cases {
+            let mut config = idle("main");
+            change(&mut config);
+            let refused = pod.create(config).err().with_context(|| format!("{field} is refused"))?;
+            assert!(refused.message().contains(field), "{field}: {refused}");
+            assert_ne!(refused.code(), Code::Internal, "{field}: {refused}");
+            assert!(daemon.client().containers(v1::ContainerFilter::default())?.is_empty(), "{field}");
+        }
+        assert!(!daemon.dir().join("escape.log").exists());
+        census.stays(daemon)?;
+        let unknown = v1::CreateContainerRequest {
+            pod_sandbox_id: "0".repeat(64),
+            config: Some(idle("main")),
+            sandbox_config: None,
+        };
+        let refused = daemon.client().create_container(unknown).err().context("an unknown pod is refused")?;
+        assert_eq!(refused.code(), Code::NotFound, "{refused}");
+        pod.idle("main").context("the name is not taken")?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_full_disk_is_told_leaves_nothing_and_is_survived() -> Result<()> {
+    let setup = Setup {
+        configuration: "[image]\nmin_free_bytes = 0\nmin_free_percent = 0\n",
+        disk_bytes: Some(24 << 20),
+    };
+    rootful_with(setup, |daemon| {
+        let client = daemon.client();
+        let pod = daemon.pod("web")?;
+        pod.idle("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        let images = client.images()?;
+        let folder = daemon.folder("big")?;
+        let content = vec![7; 40 << 20];
+        Image::demo()?
+            .on_top(Layer::of_files(&[("big", &content)]))
+            .write_layout(&folder, "localhost/big:1")?;
+        let refused = client.import(&folder).err().context("it does not fit")?;
+        assert!(refused.message().contains("space") || refused.message().contains("full"), "{refused}");
+        assert_eq!(client.images()?, images);
+        census.stays(daemon).context("after the import")?;
+
+        // Now to the last byte, so that not even a record can be written.
+        let filler = daemon.root().join("filler");
+        let mut file = fs::File::create(&filler)?;
+        let mut chunk = vec![0; 1 << 16];
+        while !chunk.is_empty() {
+            if std::io::Write::write_all(&mut file, &chunk).is_err() {
+                chunk.truncate(chunk.len() / 2);
+            }
+        }
+        let refused =
+            Pod::run(client.clone(), daemon.pod_config("full")).err().context("no room for a pod")?;
+        assert!(refused.message().contains("space"), "{refused}");
+        let refused = pod.create(idle("full")).err().context("no room for a container")?;
+        assert!(refused.message().contains("space"), "{refused}");
+        assert_eq!(client.sandboxes(v1::PodSandboxFilter::default())?.len(), 1);
+        assert!(client.containers(v1::ContainerFilter::default())?.is_empty());
+        drop(file);
+        fs::remove_file(&filler)?;
+        census.stays(daemon).context("after the full disk")?;
+        assert_eq!(pod.script("echo again", |_| {})?, "again\n");
+        daemon.pod("full")?;
+        Ok(())
+    })
+}

@@ -1,0 +1,194 @@
+//! Who a program runs as: the words of the image and of the request, resolved by the image's own files.
+
+use anyhow::{Context as _, Result, ensure};
+use berth_cri::v1;
+use berth_tests::daemon::{Daemon, rootful};
+use berth_tests::forge::Image;
+use berth_tests::pod::{Pod, security, shell};
+use serde_json::json;
+
+/// What a program sees of itself: user, group, and all groups.
+const IDENTITY: &str = "id -u; id -g; id -G";
+
+/// Imports the demo image with this `User`, and returns a name for it.
+fn image_of_user(daemon: &Daemon, number: usize, user: &str) -> Result<String> {
+    let name = format!("localhost/users:u{number}");
+    let folder = daemon.folder(&format!("users-{number}"))?;
+    Image::demo()?.with("User", json!(user)).write_layout(&folder, &name)?;
+    daemon.client().import(&folder)?;
+    Ok(name)
+}
+
+/// Runs [`IDENTITY`], and returns what it prints or why it was not created.
+fn identity(
+    pod: &Pod,
+    name: &str,
+    change: impl FnOnce(&mut v1::ContainerConfig),
+) -> Result<Result<String, String>> {
+    let mut config = shell(name, IDENTITY);
+    change(&mut config);
+    match pod.create(config) {
+        Ok(container) => {
+            container.start()?;
+            Ok(Ok(container.ended()?.stdout.trim_end().replace('\n', ",")))
+        }
+        Err(status) => Ok(Err(status.message().to_owned())),
+    }
+}
+
+#[test]
+fn an_images_user_is_resolved_by_its_own_files_and_never_becomes_root_by_mistake() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("users")?;
+        // demo is 1000 with the group of that number, and a member of readers, 50; www-data is 33.
+        let cases: &[(&str, Result<&str, &str>)] = &[
+            ("", Ok("0,0,0")),
+            ("0", Ok("0,0,0")),
+            ("root", Ok("0,0,0")),
+            ("1000", Ok("1000,1000,1000 50")),
+            ("demo", Ok("1000,1000,1000 50")),
+            ("www-data", Ok("33,33,33")),
+            ("33:50", Ok("33,50,50")),
+            ("www-data:readers", Ok("33,50,50")),
+            ("1000:7", Ok("1000,7,7 50")),
+            ("4242", Ok("4242,0,0")),
+            ("4242:4343", Ok("4242,4343,4343")),
+            (":50", Ok("0,50,50")),
+            ("2147483647", Ok("2147483647,0,0")),
+            ("2147483648", Err("2147483648")),
+            ("4294967295", Err("4294967295")),
+            ("4294967296", Err("4294967296")),
+            ("18446744073709551616", Err("18446744073709551616")),
+            ("nobody-knows", Err("no user nobody-knows")),
+            ("demo:nogroup-knows", Err("no group nogroup-knows")),
+            ("-1", Err("no user -1")),
+            ("+0", Err("no user +0")),
+            ("0x0", Err("no user 0x0")),
+            (" 0", Err("no user  0")),
+            ("root ", Err("no user root ")),
+            ("demo:-1", Err("no group -1")),
+            ("../root", Err("no user ../root")),
+            ("x:x:0:0", Err("no user x")),
+        ];
+        for (number, (user, expected)) in cases.iter().enumerate() {
+            let image = image_of_user(daemon, number, user)?;
+            let found = identity(&pod, &format!("u{number}"), |config| {
+                config.image = Some(berth_tests::cri::image_spec(&image));
+            })?;
+            match (found, expected) {
+                (Ok(found), Ok(expected)) => assert_eq!(found, *expected, "User {user:?}"),
+                (Err(message), Err(words)) => assert!(message.contains(words), "User {user:?}: {message}"),
+                (found, _) => panic!("User {user:?}: {found:?}, expected {expected:?}"),
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn image_status_tells_the_user_as_a_number_or_a_name() -> Result<()> {
+    rootful(|daemon| {
+        for (number, (user, uid, username)) in [
+            ("1002", Some(1002), ""),
+            ("www-data", None, "www-data"),
+            ("1003:1004", Some(1003), ""),
+            ("www-data:1004", None, "www-data"),
+            ("", None, ""),
+            ("0", Some(0), ""),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let name = image_of_user(daemon, number, user)?;
+            let image = daemon.client().image(&name)?.context("the image")?;
+            assert_eq!(
+                (image.uid.map(|uid| uid.value), image.username.as_str()),
+                (uid, username),
+                "{user:?}"
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_requests_user_and_groups_come_before_the_images() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("users")?;
+        let image = image_of_user(daemon, 0, "demo")?;
+        let id = |value| Some(v1::Int64Value { value });
+        let strict = i32::from(v1::SupplementalGroupsPolicy::Strict);
+        type Change = Box<dyn Fn(&mut v1::LinuxContainerSecurityContext)>;
+        let cases: Vec<(Change, &str)> = vec![
+            (Box::new(|_| {}), "1000,1000,1000 50"),
+            (Box::new(move |context| context.run_as_user = id(33)), "33,33,33"),
+            (Box::new(move |context| context.run_as_user = id(0)), "0,0,0"),
+            (Box::new(|context| context.run_as_username = "www-data".to_owned()), "33,33,33"),
+            (
+                Box::new(move |context| (context.run_as_user, context.run_as_group) = (id(1000), id(5))),
+                "1000,5,5 50",
+            ),
+            (Box::new(|context| context.supplemental_groups = vec![1234, 50]), "1000,1000,1000 50 1234"),
+            (
+                Box::new(move |context| {
+                    context.supplemental_groups = vec![1234];
+                    context.supplemental_groups_policy = strict;
+                }),
+                "1000,1000,1000 1234",
+            ),
+        ];
+        for (number, (change, expected)) in cases.iter().enumerate() {
+            let found = identity(&pod, &format!("c{number}"), |config| {
+                config.image = Some(berth_tests::cri::image_spec(&image));
+                change(security(config));
+            })?;
+            assert_eq!(found.as_deref(), Ok(*expected), "case {number}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_status_says_who_it_became_and_exec_is_the_same() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("users")?;
+        let mut config = berth_tests::pod::idle("main");
+        security(&mut config).run_as_username = "demo".to_owned();
+        security(&mut config).supplemental_groups = vec![77];
+        let main = pod.start(config)?;
+        let user = main.status()?.user.and_then(|user| user.linux).context("the user")?;
+        assert_eq!((user.uid, user.gid, user.supplemental_groups), (1000, 1000, vec![1000, 77, 50]));
+        assert_eq!(main.sh(IDENTITY)?, "1000\n1000\n1000 50 77\n");
+        assert_eq!(main.sh("echo $HOME")?, "/home\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_cannot_be_a_user_is_refused_by_its_field() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("users")?;
+        let id = |value| Some(v1::Int64Value { value });
+        type Change = Box<dyn Fn(&mut v1::LinuxContainerSecurityContext)>;
+        let cases: Vec<(Change, &str)> = vec![
+            (Box::new(move |context| context.run_as_user = id(-1)), "run_as_user"),
+            (Box::new(move |context| context.run_as_user = id(1 << 32)), "run_as_user"),
+            (Box::new(move |context| context.run_as_group = id(5)), "run_as_group"),
+            (Box::new(|context| context.run_as_username = "nobody-knows".to_owned()), "no user nobody-knows"),
+            (Box::new(|context| context.supplemental_groups = vec![-1]), "supplemental_groups"),
+            (
+                Box::new(move |context| {
+                    context.run_as_user = id(0);
+                    context.run_as_username = "root".to_owned();
+                }),
+                "run_as_user",
+            ),
+        ];
+        for (number, (change, words)) in cases.iter().enumerate() {
+            let refused = identity(&pod, "main", |config| change(security(config)))?;
+            let message = refused.err().with_context(|| format!("case {number} ({words}) is refused"))?;
+            ensure!(message.contains(words), "case {number}: {message}");
+        }
+        Ok(())
+    })
+}

@@ -25,6 +25,10 @@ use std::time::Duration;
 /// How often the network is looked at and, when somebody broke it, repaired.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
+/// How long the lock of a root may be held by somebody who is about to end, and how often to look.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// Why the daemon cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -87,7 +91,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
     let notifier = Arc::new(Notifier::from_environment());
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
-    let _lock = take(&layout)?;
+    let _lock = take(&layout).await?;
     make_private(layout.state())?;
     let node = tokio::task::spawn_blocking(move || open(config, layout)).await.map_err(|error| {
         DaemonError::Host { what: "the start was interrupted", source: io::Error::other(error) }
@@ -147,14 +151,25 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
 }
 
 /// One daemon for a root.
-fn take(layout: &Layout) -> Result<File, DaemonError> {
+///
+/// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which has the lock until the exec
+/// closes it (flock(2): a lock belongs to the open file, which children share). So one that is taken is asked for again for a while.
+async fn take(layout: &Layout) -> Result<File, DaemonError> {
     let path = layout.root().join("berthd.lock");
     let lock =
         File::options().create(true).truncate(false).write(true).open(&path).map_err(file("open", &path))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(std::fs::TryLockError::WouldBlock) => Err(DaemonError::Taken { path: layout.root().to_owned() }),
-        Err(std::fs::TryLockError::Error(source)) => Err(file("lock", &path)(source)),
+    let end = tokio::time::Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(lock),
+            Err(std::fs::TryLockError::WouldBlock) if tokio::time::Instant::now() < end => {
+                tokio::time::sleep(LOCK_PAUSE).await;
+            }
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(DaemonError::Taken { path: layout.root().to_owned() });
+            }
+            Err(std::fs::TryLockError::Error(source)) => return Err(file("lock", &path)(source)),
+        }
     }
 }
 

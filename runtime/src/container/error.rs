@@ -63,10 +63,10 @@ pub(crate) enum ContainerError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A mount's source.
-    #[error("config.mounts: {path}: {reason}")]
+    /// The source of a mount or a device.
+    #[error("{path}: {reason}")]
     Mount {
-        /// As asked.
+        /// The field that asks for it.
         path: String,
         /// What is wrong with it.
         reason: String,

@@ -8,7 +8,7 @@ use crate::oci_spec::{HostFacts, devices};
 use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
 use crate::shim_client::ShimProgram;
-use crate::{api, server};
+use crate::{api, apparmor, server};
 use berth_cgroup::Hierarchy;
 use berth_image::Store;
 use berth_model::layout::Layout;
@@ -200,9 +200,8 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     let facts = HostFacts {
         bounding: berth_sys::credentials::bounding_set().map_err(host("the capabilities"))?,
         unified_cgroups: hierarchy.is_unified(),
-        apparmor: std::fs::read("/sys/module/apparmor/parameters/enabled")
-            .is_ok_and(|text| text.starts_with(b"Y")),
-        default_apparmor_profile: None,
+        apparmor: apparmor::is_enabled(),
+        default_apparmor_profile: default_apparmor_profile(),
         devices: devices::host_devices().map_err(DaemonError::Devices)?,
     };
     Ok(Node {
@@ -219,6 +218,19 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         said: std::sync::Mutex::default(),
         config,
     })
+}
+
+/// The name of the default profile when it is in the kernel, this version of it or an earlier one.
+fn default_apparmor_profile() -> Option<String> {
+    let name = apparmor::DEFAULT_PROFILE;
+    if !apparmor::is_enabled() {
+        return None;
+    }
+    let Err(failed) = apparmor::load_default() else { return Some(name.to_owned()) };
+    let there = apparmor::is_loaded(name).unwrap_or(false);
+    let instead = if there { "an earlier version of it is used" } else { "containers run without it" };
+    tracing::warn!(error = %crate::chain(&failed), "cannot load the AppArmor profile {name}; {instead}");
+    there.then(|| name.to_owned())
 }
 
 /// Tells the service manager's watchdog that the daemon is alive, as long as it answers itself.

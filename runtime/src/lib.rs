@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod apparmor;
 mod atomic_file;
 pub mod config;
 mod container;

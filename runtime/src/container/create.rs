@@ -5,6 +5,7 @@
 //! the missing record.
 
 use super::{Container, ContainerError, cgroup_plan, end};
+use crate::apparmor;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::oci_spec::{self, CgroupDirectory, Inputs, devices, mounts, stop_signal::stop_signal};
 use crate::plan::{self, Extra};
@@ -334,7 +335,14 @@ fn check_apparmor(node: &Node, config: &Config) -> Result<(), ContainerError> {
         Profile::Localhost(name) if !node.facts.apparmor => Err(ContainerError::AppArmor {
             reason: format!("profile {name:?} cannot be applied: this kernel has no AppArmor"),
         }),
-        _ => Ok(()),
+        Profile::Localhost(name) => match apparmor::is_loaded(name) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ContainerError::AppArmor {
+                reason: format!("profile {name:?} is not loaded; load it on the node with apparmor_parser"),
+            }),
+            Err(error) => Err(ContainerError::AppArmor { reason: crate::chain(&error) }),
+        },
+        Profile::RuntimeDefault | Profile::Unconfined => Ok(()),
     }
 }
 

@@ -1,0 +1,237 @@
+//! AppArmor: the default profile, and which profiles the kernel has.
+//!
+//! The default profile is loaded at every start, so that a new version of the daemon brings its own. It takes `apparmor_parser`
+//! (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce AppArmor, nothing here is asked; where the parser
+//! is missing, containers run without a default profile, as with other runtimes, and the log says so.
+//!
+//! Putting a process under a profile is the shim's, in `init`.
+
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The profile of containers that ask for the runtime's own.
+pub(crate) const DEFAULT_PROFILE: &str = "berth-default";
+
+/// What it forbids is the second line of defence behind masked paths, capabilities and namespaces: to write what of `/proc` and `/sys`
+/// is the host's, to mount, and to meddle with processes outside. It allows everything else: root in the container is to work.
+///
+/// The language is apparmor.d(5). Deny rules win over allow rules. It includes no file of the host, so that it means the same on each.
+const DEFAULT_TEXT: &str = "\
+profile berth-default flags=(attach_disconnected, mediate_deleted) {
+  capability,
+  file,
+  network,
+  unix,
+  umount,
+
+  signal (send, receive) peer=berth-default,
+  signal (receive) peer=unconfined,
+  ptrace (trace, read, tracedby, readby) peer=berth-default,
+
+  deny mount,
+
+  deny /proc/* w,
+  deny /proc/{kcore,kmem,mem,sysrq-trigger} rwklx,
+  deny /proc/{acpi,asound,bus,driver,fs,irq,scsi,tty}/** wklx,
+  deny /proc/sys/{abi,crypto,debug,dev,sunrpc,user,vm}/** wklx,
+  deny /proc/sys/fs/{[^m]**,mount-max} wklx,
+  deny /proc/sys/kernel/{[^hms]**,h[^o]**,hot**,m[^s]**,s[^eh]**,se[^m]**} wklx,
+
+  deny /sys/{block,bus,class,dev,devices,hypervisor,module,power}/** wklx,
+  deny /sys/fs/[^c]** wklx,
+  deny /sys/kernel/** wklx,
+  deny /sys/kernel/security/** rwklx,
+  deny /sys/firmware/** rwklx,
+  deny /sys/devices/virtual/powercap/** rwklx,
+}
+";
+
+/// Where the kernel says whether it enforces.
+const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
+
+/// Where the kernel lists what is loaded, a line each: `NAME (MODE)`. In securityfs.
+const PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
+
+/// The most that is read of that list. A desktop with all of its distribution's profiles has some 10 KiB.
+const MAX_PROFILES_BYTES: u64 = 16 << 20;
+
+/// How long the parser may take. It takes a tenth of a second; on a machine that is just booting, more.
+const PARSER_LIMIT: Duration = Duration::from_secs(30);
+
+/// The most that is kept of what the parser says.
+const MAX_COMPLAINT_BYTES: u64 = 4096;
+
+const PARSERS: [&str; 3] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser", "/usr/bin/apparmor_parser"];
+
+/// Why AppArmor could not be asked or told.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AppArmorError {
+    /// Not installed.
+    #[error("there is no apparmor_parser; install the package apparmor")]
+    NoParser,
+    /// The program did not run.
+    #[error("run {program}")]
+    Run {
+        /// Which.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It did not end.
+    #[error("apparmor_parser did not end within {PARSER_LIMIT:?}")]
+    Late,
+    /// It refused.
+    #[error("apparmor_parser: {complaint}")]
+    Refused {
+        /// Its words.
+        complaint: String,
+    },
+    /// The kernel's list.
+    #[error("read {path}")]
+    List {
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Whether the kernel enforces AppArmor.
+pub(crate) fn is_enabled() -> bool {
+    std::fs::read(ENABLED).is_ok_and(|text| text.starts_with(b"Y"))
+}
+
+/// Loads [`DEFAULT_PROFILE`], in place of an earlier version: containers under that one change over at once. Blocking.
+///
+/// # Errors
+/// [`AppArmorError`]; an earlier version then stays.
+pub(crate) fn load_default() -> Result<(), AppArmorError> {
+    let program = PARSERS.iter().map(Path::new).find(|path| path.exists()).ok_or(AppArmorError::NoParser)?;
+    let run = |source| AppArmorError::Run { program: program.to_owned(), source };
+    // apparmor_parser(8): no cache, since that is a folder of the distribution's.
+    let mut parser = Command::new(program)
+        .args(["--replace", "--skip-cache", "--quiet"])
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(run)?;
+    if let Some(mut stdin) = parser.stdin.take() {
+        // One that ends early has said why; the pipe holds the text at once.
+        let _ = stdin.write_all(DEFAULT_TEXT.as_bytes());
+    }
+    let ended = wait(&mut parser).map_err(run)?.ok_or(AppArmorError::Late)?;
+    if ended.success() {
+        return Ok(());
+    }
+    let mut complaint = Vec::new();
+    if let Some(stderr) = parser.stderr.take() {
+        stderr.take(MAX_COMPLAINT_BYTES).read_to_end(&mut complaint).map_err(run)?;
+    }
+    let complaint = String::from_utf8_lossy(&complaint).split_whitespace().collect::<Vec<_>>().join(" ");
+    Err(AppArmorError::Refused {
+        complaint: if complaint.is_empty() { ended.to_string() } else { complaint },
+    })
+}
+
+/// Waits for its end; none when the time is over, and then it is killed.
+fn wait(parser: &mut Child) -> io::Result<Option<std::process::ExitStatus>> {
+    let deadline = Instant::now() + PARSER_LIMIT;
+    loop {
+        if let Some(ended) = parser.try_wait()? {
+            return Ok(Some(ended));
+        }
+        if Instant::now() > deadline {
+            parser.kill()?;
+            parser.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether the kernel has a profile of this name.
+///
+/// # Errors
+/// [`AppArmorError::List`], such as where securityfs is not mounted.
+pub(crate) fn is_loaded(name: &str) -> Result<bool, AppArmorError> {
+    is_listed(Path::new(PROFILES), name)
+}
+
+fn is_listed(path: &Path, name: &str) -> Result<bool, AppArmorError> {
+    let failed = |source| AppArmorError::List { path: path.to_owned(), source };
+    let mut text = Vec::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(MAX_PROFILES_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
+    if text.len() as u64 > MAX_PROFILES_BYTES {
+        return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, "longer than 16 MiB")));
+    }
+    Ok(lists(&text, name))
+}
+
+/// Names may have spaces and brackets in them; the mode, at the line's end, has not.
+fn lists(text: &[u8], name: &str) -> bool {
+    text.split(|byte| *byte == b'\n').any(|line| {
+        let Some(rest) = line.strip_prefix(name.as_bytes()) else { return false };
+        !name.is_empty()
+            && rest
+                .strip_prefix(b" (")
+                .and_then(|rest| rest.strip_suffix(b")"))
+                .is_some_and(|mode| !mode.contains(&b'('))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_profile_is_loaded_when_a_line_has_its_whole_name() {
+        let text = b"berth-default (enforce)\n/usr/bin/man (complain)\nodd (name) here (kill)\na//b (unconfined)\n\xff\xfe (enforce)\n\nx";
+        for (name, expected) in [
+            ("berth-default", true),
+            ("/usr/bin/man", true),
+            ("odd (name) here", true),
+            ("a//b", true),
+            ("", false),
+            ("berth", false),
+            ("berth-default (enforce)", false),
+            ("odd", false),
+            ("odd (name)", false),
+            ("x", false),
+            ("default", false),
+            ("berth-default\n/usr/bin/man", false),
+        ] {
+            assert_eq!(lists(text, name), expected, "{name:?}");
+        }
+        assert!(!lists(b"", "x"));
+        assert!(!lists(b" (enforce)\n", ""));
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_is_an_error_and_not_an_absent_profile() {
+        let folder = tempfile::tempdir().unwrap();
+        let list = folder.path().join("profiles");
+        assert!(matches!(is_listed(&list, "a"), Err(AppArmorError::List { .. })));
+        std::fs::write(&list, "a (enforce)\n").unwrap();
+        assert!(is_listed(&list, "a").unwrap());
+        assert!(!is_listed(&list, "b").unwrap());
+    }
+
+    #[test]
+    fn the_default_profile_is_called_what_containers_ask_for() {
+        assert!(DEFAULT_TEXT.starts_with(&format!("profile {DEFAULT_PROFILE} ")));
+        assert!(DEFAULT_TEXT.contains(&format!("signal (send, receive) peer={DEFAULT_PROFILE},")));
+        // Containers are ended by shims, which have no profile.
+        assert!(DEFAULT_TEXT.contains("signal (receive) peer=unconfined,"));
+        for line in DEFAULT_TEXT.lines().filter(|line| line.starts_with("  ")) {
+            assert!(line.ends_with(','), "{line}");
+        }
+    }
+}

@@ -7,7 +7,7 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-vm vm-shell bench deb test-deb clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-cluster test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-rootful  the real daemon over its socket (root)'
 	@echo 'make test-kubelet  a real kubelet on the real daemon (root)'
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
+	@echo 'make test-cluster  Deployments, Jobs and more of a Kubernetes cluster on the real daemon (root)'
 	@echo 'make test-vm       systemd and cgroup v2, in a virtual machine (root)'
 	@echo 'make vm-shell      a shell in that machine (root)'
 	@echo 'make deb           dist/berth_VERSION_amd64.deb'
@@ -31,7 +32,7 @@ help:
 
 deps:
 	@echo '== what building and testing need'
-	@scripts/install-needs build demo test bench
+	@scripts/install-needs build demo test bench vm
 
 # The shim is built apart: static, and with a profile for size.
 build:
@@ -51,9 +52,9 @@ demo: build images
 	@scripts/demo
 
 test: build images
-	@scripts/install-needs test
+	@scripts/install-needs test vm
 	@scripts/build-peer kubelet
-	@scripts/run-tests unit rootful kubelet
+	@scripts/run-tests unit rootful kubelet vm
 
 test-unit:
 	@scripts/install-needs build
@@ -73,6 +74,12 @@ test-kubelet-peer: images
 	@scripts/install-needs test bench
 	@scripts/build-peer kubelet containerd runc
 	@scripts/run-tests kubelet-peer
+
+# Not part of `make test`: building Kubernetes takes minutes where it was not built before.
+test-cluster: build images
+	@scripts/install-needs test
+	@scripts/build-peer etcd kubernetes kubelet
+	@scripts/run-tests cluster
 
 test-vm: build images
 	@scripts/install-needs vm

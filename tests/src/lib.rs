@@ -3,6 +3,7 @@
 
 pub mod census;
 pub mod cgroup;
+pub mod cluster;
 pub mod cri;
 pub mod daemon;
 pub mod deadline;

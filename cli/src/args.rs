@@ -67,6 +67,10 @@ pub(crate) enum Command {
     Version,
     /// Show what the daemon is and where it keeps things.
     Info,
+    /// Look at this node for what keeps pods from running, and say what to do.
+    ///
+    /// A line for each finding: ok, note or BROKEN. The exit code is 1 when something is broken.
+    Doctor,
 }
 
 /// What `berth run` takes.

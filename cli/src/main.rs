@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod checkup;
 mod clock;
 mod commands;
 mod daemon;
@@ -36,7 +37,7 @@ use clap::Parser;
 
 use crate::args::{Cli, Command};
 use crate::commands::{
-    exec, images, import, info, inspect, logs, ps, pull as pull_command, rm, run, stats, stop,
+    doctor, exec, images, import, info, inspect, logs, ps, pull as pull_command, rm, run, stats, stop,
 };
 use crate::daemon::Daemon;
 use crate::error::{BERTH_FAILED, Error};
@@ -64,6 +65,9 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
     if let Command::Version = cli.command {
         return info::version(&cli.socket).await.map(|()| ExitCode::SUCCESS);
     }
+    if let Command::Doctor = cli.command {
+        return doctor::doctor(&cli.socket).await;
+    }
     let daemon = &Daemon::connect(&cli.socket).await?;
     match cli.command {
         Command::Run(args) => return run::run(daemon, *args).await,
@@ -80,8 +84,8 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
         Command::Stats(args) => stats::stats(daemon, &args).await?,
         Command::Inspect(args) => inspect::inspect(daemon, &args).await?,
         Command::Info => info::info(daemon, &cli.socket).await?,
-        // Answered above, since it wants no daemon.
-        Command::Version => {}
+        // Answered above, since they want no daemon.
+        Command::Version | Command::Doctor => {}
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,5 +1,6 @@
 //! The commands, one file each: what they ask the daemon and what they print.
 
+pub(crate) mod doctor;
 pub(crate) mod exec;
 pub(crate) mod images;
 pub(crate) mod import;

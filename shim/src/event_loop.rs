@@ -51,10 +51,13 @@ fn start_failure_code(failed: &Failed) -> i32 {
     }
 }
 
+const SIGKILL: i32 = 9;
+
 const TOKEN_CHILDREN: u64 = 0;
 const TOKEN_LISTENER: u64 = 1;
 const TOKEN_OUTPUT: u64 = 2;
 const TOKEN_ERROR: u64 = 3;
+const TOKEN_OOM: u64 = 4;
 /// Connections count up from here.
 const TOKEN_CONNECTION: u64 = 16;
 
@@ -63,6 +66,7 @@ enum Event {
     ChildrenEnded,
     ConnectionWaits,
     OutputReadable(u64),
+    OomCounterChanged,
     ConnectionReady { token: u64, writable: bool },
     DrainTimeOver,
 }
@@ -132,6 +136,7 @@ impl Shim {
                 TOKEN_CHILDREN => Event::ChildrenEnded,
                 TOKEN_LISTENER => Event::ConnectionWaits,
                 TOKEN_OUTPUT | TOKEN_ERROR => Event::OutputReadable(ready.token),
+                TOKEN_OOM => Event::OomCounterChanged,
                 token => Event::ConnectionReady { token, writable: ready.writable },
             })
             .collect();
@@ -156,8 +161,22 @@ impl Shim {
                 }
                 self.finish_if_drained(false);
             }
+            Event::OomCounterChanged => self.look_at_oom_counter(),
             Event::ConnectionReady { token, writable } => self.serve(token, writable),
             Event::DrainTimeOver => self.finish_if_drained(true),
+        }
+    }
+
+    fn look_at_oom_counter(&mut self) {
+        let (State::Waiting { container, .. } | State::Running { container, .. }) = &mut self.state else {
+            return;
+        };
+        let Some(counter) = &mut container.oom else { return };
+        if !counter.look()
+            && let Some(file) = counter.changing()
+        {
+            // It would be ready for ever. That it is not watched is what is wanted.
+            let _ = self.poll.forget(file);
         }
     }
 
@@ -252,6 +271,10 @@ impl Shim {
         let container = Box::new(made.container);
         match Output::watch(&container.launch, made.streams, made.log, &self.poll, TOKEN_OUTPUT) {
             Ok(output) => {
+                if let Some(file) = container.oom.as_ref().and_then(crate::exit::OomCounter::changing) {
+                    // Without it the counter is read at the end, which is soon enough almost always.
+                    let _ = self.poll.watch_content(file, TOKEN_OOM);
+                }
                 self.state = State::Waiting { container, output };
                 Ok(created)
             }
@@ -280,10 +303,7 @@ impl Shim {
                         launch::end_child(container.created.pid, &container.pidfd);
                         let record = ExitRecord {
                             exit_code: start_failure_code(&failed),
-                            oom_killed: container
-                                .oom
-                                .as_ref()
-                                .is_some_and(crate::exit::OomCounter::has_risen),
+                            oom_killed: container.oom.as_ref().is_some_and(|oom| oom.has_risen(false)),
                             finished_at_unix_ns: unix_ns(now),
                             start_error: failed.to_string(),
                             ..ExitRecord::default()
@@ -387,12 +407,14 @@ impl Shim {
         match std::mem::replace(&mut self.state, State::Empty) {
             State::Running { container, output, started } => {
                 record.started_at_unix_ns = started.at_unix_ns;
-                record.oom_killed = container.oom.as_ref().is_some_and(crate::exit::OomCounter::has_risen);
+                record.oom_killed =
+                    container.oom.as_ref().is_some_and(|oom| oom.has_risen(signal == SIGKILL));
                 self.drain(*container, output, record);
             }
             State::Waiting { container, output } => {
                 record.start_error = "the container's process was killed before its start".to_owned();
-                record.oom_killed = container.oom.as_ref().is_some_and(crate::exit::OomCounter::has_risen);
+                record.oom_killed =
+                    container.oom.as_ref().is_some_and(|oom| oom.has_risen(signal == SIGKILL));
                 self.drain(*container, output, record);
             }
             other => self.state = other,

@@ -4,6 +4,7 @@ use berth_shim_proto::exit_record::{ExitRecord, encode};
 use berth_shim_proto::launch::Cgroup;
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,12 +14,20 @@ pub(crate) fn unix_ns(time: SystemTime) -> i64 {
     time.duration_since(UNIX_EPOCH).ok().and_then(|since| i64::try_from(since.as_nanos()).ok()).unwrap_or(0)
 }
 
-/// The counter of kills by the OOM killer in the container's cgroup. It is opened at the start, because the cgroup may vanish
-/// with its last process (systemd scopes do).
+/// The counter of kills by the OOM killer in the container's cgroup.
+///
+/// systemd removes a scope as soon as its last process has ended, which may be before this process has seen that end, and a removed
+/// cgroup's files cannot be read, even by a descriptor that was open. So the counter is read whenever the kernel tells that it has changed,
+/// which is before the process that was killed has given back its memory and ended; and should that come too late as well, the
+/// counter of the cgroup above, which counts for all below it, decides for a process that ended by SIGKILL.
 #[derive(Debug)]
 pub(crate) struct OomCounter {
     file: File,
     key: Vec<u8>,
+    /// It had risen when it was last read.
+    seen: bool,
+    /// The counter above, and how high it was at the start. Nothing on v1, which does not count for those below, and needs no such care.
+    above: Option<(File, u64)>,
 }
 
 impl OomCounter {
@@ -27,17 +36,59 @@ impl OomCounter {
         if cgroup.oom_file.is_empty() {
             return Ok(None);
         }
-        let file = File::open(crate::init::host_path(&cgroup.oom_file))?;
-        Ok(Some(Self { file, key: cgroup.oom_key.clone().into_bytes() }))
+        let path = crate::init::host_path(&cgroup.oom_file);
+        let file = File::open(path)?;
+        let key = cgroup.oom_key.clone().into_bytes();
+        let above = if path.ends_with(TELLS_OF_CHANGES) { above(path, &key) } else { None };
+        Ok(Some(Self { file, key, seen: false, above }))
     }
 
-    /// Whether there was a kill.
-    pub(crate) fn has_risen(&self) -> bool {
-        // The file has a few short lines: memory.events of cgroup v2, memory.oom_control of v1.
-        let mut buffer = [0; 512];
-        let length = self.file.read_at(&mut buffer, 0).unwrap_or(0);
-        count(buffer.get(..length).unwrap_or_default(), &self.key) > 0
+    /// The file, if it tells of its changes.
+    pub(crate) fn changing(&self) -> Option<BorrowedFd<'_>> {
+        self.above.is_some().then(|| self.file.as_fd())
     }
+
+    /// Reads it after a change. `false` when the cgroup is gone, and with it all changes.
+    pub(crate) fn look(&mut self) -> bool {
+        match read(&self.file, &self.key) {
+            Ok(kills) => {
+                self.seen = kills > 0;
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Whether there was a kill. `killed`: the container's main process ended by SIGKILL.
+    pub(crate) fn has_risen(&self, killed: bool) -> bool {
+        match read(&self.file, &self.key) {
+            Ok(kills) => kills > 0,
+            Err(_) if self.seen => true,
+            // Another container of the pod may have been killed in the meantime; a container that ended otherwise is not blamed for it.
+            Err(_) if killed => self
+                .above
+                .as_ref()
+                .is_some_and(|(file, before)| read(file, &self.key).is_ok_and(|kills| kills > *before)),
+            Err(_) => false,
+        }
+    }
+}
+
+/// The counter on v2, which tells of its changes.
+const TELLS_OF_CHANGES: &str = "memory.events";
+
+/// The counter of the cgroup above; nothing when that has none, being the root.
+fn above(path: &Path, key: &[u8]) -> Option<(File, u64)> {
+    let file = File::open(path.parent()?.parent()?.join(TELLS_OF_CHANGES)).ok()?;
+    let kills = read(&file, key).ok()?;
+    Some((file, kills))
+}
+
+fn read(file: &File, key: &[u8]) -> io::Result<u64> {
+    // The file has a few short lines: memory.events of cgroup v2, memory.oom_control of v1.
+    let mut buffer = [0; 512];
+    let length = file.read_at(&mut buffer, 0)?;
+    Ok(count(buffer.get(..length).unwrap_or_default(), key))
 }
 
 fn count(file: &[u8], key: &[u8]) -> u64 {
@@ -62,7 +113,7 @@ pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     for pid in processes.lines().filter_map(|line| line.parse().ok()) {
         // By descriptor; whoever has the number when it is opened is in the list still, or has ended.
         if let Ok(pidfd) = berth_sys::process::open_pidfd(pid) {
-            let _ = berth_sys::process::signal_pidfd(std::os::fd::AsFd::as_fd(&pidfd), SIGKILL);
+            let _ = berth_sys::process::signal_pidfd(pidfd.as_fd(), SIGKILL);
         }
     }
 }
@@ -94,6 +145,42 @@ mod tests {
         {
             assert_eq!(count(file, b"oom_kill"), expected, "{}", file.escape_ascii());
         }
+    }
+
+    #[test]
+    fn kills_are_known_when_the_cgroup_is_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let leaf = directory.path().join("leaf");
+        std::fs::create_dir(&leaf).unwrap();
+        let write = |path: &Path, kills: u32| {
+            std::fs::write(path.join("memory.events"), format!("oom 9\noom_kill {kills}\n")).unwrap();
+        };
+        let gone = || {
+            // A directory cannot be read, as a file of a removed cgroup cannot.
+            File::open(&leaf).unwrap()
+        };
+        let cgroup = Cgroup {
+            oom_file: leaf.join("memory.events").into_os_string().into_encoded_bytes(),
+            oom_key: "oom_kill".to_owned(),
+            ..Cgroup::default()
+        };
+        write(directory.path(), 1);
+        write(&leaf, 0);
+        let open = || OomCounter::open(&cgroup).unwrap().unwrap();
+        let quiet = open();
+        assert!(!quiet.has_risen(true), "what was above before does not count");
+        let mut told = open();
+        write(&leaf, 1);
+        assert!(told.look() && told.has_risen(false));
+        told.file = gone();
+        assert!(!told.look());
+        assert!(told.has_risen(false), "it was seen");
+        let mut untold = open();
+        untold.file = gone();
+        assert!(!untold.has_risen(true), "nothing was counted above");
+        write(directory.path(), 2);
+        assert!(untold.has_risen(true));
+        assert!(!untold.has_risen(false), "it did not end by SIGKILL");
     }
 
     #[test]

@@ -43,6 +43,16 @@ impl Poll {
         Ok(self.0.add(descriptor, EpollEvent::new(Self::flags(write), token))?)
     }
 
+    /// Watches a file of the kernel for changes of its content, which come as `EPOLLPRI`, under the number `token`; a control file of a
+    /// cgroup is one such, Documentation/admin-guide/cgroup-v2.rst, "Interface Files". Reading it ends the readiness. When the cgroup is
+    /// removed, the file is ready for ever: then [`Poll::forget`] it.
+    ///
+    /// # Errors
+    /// `EEXIST` when it is watched already, `EPERM` for a file that does not tell of changes.
+    pub fn watch_content(&self, descriptor: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        Ok(self.0.add(descriptor, EpollEvent::new(EpollFlags::EPOLLPRI, token))?)
+    }
+
     /// Changes whether a watched descriptor is watched for writing too.
     ///
     /// # Errors

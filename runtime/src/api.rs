@@ -239,7 +239,7 @@ fn info(node: &Node) -> v1::InfoResponse {
         root: node.layout.root().display().to_string(),
         state: node.layout.state().display().to_string(),
         cgroup: Some(v1::CgroupInfo {
-            driver: "cgroupfs".to_owned(),
+            driver: node.cgroup_driver.to_string(),
             version: if node.hierarchy.is_unified() { 2 } else { 1 },
         }),
         network: Some(v1::NetworkInfo {

@@ -3,7 +3,7 @@
 //! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags; later ones win, key by key.
 //! Unknown keys are errors. All mistakes are reported at once, each with its key.
 
-use berth_cgroup::Parent;
+use berth_cgroup::{Driver, Parent};
 use berth_network::config::{BridgeConfig, BridgeName, Mtu};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -88,7 +88,10 @@ pub struct WrittenNetwork {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WrittenCgroup {
-    /// Where pods go that name no parent. Default `/berth`.
+    /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has, else systemd where it is process 1 on cgroup v2,
+    /// else cgroupfs.
+    pub driver: Option<String>,
+    /// Where pods go that name no parent. Default `/berth`, with the systemd driver `berth.slice`.
     pub parent: Option<String>,
 }
 
@@ -130,7 +133,10 @@ impl Written {
                 mtu: self.network.mtu.or(earlier.network.mtu),
                 forwarding: self.network.forwarding.or(earlier.network.forwarding),
             },
-            cgroup: WrittenCgroup { parent: self.cgroup.parent.or(earlier.cgroup.parent) },
+            cgroup: WrittenCgroup {
+                driver: self.cgroup.driver.or(earlier.cgroup.driver),
+                parent: self.cgroup.parent.or(earlier.cgroup.parent),
+            },
         }
     }
 }
@@ -152,8 +158,10 @@ pub struct Config {
     pub images: berth_image::StoreOptions,
     /// The built-in network.
     pub network: BridgeConfig,
-    /// Where pods go that name no parent.
-    pub cgroup_parent: Parent,
+    /// Who arranges cgroups; `None`: whoever the form of the parent tells, else whoever fits the node.
+    pub cgroup_driver: Option<Driver>,
+    /// Where pods go that name no parent; `None`: the driver's default.
+    pub cgroup_parent: Option<Parent>,
 }
 
 /// A key whose value cannot be used.
@@ -210,10 +218,9 @@ impl Config {
         };
         let images = images(&mut check, written.registry, &written.image);
         let network = network(&mut check, &written.network);
-        let parent = written.cgroup.parent.as_deref().unwrap_or("/berth");
-        let cgroup_parent = check.ok("cgroup.parent", Parent::default_of_daemon(parent));
-        match (network, cgroup_parent) {
-            (Some(network), Some(cgroup_parent)) if check.0.is_empty() => Ok(Self {
+        let (cgroup_driver, cgroup_parent) = cgroup(&mut check, &written.cgroup);
+        match network {
+            Some(network) if check.0.is_empty() => Ok(Self {
                 root,
                 state,
                 socket,
@@ -221,6 +228,7 @@ impl Config {
                 log: written.log.unwrap_or_else(|| "info".to_owned()),
                 images,
                 network,
+                cgroup_driver,
                 cgroup_parent,
             }),
             _ => Err(check.0),
@@ -253,9 +261,33 @@ impl Config {
                 mtu: self.network.mtu.map(Mtu::bytes),
                 forwarding: Some(self.network.forwarding),
             },
-            cgroup: WrittenCgroup { parent: Some(self.cgroup_parent.path().to_owned()) },
+            cgroup: WrittenCgroup {
+                driver: Some(
+                    self.cgroup_driver.map_or_else(|| "auto".to_owned(), |driver| driver.to_string()),
+                ),
+                parent: self.cgroup_parent.as_ref().map(|parent| parent.path().to_owned()),
+            },
         }
     }
+}
+
+/// The driver that is named, and the parent in the form of that driver; where none is named, the form says which one is meant.
+fn cgroup(check: &mut Check, written: &WrittenCgroup) -> (Option<Driver>, Option<Parent>) {
+    let driver = match written.driver.as_deref() {
+        None | Some("auto") => None,
+        Some("cgroupfs") => Some(Driver::Cgroupfs),
+        Some("systemd") => Some(Driver::Systemd),
+        Some(other) => {
+            let reason = format!("{other:?} is not auto, cgroupfs or systemd");
+            check.0.push(Mistake { key: "cgroup.driver", reason });
+            None
+        }
+    };
+    let parent = written.parent.as_deref().and_then(|parent| {
+        let form = driver.unwrap_or_else(|| Parent::form_of(parent));
+        check.ok("cgroup.parent", Parent::default_of_daemon(form, parent))
+    });
+    (driver, parent)
 }
 
 fn images(check: &mut Check, registry: WrittenRegistry, image: &WrittenImage) -> berth_image::StoreOptions {
@@ -365,6 +397,24 @@ mod tests {
                 "cgroup.parent"
             ]
         );
+    }
+
+    #[test]
+    fn the_default_cgroup_parent_has_the_form_of_the_driver() {
+        for (text, mistakes) in [
+            ("driver = 'auto'", &[][..]),
+            ("driver = 'systemd'", &[]),
+            ("driver = 'systemd'\nparent = 'berth.slice'", &[]),
+            ("driver = 'systemd'\nparent = '/berth'", &["cgroup.parent"]),
+            ("driver = 'cgroupfs'\nparent = '/berth'", &[]),
+            ("driver = 'cgroupfs'\nparent = '/berth.slice'", &["cgroup.parent"]),
+            ("parent = '/berth'", &[]),
+            ("parent = 'berth.slice'", &[]),
+            ("driver = 'systemd '", &["cgroup.driver"]),
+            ("driver = ''", &["cgroup.driver"]),
+        ] {
+            assert_eq!(keys(&format!("[cgroup]\n{text}\n")), mistakes, "{text}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
 use crate::shim_client::ShimProgram;
 use crate::{api, apparmor, server};
-use berth_cgroup::Hierarchy;
+use berth_cgroup::{Driver, Hierarchy, Parent, Systemd};
 use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
@@ -55,6 +55,17 @@ pub enum DaemonError {
     /// The cgroups.
     #[error("find the cgroup hierarchies")]
     Cgroups(#[source] berth_cgroup::Error),
+    /// The driver that was named does not work here.
+    #[error(
+        "the systemd cgroup driver needs cgroup v2 with its controllers; boot with systemd.unified_cgroup_hierarchy=1, or set [cgroup] driver to cgroupfs"
+    )]
+    SystemdOnLegacy,
+    /// The driver that was named does not work here.
+    #[error("the systemd cgroup driver needs systemd as process 1; set [cgroup] driver to cgroupfs")]
+    NoSystemd,
+    /// The thread that talks to systemd.
+    #[error("start the thread that talks to systemd")]
+    Systemd(#[source] io::Error),
     /// The network.
     #[error("set up the bridge network")]
     Network(#[source] berth_network::bridge::Error),
@@ -102,7 +113,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
     let watcher = tokio::spawn(watch_network(node.clone()));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"), socket = %node.config.socket.display(),
-        cgroup = if node.hierarchy.is_unified() { 2 } else { 1 }, bridge = %node.bridge.config().name, "berthd serves"
+        cgroup = if node.hierarchy.is_unified() { 2 } else { 1 }, cgroup_driver = %node.cgroup_driver, bridge = %node.bridge.config().name, "berthd serves"
     );
     let services = server::Services {
         runtime: RuntimeService::new(node.clone()),
@@ -194,6 +205,12 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     let host = |what| move |source| DaemonError::Host { what, source };
     let shim = ShimProgram::load(&config.shim).map_err(file("load the shim", &config.shim))?;
     let hierarchy = Hierarchy::detect().map_err(DaemonError::Cgroups)?;
+    let cgroup_driver = driver(&config, &hierarchy)?;
+    let default_cgroup_parent = default_parent(&config, cgroup_driver)?;
+    let systemd = match cgroup_driver {
+        Driver::Cgroupfs => None,
+        Driver::Systemd => Some(Systemd::new().map_err(DaemonError::Systemd)?),
+    };
     let images = Store::open(layout.root(), config.images.clone()).map_err(DaemonError::Images)?;
     let bridge = Bridge::set_up(config.network.clone(), &layout.network()).map_err(DaemonError::Network)?;
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(host("the boot id"))?;
@@ -207,6 +224,9 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     Ok(Node {
         layout,
         hierarchy,
+        cgroup_driver,
+        default_cgroup_parent,
+        systemd,
         shim,
         bridge: Arc::new(bridge),
         images,
@@ -248,6 +268,29 @@ fn status(node: &Node) -> String {
     match node.network() {
         Ok(()) => format!("serving {pods} pods, {containers} containers"),
         Err(broken) => format!("serving {pods} pods, {containers} containers; network: {broken}"),
+    }
+}
+
+/// The driver that the configuration names, else the one whose form the configured parent has, else the one that fits the node.
+fn driver(config: &Config, hierarchy: &Hierarchy) -> Result<Driver, DaemonError> {
+    let found = Driver::detect(hierarchy);
+    let named = config.cgroup_driver.or(config.cgroup_parent.as_ref().map(Parent::driver));
+    match named.unwrap_or(found) {
+        Driver::Systemd if !hierarchy.is_unified() => Err(DaemonError::SystemdOnLegacy),
+        Driver::Systemd if found != Driver::Systemd => Err(DaemonError::NoSystemd),
+        driver => Ok(driver),
+    }
+}
+
+/// Where pods go that name no parent. A configured one has the form of the driver.
+fn default_parent(config: &Config, driver: Driver) -> Result<Parent, DaemonError> {
+    let default = match driver {
+        Driver::Cgroupfs => "/berth",
+        Driver::Systemd => "berth.slice",
+    };
+    match &config.cgroup_parent {
+        None => Parent::default_of_daemon(driver, default).map_err(DaemonError::Cgroups),
+        Some(parent) => Ok(parent.clone()),
     }
 }
 

@@ -4,15 +4,29 @@ use crate::config::Config;
 use crate::container::Container;
 use crate::oci_spec::HostFacts;
 use crate::registry::Registry;
-use crate::shim_client::ShimProgram;
-use berth_cgroup::{Hierarchy, Parent};
+use crate::shim_client::{Holder, ShimError, ShimProgram};
+use berth_cgroup::{Cgroup, Driver, Hierarchy, Limits, Parent, Systemd};
 use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
 use berth_seccomp::Cache;
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How long a cgroup that could not be limited may take to go.
+const CGROUP_GONE: Duration = Duration::from_secs(10);
+
+/// Why there is no cgroup.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MakeCgroup {
+    /// It could not be made or limited.
+    #[error(transparent)]
+    Cgroup(#[from] berth_cgroup::Error),
+    /// There is no process to put into it.
+    #[error(transparent)]
+    Holder(#[from] ShimError),
+}
 
 /// Shared by all requests. Never locked as a whole.
 #[derive(Debug)]
@@ -20,6 +34,11 @@ pub(crate) struct Node {
     pub(crate) config: Config,
     pub(crate) layout: Layout,
     pub(crate) hierarchy: Hierarchy,
+    pub(crate) cgroup_driver: Driver,
+    /// Where pods go that name no parent cgroup.
+    pub(crate) default_cgroup_parent: Parent,
+    /// With the systemd driver.
+    pub(crate) systemd: Option<Systemd>,
     pub(crate) shim: ShimProgram,
     pub(crate) bridge: Arc<Bridge>,
     pub(crate) images: Store,
@@ -37,7 +56,59 @@ pub(crate) struct Node {
 impl Node {
     /// The parent cgroup of a pod: the one that it names, or the daemon's own.
     pub(crate) fn cgroup_parent(&self, named: &str) -> Result<Parent, berth_cgroup::Error> {
-        if named.is_empty() { Ok(self.config.cgroup_parent.clone()) } else { Parent::named(named) }
+        if named.is_empty() {
+            Ok(self.default_cgroup_parent.clone())
+        } else {
+            Parent::named(self.cgroup_driver, named)
+        }
+    }
+
+    /// The parent cgroup of a pod of the daemon before this one, which may have had the other driver.
+    pub(crate) fn recorded_cgroup_parent(&self, named: &str) -> Result<Parent, berth_cgroup::Error> {
+        if named.is_empty() {
+            Ok(self.default_cgroup_parent.clone())
+        } else {
+            Parent::named(Parent::form_of(named), named)
+        }
+    }
+
+    /// Makes the cgroup of `id` with its limits in force. With the systemd driver there is a process in it, which does nothing and goes when
+    /// the second value is dropped: that has to wait until the process that the cgroup is for is in it. Blocking.
+    pub(crate) fn make_cgroup(
+        &self,
+        parent: &Parent,
+        id: &str,
+        limits: &Limits,
+    ) -> Result<(Cgroup, Option<Holder>), MakeCgroup> {
+        let (cgroup, holder) = match &self.systemd {
+            None => (Cgroup::create(&self.hierarchy, parent, id)?, None),
+            Some(systemd) => {
+                let holder = self.shim.spawn_holder()?;
+                let cgroup =
+                    Cgroup::create_scope(&self.hierarchy, systemd, parent, id, limits, holder.pid())?;
+                (cgroup, Some(holder))
+            }
+        };
+        match cgroup.apply(limits) {
+            Ok(notes) => {
+                for note in notes {
+                    tracing::warn!(id, %note, "a limit could not be set as asked");
+                }
+                Ok((cgroup, holder))
+            }
+            Err(error) => {
+                drop(holder);
+                if let Err(left) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE)) {
+                    tracing::warn!(id, error = %crate::chain(&left), "a cgroup that failed is left");
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The cgroup of `id` as it may be there still. Nothing of it being there is no error.
+    pub(crate) fn open_cgroup(&self, parent: &Parent, id: &str) -> Result<Cgroup, berth_cgroup::Error> {
+        Ok(Cgroup::open(&self.hierarchy, parent, id)?.with_systemd(self.systemd.as_ref()))
     }
 
     /// Whether a cgroup that a pod names is there, as far as the memory controller says (or the only hierarchy).

@@ -10,7 +10,6 @@ use crate::registry::Name;
 use crate::sandbox::{self, SandboxError};
 use crate::shim_client::ShimClient;
 use crate::trash;
-use berth_cgroup::Cgroup;
 use berth_model::id::{ContainerId, SandboxId};
 use berth_sys::ns;
 use std::io;
@@ -129,7 +128,7 @@ fn collect_blocking(node: &Node) -> Result<(), RecoveryError> {
         }
         remove_sandbox_state(&node.layout.sandbox_states().join(&name));
     }
-    match berth_cgroup::leftovers(&node.hierarchy, &node.config.cgroup_parent) {
+    match berth_cgroup::leftovers(&node.hierarchy, &node.default_cgroup_parent) {
         Ok(names) => {
             for name in names {
                 let known = name
@@ -139,7 +138,8 @@ fn collect_blocking(node: &Node) -> Result<(), RecoveryError> {
                 if known || name.parse::<ContainerId>().is_err() {
                     continue;
                 }
-                let gone = Cgroup::open(&node.hierarchy, &node.config.cgroup_parent, &name)
+                let gone = node
+                    .open_cgroup(&node.default_cgroup_parent, &name)
                     .and_then(|cgroup| cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE)));
                 if let Err(error) = gone {
                     tracing::warn!(cgroup = name, error = %crate::chain(&error), "could not remove a cgroup that is nobody's");

@@ -90,6 +90,17 @@ impl ShimProgram {
             .map_err(start("run it"))
     }
 
+    /// Starts a process that does nothing.
+    ///
+    /// # Errors
+    /// [`ShimError::Start`].
+    pub(crate) fn spawn_holder(&self) -> Result<Holder, ShimError> {
+        let start = |action| move |source| ShimError::Start { action, source };
+        let (word, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
+        let pid = self.spawn("hold", &[theirs.as_fd()])?;
+        Ok(Holder { pid, word: Some(word) })
+    }
+
     /// Makes process 1 of a pod's own pid namespace, in `cgroup`. Blocking.
     ///
     /// # Errors
@@ -109,6 +120,33 @@ impl ShimProgram {
             Some(Answer::Failed(failed)) => Err(ShimError::Failed(failed)),
             _ => Err(ShimError::Lost),
         }
+    }
+}
+
+/// A process that keeps a scope of systemd in being until the one that it is for is in it: it waits for the end of its one descriptor,
+/// which comes when this is dropped or the daemon ends.
+#[derive(Debug)]
+pub(crate) struct Holder {
+    pid: i32,
+    /// Taken before the wait.
+    word: Option<OwnedFd>,
+}
+
+impl Holder {
+    /// As the host numbers it.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.unsigned_abs()
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // It may sit in a cgroup that is frozen or short of processor time; a kill does not wait for its turn.
+        if let Ok(pidfd) = process::open_pidfd(self.pid) {
+            let _ = process::signal_pidfd(pidfd.as_fd(), 9);
+        }
+        drop(self.word.take());
+        let _ = process::wait_for(self.pid);
     }
 }
 

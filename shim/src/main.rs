@@ -1,9 +1,10 @@
 //! One small process beside each container: starts it, writes its log, runs what exec asks for, and records its end.
 //!
 //! One thread, no async runtime, no policy: the daemon parses and decides, the shim obeys a plan (`berth_shim_proto::launch`). It
-//! outlives the daemon. The same binary, started as `berth-shim pause`, is process 1 of a pod whose containers share a pid namespace.
+//! outlives the daemon. The same binary, started as `berth-shim pause`, is process 1 of a pod whose containers share a pid namespace;
+//! as `berth-shim hold` it does nothing in a new systemd scope, which could not be without a process.
 //!
-//! Descriptors that the daemon passes: 0, 1, 2 are `/dev/null`; 3 is a connection to the daemon; 4 (not for `pause`) is the
+//! Descriptors that the daemon passes: 0, 1, 2 are `/dev/null`; 3 is a connection to the daemon; 4 (for `container` only) is the
 //! container's state directory, in which the shim listens as `shim.sock` for daemons to come.
 #![forbid(unsafe_code)]
 
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     let result = match args.next().as_deref().and_then(std::ffi::OsStr::to_str) {
         Some("container") => prepare(5).and_then(|()| event_loop::run(inherited(3)?, inherited(4)?)),
+        Some("hold") => prepare(4).and_then(|()| hold(inherited(3)?)),
         Some("pause") => prepare(4).and_then(|()| pause::run(inherited(3)?)),
         _ => return ExitCode::from(EXIT_USAGE),
     };
@@ -42,7 +44,18 @@ fn main() -> ExitCode {
     }
 }
 
-/// What both kinds do first: shed everything of the parent that is not meant for them.
+/// Keeps a new systemd scope from being empty, until the daemon closes the connection: by then another process is in it.
+fn hold(connection: OwnedFd) -> std::io::Result<()> {
+    let mut byte = [0];
+    loop {
+        match berth_sys::socket::receive(std::os::fd::AsFd::as_fd(&connection), &mut byte) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            other => return other.map(drop),
+        }
+    }
+}
+
+/// What every kind does first: shed everything of the parent that is not meant for them.
 fn prepare(first_foreign: u32) -> std::io::Result<()> {
     berth_sys::process::close_from(first_foreign, berth_sys::process::CloseRange::Now)?;
     // Started from a file in memory, the kernel would show the number of a descriptor as its name.

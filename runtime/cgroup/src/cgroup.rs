@@ -13,7 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::name::{Parent, check_id};
-use crate::{Error, Hierarchy, control_file};
+use crate::{Driver, Error, Hierarchy, Limits, Systemd, control_file, unit};
 
 /// The v2 controllers that are handed down to containers, as far as the parent has them.
 const DELEGATED: [&str; 6] = ["cpu", "cpuset", "io", "memory", "pids", "hugetlb"];
@@ -31,11 +31,20 @@ pub(crate) enum Place {
     Legacy(Vec<LegacyDir>),
 }
 
+/// The unit of systemd that a cgroup is, and the way to tell systemd about it.
+#[derive(Debug, Clone)]
+pub(crate) struct Unit {
+    pub(crate) name: String,
+    pub(crate) systemd: Systemd,
+}
+
 /// A cgroup with a known place. Dropping it does nothing; it ends with [`Cgroup::remove`].
 #[derive(Debug, Clone)]
 pub struct Cgroup {
     path: String,
     pub(crate) place: Place,
+    /// Nothing with the cgroupfs driver, and for a scope of an earlier life as long as nobody has said how to reach systemd.
+    pub(crate) unit: Option<Unit>,
 }
 
 impl Cgroup {
@@ -50,7 +59,10 @@ impl Cgroup {
     /// [`Error::InvalidId`]; [`Error::ParentMissing`] with the directory that should be there; [`Error::AlreadyExists`]; [`Error::Create`];
     /// [`Error::Write`] when the parent does not hand its controllers down (on v2, a parent that has processes of its own cannot).
     pub fn create(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
-        check_id(id)?;
+        check_id(parent, id)?;
+        if parent.driver() != Driver::Cgroupfs {
+            return Err(Error::WrongDriver { parent: parent.path().into() });
+        }
         let path = format!("{}/{id}", parent.path());
         let place = match hierarchy {
             Hierarchy::Unified { mount } => {
@@ -98,7 +110,61 @@ impl Cgroup {
                 Place::Legacy(dirs)
             }
         };
-        Ok(Self { path, place })
+        Ok(Self { path, place, unit: None })
+    }
+
+    /// Has systemd make the scope `berth-<id>.scope` in the slice `parent`, with these limits, around `process`, which must be one of the
+    /// caller's that does nothing: a scope cannot be without a process, and the container's own must not run before its limits are in
+    /// force. It may go as soon as another is in the scope; when the last one goes, so does the scope. Blocks while systemd works, for 30 s
+    /// at the most.
+    ///
+    /// The limits are systemd's knowledge then, rounded to what it can keep; [`Cgroup::apply`] has to follow.
+    ///
+    /// # Errors
+    /// [`Error::InvalidId`]; [`Error::InvalidLimit`]; [`Error::WrongDriver`]; [`Error::ParentMissing`]; [`Error::Unit`].
+    pub fn create_scope(
+        hierarchy: &Hierarchy,
+        systemd: &Systemd,
+        parent: &Parent,
+        id: &str,
+        limits: &Limits,
+        process: u32,
+    ) -> Result<Self, Error> {
+        check_id(parent, id)?;
+        let (Hierarchy::Unified { mount }, Some(slice)) = (hierarchy, parent.slice()) else {
+            return Err(Error::WrongDriver { parent: parent.path().into() });
+        };
+        let above = below(mount, parent.path());
+        if !parent.is_ours() && !above.is_dir() {
+            return Err(Error::ParentMissing { path: above });
+        }
+        let name = parent.leaf(id);
+        let mut properties = unit::of_scope(format!("Berth container {id}"), slice, process);
+        for property in crate::limits::properties(limits)? {
+            properties.retain(|(earlier, _)| *earlier != property.0);
+            properties.push(property);
+        }
+        systemd.start(&name, properties, process).map_err(|source| Error::Unit {
+            action: "make",
+            unit: name.clone(),
+            source,
+        })?;
+        // Systemd has done it for the controllers that it knows, of which huge pages are none. Where they cannot be handed down, a limit of
+        // them will say so.
+        let _ = hand_down_controllers(&above);
+        let path = format!("{}/{name}", parent.path());
+        let place = Place::Unified(below(mount, &path));
+        Ok(Self { path, place, unit: Some(Unit { name, systemd: systemd.clone() }) })
+    }
+
+    /// The same cgroup, told how to reach systemd, if it is a scope: its changes and its end are then systemd's too.
+    #[must_use]
+    pub fn with_systemd(mut self, systemd: Option<&Systemd>) -> Self {
+        let name = self.path.rsplit('/').next().unwrap_or_default();
+        if name.ends_with(".scope") {
+            self.unit = systemd.map(|systemd| Unit { name: name.to_owned(), systemd: systemd.clone() });
+        }
+        self
     }
 
     /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon: all of it, part of it, or nothing, which is no
@@ -107,8 +173,8 @@ impl Cgroup {
     /// # Errors
     /// [`Error::InvalidId`].
     pub fn open(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
-        check_id(id)?;
-        let path = format!("{}/{id}", parent.path());
+        check_id(parent, id)?;
+        let path = format!("{}/{}", parent.path(), parent.leaf(id));
         let place = match hierarchy {
             Hierarchy::Unified { mount } => Place::Unified(below(mount, &path)),
             Hierarchy::Legacy { mounts } => Place::Legacy(
@@ -122,7 +188,7 @@ impl Cgroup {
                     .collect(),
             ),
         };
-        Ok(Self { path, place })
+        Ok(Self { path, place, unit: None })
     }
 
     /// The path below the root of each hierarchy, `/kubepods/pod1/0123`.
@@ -175,7 +241,7 @@ impl Cgroup {
     }
 }
 
-/// The names of the cgroups directly below `parent`, in any hierarchy: what an earlier life of the daemon may have left there. Empty when
+/// The ids of the cgroups directly below `parent`, in any hierarchy: what an earlier life of the daemon may have left there. Empty when
 /// the parent is not there.
 ///
 /// # Errors
@@ -192,7 +258,8 @@ pub fn leftovers(hierarchy: &Hierarchy, parent: &Parent) -> Result<BTreeSet<Stri
             control_file::sub_directories(&above).map_err(|source| Error::Read { path: above, source })?;
         for dir in found {
             // A name that is not UTF-8 is not one of ours.
-            names.extend(dir.file_name().and_then(OsStr::to_str).map(str::to_owned));
+            let name = dir.file_name().and_then(OsStr::to_str);
+            names.extend(name.and_then(|name| parent.id_of(name)).map(str::to_owned));
         }
     }
     Ok(names)
@@ -347,7 +414,7 @@ mod tests {
     }
 
     fn parent(path: &str) -> Parent {
-        Parent::named(path).unwrap()
+        Parent::named(Driver::Cgroupfs, path).unwrap()
     }
 
     #[test]
@@ -406,7 +473,7 @@ mod tests {
     #[test]
     fn a_default_parent_is_made_and_its_leaves_are_listed() {
         let (root, hierarchy) = fake_legacy(&["cpu", "memory"]);
-        let ours = Parent::default_of_daemon("/deep/berth").unwrap();
+        let ours = Parent::default_of_daemon(Driver::Cgroupfs, "/deep/berth").unwrap();
         assert!(leftovers(&hierarchy, &ours).unwrap().is_empty());
         for id in ["a", "b"] {
             Cgroup::create(&hierarchy, &ours, id).unwrap();

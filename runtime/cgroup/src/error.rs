@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::Driver;
+use crate::{Driver, SystemdError};
 
 /// A cgroup operation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +41,23 @@ pub enum Error {
     ParentMissing {
         /// The directory that was looked for.
         path: PathBuf,
+    },
+    /// A slice cannot be used without systemd, nor another parent with it, nor either on the other version of cgroups.
+    #[error("a cgroup in {parent:?} cannot be made with the driver that was asked to")]
+    WrongDriver {
+        /// The parent's path.
+        parent: String,
+    },
+    /// systemd did not do something with a unit.
+    #[error("{action} the unit {unit}")]
+    Unit {
+        /// The failed act.
+        action: &'static str,
+        /// On what.
+        unit: String,
+        /// Why.
+        #[source]
+        source: SystemdError,
     },
     /// A cgroup of that name is there already.
     #[error("the cgroup {path:?} exists already")]

@@ -1,4 +1,4 @@
-//! The cgroups of containers: made, limited, watched and removed, on cgroup v2 and on v1, with the cgroupfs driver.
+//! The cgroups of containers: made, limited, watched and removed, on cgroup v2 and on v1, directly or by systemd.
 //!
 //! ```text
 //! Hierarchy::detect()                      which version, mounted where (once, at start)
@@ -16,7 +16,8 @@
 //! A parent that the caller names is never created: it is kubelet's, with kubelet's limits, and a container outside it would escape
 //! them (CVE-2025-47291 was that). Only the default parent, which is Berth's own, is made when it is missing.
 //!
-//! The systemd driver is not here yet; [`Driver`] is where it will join.
+//! With the systemd driver the first step is [`Cgroup::create_scope`] instead: systemd makes the cgroup, as the scope of a unit, and is told
+//! of the limits and their changes. All else is the same, and is done with the same files: what systemd delegates, it leaves alone.
 
 #![forbid(unsafe_code)]
 
@@ -31,6 +32,8 @@ mod name;
 mod oom;
 mod remove;
 mod stats;
+mod systemd;
+mod unit;
 
 pub use cgroup::{Cgroup, leftovers};
 pub use devices::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
@@ -40,3 +43,4 @@ pub use limits::{Ceiling, HugepageLimit, Limits, Note, cpu_weight};
 pub use name::{Driver, Parent};
 pub use oom::{OomSource, parse_oom_kills};
 pub use stats::{CpuStats, Detail, MemoryStats, Pressure, PressureLine, Stats, SwapStats};
+pub use systemd::{Systemd, SystemdError};

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::cgroup::Place;
+use crate::cgroup::{Place, Unit};
+use crate::unit::{self, Property};
 use crate::{Cgroup, Error, control_file};
 
 /// The longest value taken for one `unified` entry; the longest real ones are `io.max` lines of about 100 bytes.
@@ -143,6 +144,8 @@ struct Present {
     memory_bytes: Option<u64>,
     /// v2 `cpu.max`, first word.
     cpu_quota: Option<String>,
+    /// v2 `cpu.max`, second word.
+    cpu_period_us: Option<u64>,
 }
 
 /// One write.
@@ -381,6 +384,17 @@ fn plan_unified(
     Ok(())
 }
 
+/// The limits of a new scope, as systemd knows them.
+pub(crate) fn properties(limits: &Limits) -> Result<Vec<Property>, Error> {
+    let steps = plan(Version::V2, limits, &Present::default())?;
+    Ok(properties_of(&steps, &Present::default()))
+}
+
+fn properties_of(steps: &[Step], present: &Present) -> Vec<Property> {
+    let files = steps.iter().map(|step| (step.file.as_str(), step.value.as_str()));
+    unit::of_files(files, present.cpu_period_us)
+}
+
 impl Cgroup {
     /// Sets the limits of a cgroup that was just made and has no process yet. After an error, remove it.
     ///
@@ -398,8 +412,11 @@ impl Cgroup {
     /// A memory limit below what is in use is refused. v1 tries to free memory and refuses by itself; v2 would kill, so there memory is
     /// reclaimed first (`memory.reclaim`, Linux 5.19) and the limit set only if that was enough.
     ///
+    /// For a scope systemd is told then, so that it does not put the earlier values back one day; when it does not answer (within 30 s), the
+    /// update has failed like any other.
+    ///
     /// # Errors
-    /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`]; the earlier limits are then in force again, or it is
+    /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier limits are then in force again, or it is
     /// [`Error::NotRolledBack`].
     pub fn update(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
         let present = self.present()?;
@@ -410,7 +427,11 @@ impl Cgroup {
         }
         let mut notes = Vec::new();
         let mut done = Some(Vec::new());
-        let Err(error) = self.carry_out(&steps, &mut notes, &mut done) else { return Ok(notes) };
+        let changed = self.carry_out(&steps, &mut notes, &mut done).and_then(|()| match &self.unit {
+            Some(unit) => self.tell(unit, &steps, &present),
+            None => Ok(()),
+        });
+        let Err(error) = changed else { return Ok(notes) };
         let mut failures = Vec::new();
         for (file, earlier) in done.into_iter().flatten().rev() {
             failures.extend(control_file::write(&file, &earlier).err());
@@ -420,6 +441,18 @@ impl Cgroup {
         } else {
             Err(Error::NotRolledBack { source: Box::new(error), failures })
         }
+    }
+
+    /// Tells systemd what the files got, and writes them once more: systemd has just written them too, rounded.
+    fn tell(&self, unit: &Unit, steps: &[Step], present: &Present) -> Result<(), Error> {
+        let properties = properties_of(steps, present);
+        if properties.is_empty() {
+            return Ok(());
+        }
+        let fail = |source| Error::Unit { action: "change", unit: unit.name.clone(), source };
+        unit.systemd.set(&unit.name, properties).map_err(fail)?;
+        // What is to be told was told the first time.
+        self.carry_out(steps, &mut Vec::new(), &mut None)
     }
 
     fn version(&self) -> Version {
@@ -441,11 +474,13 @@ impl Cgroup {
             }),
             Place::Unified(dir) => {
                 let cpu_max = control_file::read_if_there(&dir.join("cpu.max"))?.unwrap_or_default();
-                let quota = cpu_max.split(u8::is_ascii_whitespace).next().unwrap_or_default();
-                let quota = String::from_utf8_lossy(quota).into_owned();
+                let mut words = cpu_max.split(u8::is_ascii_whitespace).map(String::from_utf8_lossy);
+                let quota = words.next().unwrap_or_default().into_owned();
+                let period = words.next().and_then(|period| period.parse().ok());
                 Ok(Present {
                     memory_bytes: control_file::read_number(&memory.join("memory.max"))?,
                     cpu_quota: Some(quota).filter(|quota| !quota.is_empty()),
+                    cpu_period_us: period,
                     ..Present::default()
                 })
             }
@@ -535,7 +570,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::{Hierarchy, LegacyMount, Parent};
+    use crate::{Driver, Hierarchy, LegacyMount, Parent};
 
     fn planned(version: Version, limits: &Limits, present: &Present) -> Vec<(String, String)> {
         let steps = plan(version, limits, present).unwrap();
@@ -766,8 +801,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let controllers = ["cpu", "memory", "pids"].map(str::to_owned).to_vec();
         let mounts = vec![LegacyMount { path: root.path().to_path_buf(), controllers }];
-        let cgroup =
-            Cgroup::create(&Hierarchy::Legacy { mounts }, &Parent::named("/").unwrap(), "c").unwrap();
+        let cgroup = Cgroup::create(
+            &Hierarchy::Legacy { mounts },
+            &Parent::named(Driver::Cgroupfs, "/").unwrap(),
+            "c",
+        )
+        .unwrap();
         for (file, value) in files {
             fs::write(root.path().join("c").join(file), value).unwrap();
         }

@@ -1,25 +1,45 @@
-//! Names: which driver arranges them, and what a parent and an id must look like.
+//! Names: which driver arranges them, and what a parent and a leaf look like with it.
 //!
-//! With the cgroupfs driver a container's cgroup is `<parent>/<id>` below the root of each hierarchy (CRI
-//! `LinuxPodSandboxConfig.cgroup_parent`; kubelet cuts the id out of the last path element again). The systemd driver, where the parent is
-//! a slice and the leaf a scope made over D-Bus, will be a second arm of [`Driver`].
+//! | driver | parent | leaf |
+//! |---|---|---|
+//! | cgroupfs | `/kubepods/burstable/pod1`, as CRI `LinuxPodSandboxConfig.cgroup_parent` has it | `<id>` |
+//! | systemd | `/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice`, from the last element of the same field | `berth-<id>.scope` |
+//!
+//! Kubelet cuts the id out again: a last element that ends in `.scope` gives what follows its last dash, any other is the id itself
+//! (`extractIDFromCgroupPath`). So an id must have no dash with systemd.
 
 use std::fmt;
+use std::path::Path;
 
-use crate::Error;
+use crate::{Error, Hierarchy};
 
 /// Who arranges the cgroups of this node: CRI `LinuxRuntimeConfiguration.cgroup_driver`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Driver {
     /// Directories are made and removed directly.
     Cgroupfs,
+    /// Parents are slices and leaves are scopes, made by systemd, which is process 1.
+    Systemd,
+}
+
+impl Driver {
+    /// The driver that fits this node: systemd where it runs as process 1 (sd_booted(3): `/run/systemd/system` exists) on cgroup v2. On v1
+    /// the cgroupfs driver serves: there systemd keeps its own hierarchy and lets others use the controllers.
+    #[must_use]
+    pub fn detect(hierarchy: &Hierarchy) -> Self {
+        if hierarchy.is_unified() && Path::new("/run/systemd/system").is_dir() {
+            Self::Systemd
+        } else {
+            Self::Cgroupfs
+        }
+    }
 }
 
 impl fmt::Display for Driver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cgroupfs => f.write_str("cgroupfs"),
+            Self::Systemd => f.write_str("systemd"),
         }
     }
 }
@@ -27,8 +47,13 @@ impl fmt::Display for Driver {
 /// The longest path taken for a parent. `PATH_MAX` less room for the mount point, the id and a file name.
 const MAX_PARENT_BYTES: usize = 3072;
 
-/// `NAME_MAX`: the longest name of a directory, limits.h.
+/// `NAME_MAX`: the longest name of a directory, limits.h. Also that of a unit, systemd.unit(5): 255 characters.
 const MAX_NAME_BYTES: usize = 255;
+
+const SLICE: &str = ".slice";
+const SCOPE: &str = ".scope";
+/// What the names of scopes begin with.
+const SCOPE_PREFIX: &str = "berth-";
 
 /// Where a container's cgroup goes, relative to the root of the hierarchy, without a slash at the end: `/kubepods/burstable/pod1`, or
 /// the empty string for the root itself.
@@ -36,32 +61,60 @@ const MAX_NAME_BYTES: usize = 255;
 pub struct Parent {
     path: String,
     ours: bool,
+    driver: Driver,
 }
 
 impl Parent {
-    /// The parent that the caller of CRI named. It must exist; it is never created.
+    /// The parent that the caller of CRI named. It must exist; it is never created. With the systemd driver, its last element is the
+    /// name of the slice, and where that is follows from the name: systemd.slice(5).
     ///
     /// # Errors
-    /// [`Error::InvalidParent`] when it is empty, not absolute, has a `.` or `..` element or a NUL or line end in it, is too long, or is a systemd
-    /// slice (whose caller believes in the other driver, and would look for the container elsewhere).
-    pub fn named(parent: &str) -> Result<Self, Error> {
-        let path = normal(parent)?;
-        if path.ends_with(".slice") {
-            return Err(invalid(parent, "it is a systemd slice"));
-        }
-        Ok(Self { path, ours: false })
+    /// [`Error::InvalidParent`] when it is empty, not absolute (a slice may come by its name alone), has a `.` or `..` element or a NUL or
+    /// line end in it, is too long, or belongs to the other driver: its caller would look for the container elsewhere.
+    pub fn named(driver: Driver, parent: &str) -> Result<Self, Error> {
+        let path = match driver {
+            Driver::Cgroupfs => {
+                let path = normal(driver, parent)?;
+                if path.ends_with(SLICE) {
+                    return Err(invalid(
+                        driver,
+                        parent,
+                        "it is a systemd slice; set the kubelet's cgroupDriver to cgroupfs, or Berth's [cgroup] driver to systemd",
+                    ));
+                }
+                path
+            }
+            Driver::Systemd => slice_path(parent)?,
+        };
+        Ok(Self { path, ours: false, driver })
     }
 
-    /// The daemon's own parent for pods that name none, such as `/berth`. It is created when it is missing.
+    /// The daemon's own parent for pods that name none, such as `/berth` or `berth.slice`. It is created when it is missing.
     ///
     /// # Errors
     /// [`Error::InvalidParent`], as for [`Parent::named`]; the root itself is refused too.
-    pub fn default_of_daemon(parent: &str) -> Result<Self, Error> {
-        let path = normal(parent)?;
-        if path.is_empty() {
-            return Err(invalid(parent, "the root cannot be the default parent"));
+    pub fn default_of_daemon(driver: Driver, parent: &str) -> Result<Self, Error> {
+        let parent_checked = Self::named(driver, parent)?;
+        if parent_checked.path.is_empty() {
+            return Err(invalid(driver, parent, "the root cannot be the default parent"));
         }
-        Ok(Self { path, ours: true })
+        Ok(Self { ours: true, ..parent_checked })
+    }
+
+    /// The parent of the cgroup at `path`, which an earlier life of the daemon made, with whatever driver it had then.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParent`].
+    pub fn of(path: &str) -> Result<Self, Error> {
+        let (parent, leaf) = path.rsplit_once('/').unwrap_or(("", path));
+        let driver = if leaf.ends_with(SCOPE) { Driver::Systemd } else { Driver::Cgroupfs };
+        Ok(Self { path: normal(driver, &format!("{parent}/"))?, ours: false, driver })
+    }
+
+    /// The driver that a parent of this form belongs to.
+    #[must_use]
+    pub fn form_of(parent: &str) -> Driver {
+        if parent.trim_end_matches('/').ends_with(SLICE) { Driver::Systemd } else { Driver::Cgroupfs }
     }
 
     /// The path, `/a/b`, or the empty string for the root.
@@ -75,30 +128,69 @@ impl Parent {
     pub fn is_ours(&self) -> bool {
         self.ours
     }
+
+    /// The driver that it belongs to.
+    #[must_use]
+    pub fn driver(&self) -> Driver {
+        self.driver
+    }
+
+    /// The name of the directory of the leaf `id`.
+    pub(crate) fn leaf(&self, id: &str) -> String {
+        match self.driver {
+            Driver::Cgroupfs => id.to_owned(),
+            Driver::Systemd => scope_name(id),
+        }
+    }
+
+    /// The id in the name of a leaf; nothing for names that are not of the form of leaves.
+    pub(crate) fn id_of<'a>(&self, leaf: &'a str) -> Option<&'a str> {
+        match self.driver {
+            Driver::Cgroupfs => Some(leaf),
+            Driver::Systemd => leaf.strip_prefix(SCOPE_PREFIX)?.strip_suffix(SCOPE),
+        }
+    }
+
+    /// The name of the slice; nothing with the cgroupfs driver.
+    pub(crate) fn slice(&self) -> Option<&str> {
+        match self.driver {
+            Driver::Cgroupfs => None,
+            // The root slice is the root of the hierarchy.
+            Driver::Systemd => {
+                self.path.rsplit('/').next().map(|name| if name.is_empty() { "-.slice" } else { name })
+            }
+        }
+    }
 }
 
-fn invalid(parent: &str, reason: &'static str) -> Error {
-    Error::InvalidParent { parent: parent.into(), driver: Driver::Cgroupfs, reason }
+/// `berth-<id>.scope`
+fn scope_name(id: &str) -> String {
+    format!("{SCOPE_PREFIX}{id}{SCOPE}")
+}
+
+fn invalid(driver: Driver, parent: &str, reason: &'static str) -> Error {
+    Error::InvalidParent { parent: parent.into(), driver, reason }
 }
 
 /// `//a//b/` becomes `/a/b`. What would climb is refused rather than resolved: no honest caller writes it.
-fn normal(parent: &str) -> Result<String, Error> {
+fn normal(driver: Driver, parent: &str) -> Result<String, Error> {
+    let invalid = |reason| Err(invalid(driver, parent, reason));
     if !parent.starts_with('/') {
-        return Err(invalid(parent, "it is not an absolute path"));
+        return invalid("it is not an absolute path");
     }
     if parent.len() > MAX_PARENT_BYTES {
-        return Err(invalid(parent, "it is too long"));
+        return invalid("it is too long");
     }
     if parent.contains(['\0', '\n']) {
-        return Err(invalid(parent, "it has a NUL or a line end in it"));
+        return invalid("it has a NUL or a line end in it");
     }
     let mut path = String::with_capacity(parent.len());
     for element in parent.split('/').filter(|element| !element.is_empty()) {
         if element == "." || element == ".." {
-            return Err(invalid(parent, "it has a '.' or '..' element"));
+            return invalid("it has a '.' or '..' element");
         }
         if element.len() > MAX_NAME_BYTES {
-            return Err(invalid(parent, "an element is longer than 255 bytes"));
+            return invalid("an element is longer than 255 bytes");
         }
         path.push('/');
         path.push_str(element);
@@ -106,16 +198,54 @@ fn normal(parent: &str) -> Result<String, Error> {
     Ok(path)
 }
 
+/// Where systemd puts the slice that the last element of `parent` names: `a-b.slice` is in `a.slice`, and `-.slice` is the root,
+/// systemd.slice(5). What kubelet writes before the last element is the same again; both of its peers look at the last only.
+fn slice_path(parent: &str) -> Result<String, Error> {
+    let refuse = |reason| Err(invalid(Driver::Systemd, parent, reason));
+    let path = normal(Driver::Systemd, &format!("/{parent}"))?;
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let Some(stem) = name.strip_suffix(SLICE) else {
+        return refuse(
+            "it is not a slice, such as kubepods-pod1.slice; set the kubelet's cgroupDriver to systemd, or Berth's [cgroup] driver to cgroupfs",
+        );
+    };
+    if stem == "-" {
+        return Ok(String::new());
+    }
+    // What systemd takes for a unit's name, unit_name_is_valid, less `@`, which slices cannot have.
+    if !stem
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b':' | b'-' | b'_' | b'.' | b'\\'))
+    {
+        return refuse("the name of a slice has letters, digits, and : - _ . \\ only");
+    }
+    if stem.is_empty() || stem.starts_with('-') || stem.ends_with('-') || stem.contains("--") {
+        return refuse("a dash in the name of a slice stands between two parts");
+    }
+    let mut expanded = String::new();
+    for (at, _) in stem.match_indices('-').chain([(stem.len(), "")]) {
+        expanded.push('/');
+        expanded.push_str(stem.get(..at).unwrap_or_default());
+        expanded.push_str(SLICE);
+    }
+    if expanded.len() > MAX_PARENT_BYTES {
+        return refuse("it is too long");
+    }
+    Ok(expanded)
+}
+
 /// Checks the name of a leaf.
-pub(crate) fn check_id(id: &str) -> Result<(), Error> {
+pub(crate) fn check_id(parent: &Parent, id: &str) -> Result<(), Error> {
     let reason = if id.is_empty() {
         "it is empty"
     } else if id == "." || id == ".." {
         "it means another directory"
     } else if id.contains(['/', '\0', '\n']) {
         "it has a slash, a NUL or a line end in it"
-    } else if id.len() > MAX_NAME_BYTES {
+    } else if parent.leaf(id).len() > MAX_NAME_BYTES {
         "it is longer than 255 bytes"
+    } else if parent.driver == Driver::Systemd && !id.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        "with the systemd driver it has letters and digits only"
     } else {
         return Ok(());
     };
@@ -144,26 +274,118 @@ mod tests {
             ("/kubepods.slice/kubepods-pod1.slice", None),
             ("slice:prefix:id", None),
         ] {
-            assert_eq!(Parent::named(given).ok().as_ref().map(Parent::path), expected, "{given:?}");
+            assert_eq!(
+                Parent::named(Driver::Cgroupfs, given).ok().as_ref().map(Parent::path),
+                expected,
+                "{given:?}"
+            );
         }
-        assert!(Parent::named(&format!("/{}", "a/".repeat(2000))).is_err());
-        assert!(Parent::named(&format!("/{}", "a".repeat(256))).is_err());
+        assert!(Parent::named(Driver::Cgroupfs, &format!("/{}", "a/".repeat(2000))).is_err());
+        assert!(Parent::named(Driver::Cgroupfs, &format!("/{}", "a".repeat(256))).is_err());
+    }
+
+    #[test]
+    fn slices_are_where_their_names_say() {
+        let pod = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0a_1.slice";
+        for (given, expected) in [
+            (pod, Some(pod)),
+            ("kubepods-burstable-pod0a_1.slice", Some(pod)),
+            // The last element alone counts.
+            ("/elsewhere/kubepods-burstable-pod0a_1.slice/", Some(pod)),
+            ("/system.slice", Some("/system.slice")),
+            ("berth.slice", Some("/berth.slice")),
+            ("a\\x2db.slice", Some("/a\\x2db.slice")),
+            ("-.slice", Some("")),
+            ("/", None),
+            ("", None),
+            (".slice", None),
+            ("-a.slice", None),
+            ("a-.slice", None),
+            ("a--b.slice", None),
+            ("a b.slice", None),
+            ("a@b.slice", None),
+            ("ä.slice", None),
+            ("../a.slice", None),
+            ("/a/../b.slice", None),
+            ("a\0.slice", None),
+            ("a\n.slice", None),
+            ("/kubepods/burstable/pod1", None),
+            ("kubepods-pod1.slice:cri-containerd:0123", None),
+            ("a.scope", None),
+        ] {
+            assert_eq!(
+                Parent::named(Driver::Systemd, given).ok().as_ref().map(Parent::path),
+                expected,
+                "{given:?}"
+            );
+        }
+        assert!(Parent::named(Driver::Systemd, &format!("{}.slice", "a".repeat(250))).is_err());
+        assert!(Parent::named(Driver::Systemd, &format!("{}a.slice", "a-".repeat(120))).is_err());
+    }
+
+    #[test]
+    fn a_parent_of_the_other_driver_is_refused_with_what_to_change() {
+        for (driver, parent) in
+            [(Driver::Cgroupfs, "/kubepods.slice/kubepods-pod1.slice"), (Driver::Systemd, "/kubepods/pod1")]
+        {
+            let text = Parent::named(driver, parent).unwrap_err().to_string();
+            for word in [parent, &driver.to_string(), "cgroupDriver", "[cgroup] driver"] {
+                assert!(text.contains(word), "{word:?} is not in {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn leaves_are_ids_or_scopes() {
+        let slice = Parent::named(Driver::Systemd, "a-b.slice").unwrap();
+        assert_eq!((slice.leaf("0a").as_str(), slice.slice()), ("berth-0a.scope", Some("a-b.slice")));
+        assert_eq!(slice.id_of("berth-0a.scope"), Some("0a"));
+        assert_eq!((slice.id_of("cri-containerd-0a.scope"), slice.id_of("berth-0a")), (None, None));
+        let root = Parent::named(Driver::Systemd, "-.slice").unwrap();
+        assert_eq!(root.slice(), Some("-.slice"));
+        let plain = Parent::named(Driver::Cgroupfs, "/a").unwrap();
+        assert_eq!((plain.leaf("0a").as_str(), plain.slice(), plain.id_of("0a")), ("0a", None, Some("0a")));
+    }
+
+    #[test]
+    fn the_parent_of_a_recorded_cgroup_tells_its_driver() {
+        for (path, parent, driver) in [
+            ("/a.slice/a-b.slice/berth-0a.scope", "/a.slice/a-b.slice", Driver::Systemd),
+            ("/berth/0a", "/berth", Driver::Cgroupfs),
+            ("/0a", "", Driver::Cgroupfs),
+            ("/berth-0a.scope", "", Driver::Systemd),
+        ] {
+            let found = Parent::of(path).unwrap();
+            assert_eq!((found.path(), found.driver()), (parent, driver), "{path}");
+            assert_eq!(format!("{parent}/{}", found.leaf("0a")), path);
+        }
+        assert!(Parent::of("relative/0a").is_err());
+        assert!(Parent::of("/../0a").is_err());
     }
 
     #[test]
     fn the_default_parent_is_ours_and_not_the_root() {
-        assert!(Parent::default_of_daemon("/berth").unwrap().is_ours());
-        assert!(Parent::default_of_daemon("/").is_err());
-        assert!(!Parent::named("/berth").unwrap().is_ours());
+        assert!(Parent::default_of_daemon(Driver::Cgroupfs, "/berth").unwrap().is_ours());
+        assert!(Parent::default_of_daemon(Driver::Cgroupfs, "/").is_err());
+        assert!(Parent::default_of_daemon(Driver::Systemd, "berth.slice").unwrap().is_ours());
+        assert!(Parent::default_of_daemon(Driver::Systemd, "-.slice").is_err());
+        assert!(!Parent::named(Driver::Cgroupfs, "/berth").unwrap().is_ours());
     }
 
     #[test]
     fn ids_are_single_names() {
+        let plain = Parent::named(Driver::Cgroupfs, "/a").unwrap();
         for good in ["a", "0123abcd", "...", "a b", &"x".repeat(255)] {
-            assert!(check_id(good).is_ok(), "{good:?}");
+            assert!(check_id(&plain, good).is_ok(), "{good:?}");
         }
         for bad in ["", ".", "..", "a/b", "/", "a\0", "a\nb", &"x".repeat(256)] {
-            assert!(check_id(bad).is_err(), "{bad:?}");
+            assert!(check_id(&plain, bad).is_err(), "{bad:?}");
+        }
+        let slice = Parent::named(Driver::Systemd, "a.slice").unwrap();
+        for (id, good) in
+            [("0123abcd", true), ("a-b", false), ("a.b", false), ("", false), (&"x".repeat(250), false)]
+        {
+            assert_eq!(check_id(&slice, id).is_ok(), good, "{id:?}");
         }
     }
 }

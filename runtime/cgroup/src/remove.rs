@@ -11,13 +11,25 @@ use crate::{Cgroup, Error, control_file};
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
+/// How long systemd is given to notice that a scope is empty, which takes it milliseconds, before it is asked to stop it.
+const UNIT_NOTICED: Duration = Duration::from_secs(1);
+
 impl Cgroup {
     /// Removes the cgroup and those that the container made below it. What is not there is removed already. Blocks for up to `within` while
     /// the kernel says that it is busy; processes in it are not killed, [`Cgroup::kill`] does that.
     ///
+    /// A scope is removed by systemd, by itself, when its last process has gone. One that is there still after a second is stopped, and, if
+    /// systemd does not answer, removed like any other, for which the 30 s of a call come on top.
+    ///
     /// # Errors
     /// [`Error::Remove`] for the first directory that stayed, after all have been tried.
     pub fn remove(&self, within: Duration) -> Result<(), Error> {
+        if let Some(unit) = &self.unit
+            && !self.is_gone(UNIT_NOTICED.min(within))
+        {
+            // Whether that worked is seen at the directory, below.
+            let _ = unit.systemd.stop(&unit.name);
+        }
         let until = Instant::now() + within;
         let mut failed: Vec<(PathBuf, io::Error)> = Vec::new();
         for dir in self.directories() {
@@ -29,6 +41,24 @@ impl Cgroup {
         match failed.into_iter().next() {
             None => Ok(()),
             Some((path, source)) => Err(Error::Remove { path, more, source }),
+        }
+    }
+}
+
+impl Cgroup {
+    /// Whether all its directories go without our doing within this time.
+    fn is_gone(&self, within: Duration) -> bool {
+        let until = Instant::now() + within;
+        let mut wait = FIRST_WAIT;
+        loop {
+            if !self.directories().any(Path::exists) {
+                return true;
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+            thread::sleep(wait);
+            wait = (wait * 2).min(LONGEST_WAIT);
         }
     }
 }

@@ -338,7 +338,8 @@ mod tests {
     fn v2_files_are_read_into_one_sample() {
         let root = tempfile::tempdir().unwrap();
         let hierarchy = Hierarchy::Unified { mount: root.path().to_path_buf() };
-        let cgroup = Cgroup::open(&hierarchy, &Parent::named("/").unwrap(), "c").unwrap();
+        let cgroup =
+            Cgroup::open(&hierarchy, &Parent::named(crate::Driver::Cgroupfs, "/").unwrap(), "c").unwrap();
         assert_eq!(cgroup.stats(Detail::All).unwrap(), None);
         let dir = root.path().join("c");
         fs::create_dir(&dir).unwrap();

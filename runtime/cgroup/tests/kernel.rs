@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_cgroup::{
-    Ceiling, Cgroup, Detail, DevicePolicy, Error, Hierarchy, HugepageLimit, Limits, Note, Parent,
+    Ceiling, Cgroup, Detail, DevicePolicy, Driver, Error, Hierarchy, HugepageLimit, Limits, Note, Parent,
     default_devices, leftovers, parse_oom_kills,
 };
 
@@ -34,7 +34,7 @@ impl Place {
     fn on(hierarchy: Hierarchy) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("/berth-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        Self { hierarchy, parent: Parent::default_of_daemon(&name).unwrap() }
+        Self { hierarchy, parent: Parent::default_of_daemon(Driver::Cgroupfs, &name).unwrap() }
     }
 
     fn create(&self, id: &str) -> Cgroup {
@@ -53,7 +53,7 @@ impl Drop for Place {
             cgroup.kill(PATIENCE).unwrap();
             cgroup.remove(PATIENCE).unwrap();
         }
-        let root = Parent::named("/").unwrap();
+        let root = Parent::named(Driver::Cgroupfs, "/").unwrap();
         let parent =
             Cgroup::open(&self.hierarchy, &root, self.parent.path().trim_start_matches('/')).unwrap();
         parent.remove(PATIENCE).unwrap();
@@ -266,7 +266,7 @@ fn a_child_quota_and_period_move_together_under_a_parents_quota() {
         ..Limits::default()
     };
     above.apply(&limit(50_000, 100_000)).unwrap();
-    let parent = Parent::named(above.path()).unwrap();
+    let parent = Parent::named(Driver::Cgroupfs, above.path()).unwrap();
     let cgroup = Cgroup::create(&place.hierarchy, &parent, "c").unwrap();
     cgroup.apply(&limit(50_000, 100_000)).unwrap();
     // The period alone would make the ratio 5.0, above the parent's 0.5: quota and period have to change places.
@@ -325,7 +325,8 @@ fn sub_cgroups_that_the_container_made_are_killed_and_removed_too() {
 fn a_parent_that_does_not_exist_is_named_and_not_made() {
     let place = Place::new();
     let missing = format!("{}/no/such", place.parent.path());
-    let error = Cgroup::create(&place.hierarchy, &Parent::named(&missing).unwrap(), "c").unwrap_err();
+    let error = Cgroup::create(&place.hierarchy, &Parent::named(Driver::Cgroupfs, &missing).unwrap(), "c")
+        .unwrap_err();
     assert!(
         matches!(&error, Error::ParentMissing { path } if path.ends_with(missing.trim_start_matches('/'))),
         "{error}"
@@ -391,14 +392,14 @@ fn unified_place() -> Place {
 #[test]
 fn v2_device_programs_decide_as_v1_does() {
     let place = unified_place();
-    let named = Parent::named(place.parent.path()).unwrap();
+    let named = Parent::named(Driver::Cgroupfs, place.parent.path()).unwrap();
     devices_are_kept(&Cgroup::create(&place.hierarchy, &named, "devices").unwrap());
 }
 
 #[test]
 fn v2_kill_reaches_sub_cgroups() {
     let place = unified_place();
-    let named = Parent::named(place.parent.path()).unwrap();
+    let named = Parent::named(Driver::Cgroupfs, place.parent.path()).unwrap();
     let cgroup = Cgroup::create(&place.hierarchy, &named, "c").unwrap();
     let inner = cgroup.unified_dir().unwrap().join("inner");
     fs::create_dir(&inner).unwrap();

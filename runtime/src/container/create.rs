@@ -11,7 +11,7 @@ use crate::oci_spec::{self, CgroupDirectory, Inputs, devices, mounts, stop_signa
 use crate::plan::{self, Extra};
 use crate::registry::{Found, Name};
 use crate::sandbox::Sandbox;
-use crate::shim_client::ShimClient;
+use crate::shim_client::{Holder, ShimClient};
 use crate::trash;
 use ::oci_spec::runtime::{LinuxSeccomp, Spec};
 use berth_cgroup::Cgroup;
@@ -71,6 +71,8 @@ struct Prepared {
     record: ContainerRecord,
     files: ContainerFiles,
     cgroup: Cgroup,
+    /// In the cgroup until the container's process is.
+    holder: Option<Holder>,
     spec: Spec,
     plan: Launch,
 }
@@ -121,11 +123,9 @@ fn prepare_from(
     check_apparmor(node, &config)?;
 
     make_directories(&made.files, &lower_dirs)?;
-    let cgroup = Cgroup::create(&node.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
+    let limits = oci_spec::limits(&config.resources);
+    let (cgroup, holder) = node.make_cgroup(sandbox.cgroup_parent(), id.as_str(), &limits)?;
     let cgroup = made.cgroup.insert(cgroup);
-    for note in cgroup.apply(&oci_spec::limits(&config.resources))? {
-        tracing::warn!(container = %id, %note, "a limit could not be set as asked");
-    }
     cgroup.set_devices(&oci_spec::device_policy(config.security.privileged, &asked_devices))?;
 
     let seccomp = seccomp_profile(node, &config)?;
@@ -194,17 +194,23 @@ fn prepare_from(
         config,
         ..ContainerRecord::default()
     };
-    Ok(Prepared { record, files: made.files.clone(), cgroup: cgroup.clone(), spec, plan })
+    Ok(Prepared { record, files: made.files.clone(), cgroup: cgroup.clone(), holder, spec, plan })
 }
 
 /// Starts the shim, lets it make the container, and records it.
 async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, ContainerError> {
-    let Prepared { mut record, files, cgroup, mut spec, plan } = prepared;
+    let Prepared { mut record, files, cgroup, holder, mut spec, plan } = prepared;
     let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
     let result = async {
         let shim = Arc::new(ShimClient::spawn(&node.shim, &files.state)?);
         let created = match shim.create(plan).await {
-            Ok(created) => created,
+            Ok(created) => {
+                if let Some(holder) = holder {
+                    // It is killed and waited for. A task that cannot run any more drops it too.
+                    let _ = tokio::task::spawn_blocking(move || drop(holder)).await;
+                }
+                created
+            }
             Err(error) => {
                 shim.discard().await;
                 return Err(error.into());

@@ -1,5 +1,6 @@
 //! Why something with a container failed.
 
+use crate::node::MakeCgroup;
 use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::{ContainerId, SandboxId};
@@ -120,6 +121,15 @@ pub(crate) enum ContainerError {
     /// The daemon's own task ended early.
     #[error("the daemon is stopping")]
     Stopping,
+}
+
+impl From<MakeCgroup> for ContainerError {
+    fn from(error: MakeCgroup) -> Self {
+        match error {
+            MakeCgroup::Cgroup(source) => Self::Cgroup(source),
+            MakeCgroup::Holder(source) => Self::Shim(source),
+        }
+    }
 }
 
 impl ContainerError {

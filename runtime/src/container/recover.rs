@@ -58,12 +58,8 @@ pub(crate) async fn recover(node: &Node, id: &ContainerId) -> Result<Arc<Contain
 }
 
 fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, ContainerError> {
-    let parent = match record.cgroup.rsplit_once('/') {
-        Some((parent, _)) if parent == node.config.cgroup_parent.path() => node.config.cgroup_parent.clone(),
-        Some((parent, _)) => Parent::named(&format!("{parent}/"))?,
-        None => Parent::named(&record.cgroup)?,
-    };
-    Ok(Cgroup::open(&node.hierarchy, &parent, record.id.as_str())?)
+    // From the path, not the configuration: the daemon that made it may have had another.
+    Ok(node.open_cgroup(&Parent::of(&record.cgroup)?, record.id.as_str())?)
 }
 
 /// Finds its shim and takes over its state.

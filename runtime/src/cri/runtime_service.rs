@@ -638,7 +638,11 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
         &self,
         _request: Request<v1::RuntimeConfigRequest>,
     ) -> Result<Response<v1::RuntimeConfigResponse>, Status> {
-        let linux = v1::LinuxRuntimeConfiguration { cgroup_driver: v1::CgroupDriver::Cgroupfs.into() };
+        let driver = match self.node.cgroup_driver {
+            berth_cgroup::Driver::Cgroupfs => v1::CgroupDriver::Cgroupfs,
+            berth_cgroup::Driver::Systemd => v1::CgroupDriver::Systemd,
+        };
+        let linux = v1::LinuxRuntimeConfiguration { cgroup_driver: driver.into() };
         Ok(Response::new(v1::RuntimeConfigResponse { linux: Some(linux) }))
     }
 

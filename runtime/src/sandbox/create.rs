@@ -9,7 +9,7 @@ use super::{PodProcess, Sandbox, SandboxError, stop};
 use crate::host_directory;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
-use berth_cgroup::Cgroup;
+use berth_cgroup::Limits;
 use berth_model::id::SandboxId;
 use berth_model::layout::SandboxFiles;
 use berth_model::record::ProcessRecord;
@@ -142,9 +142,11 @@ fn mount_shm(files: &SandboxFiles) -> Result<(), SandboxError> {
 
 /// Makes process 1 of the pod's pid namespace, in a cgroup of its own below the pod's, and pins the namespace.
 fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxError> {
-    let cgroup = Cgroup::create(&node.hierarchy, &sandbox.cgroup_parent, sandbox.id.as_str())?;
+    let (cgroup, holder) =
+        node.make_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str(), &Limits::default())?;
     let created =
         node.shim.spawn_pause(crate::container::cgroup_plan(&cgroup)).map_err(SandboxError::Process)?;
+    drop(holder);
     let record = ProcessRecord { pid: created.pid, start_time: created.start_time };
     let process = PodProcess::find(record).ok_or_else(|| {
         SandboxError::namespace("find the pod's first process")(std::io::ErrorKind::NotFound.into())

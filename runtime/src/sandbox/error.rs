@@ -1,5 +1,6 @@
 //! Why something with a sandbox failed.
 
+use crate::node::MakeCgroup;
 use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::SandboxId;
@@ -92,6 +93,15 @@ pub(crate) enum SandboxError {
     /// The daemon's own task ended early.
     #[error("the daemon is stopping")]
     Stopping,
+}
+
+impl From<MakeCgroup> for SandboxError {
+    fn from(error: MakeCgroup) -> Self {
+        match error {
+            MakeCgroup::Cgroup(source) => Self::Cgroup(source),
+            MakeCgroup::Holder(source) => Self::Process(source),
+        }
+    }
 }
 
 impl SandboxError {

@@ -17,7 +17,7 @@ pub(crate) fn recover(node: &Node, id: &SandboxId) -> Result<Arc<Sandbox>, Sandb
     let bytes = std::fs::read(&path).map_err(SandboxError::file("read", &path))?;
     let record: SandboxRecord =
         record::decode(&bytes).map_err(|source| SandboxError::Record { id: id.clone(), source })?;
-    let cgroup_parent = node.cgroup_parent(&record.config.cgroup_parent)?;
+    let cgroup_parent = node.recorded_cgroup_parent(&record.config.cgroup_parent)?;
     let same_boot = record.boot_id == node.boot_id;
     let process = record.process.filter(|_| same_boot).and_then(PodProcess::find);
     let mut needed = Vec::new();

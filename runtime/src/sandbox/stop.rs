@@ -6,7 +6,6 @@ use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
 use crate::node::Node;
 use crate::trash;
-use berth_cgroup::Cgroup;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
 use berth_sys::mount;
@@ -101,7 +100,7 @@ pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError
         _ => {}
     }
     if sandbox.config.namespaces.pid == NamespaceMode::Pod {
-        let cgroup = Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, sandbox.id.as_str())?;
+        let cgroup = node.open_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str())?;
         cgroup.remove(CGROUP_BUSY)?;
     }
     Ok(())

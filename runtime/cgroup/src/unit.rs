@@ -1,0 +1,220 @@
+//! Limits as properties of a systemd unit: what systemd has to know, so that it writes the same values again when it rewrites a unit's
+//! files (at a daemon-reload, when another property changes) as the daemon has put there.
+//!
+//! The properties are taken from the writes that [`crate::limits`] plans for the v2 files, so that there is one reading of every limit. What
+//! systemd has no property for (huge pages, `io.max`, devices) it leaves alone, and is written to the files only.
+//!
+//! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5), systemd 244 and later.
+
+/// The value of a property.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Value {
+    /// D-Bus type `s`.
+    Text(String),
+    /// `b`
+    Flag(bool),
+    /// `t`
+    Number(u64),
+    /// `ay`
+    Bits(Vec<u8>),
+    /// `au`
+    Processes(Vec<u32>),
+}
+
+/// A property of a unit.
+pub(crate) type Property = (&'static str, Value);
+
+/// systemd's "no limit", `CGROUP_LIMIT_MAX` and `USEC_INFINITY`.
+const INFINITY: u64 = u64::MAX;
+
+/// The kernel's period when nobody has set one, in microseconds.
+const DEFAULT_PERIOD_US: u64 = 100_000;
+
+/// systemd keeps a quota in whole percents of a processor, 10 ms of each second. A part of one is rounded up: what has to be exact is the
+/// file, which is written after.
+const QUOTA_STEP_US: u64 = 10_000;
+
+/// The highest processor or memory node in a list; `CONFIG_NR_CPUS` is at most 8192 on the largest machines.
+const MAX_CPUSET_BIT: usize = 8191;
+
+/// The properties of a new scope that follow from what it is, without its limits.
+pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Property> {
+    vec![
+        ("Description", Value::Text(description)),
+        ("Slice", Value::Text(slice.to_owned())),
+        // What is below the scope is the container's; systemd enables every controller for it and keeps out.
+        ("Delegate", Value::Flag(true)),
+        // Else systemd would stop containers at the begin of a shutdown, before the kubelet has ended its pods in order.
+        ("DefaultDependencies", Value::Flag(false)),
+        // A unit that failed, such as by an OOM kill, goes like any other.
+        ("CollectMode", Value::Text("inactive-or-failed".to_owned())),
+        ("CPUAccounting", Value::Flag(true)),
+        ("MemoryAccounting", Value::Flag(true)),
+        ("IOAccounting", Value::Flag(true)),
+        // The default is 15 % of the machine's; kubelet limits the pod.
+        ("TasksMax", Value::Number(INFINITY)),
+        ("PIDs", Value::Processes(vec![process])),
+    ]
+}
+
+/// The properties that say what the v2 files get. Of several for one property the last counts, as of the writes. `period_us` is the period
+/// in force, which a quota without one keeps.
+pub(crate) fn of_files<'a>(
+    files: impl Iterator<Item = (&'a str, &'a str)>,
+    period_us: Option<u64>,
+) -> Vec<Property> {
+    let mut properties: Vec<Property> = Vec::new();
+    for (file, value) in files {
+        for (name, value) in of_file(file, value.trim(), period_us) {
+            properties.retain(|(earlier, _)| *earlier != name);
+            properties.push((name, value));
+        }
+    }
+    properties
+}
+
+fn of_file(file: &str, value: &str, period_us: Option<u64>) -> Vec<Property> {
+    let amount = |name| amount(value).map(|amount| (name, Value::Number(amount))).into_iter().collect();
+    let list = |name| bits(value).map(|bits| (name, Value::Bits(bits))).into_iter().collect();
+    match file {
+        "cpu.weight" => amount("CPUWeight"),
+        // systemd's weight of 0 is what the kernel calls idle.
+        "cpu.idle" if value == "1" => vec![("CPUWeight", Value::Number(0))],
+        "cpu.max" => quota(value, period_us),
+        "cpuset.cpus" => list("AllowedCPUs"),
+        "cpuset.mems" => list("AllowedMemoryNodes"),
+        "memory.max" => amount("MemoryMax"),
+        "memory.high" => amount("MemoryHigh"),
+        "memory.low" => amount("MemoryLow"),
+        "memory.min" => amount("MemoryMin"),
+        "memory.swap.max" => amount("MemorySwapMax"),
+        "memory.zswap.max" => amount("MemoryZSwapMax"),
+        "pids.max" => amount("TasksMax"),
+        "io.weight" => {
+            let weight = value.strip_prefix("default ").unwrap_or(value).trim().parse().ok();
+            weight.map(|weight| ("IOWeight", Value::Number(weight))).into_iter().collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// A number, or `max`. Anything else that the kernel may understand (`1G`) stays between it and the file.
+fn amount(value: &str) -> Option<u64> {
+    if value == "max" { Some(INFINITY) } else { value.parse().ok() }
+}
+
+/// `cpu.max`: quota, and after a space the period.
+fn quota(value: &str, present_period_us: Option<u64>) -> Vec<Property> {
+    let mut words = value.split_ascii_whitespace();
+    let Some(quota) = words.next().and_then(amount) else { return Vec::new() };
+    let named: Option<u64> = words.next().and_then(|period| period.parse().ok()).filter(|&period| period > 0);
+    let period = named.or(present_period_us).unwrap_or(DEFAULT_PERIOD_US);
+    let per_second = if quota == INFINITY {
+        INFINITY
+    } else {
+        let exact = u128::from(quota) * 1_000_000 / u128::from(period.max(1));
+        let exact = u64::try_from(exact).unwrap_or(INFINITY);
+        exact.checked_next_multiple_of(QUOTA_STEP_US).unwrap_or(INFINITY)
+    };
+    let mut properties = vec![("CPUQuotaPerSecUSec", Value::Number(per_second))];
+    properties.extend(named.map(|period| ("CPUQuotaPeriodUSec", Value::Number(period))));
+    properties
+}
+
+/// A list like `0-3,7` as a bit mask, the lowest in the first byte. Nothing for what is not a list.
+fn bits(list: &str) -> Option<Vec<u8>> {
+    let mut mask = Vec::new();
+    for range in list.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        if first > last || last > MAX_CPUSET_BIT {
+            return None;
+        }
+        for bit in first..=last {
+            if mask.len() <= bit / 8 {
+                mask.resize(bit / 8 + 1, 0_u8);
+            }
+            if let Some(byte) = mask.get_mut(bit / 8) {
+                *byte |= 1 << (bit % 8);
+            }
+        }
+    }
+    Some(mask)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(name: &'static str, value: u64) -> Property {
+        (name, Value::Number(value))
+    }
+
+    #[test]
+    fn files_become_properties() {
+        for (file, value, expected) in [
+            ("cpu.weight", "39", vec![number("CPUWeight", 39)]),
+            ("cpu.idle", "1", vec![number("CPUWeight", 0)]),
+            ("cpu.idle", "0", vec![]),
+            (
+                "cpu.max",
+                "50000 100000",
+                vec![number("CPUQuotaPerSecUSec", 500_000), number("CPUQuotaPeriodUSec", 100_000)],
+            ),
+            ("cpu.max", "50000", vec![number("CPUQuotaPerSecUSec", 1_000_000)]),
+            ("cpu.max", "max", vec![number("CPUQuotaPerSecUSec", u64::MAX)]),
+            (
+                "cpu.max",
+                "max 1000",
+                vec![number("CPUQuotaPerSecUSec", u64::MAX), number("CPUQuotaPeriodUSec", 1000)],
+            ),
+            // A third of a percent is rounded up.
+            (
+                "cpu.max",
+                "12345 100000",
+                vec![number("CPUQuotaPerSecUSec", 130_000), number("CPUQuotaPeriodUSec", 100_000)],
+            ),
+            ("cpu.max", "1000 0", vec![number("CPUQuotaPerSecUSec", 20_000)]),
+            (
+                "cpu.max",
+                "18446744073709551614 1",
+                vec![number("CPUQuotaPerSecUSec", u64::MAX), number("CPUQuotaPeriodUSec", 1)],
+            ),
+            ("cpu.max", "", vec![]),
+            ("cpu.max", "x y", vec![]),
+            ("cpuset.cpus", "0-2,9", vec![("AllowedCPUs", Value::Bits(vec![7, 2]))]),
+            ("cpuset.mems", "0", vec![("AllowedMemoryNodes", Value::Bits(vec![1]))]),
+            ("cpuset.cpus", "3-1", vec![]),
+            ("cpuset.cpus", "0-99999999999", vec![]),
+            ("cpuset.cpus", "", vec![]),
+            ("cpuset.cpus", "1,,2", vec![]),
+            ("memory.max", "max", vec![number("MemoryMax", u64::MAX)]),
+            ("memory.max", "67108864", vec![number("MemoryMax", 67_108_864)]),
+            ("memory.high", "1G", vec![]),
+            ("memory.swap.max", "0", vec![number("MemorySwapMax", 0)]),
+            ("memory.zswap.max", "1", vec![number("MemoryZSwapMax", 1)]),
+            ("pids.max", "10\n", vec![number("TasksMax", 10)]),
+            ("io.weight", "default 50", vec![number("IOWeight", 50)]),
+            ("io.weight", "8:0 50", vec![]),
+            ("io.max", "8:0 rbps=1", vec![]),
+            ("hugetlb.2MB.max", "0", vec![]),
+            ("", "", vec![]),
+        ] {
+            assert_eq!(of_files([(file, value)].into_iter(), Some(50_000)), expected, "{file} {value:?}");
+        }
+    }
+
+    #[test]
+    fn a_quota_without_a_period_uses_the_one_in_force_or_the_kernels() {
+        assert_eq!(
+            of_files([("cpu.max", "50000")].into_iter(), None),
+            [number("CPUQuotaPerSecUSec", 500_000)]
+        );
+    }
+
+    #[test]
+    fn the_last_of_several_values_counts() {
+        let files = [("memory.max", "1"), ("pids.max", "5"), ("memory.max", "2")];
+        assert_eq!(of_files(files.into_iter(), None), [number("TasksMax", 5), number("MemoryMax", 2)]);
+    }
+}

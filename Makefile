@@ -52,9 +52,9 @@ demo: build images
 	@scripts/demo
 
 test: build images
-	@scripts/install-needs test vm
+	@scripts/install-needs test
 	@scripts/build-peer kubelet
-	@scripts/run-tests unit rootful kubelet vm
+	@scripts/run-tests unit rootful kubelet
 
 test-unit:
 	@scripts/install-needs build

@@ -6,7 +6,6 @@
 //! cgroups, files.
 
 use std::fs;
-use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -25,16 +24,14 @@ use crate::cri::Client;
 use crate::deadline::within;
 use crate::host::Host;
 use crate::pod::Pod;
+use crate::program::last_lines;
 use crate::skip::skip;
 
 /// The image that every daemon here has: what `scripts/build-image demo` makes.
 pub const IMAGE: &str = "localhost/berth/demo:latest";
 
 /// Time for something that the daemon does at once, on a machine that is busy with other things.
-pub const SOON: Duration = Duration::from_secs(30);
-
-/// How much of the daemon's log a failed test shows: enough for the lines of some requests.
-const LAST_WORDS_BYTES: u64 = 6000;
+pub const SOON: Duration = Duration::from_secs(60);
 
 /// What a test wants otherwise than usual.
 #[derive(Debug, Default, Clone, Copy)]
@@ -333,18 +330,7 @@ impl Daemon {
     /// The end of its log, for the message of a failed test.
     #[must_use]
     pub fn last_words(&self) -> String {
-        let tail = || -> std::io::Result<Vec<u8>> {
-            let file = fs::File::open(self.dir.path().join("log"))?;
-            let from = file.metadata()?.len().saturating_sub(LAST_WORDS_BYTES);
-            let mut bytes = vec![0; usize::try_from(LAST_WORDS_BYTES).unwrap_or_default()];
-            let read = file.read_at(&mut bytes, from)?;
-            bytes.truncate(read);
-            Ok(bytes)
-        };
-        match tail() {
-            Ok(bytes) => format!("the daemon's last lines:\n{}", String::from_utf8_lossy(&bytes)),
-            Err(error) => format!("the daemon has no log: {error}"),
-        }
+        last_lines("the daemon", &self.dir.path().join("log"))
     }
 
     fn process(&self) -> MutexGuard<'_, Option<Child>> {

@@ -1,5 +1,8 @@
-//! Programs of the machine that the tests use, run to their end.
+//! Programs that the tests run: to their end, or what is left of them when they fail.
 
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -13,4 +16,23 @@ pub fn output(command: &mut Command) -> Result<String> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {} {said}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The end of a program's log file, for the message of a failed test.
+#[must_use]
+pub fn last_lines(whose: &str, log: &Path) -> String {
+    /// Enough for the lines of some requests.
+    const BYTES: u64 = 6000;
+    let tail = || -> std::io::Result<Vec<u8>> {
+        let file = fs::File::open(log)?;
+        let from = file.metadata()?.len().saturating_sub(BYTES);
+        let mut bytes = vec![0; usize::try_from(BYTES).unwrap_or_default()];
+        let read = file.read_at(&mut bytes, from)?;
+        bytes.truncate(read);
+        Ok(bytes)
+    };
+    match tail() {
+        Ok(bytes) => format!("{whose}'s last lines:\n{}", String::from_utf8_lossy(&bytes)),
+        Err(error) => format!("{whose} has no log: {error}"),
+    }
 }

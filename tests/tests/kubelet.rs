@@ -5,29 +5,19 @@
 //! on containerd: what fails there is a mistake of the test. The daemon is that of the folder that `BERTH_BIN_DIR` names,
 //! else of `dist/`.
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use berth_api::v1::berth_client::BerthClient;
-use berth_api::v1::import_request::Step;
-use berth_api::v1::import_start::Source;
-use berth_api::v1::{ImportRequest, ImportStart};
-use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
-use berth_cri::v1::{ListContainersRequest, ListPodSandboxRequest, VersionRequest};
-use berth_tests::cgroup::{Cgroup, CpuLimit};
+use berth_cri::v1;
+use berth_tests::census::mounts_below;
+use berth_tests::cgroup::CpuLimit;
+use berth_tests::cri::Client;
+use berth_tests::daemon::{Daemon, IMAGE, rootful};
 use berth_tests::deadline::within;
 use berth_tests::kubelet::{Instance, Kubelet, Pod};
-use berth_tests::skip::skip;
-use tonic::transport::{Channel, Endpoint};
-
-/// The image of every container: what `scripts/build-image demo` makes.
-const IMAGE: &str = "localhost/berth/demo:latest";
 
 /// Time for something that the kubelet or the runtime does at once, on a machine that is busy with other things.
 const SOON: Duration = Duration::from_secs(60);
@@ -55,14 +45,7 @@ trait Runtime {
 
 #[test]
 fn a_static_pod_lives_survives_a_crash_of_the_daemon_and_ends() -> Result<()> {
-    if !nix::unistd::geteuid().is_root() {
-        skip("kubelet", "needs root");
-        return Ok(());
-    }
-    let dir = tempfile::tempdir().context("making a folder for the daemon")?;
-    let mut daemon = Berthd::start(dir.path())?;
-    import_demo_image(&daemon)?;
-    run(&mut daemon)
+    rootful(|daemon| run(&mut Berth { daemon, socket: daemon.socket() }))
 }
 
 #[cfg(feature = "peer")]
@@ -83,8 +66,8 @@ fn run(runtime: &mut dyn Runtime) -> Result<()> {
 }
 
 fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
-    let cri = Cri::connect(runtime.socket())?;
-    let mounts_before = mounts_below(runtime.dir())?;
+    let client = Client::new(runtime.socket())?;
+    let mounts_before = mounts_below(runtime.dir());
 
     let name = kubelet.run_pod(IMAGE)?;
     let pod = within(SOON, "the pod is ready", || Ok(Some(kubelet.pod(&name)?).filter(|pod| pod.ready)))?;
@@ -94,7 +77,7 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     for absence in ABSENCES {
         let counted = count(kubelet, &name, Instance::Current)?;
         runtime.crash(absence)?;
-        within(SOON, "CRI answers again", || cri.version().map(Some))?;
+        within(SOON, "CRI answers again", || Ok(Some(client.version(v1::VersionRequest::default())?)))?;
         containers_live_on(kubelet, &pod, counted)
             .with_context(|| format!("after a crash and {absence:?} without a daemon"))?;
     }
@@ -105,7 +88,7 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     let ids: Vec<&str> = pod.containers.iter().map(|container| container.id.as_str()).collect();
     kubelet.delete_pod()?;
     ends_gracefully(kubelet, &ids)?;
-    leaves_nothing(kubelet, &cri, runtime, &mounts_before)
+    leaves_nothing(kubelet, &client, runtime, &mounts_before)
 }
 
 /// The init container came first, both containers run, the volume is one and the same, localhost too, the environment
@@ -211,18 +194,19 @@ fn ends_gracefully(kubelet: &Kubelet, ids: &[&str]) -> Result<()> {
 /// Nothing of the pod is listed or mounted, linked to a pod, or left as a cgroup or a volume.
 fn leaves_nothing(
     kubelet: &Kubelet,
-    cri: &Cri,
+    client: &Client,
     runtime: &dyn Runtime,
-    mounts_before: &BTreeSet<PathBuf>,
+    mounts_before: &[PathBuf],
 ) -> Result<()> {
     within(COLLECTION, "the kubelet has the runtime remove the pod", || {
-        Ok(cri.everything()?.is_empty().then_some(()))
+        Ok(everything(client)?.is_empty().then_some(()))
     })?;
     within(SOON, "no cgroup of a pod is left", || {
         Ok(kubelet.cgroup().below("pod").iter().all(|path| path.ends_with("kubepods")).then_some(()))
     })?;
     within(SOON, "the pod's volumes are gone", || Ok(kubelet.pod_folders().is_empty().then_some(())))?;
-    let mounts: Vec<_> = mounts_below(runtime.dir())?.difference(mounts_before).cloned().collect();
+    let mut mounts = mounts_below(runtime.dir());
+    mounts.retain(|mount| !mounts_before.contains(mount));
     ensure!(mounts.is_empty(), "nothing is left mounted: {mounts:?}");
     let links = runtime.pod_links()?;
     ensure!(links.is_empty(), "no link into a pod is left: {links}");
@@ -247,222 +231,41 @@ fn evidence(kubelet: &Kubelet, name: &str) -> Result<String> {
     fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
 }
 
-/// The places below `dir` where something is mounted.
-fn mounts_below(dir: &Path) -> Result<BTreeSet<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
-    let places = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    Ok(places.filter(|place| place.starts_with(dir)).collect())
+/// The ids of all containers and sandboxes, also of those that have ended.
+fn everything(client: &Client) -> Result<Vec<String>> {
+    let containers = client.containers(v1::ContainerFilter::default())?;
+    let sandboxes = client.sandboxes(v1::PodSandboxFilter::default())?;
+    let ids = containers.into_iter().map(|container| container.id);
+    Ok(ids.chain(sandboxes.into_iter().map(|sandbox| sandbox.id)).collect())
 }
 
-/// A client of the runtime beside the kubelet.
-struct Cri {
-    tokio: tokio::runtime::Runtime,
-    client: RuntimeServiceClient<Channel>,
-}
-
-impl Cri {
-    /// Connects with the first call, and anew when the connection broke.
-    fn connect(socket: &Path) -> Result<Self> {
-        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("tokio")?;
-        let channel = tokio.block_on(async { channel(socket) })?;
-        Ok(Self { tokio, client: RuntimeServiceClient::new(channel) })
-    }
-
-    fn version(&self) -> Result<String> {
-        let mut client = self.client.clone();
-        let call = client.version(VersionRequest::default());
-        Ok(self.tokio.block_on(call).context("Version")?.into_inner().runtime_name)
-    }
-
-    /// The ids of all containers and sandboxes, also of those that have ended.
-    fn everything(&self) -> Result<Vec<String>> {
-        let mut client = self.client.clone();
-        self.tokio.block_on(async {
-            let containers = client.list_containers(ListContainersRequest::default()).await;
-            let containers = containers.context("ListContainers")?.into_inner().containers;
-            let sandboxes = client.list_pod_sandbox(ListPodSandboxRequest::default()).await;
-            let sandboxes = sandboxes.context("ListPodSandbox")?.into_inner().items;
-            let ids = containers.into_iter().map(|container| container.id);
-            Ok(ids.chain(sandboxes.into_iter().map(|sandbox| sandbox.id)).collect())
-        })
-    }
-}
-
-fn channel(socket: &Path) -> Result<Channel> {
-    let uri = format!("unix://{}", socket.display());
-    Ok(Endpoint::from_shared(uri).context("naming the socket")?.connect_lazy())
-}
-
-/// A daemon of Berth with folders, a cgroup and a network namespace of its own, killed on drop. The kubelet is in the host's
-/// namespace: they only meet on the socket.
-struct Berthd {
-    process: Child,
-    dir: PathBuf,
+/// Berth. The kubelet is in the host's network: they only meet on the socket.
+struct Berth<'daemon> {
+    daemon: &'daemon Daemon,
     socket: PathBuf,
-    namespace: Namespace,
-    /// Where pods would go that name no parent; removed when the daemon is gone.
-    _cgroup: Cgroup,
 }
 
-impl Berthd {
-    fn start(dir: &Path) -> Result<Self> {
-        let cgroup = Cgroup::create(&format!("berth-daemon-{}", std::process::id()))?;
-        let configuration = format!("[cgroup]\nparent = \"{}\"\n", cgroup.path());
-        fs::write(dir.join("berth.toml"), configuration).context("writing the daemon's configuration")?;
-        let namespace = Namespace::create(dir.join("netns"))?;
-        let process = spawn_berthd(dir, &namespace)?;
-        let daemon =
-            Self { process, dir: dir.to_owned(), socket: dir.join("berth.sock"), namespace, _cgroup: cgroup };
-        let cri = Cri::connect(&daemon.socket)?;
-        within(SOON, "the daemon answers", || cri.version().map(Some))
-            .with_context(|| daemon.last_words())?;
-        Ok(daemon)
-    }
-
-    fn kill(&mut self) -> Result<()> {
-        self.process.kill().context("killing the daemon")?;
-        self.process.wait().context("waiting for the daemon's end")?;
-        Ok(())
-    }
-}
-
-impl Runtime for Berthd {
+impl Runtime for Berth<'_> {
     fn socket(&self) -> &Path {
         &self.socket
     }
 
     fn dir(&self) -> &Path {
-        &self.dir
+        self.daemon.dir()
     }
 
     fn pod_links(&self) -> Result<String> {
-        self.namespace.run("ip", &["-oneline", "link", "show", "type", "veth"])
+        self.daemon.host().run("ip", &["-oneline", "link", "show", "type", "veth"])
     }
 
     fn crash(&mut self, absence: Duration) -> Result<()> {
-        self.kill()?;
+        self.daemon.kill()?;
         sleep(absence);
-        self.process = spawn_berthd(&self.dir, &self.namespace)?;
-        Ok(())
+        self.daemon.start_again()
     }
 
     fn last_words(&self) -> String {
-        last_lines("the daemon", &self.dir.join("log"))
-    }
-}
-
-impl Drop for Berthd {
-    fn drop(&mut self) {
-        let _ = self.kill();
-        // The daemon's own, and those of pods that a failed test left; without this the folder could not be removed.
-        for mount in mounts_below(&self.dir).unwrap_or_default().iter().rev() {
-            let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
-        }
-    }
-}
-
-/// A network namespace pinned as a file, for it has to outlive the daemons in it.
-struct Namespace {
-    file: PathBuf,
-}
-
-impl Namespace {
-    fn create(file: PathBuf) -> Result<Self> {
-        fs::write(&file, "").context("making a file for the network namespace")?;
-        let namespace = Self { file };
-        output(Command::new("unshare").arg(namespace.option()).args(["ip", "link", "set", "lo", "up"]))?;
-        Ok(namespace)
-    }
-
-    /// Names it to unshare(1) and nsenter(1).
-    fn option(&self) -> String {
-        format!("--net={}", self.file.display())
-    }
-
-    /// Runs a program in it and returns what it prints.
-    fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
-        output(Command::new("nsenter").arg(self.option()).arg(program).args(arguments))
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(&self.file, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
-/// Runs a program to its end and returns what it prints.
-fn output(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("running {command:?}"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?}: {} {said}", output.status);
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-/// The folder with the built programs and images.
-fn programs() -> PathBuf {
-    match std::env::var_os("BERTH_BIN_DIR") {
-        Some(folder) => folder.into(),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist"),
-    }
-}
-
-fn spawn_berthd(dir: &Path, namespace: &Namespace) -> Result<Child> {
-    let program = programs().join("berthd");
-    ensure!(program.exists(), "no {}: run make build", program.display());
-    let log =
-        fs::File::options().create(true).append(true).open(dir.join("log")).context("the daemon's log")?;
-    // nsenter becomes the daemon, so the process is the daemon's.
-    Command::new("nsenter")
-        .arg(namespace.option())
-        .arg(&program)
-        .arg("--root")
-        .arg(dir.join("root"))
-        .arg("--state")
-        .arg(dir.join("state"))
-        .arg("--socket")
-        .arg(dir.join("berth.sock"))
-        .arg("--config")
-        .arg(dir.join("berth.toml"))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().context("sharing the daemon's log")?)
-        .stderr(log)
-        .spawn()
-        .with_context(|| format!("starting {}", program.display()))
-}
-
-fn import_demo_image(daemon: &Berthd) -> Result<()> {
-    let archive = programs().join("images/demo.tar");
-    let archive = archive.canonicalize().context("no images/demo.tar beside the daemon: run make images")?;
-    let start = ImportStart {
-        name: String::new(),
-        source: Some(Source::Path(archive.to_string_lossy().into_owned())),
-    };
-    let requests = tokio_stream::once(ImportRequest { step: Some(Step::Start(start)) });
-    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().context("tokio")?;
-    tokio.block_on(async {
-        let mut client = BerthClient::new(channel(&daemon.socket)?);
-        let mut events = client.import(requests).await.context("Import")?.into_inner();
-        while events.message().await.context("importing the demo image")?.is_some() {}
-        Ok(())
-    })
-}
-
-/// The end of a log file, for the message of a failed test.
-fn last_lines(whose: &str, log: &Path) -> String {
-    /// Enough for the lines of one request.
-    const BYTES: u64 = 4096;
-    let tail = || -> std::io::Result<Vec<u8>> {
-        let file = fs::File::open(log)?;
-        let from = file.metadata()?.len().saturating_sub(BYTES);
-        let mut bytes = vec![0; usize::try_from(BYTES).unwrap_or_default()];
-        let read = file.read_at(&mut bytes, from)?;
-        bytes.truncate(read);
-        Ok(bytes)
-    };
-    match tail() {
-        Ok(bytes) => format!("{whose}'s last lines:\n{}", String::from_utf8_lossy(&bytes)),
-        Err(error) => format!("{whose} has no log: {error}"),
+        self.daemon.last_words()
     }
 }
 
@@ -485,7 +288,8 @@ impl Runtime for Peer {
     }
 
     fn pod_links(&self) -> Result<String> {
-        output(Command::new("ip").args(["-oneline", "link", "show", "master", &self.bridge]))
+        let mut ip = std::process::Command::new("ip");
+        berth_tests::program::output(ip.args(["-oneline", "link", "show", "master", &self.bridge]))
     }
 
     fn crash(&mut self, absence: Duration) -> Result<()> {
@@ -495,6 +299,6 @@ impl Runtime for Peer {
     }
 
     fn last_words(&self) -> String {
-        last_lines("containerd", &self.dir.join("log"))
+        berth_tests::program::last_lines("containerd", &self.dir.join("log"))
     }
 }

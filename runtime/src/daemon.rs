@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Major and minor number of the oldest kernel that will do.
+const OLDEST_KERNEL: (u32, u32) = (5, 15);
+
 /// How often the network is looked at and, when somebody broke it, repaired.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
@@ -42,6 +45,20 @@ pub enum DaemonError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// A folder of its own cannot be written to.
+    #[error(
+        "{path} is on a read-only file system: mount it writable, or give berthd another --root and --state"
+    )]
+    ReadOnly {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The kernel lacks what containers are made with: the mount API by descriptor, pidfds, cgroup.kill.
+    #[error("Linux {release} is too old: boot 5.15 or newer")]
+    Kernel {
+        /// Its version.
+        release: String,
     },
     /// Another daemon works in the same root.
     #[error("another berthd uses {path}; give this one its own --root and --state")]
@@ -91,7 +108,10 @@ pub enum DaemonError {
 
 fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonError {
     let path = path.to_owned();
-    move |source| DaemonError::File { action, path, source }
+    move |source| match source.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => DaemonError::ReadOnly { path },
+        _ => DaemonError::File { action, path, source },
+    }
 }
 
 /// Serves until `stop` resolves. Pods go on after that: the next daemon finds them.
@@ -100,6 +120,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
 /// [`DaemonError`], with what to do where there is something to do.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), DaemonError> {
     let notifier = Arc::new(Notifier::from_environment());
+    check_kernel(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())?;
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
     let _lock = take(&layout).await?;
@@ -136,6 +157,17 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
         let _ = mount::detach(node.layout.state());
     }
     served
+}
+
+/// Refuses a kernel that is too old; one whose version cannot be read as such may be new enough.
+fn check_kernel(release: &str) -> Result<(), DaemonError> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < OLDEST_KERNEL => {
+            Err(DaemonError::Kernel { release: release.trim_end().to_owned() })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn prepare(layout: &Layout) -> Result<(), DaemonError> {
@@ -309,5 +341,29 @@ async fn watch_network(node: Arc<Node>) {
         if let Ok(result) = looked {
             node.set_network(result);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_refused_in_words() {
+        for release in ["5.14.21-150500-default\n", "4.19.0-27-amd64\n", "3.10.0\n"] {
+            let refused = check_kernel(release).unwrap_err().to_string();
+            assert!(refused.contains(release.trim_end()) && refused.contains("5.15"), "{refused}");
+        }
+        for release in
+            ["5.15.0\n", "6.12.48+deb13-amd64\n", "7.0-rc1\n", "10.1\n", "", "six\n", "99999999999.1"]
+        {
+            assert!(check_kernel(release).is_ok(), "{release:?}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_root_is_told_with_what_to_do() {
+        let error = file("make", Path::new("/var/lib/berth"))(io::ErrorKind::ReadOnlyFilesystem.into());
+        assert!(error.to_string().contains("/var/lib/berth is on a read-only file system"), "{error}");
     }
 }

@@ -1,12 +1,12 @@
 //! systemd as the arranger of cgroups: scopes made, changed and stopped over D-Bus (org.freedesktop.systemd1(5)).
 //!
-//! One connection, in one thread of its own, which every caller shares by messages: to the system bus, or, where no bus runs, to systemd's own
-//! socket, the one that systemctl uses. It is made when it is first needed, and again when it has ended (a bus that was restarted, a systemd
-//! that executed itself anew). Callers block, each for [`LIMIT`] at the most, whatever the bus does; calls of different callers are under
-//! way at the same time, and nothing waits for the one that hangs.
+//! One connection to the system bus, in one thread of its own, which every caller shares by messages. It is made when it is first needed, and
+//! again when it has ended (a bus that was restarted, a systemd that executed itself anew). Callers block, each for [`LIMIT`] at the most,
+//! whatever the bus does; calls of different callers are under way at the same time, and nothing waits for the one that hangs.
 
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc as answers};
 use std::time::Duration;
 
@@ -35,14 +35,11 @@ const DESTINATION: &str = "org.freedesktop.systemd1";
 const PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 
-/// systemd's own socket: its clients talk to process 1 without a bus between.
-const PRIVATE_SOCKET: &str = "unix:path=/run/systemd/private";
-
 /// A call to systemd that failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SystemdError {
-    /// Neither a system bus nor systemd's own socket answers.
+    /// The system bus does not answer.
     #[error("connect to systemd over D-Bus")]
     Connect(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// systemd refused, or the connection ended.
@@ -141,6 +138,8 @@ struct JobEnd {
 struct Bus {
     connection: Connection,
     jobs: broadcast::Sender<JobEnd>,
+    /// Set when the peer has closed the connection: a call would wait for its answer in vain.
+    ended: Arc<AtomicBool>,
 }
 
 async fn serve(mut requests: mpsc::UnboundedReceiver<(Request, answers::SyncSender<Answer>)>) {
@@ -170,8 +169,8 @@ async fn carry_out(shared: &Mutex<Option<Bus>>, request: &Request) -> Answer {
         let bus = {
             let mut shared = shared.lock().await;
             match shared.as_ref() {
-                Some(bus) => bus.clone(),
-                None => shared.insert(connect().await?).clone(),
+                Some(bus) if !bus.ended.load(Ordering::Acquire) => bus.clone(),
+                _ => shared.insert(connect().await?).clone(),
             }
         };
         result = match request {
@@ -191,14 +190,7 @@ async fn carry_out(shared: &Mutex<Option<Bus>>, request: &Request) -> Answer {
 
 async fn connect() -> Result<Bus, SystemdError> {
     let fail = |error: zbus::Error| SystemdError::Connect(Box::new(error));
-    let connection = match connection::Builder::system().map_err(fail)?.build().await {
-        Ok(connection) => connection,
-        // No bus: systemd's own socket, or the reason why the bus is not there.
-        Err(error) => match connection::Builder::address(PRIVATE_SOCKET).map_err(fail)?.p2p().build().await {
-            Ok(connection) => connection,
-            Err(_) => return Err(fail(error)),
-        },
-    };
+    let connection = connection::Builder::system().map_err(fail)?.build().await.map_err(fail)?;
     let rule = MatchRule::builder()
         .msg_type(zbus::message::Type::Signal)
         .sender(DESTINATION)
@@ -209,10 +201,12 @@ async fn connect() -> Result<Bus, SystemdError> {
         .build();
     let mut ends =
         MessageStream::for_match_rule(rule, &connection, Some(JOBS_WAITING)).await.map_err(fail)?;
-    // systemd sends signals over the bus only while somebody wants them; on its own socket it always does, and this does no harm.
+    // systemd sends signals only while somebody wants them.
     call(&connection, "Subscribe", &()).await?;
     let (jobs, _) = broadcast::channel(JOBS_WAITING);
     let told = jobs.clone();
+    let ended = Arc::new(AtomicBool::new(false));
+    let ends_here = ended.clone();
     tokio::spawn(async move {
         while let Some(Ok(message)) = ends.next().await {
             if let Ok((_, job, _, result)) =
@@ -222,8 +216,9 @@ async fn connect() -> Result<Bus, SystemdError> {
                 let _ = told.send(JobEnd { job, result });
             }
         }
+        ends_here.store(true, Ordering::Release);
     });
-    Ok(Bus { connection, jobs })
+    Ok(Bus { connection, jobs, ended })
 }
 
 async fn call<B>(

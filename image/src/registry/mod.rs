@@ -1,9 +1,9 @@
 //! The registry client: manifests and blobs over the OCI distribution protocol (distribution-spec 1.1, "Pull").
 //!
-//! A [`Session`] is one pull: its token is its own, so no pull ever uses what another's credentials bought. Hosts are asked in the order of
+//! A `Session` is one pull: its token is its own, so no pull ever uses what another's credentials bought. Hosts are asked in the order of
 //! `hosts`; each request is tried again while that makes sense; a blob goes on at the byte where it broke off, on the next host too.
 //!
-//! What a registry may not do: get credentials sent elsewhere (redirects carry none; token services only within [`auth`]'s policy), make us
+//! What a registry may not do: get credentials sent elsewhere (redirects carry none; token services only within `auth`'s policy), make us
 //! read more than was announced, or keep us waiting for ever.
 
 mod auth;

@@ -14,7 +14,7 @@ use berth_sys::beneath::Root;
 use berth_sys::{ns, process, tty};
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -87,18 +87,12 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>) -> Result<Prepared, Faile
         ns::unshare(ns::CGROUP).step("make a cgroup namespace", "")?;
     }
 
-    let root = rootfs::assemble(launch)?;
+    let rootfs::Assembled { root, accounts } = rootfs::assemble(launch)?;
     berth_sys::mount::pivot_into(root.as_fd()).step("change the root", "")?;
     drop(root);
     rootfs::finish_inside(launch)?;
-
-    let inside = Root::open(Path::new("/")).step("open the root", "/")?;
-    let user = user::resolve(
-        &launch.process.user,
-        &read_account_file(&inside, "etc/passwd")?,
-        &read_account_file(&inside, "etc/group")?,
-    )?;
-    drop(inside);
+    let user = user::resolve(&launch.process.user, &accounts)?;
+    drop(accounts);
 
     // A session of its own: signals of a terminal reach it and nobody else. The terminal is one of the devpts just mounted.
     process::new_session().step("make a session", "")?;
@@ -228,31 +222,6 @@ fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
         process::place_descriptor(terminal.as_fd(), number).step(STEP, number)?;
     }
     Ok(controller)
-}
-
-/// The bytes of the container's passwd or group file; empty when there is none. Anything but a plain file of a sane size is an error:
-/// a FIFO would block, `/dev/zero` would never end (CVE-2026-47262).
-fn read_account_file(inside: &Root, name: &str) -> Result<Vec<u8>, Failed> {
-    const STEP: &str = "read the accounts";
-    let file = match inside.open_with(Path::new(name), berth_sys::file::READ_NONBLOCKING) {
-        Ok(file) => std::fs::File::from(file),
-        Err(error)
-            if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
-        {
-            return Ok(Vec::new());
-        }
-        Err(error) => return Err(error).step(STEP, name),
-    };
-    let metadata = file.metadata().step(STEP, name)?;
-    if !metadata.is_file() || metadata.len() > user::MAX_FILE {
-        return Err(refused(
-            STEP,
-            format!("/{name} is not a plain file of at most {} bytes", user::MAX_FILE),
-        ));
-    }
-    let mut bytes = Vec::new();
-    file.take(user::MAX_FILE).read_to_end(&mut bytes).step(STEP, name)?;
-    Ok(bytes)
 }
 
 /// `/proc/thread-self/attr/apparmor/exec` of apparmor's kernel interface: the profile that the next exec changes to.

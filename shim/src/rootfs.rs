@@ -6,6 +6,7 @@
 
 use crate::failure::{Step, from_io, refused, shown};
 use crate::init::host_path;
+use crate::user::Accounts;
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::{
     Device, Launch, Mount, Propagation, Rootfs, mount::Filesystem, mount::Source,
@@ -27,8 +28,15 @@ const DEV_LINKS: [(&str, &str); 5] = [
     ("ptmx", "pts/ptmx"),
 ];
 
-/// Builds the root on its mount point and returns it; the caller makes it the root of the mount namespace.
-pub(crate) fn assemble(launch: &Launch) -> Result<OwnedFd, Failed> {
+/// A root that is ready on its mount point.
+pub(crate) struct Assembled {
+    pub(crate) root: OwnedFd,
+    /// As they are without the masks.
+    pub(crate) accounts: Accounts,
+}
+
+/// Builds the root on its mount point; the caller makes it the root of the mount namespace.
+pub(crate) fn assemble(launch: &Launch) -> Result<Assembled, Failed> {
     // Sources are pinned first: they are the host's, and below this line nothing of the host is looked up by path again.
     let sources = pin_sources(launch)?;
     let from_host = propagation(launch.rootfs.propagation);
@@ -59,6 +67,9 @@ pub(crate) fn assemble(launch: &Launch) -> Result<OwnedFd, Failed> {
     for path in &launch.readonly_paths {
         make_readonly(&root, path)?;
     }
+    // Who the process runs as is told by the files that the program sees, those of a volume too, but not by a mask: that is there to
+    // keep them from the program.
+    let accounts = Accounts::read(&root)?;
     for path in &launch.masked_paths {
         covers.hide(&root, path)?;
     }
@@ -66,7 +77,7 @@ pub(crate) fn assemble(launch: &Launch) -> Result<OwnedFd, Failed> {
         mount::set_attributes(mounted.as_fd(), attr::RDONLY, 0, None, false)
             .step("make the root read-only", "")?;
     }
-    Ok(mounted)
+    Ok(Assembled { root: mounted, accounts })
 }
 
 /// Whether `/dev` is a tmpfs that was made for this container, and not something of the host.

@@ -5,18 +5,57 @@
 //! number that does not fit is an error and never a name: an image could map such a "name" to root (CVE-2016-3697, CVE-2024-40635,
 //! CVE-2026-46680). No NSS: nothing of the image is executed or loaded.
 
-use crate::failure::{refused, shown};
+use crate::failure::{Step, refused, shown};
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::User;
+use berth_sys::beneath::Root;
+use berth_sys::file;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
 
 /// The largest user or group number: what the peers accept, so that no number turns negative on its way through an `int`.
 const MAX_ID: u32 = i32::MAX.unsigned_abs();
 
 /// The largest passwd or group file that is read, in bytes; the same as containerd's cap.
-pub(crate) const MAX_FILE: u64 = 10 * 1024 * 1024;
+const MAX_FILE: u64 = 10 * 1024 * 1024;
 
 /// The longest line in one; longer ones are skipped, as they cannot name anybody.
 const MAX_LINE: usize = 64 * 1024;
+
+/// The bytes of a container's passwd and group files, empty where it has none.
+#[derive(Debug, Default)]
+pub(crate) struct Accounts {
+    passwd: Vec<u8>,
+    group: Vec<u8>,
+}
+
+impl Accounts {
+    /// Reads them below `root`.
+    ///
+    /// Anything but a plain file of a sane size is an error: a FIFO would block, `/dev/zero` would never end (CVE-2026-47262).
+    pub(crate) fn read(root: &Root) -> Result<Self, Failed> {
+        Ok(Self { passwd: read(root, "etc/passwd")?, group: read(root, "etc/group")? })
+    }
+}
+
+fn read(root: &Root, name: &str) -> Result<Vec<u8>, Failed> {
+    const STEP: &str = "read the accounts";
+    let file = match root.open_with(Path::new(name), file::READ_NONBLOCKING) {
+        Ok(file) => File::from(file),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(Vec::new());
+        }
+        Err(error) => return Err(error).step(STEP, name),
+    };
+    let metadata = file.metadata().step(STEP, name)?;
+    if !metadata.is_file() || metadata.len() > MAX_FILE {
+        return Err(refused(STEP, format!("/{name} is not a plain file of at most {MAX_FILE} bytes")));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE).read_to_end(&mut bytes).step(STEP, name)?;
+    Ok(bytes)
+}
 
 /// A resolved user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,8 +121,9 @@ fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
     file.split(|byte| *byte == b'\n').filter(|line| line.len() <= MAX_LINE && !line.starts_with(b"#"))
 }
 
-/// Resolves `user` by the bytes of the two files, empty when the container has none.
-pub(crate) fn resolve(user: &User, passwd: &[u8], group: &[u8]) -> Result<Resolved, Failed> {
+/// Resolves `user` by the container's accounts.
+pub(crate) fn resolve(user: &User, accounts: &Accounts) -> Result<Resolved, Failed> {
+    let Accounts { passwd, group } = accounts;
     let (user_text, group_text) = match user.user.as_bytes().iter().position(|byte| *byte == b':') {
         Some(colon) => {
             let (left, right) = user.user.as_bytes().split_at(colon);
@@ -145,6 +185,10 @@ mod tests {
         1000:x:0:0:numeric name:/root:/bin/sh\nnohome:x:7:8\n99999999999:x:0:0::/:\nshort:x\n";
     const GROUP: &[u8] = b"root:x:0:\nweb:x:44:\nextra:x:500:web,other\nmore:x:501:other,web\nagain:x:500:web\nbroken:x:-1:web\n";
 
+    fn accounts() -> Accounts {
+        Accounts { passwd: PASSWD.to_vec(), group: GROUP.to_vec() }
+    }
+
     fn asked(user: &str) -> User {
         User { user: user.to_owned(), merge_groups: true, ..User::default() }
     }
@@ -178,7 +222,7 @@ mod tests {
             ("web\0", Err("no user web\\x00")),
         ];
         for (text, expected) in cases {
-            match (resolve(&asked(text), PASSWD, GROUP), expected) {
+            match (resolve(&asked(text), &accounts()), expected) {
                 (Ok(found), Ok((uid, gid, groups, home))) => {
                     assert_eq!((found.uid, found.gid, &found.groups[..]), (*uid, *gid, *groups), "{text:?}");
                     assert_eq!(found.home, home.as_bytes(), "{text:?}");
@@ -193,19 +237,19 @@ mod tests {
     fn groups_of_the_request_come_before_those_of_the_file() {
         let mut user = asked("web");
         user.supplementary_groups = vec![1234, 500];
-        assert_eq!(resolve(&user, PASSWD, GROUP).unwrap().groups, [44, 1234, 500, 501]);
+        assert_eq!(resolve(&user, &accounts()).unwrap().groups, [44, 1234, 500, 501]);
         user.merge_groups = false;
-        assert_eq!(resolve(&user, PASSWD, GROUP).unwrap().groups, [44, 1234, 500]);
+        assert_eq!(resolve(&user, &accounts()).unwrap().groups, [44, 1234, 500]);
         user.group = Some(9);
-        assert_eq!(resolve(&user, PASSWD, GROUP).unwrap().groups, [9, 1234, 500]);
+        assert_eq!(resolve(&user, &accounts()).unwrap().groups, [9, 1234, 500]);
         user.supplementary_groups = vec![u32::MAX];
-        assert!(resolve(&user, PASSWD, GROUP).is_err());
+        assert!(resolve(&user, &accounts()).is_err());
     }
 
     proptest! {
         #[test]
         fn only_a_root_of_the_files_or_zero_becomes_root(text in "[^:]{1,16}") {
-            if let Ok(found) = resolve(&asked(&text), PASSWD, GROUP) {
+            if let Ok(found) = resolve(&asked(&text), &accounts()) {
                 let zero = text.bytes().all(|byte| byte == b'0');
                 prop_assert!(found.uid != 0 || zero || text == "root", "{text:?} became root");
             }
@@ -213,7 +257,7 @@ mod tests {
 
         #[test]
         fn any_files_are_survived(passwd in prop::collection::vec(any::<u8>(), 0..300), group in prop::collection::vec(any::<u8>(), 0..300)) {
-            let _ = resolve(&asked("web:extra"), &passwd, &group);
+            let _ = resolve(&asked("web:extra"), &Accounts { passwd, group });
         }
     }
 }

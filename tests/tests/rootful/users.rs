@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::forge::Image;
-use berth_tests::pod::{Pod, security, shell};
+use berth_tests::pod::{Pod, security, shell, words};
 use serde_json::json;
 
 /// What a program sees of itself: user, group, and all groups.
@@ -189,6 +189,41 @@ fn what_cannot_be_a_user_is_refused_by_its_field() -> Result<()> {
             let message = refused.err().with_context(|| format!("case {number} ({words}) is refused"))?;
             ensure!(message.contains(words), "case {number}: {message}");
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn masks_hide_the_accounts_from_the_program_and_not_from_berth() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("users")?;
+        let mut config = shell("masked", &format!("{IDENTITY}; cat /etc/passwd /etc/group | wc -c"));
+        security(&mut config).run_as_username = "demo".to_owned();
+        security(&mut config).masked_paths = words(&["/etc/passwd", "/etc/group"]);
+        assert_eq!(pod.run_container(config)?.stdout, "1000\n1000\n1000 50\n0\n");
+        // With the whole folder hidden the names are gone for the program only.
+        let mut config = shell("hidden", &format!("{IDENTITY}; ls -A /etc | wc -l"));
+        security(&mut config).run_as_username = "demo".to_owned();
+        security(&mut config).masked_paths = words(&["/etc"]);
+        assert_eq!(pod.run_container(config)?.stdout, "1000\n1000\n1000 50\n0\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_volumes_accounts_are_the_containers() -> Result<()> {
+    rootful(|daemon| {
+        let accounts = daemon.folder("accounts")?.join("passwd");
+        std::fs::write(&accounts, "volume:x:4242:4343::/volume:/bin/sh\n")?;
+        let mut config = shell("main", &format!("{IDENTITY}; echo $HOME"));
+        security(&mut config).run_as_username = "volume".to_owned();
+        config.mounts = vec![v1::Mount {
+            container_path: "/etc/passwd".to_owned(),
+            host_path: accounts.to_string_lossy().into_owned(),
+            readonly: true,
+            ..Default::default()
+        }];
+        assert_eq!(daemon.pod("users")?.run_container(config)?.stdout, "4242\n4343\n4343\n/volume\n");
         Ok(())
     })
 }

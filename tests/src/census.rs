@@ -46,7 +46,8 @@ impl Census {
         let host = daemon.host();
         let links = host.run("ip", &["-oneline", "link", "show"])?;
         let links = links.lines().filter_map(|line| line.split(": ").nth(1)).map(str::to_owned).collect();
-        let rules = host.run("nft", &["list", "ruleset"])?.lines().map(str::to_owned).collect();
+        // Stateless: without the counters of packets, which go on by themselves.
+        let rules = host.run("nft", &["-s", "list", "ruleset"])?.lines().map(str::to_owned).collect();
         let text = |paths: Vec<PathBuf>| paths.iter().map(|path| path.display().to_string()).collect();
         let mut cgroups: Vec<String> = text(daemon.cgroup().below(""));
         cgroups.sort();

@@ -57,7 +57,7 @@ test: build images
 	@scripts/run-tests unit rootful kubelet
 
 test-unit:
-	@scripts/install-needs build
+	@scripts/install-needs build test
 	@scripts/run-tests unit
 
 test-rootful: build images

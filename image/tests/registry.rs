@@ -1,10 +1,6 @@
 //! Pulls from a real registry (Debian's `docker-registry`) on loopback. Needs root.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stderr,
-    reason = "what cannot be set up fails the test; skips are said aloud"
-)]
+#![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
 
 mod support;
 
@@ -20,7 +16,7 @@ macro_rules! registry_or_skip {
         match Registry::start() {
             Some(registry) => registry,
             None => {
-                eprintln!("skipped: docker-registry is not installed");
+                skip_without("docker-registry");
                 return;
             }
         }
@@ -232,13 +228,14 @@ async fn certificates_are_checked_against_the_configured_authorities() {
             "cert.pem",
         ])
         .output();
-    if !made.is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: openssl is not installed");
+    let Ok(made) = made else {
+        skip_without("openssl");
         return;
-    }
+    };
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let Some(registry) = Registry::start_tls(&dir.path().join("cert.pem"), &dir.path().join("key.pem"))
     else {
-        eprintln!("skipped: docker-registry is not installed");
+        skip_without("docker-registry");
         return;
     };
     let address = registry.address.clone();

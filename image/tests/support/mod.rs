@@ -20,6 +20,16 @@ use std::time::{Duration, Instant};
 
 use berth_image::{Digest, NoProgress, Progress, Store, StoreOptions};
 
+// The rule of the rootful tests: what did not run is counted as that.
+#[path = "../../../tests/src/skip.rs"]
+mod skipped;
+
+/// Notes that the test which this is called in does not run, for want of a program.
+pub fn skip_without(program: &str) {
+    let thread = std::thread::current();
+    skipped::skip(thread.name().unwrap_or("a test"), &format!("{program} is not installed"));
+}
+
 /// Reports go nowhere.
 pub fn quiet() -> Arc<dyn Progress> {
     Arc::new(NoProgress)

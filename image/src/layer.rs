@@ -53,9 +53,12 @@ pub enum LayerError {
         /// For all layers of the image together.
         limit: u64,
     },
-    /// The disk is full, or would go below what must stay free.
+    /// The disk is full.
     #[error("no space left on the device for the layer")]
     DiskFull,
+    /// The disk would go below what has to stay free.
+    #[error(transparent)]
+    Reserved(#[from] Shortage),
     /// The transfer was given up by the other side.
     #[error("transfer was abandoned")]
     Abandoned,
@@ -65,6 +68,28 @@ pub enum LayerError {
     /// The compressed stream could not be read.
     #[error("read the layer")]
     Read(#[source] io::Error),
+}
+
+/// A layer that was refused so that some of the disk stays free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a layer of {} (as packed) is wanted, {} are free, and {} have to stay free: make room, or lower {key}",
+    mebibytes(*.wanted), mebibytes(*.free), mebibytes(*.reserved)
+)]
+pub struct Shortage {
+    /// Bytes of the layer as it is fetched; 0 where nobody said. Unpacked it takes more.
+    pub wanted: u64,
+    /// Bytes that were free when it was refused.
+    pub free: u64,
+    /// Bytes that have to stay free.
+    pub reserved: u64,
+    /// The key of the daemon's configuration that reserves them.
+    pub key: &'static str,
+}
+
+/// For people: rounded up, so that what is there never reads as nothing.
+fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
 /// What one image may take. Shared by the threads that unpack its layers.
@@ -82,8 +107,8 @@ pub(crate) struct Budget {
 enum Fault {
     #[error("image is larger than its limit")]
     OverBudget,
-    #[error("no space left that may be used")]
-    NoFreeSpace,
+    #[error("{free} bytes are free, of which {reserved} are reserved")]
+    Reserved { free: u64, reserved: u64, key: &'static str },
 }
 
 impl Budget {
@@ -101,23 +126,32 @@ impl Budget {
 
     fn check_free_space(&self) -> io::Result<()> {
         let (total, free, _, _) = berth_sys::file::space(&self.path)?;
-        let floor = self.min_free_bytes.max(total / 100 * u64::from(self.min_free_percent));
-        if free < floor { Err(io::Error::other(Fault::NoFreeSpace)) } else { Ok(()) }
+        let share = total / 100 * u64::from(self.min_free_percent);
+        let (reserved, key) = if share > self.min_free_bytes {
+            (share, "image.min_free_percent")
+        } else {
+            (self.min_free_bytes, "image.min_free_bytes")
+        };
+        if free < reserved {
+            return Err(io::Error::other(Fault::Reserved { free, reserved, key }));
+        }
+        Ok(())
     }
 }
 
-/// Unpacks `input`, the bytes of `blob`, into the empty directory `root`.
+/// Unpacks `input`, the bytes of `content.blob`, into the empty directory `root`.
 ///
 /// # Errors
 /// [`LayerError`]; the tree is incomplete then.
 pub(crate) fn unpack(
     input: impl Read,
-    blob: Digest,
-    diff_id: Digest,
+    content: LayerContent,
     root: &Root,
     budget: &Arc<Budget>,
 ) -> Result<Summary, LayerError> {
-    budget.check_free_space().map_err(|source| classify(LayerError::Read(source), budget))?;
+    let LayerContent { blob: Blob { digest: blob, size: wanted, .. }, diff_id } = content;
+    let classify = |error| classify(error, budget, wanted);
+    budget.check_free_space().map_err(|source| classify(LayerError::Read(source)))?;
     let mut compressed = BufReader::with_capacity(READ_BUFFER, Hashing::new(input));
     let unpacked = decompress_and_unpack(&mut compressed, root, budget);
     let broken = unpacked.is_err();
@@ -132,8 +166,8 @@ pub(crate) fn unpack(
     if at_end && rest.is_ok() && actual != blob {
         return Err(LayerError::DigestMismatch { expected: blob, actual });
     }
-    let (summary, actual_diff_id) = unpacked.map_err(|error| classify(error, budget))?;
-    rest.map_err(|source| classify(LayerError::Read(source), budget))?;
+    let (summary, actual_diff_id) = unpacked.map_err(classify)?;
+    rest.map_err(|source| classify(LayerError::Read(source)))?;
     if actual_diff_id != diff_id {
         return Err(LayerError::DiffIdMismatch { expected: diff_id, actual: actual_diff_id });
     }
@@ -168,15 +202,17 @@ fn decompress_and_unpack(
     Ok((summary, metered.digest()))
 }
 
-/// Finds the cause that matters in an error of some reader or file operation below.
-fn classify(error: LayerError, budget: &Budget) -> LayerError {
+/// Finds the cause that matters in an error of some reader or file operation below, in a layer of `wanted` bytes.
+fn classify(error: LayerError, budget: &Budget, wanted: u64) -> LayerError {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     while let Some(current) = cause {
         if let Some(io) = current.downcast_ref::<io::Error>() {
             if let Some(fault) = io.get_ref().and_then(|inner| inner.downcast_ref::<Fault>()) {
-                return match fault {
+                return match *fault {
                     Fault::OverBudget => LayerError::TooLarge { limit: budget.limit },
-                    Fault::NoFreeSpace => LayerError::DiskFull,
+                    Fault::Reserved { free, reserved, key } => {
+                        LayerError::Reserved(Shortage { wanted, free, reserved, key })
+                    }
                 };
             }
             if io.get_ref().is_some_and(|inner| inner.is::<Abandoned>()) {

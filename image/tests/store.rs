@@ -247,14 +247,36 @@ async fn a_full_disk_is_named_and_removal_works_on_it() {
         drop(store);
     }
     let disk = SmallDisk::new("size=64m");
-    let options = StoreOptions { min_free_bytes: 60 << 20, ..options() };
-    let store = Store::open(disk.0.path(), options).unwrap();
+    let floor = StoreOptions { min_free_bytes: 60 << 20, ..options() };
+    let store = Store::open(disk.0.path(), floor).unwrap();
     let status = Command::new("dd")
         .args(["if=/dev/zero", "bs=1M", "count=10", "status=none"])
         .arg(format!("of={}", disk.0.path().join("x").display()))
         .status();
     assert!(status.unwrap().success());
-    assert!(matches!(import(&store, &small, "x:v").await, Err(ImportError::DiskFull(_))));
+    let refused = import(&store, &small, "x:v").await.unwrap_err();
+    assert!(matches!(refused, ImportError::DiskFull(_)), "{refused:?}");
+    let mut words = refused.to_string();
+    let mut cause: &dyn std::error::Error = &refused;
+    while let Some(below) = cause.source() {
+        words.push_str(&format!(": {below}"));
+        cause = below;
+    }
+    // Not only that there is none left, but whose doing that is.
+    for expected in [
+        "no space left",
+        "layer of 1 MiB",
+        "54 MiB are free",
+        "60 MiB have to stay free",
+        "lower image.min_free_bytes",
+    ] {
+        assert!(words.contains(expected), "{expected}: {words}");
+    }
+    drop(store);
+    let options = StoreOptions { min_free_percent: 90, ..options() };
+    let store = Store::open(disk.0.path(), options).unwrap();
+    let refused = format!("{:?}", import(&store, &small, "x:v").await.unwrap_err());
+    assert!(refused.contains("image.min_free_percent"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -71,7 +71,7 @@ impl ContentError {
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
         match self {
-            Self::Layer { source: LayerError::DiskFull, .. } => true,
+            Self::Layer { source: LayerError::DiskFull | LayerError::Reserved(_), .. } => true,
             Self::Patch { source: PatchError::File { source, .. }, .. } => crate::layer::is_disk_full(source),
             Self::Store(error) => error.is_disk_full(),
             _ => false,

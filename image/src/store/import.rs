@@ -94,7 +94,7 @@ pub enum ImportError {
     #[error("a name was given for an archive of {0} images")]
     AmbiguousName(usize),
     /// The disk is full, or would go below the floor that must stay free.
-    #[error("no space left on the device for the image")]
+    #[error("no space left for the image")]
     DiskFull(#[source] ContentError),
     /// The content is broken, hostile or not for this machine.
     #[error("image cannot be used")]

@@ -63,7 +63,7 @@ pub enum PullError {
         source: ContentError,
     },
     /// The disk is full, or would go below the floor that must stay free.
-    #[error("no space left on the device for {reference}")]
+    #[error("no space left for {reference}")]
     DiskFull {
         /// What was asked for.
         reference: String,

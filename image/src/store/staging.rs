@@ -207,7 +207,7 @@ fn unpack_into(
     make_private_dir(path)?;
     fs::create_dir(&tree).map_err(file_error("create", &tree))?;
     let root = Root::open(&tree).map_err(file_error("open", &tree))?;
-    let summary = layer::unpack(input, content.blob.digest, content.diff_id, &root, budget)
+    let summary = layer::unpack(input, content, &root, budget)
         .map_err(|source| ContentError::Layer { diff_id: content.diff_id, source })?;
     let questions = OpenQuestions::of(&summary);
     let record = LayerRecord {

@@ -232,3 +232,25 @@ fn a_full_disk_is_told_leaves_nothing_and_is_survived() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_disk_that_has_to_stay_free_is_told_with_the_key_that_says_so() -> Result<()> {
+    let setup = Setup {
+        configuration: "[image]\nmin_free_bytes = 16777216\nmin_free_percent = 0\n",
+        disk_bytes: Some(24 << 20),
+    };
+    rootful_with(setup, |daemon| {
+        let folder = daemon.folder("next")?;
+        Image::demo()?
+            .on_top(Layer::of_files(&[("file", &[7; 3 << 20])]))
+            .write_layout(&folder, "localhost/next:1")?;
+        fs::write(daemon.root().join("filler"), vec![0; 10 << 20])?;
+        let refused = daemon.client().import(&folder).err().context("it is not let in")?;
+        for words in ["no space left", "are free", "16 MiB have to stay free", "lower image.min_free_bytes"] {
+            assert!(refused.message().contains(words), "{words}: {refused}");
+        }
+        fs::remove_file(daemon.root().join("filler"))?;
+        daemon.client().import(&folder)?;
+        Ok(())
+    })
+}

@@ -3,8 +3,10 @@
 //! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags; later ones win, key by key.
 //! Unknown keys are errors. All mistakes are reported at once, each with its key.
 
+use crate::rlimits::{self, WrittenRlimits};
 use berth_cgroup::{Driver, Parent};
 use berth_network::config::{BridgeConfig, BridgeName, Mtu};
+use oci_spec::runtime::PosixRlimit;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -41,6 +43,9 @@ pub struct Written {
     /// Cgroups.
     #[serde(default)]
     pub cgroup: WrittenCgroup,
+    /// What every container gets.
+    #[serde(default)]
+    pub container: WrittenContainer,
 }
 
 /// `[registry]`.
@@ -95,6 +100,15 @@ pub struct WrittenCgroup {
     pub parent: Option<String>,
 }
 
+/// `[container]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenContainer {
+    /// Resource limits of the programs in containers, by name, in place of the defaults of [`rlimits`].
+    #[serde(default)]
+    pub rlimits: WrittenRlimits,
+}
+
 impl Written {
     /// Reads one file's text.
     ///
@@ -137,6 +151,9 @@ impl Written {
                 driver: self.cgroup.driver.or(earlier.cgroup.driver),
                 parent: self.cgroup.parent.or(earlier.cgroup.parent),
             },
+            container: WrittenContainer {
+                rlimits: earlier.container.rlimits.into_iter().chain(self.container.rlimits).collect(),
+            },
         }
     }
 }
@@ -162,6 +179,8 @@ pub struct Config {
     pub cgroup_driver: Option<Driver>,
     /// Where pods go that name no parent; `None`: the driver's default.
     pub cgroup_parent: Option<Parent>,
+    /// The resource limits of programs in containers.
+    pub rlimits: Vec<PosixRlimit>,
 }
 
 /// A key whose value cannot be used.
@@ -219,6 +238,10 @@ impl Config {
         let images = images(&mut check, written.registry, &written.image);
         let network = network(&mut check, &written.network);
         let (cgroup_driver, cgroup_parent) = cgroup(&mut check, &written.cgroup);
+        let rlimits = rlimits::check(&written.container.rlimits).unwrap_or_else(|mistakes| {
+            check.0.extend(mistakes.into_iter().map(|reason| Mistake { key: "container.rlimits", reason }));
+            Vec::new()
+        });
         match network {
             Some(network) if check.0.is_empty() => Ok(Self {
                 root,
@@ -230,6 +253,7 @@ impl Config {
                 network,
                 cgroup_driver,
                 cgroup_parent,
+                rlimits,
             }),
             _ => Err(check.0),
         }
@@ -267,6 +291,7 @@ impl Config {
                 ),
                 parent: self.cgroup_parent.as_ref().map(|parent| parent.path().to_owned()),
             },
+            container: WrittenContainer { rlimits: rlimits::written(&self.rlimits) },
         }
     }
 }
@@ -369,6 +394,7 @@ pub fn files(file: &Path) -> std::io::Result<Vec<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rlimits::WrittenRlimit;
 
     fn keys(text: &str) -> Vec<&'static str> {
         match Config::check(Written { shim: Some("/shim".into()), ..Written::parse(text).unwrap() }) {
@@ -385,7 +411,7 @@ mod tests {
     #[test]
     fn all_mistakes_are_named_at_once() {
         let text = "root = 'relative'\n[network]\nbridge = 'far too long a name'\nipv4 = '1.2.3.4'\nmtu = 1\n[cgroup]\nparent = '../x'\n\
-            [image]\nlayers_at_once = 0\n";
+            [image]\nlayers_at_once = 0\n[container.rlimits]\nfsize = 1\nnofile = '2:1'\n";
         assert_eq!(
             keys(text),
             [
@@ -394,7 +420,9 @@ mod tests {
                 "network.bridge",
                 "network.ipv4",
                 "network.mtu",
-                "cgroup.parent"
+                "cgroup.parent",
+                "container.rlimits",
+                "container.rlimits"
             ]
         );
     }
@@ -426,13 +454,22 @@ mod tests {
 
     #[test]
     fn later_files_win_key_by_key() {
-        let first = Written::parse("root = '/a'\n[network]\nbridge = 'one'\nmtu = 1400").unwrap();
-        let second = Written::parse("state = '/s'\n[network]\nbridge = 'two'").unwrap();
+        let first = Written::parse(
+            "root = '/a'\n[network]\nbridge = 'one'\nmtu = 1400\n[container.rlimits]\ncore = 0\nnofile = 1",
+        )
+        .unwrap();
+        let second =
+            Written::parse("state = '/s'\n[network]\nbridge = 'two'\n[container.rlimits]\nnofile = '2:3'")
+                .unwrap();
         let merged = second.over(first);
         assert_eq!(merged.root, Some("/a".into()));
         assert_eq!(merged.state, Some("/s".into()));
         assert_eq!(merged.network.bridge.as_deref(), Some("two"));
         assert_eq!(merged.network.mtu, Some(1400));
+        let rlimits: Vec<_> = merged.container.rlimits.into_iter().collect();
+        let [(core, zero), (nofile, both)] = rlimits.as_slice() else { panic!("{rlimits:?}") };
+        assert_eq!((core.as_str(), zero), ("core", &WrittenRlimit::Number(0)));
+        assert_eq!((nofile.as_str(), both), ("nofile", &WrittenRlimit::Text("2:3".to_owned())));
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod oci_spec;
 pub mod plan;
 mod recovery;
 mod registry;
+pub mod rlimits;
 mod sandbox;
 mod server;
 mod shim_client;

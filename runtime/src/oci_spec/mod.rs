@@ -30,7 +30,7 @@ use berth_model::layout::{ContainerFiles, SandboxFiles};
 use berth_model::security::NamespaceMode;
 use berth_model::{container, sandbox};
 use berth_sys::credentials::CapabilityBits;
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Root, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, PosixRlimit, Root, Spec};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -73,6 +73,8 @@ pub struct Inputs<'a> {
     pub target_pid_namespace: Option<&'a Path>,
     /// The seccomp profile chosen; `None` for none. A privileged container gets none whatever this is.
     pub seccomp: Option<&'a LinuxSeccomp>,
+    /// The resource limits of the program.
+    pub rlimits: &'a [PosixRlimit],
     /// About the host.
     pub host: &'a HostFacts,
 }

@@ -2,16 +2,11 @@
 
 use super::{Inputs, SpecError, capabilities, environment};
 use berth_model::security::Profile;
-use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, Spec, User};
+use oci_spec::runtime::{Process, Spec, User};
 use std::path::PathBuf;
 
 /// The file mode creation mask that every container starts with, whatever the daemon's is.
 const UMASK: u32 = 0o022;
-
-/// Open files, soft and hard: the CRI has no field for it, and a container must not inherit what the daemon's unit was given. systemd's
-/// default for services, which is what a program meets outside of containers. A higher soft limit breaks programs that use select(2)
-/// or close every possible descriptor; whoever needs more raises it up to the hard one.
-const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
 /// The name that the kernel gives to "no profile": asked for as if it were one, it would be a way around the check of the field.
 const NO_PROFILE: &str = "unconfined";
@@ -35,21 +30,11 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
         .set_env(Some(env))
         .set_cwd(working_directory(inputs)?)
         .set_capabilities(Some(capabilities::of_container(security, inputs.host.bounding)?))
-        .set_rlimits(Some(vec![open_files()]))
+        .set_rlimits(Some(inputs.rlimits.to_vec()))
         .set_no_new_privileges(Some(security.no_new_privileges))
         .set_apparmor_profile(apparmor_profile(inputs)?)
         .set_oom_score_adj(i32::try_from(score).ok());
     Ok(process)
-}
-
-fn open_files() -> PosixRlimit {
-    let (soft, hard) = OPEN_FILES;
-    PosixRlimitBuilder::default()
-        .typ(PosixRlimitType::RlimitNofile)
-        .soft(soft)
-        .hard(hard)
-        .build()
-        .expect("a builder whose every field has a default has all that it needs")
 }
 
 /// CRI `command` is the entrypoint and `args` its arguments: a command drops both of the image's, arguments alone only its `Cmd`.

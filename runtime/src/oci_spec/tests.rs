@@ -66,6 +66,7 @@ impl Fixture {
             cgroup_directories: &self.cgroup_directories,
             target_pid_namespace: self.target.as_deref(),
             seccomp: self.seccomp.as_ref(),
+            rlimits: &crate::rlimits::check(&crate::rlimits::WrittenRlimits::new()).unwrap(),
             host: &self.host,
         })
     }

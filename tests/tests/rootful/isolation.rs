@@ -1,8 +1,10 @@
 //! What a container may not do: capabilities, seccomp, paths, devices.
 
+use std::fs;
+
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
-use berth_tests::daemon::rootful;
+use berth_tests::daemon::{Setup, rootful, rootful_with};
 use berth_tests::pod::{idle, security, words};
 
 /// The capabilities that images are written for: Docker's and containerd's default set, by number (capability.h).
@@ -143,7 +145,7 @@ fn a_profile_of_the_nodes_is_loaded_and_a_bad_one_refused() -> Result<()> {
         let pod = daemon.pod("seccomp")?;
         let folder = daemon.folder("profiles")?;
         let profile = |name: &str, text: &str| -> Result<v1::SecurityProfile> {
-            std::fs::write(folder.join(name), text)?;
+            fs::write(folder.join(name), text)?;
             Ok(v1::SecurityProfile {
                 profile_type: v1::security_profile::ProfileType::Localhost.into(),
                 localhost_ref: folder.join(name).to_string_lossy().into_owned(),
@@ -298,17 +300,59 @@ fn devices_of_the_host_cannot_be_made_and_opened() -> Result<()> {
     })
 }
 
+/// Soft and hard value of a line of `/proc/PID/limits`.
+fn limits_of(limits: &str, name: &str) -> Result<(String, String)> {
+    let line = limits.lines().find_map(|line| line.strip_prefix(name)).context(name.to_owned())?;
+    let mut words = line.split_whitespace().map(str::to_owned);
+    words.next().zip(words.next()).with_context(|| format!("two values in {line:?}"))
+}
+
 #[test]
-fn resource_limits_of_a_process_are_not_the_daemons() -> Result<()> {
+fn resource_limits_of_a_program_do_not_depend_on_how_the_daemon_was_started() -> Result<()> {
     rootful(|daemon| {
+        // What a unit file or a shell might have said. Only the hard ones bind, and only a daemon that may not raise them.
+        let daemon_has =
+            ["--nofile=4321:", "--core=0:", "--stack=1048576:", "--memlock=65536:", "--nproc=5000:"];
+        let pid = daemon.pid()?.to_string();
+        daemon.host().run("prlimit", &[&["--pid", &pid], &daemon_has[..]].concat())?;
+        let own = fs::read_to_string(format!("/proc/{pid}/limits"))?;
+        assert_eq!(limits_of(&own, "Max open files")?.0, "4321");
         let main = daemon.pod("limits")?.idle("main")?;
         let limits = main.sh("cat /proc/self/limits")?;
-        let files = limits.lines().find(|line| line.starts_with("Max open files")).context("the line")?;
-        let soft = files.split_whitespace().nth(3).context("a number")?;
-        assert_eq!(main.sh("ulimit -n")?.trim(), soft);
-        let init = main.sh("cat /proc/1/limits")?;
-        assert_eq!(init, limits, "exec has what the program has");
+        assert_eq!(main.sh("cat /proc/1/limits")?, limits, "exec has what the program has");
+        assert_eq!(main.sh("ulimit -Sn")?, "1024\n");
+        for (name, soft, hard) in [
+            ("Max open files", "1024", "524288"),
+            ("Max core file size", "unlimited", "unlimited"),
+            ("Max stack size", "8388608", "unlimited"),
+            ("Max locked memory", "8388608", "8388608"),
+            ("Max processes", "unlimited", "unlimited"),
+            ("Max address space", "unlimited", "unlimited"),
+        ] {
+            let (found_soft, found_hard) = limits_of(&limits, name)?;
+            let (_, most) = limits_of(&own, name)?;
+            // Without CAP_SYS_RESOURCE the daemon's own hard limit is the most there is.
+            let lowered = found_hard == most && (found_soft == soft || found_soft == most);
+            assert!(
+                lowered || (found_soft == soft && found_hard == hard),
+                "{name}: {found_soft}, {found_hard}; {most}"
+            );
+        }
         assert_eq!(main.sh("umask")?, "0022\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn resource_limits_can_be_configured() -> Result<()> {
+    let setup =
+        Setup { configuration: "[container.rlimits]\nnofile = \"256:512\"\ncore = 0\n", ..Setup::default() };
+    rootful_with(setup, |daemon| {
+        let main = daemon.pod("limits")?.idle("main")?;
+        assert_eq!(main.sh("ulimit -Sn; ulimit -Hn; ulimit -Sc; ulimit -Hc")?, "256\n512\n0\n0\n");
+        let more = main.exec(&["sh", "-c", "ulimit -Hn 513"])?;
+        // Root of a container may not raise them again either.
+        assert_ne!(more.code, 0, "{more:?}");
         Ok(())
     })
 }

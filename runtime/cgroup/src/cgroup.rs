@@ -12,7 +12,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::name::{Parent, check_id};
+use crate::name::{Parent, check_id, is_unit};
 use crate::{Driver, Error, Hierarchy, Limits, Systemd, control_file, unit};
 
 /// The v2 controllers that are handed down to containers, as far as the parent has them.
@@ -48,7 +48,7 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes `<parent>/<id>`: on v2 one directory, with the controllers handed down to it by the parent; on v1 one in the hierarchy of each
+    /// Makes `<parent>/<id>` (or as [`crate::Naming`] has it): on v2 one directory, with the controllers handed down to it by the parent; on v1 one in the hierarchy of each
     /// controller that Berth uses, and in the others that have the parent. A v1 cpuset starts with its parent's processors and memory
     /// nodes, without which no process could join.
     ///
@@ -63,7 +63,7 @@ impl Cgroup {
         if parent.driver() != Driver::Cgroupfs {
             return Err(Error::WrongDriver { parent: parent.path().into() });
         }
-        let path = format!("{}/{id}", parent.path());
+        let path = format!("{}/{}", parent.path(), parent.leaf(id));
         let place = match hierarchy {
             Hierarchy::Unified { mount } => {
                 let above = below(mount, parent.path());
@@ -73,7 +73,7 @@ impl Cgroup {
                     return Err(Error::ParentMissing { path: above });
                 }
                 hand_down_controllers(&above)?;
-                let leaf = above.join(id);
+                let leaf = above.join(parent.leaf(id));
                 make_directory(&leaf)?;
                 Place::Unified(leaf)
             }
@@ -161,34 +161,81 @@ impl Cgroup {
     #[must_use]
     pub fn with_systemd(mut self, systemd: Option<&Systemd>) -> Self {
         let name = self.path.rsplit('/').next().unwrap_or_default();
-        if name.ends_with(".scope") {
+        if is_unit(&self.path) {
             self.unit = systemd.map(|systemd| Unit { name: name.to_owned(), systemd: systemd.clone() });
         }
         self
     }
 
-    /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon: all of it, part of it, or nothing, which is no
-    /// error, so that stopping and removing work whatever is left.
+    /// Makes the directory of a leaf that no process will ever be in: what shows others, by its name, that there is a pod. With the
+    /// systemd driver too it is no unit, which could not be without a process; systemd leaves directories alone that it does not know,
+    /// and takes them away with their slice.
+    ///
+    /// # Errors
+    /// As [`Cgroup::create`].
+    pub fn create_empty(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
+        let (Driver::Systemd, Hierarchy::Unified { mount }) = (parent.driver(), hierarchy) else {
+            return Self::create(hierarchy, parent, id);
+        };
+        check_id(parent, id)?;
+        let above = below(mount, parent.path());
+        let path = format!("{}/{}", parent.path(), parent.leaf(id));
+        let leaf = below(mount, &path);
+        make_directory(&leaf)?;
+        // Without controllers there is less to see in it, and nothing that is wrong.
+        let _ = hand_down_controllers(&above);
+        Ok(Self { path, place: Place::Unified(leaf), unit: None })
+    }
+
+    /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon, also if leaves had other names then: all of it,
+    /// part of it, or nothing, which is no error, so that stopping and removing work whatever is left.
     ///
     /// # Errors
     /// [`Error::InvalidId`].
     pub fn open(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
+        let named = Self::open_named(hierarchy, parent, id)?;
+        if named.is_there() {
+            return Ok(named);
+        }
+        let other = parent.clone().with_naming(parent.naming().other());
+        match Self::open_named(hierarchy, &other, id) {
+            Ok(other) if other.is_there() => Ok(other),
+            _ => Ok(named),
+        }
+    }
+
+    fn open_named(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
         check_id(parent, id)?;
         let path = format!("{}/{}", parent.path(), parent.leaf(id));
-        let place = match hierarchy {
-            Hierarchy::Unified { mount } => Place::Unified(below(mount, &path)),
+        Ok(Self { place: Self::place_of(hierarchy, &path), path, unit: None })
+    }
+
+    /// The cgroup of a parent itself, for a look at what is counted in it.
+    pub(crate) fn of_parent(hierarchy: &Hierarchy, parent: &Parent) -> Self {
+        let path = parent.path().to_owned();
+        Self { place: Self::place_of(hierarchy, &path), path, unit: None }
+    }
+
+    fn place_of(hierarchy: &Hierarchy, path: &str) -> Place {
+        match hierarchy {
+            Hierarchy::Unified { mount } => Place::Unified(below(mount, path)),
             Hierarchy::Legacy { mounts } => Place::Legacy(
                 mounts
                     .iter()
                     .map(|mount| LegacyDir {
                         controllers: mount.controllers.clone(),
-                        path: below(&mount.path, &path),
+                        path: below(&mount.path, path),
                     })
                     .filter(|dir| dir.path.is_dir())
                     .collect(),
             ),
-        };
-        Ok(Self { path, place, unit: None })
+        }
+    }
+
+    /// Whether any of its directories is there.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.directories().any(Path::is_dir)
     }
 
     /// The path below the root of each hierarchy, `/kubepods/pod1/0123`.
@@ -389,7 +436,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::LegacyMount;
+    use crate::{LegacyMount, Naming};
 
     /// A v1 tree of plain directories with one hierarchy per name.
     fn fake_legacy(names: &[&str]) -> (tempfile::TempDir, Hierarchy) {
@@ -481,6 +528,29 @@ mod tests {
         fs::remove_dir(root.path().join("cpu/deep/berth/b")).unwrap();
         fs::write(root.path().join("cpu/deep/berth/tasks"), "").unwrap();
         assert_eq!(leftovers(&hierarchy, &ours).unwrap().into_iter().collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_leaf_is_found_again_whatever_leaves_are_called_now() {
+        for (hierarchy, parent) in [
+            (fake_legacy(&["cpu", "memory"]), parent("/")),
+            (fake_unified("cpu memory"), parent("/")),
+            (fake_unified("cpu memory"), Parent::named(Driver::Systemd, "-.slice").unwrap()),
+        ] {
+            let (_root, hierarchy) = hierarchy;
+            let crio = parent.clone().with_naming(Naming::Crio);
+            let made = Cgroup::create_empty(&hierarchy, &crio, "0a").unwrap();
+            assert_eq!(made.path(), "/crio-0a.scope");
+            assert!(matches!(
+                Cgroup::create_empty(&hierarchy, &crio, "0a"),
+                Err(Error::AlreadyExists { .. })
+            ));
+            let found = Cgroup::open(&hierarchy, &parent, "0a").unwrap();
+            assert_eq!(found.path(), "/crio-0a.scope");
+            assert_eq!(leftovers(&hierarchy, &parent).unwrap().into_iter().collect::<Vec<_>>(), ["0a"]);
+            found.remove(std::time::Duration::ZERO).unwrap();
+            assert!(!Cgroup::open(&hierarchy, &parent, "0a").unwrap().is_there());
+        }
     }
 
     #[test]

@@ -40,7 +40,9 @@ pub use devices::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices}
 pub use error::Error;
 pub use hierarchy::{Hierarchy, LegacyMount};
 pub use limits::{Ceiling, HugepageLimit, Limits, Note, cpu_weight};
-pub use name::{Driver, Parent};
+pub use name::{Driver, Naming, Parent};
 pub use oom::{OomSource, parse_oom_kills};
-pub use stats::{CpuStats, Detail, MemoryStats, Pressure, PressureLine, Stats, SwapStats};
+pub use stats::{
+    CpuStats, Detail, DeviceIo, MemoryStats, Pressure, PressureLine, Stats, SwapStats, stats_of_parent,
+};
 pub use systemd::{Systemd, SystemdError};

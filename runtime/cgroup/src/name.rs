@@ -5,6 +5,8 @@
 //! | cgroupfs | `/kubepods/burstable/pod1`, as CRI `LinuxPodSandboxConfig.cgroup_parent` has it | `<id>` |
 //! | systemd | `/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice`, from the last element of the same field | `berth-<id>.scope` |
 //!
+//! With [`Naming::Crio`] the leaf is `crio-<id>.scope` with both drivers.
+//!
 //! Kubelet cuts the id out again: a last element that ends in `.scope` gives what follows its last dash, any other is the id itself
 //! (`extractIDFromCgroupPath`). So an id must have no dash with systemd.
 
@@ -54,6 +56,30 @@ const SLICE: &str = ".slice";
 const SCOPE: &str = ".scope";
 /// What the names of scopes begin with.
 const SCOPE_PREFIX: &str = "berth-";
+/// The same with [`Naming::Crio`].
+const CRIO_PREFIX: &str = "crio-";
+
+/// What the names of leaves look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Naming {
+    /// `<id>`, with the systemd driver `berth-<id>.scope`.
+    #[default]
+    Own,
+    /// `crio-<id>.scope` with both drivers, which is the one form that two readers agree on: cAdvisor's handler for CRI-O takes cgroups that
+    /// begin with `crio` and have an id in them (cAdvisor 0.56, `container/crio/factory.go`); kubelet cuts the id out of a name only when
+    /// that ends in `.scope`.
+    Crio,
+}
+
+impl Naming {
+    /// The other one.
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Self::Own => Self::Crio,
+            Self::Crio => Self::Own,
+        }
+    }
+}
 
 /// Where a container's cgroup goes, relative to the root of the hierarchy, without a slash at the end: `/kubepods/burstable/pod1`, or
 /// the empty string for the root itself.
@@ -62,6 +88,7 @@ pub struct Parent {
     path: String,
     ours: bool,
     driver: Driver,
+    naming: Naming,
 }
 
 impl Parent {
@@ -86,7 +113,7 @@ impl Parent {
             }
             Driver::Systemd => slice_path(parent)?,
         };
-        Ok(Self { path, ours: false, driver })
+        Ok(Self { path, ours: false, driver, naming: Naming::Own })
     }
 
     /// The daemon's own parent for pods that name none, such as `/berth` or `berth.slice`. It is created when it is missing.
@@ -107,14 +134,27 @@ impl Parent {
     /// [`Error::InvalidParent`].
     pub fn of(path: &str) -> Result<Self, Error> {
         let (parent, leaf) = path.rsplit_once('/').unwrap_or(("", path));
-        let driver = if leaf.ends_with(SCOPE) { Driver::Systemd } else { Driver::Cgroupfs };
-        Ok(Self { path: normal(driver, &format!("{parent}/"))?, ours: false, driver })
+        let driver = if is_unit(path) { Driver::Systemd } else { Driver::Cgroupfs };
+        let naming = if is_crio(leaf) { Naming::Crio } else { Naming::Own };
+        Ok(Self { path: normal(driver, &format!("{parent}/"))?, ours: false, driver, naming })
     }
 
     /// The driver that a parent of this form belongs to.
     #[must_use]
     pub fn form_of(parent: &str) -> Driver {
         if parent.trim_end_matches('/').ends_with(SLICE) { Driver::Systemd } else { Driver::Cgroupfs }
+    }
+
+    /// The same parent with leaves that have such names.
+    #[must_use]
+    pub fn with_naming(self, naming: Naming) -> Self {
+        Self { naming, ..self }
+    }
+
+    /// What the names of its leaves look like.
+    #[must_use]
+    pub fn naming(&self) -> Naming {
+        self.naming
     }
 
     /// The path, `/a/b`, or the empty string for the root.
@@ -137,14 +177,18 @@ impl Parent {
 
     /// The name of the directory of the leaf `id`.
     pub(crate) fn leaf(&self, id: &str) -> String {
-        match self.driver {
-            Driver::Cgroupfs => id.to_owned(),
-            Driver::Systemd => scope_name(id),
+        match (self.naming, self.driver) {
+            (Naming::Crio, _) => format!("{CRIO_PREFIX}{id}{SCOPE}"),
+            (Naming::Own, Driver::Cgroupfs) => id.to_owned(),
+            (Naming::Own, Driver::Systemd) => format!("{SCOPE_PREFIX}{id}{SCOPE}"),
         }
     }
 
-    /// The id in the name of a leaf; nothing for names that are not of the form of leaves.
+    /// The id in the name of a leaf, whichever way leaves were named when it was made; nothing for names that are not of the form of leaves.
     pub(crate) fn id_of<'a>(&self, leaf: &'a str) -> Option<&'a str> {
+        if is_crio(leaf) {
+            return leaf.strip_prefix(CRIO_PREFIX)?.strip_suffix(SCOPE);
+        }
         match self.driver {
             Driver::Cgroupfs => Some(leaf),
             Driver::Systemd => leaf.strip_prefix(SCOPE_PREFIX)?.strip_suffix(SCOPE),
@@ -163,9 +207,15 @@ impl Parent {
     }
 }
 
-/// `berth-<id>.scope`
-fn scope_name(id: &str) -> String {
-    format!("{SCOPE_PREFIX}{id}{SCOPE}")
+/// Whether the last element of a path is the name of a leaf with [`Naming::Crio`].
+fn is_crio(leaf: &str) -> bool {
+    leaf.starts_with(CRIO_PREFIX) && leaf.ends_with(SCOPE)
+}
+
+/// Whether the cgroup at `path` is a unit of systemd's: a scope in a slice. A directory may be called a scope outside of one.
+pub(crate) fn is_unit(path: &str) -> bool {
+    let (parent, leaf) = path.rsplit_once('/').unwrap_or(("", path));
+    leaf.ends_with(SCOPE) && (parent.is_empty() || parent.ends_with(SLICE))
 }
 
 fn invalid(driver: Driver, parent: &str, reason: &'static str) -> Error {
@@ -244,8 +294,10 @@ pub(crate) fn check_id(parent: &Parent, id: &str) -> Result<(), Error> {
         "it has a slash, a NUL or a line end in it"
     } else if parent.leaf(id).len() > MAX_NAME_BYTES {
         "it is longer than 255 bytes"
-    } else if parent.driver == Driver::Systemd && !id.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-        "with the systemd driver it has letters and digits only"
+    } else if (parent.driver == Driver::Systemd || parent.naming == Naming::Crio)
+        && !id.bytes().all(|byte| byte.is_ascii_alphanumeric())
+    {
+        "the id in a scope's name has letters and digits only"
     } else {
         return Ok(());
     };
@@ -345,6 +397,12 @@ mod tests {
         assert_eq!(root.slice(), Some("-.slice"));
         let plain = Parent::named(Driver::Cgroupfs, "/a").unwrap();
         assert_eq!((plain.leaf("0a").as_str(), plain.slice(), plain.id_of("0a")), ("0a", None, Some("0a")));
+        for parent in [slice, plain].map(|parent| parent.with_naming(Naming::Crio)) {
+            assert_eq!(parent.leaf("0a"), "crio-0a.scope");
+            assert_eq!(parent.id_of("crio-0a.scope"), Some("0a"));
+            assert_eq!(parent.clone().with_naming(Naming::Own).id_of("crio-0a.scope"), Some("0a"));
+            assert!(check_id(&parent, "0a").is_ok() && check_id(&parent, "0-a").is_err());
+        }
     }
 
     #[test]
@@ -354,6 +412,8 @@ mod tests {
             ("/berth/0a", "/berth", Driver::Cgroupfs),
             ("/0a", "", Driver::Cgroupfs),
             ("/berth-0a.scope", "", Driver::Systemd),
+            ("/a.slice/crio-0a.scope", "/a.slice", Driver::Systemd),
+            ("/kubepods/pod1/crio-0a.scope", "/kubepods/pod1", Driver::Cgroupfs),
         ] {
             let found = Parent::of(path).unwrap();
             assert_eq!((found.path(), found.driver()), (parent, driver), "{path}");

@@ -6,7 +6,10 @@
 use std::path::Path;
 
 use crate::cgroup::Place;
-use crate::{Cgroup, Error, control_file};
+use crate::{Cgroup, Error, Hierarchy, Parent, control_file, parse_oom_kills};
+
+/// Devices whose reads and writes are told. A cgroup has a line for each that it ever used; a node with more disks than this has its figures elsewhere.
+const MAX_DEVICES: usize = 64;
 
 /// One sample.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -19,6 +22,10 @@ pub struct Stats {
     pub swap: Option<SwapStats>,
     /// Processes and threads.
     pub pids: Option<u64>,
+    /// The most that there may be, nothing without a limit; with [`Detail::All`].
+    pub pids_limit: Option<u64>,
+    /// Reads and writes by device, at most 64 of them; with [`Detail::All`]. On v1 only where the blkio hierarchy has the cgroup too.
+    pub io: Vec<DeviceIo>,
     /// Time lost waiting for reads and writes: `io.pressure`, v2 only.
     pub io_pressure: Option<Pressure>,
 }
@@ -69,6 +76,8 @@ pub struct MemoryStats {
     pub major_page_faults: Option<u64>,
     /// How often the limit was hit; with [`Detail::All`]. On v1 newer kernels (6.18 for one) leave it at 0.
     pub limit_hits: Option<u64>,
+    /// Processes killed for memory; with [`Detail::All`]. On v1 those below the cgroup are not counted.
+    pub oom_kills: Option<u64>,
     /// `memory.pressure`, v2 only.
     pub pressure: Option<Pressure>,
 }
@@ -80,6 +89,23 @@ pub struct SwapStats {
     pub usage_bytes: u64,
     /// Limit less usage; nothing without a limit.
     pub available_bytes: Option<u64>,
+}
+
+/// What went to and from one block device since the cgroup was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DeviceIo {
+    /// Its major number.
+    pub major: u32,
+    /// Its minor number.
+    pub minor: u32,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
 }
 
 /// Pressure stall information: Documentation/accounting/psi.rst.
@@ -111,6 +137,18 @@ pub enum Detail {
     Essential,
     /// Also the fields that say "with [`Detail::All`]".
     All,
+}
+
+/// A sample of a parent, with all that is below it: a pod's, when the parent is one pod's. Nothing when it is not there.
+///
+/// # Errors
+/// [`Error::Read`] and [`Error::Malformed`] with the file.
+pub fn stats_of_parent(
+    hierarchy: &Hierarchy,
+    parent: &Parent,
+    detail: Detail,
+) -> Result<Option<Stats>, Error> {
+    Cgroup::of_parent(hierarchy, parent).stats(detail)
 }
 
 impl Cgroup {
@@ -165,9 +203,24 @@ impl Cgroup {
                 memory.peak_bytes = number("memory", "memory.max_usage_in_bytes")?;
                 memory.kernel_bytes = number("memory", "memory.kmem.usage_in_bytes")?;
                 memory.limit_hits = number("memory", "memory.failcnt")?;
+                memory.oom_kills = self.oom_kills()?;
             }
         }
-        Ok(Stats { cpu, memory, swap, pids: number("pids", "pids.current")?, io_pressure: None })
+        let mut stats =
+            Stats { cpu, memory, swap, pids: number("pids", "pids.current")?, ..Stats::default() };
+        if detail == Detail::All {
+            stats.pids_limit = number("pids", "pids.max")?;
+            let served = bytes("blkio", "blkio.throttle.io_service_bytes_recursive")?.unwrap_or_default();
+            let counted = bytes("blkio", "blkio.throttle.io_serviced_recursive")?.unwrap_or_default();
+            stats.io = legacy_io(&served, &counted);
+        }
+        Ok(stats)
+    }
+
+    fn oom_kills(&self) -> Result<Option<u64>, Error> {
+        let Some(source) = self.oom_source() else { return Ok(None) };
+        let bytes = control_file::read_if_there(&source.file)?.unwrap_or_default();
+        Ok(parse_oom_kills(&bytes, source.key))
     }
 }
 
@@ -197,16 +250,18 @@ fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
     let mut swap = None;
     if let Some(usage_bytes) = number("memory.current")? {
         let stat = control_file::read_if_there(&dir.join("memory.stat"))?.unwrap_or_default();
-        let (mut peak_bytes, mut limit_hits) = (None, None);
+        let (mut peak_bytes, mut limit_hits, mut oom_kills) = (None, None, None);
         if detail == Detail::All {
             peak_bytes = number("memory.peak")?;
             let events = control_file::read_if_there(&dir.join("memory.events"))?.unwrap_or_default();
             limit_hits = control_file::keyed(&events, "max");
+            oom_kills = parse_oom_kills(&events, "oom_kill");
         }
         memory = Some(MemoryStats {
             peak_bytes,
             kernel_bytes: control_file::keyed(&stat, "kernel"),
             limit_hits,
+            oom_kills,
             pressure: pressure(dir, "memory.pressure")?,
             ..memory_stats(usage_bytes, number("memory.max")?, &stat, &UNIFIED_KEYS)
         });
@@ -219,7 +274,72 @@ fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
         }
     }
     let io_pressure = pressure(dir, "io.pressure")?;
-    Ok(Stats { cpu, memory, swap, pids: number("pids.current")?, io_pressure })
+    let (mut pids_limit, mut io) = (None, Vec::new());
+    if detail == Detail::All {
+        pids_limit = number("pids.max")?;
+        io = unified_io(&control_file::read_if_there(&dir.join("io.stat"))?.unwrap_or_default());
+    }
+    Ok(Stats { cpu, memory, swap, pids: number("pids.current")?, pids_limit, io, io_pressure })
+}
+
+/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`: Documentation/admin-guide/cgroup-v2.rst, `io.stat`.
+fn unified_io(bytes: &[u8]) -> Vec<DeviceIo> {
+    let text = String::from_utf8_lossy(bytes);
+    let read = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let (major, minor) = device(words.next()?)?;
+        let mut io = DeviceIo { major, minor, ..DeviceIo::default() };
+        for (name, value) in words.filter_map(|word| word.split_once('=')) {
+            let Some(value) = control_file::number(value.as_bytes()) else { continue };
+            match name {
+                "rbytes" => io.read_bytes = value,
+                "wbytes" => io.write_bytes = value,
+                "rios" => io.reads = value,
+                "wios" => io.writes = value,
+                _ => {}
+            }
+        }
+        Some(io)
+    };
+    text.lines().filter_map(read).take(MAX_DEVICES).collect()
+}
+
+/// `8:0 Read 4096`, one line for each kind, once in bytes and once in requests: Documentation/admin-guide/cgroup-v1/blkio-controller.rst.
+fn legacy_io(bytes: &[u8], requests: &[u8]) -> Vec<DeviceIo> {
+    let mut devices: Vec<DeviceIo> = Vec::new();
+    for (is_bytes, file) in [(true, bytes), (false, requests)] {
+        for line in String::from_utf8_lossy(file).lines() {
+            let mut words = line.split_ascii_whitespace();
+            let (Some(name), Some(kind), Some(value)) = (words.next(), words.next(), words.next()) else {
+                continue;
+            };
+            let (Some((major, minor)), Some(value)) = (device(name), control_file::number(value.as_bytes()))
+            else {
+                continue;
+            };
+            let known = devices.iter().position(|io| (io.major, io.minor) == (major, minor));
+            let known = known.unwrap_or_else(|| {
+                devices.push(DeviceIo { major, minor, ..DeviceIo::default() });
+                devices.len() - 1
+            });
+            let Some(io) = devices.get_mut(known) else { continue };
+            match (is_bytes, kind) {
+                (true, "Read") => io.read_bytes = value,
+                (true, "Write") => io.write_bytes = value,
+                (false, "Read") => io.reads = value,
+                (false, "Write") => io.writes = value,
+                _ => {}
+            }
+        }
+    }
+    devices.truncate(MAX_DEVICES);
+    devices
+}
+
+/// `8:0`
+fn device(text: &str) -> Option<(u32, u32)> {
+    let (major, minor) = text.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// The names of the same things in `memory.stat`. v1's `total_` ones count sub-cgroups in, as v2 always does.
@@ -323,6 +443,33 @@ mod tests {
             let parsed = parse_pressure(odd);
             assert!(parsed.is_none() || parsed == Some(Pressure::default()), "{odd:?}");
         }
+    }
+
+    #[test]
+    fn reads_and_writes_are_told_by_device() {
+        let expected = vec![
+            DeviceIo { major: 8, minor: 0, read_bytes: 1, write_bytes: 2, reads: 3, writes: 4 },
+            DeviceIo { major: 254, minor: 16, read_bytes: 9, ..DeviceIo::default() },
+        ];
+        let unified = b"8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\n254:16 rbytes=9\n";
+        assert_eq!(unified_io(unified), expected);
+        let bytes = b"8:0 Read 1\n8:0 Write 2\n8:0 Sync 7\n8:0 Total 3\n254:16 Read 9\nTotal 12\n";
+        assert_eq!(legacy_io(bytes, b"8:0 Read 3\n8:0 Write 4\nTotal 7\n"), expected);
+        for odd in [
+            &b""[..],
+            b"\n",
+            b"8:0",
+            b"8 rbytes=1",
+            b"x:y rbytes=1",
+            b"8:0 rbytes",
+            b"\xff:\xff x",
+            b"8:0 Read x",
+        ] {
+            assert!(unified_io(odd).iter().all(|io| io.read_bytes == 0), "{odd:?}");
+            assert!(legacy_io(odd, odd).is_empty(), "{odd:?}");
+        }
+        let many: String = (0..1000).map(|minor| format!("8:{minor} rbytes=1\n")).collect();
+        assert_eq!(unified_io(many.as_bytes()).len(), MAX_DEVICES);
     }
 
     #[test]

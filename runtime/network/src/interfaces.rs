@@ -33,16 +33,22 @@ pub struct InterfaceCounters {
     pub tx_dropped: u64,
 }
 
-/// The counters of all interfaces, loopback included, of the namespace that the socket was opened in.
+/// Interfaces that are told of one namespace. A pod has a handful; one that may make interfaces could have thousands, which would keep
+/// the statistics of all the others waiting.
+pub const MAX_INTERFACES: usize = 32;
+
+/// The counters of the interfaces, loopback included, of the namespace that the socket was opened in: at most [`MAX_INTERFACES`], those with
+/// the lowest numbers as far as the kernel lists them by number.
 ///
 /// # Errors
 /// What the kernel said.
-pub fn counters(inside: &mut Netlink) -> Result<Vec<InterfaceCounters>, Error> {
+pub fn counters(inside: Netlink) -> Result<Vec<InterfaceCounters>, Error> {
     let operation = "list the interfaces of a namespace";
     let request = Request::route(operation, 0, &RouteNetlinkMessage::GetLink(LinkMessage::default()));
-    let replies = inside.dump(&request)?;
+    let replies = inside.beginning_of_dump(&request, MAX_INTERFACES)?;
     replies
         .iter()
+        .take(MAX_INTERFACES)
         .map(|reply| {
             let link = reply.link(operation)?;
             let [rx_packets, tx_packets, rx_bytes, tx_bytes, rx_errors, tx_errors, rx_dropped, tx_dropped] =

@@ -236,6 +236,34 @@ impl Netlink {
         Err(Error::Unsteady { operation: request.operation })
     }
 
+    /// Sends a request for a whole table and returns the first entries of it, as many as `most` or a datagram more. Entries that come or go
+    /// meanwhile may be among them or not. What the kernel has not told yet is thrown away with the socket.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub(crate) fn beginning_of_dump(mut self, request: &Request, most: usize) -> Result<Vec<Reply>, Error> {
+        let operation = request.operation;
+        let sequence = self.send(std::slice::from_ref(request), NLM_F_DUMP)?;
+        let mut replies = Vec::new();
+        while replies.len() < most {
+            for message in self.receive(operation)? {
+                if message.sequence != sequence {
+                    continue;
+                }
+                match message.kind {
+                    NLMSG_DONE | NLMSG_ERROR => {
+                        message
+                            .error_code(operation)?
+                            .map_err(|errno| Error::Refused { operation, errno })?;
+                        return Ok(replies);
+                    }
+                    _ => replies.push(Reply { body: message.body }),
+                }
+            }
+        }
+        Ok(replies)
+    }
+
     /// One attempt; `None` when the kernel marked it as interrupted.
     fn dump_once(&mut self, request: &Request) -> Result<Option<Vec<Reply>>, Error> {
         let operation = request.operation;

@@ -732,9 +732,8 @@ fn router_advertisements_and_redirects_of_a_pod_reach_nobody() {
 fn the_counters_of_a_pod_count_what_it_sends_and_receives() {
     let node = Node::new();
     let pod = node.attach(1);
-    let mut inside = pod.namespace.run(Netlink::open).unwrap();
-    let mut eth0 = || {
-        let all = interfaces::counters(&mut inside).unwrap();
+    let eth0 = || {
+        let all = interfaces::counters(pod.namespace.run(Netlink::open).unwrap()).unwrap();
         assert!(all.iter().any(|interface| interface.name == "lo"));
         all.into_iter().find(|interface| interface.name == POD_INTERFACE).unwrap()
     };
@@ -755,6 +754,15 @@ fn the_counters_of_a_pod_count_what_it_sends_and_receives() {
         "{bytes} bytes, {packets} packets"
     );
     assert_eq!((after.tx_errors, after.rx_errors, after.tx_dropped), (0, 0, 0));
+    // A pod that may make interfaces does not make its counters a long list.
+    let made = pod.namespace.run(|| {
+        let script = "for i in $(seq 100); do ip link add d$i type veth peer name p$i; done";
+        std::process::Command::new("sh").args(["-ec", script]).status().unwrap()
+    });
+    assert!(made.success());
+    let all = interfaces::counters(pod.namespace.run(Netlink::open).unwrap()).unwrap();
+    assert_eq!(all.len(), interfaces::MAX_INTERFACES);
+    assert!(all.iter().any(|interface| interface.name == POD_INTERFACE));
 }
 
 #[test]

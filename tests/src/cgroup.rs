@@ -7,15 +7,42 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::program::output;
+
 /// The controllers that a kubelet wants to find in the cgroup it is given.
 const CONTROLLERS: &str = "+cpuset +cpu +io +memory +hugetlb +pids";
+
+/// Who makes the cgroups of pods: what `[cgroup] driver` says to a daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// The daemon itself.
+    Cgroupfs,
+    /// systemd, which has to be process 1, on cgroup v2.
+    Systemd,
+}
+
+impl Driver {
+    /// The driver that `BERTH_TEST_CGROUP_DRIVER` names for daemons of tests: `cgroupfs`, which is also the default because
+    /// it works everywhere, or `systemd`.
+    ///
+    /// # Errors
+    /// When it names something else.
+    pub fn of_the_environment() -> Result<Self> {
+        match std::env::var("BERTH_TEST_CGROUP_DRIVER").as_deref() {
+            Err(_) | Ok("cgroupfs") => Ok(Self::Cgroupfs),
+            Ok("systemd") => Ok(Self::Systemd),
+            Ok(other) => bail!("BERTH_TEST_CGROUP_DRIVER is {other:?}, not cgroupfs or systemd"),
+        }
+    }
+}
 
 /// A hierarchy of the machine.
 #[derive(Debug)]
@@ -26,12 +53,15 @@ struct Hierarchy {
     controllers: Vec<String>,
 }
 
-/// A cgroup of one name in every hierarchy, removed on drop with all that is below it and whatever still runs there.
+/// A cgroup of one name in every hierarchy, removed on drop with all that is below it and whatever still runs there; or the
+/// machine's own root, which is only looked at.
 #[derive(Debug)]
 pub struct Cgroup {
+    /// Empty for the root.
     name: String,
     hierarchies: Vec<Hierarchy>,
     unified: bool,
+    driver: Driver,
 }
 
 /// How much CPU time a cgroup may use: `quota_us` in every `period_us`.
@@ -55,7 +85,7 @@ impl Cgroup {
         if hierarchies.is_empty() {
             bail!("no cgroup hierarchy is mounted");
         }
-        let cgroup = Self { name: name.to_owned(), hierarchies, unified };
+        let cgroup = Self { name: name.to_owned(), hierarchies, unified, driver: Driver::Cgroupfs };
         for folder in cgroup.folders() {
             if cgroup.unified
                 && let Some(root) = folder.parent()
@@ -74,6 +104,64 @@ impl Cgroup {
             }
         }
         Ok(cgroup)
+    }
+
+    /// Has `driver` make a cgroup: `name` itself for cgroupfs; for systemd a slice below the root, named so without its
+    /// dashes, which would put it into others (`systemd.slice(5)`).
+    ///
+    /// # Errors
+    /// Those of [`create`](Self::create); for systemd, when the machine has cgroup v1, or systemctl(1) fails.
+    pub fn create_by(driver: Driver, name: &str) -> Result<Self> {
+        if driver == Driver::Cgroupfs {
+            return Self::create(name);
+        }
+        let mut slice = Self::of_the_machine()?;
+        ensure!(slice.unified, "the systemd driver needs cgroup v2");
+        slice.name = format!("{}.slice", name.replace('-', ""));
+        slice.driver = driver;
+        output(Command::new("systemctl").args(["start", &slice.name]))?;
+        Ok(slice)
+    }
+
+    /// Who made it, and makes what is below it.
+    #[must_use]
+    pub fn driver(&self) -> Driver {
+        self.driver
+    }
+
+    /// Its name as `[cgroup] parent` has it: a path, or a slice.
+    #[must_use]
+    pub fn parent(&self) -> String {
+        match self.driver {
+            Driver::Cgroupfs => self.path(),
+            Driver::Systemd => self.name.clone(),
+        }
+    }
+
+    /// The root of every hierarchy, which nothing happens to.
+    ///
+    /// # Errors
+    /// When no hierarchy is mounted.
+    pub fn of_the_machine() -> Result<Self> {
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
+        let (hierarchies, unified) = hierarchies(&mountinfo);
+        if hierarchies.is_empty() {
+            bail!("no cgroup hierarchy is mounted");
+        }
+        Ok(Self { name: String::new(), hierarchies, unified, driver: Driver::Cgroupfs })
+    }
+
+    /// The folder of this cgroup in the hierarchy that has `controller`.
+    ///
+    /// # Errors
+    /// When there is no such hierarchy.
+    pub fn folder(&self, controller: &str) -> Result<PathBuf> {
+        let hierarchy = self
+            .hierarchies
+            .iter()
+            .find(|hierarchy| self.unified || hierarchy.controllers.iter().any(|name| name == controller))
+            .with_context(|| format!("no hierarchy has the controller {controller}"))?;
+        Ok(hierarchy.mount.join(&self.name))
     }
 
     /// Its path as the kernel and a kubelet's `cgroupRoot` name it.
@@ -129,13 +217,8 @@ impl Cgroup {
     /// # Errors
     /// When there is no such cgroup, or it has no such file.
     pub fn read(&self, controller: &str, id: &str, file: &str) -> Result<String> {
-        let hierarchy = self
-            .hierarchies
-            .iter()
-            .find(|hierarchy| self.unified || hierarchy.controllers.iter().any(|name| name == controller))
-            .with_context(|| format!("no hierarchy has the controller {controller}"))?;
         let mut found = None;
-        walk(&hierarchy.mount.join(&self.name), &mut |path| {
+        walk(&self.folder(controller)?, &mut |path| {
             if path.file_name().is_some_and(|name| name.to_string_lossy().contains(id)) {
                 found.get_or_insert(path.join(file));
             }
@@ -151,7 +234,11 @@ impl Cgroup {
     }
 
     /// Kills every process in this cgroup and below.
+    ///
+    /// # Panics
+    /// For the machine's own root.
     pub fn end_everything(&self) {
+        assert!(!self.name.is_empty(), "the machine's own processes are not the test's");
         for folder in self.folders() {
             walk(&folder, &mut end_processes);
         }
@@ -164,6 +251,14 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
+        if self.name.is_empty() {
+            return;
+        }
+        if self.driver == Driver::Systemd {
+            // Or systemd asks what runs in there to end first, and waits.
+            self.end_everything();
+            let _ = output(Command::new("systemctl").args(["stop", &self.name]));
+        }
         // A process that is killed leaves its cgroup a moment later, and only an empty cgroup can go.
         for _ in 0..100 {
             let left: Vec<PathBuf> = self.folders().into_iter().filter(|folder| folder.exists()).collect();

@@ -1,9 +1,9 @@
 //! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with folders, a network and a cgroup that nobody else
 //! has.
 //!
-//! The programs are those of the folder that `BERTH_BIN_DIR` names, else of `dist/` in the repository. Whatever becomes of
-//! the test, all that the daemon and its containers made goes when the value is dropped: processes, mounts, network,
-//! cgroups, files.
+//! The programs are those of the folder that `BERTH_BIN_DIR` names, else of `dist/` in the repository; its cgroup driver is
+//! the one that `BERTH_TEST_CGROUP_DRIVER` names ([`Driver::of_the_environment`]). Whatever becomes of the test, all that
+//! the daemon and its containers made goes when the value is dropped: processes, mounts, network, cgroups, files.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
 use tempfile::TempDir;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Driver};
 use crate::cri::Client;
 use crate::deadline::within;
 use crate::host::Host;
@@ -90,14 +90,14 @@ impl Daemon {
     pub fn start(setup: Setup) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("berth-test-").tempdir().context("making a folder")?;
         let name = dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let cgroup = Cgroup::create(&name)?;
+        let cgroup = Cgroup::create_by(Driver::of_the_environment()?, &name)?;
         let host = Host::create(dir.path().join("netns"))?;
         fs::create_dir(dir.path().join("certs.d")).context("making a folder for mirror rules")?;
         // A name of this test only, of at most 15 characters.
         let bridge = format!("bt{}", name.trim_start_matches("berth-test-"));
         let configuration = format!(
             "[cgroup]\nparent = \"{}\"\n[registry]\nconfig_path = \"{}\"\n[network]\nbridge = \"{bridge}\"\n{}",
-            cgroup.path(),
+            cgroup.parent(),
             dir.path().join("certs.d").display(),
             setup.configuration
         );
@@ -125,7 +125,15 @@ impl Daemon {
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
     pub fn start_again(&self) -> Result<()> {
-        let child = self.spawn()?;
+        self.start_from(&programs()?)
+    }
+
+    /// [`start_again`](Self::start_again) with the programs of another folder than usual.
+    ///
+    /// # Errors
+    /// When it does not answer in time; the message has its last lines.
+    pub fn start_from(&self, programs: &Path) -> Result<()> {
+        let child = self.spawn(programs)?;
         *self.process() = Some(child);
         let ended = within(SOON, "the daemon answers", || {
             // An end is not worth waiting on: nothing follows it.
@@ -142,8 +150,8 @@ impl Daemon {
         }
     }
 
-    fn spawn(&self) -> Result<Child> {
-        let program = programs()?.join("berthd");
+    fn spawn(&self, programs: &Path) -> Result<Child> {
+        let program = programs.join("berthd");
         ensure!(program.exists(), "no {}: run make build", program.display());
         let dir = self.dir.path();
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).context("the log")?;
@@ -159,7 +167,7 @@ impl Daemon {
             .arg("--config")
             .arg(dir.join("berth.toml"))
             .arg("--shim")
-            .arg(programs()?.join("berth-shim"))
+            .arg(programs.join("berth-shim"))
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("sharing the log")?)
             .stderr(log)

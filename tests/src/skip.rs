@@ -7,7 +7,8 @@ use std::io::Write as _;
 ///
 /// The line goes to the file that the environment variable `BERTH_SKIPS` names; `scripts/run-tests` sets it and takes
 /// every line there from the count of passed tests to that of skipped ones. Without the variable it goes to standard
-/// error, which the test harness shows with `--show-output`.
+/// error, which the test harness shows with `--show-output`. Each line is one write(2), since tests of one program, and
+/// programs, write at the same time.
 ///
 /// # Panics
 /// When the file cannot be written: a skip that nobody counts would look like a pass.

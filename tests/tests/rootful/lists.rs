@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use berth_cri::v1;
+use berth_tests::cgroup::Driver;
 use berth_tests::daemon::rootful;
 use berth_tests::pod::{idle, shell};
 use tonic::Code;
@@ -152,7 +153,11 @@ fn the_runtime_says_what_it_is_and_that_it_is_well() -> Result<()> {
         assert!(status.info.contains_key("config"), "{:?}", status.info);
         assert!(status.runtime_handlers.iter().any(|handler| handler.name.is_empty()), "the default one");
         let driver = client.runtime_config(v1::RuntimeConfigRequest::default())?.linux.context("a driver")?;
-        assert_eq!(driver.cgroup_driver(), v1::CgroupDriver::Cgroupfs);
+        let expected = match daemon.cgroup().driver() {
+            Driver::Cgroupfs => v1::CgroupDriver::Cgroupfs,
+            Driver::Systemd => v1::CgroupDriver::Systemd,
+        };
+        assert_eq!(driver.cgroup_driver(), expected);
         let disk = client.image_fs_info(v1::ImageFsInfoRequest::default())?;
         let images = disk.image_filesystems.first().context("a filesystem")?;
         let place = &images.fs_id.as_ref().context("its place")?.mountpoint;

@@ -82,7 +82,8 @@ fn skip(test: &str, reason: &str) {
     eprintln!("skipped: systemd::{test}: {reason}");
     if let Some(path) = std::env::var_os("BERTH_SKIPS") {
         let mut file = fs::File::options().append(true).create(true).open(path).unwrap();
-        writeln!(file, "systemd::{test}: {reason}").unwrap();
+        // In one call: several tests write to it at once.
+        file.write_all(format!("systemd::{test}: {reason}\n").as_bytes()).unwrap();
     }
 }
 
@@ -232,11 +233,39 @@ fn an_update_reaches_the_files_exactly_and_systemd_too() {
 fn an_update_that_systemd_refuses_changes_nothing() {
     let Some(place) = Place::new("refused") else { return };
     let (cgroup, _holder) = place.make("0a5", &some_limits());
-    // The same cgroup under the name of a unit that is not there.
+    let told = || ["MemoryMax", "TasksMax", "CPUQuotaPerSecUSec"].map(|name| property("0a5", name));
+    let before = told();
+    // The kernel lets nobody in with a `pids.max` of 0, so that the files take all of this; systemd's TasksMax begins at 1.
+    let limits = Limits {
+        cpu_quota_us: Some(Ceiling::At(20_000)),
+        memory_limit_bytes: Some(Ceiling::At(32 << 20)),
+        memory_swap_limit_bytes: Some(Ceiling::At(32 << 20)),
+        unified: [("pids.max".to_owned(), "0".to_owned())].into(),
+        ..Limits::default()
+    };
+    let error = cgroup.update(&limits).unwrap_err();
+    assert!(matches!(&error, Error::Unit { source: SystemdError::Call { .. }, .. }), "{error:?}");
+    for (file, value) in SOME_FILES {
+        assert_eq!(value_of(&cgroup, file), value, "{file}");
+    }
+    assert_eq!(told(), before);
+    // The next one is taken.
+    cgroup.update(&Limits { unified: [("pids.max".to_owned(), "7".to_owned())].into(), ..limits }).unwrap();
+    assert_eq!(
+        (value_of(&cgroup, "memory.max"), value_of(&cgroup, "pids.max")),
+        ("33554432".into(), "7".into())
+    );
+    assert_eq!((property("0a5", "MemoryMax"), property("0a5", "TasksMax")), ("33554432".into(), "7".into()));
+}
+
+#[test]
+fn an_update_of_a_scope_that_is_gone_is_an_error() {
+    let Some(place) = Place::new("gone") else { return };
+    let (_cgroup, holder) = place.make("0a9", &some_limits());
     let lost =
-        Cgroup::open(&place.hierarchy, &place.parent, "0a5").unwrap().with_systemd(Some(&place.systemd));
-    systemctl(&["stop", "berth-0a5.scope"]);
-    drop(cgroup);
+        Cgroup::open(&place.hierarchy, &place.parent, "0a9").unwrap().with_systemd(Some(&place.systemd));
+    drop(holder);
+    soon("the unit is gone", || property("0a9", "LoadState") == "not-found");
     assert!(lost.update(&Limits { pids_limit: Some(Ceiling::At(9)), ..Limits::default() }).is_err());
 }
 

@@ -757,7 +757,7 @@ fn the_counters_of_a_pod_count_what_it_sends_and_receives() {
     // A pod that may make interfaces does not make its counters a long list.
     let made = pod.namespace.run(|| {
         let script = "for i in $(seq 100); do ip link add d$i type veth peer name p$i; done";
-        std::process::Command::new("sh").args(["-ec", script]).status().unwrap()
+        Command::new("sh").args(["-ec", script]).status().unwrap()
     });
     assert!(made.success());
     let all = interfaces::counters(pod.namespace.run(Netlink::open).unwrap()).unwrap();

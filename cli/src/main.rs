@@ -8,7 +8,6 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod checkup;
 mod clock;
 mod commands;
 mod daemon;

@@ -247,6 +247,8 @@ fn info(node: &Node) -> v1::InfoResponse {
             name: network.name.to_string(),
             subnets: subnets.into_iter().flatten().collect(),
         }),
+        min_free_bytes: node.config.images.min_free_bytes,
+        min_free_percent: node.config.images.min_free_percent.into(),
     }
 }
 

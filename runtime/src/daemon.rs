@@ -10,6 +10,7 @@ use crate::registry::Registry;
 use crate::shim_client::ShimProgram;
 use crate::{api, apparmor, server};
 use berth_cgroup::{Driver, Hierarchy, Parent, Systemd};
+use berth_checkup::{Finding, Grade};
 use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
@@ -141,6 +142,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
         image: ImageService::new(node.clone()),
         berth: api::Service::new(node.clone()),
     };
+    tell_what_the_node_lacks(&node).await;
     let alive = tokio::spawn(keep_alive(notifier.clone(), node.clone()));
     let listening = || notifier.ready(&status(&node));
     let stopping = async {
@@ -283,6 +285,28 @@ fn default_apparmor_profile() -> Option<String> {
     let instead = if there { "an earlier version of it is used" } else { "containers run without it" };
     tracing::warn!(error = %crate::chain(&failed), "cannot load the AppArmor profile {name}; {instead}");
     there.then(|| name.to_owned())
+}
+
+/// Logs what `berth doctor` would say, so that it is known also where nobody asks.
+async fn tell_what_the_node_lacks(node: &Arc<Node>) {
+    let images = &node.config.images;
+    let daemon = berth_checkup::Daemon {
+        root: node.layout.root().to_owned(),
+        state: node.layout.state().to_owned(),
+        socket: node.config.socket.clone(),
+        cgroup_driver: node.cgroup_driver.to_string(),
+        min_free_bytes: images.min_free_bytes,
+        min_free_percent: images.min_free_percent,
+    };
+    // A disk may be slow. A panic in there is a bug that is logged.
+    let findings = tokio::task::spawn_blocking(move || berth_checkup::look(Path::new("/"), &daemon)).await;
+    for Finding { grade, subject, text } in findings.unwrap_or_default() {
+        match grade {
+            Grade::Broken => tracing::error!(subject, "{text}"),
+            Grade::Note => tracing::warn!(subject, "{text}"),
+            Grade::Good => tracing::debug!(subject, "{text}"),
+        }
+    }
 }
 
 /// Tells the service manager's watchdog that the daemon is alive, as long as it answers itself.

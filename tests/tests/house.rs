@@ -49,10 +49,12 @@ fn crates_depend_on_each_other_only_in_the_promised_directions() {
         ("berth-network", base.to_vec()),
         ("berth-seccomp", base.to_vec()),
         ("berth-shim", vec!["berth-shim-proto", "berth-sys"]),
-        ("berth-cli", vec!["berth-api", "berth-cri"]),
+        ("berth-checkup", vec!["berth-sys"]),
+        ("berth-cli", vec!["berth-api", "berth-checkup", "berth-cri"]),
         (
             "berth-runtime",
-            [&libraries[..], &base[..], &["berth-api", "berth-cri", "berth-shim-proto"]].concat(),
+            [&libraries[..], &base[..], &["berth-api", "berth-checkup", "berth-cri", "berth-shim-proto"]]
+                .concat(),
         ),
         ("berth-tests", vec!["berth-api", "berth-cri"]),
     ]);
@@ -80,6 +82,7 @@ fn only_sys_has_unsafe_code() {
         "runtime/cgroup",
         "runtime/network",
         "runtime/seccomp",
+        "checkup",
         "cli",
         "shim",
     ] {
@@ -125,7 +128,7 @@ fn the_map_names_only_what_exists() {
 
 #[test]
 fn every_source_file_says_what_it_is_for() {
-    let mut folders = ["proto", "model", "sys", "image", "runtime", "cli", "shim", "tests"]
+    let mut folders = ["proto", "model", "sys", "image", "runtime", "checkup", "cli", "shim", "tests"]
         .map(|name| repository().join(name))
         .to_vec();
     let mut checked = 0;

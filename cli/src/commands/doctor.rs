@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use berth_api::v1::InfoRequest;
-use berth_cri::v1::StatusRequest;
+use berth_api::v1::{InfoRequest, InfoResponse};
+use berth_checkup::{Finding, Grade, finding, look};
+use berth_cri::v1::{RuntimeCondition, StatusRequest};
 
-use crate::checkup::{Finding, Grade, finding, look};
 use crate::daemon::{Daemon, answer};
 use crate::error::{Error, FAILURE};
 use crate::{one_line, output, table};
@@ -16,24 +16,42 @@ use crate::{one_line, output, table};
 /// # Errors
 /// When nobody reads the report; a daemon that is not there is a finding.
 pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
-    let mut findings = look(Path::new("/"));
-    match ask(socket).await {
-        Ok(more) => findings.extend(more),
-        Err(error) => findings.push(finding(Grade::Broken, "berthd", one_line(&error))),
-    }
+    let mut daemon = berth_checkup::Daemon { socket: socket.to_owned(), ..Default::default() };
+    let of_daemon = match ask(socket).await {
+        Ok((info, conditions)) => {
+            let findings = judge(socket, &info, conditions);
+            take_over(&mut daemon, info);
+            findings
+        }
+        // Where its folders are is not known then; those of a daemon without a configuration are looked at.
+        Err(error) => vec![finding(Grade::Broken, "berthd", one_line(&error))],
+    };
+    let mut findings = look(Path::new("/"), &daemon);
+    findings.extend(of_daemon);
     output::text(&report(&findings))?;
     let broken = findings.iter().any(|finding| finding.grade == Grade::Broken);
     Ok(if broken { ExitCode::from(FAILURE) } else { ExitCode::SUCCESS })
 }
 
-/// What the daemon says of itself: the conditions that a kubelet asks for.
-async fn ask(socket: &Path) -> Result<Vec<Finding>, Error> {
+/// What the daemon says of itself, and the conditions that a kubelet asks for.
+async fn ask(socket: &Path) -> Result<(InfoResponse, Vec<RuntimeCondition>), Error> {
     let daemon = Daemon::connect(socket).await?;
     let request = StatusRequest { verbose: false };
     let status = answer("ask for the status", daemon.runtime.clone().status(request)).await?;
     let info = answer("ask for information", daemon.own.clone().info(InfoRequest {})).await?;
-    let driver = info.cgroup.unwrap_or_default().driver;
-    let conditions = status.status.unwrap_or_default().conditions;
+    Ok((info, status.status.unwrap_or_default().conditions))
+}
+
+fn take_over(daemon: &mut berth_checkup::Daemon, info: InfoResponse) {
+    daemon.root = info.root.into();
+    daemon.state = info.state.into();
+    daemon.cgroup_driver = info.cgroup.unwrap_or_default().driver;
+    daemon.min_free_bytes = info.min_free_bytes;
+    daemon.min_free_percent = u8::try_from(info.min_free_percent).unwrap_or(u8::MAX);
+}
+
+fn judge(socket: &Path, info: &InfoResponse, conditions: Vec<RuntimeCondition>) -> Vec<Finding> {
+    let driver = info.cgroup.clone().unwrap_or_default().driver;
     let mut findings = vec![finding(Grade::Good, "berthd", format!("answers on {}", socket.display()))];
     findings.push(finding(
         Grade::Good,
@@ -47,7 +65,7 @@ async fn ask(socket: &Path) -> Result<Vec<Finding>, Error> {
         );
         finding(Grade::Broken, "berthd", text)
     }));
-    Ok(findings)
+    findings
 }
 
 fn report(findings: &[Finding]) -> String {
@@ -76,6 +94,25 @@ mod tests {
         assert_eq!(
             report(&findings),
             "ok      kernel      6.12\nnote    network     odd?name\nBROKEN  berthd      gone\n"
+        );
+    }
+
+    #[test]
+    fn what_a_kubelet_would_be_told_is_broken_is() {
+        let info = InfoResponse { root: "/r".into(), min_free_percent: 7, ..InfoResponse::default() };
+        let condition = RuntimeCondition { r#type: "NetworkReady".into(), ..RuntimeCondition::default() };
+        let good = RuntimeCondition { status: true, ..condition.clone() };
+        let findings = judge(Path::new("/s"), &info, vec![condition, good]);
+        let broken: Vec<_> = findings.iter().filter(|found| found.grade == Grade::Broken).collect();
+        assert!(
+            matches!(broken[..], [found] if found.text.starts_with("NetworkReady is false")),
+            "{findings:?}"
+        );
+        let mut daemon = berth_checkup::Daemon::default();
+        take_over(&mut daemon, info);
+        assert_eq!(
+            (daemon.root.to_str(), daemon.min_free_bytes, daemon.min_free_percent),
+            (Some("/r"), 0, 7)
         );
     }
 

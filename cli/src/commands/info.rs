@@ -81,6 +81,7 @@ mod tests {
                 name: "berth0".into(),
                 subnets: vec!["10.88.0.0/16".into(), "fd00::/64".into()],
             }),
+            ..InfoResponse::default()
         };
         let condition = |name: &str, status, reason: &str, message: &str| RuntimeCondition {
             r#type: name.into(),

@@ -3,7 +3,7 @@
 use std::process::{Output, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::daemon::{Daemon, IMAGE, SOON, programs, rootful};
+use berth_tests::daemon::{Daemon, IMAGE, SOON, Setup, programs, rootful};
 use berth_tests::deadline::within;
 use berth_tests::forge::{Image, Layer};
 use berth_tests::registry::Registry;
@@ -112,6 +112,39 @@ fn a_daemon_that_is_not_there_is_told() -> Result<()> {
         daemon.start_again()?;
         assert!(says(daemon, &["version"])?.contains("berth"));
         says(daemon, &["info"])?;
+        Ok(())
+    })
+}
+
+#[test]
+fn the_doctor_and_the_daemons_log_name_what_is_wrong_and_say_what_to_do() -> Result<()> {
+    rootful(|daemon| {
+        // The rest of the report is about the machine that the tests run on, which is what it is.
+        let healthy = String::from_utf8(run(daemon, &["doctor"])?.stdout)?;
+        let disk = format!("ok      disk        {} has ", daemon.root().display());
+        assert!(healthy.contains(&disk), "{healthy}");
+        assert!(healthy.contains("ok      berthd      answers on "), "{healthy}");
+        assert!(healthy.contains("ok      driver      "), "{healthy}");
+
+        let configuration = "[image]\nmin_free_bytes = 9000000000000000000\n";
+        let full = Daemon::start(Setup { configuration, ..Setup::default() })?;
+        let output = run(&full, &["doctor"])?;
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let report = String::from_utf8(output.stdout)?;
+        let trouble =
+            report.lines().find(|line| line.starts_with("BROKEN  disk ")).context(report.clone())?;
+        assert!(trouble.contains("lower image.min_free_bytes"), "{trouble}");
+        let log = std::fs::read_to_string(full.dir().join("log"))?;
+        assert!(
+            log.lines().any(|line| line.contains("ERROR") && line.contains("lower image.min_free_bytes")),
+            "{log}"
+        );
+
+        full.stop()?;
+        let output = run(&full, &["doctor"])?;
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let report = String::from_utf8(output.stdout)?;
+        assert!(report.lines().any(|line| line.starts_with("BROKEN  berthd ")), "{report}");
         Ok(())
     })
 }

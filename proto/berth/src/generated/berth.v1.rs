@@ -225,6 +225,11 @@ pub struct InfoResponse {
     pub cgroup: ::core::option::Option<CgroupInfo>,
     #[prost(message, optional, tag = "6")]
     pub network: ::core::option::Option<NetworkInfo>,
+    /// What images leave free on the file system of root: the larger of the two counts.
+    #[prost(uint64, tag = "7")]
+    pub min_free_bytes: u64,
+    #[prost(uint32, tag = "8")]
+    pub min_free_percent: u32,
 }
 /// How containers are limited on this node.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,0 +1,167 @@
+//! What a node needs for Berth and has or lacks, from files alone.
+//!
+//! For `berth doctor`, which also looks while no daemon runs, and for the daemon's log when it starts: both say the same. Every path is looked
+//! up below a folder, so that tests can make a node of plain files. Nothing is changed, no program is run, no socket opened.
+#![forbid(unsafe_code)]
+
+mod disk;
+mod host;
+mod kubelet;
+mod runtimes;
+
+use std::path::{Path, PathBuf};
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grade {
+    /// As it should be.
+    Good,
+    /// Works, and may surprise.
+    Note,
+    /// Pods will not run, or not all of them.
+    Broken,
+}
+
+/// One line of the report: on what, and what is found; unless it is good, also what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub grade: Grade,
+    /// A word.
+    pub subject: &'static str,
+    /// A sentence without line ends.
+    pub text: String,
+}
+
+/// Makes a finding.
+pub fn finding(grade: Grade, subject: &'static str, text: impl Into<String>) -> Finding {
+    Finding { grade, subject, text: text.into() }
+}
+
+/// What has to be known of the daemon.
+#[derive(Debug, Clone)]
+pub struct Daemon {
+    /// Its durable folder.
+    pub root: PathBuf,
+    /// Its folder for what a reboot takes away.
+    pub state: PathBuf,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// `cgroupfs` or `systemd`; empty where it is not known.
+    pub cgroup_driver: String,
+    /// Bytes that images leave free, and the key of the configuration is `image.min_free_bytes`.
+    pub min_free_bytes: u64,
+    /// The same as a share in percent, `image.min_free_percent`. The larger one counts.
+    pub min_free_percent: u8,
+}
+
+impl Default for Daemon {
+    /// One without a configuration: docs/configuration.md.
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/berth".into(),
+            state: "/run/berth".into(),
+            socket: "/run/berth/berth.sock".into(),
+            cgroup_driver: String::new(),
+            min_free_bytes: 1 << 30,
+            min_free_percent: 5,
+        }
+    }
+}
+
+/// Looks at the node whose files are below `node`, with the folders of `daemon` among them.
+#[must_use]
+pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
+    let mut findings = host::look(node);
+    findings.extend(disk::look(node, daemon));
+    findings.extend(runtimes::look(node));
+    findings.extend(kubelet::look(node, daemon));
+    findings
+}
+
+/// A path of the node below `node`.
+fn below(node: &Path, path: &Path) -> PathBuf {
+    node.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// The text of a small file, without its last line's end; none when it cannot be read.
+fn text(node: &Path, path: &str) -> Option<String> {
+    let text = std::fs::read_to_string(node.join(path)).ok()?;
+    Some(text.trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use tempfile::TempDir;
+
+    /// A node that lacks nothing.
+    const NODE: [(&str, &str); 9] = [
+        ("proc/sys/kernel/osrelease", "6.12.48+deb13-amd64\n"),
+        ("proc/filesystems", "nodev\tsysfs\nnodev\toverlay\n"),
+        ("proc/self/mountinfo", "1 0 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"),
+        ("proc/sys/net/bridge/bridge-nf-call-iptables", "1\n"),
+        ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu io memory pids\n"),
+        ("usr/sbin/nft", ""),
+        ("proc/sys/net/ipv4/ip_forward", "1\n"),
+        ("sys/module/apparmor/parameters/enabled", "N\n"),
+        ("var/lib/berth/berthd.lock", ""),
+    ];
+
+    /// A daemon that takes the disk of the tests as it is.
+    pub(crate) fn daemon() -> Daemon {
+        Daemon {
+            min_free_bytes: 0,
+            min_free_percent: 0,
+            cgroup_driver: "systemd".into(),
+            ..Daemon::default()
+        }
+    }
+
+    /// That node with these files besides or instead; without one where the text is none.
+    pub(crate) fn node(changes: &[(&str, Option<&str>)]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = NODE.map(|(path, text)| (path, Some(text)));
+        for (path, text) in whole.iter().chain(changes) {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            match text {
+                Some(text) => fs::write(path, text).unwrap(),
+                None => fs::remove_file(path).unwrap(),
+            }
+        }
+        folder
+    }
+
+    /// The findings on it that are not good.
+    pub(crate) fn troubles(changes: &[(&str, Option<&str>)], daemon: &Daemon) -> Vec<Finding> {
+        let mut findings = look(node(changes).path(), daemon);
+        assert!(findings.iter().all(|finding| !finding.text.contains('\n')), "{findings:?}");
+        findings.retain(|finding| finding.grade != Grade::Good);
+        findings
+    }
+
+    /// That each file, instead or besides, makes this one trouble, with these words in its text.
+    #[track_caller]
+    pub(crate) fn each_is_named(cases: &[(&str, Option<&str>, Grade, &str, &str)]) {
+        for (path, text, grade, subject, words) in cases {
+            let troubles = troubles(&[(path, *text)], &daemon());
+            let [trouble] = troubles.as_slice() else { panic!("{path} {text:?}: {troubles:?}") };
+            assert_eq!((&trouble.grade, &trouble.subject), (grade, subject), "{path} {text:?}: {trouble:?}");
+            assert!(trouble.text.contains(words), "{path} {text:?}: {trouble:?}");
+        }
+    }
+
+    #[test]
+    fn a_whole_node_is_good() {
+        assert_eq!(troubles(&[], &daemon()), []);
+    }
+
+    #[test]
+    fn a_folder_without_anything_is_survived() {
+        let empty = tempfile::tempdir().unwrap();
+        assert!(look(empty.path(), &daemon()).iter().any(|finding| finding.grade == Grade::Broken));
+        assert!(!look(Path::new("/no/such/folder"), &daemon()).is_empty());
+    }
+}

@@ -43,6 +43,9 @@ pub struct Written {
     /// Cgroups.
     #[serde(default)]
     pub cgroup: WrittenCgroup,
+    /// For programs that know other runtimes only.
+    #[serde(default)]
+    pub compat: WrittenCompat,
     /// What every container gets.
     #[serde(default)]
     pub container: WrittenContainer,
@@ -109,6 +112,16 @@ pub struct WrittenContainer {
     pub rlimits: WrittenRlimits,
 }
 
+/// `[compat]`: what Berth does for programs that know other runtimes only.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenCompat {
+    /// Whether the cAdvisor in a kubelet is told whose a cgroup is, as CRI-O would tell it. Default false.
+    pub cadvisor: Option<bool>,
+    /// The socket for that. Default `/var/run/crio/crio.sock`, the only one that a cAdvisor knows.
+    pub cadvisor_socket: Option<PathBuf>,
+}
+
 impl Written {
     /// Reads one file's text.
     ///
@@ -151,6 +164,10 @@ impl Written {
                 driver: self.cgroup.driver.or(earlier.cgroup.driver),
                 parent: self.cgroup.parent.or(earlier.cgroup.parent),
             },
+            compat: WrittenCompat {
+                cadvisor: self.compat.cadvisor.or(earlier.compat.cadvisor),
+                cadvisor_socket: self.compat.cadvisor_socket.or(earlier.compat.cadvisor_socket),
+            },
             container: WrittenContainer {
                 rlimits: earlier.container.rlimits.into_iter().chain(self.container.rlimits).collect(),
             },
@@ -179,6 +196,8 @@ pub struct Config {
     pub cgroup_driver: Option<Driver>,
     /// Where pods go that name no parent; `None`: the driver's default.
     pub cgroup_parent: Option<Parent>,
+    /// Where cAdvisor is answered; `None`: nowhere.
+    pub cadvisor_socket: Option<PathBuf>,
     /// The resource limits of programs in containers.
     pub rlimits: Vec<PosixRlimit>,
 }
@@ -238,6 +257,10 @@ impl Config {
         let images = images(&mut check, written.registry, &written.image);
         let network = network(&mut check, &written.network);
         let (cgroup_driver, cgroup_parent) = cgroup(&mut check, &written.cgroup);
+        let cadvisor_socket = check.absolute(
+            "compat.cadvisor_socket",
+            written.compat.cadvisor_socket.unwrap_or_else(|| crate::cadvisor::SOCKET.into()),
+        );
         let rlimits = rlimits::check(&written.container.rlimits).unwrap_or_else(|mistakes| {
             check.0.extend(mistakes.into_iter().map(|reason| Mistake { key: "container.rlimits", reason }));
             Vec::new()
@@ -253,6 +276,7 @@ impl Config {
                 network,
                 cgroup_driver,
                 cgroup_parent,
+                cadvisor_socket: written.compat.cadvisor.unwrap_or(false).then_some(cadvisor_socket),
                 rlimits,
             }),
             _ => Err(check.0),
@@ -290,6 +314,10 @@ impl Config {
                     self.cgroup_driver.map_or_else(|| "auto".to_owned(), |driver| driver.to_string()),
                 ),
                 parent: self.cgroup_parent.as_ref().map(|parent| parent.path().to_owned()),
+            },
+            compat: WrittenCompat {
+                cadvisor: Some(self.cadvisor_socket.is_some()),
+                cadvisor_socket: self.cadvisor_socket.clone(),
             },
             container: WrittenContainer { rlimits: rlimits::written(&self.rlimits) },
         }
@@ -411,7 +439,7 @@ mod tests {
     #[test]
     fn all_mistakes_are_named_at_once() {
         let text = "root = 'relative'\n[network]\nbridge = 'far too long a name'\nipv4 = '1.2.3.4'\nmtu = 1\n[cgroup]\nparent = '../x'\n\
-            [image]\nlayers_at_once = 0\n[container.rlimits]\nfsize = 1\nnofile = '2:1'\n";
+            [image]\nlayers_at_once = 0\n[container.rlimits]\nfsize = 1\nnofile = '2:1'\n[compat]\ncadvisor_socket = 'x'\n";
         assert_eq!(
             keys(text),
             [
@@ -421,6 +449,7 @@ mod tests {
                 "network.ipv4",
                 "network.mtu",
                 "cgroup.parent",
+                "compat.cadvisor_socket",
                 "container.rlimits",
                 "container.rlimits"
             ]

@@ -8,8 +8,8 @@ use crate::oci_spec::{HostFacts, devices};
 use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
 use crate::shim_client::ShimProgram;
-use crate::{api, apparmor, server};
-use berth_cgroup::{Driver, Hierarchy, Parent, Systemd};
+use crate::{api, apparmor, cadvisor, server};
+use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
 use berth_checkup::{Finding, Grade};
 use berth_image::Store;
 use berth_model::layout::Layout;
@@ -149,8 +149,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
         stop.await;
         notifier.stopping();
     };
+    // Before kubelet finds the CRI, since its cAdvisor looks for this one only once, right after.
+    let cadvisor = cadvisor::start(&node).await;
     let served =
         server::serve(&node.config.socket, services, listening, stopping).await.map_err(DaemonError::Serve);
+    if let Some(socket) = cadvisor {
+        socket.close();
+    }
     watcher.abort();
     alive.abort();
     tracing::info!("berthd ends; pods go on");
@@ -338,16 +343,18 @@ fn driver(config: &Config, hierarchy: &Hierarchy) -> Result<Driver, DaemonError>
     }
 }
 
-/// Where pods go that name no parent. A configured one has the form of the driver.
+/// Where pods go that name no parent. A configured one has the form of the driver. How it names its leaves holds for all parents.
 fn default_parent(config: &Config, driver: Driver) -> Result<Parent, DaemonError> {
     let default = match driver {
         Driver::Cgroupfs => "/berth",
         Driver::Systemd => "berth.slice",
     };
-    match &config.cgroup_parent {
-        None => Parent::default_of_daemon(driver, default).map_err(DaemonError::Cgroups),
-        Some(parent) => Ok(parent.clone()),
-    }
+    let parent = match &config.cgroup_parent {
+        None => Parent::default_of_daemon(driver, default).map_err(DaemonError::Cgroups)?,
+        Some(parent) => parent.clone(),
+    };
+    let naming = if config.cadvisor_socket.is_some() { Naming::Crio } else { Naming::Own };
+    Ok(parent.with_naming(naming))
 }
 
 /// Looks after the network: somebody may flush the firewall or take the bridge down under running pods.

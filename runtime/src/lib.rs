@@ -8,6 +8,7 @@
 mod api;
 mod apparmor;
 mod atomic_file;
+mod cadvisor;
 pub mod config;
 mod container;
 pub mod cri;
@@ -23,6 +24,7 @@ pub mod rlimits;
 mod sandbox;
 mod server;
 mod shim_client;
+mod traffic;
 mod trash;
 
 /// An error with all its causes, as one line: what a person needs who sees nothing else.

@@ -59,7 +59,7 @@ impl Node {
         if named.is_empty() {
             Ok(self.default_cgroup_parent.clone())
         } else {
-            Parent::named(self.cgroup_driver, named)
+            Ok(Parent::named(self.cgroup_driver, named)?.with_naming(self.default_cgroup_parent.naming()))
         }
     }
 
@@ -68,7 +68,8 @@ impl Node {
         if named.is_empty() {
             Ok(self.default_cgroup_parent.clone())
         } else {
-            Parent::named(Parent::form_of(named), named)
+            let parent = Parent::named(Parent::form_of(named), named)?;
+            Ok(parent.with_naming(self.default_cgroup_parent.naming()))
         }
     }
 

@@ -4,6 +4,7 @@
 //! never recorded, namespaces and mounts of sandboxes that were never finished, cgroups, addresses, the trash. One object that cannot
 //! be read does not stop the start: its record is put into quarantine, and what it owned is collected like any other remains.
 
+use crate::cadvisor;
 use crate::container::{self, ContainerError};
 use crate::node::Node;
 use crate::registry::Name;
@@ -49,7 +50,10 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<(), RecoveryError> {
             }
         };
         match node.registry.reserve(Name::Sandbox(found.config().metadata.clone()), id.as_str()) {
-            Ok(reservation) => node.registry.add_sandbox(found, reservation),
+            Ok(reservation) => {
+                node.registry.add_sandbox(found.clone(), reservation);
+                cadvisor::show(node, &found).await;
+            }
             Err(error) => tracing::error!(sandbox = %id, %error, "two records of one sandbox"),
         }
         sandboxes += 1;

@@ -103,6 +103,14 @@ impl Registry {
         Ok(Reservation { inner: self.0.clone(), name: Some(name) })
     }
 
+    /// Whether the object with this id has its name, but is not complete yet.
+    pub(crate) fn is_being_made(&self, id: &str) -> bool {
+        let inner = lock(&self.0);
+        let complete = id.parse::<SandboxId>().is_ok_and(|id| inner.sandboxes.contains_key(&id))
+            || id.parse::<ContainerId>().is_ok_and(|id| inner.containers.contains_key(&id));
+        !complete && inner.names.values().any(|owner| owner == id)
+    }
+
     /// Makes a sandbox visible; its name stays taken until [`Registry::remove_sandbox`].
     pub(crate) fn add_sandbox(&self, sandbox: Arc<Sandbox>, mut reservation: Reservation) {
         reservation.name = None;
@@ -192,6 +200,7 @@ mod tests {
         let registry = Registry::default();
         let name = Name::Sandbox(sandbox::Metadata { name: "a".to_owned(), ..sandbox::Metadata::default() });
         let reservation = registry.reserve(name.clone(), "first").unwrap();
+        assert!(registry.is_being_made("first") && !registry.is_being_made("second"));
         let taken = registry.reserve(name.clone(), "second").unwrap_err();
         assert!(taken.to_string().contains("first"), "{taken}");
         drop(reservation);

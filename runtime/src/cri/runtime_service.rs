@@ -4,9 +4,9 @@
 //! a client goes away its request is finished all the same, and nothing is left half done.
 
 use super::convert::{self, ContainerFilter, ContainerView, Field, SandboxFilter, SandboxView};
-use super::info;
 use super::stats::Samples;
 use super::status::{CallError, failed};
+use super::{info, metrics};
 use crate::container::{self, Container};
 use crate::node::Node;
 use crate::registry::Found;
@@ -80,8 +80,13 @@ impl RuntimeService {
 
     async fn remove_sandbox(&self, id: &str) -> Result<(), CallError> {
         let Some(sandbox) = absent_is_none(self.sandbox(id))? else { return Ok(()) };
-        let node = self.node.clone();
-        apart(async move { Ok(sandbox::stop::remove(&node, &sandbox).await?) }).await
+        let (node, samples) = (self.node.clone(), self.samples.clone());
+        apart(async move {
+            sandbox::stop::remove(&node, &sandbox).await?;
+            samples.forget(sandbox.id().as_str());
+            Ok(())
+        })
+        .await
     }
 
     fn sandbox_status(
@@ -212,6 +217,36 @@ impl RuntimeService {
         Ok(v1::ContainerStatsResponse { stats: Some(stats) })
     }
 
+    async fn pod_stats(
+        &self,
+        filter: Option<v1::PodSandboxStatsFilter>,
+    ) -> Result<Vec<v1::PodSandboxStats>, CallError> {
+        let filter = SandboxFilter::of_stats(filter);
+        let mut sandboxes = self.node.registry.sandboxes();
+        sandboxes.retain(|sandbox| filter.matches(&view_of_sandbox(sandbox)));
+        self.blocking(move |node, samples| samples.pods(node, sandboxes)).await
+    }
+
+    async fn stats_of_pod(&self, id: &str) -> Result<v1::PodSandboxStatsResponse, CallError> {
+        let sandbox = self.sandbox(id)?;
+        let mut stats = self.blocking(move |node, samples| samples.pods(node, vec![sandbox])).await?;
+        Ok(v1::PodSandboxStatsResponse { stats: stats.pop() })
+    }
+
+    async fn pod_metrics(&self) -> Result<Vec<v1::PodSandboxMetrics>, CallError> {
+        let sandboxes = self.node.registry.sandboxes();
+        self.blocking(move |node, samples| metrics::of_pods(node, samples, sandboxes)).await
+    }
+
+    /// Looks at the node on a thread that may wait for files.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Node, &Samples) -> T + Send + 'static,
+    ) -> Result<T, CallError> {
+        let (node, samples) = (self.node.clone(), self.samples.clone());
+        tokio::task::spawn_blocking(move || look(&node, &samples)).await.map_err(|_| CallError::Stopping)
+    }
+
     fn health(&self, verbose: bool) -> v1::StatusResponse {
         let condition = |kind: &str, state: Result<(), (&str, String)>| v1::RuntimeCondition {
             r#type: kind.to_owned(),
@@ -335,8 +370,6 @@ impl<'a> Seen<'a> {
 const STREAMING: &str = "streaming connections (exec, attach, port-forward) are not offered yet; ExecSync is";
 const EVENTS: &str = "container events are not offered yet; lists are";
 const CHECKPOINT: &str = "checkpoint and restore are not offered yet";
-const METRICS: &str = "pod metrics are not offered yet; ListContainerStats is";
-const POD_STATS: &str = "pod statistics are not offered yet; ListContainerStats is";
 
 fn not_offered<T>(call: &'static str, what: &'static str) -> Result<T, Status> {
     Err(failed(call, &CallError::NotOffered(what)))
@@ -539,25 +572,28 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
 
     async fn pod_sandbox_stats(
         &self,
-        _request: Request<v1::PodSandboxStatsRequest>,
+        request: Request<v1::PodSandboxStatsRequest>,
     ) -> Result<Response<v1::PodSandboxStatsResponse>, Status> {
-        not_offered("PodSandboxStats", POD_STATS)
+        answer!("PodSandboxStats", self.stats_of_pod(&request.into_inner().pod_sandbox_id).await)
     }
 
     async fn list_pod_sandbox_stats(
         &self,
-        _request: Request<v1::ListPodSandboxStatsRequest>,
+        request: Request<v1::ListPodSandboxStatsRequest>,
     ) -> Result<Response<v1::ListPodSandboxStatsResponse>, Status> {
-        not_offered("ListPodSandboxStats", POD_STATS)
+        let stats = self.pod_stats(request.into_inner().filter).await;
+        answer!("ListPodSandboxStats", stats.map(|stats| v1::ListPodSandboxStatsResponse { stats }))
     }
 
     type StreamPodSandboxStatsStream = Items<v1::StreamPodSandboxStatsResponse>;
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _request: Request<v1::StreamPodSandboxStatsRequest>,
+        request: Request<v1::StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
-        not_offered("StreamPodSandboxStats", POD_STATS)
+        let stats = self.pod_stats(request.into_inner().filter).await;
+        let stats = stats.map_err(|error| failed("StreamPodSandboxStats", &error))?;
+        Ok(pages(stats, |pod_sandbox_stats| v1::StreamPodSandboxStatsResponse { pod_sandbox_stats }))
     }
 
     async fn update_runtime_config(
@@ -615,14 +651,18 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
         &self,
         _request: Request<v1::ListMetricDescriptorsRequest>,
     ) -> Result<Response<v1::ListMetricDescriptorsResponse>, Status> {
-        not_offered("ListMetricDescriptors", METRICS)
+        Ok(Response::new(v1::ListMetricDescriptorsResponse { descriptors: metrics::descriptors() }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _request: Request<v1::ListPodSandboxMetricsRequest>,
     ) -> Result<Response<v1::ListPodSandboxMetricsResponse>, Status> {
-        not_offered("ListPodSandboxMetrics", METRICS)
+        let pods = self.pod_metrics().await;
+        answer!(
+            "ListPodSandboxMetrics",
+            pods.map(|pod_metrics| v1::ListPodSandboxMetricsResponse { pod_metrics })
+        )
     }
 
     type StreamPodSandboxMetricsStream = Items<v1::StreamPodSandboxMetricsResponse>;
@@ -631,7 +671,9 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
         &self,
         _request: Request<v1::StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
-        not_offered("StreamPodSandboxMetrics", METRICS)
+        let pods = self.pod_metrics().await;
+        let pods = pods.map_err(|error| failed("StreamPodSandboxMetrics", &error))?;
+        Ok(pages(pods, |pod_sandbox_metrics| v1::StreamPodSandboxMetricsResponse { pod_sandbox_metrics }))
     }
 
     async fn runtime_config(

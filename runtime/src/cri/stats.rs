@@ -2,7 +2,7 @@
 
 use crate::container::Container;
 use crate::node::{Node, unix_ns};
-use berth_cgroup::{Detail, Stats};
+use berth_cgroup::{CpuStats, Detail, MemoryStats, Stats};
 use berth_cri::v1;
 use std::collections::HashMap;
 use std::path::Path;
@@ -46,6 +46,15 @@ impl Samples {
         node: &Node,
         container: &Arc<Container>,
     ) -> Result<v1::ContainerStats, berth_cgroup::Error> {
+        Ok(self.sample(node, container)?.0)
+    }
+
+    /// The same with the sample of its cgroup; a container that has ended has none. Blocking.
+    pub(super) fn sample(
+        &self,
+        node: &Node,
+        container: &Arc<Container>,
+    ) -> Result<(v1::ContainerStats, Option<Stats>), berth_cgroup::Error> {
         let now = unix_ns();
         let stats = match container.pid() {
             Some(_) => container.cgroup().stats(Detail::Essential)?,
@@ -63,42 +72,26 @@ impl Samples {
             writable_layer: Some(self.layer(node, container)),
             ..v1::ContainerStats::default()
         };
-        if let Some(stats) = stats {
-            self.fill(&mut message, id, now, &stats);
-        }
-        Ok(message)
-    }
-
-    fn fill(&self, message: &mut v1::ContainerStats, id: &str, now: i64, stats: &Stats) {
-        if let Some(cpu) = &stats.cpu {
-            message.cpu = Some(v1::CpuUsage {
-                timestamp: now,
-                usage_core_nano_seconds: value(Some(cpu.usage_ns)),
-                usage_nano_cores: value(self.rate(id, now, cpu.usage_ns)),
-                psi: cpu.pressure.as_ref().map(psi),
-            });
-        }
-        if let Some(memory) = &stats.memory {
-            message.memory = Some(v1::MemoryUsage {
-                timestamp: now,
-                working_set_bytes: value(Some(memory.working_set_bytes)),
-                available_bytes: value(Some(memory.available_bytes.unwrap_or(0))),
-                usage_bytes: value(Some(memory.usage_bytes)),
-                rss_bytes: value(memory.rss_bytes),
-                page_faults: value(memory.page_faults),
-                major_page_faults: value(memory.major_page_faults),
-                psi: memory.pressure.as_ref().map(psi),
-            });
-        }
-        if let Some(swap) = &stats.swap {
-            message.swap = Some(v1::SwapUsage {
+        if let Some(stats) = &stats {
+            message.cpu = stats.cpu.as_ref().map(|used| self.cpu(id, now, used));
+            message.memory = stats.memory.as_ref().map(|used| memory(now, used));
+            message.swap = stats.swap.as_ref().map(|swap| v1::SwapUsage {
                 timestamp: now,
                 swap_usage_bytes: value(Some(swap.usage_bytes)),
                 swap_available_bytes: value(swap.available_bytes),
             });
+            message.io = stats.io_pressure.as_ref().map(|pressure| io(now, pressure));
         }
-        if let Some(pressure) = &stats.io_pressure {
-            message.io = Some(v1::IoUsage { timestamp: now, psi: Some(psi(pressure)) });
+        Ok((message, stats))
+    }
+
+    /// Processor time of the container or pod `id`, with the rate since it was last asked for.
+    pub(super) fn cpu(&self, id: &str, now: i64, cpu: &CpuStats) -> v1::CpuUsage {
+        v1::CpuUsage {
+            timestamp: now,
+            usage_core_nano_seconds: value(Some(cpu.usage_ns)),
+            usage_nano_cores: value(self.rate(id, now, cpu.usage_ns)),
+            psi: cpu.pressure.as_ref().map(psi),
         }
     }
 
@@ -119,7 +112,8 @@ impl Samples {
         nanocores
     }
 
-    fn layer(&self, node: &Node, container: &Container) -> v1::FilesystemUsage {
+    /// The size of its writable layer, counted of late.
+    pub(super) fn layer(&self, node: &Node, container: &Container) -> v1::FilesystemUsage {
         let key = container.id().as_str();
         let known = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(key).copied();
         let size = match known {
@@ -139,14 +133,34 @@ impl Samples {
         }
     }
 
-    /// Forgets what is known of a container that is gone.
+    /// Forgets what is known of a container or pod that is gone.
     pub(super) fn forget(&self, id: &str) {
         self.layers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         self.cpu.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 }
 
-fn value(number: Option<u64>) -> Option<v1::UInt64Value> {
+/// Memory in use.
+pub(super) fn memory(now: i64, memory: &MemoryStats) -> v1::MemoryUsage {
+    v1::MemoryUsage {
+        timestamp: now,
+        working_set_bytes: value(Some(memory.working_set_bytes)),
+        available_bytes: value(Some(memory.available_bytes.unwrap_or(0))),
+        usage_bytes: value(Some(memory.usage_bytes)),
+        rss_bytes: value(memory.rss_bytes),
+        page_faults: value(memory.page_faults),
+        major_page_faults: value(memory.major_page_faults),
+        psi: memory.pressure.as_ref().map(psi),
+    }
+}
+
+/// Time lost waiting for disks.
+pub(super) fn io(now: i64, pressure: &berth_cgroup::Pressure) -> v1::IoUsage {
+    v1::IoUsage { timestamp: now, psi: Some(psi(pressure)) }
+}
+
+/// A number as CRI has it, which tells nothing from zero.
+pub(super) fn value(number: Option<u64>) -> Option<v1::UInt64Value> {
     number.map(|value| v1::UInt64Value { value })
 }
 

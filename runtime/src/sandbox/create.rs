@@ -6,9 +6,9 @@
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, Wanted};
 use super::{PodProcess, Sandbox, SandboxError, stop};
-use crate::host_directory;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
+use crate::{cadvisor, host_directory};
 use berth_cgroup::Limits;
 use berth_model::id::SandboxId;
 use berth_model::layout::SandboxFiles;
@@ -36,6 +36,7 @@ pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbo
         .map_err(|_| SandboxError::Stopping)??;
     let sandbox = Arc::new(sandbox);
     node.registry.add_sandbox(sandbox.clone(), reservation);
+    cadvisor::show(&node, &sandbox).await;
     tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is ready");
     Ok(sandbox)
 }

@@ -6,13 +6,14 @@ use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
 use crate::node::Node;
 use crate::trash;
+use berth_cgroup::Cgroup;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
 use berth_sys::mount;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the cgroup of the pod's own process may stay busy after its end.
+/// How long the cgroup named after the pod may stay busy after the end of what is in it.
 const CGROUP_BUSY: Duration = Duration::from_secs(2);
 
 /// Ends every process of the sandbox by force, gives back its network and the rest. Idempotent.
@@ -99,10 +100,12 @@ pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError
         }
         _ => {}
     }
-    if sandbox.config.namespaces.pid == NamespaceMode::Pod {
-        let cgroup = node.open_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str())?;
-        cgroup.remove(CGROUP_BUSY)?;
-    }
+    // Of its own process, or empty, for cAdvisor to see: whichever of the daemons before this one made it. Only the first is a unit.
+    let cgroup = match sandbox.config.namespaces.pid {
+        NamespaceMode::Pod => node.open_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str())?,
+        _ => Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, sandbox.id.as_str())?,
+    };
+    cgroup.remove(CGROUP_BUSY)?;
     Ok(())
 }
 

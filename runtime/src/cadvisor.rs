@@ -1,0 +1,490 @@
+//! What a cAdvisor asks CRI-O, answered for Berth's containers: an opt-in socket (`[compat] cadvisor`).
+//!
+//! The cAdvisor inside of a kubelet knows what a cgroup is only of the runtimes that it was written for. Without one of these, everything that
+//! kubelet serves at `/metrics/cadvisor` lacks the names of pods and containers, and pods have no network figures. What it asks CRI-O is the
+//! smallest of these: HTTP/1.1 on the fixed path `/var/run/crio/crio.sock` (cAdvisor 0.56, `container/crio/client.go`), two questions:
+//!
+//! ```text
+//! GET /info               {"storage_driver", "storage_root"}
+//! GET /containers/<id>    {"name", "pid", "image", "created_time", "labels", "annotations", "log_path", "root",
+//!                          "ip_address", "ip_addresses"}
+//! ```
+//!
+//! It asks for each cgroup whose name begins with `crio` and has an id in it. So with this option containers' cgroups are called
+//! `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with a network of its own gets an empty cgroup named after the sandbox, [`show`]:
+//! network is counted for the "container" whose label `io.kubernetes.container.name` is `POD`, in the network namespace of the pid that is
+//! told for it, and kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
+//!
+//! Nothing else of CRI-O is here, and nothing here can keep the daemon from serving pods: what fails is said in the log. A request is answered
+//! from memory and a few files of procfs; connections, their length and their time have limits.
+
+use crate::container::Container;
+use crate::node::Node;
+use crate::registry::Found;
+use crate::sandbox::Sandbox;
+use berth_cgroup::Cgroup;
+use berth_model::id::{ContainerId, SandboxId};
+use berth_model::security::NamespaceMode;
+use berth_model::state::SandboxState;
+use berth_model::{container, sandbox};
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+/// Where cAdvisor looks; it cannot be told another place.
+pub(crate) const SOCKET: &str = "/var/run/crio/crio.sock";
+
+/// Connections at a time. A cAdvisor has one for each cgroup that it looks at just then.
+const MAX_CONNECTIONS: usize = 32;
+
+/// What is read of a request before its head has ended, which is 100 bytes; the least that hyper can be set to.
+const MAX_REQUEST_BYTES: usize = 8192;
+
+/// How long a connection may take to say what it wants, and in all.
+const HEAD: Duration = Duration::from_secs(5);
+const CONNECTION: Duration = Duration::from_secs(30);
+
+/// How long an answer waits for a container that is being made: its cgroup, which cAdvisor has seen, is there before the container is.
+/// cAdvisor looks again only after minutes.
+const BEING_MADE: Duration = Duration::from_secs(10);
+const BEING_MADE_LOOK: Duration = Duration::from_millis(10);
+
+/// How long to wait for somebody who may listen on the socket.
+const OTHER: Duration = Duration::from_secs(1);
+
+/// After a connection that could not be accepted: no descriptors are left for a moment.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The name that says "this is the pod itself" to cAdvisor and kubelet.
+const POD: &str = "POD";
+
+/// kubelet's labels, which are where kubelet finds the names for its metrics (`pkg/kubelet/types/labels.go`).
+const CONTAINER_NAME: &str = "io.kubernetes.container.name";
+const POD_NAME: &str = "io.kubernetes.pod.name";
+const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
+const POD_UID: &str = "io.kubernetes.pod.uid";
+
+/// Why nobody listens.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ListenError {
+    /// Another runtime does already.
+    #[error("another program answers on {path}; a CRI-O on this node, or another berthd with this option")]
+    Taken {
+        /// Where.
+        path: PathBuf,
+    },
+    /// Something that nobody left there by a crash.
+    #[error("{path} is there and is no socket")]
+    NoSocket {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The file or its folder.
+    #[error("{action} {path}")]
+    File {
+        /// The failed act.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ListenError {
+    let path = path.to_owned();
+    move |source| ListenError::File { action, path, source }
+}
+
+/// A socket that is open and served by nobody yet.
+#[derive(Debug)]
+struct Bound {
+    listener: UnixListener,
+    /// The folder, if it was made for the socket.
+    made: Option<PathBuf>,
+    /// Device and inode of the file.
+    identity: (u64, u64),
+}
+
+/// The open socket. It has to be closed by [`Socket::close`] for its file to go.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    path: PathBuf,
+    /// The folder, if it was made for the socket.
+    made: Option<PathBuf>,
+    /// Device and inode of the file, so that only our own is removed.
+    identity: (u64, u64),
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Socket {
+    /// Stops listening and takes away the file, and the folder if it was made for it and is empty.
+    pub(crate) fn close(self) {
+        self.task.abort();
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            // What cannot be removed is replaced by the next daemon.
+            let _ = std::fs::remove_file(&self.path);
+            let _ = self.made.map(std::fs::remove_dir);
+        }
+    }
+}
+
+/// Begins to serve, if the configuration asks for it. A socket that cannot be had is said, and the daemon goes on without.
+pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
+    let path = node.config.cadvisor_socket.as_deref()?;
+    match listen(path).await {
+        Ok(Bound { listener, made, identity }) => {
+            tracing::info!(socket = %path.display(), "cAdvisor is answered");
+            let task = tokio::spawn(serve(listener, node.clone()));
+            Some(Socket { path: path.to_owned(), made, identity, task })
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = %crate::chain(&error),
+                "cAdvisor cannot be answered: metrics of this node will lack the names of pods and containers"
+            );
+            None
+        }
+    }
+}
+
+/// Makes the socket: under another name first, so that it appears with its mode, over one that nobody listens on any more.
+async fn listen(path: &Path) -> Result<Bound, ListenError> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(file("look at", path)(error)),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ListenError::NoSocket { path: path.to_owned() });
+        }
+        Ok(_) => match tokio::time::timeout(OTHER, UnixStream::connect(path)).await {
+            // unix(7): refused is what a socket file without a listener says, whoever left it.
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Ok(Err(error)) => return Err(file("try", path)(error)),
+            Ok(Ok(_)) | Err(_) => return Err(ListenError::Taken { path: path.to_owned() }),
+        },
+    }
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let made = if folder.is_dir() {
+        None
+    } else {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(folder)
+            .map_err(file("make", folder))?;
+        Some(folder.to_owned())
+    };
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".berth");
+    let temporary = PathBuf::from(temporary);
+    match std::fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(file("remove", &temporary)(error));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(&temporary).map_err(file("listen on", &temporary))?;
+    std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))
+        .map_err(file("close to others", &temporary))?;
+    let identity = identity(&temporary).map_err(file("look at", &temporary))?;
+    std::fs::rename(&temporary, path).map_err(file("put in its place", path))?;
+    Ok(Bound { listener, made, identity })
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let found = std::fs::symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}
+
+/// Accepts for ever.
+async fn serve(listener: UnixListener, node: Arc<Node>) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        // Never closed. Who comes when all are taken waits in the kernel's queue.
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::debug!(%error, "a connection of cAdvisor could not be accepted");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        // The file's mode keeps others out; this is the second lock.
+        if !stream.peer_cred().is_ok_and(|peer| peer.uid() == 0) {
+            continue;
+        }
+        let node = node.clone();
+        tokio::spawn(async move {
+            let _slot = slot;
+            let service = service_fn(move |request| answer(node.clone(), request));
+            let connection = http1::Builder::new()
+                // A connection for each question: an idle one would hold a slot.
+                .keep_alive(false)
+                .max_buf_size(MAX_REQUEST_BYTES)
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD)
+                .serve_connection(TokioIo::new(stream), service);
+            // Whoever broke it off knows; who took too long is let go.
+            let _ = tokio::time::timeout(CONNECTION, connection).await;
+        });
+    }
+}
+
+async fn answer(node: Arc<Node>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let (status, body) = match (request.method(), request.uri().path()) {
+        (&Method::GET, "/info") => (StatusCode::OK, info(&node)),
+        (&Method::GET, path) => match path.strip_prefix("/containers/") {
+            Some(id) => match described(&node, id).await {
+                Some(body) => (StatusCode::OK, body),
+                None => (StatusCode::NOT_FOUND, json!({ "error": "there is no such container" })),
+            },
+            None => (StatusCode::NOT_FOUND, json!({ "error": "there are /info and /containers/<id>" })),
+        },
+        _ => (StatusCode::METHOD_NOT_ALLOWED, json!({ "error": "only GET is answered" })),
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body.to_string())));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    Ok(response)
+}
+
+/// With "overlay" for the driver, cAdvisor would look for the writable layer in a folder `diff` of the container's root, as CRI-O's
+/// storage has it, and give up all figures of a container where that is not. A name that it does not know makes it leave the disk alone.
+fn info(node: &Node) -> Value {
+    json!({ "storage_driver": "berth", "storage_root": node.layout.root() })
+}
+
+/// Of a container or sandbox by its whole id; waits for one that is being made.
+async fn described(node: &Arc<Node>, id: &str) -> Option<Value> {
+    let end = tokio::time::Instant::now() + BEING_MADE;
+    loop {
+        // In this order: it is in the registry before it is no longer being made.
+        let being_made = node.registry.is_being_made(id);
+        let looking = node.clone();
+        let wanted = id.to_owned();
+        // Files of procfs do not block for long, but they are files.
+        let found = tokio::task::spawn_blocking(move || find(&looking, &wanted)).await.ok()?;
+        if found.is_some() || !being_made || tokio::time::Instant::now() >= end {
+            return found;
+        }
+        tokio::time::sleep(BEING_MADE_LOOK).await;
+    }
+}
+
+fn find(node: &Node, id: &str) -> Option<Value> {
+    if id.parse::<ContainerId>().is_ok()
+        && let Found::One(container) = node.registry.find_container(id)
+    {
+        let Found::One(sandbox) = node.registry.find_sandbox(container.sandbox_id().as_str()) else {
+            return None;
+        };
+        return Some(of_container(&container, &sandbox));
+    }
+    if id.parse::<SandboxId>().is_ok()
+        && let Found::One(sandbox) = node.registry.find_sandbox(id)
+    {
+        return Some(of_sandbox(node, &sandbox));
+    }
+    None
+}
+
+fn of_container(container: &Container, sandbox: &Sandbox) -> Value {
+    let (record, pod) = (container.record(), sandbox.config());
+    json!({
+        "name": container_name(&record.config.metadata, &pod.metadata),
+        "pid": container.pid().unwrap_or(0),
+        "image": record.image_name,
+        "created_time": record.created_at_unix_ns,
+        "labels": labels(&record.config.labels, &pod.metadata, &record.config.metadata.name),
+        "annotations": record.config.annotations,
+        "log_path": record.log_path,
+        "root": container.files().durable,
+        "ip_address": sandbox.addresses().first().map_or("", String::as_str),
+        "ip_addresses": sandbox.addresses(),
+    })
+}
+
+fn of_sandbox(node: &Node, sandbox: &Sandbox) -> Value {
+    let pod = sandbox.config();
+    json!({
+        "name": pod_name(&pod.metadata),
+        "pid": pid_in_network(node, sandbox).unwrap_or(0),
+        // A sandbox needs no image.
+        "image": "",
+        "created_time": sandbox.created_at_unix_ns(),
+        "labels": labels(&pod.labels, &pod.metadata, POD),
+        "annotations": pod.annotations,
+        "log_path": "",
+        "root": sandbox.files().durable,
+        "ip_address": sandbox.addresses().first().map_or("", String::as_str),
+        "ip_addresses": sandbox.addresses(),
+    })
+}
+
+/// A process in the pod's own network namespace: of a container, since a pod has none of its own, or process 1 of a shared pid namespace.
+/// Nothing on the host's network, whose figures are not the pod's. cAdvisor asks again while it gets none, and when the process has ended.
+fn pid_in_network(node: &Node, sandbox: &Sandbox) -> Option<i32> {
+    if sandbox.config().namespaces.network == NamespaceMode::Node {
+        return None;
+    }
+    // A file of nsfs has the namespace's number for its inode, also where it is pinned: namespaces(7).
+    let namespace = number(&sandbox.files().namespace("net"))?;
+    let containers = node.registry.containers_of(sandbox.id());
+    let mut pids = containers.iter().filter_map(|container| container.pid()).chain(sandbox.pid());
+    pids.find(|pid| number(Path::new(&format!("/proc/{pid}/ns/net"))) == Some(namespace))
+}
+
+fn number(namespace: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(namespace).ok().map(|found| (found.dev(), found.ino()))
+}
+
+/// The request's labels, and those that kubelet looks for where a client that is no kubelet has left them out.
+fn labels(given: &BTreeMap<String, String>, pod: &sandbox::Metadata, container: &str) -> Value {
+    let mut labels = given.clone();
+    for (key, value) in [(POD_NAME, &pod.name), (POD_NAMESPACE, &pod.namespace), (POD_UID, &pod.uid)] {
+        labels.entry(key.to_owned()).or_insert_with(|| value.clone());
+    }
+    if container == POD {
+        labels.insert(CONTAINER_NAME.to_owned(), POD.to_owned());
+    } else {
+        labels.entry(CONTAINER_NAME.to_owned()).or_insert_with(|| container.to_owned());
+        // One that calls itself POD would have its network counted once more, as the pod's.
+        if labels.get(CONTAINER_NAME).is_some_and(|name| name == POD) {
+            labels.insert(CONTAINER_NAME.to_owned(), String::new());
+        }
+    }
+    json!(labels)
+}
+
+/// What monitoring calls a container, since dockershim: `k8s_<container>_<pod>_<namespace>_<uid>_<attempt>`.
+pub(crate) fn container_name(container: &container::Metadata, pod: &sandbox::Metadata) -> String {
+    format!("k8s_{}_{}_{}_{}_{}", container.name, pod.name, pod.namespace, pod.uid, container.attempt)
+}
+
+/// What it calls a pod.
+pub(crate) fn pod_name(pod: &sandbox::Metadata) -> String {
+    format!("k8s_{POD}_{}_{}_{}_{}", pod.name, pod.namespace, pod.uid, pod.attempt)
+}
+
+/// Makes the empty cgroup by which cAdvisor finds the pod, if it is asked for and not there: after the pod is in the registry, so that the
+/// question that follows has an answer. A pod with a process of its own has such a cgroup, and on the host's network there is nothing to find.
+pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
+    let namespaces = &sandbox.config().namespaces;
+    if node.config.cadvisor_socket.is_none()
+        || namespaces.network == NamespaceMode::Node
+        || namespaces.pid == NamespaceMode::Pod
+    {
+        return;
+    }
+    // Held until it is made: a stop of the sandbox waits for it, and then removes it.
+    let _gate = sandbox.gate().read().await;
+    if sandbox.state() != SandboxState::Ready {
+        return;
+    }
+    let (making, pod) = (node.clone(), sandbox.clone());
+    let made = tokio::task::spawn_blocking(move || {
+        Cgroup::create_empty(&making.hierarchy, pod.cgroup_parent(), pod.id().as_str())
+    });
+    match made.await {
+        Ok(Err(berth_cgroup::Error::AlreadyExists { .. })) | Ok(Ok(_)) | Err(_) => {}
+        Ok(Err(error)) => tracing::warn!(
+            sandbox = %sandbox.id(), error = %crate::chain(&error), "cAdvisor will not find the network of this pod"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod() -> sandbox::Metadata {
+        sandbox::Metadata { name: "web".into(), uid: "u1".into(), namespace: "default".into(), attempt: 2 }
+    }
+
+    #[test]
+    fn names_are_those_that_dashboards_look_for() {
+        let container = container::Metadata { name: "main".into(), attempt: 7 };
+        assert_eq!(container_name(&container, &pod()), "k8s_main_web_default_u1_7");
+        assert_eq!(pod_name(&pod()), "k8s_POD_web_default_u1_2");
+    }
+
+    #[test]
+    fn only_a_pod_is_labelled_as_one() {
+        let given = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+        };
+        for (labels_given, container, expected) in [
+            (given(&[]), "main", "main"),
+            (given(&[(CONTAINER_NAME, "other")]), "main", "other"),
+            (given(&[(CONTAINER_NAME, "POD")]), "main", ""),
+            (given(&[]), "POD", "POD"),
+            (given(&[(CONTAINER_NAME, "x")]), "POD", "POD"),
+        ] {
+            let found = labels(&labels_given, &pod(), container);
+            assert_eq!(found[CONTAINER_NAME], expected, "{labels_given:?}");
+            assert_eq!(found[POD_NAME], "web");
+        }
+        assert_eq!(labels(&given(&[(POD_NAME, "given")]), &pod(), "main")[POD_NAME], "given");
+    }
+
+    fn listening(path: &Path) -> Result<Bound, ListenError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(listen(path))
+    }
+
+    #[test]
+    fn the_socket_is_for_root_and_its_folder_is_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("crio/crio.sock");
+        let bound = listening(&path).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o755));
+        assert_eq!(bound.made.as_deref(), path.parent());
+        assert_eq!(identity(&path).unwrap(), bound.identity);
+    }
+
+    #[test]
+    fn a_socket_that_is_served_stays_and_one_that_is_not_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("crio.sock");
+        let foreign = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let before = identity(&path).unwrap();
+        assert!(matches!(listening(&path), Err(ListenError::Taken { .. })));
+        assert_eq!(identity(&path).unwrap(), before);
+        drop(foreign);
+        let bound = listening(&path).unwrap();
+        assert_eq!(bound.made, None);
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_socket_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("crio.sock");
+        std::fs::write(&path, "mine").unwrap();
+        assert!(matches!(listening(&path), Err(ListenError::NoSocket { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(listening(&link), Err(ListenError::NoSocket { .. })));
+        let under_a_file = path.join("crio.sock");
+        assert!(matches!(listening(&under_a_file), Err(ListenError::File { .. })));
+    }
+}

@@ -1,0 +1,519 @@
+//! `ListMetricDescriptors` and `ListPodSandboxMetrics`: what a kubelet with the gate `PodAndContainerStatsFromCRI` passes on to Prometheus, at
+//! `/metrics/cadvisor`, word for word.
+//!
+//! Names, help texts' meaning, types and labels are cAdvisor's (0.56, `metrics/prometheus.go`), because dashboards and rules are written for
+//! them. Values are whole numbers in the CRI: seconds lose their fractions. A metric is only described here if it is measured; one that this
+//! machine's kernel does not offer is described and has no values.
+//!
+//! Two things of one kind with the same labels would spoil the whole answer for Prometheus. Containers differ by `id`, their cgroup; the
+//! network of pods by `name`, which has the pod's uid and attempt in it; figures of a pod's cgroup are told once for each cgroup.
+
+use super::pod_stats::{self, Counted};
+use super::stats::{self, Samples};
+use crate::cadvisor;
+use crate::container::Container;
+use crate::node::{Node, unix_ns};
+use crate::sandbox::Sandbox;
+use berth_cgroup::{CpuStats, Detail, DeviceIo, MemoryStats, Pressure, Stats, SwapStats};
+use berth_cri::v1;
+use berth_model::state::ContainerState;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+/// The labels that every metric has, as kubelet gives them to what cAdvisor finds; a metric's own follow.
+const LABELS: [&str; 6] = ["id", "name", "image", "namespace", "pod", "container"];
+
+/// What cAdvisor calls the container that stands for a pod's network.
+const POD: &str = "POD";
+
+/// Open files of one container that are looked at to tell sockets from others. Beyond that both numbers are left out: a look at each takes
+/// a system call.
+const MAX_FILES: usize = 20_000;
+
+/// The period of a cpu quota, in µs, and the weight in shares that a cgroup has when nobody set them: `cpu.cfs_period_us` and `cpu.shares` in
+/// Documentation/scheduler/sched-bwc.rst and sched-design-CFS.rst.
+const DEFAULT_PERIOD_US: u64 = 100_000;
+const DEFAULT_SHARES: u64 = 1024;
+
+/// A kind of metric.
+#[derive(Debug)]
+struct Kind {
+    name: &'static str,
+    help: &'static str,
+    counter: bool,
+    /// Labels besides [`LABELS`].
+    labels: &'static [&'static str],
+}
+
+macro_rules! kinds {
+    ($($constant:ident = $kind:ident $name:literal $labels:tt $help:literal;)*) => {
+        $(const $constant: Kind = kinds!(@ $kind $name $labels $help);)*
+        /// All kinds, in the order in which they are described.
+        const KINDS: &[Kind] = &[$($constant),*];
+    };
+    (@ counter $name:literal $labels:tt $help:literal) => {
+        Kind { name: $name, help: $help, counter: true, labels: &$labels }
+    };
+    (@ gauge $name:literal $labels:tt $help:literal) => {
+        Kind { name: $name, help: $help, counter: false, labels: &$labels }
+    };
+}
+
+kinds! {
+    CPU_USAGE = counter "container_cpu_usage_seconds_total" ["cpu"] "Processor time used, in seconds.";
+    CPU_USER = counter "container_cpu_user_seconds_total" [] "Processor time used in user mode, in seconds.";
+    CPU_SYSTEM = counter "container_cpu_system_seconds_total" [] "Processor time used in the kernel, in seconds.";
+    CPU_PERIODS = counter "container_cpu_cfs_periods_total" [] "Periods of the cpu quota that have passed.";
+    CPU_THROTTLED_PERIODS = counter "container_cpu_cfs_throttled_periods_total" [] "Periods in which the cpu quota was used up.";
+    CPU_THROTTLED = counter "container_cpu_cfs_throttled_seconds_total" [] "Time spent waiting for the next period of the cpu quota, in seconds.";
+    CPU_WAITING = counter "container_pressure_cpu_waiting_seconds_total" [] "Time in which some tasks waited for a processor, in seconds.";
+    CPU_STALLED = counter "container_pressure_cpu_stalled_seconds_total" [] "Time in which all tasks waited for a processor, in seconds.";
+    MEMORY_USAGE = gauge "container_memory_usage_bytes" [] "Memory in use, page cache included.";
+    MEMORY_WORKING_SET = gauge "container_memory_working_set_bytes" [] "Memory in use without the page cache that was not used of late.";
+    MEMORY_RSS = gauge "container_memory_rss" [] "Anonymous memory, in bytes.";
+    MEMORY_CACHE = gauge "container_memory_cache" [] "Page cache, in bytes.";
+    MEMORY_MAPPED = gauge "container_memory_mapped_file" [] "Mapped files in memory, in bytes.";
+    MEMORY_KERNEL = gauge "container_memory_kernel_usage" [] "Memory of the kernel, in bytes.";
+    MEMORY_SWAP = gauge "container_memory_swap" [] "Swap in use, in bytes.";
+    MEMORY_MAX_USAGE = gauge "container_memory_max_usage_bytes" [] "The most memory that was in use.";
+    MEMORY_LIMIT_HITS = counter "container_memory_failcnt" [] "How often memory reached its limit.";
+    MEMORY_FAULTS = counter "container_memory_failures_total" ["failure_type", "scope"] "Page faults: pgfault all, pgmajfault those that had to read.";
+    MEMORY_WAITING = counter "container_pressure_memory_waiting_seconds_total" [] "Time in which some tasks waited for memory, in seconds.";
+    MEMORY_STALLED = counter "container_pressure_memory_stalled_seconds_total" [] "Time in which all tasks waited for memory, in seconds.";
+    OOM_EVENTS = counter "container_oom_events_total" [] "Processes that the kernel killed for memory.";
+    NETWORK_RX_BYTES = counter "container_network_receive_bytes_total" ["interface"] "Bytes received.";
+    NETWORK_RX_PACKETS = counter "container_network_receive_packets_total" ["interface"] "Packets received.";
+    NETWORK_RX_DROPPED = counter "container_network_receive_packets_dropped_total" ["interface"] "Packets received and dropped.";
+    NETWORK_RX_ERRORS = counter "container_network_receive_errors_total" ["interface"] "Bad packets received.";
+    NETWORK_TX_BYTES = counter "container_network_transmit_bytes_total" ["interface"] "Bytes sent.";
+    NETWORK_TX_PACKETS = counter "container_network_transmit_packets_total" ["interface"] "Packets sent.";
+    NETWORK_TX_DROPPED = counter "container_network_transmit_packets_dropped_total" ["interface"] "Packets dropped on the way out.";
+    NETWORK_TX_ERRORS = counter "container_network_transmit_errors_total" ["interface"] "Packets that could not be sent.";
+    FS_USAGE = gauge "container_fs_usage_bytes" ["device"] "Bytes in the writable layer.";
+    FS_LIMIT = gauge "container_fs_limit_bytes" ["device"] "Bytes of the filesystem that the writable layer is on.";
+    FS_INODES_FREE = gauge "container_fs_inodes_free" ["device"] "Free inodes of the filesystem that the writable layer is on.";
+    FS_INODES = gauge "container_fs_inodes_total" ["device"] "Inodes of the filesystem that the writable layer is on.";
+    FS_READ_BYTES = counter "container_fs_reads_bytes_total" ["device"] "Bytes read from the device.";
+    FS_READS = counter "container_fs_reads_total" ["device"] "Reads from the device.";
+    FS_WRITE_BYTES = counter "container_fs_writes_bytes_total" ["device"] "Bytes written to the device.";
+    FS_WRITES = counter "container_fs_writes_total" ["device"] "Writes to the device.";
+    BLKIO_USAGE = counter "container_blkio_device_usage_total" ["device", "major", "minor", "operation"] "Bytes read from and written to the device.";
+    IO_WAITING = counter "container_pressure_io_waiting_seconds_total" [] "Time in which some tasks waited for disks, in seconds.";
+    IO_STALLED = counter "container_pressure_io_stalled_seconds_total" [] "Time in which all tasks waited for disks, in seconds.";
+    PROCESSES = gauge "container_processes" [] "Processes.";
+    THREADS = gauge "container_threads" [] "Threads.";
+    THREADS_MAX = gauge "container_threads_max" [] "The most threads that there may be; 0 is no limit.";
+    FILE_DESCRIPTORS = gauge "container_file_descriptors" [] "Open files.";
+    SOCKETS = gauge "container_sockets" [] "Open sockets.";
+    ULIMITS = gauge "container_ulimits_soft" ["ulimit"] "Soft limits of the first process.";
+    SPEC_CPU_PERIOD = gauge "container_spec_cpu_period" [] "The period of the cpu quota, in microseconds.";
+    SPEC_CPU_QUOTA = gauge "container_spec_cpu_quota" [] "The cpu quota in each period, in microseconds.";
+    SPEC_CPU_SHARES = gauge "container_spec_cpu_shares" [] "The weight for the processor, in shares.";
+    SPEC_MEMORY_LIMIT = gauge "container_spec_memory_limit_bytes" [] "The limit of memory; 0 is none.";
+    SPEC_SWAP_LIMIT = gauge "container_spec_memory_swap_limit_bytes" [] "The limit of swap by itself; 0 is none.";
+    START_TIME = gauge "container_start_time_seconds" [] "When it was started, in seconds since 1970.";
+    LAST_SEEN = gauge "container_last_seen" [] "When it was last looked at, in seconds since 1970.";
+}
+
+/// Of `ListMetricDescriptors`.
+pub(super) fn descriptors() -> Vec<v1::MetricDescriptor> {
+    KINDS
+        .iter()
+        .map(|kind| v1::MetricDescriptor {
+            name: kind.name.to_owned(),
+            help: kind.help.to_owned(),
+            label_keys: LABELS.iter().chain(kind.labels).map(|key| (*key).to_owned()).collect(),
+        })
+        .collect()
+}
+
+/// The metrics of these pods, as far as they are ready. Blocking.
+pub(super) fn of_pods(
+    node: &Node,
+    samples: &Samples,
+    sandboxes: Vec<Arc<Sandbox>>,
+) -> Vec<v1::PodSandboxMetrics> {
+    let mut host = Host::new(node);
+    let mut told = HashSet::new();
+    let mut pods = pod_stats::count(node, sandboxes);
+    pods.retain(Counted::is_ready);
+    pods.iter().map(|pod| of_pod(node, samples, &mut host, &mut told, pod)).collect()
+}
+
+fn of_pod(
+    node: &Node,
+    samples: &Samples,
+    host: &mut Host,
+    told: &mut HashSet<[String; 3]>,
+    pod: &Counted,
+) -> v1::PodSandboxMetrics {
+    let sandbox = &pod.sandbox;
+    let metadata = &sandbox.config().metadata;
+    let (mut container_metrics, mut used) = (Vec::new(), Vec::new());
+    for container in &pod.containers {
+        // One that vanishes or cannot be read does not spoil the list.
+        let Some((metrics, stats)) = of_container(node, samples, host, sandbox, container) else { continue };
+        used.push(stats);
+        let container_id = container.id().to_string();
+        container_metrics.push(v1::ContainerMetrics { container_id, metrics });
+    }
+    let cgroup = sandbox.cgroup_parent().path();
+    let mut metrics = Metrics::new([cgroup, "", "", &metadata.namespace, &metadata.name, ""]);
+    if told.insert([cgroup.to_owned(), metadata.namespace.clone(), metadata.name.clone()])
+        && let Some(used) = pod_stats::usage_of_pod(node, sandbox, Detail::All, used.into_iter())
+    {
+        metrics.put_usage(&used, node.hierarchy.is_unified());
+    }
+    let mut metrics = metrics.done;
+    if let Some(traffic) = &pod.traffic {
+        let name = cadvisor::pod_name(metadata);
+        let mut network = Metrics::new([cgroup, &name, "", &metadata.namespace, &metadata.name, POD]);
+        for interface in std::iter::once(&traffic.main).chain(&traffic.others) {
+            for (kind, value) in [
+                (&NETWORK_RX_BYTES, interface.rx_bytes),
+                (&NETWORK_RX_PACKETS, interface.rx_packets),
+                (&NETWORK_RX_DROPPED, interface.rx_dropped),
+                (&NETWORK_RX_ERRORS, interface.rx_errors),
+                (&NETWORK_TX_BYTES, interface.tx_bytes),
+                (&NETWORK_TX_PACKETS, interface.tx_packets),
+                (&NETWORK_TX_DROPPED, interface.tx_dropped),
+                (&NETWORK_TX_ERRORS, interface.tx_errors),
+            ] {
+                network.put(kind, &[&interface.name], Some(value));
+            }
+        }
+        metrics.append(&mut network.done);
+    }
+    v1::PodSandboxMetrics { pod_sandbox_id: sandbox.id().to_string(), metrics, container_metrics }
+}
+
+/// Those of a container that runs, with the sample of its cgroup.
+fn of_container(
+    node: &Node,
+    samples: &Samples,
+    host: &mut Host,
+    sandbox: &Sandbox,
+    container: &Container,
+) -> Option<(Vec<v1::Metric>, Stats)> {
+    let ContainerState::Running { started_at_unix_ns } = container.state() else { return None };
+    let used = container.cgroup().stats(Detail::All).ok()??;
+    let (record, pod) = (container.record(), &sandbox.config().metadata);
+    let name = cadvisor::container_name(&record.config.metadata, pod);
+    let mut metrics = Metrics::new([
+        container.cgroup().path(),
+        &name,
+        &record.image_name,
+        &pod.namespace,
+        &pod.name,
+        &record.config.metadata.name,
+    ]);
+    let unified = node.hierarchy.is_unified();
+    metrics.put_usage(&used, unified);
+
+    let limits = container.resources();
+    let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+    let quota = positive(limits.cpu_quota_us);
+    metrics.put(&SPEC_CPU_QUOTA, &[], quota);
+    metrics.put(&SPEC_CPU_PERIOD, &[], positive(limits.cpu_period_us).or(Some(DEFAULT_PERIOD_US)));
+    metrics.put(&SPEC_CPU_SHARES, &[], positive(limits.cpu_shares).or(Some(DEFAULT_SHARES)));
+    if let Some(cpu) = used.cpu.as_ref().filter(|_| quota.is_some()) {
+        metrics.put_throttling(cpu);
+    }
+    if let Some(memory) = &used.memory {
+        metrics.put(&SPEC_MEMORY_LIMIT, &[], Some(memory.limit_bytes.unwrap_or(0)));
+    }
+    if let Some(swap) = &used.swap {
+        metrics.put(&SPEC_SWAP_LIMIT, &[], Some(swap_limit(swap)));
+    }
+
+    let layer = samples.layer(node, container);
+    metrics.put(&FS_USAGE, &[&host.device], layer.used_bytes.map(|bytes| bytes.value));
+    if let Some((bytes, _, inodes, inodes_free)) = host.space {
+        metrics.put(&FS_LIMIT, &[&host.device], Some(bytes));
+        metrics.put(&FS_INODES, &[&host.device], Some(inodes));
+        metrics.put(&FS_INODES_FREE, &[&host.device], Some(inodes_free));
+    }
+    for io in &used.io {
+        metrics.put_device(io, host.name_of(io));
+    }
+
+    let processes = container.cgroup().processes().unwrap_or_default();
+    metrics.put(&PROCESSES, &[], u64::try_from(processes.len()).ok());
+    metrics.put(&THREADS, &[], used.pids);
+    metrics.put(&THREADS_MAX, &[], Some(used.pids_limit.unwrap_or(0)));
+    if let Some((files, sockets)) = open_files(Path::new("/proc"), &processes) {
+        metrics.put(&FILE_DESCRIPTORS, &[], Some(files));
+        metrics.put(&SOCKETS, &[], Some(sockets));
+    }
+    let limits = container.pid().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/limits")).ok());
+    metrics.put(&ULIMITS, &["max_open_files"], limits.as_deref().and_then(soft_limit_of_files));
+    metrics.put(&START_TIME, &[], seconds(u64::try_from(started_at_unix_ns).ok()));
+    metrics.put(&LAST_SEEN, &[], seconds(u64::try_from(unix_ns()).ok()));
+    Some((metrics.done, used))
+}
+
+/// The metrics of one thing.
+struct Metrics {
+    labels: [String; LABELS.len()],
+    done: Vec<v1::Metric>,
+}
+
+impl Metrics {
+    fn new(labels: [&str; LABELS.len()]) -> Self {
+        Self { labels: labels.map(str::to_owned), done: Vec::new() }
+    }
+
+    fn put(&mut self, kind: &Kind, more: &[&str], value: Option<u64>) {
+        let Some(value) = value else { return };
+        self.done.push(v1::Metric {
+            name: kind.name.to_owned(),
+            // Measured now, and gone with its container: with a time of its own, Prometheus would go on showing it for minutes.
+            timestamp: 0,
+            metric_type: if kind.counter { v1::MetricType::Counter } else { v1::MetricType::Gauge }.into(),
+            label_values: self
+                .labels
+                .iter()
+                .map(String::as_str)
+                .chain(more.iter().copied())
+                .map(str::to_owned)
+                .collect(),
+            value: stats::value(Some(value)),
+        });
+    }
+
+    /// What a cgroup uses, of a container as well as of a pod.
+    fn put_usage(&mut self, used: &Stats, unified: bool) {
+        if let Some(cpu) = &used.cpu {
+            self.put(&CPU_USAGE, &["total"], seconds(Some(cpu.usage_ns)));
+            self.put(&CPU_USER, &[], seconds(cpu.user_ns));
+            self.put(&CPU_SYSTEM, &[], seconds(cpu.system_ns));
+            self.put_pressure(&CPU_WAITING, &CPU_STALLED, cpu.pressure.as_ref());
+        }
+        if let Some(memory) = &used.memory {
+            self.put_memory(memory, unified);
+        }
+        self.put(&MEMORY_SWAP, &[], used.swap.as_ref().map(|swap| swap.usage_bytes));
+        self.put_pressure(&IO_WAITING, &IO_STALLED, used.io_pressure.as_ref());
+    }
+
+    fn put_throttling(&mut self, cpu: &CpuStats) {
+        self.put(&CPU_PERIODS, &[], cpu.periods);
+        self.put(&CPU_THROTTLED_PERIODS, &[], cpu.throttled_periods);
+        self.put(&CPU_THROTTLED, &[], seconds(cpu.throttled_ns));
+    }
+
+    fn put_memory(&mut self, memory: &MemoryStats, unified: bool) {
+        self.put(&MEMORY_USAGE, &[], Some(memory.usage_bytes));
+        self.put(&MEMORY_WORKING_SET, &[], Some(memory.working_set_bytes));
+        self.put(&MEMORY_RSS, &[], memory.rss_bytes);
+        self.put(&MEMORY_CACHE, &[], memory.cache_bytes);
+        self.put(&MEMORY_MAPPED, &[], memory.mapped_file_bytes);
+        self.put(&MEMORY_KERNEL, &[], memory.kernel_bytes);
+        self.put(&MEMORY_MAX_USAGE, &[], memory.peak_bytes);
+        self.put(&MEMORY_LIMIT_HITS, &[], memory.limit_hits);
+        self.put(&OOM_EVENTS, &[], memory.oom_kills);
+        // Faults are counted with sub-cgroups. On v2 nothing else is, and cAdvisor tells the same number for both.
+        let scopes: &[&str] = if unified { &["container", "hierarchy"] } else { &["hierarchy"] };
+        for scope in scopes {
+            self.put(&MEMORY_FAULTS, &["pgfault", scope], memory.page_faults);
+            self.put(&MEMORY_FAULTS, &["pgmajfault", scope], memory.major_page_faults);
+        }
+        self.put_pressure(&MEMORY_WAITING, &MEMORY_STALLED, memory.pressure.as_ref());
+    }
+
+    fn put_pressure(&mut self, waiting: &Kind, stalled: &Kind, pressure: Option<&Pressure>) {
+        self.put(waiting, &[], seconds(pressure.map(|pressure| pressure.some.total_ns)));
+        self.put(stalled, &[], seconds(pressure.map(|pressure| pressure.full.total_ns)));
+    }
+
+    fn put_device(&mut self, io: &DeviceIo, name: &str) {
+        self.put(&FS_READ_BYTES, &[name], Some(io.read_bytes));
+        self.put(&FS_READS, &[name], Some(io.reads));
+        self.put(&FS_WRITE_BYTES, &[name], Some(io.write_bytes));
+        self.put(&FS_WRITES, &[name], Some(io.writes));
+        let (major, minor) = (io.major.to_string(), io.minor.to_string());
+        for (operation, bytes) in [("Read", io.read_bytes), ("Write", io.write_bytes)] {
+            self.put(&BLKIO_USAGE, &[name, &major, &minor, operation], Some(bytes));
+        }
+    }
+}
+
+/// What holds for all containers of a call.
+struct Host {
+    /// The source of the mount that writable layers are on, as `/dev/sda1`.
+    device: String,
+    space: Option<(u64, u64, u64, u64)>,
+    /// Names of block devices by their numbers.
+    names: HashMap<(u32, u32), String>,
+}
+
+impl Host {
+    fn new(node: &Node) -> Self {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let root = node.layout.root();
+        Self {
+            device: source_of(&mounts, root).unwrap_or_default().to_owned(),
+            space: berth_sys::file::space(root).ok(),
+            names: HashMap::new(),
+        }
+    }
+
+    /// `/dev/sda` for 8:0, as the links in `/sys/dev/block` have it; the numbers themselves for a device that is gone.
+    fn name_of(&mut self, io: &DeviceIo) -> &str {
+        self.names.entry((io.major, io.minor)).or_insert_with(|| {
+            let link = std::fs::read_link(format!("/sys/dev/block/{}:{}", io.major, io.minor));
+            let name = link.ok().and_then(|link| Some(link.file_name()?.to_str()?.to_owned()));
+            name.map_or_else(|| format!("{}:{}", io.major, io.minor), |name| format!("/dev/{name}"))
+        })
+    }
+}
+
+/// The source of the mount that has `path`, from the text of proc_pid_mountinfo(5): of those that it is below, the one with the longest mount
+/// point, and of these the last, which covers the others.
+fn source_of<'a>(mounts: &'a str, path: &Path) -> Option<&'a str> {
+    let mut best: Option<(usize, &str)> = None;
+    for line in mounts.lines() {
+        let Some((head, tail)) = line.split_once(" - ") else { continue };
+        let (Some(point), Some(source)) = (head.split(' ').nth(4), tail.split(' ').nth(1)) else { continue };
+        if path.starts_with(point) && best.is_none_or(|(length, _)| point.len() >= length) {
+            best = Some((point.len(), source));
+        }
+    }
+    best.map(|(_, source)| source)
+}
+
+/// Open files of these processes, and how many of them are sockets; nothing when there are more than can be looked at. A process that has
+/// ended meanwhile has none.
+fn open_files(proc: &Path, processes: &BTreeSet<i32>) -> Option<(u64, u64)> {
+    let (mut files, mut sockets) = (0, 0);
+    for pid in processes {
+        let Ok(entries) = std::fs::read_dir(proc.join(pid.to_string()).join("fd")) else { continue };
+        for entry in entries.flatten() {
+            files += 1;
+            if files > MAX_FILES {
+                return None;
+            }
+            let target = std::fs::read_link(entry.path()).unwrap_or_default();
+            sockets += u64::from(target.as_os_str().as_encoded_bytes().starts_with(b"socket:"));
+        }
+    }
+    Some((u64::try_from(files).ok()?, sockets))
+}
+
+/// The soft limit in the line `Max open files  1024  524288  files` of proc_pid_limits(5); nothing for `unlimited`.
+fn soft_limit_of_files(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
+}
+
+/// The limit of swap: what is used of it and what is left; 0 without a limit.
+fn swap_limit(swap: &SwapStats) -> u64 {
+    swap.available_bytes.map_or(0, |left| left.saturating_add(swap.usage_bytes))
+}
+
+fn seconds(ns: Option<u64>) -> Option<u64> {
+    ns.map(|ns| ns / 1_000_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_have_names_of_their_own_and_labels_without_doubles() {
+        let names: BTreeSet<&str> = KINDS.iter().map(|kind| kind.name).collect();
+        assert_eq!(names.len(), KINDS.len());
+        for described in descriptors() {
+            assert!(!described.help.is_empty(), "{}", described.name);
+            let keys: BTreeSet<&String> = described.label_keys.iter().collect();
+            assert_eq!(keys.len(), described.label_keys.len(), "{}", described.name);
+        }
+    }
+
+    #[test]
+    fn every_value_has_as_many_labels_as_its_kind() {
+        let pressure = Some(Pressure::default());
+        let used = Stats {
+            cpu: Some(CpuStats {
+                usage_ns: 2_900_000_000,
+                user_ns: Some(1),
+                system_ns: Some(1),
+                periods: Some(1),
+                throttled_periods: Some(1),
+                throttled_ns: Some(1),
+                pressure,
+            }),
+            memory: Some(MemoryStats {
+                page_faults: Some(1),
+                major_page_faults: Some(1),
+                pressure,
+                ..MemoryStats::default()
+            }),
+            swap: Some(SwapStats::default()),
+            io_pressure: pressure,
+            ..Stats::default()
+        };
+        let mut metrics = Metrics::new(["/pod/a", "k8s_a", "image", "default", "web", "a"]);
+        metrics.put_usage(&used, true);
+        metrics.put_throttling(used.cpu.as_ref().unwrap());
+        metrics.put_device(&DeviceIo { major: 8, ..DeviceIo::default() }, "/dev/sda");
+        let keys: HashMap<String, usize> =
+            descriptors().into_iter().map(|kind| (kind.name, kind.label_keys.len())).collect();
+        let mut seen = HashSet::new();
+        for metric in &metrics.done {
+            assert_eq!(keys.get(&metric.name), Some(&metric.label_values.len()), "{}", metric.name);
+            assert!(seen.insert((&metric.name, &metric.label_values)), "twice: {metric:?}");
+        }
+        let usage = metrics.done.iter().find(|metric| metric.name == CPU_USAGE.name).unwrap();
+        assert_eq!(usage.value.unwrap().value, 2);
+        assert_eq!(usage.label_values, ["/pod/a", "k8s_a", "image", "default", "web", "a", "total"]);
+    }
+
+    #[test]
+    fn the_device_of_a_folder_is_that_of_the_mount_on_top() {
+        let mounts = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n\
+            2 1 8:2 / /var rw shared:1 - xfs /dev/sdb1 rw\n\
+            3 1 8:3 / /var/lib/berth rw - ext4 /dev/sdc1 rw\n\
+            4 1 8:3 /x /var/lib/berth rw - ext4 /dev/sdd1 rw\nodd\n5 1 8:1 / /odd\n";
+        for (path, expected) in [
+            ("/var/lib/berth", Some("/dev/sdd1")),
+            ("/var/lib/berthx", Some("/dev/sdb1")),
+            ("/srv", Some("/dev/sda1")),
+        ] {
+            assert_eq!(source_of(mounts, Path::new(path)), expected, "{path}");
+        }
+        assert_eq!(source_of("", Path::new("/")), None);
+    }
+
+    #[test]
+    fn open_files_are_counted_and_sockets_among_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let fds = directory.path().join("7/fd");
+        std::fs::create_dir_all(&fds).unwrap();
+        for (number, target) in ["socket:[1]", "/dev/null", "pipe:[2]", "/socket:[3]"].iter().enumerate() {
+            std::os::unix::fs::symlink(target, fds.join(number.to_string())).unwrap();
+        }
+        assert_eq!(open_files(directory.path(), &BTreeSet::from([7, 8])), Some((4, 1)));
+        assert_eq!(open_files(directory.path(), &BTreeSet::new()), Some((0, 0)));
+        for number in 4..=MAX_FILES {
+            std::fs::write(fds.join(number.to_string()), "").unwrap();
+        }
+        assert_eq!(open_files(directory.path(), &BTreeSet::from([7])), None);
+    }
+
+    #[test]
+    fn the_soft_limit_of_open_files_is_found() {
+        for (text, expected) in [
+            (
+                "Limit  Soft Limit\nMax open files            1024                 524288               files\n",
+                Some(1024),
+            ),
+            ("Max open files            unlimited            unlimited            files\n", None),
+            ("Max open files", None),
+            ("", None),
+        ] {
+            assert_eq!(soft_limit_of_files(text), expected, "{text:?}");
+        }
+    }
+}

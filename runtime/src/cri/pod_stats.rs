@@ -1,0 +1,199 @@
+//! What whole pods use, as CRI messages: `PodSandboxStats`.
+//!
+//! Processor time, memory and processes are those of the pod's cgroup, which the kubelet made: whatever is in it counts, also what belongs
+//! to no container. A pod that named no cgroup of its own shares one with others, and gets the sum of its containers instead. Network
+//! figures are those of its namespace; on the host's network there are none, since those are the node's. A pod that is not ready has its
+//! containers, with what they left on the disk, and nothing else.
+
+use super::stats::{self, Samples};
+use crate::container::Container;
+use crate::node::{Node, unix_ns};
+use crate::sandbox::Sandbox;
+use crate::traffic::{self, Traffic};
+use berth_cgroup::{Cgroup, CpuStats, Detail, MemoryStats, Stats, stats_of_parent};
+use berth_cri::v1;
+use berth_model::id::SandboxId;
+use berth_model::security::NamespaceMode;
+use berth_model::state::SandboxState;
+use berth_network::interfaces::InterfaceCounters;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A pod with what was looked up for all pods at once.
+pub(super) struct Counted {
+    pub(super) sandbox: Arc<Sandbox>,
+    pub(super) containers: Vec<Arc<Container>>,
+    /// Nothing on the host's network, and for a pod that is not ready.
+    pub(super) traffic: Option<Traffic>,
+}
+
+impl Counted {
+    pub(super) fn is_ready(&self) -> bool {
+        self.sandbox.state() == SandboxState::Ready
+    }
+}
+
+/// Looks up the containers and the traffic of these pods. Blocking.
+pub(super) fn count(node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<Counted> {
+    let mut containers: HashMap<SandboxId, Vec<Arc<Container>>> = HashMap::new();
+    for container in node.registry.containers() {
+        containers.entry(container.sandbox_id().clone()).or_default().push(container);
+    }
+    let own_network = |sandbox: &Sandbox| {
+        sandbox.config().namespaces.network != NamespaceMode::Node && sandbox.state() == SandboxState::Ready
+    };
+    let (with, without): (Vec<_>, Vec<_>) = sandboxes.into_iter().partition(|sandbox| own_network(sandbox));
+    let files: Vec<PathBuf> = with.iter().map(|sandbox| sandbox.files().namespace("net")).collect();
+    let traffic = traffic::of_namespaces(&files);
+    let with = with.into_iter().zip(traffic);
+    let mut pods: Vec<Counted> = with
+        .chain(without.into_iter().map(|sandbox| (sandbox, None)))
+        .map(|(sandbox, traffic)| {
+            let containers = containers.remove(sandbox.id()).unwrap_or_default();
+            Counted { sandbox, containers, traffic }
+        })
+        .collect();
+    pods.sort_by_key(|pod| std::cmp::Reverse(pod.sandbox.created_at_unix_ns()));
+    for pod in &mut pods {
+        pod.containers.sort_by_key(|container| std::cmp::Reverse(container.record().created_at_unix_ns));
+    }
+    pods
+}
+
+/// What the pod as a whole uses: its cgroup's figures, or, if it shares that with other pods, the sum of these of its containers.
+pub(super) fn usage_of_pod(
+    node: &Node,
+    sandbox: &Sandbox,
+    detail: Detail,
+    of_containers: impl Iterator<Item = Stats>,
+) -> Option<Stats> {
+    let parent = sandbox.cgroup_parent();
+    let shared = parent.is_ours() || parent.path().is_empty();
+    if !shared {
+        return stats_of_parent(&node.hierarchy, parent, detail).ok().flatten();
+    }
+    let own_process = sandbox.pid().and_then(|_| {
+        let cgroup = Cgroup::open(&node.hierarchy, parent, sandbox.id().as_str()).ok()?;
+        cgroup.stats(detail).ok().flatten()
+    });
+    of_containers.chain(own_process).reduce(sum)
+}
+
+impl Samples {
+    /// The numbers of these pods. Blocking.
+    pub(super) fn pods(&self, node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<v1::PodSandboxStats> {
+        count(node, sandboxes).iter().map(|pod| self.pod(node, pod)).collect()
+    }
+
+    fn pod(&self, node: &Node, pod: &Counted) -> v1::PodSandboxStats {
+        // A container that vanishes or cannot be read does not spoil the pod.
+        let (containers, samples): (Vec<_>, Vec<_>) =
+            pod.containers.iter().filter_map(|container| self.sample(node, container).ok()).unzip();
+        let mut linux = v1::LinuxPodSandboxStats { containers, ..v1::LinuxPodSandboxStats::default() };
+        let now = unix_ns();
+        if pod.is_ready() {
+            let used = usage_of_pod(node, &pod.sandbox, Detail::Essential, samples.into_iter().flatten());
+            if let Some(used) = used {
+                linux.cpu = used.cpu.as_ref().map(|cpu| self.cpu(pod.sandbox.id().as_str(), now, cpu));
+                linux.memory = used.memory.as_ref().map(|memory| stats::memory(now, memory));
+                linux.io = used.io_pressure.as_ref().map(|pressure| stats::io(now, pressure));
+                linux.process = used
+                    .pids
+                    .map(|_| v1::ProcessUsage { timestamp: now, process_count: stats::value(used.pids) });
+            }
+            linux.network = pod.traffic.as_ref().map(|traffic| network(now, traffic));
+        }
+        let config = pod.sandbox.config();
+        v1::PodSandboxStats {
+            attributes: Some(v1::PodSandboxAttributes {
+                id: pod.sandbox.id().to_string(),
+                metadata: Some(super::convert::sandbox_metadata(&config.metadata)),
+                labels: config.labels.clone(),
+                annotations: config.annotations.clone(),
+            }),
+            linux: Some(linux),
+            ..v1::PodSandboxStats::default()
+        }
+    }
+}
+
+fn network(now: i64, traffic: &Traffic) -> v1::NetworkUsage {
+    let usage = |interface: &InterfaceCounters| v1::NetworkInterfaceUsage {
+        name: interface.name.clone(),
+        rx_bytes: stats::value(Some(interface.rx_bytes)),
+        rx_errors: stats::value(Some(interface.rx_errors)),
+        tx_bytes: stats::value(Some(interface.tx_bytes)),
+        tx_errors: stats::value(Some(interface.tx_errors)),
+    };
+    v1::NetworkUsage {
+        timestamp: now,
+        default_interface: Some(usage(&traffic.main)),
+        interfaces: traffic.others.iter().map(usage).collect(),
+    }
+}
+
+/// Two parts of a pod together. What one of them does not have counts as nothing there; pressure cannot be added up and is left out, and so is
+/// what only makes sense for one cgroup (limits and how often they were hit).
+fn sum(left: Stats, right: Stats) -> Stats {
+    fn both<T>(left: Option<T>, right: Option<T>, add: impl FnOnce(T, T) -> T) -> Option<T> {
+        match (left, right) {
+            (Some(left), Some(right)) => Some(add(left, right)),
+            (left, right) => left.or(right),
+        }
+    }
+    fn plus(left: Option<u64>, right: Option<u64>) -> Option<u64> {
+        both(left, right, u64::saturating_add)
+    }
+    Stats {
+        cpu: both(left.cpu, right.cpu, |left, right| CpuStats {
+            usage_ns: left.usage_ns.saturating_add(right.usage_ns),
+            user_ns: plus(left.user_ns, right.user_ns),
+            system_ns: plus(left.system_ns, right.system_ns),
+            ..CpuStats::default()
+        }),
+        memory: both(left.memory, right.memory, |left, right| MemoryStats {
+            usage_bytes: left.usage_bytes.saturating_add(right.usage_bytes),
+            working_set_bytes: left.working_set_bytes.saturating_add(right.working_set_bytes),
+            rss_bytes: plus(left.rss_bytes, right.rss_bytes),
+            cache_bytes: plus(left.cache_bytes, right.cache_bytes),
+            mapped_file_bytes: plus(left.mapped_file_bytes, right.mapped_file_bytes),
+            page_faults: plus(left.page_faults, right.page_faults),
+            major_page_faults: plus(left.major_page_faults, right.major_page_faults),
+            ..MemoryStats::default()
+        }),
+        pids: plus(left.pids, right.pids),
+        ..Stats::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_pod_add_up_and_what_only_one_has_counts() {
+        let one = |usage_ns, rss_bytes, pids| Stats {
+            cpu: Some(CpuStats { usage_ns, ..CpuStats::default() }),
+            memory: Some(MemoryStats {
+                usage_bytes: 10,
+                working_set_bytes: 5,
+                rss_bytes,
+                ..MemoryStats::default()
+            }),
+            pids,
+            ..Stats::default()
+        };
+        for (left, right, expected) in [
+            (one(1, Some(2), Some(3)), one(10, Some(20), Some(30)), (11, Some(22), Some(33))),
+            (one(1, None, None), one(10, Some(20), None), (11, Some(20), None)),
+            (one(u64::MAX, Some(1), Some(1)), one(1, None, Some(1)), (u64::MAX, Some(1), Some(2))),
+        ] {
+            let sum = sum(left, right);
+            let memory = sum.memory.clone().unwrap_or_default();
+            assert_eq!((sum.cpu.unwrap_or_default().usage_ns, memory.rss_bytes, sum.pids), expected);
+            assert_eq!((memory.usage_bytes, memory.working_set_bytes), (20, 10));
+        }
+        assert_eq!(sum(Stats::default(), one(1, None, None)), one(1, None, None));
+    }
+}

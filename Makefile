@@ -7,7 +7,7 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-cluster test-vm vm-shell bench deb test-deb clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-unit     the tests of each crate'
 	@echo 'make test-rootful  the real daemon over its socket (root)'
 	@echo 'make test-kubelet  a real kubelet on the real daemon (root)'
+	@echo 'make test-node     every kind of pod of a real kubelet, restarts of the daemon under them (root)'
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
 	@echo 'make test-cluster  Deployments, Jobs and more of a Kubernetes cluster on the real daemon (root)'
 	@echo 'make test-vm       systemd and cgroup v2, in a virtual machine (root)'
@@ -54,7 +55,7 @@ demo: build images
 test: build images
 	@scripts/install-needs test
 	@scripts/build-peer kubelet
-	@scripts/run-tests unit rootful kubelet
+	@scripts/run-tests unit rootful kubelet node
 
 test-unit:
 	@scripts/install-needs build test
@@ -68,6 +69,11 @@ test-kubelet: build images
 	@scripts/install-needs test
 	@scripts/build-peer kubelet
 	@scripts/run-tests kubelet
+
+test-node: build images
+	@scripts/install-needs test
+	@scripts/build-peer kubelet
+	@scripts/run-tests node
 
 # Checks the test, not Berth: on containerd it has to pass as well.
 test-kubelet-peer: images

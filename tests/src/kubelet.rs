@@ -1,9 +1,10 @@
-//! A real kubelet on static pods: the fixture of `tests/kubelet.rs`.
+//! A real kubelet on static pods: the fixture of `tests/kubelet.rs` and of `tests/node`.
 //!
 //! Its binary comes from `scripts/build-peer kubelet` (or the path in `KUBELET`), its configuration from
-//! `tests/kubelet/config.yaml`. It runs without an API server, in folders, a port and a cgroup of its own. It insists
-//! on `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root folder over itself: these are
-//! undone on drop, and the folders removed if they were not there before.
+//! `tests/kubelet/config.yaml`. It runs without an API server, in folders and a port of its own, and below a cgroup of its
+//! own or in the machine's real `kubepods.slice` ([`Driver`]). It insists on `/var/lib/kubelet/device-plugins` and
+//! `/var/log/containers`, and mounts its root folder over itself: these are undone on drop, and the folders removed if
+//! they were not there before.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -19,18 +20,50 @@ use serde_json::Value;
 
 use crate::cgroup::Cgroup;
 use crate::deadline::within;
+use crate::host::Host;
 
 /// What the kubelet calls its node; it ends every static pod's name.
 const NODE: &str = "berth-test";
 
-/// Time for one answer of the kubelet's API, on a machine that is busy with other things.
-const ANSWER: Duration = Duration::from_secs(10);
+/// The node's address on a host that has been given one ([`Place::address`]).
+pub const ADDRESS: &str = "10.99.0.1";
+
+/// Time for one answer of the kubelet's API, on a machine that is busy with other things: longer than commands that
+/// tests run in containers.
+const ANSWER: Duration = Duration::from_secs(60);
 
 /// Time for the kubelet to serve its API after its start (it takes about one second), and to end.
 const START_OR_END: Duration = Duration::from_secs(60);
 
 /// Folders that a kubelet makes on the host whatever its configuration says.
 const UNAVOIDABLE: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
+
+/// Where a kubelet is to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The folder of everything that it keeps.
+    pub dir: &'a Path,
+    /// The runtime's CRI socket.
+    pub socket: &'a Path,
+    /// The host whose network it is in; the machine's own when there is none.
+    pub host: Option<&'a Host>,
+    /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs one for pods on the
+    /// network of the node.
+    pub address: bool,
+    /// Who makes its cgroups, and where.
+    pub driver: Driver,
+    /// A file of `tests/kubelet` with settings that win over those of `config.yaml`, if any.
+    pub settings: Option<&'a str>,
+}
+
+/// Who makes the cgroups of pods, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// The kubelet itself, below a cgroup of its own, so that no one else's pods are touched.
+    Cgroupfs,
+    /// systemd, as slices below the machine's real `kubepods.slice`.
+    Systemd,
+}
 
 /// A running kubelet, killed and cleaned up after on drop.
 #[derive(Debug)]
@@ -40,6 +73,7 @@ pub struct Kubelet {
     port: u16,
     http: reqwest::blocking::Client,
     made: Vec<PathBuf>,
+    driver: Driver,
     // Last: dropped when the kubelet is gone, which makes new cgroups as long as it lives.
     cgroup: Cgroup,
 }
@@ -49,6 +83,14 @@ pub struct Kubelet {
 pub struct Pod {
     /// Its name, with the node's at its end.
     pub name: String,
+    /// Its uid, which is in the names of its cgroups.
+    pub uid: String,
+    /// `Pending`, `Running`, `Succeeded` or `Failed`.
+    pub phase: String,
+    /// `Guaranteed`, `Burstable` or `BestEffort`.
+    pub class: String,
+    /// Its address; empty before it has one.
+    pub address: String,
     /// Whether its condition `Ready` is true.
     pub ready: bool,
     /// Its init containers, in the order of the manifest.
@@ -68,10 +110,27 @@ pub struct PodContainer {
     pub restart_count: u64,
     /// Whether its readiness probe says so.
     pub ready: bool,
-    /// Exit code of this instance, if it ended.
-    pub exit_code: Option<i64>,
-    /// Exit code of the instance before, if there was one.
-    pub previous_exit_code: Option<i64>,
+    /// Whether its startup probe has said so, or it has none and runs.
+    pub started: bool,
+    /// Since when it runs; empty when it does not.
+    pub running_since: String,
+    /// Why it does not run yet, or not again: the reason and the message.
+    pub waiting: Option<(String, String)>,
+    /// How this instance ended, if it did.
+    pub end: Option<End>,
+    /// How the instance before ended, if there was one.
+    pub previous_end: Option<End>,
+}
+
+/// How an instance of a container ended (`v1.ContainerStateTerminated`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// The exit code; 128 and the signal for one that was killed.
+    pub exit_code: i64,
+    /// `Completed`, `Error`, `OOMKilled` and the like.
+    pub reason: String,
+    /// The termination message.
+    pub message: String,
 }
 
 impl Pod {
@@ -80,10 +139,14 @@ impl Pod {
     /// # Errors
     /// When the kubelet does not report one.
     pub fn container(&self, name: &str) -> Result<&PodContainer> {
-        let mut containers = self.containers.iter().chain(&self.init_containers);
-        containers
+        self.all_containers()
             .find(|container| container.name == name)
             .with_context(|| format!("no container {name} in {self:?}"))
+    }
+
+    /// All containers, those for the pod's start first.
+    pub fn all_containers(&self) -> impl Iterator<Item = &PodContainer> {
+        self.init_containers.iter().chain(&self.containers)
     }
 
     fn read(pod: &Value) -> Self {
@@ -95,6 +158,10 @@ impl Pod {
         let ready = conditions.into_iter().flatten().find(|condition| text(condition, "/type") == "Ready");
         Self {
             name: text(pod, "/metadata/name"),
+            uid: text(pod, "/metadata/uid"),
+            phase: text(pod, "/status/phase"),
+            class: text(pod, "/status/qosClass"),
+            address: text(pod, "/status/podIP"),
             ready: ready.is_some_and(|condition| text(condition, "/status") == "True"),
             init_containers: containers("/status/initContainerStatuses"),
             containers: containers("/status/containerStatuses"),
@@ -103,16 +170,50 @@ impl Pod {
 }
 
 impl PodContainer {
+    /// The code that this instance ended with, if it did.
+    #[must_use]
+    pub fn exit_code(&self) -> Option<i64> {
+        self.end.as_ref().map(|end| end.exit_code)
+    }
+
+    /// The code that the instance before ended with, if there was one.
+    #[must_use]
+    pub fn previous_exit_code(&self) -> Option<i64> {
+        self.previous_end.as_ref().map(|end| end.exit_code)
+    }
+
+    /// Whether it waits for this reason.
+    #[must_use]
+    pub fn waits_for(&self, reason: &str) -> bool {
+        self.waiting.as_ref().is_some_and(|(waits_for, _)| waits_for == reason)
+    }
+
     fn read(status: &Value) -> Self {
         let id = text(status, "/containerID");
+        let flag = |name: &str| status.pointer(name).and_then(Value::as_bool).unwrap_or_default();
         Self {
             name: text(status, "/name"),
             id: id.split_once("://").map(|(_, id)| id.to_owned()).unwrap_or_default(),
             restart_count: status.pointer("/restartCount").and_then(Value::as_u64).unwrap_or_default(),
-            ready: status.pointer("/ready").and_then(Value::as_bool).unwrap_or_default(),
-            exit_code: status.pointer("/state/terminated/exitCode").and_then(Value::as_i64),
-            previous_exit_code: status.pointer("/lastState/terminated/exitCode").and_then(Value::as_i64),
+            ready: flag("/ready"),
+            started: flag("/started"),
+            running_since: text(status, "/state/running/startedAt"),
+            waiting: status
+                .pointer("/state/waiting")
+                .map(|waiting| (text(waiting, "/reason"), text(waiting, "/message"))),
+            end: status.pointer("/state/terminated").and_then(End::read),
+            previous_end: status.pointer("/lastState/terminated").and_then(End::read),
         }
+    }
+}
+
+impl End {
+    fn read(terminated: &Value) -> Option<Self> {
+        Some(Self {
+            exit_code: terminated.pointer("/exitCode").and_then(Value::as_i64)?,
+            reason: text(terminated, "/reason"),
+            message: text(terminated, "/message"),
+        })
     }
 }
 
@@ -131,48 +232,79 @@ pub enum Instance {
 }
 
 impl Kubelet {
-    /// Starts a kubelet on the CRI socket `socket`, with everything it keeps below `dir`, and waits for its API.
+    /// Starts a kubelet and waits for its API.
     ///
-    /// `dir` gets the folders `manifests` (for pods), `logs`, and `evidence` (for the pods to leave files in).
+    /// Its folder gets the folders `manifests` (for pods), `logs`, and `evidence` (for the pods to leave files in).
     ///
     /// # Errors
     /// When the binary is missing (the message says how to build it), a file cannot be written, or the API does not
     /// answer in time (the message ends with the kubelet's last lines).
-    pub fn start(dir: &Path, socket: &Path) -> Result<Self> {
+    pub fn start(place: Place<'_>) -> Result<Self> {
+        let Place { dir, host, driver, .. } = place;
         let program = program()?;
-        for folder in ["manifests", "logs", "evidence"] {
+        for folder in ["manifests", "logs", "evidence", "settings"] {
             fs::create_dir_all(dir.join(folder)).with_context(|| format!("making {folder}"))?;
         }
-        let port = free_port()?;
-        let cgroup = Cgroup::create(&format!("berth-kubelet-{}", std::process::id()))?;
+        let port = match host {
+            Some(host) => host.inside(free_port)?,
+            None => free_port()?,
+        };
+        let cgroup = match driver {
+            Driver::Cgroupfs => Cgroup::create(&format!("berth-kubelet-{}", std::process::id()))?,
+            Driver::Systemd => Cgroup::of_the_machine()?,
+        };
+        let (driver_name, root) = match driver {
+            Driver::Cgroupfs => ("cgroupfs", cgroup.path()),
+            Driver::Systemd => ("systemd", "/".to_owned()),
+        };
         let configuration = template(
             "config.yaml",
             &[
                 ("DIR", &dir.to_string_lossy()),
-                ("SOCKET", &socket.to_string_lossy()),
+                ("SOCKET", &place.socket.to_string_lossy()),
                 ("PORT", &port.to_string()),
-                ("CGROUP", &cgroup.path()),
+                ("DRIVER", driver_name),
+                ("CGROUP", &root),
             ],
         )?;
         let configuration_file = dir.join("config.yaml");
         fs::write(&configuration_file, configuration).context("writing the kubelet's configuration")?;
+        if let Some(settings) = place.settings {
+            // The kubelet takes files of no other ending from there.
+            fs::write(dir.join("settings/more.conf"), template(settings, &[])?)
+                .context("writing the kubelet's settings")?;
+        }
 
         let made = UNAVOIDABLE.iter().map(PathBuf::from).filter(|path| !path.exists()).collect();
         let output = File::create(dir.join("kubelet.log")).context("making the kubelet's log")?;
-        let process = Command::new(&program)
-            .arg("--config")
-            .arg(&configuration_file)
-            .arg("--root-dir")
-            .arg(dir.join("root"))
-            .arg("--cert-dir")
-            .arg(dir.join("pki"))
+        let mut command = match host {
+            Some(host) => host.command(&program),
+            None => Command::new(&program),
+        };
+        for (option, file) in [
+            ("--config", "config.yaml"),
+            ("--config-dir", "settings"),
+            ("--root-dir", "root"),
+            ("--cert-dir", "pki"),
+        ] {
+            command.arg(option).arg(dir.join(file));
+        }
+        if place.address {
+            command.args(["--node-ip", ADDRESS]);
+        }
+        let process = command
             .args(["--hostname-override", NODE])
             .stdin(Stdio::null())
             .stdout(output.try_clone().context("sharing the kubelet's log")?)
             .stderr(output)
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
-        let mut kubelet = Self { process, dir: dir.to_owned(), port, http: client()?, made, cgroup };
+        let http = match host {
+            // The client makes its sockets on a thread that it starts here, and which stays in the namespace.
+            Some(host) => host.inside(client)?,
+            None => client()?,
+        };
+        let mut kubelet = Self { process, dir: dir.to_owned(), port, http, made, driver, cgroup };
         within(START_OR_END, "the kubelet's API answers", || {
             if let Some(status) = kubelet.process.try_wait().context("looking after the kubelet")? {
                 // The closure cannot end the wait early; the last error is what will be told.
@@ -184,7 +316,13 @@ impl Kubelet {
         Ok(kubelet)
     }
 
-    /// The cgroup that every pod's is below.
+    /// Who makes the cgroups of its pods.
+    #[must_use]
+    pub fn driver(&self) -> Driver {
+        self.driver
+    }
+
+    /// The cgroup that every pod's is below; with [`Driver::Systemd`] the machine's root.
     #[must_use]
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
@@ -217,6 +355,36 @@ impl Kubelet {
         Ok(format!("web-{NODE}"))
     }
 
+    /// Gives the kubelet the static pods of the file `tests/kubelet/pods/NAME.yaml` (YAML documents, one for each pod) with
+    /// these words filled in: `@WORD@` with its value.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written.
+    pub fn run_pods(&self, name: &str, words: &[(&str, &str)]) -> Result<()> {
+        let manifests = template(&format!("pods/{name}.yaml"), words)?;
+        // A file can have one pod only.
+        for (index, manifest) in manifests.split("\n---\n").enumerate() {
+            let written = self.dir.join(format!("{name}.yaml"));
+            fs::write(&written, manifest).context("writing a manifest")?;
+            fs::rename(&written, self.dir.join(format!("manifests/{name}-{index}.yaml")))
+                .context("handing over a manifest")?;
+        }
+        Ok(())
+    }
+
+    /// Takes all manifests away; the kubelet then ends the pods.
+    ///
+    /// # Errors
+    /// When one cannot be removed.
+    pub fn delete_pods(&self) -> Result<()> {
+        let manifests = fs::read_dir(self.dir.join("manifests")).context("reading the manifests' folder")?;
+        for manifest in manifests {
+            fs::remove_file(manifest.context("reading the manifests' folder")?.path())
+                .context("removing a manifest")?;
+        }
+        Ok(())
+    }
+
     /// Takes the manifest away; the kubelet then ends the pod.
     ///
     /// # Errors
@@ -239,16 +407,45 @@ impl Kubelet {
         }
     }
 
-    /// The pod of this name.
+    /// The pod of this name, which may be that of its manifest.
     ///
     /// # Errors
     /// When the API does not answer, or knows no such pod.
     pub fn pod(&self, name: &str) -> Result<Pod> {
+        let full_name = full_name(name);
         let mut pods = self.pods()?.into_iter();
-        pods.find(|pod| pod.name == name).with_context(|| format!("the kubelet knows no pod {name}"))
+        pods.find(|pod| pod.name == full_name).with_context(|| format!("the kubelet knows no pod {name}"))
     }
 
-    /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it.
+    /// What a command prints that the kubelet runs in a container. The kubelet takes a line and cuts it at each space,
+    /// and a code other than 0 is an error.
+    ///
+    /// # Errors
+    /// When the API does not answer, or the command does not run or fails; the message has what the kubelet says.
+    pub fn run(&self, pod: &str, container: &str, command: &str) -> Result<String> {
+        let pod = full_name(pod);
+        let url = format!("https://127.0.0.1:{}/run/default/{pod}/{container}", self.port);
+        let url = reqwest::Url::parse_with_params(&url, [("cmd", command)]).context("writing the address")?;
+        let answer = self.http.post(url).send().with_context(|| format!("running {command:?} in {pod}"))?;
+        let status = answer.status();
+        let text = answer.text().with_context(|| format!("reading what {command:?} says"))?;
+        ensure!(status.is_success(), "{command:?} in {container} of {pod}: {status}: {text}");
+        Ok(text)
+    }
+
+    /// What a web server in a pod, or on the host, answers.
+    ///
+    /// # Errors
+    /// When there is no such server or page.
+    pub fn page(&self, address: &str, port: u16, path: &str) -> Result<String> {
+        let url = format!("http://{address}:{port}{path}");
+        let answer = self.http.get(&url).send().and_then(reqwest::blocking::Response::error_for_status);
+        let answer = answer.with_context(|| format!("asking for {url}"))?;
+        answer.text().with_context(|| format!("reading {url}"))
+    }
+
+    /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it: what is in the newest
+    /// file.
     ///
     /// # Errors
     /// When the API does not answer, or has no such log.
@@ -257,7 +454,22 @@ impl Kubelet {
             Instance::Current => "",
             Instance::Previous => "?previous=true",
         };
-        self.get(&format!("/containerLogs/default/{pod}/{container}{query}"))
+        self.get(&format!("/containerLogs/default/{}/{container}{query}", full_name(pod)))
+    }
+
+    /// The folder of a container's log files, where the kubelet rotates them.
+    #[must_use]
+    pub fn log_folder(&self, pod: &Pod, container: &str) -> PathBuf {
+        self.dir.join(format!("logs/default_{}_{}/{container}", pod.name, pod.uid))
+    }
+
+    /// The kubelet's own log, so far.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn own_log(&self) -> Result<String> {
+        let log = fs::read(self.dir.join("kubelet.log")).context("reading the kubelet's log")?;
+        Ok(String::from_utf8_lossy(&log).into_owned())
     }
 
     /// The end of the kubelet's own log, for the message of a failed test.
@@ -270,7 +482,11 @@ impl Kubelet {
         format!("the kubelet's last lines:\n{}", last.join("\n"))
     }
 
-    fn get(&self, path: &str) -> Result<String> {
+    /// What its API answers at a path.
+    ///
+    /// # Errors
+    /// When it does not answer, or not with success.
+    pub fn get(&self, path: &str) -> Result<String> {
         let url = format!("https://127.0.0.1:{}{path}", self.port);
         let answer = self.http.get(&url).send().with_context(|| format!("asking for {path}"))?;
         let status = answer.status();
@@ -306,7 +522,17 @@ impl Drop for Kubelet {
         for folder in &self.made {
             let _ = fs::remove_dir_all(folder);
         }
+        if self.driver == Driver::Systemd {
+            // With whatever a failed test left in it.
+            let _ = Command::new("systemctl").args(["stop", "kubepods.slice"]).status();
+        }
     }
+}
+
+/// A static pod's name, with the node's at its end as the kubelet adds it.
+fn full_name(name: &str) -> String {
+    let suffix = format!("-{NODE}");
+    if name.ends_with(&suffix) { name.to_owned() } else { name.to_owned() + &suffix }
 }
 
 /// The kubelet to use: `KUBELET`, else the one that `scripts/build-peer` made.

@@ -41,7 +41,11 @@ pub fn text(entries: &[Entry], stream: &str) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-fn parse(bytes: &[u8]) -> Result<Vec<Entry>> {
+/// Reads the bytes of a whole log.
+///
+/// # Errors
+/// When a line is not exactly as the format says.
+pub fn parse(bytes: &[u8]) -> Result<Vec<Entry>> {
     if bytes.is_empty() {
         return Ok(Vec::new());
     }

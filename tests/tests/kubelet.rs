@@ -17,7 +17,7 @@ use berth_tests::cgroup::CpuLimit;
 use berth_tests::cri::Client;
 use berth_tests::daemon::{Daemon, IMAGE, rootful};
 use berth_tests::deadline::within;
-use berth_tests::kubelet::{Instance, Kubelet, Pod};
+use berth_tests::kubelet::{Driver, Instance, Kubelet, Place, Pod};
 
 /// Time for something that the kubelet or the runtime does at once, on a machine that is busy with other things.
 const SOON: Duration = Duration::from_secs(60);
@@ -60,7 +60,14 @@ fn the_same_pod_lives_and_ends_on_containerd() -> Result<()> {
 
 fn run(runtime: &mut dyn Runtime) -> Result<()> {
     let dir = tempfile::tempdir().context("making a folder for the kubelet")?;
-    let kubelet = Kubelet::start(dir.path(), runtime.socket())?;
+    let kubelet = Kubelet::start(Place {
+        dir: dir.path(),
+        socket: runtime.socket(),
+        host: None,
+        address: false,
+        driver: Driver::Cgroupfs,
+        settings: None,
+    })?;
     let outcome = live_and_end(&kubelet, runtime);
     outcome.with_context(|| format!("{}\n{}", kubelet.last_words(), runtime.last_words()))
 }
@@ -95,7 +102,7 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
 /// is set, and the hook after the start ran.
 fn began_as_the_manifest_says(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
     let init = pod.container("init")?;
-    ensure!(init.exit_code == Some(0), "the init container ended with success: {init:?}");
+    ensure!(init.exit_code() == Some(0), "the init container ended with success: {init:?}");
     for name in ["server", "client"] {
         let container = pod.container(name)?;
         ensure!(
@@ -168,7 +175,7 @@ fn an_exit_is_followed_by_a_restart(kubelet: &Kubelet, before: &Pod) -> Result<P
         Ok(Some(pod).filter(|pod| restarted && pod.ready))
     })?;
     let client = pod.container("client")?;
-    ensure!(client.previous_exit_code == Some(3), "its exit code is kept: {client:?}");
+    ensure!(client.previous_exit_code() == Some(3), "its exit code is kept: {client:?}");
     ensure!(client.id != before.container("client")?.id, "it is a new container: {client:?}");
     ensure!(pod.container("server")? == before.container("server")?, "the server is left alone: {pod:?}");
     let first_life = count(kubelet, &pod.name, Instance::Previous)?;

@@ -29,7 +29,7 @@ fn limits_of_the_request_are_in_the_cgroup() -> Result<()> {
         let cgroup = daemon.cgroup();
         assert_eq!(cgroup.memory_limit_bytes(&main.id)?, 64 << 20);
         assert_eq!(cgroup.cpu_limit(&main.id)?, CpuLimit { quota_us: 20_000, period_us: 100_000 });
-        let (file, value) = if cgroup.is_unified() { ("cpu.weight", "20") } else { ("cpu.shares", "512") };
+        let (file, value) = if cgroup.is_unified() { ("cpu.weight", "59") } else { ("cpu.shares", "512") };
         assert_eq!(cgroup.read("cpu", &main.id, file)?.trim(), value);
         let reported =
             main.status()?.resources.and_then(|resources| resources.linux).context("the limits")?;

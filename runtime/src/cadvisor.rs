@@ -186,6 +186,9 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
             .mode(0o755)
             .create(folder)
             .map_err(file("make", folder))?;
+        // The daemon's umask may have taken more away.
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))
+            .map_err(file("open to others", folder))?;
         Some(folder.to_owned())
     };
     let mut temporary = path.as_os_str().to_owned();

@@ -199,6 +199,44 @@ impl Client {
     }
 }
 
+impl Client {
+    /// `StreamPodSandboxStats`, all that comes.
+    ///
+    /// # Errors
+    /// The daemon's refusal.
+    pub fn stream_pod_sandbox_stats(
+        &self,
+        request: v1::StreamPodSandboxStatsRequest,
+    ) -> Result<Vec<v1::PodSandboxStats>, Status> {
+        let mut client = self.runtime.clone();
+        self.tokio.block_on(async {
+            let mut messages = client.stream_pod_sandbox_stats(request).await?.into_inner();
+            let mut all = Vec::new();
+            while let Some(message) = messages.message().await? {
+                all.extend(message.pod_sandbox_stats);
+            }
+            Ok(all)
+        })
+    }
+
+    /// `StreamPodSandboxMetrics`, all that comes.
+    ///
+    /// # Errors
+    /// The daemon's refusal.
+    pub fn stream_pod_sandbox_metrics(&self) -> Result<Vec<v1::PodSandboxMetrics>, Status> {
+        let mut client = self.runtime.clone();
+        self.tokio.block_on(async {
+            let request = v1::StreamPodSandboxMetricsRequest::default();
+            let mut messages = client.stream_pod_sandbox_metrics(request).await?.into_inner();
+            let mut all = Vec::new();
+            while let Some(message) = messages.message().await? {
+                all.extend(message.pod_sandbox_metrics);
+            }
+            Ok(all)
+        })
+    }
+}
+
 macro_rules! calls {
     ($service:ident: $($call:ident($request:ident) -> $answer:ident;)*) => {
         impl Client {
@@ -232,6 +270,10 @@ calls! { runtime:
     container_status(ContainerStatusRequest) -> ContainerStatusResponse;
     container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
     list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
+    pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
+    list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
+    list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
+    list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
     update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
     reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
     exec_sync(ExecSyncRequest) -> ExecSyncResponse;

@@ -41,6 +41,20 @@ impl Cgroup {
         Ok(pids)
     }
 
+    /// The same as one hierarchy has it, which is enough to look at them, not to end them: a process may have been moved in another. A
+    /// twelfth of the work on a v1 machine with twelve.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn members(&self) -> Result<BTreeSet<i32>, Error> {
+        let mut pids = BTreeSet::new();
+        let Some(dir) = self.dir_of("memory") else { return Ok(pids) };
+        for dir in control_file::tree(dir).map_err(|source| Error::Read { path: dir.into(), source })? {
+            read_pids(&dir, &mut pids)?;
+        }
+        Ok(pids)
+    }
+
     /// Whether no process is in this cgroup or below it.
     ///
     /// # Errors

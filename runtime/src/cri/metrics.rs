@@ -238,7 +238,7 @@ fn of_container(
         metrics.put_device(io, host.name_of(io));
     }
 
-    let processes = container.cgroup().processes().unwrap_or_default();
+    let processes = container.cgroup().members().unwrap_or_default();
     metrics.put(&PROCESSES, &[], u64::try_from(processes.len()).ok());
     metrics.put(&THREADS, &[], used.pids);
     metrics.put(&THREADS_MAX, &[], Some(used.pids_limit.unwrap_or(0)));

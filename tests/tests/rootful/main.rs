@@ -1,6 +1,7 @@
 //! The real daemon and shim over the real socket: one module for each part of the contract.
 #![forbid(unsafe_code)]
 
+mod apparmor;
 mod census;
 mod command;
 mod containers;
@@ -16,5 +17,6 @@ mod refusals;
 mod registry;
 mod resources;
 mod shim;
+mod stats;
 mod stop;
 mod users;

@@ -17,7 +17,8 @@ pub(crate) const DEFAULT_PROFILE: &str = "berth-default";
 /// What it forbids is the second line of defence behind masked paths, capabilities and namespaces: to write what of `/proc` and `/sys`
 /// is the host's, to mount, and to meddle with processes outside. It allows everything else: root in the container is to work.
 ///
-/// The language is apparmor.d(5). Deny rules win over allow rules. It includes no file of the host, so that it means the same on each.
+/// The language is apparmor.d(5). Deny rules win over allow rules. It includes no rule of a file of the host, so that it means the same
+/// on each; what it is silent about is a matter of [`ABI`].
 const DEFAULT_TEXT: &str = "\
 profile berth-default flags=(attach_disconnected, mediate_deleted) {
   capability,
@@ -47,6 +48,15 @@ profile berth-default flags=(attach_disconnected, mediate_deleted) {
   deny /sys/devices/virtual/powercap/** rwklx,
 }
 ";
+
+/// What AppArmor is to ask the profile about: that of version 3.0, which is what other runtimes' profiles are written for. Without it
+/// newer kernels also ask about user namespaces, message queues and io_uring, and take silence for a no, which breaks what makes
+/// sandboxes of its own in a container (browsers, builders of images); whether it may is the seccomp profile's to say. The file comes
+/// with the parser, below its folder (apparmor.d(5), "Feature ABI").
+const ABI: &str = "abi/3.0";
+
+/// The parser's folder, which it looks in for [`ABI`].
+const PARSERS_FOLDER: &str = "/etc/apparmor.d";
 
 /// Where the kernel says whether it enforces.
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
@@ -124,7 +134,7 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
         .map_err(run)?;
     if let Some(mut stdin) = parser.stdin.take() {
         // One that ends early has said why; the pipe holds the text at once.
-        let _ = stdin.write_all(DEFAULT_TEXT.as_bytes());
+        let _ = stdin.write_all(default_text(Path::new(PARSERS_FOLDER)).as_bytes());
     }
     let ended = wait(&mut parser).map_err(run)?.ok_or(AppArmorError::Late)?;
     if ended.success() {
@@ -138,6 +148,11 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
     Err(AppArmorError::Refused {
         complaint: if complaint.is_empty() { ended.to_string() } else { complaint },
     })
+}
+
+/// The default profile as the parser is to read it. A parser without the file is older than it, and knows of nothing newer.
+fn default_text(folder: &Path) -> String {
+    if folder.join(ABI).exists() { format!("abi <{ABI}>,\n{DEFAULT_TEXT}") } else { DEFAULT_TEXT.to_owned() }
 }
 
 /// Waits for its end; none when the time is over, and then it is killed.
@@ -222,6 +237,15 @@ mod tests {
         std::fs::write(&list, "a (enforce)\n").unwrap();
         assert!(is_listed(&list, "a").unwrap());
         assert!(!is_listed(&list, "b").unwrap());
+    }
+
+    #[test]
+    fn the_default_profile_is_silent_about_what_is_newer_than_it() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(default_text(folder.path()), DEFAULT_TEXT);
+        std::fs::create_dir(folder.path().join("abi")).unwrap();
+        std::fs::write(folder.path().join(ABI), "").unwrap();
+        assert_eq!(default_text(folder.path()), format!("abi <abi/3.0>,\n{DEFAULT_TEXT}"));
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! machine's kernel does not offer is described and has no values.
 //!
 //! Two things of one kind with the same labels would spoil the whole answer for Prometheus. Containers differ by `id`, their cgroup; the
-//! network of pods by `name`, which has the pod's uid and attempt in it; figures of a pod's cgroup are told once for each cgroup.
+//! network of pods by `name`, which has the pod's uid and attempt in it; figures of a pod's cgroup are told once for each cgroup, and not at
+//! all for one that pods share.
 
 use super::pod_stats::{self, Counted};
 use super::stats::{self, Samples};
@@ -145,23 +146,23 @@ fn of_pod(
     node: &Node,
     samples: &Samples,
     host: &mut Host,
-    told: &mut HashSet<[String; 3]>,
+    told: &mut HashSet<String>,
     pod: &Counted,
 ) -> v1::PodSandboxMetrics {
     let sandbox = &pod.sandbox;
     let metadata = &sandbox.config().metadata;
-    let (mut container_metrics, mut used) = (Vec::new(), Vec::new());
+    let mut container_metrics = Vec::new();
     for container in &pod.containers {
         // One that vanishes or cannot be read does not spoil the list.
-        let Some((metrics, stats)) = of_container(node, samples, host, sandbox, container) else { continue };
-        used.push(stats);
+        let Some(metrics) = of_container(node, samples, host, sandbox, container) else { continue };
         let container_id = container.id().to_string();
         container_metrics.push(v1::ContainerMetrics { container_id, metrics });
     }
     let cgroup = sandbox.cgroup_parent().path();
     let mut metrics = Metrics::new([cgroup, "", "", &metadata.namespace, &metadata.name, ""]);
-    if told.insert([cgroup.to_owned(), metadata.namespace.clone(), metadata.name.clone()])
-        && let Some(used) = pod_stats::usage_of_pod(node, sandbox, Detail::All, used.into_iter())
+    if !pod_stats::shares_cgroup(sandbox)
+        && told.insert(cgroup.to_owned())
+        && let Some(used) = pod_stats::usage_of_pod(node, sandbox, Detail::All, std::iter::empty())
     {
         metrics.put_usage(&used, node.hierarchy.is_unified());
     }
@@ -188,14 +189,14 @@ fn of_pod(
     v1::PodSandboxMetrics { pod_sandbox_id: sandbox.id().to_string(), metrics, container_metrics }
 }
 
-/// Those of a container that runs, with the sample of its cgroup.
+/// Those of a container that runs.
 fn of_container(
     node: &Node,
     samples: &Samples,
     host: &mut Host,
     sandbox: &Sandbox,
     container: &Container,
-) -> Option<(Vec<v1::Metric>, Stats)> {
+) -> Option<Vec<v1::Metric>> {
     let ContainerState::Running { started_at_unix_ns } = container.state() else { return None };
     let used = container.cgroup().stats(Detail::All).ok()??;
     let (record, pod) = (container.record(), &sandbox.config().metadata);
@@ -250,7 +251,7 @@ fn of_container(
     metrics.put(&ULIMITS, &["max_open_files"], limits.as_deref().and_then(soft_limit_of_files));
     metrics.put(&START_TIME, &[], seconds(u64::try_from(started_at_unix_ns).ok()));
     metrics.put(&LAST_SEEN, &[], seconds(u64::try_from(unix_ns()).ok()));
-    Some((metrics.done, used))
+    Some(metrics.done)
 }
 
 /// The metrics of one thing.

@@ -61,6 +61,12 @@ pub(super) fn count(node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<Counted> {
     pods
 }
 
+/// Whether the pod has named no cgroup of its own.
+pub(super) fn shares_cgroup(sandbox: &Sandbox) -> bool {
+    let parent = sandbox.cgroup_parent();
+    parent.is_ours() || parent.path().is_empty()
+}
+
 /// What the pod as a whole uses: its cgroup's figures, or, if it shares that with other pods, the sum of these of its containers.
 pub(super) fn usage_of_pod(
     node: &Node,
@@ -69,8 +75,7 @@ pub(super) fn usage_of_pod(
     of_containers: impl Iterator<Item = Stats>,
 ) -> Option<Stats> {
     let parent = sandbox.cgroup_parent();
-    let shared = parent.is_ours() || parent.path().is_empty();
-    if !shared {
+    if !shares_cgroup(sandbox) {
         return stats_of_parent(&node.hierarchy, parent, detail).ok().flatten();
     }
     let own_process = sandbox.pid().and_then(|_| {

@@ -23,7 +23,7 @@ help:
 	@echo 'make test-node     every kind of pod of a real kubelet, restarts of the daemon under them (root)'
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
 	@echo 'make test-cluster  Deployments, Jobs and more of a Kubernetes cluster on the real daemon (root)'
-	@echo 'make test-vm       systemd and cgroup v2, in a virtual machine (root)'
+	@echo 'make test-vm       the package on a node with systemd and cgroup v2, and its restarts, in a virtual machine (root)'
 	@echo 'make vm-shell      a shell in that machine (root)'
 	@echo 'make deb           dist/berth_VERSION_amd64.deb'
 	@echo 'make test-deb      that package installed, upgraded, removed and purged in a Debian of its own (root)'
@@ -88,7 +88,8 @@ test-cluster: build images
 	@scripts/run-tests cluster
 
 test-vm: build images
-	@scripts/install-needs vm
+	@scripts/install-needs test vm
+	@scripts/build-peer kubelet
 	@scripts/run-tests vm
 
 vm-shell: build images
@@ -100,7 +101,7 @@ deb: build
 
 test-deb: deb images
 	@scripts/install-needs deb
-	@packaging/test-deb
+	@scripts/run-tests deb
 
 bench: build images
 	@scripts/install-needs bench

@@ -332,14 +332,57 @@ pub fn detach(path: &Path) -> io::Result<()> {
 /// The old root is stacked on the new one and then detached, the way that the man page describes under
 /// `pivot_root(".", ".")`; no directory in the new root is needed. The working directory is the new root afterwards.
 ///
+/// It is the namespace's root that goes, also for a caller in a chroot (whose root has to be a mount as well): were only the
+/// caller's root replaced, everything of the host would stay in the namespace, and who joins it would begin there.
+///
 /// # Errors
-/// `EINVAL` when `root` is not a mount point or its parent mount is shared.
+/// `EINVAL` when `root` is not a mount point, its parent mount is shared, or the namespace's root is the kernel's initial
+/// one, which cannot be replaced; `EPERM` without `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT`.
 pub fn pivot_into(root: BorrowedFd<'_>) -> io::Result<()> {
+    let seen = mount_id(Path::new("/"))?;
+    // Who joins a mount namespace gets its root, also who is in it: setns(2).
+    let own = crate::process::open_pidfd(nix::unistd::getpid().as_raw())?;
+    crate::ns::join(own.as_fd(), crate::ns::MOUNT)?;
+    let chroot = mount_id(Path::new("/"))? != seen;
+    if chroot {
+        // pivot_root(2) wants it private; what was mounted below the caller's own root is the caller's matter.
+        set_propagation(Path::new("/"), Propagation::Private, false)?;
+    }
+    let old = open_directory(c"/")?;
     nix::unistd::fchdir(root.as_fd())?;
     // SAFETY: both arguments are NUL-terminated strings.
     check(unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) })?;
+    nix::unistd::fchdir(old.as_fd())?;
+    if chroot {
+        // Or the mounts of the host would go with their copies here.
+        set_propagation(Path::new("."), Propagation::Private, true)?;
+    }
     // SAFETY: the path is a NUL-terminated string.
     check(libc::c_long::from(unsafe { libc::umount2(c".".as_ptr(), libc::MNT_DETACH) }))?;
     nix::unistd::chdir("/")?;
     Ok(())
+}
+
+/// A directory to go to later: `open(2)`, `O_PATH`.
+fn open_directory(path: &CStr) -> io::Result<OwnedFd> {
+    // SAFETY: the path is a NUL-terminated string.
+    let raw = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Which mount `path` is on: `statx(2)`, `STATX_MNT_ID`.
+fn mount_id(path: &Path) -> io::Result<u64> {
+    let path = c_string(path.as_os_str().as_bytes())?;
+    // SAFETY: all fields of the structure are numbers.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a NUL-terminated string, and `found` has room for what the call writes.
+    let result = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, libc::STATX_MNT_ID, &raw mut found) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(found.stx_mnt_id)
 }

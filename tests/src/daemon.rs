@@ -40,6 +40,8 @@ pub struct Setup {
     pub configuration: &'static str,
     /// Puts the durable root on a filesystem of this size.
     pub disk_bytes: Option<u64>,
+    /// Runs the daemon in a chroot: in a mount namespace whose root is the host's, at a copy of the host's mounts below.
+    pub chroot: bool,
 }
 
 /// A daemon, running or killed.
@@ -49,6 +51,8 @@ pub struct Daemon {
     client: Client,
     cgroup: Cgroup,
     host: Host,
+    /// Where the daemon's root is, if it is not the host's.
+    chroot: Option<PathBuf>,
     // Last: the files go when nothing uses them any more.
     dir: TempDir,
 }
@@ -103,7 +107,11 @@ impl Daemon {
         );
         fs::write(dir.path().join("berth.toml"), configuration).context("writing the configuration")?;
         let client = Client::new(&dir.path().join("berth.sock"))?;
-        let daemon = Self { process: Mutex::new(None), client, cgroup, host, dir };
+        let chroot = setup.chroot.then(|| dir.path().join("chroot"));
+        if let Some(chroot) = &chroot {
+            fs::create_dir(chroot).context("making a folder for the chroot")?;
+        }
+        let daemon = Self { process: Mutex::new(None), client, cgroup, host, chroot, dir };
         if let Some(bytes) = setup.disk_bytes {
             let root = daemon.root();
             fs::create_dir(&root).context("making the root")?;
@@ -155,9 +163,18 @@ impl Daemon {
         ensure!(program.exists(), "no {}: run make build", program.display());
         let dir = self.dir.path();
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).context("the log")?;
-        // nsenter becomes the daemon, so the process is the daemon's.
-        self.host
-            .command(&program)
+        // nsenter becomes the daemon, as do the programs of the chroot, so the process is the daemon's.
+        let mut command = match &self.chroot {
+            None => self.host.command(&program),
+            Some(chroot) => {
+                let script = "mount --rbind / \"$0\" && exec chroot \"$0\" \"$@\"";
+                let mut command = self.host.command(Path::new("unshare"));
+                command.args(["--mount", "--propagation=private", "sh", "-c", script]);
+                command.arg(chroot).arg(&program);
+                command
+            }
+        };
+        command
             .arg("--root")
             .arg(self.root())
             .arg("--state")

@@ -379,3 +379,37 @@ fn nothing_of_the_daemon_is_open_in_a_container() -> Result<()> {
         Ok(())
     })
 }
+
+/// Where something is mounted, but for what tests have mounted.
+fn host_mounts() -> Result<std::collections::BTreeSet<String>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    Ok(points.filter(|point| !point.contains("berth-test-")).map(str::to_owned).collect())
+}
+
+/// Where the daemon's own root is not that of its mount namespace, a container could be left in a namespace that begins with the
+/// host's files: its own processes below a root that they can climb out of, and processes of exec right in the host.
+#[test]
+fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Result<()> {
+    rootful_with(Setup { chroot: true, ..Setup::default() }, |daemon| {
+        let before = host_mounts()?;
+        let main = daemon.pod("chroot")?.start(idle("main"))?;
+        let files = main.sh("ls -a /")?;
+        ensure!(files.contains("www"), "a program of exec sees the image: {files}");
+        let mounts = main.sh("cat /proc/self/mountinfo")?;
+        assert_eq!(mounts, main.sh("cat /proc/1/mountinfo")?, "the main process and exec are in one tree");
+        let root: Vec<&str> = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/")).collect();
+        ensure!(root.len() == 1 && root[0].contains(" - overlay "), "one root, the container's: {root:?}");
+        // Whoever joins the namespace from outside begins at its root, wherever the container's processes have theirs.
+        let pid = main.pid()?;
+        let joined = std::process::Command::new("nsenter")
+            .arg(format!("--mount=/proc/{pid}/ns/mnt"))
+            .args(["ls", "-a", "/"])
+            .output()
+            .context("joining the namespace")?;
+        assert_eq!(String::from_utf8_lossy(&joined.stdout), files, "the namespace's root is the image");
+        let after = host_mounts()?;
+        ensure!(before.is_subset(&after), "the host has lost mounts: {before:?}, and now {after:?}");
+        Ok(())
+    })
+}

@@ -191,6 +191,7 @@ fn a_full_disk_is_told_leaves_nothing_and_is_survived() -> Result<()> {
     let setup = Setup {
         configuration: "[image]\nmin_free_bytes = 0\nmin_free_percent = 0\n",
         disk_bytes: Some(24 << 20),
+        ..Setup::default()
     };
     rootful_with(setup, |daemon| {
         let client = daemon.client();
@@ -238,6 +239,7 @@ fn a_disk_that_has_to_stay_free_is_told_with_the_key_that_says_so() -> Result<()
     let setup = Setup {
         configuration: "[image]\nmin_free_bytes = 16777216\nmin_free_percent = 0\n",
         disk_bytes: Some(24 << 20),
+        ..Setup::default()
     };
     rootful_with(setup, |daemon| {
         let folder = daemon.folder("next")?;

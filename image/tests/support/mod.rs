@@ -484,6 +484,8 @@ fn describe_with(dir: &Path, enter: &str) -> String {
     );
     let output = Command::new("unshare")
         .args(["-m", "--propagation", "private", "bash", "-c", &script])
+        // The newer way of mount(8) hands the layers over as one string, of at most 255 bytes: fsconfig(2).
+        .env("LIBMOUNT_FORCE_MOUNT2", "always")
         .output()
         .unwrap();
     assert!(!output.stdout.is_empty(), "{}: {}", dir.display(), String::from_utf8_lossy(&output.stderr));

@@ -8,7 +8,7 @@
 //! A kubelet insists on `/var/lib/kubelet` and `/var/log/containers`; they are removed on drop if they were not there
 //! before. Everything else lies in the daemon's folder, cgroup and host, and goes with them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -81,6 +81,9 @@ pub struct Pod {
     pub address: String,
     /// Whether its condition `Ready` is true and nobody asked for its end.
     pub ready: bool,
+    /// The ids of its containers by their names, without the runtime's name before them. One that has none yet is not among
+    /// them.
+    pub container_ids: BTreeMap<String, String>,
     /// How often its first container was started anew.
     pub restart_count: u64,
     /// Why its first container waits, if it does.
@@ -100,6 +103,16 @@ impl Pod {
             uid: text(pod, "/metadata/uid"),
             address: text(pod, "/status/podIP"),
             ready: ready && pod.pointer("/metadata/deletionTimestamp").is_none(),
+            container_ids: pod
+                .pointer("/status/containerStatuses")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten()
+                .filter_map(|status| {
+                    let (_, id) = status.get("containerID")?.as_str()?.split_once("://")?;
+                    Some((text(status, "/name"), id.to_owned()))
+                })
+                .collect(),
             restart_count: container("/restartCount").and_then(Value::as_u64).unwrap_or_default(),
             waiting: container("/state/waiting/reason")
                 .and_then(Value::as_str)
@@ -562,6 +575,8 @@ mod tests {
         assert!(!Pod::read(&pod).ready, "a pod that is to end is not counted any more");
 
         let crashing = json!({"status": {"containerStatuses": [{
+            "name": "main",
+            "containerID": "berth://0a",
             "restartCount": 2,
             "state": {"waiting": {"reason": "CrashLoopBackOff"}},
             "lastState": {"terminated": {"exitCode": 7}},
@@ -569,5 +584,6 @@ mod tests {
         let crashing = Pod::read(&crashing);
         assert_eq!((crashing.restart_count, crashing.waiting.as_str()), (2, "CrashLoopBackOff"));
         assert_eq!(crashing.previous_exit_code, Some(7));
+        assert_eq!(crashing.container_ids, BTreeMap::from([("main".to_owned(), "0a".to_owned())]));
     }
 }

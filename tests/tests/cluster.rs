@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use berth_cri::v1;
+use berth_tests::cgroup::CpuLimit;
 use berth_tests::cluster::{ADDRESS, Cluster, NODE, Pod};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Time for what takes several servers and some of their periods of seconds, for many pods, on a machine that is busy
 /// with other things.
@@ -33,18 +34,42 @@ fn a_cluster_runs_its_workloads_on_the_daemon_and_leaves_nothing() -> Result<()>
 
 fn workloads_come_and_go(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     let before = cluster.remains()?;
+    the_node_is_well(cluster).context("the node")?;
     // Its waits grow from restart to restart, so it is looked at last.
     cluster.apply("crashing.yaml")?;
 
     a_deployment_is_scaled_and_rolled_over(cluster, daemon).context("the deployment")?;
     settings_are_files_and_environment(cluster).context("the ConfigMap and the Secret")?;
+    limits_change_in_place(cluster, daemon).context("the resized pod")?;
     a_job_completes(cluster).context("the Job")?;
     jobs_of_a_cron_job_come_and_go(cluster).context("the CronJob")?;
     a_daemon_set_serves_on_the_node(cluster).context("the DaemonSet")?;
     a_stubborn_pod_ends_by_force(cluster, daemon).context("the stubborn pod")?;
     a_crashing_container_is_started_again_and_again(cluster).context("the crashing pod")?;
 
+    the_node_is_well(cluster).context("the node in the end")?;
     leaves_nothing(cluster, daemon, &before)
+}
+
+/// Its conditions say so, and it tells which runtime it has and what that can do.
+fn the_node_is_well(cluster: &Cluster) -> Result<()> {
+    let node = cluster.get(&format!("/api/v1/nodes/{NODE}"))?;
+    let conditions = node.pointer("/status/conditions").and_then(Value::as_array).context("no conditions")?;
+    for (kind, wanted) in
+        [("Ready", "True"), ("MemoryPressure", "False"), ("DiskPressure", "False"), ("PIDPressure", "False")]
+    {
+        let condition = conditions.iter().find(|condition| condition.get("type") == Some(&Value::from(kind)));
+        let condition = condition.with_context(|| format!("no condition {kind}"))?;
+        ensure!(condition.get("status") == Some(&Value::from(wanted)), "{kind}: {condition}");
+    }
+    let runtime = node.pointer("/status/nodeInfo/containerRuntimeVersion").and_then(Value::as_str);
+    ensure!(runtime.is_some_and(|runtime| runtime.starts_with("berth://")), "its runtime is {runtime:?}");
+    let handlers =
+        node.pointer("/status/runtimeHandlers").and_then(Value::as_array).context("no handlers")?;
+    let default = handlers.iter().find(|handler| handler.get("name").is_none_or(|name| name == ""));
+    let read_only = default.and_then(|handler| handler.pointer("/features/recursiveReadOnlyMounts"));
+    ensure!(read_only == Some(&Value::from(true)), "the default handler is {default:?}");
+    Ok(())
 }
 
 /// Ten replicas that answer; fifteen, although the daemon crashes meanwhile; killed ones are replaced; another template
@@ -140,6 +165,71 @@ fn settings_are_files_and_environment(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["patch", "configmap", "settings", "--patch", change])?;
     within(ROLLOUT, "the change arrives", || Ok(look()?.starts_with("good evening, ").then_some(())))?;
     cluster.delete("settings.yaml")
+}
+
+/// Up and down, by the API server's subresource `resize`: what is in force changes, what the pod's status and the container
+/// see too, and the container is the same. One that wants to be started again for it is. Beside: mounts below a read-only
+/// one are read-only.
+fn limits_change_in_place(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
+    cluster.apply("resized.yaml")?;
+    cluster.kubectl(&["wait", "--for=condition=Ready", ROLLOUT_FLAG, "pod/resized"])?;
+    let first = cluster.pod("resized")?;
+    let write = cluster.page(&first.address, 8080, "/cgi-bin/write")?;
+    ensure!(write.contains("Read-only file system"), "a write to a mount below: {write:?}");
+
+    let resize = |container: &str, limits: &Value| {
+        let containers = json!([{ "name": container, "resources": { "limits": limits } }]);
+        let patch = json!({ "spec": { "containers": containers } }).to_string();
+        cluster.kubectl(&["patch", "pod", "resized", "--subresource=resize", "--patch", &patch])
+    };
+    // Beside its own, the pod has the limits of `restarted`: 100m and 16 MiB.
+    for (cpu, milli_cpu, memory, memory_bytes) in
+        [("250m", 250, "96Mi", 96 << 20), ("120m", 120, "48Mi", 48 << 20)]
+    {
+        resize("server", &json!({ "cpu": cpu, "memory": memory }))?;
+        let id = first.container_ids.get("server").context("it runs")?;
+        in_force(daemon, id, milli_cpu, memory_bytes)?;
+        in_force(daemon, &format!("pod{}", first.uid), milli_cpu + 100, memory_bytes + (16 << 20))?;
+        let seen = cluster.page(&first.address, 8080, "/cgi-bin/look")?;
+        ensure!(seen == memory_bytes.to_string(), "the container sees {seen:?}, not {memory_bytes}");
+        within(ROLLOUT, "the pod's status has the new limits, and no resize is under way", || {
+            let pod = cluster.get("/api/v1/namespaces/default/pods/resized")?;
+            let limits = pod.pointer("/status/containerStatuses/1/resources/limits").context("no limits")?;
+            ensure!(limits.get("cpu") == Some(&Value::from(cpu)), "{limits}");
+            ensure!(limits.get("memory") == Some(&Value::from(memory)), "{limits}");
+            let conditions = pod.pointer("/status/conditions").context("no conditions")?.to_string();
+            ensure!(!conditions.contains("PodResize"), "{conditions}");
+            Ok(Some(()))
+        })?;
+    }
+    let pod = cluster.pod("resized")?;
+    ensure!(pod == first, "nothing was restarted: {first:?}, and now {pod:?}");
+
+    resize("restarted", &json!({ "memory": "24Mi" }))?;
+    let restarted = within(ROLLOUT, "the other container was started again", || {
+        let pod = cluster.pod("resized")?;
+        Ok(Some(pod).filter(|pod| pod.ready && pod.container_ids != first.container_ids))
+    })?;
+    let id = restarted.container_ids.get("restarted").context("it runs")?;
+    in_force(daemon, id, 100, 24 << 20)?;
+    ensure!(
+        restarted.container_ids.get("server") == first.container_ids.get("server"),
+        "the server is left alone: {first:?}, and now {restarted:?}"
+    );
+    cluster.delete("resized.yaml")
+}
+
+/// The cgroup with this name gets these limits.
+fn in_force(daemon: &Daemon, name: &str, milli_cpu: u64, memory_bytes: u64) -> Result<()> {
+    within(ROLLOUT, &format!("{milli_cpu}m and {memory_bytes} bytes are in force"), || {
+        let CpuLimit { quota_us, period_us } = daemon.cgroup().cpu_limit(name)?;
+        let memory = daemon.cgroup().memory_limit_bytes(name)?;
+        ensure!(
+            quota_us * 1000 == period_us * milli_cpu && memory == memory_bytes,
+            "{quota_us} of {period_us} us and {memory} bytes"
+        );
+        Ok(Some(()))
+    })
 }
 
 /// Three pods end with success, and their logs can be read afterwards.

@@ -28,9 +28,6 @@ use crate::skip::skip;
 /// a machine whose processor may be emulated.
 pub const SOON: Duration = Duration::from_secs(180);
 
-/// Lines that the chatty container of `logs.yaml` writes: several times what the kubelet lets into a file.
-pub const LINES: usize = 6000;
-
 /// The files of pods, without those that only some machines can have.
 const PODS: [&str; 9] =
     ["crashes", "lifecycle", "probes", "logs", "resources", "volumes", "security", "messages", "deletion"];
@@ -139,8 +136,7 @@ impl<'a> Node<'a> {
             mount(Some(&tree), &tree, None::<&str>, flags, None::<&str>).context("mounting a volume")?;
         }
         fs::write(evidence.join("file"), "a file of the node\n").context("making a file for a volume")?;
-        let (evidence, lines) = (evidence.to_string_lossy(), LINES.to_string());
-        let words = [("IMAGE", IMAGE), ("IDLE", IDLE), ("EVIDENCE", &*evidence), ("LINES", &*lines)];
+        let words = [("IMAGE", IMAGE), ("IDLE", IDLE), ("EVIDENCE", &*evidence.to_string_lossy())];
         for name in PODS {
             self.kubelet.run_pods(name, &words)?;
         }
@@ -351,8 +347,8 @@ impl<'a> Node<'a> {
         Ok(found)
     }
 
-    /// The last lines of the kubelet and of the daemon. Copies of the whole logs, and the pods as they are, are left in
-    /// `target/test-logs/node`.
+    /// The last lines of the kubelet. The whole logs of it and of the daemon, and the pods as they are, are left in the folder
+    /// `node` of `target/test-logs`, or of the folder that `BERTH_TEST_LOGS` names.
     #[must_use]
     pub fn last_words(&self) -> String {
         let logs = BTreeMap::from([
@@ -360,7 +356,9 @@ impl<'a> Node<'a> {
             ("berthd.log", self.daemon_log().unwrap_or_default()),
             ("pods.json", self.kubelet.get("/pods").unwrap_or_default()),
         ]);
-        let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-logs/node");
+        let kept = std::env::var_os("BERTH_TEST_LOGS")
+            .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-logs"), PathBuf::from);
+        let kept = kept.join("node");
         let mut words = format!("whole logs are in {}\n", kept.display());
         if let Err(error) = fs::create_dir_all(&kept) {
             words = format!("{}: {error}\n", kept.display());

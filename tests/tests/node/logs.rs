@@ -8,27 +8,29 @@ use anyhow::{Context as _, Result, ensure};
 use berth_tests::deadline::within;
 use berth_tests::kubelet::Instance;
 use berth_tests::log;
-use berth_tests::node::{LINES, Node, SOON};
+use berth_tests::node::{Node, SOON};
 
 use crate::harness::tests;
 
 tests![rotation_loses_no_line];
 
-/// The container writes several times what fits into a file; every line is in one of the files, in order, and the kubelet's
-/// API gives what is in the newest.
+/// The container writes while the kubelet rotates again and again; every line is in one of the files, in order, and the
+/// kubelet's API gives what is in the newest.
 fn rotation_loses_no_line(node: &Node<'_>) -> Result<()> {
-    let count = within(SOON, "all lines are in the log", || {
-        let count = lines(node, "chatty")?.len();
-        ensure!(count == LINES, "{count} lines");
-        Ok(Some(count))
+    node.ready_pod("chatty")?;
+    node.kubelet.run("chatty", "main", "touch /tmp/begin")?;
+    within(SOON, "the kubelet has rotated three times and compressed", || {
+        let files = files(node, "chatty")?;
+        let compressed = files.iter().any(|path| path.extension().is_some_and(|end| end == "gz"));
+        ensure!(files.len() > 3 && compressed, "the files are {files:?}");
+        Ok(Some(()))
     })?;
-    let files = files(node, "chatty")?;
-    let rotated = files.iter().filter(|path| path.extension().is_none_or(|end| end != "log")).count();
-    ensure!(rotated >= 3, "the kubelet has rotated {rotated} times: {files:?}");
-    ensure!(
-        files.iter().any(|path| path.extension().is_some_and(|end| end == "gz")),
-        "the kubelet compresses: {files:?}"
-    );
+    node.kubelet.run("chatty", "main", "touch /tmp/end")?;
+    let count = within(SOON, "all lines are in the log", || {
+        let lines = lines(node, "chatty")?;
+        ensure!(lines.last().is_some_and(|line| line.ends_with(" is the last")), "{} lines", lines.len());
+        Ok(Some(lines.len()))
+    })?;
     within(SOON, "the kubelet's API gives the newest file", || {
         let newest = node.kubelet.log("chatty", "main", Instance::Current)?;
         // Empty, when the last line was also the last before a rotation.

@@ -27,6 +27,11 @@ fn the_kubelet_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
             ("/tmp/slow", "it is to take longer than it may"),
             ("connect: connection refused", "the daemon is to be away"),
             ("code = Unavailable", "the daemon is to be away"),
+            ("transport: Error while dialing", "the daemon is to be away"),
+            ("pleg has yet to be successful", "the kubelet has just started"),
+            ("Housekeeping took longer than expected", "the machine is slow"),
+            ("] \"Could not get metadata\"", "its watch of manifests finds some that go"),
+            ("] \"Unable to process watch event\"", "its watch of manifests finds some that go"),
             (
                 "watcher.go",
                 "it watches the cgroups of the whole machine, some of which are gone when it looks",
@@ -39,7 +44,14 @@ fn the_kubelet_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
 
 fn the_daemon_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
     let log = node.daemon_log()?;
-    repeats(&log, daemon_complaint, &[("/no/such/program", "it is to be refused")])
+    repeats(
+        &log,
+        daemon_complaint,
+        &[
+            ("/no/such/program", "it is to be refused"),
+            ("subject=\"", "what the node lacks is said at each start, of which there are several"),
+        ],
+    )
 }
 
 /// Fails when there are complaints of one kind more than [`OFTEN`], except for those that contain one of the `allowed` texts.

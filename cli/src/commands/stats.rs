@@ -1,16 +1,19 @@
-//! `berth stats`: what containers use, and what Berth itself uses for them, at one moment.
+//! `berth stats`: what containers and the network of pods use, and what Berth itself uses for them, at one moment.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use berth_api::v1::{UsageRequest, UsageResponse};
-use berth_cri::v1::{ContainerStats, CpuUsage, ListContainerStatsRequest};
+use berth_cri::v1::{
+    ContainerStats, CpuUsage, ListContainerStatsRequest, ListPodSandboxStatsRequest, NetworkInterfaceUsage,
+    UInt64Value,
+};
 use tonic::Code;
 
 use crate::args::StatsArgs;
 use crate::daemon::{CallError, Daemon, answer};
 use crate::error::Error;
-use crate::names::{Inventory, NameError, Target, short_id};
+use crate::names::{Inventory, NameError, Target, pod_name, short_id};
 use crate::output;
 use crate::quantity::bytes_text;
 use crate::table::Table;
@@ -18,7 +21,7 @@ use crate::table::Table;
 /// Between two samples of processor time, where the daemon has no rate of its own yet.
 const SAMPLE: Duration = Duration::from_millis(500);
 
-/// Prints measurements of containers, and Berth's own memory below.
+/// Prints measurements of containers, of the pods' network below, and Berth's own memory.
 ///
 /// # Errors
 /// When the daemon cannot be asked, or a name leads nowhere.
@@ -62,6 +65,22 @@ pub(crate) async fn stats(daemon: &Daemon, args: &StatsArgs) -> Result<(), Error
         ]);
     }
     output::text(&table.render())?;
+    let networks = networks(daemon).await?;
+    let mut table = Table::new(["POD", "INTERFACE", "RECEIVED", "SENT"]);
+    for (pod, interface) in &networks {
+        let containers = || inventory.containers_of(pod).map(|container| &container.id);
+        let is_wanted = wanted.as_ref().is_none_or(|ids| containers().any(|id| ids.contains(id)));
+        if let Some(pod) = inventory.pod(pod).filter(|_| is_wanted) {
+            let text =
+                |bytes: Option<UInt64Value>| bytes.map(|bytes| bytes_text(bytes.value)).unwrap_or_default();
+            let (received, sent) = (text(interface.rx_bytes), text(interface.tx_bytes));
+            table.row([pod_name(pod).to_owned(), interface.name.clone(), received, sent]);
+        }
+    }
+    if !networks.is_empty() {
+        output::line("")?;
+        output::text(&table.render())?;
+    }
     if let Some(usage) = usage {
         output::line(own_memory_text(&usage))?;
     }
@@ -93,6 +112,27 @@ async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
     stats.retain(|stats| stats.cpu.is_some() || stats.memory.is_some());
     stats.sort_by(|one, other| id(one).cmp(id(other)));
     Ok(stats)
+}
+
+/// The interfaces of the pods that have a network of their own, each with its pod's id; none if the daemon cannot tell.
+async fn networks(daemon: &Daemon) -> Result<Vec<(String, NetworkInterfaceUsage)>, CallError> {
+    let request = ListPodSandboxStatsRequest::default();
+    let pods = match answer("measure pods", daemon.runtime.clone().list_pod_sandbox_stats(request)).await {
+        Ok(answer) => answer.stats,
+        Err(error) if error.refusal.code == Code::Unimplemented => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let mut networks = Vec::new();
+    for pod in pods {
+        let (Some(attributes), Some(network)) = (pod.attributes, pod.linux.and_then(|linux| linux.network))
+        else {
+            continue;
+        };
+        for interface in network.default_interface.into_iter().chain(network.interfaces) {
+            networks.push((attributes.id.clone(), interface));
+        }
+    }
+    Ok(networks)
 }
 
 /// Berth's own memory, if the daemon can tell.

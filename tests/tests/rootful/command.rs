@@ -54,7 +54,8 @@ fn a_detached_pod_is_listed_read_entered_stopped_and_removed() -> Result<()> {
         assert!(says(daemon, &["ps"])?.contains("web"));
         assert_eq!(says(daemon, &["exec", "web", "sh", "-c", "echo $A; hostname"])?, "b\nweb\n");
         assert_eq!(run(daemon, &["exec", "web", "sh", "-c", "exit 9"])?.status.code(), Some(9));
-        assert!(says(daemon, &["stats"])?.contains("web"));
+        let stats = says(daemon, &["stats"])?;
+        assert!(stats.contains("web") && stats.contains("RECEIVED") && stats.contains("eth0"), "{stats}");
         assert!(says(daemon, &["inspect", id.trim_end()])?.contains(id.trim_end()));
         within(SOON, "there are lines", || {
             Ok(says(daemon, &["logs", "web"])?.contains("line 5\n").then_some(()))

@@ -433,6 +433,26 @@ mod tests {
     }
 
     #[test]
+    fn the_page_for_people_has_every_kind_and_no_other() {
+        let page = include_str!("../../../docs/monitoring.md");
+        let rows = page.lines().filter(|line| line.starts_with("| `container_"));
+        let mut told: Vec<String> = rows
+            .map(|row| row.split('|').skip(1).take(3).map(str::trim).collect::<Vec<_>>().join(" "))
+            .collect();
+        let mut kinds: Vec<String> = KINDS
+            .iter()
+            .map(|kind| {
+                let labels: Vec<String> = kind.labels.iter().map(|label| format!("`{label}`")).collect();
+                let form = if kind.counter { "counter" } else { "gauge" };
+                format!("`{}` {form} {}", kind.name, labels.join(", "))
+            })
+            .collect();
+        told.sort();
+        kinds.sort();
+        assert_eq!(told, kinds);
+    }
+
+    #[test]
     fn every_value_has_as_many_labels_as_its_kind() {
         let pressure = Some(Pressure::default());
         let used = Stats {

@@ -1,12 +1,13 @@
 //! What a real kubelet tells of pods, to `kubectl top`, to Prometheus and to autoscalers, in each of the ways that it can learn it.
 //!
 //! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to tell it. Each kubelet is alone on the
-//! machine: it has folders there that it shares with others.
+//! machine: it has folders there that it shares with others. Who makes cgroups is what `BERTH_TEST_CGROUP_DRIVER` says.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
+use berth_tests::cgroup;
 use berth_tests::daemon::{Daemon, IMAGE, SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::kubelet::{Driver, Kubelet, Place};
@@ -81,7 +82,10 @@ fn on_a_kubelet(daemon: &Daemon, settings: Option<&str>, known: Known) -> Result
         socket: &daemon.socket(),
         host: Some(daemon.host()),
         address: false,
-        driver: Driver::Cgroupfs,
+        driver: match cgroup::Driver::of_the_environment()? {
+            cgroup::Driver::Cgroupfs => Driver::Cgroupfs,
+            cgroup::Driver::Systemd => Driver::Systemd,
+        },
         settings,
     })?;
     watch(daemon, &kubelet, known).with_context(|| kubelet.last_words())

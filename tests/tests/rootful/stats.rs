@@ -121,7 +121,7 @@ fn memory_processes_and_processor_time_of_a_pod_are_those_of_its_cgroup() -> Res
         let name = format!("berth-test-pod{}", std::process::id());
         let parent = Cgroup::create_by(Driver::of_the_environment()?, &name)?;
         let mut config = daemon.pod_config("named");
-        config.linux.get_or_insert_default().cgroup_parent = parent.parent();
+        config.linux.get_or_insert_default().cgroup_parent = parent.path();
         let named = daemon.pod_of(config)?;
         let sharing = daemon.pod("sharing")?;
         let other = daemon.pod("other")?;

@@ -7,7 +7,11 @@ use serde_json::Value;
 
 use crate::harness::tests;
 
-tests![the_summary_has_every_pod, resource_metrics_have_every_container, cadvisor_has_every_container];
+tests![
+    the_summary_has_every_pod,
+    resource_metrics_have_every_container,
+    cadvisor_metrics_have_every_container
+];
 
 /// Pods that run as long as the node does, each with the names of its containers.
 const PODS: [(&str, &[&str]); 4] = [
@@ -17,7 +21,8 @@ const PODS: [(&str, &[&str]); 4] = [
     ("users", &["of-the-pod", "of-its-own"]),
 ];
 
-/// CPU, memory and file systems of each pod and container.
+/// CPU, memory, network and file systems of each pod and container. Each pod has received something: its kernel asks for its
+/// neighbours, and probes ask `probes`.
 fn the_summary_has_every_pod(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
         node.ready_pod(name)?;
@@ -69,17 +74,21 @@ fn resource_metrics_have_every_container(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// `/metrics/cadvisor` has the cgroup of every container.
-fn cadvisor_has_every_container(node: &Node<'_>) -> Result<()> {
+/// `/metrics/cadvisor`, which Prometheus reads, with the names that people's queries have.
+fn cadvisor_metrics_have_every_container(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
-        let pod = node.ready_pod(name)?;
+        let pod = node.ready_pod(name)?.name;
         for container in containers {
-            let cgroup = node.kubelet.pod_cgroup(&pod).container(&pod.container(container)?.id)?;
-            let id = format!("{}\"", cgroup.path().display());
-            within(SOON, &format!("{container} of {name} in /metrics/cadvisor"), || {
+            let labels = [
+                format!("container=\"{container}\""),
+                format!("pod=\"{pod}\""),
+                "namespace=\"default\"".into(),
+            ];
+            within(SOON, &format!("{container} of {pod} in /metrics/cadvisor"), || {
                 let metrics = node.kubelet.get("/metrics/cadvisor")?;
                 let found = metrics.lines().any(|line| {
-                    line.starts_with("container_memory_working_set_bytes{") && line.contains(&id)
+                    line.starts_with("container_memory_working_set_bytes{")
+                        && labels.iter().all(|label| line.contains(label))
                 });
                 Ok(found.then_some(()))
             })?;

@@ -9,9 +9,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// Bytes that may wait for a daemon that does not read. Replies are small; a daemon that lets this many pile up is stuck, and
-/// finds everything in the exit record when it comes back.
-const MAX_WAITING: usize = 256 * 1024;
+/// Bytes that may wait for a daemon that does not read. Replies are small, but for one with many groups (65536 of five bytes); a daemon that
+/// lets this many pile up is stuck, and finds everything in the exit record when it comes back.
+const MAX_WAITING: usize = 1024 * 1024;
 
 /// A connection that may be closed at any time.
 #[derive(Debug)]

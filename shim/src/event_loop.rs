@@ -11,7 +11,7 @@
 
 use crate::connection::{Connection, Incoming};
 use crate::exit::{unix_ns, write_record};
-use crate::failure::refused;
+use crate::failure::{Step, refused};
 use crate::init::host_path;
 use crate::launch::{self, Container, Exec};
 use crate::stdio::Output;
@@ -94,13 +94,18 @@ struct Shim {
 /// # Errors
 /// When the shim itself cannot work: no descriptors, no epoll, the socket's name taken.
 pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
-    process::become_subreaper()?;
-    let poll = Poll::new()?;
-    let children = ChildSignals::new()?;
-    poll.watch(children.as_fd(), TOKEN_CHILDREN, false)?;
-    let listener = socket::listen_below(directory.as_fd(), SOCKET)?;
+    let (poll, children, listener) = match prepare(&directory) {
+        Ok(prepared) => prepared,
+        Err(failed) => {
+            // Without a request there is none to answer: an event. Nobody else would hear of it.
+            let reply = Reply { id: 0, answer: Some(Answer::Failed(failed)) };
+            if let Ok(bytes) = berth_shim_proto::frame::encode(&reply) {
+                socket::send(connection.as_fd(), &bytes, &[])?;
+            }
+            return Err(io::ErrorKind::Other.into());
+        }
+    };
     drop(directory);
-    poll.watch(listener.as_fd(), TOKEN_LISTENER, false)?;
     let first = Connection::new(connection, TOKEN_CONNECTION, &poll)?;
     let mut shim = Shim {
         poll,
@@ -120,6 +125,19 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
         connection.flush_before_end(&shim.poll, FAREWELL);
     }
     Ok(())
+}
+
+/// What a shim needs before it can serve anybody.
+fn prepare(directory: &OwnedFd) -> Result<(Poll, ChildSignals, OwnedFd), Failed> {
+    const STEP: &str = "start the container's shim";
+    process::become_subreaper().step(STEP, "adopt orphans")?;
+    let poll = Poll::new().step(STEP, "epoll")?;
+    let children = ChildSignals::new().step(STEP, "signals")?;
+    poll.watch(children.as_fd(), TOKEN_CHILDREN, false).step(STEP, "signals")?;
+    // The first that needs room on the filesystem of the runtime state.
+    let listener = socket::listen_below(directory.as_fd(), SOCKET).step(STEP, SOCKET)?;
+    poll.watch(listener.as_fd(), TOKEN_LISTENER, false).step(STEP, SOCKET)?;
+    Ok((poll, children, listener))
 }
 
 impl Shim {

@@ -1,7 +1,7 @@
 //! What a new child and the shim say to each other before the child's exec.
 //!
 //! A pair of sockets that keep message borders. The child sends one packet: `R` and what it resolved (with the terminal's
-//! descriptor if there is one), or `F` and the failure. It waits for one byte of the shim, then execs; the socket is
+//! descriptor if there is one), or `F` and the failure; what is too long for a packet goes before in others, `P`. It waits for one byte of the shim, then execs; the socket is
 //! close-on-exec, so the end of the stream says that exec worked, and an `F` packet that it did not.
 
 use crate::failure::{Step, refused};
@@ -11,8 +11,14 @@ use prost::Message;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// A packet holds a list of notes and groups (at most 65536 of 4 bytes, which a kernel socket buffer takes).
-const MAX_PACKET: usize = 128 * 1024;
+/// The longest packet. A kernel socket buffer has some 200 KiB by default (`net.core.wmem_default`), its own bookkeeping included.
+const MAX_PACKET: usize = 64 * 1024;
+
+/// The longest report. Groups are most of it: at most 65536 (setgroups(2)), of five bytes.
+const MAX_REPORT: usize = 1024 * 1024;
+
+/// What is said of a process that ended without a word.
+pub(crate) const KILLED: &str = "its process was killed while preparing";
 
 /// The child's end.
 #[derive(Debug)]
@@ -34,9 +40,17 @@ impl ChildEnd {
 
     /// Tells that everything up to exec is done.
     pub(crate) fn ready(&self, created: &Created, terminal: Option<BorrowedFd<'_>>) -> Result<(), Failed> {
-        let packet = [b"R".as_slice(), &created.encode_to_vec()].concat();
+        const STEP: &str = "report to the shim";
+        let report = created.encode_to_vec();
+        let mut rest = report.as_slice();
+        while let Some((part, after)) =
+            rest.split_at_checked(MAX_PACKET - 1).filter(|_| rest.len() >= MAX_PACKET)
+        {
+            socket::send(self.as_fd(), &[b"P", part].concat(), &[]).step(STEP, "")?;
+            rest = after;
+        }
         let descriptors: Vec<BorrowedFd<'_>> = terminal.into_iter().collect();
-        socket::send(self.as_fd(), &packet, &descriptors).step("report to the shim", "").map(drop)
+        socket::send(self.as_fd(), &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
     }
 
     /// Waits for the word to go on. The shim's end closed instead means that nobody wants the child any more.
@@ -56,17 +70,24 @@ impl ChildEnd {
 }
 
 impl ShimEnd {
-    /// Waits for the child's first packet.
+    /// Waits for the child's report.
     pub(crate) fn wait_for_ready(&self) -> Result<(Created, Option<OwnedFd>), Failed> {
-        let (packet, descriptors) = self.packet()?;
-        match packet.split_first() {
-            Some((b'R', body)) => {
-                let created =
-                    Created::decode(body).map_err(|_| refused("prepare the container", "a torn report"))?;
-                Ok((created, descriptors.into_iter().next()))
+        const STEP: &str = "prepare the container";
+        let mut report = Vec::new();
+        loop {
+            let (packet, descriptors) = self.packet()?;
+            match packet.split_first() {
+                Some((b'P', part)) if report.len() <= MAX_REPORT => report.extend_from_slice(part),
+                Some((b'P', _)) => return Err(refused(STEP, "a report without an end")),
+                Some((b'R', part)) => {
+                    report.extend_from_slice(part);
+                    let created =
+                        Created::decode(report.as_slice()).map_err(|_| refused(STEP, "a torn report"))?;
+                    return Ok((created, descriptors.into_iter().next()));
+                }
+                Some((b'F', body)) => return Err(decode_failure(body)),
+                _ => return Err(refused(STEP, KILLED)),
             }
-            Some((b'F', body)) => Err(decode_failure(body)),
-            _ => Err(refused("prepare the container", "its process was killed while preparing")),
         }
     }
 
@@ -106,4 +127,30 @@ impl ShimEnd {
 
 fn decode_failure(body: &[u8]) -> Failed {
     Failed::decode(body).unwrap_or_else(|_| refused("prepare the container", "a torn report"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_of_any_length_arrive_whole() {
+        for count in [0, 1, 10_000, 13_105, 13_106, 13_107, 26_213, 65_536] {
+            let (shim, child) = pair().unwrap();
+            let groups: Vec<u32> = (0..count).map(|number| i32::MAX.unsigned_abs() - number).collect();
+            let created = Created { uid: 7, groups, ..Created::default() };
+            let (sent, received) = std::thread::scope(|scope| {
+                let sending = scope.spawn(|| child.ready(&created, None));
+                (shim.wait_for_ready(), sending.join().unwrap())
+            });
+            assert_eq!((sent.unwrap().0, received), (created, Ok(())), "{count}");
+        }
+    }
+
+    #[test]
+    fn a_child_that_ends_without_a_word_was_killed() {
+        let (shim, child) = pair().unwrap();
+        drop(child);
+        assert_eq!(shim.wait_for_ready().unwrap_err().detail, KILLED);
+    }
 }

@@ -26,6 +26,9 @@ pub(crate) struct Container {
     pub(crate) handshake: Option<ShimEnd>,
 }
 
+/// What is said of a container that the kernel killed before it was ready. Preparing takes some hundred KiB.
+const TOO_LITTLE_MEMORY: &str = "out of memory: its memory limit is too low to start anything";
+
 /// What [`create`] made.
 pub(crate) struct NewContainer {
     pub(crate) container: Container,
@@ -70,7 +73,9 @@ pub(crate) fn create(launch: Launch) -> Result<NewContainer, Failed> {
         Ok(ready) => ready,
         Err(failed) => {
             end_child(pid, &pidfd);
-            return Err(failed);
+            let out_of_memory =
+                failed.detail == handshake::KILLED && oom.as_ref().is_some_and(|oom| oom.has_risen(true));
+            return Err(if out_of_memory { refused(&failed.step, TOO_LITTLE_MEMORY) } else { failed });
         }
     };
     created.pid = pid;

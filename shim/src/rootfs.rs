@@ -227,6 +227,7 @@ fn attach(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), Fai
         }
         None => true,
     };
+    check_kind(root, &mount.target, is_directory)?;
     let target = target_for(root, &mount.target, is_directory, mount.no_symlinks)?;
     let mounted = match (&mount.source, source) {
         (Some(Source::Filesystem(filesystem)), _) => new_filesystem(filesystem, mount.attributes, &path)?,
@@ -250,6 +251,22 @@ fn attach(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), Fai
         _ => return Err(refused("mount", format!("{path}: no source in the plan"))),
     };
     mount::attach(mounted.as_fd(), target.as_fd()).step("mount", path)
+}
+
+/// A directory is mounted on a directory, anything else on anything else: mount(2), `ENOTDIR`. The kernel would not say which is which.
+fn check_kind(root: &Root, target: &[u8], source_is_directory: bool) -> Result<(), Failed> {
+    let Some(place) = if_present(root, target, "find the place for the mount")? else { return Ok(()) };
+    let about = shown(target);
+    let found = beneath::stat_fd(place.as_fd()).step("look at the place for the mount", &about)?.file_type;
+    match (source_is_directory, found == FileType::Directory) {
+        (true, false) => {
+            Err(refused("mount", format!("{about}: the source is a directory, and the place is none")))
+        }
+        (false, true) => {
+            Err(refused("mount", format!("{about}: the source is no directory, and the place is one")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The access-time mode is a field, not a bit: it has to be cleared when a value is set, mount_setattr(2).

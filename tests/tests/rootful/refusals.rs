@@ -88,6 +88,7 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
         let pod = daemon.pod("web")?;
         let folder = daemon.folder("files")?;
         fs::write(folder.join("file"), "")?;
+        let dir = folder.to_string_lossy().into_owned();
         let file = folder.join("file").to_string_lossy().into_owned();
         // The log's folder is a file, so that no log can be in it.
         fs::write(daemon.logs().join("web/blocked"), "")?;
@@ -163,6 +164,27 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
                 }),
             ),
             ("privileged", secure(|context| context.privileged = true)),
+            ("masked_paths[1]", secure(|context| context.masked_paths = words(&["/proc/kcore", "//"]))),
+            ("/etc/passwd: the source is a directory", mount("/etc/passwd", &dir)),
+            ("/etc: the source is no directory", mount("/etc", &file)),
+            (
+                "memory limit is too low",
+                Box::new(|config| {
+                    limit(
+                        config,
+                        v1::LinuxContainerResources { memory_limit_in_bytes: 4096, ..Default::default() },
+                    );
+                }),
+            ),
+            (
+                "cpuset.cpus",
+                Box::new(|config| {
+                    limit(
+                        config,
+                        v1::LinuxContainerResources { cpuset_cpus: "8000".to_owned(), ..Default::default() },
+                    );
+                }),
+            ),
         ];
         for (field, change) in cases {
             let mut config = idle("main");

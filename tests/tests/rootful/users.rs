@@ -227,3 +227,28 @@ fn a_volumes_accounts_are_the_containers() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn as_many_groups_as_the_kernel_takes_arrive() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("users")?;
+        // The primary group is one of the 65536.
+        for count in [30_000, 65_535] {
+            let mut config = berth_tests::pod::idle(&format!("c{count}"));
+            security(&mut config).supplemental_groups =
+                (0..count).map(|number| 2_000_000_000 + number).collect();
+            let main = pod.start(config)?;
+            let groups = main.sh("grep ^Groups: /proc/self/status | wc -w")?;
+            assert_eq!(groups.trim().parse::<i64>()?, count + 2);
+            let user = main.status()?.user.and_then(|user| user.linux).context("the user")?;
+            assert_eq!(i64::try_from(user.supplemental_groups.len())?, count + 1);
+            daemon.crash()?;
+            assert_eq!(main.sh("echo alive")?, "alive\n", "a new daemon is told as many");
+        }
+        let mut config = berth_tests::pod::idle("too-many");
+        security(&mut config).supplemental_groups = (1..=65_536).collect();
+        let refused = pod.create(config).err().context("one too many")?;
+        ensure!(refused.message().contains("groups"), "{refused}");
+        Ok(())
+    })
+}

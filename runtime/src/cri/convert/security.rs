@@ -1,6 +1,6 @@
 //! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into [`berth_model::security`].
 
-use super::field::{self, Field, Rejected, absolute_forward, at_most, quoted};
+use super::field::{self, Field, Rejected, absolute_forward, at_most, below_the_root, quoted};
 use berth_cri::v1;
 use berth_cri::v1::security_profile::ProfileType;
 use berth_model::sandbox;
@@ -379,7 +379,8 @@ fn capabilities(field: &Field<'_>, names: &[String]) -> Result<Vec<String>, Reje
 fn paths(field: &Field<'_>, paths: Vec<String>) -> Result<Vec<String>, Rejected> {
     at_most(field, paths.len(), MAX_PATHS)?;
     for (index, path) in paths.iter().enumerate() {
-        absolute_forward(&field.at(index), path)?;
+        // The root itself could not be hidden from who has it as its root already.
+        below_the_root(&field.at(index), path)?;
     }
     Ok(paths)
 }
@@ -615,7 +616,7 @@ mod tests {
             checked(v1::LinuxContainerSecurityContext { selinux_options: Some(options), ..context() });
         assert!(matches!(refused, Err(Rejected::NotOffered { .. })), "{refused:?}");
 
-        for bad in ["", "proc/kcore", "/proc/../etc", "/proc\0"] {
+        for bad in ["", "proc/kcore", "/proc/../etc", "/proc\0", "/", "//", "/."] {
             let masked = v1::LinuxContainerSecurityContext { masked_paths: vec![bad.into()], ..context() };
             let readonly =
                 v1::LinuxContainerSecurityContext { readonly_paths: vec![bad.into()], ..context() };

@@ -13,10 +13,14 @@ use crate::shim_client::ShimClient;
 use crate::trash;
 use berth_model::id::{ContainerId, SandboxId};
 use berth_sys::ns;
+use futures_util::StreamExt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Containers that are asked for at the same time.
+const AT_ONCE: usize = 32;
 
 /// How long remains of a cgroup may take to go.
 const CGROUP_GONE: Duration = Duration::from_secs(5);
@@ -58,8 +62,17 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<(), RecoveryError> {
         }
         sandboxes += 1;
     }
-    for id in names(&node.layout.containers())?.iter().filter_map(|name| name.parse::<ContainerId>().ok()) {
-        let found = match container::recover::recover(node, &id).await {
+    let ids: Vec<ContainerId> =
+        names(&node.layout.containers())?.iter().filter_map(|name| name.parse().ok()).collect();
+    // Side by side, for the sake of shims that hang: each takes its time until it is given up.
+    let mut recovered = futures_util::stream::iter(ids)
+        .map(|id| async move {
+            let found = container::recover::recover(node, &id).await;
+            (id, found)
+        })
+        .buffer_unordered(AT_ONCE);
+    while let Some((id, found)) = recovered.next().await {
+        let found = match found {
             Ok(found) => found,
             Err(error) => {
                 let bad = matches!(error, ContainerError::Record { .. });

@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -30,6 +30,8 @@ pub(crate) use berth_shim_proto::control::{Created, Failed};
 const CALL: Duration = Duration::from_secs(10);
 /// How long making a container may take: mounts of slow filesystems are in it.
 const CREATE: Duration = Duration::from_secs(60);
+/// How long a kill may take to reach what it is for, when there is another way to see to it.
+const KILL: Duration = Duration::from_secs(1);
 
 /// Why a shim did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -166,6 +168,12 @@ fn read_one(socket: BorrowedFd<'_>) -> io::Result<Option<Reply>> {
 
 type Pending = Mutex<HashMap<u64, oneshot::Sender<Answer>>>;
 
+/// Where what comes in goes.
+struct Incoming {
+    pending: Arc<Pending>,
+    failure: Arc<OnceLock<Failed>>,
+}
+
 struct Outgoing {
     frame: Vec<u8>,
     descriptors: Vec<OwnedFd>,
@@ -178,6 +186,8 @@ pub(crate) struct ShimClient {
     pending: Arc<Pending>,
     next_id: AtomicU64,
     ended: watch::Receiver<bool>,
+    /// Why the shim could not even begin.
+    failure: Arc<OnceLock<Failed>>,
     pid: Option<i32>,
 }
 
@@ -212,8 +222,10 @@ impl ShimClient {
         let pending = Arc::new(Pending::default());
         let (end, ended) = watch::channel(false);
         let (outgoing, frames) = mpsc::unbounded_channel();
-        tokio::spawn(serve(socket, frames, pending.clone(), end, child));
-        Ok(Self { outgoing, pending, next_id: AtomicU64::new(1), ended, pid })
+        let failure = Arc::new(OnceLock::new());
+        let incoming = Incoming { pending: pending.clone(), failure: failure.clone() };
+        tokio::spawn(serve(socket, frames, incoming, end, child));
+        Ok(Self { outgoing, pending, next_id: AtomicU64::new(1), ended, failure, pid })
     }
 
     /// The shim's pid.
@@ -293,9 +305,33 @@ impl ShimClient {
 
     /// Gives the container up, whatever it does; no exit record is written. Waits until the shim has ended.
     pub(crate) async fn discard(&self) {
-        // A shim that is gone already is what is wanted; one that hangs is killed with the container's cgroup by the caller.
+        // A shim that is gone already is what is wanted. What it has made is killed with the container's cgroup by the caller.
         let _ = self.send(Call::Discard(()), Vec::new());
-        let _ = tokio::time::timeout(CALL, self.ended()).await;
+        if tokio::time::timeout(CALL, self.ended()).await.is_err() {
+            self.kill();
+            let _ = tokio::time::timeout(KILL, self.ended()).await;
+        }
+    }
+
+    /// Ends a shim that does not answer, so that its container can be over: nobody will say how that ended then.
+    pub(crate) fn kill(&self) {
+        const SIGKILL: i32 = 9;
+        let Some(pidfd) = self.pid.and_then(|pid| process::open_pidfd(pid).ok()) else { return };
+        // As long as the connection is open the number is the shim's, so the descriptor was it a moment ago.
+        if !*self.ended.borrow() {
+            // It may end just now, which is as good.
+            let _ = process::signal_pidfd(pidfd.as_fd(), SIGKILL);
+        }
+    }
+
+    /// Resolves when the shim does not answer any more.
+    async fn silent(&self) -> ShimError {
+        loop {
+            tokio::time::sleep(CALL).await;
+            if let Err(error) = self.phase().await {
+                return error;
+            }
+        }
     }
 
     async fn done(&self, call: Call) -> Result<(), ShimError> {
@@ -308,13 +344,18 @@ impl ShimClient {
     async fn call(&self, call: Call, limit: Duration) -> Result<Answer, ShimError> {
         let attempt = async {
             let (_, answer) = self.send(call, Vec::new())?;
-            answer.await.map_err(|_| ShimError::Lost)
+            answer.await.map_err(|_| self.lost())
         };
         match tokio::time::timeout(limit, attempt).await {
             Ok(Ok(Answer::Failed(failed))) => Err(ShimError::Failed(failed)),
             Ok(result) => result,
             Err(_) => Err(ShimError::Silent),
         }
+    }
+
+    /// Why there is no answer any more.
+    fn lost(&self) -> ShimError {
+        self.failure.get().cloned().map_or(ShimError::Lost, ShimError::Failed)
     }
 
     fn send(
@@ -328,7 +369,7 @@ impl ShimClient {
         lock(&self.pending).insert(id, sender);
         if *self.ended.borrow() || self.outgoing.send(Outgoing { frame, descriptors }).is_err() {
             lock(&self.pending).remove(&id);
-            return Err(ShimError::Lost);
+            return Err(self.lost());
         }
         Ok((id, receiver))
     }
@@ -351,9 +392,15 @@ impl RunningExec<'_> {
     /// Waits for its end; its exit code. May be called again after it was dropped half-way.
     ///
     /// # Errors
-    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the container ended under it.
+    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the container ended under it, [`ShimError::Silent`] when
+    /// the shim stopped answering: a program may run for ever, and a shim that hangs would look the same.
     pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
-        match (&mut self.answer).await {
+        let answer = tokio::select! {
+            biased;
+            answer = &mut self.answer => answer,
+            error = self.client.silent() => return Err(error),
+        };
+        match answer {
             Ok(Answer::Ended(ended)) => Ok(ended.exit_code),
             Ok(Answer::Failed(failed)) => Err(ShimError::Failed(failed)),
             Ok(other) => Err(unexpected(other)),
@@ -364,15 +411,16 @@ impl RunningExec<'_> {
     /// Kills it and what it started in its session.
     pub(crate) async fn kill(&self) {
         const SIGKILL: i32 = 9;
-        // It may have ended meanwhile; then there is nothing to kill.
-        let _ = self.client.done(Call::SignalExec(SignalExec { request_id: self.id, signal: SIGKILL })).await;
+        // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes on.
+        let kill = Call::SignalExec(SignalExec { request_id: self.id, signal: SIGKILL });
+        let _ = tokio::time::timeout(KILL, self.client.done(kill)).await;
     }
 }
 
 async fn serve(
     socket: UnixStream,
     mut frames: mpsc::UnboundedReceiver<Outgoing>,
-    pending: Arc<Pending>,
+    incoming: Incoming,
     end: watch::Sender<bool>,
     child: Option<i32>,
 ) {
@@ -383,7 +431,7 @@ async fn serve(
                 Some(outgoing) => send_whole(&socket, &outgoing).await.is_ok(),
                 None => false,
             },
-            ready = socket.readable() => ready.is_ok() && receive(&socket, &mut received, &pending),
+            ready = socket.readable() => ready.is_ok() && receive(&socket, &mut received, &incoming),
         };
         if !open {
             break;
@@ -391,7 +439,7 @@ async fn serve(
     }
     // First the mark, then the sweep: a request that sees no mark is in the map before the sweep.
     let _ = end.send(true);
-    lock(&pending).clear();
+    lock(&incoming.pending).clear();
     drop(socket);
     if let Some(pid) = child {
         reap(pid).await;
@@ -416,7 +464,7 @@ async fn send_whole(socket: &UnixStream, outgoing: &Outgoing) -> io::Result<()> 
 }
 
 /// Takes what is there; `false` when the connection has ended.
-fn receive(socket: &UnixStream, received: &mut Vec<u8>, pending: &Pending) -> bool {
+fn receive(socket: &UnixStream, received: &mut Vec<u8>, incoming: &Incoming) -> bool {
     let mut buffer = [0; 2048];
     match socket.try_io(Interest::READABLE, || socket::receive(socket.as_fd(), &mut buffer)) {
         Ok((0, _)) => return false,
@@ -427,8 +475,13 @@ fn receive(socket: &UnixStream, received: &mut Vec<u8>, pending: &Pending) -> bo
     loop {
         match frame::take::<Reply>(received) {
             Ok(Some(Reply { id: 0, answer: Some(Answer::Exited(())) })) | Err(_) => return false,
+            Ok(Some(Reply { id: 0, answer: Some(Answer::Failed(failed)) })) => {
+                // It is the only one, of a shim that ends.
+                let _ = incoming.failure.set(failed);
+                return false;
+            }
             Ok(Some(Reply { id, answer: Some(answer) })) => {
-                if let Some(waiter) = lock(pending).remove(&id) {
+                if let Some(waiter) = lock(&incoming.pending).remove(&id) {
                     // Whoever asked may have given up.
                     let _ = waiter.send(answer);
                 }

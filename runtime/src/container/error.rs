@@ -97,6 +97,12 @@ pub(crate) enum ContainerError {
         /// The word for its state.
         state: &'static str,
     },
+    /// It ended, and the command in it too.
+    #[error("container {id} ended while the command ran in it")]
+    EndedUnderExec {
+        /// Which.
+        id: ContainerId,
+    },
     /// It was to end and did not.
     #[error("container {id} does not end, though it was killed; try again")]
     DoesNotEnd {

@@ -4,6 +4,7 @@
 //! its end all the same, so that a program is never stopped by a full pipe.
 
 use super::{Container, ContainerError};
+use crate::shim_client::ShimError;
 use berth_model::state::ContainerState;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -64,6 +65,7 @@ pub(crate) async fn exec_sync(
         ended
     };
     match ended {
+        Ok(Err(ShimError::Lost)) => Err(ContainerError::EndedUnderExec { id: container.id().clone() }),
         Ok(exit_code) => Ok(Output { stdout: out.bytes, stderr: err.bytes, exit_code: exit_code? }),
         Err(_) => {
             running.kill().await;

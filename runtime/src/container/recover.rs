@@ -11,11 +11,7 @@ use berth_model::id::ContainerId;
 use berth_model::record::{self, ContainerRecord};
 use berth_model::state::{ContainerEvent, ContainerState};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 use tokio::sync::watch;
-
-/// How long a shim of another daemon may take to answer at the start, so that one that hangs does not keep the daemon from serving.
-const SHIM: Duration = Duration::from_secs(3);
 
 /// Makes the container that the record of `id` describes, in the state in which it is now.
 pub(crate) async fn recover(node: &Node, id: &ContainerId) -> Result<Arc<Container>, ContainerError> {
@@ -62,10 +58,17 @@ fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, Containe
     Ok(node.open_cgroup(&Parent::of(&record.cgroup)?, record.id.as_str())?)
 }
 
-/// Finds its shim and takes over its state.
+/// Finds its shim and takes over its state. One that does not answer is killed: it could neither be told anything nor tell an end.
 async fn adopt(container: &Arc<Container>) -> Option<()> {
     let shim = ShimClient::connect(&container.files.state).ok()?;
-    let phase = tokio::time::timeout(SHIM, shim.phase()).await.ok()?.ok()?;
+    let phase = match shim.phase().await {
+        Ok(phase) => phase,
+        Err(error) => {
+            tracing::warn!(container = %container.id(), %error, "the container is lost with its shim");
+            shim.kill();
+            return None;
+        }
+    };
     let created = phase.created?;
     if container.record.process.is_none_or(|process| process.pid != created.pid) {
         return None;

@@ -14,6 +14,9 @@ const SIGKILL: i32 = 9;
 /// How long the end may take after a kill: a process in uninterruptible sleep ends when its device lets it.
 const KILLED: Duration = Duration::from_secs(10);
 
+/// How long the shim may take to tell the end after that: it waits for the rest of the output, 2 s, and for its daemon, 1 s.
+const TOLD: Duration = Duration::from_secs(5);
+
 /// How long the shim may take to pass a kill on before the cgroup is killed without it.
 const SHIM: Duration = Duration::from_secs(1);
 
@@ -77,6 +80,14 @@ pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerErro
     tokio::task::spawn_blocking(move || all.cgroup.kill(KILLED))
         .await
         .map_err(|_| ContainerError::Stopping)??;
+    if tokio::time::timeout(TOLD, container.exited()).await.is_ok() {
+        return Ok(());
+    }
+    // None of its processes is left, and the one that ought to say so does not.
+    if let Some(shim) = container.shim() {
+        tracing::warn!(container = %container.id(), "the container's shim hangs and is killed");
+        shim.kill();
+    }
     match tokio::time::timeout(KILLED, container.exited()).await {
         Ok(()) => Ok(()),
         Err(_) => Err(ContainerError::DoesNotEnd { id: container.id().clone() }),

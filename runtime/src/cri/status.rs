@@ -8,7 +8,7 @@
 //! | a request that makes no sense, or asks for what cannot be | `InvalidArgument` |
 //! | a feature that is not offered | `Unimplemented` |
 //! | an object in another state than the call needs | `FailedPrecondition` |
-//! | a command or a kill that took too long | `DeadlineExceeded` |
+//! | a command or a kill that took too long, a shim that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
 //! | a program that cannot be started, an image that cannot be had | `Unknown` |
 //! | the daemon is ending | `Unavailable` |
@@ -130,9 +130,9 @@ fn container(error: &ContainerError) -> Code {
     match error {
         ContainerError::NameTaken(_) => Code::AlreadyExists,
         ContainerError::NoImage { .. } => Code::NotFound,
-        ContainerError::SandboxNotReady { .. } | ContainerError::WrongState { .. } => {
-            Code::FailedPrecondition
-        }
+        ContainerError::SandboxNotReady { .. }
+        | ContainerError::WrongState { .. }
+        | ContainerError::EndedUnderExec { .. } => Code::FailedPrecondition,
         ContainerError::NoTarget { .. }
         | ContainerError::Spec(_)
         | ContainerError::Plan(_)
@@ -140,11 +140,24 @@ fn container(error: &ContainerError) -> Code {
         | ContainerError::AppArmor { .. }
         | ContainerError::Mount { .. }
         | ContainerError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => Code::InvalidArgument,
-        ContainerError::ExecTimeout { .. } | ContainerError::DoesNotEnd { .. } => Code::DeadlineExceeded,
+        ContainerError::Cgroup(berth_cgroup::Error::Write { source, .. }) if is_bad_value(source) => {
+            Code::InvalidArgument
+        }
+        ContainerError::ExecTimeout { .. }
+        | ContainerError::DoesNotEnd { .. }
+        | ContainerError::Shim(ShimError::Silent) => Code::DeadlineExceeded,
+        ContainerError::Shim(ShimError::TooLong(_)) => Code::InvalidArgument,
         ContainerError::Shim(ShimError::Failed(_)) => Code::Unknown,
         ContainerError::Stopping => Code::Unavailable,
         _ => Code::Internal,
     }
+}
+
+/// Whether the kernel refused a limit for what it says, such as a processor that the machine has not.
+fn is_bad_value(error: &std::io::Error) -> bool {
+    const EINVAL: i32 = 22;
+    const ERANGE: i32 = 34;
+    matches!(error.raw_os_error(), Some(EINVAL | ERANGE))
 }
 
 /// Logs the failure of `call` and turns it into its answer.
@@ -170,6 +183,10 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
         Code::Internal => tracing::error!(call, %code, error = message, "call failed"),
         // Kubelets ask for what is gone as a matter of course.
         Code::NotFound | Code::Unimplemented => tracing::debug!(call, %code, error = message, "call refused"),
+        // Probes go on for a while after the end of their container, each of them three times over.
+        Code::FailedPrecondition if call == "ExecSync" => {
+            tracing::debug!(call, %code, error = message, "call refused");
+        }
         _ => tracing::warn!(call, %code, error = message, "call failed"),
     }
     Status::new(code, message)

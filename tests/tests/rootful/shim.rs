@@ -1,13 +1,24 @@
 //! The shim: what one costs, and what it holds.
 
 use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use berth_tests::census::status_field;
-use berth_tests::daemon::rootful;
+use berth_cri::v1;
+use berth_tests::census::{Census, status_field};
+use berth_tests::daemon::{SOON, rootful};
+use berth_tests::deadline::within;
+use nix::sys::signal::{SIGSTOP, kill};
+use nix::unistd::Pid;
+use tonic::{Code, Status};
 
 /// The most own memory that a shim may have, in KiB: the budget of a pod of one container, of which the program takes a part.
 const MOST_PSS_KIB: u64 = 512;
+
+fn gone(shim: i32) -> Result<()> {
+    within(SOON, "the shim ends", || Ok((!Path::new(&format!("/proc/{shim}")).exists()).then_some(())))
+}
 
 #[test]
 fn a_shim_is_one_small_thread() -> Result<()> {
@@ -43,12 +54,140 @@ fn a_shim_holds_its_own_container_only_and_ends_with_it() -> Result<()> {
         assert!(!held.iter().any(|target| target.contains(&other.id)), "{held:?}");
         assert!(!held.iter().any(|target| target.ends_with("other.log")), "{held:?}");
         main.stop(0)?;
-        berth_tests::deadline::within(berth_tests::daemon::SOON, "the shim ends", || {
-            Ok((!std::path::Path::new(&format!("/proc/{shim}")).exists()).then_some(()))
-        })?;
+        gone(shim)?;
         let left = daemon.state().join("containers").join(&main.id).join("shim.sock");
         main.remove()?;
         assert!(!left.exists(), "no socket is left");
+        Ok(())
+    })
+}
+
+/// The code of a call that has to fail, and within this time.
+fn refused_within<T>(limit: Duration, call: impl FnOnce() -> Result<T, Status>) -> Result<Code> {
+    let begin = Instant::now();
+    let refused = call().err().context("it is refused")?;
+    assert!(begin.elapsed() < limit, "{:?}: {refused}", begin.elapsed());
+    Ok(refused.code())
+}
+
+#[test]
+fn a_shim_that_hangs_hurts_its_own_container_only_and_that_can_be_ended() -> Result<()> {
+    rootful(|daemon| {
+        let (pod, client) = (daemon.pod("web")?, daemon.client());
+        let other = pod.idle("other")?;
+        pod.idle("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        let main = pod.idle("main")?;
+        let shim = main.shim_pid()?;
+        kill(Pid::from_raw(shim), SIGSTOP)?;
+        std::thread::scope(|scope| -> Result<()> {
+            let reopen = v1::ReopenContainerLogRequest { container_id: main.id.clone() };
+            let client = &client;
+            let endless =
+                scope.spawn(|| refused_within(Duration::from_secs(40), || main.exec_within(&["true"], 0)));
+            let reopen = scope
+                .spawn(|| refused_within(Duration::from_secs(20), || client.reopen_container_log(reopen)));
+            let begin = Instant::now();
+            assert_eq!(other.sh("echo alive")?, "alive\n");
+            assert_eq!(client.containers(v1::ContainerFilter::default())?.len(), 2);
+            assert_eq!(client.list_container_stats(v1::ListContainerStatsRequest::default())?.stats.len(), 2);
+            assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
+            assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+            let short = refused_within(Duration::from_secs(6), || main.exec_within(&["true"], 1))?;
+            assert_eq!(short, Code::DeadlineExceeded);
+            for thread in [endless, reopen] {
+                let code = thread.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+                assert_eq!(code, Code::DeadlineExceeded);
+            }
+            Ok(())
+        })?;
+        let begin = Instant::now();
+        main.stop(1)?;
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+        let status = main.ended()?.status;
+        assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"), "{status:?}");
+        gone(shim)?;
+        main.remove()?;
+        census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_container_whose_shim_hangs_before_its_start_can_be_removed() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        pod.idle("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        let main = pod.create(berth_tests::pod::idle("main"))?;
+        let shim = main.shim_pid()?;
+        kill(Pid::from_raw(shim), SIGSTOP)?;
+        let code = refused_within(Duration::from_secs(20), || main.start())?;
+        assert_eq!(code, Code::DeadlineExceeded);
+        main.remove()?;
+        gone(shim)?;
+        census.stays(daemon)
+    })
+}
+
+#[test]
+fn shims_that_hang_do_not_keep_a_new_daemon_from_serving() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let good = pod.idle("good")?;
+        let census = Census::take(daemon)?.without_the_daemon();
+        let hanging =
+            (0..8).map(|number| Ok(pod.idle(&format!("c{number}"))?)).collect::<Result<Vec<_>>>()?;
+        let shims = hanging.iter().map(|container| container.shim_pid()).collect::<Result<Vec<i32>>>()?;
+        for shim in &shims {
+            kill(Pid::from_raw(*shim), SIGSTOP)?;
+        }
+        let begin = Instant::now();
+        daemon.crash()?;
+        // Each is given 10 s; not one after the other.
+        assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+        assert_eq!(good.sh("echo alive")?, "alive\n");
+        for container in hanging {
+            let status = container.ended()?.status;
+            assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"), "{status:?}");
+            container.remove()?;
+        }
+        shims.into_iter().try_for_each(gone)?;
+        census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
+    rootful(|daemon| {
+        daemon.stop()?;
+        for mount in berth_tests::census::mounts_below(&daemon.state()).into_iter().rev() {
+            nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH)?;
+        }
+        // Room for some pods, and soon for none.
+        let (tmpfs, flags) = (Some("tmpfs"), nix::mount::MsFlags::empty());
+        nix::mount::mount(Some("state"), &daemon.state(), tmpfs, flags, Some("size=1m,nr_inodes=60"))?;
+        daemon.start_again()?;
+        let pod = daemon.pod("web")?;
+        let census = Census::take(daemon)?;
+        let filler = daemon.state().join("filler");
+        fs::create_dir(&filler)?;
+        // A container needs two directories, and its shim a socket in one: there is no place for that one only.
+        let mut files = 0;
+        while fs::write(filler.join(files.to_string()), "").is_ok() {
+            files += 1;
+        }
+        let refused = pod.idle("none").err().context("no room for a directory")?;
+        assert!(refused.message().contains("No space left"), "{refused}");
+        for file in 0..2 {
+            fs::remove_file(filler.join(file.to_string()))?;
+        }
+        let refused = pod.idle("socket").err().context("no room for a socket")?;
+        let words = "start the container's shim: shim.sock: no space left";
+        assert!(refused.message().contains(words), "{refused}");
+        assert!(daemon.client().containers(v1::ContainerFilter::default())?.is_empty());
+        fs::remove_dir_all(&filler)?;
+        census.stays(daemon)?;
+        assert_eq!(pod.script("echo again", |_| {})?, "again\n");
         Ok(())
     })
 }

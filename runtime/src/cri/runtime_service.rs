@@ -28,6 +28,9 @@ const KUBELET_API_VERSION: &str = "0.1.0";
 /// Items in one message of a streaming list. A container with its labels and annotations has some kilobytes, a message 16 MiB.
 const PAGE: usize = 500;
 
+/// The same for metrics of pods. A container has some 60 of them, each with its labels: about 25 KB.
+const METRICS_PAGE: usize = 50;
+
 /// The stream of a streaming list.
 pub(crate) type Items<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -36,8 +39,17 @@ pub(super) fn pages<T: Clone + Send + 'static, M: Send + 'static>(
     items: Vec<T>,
     message: impl Fn(Vec<T>) -> M + Send + 'static,
 ) -> Response<Items<M>> {
+    pages_of(PAGE, items, message)
+}
+
+/// The same with another number of items in each.
+fn pages_of<T: Clone + Send + 'static, M: Send + 'static>(
+    page: usize,
+    items: Vec<T>,
+    message: impl Fn(Vec<T>) -> M + Send + 'static,
+) -> Response<Items<M>> {
     let messages: Vec<Result<M, Status>> =
-        items.chunks(PAGE).map(|page| Ok(message(page.to_vec()))).collect();
+        items.chunks(page).map(|page| Ok(message(page.to_vec()))).collect();
     Response::new(Box::pin(tokio_stream::iter(messages)))
 }
 
@@ -673,7 +685,9 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
         let pods = self.pod_metrics().await;
         let pods = pods.map_err(|error| failed("StreamPodSandboxMetrics", &error))?;
-        Ok(pages(pods, |pod_sandbox_metrics| v1::StreamPodSandboxMetricsResponse { pod_sandbox_metrics }))
+        Ok(pages_of(METRICS_PAGE, pods, |pod_sandbox_metrics| v1::StreamPodSandboxMetricsResponse {
+            pod_sandbox_metrics,
+        }))
     }
 
     async fn runtime_config(

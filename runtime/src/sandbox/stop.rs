@@ -100,12 +100,16 @@ pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError
         }
         _ => {}
     }
-    // Of its own process, or empty, for cAdvisor to see: whichever of the daemons before this one made it. Only the first is a unit.
-    let cgroup = match sandbox.config.namespaces.pid {
-        NamespaceMode::Pod => node.open_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str())?,
-        _ => Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, sandbox.id.as_str())?,
-    };
-    cgroup.remove(CGROUP_BUSY)?;
+    let id = sandbox.id.as_str();
+    if sandbox.config.namespaces.pid == NamespaceMode::Pod {
+        node.open_cgroup(&sandbox.cgroup_parent, id)?.remove(CGROUP_BUSY)?;
+    } else {
+        // For cAdvisor to see, whichever daemon made it, and no unit. Who has put a process in there does not keep the pod.
+        let shown = Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, id)?;
+        if let Err(error) = shown.remove(CGROUP_BUSY) {
+            tracing::warn!(sandbox = id, error = %crate::chain(&error), "the cgroup that cAdvisor found the pod by is left");
+        }
+    }
     Ok(())
 }
 

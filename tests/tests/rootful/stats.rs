@@ -6,6 +6,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,6 +15,7 @@ use berth_tests::cgroup::{Cgroup, Driver};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::pod::{Pod, idle, limit, security, shell};
+use berth_tests::program::output;
 use serde_json::Value;
 use tonic::Code;
 
@@ -445,6 +447,10 @@ fn cadvisor_is_told_whose_a_cgroup_is() -> Result<()> {
         assert_eq!(of_main["labels"]["io.kubernetes.container.name"], "main");
         assert_eq!(of_main["labels"]["io.kubernetes.pod.namespace"], "default");
 
+        if cgroup.driver() == Driver::Systemd {
+            output(Command::new("systemctl").arg("daemon-reload"))?;
+            assert!(!cgroup.below(&scope).is_empty(), "systemd leaves it alone");
+        }
         main.stop(0)?;
         assert_eq!(get(&socket, &format!("/containers/{}", pod.id))?.1["pid"], 0);
         pod.stop()?;

@@ -29,7 +29,7 @@ const OLDEST_KERNEL: (u32, u32) = (5, 15);
 /// How often the network is looked at and, when somebody broke it, repaired.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
-/// How long the lock of a root may be held by somebody who is about to end, and how often to look.
+/// How long the lock of a root or state may be held by somebody who is about to end, and how often to look.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
@@ -61,10 +61,10 @@ pub enum DaemonError {
         /// Its version.
         release: String,
     },
-    /// Another daemon works in the same root.
+    /// Another daemon works in the same root or state.
     #[error("another berthd uses {path}; give this one its own --root and --state")]
     Taken {
-        /// The root.
+        /// Which of them.
         path: PathBuf,
     },
     /// The images.
@@ -124,7 +124,12 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
     check_kernel(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())?;
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
-    let _lock = take(&layout).await?;
+    let root_lock = layout.root().join("berthd.lock");
+    let opened = File::options().create(true).truncate(false).write(true).open(&root_lock);
+    let _root = take(opened.map_err(file("open", &root_lock))?, layout.root()).await?;
+    // The folder itself: it may be full, and then the daemon is needed all the more.
+    let _state =
+        take(File::open(layout.state()).map_err(file("open", layout.state()))?, layout.state()).await?;
     make_private(layout.state())?;
     let node = tokio::task::spawn_blocking(move || open(config, layout)).await.map_err(|error| {
         DaemonError::Host { what: "the start was interrupted", source: io::Error::other(error) }
@@ -200,14 +205,11 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// One daemon for a root.
+/// One daemon for a root, and one for a state: each clears away what it finds there and knows nothing of.
 ///
 /// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which has the lock until the exec
 /// closes it (flock(2): a lock belongs to the open file, which children share). So one that is taken is asked for again for a while.
-async fn take(layout: &Layout) -> Result<File, DaemonError> {
-    let path = layout.root().join("berthd.lock");
-    let lock =
-        File::options().create(true).truncate(false).write(true).open(&path).map_err(file("open", &path))?;
+async fn take(lock: File, folder: &Path) -> Result<File, DaemonError> {
     let end = tokio::time::Instant::now() + LOCK_PATIENCE;
     loop {
         match lock.try_lock() {
@@ -216,9 +218,9 @@ async fn take(layout: &Layout) -> Result<File, DaemonError> {
                 tokio::time::sleep(LOCK_PAUSE).await;
             }
             Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(DaemonError::Taken { path: layout.root().to_owned() });
+                return Err(DaemonError::Taken { path: folder.to_owned() });
             }
-            Err(std::fs::TryLockError::Error(source)) => return Err(file("lock", &path)(source)),
+            Err(std::fs::TryLockError::Error(source)) => return Err(file("lock", folder)(source)),
         }
     }
 }

@@ -10,12 +10,20 @@ use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
 use berth_seccomp::Cache;
+use berth_sys::xattr;
 use std::collections::{BTreeSet, HashSet};
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long a cgroup that could not be limited may take to go.
 const CGROUP_GONE: Duration = Duration::from_secs(10);
+
+/// The extended attribute of a cgroup that names the root of the daemon that made it. `trusted`: a container's root may not change it.
+const OWNER: &CStr = c"trusted.berth.root";
 
 /// Why there is no cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +98,9 @@ impl Node {
                 (cgroup, Some(holder))
             }
         };
+        if parent.path() == self.default_cgroup_parent.path() {
+            self.mark(&cgroup);
+        }
         match cgroup.apply(limits) {
             Ok(notes) => {
                 for note in notes {
@@ -105,6 +116,27 @@ impl Node {
                 Err(error.into())
             }
         }
+    }
+
+    /// Writes onto a cgroup whose it is: below the daemons' own parent, which another one may have too, each takes away what is nobody's.
+    fn mark(&self, cgroup: &Cgroup) {
+        for directory in cgroup.directories() {
+            let marked = File::open(directory)
+                .and_then(|file| xattr::set(file.as_fd(), OWNER, self.layout.root().as_os_str().as_bytes()));
+            if let Err(error) = marked {
+                // Without it, only the protection from a daemon with the same parent is missing.
+                tracing::debug!(path = %directory.display(), %error, "could not mark a cgroup");
+            }
+        }
+    }
+
+    /// Whether another daemon has made a cgroup.
+    pub(crate) fn is_anothers(&self, cgroup: &Cgroup) -> bool {
+        let own = self.layout.root().as_os_str().as_bytes();
+        cgroup.directories().any(|directory| {
+            let owner = File::open(directory).and_then(|file| xattr::get(file.as_fd(), OWNER));
+            owner.is_ok_and(|owner| owner.is_some_and(|owner| owner != own))
+        })
     }
 
     /// The cgroup of `id` as it may be there still. Nothing of it being there is no error.

@@ -155,9 +155,12 @@ fn collect_blocking(node: &Node) -> Result<(), RecoveryError> {
                 if known || name.parse::<ContainerId>().is_err() {
                     continue;
                 }
-                let gone = node
-                    .open_cgroup(&node.default_cgroup_parent, &name)
-                    .and_then(|cgroup| cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE)));
+                let gone = node.open_cgroup(&node.default_cgroup_parent, &name).and_then(|cgroup| {
+                    if node.is_anothers(&cgroup) {
+                        return Ok(());
+                    }
+                    cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))
+                });
                 if let Err(error) = gone {
                     tracing::warn!(cgroup = name, error = %crate::chain(&error), "could not remove a cgroup that is nobody's");
                 }

@@ -19,6 +19,9 @@ use tokio_stream::wrappers::UnixListenerStream;
 /// How long calls may go on after the daemon was told to end. Pods do not depend on it.
 const LAST_CALLS: Duration = Duration::from_secs(3);
 
+/// How long somebody who listens may take to take a connection.
+const ANSWER: Duration = Duration::from_secs(1);
+
 /// Why the socket cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -30,6 +33,12 @@ pub enum ServeError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// Somebody else listens on the socket.
+    #[error("another process serves {path}; end it, or give this one its own --socket")]
+    Served {
+        /// Where.
+        path: PathBuf,
     },
     /// The server.
     #[error("the server ended")]
@@ -55,6 +64,9 @@ pub(crate) async fn serve(
     listening: impl FnOnce(),
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
+    if is_served(path).await {
+        return Err(ServeError::Served { path: path.to_owned() });
+    }
     let listener = listen(path).map_err(|source| ServeError::Listen { path: path.to_owned(), source })?;
     listening();
     let connections = UnixListenerStream::new(listener).filter(|connection| match connection {
@@ -100,6 +112,11 @@ pub(crate) async fn serve(
 
 fn is_root(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0)
+}
+
+/// Whether somebody listens there: a file that a crash left refuses the connection. One who has no room for more is there as well.
+async fn is_served(path: &Path) -> bool {
+    !matches!(tokio::time::timeout(ANSWER, UnixStream::connect(path)).await, Ok(Err(_)))
 }
 
 /// Binds under another name and renames, so that the socket appears with its mode, over whatever a crash left.

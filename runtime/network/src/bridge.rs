@@ -24,6 +24,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
@@ -58,6 +59,10 @@ const REMOVERS: usize = 8;
 
 /// `IFF_UP` (`linux/if.h`).
 const IFF_UP: u32 = 1;
+
+/// How long the kernel may take to remove the links of pods that have gone, and how often to look. It ends namespaces many at a time.
+const GOING: Duration = Duration::from_secs(10);
+const GOING_PAUSE: Duration = Duration::from_millis(20);
 
 /// `RT_SCOPE_UNIVERSE` (`linux/rtnetlink.h`): an address that is valid beyond its link.
 const SCOPE_GLOBAL: u8 = 0;
@@ -117,6 +122,17 @@ pub enum Error {
         name: String,
         /// The MAC address that a bridge of ours has.
         expected: MacAddress,
+    },
+    /// The bridge has pods that have no addresses here.
+    #[error(
+        "interface {interface} of bridge {name} is that of a pod with no address recorded here: another berthd uses the bridge, or \
+         the records were removed under its pods; set network.bridge and network.ipv4 for this one, or remove the pod's interface"
+    )]
+    BridgeShared {
+        /// The bridge's name.
+        name: String,
+        /// One of them.
+        interface: String,
     },
     /// Another interface of the node has an address in the pods' subnet.
     #[error(
@@ -265,8 +281,8 @@ impl Bridge {
     /// `address_folder` is the parent of the bridge's own folder of address records, `<address_folder>/<bridge name>`.
     ///
     /// # Errors
-    /// [`Error::BridgeTaken`], [`Error::SubnetTaken`], [`Error::Node`], [`Error::Addresses`], [`Error::Firewall`],
-    /// [`Error::Forwarding`]. What was made before the failure stays; another set-up goes on from there.
+    /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`], [`Error::SubnetTaken`], [`Error::Node`],
+    /// [`Error::Addresses`], [`Error::Firewall`], [`Error::Forwarding`]. What was made before the failure stays; another set-up goes on from there.
     pub fn set_up(mut config: BridgeConfig, address_folder: &Path) -> Result<Self, Error> {
         config.ipv6 = config.ipv6.filter(|_| forwarding::has_ipv6());
         let (first, last) = config.ipv4.pods();
@@ -287,8 +303,30 @@ impl Bridge {
             netfilter: Mutex::new(Netlink::open_netfilter().map_err(node)?),
             index: AtomicU32::new(0),
         };
+        bridge.refuse_strangers()?;
         bridge.repair()?;
         Ok(bridge)
+    }
+
+    /// Refuses a bridge with pods when there is no record of any: a second daemon would give their addresses away once more. The links of
+    /// pods that have gone just now are waited for.
+    fn refuse_strangers(&self) -> Result<(), Error> {
+        let end = Instant::now() + GOING;
+        loop {
+            if self.addresses.taken() > 0 {
+                return Ok(());
+            }
+            match self.pod_links(&mut lock(&self.node))?.into_iter().next() {
+                None => return Ok(()),
+                Some(link) if Instant::now() >= end => {
+                    return Err(Error::BridgeShared {
+                        name: self.config.name.to_string(),
+                        interface: link.name,
+                    });
+                }
+                Some(_) => std::thread::sleep(GOING_PAUSE),
+            }
+        }
     }
 
     /// Puts everything in place again that [`Bridge::set_up`] made, and enslaves the interfaces of living pods again when the bridge itself

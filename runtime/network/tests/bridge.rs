@@ -558,6 +558,25 @@ fn reconcile_removes_the_dead_and_keeps_the_living() {
 }
 
 #[test]
+fn a_bridge_with_pods_of_somebody_else_is_refused_and_left_as_it_is() {
+    let node = Node::new();
+    let pod = node.attach(1);
+    let other = tempfile::tempdir().unwrap();
+    let config = BridgeConfig { ipv4: "10.77.0.0/24".parse().unwrap(), ..BridgeConfig::default() };
+    let refused = node.namespace.run(|| Bridge::set_up(config.clone(), other.path())).unwrap_err();
+    assert!(
+        matches!(&refused, Error::BridgeShared { interface, .. } if *interface == pod.attachment.host_interface)
+    );
+    assert!(refused.to_string().contains("set network.bridge and network.ipv4"), "{refused}");
+    assert!(!node.namespace.command("ip address").contains("10.77."));
+    talk(&node.namespace, &pod.namespace, pod.address(0));
+    // Its own daemon comes back to it; and when the pod has gone, so may the other.
+    node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), node.folder.path())).unwrap();
+    node.bridge.detach(&pod.id).unwrap();
+    node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), other.path())).unwrap();
+}
+
+#[test]
 fn two_bridges_on_one_node_keep_out_of_each_others_way() {
     let node = Node::new();
     let config = BridgeConfig {

@@ -1,5 +1,6 @@
 //! The daemon dies at any moment, and so may shims: what runs goes on, what ended is told truly, what was half made goes.
 
+use std::ffi::OsStr;
 use std::fs;
 
 use anyhow::{Context as _, Result};
@@ -218,5 +219,53 @@ fn a_pod_that_lost_its_namespaces_is_not_ready_and_can_be_removed() -> Result<()
         pod.remove()?;
         daemon.pod("web")?;
         Ok(())
+    })
+}
+
+#[test]
+fn a_second_daemon_is_kept_from_what_the_first_one_has() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let main = pod.idle("main")?;
+        let census = Census::take(daemon)?;
+        let own = |name: &str| daemon.dir().join("second").join(name);
+        fs::create_dir(daemon.dir().join("second"))?;
+        let configuration = format!(
+            "[cgroup]\nparent = \"{}\"\n[network]\nbridge = \"btsecond\"\nipv4 = \"10.99.0.0/16\"\nipv6 = \"off\"\n",
+            daemon.cgroup().path()
+        );
+        fs::write(own("berth.toml"), configuration)?;
+        let first = daemon.dir().join("berth.toml");
+        let own_file = own("berth.toml");
+        for (what, root, state, socket, file) in [
+            ("root", daemon.root(), own("state"), own("sock"), &own_file),
+            ("state", own("root"), daemon.state(), own("sock"), &own_file),
+            ("berth.sock", own("root"), own("state"), daemon.socket(), &own_file),
+            ("network.bridge", own("root"), own("state"), own("sock"), &first),
+        ] {
+            let output = daemon
+                .host()
+                .command(berth_tests::daemon::programs()?.join("berthd"))
+                .args([OsStr::new("--root"), root.as_os_str(), OsStr::new("--state"), state.as_os_str()])
+                .args([OsStr::new("--socket"), socket.as_os_str(), OsStr::new("--config"), file.as_os_str()])
+                .arg("--shim")
+                .arg(berth_tests::daemon::programs()?.join("berth-shim"))
+                .output()?;
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success(), "{what}: {said}");
+            let last = said.lines().last().unwrap_or_default();
+            assert!(last.contains(what) && last.contains("another"), "{what}: {said}");
+            assert_eq!(main.sh("echo alive")?, "alive\n", "{what}");
+            assert_eq!(pod.status()?.state(), v1::PodSandboxState::SandboxReady, "{what}");
+        }
+        // One with the same parent of cgroups starts, got as far as its socket above, and leaves alone what is not its own.
+        daemon.host().run("ip", &["link", "delete", "btsecond"])?;
+        for mount in berth_tests::census::mounts_below(&own("")).into_iter().rev() {
+            nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH)?;
+        }
+        daemon.host().run("nft", &["flush", "ruleset"])?;
+        daemon.crash()?;
+        assert_eq!(main.sh("echo alive")?, "alive\n");
+        census.without_the_daemon().stays(daemon)
     })
 }

@@ -308,10 +308,10 @@ fn metrics_have_cadvisors_names_and_labels_and_true_values() -> Result<()> {
         );
         assert_eq!(value("container_spec_cpu_shares")?, 512);
         assert!((28 * MIB..64 * MIB).contains(&value("container_memory_working_set_bytes")?));
-        assert!(
-            value("container_cpu_cfs_throttled_periods_total")? > 0,
-            "it uses more than half a processor"
-        );
+        within(SOON, "it is held back, as it would use more than half a processor", || {
+            let throttled = of_busy("container_cpu_cfs_throttled_periods_total", &metrics(daemon)?);
+            Ok(throttled.filter(|(_, periods)| *periods > 0))
+        })?;
         assert!(value("container_processes")? >= 1 && value("container_file_descriptors")? >= 3);
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
         assert!((now - 120..=now).contains(&value("container_start_time_seconds")?));

@@ -1,6 +1,6 @@
 //! The configuration of a kubelet on this node, where there is one: whether it means this daemon.
 
-use crate::{Daemon, Finding, Grade, finding, text};
+use crate::{Daemon, Finding, Grade, finding, text, without_var};
 use std::path::Path;
 
 /// Where kubeadm, and most others, put it.
@@ -42,11 +42,7 @@ fn endpoint(configuration: &str, flags: &str, daemon: &Daemon) -> Finding {
 
 /// The path of a socket, however it is written.
 fn path_of(endpoint: &str) -> &str {
-    let path = endpoint.strip_prefix("unix://").unwrap_or(endpoint);
-    match path.strip_prefix("/var") {
-        Some(rest) if rest.starts_with("/run/") => rest,
-        _ => path,
-    }
+    without_var(endpoint.strip_prefix("unix://").unwrap_or(endpoint))
 }
 
 fn driver(configuration: &str, daemon: &Daemon) -> Option<Finding> {

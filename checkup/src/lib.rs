@@ -53,6 +53,8 @@ pub struct Daemon {
     pub min_free_bytes: u64,
     /// The same as a share in percent, `image.min_free_percent`. The larger one counts.
     pub min_free_percent: u8,
+    /// The socket that it serves for a cAdvisor, which is CRI-O's by its name.
+    pub cadvisor_socket: Option<PathBuf>,
 }
 
 impl Default for Daemon {
@@ -65,6 +67,7 @@ impl Default for Daemon {
             cgroup_driver: String::new(),
             min_free_bytes: 1 << 30,
             min_free_percent: 5,
+            cadvisor_socket: None,
         }
     }
 }
@@ -74,7 +77,7 @@ impl Default for Daemon {
 pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let mut findings = host::look(node);
     findings.extend(disk::look(node, daemon));
-    findings.extend(runtimes::look(node));
+    findings.extend(runtimes::look(node, daemon));
     findings.extend(kubelet::look(node, daemon));
     findings
 }
@@ -82,6 +85,14 @@ pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
 /// A path of the node below `node`.
 fn below(node: &Path, path: &Path) -> PathBuf {
     node.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// A path as it is without the link `/var/run`.
+fn without_var(path: &str) -> &str {
+    match path.strip_prefix("/var") {
+        Some(rest) if rest.starts_with("/run/") => rest,
+        _ => path,
+    }
 }
 
 /// The text of a small file, without its last line's end; none when it cannot be read.

@@ -1,6 +1,6 @@
 //! The sockets of other runtimes, which kubeadm finds by itself.
 
-use crate::{Finding, Grade, finding, text};
+use crate::{Daemon, Finding, Grade, finding, text, without_var};
 use std::path::Path;
 
 /// Where kubeadm looks for sockets (`defaultKnownCRISockets`), with whose each is. Kubernetes says `/var/run`, which is `/run`.
@@ -10,15 +10,20 @@ const OTHER_SOCKETS: [(&str, &str); 3] = [
     ("run/cri-dockerd.sock", "cri-dockerd"),
 ];
 
-pub(crate) fn look(node: &Path) -> impl Iterator<Item = Finding> {
+pub(crate) fn look(node: &Path, daemon: &Daemon) -> impl Iterator<Item = Finding> {
     let sockets = text(node, "proc/net/unix").unwrap_or_default();
+    let berths = daemon.cadvisor_socket.as_ref().map(|path| path.to_string_lossy().into_owned());
+    let endpoint = format!("unix://{}", daemon.socket.display());
     OTHER_SOCKETS.into_iter().filter(|(path, _)| node.join(path).exists()).map(move |(path, name)| {
-        let text = if is_served(&sockets, path) {
-            format!("{name} serves /{path}: kubeadm finds it too; pass --cri-socket, or stop and disable {name}")
+        let is_berths = berths.as_deref().is_some_and(|own| without_var(own).strip_prefix('/') == Some(path));
+        let text = if is_berths {
+            format!("/{path} is Berth's own, for cAdvisor: kubeadm takes it for {name}'s; pass --cri-socket {endpoint}")
+        } else if is_served(&sockets, path) {
+            format!("{name} serves /{path}: kubeadm finds it too; pass --cri-socket {endpoint}, or stop and disable {name}")
         } else {
             format!(
                 "/{path} is left over from {name}, which does not run: kubeadm finds it all the same; remove the file, or pass \
-                 --cri-socket"
+                 --cri-socket {endpoint}"
             )
         };
         finding(Grade::Note, "runtimes", text)
@@ -33,8 +38,7 @@ fn is_served(sockets: &str, path: &str) -> bool {
         let mut words = line.split_whitespace();
         let flags = words.nth(3).and_then(|flags| u64::from_str_radix(flags, 16).ok()).unwrap_or(0);
         let place = words.nth(3).unwrap_or_default();
-        let place = place.strip_prefix("/var").unwrap_or(place);
-        flags & LISTENS != 0 && place.strip_prefix('/') == Some(path)
+        flags & LISTENS != 0 && without_var(place).strip_prefix('/') == Some(path)
     })
 }
 
@@ -51,6 +55,19 @@ mod tests {
             ("run/crio/crio.sock", Some(""), Note, "runtimes", "left over from CRI-O"),
             ("run/cri-dockerd.sock", Some(""), Note, "runtimes", "--cri-socket"),
         ]);
+    }
+
+    #[test]
+    fn the_socket_for_cadvisor_is_told_from_that_of_cri_o() {
+        let socket = ("run/crio/crio.sock", Some(""));
+        let daemon = |path: &str| Daemon { cadvisor_socket: Some(path.into()), ..daemon() };
+        for (path, own) in
+            [("/var/run/crio/crio.sock", true), ("/run/crio/crio.sock", true), ("/elsewhere", false)]
+        {
+            let troubles = troubles(&[socket], &daemon(path));
+            let [trouble] = troubles.as_slice() else { panic!("{troubles:?}") };
+            assert_eq!(trouble.text.contains("Berth's own"), own, "{path}: {trouble:?}");
+        }
     }
 
     #[test]

@@ -249,6 +249,12 @@ fn info(node: &Node) -> v1::InfoResponse {
         }),
         min_free_bytes: node.config.images.min_free_bytes,
         min_free_percent: node.config.images.min_free_percent.into(),
+        cadvisor_socket: node
+            .config
+            .cadvisor_socket
+            .as_ref()
+            .map(|path| path.display().to_string())
+            .unwrap_or_default(),
     }
 }
 

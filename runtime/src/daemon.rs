@@ -304,6 +304,7 @@ async fn tell_what_the_node_lacks(node: &Arc<Node>) {
         cgroup_driver: node.cgroup_driver.to_string(),
         min_free_bytes: images.min_free_bytes,
         min_free_percent: images.min_free_percent,
+        cadvisor_socket: node.config.cadvisor_socket.clone(),
     };
     // A disk may be slow. A panic in there is a bug that is logged.
     let findings = tokio::task::spawn_blocking(move || berth_checkup::look(Path::new("/"), &daemon)).await;

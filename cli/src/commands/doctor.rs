@@ -46,6 +46,7 @@ fn take_over(daemon: &mut berth_checkup::Daemon, info: InfoResponse) {
     daemon.root = info.root.into();
     daemon.state = info.state.into();
     daemon.cgroup_driver = info.cgroup.unwrap_or_default().driver;
+    daemon.cadvisor_socket = Some(info.cadvisor_socket).filter(|path| !path.is_empty()).map(Into::into);
     daemon.min_free_bytes = info.min_free_bytes;
     daemon.min_free_percent = u8::try_from(info.min_free_percent).unwrap_or(u8::MAX);
 }

@@ -230,6 +230,9 @@ pub struct InfoResponse {
     pub min_free_bytes: u64,
     #[prost(uint32, tag = "8")]
     pub min_free_percent: u32,
+    /// The socket that is served for a cAdvisor, empty for none.
+    #[prost(string, tag = "9")]
+    pub cadvisor_socket: ::prost::alloc::string::String,
 }
 /// How containers are limited on this node.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

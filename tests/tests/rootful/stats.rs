@@ -465,6 +465,30 @@ fn cadvisor_is_told_whose_a_cgroup_is() -> Result<()> {
 }
 
 #[test]
+fn a_pod_with_a_process_of_its_own_is_told_by_one_in_its_network() -> Result<()> {
+    rootful(|daemon| {
+        let socket = answer_cadvisor(daemon)?;
+        let mut config = daemon.pod_config("sharing");
+        let linux = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+        let options = linux.namespace_options.get_or_insert_default();
+        options.pid = v1::NamespaceMode::Pod.into();
+        let options = options.clone();
+        let pod = daemon.pod_of(config)?;
+        let pinned = fs::metadata(daemon.state().join("sandboxes").join(&pod.id).join("net"))?.ino();
+        let mut config = idle("main");
+        security(&mut config).namespace_options = Some(options);
+        pod.start(config)?;
+        assert!(!daemon.cgroup().below(&format!("crio-{}.scope", pod.id)).is_empty());
+        let (status, of_pod) = get(&socket, &format!("/containers/{}", pod.id))?;
+        let pid = of_pod["pid"].as_i64().context("a pid")?;
+        assert_eq!((status, fs::metadata(format!("/proc/{pid}/ns/net"))?.ino()), (200, pinned));
+        pod.remove()?;
+        assert!(daemon.cgroup().below(&pod.id).is_empty());
+        Ok(())
+    })
+}
+
+#[test]
 fn a_container_is_told_also_while_it_is_being_made() -> Result<()> {
     rootful(|daemon| {
         let socket = answer_cadvisor(daemon)?;

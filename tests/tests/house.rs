@@ -104,7 +104,8 @@ fn only_sys_has_unsafe_code() {
 #[test]
 fn the_map_names_only_what_exists() {
     let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");
-    let places = ["", "runtime/src", "shim/src", "image/src", "tests"].map(|place| repository().join(place));
+    let places = ["", "runtime/src", "shim/src", "image/src", "cli/src", "checkup/src", "tests"]
+        .map(|place| repository().join(place));
     let mut checked = 0;
     for name in text.split('`').skip(1).step_by(2) {
         let is_path = name.ends_with(".rs")
@@ -124,6 +125,25 @@ fn the_map_names_only_what_exists() {
     for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
         assert!(repository().join("docs").join(link).exists(), "docs/ARCHITECTURE.md links to {link}");
     }
+}
+
+#[test]
+fn the_map_names_every_module_of_the_large_crates() {
+    let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");
+    let mut checked = 0;
+    for folder in ["runtime/src", "shim/src", "image/src", "checkup/src"] {
+        for entry in std::fs::read_dir(repository().join(folder)).expect("a folder").flatten() {
+            let name = entry.file_name().into_string().expect("a name");
+            let wanted = match name.strip_suffix(".rs") {
+                Some("lib" | "main") => continue,
+                Some(_) => format!("`{name}`"),
+                None => format!("`{name}/`"),
+            };
+            assert!(text.contains(&wanted), "docs/ARCHITECTURE.md does not name {folder}/{name}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 30, "only {checked} modules were found");
 }
 
 #[test]

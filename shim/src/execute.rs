@@ -11,6 +11,7 @@ use berth_shim_proto::launch::Process;
 use berth_sys::credentials;
 use berth_sys::process::{self, CloseRange};
 use std::ffi::{CString, OsStr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
 /// The search path of a process whose environment has none; the same as execvp(3)'s in glibc.
@@ -185,40 +186,68 @@ fn make_directories(path: &std::path::Path, owner: &Resolved) -> Result<(), Fail
     Ok(())
 }
 
-/// Reports, waits for the start, sheds privileges and becomes the program. Returns only why it could not.
-///
-/// `created` is the report; `terminal` goes with it. For exec there is nothing to wait for: `wait` is false.
+/// The last of a main process: becomes the user, reports, waits for the start, sheds privileges and becomes the program. Returns only
+/// why it could not. `terminal` goes with the report.
 pub(crate) fn finish(
     process: &Process,
     program: &Program,
     user: &Resolved,
     end: &ChildEnd,
-    report: Option<(Created, Option<std::os::fd::OwnedFd>)>,
+    created: &Created,
+    terminal: Option<OwnedFd>,
 ) -> Failed {
-    match shed(process, user, end, report) {
+    let shed = || {
+        become_user(process, user)?;
+        keep_what_shedding_needs(process)?;
+        end.ready(created, terminal.as_ref().map(AsFd::as_fd))?;
+        drop(terminal);
+        end.wait_for_go()?;
+        shed(process)
+    };
+    match shed() {
         Ok(()) => program.execute(),
         Err(failed) => failed,
     }
 }
 
-fn shed(
-    process: &Process,
-    user: &Resolved,
-    end: &ChildEnd,
-    report: Option<(Created, Option<std::os::fd::OwnedFd>)>,
-) -> Result<(), Failed> {
+/// The last of a process of exec, after [`become_user`] and [`keep_what_shedding_needs`].
+pub(crate) fn finish_exec(process: &Process, program: &Program) -> Failed {
+    match shed(process) {
+        Ok(()) => program.execute(),
+        Err(failed) => failed,
+    }
+}
+
+/// Takes on user, groups and the bounding set; all capabilities stay permitted.
+pub(crate) fn become_user(process: &Process, user: &Resolved) -> Result<(), Failed> {
     let capabilities = process.capabilities;
     // The bounding set needs CAP_SETPCAP, so it goes while all capabilities are there.
     credentials::limit_bounding_set(capabilities.bounding).step("limit the capabilities", "bounding set")?;
     credentials::set_groups(&user.groups).step("set the groups", "")?;
     // Without this, the change away from user 0 would clear the permitted set that capset below restricts.
     process::keep_capabilities().step("keep the capabilities", "")?;
-    credentials::set_ids(user.uid, user.gid).step("become the user", user.uid)?;
-    if let Some((created, terminal)) = report {
-        end.ready(&created, terminal.as_ref().map(std::os::fd::AsFd::as_fd))?;
-        drop(terminal);
-        end.wait_for_go()?;
-    }
+    credentials::set_ids(user.uid, user.gid).step("become the user", user.uid)
+}
+
+const SETPCAP: u64 = 1 << 8;
+const SYS_ADMIN: u64 = 1 << 21;
+
+/// What is effective while a filter is installed without no_new_privs: seccomp(2), capabilities(7).
+const FOR_THE_FILTER: u64 = SYS_ADMIN | SETPCAP;
+
+/// Gives up every capability that the program is not to have and [`shed`] does not use: others in the pid namespace may be allowed to trace,
+/// and a container may wait long for its start.
+pub(crate) fn keep_what_shedding_needs(process: &Process) -> Result<(), Failed> {
+    let sets = process.capabilities;
+    let filters = !process.seccomp_filter.is_empty() && !process.no_new_privileges;
+    let needed = if filters { FOR_THE_FILTER } else { SETPCAP };
+    credentials::set_capabilities(needed, sets.permitted | sets.inheritable | needed, 0)
+        .step("limit the capabilities", "for the change into the container")
+}
+
+/// The privileges that remain are the program's own.
+fn shed(process: &Process) -> Result<(), Failed> {
+    let capabilities = process.capabilities;
     // Everything but 0, 1, 2 closes at exec, however it was opened.
     process::close_from(3, CloseRange::OnExec).step("close descriptors", "")?;
     if process.no_new_privileges {
@@ -229,10 +258,8 @@ fn shed(
     } else {
         // Without it the filter needs CAP_SYS_ADMIN, which the change of user above took out of the effective set.
         if !process.seccomp_filter.is_empty() {
-            const SYS_ADMIN: u64 = 1 << 21;
-            const SETPCAP: u64 = 1 << 8;
-            let all = capabilities.permitted | capabilities.inheritable | SYS_ADMIN | SETPCAP;
-            credentials::set_capabilities(SYS_ADMIN | SETPCAP, all, 0)
+            let all = capabilities.permitted | capabilities.inheritable | FOR_THE_FILTER;
+            credentials::set_capabilities(FOR_THE_FILTER, all, 0)
                 .step("limit the capabilities", "for the filter")?;
             install_filter(process)?;
         }

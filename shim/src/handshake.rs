@@ -1,8 +1,10 @@
 //! What a new child and the shim say to each other before the child's exec.
 //!
 //! A pair of sockets that keep message borders. The child sends one packet: `R` and what it resolved (with the terminal's
-//! descriptor if there is one), or `F` and the failure; what is too long for a packet goes before in others, `P`. It waits for one byte of the shim, then execs; the socket is
-//! close-on-exec, so the end of the stream says that exec worked, and an `F` packet that it did not.
+//! descriptor if there is one), or `F` and the failure; what is too long for a packet goes before in others, `P`. It waits for one byte of
+//! the shim, then execs; the socket is close-on-exec, so the end of the stream says that exec worked, and an `F` packet that it did not.
+//!
+//! A child that goes on as another process ([`crate::init`]) says `N` and that one's pid before anything else, and ends.
 
 use crate::failure::{Step, refused};
 use berth_shim_proto::control::{Created, Failed};
@@ -53,6 +55,12 @@ impl ChildEnd {
         socket::send(self.as_fd(), &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
     }
 
+    /// Tells the pid of the process that goes on in place of this one.
+    pub(crate) fn succeeded_by(&self, pid: i32) -> Result<(), Failed> {
+        let packet = [b"N".as_slice(), &pid.to_le_bytes()].concat();
+        socket::send(self.as_fd(), &packet, &[]).step("report to the shim", "").map(drop)
+    }
+
     /// Waits for the word to go on. The shim's end closed instead means that nobody wants the child any more.
     pub(crate) fn wait_for_go(&self) -> Result<(), Failed> {
         let mut byte = [0];
@@ -70,6 +78,19 @@ impl ChildEnd {
 }
 
 impl ShimEnd {
+    /// The pid of the process that goes on in place of the first child.
+    pub(crate) fn wait_for_successor(&self) -> Result<i32, Failed> {
+        const STEP: &str = "prepare the process";
+        let (packet, _) = self.packet()?;
+        match packet.split_first() {
+            Some((b'N', number)) => <[u8; 4]>::try_from(number)
+                .map(i32::from_le_bytes)
+                .map_err(|_| refused(STEP, "a torn report")),
+            Some((b'F', body)) => Err(decode_failure(body)),
+            _ => Err(refused(STEP, KILLED)),
+        }
+    }
+
     /// Waits for the child's report.
     pub(crate) fn wait_for_ready(&self) -> Result<(Created, Option<OwnedFd>), Failed> {
         const STEP: &str = "prepare the container";
@@ -145,6 +166,17 @@ mod tests {
             });
             assert_eq!((sent.unwrap().0, received), (created, Ok(())), "{count}");
         }
+    }
+
+    #[test]
+    fn a_successor_is_found_by_its_number() {
+        let (shim, child) = pair().unwrap();
+        child.succeeded_by(4_194_303).unwrap();
+        assert_eq!(shim.wait_for_successor(), Ok(4_194_303));
+        child.failed(&refused("test", "no successor"));
+        assert_eq!(shim.wait_for_successor().unwrap_err().detail, "no successor");
+        drop(child);
+        assert_eq!(shim.wait_for_successor().unwrap_err().detail, KILLED);
     }
 
     #[test]

@@ -2,6 +2,12 @@
 //!
 //! A flat list of steps, each with the reason for its place. One thread, no logging; a step that fails is reported to the shim and
 //! the child ends.
+//!
+//! A process in a pid namespace shows everybody there that may trace (`CAP_SYS_PTRACE`) what it has: its root, its working directory, its
+//! descriptors, its memory. So nothing of the host enters a namespace where others live. Who is bound for one prepares outside until the
+//! root is the container's and the descriptors are the program's, and only then goes on as a sibling born inside ([`go_on_inside`]).
+//! What such an observer can still get hold of is the capability that installing a filter takes, from the birth inside until the program
+//! begins; `no_new_privs` spares that.
 
 use crate::execute::{self, Program};
 use crate::failure::{Step, refused};
@@ -9,12 +15,14 @@ use crate::handshake::ChildEnd;
 use crate::rootfs;
 use crate::user::{self, Resolved};
 use berth_shim_proto::control::{Created, Failed};
-use berth_shim_proto::launch::{Cgroup, Launch, Process};
+use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace, Process};
 use berth_sys::beneath::Root;
-use berth_sys::{ns, process, tty};
+use berth_sys::mount::FsContext;
+use berth_sys::process::Cloned;
+use berth_sys::{credentials, file, ns, process, socket, tty};
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -54,9 +62,9 @@ pub(crate) fn run_exec(
 }
 
 fn become_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Failed {
-    match prepare_main(launch, stdio) {
+    match prepare_main(launch, stdio, end) {
         Ok((program, user, created, terminal)) => {
-            execute::finish(&launch.process, &program, &user, end, Some((created, terminal)))
+            execute::finish(&launch.process, &program, &user, end, &created, terminal)
         }
         Err(failed) => failed,
     }
@@ -64,7 +72,7 @@ fn become_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Failed 
 
 type Prepared = (Program, Resolved, Created, Option<OwnedFd>);
 
-fn prepare_main(launch: &Launch, stdio: Option<Stdio>) -> Result<Prepared, Failed> {
+fn prepare_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Result<Prepared, Failed> {
     let mut notes = Vec::new();
     begin(&launch.cgroup)?;
     // While /proc is still the host's.
@@ -87,22 +95,31 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>) -> Result<Prepared, Faile
         ns::unshare(ns::CGROUP).step("make a cgroup namespace", "")?;
     }
 
-    let rootfs::Assembled { root, accounts } = rootfs::assemble(launch)?;
+    let inhabited = match &namespaces.pid {
+        Some(PidNamespace::Join(path)) => Some(host_path(path)),
+        _ => None,
+    };
+    let procfs = inhabited.map(procfs_of).transpose()?;
+    if let Some(path) = inhabited {
+        join_for_children(path)?;
+    }
+    let rootfs::Assembled { root, accounts } = rootfs::assemble(launch, procfs)?;
     berth_sys::mount::pivot_into(root.as_fd()).step("change the root", "")?;
     drop(root);
     rootfs::finish_inside(launch)?;
     let user = user::resolve(&launch.process.user, &accounts)?;
     drop(accounts);
+    let has_terminal = stdio.is_none();
+    if let Some(stdio) = stdio {
+        place(stdio, &user)?;
+    }
+    if inhabited.is_some() {
+        go_on_inside(end)?;
+    }
 
     // A session of its own: signals of a terminal reach it and nobody else. The terminal is one of the devpts just mounted.
     process::new_session().step("make a session", "")?;
-    let terminal = match stdio {
-        Some(stdio) => {
-            place(stdio, &user)?;
-            None
-        }
-        None => Some(open_terminal(&user, rootfs::has_own_dev(launch))?),
-    };
+    let terminal = if has_terminal { Some(open_terminal(&user, rootfs::has_own_dev(launch))?) } else { None };
     execute::enter_directory(&launch.process.cwd, &user)?;
     if !launch.process.apparmor_profile.is_empty() {
         set_apparmor_profile(&launch.process.apparmor_profile)?;
@@ -127,8 +144,8 @@ fn become_exec(
     stdio: Stdio,
     end: &ChildEnd,
 ) -> Failed {
-    match prepare_exec(launch, program, main, user, stdio) {
-        Ok(exec) => execute::finish(program, &exec, user, end, None),
+    match prepare_exec(launch, program, main, user, stdio, end) {
+        Ok(exec) => execute::finish_exec(program, &exec),
         Err(failed) => failed,
     }
 }
@@ -139,12 +156,12 @@ fn prepare_exec(
     main: BorrowedFd<'_>,
     user: &Resolved,
     stdio: Stdio,
+    end: &ChildEnd,
 ) -> Result<Program, Failed> {
     begin(&launch.cgroup)?;
     let mut notes = Vec::new();
     execute::set_limits(program, &mut notes)?;
-    process::new_session().step("make a session", "")?;
-    let mut flags = ns::MOUNT;
+    let mut flags = ns::MOUNT | ns::Kind::Pid.flag();
     for (path, flag) in [
         (&launch.namespaces.network, ns::Kind::Network.flag()),
         (&launch.namespaces.ipc, ns::Kind::Ipc.flag()),
@@ -157,10 +174,16 @@ fn prepare_exec(
     if launch.namespaces.own_cgroup {
         flags |= ns::CGROUP;
     }
-    // All at once by the pidfd: the kernel joins every one or none. Root and working directory become the container's.
+    // All at once by the pidfd: the kernel joins every one or none. Root and working directory become the container's; of the pid
+    // namespaces only the one that children go to changes, setns(2).
     ns::join(main, flags).step("join the container", "")?;
     place(stdio, user)?;
     execute::enter_directory(&program.cwd, user)?;
+    execute::become_user(program, user)?;
+    execute::keep_what_shedding_needs(program)?;
+    go_on_inside(end)?;
+    // A session of its own, which the shim signals as a whole.
+    process::new_session().step("make a session", "")?;
     if !program.apparmor_profile.is_empty() {
         set_apparmor_profile(&program.apparmor_profile)?;
     }
@@ -184,6 +207,71 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
             .step("join the cgroup", path.display())?;
     }
     Ok(())
+}
+
+/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one. Nothing but 0, 1, 2 and the
+/// way to the shim stays open.
+fn go_on_inside(end: &ChildEnd) -> Result<(), Failed> {
+    const STEP: &str = "enter the pid namespace";
+    process::close_all_but(end.as_fd()).step(STEP, "")?;
+    // The shim has to know of the new one before it says or does anything, and if it never will, there shall be none.
+    let (wait, go_on) = file::pipe().step(STEP, "")?;
+    match process::clone_sibling().step(STEP, "")? {
+        None => {
+            drop(go_on);
+            std::fs::File::from(wait).read_exact(&mut [0]).step(STEP, "its maker has ended")
+        }
+        Some(pid) => {
+            end.succeeded_by(pid)?;
+            std::fs::File::from(go_on).write_all(b"g").step(STEP, "")?;
+            process::exit_now(0)
+        }
+    }
+}
+
+fn join_for_children(path: &Path) -> Result<(), Failed> {
+    let namespace = ns::open(path).step("open the pid namespace", path.display())?;
+    ns::join(namespace.as_fd(), ns::Kind::Pid.flag()).step("join the pid namespace", path.display())
+}
+
+/// A procfs of the pid namespace at `path`, to be configured: it shows the namespace of the process that began it, pid_namespaces(7).
+///
+/// That process is born inside, where others may look at it, so it has nothing there: an empty root and one socket.
+fn procfs_of(path: &Path) -> Result<FsContext, Failed> {
+    const STEP: &str = "begin the pod's procfs";
+    let (own, other) = socket::packet_pair().step("make a socket", "")?;
+    let pid = match process::clone_process(process::namespace::MOUNT, None).step("make a process", "")? {
+        Cloned::Child => {
+            drop(own);
+            process::exit_now(i32::from(begin_procfs(path, other.as_fd()).is_err()))
+        }
+        Cloned::Parent { pid, .. } => pid,
+    };
+    drop(other);
+    let (_, context) = socket::receive(own.as_fd(), &mut [0]).step(STEP, "")?;
+    process::wait_for(pid).step(STEP, "")?;
+    context.into_iter().next().map(FsContext::from_fd).ok_or_else(|| refused(STEP, path.display()))
+}
+
+fn begin_procfs(path: &Path, socket: BorrowedFd<'_>) -> Result<(), Failed> {
+    const STEP: &str = "begin the pod's procfs";
+    /// What fsopen(2) takes.
+    const SYS_ADMIN: u64 = 1 << 21;
+    join_for_children(path)?;
+    rootfs::enter_empty_root()?;
+    credentials::limit_bounding_set(0).step(STEP, "bounding set")?;
+    credentials::set_capabilities(SYS_ADMIN, SYS_ADMIN, 0).step(STEP, "capabilities")?;
+    for number in 0..3 {
+        process::place_descriptor(socket, number).step(STEP, "")?;
+    }
+    process::close_all_but(socket).step(STEP, "")?;
+    match process::clone_process(0, None).step(STEP, "")? {
+        Cloned::Child => {
+            let context = FsContext::open(c"proc").step(STEP, "proc")?;
+            socket::send(socket, b"p", &[context.as_fd()]).step(STEP, "").map(drop)
+        }
+        Cloned::Parent { pid, .. } => process::wait_for(pid).step(STEP, "").map(drop),
+    }
 }
 
 /// Puts the three descriptors in place as 0, 1, 2, and gives pipes to the user, so that it can open /dev/stdout and the like.
@@ -210,8 +298,7 @@ fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> 
 fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "open a terminal";
     let inside = Root::open(Path::new("/dev/pts")).step(STEP, "/dev/pts")?;
-    let controller =
-        inside.open_with(Path::new("ptmx"), berth_sys::file::READ_WRITE).step(STEP, "/dev/pts/ptmx")?;
+    let controller = inside.open_with(Path::new("ptmx"), file::READ_WRITE).step(STEP, "/dev/pts/ptmx")?;
     let terminal = tty::open_other_end(controller.as_fd()).step(STEP, "")?;
     tty::make_controlling(terminal.as_fd()).step(STEP, "")?;
     std::os::unix::fs::fchown(&terminal, Some(user.uid), None).step(STEP, "")?;
@@ -232,7 +319,6 @@ fn set_apparmor_profile(profile: &str) -> Result<(), Failed> {
     if !berth_sys::mount::is_procfs(proc.as_fd()).step(STEP, "/proc")? {
         return Err(refused(STEP, format!("{profile}: /proc is not the kernel's")));
     }
-    let file =
-        proc.open_with(Path::new("self/attr/apparmor/exec"), berth_sys::file::WRITE).step(STEP, profile)?;
+    let file = proc.open_with(Path::new("self/attr/apparmor/exec"), file::WRITE).step(STEP, profile)?;
     std::fs::File::from(file).write_all(format!("exec {profile}").as_bytes()).step(STEP, profile)
 }

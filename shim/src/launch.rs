@@ -9,11 +9,10 @@ use crate::stdio::{Output, ShimStreams};
 use crate::user::Resolved;
 use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
+use berth_sys::file;
 use berth_sys::process::{self, Cloned, namespace};
-use berth_sys::{file, ns};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 /// A container whose main process waits or runs.
 #[derive(Debug)]
@@ -40,11 +39,7 @@ pub(crate) struct NewContainer {
 pub(crate) fn create(launch: Launch) -> Result<NewContainer, Failed> {
     let pid_flags = match &launch.namespaces.pid {
         Some(PidNamespace::Own(())) => namespace::PID,
-        Some(PidNamespace::Host(())) => 0,
-        Some(PidNamespace::Join(path)) => {
-            join_for_children(host_path(path))?;
-            0
-        }
+        Some(PidNamespace::Host(()) | PidNamespace::Join(_)) => 0,
         None => return Err(refused("prepare the container", "no pid namespace in the plan")),
     };
     let log = Output::open_log(&launch)?;
@@ -57,7 +52,7 @@ pub(crate) fn create(launch: Launch) -> Result<NewContainer, Failed> {
     };
     let (end, child_end) = handshake::pair().step("make a socket", "")?;
     let unified = open_unified(&launch.cgroup)?;
-    let (pid, pidfd) =
+    let (mut pid, mut pidfd) =
         match process::clone_process(pid_flags | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
             .step("make a process", "")?
         {
@@ -69,6 +64,9 @@ pub(crate) fn create(launch: Launch) -> Result<NewContainer, Failed> {
             Cloned::Parent { pid, pidfd } => (pid, pidfd),
         };
     drop((child_end, child_streams));
+    if matches!(launch.namespaces.pid, Some(PidNamespace::Join(_))) {
+        (pid, pidfd) = successor(pid, &end)?;
+    }
     let (mut created, terminal) = match end.wait_for_ready() {
         Ok(ready) => ready,
         Err(failed) => {
@@ -80,14 +78,6 @@ pub(crate) fn create(launch: Launch) -> Result<NewContainer, Failed> {
     };
     created.pid = pid;
     created.start_time = exit::start_time(pid);
-    if pid_flags != 0 {
-        // From now on every child of the shim, that is every exec, is born inside the container's pid namespace.
-        let joined = join_for_children(Path::new(&format!("/proc/{pid}/ns/pid")));
-        if let Err(failed) = joined {
-            end_child(pid, &pidfd);
-            return Err(failed);
-        }
-    }
     let streams = match (shim_streams, terminal) {
         (Some(streams), _) => streams,
         (None, Some(terminal)) => ShimStreams::Terminal(terminal),
@@ -145,14 +135,16 @@ pub(crate) fn exec(
     };
     let (end, child_end) = handshake::pair().step("make a socket", "")?;
     let unified = open_unified(&container.launch.cgroup)?;
-    let (pid, pidfd) = match process::clone_process(0, unified.as_ref().map(AsFd::as_fd)).step(STEP, "")? {
-        Cloned::Child => {
-            drop(end);
-            init::run_exec(&container.launch, &program, container.pidfd.as_fd(), &user, stdio, &child_end)
-        }
-        Cloned::Parent { pid, pidfd } => (pid, pidfd),
-    };
-    drop((child_end, stdio));
+    let (first, first_pidfd) =
+        match process::clone_process(0, unified.as_ref().map(AsFd::as_fd)).step(STEP, "")? {
+            Cloned::Child => {
+                drop(end);
+                init::run_exec(&container.launch, &program, container.pidfd.as_fd(), &user, stdio, &child_end)
+            }
+            Cloned::Parent { pid, pidfd } => (pid, pidfd),
+        };
+    drop((child_end, stdio, first_pidfd));
+    let (pid, pidfd) = successor(first, &end)?;
     if let Err(failed) = end.wait_for_exec() {
         end_child(pid, &pidfd);
         return Err(failed);
@@ -168,10 +160,14 @@ pub(crate) fn end_child(pid: i32, pidfd: &OwnedFd) {
     let _ = process::wait_for(pid);
 }
 
-fn join_for_children(path: &Path) -> Result<(), Failed> {
-    let namespace = ns::open(path).step("open the pid namespace", path.display())?;
-    // For CLONE_NEWPID this moves not the shim but the children that it makes from now on: setns(2).
-    ns::join(namespace.as_fd(), ns::Kind::Pid.flag()).step("join the pid namespace", path.display())
+/// Finds the process that goes on in place of the first child, which ends.
+fn successor(first: i32, end: &ShimEnd) -> Result<(i32, OwnedFd), Failed> {
+    const STEP: &str = "find the process in the container";
+    let found = end.wait_for_successor();
+    process::wait_for(first).step(STEP, "")?;
+    let pid = found?;
+    // Nobody but the shim can reap it, so the number is still its own.
+    Ok((pid, process::open_pidfd(pid).step(STEP, pid)?))
 }
 
 pub(crate) fn open_unified(cgroup: &Cgroup) -> Result<Option<OwnedFd>, Failed> {

@@ -7,13 +7,11 @@ use crate::failure::{Step, from_io, refused};
 use berth_shim_proto::control::{Created, Failed, Reply, reply::Answer};
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::Cgroup;
-use berth_sys::mount::{self, FsContext, Propagation, attr};
 use berth_sys::poll::{ChildSignals, Poll};
 use berth_sys::process::{self, Cloned, CloseRange, namespace};
 use berth_sys::{credentials, socket};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 /// Makes the process and reports it to the daemon.
 ///
@@ -86,18 +84,7 @@ fn make(cgroup: &Cgroup) -> Result<Created, Failed> {
 fn confine() -> Result<(), Failed> {
     process::new_session().step("make a session", "")?;
     process::set_name(c"berth-pause").step("name the process", "")?;
-    mount::set_propagation(Path::new("/"), Propagation::Private, true)
-        .step("make the mounts private", "/")?;
-    let empty = FsContext::open(c"tmpfs").step("open", "tmpfs")?;
-    empty.set("size", "0".as_ref()).step("configure", "tmpfs")?;
-    empty.set("nr_inodes", "1".as_ref()).step("configure", "tmpfs")?;
-    let root = empty
-        .mount(attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC)
-        .step("mount", "an empty root")?;
-    let place = std::fs::File::open("/proc").step("open", "/proc")?;
-    mount::attach(root.as_fd(), place.as_fd()).step("mount", "an empty root")?;
-    drop(place);
-    mount::pivot_into(root.as_fd()).step("change the root", "")?;
+    crate::rootfs::enter_empty_root()?;
     credentials::limit_bounding_set(0).step("drop the capabilities", "")?;
     credentials::clear_ambient_set().step("drop the capabilities", "")?;
     process::set_no_new_privileges().step("set no_new_privs", "")?;

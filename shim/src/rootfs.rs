@@ -35,8 +35,25 @@ pub(crate) struct Assembled {
     pub(crate) accounts: Accounts,
 }
 
-/// Builds the root on its mount point; the caller makes it the root of the mount namespace.
-pub(crate) fn assemble(launch: &Launch) -> Result<Assembled, Failed> {
+/// Makes an empty directory that takes no writes the root of the calling process's mount namespace.
+pub(crate) fn enter_empty_root() -> Result<(), Failed> {
+    mount::set_propagation(Path::new("/"), mount::Propagation::Private, true)
+        .step("make the mounts private", "/")?;
+    let empty = FsContext::open(c"tmpfs").step("open", "tmpfs")?;
+    empty.set("size", "0".as_ref()).step("configure", "tmpfs")?;
+    empty.set("nr_inodes", "1".as_ref()).step("configure", "tmpfs")?;
+    let root = empty
+        .mount(attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC)
+        .step("mount", "an empty root")?;
+    let place = std::fs::File::open("/proc").step("open", "/proc")?;
+    mount::attach(root.as_fd(), place.as_fd()).step("mount", "an empty root")?;
+    drop(place);
+    mount::pivot_into(root.as_fd()).step("change the root", "")
+}
+
+/// Builds the root on its mount point; the caller makes it the root of the mount namespace. `procfs` is the one for `/proc`, begun where it
+/// has to be; without it, it is that of the caller's own pid namespace.
+pub(crate) fn assemble(launch: &Launch, mut procfs: Option<FsContext>) -> Result<Assembled, Failed> {
     // Sources are pinned first: they are the host's, and below this line nothing of the host is looked up by path again.
     let sources = pin_sources(launch)?;
     let from_host = propagation(launch.rootfs.propagation);
@@ -56,7 +73,7 @@ pub(crate) fn assemble(launch: &Launch) -> Result<Assembled, Failed> {
         keep_writable(&root, path, launch.rootfs.read_only)?;
     }
     for (mount, source) in launch.mounts.iter().zip(sources) {
-        attach(&root, mount, source)?;
+        attach(&root, mount, source, &mut procfs)?;
     }
     if has_own_dev(launch) {
         make_dev_links(&root)?;
@@ -218,7 +235,12 @@ fn with_log(context: &FsContext, error: &io::Error, step: &str, about: &str) -> 
     from_io(error, step, about)
 }
 
-fn attach(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), Failed> {
+fn attach(
+    root: &Root,
+    mount: &Mount,
+    source: Option<OwnedFd>,
+    procfs: &mut Option<FsContext>,
+) -> Result<(), Failed> {
     let path = shown(&mount.target);
     let is_directory = match &source {
         Some(source) => {
@@ -230,7 +252,10 @@ fn attach(root: &Root, mount: &Mount, source: Option<OwnedFd>) -> Result<(), Fai
     check_kind(root, &mount.target, is_directory)?;
     let target = target_for(root, &mount.target, is_directory, mount.no_symlinks)?;
     let mounted = match (&mount.source, source) {
-        (Some(Source::Filesystem(filesystem)), _) => new_filesystem(filesystem, mount.attributes, &path)?,
+        (Some(Source::Filesystem(filesystem)), _) => {
+            let begun = if filesystem.fstype == "proc" { procfs.take() } else { None };
+            new_filesystem(filesystem, begun, mount.attributes, &path)?
+        }
         (Some(Source::Bind(bind)), Some(clone)) => {
             mount::set_attributes(
                 clone.as_fd(),
@@ -274,12 +299,20 @@ fn atime_mask(attributes: u64) -> u64 {
     if attributes & attr::ATIME_MASK != 0 { attr::ATIME_MASK } else { 0 }
 }
 
-fn new_filesystem(filesystem: &Filesystem, attributes: u64, path: &str) -> Result<OwnedFd, Failed> {
+fn new_filesystem(
+    filesystem: &Filesystem,
+    begun: Option<FsContext>,
+    attributes: u64,
+    path: &str,
+) -> Result<OwnedFd, Failed> {
     const STEP: &str = "mount";
     let fstype =
         CString::new(filesystem.fstype.as_bytes()).map_err(|_| refused(STEP, "a type with a NUL byte"))?;
     let about = format!("{} on {path}", filesystem.fstype);
-    let context = FsContext::open(&fstype).step(STEP, &about)?;
+    let context = match begun {
+        Some(context) => context,
+        None => FsContext::open(&fstype).step(STEP, &about)?,
+    };
     if !filesystem.source.is_empty() {
         context
             .set("source", OsStr::new(&filesystem.source))

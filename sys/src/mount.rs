@@ -98,6 +98,18 @@ impl FsContext {
         owned(unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), FSOPEN_CLOEXEC) }).map(Self)
     }
 
+    /// Goes on with a configuration that another process has begun.
+    #[must_use]
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// The descriptor, to pass to another process.
+    #[must_use]
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     /// Sets `key` to the string `value` (at most 255 bytes: the kernel's limit for one parameter).
     ///
     /// # Errors

@@ -96,10 +96,39 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
     }
 }
 
+/// Makes a sibling of the caller that goes on from here with a copy of the memory: a child of the caller's parent (`CLONE_PARENT`), born
+/// in the pid namespace that the caller has joined for its children. `None` in the sibling, in the caller the sibling's pid as the
+/// caller's own pid namespace numbers it.
+///
+/// # Errors
+/// Those of [`clone_process`].
+///
+/// # Panics
+/// When called by a process with more than one thread, as [`clone_process`].
+pub fn clone_sibling() -> io::Result<Option<i32>> {
+    assert!(is_single_threaded()?, "clone_sibling is for single-threaded processes");
+    // No signal of its own: the parent is told of the sibling's end as it is of the caller's.
+    let mut args = CloneArgs { flags: libc::CLONE_PARENT as u64, ..CloneArgs::default() };
+    // SAFETY: as in `clone_process`.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
+    match result {
+        0 => Ok(None),
+        pid if pid > 0 => {
+            i32::try_from(pid).map(Some).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn is_single_threaded() -> io::Result<bool> {
-    // st_nlink of /proc/self/task is 2 + the number of threads: cheaper than reading the directory, proc(5).
-    let metadata = std::fs::metadata("/proc/self/task")?;
-    Ok(std::os::unix::fs::MetadataExt::nlink(&metadata) <= 3)
+    // Does nothing for a process with one thread and fails with EINVAL for others, unshare(2). Unlike what /proc says it does not
+    // depend on whose /proc that is.
+    // SAFETY: unshare(2) takes only numbers.
+    if unsafe { libc::unshare(libc::CLONE_THREAD) } == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::EINVAL) { Ok(false) } else { Err(error) }
 }
 
 /// A descriptor that stands for the process `pid`: `pidfd_open(2)`.
@@ -379,6 +408,22 @@ pub fn close_from(first: u32, when: CloseRange) -> io::Result<()> {
     // in this project only a child right before exec or a program at its start does so.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flags) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Closes every descriptor but 0, 1, 2 and `kept`: [`close_from`] on both sides of it.
+///
+/// # Errors
+/// None in practice.
+pub fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<()> {
+    let number = kept.as_raw_fd().unsigned_abs();
+    if number > 3 {
+        // SAFETY: as in `close_from`.
+        let result = unsafe { libc::syscall(libc::SYS_close_range, 3, number - 1, 0) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    close_from(number.max(2) + 1, CloseRange::Now)
 }
 
 /// When [`close_from`] closes.

@@ -177,8 +177,9 @@ fn mount_overlay(rootfs: &Rootfs) -> Result<OwnedFd, Failed> {
     }
 }
 
-/// `EINVAL` of errno(3).
+/// `EINVAL` and `ELOOP` of errno(3).
 const EINVAL: i32 = 22;
+const ELOOP: i32 = 40;
 
 fn new_overlay(rootfs: &Rootfs) -> Result<OwnedFd, Failed> {
     const STEP: &str = "mount the root";
@@ -349,11 +350,31 @@ fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> R
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         found => return found.step(STEP, about),
     }
-    let parent = relative.parent().unwrap_or(Path::new(""));
-    let name = relative.file_name().ok_or_else(|| refused(STEP, &about))?;
-    let made = root.make_dir_all(parent, 0o755).step(STEP, &about)?;
-    made.create_file(name, 0o644).step("make the place for the mount", &about)?;
+    make_file(root, relative).step("make the place for the mount", &about)?;
     root.resolve(relative).step(STEP, about)
+}
+
+/// As many links as the kernel follows: path_resolution(7).
+const MAX_LINKS: usize = 40;
+
+/// Makes an empty file and the directories that it lies in. A link to a file that is not there is followed inside the root, and its target
+/// made: in many images `/etc/resolv.conf` is one.
+fn make_file(root: &Root, path: &Path) -> io::Result<()> {
+    let mut path = path.to_owned();
+    for _ in 0..=MAX_LINKS {
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        path.pop();
+        let parent = root.make_dir_all(&path, 0o755)?;
+        match parent.create_file(&name, 0o644) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let target = parent.read_link(&name)?;
+                // An absolute target takes the place of the whole path; the root is the container's.
+                path.push(target);
+            }
+            made => return made.map(drop),
+        }
+    }
+    Err(io::Error::from_raw_os_error(ELOOP))
 }
 
 fn relative(path: &[u8]) -> &Path {

@@ -41,6 +41,19 @@ pub struct Layer {
     pub bytes: Vec<u8>,
 }
 
+/// What a layer has at one of its paths.
+#[derive(Debug, Clone, Copy)]
+pub enum Entry<'a> {
+    /// A file with this content.
+    File(&'a [u8]),
+    /// A directory.
+    Directory,
+    /// A symbolic link to this path.
+    Link(&'a str),
+    /// A named pipe.
+    Fifo,
+}
+
 /// The parts of an image as a registry or a layout keeps them.
 #[derive(Debug, Clone)]
 pub struct Sealed {
@@ -191,16 +204,33 @@ impl Layer {
     /// A plain tar with these files: path and content. Paths are taken as they are.
     #[must_use]
     pub fn of_files(files: &[(&str, &[u8])]) -> Self {
+        Self::of_entries(
+            &files.iter().map(|(path, content)| (*path, Entry::File(content))).collect::<Vec<_>>(),
+        )
+    }
+
+    /// A plain tar with these entries. Paths and the targets of links are taken as they are.
+    #[must_use]
+    pub fn of_entries(entries: &[(&str, Entry<'_>)]) -> Self {
         let mut bytes = Vec::new();
-        for (path, content) in files {
+        for (path, entry) in entries {
+            let (kind, mode, content, link): (_, _, &[u8], _) = match entry {
+                Entry::File(content) => (tar::EntryType::Regular, 0o644, content, ""),
+                Entry::Directory => (tar::EntryType::Directory, 0o755, b"", ""),
+                Entry::Link(target) => (tar::EntryType::Symlink, 0o777, b"", *target),
+                Entry::Fifo => (tar::EntryType::Fifo, 0o666, b"", ""),
+            };
             let mut header = tar::Header::new_ustar();
-            let name = path.as_bytes();
-            // Not by set_path, which refuses the paths that hostile images have.
-            for (place, byte) in header.as_old_mut().name.iter_mut().zip(name) {
+            // Not by set_path and set_link_name, which refuse what hostile images have.
+            let old = header.as_old_mut();
+            for (place, byte) in old.name.iter_mut().zip(path.as_bytes()) {
                 *place = *byte;
             }
-            header.set_entry_type(tar::EntryType::Regular);
-            header.set_mode(0o644);
+            for (place, byte) in old.linkname.iter_mut().zip(link.as_bytes()) {
+                *place = *byte;
+            }
+            header.set_entry_type(kind);
+            header.set_mode(mode);
             header.set_size(content.len() as u64);
             header.set_cksum();
             bytes.extend_from_slice(header.as_bytes());

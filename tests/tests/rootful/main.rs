@@ -6,6 +6,7 @@ mod census;
 mod command;
 mod containers;
 mod crictl;
+mod escape;
 mod exec;
 mod images;
 mod isolation;

@@ -15,7 +15,20 @@ const PAUSE: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// When `limit` has passed; the message names `what`.
-pub fn within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn within<T>(limit: Duration, what: &str, look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    within_looks(limit, PAUSE, what, look)
+}
+
+/// [`within`] with another pause between two looks, for those that cost a lot.
+///
+/// # Errors
+/// When `limit` has passed; the message names `what`.
+pub fn within_looks<T>(
+    limit: Duration,
+    pause: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let end = Instant::now() + limit;
     loop {
         let seen = look();
@@ -26,6 +39,6 @@ pub fn within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Result<O
             Err(_) if Instant::now() < end => {}
             Err(error) => return Err(error).with_context(|| format!("{what}: not within {limit:?}")),
         }
-        sleep(PAUSE);
+        sleep(pause);
     }
 }

@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -68,7 +69,9 @@ pub enum Driver {
 /// A running kubelet, killed and cleaned up after on drop.
 #[derive(Debug)]
 pub struct Kubelet {
-    process: Child,
+    process: Mutex<Child>,
+    /// Starts it once more.
+    command: Mutex<Command>,
     dir: PathBuf,
     port: u16,
     http: reqwest::blocking::Client,
@@ -142,6 +145,12 @@ impl Pod {
         self.all_containers()
             .find(|container| container.name == name)
             .with_context(|| format!("no container {name} in {self:?}"))
+    }
+
+    /// Whether this is its name, which may be that of its manifest.
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        self.name == full_name(name)
     }
 
     /// All containers, those for the pod's start first.
@@ -292,28 +301,53 @@ impl Kubelet {
         if place.address {
             command.args(["--node-ip", ADDRESS]);
         }
-        let process = command
+        command
             .args(["--hostname-override", NODE])
             .stdin(Stdio::null())
             .stdout(output.try_clone().context("sharing the kubelet's log")?)
-            .stderr(output)
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
+            .stderr(output);
+        let process = command.spawn().with_context(|| format!("starting {}", program.display()))?;
         let http = match host {
             // The client makes its sockets on a thread that it starts here, and which stays in the namespace.
             Some(host) => host.inside(client)?,
             None => client()?,
         };
-        let mut kubelet = Self { process, dir: dir.to_owned(), port, http, made, driver, cgroup };
+        let (process, command) = (Mutex::new(process), Mutex::new(command));
+        let kubelet = Self { process, command, dir: dir.to_owned(), port, http, made, driver, cgroup };
+        kubelet.answers()?;
+        Ok(kubelet)
+    }
+
+    fn answers(&self) -> Result<()> {
         within(START_OR_END, "the kubelet's API answers", || {
-            if let Some(status) = kubelet.process.try_wait().context("looking after the kubelet")? {
+            if let Some(status) = self.process().try_wait().context("looking after the kubelet")? {
                 // The closure cannot end the wait early; the last error is what will be told.
                 bail!("the kubelet ended by itself: {status}");
             }
-            kubelet.pods().map(Some)
+            self.pods().map(|_| Some(()))
         })
-        .with_context(|| kubelet.last_words())?;
-        Ok(kubelet)
+        .with_context(|| self.last_words())
+    }
+
+    /// Ends the kubelet, which leaves the pods running, and starts it again.
+    ///
+    /// # Errors
+    /// When it does not end, or its API does not answer in time.
+    pub fn restart(&self) -> Result<()> {
+        self.end().context("ending the kubelet")?;
+        let started = self.command.lock().unwrap_or_else(PoisonError::into_inner).spawn();
+        *self.process() = started.context("starting the kubelet again")?;
+        self.answers()
+    }
+
+    fn end(&self) -> Result<()> {
+        let mut process = self.process();
+        kill(Pid::from_raw(i32::try_from(process.id())?), Signal::SIGTERM).context("asking it to end")?;
+        within(START_OR_END, "the kubelet ends", || Ok(process.try_wait()?)).map(drop)
+    }
+
+    fn process(&self) -> MutexGuard<'_, Child> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Who makes the cgroups of its pods.
@@ -412,9 +446,8 @@ impl Kubelet {
     /// # Errors
     /// When the API does not answer, or knows no such pod.
     pub fn pod(&self, name: &str) -> Result<Pod> {
-        let full_name = full_name(name);
         let mut pods = self.pods()?.into_iter();
-        pods.find(|pod| pod.name == full_name).with_context(|| format!("the kubelet knows no pod {name}"))
+        pods.find(|pod| pod.is_called(name)).with_context(|| format!("the kubelet knows no pod {name}"))
     }
 
     /// What a command prints that the kubelet runs in a container. The kubelet takes a line and cuts it at each space,
@@ -504,13 +537,9 @@ impl Kubelet {
 
 impl Drop for Kubelet {
     fn drop(&mut self) {
-        if let Ok(pid) = i32::try_from(self.process.id()) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
-        }
-        let ended = within(START_OR_END, "the kubelet ends", || Ok(self.process.try_wait()?));
-        if ended.is_err() {
-            let _ = self.process.kill();
-            let _ = self.process.wait();
+        if self.end().is_err() {
+            let _ = self.process().kill();
+            let _ = self.process().wait();
         }
         // Volumes of pods that a failed test left, then the root folder itself.
         let root = self.dir.join("root");

@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use berth_cri::v1;
@@ -19,14 +20,17 @@ use nix::unistd::geteuid;
 use crate::census::{mounts_below, status_field};
 use crate::cri::Client;
 use crate::daemon::{Daemon, IMAGE, programs, rootful};
-use crate::deadline::within;
+use crate::deadline::within_looks;
 use crate::kubelet::{ADDRESS, Driver, Kubelet, Place, Pod};
 use crate::program::output;
 use crate::skip::skip;
 
 /// Time for what the kubelet and the runtime do at once or within some of their periods of seconds: for sixty containers, on
 /// a machine whose processor may be emulated.
-pub const SOON: Duration = Duration::from_secs(180);
+const SOON: Duration = Duration::from_secs(400);
+
+/// How long to wait between two looks. Each has the kubelet write long answers, and many tests look at the same time.
+const PAUSE: Duration = Duration::from_millis(300);
 
 /// The files of pods, without those that only some machines can have.
 const PODS: [&str; 9] =
@@ -67,6 +71,8 @@ pub struct Node<'a> {
     // After the kubelet, for that may still use it when it ends.
     runtime: Runtime<'a>,
     client: Client,
+    /// The pods as they were some time less than [`PAUSE`] ago, and when.
+    pods: Mutex<Option<(Instant, Vec<Pod>)>>,
     /// What was on the machine before there were pods.
     before: Vec<String>,
     dir: tempfile::TempDir,
@@ -121,7 +127,7 @@ impl<'a> Node<'a> {
             driver,
             settings: Some("node.conf"),
         })?;
-        let mut node = Self { kubelet, runtime, client, before: Vec::new(), dir };
+        let mut node = Self { kubelet, runtime, client, pods: Mutex::new(None), before: Vec::new(), dir };
         node.before = node.on_the_machine()?;
         node.run_pods().with_context(|| node.last_words())?;
         Ok(node)
@@ -151,11 +157,24 @@ impl<'a> Node<'a> {
     /// # Errors
     /// When it is not in time; the message has what it was instead.
     pub fn pod_that(&self, name: &str, what: &str, is: impl Fn(&Pod) -> Result<bool>) -> Result<Pod> {
-        within(SOON, &format!("{name}: {what}"), || {
-            let pod = self.kubelet.pod(name)?;
+        soon(&format!("{name}: {what}"), || {
+            let pod = self.recent_pod(name)?;
             ensure!(is(&pod)?, "it is {pod:?}");
             Ok(Some(pod))
         })
+    }
+
+    /// The pod as one of the last looks saw it, which many tests share. Each look is later than those that any test has
+    /// had before.
+    fn recent_pod(&self, name: &str) -> Result<Pod> {
+        let mut recent = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if recent.as_ref().is_none_or(|(when, _)| when.elapsed() > PAUSE) {
+            *recent = None;
+            *recent = Some((Instant::now(), self.kubelet.pods()?));
+        }
+        let (_, pods) = recent.as_ref().context("they were just looked at")?;
+        let pod = pods.iter().find(|pod| pod.is_called(name));
+        pod.cloned().with_context(|| format!("the kubelet knows no pod {name}"))
     }
 
     /// The pod, once it is ready.
@@ -284,7 +303,7 @@ impl<'a> Node<'a> {
     fn anew(&self, act: impl FnOnce() -> Result<()>) -> Result<()> {
         let old = self.daemon_pid()?;
         act()?;
-        within(SOON, "another daemon answers", || {
+        soon("another daemon answers", || {
             self.client.version(v1::VersionRequest::default())?;
             Ok((self.daemon_pid()? != old).then_some(()))
         })
@@ -385,6 +404,15 @@ impl Drop for Node<'_> {
                 output(Command::new("ip").args(["address", "delete", &format!("{ADDRESS}/32"), "dev", "lo"]));
         }
     }
+}
+
+/// Looks again and again until `look` has something, as [`within`](crate::deadline::within) does, for as long as things on a
+/// node may take and no more often than a kubelet bears.
+///
+/// # Errors
+/// When that time has passed; the message names `what`.
+pub fn soon<T>(what: &str, look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    within_looks(SOON, PAUSE, what, look)
 }
 
 /// Whether the machine's kernel has AppArmor turned on.

@@ -1,11 +1,10 @@
-//! The daemon goes and comes under all the pods, and none of them notices.
+//! The daemon goes and comes under all the pods, and the kubelet does, and none of the pods notices.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::deadline::within;
 use berth_tests::kubelet::PodContainer;
-use berth_tests::node::{Node, SOON};
+use berth_tests::node::{Node, soon};
 
 use crate::harness::tests;
 use crate::logs::lines;
@@ -16,6 +15,7 @@ tests![
     containers_live_through_a_restart_of_the_daemon,
     containers_live_through_a_kill_of_the_daemon,
     containers_live_through_another_build_of_the_daemon,
+    containers_live_through_a_restart_of_the_kubelet,
     the_new_daemon_starts_and_ends_containers,
 ];
 
@@ -24,7 +24,7 @@ const RESTLESS: [&str; 3] = ["crash-", "refused-", "hooks-"];
 
 /// Answers of `/healthz`, which a node's own supervisor asks.
 fn the_kubelet_says_that_it_is_well(node: &Node<'_>) -> Result<()> {
-    within(SOON, "the kubelet is well", || Ok((node.kubelet.get("/healthz")? == "ok").then_some(())))
+    soon("the kubelet is well", || Ok((node.kubelet.get("/healthz")? == "ok").then_some(())))
 }
 
 fn containers_live_through_a_restart_of_the_daemon(node: &Node<'_>) -> Result<()> {
@@ -37,6 +37,11 @@ fn containers_live_through_a_kill_of_the_daemon(node: &Node<'_>) -> Result<()> {
 
 fn containers_live_through_another_build_of_the_daemon(node: &Node<'_>) -> Result<()> {
     nothing_changes_while(node, |node| node.replace_daemon())
+}
+
+/// It finds by what the runtime tells that there is nothing to do.
+fn containers_live_through_a_restart_of_the_kubelet(node: &Node<'_>) -> Result<()> {
+    nothing_changes_while(node, |node| node.kubelet.restart())
 }
 
 /// Commands run in what the daemons before have started, and what ends is started again.
@@ -54,30 +59,24 @@ fn the_new_daemon_starts_and_ends_containers(node: &Node<'_>) -> Result<()> {
 /// The same containers, with the same ids and no more restarts, ready as before; the log of one goes on without a gap; and the
 /// kubelet has looked at the new daemon several times.
 fn nothing_changes_while(node: &Node<'_>, act: impl FnOnce(&Node<'_>) -> Result<()>) -> Result<()> {
-    let before = within(SOON, "the pods have come to rest", || {
+    let before = soon("the pods have come to rest", || {
         let first = containers(node)?;
         let looks = relists(node)?;
-        within(SOON, "the kubelet looks at the runtime", || Ok((relists(node)? > looks + 1).then_some(())))?;
+        soon("the kubelet looks at the runtime", || Ok((relists(node)? > looks + 1).then_some(())))?;
         Ok((containers(node)? == first).then_some(first))
     })?;
-    let counted = within(SOON, "the steady one counts", || lines(node, "steady").map(Some))?.len();
+    let counted = soon("the steady one counts", || lines(node, "steady").map(Some))?.len();
 
     act(node)?;
 
     // Those that it had asked for before the end may still be on their way.
     let (looks, probes) = (relists(node)?, probed(node, "asked", "Liveness", "successful")?);
-    within(
-        SOON,
-        "the kubelet looks at the runtime again",
-        || Ok((relists(node)? > looks + 5).then_some(())),
-    )?;
-    within(SOON, "probes by command go on", || {
+    soon("the kubelet looks at the runtime again", || Ok((relists(node)? > looks + 5).then_some(())))?;
+    soon("probes by command go on", || {
         Ok((probed(node, "asked", "Liveness", "successful")? > probes + 1).then_some(()))
     })?;
-    within(SOON, "the steady one counts on", || {
-        Ok((lines(node, "steady")?.len() > counted + 20).then_some(()))
-    })?;
-    within(SOON, "everything is ready as before", || {
+    soon("the steady one counts on", || Ok((lines(node, "steady")?.len() > counted + 10).then_some(())))?;
+    soon("everything is ready as before", || {
         let after = containers(node)?;
         for (name, before) in &before {
             let after = after.get(name).with_context(|| format!("{name} is gone"))?;
@@ -87,12 +86,16 @@ fn nothing_changes_while(node: &Node<'_>, act: impl FnOnce(&Node<'_>) -> Result<
     })
 }
 
-/// Every container of the pods that do not change by themselves.
+/// Every container of the pods that do not change by themselves, without what the kubelet remembers of earlier instances: it
+/// has these removed, and forgets them when it ends.
 fn containers(node: &Node<'_>) -> Result<BTreeMap<String, PodContainer>> {
     let mut pods = node.kubelet.pods()?;
     pods.retain(|pod| !RESTLESS.iter().any(|name| pod.name.starts_with(name)));
     let all = pods.iter().flat_map(|pod| {
-        pod.all_containers().map(|container| (format!("{}/{}", pod.name, container.name), container.clone()))
+        pod.all_containers().map(|container| {
+            let container = PodContainer { previous_end: None, ..container.clone() };
+            (format!("{}/{}", pod.name, container.name), container)
+        })
     });
     let all: BTreeMap<_, _> = all.collect();
     ensure!(all.len() > 30, "there are many: {}", all.len());

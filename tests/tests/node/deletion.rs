@@ -2,8 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
-use berth_tests::deadline::within;
-use berth_tests::node::{Node, SOON};
+use berth_tests::node::{Node, soon};
 
 use crate::harness::tests;
 
@@ -14,7 +13,7 @@ fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
     let lines_before = node.evidence("order")?.lines().count();
     node.kubelet.delete_pods()?;
     // The kubelet's API forgets pods of files at once.
-    within(SOON, "no container runs", || {
+    soon("no container runs", || {
         let running = v1::ContainerStateValue { state: v1::ContainerState::ContainerRunning.into() };
         let filter = v1::ContainerFilter { state: Some(running), ..Default::default() };
         let left = node.client().containers(filter)?;
@@ -22,7 +21,7 @@ fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
         ensure!(left.is_empty(), "left: {left:?}");
         Ok(Some(()))
     })?;
-    ensure!(node.kubelet.pods()?.is_empty(), "the kubelet has no pod any more");
+    soon("the kubelet has no pod any more", || Ok(node.kubelet.pods()?.is_empty().then_some(())))?;
 
     ensure!(node.evidence("graceful")? == "ended\n", "the graceful one had its time");
     let stubborn = node.evidence("stubborn")?;
@@ -45,13 +44,13 @@ fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
 
 fn nothing_is_left_of_them(node: &Node<'_>) -> Result<()> {
     // The kubelet collects what has ended once a minute.
-    within(SOON, "the kubelet has the runtime remove everything", || {
+    soon("the kubelet has the runtime remove everything", || {
         let containers = node.client().containers(v1::ContainerFilter::default())?;
         let sandboxes = node.client().sandboxes(v1::PodSandboxFilter::default())?;
         ensure!(containers.is_empty() && sandboxes.is_empty(), "{containers:?} {sandboxes:?}");
         Ok(Some(()))
     })?;
-    within(SOON, "nothing of the pods is on the machine", || {
+    soon("nothing of the pods is on the machine", || {
         let left = node.remains()?;
         ensure!(left.is_empty(), "left: {left:?}");
         Ok(Some(()))

@@ -5,10 +5,9 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::deadline::within;
 use berth_tests::kubelet::Instance;
 use berth_tests::log;
-use berth_tests::node::{Node, SOON};
+use berth_tests::node::{Node, soon};
 
 use crate::harness::tests;
 
@@ -19,19 +18,19 @@ tests![rotation_loses_no_line];
 fn rotation_loses_no_line(node: &Node<'_>) -> Result<()> {
     node.ready_pod("chatty")?;
     node.kubelet.run("chatty", "main", "touch /tmp/begin")?;
-    within(SOON, "the kubelet has rotated three times and compressed", || {
+    soon("the kubelet has rotated three times and compressed", || {
         let files = files(node, "chatty")?;
         let compressed = files.iter().any(|path| path.extension().is_some_and(|end| end == "gz"));
         ensure!(files.len() > 3 && compressed, "the files are {files:?}");
         Ok(Some(()))
     })?;
     node.kubelet.run("chatty", "main", "touch /tmp/end")?;
-    let count = within(SOON, "all lines are in the log", || {
+    let count = soon("all lines are in the log", || {
         let lines = lines(node, "chatty")?;
         ensure!(lines.last().is_some_and(|line| line.ends_with(" is the last")), "{} lines", lines.len());
         Ok(Some(lines.len()))
     })?;
-    within(SOON, "the kubelet's API gives the newest file", || {
+    soon("the kubelet's API gives the newest file", || {
         let newest = node.kubelet.log("chatty", "main", Instance::Current)?;
         // Empty, when the last line was also the last before a rotation.
         let last = newest.lines().last().map(number).transpose()?;

@@ -1,8 +1,7 @@
 //! Probes of every kind, asked in every way: what they say decides what the kubelet does.
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::deadline::within;
-use berth_tests::node::{Node, SOON};
+use berth_tests::node::{Node, soon};
 
 use crate::harness::tests;
 
@@ -15,7 +14,7 @@ tests![
 /// Nothing else is asked before the startup probe succeeds; readiness comes and goes without a restart; a liveness probe that
 /// fails restarts the container, and the new instance begins anew.
 fn over_http_a_container_starts_is_ready_and_is_restarted(node: &Node<'_>) -> Result<()> {
-    within(SOON, "the startup probe asks more than once", || {
+    soon("the startup probe asks more than once", || {
         Ok((probed(node, "web", "Startup", "failed")? >= 2).then_some(()))
     })?;
     let web = node.kubelet.pod("probes")?.container("web")?.clone();
@@ -29,7 +28,7 @@ fn over_http_a_container_starts_is_ready_and_is_restarted(node: &Node<'_>) -> Re
 
     node.kubelet.run("probes", "web", "touch /srv/started")?;
     node.pod_that("probes", "web has started", |pod| Ok(pod.container("web")?.started))?;
-    within(SOON, "web is asked whether it is ready", || {
+    soon("web is asked whether it is ready", || {
         Ok((probed(node, "web", "Readiness", "failed")? >= 1).then_some(()))
     })?;
     ensure!(!node.kubelet.pod("probes")?.container("web")?.ready, "it is not ready");
@@ -66,7 +65,7 @@ fn by_commands_a_container_is_ready_and_is_restarted(node: &Node<'_>) -> Result<
         pod.container("asked")?.id == first.container("asked")?.id,
         "readiness restarts nothing: {pod:?}"
     );
-    within(SOON, "nothing is left of the command that took too long", || {
+    soon("nothing is left of the command that took too long", || {
         let processes = node.kubelet.run("probes", "asked", "ps")?;
         ensure!(!processes.contains("sleep 1000\n"), "processes: {processes}");
         Ok(Some(()))
@@ -82,7 +81,7 @@ fn by_commands_a_container_is_ready_and_is_restarted(node: &Node<'_>) -> Result<
 /// The program runs on, but nobody listens any more.
 fn by_connections_a_container_is_restarted(node: &Node<'_>) -> Result<()> {
     node.pod_that("probes", "listener runs", |pod| Ok(pod.container("listener")?.ready))?;
-    within(SOON, "listener is asked", || {
+    soon("listener is asked", || {
         Ok((probed(node, "listener", "Liveness", "successful")? >= 1).then_some(()))
     })?;
     let listener = node.kubelet.run("probes", "listener", "cat /tmp/listener")?;

@@ -2,10 +2,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::cgroup::CpuLimit;
-use berth_tests::deadline::within;
 use berth_tests::kubelet::Pod;
 use berth_tests::kubepods::Limits;
-use berth_tests::node::{Node, SOON};
+use berth_tests::node::{Node, soon};
 
 use crate::harness::tests;
 
@@ -89,7 +88,7 @@ fn what_uses_more_than_it_may_is_throttled(node: &Node<'_>) -> Result<()> {
         count.context("no nr_throttled")?.parse().context("nr_throttled")
     };
     let before = throttled()?;
-    within(SOON, "it is throttled in several periods", || Ok((throttled()? >= before + 5).then_some(())))
+    soon("it is throttled in several periods", || Ok((throttled()? >= before + 5).then_some(())))
 }
 
 fn limits(node: &Node<'_>, pod: &Pod, container: &str) -> Result<Limits> {

@@ -1,8 +1,7 @@
 //! What the kubelet tells about the use of resources: to autoscalers, to `kubectl top`, and to those who draw curves.
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::deadline::within;
-use berth_tests::node::{Node, SOON};
+use berth_tests::node::{Node, soon};
 use serde_json::Value;
 
 use crate::harness::tests;
@@ -27,7 +26,7 @@ fn the_summary_has_every_pod(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
         node.ready_pod(name)?;
         // The kubelet looks anew every ten seconds.
-        within(SOON, "the summary is complete", || {
+        soon("the summary is complete", || {
             let summary: Value =
                 serde_json::from_str(&node.kubelet.get("/stats/summary")?).context("reading the summary")?;
             let pods = summary.pointer("/pods").and_then(Value::as_array).context("no pods")?;
@@ -62,7 +61,7 @@ fn resource_metrics_have_every_container(node: &Node<'_>) -> Result<()> {
         let pod = node.ready_pod(name)?.name;
         for container in containers {
             for metric in ["container_cpu_usage_seconds_total", "container_memory_working_set_bytes"] {
-                within(SOON, &format!("{metric} of {container} of {pod}"), || {
+                soon(&format!("{metric} of {container} of {pod}"), || {
                     let metrics = node.kubelet.get("/metrics/resource")?;
                     let labels =
                         format!("{metric}{{container=\"{container}\",namespace=\"default\",pod=\"{pod}\"}} ");
@@ -84,7 +83,7 @@ fn cadvisor_metrics_have_every_container(node: &Node<'_>) -> Result<()> {
                 format!("pod=\"{pod}\""),
                 "namespace=\"default\"".into(),
             ];
-            within(SOON, &format!("{container} of {pod} in /metrics/cadvisor"), || {
+            soon(&format!("{container} of {pod} in /metrics/cadvisor"), || {
                 let metrics = node.kubelet.get("/metrics/cadvisor")?;
                 let found = metrics.lines().any(|line| {
                     line.starts_with("container_memory_working_set_bytes{")

@@ -149,7 +149,16 @@ impl<'a> Node<'a> {
         if has_apparmor() {
             self.kubelet.run_pods("apparmor", &words)?;
         }
-        Ok(())
+        self.resize("100m", "64Mi")
+    }
+
+    /// Gives the pod `resized` these limits.
+    ///
+    /// # Errors
+    /// When the manifest cannot be written.
+    pub fn resize(&self, cpu: &str, memory: &str) -> Result<()> {
+        let words = [("IMAGE", IMAGE), ("IDLE", IDLE), ("CPU", cpu), ("MEMORY", memory)];
+        self.kubelet.run_pods("resized", &words)
     }
 
     /// The pod, once a look at it is what `is` wants.

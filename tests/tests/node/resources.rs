@@ -14,6 +14,7 @@ tests![
     a_best_effort_pod_has_none,
     limits_of_a_pod_as_a_whole_are_in_force,
     what_uses_more_than_it_may_is_throttled,
+    limits_change_in_place,
 ];
 
 /// What `podPidsLimit` in `node.conf` says.
@@ -89,6 +90,29 @@ fn what_uses_more_than_it_may_is_throttled(node: &Node<'_>) -> Result<()> {
     };
     let before = throttled()?;
     soon("it is throttled in several periods", || Ok((throttled()? >= before + 5).then_some(())))
+}
+
+/// Up and down, for the pod and its container, which sees it too and is not started again.
+fn limits_change_in_place(node: &Node<'_>) -> Result<()> {
+    let before = node.ready_pod("resized")?;
+    for (cpu, milli, memory, bytes) in [("250m", 250, "96Mi", 96 << 20), ("123m", 123, "48Mi", 48 << 20)] {
+        node.resize(cpu, memory)?;
+        soon(&format!("{cpu} and {memory} are in force"), || {
+            for limits in [node.kubelet.pod_cgroup(&before).limits()?, limits(node, &before, "main")?] {
+                ensure!(
+                    limits.cpu == Some(milli_cpu(milli)) && limits.memory_bytes == Some(bytes),
+                    "{limits:?}"
+                );
+            }
+            Ok(Some(()))
+        })?;
+        let seen = seen_memory(node, "resized", "main")?;
+        ensure!(seen == bytes.to_string(), "it sees {seen}");
+    }
+    let pod = node.kubelet.pod("resized")?;
+    let (before, after) = (before.container("main")?, pod.container("main")?);
+    ensure!(before == after, "it is the same container: {before:?}, and now {after:?}");
+    Ok(())
 }
 
 fn limits(node: &Node<'_>, pod: &Pod, container: &str) -> Result<Limits> {

@@ -375,20 +375,6 @@ impl Kubelet {
         entries.filter_map(Result::ok).map(|entry| entry.path()).collect()
     }
 
-    /// Gives the kubelet the static pod of `tests/kubelet/pod.yaml` with `image` in every container, and returns the
-    /// pod's name.
-    ///
-    /// # Errors
-    /// When a file cannot be read or written.
-    pub fn run_pod(&self, image: &str) -> Result<String> {
-        let manifest = template("pod.yaml", &[("DIR", &self.dir.to_string_lossy()), ("IMAGE", image)])?;
-        // Renamed into place, or the kubelet may read half of it.
-        let written = self.dir.join("pod.yaml");
-        fs::write(&written, manifest).context("writing the manifest")?;
-        fs::rename(&written, self.manifest()).context("handing over the manifest")?;
-        Ok(format!("web-{NODE}"))
-    }
-
     /// Gives the kubelet the static pods of the file `tests/kubelet/pods/NAME.yaml` (YAML documents, one for each pod) with
     /// these words filled in: `@WORD@` with its value.
     ///
@@ -417,14 +403,6 @@ impl Kubelet {
                 .context("removing a manifest")?;
         }
         Ok(())
-    }
-
-    /// Takes the manifest away; the kubelet then ends the pod.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn delete_pod(&self) -> Result<()> {
-        fs::remove_file(self.manifest()).context("removing the manifest")
     }
 
     /// The pods that the kubelet has, as its API reports them.
@@ -528,10 +506,6 @@ impl Kubelet {
             bail!("{path} answers {status}: {text}");
         }
         Ok(text)
-    }
-
-    fn manifest(&self) -> PathBuf {
-        self.dir.join("manifests/web.yaml")
     }
 }
 

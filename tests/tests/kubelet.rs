@@ -76,13 +76,14 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     let client = Client::new(runtime.socket())?;
     let mounts_before = mounts_below(runtime.dir());
 
-    let name = kubelet.run_pod(IMAGE)?;
-    let pod = within(SOON, "the pod is ready", || Ok(Some(kubelet.pod(&name)?).filter(|pod| pod.ready)))?;
+    let evidence = kubelet.evidence();
+    kubelet.run_pods("web", &[("IMAGE", IMAGE), ("EVIDENCE", &evidence.to_string_lossy())])?;
+    let pod = within(SOON, "the pod is ready", || Ok(Some(kubelet.pod("web")?).filter(|pod| pod.ready)))?;
     began_as_the_manifest_says(kubelet, &pod)?;
     limits_are_those_of_the_manifest(kubelet, &pod)?;
 
     for absence in ABSENCES {
-        let counted = count(kubelet, &name, Instance::Current)?;
+        let counted = count(kubelet, &pod.name, Instance::Current)?;
         runtime.crash(absence)?;
         within(SOON, "CRI answers again", || Ok(Some(client.version(v1::VersionRequest::default())?)))?;
         containers_live_on(kubelet, &pod, counted)
@@ -93,7 +94,7 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     probes_go_on(kubelet)?;
 
     let ids: Vec<&str> = pod.containers.iter().map(|container| container.id.as_str()).collect();
-    kubelet.delete_pod()?;
+    kubelet.delete_pods()?;
     ends_gracefully(kubelet, &ids)?;
     leaves_nothing(kubelet, &client, runtime, &mounts_before)
 }

@@ -473,10 +473,15 @@ pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
 /// None in practice.
 pub fn reset_signals() -> io::Result<()> {
     use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+    // Past the C library, which keeps signals 32 and up for itself: posix_spawn(3) of glibc leaves them ignored in a child, and ignored
+    // they would stay in a program whose C library has other uses for them.
+    let by_default = [0_u64; 4];
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL installs no function. SIGKILL, SIGSTOP and the C library's own signals refuse with EINVAL,
-        // which is what is wanted for them.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: all zero bytes are a kernel sigaction without a function, flags and mask; 8 is the length of its mask. SIGKILL and SIGSTOP
+        // refuse with EINVAL, which is what is wanted for them.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, by_default.as_ptr(), std::ptr::null_mut::<u64>(), 8)
+        };
     }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
     Ok(())

@@ -89,7 +89,8 @@ pub enum DevicePolicy {
 }
 
 /// The devices that every container may use: those that the OCI runtime-spec ("Default Devices") puts into its /dev, pseudo-terminals, and
-/// making (not opening) any node, which package managers and image builders do.
+/// making (not opening) any node, which package managers and image builders do. Not 5:1: a container's /dev/console is a pseudo-terminal,
+/// and that device is the console of the host.
 #[must_use]
 pub fn default_devices() -> Vec<DeviceRule> {
     let any = |kind| DeviceRule { kind, major: None, minor: None, access: Access::MKNOD };
@@ -104,7 +105,6 @@ pub fn default_devices() -> Vec<DeviceRule> {
         char(1, Some(8)), // /dev/random
         char(1, Some(9)), // /dev/urandom
         char(5, Some(0)), // /dev/tty
-        char(5, Some(1)), // /dev/console
         char(5, Some(2)), // /dev/ptmx
         char(136, None),  // /dev/pts/*: Unix98 terminals
     ]

@@ -3,8 +3,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -12,10 +13,12 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
 use berth_tests::census::mounts_below;
 use berth_tests::cri::image_spec;
-use berth_tests::daemon::{Daemon, rootful};
+use berth_tests::daemon::{Daemon, programs, rootful};
 use berth_tests::forge::{Entry, Image, Layer, sha256};
-use berth_tests::pod::{Container, idle, security, shell, words};
+use berth_tests::pod::{Container, container, idle, security, shell, words};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use serde_json::json;
+use tonic::Code;
 
 /// A folder of the host that nobody was given: all that is in it has to stay as it is.
 struct Canary {
@@ -393,5 +396,320 @@ fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> R
         assert_eq!(pod.run_container(config)?.stdout, "Name:\tberth-pause\nown\n");
         assert_eq!(seen_by(&looks)?, BTreeSet::from(["over".to_owned()]));
         canary.is_untouched()
+    })
+}
+
+/// CVE-2019-5736: a program whose interpreter is `/proc/self/exe`, in place of the entrypoint and of 200 commands, and a writer that may
+/// trace and opens the program of every process.
+#[test]
+fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() -> Result<()> {
+    const EXECS: usize = 200;
+    rootful(|daemon| {
+        let folder = programs()?;
+        let hashes = || -> Result<Vec<String>> {
+            ["berthd", "berth-shim", "berth"]
+                .iter()
+                .map(|name| Ok(sha256(&fs::read(folder.join(name))?)))
+                .collect()
+        };
+        let before = hashes()?;
+        let shared = daemon.folder("shared")?;
+        fs::write(shared.join("evil"), "#!/proc/self/exe\n")?;
+        fs::set_permissions(shared.join("evil"), fs::Permissions::from_mode(0o755))?;
+        let pod = daemon.pod("write")?;
+        let with_volume = |mut config: v1::ContainerConfig| {
+            config.mounts = vec![volume(&shared, "/volume")];
+            config
+        };
+        let write = "while [ ! -e /tmp/over ]; do for p in /proc/[0-9]*; do { echo evil > $p/exe; } 2>/dev/null && echo wrote $p; done; done; echo over";
+        let main = pod.start(with_volume(may_trace(shell("writes", write))))?;
+        let shim = main.shim_pid()?;
+        let own = sha256(&fs::read(format!("/proc/{shim}/exe"))?);
+        for _ in 0..EXECS {
+            // Refused by the kernel or ended with an error; which one is the kernel's matter.
+            let _ = main.exec(&["/volume/evil"]);
+        }
+        let _ = pod.start(with_volume(container("entrypoint", &["/volume/evil"])));
+        main.sh("touch /tmp/over")?;
+        assert_eq!(seen_by(&main)?, BTreeSet::from(["over".to_owned()]));
+        assert_eq!(hashes()?, before);
+        let mut next = pod.idle("next")?.shim_pid()?;
+        assert_eq!(sha256(&fs::read(format!("/proc/{next}/exe"))?), own, "shims are what they were");
+        daemon.crash()?;
+        next = pod.idle("after")?.shim_pid()?;
+        assert_eq!(sha256(&fs::read(format!("/proc/{next}/exe"))?), own, "those of the next daemon too");
+        Ok(())
+    })
+}
+
+/// The masks and read-only paths that a kubelet of today asks for.
+const MASKED: &[&str] = &[
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+];
+
+/// Root of a container without CAP_SYS_ADMIN takes masks away, mounts over them, or mounts a procfs of its own; also without a filter, and
+/// as root of a user namespace that it makes.
+#[test]
+fn masks_and_read_only_paths_cannot_be_taken_away_from_inside() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("masks")?;
+        // How much of what is masked can be read, and whether what is read-only takes writes.
+        let state = "for p in $MASKED; do [ ! -e $p ] || [ -z \"$(ls -A $p/ 2>/dev/null; cat $p 2>/dev/null | head -c 1)\" ] || echo open $p; done; \
+            for p in /proc/sys/kernel/hostname /proc/irq/default_smp_affinity /proc/sysrq-trigger; do { echo x > $p; } 2>/dev/null && echo wrote $p; done;";
+        let tries = "for p in $MASKED /proc/sys /proc/irq /proc/sysrq-trigger; do \
+            umount $p; umount -l $p; mount -o remount,rw $p; mount -o remount,rw,bind $p; mount --bind /tmp $p; mount --move $p /tmp/place; done 2>/dev/null;";
+        let inside = format!(
+            "mkdir -p /tmp/proc; mount -t proc proc /tmp/proc 2>/dev/null && echo a procfs of its own; {tries} {state}"
+        );
+        let script = format!(
+            "mkdir -p /tmp/place; echo start; {state} {tries} {state} \
+             unshare -U -r -m -p -f sh -c '{inside}' 2>/dev/null; unshare -m sh -c '{inside}' 2>/dev/null; {state} echo end"
+        );
+        for (name, unconfined) in [("filtered", false), ("without-a-filter", true)] {
+            let mut config = shell(name, &script);
+            config.envs =
+                vec![v1::KeyValue { key: "MASKED".to_owned(), value: MASKED.join(" ").into_bytes() }];
+            security(&mut config).masked_paths = words(MASKED);
+            if unconfined {
+                security(&mut config).seccomp = None;
+            }
+            let ended = pod.run_container(config)?;
+            assert_eq!(ended.stdout, "start\nend\n", "{name}: {}", ended.stderr);
+        }
+        // The same script sees what is open when nothing is masked.
+        let mut config = shell("open", &format!("{state} echo end"));
+        config.envs = vec![v1::KeyValue { key: "MASKED".to_owned(), value: MASKED.join(" ").into_bytes() }];
+        security(&mut config).masked_paths.clear();
+        security(&mut config).readonly_paths = words(&["/proc/sysrq-trigger", "/proc/irq"]);
+        let said = pod.run_container(config)?.stdout;
+        for line in ["open /proc/interrupts", "open /proc/timer_list", "wrote /proc/sys/kernel/hostname"] {
+            ensure!(said.contains(line), "{line}: {said}");
+        }
+        Ok(())
+    })
+}
+
+/// Devices that a node has, by kind and number: Linux's admin-guide/devices.txt.
+const DEVICES: &[(&str, &str, &str)] = &[
+    ("c", "1", "1"),
+    ("c", "1", "4"),
+    ("c", "1", "11"),
+    ("c", "5", "1"),
+    ("c", "10", "200"),
+    ("c", "10", "229"),
+    ("c", "10", "232"),
+    ("c", "10", "237"),
+    ("c", "10", "203"),
+    ("b", "7", "0"),
+    ("b", "8", "0"),
+    ("b", "254", "0"),
+];
+
+#[test]
+fn devices_stay_closed_for_program_and_exec_when_the_daemon_starts_anew_or_limits_change() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("devices")?;
+        let nodes: String =
+            DEVICES.iter().enumerate().fold(String::new(), |text, (number, (kind, major, minor))| {
+                text + &format!("mknod /tmp/d{number} {kind} {major} {minor}; ")
+            });
+        // Opening without reading: some devices wait.
+        let open = "for d in /tmp/d*; do why=$( ( : < $d ) 2>&1 ) && echo opened $d; case $why in *'not permitted'*) ;; *) echo $d $why; esac; done";
+        let main =
+            pod.start(shell("main", &format!("{nodes} echo made; while :; do {open}; sleep 0.1; done")))?;
+        main.says("made")?;
+        assert_eq!(main.sh(open)?, "");
+        daemon.crash()?;
+        assert_eq!(main.sh(open)?, "", "for a new daemon");
+        let resources = v1::LinuxContainerResources { cpu_shares: 512, ..Default::default() };
+        daemon.client().update_container_resources(v1::UpdateContainerResourcesRequest {
+            container_id: main.id.clone(),
+            linux: Some(resources),
+            ..Default::default()
+        })?;
+        assert_eq!(main.sh(open)?, "", "after an update");
+        main.stop(0)?;
+        assert_eq!(main.ended()?.stdout, "made\n", "the program itself opened none");
+        Ok(())
+    })
+}
+
+/// What somebody without rights on the host, and root in a container on the host's network, can get at.
+#[test]
+fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -> Result<()> {
+    rootful(|daemon| {
+        // Not by the folder of the test itself.
+        fs::set_permissions(daemon.dir(), fs::Permissions::from_mode(0o755))?;
+        let pod = daemon.pod("closed")?;
+        let main = pod.idle("main")?;
+        let listed =
+            Command::new("find").args([daemon.root(), daemon.state(), daemon.socket()]).output()?.stdout;
+        let listed = String::from_utf8_lossy(&listed).into_owned();
+        for part in ["shim.sock", "record", "layers", "hosts"] {
+            ensure!(listed.contains(part), "{part} is not among what is looked for");
+        }
+        let list = daemon.dir().join("list");
+        fs::write(&list, &listed)?;
+        fs::set_permissions(&list, fs::Permissions::from_mode(0o644))?;
+        let look =
+            "while read -r p; do for how in r w x; do [ -$how \"$p\" ] && echo \"$how $p\"; done; done";
+        let nobody = |program: &str| -> Result<String> {
+            let output = Command::new("setpriv")
+                .args(["--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", program])
+                .stdin(fs::File::open(&list)?)
+                .output()?;
+            ensure!(
+                output.status.success() || !output.stdout.is_empty() || output.stderr.is_empty(),
+                "{output:?}"
+            );
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        // The folder that systemd makes for root and state may be entered; nothing in it.
+        assert_eq!(nobody(&format!("{look}; true"))?, "");
+        assert_eq!(
+            nobody(&format!(
+                "find {} {} -mindepth 1 2>/dev/null; true",
+                daemon.root().display(),
+                daemon.state().display()
+            ))?,
+            ""
+        );
+        let file = daemon.dir().join("list");
+        assert_eq!(
+            nobody(&format!("[ -r {} ] && echo r", file.display()))?,
+            "r\n",
+            "what is open is seen as open"
+        );
+
+        let mut config = daemon.pod_config("hosts");
+        let linux = config.linux.get_or_insert_default();
+        let hosts_network = v1::NamespaceOption {
+            network: v1::NamespaceMode::Node.into(),
+            pid: v1::NamespaceMode::Container.into(),
+            ..Default::default()
+        };
+        linux.security_context.get_or_insert_default().namespace_options = Some(hosts_network.clone());
+        let on_host = daemon.pod_of(config)?;
+        let said = on_host.script(
+            "cat /proc/net/unix | grep -c '@'; cat /proc/net/tcp /proc/net/tcp6 /proc/net/udp /proc/net/udp6 | grep -v local_address; \
+             ls /proc/net/unix",
+            |config| security(config).namespace_options = Some(hosts_network.clone()),
+        );
+        // grep counts none and fails; the pipe's end does not.
+        assert_eq!(said?, "0\n/proc/net/unix\n", "no abstract socket, and no port");
+        main.remove()?;
+        Ok(())
+    })
+}
+
+/// Words that other runtimes, and tools beside them, take as orders; to this one they are text.
+const ORDERS: &[(&str, &str)] = &[
+    ("org.systemd.property.ExecStart", "'/bin/touch'"),
+    ("run.oci.handler", "krun"),
+    ("run.oci.hooks.stdout", "/etc/passwd"),
+    ("run.oci.keep_original_groups", "1"),
+    ("run.oci.systemd.subgroup", "../../x"),
+    ("io.kubernetes.cri-o.userns-mode", "auto"),
+    ("io.kubernetes.cri-o.Devices", "/dev/mem:/dev/mem:rwm"),
+    ("io.kubernetes.cri-o.UnifiedCgroup.main", "memory.max=max"),
+    ("io.kubernetes.cri-o.cgroup2-mount-hierarchy-rw", "true"),
+    ("io.katacontainers.config.hypervisor.path", "/bin/sh"),
+    ("io.kubernetes.cri.untrusted-workload", "true"),
+    ("containerd.io/restart.status", "running"),
+    ("containerd.io/restart.loguri", "binary:///bin/sh"),
+    ("io.containerd.image.config.stop-signal", "9"),
+    ("io.cri-containerd.image", "managed"),
+    ("berth.v1/privileged", "true"),
+    ("seccomp.security.alpha.kubernetes.io/pod", "unconfined"),
+    ("container.apparmor.security.beta.kubernetes.io/main", "unconfined"),
+    ("io.kubernetes.container.terminationMessagePath", "/etc/passwd"),
+];
+
+/// CVE-2024-3154, CVE-2026-44210, CVE-2026-53488: annotations of a pod and a container, and labels of an image.
+#[test]
+fn annotations_and_an_images_labels_order_nothing_and_stay_where_they_are() -> Result<()> {
+    const VIEW: &str = "cat /proc/self/status | grep -e Umask -e id: -e Groups -e Sig[BIC] -e Cap -e NoNew -e Seccomp -e Cpus; cat /proc/self/limits; \
+        cat /proc/mounts | cut -d' ' -f2-3; ls /dev; cat /proc/self/cgroup | wc -l; env; id; cat /proc/self/attr/current 2>/dev/null; umask";
+    rootful(|daemon| {
+        let orders: std::collections::BTreeMap<String, String> =
+            ORDERS.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let plain = daemon.pod("same")?;
+        let expected = plain.script(VIEW, |_| {})?;
+        plain.remove()?;
+        let labels: serde_json::Map<String, serde_json::Value> =
+            ORDERS.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+        let ports: serde_json::Map<String, serde_json::Value> =
+            (1..=65_535).map(|port| (format!("{port}/tcp"), json!({}))).collect();
+        let folder = daemon.folder("labelled")?;
+        Image::demo()?
+            .with("Labels", json!(labels))
+            .with("ExposedPorts", json!(ports))
+            .with("ArgsEscaped", json!(true))
+            .with("Shell", json!(["/bin/false", "-c"]))
+            .with("OnBuild", json!(["RUN touch /x"]))
+            .with("Healthcheck", json!({"Test": ["CMD-SHELL", "touch /x"], "Interval": 1}))
+            .write_layout(&folder, "localhost/labelled:1")?;
+        daemon.client().import(&folder)?;
+        let mut config = daemon.pod_config("same");
+        config.log_directory.push_str("-labelled");
+        config.annotations.clone_from(&orders);
+        let pod = daemon.pod_of(config)?;
+        let said = pod.script(VIEW, |config| {
+            config.annotations.clone_from(&orders);
+            config.image = Some(image_spec("localhost/labelled:1"));
+        })?;
+        let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        for (now, before) in lines(&said).into_iter().zip(lines(&expected)) {
+            assert_eq!(now, before);
+        }
+        assert_eq!(said.len(), expected.len());
+        for container in daemon.client().containers(v1::ContainerFilter::default())? {
+            assert_eq!(
+                (container.labels.len(), container.annotations.len()),
+                (0, ORDERS.len()),
+                "{container:?}"
+            );
+        }
+        // What orders devices by their names is not offered, and not passed over either.
+        let mut config = idle("cdi");
+        config.annotations.insert("cdi.k8s.io/device".to_owned(), "vendor.com/class=all".to_owned());
+        assert_eq!(pod.create(config).err().map(|refused| refused.code()), Some(Code::Unimplemented));
+        // A million ports are more than a configuration may have.
+        let folder = daemon.folder("ports")?;
+        let ports: serde_json::Map<String, serde_json::Value> =
+            (0..1_000_000).map(|port| (format!("{port}/tcp"), json!({}))).collect();
+        Image::demo()?.with("ExposedPorts", json!(ports)).write_layout(&folder, "localhost/ports:1")?;
+        let refused = daemon.client().import(&folder).err().context("too long a configuration")?;
+        ensure!(refused.message().contains("4 MiB"), "{refused}");
+        for (number, signal) in
+            ["SIGNOTHING", "-9", "0", "99999999999", "kill; touch /x", "SIGKILL\n"].iter().enumerate()
+        {
+            let (folder, name) =
+                (daemon.folder(&format!("signal-{number}"))?, format!("localhost/signal:{number}"));
+            Image::demo()?.with("StopSignal", json!(signal)).write_layout(&folder, &name)?;
+            daemon.client().import(&folder)?;
+            let mut config = idle(&format!("signal-{number}"));
+            config.image = Some(image_spec(&name));
+            // Refused in words, or taken as if it were not there: it ends at the usual signal.
+            match pod.start(config) {
+                Ok(main) => {
+                    main.stop(20)?;
+                    assert_eq!(main.ended()?.status.exit_code, 0, "{signal:?}");
+                }
+                Err(refused) => ensure!(refused.message().contains("ignal"), "{signal:?}: {refused}"),
+            }
+        }
+        Ok(())
     })
 }

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Setup, rootful, rootful_with};
-use berth_tests::pod::{idle, security, words};
+use berth_tests::pod::{container, idle, security, words};
 
 /// The capabilities that images are written for: Docker's and containerd's default set, by number (capability.h).
 const DEFAULT: [u32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
@@ -339,6 +339,60 @@ fn resource_limits_of_a_program_do_not_depend_on_how_the_daemon_was_started() ->
             );
         }
         assert_eq!(main.sh("umask")?, "0022\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_program_inherits_no_signals_that_are_ignored_or_blocked() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("inherits")?;
+        // Without a shell, which has ideas of its own.
+        let states = ["grep", "-e", "^SigBlk", "-e", "^SigIgn", "/proc/self/status"];
+        let none = "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n";
+        assert_eq!(pod.run_container(container("program", &states))?.stdout, none);
+        assert_eq!(pod.idle("main")?.exec(&states)?.stdout, none, "exec");
+        Ok(())
+    })
+}
+
+/// What /proc says of the privileges of a process.
+const PRIVILEGES: &str = "grep -e ^Uid -e ^Gid -e ^Groups -e ^Cap -e ^NoNewPrivs -e ^Seccomp /proc/$WHO/status; umask; cat /proc/$WHO/limits; id";
+
+#[test]
+fn exec_has_the_privileges_of_the_program_in_every_security_context() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("contexts")?;
+        let id = |value: i64| Some(v1::Int64Value { value });
+        let mut number = 0;
+        for (user, group) in [(None, None), (id(0), id(7)), (id(1000), None), (id(4242), id(4343))] {
+            for (add, ambient, drop) in [
+                (&[][..], &[][..], &[][..]),
+                (&["NET_ADMIN"], &[], &["ALL"]),
+                (&["KILL"], &["NET_RAW"], &["CHOWN"]),
+            ] {
+                for no_new_privs in [false, true] {
+                    number += 1;
+                    let mut config = idle(&format!("c{number}"));
+                    let context = security(&mut config);
+                    (context.run_as_user, context.run_as_group) = (user, group);
+                    context.no_new_privs = no_new_privs;
+                    context.supplemental_groups = vec![77, 88];
+                    context.supplemental_groups_policy = number % 2;
+                    context.capabilities = Some(v1::Capability {
+                        add_capabilities: words(add),
+                        add_ambient_capabilities: words(ambient),
+                        drop_capabilities: words(drop),
+                    });
+                    let what = format!("{context:?}");
+                    let main = pod.start(config)?;
+                    let of = |who: &str| main.sh(&PRIVILEGES.replace("$WHO", who));
+                    assert_eq!(of("1")?, of("self")?, "{what}");
+                    main.remove()?;
+                }
+            }
+        }
+        assert_eq!(number, 24);
         Ok(())
     })
 }

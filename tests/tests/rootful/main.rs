@@ -20,4 +20,5 @@ mod resources;
 mod shim;
 mod stats;
 mod stop;
+mod syscalls;
 mod users;

@@ -95,7 +95,8 @@ fn what_uses_more_than_it_may_is_throttled(node: &Node<'_>) -> Result<()> {
 /// Up and down, for the pod and its container, which sees it too and is not started again.
 fn limits_change_in_place(node: &Node<'_>) -> Result<()> {
     let before = node.ready_pod("resized")?;
-    for (cpu, milli, memory, bytes) in [("250m", 250, "96Mi", 96 << 20), ("123m", 123, "48Mi", 48 << 20)] {
+    // In whole percent: with systemd a kubelet rounds the quota of a pod up to that.
+    for (cpu, milli, memory, bytes) in [("250m", 250, "96Mi", 96 << 20), ("120m", 120, "48Mi", 48 << 20)] {
         node.resize(cpu, memory)?;
         soon(&format!("{cpu} and {memory} are in force"), || {
             for limits in [node.kubelet.pod_cgroup(&before).limits()?, limits(node, &before, "main")?] {

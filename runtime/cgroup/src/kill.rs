@@ -135,25 +135,32 @@ impl Cgroup {
 }
 
 /// A v1 freezer, thawed when this goes out of scope, also on the way out of an error: a frozen cgroup cannot die and would outlive its pod.
-struct Frozen {
-    state: PathBuf,
+/// With it those below, which a container may have frozen by itself.
+struct Frozen<'a> {
+    dir: &'a Path,
 }
 
-impl Frozen {
+/// freezer-subsystem.txt of the kernel's cgroup v1 documents.
+const STATE: &str = "freezer.state";
+
+impl<'a> Frozen<'a> {
     /// Asks for the freeze and does not wait for it: who is still moving is caught in the next round.
-    fn new(dir: &Path) -> Result<Self, Error> {
-        let frozen = Self { state: dir.join("freezer.state") };
-        match control_file::write(&frozen.state, "FROZEN") {
+    fn new(dir: &'a Path) -> Result<Self, Error> {
+        let frozen = Self { dir };
+        match control_file::write(&dir.join(STATE), "FROZEN") {
             Err(Error::Write { source, .. }) if control_file::is_gone(&source) => Ok(frozen),
             other => other.map(|()| frozen),
         }
     }
 }
 
-impl Drop for Frozen {
+impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        // Cannot be refused but for the cgroup being gone.
-        let _ = control_file::write_value(&self.state, "THAWED");
+        let below = control_file::tree(self.dir).unwrap_or_default();
+        for dir in below.iter().map(PathBuf::as_path).chain([self.dir]) {
+            // Cannot be refused but for the cgroup being gone.
+            let _ = control_file::write_value(&dir.join(STATE), "THAWED");
+        }
     }
 }
 

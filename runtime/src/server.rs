@@ -22,6 +22,10 @@ const LAST_CALLS: Duration = Duration::from_secs(3);
 /// How long somebody who listens may take to take a connection.
 const ANSWER: Duration = Duration::from_secs(1);
 
+/// How long to wait when a connection cannot be accepted: without descriptors the next try fails like the last, and connections wait in the
+/// socket's queue.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
 /// Why the socket cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -69,7 +73,13 @@ pub(crate) async fn serve(
     }
     let listener = listen(path).map_err(|source| ServeError::Listen { path: path.to_owned(), source })?;
     listening();
-    let connections = UnixListenerStream::new(listener).filter(|connection| match connection {
+    let connections = UnixListenerStream::new(listener).then(async |connection| {
+        if connection.is_err() {
+            tokio::time::sleep(ACCEPT_AGAIN).await;
+        }
+        connection
+    });
+    let connections = connections.filter(|connection| match connection {
         // The file's mode keeps others out; this is the second lock. Errors (no descriptors left for a moment) pass: the server goes on.
         Ok(stream) => is_root(stream),
         Err(_) => true,

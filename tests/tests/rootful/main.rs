@@ -8,6 +8,7 @@ mod containers;
 mod crictl;
 mod escape;
 mod exec;
+mod faults;
 mod images;
 mod isolation;
 mod lists;

@@ -2,7 +2,7 @@
 //!
 //! Its binary comes from `scripts/build-peer kubelet` (or the path in `KUBELET`), its configuration from
 //! `tests/kubelet/config.yaml`. It runs without an API server, in folders and a port of its own, and below a cgroup of its
-//! own or in the machine's real `kubepods.slice` ([`Driver`]). It insists on `/var/lib/kubelet/device-plugins` and
+//! own or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on `/var/lib/kubelet/device-plugins` and
 //! `/var/log/containers`, and mounts its root folder over itself: these are undone on drop, and the folders removed if
 //! they were not there before.
 
@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Driver};
 use crate::deadline::within;
 use crate::host::Host;
 
@@ -51,19 +51,11 @@ pub struct Place<'a> {
     /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs one for pods on the
     /// network of the node.
     pub address: bool,
-    /// Who makes its cgroups, and where.
+    /// Who makes its cgroups: itself, below a cgroup of its own, so that no one else's pods are touched; or systemd, as slices
+    /// below the machine's real `kubepods.slice`.
     pub driver: Driver,
     /// A file of `tests/kubelet` with settings that win over those of `config.yaml`, if any.
     pub settings: Option<&'a str>,
-}
-
-/// Who makes the cgroups of pods, and where.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Driver {
-    /// The kubelet itself, below a cgroup of its own, so that no one else's pods are touched.
-    Cgroupfs,
-    /// systemd, as slices below the machine's real `kubepods.slice`.
-    Systemd,
 }
 
 /// A running kubelet, killed and cleaned up after on drop.

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::cgroup::CpuLimit;
-use crate::kubelet::{Driver, Kubelet, Pod};
+use crate::cgroup::{CpuLimit, Driver};
+use crate::kubelet::{Kubelet, Pod};
 
 /// The least number that v1 has for memory without a limit: the greatest of 63 bits, in whole pages of up to 64 KiB.
 const V1_UNLIMITED: u64 = i64::MAX as u64 & !0xffff;

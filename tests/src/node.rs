@@ -18,10 +18,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::geteuid;
 
 use crate::census::{mounts_below, status_field};
+use crate::cgroup::Driver;
 use crate::cri::Client;
 use crate::daemon::{Daemon, IMAGE, programs, rootful};
 use crate::deadline::within_looks;
-use crate::kubelet::{ADDRESS, Driver, Kubelet, Place, Pod};
+use crate::kubelet::{ADDRESS, Kubelet, Place, Pod};
 use crate::program::output;
 use crate::skip::skip;
 

@@ -13,11 +13,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::census::mounts_below;
-use berth_tests::cgroup::CpuLimit;
+use berth_tests::cgroup::{CpuLimit, Driver};
 use berth_tests::cri::Client;
 use berth_tests::daemon::{Daemon, IMAGE, rootful};
 use berth_tests::deadline::within;
-use berth_tests::kubelet::{Driver, Instance, Kubelet, Place, Pod};
+use berth_tests::kubelet::{Instance, Kubelet, Place, Pod};
 
 /// Time for something that the kubelet or the runtime does at once, on a machine that is busy with other things.
 const SOON: Duration = Duration::from_secs(60);
@@ -65,7 +65,7 @@ fn run(runtime: &mut dyn Runtime) -> Result<()> {
         socket: runtime.socket(),
         host: None,
         address: false,
-        driver: Driver::Cgroupfs,
+        driver: Driver::of_the_environment()?,
         settings: None,
     })?;
     let outcome = live_and_end(&kubelet, runtime);
@@ -96,7 +96,7 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     let ids: Vec<&str> = pod.containers.iter().map(|container| container.id.as_str()).collect();
     kubelet.delete_pods()?;
     ends_gracefully(kubelet, &ids)?;
-    leaves_nothing(kubelet, &client, runtime, &mounts_before)
+    leaves_nothing(kubelet, &pod, &client, runtime, &mounts_before)
 }
 
 /// The init container came first, both containers run, the volume is one and the same, localhost too, the environment
@@ -202,6 +202,7 @@ fn ends_gracefully(kubelet: &Kubelet, ids: &[&str]) -> Result<()> {
 /// Nothing of the pod is listed or mounted, linked to a pod, or left as a cgroup or a volume.
 fn leaves_nothing(
     kubelet: &Kubelet,
+    pod: &Pod,
     client: &Client,
     runtime: &dyn Runtime,
     mounts_before: &[PathBuf],
@@ -209,8 +210,8 @@ fn leaves_nothing(
     within(COLLECTION, "the kubelet has the runtime remove the pod", || {
         Ok(everything(client)?.is_empty().then_some(()))
     })?;
-    within(SOON, "no cgroup of a pod is left", || {
-        Ok(kubelet.cgroup().below("pod").iter().all(|path| path.ends_with("kubepods")).then_some(()))
+    within(SOON, "no cgroup of the pod is left", || {
+        Ok(kubelet.cgroup().below(&pod.uid).is_empty().then_some(()))
     })?;
     within(SOON, "the pod's volumes are gone", || Ok(kubelet.pod_folders().is_empty().then_some(())))?;
     let mut mounts = mounts_below(runtime.dir());

@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::cgroup;
+use berth_tests::cgroup::Driver;
 use berth_tests::daemon::{Daemon, IMAGE, SOON, rootful};
 use berth_tests::deadline::within;
-use berth_tests::kubelet::{Driver, Kubelet, Place};
+use berth_tests::kubelet::{Kubelet, Place};
 use berth_tests::skip::skip;
 use serde_json::Value;
 
@@ -82,10 +82,7 @@ fn on_a_kubelet(daemon: &Daemon, settings: Option<&str>, known: Known) -> Result
         socket: &daemon.socket(),
         host: Some(daemon.host()),
         address: false,
-        driver: match cgroup::Driver::of_the_environment()? {
-            cgroup::Driver::Cgroupfs => Driver::Cgroupfs,
-            cgroup::Driver::Systemd => Driver::Systemd,
-        },
+        driver: Driver::of_the_environment()?,
         settings,
     })?;
     watch(daemon, &kubelet, known).with_context(|| kubelet.last_words())

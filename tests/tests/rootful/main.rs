@@ -9,6 +9,7 @@ mod crictl;
 mod escape;
 mod exec;
 mod faults;
+mod floods;
 mod images;
 mod isolation;
 mod lists;

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, rootful};
-use berth_tests::forge::Image;
+use berth_tests::forge::{Image, Layer};
 use berth_tests::pod::{Pod, security, shell, words};
 use serde_json::json;
 
@@ -81,6 +81,106 @@ fn an_images_user_is_resolved_by_its_own_files_and_never_becomes_root_by_mistake
                 (found, _) => panic!("User {user:?}: {found:?}, expected {expected:?}"),
             }
         }
+        Ok(())
+    })
+}
+
+/// Accounts of hostile images: numbers as names, numbers that do not fit, lines that are none, and what is no file of accounts at all.
+const HOSTILE_ACCOUNTS: [(&str, &str, &str); 3] = [
+    (
+        "numbers as names",
+        "1000:x:0:0::/:/bin/sh\n4294967296:x:0:0::/:/bin/sh\n-1:x:0:0::/:/bin/sh\n+5:x:0:0::/:/bin/sh\nuser:x:7:8::/:/bin/sh\n",
+        "50:x:0:\n-1:x:0:\nstaff:x:50:\n",
+    ),
+    (
+        "numbers that do not fit",
+        "user:x:4294967296:4294967296::/:/bin/sh\nother:x:-1:-1::/:/bin/sh\nfar:x:18446744073709551616:0::/:/bin/sh\nwide:x:2147483648:0::/:\n",
+        "staff:x:4294967296:\n50:x:18446744073709551616:user\n",
+    ),
+    (
+        "lines that are none",
+        ":x:0:0::/:\n::::::\nuser\nuser:x\nuser:x:\nuser:x::0\n\n#user:x:0:0::/:\n user:x:0:0::/:\nUSER:x:0:0::/:\nuser \t:x:0:0::/:",
+        ":x:0:\nstaff\nstaff:x\nstaff:x:\n",
+    ),
+];
+
+/// CVE-2016-3697, CVE-2024-40635, CVE-2026-46680, CVE-2026-30892: no text but the number 0 and a name that is there becomes root.
+#[test]
+fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result<()> {
+    const USERS: [&str; 30] = [
+        "1000",
+        "1000:50",
+        "4294967296",
+        "4294967295",
+        "2147483648",
+        "18446744073709551616",
+        "99999999999999999999999",
+        "-1",
+        "-0",
+        "+5",
+        "+0",
+        "0x0",
+        "0x3e8",
+        "1e3",
+        "1000.0",
+        " 1000",
+        "1000 ",
+        "user",
+        "user:staff",
+        "user:50",
+        "user:-1",
+        "other",
+        "far",
+        "wide",
+        "USER ",
+        "user:4294967296",
+        "1000:staff",
+        "1000:18446744073709551616",
+        "user:",
+        "root",
+    ];
+    rootful(|daemon| {
+        let pod = daemon.pod("accounts")?;
+        let mut refused = 0;
+        for (table, (what, passwd, group)) in HOSTILE_ACCOUNTS.iter().enumerate() {
+            let accounts =
+                Layer::of_files(&[("etc/passwd", passwd.as_bytes()), ("etc/group", group.as_bytes())]);
+            for (number, user) in USERS.iter().enumerate() {
+                let name = format!("localhost/accounts:{table}-{number}");
+                let folder = daemon.folder(&format!("accounts-{table}-{number}"))?;
+                Image::demo()?
+                    .with("User", json!(user))
+                    .on_top(accounts.clone())
+                    .write_layout(&folder, &name)?;
+                daemon.client().import(&folder)?;
+                let image = daemon.client().image(&name)?.context("the image")?;
+                let told = image.uid.map(|uid| uid.value);
+                let found = identity(&pod, &format!("c{table}-{number}"), |config| {
+                    config.image = Some(berth_tests::cri::image_spec(&name));
+                })?;
+                let what = format!("{what}, user {user:?}, told as {told:?}: {found:?}");
+                ensure!(told != Some(0), "{what}");
+                match &found {
+                    Ok(ids) => {
+                        let uid: i64 = ids.split(',').next().unwrap_or_default().parse()?;
+                        // A name is one, whatever it looks like, as long as nobody is told a number for it. Digits are none.
+                        let digits = user.bytes().all(|byte| byte.is_ascii_digit());
+                        let named =
+                            !digits && passwd.lines().any(|line| line.starts_with(&format!("{user}:x:0:")));
+                        ensure!(uid != 0 || (named && told.is_none()), "{what}");
+                        ensure!(told.is_none() || told == Some(uid), "{what}");
+                        let number = user
+                            .split(':')
+                            .next()
+                            .filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+                        ensure!(number.is_none_or(|text| text.parse() == Ok(uid)), "{what}");
+                    }
+                    Err(_) => refused += 1,
+                }
+            }
+        }
+        // The good ones among them run: 1000 and what it is combined with, and the one user that is there.
+        ensure!(refused < 3 * USERS.len() - 8, "{refused} were refused");
         Ok(())
     })
 }

@@ -68,8 +68,15 @@ pub enum ManifestError {
     #[error("type '{0}' is not an image")]
     UnknownType(String),
     /// More than 500 layers, or more than 10,000 entries of an index.
-    #[error("document lists too much")]
-    TooLong,
+    #[error("it lists {count} {what}, and at most {most} are taken")]
+    TooLong {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        count: usize,
+        /// The most.
+        most: usize,
+    },
     /// An index of an index of an index of an index.
     #[error("indexes are nested too deeply")]
     TooDeep,
@@ -162,15 +169,17 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document
     match form {
         Kind::Index => {
             let index: ImageIndex = serde_json::from_slice(bytes).map_err(ManifestError::Form)?;
-            if index.manifests().len() > MAX_INDEX_ENTRIES {
-                return Err(ManifestError::TooLong);
+            let count = index.manifests().len();
+            if count > MAX_INDEX_ENTRIES {
+                return Err(ManifestError::TooLong { what: "images", count, most: MAX_INDEX_ENTRIES });
             }
             Ok(Document::Index(Box::new(index)))
         }
         Kind::Manifest => {
             let manifest: ImageManifest = serde_json::from_slice(bytes).map_err(ManifestError::Form)?;
-            if manifest.layers().len() > MAX_LAYERS {
-                return Err(ManifestError::TooLong);
+            let count = manifest.layers().len();
+            if count > MAX_LAYERS {
+                return Err(ManifestError::TooLong { what: "layers", count, most: MAX_LAYERS });
             }
             let config_type = manifest.config().media_type().to_string();
             if !matches!(

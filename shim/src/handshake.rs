@@ -19,6 +19,9 @@ const MAX_PACKET: usize = 64 * 1024;
 /// The longest report. Groups are most of it: at most 65536 (setgroups(2)), of five bytes.
 const MAX_REPORT: usize = 1024 * 1024;
 
+/// The longest detail of a failure, in characters: a path of the longest kind (`PATH_MAX`).
+const MAX_DETAIL: usize = 4096;
+
 /// What is said of a process that ended without a word.
 pub(crate) const KILLED: &str = "its process was killed while preparing";
 
@@ -72,6 +75,12 @@ impl ChildEnd {
 
     /// Tells that a step failed. Whether anybody hears it does not matter to the child.
     pub(crate) fn failed(&self, failed: &Failed) {
+        let mut failed = failed.clone();
+        // It may quote the image, and what does not fit would not arrive at all.
+        if let Some((end, _)) = failed.detail.char_indices().nth(MAX_DETAIL) {
+            failed.detail.truncate(end);
+            failed.detail.push('…');
+        }
         let packet = [b"F".as_slice(), &failed.encode_to_vec()].concat();
         let _ = socket::send(self.as_fd(), &packet, &[]);
     }
@@ -177,6 +186,14 @@ mod tests {
         assert_eq!(shim.wait_for_successor().unwrap_err().detail, "no successor");
         drop(child);
         assert_eq!(shim.wait_for_successor().unwrap_err().detail, KILLED);
+    }
+
+    #[test]
+    fn a_failure_that_quotes_at_length_arrives_shortened() {
+        let (shim, child) = pair().unwrap();
+        child.failed(&refused("find the user", "ü".repeat(1 << 20)));
+        let failed = shim.wait_for_ready().unwrap_err();
+        assert_eq!((failed.step.as_str(), failed.detail.chars().count()), ("find the user", MAX_DETAIL + 1));
     }
 
     #[test]

@@ -339,6 +339,9 @@ fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> R
             Ok(found) => return found.as_fd().try_clone_to_owned().step(STEP, about),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // A link, or a file, where the kernel's own files belong. Links in a root are legitimate, here they are an attack.
+            Err(error) if error.raw_os_error() == Some(ELOOP) => {
+                return Err(refused(STEP, format!("{about}: the image has a symbolic link there")));
+            }
             Err(error) => return Err(from_io(&error, STEP, about)),
         }
     }

@@ -18,6 +18,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use http::{HeaderName, HeaderValue};
@@ -43,18 +44,41 @@ pub enum HostsError {
         #[source]
         source: io::Error,
     },
+    /// Something is wrong in the file.
+    #[error("{path}", path = path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What.
+        #[source]
+        source: Box<HostsError>,
+    },
+    /// A FIFO, a device or the like.
+    #[error("it is not a plain file")]
+    NotPlain,
     /// Above 1 MiB.
-    #[error("hosts.toml is larger than 1 MiB")]
+    #[error("it is larger than 1 MiB")]
     TooLarge,
     /// Not TOML.
-    #[error("hosts.toml is not TOML")]
-    Syntax(#[source] Box<toml::de::Error>),
+    #[error("line {line} is not TOML: {reason}")]
+    Syntax {
+        /// The line, from 1.
+        line: usize,
+        /// What the parser says.
+        reason: String,
+    },
     /// A key has a value of another type than it takes, or one that makes no sense.
-    #[error("bad value of '{key}' in hosts.toml")]
+    #[error("bad value of '{key}'")]
     Value {
         /// Which key.
         key: String,
     },
+}
+
+impl HostsError {
+    fn in_file(self, path: &Path) -> Self {
+        Self::File { path: path.to_owned(), source: Box::new(self) }
+    }
 }
 
 /// TLS settings of one host.
@@ -94,7 +118,7 @@ pub(crate) fn endpoints(config_path: Option<&Path>, domain: &str) -> Result<Vec<
             }
             let path = dir.join("hosts.toml");
             return match read(&path)? {
-                Some(text) => parse(&text, domain, &dir),
+                Some(text) => parse(&text, domain, &dir).map_err(|error| error.in_file(&path)),
                 None => Ok(vec![default_server(domain)?]),
             };
         }
@@ -116,18 +140,25 @@ fn folder_names(domain: &str) -> Vec<String> {
 
 fn read(path: &Path) -> Result<Option<String>, HostsError> {
     let failed = |source| HostsError::Read { path: path.to_owned(), source };
-    let file = match File::open(path) {
+    // Without waiting for somebody to write to it, should it be a FIFO.
+    let file = match File::options().read(true).custom_flags(berth_sys::file::READ_NONBLOCKING).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(failed)?,
     };
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(HostsError::NotPlain.in_file(path));
+    }
     let mut text = String::new();
     file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > MAX_FILE { Err(HostsError::TooLarge) } else { Ok(Some(text)) }
+    if text.len() as u64 > MAX_FILE { Err(HostsError::TooLarge.in_file(path)) } else { Ok(Some(text)) }
 }
 
 /// Reads the text of a `hosts.toml` that lies in `dir`.
 pub(crate) fn parse(text: &str, domain: &str, dir: &Path) -> Result<Vec<Endpoint>, HostsError> {
-    let table: Table = text.parse().map_err(|error| HostsError::Syntax(Box::new(error)))?;
+    let table: Table = text.parse().map_err(|error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        HostsError::Syntax { line: before.matches('\n').count() + 1, reason: error.message().to_owned() }
+    })?;
     let mut endpoints = Vec::new();
     match table.get("host") {
         None => {}

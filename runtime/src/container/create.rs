@@ -109,7 +109,12 @@ fn prepare_from(
         .images
         .lower_dirs(image)
         .map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
+    if lower_dirs.is_empty() {
+        let reason = "it has no layers, and so nothing to run".to_owned();
+        return Err(ContainerError::ImageConfig { image: config.image.clone(), reason });
+    }
     let stop_signal = effective_stop_signal(&config, image)?;
+    check_user(&config, image)?;
     let target = target_namespace(node, sandbox, &config)?;
     let mounts = mounts::resolve_mounts(&config.mounts).map_err(|error| ContainerError::Mount {
         path: "config.mounts".to_owned(),
@@ -309,15 +314,23 @@ fn effective_stop_signal(config: &Config, image: &Image) -> Result<i32, Containe
     }
     match image.config().stop_signal.as_str() {
         "" => Ok(SIGTERM),
-        text => stop_signal(text).map_err(|error| ContainerError::Image {
+        text => stop_signal(text).map_err(|error| ContainerError::ImageConfig {
             image: config.image.clone(),
-            source: berth_image::StoreError::File {
-                operation: "read the StopSignal of",
-                path: PathBuf::from(&config.image),
-                source: std::io::Error::other(error.to_string()),
-            },
+            reason: error.to_string(),
         }),
     }
+}
+
+/// The longest `User` of an image; a request's has the same limit.
+const MAX_USER_BYTES: usize = 1024;
+
+fn check_user(config: &Config, image: &Image) -> Result<(), ContainerError> {
+    let length = image.user().len();
+    if length <= MAX_USER_BYTES {
+        return Ok(());
+    }
+    let reason = format!("its User has {length} bytes, and at most {MAX_USER_BYTES} are accepted");
+    Err(ContainerError::ImageConfig { image: config.image.clone(), reason })
 }
 
 fn target_namespace(

@@ -35,6 +35,14 @@ pub(crate) enum ContainerError {
         #[source]
         source: berth_image::StoreError,
     },
+    /// The image says something that cannot be.
+    #[error("image {image}: {reason}")]
+    ImageConfig {
+        /// As asked.
+        image: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The container whose pid namespace is to be joined.
     #[error(
         "config.linux.security_context.namespace_options.target_id: container {target} is not a running container of this sandbox"

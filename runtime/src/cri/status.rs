@@ -134,6 +134,7 @@ fn container(error: &ContainerError) -> Code {
         | ContainerError::WrongState { .. }
         | ContainerError::EndedUnderExec { .. } => Code::FailedPrecondition,
         ContainerError::NoTarget { .. }
+        | ContainerError::ImageConfig { .. }
         | ContainerError::Spec(_)
         | ContainerError::Plan(_)
         | ContainerError::Seccomp { .. }

@@ -136,6 +136,14 @@ pub enum SpecError {
         /// The path.
         path: String,
     },
+    /// A path that the kernel would not take.
+    #[error("{origin}: a path of {length} bytes is too long")]
+    PathTooLong {
+        /// Where it is from.
+        origin: &'static str,
+        /// Its length.
+        length: usize,
+    },
     /// A mount on the root itself.
     #[error("mounts: container_path {0:?} is the root of the container")]
     MountOnRoot(String),

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 /// The file mode creation mask that every container starts with, whatever the daemon's is.
 const UMASK: u32 = 0o022;
 
+/// The longest path that the kernel takes: `PATH_MAX` of <linux/limits.h>, without the NUL.
+const MAX_PATH_BYTES: usize = 4095;
+
 /// The name that the kernel gives to "no profile": asked for as if it were one, it would be a way around the check of the field.
 const NO_PROFILE: &str = "unconfined";
 
@@ -68,6 +71,9 @@ fn working_directory(inputs: &Inputs<'_>) -> Result<PathBuf, SpecError> {
         ("", image) => ("the image's WorkingDir", image),
         (asked, _) => ("working_dir", asked),
     };
+    if text.len() > MAX_PATH_BYTES {
+        return Err(SpecError::PathTooLong { origin, length: text.len() });
+    }
     if !text.starts_with('/') || text.contains('\0') {
         return Err(SpecError::Path { origin, path: text.to_owned() });
     }

@@ -9,6 +9,7 @@ use berth_tests::cri::image_spec;
 use berth_tests::daemon::{Setup, rootful, rootful_with};
 use berth_tests::forge::{Image, Layer};
 use berth_tests::pod::{Pod, idle, limit, security, words};
+use serde_json::json;
 use tonic::Code;
 
 type ChangePod = Box<dyn Fn(&mut v1::PodSandboxConfig)>;
@@ -276,5 +277,66 @@ fn a_disk_that_has_to_stay_free_is_told_with_the_key_that_says_so() -> Result<()
         fs::remove_file(daemon.root().join("filler"))?;
         daemon.client().import(&folder)?;
         Ok(())
+    })
+}
+
+#[test]
+fn images_that_say_what_cannot_be_are_refused_by_what_they_say_and_leave_nothing() -> Result<()> {
+    rootful(|daemon| {
+        let (client, pod) = (daemon.client(), daemon.pod("web")?);
+        pod.idle("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        let long = |length: usize| json!("/a".repeat(length / 2));
+        let layers = |count: usize| -> Result<Image> {
+            let one = |number: usize| Layer::of_files(&[(format!("f{number}").as_str(), b"x")]);
+            Ok((1..count).fold(Image::demo()?, |image, number| image.on_top(one(number))))
+        };
+        let variables: Vec<String> =
+            (0..30).map(|number| format!("E{number}={}", "x".repeat(100_000))).collect();
+        let empty = json!({
+            "architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}, "config": {}
+        });
+        let cases: Vec<(&str, Image)> = vec![
+            ("WorkingDir: a path of 200000 bytes", Image::demo()?.with("WorkingDir", long(200_000))),
+            ("WorkingDir: \"www\" is not an absolute path", Image::demo()?.with("WorkingDir", json!("www"))),
+            ("User has 1000000 bytes", Image::demo()?.with("User", json!("a".repeat(1_000_000)))),
+            ("StopSignal \"SIGNOPE\" is not a signal", Image::demo()?.with("StopSignal", json!("SIGNOPE"))),
+            ("environment have 3", Image::demo()?.with("Env", json!(variables))),
+            ("Volumes", Image::demo()?.with("Volumes", json!({"/../x": {}}))),
+            ("no layers", Image { config: empty, layers: Vec::new() }),
+        ];
+        let mut number = 0;
+        let mut import = |image: Image| -> Result<_> {
+            number += 1;
+            let folder = daemon.folder(&format!("image-{number}"))?;
+            let name = format!("localhost/odd:{number}");
+            image.write_layout(&folder, &name)?;
+            Ok((client.import(&folder), name))
+        };
+        for (words, image) in cases {
+            let (imported, name) = import(image)?;
+            imported.with_context(|| format!("{words} is no fault of its bytes"))?;
+            let mut config = idle("main");
+            config.image = Some(image_spec(&name));
+            let refused = pod.create(config).err().with_context(|| format!("{words} is refused"))?;
+            assert!(refused.message().contains(words), "{words}: {refused}");
+            assert_eq!(refused.code(), Code::InvalidArgument, "{words}: {refused}");
+            client.remove_image_of(&name)?;
+        }
+        let (refused, _) = import(layers(501)?)?;
+        let refused = refused.err().context("501 layers")?;
+        assert!(refused.message().contains("501 layers, and at most 500 are taken"), "{refused}");
+        // As many as there may be, and as many variables as anybody has, are none too many.
+        let many: Vec<String> = (0..10_000).map(|number| format!("E{number}=x")).collect();
+        let (imported, name) = import(layers(500)?.with("Env", json!(many)))?;
+        imported?;
+        let said =
+            pod.script("env | grep -c ^E; ls /f499", |config| config.image = Some(image_spec(&name)))?;
+        assert_eq!(said, "10000\n/f499\n");
+        for container in client.containers(v1::ContainerFilter::default())? {
+            client.remove(&container.id)?;
+        }
+        client.remove_image_of(&name)?;
+        census.stays(daemon)
     })
 }

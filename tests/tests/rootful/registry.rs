@@ -1,5 +1,7 @@
 //! Pulls from a real registry on the daemon's host.
 
+use std::fs;
+
 use anyhow::{Context as _, Result};
 use berth_tests::census::Census;
 use berth_tests::daemon::{Daemon, rootful};
@@ -99,6 +101,32 @@ fn mirrors_are_asked_as_the_rules_say() -> Result<()> {
 }
 
 #[test]
+fn rules_that_are_garbage_are_told_with_their_file_and_hold_nobody_up() -> Result<()> {
+    rootful(|daemon| {
+        let file = daemon.dir().join("certs.d/registry.example/hosts.toml");
+        let path = file.display().to_string();
+        let cases = [
+            ("\u{0}\u{1}", "line 1 is not TOML"),
+            ("server = \"https://a\"\nhost = [\n", "line 2 is not TOML"),
+            ("server = 5", "bad value of 'server'"),
+            ("server = \"ftp://a\"", "bad value of 'ftp://a'"),
+            ("[host.\"::::\"]\n", "bad value of '::::'"),
+        ];
+        let long = "# x\n".repeat(300_000);
+        for (rules, words) in cases.into_iter().chain([(long.as_str(), "larger than 1 MiB")]) {
+            daemon.mirror("registry.example", rules)?;
+            let message = refused(daemon, "registry.example/app:v1")?.message().to_owned();
+            assert!(message.contains(&path) && message.contains(words), "{words}: {message}");
+        }
+        fs::remove_file(&file)?;
+        nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRUSR)?;
+        let message = refused(daemon, "registry.example/app:v1")?.message().to_owned();
+        assert!(message.contains(&path) && message.contains("not a plain file"), "{message}");
+        Ok(())
+    })
+}
+
+#[test]
 fn what_is_not_there_is_not_found_and_a_registry_that_is_away_is_told_as_that() -> Result<()> {
     rootful(|daemon| {
         let registry = Registry::start(daemon, 5000)?;
@@ -168,7 +196,7 @@ fn a_path_that_climbs_out_reaches_nothing() -> Result<()> {
     rootful(|daemon| {
         let registry = Registry::start(daemon, 5000)?;
         let canary = daemon.dir().join("canary");
-        std::fs::write(&canary, "alive")?;
+        fs::write(&canary, "alive")?;
         let absolute = canary.to_string_lossy().into_owned();
         let up = "../".repeat(12) + absolute.trim_start_matches('/');
         for (number, path) in
@@ -184,7 +212,7 @@ fn a_path_that_climbs_out_reaches_nothing() -> Result<()> {
                     assert_eq!(daemon.client().images()?, images);
                 }
             }
-            assert_eq!(std::fs::read_to_string(&canary)?, "alive", "{path}");
+            assert_eq!(fs::read_to_string(&canary)?, "alive", "{path}");
         }
         Ok(())
     })

@@ -14,7 +14,7 @@ use berth_cri::v1;
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::log;
-use berth_tests::pod::{idle, shell, words};
+use berth_tests::pod::{container, idle, shell, words};
 use tonic::Code;
 
 const MIB: u64 = 1 << 20;
@@ -36,7 +36,8 @@ fn commands_that_flood_their_output_cost_a_bounded_memory_and_no_disk() -> Resul
     /// A kubelet takes 16 MiB. Beside them the daemon holds them once more as the message, and some of either while it grows.
     const EACH: u64 = 64 * MIB;
     rootful(|daemon| {
-        let main = daemon.pod("floods")?.idle("main")?;
+        // One process, which is the same before and after.
+        let main = daemon.pod("floods")?.start(container("main", &["sleep", "1000"]))?;
         main.sh("true")?;
         let census = Census::take(daemon)?;
         let pid = i32::try_from(daemon.pid()?)?;

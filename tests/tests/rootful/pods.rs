@@ -323,3 +323,21 @@ fn variable(key: &str, value: &str) -> v1::KeyValue {
 fn owned((key, value): (&str, &str)) -> (String, String) {
     (key.to_owned(), value.to_owned())
 }
+
+#[test]
+fn a_container_in_the_hosts_pid_namespace_sees_the_host_and_so_do_its_commands() -> Result<()> {
+    rootful(|daemon| {
+        let hosts = v1::NamespaceOption { pid: v1::NamespaceMode::Node.into(), ..Default::default() };
+        let mut config = daemon.pod_config("host-pid");
+        context(&mut config).namespace_options = Some(hosts.clone());
+        let pod = daemon.pod_of(config)?;
+        let mut config = idle("main");
+        security(&mut config).namespace_options = Some(hosts);
+        let main = pod.start(config)?;
+        let (pid, own) = (main.pid()?, std::process::id());
+        assert_eq!(main.sh(&format!("[ -e /proc/{pid} ] && [ -e /proc/{own} ] && echo both"))?, "both\n");
+        main.stop(5)?;
+        assert_eq!(main.status()?.exit_code, 0);
+        Ok(())
+    })
+}

@@ -232,7 +232,7 @@ fn a_second_daemon_is_kept_from_what_the_first_one_has() -> Result<()> {
         fs::create_dir(daemon.dir().join("second"))?;
         let configuration = format!(
             "[cgroup]\nparent = \"{}\"\n[network]\nbridge = \"btsecond\"\nipv4 = \"10.99.0.0/16\"\nipv6 = \"off\"\n",
-            daemon.cgroup().path()
+            daemon.cgroup().parent()
         );
         fs::write(own("berth.toml"), configuration)?;
         let first = daemon.dir().join("berth.toml");
@@ -243,9 +243,12 @@ fn a_second_daemon_is_kept_from_what_the_first_one_has() -> Result<()> {
             ("berth.sock", own("root"), own("state"), daemon.socket(), &own_file),
             ("network.bridge", own("root"), own("state"), own("sock"), &first),
         ] {
+            // One that is not refused would run for ever.
             let output = daemon
                 .host()
-                .command(berth_tests::daemon::programs()?.join("berthd"))
+                .command("timeout")
+                .arg(SOON.as_secs().to_string())
+                .arg(berth_tests::daemon::programs()?.join("berthd"))
                 .args([OsStr::new("--root"), root.as_os_str(), OsStr::new("--state"), state.as_os_str()])
                 .args([OsStr::new("--socket"), socket.as_os_str(), OsStr::new("--config"), file.as_os_str()])
                 .arg("--shim")

@@ -428,7 +428,15 @@ async fn serve(
     loop {
         let open = tokio::select! {
             frame = frames.recv() => match frame {
-                Some(outgoing) => send_whole(&socket, &outgoing).await.is_ok(),
+                Some(outgoing) if send_whole(&socket, &outgoing).await.is_ok() => true,
+                Some(_) => {
+                    // A shim that could not begin is gone before it is asked anything: what it has said is there still.
+                    let last_words = async {
+                        while socket.readable().await.is_ok() && receive(&socket, &mut received, &incoming) {}
+                    };
+                    let _ = tokio::time::timeout(KILL, last_words).await;
+                    false
+                }
                 None => false,
             },
             ready = socket.readable() => ready.is_ok() && receive(&socket, &mut received, &incoming),

@@ -9,6 +9,7 @@ use berth_tests::cri::image_spec;
 use berth_tests::daemon::{Setup, rootful, rootful_with};
 use berth_tests::forge::{Image, Layer};
 use berth_tests::pod::{Pod, idle, limit, security, words};
+use nix::mount::MsFlags;
 use serde_json::json;
 use tonic::Code;
 
@@ -338,5 +339,37 @@ fn images_that_say_what_cannot_be_are_refused_by_what_they_say_and_leave_nothing
         }
         client.remove_image_of(&name)?;
         census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_root_that_becomes_read_only_is_told_and_what_runs_goes_on() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        pod.idle("first")?.remove()?;
+        let main = pod.idle("main")?;
+        let census = Census::take(daemon)?.without_the_daemon();
+        let root = daemon.root();
+        let none = None::<&str>;
+        nix::mount::mount(Some(&root), &root, none, MsFlags::MS_BIND, none)?;
+        let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+        nix::mount::mount(none, &root, none, read_only, none)?;
+        let refused = Pod::run(daemon.client(), daemon.pod_config("new")).err().context("no new pod")?;
+        assert!(refused.message().contains("Read-only file system"), "{refused}");
+        let refused = pod.create(idle("new")).err().context("no new container")?;
+        assert!(refused.message().contains("Read-only file system"), "{refused}");
+        assert_eq!(main.sh("echo alive")?, "alive\n");
+        // A daemon that starts on it says what to do, and does nothing.
+        daemon.kill()?;
+        let refused = format!("{:?}", daemon.start_again().err().context("it does not start")?);
+        let words = format!("{} is on a read-only file system: mount it writable", root.display());
+        assert!(refused.contains(&words), "{refused}");
+        nix::mount::umount2(&root, nix::mount::MntFlags::MNT_DETACH)?;
+        daemon.start_again()?;
+        assert_eq!(main.sh("echo alive")?, "alive\n");
+        census.stays(daemon)?;
+        main.stop(0)?;
+        main.remove()?;
+        Ok(())
     })
 }

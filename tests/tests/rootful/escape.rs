@@ -327,6 +327,12 @@ fn device(host: &str, container: &str) -> v1::Device {
     }
 }
 
+/// Ends a program that goes on until `/tmp/over` is there. Its container may end before the program that puts it there has, and end
+/// that one with it.
+fn call_off(main: &Container) {
+    let _ = main.exec(&["touch", "/tmp/over"]);
+}
+
 /// Looks at every process but the first from its first moment on, by what /proc says of it, until `/tmp/over` is there; says what it
 /// sees of the host. Only builtins of the shell, so that no look takes longer than the moment that it is for.
 fn look_for_the_host(canary: &str) -> String {
@@ -362,7 +368,7 @@ fn exec_brings_nothing_of_the_host_into_a_container() -> Result<()> {
             for _ in 0..EXECS {
                 ensure!(main.exec(&["true"])?.code == 0);
             }
-            main.sh("touch /tmp/over")?;
+            call_off(&main);
             assert_eq!(seen_by(&main)?, BTreeSet::from(["over".to_owned()]));
         }
         canary.is_untouched()
@@ -388,7 +394,7 @@ fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> R
         for number in 0..CONTAINERS {
             pod.start(in_shared(idle(&format!("c{number}"))))?.remove()?;
         }
-        looks.sh("touch /tmp/over")?;
+        call_off(&looks);
         // They are in it all the same, with a /proc that says so and a terminal if they asked for one.
         let mut config =
             in_shared(shell("terminal", "grep Name /proc/1/status; [ -e /proc/$$ ] && [ -t 0 ] && echo own"));
@@ -430,7 +436,7 @@ fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() 
             let _ = main.exec(&["/volume/evil"]);
         }
         let _ = pod.start(with_volume(container("entrypoint", &["/volume/evil"])));
-        main.sh("touch /tmp/over")?;
+        call_off(&main);
         assert_eq!(seen_by(&main)?, BTreeSet::from(["over".to_owned()]));
         assert_eq!(hashes()?, before);
         let mut next = pod.idle("next")?.shim_pid()?;

@@ -25,6 +25,8 @@ pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<
     if matches!(container.state(), ContainerState::Exited(_)) {
         return Ok(());
     }
+    // Before its start nothing of the image runs that a grace would be for, and what waits there does not hear signals.
+    let grace = if matches!(container.state(), ContainerState::Created) { Duration::ZERO } else { grace };
     let mine = Instant::now() + grace;
     let mut first = false;
     container.kill_at.send_if_modified(|kill_at| {

@@ -232,6 +232,7 @@ fn usage(node: &Node) -> v1::UsageResponse {
 
 fn info(node: &Node) -> v1::InfoResponse {
     let network = node.bridge.config();
+    let config = node.config();
     let subnets = [Some(network.ipv4.to_string()), network.ipv6.map(|subnet| subnet.to_string())];
     v1::InfoResponse {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -247,10 +248,9 @@ fn info(node: &Node) -> v1::InfoResponse {
             name: network.name.to_string(),
             subnets: subnets.into_iter().flatten().collect(),
         }),
-        min_free_bytes: node.config.images.min_free_bytes,
-        min_free_percent: node.config.images.min_free_percent.into(),
-        cadvisor_socket: node
-            .config
+        min_free_bytes: config.images.min_free_bytes,
+        min_free_percent: config.images.min_free_percent.into(),
+        cadvisor_socket: config
             .cadvisor_socket
             .as_ref()
             .map(|path| path.display().to_string())

@@ -145,7 +145,8 @@ impl Socket {
 
 /// Begins to serve, if the configuration asks for it. A socket that cannot be had is said, and the daemon goes on without.
 pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
-    let path = node.config.cadvisor_socket.as_deref()?;
+    let config = node.config();
+    let path = config.cadvisor_socket.as_deref()?;
     match listen(path).await {
         Ok(Bound { listener, made, identity }) => {
             tracing::info!(socket = %path.display(), "cAdvisor is answered");
@@ -390,7 +391,7 @@ pub(crate) fn pod_name(pod: &sandbox::Metadata) -> String {
 /// question that follows has an answer. A pod with a process of its own has such a cgroup, and on the host's network there is nothing to find.
 pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let namespaces = &sandbox.config().namespaces;
-    if node.config.cadvisor_socket.is_none()
+    if node.config().cadvisor_socket.is_none()
         || namespaces.network == NamespaceMode::Node
         || namespaces.pid == NamespaceMode::Pod
     {

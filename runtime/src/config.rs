@@ -17,6 +17,9 @@ pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
 /// containerd has.
 const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
 
+/// The keys and sections that take effect as soon as they are read; the others when the daemon starts.
+const AT_ONCE: [&str; 4] = ["log", "registry", "image", "container"];
+
 /// What was written. Every key is optional.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -254,6 +257,8 @@ impl Config {
                 PathBuf::new()
             }
         };
+        let log = written.log.unwrap_or_else(|| "info".to_owned());
+        check.ok("log", tracing_subscriber::EnvFilter::try_new(&log));
         let images = images(&mut check, written.registry, &written.image);
         let network = network(&mut check, &written.network);
         let (cgroup_driver, cgroup_parent) = cgroup(&mut check, &written.cgroup);
@@ -271,7 +276,7 @@ impl Config {
                 state,
                 socket,
                 shim,
-                log: written.log.unwrap_or_else(|| "info".to_owned()),
+                log,
                 images,
                 network,
                 cgroup_driver,
@@ -281,6 +286,35 @@ impl Config {
             }),
             _ => Err(check.0),
         }
+    }
+
+    /// What is in force after `newer` was read while the daemon serves, and the keys whose other values there have to wait for the next start.
+    #[must_use]
+    pub fn taking_over(&self, newer: Self) -> (Self, Vec<&'static str>) {
+        let waiting: Vec<&'static str> =
+            self.differences(&newer).into_iter().filter(|key| !AT_ONCE.contains(key)).collect();
+        let config = Self { log: newer.log, images: newer.images, rlimits: newer.rlimits, ..self.clone() };
+        (config, waiting)
+    }
+
+    /// The keys whose values differ.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let (one, other) = (self.written(), other.written());
+        let differs = [
+            ("root", one.root != other.root),
+            ("state", one.state != other.state),
+            ("socket", one.socket != other.socket),
+            ("shim", one.shim != other.shim),
+            ("log", one.log != other.log),
+            ("registry", one.registry != other.registry),
+            ("image", one.image != other.image),
+            ("network", one.network != other.network),
+            ("cgroup", one.cgroup != other.cgroup),
+            ("compat", one.compat != other.compat),
+            ("container", one.container != other.container),
+        ];
+        differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
     }
 
     /// As it would be written, with every default in it.
@@ -438,12 +472,13 @@ mod tests {
 
     #[test]
     fn all_mistakes_are_named_at_once() {
-        let text = "root = 'relative'\n[network]\nbridge = 'far too long a name'\nipv4 = '1.2.3.4'\nmtu = 1\n[cgroup]\nparent = '../x'\n\
+        let text = "root = 'relative'\nlog = 'no=such=filter'\n[network]\nbridge = 'far too long a name'\nipv4 = '1.2.3.4'\nmtu = 1\n[cgroup]\nparent = '../x'\n\
             [image]\nlayers_at_once = 0\n[container.rlimits]\nfsize = 1\nnofile = '2:1'\n[compat]\ncadvisor_socket = 'x'\n";
         assert_eq!(
             keys(text),
             [
                 "root",
+                "log",
                 "image.layers_at_once",
                 "network.bridge",
                 "network.ipv4",
@@ -499,6 +534,35 @@ mod tests {
         let [(core, zero), (nofile, both)] = rlimits.as_slice() else { panic!("{rlimits:?}") };
         assert_eq!((core.as_str(), zero), ("core", &WrittenRlimit::Number(0)));
         assert_eq!((nofile.as_str(), both), ("nofile", &WrittenRlimit::Text("2:3".to_owned())));
+    }
+
+    #[test]
+    fn what_takes_effect_at_once_does_and_the_rest_is_named() {
+        let read = |text: &str| {
+            Config::check(Written { shim: Some("/shim".into()), ..Written::parse(text).unwrap() }).unwrap()
+        };
+        let before = read("");
+        for (text, changed, waiting) in [
+            ("", &[][..], &[][..]),
+            ("log = 'debug'", &["log"], &[]),
+            ("[registry]\nconfig_path = '/x'", &["registry"], &[]),
+            ("[image]\nmin_free_bytes = 1", &["image"], &[]),
+            ("[container.rlimits]\nnofile = 7", &["container"], &[]),
+            ("root = '/r'", &[], &["root"]),
+            ("state = '/s'\nsocket = '/x'", &[], &["state", "socket"]),
+            ("[network]\nmtu = 1400", &[], &["network"]),
+            ("[cgroup]\ndriver = 'cgroupfs'", &[], &["cgroup"]),
+            ("log = 'warn'\n[compat]\ncadvisor = true", &["log"], &["compat"]),
+        ] {
+            let newer = read(text);
+            let (config, keys) = before.taking_over(newer.clone());
+            assert_eq!(
+                (before.differences(&config).as_slice(), keys.as_slice()),
+                (changed, waiting),
+                "{text}"
+            );
+            assert_eq!(config.differences(&newer), waiting, "{text}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::notify::{self, Notifier};
 use crate::oci_spec::{HostFacts, devices};
 use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
+use crate::reload::{self, Reload};
 use crate::shim_client::ShimProgram;
 use crate::{api, apparmor, cadvisor, server};
 use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
@@ -115,11 +116,12 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
     }
 }
 
-/// Serves until `stop` resolves. Pods go on after that: the next daemon finds them.
+/// Serves until `stop` resolves, and takes another configuration over whenever `reload` says that there is one. Pods go on after that: the
+/// next daemon finds them.
 ///
 /// # Errors
 /// [`DaemonError`], with what to do where there is something to do.
-pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), DaemonError> {
+pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload) -> Result<(), DaemonError> {
     let notifier = Arc::new(Notifier::from_environment());
     check_kernel(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())?;
     let layout = Layout::new(config.root.clone(), config.state.clone());
@@ -138,8 +140,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
     notifier.status("looking for the pods of the daemon before");
     recovery::run(&node).await?;
     let watcher = tokio::spawn(watch_network(node.clone()));
+    let config = node.config();
     tracing::info!(
-        version = env!("CARGO_PKG_VERSION"), socket = %node.config.socket.display(),
+        version = env!("CARGO_PKG_VERSION"), socket = %config.socket.display(),
         cgroup = if node.hierarchy.is_unified() { 2 } else { 1 }, cgroup_driver = %node.cgroup_driver, bridge = %node.bridge.config().name, "berthd serves"
     );
     let services = server::Services {
@@ -149,7 +152,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
     };
     tell_what_the_node_lacks(&node).await;
     let alive = tokio::spawn(keep_alive(notifier.clone(), node.clone()));
-    let listening = || notifier.ready(&status(&node));
+    let mut reloads = None;
+    let listening = || {
+        notifier.ready(&status(&node));
+        reloads = Some(tokio::spawn(reload::serve(node.clone(), notifier.clone(), status, reload)));
+    };
     let stopping = async {
         stop.await;
         notifier.stopping();
@@ -157,12 +164,15 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), D
     // Before kubelet finds the CRI, since its cAdvisor looks for this one only once, right after.
     let cadvisor = cadvisor::start(&node).await;
     let served =
-        server::serve(&node.config.socket, services, listening, stopping).await.map_err(DaemonError::Serve);
+        server::serve(&config.socket, services, listening, stopping).await.map_err(DaemonError::Serve);
     if let Some(socket) = cadvisor {
         socket.close();
     }
     watcher.abort();
     alive.abort();
+    if let Some(reloads) = reloads {
+        reloads.abort();
+    }
     tracing::info!("berthd ends; pods go on");
     if node.registry.sandboxes().is_empty() {
         // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no harm.
@@ -277,7 +287,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         facts,
         network: std::sync::Mutex::new(Ok(())),
         said: std::sync::Mutex::default(),
-        config,
+        config: std::sync::Mutex::new(Arc::new(config)),
     })
 }
 
@@ -296,15 +306,16 @@ fn default_apparmor_profile() -> Option<String> {
 
 /// Logs what `berth doctor` would say, so that it is known also where nobody asks.
 async fn tell_what_the_node_lacks(node: &Arc<Node>) {
-    let images = &node.config.images;
+    let config = node.config();
+    let images = &config.images;
     let daemon = berth_checkup::Daemon {
         root: node.layout.root().to_owned(),
         state: node.layout.state().to_owned(),
-        socket: node.config.socket.clone(),
+        socket: config.socket.clone(),
         cgroup_driver: node.cgroup_driver.to_string(),
         min_free_bytes: images.min_free_bytes,
         min_free_percent: images.min_free_percent,
-        cadvisor_socket: node.config.cadvisor_socket.clone(),
+        cadvisor_socket: config.cadvisor_socket.clone(),
     };
     // A disk may be slow. A panic in there is a bug that is logged.
     let findings = tokio::task::spawn_blocking(move || berth_checkup::look(Path::new("/"), &daemon)).await;
@@ -320,7 +331,7 @@ async fn tell_what_the_node_lacks(node: &Arc<Node>) {
 /// Tells the service manager's watchdog that the daemon is alive, as long as it answers itself.
 async fn keep_alive(notifier: Arc<Notifier>, node: Arc<Node>) {
     let probe = || async {
-        notify::ask_the_daemon(&node.config.socket).await?;
+        notify::ask_the_daemon(&node.config().socket).await?;
         Ok(status(&node))
     };
     notifier.keep_alive(probe).await;

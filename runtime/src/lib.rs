@@ -20,6 +20,7 @@ pub mod oci_spec;
 pub mod plan;
 mod recovery;
 mod registry;
+pub mod reload;
 pub mod rlimits;
 mod sandbox;
 mod server;

@@ -3,11 +3,14 @@
 
 use anyhow::Context as _;
 use berth_runtime::config::{self, Config, Written};
+use berth_runtime::reload::Reload;
 use clap::Parser;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
 
 /// sysexits.h: the configuration is wrong.
 const EXIT_CONFIG: u8 = 78;
@@ -66,7 +69,7 @@ fn main() -> ExitCode {
     if arguments.check_config {
         return ExitCode::SUCCESS;
     }
-    match serve(config) {
+    match serve(config, arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tell(&format!("berthd: {error:#}"));
@@ -105,13 +108,14 @@ fn read(arguments: &Arguments) -> anyhow::Result<Config> {
     })
 }
 
-fn serve(config: Config) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log).context("log")?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+fn serve(config: Config, arguments: Arguments) -> anyhow::Result<()> {
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_new(&config.log).context("log")?)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .init();
+        .with_filter_reloading();
+    let filter_in_force = log.reload_handle();
+    log.init();
     berth_sys::process::set_umask(0o077);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -121,15 +125,31 @@ fn serve(config: Config) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
-        // Taken, so that the end of a terminal does not end the daemon. The configuration is read at the start only.
-        let _hangup = signal(SignalKind::hangup()).context("take SIGHUP")?;
+        let mut hangup = signal(SignalKind::hangup()).context("wait for SIGHUP")?;
+        // One more that waits is enough: it is read after whatever made somebody ask for it.
+        let (want, wanted) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                let _ = want.try_send(());
+            }
+        });
+        let reload = Reload {
+            wanted,
+            read: Arc::new(move || read(&arguments).map_err(|error| format!("{error:#}"))),
+            set_log: Box::new(move |text| {
+                // It was checked with the rest of the configuration, and the log is there as long as the daemon.
+                if let Ok(filter) = EnvFilter::try_new(text) {
+                    let _ = filter_in_force.reload(filter);
+                }
+            }),
+        };
         let stop = async move {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
         };
-        berth_runtime::daemon::run(config, stop).await?;
+        berth_runtime::daemon::run(config, stop, reload).await?;
         anyhow::Ok(())
     })?;
     // A pull or a deletion may be in a blocking call; nothing that it leaves is in the next daemon's way.

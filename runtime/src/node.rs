@@ -39,7 +39,8 @@ pub(crate) enum MakeCgroup {
 /// Shared by all requests. Never locked as a whole.
 #[derive(Debug)]
 pub(crate) struct Node {
-    pub(crate) config: Config,
+    /// What is in force; see [`Node::config`].
+    pub(crate) config: Mutex<Arc<Config>>,
     pub(crate) layout: Layout,
     pub(crate) hierarchy: Hierarchy,
     pub(crate) cgroup_driver: Driver,
@@ -62,6 +63,17 @@ pub(crate) struct Node {
 }
 
 impl Node {
+    /// The configuration in force now. Another one may be a moment later ([`crate::reload`]).
+    pub(crate) fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts another configuration into force.
+    pub(crate) fn set_config(&self, config: Config) {
+        self.images.set_options(config.images.clone());
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+    }
+
     /// The parent cgroup of a pod: the one that it names, or the daemon's own.
     pub(crate) fn cgroup_parent(&self, named: &str) -> Result<Parent, berth_cgroup::Error> {
         if named.is_empty() {

@@ -64,6 +64,11 @@ impl Notifier {
         self.send(&format!("READY=1\n{}", status_line(status)));
     }
 
+    /// The configuration is being read anew; [`ready`](Self::ready) says that it was.
+    pub(crate) fn reloading(&self) {
+        self.send("RELOADING=1\nSTATUS=reading the configuration anew\n");
+    }
+
     /// The daemon ends on purpose.
     pub(crate) fn stopping(&self) {
         self.send("STOPPING=1\nSTATUS=ending; pods go on\n");

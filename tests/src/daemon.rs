@@ -225,6 +225,15 @@ impl Daemon {
         self.start_again()
     }
 
+    /// Tells it to read its configuration anew. It does so some time later.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn reload(&self) -> Result<()> {
+        kill(Pid::from_raw(i32::try_from(self.pid()?)?), Signal::SIGHUP)
+            .context("telling the daemon to reload")
+    }
+
     /// Its process id.
     ///
     /// # Errors
@@ -350,6 +359,15 @@ impl Daemon {
         let mut command = Command::new(program);
         command.env("BERTH_SOCKET", self.socket()).stdin(Stdio::null());
         Ok(command)
+    }
+
+    /// What it has logged, since the test began.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn log(&self) -> Result<String> {
+        let log = fs::read(self.dir.path().join("log")).context("reading the daemon's log")?;
+        Ok(String::from_utf8_lossy(&log).into_owned())
     }
 
     /// The end of its log, for the message of a failed test.

@@ -335,10 +335,7 @@ impl<'a> Node<'a> {
     /// When it cannot be read.
     pub fn daemon_log(&self) -> Result<String> {
         match &self.runtime {
-            Runtime::Private(daemon) => {
-                let log = fs::read(daemon.dir().join("log")).context("reading the daemon's log")?;
-                Ok(String::from_utf8_lossy(&log).into_owned())
-            }
+            Runtime::Private(daemon) => daemon.log(),
             Runtime::Installed { since } => {
                 let arguments = ["--no-pager", "--output=cat", "--unit", SERVICE, "--since", since];
                 output(Command::new("journalctl").args(arguments))

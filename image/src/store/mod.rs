@@ -142,18 +142,37 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    options: StoreOptions,
+    policy: Mutex<Arc<Policy>>,
     /// Held by whoever changes what is listed, for as long as disk and memory differ.
     disk: Mutex<()>,
     state: Mutex<State>,
     /// Who unpacks which layer right now; see `staging`.
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
-    permits: Arc<Semaphore>,
     removals: Removals,
     counter: AtomicU64,
-    client: Client,
     /// Locked as long as the store is open.
     _lock: File,
+}
+
+/// What follows from the options.
+#[derive(Debug)]
+struct Policy {
+    options: StoreOptions,
+    client: Client,
+    /// One for each layer that is fetched and unpacked.
+    permits: Arc<Semaphore>,
+}
+
+impl Policy {
+    fn new(options: StoreOptions) -> Self {
+        let client = Client::new(
+            options.registry_config_path.clone(),
+            options.trusted_token_hosts.clone(),
+            options.transport.clone(),
+        );
+        let permits = Arc::new(Semaphore::new(options.layers_at_once.max(1)));
+        Self { options, client, permits }
+    }
 }
 
 /// What is on disk.
@@ -192,26 +211,25 @@ impl Store {
             fs::TryLockError::WouldBlock => StoreError::Locked { path: lock_path.clone() },
             fs::TryLockError::Error(source) => file_error("lock", &lock_path)(source),
         })?;
-        let client = Client::new(
-            options.registry_config_path.clone(),
-            options.trusted_token_hosts.clone(),
-            options.transport.clone(),
-        );
         let inner = Inner {
             root: root.to_owned(),
+            policy: Mutex::new(Arc::new(Policy::new(options))),
             disk: Mutex::new(()),
             state: Mutex::new(State::default()),
             slots: Mutex::new(HashMap::new()),
-            permits: Arc::new(Semaphore::new(options.layers_at_once.max(1))),
             removals: Removals::default(),
             counter: AtomicU64::new(0),
-            client,
-            options,
             _lock: lock,
         };
         let state = inner.load()?;
         *inner.state() = state;
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Works by other options from now on. What was begun before keeps the limits and the hosts that it began with.
+    pub fn set_options(&self, options: StoreOptions) {
+        let policy = Arc::new(Policy::new(options));
+        *self.inner.policy.lock().unwrap_or_else(PoisonError::into_inner) = policy;
     }
 
     /// Pulls an image. The registry is always asked, also if the image is here. The future may be dropped at any time.
@@ -336,6 +354,10 @@ impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing that holds the lock can leave the maps half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn disk(&self) -> MutexGuard<'_, ()> {

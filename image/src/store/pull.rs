@@ -122,7 +122,7 @@ async fn pull_content(
     credentials: &Credentials,
     progress: Arc<dyn Progress>,
 ) -> Result<Image, ContentError> {
-    let session = inner.client.session(reference, credentials)?;
+    let session = inner.policy().client.session(reference, credentials)?;
     let (manifest, raw_manifest, top) = find_manifest(&session, reference.target()).await?;
     let tag = matches!(reference.target(), Target::Tag(_)).then(|| reference.to_string());
     let names = vec![Names { tag, repo_digest: Some(reference.with_digest(top).to_string()) }];
@@ -186,7 +186,8 @@ pub(super) async fn acquire_all<F: Fetch>(
     progress: &Arc<dyn Progress>,
     mut fetch: impl FnMut(usize, LayerContent, Reporter) -> F,
 ) -> Result<Vec<Acquired>, ContentError> {
-    let options = &inner.options;
+    let policy = inner.policy();
+    let options = &policy.options;
     let budget = Arc::new(Budget::new(
         options.max_image_bytes,
         inner.root.clone(),

@@ -141,7 +141,8 @@ pub(super) async fn acquire<F: Fetch>(
     if let Some(staged) = guard.upgrade() {
         return Ok(Acquired { diff_id, staged: Some(staged), _pin: pin });
     }
-    let permit = Arc::clone(&inner.permits).acquire_owned().await.map_err(|_| StoreError::BrokenOff)?;
+    let permits = Arc::clone(&inner.policy().permits);
+    let permit = permits.acquire_owned().await.map_err(|_| StoreError::BrokenOff)?;
     let (input, filling) = fetch.start();
     let path = inner.partial_path(&inner.layer_path(diff_id));
     let (budget, removals) = (Arc::clone(budget), inner.removals.clone());

@@ -151,7 +151,7 @@ fn prepare_from(
         cgroup_directories: &cgroup_directories(node, cgroup),
         target_pid_namespace: target.as_deref(),
         seccomp: seccomp.as_ref(),
-        rlimits: &node.config.rlimits,
+        rlimits: &node.config().rlimits,
         host: &node.facts,
     };
     let spec = oci_spec::build(&inputs)?;

@@ -13,7 +13,7 @@ fn one(key: &str, value: &Value) -> BTreeMap<String, String> {
 
 /// Of `Status`.
 pub(super) fn node(node: &Node) -> BTreeMap<String, String> {
-    let written = serde_json::to_value(node.config.written()).unwrap_or(Value::Null);
+    let written = serde_json::to_value(node.config().written()).unwrap_or(Value::Null);
     one(
         "config",
         &json!({

@@ -135,7 +135,7 @@ fn the_doctor_and_the_daemons_log_name_what_is_wrong_and_say_what_to_do() -> Res
         let trouble =
             report.lines().find(|line| line.starts_with("BROKEN  disk ")).context(report.clone())?;
         assert!(trouble.contains("lower image.min_free_bytes"), "{trouble}");
-        let log = std::fs::read_to_string(full.dir().join("log"))?;
+        let log = full.log()?;
         assert!(
             log.lines().any(|line| line.contains("ERROR") && line.contains("lower image.min_free_bytes")),
             "{log}"

@@ -4,6 +4,7 @@
 mod apparmor;
 mod census;
 mod command;
+mod configuration;
 mod containers;
 mod crictl;
 mod escape;

@@ -5,7 +5,7 @@ use crate::container::Container;
 use crate::oci_spec::HostFacts;
 use crate::registry::Registry;
 use crate::shim_client::{Holder, ShimError, ShimProgram};
-use berth_cgroup::{Cgroup, Driver, Hierarchy, Limits, Parent, Systemd};
+use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd};
 use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
@@ -93,21 +93,21 @@ impl Node {
         }
     }
 
-    /// Makes the cgroup of `id` with its limits in force. With the systemd driver there is a process in it, which does nothing and goes when
+    /// Makes the cgroup of `id` with its limits in force. `ending` is for the systemd driver. With that driver there is a process in it, which does nothing and goes when
     /// the second value is dropped: that has to wait until the process that the cgroup is for is in it. Blocking.
     pub(crate) fn make_cgroup(
         &self,
         parent: &Parent,
         id: &str,
         limits: &Limits,
+        ending: Ending<'_>,
     ) -> Result<(Cgroup, Option<Holder>), MakeCgroup> {
         let (cgroup, holder) = match &self.systemd {
             None => (Cgroup::create(&self.hierarchy, parent, id)?, None),
             Some(systemd) => {
                 let holder = self.shim.spawn_holder()?;
-                let cgroup =
-                    Cgroup::create_scope(&self.hierarchy, systemd, parent, id, limits, holder.pid())?;
-                (cgroup, Some(holder))
+                let scope = Scope { process: holder.pid(), limits, ending };
+                (Cgroup::create_scope(&self.hierarchy, systemd, parent, id, &scope)?, Some(holder))
             }
         };
         if parent.path() == self.default_cgroup_parent.path() {

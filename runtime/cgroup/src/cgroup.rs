@@ -13,7 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::name::{Parent, check_id, is_unit};
-use crate::{Driver, Error, Hierarchy, Limits, Systemd, control_file, unit};
+use crate::{Driver, Ending, Error, Hierarchy, Limits, Systemd, control_file, unit};
 
 /// The v2 controllers that are handed down to containers, as far as the parent has them.
 const DELEGATED: [&str; 6] = ["cpu", "cpuset", "io", "memory", "pids", "hugetlb"];
@@ -45,6 +45,18 @@ pub struct Cgroup {
     pub(crate) place: Place,
     /// Nothing with the cgroupfs driver, and for a scope of an earlier life as long as nobody has said how to reach systemd.
     pub(crate) unit: Option<Unit>,
+}
+
+/// What a scope is made of: [`Cgroup::create_scope`].
+#[derive(Debug, Clone, Copy)]
+pub struct Scope<'a> {
+    /// A process of the caller's that does nothing: a scope cannot be without one, and the container's own must not run before its limits
+    /// are in force.
+    pub process: u32,
+    /// Its limits.
+    pub limits: &'a Limits,
+    /// How it ends when systemd ends it.
+    pub ending: Ending<'a>,
 }
 
 impl Cgroup {
@@ -113,10 +125,8 @@ impl Cgroup {
         Ok(Self { path, place, unit: None })
     }
 
-    /// Has systemd make the scope `berth-<id>.scope` in the slice `parent`, with these limits, around `process`, which must be one of the
-    /// caller's that does nothing: a scope cannot be without a process, and the container's own must not run before its limits are in
-    /// force. It may go as soon as another is in the scope; when the last one goes, so does the scope. Blocks while systemd works, for 30 s
-    /// at the most.
+    /// Has systemd make the scope `berth-<id>.scope` in the slice `parent`. Its process may go as soon as another is in the scope; when the
+    /// last one goes, so does the scope. Blocks while systemd works, for 30 s at the most.
     ///
     /// The limits are systemd's knowledge then, rounded to what it can keep; [`Cgroup::apply`] has to follow.
     ///
@@ -127,8 +137,7 @@ impl Cgroup {
         systemd: &Systemd,
         parent: &Parent,
         id: &str,
-        limits: &Limits,
-        process: u32,
+        scope: &Scope<'_>,
     ) -> Result<Self, Error> {
         check_id(parent, id)?;
         let (Hierarchy::Unified { mount }, Some(slice)) = (hierarchy, parent.slice()) else {
@@ -139,12 +148,14 @@ impl Cgroup {
             return Err(Error::ParentMissing { path: above });
         }
         let name = parent.leaf(id);
-        let mut properties = unit::of_scope(format!("Berth container {id}"), slice, process);
-        for property in crate::limits::properties(limits)? {
+        let mut properties = unit::of_scope(format!("Berth container {id}"), slice, scope.process);
+        let before = scope.ending.before.map(|other| parent.leaf(other));
+        properties.extend(unit::of_ending(&scope.ending, before));
+        for property in crate::limits::properties(scope.limits)? {
             properties.retain(|(earlier, _)| *earlier != property.0);
             properties.push(property);
         }
-        systemd.start(&name, properties, process).map_err(|source| Error::Unit {
+        systemd.start(&name, properties, scope.process).map_err(|source| Error::Unit {
             action: "make",
             unit: name.clone(),
             source,

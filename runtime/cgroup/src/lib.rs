@@ -35,7 +35,7 @@ mod stats;
 mod systemd;
 mod unit;
 
-pub use cgroup::{Cgroup, leftovers};
+pub use cgroup::{Cgroup, Scope, leftovers};
 pub use devices::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
 pub use error::Error;
 pub use hierarchy::{Hierarchy, LegacyMount};
@@ -46,3 +46,4 @@ pub use stats::{
     CpuStats, Detail, DeviceIo, MemoryStats, Pressure, PressureLine, Stats, SwapStats, stats_of_parent,
 };
 pub use systemd::{Systemd, SystemdError};
+pub use unit::Ending;

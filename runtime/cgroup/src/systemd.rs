@@ -256,6 +256,8 @@ fn variants(properties: &[Property]) -> Vec<(&str, Variant<'_>)> {
                 Value::Number(number) => Variant::from(*number),
                 Value::Bits(bits) => Variant::from(bits.as_slice()),
                 Value::Processes(pids) => Variant::from(pids.as_slice()),
+                Value::Signal(signal) => Variant::from(*signal),
+                Value::Units(units) => Variant::from(units.as_slice()),
             };
             (*name, value)
         })

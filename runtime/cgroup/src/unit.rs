@@ -6,6 +6,8 @@
 //!
 //! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5), systemd 244 and later.
 
+use std::time::Duration;
+
 /// The value of a property.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Value {
@@ -19,6 +21,21 @@ pub(crate) enum Value {
     Bits(Vec<u8>),
     /// `au`
     Processes(Vec<u32>),
+    /// `i`
+    Signal(i32),
+    /// `as`
+    Units(Vec<String>),
+}
+
+/// How systemd ends a scope when it is told to, above all when the machine goes down: systemd.kill(5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ending<'a> {
+    /// What every process in it gets first.
+    pub signal: i32,
+    /// What is left then gets SIGKILL. At least a second is given.
+    pub grace: Duration,
+    /// The id of another scope of the same parent, which is ended only after this one.
+    pub before: Option<&'a str>,
 }
 
 /// A property of a unit.
@@ -34,6 +51,9 @@ const DEFAULT_PERIOD_US: u64 = 100_000;
 /// file, which is written after.
 const QUOTA_STEP_US: u64 = 10_000;
 
+/// The unit that every packaging of kubelet has.
+const KUBELET: &str = "kubelet.service";
+
 /// The highest processor or memory node in a list; `CONFIG_NR_CPUS` is at most 8192 on the largest machines.
 const MAX_CPUSET_BIT: usize = 8191;
 
@@ -44,7 +64,7 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
         ("Slice", Value::Text(slice.to_owned())),
         // What is below the scope is the container's; systemd enables every controller for it and keeps out.
         ("Delegate", Value::Flag(true)),
-        // Else systemd would stop containers at the begin of a shutdown, before the kubelet has ended its pods in order.
+        // No order beside services that containers have nothing to do with. A shutdown ends them all the same, with their slice.
         ("DefaultDependencies", Value::Flag(false)),
         // A unit that failed, such as by an OOM kill, goes like any other.
         ("CollectMode", Value::Text("inactive-or-failed".to_owned())),
@@ -55,6 +75,21 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
         ("TasksMax", Value::Number(INFINITY)),
         ("PIDs", Value::Processes(vec![process])),
     ]
+}
+
+/// The properties that say how a scope ends. `before` is the name of the scope that [`Ending::before`] means.
+pub(crate) fn of_ending(ending: &Ending<'_>, before: Option<String>) -> Vec<Property> {
+    // 0 would be no limit.
+    let grace = ending.grace.max(Duration::from_secs(1));
+    // A kubelet that ends with the machine does so first, or it would see its containers die and want them back.
+    let mut properties = vec![
+        ("KillSignal", Value::Signal(ending.signal)),
+        ("TimeoutStopUSec", Value::Number(u64::try_from(grace.as_micros()).unwrap_or(INFINITY))),
+        ("Before", Value::Units(vec![KUBELET.to_owned()])),
+    ];
+    // What starts later is stopped earlier: systemd.unit(5), "Before=, After=".
+    properties.extend(before.map(|unit| ("After", Value::Units(vec![unit]))));
+    properties
 }
 
 /// The properties that say what the v2 files get. Of several for one property the last counts, as of the writes. `period_us` is the period
@@ -210,6 +245,28 @@ mod tests {
             of_files([("cpu.max", "50000")].into_iter(), None),
             [number("CPUQuotaPerSecUSec", 500_000)]
         );
+    }
+
+    #[test]
+    fn an_end_has_a_signal_a_time_and_an_order() {
+        let before = || Value::Units(vec!["kubelet.service".to_owned()]);
+        let ending = Ending { signal: 3, grace: Duration::from_millis(2500), before: Some("0a1") };
+        assert_eq!(
+            of_ending(&ending, Some("berth-0a1.scope".to_owned())),
+            [
+                ("KillSignal", Value::Signal(3)),
+                number("TimeoutStopUSec", 2_500_000),
+                ("Before", before()),
+                ("After", Value::Units(vec!["berth-0a1.scope".to_owned()])),
+            ]
+        );
+        for (grace, microseconds) in [(Duration::ZERO, 1_000_000), (Duration::MAX, u64::MAX)] {
+            let ending = Ending { signal: 9, grace, before: None };
+            assert_eq!(
+                of_ending(&ending, None)[1..],
+                [number("TimeoutStopUSec", microseconds), ("Before", before())]
+            );
+        }
     }
 
     #[test]

@@ -11,11 +11,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use berth_cgroup::{
-    Ceiling, Cgroup, DevicePolicy, Driver, Error, Hierarchy, Limits, Parent, Systemd, SystemdError,
-    default_devices, leftovers, parse_oom_kills,
+    Ceiling, Cgroup, DevicePolicy, Driver, Ending, Error, Hierarchy, Limits, Parent, Scope, Systemd,
+    SystemdError, default_devices, leftovers, parse_oom_kills,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How the scopes here end when systemd is told to end them.
+const ENDING: Ending<'_> = Ending { signal: 3, grace: Duration::from_secs(7), before: Some("0ff") };
 
 /// A slice of the test's own, on a machine that systemd runs.
 struct Place {
@@ -42,8 +45,8 @@ impl Place {
     fn make(&self, id: &str, limits: &Limits) -> (Cgroup, Process) {
         let holder = Process::new();
         let process = holder.0.id();
-        let cgroup =
-            Cgroup::create_scope(&self.hierarchy, &self.systemd, &self.parent, id, limits, process).unwrap();
+        let scope = Scope { process, limits, ending: ENDING };
+        let cgroup = Cgroup::create_scope(&self.hierarchy, &self.systemd, &self.parent, id, &scope).unwrap();
         cgroup.apply(limits).unwrap();
         (cgroup, holder)
     }
@@ -154,8 +157,17 @@ fn a_scope_has_its_limits_before_anything_but_the_holder_is_in_it() {
         ("DefaultDependencies", "no"),
         ("Slice", &place.slice),
         ("CollectMode", "inactive-or-failed"),
+        ("KillSignal", "3"),
+        ("TimeoutStopUSec", "7s"),
     ] {
         assert_eq!(property("0a1", name), value, "{name}");
+    }
+    for (name, unit) in [("Before", "kubelet.service"), ("After", "berth-0ff.scope")] {
+        assert!(
+            property("0a1", name).split(' ').any(|other| other == unit),
+            "{name}: {}",
+            property("0a1", name)
+        );
     }
 }
 
@@ -332,15 +344,8 @@ fn a_named_slice_that_is_not_there_is_not_made() {
     let Some(place) = Place::new("missing") else { return };
     let parent = Parent::named(Driver::Systemd, "berthtest-nobodys.slice").unwrap();
     let holder = Process::new();
-    let error = Cgroup::create_scope(
-        &place.hierarchy,
-        &place.systemd,
-        &parent,
-        "0a9",
-        &Limits::default(),
-        holder.0.id(),
-    )
-    .unwrap_err();
+    let scope = Scope { process: holder.0.id(), limits: &Limits::default(), ending: ENDING };
+    let error = Cgroup::create_scope(&place.hierarchy, &place.systemd, &parent, "0a9", &scope).unwrap_err();
     assert!(matches!(error, Error::ParentMissing { .. }), "{error}");
 }
 
@@ -351,8 +356,8 @@ fn a_process_that_is_gone_is_an_error_and_leaves_nothing() {
     let id = process.0.id();
     process.0.kill().unwrap();
     process.0.wait().unwrap();
-    let made =
-        Cgroup::create_scope(&place.hierarchy, &place.systemd, &place.parent, "0aa", &Limits::default(), id);
+    let scope = Scope { process: id, limits: &Limits::default(), ending: ENDING };
+    let made = Cgroup::create_scope(&place.hierarchy, &place.systemd, &place.parent, "0aa", &scope);
     let error = made.unwrap_err();
     assert!(
         matches!(&error, Error::Unit { source: SystemdError::Call { .. } | SystemdError::Job { .. }, .. }),

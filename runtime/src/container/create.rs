@@ -4,7 +4,7 @@
 //! makes the container exist. On failure everything is taken back, in [`undo`]; what a crash leaves half-way is found by the next start, by
 //! the missing record.
 
-use super::{Container, ContainerError, cgroup_plan, end};
+use super::{Container, ContainerError, cgroup_plan, end, shutdown};
 use crate::apparmor;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::oci_spec::{self, CgroupDirectory, Inputs, devices, mounts, stop_signal::stop_signal};
@@ -129,7 +129,8 @@ fn prepare_from(
 
     make_directories(&made.files, &lower_dirs)?;
     let limits = oci_spec::limits(&config.resources);
-    let (cgroup, holder) = node.make_cgroup(sandbox.cgroup_parent(), id.as_str(), &limits)?;
+    let ending = shutdown::ending(&config, stop_signal, sandbox.id().as_str());
+    let (cgroup, holder) = node.make_cgroup(sandbox.cgroup_parent(), id.as_str(), &limits, ending)?;
     let cgroup = made.cgroup.insert(cgroup);
     cgroup.set_devices(&oci_spec::device_policy(config.security.privileged, &asked_devices))?;
 

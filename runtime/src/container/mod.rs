@@ -6,6 +6,7 @@
 //! - `stop`: StopContainer;
 //! - `remove`: RemoveContainer;
 //! - `end`: what happens when it has ended, by itself or not;
+//! - `shutdown`: how it ends when the machine goes down;
 //! - `recover`: what a new daemon makes of a record.
 //!
 //! The state is in a watch channel: whoever waits for the end of a container waits for that value to change. It changes through
@@ -17,6 +18,8 @@ mod error;
 pub(crate) mod exec;
 pub(crate) mod recover;
 pub(crate) mod remove;
+
+mod shutdown;
 pub(crate) mod start;
 pub(crate) mod stop;
 pub(crate) mod update;

@@ -5,11 +5,11 @@
 
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, Wanted};
-use super::{PodProcess, Sandbox, SandboxError, stop};
+use super::{PodProcess, SIGKILL, Sandbox, SandboxError, stop};
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
 use crate::{cadvisor, host_directory};
-use berth_cgroup::Limits;
+use berth_cgroup::{Ending, Limits};
 use berth_model::id::SandboxId;
 use berth_model::layout::SandboxFiles;
 use berth_model::record::ProcessRecord;
@@ -22,6 +22,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// `/dev/shm` of a pod: what the peers give.
 const SHM_SIZE: &str = "65536k";
@@ -143,8 +144,10 @@ fn mount_shm(files: &SandboxFiles) -> Result<(), SandboxError> {
 
 /// Makes process 1 of the pod's pid namespace, in a cgroup of its own below the pod's, and pins the namespace.
 fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxError> {
+    // It has nothing to lose, and hears no other signal.
+    let ending = Ending { signal: SIGKILL, grace: Duration::ZERO, before: None };
     let (cgroup, holder) =
-        node.make_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str(), &Limits::default())?;
+        node.make_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str(), &Limits::default(), ending)?;
     let created =
         node.shim.spawn_pause(crate::container::cgroup_plan(&cgroup)).map_err(SandboxError::Process)?;
     drop(holder);

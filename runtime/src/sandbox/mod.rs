@@ -28,6 +28,9 @@ use berth_model::state::SandboxState;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// signal(7).
+const SIGKILL: i32 = 9;
+
 /// Process 1 of a pod that shares its pid namespace.
 #[derive(Debug)]
 struct PodProcess {
@@ -45,7 +48,6 @@ impl PodProcess {
     }
 
     fn kill(&self) {
-        const SIGKILL: i32 = 9;
         // It has ended already, or ends now.
         let _ = berth_sys::process::signal_pidfd(self.pidfd.as_fd(), SIGKILL);
     }

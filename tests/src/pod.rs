@@ -199,6 +199,12 @@ impl Container {
         self.exec_within(command, 30)
     }
 
+    /// Makes the file `path` in it, for which its program waits to end. The container may end before the program that makes the file has,
+    /// and end that one with it; what is made of that is the caller's to see.
+    pub fn call_off(&self, path: &str) {
+        let _ = self.exec(&["touch", path]);
+    }
+
     /// Runs a shell script in it and returns what it printed.
     ///
     /// # Errors
@@ -353,6 +359,30 @@ pub fn idle(name: &str) -> v1::ContainerConfig {
 pub fn security(config: &mut v1::ContainerConfig) -> &mut v1::LinuxContainerSecurityContext {
     let linux = config.linux.as_mut().expect("the request has a linux part");
     linux.security_context.as_mut().expect("the request has a security context")
+}
+
+/// The namespaces of a pod whose containers see each other's processes (`shareProcessNamespace`).
+#[must_use]
+pub fn shared_processes() -> v1::NamespaceOption {
+    v1::NamespaceOption { pid: v1::NamespaceMode::Pod.into(), ..Default::default() }
+}
+
+/// The request for a pod, with [`shared_processes`].
+#[must_use]
+pub fn sharing_pod(mut config: v1::PodSandboxConfig) -> v1::PodSandboxConfig {
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().namespace_options = Some(shared_processes());
+    config
+}
+
+/// The request for a container of a [`sharing_pod`].
+///
+/// # Panics
+/// As [`security`].
+#[must_use]
+pub fn sharing(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
+    security(&mut config).namespace_options = Some(shared_processes());
+    config
 }
 
 /// Sets the limits of a request.

@@ -138,7 +138,7 @@ fn statuses_follow_the_life_of_a_container() -> Result<()> {
         let again = main.start().err().context("a second start is refused")?;
         assert_eq!(again.code(), Code::FailedPrecondition, "{again}");
 
-        main.sh("touch /tmp/end")?;
+        main.call_off("/tmp/end");
         let ended = main.ended()?.status;
         assert_eq!(ended.started_at, running.started_at);
         assert!(ended.finished_at >= ended.started_at, "{ended:?}");

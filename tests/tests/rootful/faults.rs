@@ -329,7 +329,10 @@ fn processes_that_hide_in_cgroups_of_their_own_or_behind_a_parent_that_left_are_
             })
         };
         // In cgroups below its own, one of them frozen by the container itself.
-        let hide = "for c in /sys/fs/cgroup /sys/fs/cgroup/*; do [ -e $c/cgroup.procs ] || continue; \
+        // On version 2 a privileged one sees all of the host's.
+        let hide = "set -- /sys/fs/cgroup/*; \
+            [ ! -e /sys/fs/cgroup/cgroup.controllers ] || set -- /sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup); \
+            for c; do [ -e $c/cgroup.procs ] || continue; \
             mkdir -p $c/deep/deeper && { setsid sleep 1000 & } && echo $! > $c/deep/deeper/cgroup.procs; \
             for f in freezer.state cgroup.freeze; do [ -e $c/deep/$f ] || continue; \
             case $f in freezer.state) echo FROZEN;; *) echo 1;; esac > $c/deep/$f; echo frozen; done; done 2>/dev/null; \

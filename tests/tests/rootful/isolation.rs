@@ -458,7 +458,7 @@ fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Res
         let pid = main.pid()?;
         let joined = std::process::Command::new("nsenter")
             .arg(format!("--mount=/proc/{pid}/ns/mnt"))
-            .args(["ls", "-a", "/"])
+            .args(["/bin/ls", "-a", "/"])
             .output()
             .context("joining the namespace")?;
         assert_eq!(String::from_utf8_lossy(&joined.stdout), files, "the namespace's root is the image");

@@ -88,7 +88,7 @@ fn rotation_loses_nothing_and_doubles_nothing() -> Result<()> {
             let length = fs::metadata(&old)?.len();
             rotated.push((old, length));
         }
-        main.sh("touch /tmp/end")?;
+        main.call_off("/tmp/end");
         main.ended()?;
         let mut said = String::new();
         for (old, length) in &rotated {

@@ -186,33 +186,51 @@ fn make_directories(path: &std::path::Path, owner: &Resolved) -> Result<(), Fail
     Ok(())
 }
 
-/// The last of a main process: becomes the user, reports, waits for the start, sheds privileges and becomes the program. Returns only
+/// What a process on its way to its program can do still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Privileges {
+    /// What shedding takes, and what the program may.
+    Shedding,
+    /// What the program may, under its filter.
+    Program,
+}
+
+/// Gives up, before a process is born where others may trace it, all that they could get hold of in it: as much as its filter allows to give up
+/// before the birth.
+pub(crate) fn shed_before_birth(process: &Process) -> Result<Privileges, Failed> {
+    if process.sheds_outside {
+        shed(process)?;
+        return Ok(Privileges::Program);
+    }
+    keep_what_shedding_needs(process)?;
+    Ok(Privileges::Shedding)
+}
+
+/// The last of a main process: reports, waits for the start, sheds what privileges there are still and becomes the program. Returns only
 /// why it could not. `terminal` goes with the report.
 pub(crate) fn finish(
     process: &Process,
     program: &Program,
-    user: &Resolved,
+    privileges: Privileges,
     end: &ChildEnd,
     created: &Created,
     terminal: Option<OwnedFd>,
 ) -> Failed {
-    let shed = || {
-        become_user(process, user)?;
-        keep_what_shedding_needs(process)?;
+    let report = || {
         end.ready(created, terminal.as_ref().map(AsFd::as_fd))?;
         drop(terminal);
-        end.wait_for_go()?;
-        shed(process)
+        end.wait_for_go()
     };
-    match shed() {
-        Ok(()) => program.execute(),
+    match report() {
+        Ok(()) => finish_exec(process, program, privileges),
         Err(failed) => failed,
     }
 }
 
-/// The last of a process of exec, after [`become_user`] and [`keep_what_shedding_needs`].
-pub(crate) fn finish_exec(process: &Process, program: &Program) -> Failed {
-    match shed(process) {
+/// The last of a process of exec.
+pub(crate) fn finish_exec(process: &Process, program: &Program, privileges: Privileges) -> Failed {
+    let shed = if privileges == Privileges::Program { Ok(()) } else { shed(process) };
+    match shed {
         Ok(()) => program.execute(),
         Err(failed) => failed,
     }

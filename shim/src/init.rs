@@ -4,12 +4,12 @@
 //! the child ends.
 //!
 //! A process in a pid namespace shows everybody there that may trace (`CAP_SYS_PTRACE`) what it has: its root, its working directory, its
-//! descriptors, its memory. So nothing of the host enters a namespace where others live. Who is bound for one prepares outside until the
-//! root is the container's and the descriptors are the program's, and only then goes on as a sibling born inside ([`go_on_inside`]).
-//! What such an observer can still get hold of is the capability that installing a filter takes, from the birth inside until the program
-//! begins; `no_new_privs` spares that.
+//! descriptors, its memory, and through that its privileges. So nothing of the host enters a namespace where others live. Who is bound for one
+//! prepares outside until the root is the container's, the descriptors are the program's and the privileges too, and only then goes on as a
+//! sibling born inside ([`go_on_inside`]). A filter under which no process can be made is installed inside all the same; whoever traces
+//! there may then get hold of the capability that this takes, unless the program has `no_new_privs`.
 
-use crate::execute::{self, Program};
+use crate::execute::{self, Privileges, Program};
 use crate::failure::{Step, refused};
 use crate::handshake::ChildEnd;
 use crate::rootfs;
@@ -18,7 +18,7 @@ use berth_shim_proto::control::{Created, Failed};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace, Process};
 use berth_sys::beneath::Root;
 use berth_sys::mount::FsContext;
-use berth_sys::process::Cloned;
+use berth_sys::process::{Cloned, SingleThreaded};
 use berth_sys::{credentials, file, ns, process, socket, tty};
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
@@ -63,20 +63,27 @@ pub(crate) fn run_exec(
 
 fn become_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Failed {
     match prepare_main(launch, stdio, end) {
-        Ok((program, user, created, terminal)) => {
-            execute::finish(&launch.process, &program, &user, end, &created, terminal)
+        Ok(Prepared { program, privileges, created, terminal }) => {
+            execute::finish(&launch.process, &program, privileges, end, &created, terminal)
         }
         Err(failed) => failed,
     }
 }
 
-type Prepared = (Program, Resolved, Created, Option<OwnedFd>);
+/// A main process that has only to report.
+struct Prepared {
+    program: Program,
+    privileges: Privileges,
+    created: Created,
+    terminal: Option<OwnedFd>,
+}
 
 fn prepare_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Result<Prepared, Failed> {
     let mut notes = Vec::new();
     begin(&launch.cgroup)?;
     // While /proc is still the host's.
     execute::set_limits(&launch.process, &mut notes)?;
+    set_apparmor_profile(&launch.process.apparmor_profile)?;
 
     let namespaces = &launch.namespaces;
     for (path, kind) in [
@@ -109,31 +116,30 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Result
     rootfs::finish_inside(launch)?;
     let user = user::resolve(&launch.process.user, &accounts)?;
     drop(accounts);
-    let has_terminal = stdio.is_none();
-    if let Some(stdio) = stdio {
-        place(stdio, &user)?;
-    }
-    if inhabited.is_some() {
-        go_on_inside(end)?;
-    }
-
-    // A session of its own: signals of a terminal reach it and nobody else. The terminal is one of the devpts just mounted.
-    process::new_session().step("make a session", "")?;
-    let terminal = if has_terminal { Some(open_terminal(&user, rootfs::has_own_dev(launch))?) } else { None };
-    execute::enter_directory(&launch.process.cwd, &user)?;
-    if !launch.process.apparmor_profile.is_empty() {
-        set_apparmor_profile(&launch.process.apparmor_profile)?;
-    }
-    let program = Program::new(&launch.process, &user.home)?;
-    let created = Created {
-        uid: user.uid,
-        gid: user.gid,
-        groups: user.groups.clone(),
-        home: user.home.clone(),
-        notes,
-        ..Created::default()
+    let terminal = match stdio {
+        Some(stdio) => {
+            place(stdio, &user)?;
+            None
+        }
+        None => Some(open_terminal(&user, rootfs::has_own_dev(launch))?),
     };
-    Ok((program, user, created, terminal))
+    execute::enter_directory(&launch.process.cwd, &user)?;
+    let program = Program::new(&launch.process, &user.home)?;
+    execute::become_user(&launch.process, &user)?;
+    let privileges = if inhabited.is_some() {
+        go_on_inside(&launch.process, end, terminal.as_ref().map(AsFd::as_fd))?
+    } else {
+        execute::keep_what_shedding_needs(&launch.process)?;
+        Privileges::Shedding
+    };
+    // A session of its own: signals of a terminal reach it and nobody else.
+    process::new_session().step("make a session", "")?;
+    if terminal.is_some() {
+        tty::make_controlling(std::io::stdin().as_fd()).step("open a terminal", "")?;
+    }
+    let Resolved { uid, gid, groups, home } = user;
+    let created = Created { uid, gid, groups, home, notes, ..Created::default() };
+    Ok(Prepared { program, privileges, created, terminal })
 }
 
 fn become_exec(
@@ -145,7 +151,7 @@ fn become_exec(
     end: &ChildEnd,
 ) -> Failed {
     match prepare_exec(launch, program, main, user, stdio, end) {
-        Ok(exec) => execute::finish_exec(program, &exec),
+        Ok((exec, privileges)) => execute::finish_exec(program, &exec, privileges),
         Err(failed) => failed,
     }
 }
@@ -157,10 +163,11 @@ fn prepare_exec(
     user: &Resolved,
     stdio: Stdio,
     end: &ChildEnd,
-) -> Result<Program, Failed> {
+) -> Result<(Program, Privileges), Failed> {
     begin(&launch.cgroup)?;
     let mut notes = Vec::new();
     execute::set_limits(program, &mut notes)?;
+    set_apparmor_profile(&program.apparmor_profile)?;
     let mut flags = ns::MOUNT | ns::Kind::Pid.flag();
     for (path, flag) in [
         (&launch.namespaces.network, ns::Kind::Network.flag()),
@@ -179,15 +186,12 @@ fn prepare_exec(
     ns::join(main, flags).step("join the container", "")?;
     place(stdio, user)?;
     execute::enter_directory(&program.cwd, user)?;
+    let exec = Program::new(program, &user.home)?;
     execute::become_user(program, user)?;
-    execute::keep_what_shedding_needs(program)?;
-    go_on_inside(end)?;
+    let privileges = go_on_inside(program, end, None)?;
     // A session of its own, which the shim signals as a whole.
     process::new_session().step("make a session", "")?;
-    if !program.apparmor_profile.is_empty() {
-        set_apparmor_profile(&program.apparmor_profile)?;
-    }
-    Program::new(program, &user.home)
+    Ok((exec, privileges))
 }
 
 /// What every child does first.
@@ -209,17 +213,25 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one. Nothing but 0, 1, 2 and the
-/// way to the shim stays open.
-fn go_on_inside(end: &ChildEnd) -> Result<(), Failed> {
+/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one. Nothing but 0, 1, 2, the
+/// way to the shim and `terminal` stays open. Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
+fn go_on_inside(
+    program: &Process,
+    end: &ChildEnd,
+    terminal: Option<BorrowedFd<'_>>,
+) -> Result<Privileges, Failed> {
     const STEP: &str = "enter the pid namespace";
-    process::close_all_but(end.as_fd()).step(STEP, "")?;
+    let kept: Vec<BorrowedFd<'_>> = terminal.into_iter().chain([end.as_fd()]).collect();
+    process::close_all_but(&kept).step(STEP, "")?;
     // The shim has to know of the new one before it says or does anything, and if it never will, there shall be none.
     let (wait, go_on) = file::pipe().step(STEP, "")?;
-    match process::clone_sibling().step(STEP, "")? {
+    let single = SingleThreaded::check().step(STEP, "")?;
+    let privileges = execute::shed_before_birth(program)?;
+    match process::clone_sibling(single).step(STEP, "")? {
         None => {
             drop(go_on);
-            std::fs::File::from(wait).read_exact(&mut [0]).step(STEP, "its maker has ended")
+            std::fs::File::from(wait).read_exact(&mut [0]).step(STEP, "its maker has ended")?;
+            Ok(privileges)
         }
         Some(pid) => {
             end.succeeded_by(pid)?;
@@ -264,7 +276,7 @@ fn begin_procfs(path: &Path, socket: BorrowedFd<'_>) -> Result<(), Failed> {
     for number in 0..3 {
         process::place_descriptor(socket, number).step(STEP, "")?;
     }
-    process::close_all_but(socket).step(STEP, "")?;
+    process::close_all_but(&[socket]).step(STEP, "")?;
     match process::clone_process(0, None).step(STEP, "")? {
         Cloned::Child => {
             let context = FsContext::open(c"proc").step(STEP, "proc")?;
@@ -293,14 +305,13 @@ fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> 
     Ok(())
 }
 
-/// Opens a new terminal in the container's own devpts, makes it the controlling one, 0, 1 and 2, and where `/dev` is the container's own
-/// `/dev/console` too; returns the other end.
+/// Opens a new terminal in the container's own devpts, makes it 0, 1 and 2, and where `/dev` is the container's own `/dev/console` too; returns
+/// the other end.
 fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "open a terminal";
     let inside = Root::open(Path::new("/dev/pts")).step(STEP, "/dev/pts")?;
     let controller = inside.open_with(Path::new("ptmx"), file::READ_WRITE).step(STEP, "/dev/pts/ptmx")?;
     let terminal = tty::open_other_end(controller.as_fd()).step(STEP, "")?;
-    tty::make_controlling(terminal.as_fd()).step(STEP, "")?;
     std::os::unix::fs::fchown(&terminal, Some(user.uid), None).step(STEP, "")?;
     if own_dev {
         rootfs::show_console(terminal.as_fd())?;
@@ -311,11 +322,17 @@ fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
     Ok(controller)
 }
 
-/// `/proc/thread-self/attr/apparmor/exec` of apparmor's kernel interface: the profile that the next exec changes to.
+/// `/proc/<pid>/attr/apparmor/exec` of AppArmor's kernel interface: the profile that the next exec changes to, of this process or one that is
+/// cloned from it. An empty one is none.
+///
+/// Must run while `/proc` is still the host's: over that of a container it could be mounted something else.
 fn set_apparmor_profile(profile: &str) -> Result<(), Failed> {
     const STEP: &str = "set the AppArmor profile";
+    if profile.is_empty() {
+        return Ok(());
+    }
     let proc = Root::open(Path::new("/proc")).step(STEP, profile)?;
-    // A mount of the request could have covered it; the write would go nowhere and the container run without its profile.
+    // The write would go nowhere, and the container run without its profile.
     if !berth_sys::mount::is_procfs(proc.as_fd()).step(STEP, "/proc")? {
         return Err(refused(STEP, format!("{profile}: /proc is not the kernel's")));
     }

@@ -96,21 +96,39 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
     }
 }
 
+/// That the calling process has one thread, and so makes no child that inherits locks whose owner does not exist in it. A process that makes
+/// no thread can find out early and use it later.
+#[derive(Debug, Clone, Copy)]
+pub struct SingleThreaded(());
+
+impl SingleThreaded {
+    /// Finds out by `unshare(2)`.
+    ///
+    /// # Errors
+    /// When a filter forbids the question.
+    ///
+    /// # Panics
+    /// When there are more threads.
+    pub fn check() -> io::Result<Self> {
+        assert!(is_single_threaded()?, "this is for single-threaded processes");
+        Ok(Self(()))
+    }
+}
+
 /// Makes a sibling of the caller that goes on from here with a copy of the memory: a child of the caller's parent (`CLONE_PARENT`), born
 /// in the pid namespace that the caller has joined for its children. `None` in the sibling, in the caller the sibling's pid as the
 /// caller's own pid namespace numbers it.
 ///
+/// By `clone(2)`: filters see its flags, and those that let programs make processes forbid `clone3(2)`, whose flags they cannot see.
+///
 /// # Errors
 /// Those of [`clone_process`].
-///
-/// # Panics
-/// When called by a process with more than one thread, as [`clone_process`].
-pub fn clone_sibling() -> io::Result<Option<i32>> {
-    assert!(is_single_threaded()?, "clone_sibling is for single-threaded processes");
+pub fn clone_sibling(_: SingleThreaded) -> io::Result<Option<i32>> {
     // No signal of its own: the parent is told of the sibling's end as it is of the caller's.
-    let mut args = CloneArgs { flags: libc::CLONE_PARENT as u64, ..CloneArgs::default() };
-    // SAFETY: as in `clone_process`.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
+    let flags = libc::c_long::from(libc::CLONE_PARENT);
+    // SAFETY: no CLONE_VM and no new stack, so the sibling runs on a copy of this one; the null pointers are for what is not asked for; there
+    // is one thread, so no lock in the copy is held by a thread that does not exist there.
+    let result = unsafe { libc::syscall(libc::SYS_clone, flags, 0_usize, 0_usize, 0_usize, 0_usize) };
     match result {
         0 => Ok(None),
         pid if pid > 0 => {
@@ -410,20 +428,25 @@ pub fn close_from(first: u32, when: CloseRange) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Closes every descriptor but 0, 1, 2 and `kept`: [`close_from`] on both sides of it.
+/// Closes every descriptor but 0, 1, 2 and `kept`: [`close_from`] on all sides of them.
 ///
 /// # Errors
 /// None in practice.
-pub fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<()> {
-    let number = kept.as_raw_fd().unsigned_abs();
-    if number > 3 {
-        // SAFETY: as in `close_from`.
-        let result = unsafe { libc::syscall(libc::SYS_close_range, 3, number - 1, 0) };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
+pub fn close_all_but(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut numbers: Vec<u32> = kept.iter().map(|kept| kept.as_raw_fd().unsigned_abs()).collect();
+    numbers.sort_unstable();
+    let mut first = 3;
+    for number in numbers {
+        if number > first {
+            // SAFETY: as in `close_from`.
+            let result = unsafe { libc::syscall(libc::SYS_close_range, first, number - 1, 0) };
+            if result < 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
+        first = first.max(number + 1);
     }
-    close_from(number.max(2) + 1, CloseRange::Now)
+    close_from(first, CloseRange::Now)
 }
 
 /// When [`close_from`] closes.

@@ -269,7 +269,37 @@ pub struct Process {
     /// File mode creation mask.
     #[prost(uint32, tag = "13")]
     pub umask: u32,
+    /// Under its filter a process can do what [`ENTERING`] has: so it gives up its privileges before it enters a pid namespace where others
+    /// live, and not only inside.
+    #[prost(bool, tag = "14")]
+    pub sheds_outside: bool,
 }
+
+/// What the shim's child calls after it has given up its privileges outside of a pid namespace, up to its program, each with the arguments that
+/// a filter may go by.
+///
+/// The clone is one of `CLONE_PARENT`, the ioctl a `TIOCSCTTY`.
+pub const ENTERING: [(&str, &[u64]); 17] = [
+    ("clone", &[0x8000]),
+    ("read", &[]),
+    ("write", &[]),
+    ("close", &[]),
+    ("sendmsg", &[]),
+    ("recvmsg", &[]),
+    ("setsid", &[]),
+    ("ioctl", &[0, 0x540e]),
+    ("execve", &[]),
+    ("exit_group", &[]),
+    // Memory, which may come and go in between.
+    ("brk", &[]),
+    ("mmap", &[]),
+    ("mremap", &[]),
+    ("munmap", &[]),
+    ("madvise", &[]),
+    // What a limit of capabilities takes that comes after the filter.
+    ("capset", &[]),
+    ("prctl", &[]),
+];
 
 /// Who a process runs as, in the words of the request; resolved by the container's own passwd and group files.
 #[derive(Clone, PartialEq, prost::Message)]

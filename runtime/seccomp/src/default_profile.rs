@@ -631,7 +631,8 @@ fn build(builder: LinuxSeccompArgBuilder) -> LinuxSeccompArg {
 mod tests {
     use super::*;
     use crate::abi::{Abi, X32_BIT};
-    use crate::interpreter::{Call, meaning, run};
+    use crate::evaluate::Call;
+    use crate::meaning::{meaning, run};
     use crate::{Filter, compile};
 
     const ALLOW: u32 = 0x7fff_0000;

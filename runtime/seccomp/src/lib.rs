@@ -15,9 +15,10 @@ mod abi;
 mod assemble;
 mod cache;
 mod default_profile;
-#[cfg(test)]
-mod interpreter;
+mod evaluate;
 mod lower;
+#[cfg(test)]
+mod meaning;
 mod parse;
 
 use oci_spec::runtime::LinuxSeccomp;
@@ -112,7 +113,8 @@ mod tests {
 
     use super::*;
     use crate::abi::{Abi, X32_BIT};
-    use crate::interpreter::{Call, meaning, run};
+    use crate::evaluate::Call;
+    use crate::meaning::{meaning, run};
 
     const NAMES: [&str; 16] = [
         "read",

@@ -22,7 +22,7 @@ use berth_model::layout::ContainerFiles;
 use berth_model::record::{ContainerRecord, ProcessRecord};
 use berth_model::security::{NamespaceMode, Profile};
 use berth_model::state::{ContainerState, SandboxState};
-use berth_shim_proto::launch::Launch;
+use berth_shim_proto::launch::{ENTERING, Launch};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -181,9 +181,11 @@ fn prepare_from(
             exit_record: &made.files.exit_record(),
             stdin: config.stdin,
             cgroup: &cgroup_plan(cgroup),
-            seccomp: filter
-                .as_ref()
-                .map(|filter| plan::Filter { program: &filter.bytes, flags: filter.flags }),
+            seccomp: filter.as_ref().map(|filter| plan::Filter {
+                program: &filter.bytes,
+                flags: filter.flags,
+                admits_entering: ENTERING.iter().all(|(name, args)| filter.admits(name, args)),
+            }),
         },
     )?;
     let log_path =
@@ -344,7 +346,8 @@ fn target_namespace(
         return Ok(None);
     }
     let target = match node.registry.find_container(&namespaces.target_id) {
-        Found::One(target) if target.sandbox_id() == sandbox.id() => target.pid(),
+        // One that waits for its start has its privileges still, and is nobody's to look into.
+        Found::One(target) if target.sandbox_id() == sandbox.id() && target.is_running() => target.pid(),
         _ => None,
     };
     let pid = target.ok_or_else(|| ContainerError::NoTarget { target: namespaces.target_id.clone() })?;

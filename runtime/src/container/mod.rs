@@ -106,6 +106,10 @@ impl Container {
         self.record.process.filter(|_| !ended).map(|process| process.pid)
     }
 
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(*self.state.borrow(), ContainerState::Running { .. })
+    }
+
     /// The pid of its shim, while it has one.
     pub(crate) fn shim_pid(&self) -> Option<i32> {
         lock(&self.shim).as_ref().and_then(|shim| shim.pid())

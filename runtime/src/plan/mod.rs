@@ -65,6 +65,8 @@ pub struct Filter<'a> {
     pub program: &'a [u8],
     /// `SECCOMP_FILTER_FLAG_*`: seccomp(2).
     pub flags: u32,
+    /// Whether a process under it can enter a pid namespace: `berth_shim_proto::launch::ENTERING`.
+    pub admits_entering: bool,
 }
 
 /// A spec that the shim cannot carry out.
@@ -370,6 +372,7 @@ fn translate_process(
         apparmor_profile: process.apparmor_profile().clone().unwrap_or_default(),
         terminal: process.terminal().unwrap_or(false),
         umask: process.user().umask().unwrap_or(0o022),
+        sheds_outside: extra.seccomp.is_none_or(|filter| filter.admits_entering),
     })
 }
 

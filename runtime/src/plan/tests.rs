@@ -15,7 +15,7 @@ const FILTER: &[u8] = &[6, 0, 0, 0, 0, 0, 255, 127];
 
 /// The plan of `spec` with what the fixture asks for beside it.
 fn plan_of(spec: &Spec, fixture: &Fixture) -> Result<Launch, PlanError> {
-    let filter = Filter { program: FILTER, flags: 2 };
+    let filter = Filter { program: FILTER, flags: 2, admits_entering: false };
     launch(
         spec,
         &Extra {
@@ -641,7 +641,7 @@ fn a_filter_belongs_to_a_profile_and_a_profile_to_a_filter() {
                 exit_record: Path::new("/e"),
                 stdin: false,
                 cgroup: &cgroup,
-                seccomp: program.map(|program| Filter { program, flags: 0 }),
+                seccomp: program.map(|program| Filter { program, flags: 0, admits_entering: true }),
             },
         )
     };

@@ -15,7 +15,7 @@ use berth_tests::census::mounts_below;
 use berth_tests::cri::image_spec;
 use berth_tests::daemon::{Daemon, programs, rootful};
 use berth_tests::forge::{Entry, Image, Layer, sha256};
-use berth_tests::pod::{Container, container, idle, security, shell, words};
+use berth_tests::pod::{Container, container, idle, security, sharing, sharing_pod, shell, words};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::json;
 use tonic::Code;
@@ -327,12 +327,6 @@ fn device(host: &str, container: &str) -> v1::Device {
     }
 }
 
-/// Ends a program that goes on until `/tmp/over` is there. Its container may end before the program that puts it there has, and end
-/// that one with it.
-fn call_off(main: &Container) {
-    let _ = main.exec(&["touch", "/tmp/over"]);
-}
-
 /// Looks at every process but the first from its first moment on, by what /proc says of it, until `/tmp/over` is there; says what it
 /// sees of the host. Only builtins of the shell, so that no look takes longer than the moment that it is for.
 fn look_for_the_host(canary: &str) -> String {
@@ -368,7 +362,7 @@ fn exec_brings_nothing_of_the_host_into_a_container() -> Result<()> {
             for _ in 0..EXECS {
                 ensure!(main.exec(&["true"])?.code == 0);
             }
-            call_off(&main);
+            main.call_off("/tmp/over");
             assert_eq!(seen_by(&main)?, BTreeSet::from(["over".to_owned()]));
         }
         canary.is_untouched()
@@ -381,23 +375,15 @@ fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> R
     const CONTAINERS: usize = 30;
     rootful(|daemon| {
         let canary = Canary::new(daemon)?;
-        let shared = v1::NamespaceOption { pid: v1::NamespaceMode::Pod.into(), ..Default::default() };
-        let mut config = daemon.pod_config("look");
-        let linux = config.linux.get_or_insert_default();
-        linux.security_context.get_or_insert_default().namespace_options = Some(shared.clone());
-        let pod = daemon.pod_of(config)?;
-        let in_shared = |mut config: v1::ContainerConfig| {
-            security(&mut config).namespace_options = Some(shared.clone());
-            config
-        };
-        let looks = pod.start(in_shared(may_trace(shell("looks", &look_for_the_host(canary.path()?)))))?;
+        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("look")))?;
+        let looks = pod.start(sharing(may_trace(shell("looks", &look_for_the_host(canary.path()?)))))?;
         for number in 0..CONTAINERS {
-            pod.start(in_shared(idle(&format!("c{number}"))))?.remove()?;
+            pod.start(sharing(idle(&format!("c{number}"))))?.remove()?;
         }
-        call_off(&looks);
+        looks.call_off("/tmp/over");
         // They are in it all the same, with a /proc that says so and a terminal if they asked for one.
         let mut config =
-            in_shared(shell("terminal", "grep Name /proc/1/status; [ -e /proc/$$ ] && [ -t 0 ] && echo own"));
+            sharing(shell("terminal", "grep Name /proc/1/status; [ -e /proc/$$ ] && [ -t 0 ] && echo own"));
         config.tty = true;
         assert_eq!(pod.run_container(config)?.stdout, "Name:\tberth-pause\nown\n");
         assert_eq!(seen_by(&looks)?, BTreeSet::from(["over".to_owned()]));
@@ -436,7 +422,7 @@ fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() 
             let _ = main.exec(&["/volume/evil"]);
         }
         let _ = pod.start(with_volume(container("entrypoint", &["/volume/evil"])));
-        call_off(&main);
+        main.call_off("/tmp/over");
         assert_eq!(seen_by(&main)?, BTreeSet::from(["over".to_owned()]));
         assert_eq!(hashes()?, before);
         let mut next = pod.idle("next")?.shim_pid()?;

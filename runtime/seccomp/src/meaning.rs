@@ -1,4 +1,4 @@
-//! For tests: runs a filter as the kernel would, and says what a profile means in the plainest way, to hold one against the other.
+//! For tests: what a profile means for a call, in the plainest way, to hold filters against.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -6,58 +6,11 @@ use std::collections::HashMap;
 use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompOperator, LinuxSyscall};
 
 use crate::abi::{Abi, X32_BIT};
-use crate::assemble::code;
+use crate::evaluate::Call;
 
-/// A system call as a filter sees it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Call {
-    pub(crate) number: u32,
-    pub(crate) arch: u32,
-    pub(crate) args: [u64; 6],
-}
-
-impl Call {
-    pub(crate) fn new(abi: Abi, name: &str, args: &[u64]) -> Self {
-        let number = abi.number(name).unwrap_or_else(|| panic!("{name} on {abi:?}"));
-        let mut all = [0; 6];
-        all[..args.len()].copy_from_slice(args);
-        Self { number, arch: abi.audit_arch(), args: all }
-    }
-
-    fn word(&self, offset: u32) -> u32 {
-        let mut data = Vec::new();
-        data.extend(self.number.to_le_bytes());
-        data.extend(self.arch.to_le_bytes());
-        data.extend(0_u64.to_le_bytes());
-        data.extend(self.args.iter().flat_map(|arg| arg.to_le_bytes()));
-        let at = usize::try_from(offset).unwrap();
-        assert_eq!(at % 4, 0, "the kernel refuses unaligned loads");
-        u32::from_le_bytes(data[at..at + 4].try_into().unwrap())
-    }
-}
-
-/// Runs a filter. Panics where the kernel's checker would have refused it.
+/// What a filter that the kernel takes answers.
 pub(crate) fn run(filter: &[u8], call: &Call) -> u32 {
-    assert_eq!(filter.len() % 8, 0);
-    let program: Vec<&[u8]> = filter.chunks(8).collect();
-    let mut accumulator = 0_u32;
-    let mut at = 0;
-    loop {
-        let [c0, c1, jt, jf, k0, k1, k2, k3] = <[u8; 8]>::try_from(program[at]).unwrap();
-        let operand = u32::from_ne_bytes([k0, k1, k2, k3]);
-        at += 1;
-        let mut jump = |holds: bool| at += usize::from(if holds { jt } else { jf });
-        match u16::from_ne_bytes([c0, c1]) {
-            code::LOAD => accumulator = call.word(operand),
-            code::AND => accumulator &= operand,
-            code::JUMP => at += usize::try_from(operand).unwrap(),
-            code::JUMP_IF_EQUAL => jump(accumulator == operand),
-            code::JUMP_IF_GREATER => jump(accumulator > operand),
-            code::JUMP_IF_GREATER_OR_EQUAL => jump(accumulator >= operand),
-            code::RETURN => return operand,
-            other => panic!("no such instruction: {other:#x}"),
-        }
-    }
+    crate::evaluate::run(filter, call).expect("the kernel would have refused this filter")
 }
 
 thread_local! {

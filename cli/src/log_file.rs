@@ -49,6 +49,8 @@ pub(crate) enum LogFileError {
 pub(crate) struct LogFile {
     path: PathBuf,
     file: File,
+    /// How much of it was there to be read when it was opened, in bytes.
+    present: u64,
     /// Bytes of an entry whose line feed has not been seen.
     unfinished: Vec<u8>,
 }
@@ -61,11 +63,26 @@ impl LogFile {
     pub(crate) fn open(path: &Path, lines: Option<u64>) -> Result<Self, LogFileError> {
         let open = |path: &Path, source| LogFileError::Open { path: path.to_owned(), source };
         let file = File::open(path).map_err(|source| open(path, source))?;
-        let log = Self { path: path.to_owned(), file, unfinished: Vec::new() };
+        let end = file.metadata().map_err(|source| open(path, source))?.len();
+        let mut log = Self { path: path.to_owned(), file, present: end, unfinished: Vec::new() };
         if let Some(lines) = lines {
-            log.seek_to_last_lines(lines).map_err(|source| log.read_error(source))?;
+            let start = log.seek_to_last_lines(end, lines).map_err(|source| log.read_error(source))?;
+            log.present -= start;
         }
         Ok(log)
+    }
+
+    /// Hands what was there when the log was opened to `each`, as entries without their line feeds: no more than was asked for, and an end,
+    /// however fast the log grows.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or `each` fails.
+    pub(crate) fn read_present<E>(&mut self, mut each: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E>
+    where
+        E: From<LogFileError>,
+    {
+        self.read_to_end(self.present, &mut each)?;
+        self.hand_out_unfinished(&mut each)
     }
 
     /// Hands all entries that are there now to `each`, without their line feeds, and goes over to a new file of
@@ -80,14 +97,14 @@ impl LogFile {
     where
         E: From<LogFileError>,
     {
-        let mut any = self.read_to_end(&mut each)?;
+        let mut any = self.read_to_end(u64::MAX, &mut each)?;
         // Asked before the old file is read to its end once more: what is written to it after that comes from a
         // writer that has not been told of the new one, and rotation waits for the writer.
         while let Some(successor) = self.successor()? {
-            any |= self.read_to_end(&mut each)?;
+            any |= self.read_to_end(u64::MAX, &mut each)?;
             self.hand_out_unfinished(&mut each)?;
             self.file = successor;
-            any |= self.read_to_end(&mut each)?;
+            any |= self.read_to_end(u64::MAX, &mut each)?;
         }
         Ok(any)
     }
@@ -104,16 +121,25 @@ impl LogFile {
         if rest.is_empty() { Ok(()) } else { each(&rest) }
     }
 
-    fn read_to_end<E>(&mut self, each: &mut impl FnMut(&[u8]) -> Result<(), E>) -> Result<bool, E>
+    /// Reads at most `most` bytes. Returns whether there were any.
+    fn read_to_end<E>(
+        &mut self,
+        most: u64,
+        each: &mut impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<bool, E>
     where
         E: From<LogFileError>,
     {
         let mut block = vec![0; BLOCK_BYTES];
         let mut any = false;
+        let mut left = most;
         loop {
-            let length = match self.file.read(&mut block) {
+            let length = match (&self.file).take(left).read(&mut block) {
                 Ok(0) => return Ok(any),
-                Ok(length) => length,
+                Ok(length) => {
+                    left -= length as u64;
+                    length
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => return Err(self.read_error(source).into()),
             };
@@ -142,11 +168,10 @@ impl LogFile {
         Ok(if same.map_err(|source| self.read_error(source))? { None } else { Some(named) })
     }
 
-    /// Moves to the start of the last `lines` lines. A line is what ends with an `F` entry, or the parts of one that
+    /// Moves to the start of the last `lines` lines before `end`, and returns where that is. A line is what ends with an `F` entry, or the parts of one that
     /// has not ended yet; an entry that is not in the format is a line by itself.
-    fn seek_to_last_lines(&self, lines: u64) -> io::Result<()> {
+    fn seek_to_last_lines(&self, end: u64, lines: u64) -> io::Result<u64> {
         use std::io::{Seek, SeekFrom};
-        let end = self.file.metadata()?.len();
         let mut start = end;
         let mut lines_behind = 0;
         // Walks backwards over the entries. `start` is where the last one that was taken begins.
@@ -163,7 +188,7 @@ impl LogFile {
             }
             start = entry;
         }
-        (&self.file).seek(SeekFrom::Start(start)).map(|_| ())
+        (&self.file).seek(SeekFrom::Start(start))
     }
 
     /// Where the entry begins whose line feed is the last byte before `end`; `None` at the start of the file.
@@ -287,6 +312,24 @@ mod tests {
         assert!(collect(&mut log).is_empty(), "half an entry is not handed out");
         append(&path, "o\n");
         assert_eq!(collect(&mut log), ["F two"]);
+    }
+
+    #[test]
+    fn what_comes_after_the_opening_is_not_present() {
+        for (lines, expected) in [(None, &["F one", "F two"][..]), (Some(1), &["F two"][..]), (Some(0), &[])] {
+            let (_folder, path) = log_of(&["F one", "F two"]);
+            let mut log = LogFile::open(&path, lines).unwrap();
+            append(&path, &format!("{HEAD} F three\n"));
+            let mut entries = Vec::new();
+            log.read_present::<LogFileError>(|entry| {
+                entries.push(String::from_utf8_lossy(entry).replace(HEAD, "").trim_start().to_owned());
+                // As fast as it is read.
+                append(&path, &format!("{HEAD} F more\n"));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(entries, expected, "{lines:?}");
+        }
     }
 
     #[test]

@@ -49,8 +49,7 @@ pub(crate) struct Selection {
 pub(crate) fn print(path: &Path, selection: Selection) -> Result<(), LogStreamError> {
     let mut log = LogFile::open(path, selection.last_lines)?;
     let mut printer = Printer::new(selection);
-    log.read_available(|entry| printer.take(entry).map_err(LogStreamError::from))?;
-    log.hand_out_unfinished(&mut |entry: &[u8]| printer.take(entry))?;
+    log.read_present(|entry| printer.take(entry).map_err(LogStreamError::from))?;
     Ok(printer.flush()?)
 }
 

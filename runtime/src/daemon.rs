@@ -1,6 +1,7 @@
 //! The daemon as a whole: opening everything, serving, ending.
 
 use crate::config::Config;
+use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
 use crate::node::Node;
 use crate::notify::{self, Notifier};
@@ -283,6 +284,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         images,
         filters: berth_seccomp::Cache::new(),
         registry: Registry::default(),
+        output_room: OutputRoom::default(),
         boot_id: boot_id.trim().to_owned(),
         facts,
         network: std::sync::Mutex::new(Ok(())),

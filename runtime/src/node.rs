@@ -2,6 +2,7 @@
 
 use crate::config::Config;
 use crate::container::Container;
+use crate::container::output_room::OutputRoom;
 use crate::oci_spec::HostFacts;
 use crate::registry::Registry;
 use crate::shim_client::{Holder, ShimError, ShimProgram};
@@ -53,6 +54,7 @@ pub(crate) struct Node {
     pub(crate) images: Store,
     pub(crate) filters: Cache,
     pub(crate) registry: Registry,
+    pub(crate) output_room: OutputRoom,
     /// `/proc/sys/kernel/random/boot_id`.
     pub(crate) boot_id: String,
     pub(crate) facts: HostFacts,

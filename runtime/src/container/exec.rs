@@ -3,6 +3,7 @@
 //! The shim starts it; its output comes here by pipes without a copy in between. Each stream is kept up to [`MAX_OUTPUT`] and read to
 //! its end all the same, so that a program is never stopped by a full pipe.
 
+use super::output_room::{Kept, OutputRoom};
 use super::{Container, ContainerError};
 use crate::shim_client::ShimError;
 use berth_model::state::ContainerState;
@@ -26,9 +27,10 @@ pub(crate) struct Output {
     pub(crate) exit_code: i32,
 }
 
-/// Runs `command` and waits for its end, at most `timeout`.
+/// Runs `command` and waits for its end, at most `timeout`. Its output is kept as far as there is `room`.
 pub(crate) async fn exec_sync(
     container: &Arc<Container>,
+    room: &OutputRoom,
     command: Vec<String>,
     timeout: Option<Duration>,
 ) -> Result<Output, ContainerError> {
@@ -40,10 +42,10 @@ pub(crate) async fn exec_sync(
     let (stderr, stderr_end) = reader()?;
     let args = command.into_iter().map(String::into_bytes).collect();
     let mut running = shim.exec(args, stdout_end, stderr_end)?;
-    let (mut out, mut err) = (Collected::default(), Collected::default());
+    let (mut out, mut err) = (room.stream(MAX_OUTPUT), room.stream(MAX_OUTPUT));
     let ended = {
-        let collect = async { tokio::join!(out.read(stdout), err.read(stderr)) };
-        tokio::pin!(collect);
+        let collecting = async { tokio::join!(collect(stdout, &mut out), collect(stderr, &mut err)) };
+        tokio::pin!(collecting);
         let end = async {
             match timeout {
                 Some(limit) => tokio::time::timeout(limit, running.ended()).await,
@@ -55,18 +57,20 @@ pub(crate) async fn exec_sync(
         let ended = loop {
             tokio::select! {
                 ended = &mut end => break ended,
-                _ = &mut collect, if !complete => complete = true,
+                _ = &mut collecting, if !complete => complete = true,
             }
         };
         if !complete && ended.is_ok() {
             // What is late is lost; the program itself has ended.
-            let _ = tokio::time::timeout(DRAIN, collect).await;
+            let _ = tokio::time::timeout(DRAIN, collecting).await;
         }
         ended
     };
     match ended {
         Ok(Err(ShimError::Lost)) => Err(ContainerError::EndedUnderExec { id: container.id().clone() }),
-        Ok(exit_code) => Ok(Output { stdout: out.bytes, stderr: err.bytes, exit_code: exit_code? }),
+        Ok(exit_code) => {
+            Ok(Output { stdout: out.into_bytes(), stderr: err.into_bytes(), exit_code: exit_code? })
+        }
         Err(_) => {
             running.kill().await;
             Err(ContainerError::ExecTimeout { seconds: timeout.unwrap_or_default().as_secs() })
@@ -81,23 +85,14 @@ fn reader() -> Result<(pipe::Receiver, OwnedFd), ContainerError> {
     Ok((pipe::Receiver::from_owned_fd(read).map_err(failed)?, write))
 }
 
-#[derive(Debug, Default)]
-struct Collected {
-    bytes: Vec<u8>,
-}
-
-impl Collected {
-    async fn read(&mut self, mut stream: pipe::Receiver) {
-        // On the heap, and only for as long as the stream lives; a future would carry an array along.
-        let mut buffer = vec![0; 16 * 1024];
-        loop {
-            match stream.read(&mut buffer).await {
-                Ok(0) | Err(_) => return,
-                Ok(length) => {
-                    let room = MAX_OUTPUT - self.bytes.len();
-                    self.bytes.extend_from_slice(buffer.get(..length.min(room)).unwrap_or_default());
-                }
-            }
+/// Reads a stream to its end.
+async fn collect(mut stream: pipe::Receiver, kept: &mut Kept) {
+    // On the heap, and only for as long as the stream lives; a future would carry an array along.
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        match stream.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(length) => kept.add(buffer.get(..length).unwrap_or_default()),
         }
     }
 }

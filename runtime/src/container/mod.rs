@@ -2,7 +2,7 @@
 //!
 //! - `create`: CreateContainer, everything up to the exec of the program;
 //! - `start`: StartContainer;
-//! - `exec`: ExecSync;
+//! - `exec`, `output_room`: ExecSync, and the memory for what commands say;
 //! - `stop`: StopContainer;
 //! - `remove`: RemoveContainer;
 //! - `end`: what happens when it has ended, by itself or not;
@@ -16,6 +16,7 @@ pub(crate) mod create;
 mod end;
 mod error;
 pub(crate) mod exec;
+pub(crate) mod output_room;
 pub(crate) mod recover;
 pub(crate) mod remove;
 

@@ -199,9 +199,12 @@ impl RuntimeService {
         }
         let limit =
             u64::try_from(request.timeout).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs);
+        let room = self.node.output_room.clone();
         let output =
-            apart(async move { Ok(container::exec::exec_sync(&container, request.cmd, limit).await?) })
-                .await?;
+            apart(
+                async move { Ok(container::exec::exec_sync(&container, &room, request.cmd, limit).await?) },
+            )
+            .await?;
         let (stdout, stderr) = fitting(output.stdout, output.stderr);
         Ok(v1::ExecSyncResponse { stdout, stderr, exit_code: output.exit_code })
     }

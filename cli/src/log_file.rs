@@ -122,11 +122,7 @@ impl LogFile {
     }
 
     /// Reads at most `most` bytes. Returns whether there were any.
-    fn read_to_end<E>(
-        &mut self,
-        most: u64,
-        each: &mut impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<bool, E>
+    fn read_to_end<E>(&mut self, most: u64, each: &mut impl FnMut(&[u8]) -> Result<(), E>) -> Result<bool, E>
     where
         E: From<LogFileError>,
     {
@@ -316,7 +312,8 @@ mod tests {
 
     #[test]
     fn what_comes_after_the_opening_is_not_present() {
-        for (lines, expected) in [(None, &["F one", "F two"][..]), (Some(1), &["F two"][..]), (Some(0), &[])] {
+        for (lines, expected) in [(None, &["F one", "F two"][..]), (Some(1), &["F two"][..]), (Some(0), &[])]
+        {
             let (_folder, path) = log_of(&["F one", "F two"]);
             let mut log = LogFile::open(&path, lines).unwrap();
             append(&path, &format!("{HEAD} F three\n"));

@@ -2,7 +2,7 @@
 //!
 //! The rules are the CRI's (`LinuxContainerSecurityContext.run_as_user`, `run_as_username`, `run_as_group`,
 //! `supplemental_groups_policy`) and the OCI image's (`config.User`). A text of digits is always a number, never a name, and a
-//! number that does not fit is an error and never a name: an image could map such a "name" to root (CVE-2016-3697, CVE-2024-40635,
+//! number that does not fit or has a sign is an error and never a name: an image could map such a "name" to root (CVE-2016-3697, CVE-2024-40635,
 //! CVE-2026-46680). No NSS: nothing of the image is executed or loaded.
 
 use crate::failure::{Step, refused, shown};
@@ -70,10 +70,14 @@ pub(crate) struct Resolved {
 
 const STEP: &str = "find the user";
 
-/// A number if the text is one.
+/// A number if the text is one. One with a sign is an error, not a name: whoever wrote it did not mean the account that an image may call so.
 fn number(text: &[u8]) -> Result<Option<u32>, Failed> {
-    if text.is_empty() || !text.iter().all(u8::is_ascii_digit) {
+    let digits = text.strip_prefix(b"-").or(text.strip_prefix(b"+")).unwrap_or(text);
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
         return Ok(None);
+    }
+    if digits.len() < text.len() {
+        return Err(refused(STEP, format!("{} has a sign; a name cannot look like that", shown(text))));
     }
     let value =
         std::str::from_utf8(text).ok().filter(|text| text.len() <= 10).and_then(|text| text.parse().ok());
@@ -215,8 +219,11 @@ mod tests {
             ("99999999999", Err("not between")),
             ("bad", Err("no user bad")),
             ("short", Err("no user short")),
-            ("+1", Err("no user +1")),
-            ("-1", Err("no user -1")),
+            ("+1", Err("+1 has a sign")),
+            ("-1", Err("-1 has a sign")),
+            ("web:-44", Err("-44 has a sign")),
+            ("-", Err("no user -")),
+            ("--1", Err("no user --1")),
             (" 0", Err("no user  0")),
             ("0x0", Err("no user 0x0")),
             ("web\0", Err("no user web\\x00")),

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use berth_cri::v1;
 use berth_cri::v1::security_profile::ProfileType;
 use berth_tests::daemon::{Daemon, rootful};
-use berth_tests::pod::{idle, security, words};
+use berth_tests::pod::{idle, security, sharing, sharing_pod, words};
 use berth_tests::program::output;
 use berth_tests::skip::skip;
 
@@ -35,6 +35,12 @@ fn the_default_profile_is_applied_in_exec_too_and_left_off_only_when_asked() -> 
         let main = pod.idle("main")?;
         assert_eq!(main.sh(READ)?, "berth-default (enforce)\n");
         assert_eq!(pod.script(READ, |_| {})?, "berth-default (enforce)\n");
+        // A process that is born among others, too.
+        let sharing_pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
+        let shared = sharing_pod.start(sharing(idle("shared")))?;
+        assert_eq!(shared.sh(READ)?, "berth-default (enforce)\n");
+        let main = fs::read_to_string(format!("/proc/{}/attr/current", shared.pid()?))?;
+        assert_eq!(main, "berth-default (enforce)\n");
         let asked = pod.script(READ, |config| {
             security(config).apparmor = profile(ProfileType::RuntimeDefault, "");
         })?;

@@ -1,0 +1,284 @@
+//! Paths inside a tree that an attacker wrote: an image's layer, a container's root.
+//!
+//! Everything is relative to a directory descriptor. A path of several components is resolved by the kernel with
+//! `openat2(RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)`: symbolic links and `..` are followed, but as if the tree's root were `/`
+//! (openat2(2)). What changes the tree takes a [`Dir`] and one name in it, and never follows a link in that name. There is no
+//! fallback for kernels without openat2 (Linux 5.6): a weaker walk is a hole.
+//!
+//! `RESOLVE_IN_ROOT` answers `EAGAIN` while somebody renames directories inside the tree (openat2(2), ERRORS); it is tried
+//! again [`MAX_TRIES`] times, then the call fails.
+//!
+//! Callers decide what to do with types, owners and modes. Errors are the kernel's errno.
+
+mod dir;
+mod inode;
+mod listing;
+mod root;
+
+pub use dir::{Dir, Node};
+pub use inode::{FileType, Stat, Timestamp, chmod, chown, set_times, stat_fd};
+pub use root::{MissingDir, Root};
+
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+
+/// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through 128 tries is an attack.
+pub const MAX_TRIES: usize = 128;
+
+/// Opens an `O_PATH` descriptor anew. The descriptor pins the inode; the link in /proc leads to exactly it.
+fn reopen(fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
+    let path = proc_path(fd);
+    // SAFETY: open(2) wants a NUL-terminated path, and no mode without O_CREAT.
+    retry_interrupted(|| unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) }).map(owned)
+}
+
+fn proc_path(fd: BorrowedFd<'_>) -> CString {
+    let mut text = format!("/proc/thread-self/fd/{}", fd.as_raw_fd()).into_bytes();
+    text.push(0);
+    CString::from_vec_with_nul(text).unwrap_or_default()
+}
+
+fn c_string(text: &OsStr) -> io::Result<CString> {
+    CString::new(text.as_bytes()).map_err(|_| invalid())
+}
+
+fn invalid() -> io::Error {
+    io::Error::from_raw_os_error(libc::EINVAL)
+}
+
+/// Makes a descriptor that a call just returned owned.
+fn owned(fd: i32) -> OwnedFd {
+    // SAFETY: every caller passes what a successful open call has just returned: open, and owned by nobody else.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn retry_interrupted(mut call: impl FnMut() -> i32) -> io::Result<i32> {
+    loop {
+        let result = call();
+        if result >= 0 {
+            return Ok(result);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EINTR) {
+            return Err(error);
+        }
+    }
+}
+
+fn retry_interrupted_long(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        if let Ok(result) = usize::try_from(call()) {
+            return Ok(result);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EINTR) {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::{OsStr, OsString};
+    use std::fs;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+
+    /// A folder with `root/` (the tree) and `canary` beside it (what nobody may reach).
+    struct Tree(PathBuf);
+
+    impl Tree {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("berth-beneath-{}-{name}", std::process::id()));
+            fs::create_dir_all(path.join("root")).unwrap();
+            fs::create_dir_all(path.join("canary")).unwrap();
+            fs::write(path.join("canary/secret"), "host").unwrap();
+            Self(path)
+        }
+
+        fn root(&self) -> Root {
+            Root::open(&self.0.join("root")).unwrap()
+        }
+
+        fn inside(&self, path: &str) -> PathBuf {
+            self.0.join("root").join(path)
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            let parent = Root::open(self.0.parent().unwrap()).unwrap().open_dir(Path::new("")).unwrap();
+            parent.remove_all(self.0.file_name().unwrap()).unwrap();
+        }
+    }
+
+    fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
+        result.unwrap_err().raw_os_error().unwrap()
+    }
+
+    #[test]
+    fn links_and_parents_stay_inside() {
+        let tree = Tree::new("inside");
+        let canary = tree.0.join("canary");
+        symlink(&canary, tree.inside("absolute")).unwrap();
+        symlink("../canary", tree.inside("relative")).unwrap();
+        symlink("../../../../../../../../../../etc", tree.inside("far")).unwrap();
+        let root = tree.root();
+        for path in
+            ["absolute", "relative", "far", "../canary", "/../canary", "absolute/secret", "far/passwd"]
+        {
+            assert_eq!(errno(root.resolve(Path::new(path))), libc::ENOENT, "{path}");
+            assert_eq!(errno(root.open_regular(Path::new(path))), libc::ENOENT, "{path}");
+        }
+        let top = stat_fd(root.as_fd()).unwrap().identity;
+        assert_eq!(stat_fd(root.resolve(Path::new("../..")).unwrap().as_fd()).unwrap().identity, top);
+    }
+
+    #[test]
+    fn links_of_proc_are_never_followed() {
+        let proc = Root::open(Path::new("/proc")).unwrap();
+        assert_eq!(errno(proc.resolve(Path::new("self/root/etc"))), libc::ELOOP);
+    }
+
+    #[test]
+    fn missing_directories_are_made_through_dangling_links_inside() {
+        let tree = Tree::new("dangling");
+        fs::create_dir(tree.inside("a")).unwrap();
+        symlink("/x/../y/z", tree.inside("a/link")).unwrap();
+        symlink("../../../canary/made", tree.inside("out")).unwrap();
+        let mut made = Vec::new();
+        tree.root()
+            .make_dir_all_with(Path::new("a/link/deep"), |missing| {
+                made.push(missing.path.to_owned());
+                missing.parent.make_dir(missing.name, 0o755)
+            })
+            .unwrap();
+        assert_eq!(made, ["x", "y", "y/z", "y/z/deep"].map(PathBuf::from));
+        assert!(tree.inside("y/z/deep").is_dir());
+        tree.root().make_dir_all(Path::new("out"), 0o755).unwrap();
+        assert!(tree.inside("canary/made").is_dir());
+        assert!(!tree.0.join("canary/made").exists());
+    }
+
+    #[test]
+    fn link_loops_and_files_in_the_way_end_with_an_error() {
+        let tree = Tree::new("loop");
+        symlink("b", tree.inside("a")).unwrap();
+        symlink("a", tree.inside("b")).unwrap();
+        fs::write(tree.inside("file"), "").unwrap();
+        let make = |path: &str| tree.root().make_dir_all(Path::new(path), 0o755);
+        assert_eq!(errno(make("a/c")), libc::ELOOP);
+        assert_eq!(errno(make("file/c")), libc::ENOTDIR);
+    }
+
+    #[test]
+    fn names_with_a_path_in_them_are_refused() {
+        let tree = Tree::new("names");
+        let dir = tree.root().open_dir(Path::new("")).unwrap();
+        for name in ["", ".", "..", "a/b", "/", "../canary", "a\0b"] {
+            let name = OsStr::new(name);
+            assert_eq!(errno(dir.make_dir(name, 0o755)), libc::EINVAL, "{name:?}");
+            assert_eq!(errno(dir.create_file(name, 0o644)), libc::EINVAL, "{name:?}");
+            assert_eq!(errno(dir.remove_all(name)), libc::EINVAL, "{name:?}");
+            assert_eq!(errno(dir.make_symlink(OsStr::new("x"), name)), libc::EINVAL, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_link_in_the_last_place_is_neither_written_through_nor_changed_through() {
+        let tree = Tree::new("last");
+        let secret = tree.0.join("canary/secret");
+        symlink(&secret, tree.inside("link")).unwrap();
+        let before = fs::metadata(&secret).unwrap();
+        let dir = tree.root().open_dir(Path::new("")).unwrap();
+        let link = OsStr::new("link");
+        assert_eq!(errno(dir.create_file(link, 0o644)), libc::EEXIST);
+        assert_eq!(errno(dir.chmod(link, 0o777)), libc::EOPNOTSUPP);
+        assert_eq!(errno(dir.open_dir(link)), libc::ENOTDIR);
+        dir.set_times(link, Timestamp { seconds: 7, nanoseconds: 9 }).unwrap();
+        assert_eq!(dir.stat(link).unwrap().modified, Timestamp { seconds: 7, nanoseconds: 9 });
+        dir.make_hard_link(OsStr::new("second"), &dir, link).unwrap();
+        assert_eq!(dir.stat(OsStr::new("second")).unwrap().file_type, FileType::Symlink);
+        let after = fs::metadata(&secret).unwrap();
+        assert_eq!(
+            (before.mtime(), before.mode(), before.nlink()),
+            (after.mtime(), after.mode(), after.nlink())
+        );
+    }
+
+    #[test]
+    fn removal_takes_a_tree_deeper_than_any_path_and_follows_nothing() {
+        let tree = Tree::new("deep");
+        let mut dir = tree.root().open_dir(Path::new("")).unwrap();
+        let name = OsStr::new("d");
+        for level in 0..5000 {
+            dir.make_dir(name, 0o700).unwrap();
+            dir = dir.open_dir(name).unwrap();
+            if level % 100 == 0 {
+                dir.make_symlink(tree.0.join("canary").as_os_str(), OsStr::new("out")).unwrap();
+                dir.create_file(OsStr::new("file"), 0o600).unwrap();
+            }
+        }
+        let top = tree.root().open_dir(Path::new("")).unwrap();
+        top.remove_all(name).unwrap();
+        assert_eq!(top.names(10).unwrap(), Vec::<OsString>::new());
+        assert_eq!(fs::read(tree.0.join("canary/secret")).unwrap(), b"host");
+        top.remove_all(name).unwrap();
+    }
+
+    #[test]
+    fn removal_takes_a_directory_wider_than_one_listing() {
+        let tree = Tree::new("wide");
+        fs::create_dir(tree.inside("wide")).unwrap();
+        for i in 0..3000 {
+            fs::write(tree.inside(&format!("wide/a-rather-long-name-for-one-file-{i}")), "").unwrap();
+        }
+        let top = tree.root().open_dir(Path::new("")).unwrap();
+        let wide = top.open_dir(OsStr::new("wide")).unwrap();
+        assert_eq!(wide.names(5000).unwrap().len(), 3000);
+        assert_eq!(errno(wide.names(2999)), libc::EOVERFLOW);
+        top.remove_all(OsStr::new("wide")).unwrap();
+        assert!(!tree.inside("wide").exists());
+    }
+
+    #[test]
+    fn device_numbers_that_do_not_fit_are_refused() {
+        let tree = Tree::new("device");
+        let dir = tree.root().open_dir(Path::new("")).unwrap();
+        for (major, minor) in [(1 << 12, 0), (0, 1 << 20), (u32::MAX, u32::MAX)] {
+            let made = dir.make_node(OsStr::new("dev"), Node::CharDevice(major, minor), 0o600);
+            assert_eq!(errno(made), libc::EINVAL);
+        }
+        dir.make_node(OsStr::new("pipe"), Node::Fifo, 0o600).unwrap();
+        assert_eq!(dir.stat(OsStr::new("pipe")).unwrap().file_type, FileType::Fifo);
+        assert_eq!(errno(tree.root().open_regular(Path::new("pipe"))), libc::EINVAL);
+    }
+
+    #[test]
+    fn renames_by_others_do_not_open_a_way_out() {
+        let tree = Tree::new("race");
+        fs::create_dir_all(tree.inside("a/b")).unwrap();
+        fs::create_dir_all(tree.inside("c")).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = fs::rename(tree.inside("a/b"), tree.inside("c/b"));
+                    let _ = fs::rename(tree.inside("c/b"), tree.inside("a/b"));
+                }
+            });
+            let root = tree.root();
+            for _ in 0..2000 {
+                if let Ok(fd) = root.resolve(Path::new("a/b/../../../canary/secret")) {
+                    panic!("left the tree: {fd:?}");
+                }
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
+}

@@ -6,6 +6,8 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use berth_image::{Credentials, Digest, PullError, Reference, StoreOptions};
 use support::*;
@@ -171,6 +173,39 @@ async fn a_mirror_of_the_configuration_serves_another_registrys_name() {
         store.pull(&Reference::parse("busybox").unwrap(), &Credentials::Anonymous, quiet()).await.unwrap();
     assert_eq!(pulled.repo_tags(), ["docker.io/library/busybox:latest"]);
     assert_eq!(store.find("busybox").map(|found| found.id()), Some(image.config));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_is_down_is_asked_once_for_a_pull() {
+    let registry = registry_or_skip!();
+    let dir = tempfile::tempdir().unwrap();
+    let tars: Vec<Vec<u8>> = (0..6).map(|number| Layer::new().file("n", &[number]).tar()).collect();
+    let image = Built::new(&tars, Packing::Gzip, Family::Oci, "down");
+    registry.push("library/down", "latest", &image);
+    // It takes connections and ends them before TLS is there, so that they can be counted.
+    let down = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = down.local_addr().unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counting = asked.clone();
+    std::thread::spawn(move || {
+        for connection in down.incoming() {
+            counting.fetch_add(1, Ordering::Relaxed);
+            drop(connection);
+        }
+    });
+    let hosts = dir.path().join("certs.d/docker.io");
+    fs::create_dir_all(&hosts).unwrap();
+    let rules = format!("server = \"http://{}\"\n[host.\"https://{address}\"]\n", registry.address);
+    fs::write(hosts.join("hosts.toml"), rules).unwrap();
+    let options = StoreOptions { registry_config_path: Some(dir.path().join("certs.d")), ..options() };
+    let store = berth_image::Store::open(&dir.path().join("store"), options).unwrap();
+    let name = Reference::parse("down").unwrap();
+    for pulls in 1..=2 {
+        let pulled = store.pull(&name, &Credentials::Anonymous, quiet()).await.unwrap();
+        assert_eq!(pulled.id(), image.config);
+        // The next pull looks whether it is there again.
+        assert_eq!(asked.load(Ordering::Relaxed), pulls);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,6 +12,7 @@ pub mod hosts;
 pub mod transport;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -231,6 +232,8 @@ struct Host {
     guarded: Mutex<Option<reqwest::Client>>,
     /// What this session's requests to the host carry; never shown, it is marked sensitive.
     authorization: Mutex<Option<HeaderValue>>,
+    /// Nobody could be connected to: in this session it is not asked again while there is another that may know.
+    is_down: AtomicBool,
 }
 
 impl Client {
@@ -260,6 +263,7 @@ impl Client {
                 client,
                 guarded: Mutex::new(None),
                 authorization: Mutex::new(None),
+                is_down: AtomicBool::new(false),
             });
         }
         Ok(Arc::new(Session {
@@ -280,15 +284,10 @@ impl Session {
             Target::Digest(digest) => digest.to_string(),
         };
         let mut last = RegistryError::NotFound;
-        for host in &self.hosts {
-            let may = match target {
-                Target::Tag(_) => host.endpoint.resolve && host.endpoint.pull,
-                Target::Digest(_) => host.endpoint.pull,
-            };
-            if !may {
-                continue;
-            }
-            match self.manifest_from(host, target, &name).await {
+        let may =
+            |endpoint: &Endpoint| endpoint.pull && (endpoint.resolve || matches!(target, Target::Digest(_)));
+        for (host, is_last) in self.hosts_that(may) {
+            match self.manifest_from(host, is_last, target, &name).await {
                 Ok(fetched) => return Ok(fetched),
                 Err(error) => last = error,
             }
@@ -296,9 +295,21 @@ impl Session {
         Err(last)
     }
 
+    /// The hosts to ask, in order, and of each whether it is the last. One that is down is passed over, unless it is the only one left.
+    fn hosts_that(&self, may: impl Fn(&Endpoint) -> bool) -> impl Iterator<Item = (&Host, bool)> {
+        let hosts: Vec<&Host> = self.hosts.iter().filter(|host| may(&host.endpoint)).collect();
+        let count = hosts.len();
+        hosts
+            .into_iter()
+            .enumerate()
+            .map(move |(place, host)| (host, place + 1 == count))
+            .filter(|(host, is_last)| *is_last || !host.is_down.load(Ordering::Relaxed))
+    }
+
     async fn manifest_from(
         &self,
         host: &Host,
+        is_last: bool,
         target: &Target,
         name: &str,
     ) -> Result<Fetched, RegistryError> {
@@ -331,7 +342,7 @@ impl Session {
                 Err(error) => error,
             };
             tries += 1;
-            self.wait_or_give_up(error, tries).await?;
+            self.wait_or_give_up(host, is_last, error, tries).await?;
         }
     }
 
@@ -355,10 +366,7 @@ impl Session {
         let mut progress = BlobProgress { offset: 0, ranges: true };
         let mut last = RegistryError::NotFound;
         let mut all_tries = 0;
-        for host in &self.hosts {
-            if !host.endpoint.pull {
-                continue;
-            }
+        for (host, is_last) in self.hosts_that(|endpoint| endpoint.pull) {
             let mut tries = 0;
             loop {
                 let before = progress.offset;
@@ -377,7 +385,7 @@ impl Session {
                 if all_tries >= MAX_BLOB_TRIES {
                     return Err(error);
                 }
-                if let Err(error) = self.wait_or_give_up(error, tries).await {
+                if let Err(error) = self.wait_or_give_up(host, is_last, error, tries).await {
                     last = error;
                     break;
                 }
@@ -440,9 +448,19 @@ impl Session {
         if progress.offset == blob.size { Ok(()) } else { Err(unavailable(Fault::Cut)) }
     }
 
-    /// Sleeps before the next try, or says that there is none.
-    async fn wait_or_give_up(&self, error: RegistryError, tries: usize) -> Result<(), RegistryError> {
+    /// Sleeps before the next try on a host, or says that there is none.
+    async fn wait_or_give_up(
+        &self,
+        host: &Host,
+        is_last: bool,
+        error: RegistryError,
+        tries: usize,
+    ) -> Result<(), RegistryError> {
         let RegistryError::Unreachable { source, .. } = &error else { return Err(error) };
+        if matches!(source, Fault::Transport(cause) if cause.is_connect()) && !is_last {
+            host.is_down.store(true, Ordering::Relaxed);
+            return Err(error);
+        }
         if tries >= self.limits.tries.max(1) {
             return Err(error);
         }

@@ -112,11 +112,14 @@ mod tests {
 
     #[test]
     fn what_is_no_filter_admits_nothing() {
-        let whole = compile(&parse_profile(br#"{"defaultAction": "SCMP_ACT_ALLOW"}"#).unwrap()).unwrap();
-        assert!(whole.admits("read", &[]));
+        let text = br#"{"defaultAction": "SCMP_ACT_KILL_PROCESS",
+            "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}"#;
+        let whole = compile(&parse_profile(text).unwrap()).unwrap();
+        assert!(whole.admits("read", &[]) && !whole.admits("write", &[]));
         for end in 0..whole.bytes.len() {
             let torn = Filter { bytes: whole.bytes[..end].to_vec(), flags: 0 };
-            assert!(!torn.admits("read", &[]), "{end}");
+            assert!(!torn.admits("write", &[]), "{end}");
+            assert!(end >= 8 || !torn.admits("read", &[]), "{end}");
         }
         let load = |offset: u32| [&code::LOAD.to_ne_bytes()[..], &[0, 0], &offset.to_ne_bytes()].concat();
         let jump = [&code::JUMP.to_ne_bytes()[..], &[0, 0], &u32::MAX.to_ne_bytes()].concat();

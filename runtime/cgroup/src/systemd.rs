@@ -258,6 +258,7 @@ fn variants(properties: &[Property]) -> Vec<(&str, Variant<'_>)> {
                 Value::Processes(pids) => Variant::from(pids.as_slice()),
                 Value::Signal(signal) => Variant::from(*signal),
                 Value::Units(units) => Variant::from(units.as_slice()),
+                Value::Devices(devices) => Variant::from(devices.clone()),
             };
             (*name, value)
         })

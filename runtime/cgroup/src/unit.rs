@@ -2,7 +2,7 @@
 //! files (at a daemon-reload, when another property changes) as the daemon has put there.
 //!
 //! The properties are taken from the writes that [`crate::limits`] plans for the v2 files, so that there is one reading of every limit. What
-//! systemd has no property for (huge pages, `io.max`, devices) it leaves alone, and is written to the files only.
+//! systemd has no property for (huge pages, `io.cost.*`, devices) it leaves alone, and is written to the files only.
 //!
 //! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5), systemd 244 and later.
 
@@ -25,6 +25,8 @@ pub(crate) enum Value {
     Signal(i32),
     /// `as`
     Units(Vec<String>),
+    /// `a(st)`: devices by path, each with a number.
+    Devices(Vec<(String, u64)>),
 }
 
 /// How systemd ends a scope when it is told to, above all when the machine goes down: systemd.kill(5).
@@ -129,6 +131,7 @@ fn of_file(file: &str, value: &str, period_us: Option<u64>) -> Vec<Property> {
             let weight = value.strip_prefix("default ").unwrap_or(value).trim().parse().ok();
             weight.map(|weight| ("IOWeight", Value::Number(weight))).into_iter().collect()
         }
+        "io.max" => io_limits(value).unwrap_or_default(),
         _ => Vec::new(),
     }
 }
@@ -154,6 +157,35 @@ fn quota(value: &str, present_period_us: Option<u64>) -> Vec<Property> {
     let mut properties = vec![("CPUQuotaPerSecUSec", Value::Number(per_second))];
     properties.extend(named.map(|period| ("CPUQuotaPeriodUSec", Value::Number(period))));
     properties
+}
+
+/// The keys of `io.max` (cgroup v2, "IO Interface Files") and the properties that have the same limits.
+const IO_LIMITS: [(&str, &str); 4] = [
+    ("rbps", "IOReadBandwidthMax"),
+    ("wbps", "IOWriteBandwidthMax"),
+    ("riops", "IOReadIOPSMax"),
+    ("wiops", "IOWriteIOPSMax"),
+];
+
+/// `io.max`: lines of `MAJOR:MINOR KEY=VALUE...`. Nothing for what is not of that form.
+fn io_limits(value: &str) -> Option<Vec<Property>> {
+    let mut properties: Vec<(&str, Vec<(String, u64)>)> =
+        IO_LIMITS.iter().map(|(_, name)| (*name, Vec::new())).collect();
+    for line in value.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let Some(device) = words.next() else { continue };
+        let (major, minor) = device.split_once(':')?;
+        let (major, minor): (u32, u32) = (major.parse().ok()?, minor.parse().ok()?);
+        for word in words {
+            let (key, limit) = word.split_once('=')?;
+            let place = IO_LIMITS.iter().position(|(known, _)| *known == key)?;
+            // systemd finds the device by any path to it; this one follows from its numbers.
+            let path = format!("/dev/block/{major}:{minor}");
+            properties.get_mut(place)?.1.push((path, amount(limit)?));
+        }
+    }
+    let properties = properties.into_iter().filter(|(_, devices)| !devices.is_empty());
+    Some(properties.map(|(name, devices)| (name, Value::Devices(devices))).collect())
 }
 
 /// A list like `0-3,7` as a bit mask, the lowest in the first byte. Nothing for what is not a list.
@@ -231,7 +263,31 @@ mod tests {
             ("pids.max", "10\n", vec![number("TasksMax", 10)]),
             ("io.weight", "default 50", vec![number("IOWeight", 50)]),
             ("io.weight", "8:0 50", vec![]),
-            ("io.max", "8:0 rbps=1", vec![]),
+            (
+                "io.max",
+                "8:0 rbps=1",
+                vec![("IOReadBandwidthMax", Value::Devices(vec![("/dev/block/8:0".into(), 1)]))],
+            ),
+            (
+                "io.max",
+                "8:0 wiops=120 rbps=max\n254:16 rbps=4096\n",
+                vec![
+                    (
+                        "IOReadBandwidthMax",
+                        Value::Devices(vec![
+                            ("/dev/block/8:0".into(), u64::MAX),
+                            ("/dev/block/254:16".into(), 4096),
+                        ]),
+                    ),
+                    ("IOWriteIOPSMax", Value::Devices(vec![("/dev/block/8:0".into(), 120)])),
+                ],
+            ),
+            ("io.max", "8:0", vec![]),
+            ("io.max", "8:0 rbps", vec![]),
+            ("io.max", "8:0 rbps=1 more=1", vec![]),
+            ("io.max", "8:../x rbps=1", vec![]),
+            ("io.max", "../sda rbps=1", vec![]),
+            ("io.max", "8:0 rbps=-1", vec![]),
             ("hugetlb.2MB.max", "0", vec![]),
             ("", "", vec![]),
         ] {

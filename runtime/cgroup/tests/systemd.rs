@@ -171,6 +171,38 @@ fn a_scope_has_its_limits_before_anything_but_the_holder_is_in_it() {
     }
 }
 
+/// The numbers of the disk that the root is on, if that is a whole one: the kernel limits no partitions.
+fn root_disk() -> Option<String> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let device = table.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let device = words.nth(2)?;
+        (words.nth(1) == Some("/")).then(|| device.to_owned())
+    })?;
+    let is_partition = fs::exists(format!("/sys/dev/block/{device}/partition")).unwrap();
+    (fs::exists(format!("/dev/block/{device}")).unwrap() && !is_partition).then_some(device)
+}
+
+#[test]
+fn limits_of_a_disk_are_systemds_too_and_survive_its_reexecution() {
+    let Some(place) = Place::new("disk") else { return };
+    let Some(disk) = root_disk() else { return skip("disk", "the root is on no whole disk") };
+    let io = |limits: &str| Limits {
+        unified: [("io.max".to_owned(), format!("{disk} {limits}"))].into(),
+        ..Limits::default()
+    };
+    let (cgroup, _holder) = place.make("0ab", &io("rbps=1048576 wiops=120"));
+    let line = |limits: &str| format!("{disk} {limits}");
+    assert_eq!(value_of(&cgroup, "io.max"), line("rbps=1048576 wbps=max riops=max wiops=120"));
+    for (name, value) in [("IOReadBandwidthMax", "1048576"), ("IOWriteIOPSMax", "120")] {
+        assert_eq!(property("0ab", name), format!("/dev/block/{disk} {value}"), "{name}");
+    }
+    cgroup.update(&io("rbps=2097152")).unwrap();
+    systemctl(&["daemon-reexec"]);
+    assert_eq!(value_of(&cgroup, "io.max"), line("rbps=2097152 wbps=max riops=max wiops=120"));
+    assert_eq!(property("0ab", "IOReadBandwidthMax"), format!("/dev/block/{disk} 2097152"));
+}
+
 #[test]
 fn a_scope_without_limits_has_none_of_systemds_defaults() {
     let Some(place) = Place::new("defaults") else { return };

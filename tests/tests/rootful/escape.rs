@@ -6,8 +6,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
@@ -88,9 +89,33 @@ fn listing(folder: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// Exchanges two names of the host as fast as the kernel does it, for as long as `work` takes.
-fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce() -> Result<T>) -> Result<T> {
+/// How long names rest between two exchanges, in microseconds. At first they do not: the machine decides how far a container
+/// gets then, and on some it is never made. So each refusal lets them rest longer, and each container that is made shorter:
+/// the exchanges come close to the moments that decide, on every machine.
+#[derive(Default)]
+struct Pace(AtomicU64);
+
+impl Pace {
+    const LONGEST_US: u64 = 100_000;
+
+    fn after<T, E>(&self, outcome: &Result<T, E>) {
+        let rest = self.0.load(Ordering::Relaxed);
+        let next = if outcome.is_ok() { rest / 4 } else { (rest * 4).clamp(16, Self::LONGEST_US) };
+        self.0.store(next, Ordering::Relaxed);
+    }
+
+    fn rest(&self) {
+        match self.0.load(Ordering::Relaxed) {
+            0 => {}
+            rest => thread::sleep(Duration::from_micros(rest)),
+        }
+    }
+}
+
+/// Exchanges two names of the host for as long as `work` takes, at the pace that it sets.
+fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce(&Pace) -> Result<T>) -> Result<T> {
     let over = AtomicBool::new(false);
+    let pace = Pace::default();
     thread::scope(|scope| {
         let exchanging = scope.spawn(|| -> Result<u64> {
             let mut turns = 0;
@@ -98,10 +123,11 @@ fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce() -> Result<T
                 renameat2(AT_FDCWD, one, AT_FDCWD, other, RenameFlags::RENAME_EXCHANGE)
                     .context("exchanging two names")?;
                 turns += 1;
+                pace.rest();
             }
             Ok(turns)
         });
-        let result = work();
+        let result = work(&pace);
         over.store(true, Ordering::Relaxed);
         let turns = exchanging.join().map_err(|_| anyhow!("the exchanging thread panicked"))??;
         ensure!(turns > 100, "only {turns} exchanges: that is no race");
@@ -136,7 +162,7 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
             let (folder, link) = (shared.join("turn"), shared.join("link"));
             fs::create_dir(&folder)?;
             symlink(target, &link)?;
-            while_exchanging(&folder, &link, || {
+            while_exchanging(&folder, &link, |pace| {
                 for number in 0..CONTAINERS {
                     let mut config = idle("main");
                     config.metadata.get_or_insert_default().attempt = number;
@@ -151,7 +177,9 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
                     }
                     let expected = config.mounts.len() - 1;
                     // A refusal is right too: the place is not what it was.
-                    if let Ok(container) = pod.create(config) {
+                    let outcome = pod.create(config);
+                    pace.after(&outcome);
+                    if let Ok(container) = outcome {
                         made += 1;
                         let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", container.pid()?))?;
                         let root = |line: &str| line.split(' ').nth(3).map(str::to_owned).unwrap_or_default();
@@ -195,7 +223,7 @@ fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Re
         let mut made = 0;
         let mut seen = Vec::new();
         for name in names {
-            while_exchanging(&shared.join(name), &other.join(name), || {
+            while_exchanging(&shared.join(name), &other.join(name), |pace| {
                 for number in 0..CONTAINERS / 4 + 1 {
                     let script = "cat /proc/kcore /proc/keys /proc/timer_list 2>/dev/null | wc -c; ls -A /sys/firmware | wc -l; \
                         grep -c ' /proc/keys ' /proc/self/mountinfo";
@@ -206,7 +234,9 @@ fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Re
                     let masks = ["/proc/kcore", "/proc/timer_list", "/sys/firmware", "/proc/keys"];
                     security(&mut config).masked_paths =
                         masks.iter().cycle().take(MASKS).map(|path| (*path).to_owned()).collect();
-                    match pod.create(config) {
+                    let outcome = pod.create(config);
+                    pace.after(&outcome);
+                    match outcome {
                         Ok(container) => {
                             container.start()?;
                             made += 1;

@@ -18,7 +18,6 @@ pub(crate) fn look(node: &Path) -> Vec<Finding> {
         forwarding(node),
         bridge_filter(node),
         apparmor(node),
-        cni(node),
     ]
 }
 
@@ -134,31 +133,6 @@ fn apparmor(node: &Path) -> Finding {
     }
 }
 
-fn cni(node: &Path) -> Finding {
-    let files = std::fs::read_dir(node.join("etc/cni/net.d")).map(|entries| {
-        entries
-            .flatten()
-            .filter(|entry| {
-                let extension = entry.path().extension().map(|text| text.to_string_lossy().into_owned());
-                matches!(extension.as_deref(), Some("conf" | "conflist" | "json"))
-            })
-            .count()
-    });
-    match files {
-        Ok(1..) => finding(
-            Grade::Note,
-            "network",
-            "/etc/cni/net.d has a configuration, which is not used: pods are on Berth's own bridge, and reach those of other nodes \
-             only by routes that you set",
-        ),
-        _ => finding(
-            Grade::Good,
-            "network",
-            "Berth's own bridge; it needs no CNI plugin and no /etc/cni/net.d",
-        ),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,7 +157,6 @@ mod tests {
             ("proc/sys/net/bridge/bridge-nf-call-iptables", Some("0"), Note, "services", "sysctl -w"),
             ("proc/sys/net/bridge/bridge-nf-call-iptables", None, Note, "services", "modprobe br_netfilter"),
             ("sys/module/apparmor/parameters/enabled", Some("Y\n"), Note, "apparmor", "package apparmor"),
-            ("etc/cni/net.d/10-flannel.conflist", Some("{}"), Note, "network", "not used"),
         ]);
     }
 
@@ -192,7 +165,6 @@ mod tests {
         for (path, text) in [
             ("proc/sys/kernel/osrelease", "5.15.0"),
             ("proc/sys/kernel/osrelease", "6.1-rc1"),
-            ("etc/cni/net.d/README", ""),
             ("sbin/apparmor_parser", ""),
         ] {
             assert_eq!(troubles(&[(path, Some(text))], &daemon()), [], "{path} {text:?}");

@@ -4,6 +4,7 @@
 //! up below a folder, so that tests can make a node of plain files. Nothing is changed, no program is run, no socket opened.
 #![forbid(unsafe_code)]
 
+mod cni;
 mod disk;
 mod host;
 mod kubelet;
@@ -76,6 +77,7 @@ impl Default for Daemon {
 #[must_use]
 pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let mut findings = host::look(node);
+    findings.extend(cni::look(node));
     findings.extend(disk::look(node, daemon));
     findings.extend(runtimes::look(node, daemon));
     findings.extend(kubelet::look(node, daemon));

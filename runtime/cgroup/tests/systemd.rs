@@ -60,7 +60,7 @@ impl Drop for Place {
             let _ = cgroup.kill(PATIENCE);
             let _ = cgroup.remove(PATIENCE);
         }
-        systemctl(&["stop", &self.slice]);
+        let _ = Command::new("systemctl").args(["stop", &self.slice]).output();
     }
 }
 
@@ -90,9 +90,15 @@ fn skip(test: &str, reason: &str) {
     }
 }
 
+/// What `systemctl` prints. Other tests make systemd execute itself anew, which cuts calls off: they are made again then.
 fn systemctl(arguments: &[&str]) -> String {
-    let output = Command::new("systemctl").args(arguments).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    let mut printed = String::new();
+    soon(&format!("systemctl {arguments:?}"), || {
+        let output = Command::new("systemctl").args(arguments).output().unwrap();
+        printed = String::from_utf8(output.stdout).unwrap().trim_end().to_owned();
+        output.status.success()
+    });
+    printed
 }
 
 /// A property of the scope of `id`, as systemd knows it.
@@ -104,7 +110,7 @@ fn value_of(cgroup: &Cgroup, file: &str) -> String {
     fs::read_to_string(cgroup.unified_dir().unwrap().join(file)).unwrap().trim_end().to_owned()
 }
 
-fn soon(what: &str, done: impl Fn() -> bool) {
+fn soon(what: &str, mut done: impl FnMut() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < until, "not in time: {what}");

@@ -17,4 +17,5 @@ pub mod peer;
 pub mod pod;
 pub mod program;
 pub mod registry;
+pub mod repeats;
 pub mod skip;

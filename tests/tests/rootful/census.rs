@@ -1,25 +1,19 @@
 //! Pods come and go, and nothing of them stays.
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use berth_tests::census::Census;
 use berth_tests::daemon::rootful;
 use berth_tests::pod::shell;
+use berth_tests::repeats::repeats;
 
-/// Pods in all, and how many threads make them. `BERTH_TEST_PODS` names another number, for machines whose processor is
-/// emulated.
+/// Pods in all, and how many threads make them.
 const PODS: usize = 200;
 const AT_ONCE: usize = 4;
 
-fn pods() -> Result<usize> {
-    let number = std::env::var("BERTH_TEST_PODS").map_or(Ok(PODS), |number| number.parse());
-    let number = number.context("BERTH_TEST_PODS is no number")?;
-    ensure!(number >= 4 * AT_ONCE, "with fewer pods, some are of no kind: {number}");
-    Ok(number)
-}
-
 #[test]
 fn pods_that_come_and_go_leave_nothing() -> Result<()> {
-    let each = pods()? / AT_ONCE;
+    let each = repeats(PODS)? / AT_ONCE;
+    ensure!(each >= 4, "with fewer pods, some are of no kind: {each}");
     rootful(|daemon| {
         // The first pod is not counted: what it makes on a host, a bridge and its rules, stays for the others, and so does the
         // daemon's connection to systemd, which its container needs.

@@ -18,6 +18,7 @@ use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::log;
 use berth_tests::pod::{Container, idle, security, shell, words};
+use berth_tests::repeats::repeats;
 use berth_tests::skip::skip;
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SIGKILL, kill};
@@ -104,7 +105,8 @@ fn go_on_with_the_pod(daemon: &Daemon) -> Result<()> {
 
 #[test]
 fn a_daemon_killed_at_any_moment_of_a_pods_making_leaves_nothing_in_the_way() -> Result<()> {
-    const TURNS: u32 = 60;
+    const TURNS: usize = 60;
+    let turns = u32::try_from(repeats(TURNS)?)?;
     rootful(|daemon| {
         let make = || -> Result<()> {
             daemon.pod("swept")?.idle("main")?;
@@ -121,9 +123,9 @@ fn a_daemon_killed_at_any_moment_of_a_pods_making_leaves_nothing_in_the_way() ->
             bystander.start(shell("beat", "i=0; while :; do i=$((i + 1)); echo $i; sleep 0.01; done"))?;
         let before = (beat.pid()?, beat.shim_pid()?, beat.status()?);
         let mut cut_off = 0;
-        for turn in 0..TURNS {
+        for turn in 0..turns {
             // From the first moment to a little after the last.
-            let delay = whole * turn / TURNS * 5 / 4;
+            let delay = whole * turn / turns * 5 / 4;
             cut_off += std::thread::scope(|scope| -> Result<u32> {
                 let making = scope.spawn(make);
                 sleep(delay);
@@ -138,7 +140,7 @@ fn a_daemon_killed_at_any_moment_of_a_pods_making_leaves_nothing_in_the_way() ->
             go_on_with_the_pod(daemon).with_context(what)?;
             ensure!(begun.elapsed() < AT_ONCE, "{}: it took {:?} to go on", what(), begun.elapsed());
         }
-        ensure!(cut_off > TURNS / 4, "only {cut_off} of {TURNS} pods were cut off in their making");
+        ensure!(cut_off > turns / 4, "only {cut_off} of {turns} pods were cut off in their making");
         assert_eq!((beat.pid()?, beat.shim_pid()?, beat.status()?), before, "who stood by");
         beat.stop(0)?;
         for (index, line) in beat.ended()?.stdout.lines().enumerate() {

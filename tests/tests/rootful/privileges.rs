@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::pod::{Container, Pod, container, idle, security, sharing, sharing_pod, shell, words};
+use berth_tests::repeats::repeats;
 
 /// capabilities(7).
 const SYS_ADMIN: u64 = 1 << 21;
@@ -109,7 +110,7 @@ fn processes_of_exec_have_the_capabilities_of_their_program_from_their_birth_on(
         let pod = daemon.pod("look")?;
         let main = pod.start(in_own(shell("looks", LOOK)))?;
         main.says("ready")?;
-        for _ in 0..EXECS {
+        for _ in 0..repeats(EXECS)? {
             ensure!(main.exec(&["true"])?.code == 0);
         }
         main.call_off("/tmp/over");

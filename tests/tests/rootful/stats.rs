@@ -16,6 +16,7 @@ use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::pod::{Pod, idle, limit, security, shell};
 use berth_tests::program::output;
+use berth_tests::repeats::repeats;
 use serde_json::Value;
 use tonic::Code;
 
@@ -332,12 +333,13 @@ fn metrics_have_cadvisors_names_and_labels_and_true_values() -> Result<()> {
 #[test]
 fn a_hundred_pods_are_counted_without_keeping_anybody_waiting() -> Result<()> {
     const PODS: usize = 100;
+    let each = repeats(PODS)? / 4;
     rootful(|daemon| {
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4)
                 .map(|thread| {
                     scope.spawn(move || -> Result<()> {
-                        for number in 0..PODS / 4 {
+                        for number in 0..each {
                             daemon.pod(&format!("pod-{thread}-{number}"))?.idle("main")?;
                         }
                         Ok(())
@@ -351,7 +353,7 @@ fn a_hundred_pods_are_counted_without_keeping_anybody_waiting() -> Result<()> {
             let mut best = Duration::MAX;
             for _ in 0..5 {
                 let start = Instant::now();
-                assert_eq!(call()?, PODS);
+                assert_eq!(call()?, 4 * each);
                 best = best.min(start.elapsed());
             }
             Ok(best)

@@ -24,6 +24,11 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Beyond that the thread itself does not answer, which would be a bug here.
 const THREAD_LIMIT: Duration = Duration::from_secs(35);
 
+/// How often a call is made, with its connection, before it has failed. One that has ended since it was last used is found by using it; and a
+/// systemd that executes itself anew answers nothing of what it was asked before, on new connections either, and does so again when
+/// packages are upgraded. The bus keeps what it is asked until it is back.
+const ATTEMPTS: u32 = 5;
+
 /// How often a wait for a job looks whether the job's work is done: the word of its end is lost when the connection is, or when systemd
 /// executes itself anew.
 const LOOK: Duration = Duration::from_millis(500);
@@ -163,29 +168,32 @@ async fn serve(mut requests: mpsc::UnboundedReceiver<(Request, answers::SyncSend
 }
 
 async fn carry_out(shared: &Mutex<Option<Bus>>, request: &Request) -> Answer {
-    let mut result = Ok(());
-    // A connection that has ended since it was last used is found by using it: then once more with a new one.
-    for _ in 0..2 {
-        let bus = {
-            let mut shared = shared.lock().await;
-            match shared.as_ref() {
-                Some(bus) if !bus.ended.load(Ordering::Acquire) => bus.clone(),
-                _ => shared.insert(connect().await?).clone(),
-            }
-        };
-        result = match request {
-            Request::Start { unit, properties, process } => start(&bus, unit, properties, *process).await,
-            Request::Set { unit, properties } => set(&bus, unit, properties).await,
-            Request::Stop { unit } => stop(&bus, unit).await,
-        };
+    let mut attempts = 1;
+    loop {
+        let result = attempt(shared, request).await;
         match &result {
-            Err(SystemdError::Call { source, .. }) if is_lost(source.as_ref()) => {
+            Err(SystemdError::Call { source, .. }) if attempts < ATTEMPTS && is_lost(source.as_ref()) => {
+                attempts += 1;
                 shared.lock().await.take();
             }
-            _ => break,
+            _ => return result,
         }
     }
-    result
+}
+
+async fn attempt(shared: &Mutex<Option<Bus>>, request: &Request) -> Answer {
+    let bus = {
+        let mut shared = shared.lock().await;
+        match shared.as_ref() {
+            Some(bus) if !bus.ended.load(Ordering::Acquire) => bus.clone(),
+            _ => shared.insert(connect().await?).clone(),
+        }
+    };
+    match request {
+        Request::Start { unit, properties, process } => start(&bus, unit, properties, *process).await,
+        Request::Set { unit, properties } => set(&bus, unit, properties).await,
+        Request::Stop { unit } => stop(&bus, unit).await,
+    }
 }
 
 async fn connect() -> Result<Bus, SystemdError> {

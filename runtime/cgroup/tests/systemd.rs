@@ -8,6 +8,8 @@
 use std::fs;
 use std::io::Write;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use berth_cgroup::{
@@ -20,17 +22,36 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How the scopes here end when systemd is told to end them.
 const ENDING: Ending<'_> = Ending { signal: 3, grace: Duration::from_secs(7), before: Some("0ff") };
 
+/// Held alone by tests that make systemd read or execute itself anew: it writes the files of all scopes then, which others look at.
+static TURN: RwLock<()> = RwLock::new(());
+
+#[expect(dead_code, reason = "held, not read")]
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
+
 /// A slice of the test's own, on a machine that systemd runs.
 struct Place {
     hierarchy: Hierarchy,
     systemd: Systemd,
     parent: Parent,
     slice: String,
+    _turn: Turn,
 }
 
 impl Place {
     /// `None`, and counted, where there is no systemd.
     fn new(test: &str) -> Option<Self> {
+        Self::with(test, || Turn::Shared(TURN.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// The same for a test beside which no other runs.
+    fn alone(test: &str) -> Option<Self> {
+        Self::with(test, || Turn::Alone(TURN.write().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    fn with(test: &str, turn: impl FnOnce() -> Turn) -> Option<Self> {
         let hierarchy = Hierarchy::detect().unwrap();
         if Driver::detect(&hierarchy) != Driver::Systemd {
             skip(test, "systemd on cgroup v2 is not process 1 here");
@@ -39,7 +60,7 @@ impl Place {
         // A name in two parts, so that the slice is in another one.
         let slice = format!("berthtest-{test}_{}.slice", std::process::id());
         let parent = Parent::default_of_daemon(Driver::Systemd, &slice).unwrap();
-        Some(Self { hierarchy, systemd: Systemd::new().unwrap(), parent, slice })
+        Some(Self { hierarchy, systemd: Systemd::new().unwrap(), parent, slice, _turn: turn() })
     }
 
     fn make(&self, id: &str, limits: &Limits) -> (Cgroup, Process) {
@@ -90,15 +111,10 @@ fn skip(test: &str, reason: &str) {
     }
 }
 
-/// What `systemctl` prints. Other tests make systemd execute itself anew, which cuts calls off: they are made again then.
 fn systemctl(arguments: &[&str]) -> String {
-    let mut printed = String::new();
-    soon(&format!("systemctl {arguments:?}"), || {
-        let output = Command::new("systemctl").args(arguments).output().unwrap();
-        printed = String::from_utf8(output.stdout).unwrap().trim_end().to_owned();
-        output.status.success()
-    });
-    printed
+    let output = Command::new("systemctl").args(arguments).output().unwrap();
+    assert!(output.status.success(), "systemctl {arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
 }
 
 /// A property of the scope of `id`, as systemd knows it.
@@ -110,7 +126,7 @@ fn value_of(cgroup: &Cgroup, file: &str) -> String {
     fs::read_to_string(cgroup.unified_dir().unwrap().join(file)).unwrap().trim_end().to_owned()
 }
 
-fn soon(what: &str, mut done: impl FnMut() -> bool) {
+fn soon(what: &str, done: impl Fn() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < until, "not in time: {what}");
@@ -191,7 +207,7 @@ fn root_disk() -> Option<String> {
 
 #[test]
 fn limits_of_a_disk_are_systemds_too_and_survive_its_reexecution() {
-    let Some(place) = Place::new("disk") else { return };
+    let Some(place) = Place::alone("disk") else { return };
     let Some(disk) = root_disk() else { return skip("disk", "the root is on no whole disk") };
     let io = |limits: &str| Limits {
         unified: [("io.max".to_owned(), format!("{disk} {limits}"))].into(),
@@ -220,7 +236,7 @@ fn a_scope_without_limits_has_none_of_systemds_defaults() {
 
 #[test]
 fn limits_and_devices_survive_a_daemon_reload_and_a_daemon_reexec() {
-    let Some(place) = Place::new("reload") else { return };
+    let Some(place) = Place::alone("reload") else { return };
     let (cgroup, holder) = place.make("0a3", &some_limits());
     cgroup.set_devices(&DevicePolicy::Only(default_devices())).unwrap();
     let dir = cgroup.unified_dir().unwrap();
@@ -247,6 +263,34 @@ fn limits_and_devices_survive_a_daemon_reload_and_a_daemon_reexec() {
         let (_other, _process) = place.make(&format!("0b{}", verb.len()), &Limits::default());
     }
     drop(holder);
+}
+
+/// As when packages are upgraded: every answer that is due is lost, that to the first call of a new connection too.
+#[test]
+fn scopes_are_made_changed_and_stopped_while_systemd_executes_itself_anew() {
+    let Some(mut place) = Place::alone("anew") else { return };
+    let over = AtomicBool::new(false);
+    let mut made = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..3 {
+                systemctl(&["daemon-reexec"]);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        while !over.load(Ordering::Relaxed) {
+            place.systemd = Systemd::new().unwrap();
+            let (cgroup, holder) = place.make(&format!("0d{made}"), &some_limits());
+            assert_eq!(value_of(&cgroup, "cgroup.procs"), holder.0.id().to_string());
+            assert_eq!(value_of(&cgroup, "pids.max"), "50");
+            cgroup.update(&Limits { pids_limit: Some(Ceiling::At(51)), ..Limits::default() }).unwrap();
+            assert_eq!(value_of(&cgroup, "pids.max"), "51");
+            drop(holder);
+            cgroup.remove(PATIENCE).unwrap();
+            made += 1;
+        }
+    });
+    assert!(made > 0);
 }
 
 #[test]

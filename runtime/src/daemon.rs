@@ -10,6 +10,7 @@ use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
 use crate::reload::{self, Reload};
 use crate::shim_client::ShimProgram;
+use crate::unanswered::Unanswered;
 use crate::{api, apparmor, cadvisor, server};
 use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
 use berth_checkup::{Finding, Grade};
@@ -279,6 +280,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         cgroup_driver,
         default_cgroup_parent,
         systemd,
+        unanswered: Unanswered::default(),
         shim,
         bridge: Arc::new(bridge),
         images,

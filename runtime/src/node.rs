@@ -6,7 +6,8 @@ use crate::container::output_room::OutputRoom;
 use crate::oci_spec::HostFacts;
 use crate::registry::Registry;
 use crate::shim_client::{Holder, ShimError, ShimProgram};
-use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd};
+use crate::unanswered::Unanswered;
+use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
 use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
@@ -49,6 +50,7 @@ pub(crate) struct Node {
     pub(crate) default_cgroup_parent: Parent,
     /// With the systemd driver.
     pub(crate) systemd: Option<Systemd>,
+    pub(crate) unanswered: Unanswered,
     pub(crate) shim: ShimProgram,
     pub(crate) bridge: Arc<Bridge>,
     pub(crate) images: Store,
@@ -109,7 +111,18 @@ impl Node {
             Some(systemd) => {
                 let holder = self.shim.spawn_holder()?;
                 let scope = Scope { process: holder.pid(), limits, ending };
-                (Cgroup::create_scope(&self.hierarchy, systemd, parent, id, &scope)?, Some(holder))
+                match Cgroup::create_scope(&self.hierarchy, systemd, parent, id, &scope) {
+                    Ok(cgroup) => {
+                        self.unanswered.systemd_answers();
+                        (cgroup, Some(holder))
+                    }
+                    Err(error) => {
+                        if matches!(error, berth_cgroup::Error::Unit { source: SystemdError::Silent, .. }) {
+                            self.unanswered.keep(holder);
+                        }
+                        return Err(error.into());
+                    }
+                }
             }
         };
         if parent.path() == self.default_cgroup_parent.path() {

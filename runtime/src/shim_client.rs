@@ -139,14 +139,19 @@ impl Holder {
     pub(crate) fn pid(&self) -> u32 {
         self.pid.unsigned_abs()
     }
-}
 
-impl Drop for Holder {
-    fn drop(&mut self) {
+    /// Ends it. Its number stays its own until this is dropped.
+    pub(crate) fn end(&self) {
         // It may sit in a cgroup that is frozen or short of processor time; a kill does not wait for its turn.
         if let Ok(pidfd) = process::open_pidfd(self.pid) {
             let _ = process::signal_pidfd(pidfd.as_fd(), 9);
         }
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.end();
         drop(self.word.take());
         let _ = process::wait_for(self.pid);
     }

@@ -7,7 +7,7 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster test-vm test-vm-all vm-shell bench deb test-deb clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -24,7 +24,6 @@ help:
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
 	@echo 'make test-cluster  Deployments, Jobs and more of a Kubernetes cluster on the real daemon (root)'
 	@echo 'make test-vm       the package on a node with systemd and cgroup v2, and its restarts, in a virtual machine (root)'
-	@echo 'make test-vm-all   the same with what takes long there (root)'
 	@echo 'make vm-shell      a shell in that machine (root)'
 	@echo 'make deb           dist/berth_VERSION_amd64.deb'
 	@echo 'make test-deb      that package installed, upgraded, removed and purged in a Debian of its own (root)'
@@ -34,7 +33,7 @@ help:
 
 deps:
 	@echo '== what building and testing need'
-	@scripts/install-needs build demo test bench vm
+	@scripts/install-needs build demo test bench vm deb
 
 # The shim is built apart: static, and with a profile for size.
 build:
@@ -92,11 +91,6 @@ test-vm: build images
 	@scripts/install-needs test vm
 	@scripts/build-peer kubelet
 	@scripts/run-tests vm
-
-test-vm-all: build images
-	@scripts/install-needs test vm
-	@scripts/build-peer kubelet
-	@scripts/run-tests vm-all
 
 vm-shell: build images
 	@scripts/install-needs vm

@@ -74,8 +74,8 @@ fn configuration(node: &Path, name: &str) -> String {
     missing.dedup();
     if !missing.is_empty() {
         return format!(
-            "{path} needs the CNI plugins that are not in /opt/cni/bin: {}; a runtime that uses it makes no pod: install them (Debian: \
-             containernetworking-plugins), or remove the file; Berth does not use it, pods are on Berth's own bridge",
+            "{path} needs CNI plugins that are not in /opt/cni/bin: {}; a runtime that uses it makes no pod: install them (many are in the \
+             package containernetworking-plugins), or remove the file; Berth does not use it, pods are on Berth's own bridge",
             missing.join(", ")
         );
     }

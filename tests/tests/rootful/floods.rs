@@ -15,6 +15,7 @@ use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::log;
 use berth_tests::pod::{container, idle, sharing, sharing_pod, shell, words};
+use berth_tests::repeats::repeats;
 use tonic::Code;
 
 const MIB: u64 = 1 << 20;
@@ -118,7 +119,8 @@ fn logs_that_are_flooded_and_rotated_all_the_time_lose_no_byte() -> Result<()> {
             }
             turns += 1;
         }
-        ensure!(turns > 2, "only {turns} rotations");
+        // A rotation takes longer on an emulated processor than what is printed meanwhile.
+        ensure!(turns > repeats(4)?.max(2), "only {turns} rotations");
         for shim in shims.unwrap_or_default() {
             if let Ok(most) = peak(shim) {
                 ensure!(most < 8 * MIB, "a shim had {} KiB", most / 1024);

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use oci_spec::image::ImageConfiguration;
-
 use crate::Digest;
+use crate::document::Execution;
 
 /// An image in the store. Cheap to clone; a snapshot: names do not change under the holder.
 #[derive(Debug, Clone)]
@@ -113,21 +112,16 @@ pub struct ImageConfig {
 }
 
 impl ImageConfig {
-    pub(crate) fn of(configuration: &ImageConfiguration) -> Self {
-        let Some(config) = configuration.config() else {
-            return Self::default();
-        };
-        let mut volumes = config.volumes().clone().unwrap_or_default();
-        volumes.sort();
+    pub(crate) fn of(config: &Execution) -> Self {
         Self {
-            entrypoint: config.entrypoint().clone().unwrap_or_default(),
-            cmd: config.cmd().clone().unwrap_or_default(),
-            env: config.env().clone().unwrap_or_default(),
-            working_dir: config.working_dir().clone().unwrap_or_default(),
-            user: config.user().clone().unwrap_or_default(),
-            stop_signal: config.stop_signal().clone().unwrap_or_default(),
-            volumes,
-            labels: config.labels().clone().unwrap_or_default().into_iter().collect(),
+            entrypoint: config.entrypoint.clone(),
+            cmd: config.cmd.clone(),
+            env: config.env.clone(),
+            working_dir: config.working_dir.clone(),
+            user: config.user.clone(),
+            stop_signal: config.stop_signal.clone(),
+            volumes: config.volumes.0.clone(),
+            labels: config.labels.0.clone(),
         }
     }
 }
@@ -142,8 +136,8 @@ impl Content {
         Self {
             layers: configuration.diff_ids.clone(),
             size_bytes,
-            created: configuration.parsed.created().clone(),
-            config: ImageConfig::of(&configuration.parsed),
+            created: configuration.parsed.created.clone(),
+            config: ImageConfig::of(&configuration.parsed.config),
             raw_config,
             raw_manifest,
         }

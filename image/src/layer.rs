@@ -22,7 +22,7 @@ const MAX_ZSTD_WINDOW_LOG: u32 = 27;
 const READ_BUFFER: usize = 128 * 1024;
 
 /// The free space is looked at whenever so many bytes were unpacked.
-const FREE_SPACE_INTERVAL: u64 = 64 << 20;
+const FREE_SPACE_INTERVAL: u64 = 16 << 20;
 
 /// How far a broken layer is read on to learn whether its bytes were the wrong ones in the first place.
 const DIAGNOSIS_LIMIT: u64 = 1 << 20;
@@ -72,19 +72,32 @@ pub enum LayerError {
 
 /// A layer that was refused so that some of the disk stays free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a layer of {} (as packed) is wanted, {} are free, and {} have to stay free: make room, or lower {key}",
-    mebibytes(*.wanted), mebibytes(*.free), mebibytes(*.reserved)
-)]
-pub struct Shortage {
-    /// Bytes of the layer as it is fetched; 0 where nobody said. Unpacked it takes more.
-    pub wanted: u64,
-    /// Bytes that were free when it was refused.
-    pub free: u64,
-    /// Bytes that have to stay free.
-    pub reserved: u64,
-    /// The key of the daemon's configuration that reserves them.
-    pub key: &'static str,
+pub enum Shortage {
+    /// Of room.
+    #[error(
+        "a layer of {} (as packed) is wanted, {} are free, and {} have to stay free: make room, or lower {key}",
+        mebibytes(*.wanted), mebibytes(*.free), mebibytes(*.reserved)
+    )]
+    Bytes {
+        /// Bytes of the layer as it is fetched; 0 where nobody said. Unpacked it takes more.
+        wanted: u64,
+        /// Bytes that were free when it was refused.
+        free: u64,
+        /// Bytes that have to stay free.
+        reserved: u64,
+        /// The key of the daemon's configuration that reserves them.
+        key: &'static str,
+    },
+    /// Of inodes: many small files fill a disk that has bytes left.
+    #[error(
+        "{free} inodes are free, and {reserved} have to stay free: remove files, or lower image.min_free_percent"
+    )]
+    Inodes {
+        /// Inodes that were free when the layer was refused.
+        free: u64,
+        /// Inodes that have to stay free.
+        reserved: u64,
+    },
 }
 
 /// For people: rounded up, so that what is there never reads as nothing.
@@ -109,6 +122,8 @@ enum Fault {
     OverBudget,
     #[error("{free} bytes are free, of which {reserved} are reserved")]
     Reserved { free: u64, reserved: u64, key: &'static str },
+    #[error("{free} inodes are free, of which {reserved} are reserved")]
+    ReservedInodes { free: u64, reserved: u64 },
 }
 
 impl Budget {
@@ -125,7 +140,15 @@ impl Budget {
     }
 
     fn check_free_space(&self) -> io::Result<()> {
-        let (total, free, _, _) = berth_sys::file::space(&self.path)?;
+        let (total, free, inodes, free_inodes) = berth_sys::file::space(&self.path)?;
+        let reserved_inodes = inodes / 100 * u64::from(self.min_free_percent);
+        // File systems that make inodes as they need them say 0 of them.
+        if inodes > 0 && free_inodes < reserved_inodes {
+            return Err(io::Error::other(Fault::ReservedInodes {
+                free: free_inodes,
+                reserved: reserved_inodes,
+            }));
+        }
         let share = total / 100 * u64::from(self.min_free_percent);
         let (reserved, key) = if share > self.min_free_bytes {
             (share, "image.min_free_percent")
@@ -197,7 +220,7 @@ fn decompress_and_unpack(
         budget: Arc::clone(budget),
         until_check: FREE_SPACE_INTERVAL,
     });
-    let summary = unpack::unpack(&mut metered, root)?;
+    let summary = unpack::unpack_while(&mut metered, root, &|| budget.check_free_space())?;
     // The reader of the archive has seen the end of its stream, so the diff id is whole.
     Ok((summary, metered.digest()))
 }
@@ -211,7 +234,10 @@ fn classify(error: LayerError, budget: &Budget, wanted: u64) -> LayerError {
                 return match *fault {
                     Fault::OverBudget => LayerError::TooLarge { limit: budget.limit },
                     Fault::Reserved { free, reserved, key } => {
-                        LayerError::Reserved(Shortage { wanted, free, reserved, key })
+                        LayerError::Reserved(Shortage::Bytes { wanted, free, reserved, key })
+                    }
+                    Fault::ReservedInodes { free, reserved } => {
+                        LayerError::Reserved(Shortage::Inodes { free, reserved })
                     }
                 };
             }

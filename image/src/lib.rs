@@ -11,6 +11,7 @@
 
 pub mod credentials;
 pub mod digest;
+mod document;
 pub mod image;
 pub mod json;
 pub mod layer;
@@ -18,6 +19,7 @@ pub mod manifest;
 mod merged;
 pub mod patch;
 mod pipe;
+mod platform;
 pub mod progress;
 pub mod reference;
 pub mod registry;

@@ -1,15 +1,15 @@
 //! Indexes, manifests and configurations: which bytes may be called what, and which of them are for this machine.
 //!
-//! OCI image-spec 1.1 and Docker image manifest version 2, schema 2. Types come from `oci-spec`; nothing is ever written back from them,
-//! since they drop unknown fields: the raw bytes are what is kept. Schema 1 is refused.
+//! OCI image-spec 1.1 and Docker image manifest version 2, schema 2; the forms are in `document`. Schema 1 is refused.
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use crate::Digest;
 use crate::digest::ParseDigestError;
+use crate::document::{self, ConfigDocument, Descriptor, Execution, Index, ManifestDocument};
 use crate::json::{self, AmbiguousJson};
+use crate::platform;
 
 /// Largest index, manifest or configuration that is read. The common limit of registries and other runtimes.
 pub(crate) const MAX_DOCUMENT: usize = 4 << 20;
@@ -46,7 +46,29 @@ const FIELDS: &[&str] = &[
     "variant",
     "fsLayers",
 ];
-const CONFIG_FIELDS: &[&str] = &["rootfs", "diff_ids", "architecture", "os"];
+
+/// Keys that decide what a configuration means.
+const CONFIG_FIELDS: &[&str] = &[
+    "rootfs",
+    "diff_ids",
+    "architecture",
+    "os",
+    "config",
+    "Entrypoint",
+    "Cmd",
+    "Env",
+    "WorkingDir",
+    "User",
+    "StopSignal",
+    "Volumes",
+];
+
+/// Keys of a configuration below which nothing decides anything. Those below `Volumes` are paths.
+const CONFIG_FREE: &[&str] =
+    &["container_config", "history", "Labels", "Volumes", "ExposedPorts", "Healthcheck", "OnBuild"];
+
+/// The archive that has nothing in it: 1,024 zeros.
+pub(crate) const EMPTY_ARCHIVE: &[u8] = &[0; 1024];
 
 /// Why a document is not taken.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +105,9 @@ pub enum ManifestError {
     /// A digest that is not sha256.
     #[error("bad digest in the document")]
     Digest(#[from] ParseDigestError),
+    /// Bytes that are no text where an image says how it is to be run.
+    #[error("{0} of the configuration is not UTF-8")]
+    NotText(&'static str),
     /// Nothing for this machine in the index, or an image for another one.
     #[error("image has nothing for {0}")]
     Platform(String),
@@ -106,7 +131,7 @@ pub(crate) struct Blob {
 /// A document with its type settled.
 #[derive(Debug)]
 pub(crate) enum Document {
-    Index(Box<ImageIndex>),
+    Index(Index),
     Manifest(Manifest),
 }
 
@@ -114,16 +139,27 @@ pub(crate) enum Document {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Manifest {
     pub(crate) config: Blob,
-    /// Lowest first.
+    /// Lowest first; never empty, for an image without layers has the empty one.
     pub(crate) layers: Vec<Blob>,
 }
 
 /// What of a configuration counts.
 #[derive(Debug)]
 pub(crate) struct Configuration {
-    pub(crate) parsed: ImageConfiguration,
-    /// Lowest first.
+    pub(crate) parsed: ConfigDocument,
+    /// Lowest first; as many as the manifest has.
     pub(crate) diff_ids: Vec<Digest>,
+}
+
+impl Configuration {
+    /// Whether the image says of itself that it is for another machine.
+    ///
+    /// # Errors
+    /// [`ManifestError::Platform`].
+    pub(crate) fn check_platform(&self) -> Result<(), ManifestError> {
+        let ConfigDocument { os, architecture, .. } = &self.parsed;
+        platform::fit(os, architecture, "").map(drop).ok_or_else(|| ManifestError::Platform(platform::host()))
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -149,8 +185,9 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document
     if bytes.len() > MAX_DOCUMENT {
         return Err(ManifestError::TooLarge);
     }
+    let bytes = &*json::tidy(bytes);
     json::check(bytes, FIELDS, &["annotations"])?;
-    let probe: Probe = serde_json::from_slice(bytes).map_err(ManifestError::Form)?;
+    let probe: Probe = document::read(bytes).map_err(ManifestError::Form)?;
     if probe.schema_version == Some(1) || probe.fs_layers.is_some() {
         return Err(ManifestError::UnknownType("schema 1".to_owned()));
     }
@@ -168,138 +205,120 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document
     }
     match form {
         Kind::Index => {
-            let index: ImageIndex = serde_json::from_slice(bytes).map_err(ManifestError::Form)?;
-            let count = index.manifests().len();
+            let index: Index = document::read(bytes).map_err(ManifestError::Form)?;
+            let count = index.manifests.len();
             if count > MAX_INDEX_ENTRIES {
                 return Err(ManifestError::TooLong { what: "images", count, most: MAX_INDEX_ENTRIES });
             }
-            Ok(Document::Index(Box::new(index)))
+            Ok(Document::Index(index))
         }
         Kind::Manifest => {
-            let manifest: ImageManifest = serde_json::from_slice(bytes).map_err(ManifestError::Form)?;
-            let count = manifest.layers().len();
+            let manifest: ManifestDocument = document::read(bytes).map_err(ManifestError::Form)?;
+            let count = manifest.layers.len();
             if count > MAX_LAYERS {
                 return Err(ManifestError::TooLong { what: "layers", count, most: MAX_LAYERS });
             }
-            let config_type = manifest.config().media_type().to_string();
+            let config_type = manifest.config.media_type.as_str();
             if !matches!(
-                config_type.as_str(),
+                config_type,
                 "application/vnd.oci.image.config.v1+json"
                     | "application/vnd.docker.container.image.v1+json"
                     | "application/octet-stream"
+                    | ""
             ) {
                 return Err(ManifestError::UnknownType(crate::unpack::printable(config_type.as_bytes())));
             }
-            let layers = manifest.layers().iter().map(blob).collect::<Result<_, _>>()?;
-            Ok(Document::Manifest(Manifest { config: blob(manifest.config())?, layers }))
+            let mut layers = manifest.layers.iter().map(blob).collect::<Result<Vec<_>, _>>()?;
+            if layers.is_empty() {
+                layers.push(Blob::of(EMPTY_ARCHIVE));
+            }
+            Ok(Document::Manifest(Manifest { config: blob(&manifest.config)?, layers }))
         }
     }
 }
 
-/// Reads a configuration and holds it against its manifest and this machine.
+/// Reads a configuration and holds it against the number of layers of its manifest.
 pub(crate) fn parse_config(bytes: &[u8], layers: usize) -> Result<Configuration, ManifestError> {
     if bytes.len() > MAX_DOCUMENT {
         return Err(ManifestError::TooLarge);
     }
-    json::check(bytes, CONFIG_FIELDS, &["config", "container_config", "history"])?;
-    let parsed: ImageConfiguration = serde_json::from_slice(bytes).map_err(ManifestError::Form)?;
-    let diff_ids =
-        parsed.rootfs().diff_ids().iter().map(|id| Digest::parse(id)).collect::<Result<Vec<_>, _>>()?;
+    let text = &*json::tidy(bytes);
+    json::check(text, CONFIG_FIELDS, CONFIG_FREE)?;
+    let parsed: ConfigDocument = document::read(text).map_err(ManifestError::Form)?;
+    if text != bytes {
+        check_text(&parsed.config)?;
+    }
+    let mut diff_ids =
+        parsed.rootfs.diff_ids.iter().map(|id| Digest::parse(id)).collect::<Result<Vec<_>, _>>()?;
+    // An image without layers: its program comes from a mount. It gets the empty layer, so that there is something to mount.
+    if diff_ids.is_empty() && layers == 1 {
+        diff_ids.push(Digest::of(EMPTY_ARCHIVE));
+    }
     if diff_ids.len() != layers {
         return Err(ManifestError::LayerCount { diff_ids: diff_ids.len(), layers });
-    }
-    let (os, architecture) = (parsed.os().to_string(), parsed.architecture().to_string());
-    if os != "linux" || !(architecture.is_empty() || architecture == host_architecture()) {
-        return Err(ManifestError::Platform(host_platform()));
     }
     Ok(Configuration { parsed, diff_ids })
 }
 
-/// The entry of an index that fits this machine best, with its media type.
-pub(crate) fn select(index: &ImageIndex) -> Result<(Blob, String), ManifestError> {
-    let mut best: Option<(u8, &Descriptor)> = None;
-    for descriptor in index.manifests() {
-        // An entry without a platform may be the only image of a layout; anything that says its platform is better.
-        let rank = match descriptor.platform() {
-            None => Some(0),
-            Some(platform) => platform_rank(
-                &platform.os().to_string(),
-                &platform.architecture().to_string(),
-                platform.variant().as_deref(),
-            ),
-        };
-        // The first of equals counts (image-spec, image-index.md).
-        if let Some(rank) = rank
-            && kind_of(descriptor.media_type().as_ref()).is_ok()
-            && best.is_none_or(|(earlier, _)| rank > earlier)
-        {
-            best = Some((rank, descriptor));
+/// A replacement character in what decides how an image is run may stand for bytes that were not text: another program or another user.
+fn check_text(config: &Execution) -> Result<(), ManifestError> {
+    let one = std::slice::from_ref;
+    for (field, texts) in [
+        ("Entrypoint", &config.entrypoint[..]),
+        ("Cmd", &config.cmd),
+        ("Env", &config.env),
+        ("WorkingDir", one(&config.working_dir)),
+        ("User", one(&config.user)),
+        ("StopSignal", one(&config.stop_signal)),
+        ("Volumes", &config.volumes.0),
+    ] {
+        if texts.iter().any(|text| text.contains('\u{fffd}')) {
+            return Err(ManifestError::NotText(field));
         }
     }
-    let (_, descriptor) = best.ok_or_else(|| ManifestError::Platform(host_platform()))?;
-    Ok((blob(descriptor)?, descriptor.media_type().to_string()))
+    Ok(())
 }
 
-/// How well a platform fits; `None` = not at all. The higher variant wins as long as this processor has it.
-fn platform_rank(os: &str, architecture: &str, variant: Option<&str>) -> Option<u8> {
-    if os != "linux" || architecture != host_architecture() {
-        return None;
+/// What an index was asked for.
+#[derive(Debug)]
+pub(crate) struct Selected {
+    pub(crate) blob: Blob,
+    pub(crate) media_type: String,
+    /// The index says that it is for this machine. Then the image is not asked: the index is what people correct.
+    pub(crate) is_for_this_machine: bool,
+}
+
+/// The entry of an index that fits this machine best.
+pub(crate) fn select(index: &Index) -> Result<Selected, ManifestError> {
+    let mut best: Option<(platform::Fit, &Descriptor)> = None;
+    for descriptor in &index.manifests {
+        // An entry without a platform may be the only image of a layout; anything that says its platform is better.
+        let said = descriptor.platform.clone().unwrap_or_default();
+        // The first of equals counts (image-spec, image-index.md).
+        if let Some(fit) = platform::fit(&said.os, &said.architecture, &said.variant)
+            && kind_of(&descriptor.media_type).is_ok()
+            && best.is_none_or(|(earlier, _)| fit > earlier)
+        {
+            best = Some((fit, descriptor));
+        }
     }
-    match variant {
-        None | Some("" | "v1") => Some(2),
-        Some("v8") if architecture == "arm64" => Some(2),
-        Some(variant) if architecture == "amd64" => match variant {
-            "v2" if has_amd64_v2() => Some(3),
-            "v3" if has_amd64_v3() => Some(4),
-            _ => None,
-        },
-        Some(_) => None,
+    let (fit, descriptor) = best.ok_or_else(|| ManifestError::Platform(platform::host()))?;
+    Ok(Selected {
+        blob: blob(descriptor)?,
+        media_type: descriptor.media_type.clone(),
+        is_for_this_machine: fit > platform::Fit::Unsaid,
+    })
+}
+
+impl Blob {
+    /// Of content that is at hand.
+    pub(crate) fn of(content: &[u8]) -> Self {
+        Self { digest: Digest::of(content), size: content.len() as u64 }
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_amd64_v2() -> bool {
-    std::is_x86_feature_detected!("sse4.2")
-        && std::is_x86_feature_detected!("popcnt")
-        && std::is_x86_feature_detected!("cmpxchg16b")
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_amd64_v3() -> bool {
-    has_amd64_v2()
-        && std::is_x86_feature_detected!("avx2")
-        && std::is_x86_feature_detected!("bmi2")
-        && std::is_x86_feature_detected!("fma")
-        && std::is_x86_feature_detected!("movbe")
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn has_amd64_v2() -> bool {
-    false
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn has_amd64_v3() -> bool {
-    false
-}
-
-/// Go's name of the architecture that this program was built for.
-fn host_architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
-    }
-}
-
-fn host_platform() -> String {
-    format!("linux/{}", host_architecture())
 }
 
 fn blob(descriptor: &Descriptor) -> Result<Blob, ManifestError> {
-    Ok(Blob { digest: Digest::parse(descriptor.digest().as_ref())?, size: descriptor.size() })
+    Ok(Blob { digest: Digest::parse(&descriptor.digest)?, size: descriptor.size })
 }
 
 /// A media type without its parameters, in lower case (RFC 9110, section 8.3.1).
@@ -390,10 +409,11 @@ mod tests {
 
     #[test]
     fn the_first_fitting_platform_is_taken() {
+        let host_architecture = platform::host_architecture;
         let other = if host_architecture() == "s390x" { "arm" } else { "s390x" };
         let here = host_architecture();
         let size_of = |entries: &[(&str, &str)]| match parse(index(entries).as_bytes(), None).unwrap() {
-            Document::Index(index) => select(&index).map(|(blob, _)| blob.size).ok(),
+            Document::Index(index) => select(&index).map(|found| found.blob.size).ok(),
             Document::Manifest(_) => None,
         };
         assert_eq!(size_of(&[(other, ""), (here, ""), (here, "")]), Some(1));
@@ -403,18 +423,142 @@ mod tests {
     }
 
     #[test]
+    fn an_index_is_read_by_all_names_of_this_machine() {
+        let here = platform::host_architecture();
+        let synonym = match here {
+            "amd64" => "x86_64",
+            "arm64" => "aarch64",
+            other => other,
+        };
+        let entry = |platform: &str| {
+            let digest = format!("sha256:{HEX}");
+            format!(r#"{{"mediaType":"{OCI_MANIFEST}","digest":"{digest}","size":1{platform}}}"#)
+        };
+        for (said, fits) in [
+            (String::new(), Some(false)),
+            (r#","platform":null"#.into(), Some(false)),
+            (r#","platform":{}"#.into(), Some(false)),
+            (r#","platform":{"os":"","architecture":""}"#.into(), Some(false)),
+            (r#","platform":{"os":"linux"}"#.into(), Some(false)),
+            (format!(r#","platform":{{"os":"linux","architecture":"{here}"}}"#), Some(true)),
+            (format!(r#","platform":{{"os":null,"architecture":"{here}","features":[1]}}"#), Some(true)),
+            (format!(r#","platform":{{"os":"linux","architecture":"{synonym}"}}"#), Some(true)),
+            (r#","platform":{"os":"windows","architecture":"amd64"}"#.into(), None),
+            (r#","platform":{"os":"unknown","architecture":"unknown"}"#.into(), None),
+        ] {
+            let text = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entry(&said));
+            let Document::Index(index) = parse(text.as_bytes(), None).unwrap() else { panic!("{said}") };
+            assert_eq!(select(&index).ok().map(|found| found.is_for_this_machine), fits, "{said}");
+        }
+        // What is of no use here may be of any form.
+        let odd = entry("").replace("sha256", "sha512");
+        let text = format!(
+            r#"{{"manifests":[{odd},{}]}}"#,
+            entry(&format!(r#","platform":{{"os":"linux","architecture":"{here}"}}"#))
+        );
+        let Document::Index(index) = parse(text.as_bytes(), None).unwrap() else { panic!() };
+        assert!(select(&index).unwrap().is_for_this_machine);
+    }
+
+    #[test]
+    fn an_image_without_layers_has_the_empty_one() {
+        let empty =
+            Digest::parse("sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef").unwrap();
+        let good = manifest("");
+        for layers in ["\"layers\":[]", "\"layers\":null", "\"other\":1"] {
+            let text = good.replace("\"layers\":[]", layers);
+            let Document::Manifest(found) = parse(text.as_bytes(), None).unwrap() else { panic!("{layers}") };
+            assert_eq!(found.layers, [Blob { digest: empty, size: 1024 }], "{layers}");
+        }
+        for config in [
+            "{}",
+            r#"{"rootfs":null}"#,
+            r#"{"rootfs":{}}"#,
+            r#"{"rootfs":{"type":"layers","diff_ids":null}}"#,
+            r#"{"rootfs":{"diff_ids":[]},"config":null,"os":""}"#,
+        ] {
+            assert_eq!(parse_config(config.as_bytes(), 1).unwrap().diff_ids, [empty], "{config}");
+            assert!(matches!(parse_config(config.as_bytes(), 2), Err(ManifestError::LayerCount { .. })));
+        }
+    }
+
+    #[test]
     fn a_configuration_must_fit_its_manifest_and_machine() {
         let config = |os: &str, arch: &str| {
             format!(
-                r#"{{"os":"{os}","architecture":"{arch}","rootfs":{{"type":"layers","diff_ids":["sha256:{HEX}"]}},
+                r#"{{{os}{arch}"rootfs":{{"type":"layers","diff_ids":["sha256:{HEX}"]}},
                    "config":{{"Env":null,"Labels":{{"OS":"x"}},"Volumes":{{"/v":{{}}}}}}}}"#
             )
         };
-        let good = config("linux", host_architecture());
+        let here = platform::host_architecture();
+        let architecture = |name: &str| format!(r#""architecture":"{name}","#);
+        let linux = r#""os":"linux","#;
+        let good = config(linux, &architecture(here));
         assert!(parse_config(good.as_bytes(), 1).is_ok());
         assert!(matches!(parse_config(good.as_bytes(), 2), Err(ManifestError::LayerCount { .. })));
-        for (os, arch) in [("windows", host_architecture()), ("linux", "mips")] {
-            assert!(matches!(parse_config(config(os, arch).as_bytes(), 1), Err(ManifestError::Platform(_))));
+        for (os, arch, fine) in [
+            (linux, architecture(here), true),
+            ("", String::new(), true),
+            (r#""os":"","#, architecture(""), true),
+            (r#""os":null,"#, architecture(here), true),
+            (r#""os":"Linux","#, architecture(&here.to_uppercase()), true),
+            (r#""os":"windows","#, architecture(here), false),
+            (linux, architecture("mips"), false),
+        ] {
+            let parsed = parse_config(config(os, &arch).as_bytes(), 1).unwrap();
+            assert_eq!(parsed.check_platform().is_ok(), fine, "{os} {arch}");
         }
+    }
+
+    #[test]
+    fn only_what_decides_can_make_a_configuration_be_refused() {
+        let config = |inner: &str, outer: &str| {
+            let rootfs = format!(r#""rootfs":{{"diff_ids":["sha256:{HEX}"]}}"#);
+            [b"{\"config\":{", inner.as_bytes(), b"}", outer.as_bytes(), b",", rootfs.as_bytes(), b"}"]
+                .concat()
+        };
+        let byte = |mut text: Vec<u8>| {
+            // A byte of Latin-1 where the text has a question mark.
+            for byte in &mut text {
+                if *byte == b'?' {
+                    *byte = 0xe9;
+                }
+            }
+            text
+        };
+        for fine in [
+            config(
+                r#""Labels":{"a":null,"b":"?","a":"2","LABELS":"\ud800"}"#,
+                r#","history":[{"x":1,"x":"?"}]"#,
+            ),
+            config(
+                r#""ExposedPorts":{"80":null,"80":1},"Volumes":{"/v":null,"/v":{}}"#,
+                r#","author":"?","author":1"#,
+            ),
+            config(
+                r#""OnBuild":["?"],"Healthcheck":7,"ArgsEscaped":null"#,
+                r#","container_config":{"cmd":1,"Cmd":2}"#,
+            ),
+        ] {
+            let fine = byte(fine);
+            assert!(parse_config(&fine, 1).is_ok(), "{}", fine.escape_ascii());
+        }
+        for bad in [
+            config(r#""Cmd":["a"],"Cmd":["b"]"#, ""),
+            config(r#""cmd":["a"]"#, ""),
+            config(r#""Cmd":["?"]"#, ""),
+            config(r#""Env":["A=?"]"#, ""),
+            config(r#""User":"?""#, ""),
+            config(r#""Volumes":{"/?":{}}"#, ""),
+            config(r#""User":"a","USER":"b""#, ""),
+            config("", r#","config":{}"#),
+            config("", r#","rootfs":{}"#),
+        ] {
+            let bad = byte(bad);
+            assert!(parse_config(&bad, 1).is_err(), "{}", bad.escape_ascii());
+        }
+        // A replacement character that somebody wrote is a character.
+        let written = config("\"Env\":[\"A=\u{fffd}\"]", "");
+        assert!(parse_config(&written, 1).is_ok());
     }
 }

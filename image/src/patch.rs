@@ -13,12 +13,13 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use berth_sys::beneath::{self, Dir, FileType, Node, Root, Stat, Timestamp};
-use berth_sys::xattr;
+use berth_sys::{file, xattr};
 
 use crate::merged::{Found, Merged};
 use crate::unpack::{self, IMPLICIT_MODE, OPAQUE_XATTR, Summary, printable};
@@ -353,11 +354,9 @@ fn make_file(root: &Root, path: &Path, origin: &Origin<'_>, size: &mut Size) -> 
     match origin {
         Origin::Copy { layer, path: from, stat } => {
             let (from_dir, from_name) = parent_in(layer, from)?;
-            copy_file(&from_dir, from_name, stat, &dir, name)?;
+            let written = copy_file(&from_dir, from_name, stat, &dir, name)?;
             size.inodes += 1;
-            if stat.file_type == FileType::Regular {
-                size.bytes += stat.size.next_multiple_of(4096);
-            }
+            size.bytes += written.next_multiple_of(4096);
             Ok(())
         }
         Origin::SameAs(first) => {
@@ -377,24 +376,26 @@ fn parent_in<'p>(root: &Root, path: &'p Path) -> io::Result<(Dir, &'p OsStr)> {
     Ok((root.open_dir_no_links(path.parent().unwrap_or(Path::new("")))?, name))
 }
 
-/// Copies one inode that is not a directory, with everything that belongs to it.
-fn copy_file(from: &Dir, from_name: &OsStr, stat: &Stat, to: &Dir, name: &OsStr) -> io::Result<()> {
+/// Copies one inode that is not a directory, with everything that belongs to it. Returns the bytes of content, without holes.
+fn copy_file(from: &Dir, from_name: &OsStr, stat: &Stat, to: &Dir, name: &OsStr) -> io::Result<u64> {
     let node = match stat.file_type {
         FileType::Regular => {
-            let mut source = from.open_regular(from_name)?;
-            let mut copy = to.create_file(name, 0o600)?;
-            io::copy(&mut source, &mut copy)?;
+            let source = from.open_regular(from_name)?;
+            let copy = to.create_file(name, 0o600)?;
+            let written = copy_content(&source, &copy, stat.size)?;
             beneath::chown(copy.as_fd(), stat.uid, stat.gid)?;
             beneath::chmod(copy.as_fd(), stat.mode)?;
             for (name, value) in image_xattrs(source.as_fd())? {
                 xattr::set(copy.as_fd(), &name, &value)?;
             }
-            return beneath::set_times(copy.as_fd(), stat.modified);
+            beneath::set_times(copy.as_fd(), stat.modified)?;
+            return Ok(written);
         }
         FileType::Symlink => {
             to.make_symlink(&from.read_link(from_name)?, name)?;
             to.chown(name, stat.uid, stat.gid)?;
-            return to.set_times(name, stat.modified);
+            to.set_times(name, stat.modified)?;
+            return Ok(0);
         }
         FileType::CharDevice => Node::CharDevice(stat.device.0, stat.device.1),
         FileType::BlockDevice => Node::BlockDevice(stat.device.0, stat.device.1),
@@ -404,7 +405,21 @@ fn copy_file(from: &Dir, from_name: &OsStr, stat: &Stat, to: &Dir, name: &OsStr)
     to.make_node(name, node, 0o600)?;
     to.chown(name, stat.uid, stat.gid)?;
     to.chmod(name, stat.mode)?;
-    to.set_times(name, stat.modified)
+    to.set_times(name, stat.modified)?;
+    Ok(0)
+}
+
+/// Copies what is no hole.
+fn copy_content(mut source: &File, mut copy: &File, size: u64) -> io::Result<u64> {
+    let (mut at, mut written) = (0, 0);
+    while let Some((start, end)) = file::next_data(source, at)? {
+        source.seek(SeekFrom::Start(start))?;
+        copy.seek(SeekFrom::Start(start))?;
+        written += io::copy(&mut source.take(end - start), &mut copy)?;
+        at = end;
+    }
+    copy.set_len(size)?;
+    Ok(written)
 }
 
 /// The attributes that belong to the image, sorted; not overlayfs's own.

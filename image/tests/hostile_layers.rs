@@ -101,6 +101,9 @@ fn no_path_leads_out_of_the_root() {
         ("whiteout as a directory", Layer::new().dir(".wh.x", 0o755).file(".wh.x/y", b"")),
         ("whiteout as a link", Layer::new().symlink(".wh.x", &to)),
         ("opaque as a link", Layer::new().symlink(".wh..wh..opq", &to)),
+        ("AUFS below a parent", Layer::new().file("../.wh..wh.plnk/secret", b"owned")),
+        ("AUFS through a link", Layer::new().symlink("a", &to).file("a/.wh..wh.plnk/secret", b"owned")),
+        ("AUFS as a link", Layer::new().symlink(".wh..wh.plnk", &to).file(".wh..wh.plnk/secret", b"owned")),
         ("whiteout in the middle", Layer::new().file(".wh.x/secret", b"")),
         (
             "whiteout name with a slash in PAX",
@@ -285,4 +288,57 @@ fn owners_modes_and_times_are_exact_whatever_the_order() {
     assert_eq!(look("e").3, 14);
     assert_eq!(look("d/l"), (0o777, 11, 12, 15));
     assert_eq!(look("d/p"), (0o1666, 13, 14, 16));
+}
+
+#[test]
+fn bookkeeping_of_aufs_is_no_part_of_the_image() {
+    let case = Case::new();
+    let layer = Layer::new()
+        .file(".wh..wh.aufs", b"")
+        .dir(".wh..wh.orph", 0o700)
+        .dir(".wh..wh.plnk", 0o700)
+        .file(".wh..wh.plnk/1.2", b"content")
+        .dir("d", 0o755)
+        .file("d/.wh..wh.other", b"x")
+        // AUFS made whiteouts hard links of one file.
+        .hard_link("d/.wh.gone", ".wh..wh.aufs")
+        .hard_link("d/.wh..wh..opq", ".wh..wh.aufs")
+        .file("d/file", b"file");
+    let summary = case.unpack(layer).unwrap();
+    assert_eq!(summary.lower_links, []);
+    let mut names: Vec<_> = fs::read_dir(case.root())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["d"]);
+    let gone = fs::symlink_metadata(case.root().join("d/gone")).unwrap();
+    assert!(gone.file_type().is_char_device() && gone.rdev() == 0);
+    assert_eq!(fs::read_dir(case.root().join("d")).unwrap().count(), 2);
+    assert_eq!(fs::read(case.root().join("d/file")).unwrap(), b"file");
+}
+
+#[test]
+fn a_sparse_file_has_its_content_and_takes_no_room_for_its_holes() {
+    let case = Case::new();
+    let size = 300_u64 << 30;
+    let middle = size / 2;
+    let sparse = |entry: Entry, size: u64, map: &str| {
+        entry
+            .pax("GNU.sparse.size", size.to_string().as_bytes())
+            .pax("GNU.sparse.name", b"var/log/lastlog")
+            .pax("GNU.sparse.map", map.as_bytes())
+    };
+    let entry = sparse(entry(b'0').mode(0o640), size, &format!("0,5,{middle},5"));
+    let summary = case.unpack(Layer::new().add("GNUSparseFile.1/lastlog", entry, b"hellothere")).unwrap();
+    assert_eq!(summary.inodes, 4);
+    assert_eq!(summary.bytes, 4 * 4096);
+    let path = case.root().join("var/log/lastlog");
+    let metadata = fs::metadata(&path).unwrap();
+    assert_eq!((metadata.len(), metadata.mode() & 0o7777), (size, 0o640));
+    assert!(metadata.blocks() < 100, "{} blocks", metadata.blocks());
+    let mut buffer = [7_u8; 8];
+    let file = fs::File::open(&path).unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut buffer, middle - 1).unwrap();
+    assert_eq!(&buffer, b"\0there\0\0");
 }

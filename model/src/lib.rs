@@ -7,7 +7,8 @@
 //! - `sandbox`, `container`, `security`: what was asked for;
 //! - `state`: states, events and the transition functions;
 //! - `record`: how the above lies on disk;
-//! - `layout`: every path below the two roots.
+//! - `layout`: every path below the two roots;
+//! - `text`: text of strangers for people to read.
 #![forbid(unsafe_code)]
 
 pub mod container;
@@ -17,3 +18,4 @@ pub mod record;
 pub mod sandbox;
 pub mod security;
 pub mod state;
+pub mod text;

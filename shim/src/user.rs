@@ -121,8 +121,10 @@ fn group_entries(file: &[u8]) -> impl Iterator<Item = GroupEntry<'_>> {
     })
 }
 
+/// Lines that end as in DOS are taken too: editors of other systems write them.
 fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
-    file.split(|byte| *byte == b'\n').filter(|line| line.len() <= MAX_LINE && !line.starts_with(b"#"))
+    let lines = file.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    lines.filter(|line| line.len() <= MAX_LINE && !line.starts_with(b"#"))
 }
 
 /// Resolves `user` by the container's accounts.
@@ -238,6 +240,21 @@ mod tests {
                 (found, expected) => panic!("{text:?}: {found:?}, expected {expected:?}"),
             }
         }
+    }
+
+    #[test]
+    fn files_with_the_line_ends_of_dos_are_read_as_others() {
+        let dos = |file: &[u8]| String::from_utf8_lossy(file).replace('\n', "\r\n").into_bytes();
+        let dos = Accounts { passwd: dos(PASSWD), group: dos(GROUP) };
+        for user in ["web", "33", "web:extra", "7", "root"] {
+            assert_eq!(
+                resolve(&asked(user), &dos).unwrap(),
+                resolve(&asked(user), &accounts()).unwrap(),
+                "{user}"
+            );
+        }
+        let short = Accounts { passwd: b"web:x:33:44\r\n".to_vec(), group: b"more:x:501:web\r\n".to_vec() };
+        assert_eq!(resolve(&asked("web"), &short).unwrap().groups, [44, 501]);
     }
 
     #[test]

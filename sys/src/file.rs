@@ -105,6 +105,21 @@ pub fn space(path: &std::path::Path) -> io::Result<(u64, u64, u64, u64)> {
     Ok((found.blocks() * unit, found.blocks_free() * unit, found.files(), found.files_free()))
 }
 
+/// The next part of a file that is no hole, at `from` or behind it: where it begins and where it ends, in bytes. `None` if only a hole
+/// follows. lseek(2), `SEEK_DATA` and `SEEK_HOLE`; a file system without holes calls everything data.
+pub fn next_data(file: impl AsFd, from: u64) -> io::Result<Option<(u64, u64)>> {
+    use nix::unistd::{Whence, lseek};
+    let seek = |at: u64, whence| {
+        let at = i64::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        lseek(file.as_fd(), at, whence).map(i64::unsigned_abs).map_err(io::Error::from)
+    };
+    match seek(from, Whence::SeekData) {
+        Ok(start) => Ok(Some((start, seek(start, Whence::SeekHole)?))),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

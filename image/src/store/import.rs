@@ -21,8 +21,10 @@ use super::commit::{ContentError, Names, NewImage};
 use super::pull::{Reporter, acquire_all, finish};
 use super::staging::Fetch;
 use super::{Inner, StoreError};
+use crate::document::Descriptor;
 use crate::layer::LayerContent;
-use crate::manifest::{self, Blob, Document, MAX_DOCUMENT, MAX_NESTING, ManifestError};
+use crate::manifest::{self, Blob, Document, EMPTY_ARCHIVE, MAX_DOCUMENT, MAX_NESTING, ManifestError};
+use crate::platform;
 use crate::unpack::archive::{Archive, ArchiveError, EntryKind};
 use crate::unpack::{PathError, path};
 use crate::{Digest, Image, LayerPhase, Progress, Reference};
@@ -81,6 +83,9 @@ pub enum ImportError {
         "neither an OCI image layout (index.json) nor a docker archive (manifest.json); compressed archives must be unpacked first"
     )]
     UnknownForm,
+    /// A member that the archive does not have in one piece.
+    #[error("member '{0}' of the archive is a sparse file: write the archive without --sparse")]
+    Sparse(String),
     /// Something that the index or manifest names is not there.
     #[error("'{0}' is missing")]
     Missing(String),
@@ -127,7 +132,13 @@ struct Found {
 #[derive(Debug, Clone)]
 enum Content {
     File(PathBuf, Arc<Root>),
-    Member { file: Arc<File>, offset: u64, size: u64 },
+    Member {
+        file: Arc<File>,
+        offset: u64,
+        size: u64,
+    },
+    /// The archive with nothing in it, which images without layers get.
+    Empty,
 }
 
 pub(super) async fn import(
@@ -213,6 +224,7 @@ impl Content {
             Self::Member { file, offset, size } => {
                 Box::new(Window { file: Arc::clone(file), offset: *offset, left: *size })
             }
+            Self::Empty => Box::new(EMPTY_ARCHIVE),
         })
     }
 
@@ -261,7 +273,8 @@ struct DockerImage {
     config: String,
     #[serde(default)]
     repo_tags: Option<Vec<String>>,
-    layers: Vec<String>,
+    #[serde(default)]
+    layers: Option<Vec<String>>,
 }
 
 impl Source {
@@ -329,6 +342,9 @@ impl Source {
     }
 
     fn blob(&self, digest: Digest) -> Result<Content, ImportError> {
+        if digest == Digest::of(EMPTY_ARCHIVE) {
+            return Ok(Content::Empty);
+        }
         self.require(&format!("blobs/sha256/{}", digest.hex()))
     }
 
@@ -346,28 +362,24 @@ impl Source {
         let Document::Index(index) = manifest::parse(index, None)? else {
             return Err(ImportError::UnknownForm);
         };
-        if index.manifests().len() > MAX_IMAGES {
+        if index.manifests.len() > MAX_IMAGES {
             return Err(ImportError::TooLong);
         }
         let mut found: BTreeMap<Digest, Found> = BTreeMap::new();
-        for descriptor in index.manifests() {
-            let digest = Digest::parse(descriptor.digest().as_ref()).map_err(ManifestError::from)?;
-            let names = descriptor
-                .annotations()
-                .as_ref()
-                .and_then(|notes| {
-                    // A bare tag, as `org.opencontainers.image.ref.name` often is, names no repository.
-                    let full = notes.get(CONTAINERD_NAME);
-                    full.or_else(|| notes.get(OCI_REF_NAME).filter(|name| name.contains(['/', ':'])))
-                })
+        for descriptor in &index.manifests {
+            let digest = Digest::parse(&descriptor.digest).map_err(ManifestError::from)?;
+            let notes = &descriptor.annotations.0;
+            // A bare tag, as `org.opencontainers.image.ref.name` often is, names no repository.
+            let names = notes
+                .get(CONTAINERD_NAME)
+                .or_else(|| notes.get(OCI_REF_NAME).filter(|name| name.contains(['/', ':'])))
                 .and_then(|name| Reference::parse(name).ok())
                 .map(|name| names_of(&name, Some(digest)))
                 .unwrap_or_default();
-            let blob = Blob { digest, size: descriptor.size() };
-            let image = match self.layout_image(blob, descriptor.media_type().as_ref()) {
+            let image = match self.layout_image(descriptor) {
                 // A layout may hold images for several machines side by side; only if none fits, that is an error.
                 Err(ImportError::Content(ContentError::Manifest(ManifestError::Platform(_))))
-                    if index.manifests().len() > 1 =>
+                    if index.manifests.len() > 1 =>
                 {
                     continue;
                 }
@@ -382,15 +394,28 @@ impl Source {
         Ok(found.into_values().collect())
     }
 
-    fn layout_image(&self, mut blob: Blob, media_type: &str) -> Result<Found, ImportError> {
-        let mut media_type = media_type.to_owned();
+    fn layout_image(&self, descriptor: &Descriptor) -> Result<Found, ImportError> {
+        let digest = Digest::parse(&descriptor.digest).map_err(ManifestError::from)?;
+        let said = descriptor.platform.clone().unwrap_or_default();
+        let fit = platform::fit(&said.os, &said.architecture, &said.variant)
+            .ok_or_else(|| ManifestError::Platform(platform::host()))?;
+        let mut blob = Blob { digest, size: descriptor.size };
+        let mut media_type = descriptor.media_type.clone();
+        let mut is_for_this_machine = fit > platform::Fit::Unsaid;
         for _ in 0..=MAX_NESTING {
             let bytes = self.document(blob)?;
             match manifest::parse(&bytes, Some(&media_type))? {
-                Document::Index(index) => (blob, media_type) = manifest::select(&index)?,
+                Document::Index(index) => {
+                    let selected = manifest::select(&index)?;
+                    (blob, media_type) = (selected.blob, selected.media_type);
+                    is_for_this_machine |= selected.is_for_this_machine;
+                }
                 Document::Manifest(manifest) => {
                     let raw_config = self.document(manifest.config)?;
                     let configuration = manifest::parse_config(&raw_config, manifest.layers.len())?;
+                    if !is_for_this_machine {
+                        configuration.check_platform()?;
+                    }
                     let layers = manifest
                         .layers
                         .iter()
@@ -421,16 +446,24 @@ impl Source {
     }
 
     fn docker_image(&self, image: &DockerImage) -> Result<Found, ImportError> {
+        let names = image.layers.as_deref().unwrap_or_default();
         let raw_config = self.require(&image.config)?.read_all(MAX_DOCUMENT, &image.config)?;
-        let configuration = manifest::parse_config(&raw_config, image.layers.len())?;
+        let configuration = manifest::parse_config(&raw_config, names.len().max(1))?;
+        configuration.check_platform()?;
+        let mut contents = names
+            .iter()
+            .map(|name| Ok((name.as_str(), self.require(name)?)))
+            .collect::<Result<Vec<_>, ImportError>>()?;
+        if contents.is_empty() {
+            contents.push(("the empty layer", Content::Empty));
+        }
         let mut layers = Vec::new();
-        for (name, &diff_id) in image.layers.iter().zip(&configuration.diff_ids) {
-            let content = self.require(name)?;
+        for ((name, content), &diff_id) in contents.into_iter().zip(&configuration.diff_ids) {
             let (digest, size) =
                 digest_of(&content).map_err(|source| ImportError::Read { what: shown(name), source })?;
             layers.push((LayerContent { blob: Blob { digest, size }, diff_id }, content));
         }
-        let names = image
+        let tags = image
             .repo_tags
             .iter()
             .flatten()
@@ -438,7 +471,7 @@ impl Source {
             .flat_map(|name| names_of(&name, None))
             .collect();
         let raw_manifest = manifest_for(&raw_config, &layers);
-        Ok(Found { configuration, raw_config, raw_manifest, layers, names })
+        Ok(Found { configuration, raw_config, raw_manifest, layers, names: tags })
     }
 }
 
@@ -492,6 +525,9 @@ fn index_members(file: &Arc<File>) -> Result<HashMap<PathBuf, Member>, ImportErr
             return Err(ImportError::TooLong);
         }
         match entry.kind {
+            EntryKind::Regular if entry.is_sparse => {
+                return Err(ImportError::Sparse(crate::unpack::printable(&entry.path)));
+            }
             EntryKind::Regular => {
                 members.insert(name, Member::File { offset: archive.position(), size: entry.size });
             }

@@ -10,7 +10,7 @@ use super::staging::{self, Acquired, Fetch};
 use super::{Inner, StoreError, blocking};
 use crate::credentials::Credentials;
 use crate::layer::{Budget, LayerContent};
-use crate::manifest::{self, Blob, Document, MAX_NESTING, Manifest, ManifestError};
+use crate::manifest::{self, Blob, Document, EMPTY_ARCHIVE, MAX_NESTING, Manifest, ManifestError};
 use crate::pipe;
 use crate::reference::{Reference, Target};
 use crate::registry::{RegistryError, Session, Sink};
@@ -123,7 +123,8 @@ async fn pull_content(
     progress: Arc<dyn Progress>,
 ) -> Result<Image, ContentError> {
     let session = inner.policy().client.session(reference, credentials)?;
-    let (manifest, raw_manifest, top) = find_manifest(&session, reference.target()).await?;
+    let Resolved { manifest, raw_manifest, top, is_for_this_machine } =
+        find_manifest(&session, reference.target()).await?;
     let tag = matches!(reference.target(), Target::Tag(_)).then(|| reference.to_string());
     let names = vec![Names { tag, repo_digest: Some(reference.with_digest(top).to_string()) }];
 
@@ -134,6 +135,9 @@ async fn pull_content(
 
     let raw_config = session.fetch_small(manifest.config, manifest::MAX_DOCUMENT).await?;
     let configuration = manifest::parse_config(&raw_config, manifest.layers.len())?;
+    if !is_for_this_machine {
+        configuration.check_platform()?;
+    }
     let contents: Vec<LayerContent> = manifest
         .layers
         .iter()
@@ -265,6 +269,13 @@ impl Fetch for FromRegistry {
         let filling = async move {
             self.report.say(LayerPhase::Fetching, 0);
             let mut sink = ReportedPipe { writer, report: self.report, done: 0 };
+            // The empty archive need not be asked for, and for an image without layers no registry has it.
+            if self.blob == Blob::of(EMPTY_ARCHIVE) {
+                if sink.take(Bytes::from_static(EMPTY_ARCHIVE)).await.is_ok() {
+                    let _ = sink.writer.finish().await;
+                }
+                return Ok(());
+            }
             match self.session.fetch_blob(self.blob, &mut sink).await {
                 Ok(()) => drop(sink.writer.finish().await),
                 // The reader is gone, and knows why.
@@ -277,25 +288,36 @@ impl Fetch for FromRegistry {
     }
 }
 
-/// Follows indexes to the manifest for this machine. Returns it with its bytes, and the digest of what the reference itself points at.
-async fn find_manifest(
-    session: &Session,
-    target: &Target,
-) -> Result<(Manifest, Vec<u8>, Digest), ContentError> {
+/// What a reference leads to.
+struct Resolved {
+    manifest: Manifest,
+    raw_manifest: Vec<u8>,
+    /// Of what the reference itself points at: the index, where there is one.
+    top: Digest,
+    /// By the index.
+    is_for_this_machine: bool,
+}
+
+/// Follows indexes to the manifest for this machine.
+async fn find_manifest(session: &Session, target: &Target) -> Result<Resolved, ContentError> {
     let mut fetched = session.fetch_manifest(target).await?;
     let top = fetched.digest;
+    let mut is_for_this_machine = false;
     for _ in 0..=MAX_NESTING {
         match manifest::parse(&fetched.bytes, fetched.content_type.as_deref())? {
-            Document::Manifest(manifest) => return Ok((manifest, fetched.bytes, top)),
+            Document::Manifest(manifest) => {
+                return Ok(Resolved { manifest, raw_manifest: fetched.bytes, top, is_for_this_machine });
+            }
             Document::Index(index) => {
-                let (blob, media_type) = manifest::select(&index)?;
-                fetched = session.fetch_manifest(&Target::Digest(blob.digest)).await?;
-                if fetched.bytes.len() as u64 != blob.size {
+                let selected = manifest::select(&index)?;
+                is_for_this_machine |= selected.is_for_this_machine;
+                fetched = session.fetch_manifest(&Target::Digest(selected.blob.digest)).await?;
+                if fetched.bytes.len() as u64 != selected.blob.size {
                     return Err(RegistryError::Size.into());
                 }
                 // What the index calls it counts, and what the registry calls it must not contradict.
                 manifest::parse(&fetched.bytes, fetched.content_type.as_deref())?;
-                fetched.content_type = Some(media_type);
+                fetched.content_type = Some(selected.media_type);
             }
         }
     }

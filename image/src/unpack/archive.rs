@@ -2,16 +2,18 @@
 //!
 //! Layout of header blocks comes from the `tar` crate; the walk, PAX, GNU long names and the precedence of sizes are here, because
 //! whoever reads those differently sees other entries (security class "parser differential"). Where two readers in the field could
-//! disagree about an archive, this one refuses it: sizes on entries without content, doubled extension headers, a long name in both
-//! extensions, data after the end, sparse files. What is accepted means what Go's `archive/tar` makes of it.
+//! disagree about an archive, this one refuses it: doubled extension headers, different names in both extensions, data after the end. What
+//! is accepted means what Go's `archive/tar` makes of it: links, directories and nodes have no content, whatever size they state.
 //!
 //! Global PAX headers are read over and ignored. Extension headers are bounded by 1 MiB each.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read};
 
 use berth_sys::beneath::Timestamp;
 
 use super::pax::{self, Overrides, PaxError};
+use super::sparse::{self, MapText, Segment, Source, SparseError};
 
 /// Tar's unit.
 const BLOCK: usize = 512;
@@ -42,12 +44,25 @@ pub(crate) struct Entry {
     pub(crate) mode: u32,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
-    /// Bytes of content; 0 for all but regular files.
+    /// Length of a regular file, holes included; 0 for all others.
     pub(crate) size: u64,
+    /// The archive does not have the whole content in one piece.
+    pub(crate) is_sparse: bool,
     pub(crate) mtime: Timestamp,
     /// Major and minor number of a device.
     pub(crate) device: (u64, u64),
-    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+/// What comes next in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// So many bytes, at the start of the buffer.
+    Data(usize),
+    /// So many zeros that the archive does not have.
+    Hole(u64),
+    /// Nothing.
+    End,
 }
 
 /// What is wrong with an archive.
@@ -77,15 +92,15 @@ pub enum ArchiveError {
     /// A PAX and a GNU extension that give one entry different names.
     #[error("two extension headers disagree about a name")]
     ConflictingNames,
-    /// A size on an entry that has no content.
-    #[error("an entry without content has a size")]
-    UnexpectedSize,
     /// A regular file whose name ends as a directory's.
     #[error("name of a file ends with a slash")]
     FileWithSlash,
     /// PAX records.
     #[error(transparent)]
     Pax(#[from] PaxError),
+    /// A sparse file.
+    #[error(transparent)]
+    Sparse(#[from] SparseError),
     /// One zero block only, or data after the two that end an archive.
     #[error("data after the end of the archive")]
     TrailingData,
@@ -108,8 +123,13 @@ impl Pending {
 /// Reads entries one after the other; the content of each with [`Archive::read_content`].
 pub(crate) struct Archive<R> {
     input: R,
-    /// Content of the current entry that was not read yet.
+    /// Bytes of the current entry that the archive has and that were not read yet.
     remaining: u64,
+    /// The parts of the current file that were not read yet.
+    parts: VecDeque<Segment>,
+    /// Where in the file the next piece goes, and where the file ends.
+    at: u64,
+    end: u64,
     /// Zeros between that content and the next header.
     padding: u64,
     /// Bytes taken from the input.
@@ -118,7 +138,7 @@ pub(crate) struct Archive<R> {
 
 impl<R: Read> Archive<R> {
     pub(crate) fn new(input: R) -> Self {
-        Self { input, remaining: 0, padding: 0, position: 0 }
+        Self { input, remaining: 0, parts: VecDeque::new(), at: 0, end: 0, padding: 0, position: 0 }
     }
 
     /// Where the content that [`Archive::read_content`] gives next lies in the stream.
@@ -159,29 +179,85 @@ impl<R: Read> Archive<R> {
                     }
                 }
                 _ => {
-                    let entry = build(&block, pending)?;
-                    self.remaining = entry.size;
-                    self.padding = padding_of(entry.size);
+                    let (entry, stored, map) = build(&block, pending)?;
+                    self.remaining = stored;
+                    self.padding = padding_of(stored);
+                    self.prepare(&entry, map)?;
                     return Ok(Some(entry));
                 }
             }
         }
     }
 
-    /// Reads content of the current entry; 0 at its end.
-    pub(crate) fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
-        let wanted = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(buffer.len());
-        if wanted == 0 {
-            return Ok(0);
+    /// Gets the map of the file that follows.
+    fn prepare(&mut self, entry: &Entry, source: Option<Source>) -> Result<(), ArchiveError> {
+        (self.at, self.end) = (0, entry.size);
+        self.parts.clear();
+        match source {
+            None => {
+                if entry.kind == EntryKind::Regular {
+                    self.parts.push_back(Segment { offset: 0, length: entry.size });
+                }
+                return Ok(());
+            }
+            Some(Source::Known(map)) => self.parts = map,
+            Some(Source::Blocks(map)) => self.parts = self.map_from_blocks(map)?,
+            Some(Source::Content) => {
+                let mut text = MapText::default();
+                loop {
+                    self.remaining = self.remaining.checked_sub(BLOCK as u64).ok_or(SparseError::Map)?;
+                    if text.take(&self.whole_block()?)? {
+                        break;
+                    }
+                }
+                self.parts = text.into_map();
+            }
         }
+        Ok(sparse::check(&self.parts, self.end, self.remaining)?)
+    }
+
+    /// The extension blocks of an old GNU header, each of which says whether another follows.
+    fn map_from_blocks(&mut self, mut map: VecDeque<Segment>) -> Result<VecDeque<Segment>, ArchiveError> {
+        const PER_BLOCK: usize = 21;
+        const PART: usize = 24;
+        loop {
+            let block = self.whole_block()?;
+            add_parts(&mut map, block.get(..PER_BLOCK * PART).unwrap_or_default())?;
+            if block.get(PER_BLOCK * PART) == Some(&0) {
+                return Ok(map);
+            }
+        }
+    }
+
+    fn whole_block(&mut self) -> Result<[u8; BLOCK], ArchiveError> {
+        let mut block = [0_u8; BLOCK];
+        if self.fill(&mut block)? == BLOCK { Ok(block) } else { Err(ArchiveError::Truncated) }
+    }
+
+    /// Reads content of the current file; [`Piece::End`] at its end.
+    pub(crate) fn read_content(&mut self, buffer: &mut [u8]) -> Result<Piece, ArchiveError> {
+        while self.parts.front().is_some_and(|part| part.length == 0) {
+            self.parts.pop_front();
+        }
+        let next = self.parts.front().map_or(self.end, |part| part.offset);
+        if next > self.at {
+            let hole = next - self.at;
+            self.at = next;
+            return Ok(Piece::Hole(hole));
+        }
+        let Some(part) = self.parts.front_mut() else { return Ok(Piece::End) };
+        let wanted = usize::try_from(part.length).unwrap_or(usize::MAX).min(buffer.len());
         let target = buffer.get_mut(..wanted).unwrap_or_default();
         let length = read_some(&mut self.input, target)?;
         if length == 0 {
             return Err(ArchiveError::Truncated);
         }
+        part.offset += length as u64;
+        part.length -= length as u64;
+        self.at += length as u64;
         self.remaining -= length as u64;
         self.position += length as u64;
-        Ok(length)
+        Ok(Piece::Data(length))
     }
 
     fn skip_content(&mut self) -> Result<(), ArchiveError> {
@@ -275,10 +351,27 @@ fn check_sum(block: &[u8; BLOCK]) -> Result<(), ArchiveError> {
     }
 }
 
-fn build(block: &[u8; BLOCK], pending: Pending) -> Result<Entry, ArchiveError> {
+/// Adds parts as old GNU headers have them: offset and length, twelve bytes each, until one that is empty.
+fn add_parts(map: &mut VecDeque<Segment>, bytes: &[u8]) -> Result<(), ArchiveError> {
+    for part in bytes.chunks_exact(24) {
+        let Some((offset, length)) =
+            part.split_at_checked(12).filter(|(offset, _)| !offset.starts_with(b"\0"))
+        else {
+            break;
+        };
+        let segment = Segment { offset: number(offset, "offset")?, length: number(length, "length")? };
+        sparse::push(map, segment)?;
+    }
+    Ok(())
+}
+
+/// An entry, the bytes that the archive has for it, and where the map is if it is sparse.
+type Built = (Entry, u64, Option<Source>);
+
+fn build(block: &[u8; BLOCK], pending: Pending) -> Result<Built, ArchiveError> {
     let header = tar::Header::from_byte_slice(block);
     let old = header.as_old();
-    let pax = pending.pax.unwrap_or_default();
+    let mut pax = pending.pax.unwrap_or_default();
 
     let mut path = until_nul(&old.name).to_vec();
     let mut device = (0, 0);
@@ -301,7 +394,8 @@ fn build(block: &[u8; BLOCK], pending: Pending) -> Result<Entry, ArchiveError> {
             device = (number(major, "device number")?, number(minor, "device number")?);
         }
     }
-    let path = one_name(path, pax.path, pending.long_name)?;
+    let sparse_name = pax.sparse.as_mut().and_then(|records| records.name.take());
+    let path = one_name(path, sparse_name.or(pax.path), pending.long_name)?;
     let link = one_name(until_nul(&old.linkname).to_vec(), pax.link, pending.long_link)?;
     let kind = match type_flag {
         // Before POSIX there was no type for directories.
@@ -313,22 +407,32 @@ fn build(block: &[u8; BLOCK], pending: Pending) -> Result<Entry, ArchiveError> {
         b'4' => EntryKind::BlockDevice,
         b'5' => EntryKind::Directory,
         b'6' => EntryKind::Fifo,
+        b'S' => EntryKind::Regular,
         other => return Err(ArchiveError::UnsupportedType(other)),
     };
     if kind == EntryKind::Regular && path.ends_with(b"/") {
         return Err(ArchiveError::FileWithSlash);
     }
-    let size = match pax.size {
+    let stated = match pax.size {
         Some(size) => size,
         None => number(&old.size, "size")?,
     };
-    if kind != EntryKind::Regular && size != 0 {
-        return Err(ArchiveError::UnexpectedSize);
-    }
-    Ok(Entry {
+    // A directory of the time before it had a type is skipped as the file that it looks like.
+    let stored = if kind == EntryKind::Regular || type_flag == 0 { stated } else { 0 };
+    let (size, map) = match (type_flag, pax.sparse) {
+        (b'S', None) => old_gnu_map(header).map(|(size, map)| (size, Some(map)))?,
+        (0 | b'0', Some(records)) if kind == EntryKind::Regular => {
+            sparse::of_records(records).map(|(size, map)| (size, Some(map)))?
+        }
+        (_, Some(_)) => return Err(SparseError::Misplaced.into()),
+        (_, None) if kind == EntryKind::Regular => (stored, None),
+        (_, None) => (0, None),
+    };
+    let entry = Entry {
         path,
         link: if matches!(kind, EntryKind::HardLink | EntryKind::Symlink) { link } else { Vec::new() },
         kind,
+        is_sparse: map.is_some(),
         mode: u32::try_from(number(&old.mode, "mode")? & 0o7777).unwrap_or(0),
         uid: owner(pax.uid, &old.uid, "uid")?,
         gid: owner(pax.gid, &old.gid, "gid")?,
@@ -339,7 +443,19 @@ fn build(block: &[u8; BLOCK], pending: Pending) -> Result<Entry, ArchiveError> {
         },
         device,
         xattrs: pax.xattrs,
-    })
+    };
+    Ok((entry, stored, map))
+}
+
+/// Size and map of a sparse file with an old GNU header.
+fn old_gnu_map(header: &tar::Header) -> Result<(u64, Source), ArchiveError> {
+    let gnu = header.as_gnu().ok_or(SparseError::Form)?;
+    let mut map = VecDeque::new();
+    for part in &gnu.sparse {
+        add_parts(&mut map, &[part.offset, part.numbytes].concat())?;
+    }
+    let size = number(&gnu.realsize, "size")?;
+    Ok((size, if gnu.isextended[0] == 0 { Source::Known(map) } else { Source::Blocks(map) }))
 }
 
 /// The one name that the header and its extensions agree on. Readers differ in which extension wins, so they must not disagree.
@@ -437,12 +553,16 @@ mod tests {
             let mut content = Vec::new();
             let mut buffer = [0; 100];
             loop {
-                let length = archive.read_content(&mut buffer)?;
-                if length == 0 {
-                    break;
+                match archive.read_content(&mut buffer)? {
+                    Piece::Data(length) => content.extend_from_slice(&buffer[..length]),
+                    // Random maps may have holes of any length.
+                    Piece::Hole(length) => {
+                        content.resize(content.len() + usize::try_from(length.min(1 << 20)).unwrap(), 0)
+                    }
+                    Piece::End => break,
                 }
-                content.extend_from_slice(&buffer[..length]);
             }
+            assert!(archive.read_content(&mut buffer)? == Piece::End);
             found.push((String::from_utf8(entry.path).unwrap(), content));
         }
         Ok(found)
@@ -491,10 +611,17 @@ mod tests {
             ("two GNU names", vec![&extension(b'L', b"a\0"), &extension(b'L', b"a\0"), &file]),
             ("data after one zero block", vec![&file, &zero, &file]),
             ("data after the end", vec![&file, &zero, &zero, &file]),
-            ("directory with a size", vec![&block_of(&header("d", tar::EntryType::Directory, 5), b"12345")]),
-            ("hard link with a size", vec![&block_of(&header("l", tar::EntryType::Link, 512), &[0; 512])]),
-            ("GNU sparse", vec![&block_of(&header("s", tar::EntryType::GNUSparse, 0), b"")]),
-            ("PAX sparse", vec![&extension(b'x', b"22 GNU.sparse.major=1\n"), &file]),
+            ("directory with content", vec![&block_of(&header("d", tar::EntryType::Directory, 5), b"12345")]),
+            ("hard link with content", vec![&block_of(&header("l", tar::EntryType::Link, 512), &[7; 512])]),
+            ("sparse without GNU's header", vec![&block_of(&header("s", tar::EntryType::GNUSparse, 0), b"")]),
+            ("sparse of no form", vec![&extension(b'x', b"22 GNU.sparse.major=1\n"), &file]),
+            (
+                "sparse directory",
+                vec![
+                    &extension(b'x', b"21 GNU.sparse.size=5\n25 GNU.sparse.map=0,0,5,0\n"),
+                    &block_of(&header("d", tar::EntryType::Directory, 0), b""),
+                ],
+            ),
             ("unknown type", vec![&block_of(&header("v", tar::EntryType::new(b'V'), 0), b"")]),
             ("file with a slash", vec![&block_of(&header("f/", tar::EntryType::Regular, 0), b"")]),
             ("header cut", vec![&file[..300].to_vec()]),
@@ -502,6 +629,124 @@ mod tests {
         ] {
             let bytes: Vec<u8> = parts.into_iter().flatten().copied().collect();
             assert!(entries(&bytes).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn entries_without_content_have_none_whatever_size_they_state() {
+        let mut bytes = Vec::new();
+        for kind in [
+            tar::EntryType::Directory,
+            tar::EntryType::Link,
+            tar::EntryType::Symlink,
+            tar::EntryType::Fifo,
+            tar::EntryType::Char,
+        ] {
+            bytes.extend(block_of(&header("e", kind, 4096), b""));
+        }
+        bytes.extend(extension(b'x', b"13 size=4096\n"));
+        bytes.extend(block_of(&header("l", tar::EntryType::Link, 0), b""));
+        bytes.extend(block_of(&header("f", tar::EntryType::Regular, 1), b"x"));
+        let found = entries(&bytes).unwrap();
+        assert_eq!(found.len(), 7);
+        assert!(found[..6].iter().all(|(_, content)| content.is_empty()));
+        assert_eq!(found[6], ("f".into(), b"x".to_vec()));
+        // A directory of the old kind is skipped with what it states.
+        let mut old = header("d/", tar::EntryType::Regular, 5);
+        old.as_old_mut().linkflag = [0];
+        old.set_cksum();
+        let mut bytes = block_of(&old, b"12345");
+        bytes.extend(block_of(&header("f", tar::EntryType::Regular, 1), b"x"));
+        assert_eq!(entries(&bytes).unwrap(), [("d/".into(), vec![]), ("f".into(), b"x".to_vec())]);
+    }
+
+    #[test]
+    fn sparse_files_of_all_forms_are_read() {
+        let pax = |records: &[(&str, &str)]| -> Vec<u8> {
+            let text: String = records
+                .iter()
+                .map(|(key, value)| {
+                    // All records here are shorter than 100 bytes.
+                    let length = key.len() + value.len() + 3 + "GNU.sparse.".len() + 2;
+                    format!("{length} GNU.sparse.{key}={value}\n")
+                })
+                .collect();
+            extension(b'x', text.as_bytes())
+        };
+        let regular =
+            |content: &[u8]| block_of(&header("raw", tar::EntryType::Regular, content.len() as u64), content);
+        let mut expected = vec![0_u8; 3000];
+        expected[1000..1005].copy_from_slice(b"hello");
+        expected[2000..2002].copy_from_slice(b"hi");
+        let data = b"hellohi";
+        let after = block_of(&header("after", tar::EntryType::Regular, 1), b"x");
+
+        let zero = [
+            pax(&[
+                ("size", "3000"),
+                ("numblocks", "2"),
+                ("offset", "1000"),
+                ("numbytes", "5"),
+                ("offset", "2000"),
+                ("numbytes", "2"),
+            ]),
+            regular(data),
+        ];
+        let one = [
+            pax(&[("size", "3000"), ("numblocks", "2"), ("name", "s"), ("map", "1000,5,2000,2")]),
+            regular(data),
+        ];
+        let mut text = b"3\n1000\n5\n2000\n2\n3000\n0\n".to_vec();
+        text.resize(512, 0);
+        text.extend(data);
+        let two =
+            [pax(&[("major", "1"), ("minor", "0"), ("name", "s"), ("realsize", "3000")]), regular(&text)];
+        // Four parts in the header, one in an extension block.
+        let mut old = tar::Header::new_gnu();
+        old.as_old_mut().name[..1].copy_from_slice(b"s");
+        old.set_entry_type(tar::EntryType::GNUSparse);
+        old.set_size(7);
+        for field in ["mode", "uid", "gid", "mtime"] {
+            match field {
+                "mode" => old.set_mode(0o644),
+                "uid" => old.set_uid(0),
+                "gid" => old.set_gid(0),
+                _ => old.set_mtime(1),
+            }
+        }
+        let gnu = old.as_gnu_mut().unwrap();
+        let octal =
+            |field: &mut [u8; 12], value: u64| field.copy_from_slice(format!("{value:011o}\0").as_bytes());
+        for (part, (offset, length)) in gnu.sparse.iter_mut().zip([(0, 0), (1000, 5), (1500, 0), (1600, 0)]) {
+            octal(&mut part.offset, offset);
+            octal(&mut part.numbytes, length);
+        }
+        gnu.isextended = [1];
+        octal(&mut gnu.realsize, 3000);
+        old.set_cksum();
+        let mut block = format!("{:011o}\0{:011o}\0", 2000, 2).into_bytes();
+        block.resize(512, 0);
+        let old = [old.as_bytes().to_vec(), block_of(&tar::Header::new_old(), b"")[..0].to_vec(), block];
+        let mut old = old.concat();
+        old.extend(data);
+        old.resize(old.len().next_multiple_of(512), 0);
+
+        for (name, bytes, path) in [
+            ("0.0", zero.concat(), "raw"),
+            ("0.1", one.concat(), "s"),
+            ("1.0", two.concat(), "s"),
+            ("GNU", old, "s"),
+        ] {
+            let found =
+                entries(&[bytes, after.clone()].concat()).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+            assert_eq!(found[0].0, path, "{name}");
+            assert!(found[0].1 == expected, "{name}");
+            assert_eq!(found[1], ("after".into(), b"x".to_vec()), "{name}");
+        }
+        // A map that is not for the data that is there.
+        for map in ["1000,5,2000,3", "1000,5", "2000,2,1000,5", "1000,5,2999,2"] {
+            let bytes = [pax(&[("size", "3000"), ("name", "s"), ("map", map)]), regular(data)].concat();
+            assert!(matches!(entries(&bytes), Err(ArchiveError::Sparse(_))), "{map}");
         }
     }
 

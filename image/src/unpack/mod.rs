@@ -14,11 +14,12 @@
 pub mod archive;
 pub(crate) mod path;
 pub(crate) mod pax;
+pub(crate) mod sparse;
 pub(crate) mod whiteout;
 
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -26,9 +27,10 @@ use std::path::{Path, PathBuf};
 use berth_sys::beneath::{self, Dir, FileType, MissingDir, Node, Root, Stat, Timestamp};
 use berth_sys::xattr;
 
-use archive::{Archive, ArchiveError, Entry, EntryKind};
+use archive::{Archive, ArchiveError, Entry, EntryKind, Piece};
 pub use path::PathError;
 pub use pax::PaxError;
+pub use sparse::SparseError;
 pub use whiteout::WhiteoutError;
 
 /// Most inodes that one layer may make. Far above any image; below what wears an ext4 of 200 GB out.
@@ -43,6 +45,9 @@ const MAX_LINK_TARGET: usize = 4095;
 
 /// Content is moved in pieces of this size.
 const COPY_BUFFER: usize = 128 * 1024;
+
+/// So many inodes may be made until it is asked whether there is room for more.
+const ROOM_INTERVAL: u64 = 1000;
 
 /// The unit in which sizes on disk are counted: the block size of all common filesystems.
 const DISK_BLOCK: u64 = 4096;
@@ -159,10 +164,10 @@ pub enum Refusal {
     /// A symbolic link with no target, or one above 4095 bytes, or with a NUL.
     #[error("bad target of a symbolic link")]
     LinkTarget,
-    /// Whiteouts are empty regular files.
+    /// Whiteouts are empty files; AUFS made them hard links to each other.
     #[error("a whiteout is not a regular file")]
     WhiteoutType,
-    /// A whiteout or marker for the root.
+    /// A path leads through something that is no directory.
     #[error("a file is where a directory is needed")]
     FileInTheWay,
 }
@@ -172,8 +177,20 @@ pub enum Refusal {
 /// # Errors
 /// [`UnpackError`]; errors of `input` are inside as the source of [`ArchiveError::Read`].
 pub fn unpack<R: Read>(input: R, root: &Root) -> Result<Summary, UnpackError> {
+    unpack_while(input, root, &|| Ok(()))
+}
+
+/// The same; `has_room` is asked before anything is made and after every thousand inodes, and its error ends the unpacking.
+///
+/// # Errors
+/// As [`unpack`].
+pub(crate) fn unpack_while<R: Read>(
+    input: R,
+    root: &Root,
+    has_room: &dyn Fn() -> io::Result<()>,
+) -> Result<Summary, UnpackError> {
     let mut archive = Archive::new(input);
-    let mut tree = Tree::new(root)?;
+    let mut tree = Tree::new(root, has_room)?;
     let mut number = 0;
     loop {
         number += 1;
@@ -187,15 +204,8 @@ pub fn unpack<R: Read>(input: R, root: &Root) -> Result<Summary, UnpackError> {
 /// Untrusted bytes as one line of printable text.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     const LONGEST: usize = 512;
-    let mut text: String = String::from_utf8_lossy(bytes)
-        .chars()
-        .take(LONGEST)
-        .flat_map(|c| {
-            let plain = c.is_alphanumeric() || c == ' ' || c.is_ascii_punctuation();
-            let escaped = (!plain).then(|| c.escape_unicode());
-            plain.then_some(c).into_iter().chain(escaped.into_iter().flatten())
-        })
-        .collect();
+    let start: String = String::from_utf8_lossy(bytes).chars().take(LONGEST).collect();
+    let mut text = berth_model::text::printable(&start).into_owned();
     if bytes.len() > LONGEST {
         text.push('…');
     }
@@ -224,6 +234,9 @@ struct OpenDir {
 
 struct Tree<'a> {
     root: &'a Root,
+    has_room: &'a dyn Fn() -> io::Result<()>,
+    /// The number of inodes at which that is asked next.
+    ask_at: u64,
     root_identity: (u64, u64),
     /// Dropped whenever something is removed, so that it never means a directory that its path does not mean any more.
     open: Option<OpenDir>,
@@ -236,7 +249,7 @@ struct Tree<'a> {
 }
 
 impl<'a> Tree<'a> {
-    fn new(root: &'a Root) -> Result<Self, UnpackError> {
+    fn new(root: &'a Root, has_room: &'a dyn Fn() -> io::Result<()>) -> Result<Self, UnpackError> {
         let top = root.open_dir(Path::new("")).map_err(file_error("open", b"/"))?;
         let describe = || -> io::Result<(u64, u64)> {
             plain_directory(top.as_fd())?;
@@ -245,6 +258,8 @@ impl<'a> Tree<'a> {
         let root_identity = describe().map_err(file_error("set attributes of", b"/"))?;
         Ok(Self {
             root,
+            has_room,
+            ask_at: 0,
             root_identity,
             open: None,
             implicit: HashMap::from([(root_identity, PathBuf::new())]),
@@ -258,7 +273,7 @@ impl<'a> Tree<'a> {
     fn apply(
         &mut self,
         entry: &Entry,
-        mut content: impl FnMut(&mut [u8]) -> Result<usize, UnpackError>,
+        mut content: impl FnMut(&mut [u8]) -> Result<Piece, UnpackError>,
     ) -> Result<(), UnpackError> {
         let shown = || printable(&entry.path);
         let clean = path::clean(&entry.path).map_err(|source| UnpackError::Path { path: shown(), source })?;
@@ -267,18 +282,30 @@ impl<'a> Tree<'a> {
         };
         let whiteout_error = |source| UnpackError::Whiteout { path: shown(), source };
         for component in parent.as_os_str().as_bytes().split(|&b| b == b'/') {
+            if whiteout::is_aufs(component) {
+                return Ok(());
+            }
             whiteout::check_directory(component).map_err(whiteout_error)?;
         }
         let meaning = whiteout::classify(name.as_bytes()).map_err(whiteout_error)?;
+        if meaning == whiteout::Name::Aufs {
+            return Ok(());
+        }
         if self.summary.inodes >= MAX_INODES {
             return Err(UnpackError::TooManyInodes);
+        }
+        if self.summary.inodes >= self.ask_at {
+            (self.has_room)().map_err(file_error("make room for", &entry.path))?;
+            self.ask_at = self.summary.inodes + ROOM_INTERVAL;
         }
         let open = self.enter(parent, &entry.path)?;
         let result = match meaning {
             whiteout::Name::Plain => self.make(&open, name, &clean, entry, &mut content),
-            _ if entry.kind != EntryKind::Regular => Err(refused(entry, Refusal::WhiteoutType)),
+            _ if !matches!(entry.kind, EntryKind::Regular | EntryKind::HardLink) => {
+                Err(refused(entry, Refusal::WhiteoutType))
+            }
             whiteout::Name::Whiteout(target) => self.hide(&open, OsStr::from_bytes(target), entry),
-            whiteout::Name::Opaque => self.make_opaque(&open, entry),
+            whiteout::Name::Opaque | whiteout::Name::Aufs => self.make_opaque(&open, entry),
         };
         // `make` may have removed something: then the directory is opened anew for the next entry.
         match result? {
@@ -312,16 +339,22 @@ impl<'a> Tree<'a> {
         let mut made: Vec<((u64, u64), Option<PathBuf>)> = Vec::new();
         let mut too_many = false;
         let mut inodes = self.summary.inodes;
+        let (has_room, mut ask_at) = (self.has_room, self.ask_at);
         let opened = self.root.make_dir_all_with(parent, |missing| {
             inodes += 1;
             too_many = inodes > MAX_INODES;
             if too_many {
                 return Err(io::ErrorKind::QuotaExceeded.into());
             }
+            if inodes >= ask_at {
+                has_room()?;
+                ask_at = inodes + ROOM_INTERVAL;
+            }
             made.push(make_implicit(&missing)?);
             Ok(())
         });
         self.summary.inodes = inodes.min(MAX_INODES);
+        self.ask_at = ask_at;
         if too_many {
             return Err(UnpackError::TooManyInodes);
         }
@@ -368,23 +401,36 @@ impl<'a> Tree<'a> {
         name: &OsStr,
         path: &Path,
         entry: &Entry,
-        content: &mut impl FnMut(&mut [u8]) -> Result<usize, UnpackError>,
+        content: &mut impl FnMut(&mut [u8]) -> Result<Piece, UnpackError>,
     ) -> Result<Keep, UnpackError> {
         let dir = &open.dir;
         match entry.kind {
             EntryKind::Regular => {
                 let (mut file, keep) = replacing(dir, name, || dir.create_file(name, 0o600))
                     .map_err(file_error("create", &entry.path))?;
+                let failed = file_error("write", &entry.path);
+                let mut written = 0;
                 loop {
-                    let length = content(&mut self.buffer)?;
-                    if length == 0 {
-                        break;
+                    match content(&mut self.buffer)? {
+                        Piece::Data(length) => {
+                            let piece = self.buffer.get(..length).unwrap_or_default();
+                            file.write_all(piece).map_err(&failed)?;
+                            written += length as u64;
+                        }
+                        // Holes stay holes: `lastlog` of a user with a high number is 300 GB of them.
+                        Piece::Hole(length) => {
+                            let length = i64::try_from(length)
+                                .map_err(|_| failed(io::ErrorKind::FileTooLarge.into()))?;
+                            file.seek(SeekFrom::Current(length)).map_err(&failed)?;
+                        }
+                        Piece::End => break,
                     }
-                    let piece = self.buffer.get(..length).unwrap_or_default();
-                    file.write_all(piece).map_err(file_error("write", &entry.path))?;
+                }
+                if entry.is_sparse {
+                    file.set_len(entry.size).map_err(&failed)?;
                 }
                 describe(file.as_fd(), entry)?;
-                self.count(entry.size.div_ceil(DISK_BLOCK) * DISK_BLOCK);
+                self.count(written.div_ceil(DISK_BLOCK) * DISK_BLOCK);
                 Ok(keep)
             }
             EntryKind::Directory => self.make_directory(dir, name, entry),

@@ -2,14 +2,22 @@
 //!
 //! A block is a sequence of `<length> <key>=<value>\n`, where the decimal length counts the whole record (POSIX.1-2017, pax, "pax
 //! Extended Header"). Archive readers that skip a malformed record, or split at newlines, see other entries than this reader does
-//! (CVE-2025-62518, CVE-2026-33055); so any malformed record is an error, and so is every sparse record.
+//! (CVE-2025-62518, CVE-2026-33055); so any malformed record is an error. Records that mean nothing here are not kept, and take time in
+//! proportion to their length.
+
+use std::collections::{BTreeMap, VecDeque};
 
 use berth_sys::beneath::Timestamp;
+
+use super::is_wanted_xattr;
+use super::sparse::{self, Segment, SparseError};
 
 /// Names and values of the extended attributes of one inode together: the kernel's `XATTR_LIST_MAX` and `XATTR_SIZE_MAX`.
 const MAX_XATTR_BYTES: usize = 65536;
 
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
+
+const SPARSE_PREFIX: &[u8] = b"GNU.sparse.";
 
 /// What the records of one block say about the entry that follows. `None` leaves what the entry's own header says.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -20,8 +28,25 @@ pub(crate) struct Overrides {
     pub(crate) uid: Option<u64>,
     pub(crate) gid: Option<u64>,
     pub(crate) mtime: Option<Timestamp>,
-    /// Name without the `SCHILY.xattr.` prefix, and value; the last value of a name counts.
-    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Those that are set on files: name without the `SCHILY.xattr.` prefix, and value; the last value of a name counts.
+    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    xattr_bytes: usize,
+    pub(crate) sparse: Option<SparseRecords>,
+}
+
+/// The records of a sparse file, whose forms differ in what they use of these.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct SparseRecords {
+    pub(crate) major: Option<u64>,
+    pub(crate) minor: Option<u64>,
+    pub(crate) name: Option<Vec<u8>>,
+    pub(crate) size: Option<u64>,
+    pub(crate) real_size: Option<u64>,
+    /// Stated number of parts.
+    pub(crate) count: Option<u64>,
+    pub(crate) map: VecDeque<Segment>,
+    /// Form 0.0: an offset whose length has not come yet.
+    pub(crate) lone_offset: Option<u64>,
 }
 
 /// What is wrong with a block of records.
@@ -36,9 +61,9 @@ pub enum PaxError {
     /// A number or a time is not one.
     #[error("a PAX record has a bad value")]
     Value,
-    /// GNU's sparse formats are not taken.
-    #[error("sparse files in PAX form are not supported")]
-    Sparse,
+    /// Records of a sparse file.
+    #[error(transparent)]
+    Sparse(#[from] SparseError),
     /// More than 64 KiB for one inode.
     #[error("extended attributes take more than 64 KiB")]
     TooManyXattrs,
@@ -51,10 +76,6 @@ pub(crate) fn parse(mut block: &[u8]) -> Result<Overrides, PaxError> {
         let (key, value, rest) = record(block)?;
         block = rest;
         apply(&mut found, key, value)?;
-    }
-    let xattr_bytes: usize = found.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
-    if xattr_bytes > MAX_XATTR_BYTES {
-        return Err(PaxError::TooManyXattrs);
     }
     Ok(found)
 }
@@ -90,16 +111,49 @@ fn apply(found: &mut Overrides, key: &[u8], value: &[u8]) -> Result<(), PaxError
         b"uid" => found.uid = number(value)?,
         b"gid" => found.gid = number(value)?,
         b"mtime" => found.mtime = if value.is_empty() { None } else { Some(time(value)?) },
-        _ if key.starts_with(b"GNU.sparse.") => return Err(PaxError::Sparse),
         _ => {
             if let Some(name) = key.strip_prefix(XATTR_PREFIX) {
-                if name.is_empty() {
-                    return Err(PaxError::Record);
-                }
-                found.xattrs.retain(|(earlier, _)| earlier != name);
-                found.xattrs.push((name.to_vec(), value.to_vec()));
+                apply_xattr(found, name, value)?;
+            } else if let Some(word) = key.strip_prefix(SPARSE_PREFIX) {
+                apply_sparse(found.sparse.get_or_insert_default(), word, value)?;
             }
         }
+    }
+    Ok(())
+}
+
+fn apply_xattr(found: &mut Overrides, name: &[u8], value: &[u8]) -> Result<(), PaxError> {
+    if name.is_empty() {
+        return Err(PaxError::Record);
+    }
+    if !is_wanted_xattr(name) {
+        return Ok(());
+    }
+    let earlier = found.xattrs.insert(name.to_vec(), value.to_vec());
+    found.xattr_bytes += value.len();
+    found.xattr_bytes -= earlier.as_ref().map_or(0, Vec::len);
+    if earlier.is_none() {
+        found.xattr_bytes += name.len();
+    }
+    if found.xattr_bytes > MAX_XATTR_BYTES { Err(PaxError::TooManyXattrs) } else { Ok(()) }
+}
+
+fn apply_sparse(found: &mut SparseRecords, word: &[u8], value: &[u8]) -> Result<(), PaxError> {
+    let number = |value| decimal(value).ok_or(PaxError::Value);
+    match word {
+        b"major" => found.major = Some(number(value)?),
+        b"minor" => found.minor = Some(number(value)?),
+        b"name" => found.name = Some(text(value)?.ok_or(PaxError::Value)?),
+        b"size" => found.size = Some(number(value)?),
+        b"realsize" => found.real_size = Some(number(value)?),
+        b"numblocks" => found.count = Some(number(value)?),
+        b"map" if found.map.is_empty() => found.map = sparse::of_list(value)?,
+        b"offset" if found.lone_offset.is_none() => found.lone_offset = Some(number(value)?),
+        b"numbytes" => {
+            let offset = found.lone_offset.take().ok_or(SparseError::Map)?;
+            sparse::push(&mut found.map, Segment { offset, length: number(value)? })?;
+        }
+        _ => return Err(SparseError::Form.into()),
     }
     Ok(())
 }
@@ -116,7 +170,7 @@ fn number(value: &[u8]) -> Result<Option<u64>, PaxError> {
 }
 
 /// Digits only, at most what fits an `i64`: sizes beyond that do not exist, and other readers call them negative.
-fn decimal(digits: &[u8]) -> Option<u64> {
+pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
         return None;
     }
@@ -180,7 +234,7 @@ mod tests {
         assert_eq!(found.path.as_deref(), Some(&b"a\nb=c"[..]));
         assert_eq!(found.size, Some(10_000_000_000));
         assert_eq!(found.mtime, Some(Timestamp { seconds: -2, nanoseconds: 750_000_000 }));
-        assert_eq!(found.xattrs, [(b"user.x".to_vec(), Vec::new())]);
+        assert_eq!(found.xattrs, BTreeMap::from([(b"user.x".to_vec(), Vec::new())]));
     }
 
     #[test]
@@ -213,7 +267,9 @@ mod tests {
             (b"10 path=\0\n", PaxError::Record),
             (b"11 size=-1\n", PaxError::Value),
             (b"11 uid=0x1\n", PaxError::Value),
-            (b"22 GNU.sparse.major=1\n", PaxError::Sparse),
+            (b"22 GNU.sparse.major=x\n", PaxError::Value),
+            (b"22 GNU.sparse.other=1\n", PaxError::Sparse(SparseError::Form)),
+            (b"25 GNU.sparse.numbytes=1\n", PaxError::Sparse(SparseError::Map)),
             (b"6 a=b\n\0\0\0", PaxError::Length),
         ] {
             assert_eq!(parse(block), Err(why), "{:?}", block.escape_ascii().to_string());
@@ -224,6 +280,70 @@ mod tests {
     fn too_many_attributes_are_refused() {
         let block = record_of(b"SCHILY.xattr.user.big", &vec![b'x'; 65536]);
         assert_eq!(parse(&block), Err(PaxError::TooManyXattrs));
+        // A later value takes the place of an earlier one, and what is not set on files does not count.
+        let half = vec![b'x'; 40_000];
+        let block =
+            [record_of(b"SCHILY.xattr.user.a", &half), record_of(b"SCHILY.xattr.user.a", &half)].concat();
+        assert_eq!(parse(&block).unwrap().xattrs.len(), 1);
+        let block = record_of(b"SCHILY.xattr.trusted.big", &vec![b'x'; 65536]);
+        assert!(parse(&block).unwrap().xattrs.is_empty());
+    }
+
+    #[test]
+    fn the_time_for_a_block_is_in_proportion_to_its_length() {
+        let names = |prefix: &str, count: usize| -> Vec<u8> {
+            (0..count)
+                .flat_map(|n| record_of(format!("SCHILY.xattr.{prefix}{n:04x}").as_bytes(), b""))
+                .collect()
+        };
+        // As many names as an extension header takes. By comparing each with all others this took seconds.
+        let started = std::time::Instant::now();
+        for _ in 0..20 {
+            assert_eq!(parse(&names("user.", 21_000)), Err(PaxError::TooManyXattrs));
+            assert!(parse(&names("trusted.", 21_000)).unwrap().xattrs.is_empty());
+            assert_eq!(parse(&names("user.", 7_000)).unwrap().xattrs.len(), 7_000);
+        }
+        assert!(started.elapsed() < std::time::Duration::from_secs(10), "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn sparse_records_of_all_forms_are_read() {
+        let of = |records: &[(&str, &str)]| {
+            let block: Vec<u8> = records
+                .iter()
+                .flat_map(|(key, value)| record_of(format!("GNU.sparse.{key}").as_bytes(), value.as_bytes()))
+                .collect();
+            parse(&block).map(|found| found.sparse.unwrap())
+        };
+        let parts: VecDeque<Segment> =
+            [(0, 5), (10, 5)].into_iter().map(|(offset, length)| Segment { offset, length }).collect();
+        let found = of(&[
+            ("size", "20"),
+            ("numblocks", "2"),
+            ("offset", "0"),
+            ("numbytes", "5"),
+            ("offset", "10"),
+            ("numbytes", "5"),
+        ]);
+        assert_eq!(sparse::of_records(found.unwrap()), Ok((20, sparse::Source::Known(parts.clone()))));
+        let listed = [("size", "20"), ("numblocks", "2"), ("name", "f"), ("map", "0,5,10,5")];
+        assert_eq!(sparse::of_records(of(&listed).unwrap()), Ok((20, sparse::Source::Known(parts))));
+        let text = [("major", "1"), ("minor", "0"), ("name", "f"), ("realsize", "20")];
+        assert_eq!(sparse::of_records(of(&text).unwrap()), Ok((20, sparse::Source::Content)));
+        for odd in [
+            &[("major", "2"), ("minor", "0"), ("size", "20")][..],
+            &[("major", "1"), ("size", "20")],
+            &[("major", "1"), ("minor", "0")],
+            &[("size", "20"), ("realsize", "21")],
+            &[("size", "20"), ("numblocks", "3"), ("map", "0,5,10,5")],
+            &[("size", "20"), ("offset", "1")],
+            &[("name", "f")],
+        ] {
+            assert!(sparse::of_records(of(odd).unwrap()).is_err(), "{odd:?}");
+        }
+        for odd in [&[("offset", "1"), ("offset", "2")][..], &[("numbytes", "2")], &[("name", "")]] {
+            assert!(of(odd).is_err(), "{odd:?}");
+        }
     }
 
     proptest! {
@@ -236,7 +356,7 @@ mod tests {
             block.extend(record_of(b"SCHILY.xattr.user.v", &value));
             let found = parse(&block).unwrap();
             prop_assert_eq!(found.path, Some(path));
-            prop_assert_eq!(found.xattrs, [(b"user.v".to_vec(), value)]);
+            prop_assert_eq!(found.xattrs, BTreeMap::from([(b"user.v".to_vec(), value)]));
         }
 
         #[test]

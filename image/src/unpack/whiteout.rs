@@ -9,8 +9,8 @@ const PREFIX: &[u8] = b".wh.";
 /// The opaque marker.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// Prefix of AUFS's own files, which mean nothing elsewhere.
-const RESERVED: &[u8] = b".wh..wh.";
+/// Prefix of AUFS's own files, which mean nothing elsewhere: old layers have them (`.wh..wh.aufs`, `.wh..wh.plnk/`).
+const AUFS: &[u8] = b".wh..wh.";
 
 /// What a name means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub(crate) enum Name<'a> {
     Whiteout(&'a [u8]),
     /// Hides all that lower layers have in the directory.
     Opaque,
+    /// Bookkeeping of AUFS: no part of the image.
+    Aufs,
 }
 
 /// A name that starts as a whiteout does and is none.
@@ -29,9 +31,6 @@ pub enum WhiteoutError {
     /// Nothing, `.` or `..` after the prefix: would hide the directory itself or its parent.
     #[error("a whiteout names no entry")]
     NoTarget,
-    /// `.wh..wh.` and something other than `.opq`.
-    #[error("a whiteout has a reserved name")]
-    Reserved,
     /// `.wh.` in a component that is not the last.
     #[error("a whiteout is used as a directory")]
     Directory,
@@ -42,14 +41,19 @@ pub(crate) fn classify(name: &[u8]) -> Result<Name<'_>, WhiteoutError> {
     if name == OPAQUE {
         return Ok(Name::Opaque);
     }
-    if name.starts_with(RESERVED) {
-        return Err(WhiteoutError::Reserved);
+    if is_aufs(name) {
+        return Ok(Name::Aufs);
     }
     match name.strip_prefix(PREFIX) {
         None => Ok(Name::Plain),
         Some(b"" | b"." | b"..") => Err(WhiteoutError::NoTarget),
         Some(target) => Ok(Name::Whiteout(target)),
     }
+}
+
+/// Whether a component is bookkeeping of AUFS, and with it all that is below.
+pub(crate) fn is_aufs(name: &[u8]) -> bool {
+    name.starts_with(AUFS) && name != OPAQUE
 }
 
 /// Checks a component that is not the last one.
@@ -80,9 +84,9 @@ mod tests {
             (b".wh.", Err(WhiteoutError::NoTarget)),
             (b".wh..", Err(WhiteoutError::NoTarget)),
             (b".wh...", Err(WhiteoutError::NoTarget)),
-            (b".wh..wh.", Err(WhiteoutError::Reserved)),
-            (b".wh..wh..opq2", Err(WhiteoutError::Reserved)),
-            (b".wh..wh.plnk", Err(WhiteoutError::Reserved)),
+            (b".wh..wh.", Ok(Name::Aufs)),
+            (b".wh..wh..opq2", Ok(Name::Aufs)),
+            (b".wh..wh.plnk", Ok(Name::Aufs)),
         ] {
             assert_eq!(classify(name), meaning, "{:?}", name.escape_ascii().to_string());
         }

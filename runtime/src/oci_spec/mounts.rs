@@ -256,14 +256,14 @@ pub(super) fn root_propagation(mounts: &[ResolvedMount]) -> &'static str {
 }
 
 /// The directories that the image wants to be writable and no part of it: those without a mount of the request at their place, absolute and
-/// cleaned. A volume where a standard mount is, or among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is
+/// cleaned. `VOLUME data` and `VOLUME ../data` mean what they do from the root, as for other runtimes; the root itself is there already. A volume where a standard mount is, or among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is
 /// there anyway.
 ///
 /// They are no mounts of the spec: the writable layer is the container's own already and goes with it, so the shim only sees to it that
 /// they are there, and writable in a root that is not.
 ///
 /// # Errors
-/// [`SpecError::Volume`] for a path that is not absolute, is the root, or has `..` in it.
+/// [`SpecError::Volume`] for a path that is too long or has a NUL byte.
 pub fn image_volumes(config: &Config, image: &ImageConfig) -> Result<Vec<String>, SpecError> {
     let mut volumes: Vec<String> = Vec::new();
     // Before anything is done for each of them.
@@ -271,11 +271,10 @@ pub fn image_volumes(config: &Config, image: &ImageConfig) -> Result<Vec<String>
         return Err(SpecError::TooManyMounts { found: image.volumes.len() });
     }
     for text in &image.volumes {
-        let destination = clean(text)
-            .filter(|path| path != "/" && !text.split('/').any(|part| part == ".."))
-            .ok_or_else(|| SpecError::Volume(text.clone()))?;
+        let destination = clean(&format!("/{text}")).ok_or_else(|| SpecError::Volume(text.clone()))?;
         let path = Path::new(&destination);
-        let taken = OF_THE_KERNEL.iter().any(|place| is_at_or_below(path, place))
+        let taken = destination == "/"
+            || OF_THE_KERNEL.iter().any(|place| is_at_or_below(path, place))
             || ETC_FILES.iter().any(|name| path == Path::new("/etc").join(name))
             || config.mounts.iter().any(|mount| clean(&mount.container_path).as_ref() == Some(&destination))
             || volumes.contains(&destination);

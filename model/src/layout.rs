@@ -13,7 +13,9 @@
 //!   quarantine/                records that could not be read
 //! <state>/                     gone after a reboot; /run/berth
 //!   berth.sock                 the socket, unless set otherwise
-//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), shm (tmpfs), hosts, hostname, resolv.conf
+//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), shm (the pod's tmpfs)
+//!     shm/shm                  /dev/shm of its containers
+//!     shm/etc/                 hosts, hostname, resolv.conf
 //!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount namespace)
 //! ```
 
@@ -94,6 +96,7 @@ impl Layout {
         SandboxFiles {
             durable: self.sandboxes().join(id.as_str()),
             state: self.sandbox_states().join(id.as_str()),
+            shared: Shared::InTmpfs,
         }
     }
 
@@ -107,6 +110,17 @@ impl Layout {
     }
 }
 
+/// Where the files lie that the containers of a pod can write to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shared {
+    /// In the pod's tmpfs, whose size bounds them. Its root and `etc` in it are never shown to a container, so no container can
+    /// replace a file there by a link.
+    InTmpfs,
+    /// Pods made by earlier versions: the tmpfs is `/dev/shm` as a whole, and the files for `/etc` lie beside it, in the runtime
+    /// directory.
+    Beside,
+}
+
 /// The files of one sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxFiles {
@@ -114,6 +128,8 @@ pub struct SandboxFiles {
     pub durable: PathBuf,
     /// Its runtime directory.
     pub state: PathBuf,
+    /// Where its containers' shared files lie.
+    pub shared: Shared,
 }
 
 impl SandboxFiles {
@@ -129,16 +145,34 @@ impl SandboxFiles {
         self.state.join(name)
     }
 
-    /// The tmpfs that is `/dev/shm` of its containers.
+    /// The mount point of its tmpfs.
+    #[must_use]
+    pub fn tmpfs(&self) -> PathBuf {
+        self.state.join("shm")
+    }
+
+    /// The directory that is `/dev/shm` of its containers.
     #[must_use]
     pub fn shm(&self) -> PathBuf {
-        self.state.join("shm")
+        match self.shared {
+            Shared::InTmpfs => self.tmpfs().join("shm"),
+            Shared::Beside => self.tmpfs(),
+        }
+    }
+
+    /// The directory of its files for `/etc`.
+    #[must_use]
+    pub fn etc_directory(&self) -> PathBuf {
+        match self.shared {
+            Shared::InTmpfs => self.tmpfs().join("etc"),
+            Shared::Beside => self.state.clone(),
+        }
     }
 
     /// A file for `/etc` (`hosts`, `hostname`, `resolv.conf`).
     #[must_use]
     pub fn etc(&self, name: &str) -> PathBuf {
-        self.state.join(name)
+        self.etc_directory().join(name)
     }
 }
 
@@ -213,5 +247,16 @@ mod tests {
         for path in [sandbox.shm(), sandbox.namespace("net"), sandbox.etc("hosts"), container.rootfs()] {
             assert!(path.starts_with("/s"), "{}", path.display());
         }
+    }
+
+    #[test]
+    fn what_containers_write_lies_in_the_tmpfs_of_their_pod() {
+        let mut files = Layout::new("/r".into(), "/s".into()).sandbox(&SandboxId::from_bytes([1; 32]));
+        for path in [files.shm(), files.etc("hosts")] {
+            assert!(path.starts_with(files.tmpfs()) && path != files.tmpfs(), "{}", path.display());
+        }
+        files.shared = Shared::Beside;
+        assert_eq!(files.shm(), files.tmpfs());
+        assert_eq!(files.etc("hosts"), files.state.join("hosts"));
     }
 }

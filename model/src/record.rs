@@ -93,6 +93,10 @@ pub struct SandboxRecord {
     pub process: Option<ProcessRecord>,
     /// It was stopped.
     pub stopped: bool,
+    /// Its hostname, the host's with the host's network; empty in records of earlier versions.
+    pub hostname: String,
+    /// The files that its containers share are in its tmpfs; if not, an earlier version made it.
+    pub shared_in_tmpfs: bool,
 }
 
 /// A process, named so that no other one is taken for it: pids are used again.
@@ -114,6 +118,8 @@ impl Default for SandboxRecord {
             addresses: Vec::new(),
             process: None,
             stopped: false,
+            hostname: String::new(),
+            shared_in_tmpfs: false,
         }
     }
 }

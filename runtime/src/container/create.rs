@@ -12,6 +12,7 @@ use crate::plan::{self, Extra};
 use crate::registry::{Found, Name};
 use crate::sandbox::Sandbox;
 use crate::shim_client::{Holder, ShimClient};
+use crate::sandbox::create::HOSTNAME_FILE;
 use crate::trash;
 use ::oci_spec::runtime::{LinuxSeccomp, Spec};
 use berth_cgroup::Cgroup;
@@ -135,7 +136,7 @@ fn prepare_from(
     cgroup.set_devices(&oci_spec::device_policy(config.security.privileged, &asked_devices))?;
 
     let seccomp = seccomp_profile(node, &config)?;
-    let hostname = hostname(sandbox)?;
+    let hostname = sandbox.hostname().map_err(ContainerError::file("read", Path::new(HOSTNAME_FILE)))?;
     let inputs = Inputs {
         container_id: &id,
         config: &config,
@@ -401,13 +402,6 @@ fn read_profile(path: &Path) -> std::io::Result<Vec<u8>> {
         return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, "longer than 1 MiB"));
     }
     Ok(text)
-}
-
-/// The hostname that the sandbox got: it is in its own file.
-fn hostname(sandbox: &Sandbox) -> Result<String, ContainerError> {
-    let path = sandbox.files().etc("hostname");
-    let text = std::fs::read_to_string(&path).map_err(ContainerError::file("read", &path))?;
-    Ok(text.trim_end().to_owned())
 }
 
 /// Its directory in each v1 hierarchy, by the name that the hierarchy has below `/sys/fs/cgroup`.

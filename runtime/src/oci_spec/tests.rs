@@ -322,9 +322,11 @@ fn an_ordinary_container_has_the_standard_mounts_in_order() {
         assert_eq!(options(&fixture, path), expected, "{path}");
     }
     let state = format!("/state/sandboxes/{}", fixture.sandbox_id);
-    for (path, source) in
-        [("/dev/shm", "shm"), ("/etc/resolv.conf", "resolv.conf"), ("/etc/hostname", "hostname")]
-    {
+    for (path, source) in [
+        ("/dev/shm", "shm/shm"),
+        ("/etc/resolv.conf", "shm/etc/resolv.conf"),
+        ("/etc/hostname", "shm/etc/hostname"),
+    ] {
         assert_eq!(mount_at(&fixture, path).source().clone().unwrap(), Path::new(&state).join(source));
     }
     assert_eq!(linux(&fixture).rootfs_propagation().as_deref(), Some("rprivate"));

@@ -19,13 +19,17 @@ use berth_model::state::SandboxState;
 use berth_sys::mount::{self, FsContext, attr};
 use berth_sys::ns::{self, Kind};
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// `/dev/shm` of a pod: what the peers give.
-const SHM_SIZE: &str = "65536k";
+/// The host's name: proc_sys_kernel(5).
+pub(crate) const HOSTNAME_FILE: &str = "/proc/sys/kernel/hostname";
+
+/// The pod's tmpfs, which bounds what its containers can write to `/dev/shm` and to the shared files of `/etc`, in memory that is charged to
+/// the writer. 64 MiB is what other runtimes give `/dev/shm`.
+const TMPFS_SIZE: &str = "65536k";
 
 /// Makes a sandbox. It is READY and visible on return; on an error nothing of it is left.
 pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbox>, SandboxError> {
@@ -51,6 +55,7 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
     let mut sandbox = Sandbox {
         created_at_unix_ns: unix_ns(),
         boot_id: node.boot_id.clone(),
+        hostname: hostname(&config).map_err(SandboxError::file("read", Path::new(HOSTNAME_FILE)))?,
         addresses: Vec::new(),
         cgroup_parent: parent,
         state: Mutex::new(SandboxState::Ready),
@@ -84,24 +89,24 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
             .map_err(|(path, source)| SandboxError::file("make the log directory", &path)(source))?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
-    let hostname = hostname(config, host_network)?;
     let attachment = namespaces::make(&Wanted {
         files: &files,
         sandbox_id: sandbox.id.as_str(),
         network: (!host_network).then_some(node.bridge.as_ref()),
         ipc: config.namespaces.ipc != NamespaceMode::Node,
-        hostname: (!host_network).then_some(hostname.as_str()),
+        hostname: (!host_network).then_some(sandbox.hostname.as_str()),
         sysctls: &config.sysctls,
     })?;
     let addresses: Vec<String> =
         attachment.iter().flat_map(|got| &got.addresses).map(|address| address.address.to_string()).collect();
-    etc_files::write(
-        &files,
-        &Contents { hostname: &hostname, dns: config.dns.as_ref(), addresses: &addresses, host_network },
-    )?;
-    if config.namespaces.ipc != NamespaceMode::Node {
-        mount_shm(&files)?;
-    }
+    mount_tmpfs(&files, config.namespaces.ipc != NamespaceMode::Node)?;
+    let contents = Contents {
+        hostname: &sandbox.hostname,
+        dns: config.dns.as_ref(),
+        addresses: &addresses,
+        host_network,
+    };
+    etc_files::write(&files, &contents)?;
     if config.namespaces.pid == NamespaceMode::Pod {
         let process = make_process(node, sandbox)?;
         *super::lock(&sandbox.process) = Some(process);
@@ -117,29 +122,41 @@ fn make_directories(files: &SandboxFiles) -> Result<(), SandboxError> {
     Ok(())
 }
 
-fn hostname(config: &Config, host_network: bool) -> Result<String, SandboxError> {
-    if !config.hostname.is_empty() && !host_network {
+/// The hostname that a pod gets: the one asked for, or the host's.
+pub(super) fn hostname(config: &Config) -> std::io::Result<String> {
+    if !config.hostname.is_empty() && config.namespaces.network != NamespaceMode::Node {
         return Ok(config.hostname.clone());
     }
-    let path = Path::new("/proc/sys/kernel/hostname");
-    let name = std::fs::read_to_string(path).map_err(SandboxError::file("read", path))?;
-    Ok(name.trim_end().to_owned())
+    Ok(std::fs::read_to_string(HOSTNAME_FILE)?.trim_end().to_owned())
 }
 
-fn mount_shm(files: &SandboxFiles) -> Result<(), SandboxError> {
-    let path = files.shm();
-    let failed = || SandboxError::file("mount the shared memory", &path);
+/// Mounts the pod's tmpfs. One mount holds all that containers of the pod can write to in the runtime directory: each mount of the host makes
+/// the start of every container slower, whose mount namespace begins as a copy of the host's.
+fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> {
+    let path = files.tmpfs();
+    let failed = || SandboxError::file("mount the pod's tmpfs on", &path);
     std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(failed())?;
     let mounted = FsContext::open(c"tmpfs")
         .and_then(|tmpfs| {
             tmpfs.set("source", "shm".as_ref())?;
-            tmpfs.set("size", SHM_SIZE.as_ref())?;
-            tmpfs.set("mode", "1777".as_ref())?;
+            tmpfs.set("size", TMPFS_SIZE.as_ref())?;
+            // Containers are shown what is in it, never the directory itself.
+            tmpfs.set("mode", "700".as_ref())?;
             tmpfs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC)
         })
         .map_err(failed())?;
     let target = std::fs::File::open(&path).map_err(failed())?;
-    mount::attach(mounted.as_fd(), target.as_fd()).map_err(failed())
+    mount::attach(mounted.as_fd(), target.as_fd()).map_err(failed())?;
+    let make = |path: &Path, mode: u32| {
+        // The daemon's umask is strict, and nobody else is in there yet.
+        std::fs::DirBuilder::new()
+            .mode(mode)
+            .create(path)
+            .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
+            .map_err(SandboxError::file("make", path))
+    };
+    make(&files.etc_directory(), 0o700)?;
+    if has_shm { make(&files.shm(), 0o1777) } else { Ok(()) }
 }
 
 /// Makes process 1 of the pod's pid namespace, in a cgroup of its own below the pod's, and pins the namespace.

@@ -21,7 +21,7 @@ pub(crate) use error::SandboxError;
 use crate::atomic_file;
 use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
-use berth_model::layout::SandboxFiles;
+use berth_model::layout::{SandboxFiles, Shared};
 use berth_model::record::{self, ProcessRecord, SandboxRecord};
 use berth_model::sandbox::Config;
 use berth_model::state::SandboxState;
@@ -64,6 +64,8 @@ pub(crate) struct Sandbox {
     config: Config,
     created_at_unix_ns: i64,
     boot_id: String,
+    /// Empty when the record that it comes from has none.
+    hostname: String,
     addresses: Vec<String>,
     files: SandboxFiles,
     cgroup_parent: Parent,
@@ -86,6 +88,11 @@ impl Sandbox {
 
     pub(crate) fn created_at_unix_ns(&self) -> i64 {
         self.created_at_unix_ns
+    }
+
+    /// Its hostname; the host's with the host's network. Never read from the file that its containers can write.
+    pub(crate) fn hostname(&self) -> std::io::Result<String> {
+        if self.hostname.is_empty() { create::hostname(&self.config) } else { Ok(self.hostname.clone()) }
     }
 
     /// The primary address first; empty with the host's network.
@@ -128,6 +135,8 @@ impl Sandbox {
             addresses: self.addresses.clone(),
             process: lock(&self.process).as_ref().map(|process| process.record),
             stopped: *lock(&self.torn_down),
+            hostname: self.hostname.clone(),
+            shared_in_tmpfs: self.files.shared == Shared::InTmpfs,
         }
     }
 

@@ -3,6 +3,7 @@
 use super::{PodProcess, Sandbox, SandboxError, lock, namespaces};
 use crate::node::Node;
 use berth_model::id::SandboxId;
+use berth_model::layout::Shared;
 use berth_model::record::{self, SandboxRecord};
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
@@ -12,11 +13,14 @@ use std::sync::{Arc, Mutex};
 /// Makes the sandbox that the record of `id` describes. It is ready only if everything that its containers need is there still; after a
 /// reboot nothing is. Blocking.
 pub(crate) fn recover(node: &Node, id: &SandboxId) -> Result<Arc<Sandbox>, SandboxError> {
-    let files = node.layout.sandbox(id);
+    let mut files = node.layout.sandbox(id);
     let path = files.record();
     let bytes = std::fs::read(&path).map_err(SandboxError::file("read", &path))?;
     let record: SandboxRecord =
         record::decode(&bytes).map_err(|source| SandboxError::Record { id: id.clone(), source })?;
+    if !record.shared_in_tmpfs {
+        files.shared = Shared::Beside;
+    }
     let cgroup_parent = node.recorded_cgroup_parent(&record.config.cgroup_parent)?;
     let same_boot = record.boot_id == node.boot_id;
     let process = record.process.filter(|_| same_boot).and_then(PodProcess::find);
@@ -39,6 +43,7 @@ pub(crate) fn recover(node: &Node, id: &SandboxId) -> Result<Arc<Sandbox>, Sandb
         config: record.config,
         created_at_unix_ns: record.created_at_unix_ns,
         boot_id: record.boot_id,
+        hostname: record.hostname,
         addresses: record.addresses,
         files,
         cgroup_parent,

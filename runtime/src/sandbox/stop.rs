@@ -90,13 +90,13 @@ pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError
         };
         given_back.map_err(|source| SandboxError::NetworkLeft { id: sandbox.id.clone(), source })?;
     }
-    let shm = sandbox.files.shm();
-    match mount::detach(&shm) {
+    let tmpfs = sandbox.files.tmpfs();
+    match mount::detach(&tmpfs) {
         Err(error)
             if error.kind() != std::io::ErrorKind::NotFound
                 && error.kind() != std::io::ErrorKind::InvalidInput =>
         {
-            return Err(SandboxError::file("unmount", &shm)(error));
+            return Err(SandboxError::file("unmount", &tmpfs)(error));
         }
         _ => {}
     }

@@ -23,6 +23,7 @@ mod registry;
 mod resources;
 mod shim;
 mod stats;
+mod shared_files;
 mod stop;
 mod syscalls;
 mod users;

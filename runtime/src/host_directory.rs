@@ -1,33 +1,38 @@
 //! Directories of the host that are made for a pod because a request names them: log directories, sources of mounts.
 
+use berth_sys::{host_path, ns, process};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Makes `path` and its parents where they are absent, open to be passed through by everybody: they are the pods', and the daemon's strict
+/// Makes `path` and its parents where they are absent, searchable by everybody (mode 0755): they are the pods', and the daemon's strict
 /// umask is for its own files.
+///
+/// Containers may own a directory on the way. Links that are there are followed, as the CRI asks for `Mount.host_path`; nothing is
+/// looked up twice, and no mode is changed once a directory is made (see [`host_path::make_dir_all`]).
 ///
 /// # Errors
 /// The directory that could not be made, and why.
 pub(crate) fn make_missing(path: &Path) -> Result<(), (PathBuf, io::Error)> {
-    let mut missing: Vec<&Path> = path.ancestors().take_while(|part| !part.exists()).collect();
-    missing.reverse();
-    for part in missing {
-        match std::fs::create_dir(part)
-            .and_then(|()| std::fs::set_permissions(part, std::fs::Permissions::from_mode(0o755)))
-        {
-            Ok(()) => {}
-            // Two containers of a pod with one directory are made at the same time.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && part.is_dir() => {}
-            Err(error) => return Err((part.to_owned(), error)),
-        }
+    if path.exists() {
+        return Ok(());
     }
-    Ok(())
+    // The umask is shared by all threads but those that have their own: umask(2), unshare(2), CLONE_FS.
+    ns::on_own_thread("directories", || {
+        process::set_umask(0);
+        host_path::make_dir_all(path, 0o755)
+    })
+    .map_err(|error| (path.to_owned(), error))?
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
 
     #[test]
     fn what_is_missing_is_made_and_what_is_there_stays() {
@@ -38,10 +43,37 @@ mod tests {
         let deep = there.join("a/b");
         make_missing(&deep).unwrap();
         make_missing(&deep).unwrap();
-        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&there), mode(&there.join("a")), mode(&deep)), (0o700, 0o755, 0o755));
         let file = directory.path().join("file");
         std::fs::write(&file, "").unwrap();
-        assert_eq!(make_missing(&file.join("below")).unwrap_err().0, file.join("below"));
+        assert_eq!(make_missing(&file.join("below")).unwrap_err().0, file);
+    }
+
+    /// The swap of a container that owns the parent: the directory just made becomes a link to another one.
+    #[test]
+    fn the_mode_of_what_a_swapped_link_leads_to_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let (place, victim) = (directory.path().join("x"), directory.path().join("victim"));
+        std::fs::create_dir(&victim).unwrap();
+        std::fs::set_permissions(&victim, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    if std::fs::remove_dir(&place).is_ok() && symlink(&victim, &place).is_ok() {
+                        std::thread::yield_now();
+                        let _ = std::fs::remove_file(&place);
+                    }
+                }
+            });
+            for _ in 0..3000 {
+                let _ = make_missing(&place);
+                if mode(&victim) != 0o700 {
+                    break;
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(mode(&victim), 0o700);
     }
 }

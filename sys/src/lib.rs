@@ -10,6 +10,8 @@ pub mod beneath;
 pub mod bpf;
 pub mod credentials;
 pub mod file;
+pub mod host_path;
+pub mod identity;
 pub mod mount;
 pub mod ns;
 pub mod poll;

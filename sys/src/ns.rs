@@ -132,9 +132,13 @@ pub fn unpin(path: &Path) -> io::Result<()> {
 /// Whether `path` is a pinned namespace (nsfs) and not just the empty file under it: `fstatfs(2)`, `NSFS_MAGIC`.
 #[must_use]
 pub fn is_pinned(path: &Path) -> bool {
-    let Ok(file) = open(path) else { return false };
-    nix::sys::statfs::fstatfs(file.as_fd())
-        .is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
+    open(path).is_ok_and(|file| is_namespace(file.as_fd()))
+}
+
+/// Whether `file` is a namespace (nsfs): `fstatfs(2)`, `NSFS_MAGIC`.
+#[must_use]
+pub fn is_namespace(file: BorrowedFd<'_>) -> bool {
+    nix::sys::statfs::fstatfs(file).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
 }
 
 /// Sets the hostname of the calling thread's UTS namespace: `sethostname(2)`.

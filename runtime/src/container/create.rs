@@ -4,15 +4,16 @@
 //! makes the container exist. On failure everything is taken back, in [`undo`]; what a crash leaves half-way is found by the next start, by
 //! the missing record.
 
+use super::target::{Target, verified_target};
 use super::{Container, ContainerError, cgroup_plan, end, shutdown};
 use crate::apparmor;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::oci_spec::{self, CgroupDirectory, Inputs, devices, mounts, stop_signal::stop_signal};
 use crate::plan::{self, Extra};
-use crate::registry::{Found, Name};
+use crate::registry::Name;
 use crate::sandbox::Sandbox;
-use crate::shim_client::{Holder, ShimClient};
 use crate::sandbox::create::HOSTNAME_FILE;
+use crate::shim_client::{Holder, ShimClient};
 use crate::trash;
 use ::oci_spec::runtime::{LinuxSeccomp, Spec};
 use berth_cgroup::Cgroup;
@@ -21,7 +22,7 @@ use berth_model::container::Config;
 use berth_model::id::ContainerId;
 use berth_model::layout::ContainerFiles;
 use berth_model::record::{ContainerRecord, ProcessRecord};
-use berth_model::security::{NamespaceMode, Profile};
+use berth_model::security::Profile;
 use berth_model::state::{ContainerState, SandboxState};
 use berth_shim_proto::launch::{ENTERING, Launch};
 use std::os::unix::fs::DirBuilderExt;
@@ -74,6 +75,7 @@ struct Prepared {
     cgroup: Cgroup,
     /// In the cgroup until the container's process is.
     holder: Option<Holder>,
+    target: Option<Target>,
     spec: Spec,
     plan: Launch,
 }
@@ -116,7 +118,8 @@ fn prepare_from(
     }
     let stop_signal = effective_stop_signal(&config, image)?;
     check_user(&config, image)?;
-    let target = target_namespace(node, sandbox, &config)?;
+    let target = verified_target(node, sandbox, &config)?;
+    let target_namespace = target.as_ref().map(Target::namespace_path);
     let mounts = mounts::resolve_mounts(&config.mounts).map_err(|error| ContainerError::Mount {
         path: "config.mounts".to_owned(),
         reason: crate::chain(&error),
@@ -151,7 +154,7 @@ fn prepare_from(
         devices: &asked_devices,
         cgroup_path: cgroup.path(),
         cgroup_directories: &cgroup_directories(node, cgroup),
-        target_pid_namespace: target.as_deref(),
+        target_pid_namespace: target_namespace.as_deref(),
         seccomp: seccomp.as_ref(),
         rlimits: &node.config().rlimits,
         host: &node.facts,
@@ -204,12 +207,12 @@ fn prepare_from(
         config,
         ..ContainerRecord::default()
     };
-    Ok(Prepared { record, files: made.files.clone(), cgroup: cgroup.clone(), holder, spec, plan })
+    Ok(Prepared { record, files: made.files.clone(), cgroup: cgroup.clone(), holder, target, spec, plan })
 }
 
 /// Starts the shim, lets it make the container, and records it.
 async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, ContainerError> {
-    let Prepared { mut record, files, cgroup, holder, mut spec, plan } = prepared;
+    let Prepared { mut record, files, cgroup, holder, target, mut spec, plan } = prepared;
     let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
     let result = async {
         let shim = Arc::new(ShimClient::spawn(&node.shim, &files.state)?);
@@ -226,6 +229,10 @@ async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, 
                 return Err(error.into());
             }
         };
+        if let Some(Err(error)) = target.as_ref().map(Target::check) {
+            shim.discard().await;
+            return Err(error);
+        }
         for note in &created.notes {
             if node.is_new(note) {
                 tracing::warn!(note, "done in a weaker way, for this container and others like it");
@@ -335,24 +342,6 @@ fn check_user(config: &Config, image: &Image) -> Result<(), ContainerError> {
     }
     let reason = format!("its User has {length} bytes, and at most {MAX_USER_BYTES} are accepted");
     Err(ContainerError::ImageConfig { image: config.image.clone(), reason })
-}
-
-fn target_namespace(
-    node: &Node,
-    sandbox: &Sandbox,
-    config: &Config,
-) -> Result<Option<PathBuf>, ContainerError> {
-    let namespaces = &config.security.namespaces;
-    if namespaces.pid != NamespaceMode::Target {
-        return Ok(None);
-    }
-    let target = match node.registry.find_container(&namespaces.target_id) {
-        // One that waits for its start has its privileges still, and is nobody's to look into.
-        Found::One(target) if target.sandbox_id() == sandbox.id() && target.is_running() => target.pid(),
-        _ => None,
-    };
-    let pid = target.ok_or_else(|| ContainerError::NoTarget { target: namespaces.target_id.clone() })?;
-    Ok(Some(PathBuf::from(format!("/proc/{pid}/ns/pid"))))
 }
 
 fn check_apparmor(node: &Node, config: &Config) -> Result<(), ContainerError> {

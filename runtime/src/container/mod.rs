@@ -1,6 +1,7 @@
 //! Containers: made in a sandbox, each served by its shim.
 //!
 //! - `create`: CreateContainer, everything up to the exec of the program;
+//! - `target`: the container whose pid namespace another one joins;
 //! - `start`: StartContainer;
 //! - `exec`, `output_room`: ExecSync, and the memory for what commands say;
 //! - `stop`: StopContainer;
@@ -23,6 +24,7 @@ pub(crate) mod remove;
 mod shutdown;
 pub(crate) mod start;
 pub(crate) mod stop;
+mod target;
 pub(crate) mod update;
 
 pub(crate) use error::ContainerError;

@@ -173,7 +173,10 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
         SandboxError::namespace("find the pod's first process")(std::io::ErrorKind::NotFound.into())
     })?;
     let path = sandbox.files.namespace(Kind::Pid.file_name());
-    if let Err(error) = ns::pin_of(record.pid, Kind::Pid, &path) {
+    // Its number may be another's if it has ended meanwhile.
+    let pinned = ns::pin_of(record.pid, Kind::Pid, &path)
+        .and_then(|()| if process.has_ended() { Err(std::io::ErrorKind::NotFound.into()) } else { Ok(()) });
+    if let Err(error) = pinned {
         process.kill();
         return Err(SandboxError::file("pin the namespace", &path)(error));
     }

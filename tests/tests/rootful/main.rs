@@ -27,3 +27,4 @@ mod shared_files;
 mod stop;
 mod syscalls;
 mod users;
+mod targets;

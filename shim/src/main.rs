@@ -18,6 +18,7 @@ mod handshake;
 mod init;
 mod launch;
 mod pause;
+mod mount_place;
 mod rootfs;
 mod stdio;
 mod user;

@@ -6,6 +6,7 @@
 
 use crate::failure::{Step, from_io, refused, shown};
 use crate::init::host_path;
+use crate::mount_place;
 use crate::user::Accounts;
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::{
@@ -252,6 +253,7 @@ fn attach(
     };
     check_kind(root, &mount.target, is_directory)?;
     let target = target_for(root, &mount.target, is_directory, mount.no_symlinks)?;
+    let target = mount_place::checked(root, mount, target, source.as_ref().map(AsFd::as_fd))?;
     let mounted = match (&mount.source, source) {
         (Some(Source::Filesystem(filesystem)), _) => {
             let begun = if filesystem.fstype == "proc" { procfs.take() } else { None };

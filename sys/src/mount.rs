@@ -320,6 +320,33 @@ pub fn bind(source: &Path, target: &Path) -> io::Result<()> {
     let source = c_string(source.as_os_str().as_bytes())?;
     let target = c_string(target.as_os_str().as_bytes())?;
     // SAFETY: source and target are NUL-terminated strings that live over the call; type and data are ignored for a bind.
+/// What kind of filesystem a place lies on, of those that the kernel keeps and a container has its own of: `fstatfs(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filesystem {
+    /// `PROC_SUPER_MAGIC`.
+    Proc,
+    /// `DEVPTS_SUPER_MAGIC`.
+    Terminals,
+    /// `TMPFS_MAGIC`, devtmpfs too.
+    Memory,
+    /// Any other.
+    Other,
+}
+
+/// The filesystem that `place` lies on, by the kernel and not by its path.
+///
+/// # Errors
+/// None in practice.
+pub fn filesystem_of(place: BorrowedFd<'_>) -> io::Result<Filesystem> {
+    use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, PROC_SUPER_MAGIC, TMPFS_MAGIC};
+    Ok(match nix::sys::statfs::fstatfs(place)?.filesystem_type() {
+        PROC_SUPER_MAGIC => Filesystem::Proc,
+        DEVPTS_SUPER_MAGIC => Filesystem::Terminals,
+        TMPFS_MAGIC => Filesystem::Memory,
+        _ => Filesystem::Other,
+    })
+}
+
     check(libc::c_long::from(unsafe {
         libc::mount(source.as_ptr(), target.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null())
     }))

@@ -82,6 +82,14 @@ impl Root {
         self.open_raw(path, libc::O_PATH | libc::O_NOFOLLOW, 0)
     }
 
+    /// Like [`Root::resolve`], but any link on the way is an error.
+    ///
+    /// # Errors
+    /// As openat2(2); `ELOOP` for a link.
+    pub fn resolve_no_links(&self, path: &Path) -> io::Result<OwnedFd> {
+        self.open_raw(path, libc::O_PATH, RESOLVE_NO_SYMLINKS)
+    }
+
     /// Opens a directory; links are followed inside the boundary.
     ///
     /// # Errors

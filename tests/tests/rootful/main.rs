@@ -16,6 +16,7 @@ mod isolation;
 mod lists;
 mod logs;
 mod pods;
+mod mount_places;
 mod privileges;
 mod recovery;
 mod refusals;

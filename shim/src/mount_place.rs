@@ -1,0 +1,92 @@
+//! Where a mount may go that a request asks for: not into `/proc`, and into `/dev` only by its own name.
+//!
+//! What the runtime itself does in a container rests on these: masks and read-only paths of `/proc`, the device nodes and the terminal
+//! of `/dev`. A path of the request can lead there without saying so, through a link in a volume that another container writes. So the
+//! place is looked at as the kernel sees it, after the path was resolved.
+
+use crate::failure::{Step, from_io, refused, shown};
+use berth_shim_proto::control::Failed;
+use berth_shim_proto::launch::Mount;
+use berth_sys::beneath::{self, Root};
+use berth_sys::mount::{self, Filesystem};
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// What may be mounted over in `/proc`, as with runc: the files that lxcfs replaces by those of the container's own limits, and two that
+/// tools for checkpoints and for FIPS mode write or replace.
+const REPLACEABLE: [&str; 10] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/sys/crypto/fips_enabled",
+    "/proc/sys/kernel/ns_last_pid",
+];
+
+/// The inode of the root of a procfs: `PROC_ROOT_INO` of the kernel's <linux/proc_fs.h>.
+const PROC_ROOT_INODE: u64 = 1;
+
+/// errno(3), the same number on every Linux architecture.
+const ELOOP: i32 = 40;
+
+const STEP: &str = "find the place for the mount";
+
+/// Checks `place`, to which the path of `mount` has led below `root`, and returns the place to mount on. `source` is what a bind mounts.
+///
+/// # Errors
+/// When nothing may be mounted there.
+pub(crate) fn checked(
+    root: &Root,
+    mount: &Mount,
+    place: OwnedFd,
+    source: Option<BorrowedFd<'_>>,
+) -> Result<OwnedFd, Failed> {
+    let about = shown(&mount.target);
+    if mount.target == b"/proc" {
+        let of_kernel = source.is_none_or(is_root_of_procfs);
+        let reason = "only the root of a procfs can be mounted on /proc";
+        return if of_kernel { Ok(place) } else { Err(refused(STEP, reason)) };
+    }
+    let lies_in = |name| is_on_filesystem_of(root, name, place.as_fd()).step(STEP, &about);
+    match mount::filesystem_of(place.as_fd()).step(STEP, &about)? {
+        // The procfs of the host, say, that a request has mounted elsewhere, is as good a place as others.
+        Filesystem::Proc if !lies_in("proc")? => return Ok(place),
+        Filesystem::Proc if REPLACEABLE.iter().any(|path| path.as_bytes() == mount.target) => {}
+        Filesystem::Proc => {
+            let allowed = REPLACEABLE.join(", ");
+            return Err(refused(STEP, format!("{about} lies in /proc, where only {allowed} can be mounted")));
+        }
+        Filesystem::Memory if !lies_in("dev")? => return Ok(place),
+        Filesystem::Memory | Filesystem::Terminals => {}
+        Filesystem::Other => return Ok(place),
+    }
+    let path = mount.target.strip_prefix(b"/").unwrap_or(&mount.target);
+    root.resolve_no_links(Path::new(OsStr::from_bytes(path))).map_err(|error| {
+        if error.raw_os_error() == Some(ELOOP) {
+            refused(STEP, format!("{about} leads through a symbolic link into /proc or /dev"))
+        } else {
+            from_io(&error, STEP, &about)
+        }
+    })
+}
+
+fn is_root_of_procfs(source: BorrowedFd<'_>) -> bool {
+    mount::is_procfs(source).unwrap_or(false)
+        && beneath::stat_fd(source).is_ok_and(|found| found.identity.1 == PROC_ROOT_INODE)
+}
+
+/// Whether `place` is on the filesystem of the container's own `/proc` or `/dev`.
+fn is_on_filesystem_of(root: &Root, name: &str, place: BorrowedFd<'_>) -> io::Result<bool> {
+    let own = match root.open_dir_no_links(Path::new(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        own => own?,
+    };
+    Ok(beneath::stat_fd(own.as_fd())?.identity.0 == beneath::stat_fd(place)?.identity.0)
+}

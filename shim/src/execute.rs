@@ -87,7 +87,7 @@ impl Program {
 /// errno(3), the same number on every Linux architecture.
 const ENOENT: i32 = 2;
 
-/// Sets what a process passes on to its program and has nothing to do with privileges: limits, mask, keyring, score.
+/// Sets what the request says of a process and has nothing to do with privileges: limits, mask, score.
 ///
 /// Must run while `/proc` is still the host's, for the score.
 pub(crate) fn set_limits(process: &Process, notes: &mut Vec<String>) -> Result<(), Failed> {
@@ -98,10 +98,6 @@ pub(crate) fn set_limits(process: &Process, notes: &mut Vec<String>) -> Result<(
         set_rlimit(limit.resource, limit.soft, limit.hard, notes)?;
     }
     process::set_umask(process.umask);
-    match process::join_new_session_keyring() {
-        Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
-        result => result.step("make a session keyring", "")?,
-    }
     Ok(())
 }
 

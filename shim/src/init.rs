@@ -12,6 +12,7 @@
 use crate::execute::{self, Privileges, Program};
 use crate::failure::{Step, refused};
 use crate::handshake::ChildEnd;
+use crate::inheritance;
 use crate::rootfs;
 use crate::user::{self, Resolved};
 use berth_shim_proto::control::{Created, Failed};
@@ -200,6 +201,7 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     // among them (CVE-2016-9962, CVE-2019-5736). Exec turns it on again.
     process::set_dumpable(false).step("guard the process", "")?;
     process::reset_signals().step("reset the signals", "")?;
+    inheritance::reset()?;
     // In cgroup v1 a single thread that writes "0" moves only itself, which spares the kernel its global lock. From here on
     // everything that is done for the container counts against its limits.
     for path in &cgroup.tasks_files {

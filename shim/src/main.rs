@@ -15,10 +15,11 @@ mod execute;
 mod exit;
 mod failure;
 mod handshake;
+mod inheritance;
 mod init;
 mod launch;
-mod pause;
 mod mount_place;
+mod pause;
 mod rootfs;
 mod stdio;
 mod user;
@@ -62,6 +63,7 @@ fn prepare(first_foreign: u32) -> std::io::Result<()> {
     // Started from a file in memory, the kernel would show the number of a descriptor as its name.
     berth_sys::process::set_name(c"berth-shim")?;
     berth_sys::process::set_umask(0o022);
+    inheritance::reset_for_children()?;
     std::env::set_current_dir("/")
 }
 

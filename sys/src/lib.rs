@@ -16,6 +16,7 @@ pub mod mount;
 pub mod ns;
 pub mod poll;
 pub mod process;
+pub mod scheduling;
 pub mod socket;
 pub mod tty;
 pub mod xattr;

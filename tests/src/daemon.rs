@@ -42,6 +42,8 @@ pub struct Setup {
     pub disk_bytes: Option<u64>,
     /// Runs the daemon in a chroot: in a mount namespace whose root is the host's, at a copy of the host's mounts below.
     pub chroot: bool,
+    /// Programs that the daemon is started by, each of which becomes the next: `["nice", "-n", "5"]`.
+    pub launcher: &'static [&'static str],
 }
 
 /// A daemon, running or killed.
@@ -53,6 +55,7 @@ pub struct Daemon {
     host: Host,
     /// Where the daemon's root is, if it is not the host's.
     chroot: Option<PathBuf>,
+    launcher: &'static [&'static str],
     // Last: the files go when nothing uses them any more.
     dir: TempDir,
 }
@@ -111,7 +114,8 @@ impl Daemon {
         if let Some(chroot) = &chroot {
             fs::create_dir(chroot).context("making a folder for the chroot")?;
         }
-        let daemon = Self { process: Mutex::new(None), client, cgroup, host, chroot, dir };
+        let daemon =
+            Self { process: Mutex::new(None), client, cgroup, host, chroot, launcher: setup.launcher, dir };
         if let Some(bytes) = setup.disk_bytes {
             let root = daemon.root();
             fs::create_dir(&root).context("making the root")?;
@@ -165,7 +169,14 @@ impl Daemon {
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).context("the log")?;
         // nsenter becomes the daemon, as do the programs of the chroot, so the process is the daemon's.
         let mut command = match &self.chroot {
-            None => self.host.command(&program),
+            None => match self.launcher {
+                [] => self.host.command(&program),
+                [first, rest @ ..] => {
+                    let mut command = self.host.command(first);
+                    command.args(rest).arg(&program);
+                    command
+                }
+            },
             Some(chroot) => {
                 let script = "mount --rbind / \"$0\" && exec chroot \"$0\" \"$@\"";
                 let mut command = self.host.command(Path::new("unshare"));

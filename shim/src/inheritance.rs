@@ -1,0 +1,65 @@
+//! What a process has from its parent unless it is set: none of it comes from the daemon, its unit or the shell that started it.
+//!
+//! Limits, mask, signals, environment, descriptors, credentials and the oom score are set elsewhere, as the plan says. What is here
+//! is the same for every process of every container, and for process 1 of a pod. What the kernel lets nobody take back stays: a
+//! seccomp filter, `no_new_privs`, Landlock rules and locked secure bits of the daemon's unit only take privileges away.
+
+use crate::failure::Step;
+use berth_shim_proto::control::Failed;
+use berth_sys::{process, scheduling};
+use std::io;
+
+/// The kernel's default: PR_SET_TIMERSLACK(2const).
+const TIMER_SLACK_NS: u32 = 50_000;
+
+/// The kernel's default: core(5), `/proc/pid/coredump_filter`.
+const COREDUMP_FILTER: &str = "0x33";
+
+/// What the children of a shim can only have from it: the timer slack that a process can go back to is its parent's, and the filter of core
+/// dumps is a file, which would cost each child three calls. For a shim at its start.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn reset_for_children() -> io::Result<()> {
+    scheduling::set_timer_slack(TIMER_SLACK_NS)?;
+    match std::fs::write("/proc/self/coredump_filter", COREDUMP_FILTER) {
+        // A kernel without core dumps.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Everything else. For a child, before it joins its cgroup: a real-time policy could be refused there.
+///
+/// # Errors
+/// When the kernel refuses, but for what it does not know at all and for a nice value that may not be lowered: neither weakens the
+/// isolation of a container.
+pub(crate) fn reset() -> Result<(), Failed> {
+    const STEP: &str = "reset what is inherited";
+    match scheduling::use_default_policy() {
+        // Without CAP_SYS_NICE.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+        result => result.step(STEP, "scheduling policy and nice value")?,
+    }
+    // The cpuset that is joined next has the last word.
+    scheduling::use_all_processors().step(STEP, "processors")?;
+    where_known(scheduling::use_default_io_priority()).step(STEP, "I/O priority")?;
+    where_known(scheduling::use_default_memory_policy()).step(STEP, "memory policy")?;
+    where_known(scheduling::allow_huge_pages()).step(STEP, "huge pages")?;
+    where_known(scheduling::merge_no_memory()).step(STEP, "memory merging")?;
+    scheduling::use_default_personality().step(STEP, "personality")?;
+    // An empty one of its own for each process that the shim starts, exec too: keys that one of them adds are not the others'.
+    where_known(process::join_new_session_keyring()).step(STEP, "session keyring")
+}
+
+/// A kernel that does not know of something has nothing of it to pass on.
+fn where_known(result: io::Result<()>) -> io::Result<()> {
+    /// errno(3), the same number on every Linux architecture.
+    const EINVAL: i32 = 22;
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(EINVAL) => {
+            Ok(())
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,137 @@
+//! What a process has from its parent: that of a container has nothing from the daemon, however that was started.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use berth_tests::daemon::{Setup, rootful_with};
+use berth_tests::pod::{idle, sharing, sharing_pod};
+use berth_tests::program::output;
+
+/// A daemon with everything that can be passed on set to something else than the default.
+const ODD: Setup = Setup {
+    configuration: "",
+    disk_bytes: None,
+    chroot: false,
+    launcher: &[
+        "nice",
+        "-n",
+        "5",
+        "taskset",
+        "-c",
+        "0",
+        "setarch",
+        "-R",
+        "ionice",
+        "-c",
+        "3",
+        "chrt",
+        "-b",
+        "0",
+        "sh",
+        "-c",
+        "echo 0 > /proc/self/coredump_filter; echo 1234 > /proc/self/timerslack_ns; exec \"$@\"",
+        "sh",
+    ],
+};
+
+/// What the kernel says of a process, line by line.
+fn inherited(pid: i32) -> Result<Vec<String>> {
+    let proc = Path::new("/proc").join(pid.to_string());
+    let read = |name: &str| {
+        fs::read_to_string(proc.join(name)).map(|text| text.trim().to_owned()).context(name.to_owned())
+    };
+    let status = read("status")?;
+    let processors =
+        status.lines().find(|line| line.starts_with("Cpus_allowed_list")).context("processors")?;
+    let io = output(Command::new("ionice").args(["-p", &pid.to_string()]))?;
+    let stat = read("stat")?;
+    // proc_pid_stat(5): field 19 is the nice value, 41 the policy; the fields after the name begin with the third.
+    let fields: Vec<&str> = stat.rsplit(')').next().context("fields")?.split_ascii_whitespace().collect();
+    Ok(vec![
+        processors.to_owned(),
+        format!("nice {}, policy {}", fields[16], fields[38]),
+        // The number behind the class means nothing for "none".
+        format!("io {}", io.split(':').next().unwrap_or_default()),
+        format!("personality {}", read("personality")?),
+        format!("slack {}", read("timerslack_ns")?),
+        format!("coredump {}", read("coredump_filter")?),
+    ])
+}
+
+#[test]
+fn a_container_has_nothing_from_a_daemon_that_was_started_oddly() -> Result<()> {
+    rootful_with(ODD, |daemon| {
+        let odd = inherited(i32::try_from(daemon.pid()?)?)?;
+        let online = fs::read_to_string("/sys/devices/system/cpu/online")?;
+        let expected = vec![
+            format!("Cpus_allowed_list:\t{}", online.trim()),
+            "nice 0, policy 0".to_owned(),
+            "io none".to_owned(),
+            "personality 00000000".to_owned(),
+            "slack 50000".to_owned(),
+            "coredump 00000033".to_owned(),
+        ];
+        for (odd, expected) in odd.iter().zip(&expected) {
+            ensure!(odd != expected || online.trim() == "0", "the daemon was not started oddly: {odd}");
+        }
+        let pod = daemon.pod("own")?;
+        let main = pod.idle("main")?;
+        assert_eq!(inherited(main.pid()?)?, expected, "a main process");
+        let said = main.sh(
+            "grep Cpus_allowed_list /proc/self/status; cut -d' ' -f19 /proc/self/stat; cat /proc/self/personality /proc/self/timerslack_ns \
+             /proc/self/coredump_filter",
+        )?;
+        assert_eq!(said, format!("{}\n0\n00000000\n50000\n00000033\n", expected[0]), "a process of exec");
+        // Those that enter a pid namespace where others live go another way, and the first process there is Berth's own.
+        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
+        let main = pod.start(sharing(idle("main")))?;
+        assert_eq!(inherited(main.pid()?)?, expected, "a main process in a shared namespace");
+        let first = main.sh("grep Cpus_allowed_list /proc/1/status; cat /proc/1/stat | cut -d' ' -f19")?;
+        assert_eq!(first, format!("{}\n0\n", expected[0]), "the pod's first process");
+        daemon.crash()?;
+        assert_eq!(inherited(pod.start(sharing(idle("after")))?.pid()?)?, expected, "by the next daemon");
+        Ok(())
+    })
+}
+
+/// `vm.memfd_noexec` is a setting of a pid namespace, so the daemon has one of its own here.
+fn starts_containers_with(noexec: &'static [&'static str]) -> Result<()> {
+    rootful_with(Setup { launcher: noexec, ..Setup::default() }, |daemon| {
+        let main = daemon.pod("memory")?.idle("main")?;
+        assert_eq!(main.sh("echo fine; cat /proc/sys/vm/memfd_noexec")?.lines().next(), Some("fine"));
+        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
+        assert_eq!(pod.start(sharing(idle("main")))?.sh("echo fine")?, "fine\n");
+        Ok(())
+    })
+}
+
+/// A pid namespace of its own, with what `$0` says in `vm.memfd_noexec`.
+const SETTING: [&str; 8] = [
+    "unshare",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "sh",
+    "-c",
+    "echo \"$0\" > /proc/sys/vm/memfd_noexec && exec \"$@\"",
+];
+const UNLESS_ASKED: [&str; 9] = setting("1");
+const NEVER: [&str; 9] = setting("2");
+
+const fn setting(value: &'static str) -> [&'static str; 9] {
+    let [a, b, c, d, e, f, g, h] = SETTING;
+    [a, b, c, d, e, f, g, h, value]
+}
+
+#[test]
+fn containers_start_where_files_in_memory_are_executable_only_if_asked_for() -> Result<()> {
+    starts_containers_with(&UNLESS_ASKED)
+}
+
+#[test]
+fn containers_start_where_no_file_in_memory_is_executable() -> Result<()> {
+    starts_containers_with(&NEVER)
+}

@@ -18,6 +18,7 @@ pub(crate) fn look(node: &Path) -> Vec<Finding> {
         forwarding(node),
         bridge_filter(node),
         apparmor(node),
+        programs_in_memory(node),
     ]
 }
 
@@ -133,6 +134,18 @@ fn apparmor(node: &Path) -> Finding {
     }
 }
 
+/// proc_sys_vm(5), `memfd_noexec`, Linux 6.3; a setting of each pid namespace.
+fn programs_in_memory(node: &Path) -> Finding {
+    match text(node, "proc/sys/vm/memfd_noexec").as_deref() {
+        Some("2") => finding(
+            Grade::Note,
+            "memfd",
+            "vm.memfd_noexec is 2: the shim runs from a read-only tmpfs instead of a sealed file, and programs in pods cannot run from memory",
+        ),
+        _ => finding(Grade::Good, "memfd", "programs in memory can run"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,6 +170,7 @@ mod tests {
             ("proc/sys/net/bridge/bridge-nf-call-iptables", Some("0"), Note, "services", "sysctl -w"),
             ("proc/sys/net/bridge/bridge-nf-call-iptables", None, Note, "services", "modprobe br_netfilter"),
             ("sys/module/apparmor/parameters/enabled", Some("Y\n"), Note, "apparmor", "package apparmor"),
+            ("proc/sys/vm/memfd_noexec", Some("2\n"), Note, "memfd", "vm.memfd_noexec is 2"),
         ]);
     }
 
@@ -166,6 +180,7 @@ mod tests {
             ("proc/sys/kernel/osrelease", "5.15.0"),
             ("proc/sys/kernel/osrelease", "6.1-rc1"),
             ("sbin/apparmor_parser", ""),
+            ("proc/sys/vm/memfd_noexec", "1"),
         ] {
             assert_eq!(troubles(&[(path, Some(text))], &daemon()), [], "{path} {text:?}");
         }

@@ -10,21 +10,23 @@ pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NO
 /// Open flags: for writing.
 pub const WRITE: i32 = libc::O_WRONLY | libc::O_NOCTTY | libc::O_CLOEXEC;
 
-/// A program in memory that nobody can change any more: `memfd_create(2)` with every seal, `F_SEAL_EXEC` left out so that the
+/// A copy of a program that nobody can write to: a file in memory with every seal (`memfd_create(2)`), `F_SEAL_EXEC` left out so that the
 /// floor of supported kernels (5.15) has all of them.
 ///
 /// A process started from it cannot be used to overwrite the file on disk that it came from.
 ///
+/// A kernel may refuse to make files in memory that can be executed: `vm.memfd_noexec=2`, proc_sys_vm(5), which is a setting of each pid
+/// namespace. Then the copy is a file of a tmpfs that is mounted nowhere, read-only as a filesystem and as a mount. Who may change mounts on
+/// the host could make it writable again, but not while a process runs from it (`ETXTBSY`).
+///
 /// # Errors
-/// `ENOMEM`, `ENOSYS`.
+/// `ENOMEM`; with that setting `EPERM` without `CAP_SYS_ADMIN`.
 pub fn sealed_program(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd> {
-    // SAFETY: memfd_create(2) reads a NUL-terminated name, which `name` is.
-    let raw = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    if raw < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
-    let mut file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(raw) });
+    let raw = match memory_for_program(name) {
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => return program_on_tmpfs(name, bytes),
+        made => made?,
+    };
+    let mut file = std::fs::File::from(raw);
     file.write_all(bytes)?;
     let seals = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
     // SAFETY: F_ADD_SEALS takes a number.
@@ -34,6 +36,44 @@ pub fn sealed_program(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd
     // A descriptor open for writing makes exec fail with ETXTBSY, so it is opened anew for reading.
     let read_only = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     Ok(read_only.into())
+}
+
+/// <linux/memfd.h>, Linux 6.3: without it, `vm.memfd_noexec=1` makes a file that cannot be executed.
+const MFD_EXEC: libc::c_uint = 0x10;
+
+fn memory_for_program(name: &std::ffi::CStr) -> io::Result<OwnedFd> {
+    let make = |flags: libc::c_uint| {
+        // SAFETY: memfd_create(2) reads a NUL-terminated name, which `name` is.
+        let raw =
+            unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags) };
+        if raw < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+    };
+    match make(MFD_EXEC) {
+        // A kernel that does not know the flag makes files that can be executed.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => make(0),
+        made => made,
+    }
+}
+
+fn program_on_tmpfs(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd> {
+    use crate::mount::{FsContext, attr, set_attributes};
+    use std::os::unix::ffi::OsStrExt;
+    let name = std::ffi::OsStr::from_bytes(name.to_bytes());
+    let tmpfs = FsContext::open(c"tmpfs")?;
+    tmpfs.set("mode", "700".as_ref())?;
+    let mounted = tmpfs.mount(attr::NOSUID | attr::NODEV)?;
+    let dir = crate::beneath::Root::from_fd(mounted.try_clone()?)?.open_dir(std::path::Path::new(""))?;
+    let mut file = dir.create_file(name, 0o500)?;
+    file.write_all(bytes)?;
+    // A filesystem with a file open for writing cannot be made read-only.
+    drop(file);
+    tmpfs.make_read_only()?;
+    set_attributes(mounted.as_fd(), attr::RDONLY, 0, None, false)?;
+    Ok(dir.open_regular(name)?.into())
 }
 
 /// Writes everything that the filesystem of `file` has not written yet to the disk: `syncfs(2)`.
@@ -124,14 +164,25 @@ pub fn next_data(file: impl AsFd, from: u64) -> io::Result<Option<(u64, u64)>> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_sealed_program_runs_and_cannot_be_written() {
-        let program = sealed_program(c"true", &std::fs::read("/bin/true").unwrap()).unwrap();
+    fn runs_and_cannot_be_written(program: &OwnedFd) {
         let path = format!("/proc/{}/fd/{}", std::process::id(), program.as_raw_fd());
         assert!(std::process::Command::new(&path).status().unwrap().success());
         // Root may open the file for writing; the seal is what refuses the write.
         let refused =
             std::fs::OpenOptions::new().write(true).open(&path).and_then(|mut file| file.write_all(b"x"));
         assert!(refused.is_err());
+    }
+
+    #[test]
+    fn a_sealed_program_runs_and_cannot_be_written() {
+        runs_and_cannot_be_written(&sealed_program(c"true", &std::fs::read("/bin/true").unwrap()).unwrap());
+    }
+
+    #[test]
+    fn a_program_on_a_tmpfs_of_its_own_runs_and_cannot_be_written() {
+        match program_on_tmpfs(c"true", &std::fs::read("/bin/true").unwrap()) {
+            Ok(program) => runs_and_cannot_be_written(&program),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EPERM), "only root may mount: {error}"),
+        }
     }
 }

@@ -64,6 +64,7 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const FSCONFIG_SET_FLAG: libc::c_uint = 0;
 const FSCONFIG_SET_STRING: libc::c_uint = 1;
 const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+const FSCONFIG_CMD_RECONFIGURE: libc::c_uint = 7;
 const OPEN_TREE_CLONE: libc::c_uint = 1;
 const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC as libc::c_uint;
 const AT_RECURSIVE: libc::c_uint = 0x8000;
@@ -158,19 +159,34 @@ impl FsContext {
     /// # Errors
     /// Whatever the filesystem says to its configuration; see [`FsContext::log`].
     pub fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
-        // SAFETY: FSCONFIG_CMD_CREATE takes no key, value or auxiliary value.
+        self.command(FSCONFIG_CMD_CREATE)?;
+        // SAFETY: fsmount(2) takes only numbers.
+        owned(unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes) })
+    }
+
+    /// Makes the filesystem, which [`FsContext::mount`] has made, read-only for every mount of it.
+    ///
+    /// # Errors
+    /// `EBUSY` while a file in it is open for writing.
+    pub fn make_read_only(&self) -> io::Result<()> {
+        // After fsmount(2) the context is one for a reconfiguration.
+        self.set_flag("ro")?;
+        self.command(FSCONFIG_CMD_RECONFIGURE)
+    }
+
+    fn command(&self, command: libc::c_uint) -> io::Result<()> {
+        // SAFETY: the commands take no key, value or auxiliary value.
         check(unsafe {
             libc::syscall(
                 libc::SYS_fsconfig,
                 self.0.as_raw_fd(),
-                FSCONFIG_CMD_CREATE,
+                command,
                 std::ptr::null::<libc::c_char>(),
                 std::ptr::null::<libc::c_char>(),
                 0,
             )
-        })?;
-        // SAFETY: fsmount(2) takes only numbers.
-        owned(unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes) })
+        })
+        .map(drop)
     }
 
     /// What the kernel wrote about this configuration, for error messages; empty when it wrote nothing.
@@ -304,22 +320,6 @@ pub fn mount_overlay_with_options(target: &Path, options: &OsStr) -> io::Result<
     .map(drop)
 }
 
-/// Whether `place` lies on a procfs: `fstatfs(2)`, `PROC_SUPER_MAGIC`.
-///
-/// # Errors
-/// None in practice.
-pub fn is_procfs(place: BorrowedFd<'_>) -> io::Result<bool> {
-    Ok(nix::sys::statfs::fstatfs(place)?.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
-}
-
-/// Binds `source` on `target`, both paths of this process that nobody else can change: `mount(2)` with `MS_BIND`.
-///
-/// # Errors
-/// `ENOENT` and the like from the lookups.
-pub fn bind(source: &Path, target: &Path) -> io::Result<()> {
-    let source = c_string(source.as_os_str().as_bytes())?;
-    let target = c_string(target.as_os_str().as_bytes())?;
-    // SAFETY: source and target are NUL-terminated strings that live over the call; type and data are ignored for a bind.
 /// What kind of filesystem a place lies on, of those that the kernel keeps and a container has its own of: `fstatfs(2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filesystem {
@@ -347,6 +347,22 @@ pub fn filesystem_of(place: BorrowedFd<'_>) -> io::Result<Filesystem> {
     })
 }
 
+/// Whether `place` lies on a procfs: `fstatfs(2)`, `PROC_SUPER_MAGIC`.
+///
+/// # Errors
+/// None in practice.
+pub fn is_procfs(place: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(nix::sys::statfs::fstatfs(place)?.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
+}
+
+/// Binds `source` on `target`, both paths of this process that nobody else can change: `mount(2)` with `MS_BIND`.
+///
+/// # Errors
+/// `ENOENT` and the like from the lookups.
+pub fn bind(source: &Path, target: &Path) -> io::Result<()> {
+    let source = c_string(source.as_os_str().as_bytes())?;
+    let target = c_string(target.as_os_str().as_bytes())?;
+    // SAFETY: source and target are NUL-terminated strings that live over the call; type and data are ignored for a bind.
     check(libc::c_long::from(unsafe {
         libc::mount(source.as_ptr(), target.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null())
     }))

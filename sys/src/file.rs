@@ -85,6 +85,31 @@ pub fn sync_filesystem(file: BorrowedFd<'_>) -> io::Result<()> {
     if unsafe { libc::syncfs(file.as_raw_fd()) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Lets two existing names change places, at once: `renameat2(2)` with `RENAME_EXCHANGE`. Both are on one
+/// filesystem.
+///
+/// # Errors
+/// As renameat2(2): `ENOENT` if either is absent, `EINVAL` where the filesystem cannot.
+pub fn exchange(one: &std::path::Path, other: &std::path::Path) -> io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let name = |path: &std::path::Path| {
+        std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput)
+    };
+    let (one, other) = (name(one)?, name(other)?);
+    // SAFETY: renameat2(2) wants two directories, for which AT_FDCWD stands, and two NUL-terminated names.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_renameat2,
+            libc::AT_FDCWD,
+            one.as_ptr(),
+            libc::AT_FDCWD,
+            other.as_ptr(),
+            libc::RENAME_EXCHANGE,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Takes over a descriptor that this process was started with, and makes it close-on-exec.
 ///
 /// # Errors
@@ -163,6 +188,18 @@ pub fn next_data(file: impl AsFd, from: u64) -> io::Result<Option<(u64, u64)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_change_places() {
+        let folder = std::env::temp_dir().join(format!("berth-sys-exchange-{}", std::process::id()));
+        let (one, other) = (folder.join("one"), folder.join("other"));
+        std::fs::create_dir_all(one.join("in-one")).unwrap();
+        assert_eq!(exchange(&one, &other).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        std::fs::create_dir_all(other.join("in-other")).unwrap();
+        exchange(&one, &other).unwrap();
+        assert!(one.join("in-other").is_dir() && other.join("in-one").is_dir());
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 
     fn runs_and_cannot_be_written(program: &OwnedFd) {
         let path = format!("/proc/{}/fd/{}", std::process::id(), program.as_raw_fd());

@@ -1,5 +1,6 @@
 //! Whole directories: their names, and removing them with all that is in them.
 
+use std::collections::HashSet;
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -11,11 +12,17 @@ use super::{Dir, stat_fd};
 /// Bytes asked from `getdents64` at once: some hundred entries.
 const LISTING_BUFFER: usize = 32 * 1024;
 
+/// Entries that could not be removed, after which a removal gives up: the filesystem will not have the rest
+/// removed either.
+const MAX_STUCK: usize = 1000;
+
 impl Dir {
     /// Removes `name` whatever it is, a directory with all that is in it. Absent is success.
     ///
-    /// Works without recursion and with two descriptors at a time, however deep the tree is, and needs no free space. Nothing is
-    /// followed. A tree that somebody moves about meanwhile ends it with `EAGAIN`; a mount inside with `EBUSY`.
+    /// Works without recursion and with two descriptors at a time, however deep the tree is, and needs no
+    /// free space. Nothing is followed. An entry that cannot be removed (immutable: `EPERM`; a mount point:
+    /// `EBUSY`) keeps only the directories that it is in; all else goes, and the first such error is
+    /// returned. A tree that somebody moves about meanwhile ends it with `EAGAIN`.
     ///
     /// # Errors
     /// As unlinkat(2) and openat(2); what was removed until then stays removed.
@@ -25,27 +32,42 @@ impl Dir {
             Err(error) if error.raw_os_error() == Some(libc::ENOTEMPTY) => {}
             done => return done,
         }
-        // The directories above the current one: their names, to remove them when they are empty, and who their parents are, to
-        // notice when `..` is no longer where we came from.
-        let mut above = vec![(name.clone(), stat_fd(self.as_fd())?.identity)];
+        // The directories above the current one: their names, to remove them when they are empty, who their
+        // parents are, to notice when `..` is no longer where we came from, and what is stuck in those.
+        let mut above = vec![(name.clone(), stat_fd(self.as_fd())?.identity, HashSet::new())];
         let mut current = self.open_raw_c(&name, libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
+        let mut stuck = Stuck::default();
         let mut buffer = vec![0_u8; LISTING_BUFFER];
         loop {
-            let descend = empty_dir(current.as_fd(), &mut buffer)?;
+            let descend = empty_dir(current.as_fd(), &mut buffer, &mut stuck)?;
             if let Some(child) = descend {
-                above.push((child.clone(), stat_fd(current.as_fd())?.identity));
-                current = (Self { fd: current }).open_raw_c(&child, libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
+                let here = Self { fd: current };
+                match here.open_raw_c(&child, libc::O_RDONLY | libc::O_DIRECTORY, 0) {
+                    Ok(opened) => {
+                        let identity = stat_fd(here.as_fd())?.identity;
+                        above.push((child, identity, std::mem::take(&mut stuck.here)));
+                        current = opened;
+                    }
+                    Err(error) => {
+                        stuck.add(child, error)?;
+                        current = here.fd;
+                    }
+                }
                 continue;
             }
-            let Some((emptied, parent_identity)) = above.pop() else { return Ok(()) };
+            let Some((emptied, parent_identity, in_parent)) = above.pop() else { return Ok(()) };
             if above.is_empty() {
-                return unlink_at(self.as_fd(), &emptied, libc::AT_REMOVEDIR);
+                let removed = unlink_at(self.as_fd(), &emptied, libc::AT_REMOVEDIR);
+                return stuck.first.map_or(removed, Err);
             }
             let parent = (Self { fd: current }).open_raw_c(c"..", libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
             if stat_fd(parent.as_fd())?.identity != parent_identity {
                 return Err(io::Error::from_raw_os_error(libc::EAGAIN));
             }
-            unlink_at(parent.as_fd(), &emptied, libc::AT_REMOVEDIR)?;
+            stuck.here = in_parent;
+            if let Err(error) = unlink_at(parent.as_fd(), &emptied, libc::AT_REMOVEDIR) {
+                stuck.add(emptied, error)?;
+            }
             current = parent;
         }
     }
@@ -75,23 +97,55 @@ impl Dir {
     }
 }
 
-/// Removes what can be removed from a directory. Returns the first child that is a directory with something in it.
-fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<CString>> {
+/// What could not be removed.
+#[derive(Default)]
+struct Stuck {
+    /// In the current directory, by name.
+    here: HashSet<CString>,
+    count: usize,
+    first: Option<io::Error>,
+}
+
+impl Stuck {
+    /// Remembers one; gives up with the first error when there are too many.
+    fn add(&mut self, name: CString, error: io::Error) -> io::Result<()> {
+        self.here.insert(name);
+        self.count += 1;
+        let first = self.first.get_or_insert(error).raw_os_error();
+        if self.count <= MAX_STUCK {
+            return Ok(());
+        }
+        Err(io::Error::from_raw_os_error(first.unwrap_or(libc::EIO)))
+    }
+}
+
+/// Removes what can be removed from a directory. Returns the first child that is a directory with something
+/// in it and not known to be stuck.
+fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::Result<Option<CString>> {
     loop {
         // From the start again each time: what was listed before is gone, and positions in a directory that changes mean little.
         // SAFETY: lseek(2) takes numbers only.
         if unsafe { libc::lseek(dir.as_raw_fd(), 0, libc::SEEK_SET) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        let length = getdents(dir, buffer)?;
         let mut removed = false;
-        for name in DirEntries(buffer.get(..length).unwrap_or_default()) {
-            match remove_one(dir, name) {
-                Ok(()) => removed = true,
-                Err(error) if error.raw_os_error() == Some(libc::ENOTEMPTY) => {
-                    return Ok(Some(name.to_owned()));
+        loop {
+            let length = getdents(dir, buffer)?;
+            for name in DirEntries(buffer.get(..length).unwrap_or_default()) {
+                if stuck.here.contains(name) {
+                    continue;
                 }
-                Err(error) => return Err(error),
+                match remove_one(dir, name) {
+                    Ok(()) => removed = true,
+                    Err(error) if error.raw_os_error() == Some(libc::ENOTEMPTY) => {
+                        return Ok(Some(name.to_owned()));
+                    }
+                    Err(error) => stuck.add(name.to_owned(), error)?,
+                }
+            }
+            // Behind a listing that was all stuck, there may be more.
+            if removed || length == 0 {
+                break;
             }
         }
         if !removed {

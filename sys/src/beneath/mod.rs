@@ -246,6 +246,37 @@ mod tests {
         assert!(!tree.inside("wide").exists());
     }
 
+    /// Many at one place, one deep down: what can be removed is removed, and the mounts are not entered.
+    #[test]
+    fn removal_leaves_what_is_stuck_and_takes_the_rest() {
+        const WIDE: usize = 500;
+        let tree = Tree::new("stuck");
+        for i in 0..WIDE {
+            fs::create_dir_all(tree.inside(&format!("t/wide/a-rather-long-name-for-one-directory-{i}/x/y")))
+                .unwrap();
+        }
+        fs::create_dir_all(tree.inside("t/deep/er/mounted")).unwrap();
+        let places = [
+            tree.inside("t/deep/er/mounted"),
+            tree.inside("t/wide/a-rather-long-name-for-one-directory-7/x"),
+        ];
+        for place in &places {
+            crate::mount::bind(&tree.0.join("canary"), place).unwrap();
+        }
+        let top = tree.root().open_dir(Path::new("")).unwrap();
+        let removed = top.remove_all(OsStr::new("t"));
+        let left: Vec<usize> = ["t", "t/wide", "t/deep", "t/deep/er"]
+            .map(|path| fs::read_dir(tree.inside(path)).map_or(0, Iterator::count))
+            .to_vec();
+        for place in &places {
+            crate::mount::detach(place).unwrap();
+        }
+        assert_eq!((errno(removed), left), (libc::EBUSY, vec![2, 1, 1, 1]));
+        assert_eq!(fs::read(tree.0.join("canary/secret")).unwrap(), b"host");
+        top.remove_all(OsStr::new("t")).unwrap();
+        assert!(!tree.inside("t").exists());
+    }
+
     #[test]
     fn device_numbers_that_do_not_fit_are_refused() {
         let tree = Tree::new("device");

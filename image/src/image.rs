@@ -16,7 +16,7 @@ pub struct Image {
 }
 
 /// What of an image never changes, for its id is the digest of its configuration.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Content {
     /// Diff ids, lowest first.
     pub(crate) layers: Vec<Digest>,
@@ -127,6 +127,11 @@ impl ImageConfig {
 }
 
 impl Content {
+    /// The same with another manifest.
+    pub(crate) fn with_manifest(&self, raw_manifest: Vec<u8>) -> Self {
+        Self { raw_manifest, ..self.clone() }
+    }
+
     pub(crate) fn new(
         configuration: &crate::manifest::Configuration,
         size_bytes: u64,

@@ -31,4 +31,6 @@ pub use digest::Digest;
 pub use image::{Image, ImageConfig};
 pub use progress::{LayerPhase, LayerProgress, NoProgress, Progress};
 pub use reference::Reference;
-pub use store::{ContentError, ImportError, ImportSource, PullError, Store, StoreError, StoreOptions, Usage};
+pub use store::{
+    ContentError, ImportError, ImportSource, InUse, Lease, PullError, Store, StoreError, StoreOptions, Usage,
+};

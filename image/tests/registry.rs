@@ -232,7 +232,7 @@ async fn a_cancelled_pull_leaves_nothing() {
         }
         assert!(store.list().is_empty());
     }
-    store.remove(&reference.to_string(), &BTreeSet::new()).await.unwrap();
+    store.remove(&reference.to_string(), nobody).await.unwrap();
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     loop {
         let left: Vec<_> =

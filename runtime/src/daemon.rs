@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
+use crate::housekeeping;
 use crate::node::Node;
 use crate::notify::{self, Notifier};
 use crate::oci_spec::{HostFacts, devices};
@@ -157,6 +158,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let mut reloads = None;
     let listening = || {
         notifier.ready(&status(&node));
+        housekeeping::begin(&node);
         reloads = Some(tokio::spawn(reload::serve(node.clone(), notifier.clone(), status, reload)));
     };
     let stopping = async {
@@ -344,10 +346,15 @@ async fn keep_alive(notifier: Arc<Notifier>, node: Arc<Node>) {
 /// What a person sees who asks the service manager.
 fn status(node: &Node) -> String {
     let (pods, containers) = (node.registry.sandboxes().len(), node.registry.containers().len());
-    match node.network() {
-        Ok(()) => format!("serving {pods} pods, {containers} containers"),
-        Err(broken) => format!("serving {pods} pods, {containers} containers; network: {broken}"),
+    let mut text = format!("serving {pods} pods, {containers} containers");
+    if let Err(broken) = node.network() {
+        text.push_str(&format!("; network: {broken}"));
     }
+    let faults = node.images.faults();
+    if let Some(first) = faults.first() {
+        text.push_str(&format!("; {} faults in the image store, the first: {first}", faults.len()));
+    }
+    text
 }
 
 /// The driver that the configuration names, else the one whose form the configured parent has, else the one that fits the node.

@@ -14,6 +14,7 @@ mod container;
 pub mod cri;
 pub mod daemon;
 mod host_directory;
+mod housekeeping;
 mod node;
 mod notify;
 pub mod oci_spec;

@@ -1,23 +1,23 @@
 //! What every part of the daemon works with: the node that it runs on, and everything that it opened there.
 
 use crate::config::Config;
-use crate::container::Container;
 use crate::container::output_room::OutputRoom;
 use crate::oci_spec::HostFacts;
-use crate::registry::Registry;
+use crate::registry::{Found, Registry};
 use crate::shim_client::{Holder, ShimError, ShimProgram};
 use crate::unanswered::Unanswered;
 use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
-use berth_image::Store;
+use berth_image::{InUse, Store};
 use berth_model::layout::Layout;
 use berth_network::Bridge;
 use berth_seccomp::Cache;
 use berth_sys::xattr;
-use std::collections::{BTreeSet, HashSet};
-use std::ffi::CStr;
+use std::collections::HashSet;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -191,14 +191,39 @@ impl Node {
         *self.network.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
-    /// The images that containers were made from.
-    pub(crate) fn images_in_use(&self) -> BTreeSet<berth_image::Digest> {
-        self.registry
-            .containers()
-            .iter()
-            .filter_map(|container: &Arc<Container>| container.image_digest())
-            .collect()
+    /// The images that containers were made from; `None` if there are containers, or may be, that this daemon
+    /// does not know: their images are not known either.
+    pub(crate) fn images_in_use(&self) -> InUse {
+        for folder in [self.layout.containers(), self.layout.container_states()] {
+            for entry in std::fs::read_dir(&folder).ok()? {
+                let entry = entry.ok()?;
+                if !self.is_known_container(&entry.file_name()) && may_exist(&entry.path()) {
+                    return None;
+                }
+            }
+        }
+        Some(self.registry.containers().iter().filter_map(|container| container.image_digest()).collect())
     }
+
+    /// Whether something in a folder of containers is one that is known, or that is being made and has a
+    /// lease on its image.
+    fn is_known_container(&self, name: &OsStr) -> bool {
+        let Some(name) = name.to_str() else { return false };
+        matches!(self.registry.find_container(name), Found::One(found) if found.id().as_str() == name)
+            || self.registry.is_being_made(name)
+    }
+
+    /// Lets layers go, in the background, that no container uses any more.
+    pub(crate) fn collect_images(self: &Arc<Self>) {
+        let node = self.clone();
+        self.images.collect_soon(move || node.images_in_use());
+    }
+}
+
+/// Whether a path is there, or cannot be looked at: a container that goes leaves its folders before it is
+/// forgotten.
+fn may_exist(path: &Path) -> bool {
+    !std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// The time now, in nanoseconds since the epoch.

@@ -1,8 +1,10 @@
 //! The start of a daemon: what the one before it left, whole objects and remains.
 //!
-//! Order matters. First the sandboxes and containers that have records; then everything without one goes: shims whose containers were
-//! never recorded, namespaces and mounts of sandboxes that were never finished, cgroups, addresses, the trash. One object that cannot
-//! be read does not stop the start: its record is put into quarantine, and what it owned is collected like any other remains.
+//! Order matters. First the sandboxes and containers that have records; then everything without one goes:
+//! shims whose containers were never recorded, namespaces and mounts of sandboxes that were never finished,
+//! cgroups, addresses. One object that cannot be read does not stop the start: its record is put into
+//! quarantine, and what it owned is collected like any other remains. What only takes room on the disk waits
+//! until the daemon serves: `housekeeping`.
 
 use crate::cadvisor;
 use crate::container::{self, ContainerError};
@@ -173,9 +175,6 @@ fn collect_blocking(node: &Node) -> Result<(), RecoveryError> {
     let living = node.registry.sandboxes();
     if let Err(error) = node.bridge.reconcile(living.iter().map(|sandbox| sandbox.id().as_str())) {
         tracing::warn!(error = %crate::chain(&error), "could not free the addresses that are nobody's");
-    }
-    if let Err(error) = trash::empty(&node.layout) {
-        tracing::warn!(%error, "could not empty the trash");
     }
     Ok(())
 }

@@ -3,18 +3,23 @@
 //! Order, so that a power cut at any point leaves the image absent or whole: layers are unpacked under other names; the patch layers and
 //! the image's folder are made under other names too; one `syncfs` makes all of it durable; layers and patches get their names, and their
 //! folders are synced; last the image's folder gets its name. A layer that got its name without its image is garbage, and collected.
+//!
+//! The same way mends what is there already: a layer or patch whose record cannot be used changes places with
+//! the new one, and stays under another name while a container has it mounted.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use berth_sys::beneath::Root;
 
+use super::load::{Needs, Tree, chain_id, is_manifest_of};
 use super::record::{self, ImageRecord, LayerRecord, Lower, OpenQuestions, TagRecord};
 use super::staging::{Acquired, Staged};
-use super::{Inner, Listed, RecordError, StoreError, file_error, make_private_dir, remove_tree};
+use super::{Inner, Listed, RecordError, StoreError, file_error, make_private_dir};
 use crate::image::Content;
 use crate::layer::LayerError;
 use crate::manifest::{Configuration, MAX_LAYERS, ManifestError};
@@ -117,50 +122,76 @@ struct Pending {
     path: PathBuf,
 }
 
-/// Gives names to an image that is in the store already. `None` if it is not.
-pub(super) fn name_existing(inner: &Inner, id: Digest, names: &[Names]) -> Result<Option<Image>, StoreError> {
+/// Gives names to an image that is in the store already. `None` if it is not, or if something of it has to be
+/// mended.
+pub(super) fn name_existing(
+    inner: &Inner,
+    id: Digest,
+    raw_manifest: &[u8],
+    names: &[Names],
+) -> Result<Option<Image>, StoreError> {
     let _disk = inner.disk();
+    inner.look_again_if_needed();
+    if !is_all_sound(inner, id) {
+        return Ok(None);
+    }
+    mend_manifest(inner, id, raw_manifest);
     name_listed(inner, id, names)
 }
 
-/// Enters an image into the store. Blocking.
-pub(super) fn commit(inner: &Inner, new: &NewImage) -> Result<Image, ContentError> {
+/// Whether an image is listed, and nothing of what it stands on has to be mended.
+fn is_all_sound(inner: &Inner, id: Digest) -> bool {
+    let needs = inner.state().images.get(&id).map(|listed| Needs::of_record(&listed.record));
+    needs.is_some_and(|needs| needs.0.into_iter().all(|lower| inner.is_sound(lower)))
+}
+
+/// Enters an image into the store. Blocking. After an error nothing of it is left.
+pub(super) fn commit(inner: &Inner, new: NewImage) -> Result<Image, ContentError> {
     let _disk = inner.disk();
-    let id = Digest::of(&new.raw_config);
-    if let Some(image) = name_listed(inner, id, &new.names)? {
-        return Ok(image);
-    }
-    let mut pending = Vec::new();
-    let result = commit_locked(inner, id, new, &mut pending);
+    let mut way = Way::default();
+    let result = commit_locked(inner, &new, &mut way);
+    // What the image did not take is let go before what nobody needs is.
+    drop(new);
     if result.is_err() {
-        for unfinished in &pending {
-            if let Err(error) = remove_tree(&unfinished.partial) {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "could not remove an unfinished image"
-                );
-            }
+        for unfinished in way.pending {
+            inner.sweeper.queue(unfinished.partial);
         }
+        inner.discard_unneeded(&way.entered);
     }
+    inner.sweeper.start();
     result
 }
 
-fn commit_locked(
-    inner: &Inner,
-    id: Digest,
-    new: &NewImage,
-    pending: &mut Vec<Pending>,
-) -> Result<Image, ContentError> {
-    let (lower, patches) = stack(inner, new, pending)?;
+/// How far a commit came.
+#[derive(Default)]
+struct Way {
+    pending: Vec<Pending>,
+    /// Layers and patches that have their names.
+    entered: BTreeSet<Lower>,
+}
+
+fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, ContentError> {
+    let id = Digest::of(&new.raw_config);
+    let is_listed = inner.state().images.contains_key(&id);
+    if is_listed && is_all_sound(inner, id) {
+        mend_manifest(inner, id, &new.raw_manifest);
+        return name_listed(inner, id, &new.names)?.ok_or(StoreError::BrokenOff.into());
+    }
+    let (lower, patches) = stack(inner, new, &mut way.pending)?;
     if lower.len() > MAX_LAYERS {
         return Err(ContentError::TooManyLayers(lower.len()));
     }
 
     let mut size_bytes = new.raw_config.len() as u64 + new.raw_manifest.len() as u64;
     for layer in &new.layers {
-        let known = inner.state().layers.get(&layer.diff_id).copied();
-        size_bytes += known.or(layer.staged.as_ref().map(|staged| staged.record)).map_or(0, |r| r.bytes);
+        let staged = layer.staged.as_ref().map(|staged| staged.record);
+        let known = inner.state().trees.get(&Lower::Layer(layer.diff_id)).and_then(Tree::record);
+        size_bytes += staged.or(known).map_or(0, |record| record.bytes);
     }
+    let image_path = inner.image_path(id);
+    let partial = inner.partial_path(&image_path);
+    // A folder of this image may be there that cannot be used. What is known of it goes on: its names.
+    let held = inner.state().held.get(&id.hex()).cloned();
     let mut record = ImageRecord {
         id,
         layers: new.configuration.diff_ids.clone(),
@@ -169,50 +200,129 @@ fn commit_locked(
         tags: Vec::new(),
         repo_digests: Vec::new(),
     };
-    let taken_over = add_names(&mut record, &new.names, &mut inner.state().next_sequence);
-    let image_path = inner.image_path(id);
-    let partial = inner.partial_path(&image_path);
-    pending.push(Pending { partial: partial.clone(), path: image_path.clone() });
-    write_image(&partial, &record, new)?;
+    if let Some(known) = held.as_ref().and_then(|held| held.record.clone()) {
+        let free = |tag: &TagRecord| !inner.state().tags.contains_key(&tag.name);
+        record.tags = known.tags.into_iter().filter(free).collect();
+        record.repo_digests = known.repo_digests;
+    }
+    add_names(&mut record, &new.names, &mut inner.state().next_sequence);
+    if !is_listed {
+        way.pending.push(Pending { partial: partial.clone(), path: image_path.clone() });
+        write_image(&partial, &record, new)?;
+    }
 
     let root = fs::File::open(&inner.root).map_err(file_error("open", &inner.root))?;
     berth_sys::file::sync_filesystem(root.as_fd()).map_err(file_error("sync", &inner.root))?;
 
     for layer in &new.layers {
         if let Some(staged) = &layer.staged {
-            enter_layer(inner, layer.diff_id, staged)?;
+            enter_layer(inner, layer.diff_id, staged, &mut way.entered)?;
         }
     }
     for (chain_id, patch_record) in patches {
-        let path = inner.patch_path(chain_id);
-        if let Some(position) = pending.iter().position(|p| p.path == path) {
-            let done = pending.remove(position);
-            fs::rename(&done.partial, &path).map_err(file_error("rename", &done.partial))?;
-            inner.state().patches.insert(chain_id, patch_record);
+        let (lower, path) = (Lower::Patch(chain_id), inner.tree_path(Lower::Patch(chain_id)));
+        if let Some(position) = way.pending.iter().position(|p| p.path == path) {
+            let done = way.pending.remove(position);
+            enter_tree(inner, &done.partial, lower, patch_record, &mut way.entered)
+                .inspect_err(|_| inner.sweeper.queue(done.partial))?;
         }
     }
     inner.sync_folder("layers")?;
     inner.sync_folder("patches")?;
+    if is_listed {
+        mend_manifest(inner, id, &new.raw_manifest);
+        return name_listed(inner, id, &new.names)?.ok_or(StoreError::BrokenOff.into());
+    }
+    if held.is_some() {
+        inner.quarantine(&image_path)?;
+        inner.state().held.remove(&id.hex());
+    }
     fs::rename(&partial, &image_path).map_err(file_error("rename", &partial))?;
-    pending.clear();
-    inner.sync_folder("images")?;
-
+    if let Err(error) = inner.sync_folder("images") {
+        // Not durable, so not listed; unless it cannot be taken back either, and then it is there.
+        if fs::rename(&image_path, &partial).is_ok() {
+            return Err(error.into());
+        }
+    }
+    way.pending.clear();
+    // Memory follows at once: whatever fails from here on, the image is there.
+    way.entered.clear();
     let content =
         Content::new(&new.configuration, size_bytes, new.raw_config.clone(), new.raw_manifest.clone());
-    inner.state().images.insert(id, Listed { record, content: Arc::new(content) });
-    take_over(inner, id, &taken_over)?;
+    let tags: Vec<String> = record.tags.iter().map(|tag| tag.name.clone()).collect();
+    inner.state().images.insert(id, Listed { record, content: Arc::new(content), manifest_known: true });
+    take_over(inner, id, &tags);
+    inner.revive();
     inner.state().image(id).ok_or(ContentError::Store(StoreError::BrokenOff))
 }
 
-fn enter_layer(inner: &Inner, diff_id: Digest, staged: &Staged) -> Result<(), StoreError> {
+fn enter_layer(
+    inner: &Inner,
+    diff_id: Digest,
+    staged: &Staged,
+    entered: &mut BTreeSet<Lower>,
+) -> Result<(), StoreError> {
+    let lower = Lower::Layer(diff_id);
     // Another image's commit may have entered it; or the layer is in this image twice.
-    if staged.is_committed() || inner.state().layers.contains_key(&diff_id) {
+    if staged.is_committed() || inner.is_sound(lower) {
         return Ok(());
     }
-    fs::rename(staged.path(), inner.layer_path(diff_id)).map_err(file_error("rename", staged.path()))?;
+    enter_tree(inner, staged.path(), lower, staged.record, entered)?;
     staged.set_committed();
-    inner.state().layers.insert(diff_id, staged.record);
     Ok(())
+}
+
+/// Gives a tree its name. One that is there already keeps its content under another: containers may have it
+/// mounted.
+fn enter_tree(
+    inner: &Inner,
+    partial: &Path,
+    lower: Lower,
+    record: LayerRecord,
+    entered: &mut BTreeSet<Lower>,
+) -> Result<(), StoreError> {
+    let path = inner.tree_path(lower);
+    let is_there = inner.state().trees.contains_key(&lower);
+    if is_there && fs::symlink_metadata(&path).is_ok() {
+        let replaced = inner.numbered_path(&path, "replaced");
+        // First the name under which no start deletes it, then the exchange: each of the two is whole at any
+        // moment.
+        fs::rename(partial, &replaced).map_err(file_error("rename", partial))?;
+        if let Err(error) = berth_sys::file::exchange(&replaced, &path) {
+            // It has its old name again, and goes with all else that is not finished.
+            let _ = fs::rename(&replaced, partial);
+            return Err(file_error("exchange", &path)(error));
+        }
+        tracing::info!(path = %path.display(), "a layer that could not be used is there again");
+        inner.state().replaced.insert(replaced, lower);
+    } else {
+        fs::rename(partial, &path).map_err(file_error("rename", partial))?;
+    }
+    entered.insert(lower);
+    inner.state().trees.insert(lower, Tree::whole_and_known(record));
+    Ok(())
+}
+
+/// Writes the manifest of a listed image again, if the one on disk is not one. Nothing but what people look
+/// at hangs on it.
+fn mend_manifest(inner: &Inner, id: Digest, raw_manifest: &[u8]) {
+    let listed = inner.state().images.get(&id).cloned();
+    let Some(listed) = listed.filter(|listed| !listed.manifest_known && is_manifest_of(raw_manifest, id))
+    else {
+        return;
+    };
+    let path = inner.image_path(id).join("manifest");
+    if let Err(error) = record::replace_bytes(&path, raw_manifest) {
+        tracing::warn!(
+            path = %path.display(), error = &error as &dyn std::error::Error,
+            "could not write the manifest of an image again"
+        );
+        return;
+    }
+    if let Some(known) = inner.state().images.get_mut(&id) {
+        known.content = Arc::new(listed.content.with_manifest(raw_manifest.to_vec()));
+        known.manifest_known = true;
+    }
 }
 
 fn write_image(path: &Path, record: &ImageRecord, new: &NewImage) -> Result<(), StoreError> {
@@ -234,18 +344,14 @@ fn stack(inner: &Inner, new: &NewImage, pending: &mut Vec<Pending>) -> Result<St
     // Lowest first, with the open directory of each, for the patches above.
     let mut stacked: Vec<(Lower, Root)> = Vec::new();
     let mut patches = Vec::new();
-    let mut chain_id: Option<Digest> = None;
+    let mut below_chain: Option<Digest> = None;
     for layer in &new.layers {
         let diff_id = layer.diff_id;
-        let chain = match chain_id {
-            None => diff_id,
-            // OCI image-spec 1.1, config.md, "Layer ChainID".
-            Some(below) => Digest::of(format!("{below} {diff_id}").as_bytes()),
-        };
-        chain_id = Some(chain);
+        let chain = chain_id(below_chain, diff_id);
+        below_chain = Some(chain);
         let path = match &layer.staged {
             Some(staged) if !staged.is_committed() => staged.path().to_owned(),
-            _ => inner.layer_path(diff_id),
+            _ => inner.tree_path(Lower::Layer(diff_id)),
         };
         let tree = path.join("fs");
         let root = Root::open(&tree).map_err(file_error("open", &tree))?;
@@ -282,9 +388,10 @@ fn make_patch(
     pending: &mut Vec<Pending>,
     patch_error: impl Fn(PatchError) -> ContentError,
 ) -> Result<(PathBuf, LayerRecord), ContentError> {
-    let path = inner.patch_path(chain_id);
-    if let Some(record) = inner.state().patches.get(&chain_id) {
-        return Ok((path.join("fs"), *record));
+    let path = inner.tree_path(Lower::Patch(chain_id));
+    let known = inner.state().trees.get(&Lower::Patch(chain_id)).and_then(Tree::record);
+    if let Some(record) = known {
+        return Ok((path.join("fs"), record));
     }
     let partial = inner.partial_path(&path);
     pending.push(Pending { partial: partial.clone(), path });
@@ -301,11 +408,15 @@ fn make_patch(
 }
 
 fn read_summary(inner: &Inner, diff_id: Digest, path: &Path) -> Result<Summary, StoreError> {
-    let record = inner.state().layers.get(&diff_id).copied();
-    let record = record.ok_or_else(|| file_error("find", path)(io::ErrorKind::NotFound.into()))?;
+    let lower = Lower::Layer(diff_id);
+    let record = inner.state().trees.get(&lower).and_then(Tree::record);
+    let record = record.ok_or_else(|| super::missing(path))?;
     let questions = if record.has_open_questions {
         let file = path.join("open.json");
-        record::read(&file).map_err(|source| StoreError::Record { path: file, source })?
+        let read = record::read(&file);
+        // Whoever asks for the layer next gets it anew.
+        inner.note_questions(lower, read.as_ref().err());
+        read.map_err(|source| StoreError::Record { path: file, source })?
     } else {
         OpenQuestions::default()
     };
@@ -319,27 +430,26 @@ fn name_listed(inner: &Inner, id: Digest, names: &[Names]) -> Result<Option<Imag
         let Some(listed) = state.images.get(&id) else { return Ok(None) };
         (listed.record.clone(), listed.record.clone())
     };
-    let taken_over = add_names(&mut record, names, &mut inner.state().next_sequence);
+    add_names(&mut record, names, &mut inner.state().next_sequence);
     if record != old {
         save_record(inner, &record)?;
         if let Some(listed) = inner.state().images.get_mut(&id) {
             listed.record = record;
         }
     }
-    take_over(inner, id, &taken_over)?;
+    let tags: Vec<String> = names.iter().filter_map(|name| name.tag.clone()).collect();
+    take_over(inner, id, &tags);
     Ok(inner.state().image(id))
 }
 
-/// Adds names that the record does not have. Returns all tags among them.
-fn add_names(record: &mut ImageRecord, names: &[Names], sequence: &mut u64) -> Vec<String> {
-    let mut tags = Vec::new();
+/// Adds names that the record does not have.
+fn add_names(record: &mut ImageRecord, names: &[Names], sequence: &mut u64) {
     for name in names {
-        if let Some(tag) = &name.tag {
-            if !record.tags.iter().any(|known| known.name == *tag) {
-                record.tags.push(TagRecord { name: tag.clone(), sequence: *sequence });
-                *sequence += 1;
-            }
-            tags.push(tag.clone());
+        if let Some(tag) = &name.tag
+            && !record.tags.iter().any(|known| known.name == *tag)
+        {
+            record.tags.push(TagRecord { name: tag.clone(), sequence: *sequence });
+            *sequence += 1;
         }
         if let Some(digest) = &name.repo_digest
             && !record.repo_digests.contains(digest)
@@ -347,12 +457,12 @@ fn add_names(record: &mut ImageRecord, names: &[Names], sequence: &mut u64) -> V
             record.repo_digests.push(digest.clone());
         }
     }
-    tags
 }
 
-/// Points tags at their new owner, and takes them out of the records of the old ones. Those are written after the new owner's record: a
-/// crash in between leaves two claims, of which the later sequence number wins.
-fn take_over(inner: &Inner, id: Digest, tags: &[String]) -> Result<(), StoreError> {
+/// Points tags at their new owner, and takes them out of the records of the old ones. Those are written after
+/// the new owner's record: a crash in between leaves two claims, of which the later sequence number wins. So
+/// an old record that cannot be written is no failure: the names have moved.
+fn take_over(inner: &Inner, id: Digest, tags: &[String]) {
     for tag in tags {
         let old_owner = inner.state().tags.insert(tag.clone(), id).filter(|owner| *owner != id);
         let changed = old_owner.and_then(|owner| {
@@ -361,11 +471,15 @@ fn take_over(inner: &Inner, id: Digest, tags: &[String]) -> Result<(), StoreErro
             listed.record.tags.retain(|known| known.name != *tag);
             Some(listed.record.clone())
         });
-        if let Some(record) = changed {
-            save_record(inner, &record)?;
+        if let Some(record) = changed
+            && let Err(error) = save_record(inner, &record)
+        {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "could not take a tag out of the record of the image that had it"
+            );
         }
     }
-    Ok(())
 }
 
 fn save_record(inner: &Inner, record: &ImageRecord) -> Result<(), StoreError> {

@@ -3,16 +3,22 @@
 //! The disk is the truth (layout in `record`); `State` mirrors it in memory, so that lists and lookups touch no disk. Changes of the
 //! listed images happen one at a time under `Inner::disk`; pulls work side by side until then.
 //!
-//! An image is listed when, and only when, all its bytes are durable: `commit` says in which order. Layers are shared by diff id; a
-//! layer goes when no image needs it: no listed one, none that was removed while a container uses it, and no pull that runs.
+//! An image is listed when, and only when, all its bytes are durable: `commit` says in which order. Layers
+//! are shared by diff id; `collect` says when one goes, `load` and `fault` what becomes of what cannot be
+//! read.
 
+mod collect;
 mod commit;
+mod fault;
 mod import;
+mod lease;
+mod load;
 mod pull;
 mod record;
 mod staging;
+mod sweep;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,18 +33,26 @@ use crate::image::Content;
 use crate::layer::is_disk_full;
 use crate::reference::Target;
 use crate::registry::{self, Client};
-use crate::{Digest, Image, Progress, Reference, manifest};
+use crate::{Digest, Image, Progress, Reference};
 
+pub use collect::InUse;
 pub use commit::ContentError;
 pub use import::{ImportError, ImportSource};
+pub use lease::Lease;
 pub use pull::PullError;
 pub use record::RecordError;
 
-use record::{ImageRecord, LayerRecord, Lower};
+use collect::Waiting;
+use load::{Held, Tree};
+use record::{ImageRecord, Lower};
 use staging::{Removals, Slot};
+use sweep::Sweeper;
 
 /// Shortest prefix of an id that finds an image.
 const MIN_PREFIX: usize = 4;
+
+/// What the folder of an image that was removed and may be in use has behind its name.
+const REMOVED: &str = ".removed";
 
 /// How the store pulls, unpacks and limits.
 #[derive(Debug, Clone)]
@@ -149,6 +163,9 @@ struct Inner {
     /// Who unpacks which layer right now; see `staging`.
     slots: Mutex<HashMap<Digest, Arc<Slot>>>,
     removals: Removals,
+    sweeper: Sweeper,
+    waiting: Waiting,
+    /// Goes into the names of what is half made or on its way out, so that none comes twice.
     counter: AtomicU64,
     /// Locked as long as the store is open.
     _lock: File,
@@ -181,26 +198,36 @@ struct State {
     images: BTreeMap<Digest, Listed>,
     /// Removed, but perhaps used by containers: their layers stay.
     removed: BTreeMap<Digest, ImageRecord>,
+    /// Folders of images that cannot be used, by their names.
+    held: BTreeMap<String, Held>,
     tags: BTreeMap<String, Digest>,
     next_sequence: u64,
-    layers: BTreeMap<Digest, LayerRecord>,
-    patches: BTreeMap<Digest, LayerRecord>,
+    /// The folders of layers and patches.
+    trees: BTreeMap<Lower, Tree>,
+    /// Trees that have a successor, with what they were: containers that were made before have them mounted.
+    replaced: BTreeMap<PathBuf, Lower>,
     /// Layers that running pulls count on.
     pins: HashMap<Digest, usize>,
+    /// Images that containers are being made from.
+    leases: HashMap<Digest, usize>,
 }
 
 #[derive(Debug, Clone)]
 struct Listed {
     record: ImageRecord,
     content: Arc<Content>,
+    /// The manifest on disk is one of this image.
+    manifest_known: bool,
 }
 
 impl Store {
-    /// Opens (and makes, if absent) the store below `root`: drops what an earlier process left half done, quarantines torn records.
-    /// Blocking.
+    /// Opens (and makes, if absent) the store below `root`. Deletes nothing: what an earlier process left
+    /// half done goes when [`Store::sweep`] is called, and what cannot be read or used is kept
+    /// ([`Store::faults`]). Blocking.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// [`StoreError`], if one of the store's own folders cannot be made or listed. A single image or layer is
+    /// never a reason.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         for folder in ["", "layers", "patches", "images", "quarantine"] {
             make_private_dir(&root.join(folder))?;
@@ -218,6 +245,8 @@ impl Store {
             state: Mutex::new(State::default()),
             slots: Mutex::new(HashMap::new()),
             removals: Removals::default(),
+            sweeper: Sweeper::default(),
+            waiting: Waiting::default(),
             counter: AtomicU64::new(0),
             _lock: lock,
         };
@@ -272,34 +301,81 @@ impl Store {
         state.images.keys().filter_map(|id| state.image(*id)).collect()
     }
 
-    /// Removes the image that `text` finds, with all its names. Its layers go unless another image or an image in `in_use` needs
-    /// them. Absent is success: returns whether there was one.
+    /// Finds an image as [`Store::find`] does, and keeps its layers until the result is dropped.
+    #[must_use]
+    pub fn lease(&self, text: &str) -> Option<Lease> {
+        Lease::new(&self.inner, text)
+    }
+
+    /// Removes the image that `text` finds, with all its names. When this returns it is not listed any more.
+    /// Its layers go unless another image or an image in use needs them, and are deleted in the background.
+    /// Absent is success: returns whether there was one. `in_use` is asked when the image is not listed any
+    /// more.
     ///
     /// # Errors
-    /// [`StoreError`]; the image is unlisted already if only the removal of its layers failed.
-    pub async fn remove(&self, text: &str, in_use: &BTreeSet<Digest>) -> Result<bool, StoreError> {
-        let (inner, text, in_use) = (Arc::clone(&self.inner), text.to_owned(), in_use.clone());
+    /// [`StoreError`]; the image is still listed then.
+    pub async fn remove(
+        &self,
+        text: &str,
+        in_use: impl FnOnce() -> InUse + Send + 'static,
+    ) -> Result<bool, StoreError> {
+        let (inner, text) = (Arc::clone(&self.inner), text.to_owned());
         blocking(move || {
             let _disk = inner.disk();
-            let Some(id) = inner.state().find(&text) else { return Ok(false) };
-            inner.unlist(id)?;
-            inner.collect(Some(&in_use))?;
-            Ok(true)
+            let found = inner.state().find(&text);
+            let removed = match found {
+                Some(id) => inner.unlist(id).map(|()| true)?,
+                None => inner.remove_held(&text)?,
+            };
+            if removed {
+                inner.collect(in_use);
+            }
+            Ok(removed)
         })
         .await
     }
 
-    /// Deletes the layers of removed images that are in use no more. `in_use` has the image ids of all containers.
+    /// Lets go the layers that nobody needs any more, and returns when they have left their names.
     ///
     /// # Errors
-    /// [`StoreError`].
-    pub async fn collect(&self, in_use: &BTreeSet<Digest>) -> Result<(), StoreError> {
-        let (inner, in_use) = (Arc::clone(&self.inner), in_use.clone());
+    /// [`StoreError::BrokenOff`].
+    pub async fn collect(&self, in_use: impl FnOnce() -> InUse + Send + 'static) -> Result<(), StoreError> {
+        let inner = Arc::clone(&self.inner);
         blocking(move || {
             let _disk = inner.disk();
-            inner.collect(Some(&in_use))
+            inner.collect(in_use);
+            Ok(())
         })
         .await
+    }
+
+    /// [`Store::collect`] in the background, and only if an image was removed while it was in use. To be
+    /// called whenever a container has gone.
+    pub fn collect_soon(&self, in_use: impl FnOnce() -> InUse + Send + 'static) {
+        self.inner.collect_soon(in_use);
+    }
+
+    /// Begins to delete, in the background, what an earlier process left half done.
+    pub fn sweep(&self) {
+        self.inner.sweeper.start();
+    }
+
+    /// Reads again what could not be read when the store was opened. Returns whether something still cannot.
+    /// Blocking.
+    #[must_use]
+    pub fn look_again(&self) -> bool {
+        if !self.inner.has_unread() {
+            return false;
+        }
+        let _disk = self.inner.disk();
+        self.inner.look_again();
+        self.inner.has_unread()
+    }
+
+    /// What cannot be used as it is on disk, and is kept: a sentence for each.
+    #[must_use]
+    pub fn faults(&self) -> Vec<String> {
+        self.inner.state().faults()
     }
 
     /// The lower directories for an overlay mount, top first.
@@ -307,29 +383,20 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if a layer is not on disk.
     pub fn lower_dirs(&self, image: &Image) -> Result<Vec<PathBuf>, StoreError> {
-        let record = {
+        let lower = {
             let state = self.inner.state();
             let listed = state.images.get(&image.id).map(|listed| &listed.record);
-            listed.or_else(|| state.removed.get(&image.id)).cloned()
+            listed.or_else(|| state.removed.get(&image.id)).map(|record| record.lower.clone())
         };
-        let missing = |path: &Path| file_error("find", path)(io::ErrorKind::NotFound.into());
-        let record = record.ok_or_else(|| missing(&self.inner.root.join("images").join(image.id.hex())))?;
-        record
-            .lower
-            .into_iter()
-            .map(|lower| {
-                let path = self.inner.lower_path(lower);
-                if path.is_dir() { Ok(path) } else { Err(missing(&path)) }
-            })
-            .collect()
+        self.inner.lower_dirs(&lower.ok_or_else(|| missing(&self.inner.image_path(image.id)))?)
     }
 
     /// Bytes and inodes that images take. No disk access.
     #[must_use]
     pub fn usage(&self) -> Usage {
         let state = self.inner.state();
-        let layers = state.layers.values().chain(state.patches.values());
-        let mut usage = layers.fold(Usage::default(), |sum, layer| Usage {
+        let trees = state.trees.values().filter_map(Tree::record);
+        let mut usage = trees.fold(Usage::default(), |sum, layer| Usage {
             bytes: sum.bytes + layer.bytes,
             inodes: sum.inodes + layer.inodes,
         });
@@ -364,12 +431,11 @@ impl Inner {
         self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn layer_path(&self, diff_id: Digest) -> PathBuf {
-        self.root.join("layers").join(diff_id.hex())
-    }
-
-    fn patch_path(&self, chain_id: Digest) -> PathBuf {
-        self.root.join("patches").join(chain_id.hex())
+    fn tree_path(&self, lower: Lower) -> PathBuf {
+        match lower {
+            Lower::Layer(diff_id) => self.root.join("layers").join(diff_id.hex()),
+            Lower::Patch(chain_id) => self.root.join("patches").join(chain_id.hex()),
+        }
     }
 
     fn image_path(&self, id: Digest) -> PathBuf {
@@ -377,188 +443,41 @@ impl Inner {
     }
 
     fn removed_path(&self, id: Digest) -> PathBuf {
-        self.root.join("images").join(format!("{}.removed", id.hex()))
+        self.root.join("images").join(format!("{}{REMOVED}", id.hex()))
     }
 
-    fn lower_path(&self, lower: Lower) -> PathBuf {
-        match lower {
-            Lower::Layer(diff_id) => self.layer_path(diff_id).join("fs"),
-            Lower::Patch(chain_id) => self.patch_path(chain_id).join("fs"),
-        }
+    fn lower_dirs(&self, lower: &[Lower]) -> Result<Vec<PathBuf>, StoreError> {
+        lower
+            .iter()
+            .map(|lower| {
+                let path = self.tree_path(*lower).join("fs");
+                match fs::metadata(&path) {
+                    Ok(found) if found.is_dir() => Ok(path),
+                    Ok(_) => Err(missing(&path)),
+                    Err(error) => Err(file_error("find", &path)(error)),
+                }
+            })
+            .collect()
+    }
+
+    /// Whether there is something that could not be read.
+    fn has_unread(&self) -> bool {
+        let state = self.state();
+        let mut faults = state.held.values().map(|held| &held.fault);
+        faults.any(fault::Fault::is_unread)
+            || state.trees.values().filter_map(Tree::fault).any(fault::Fault::is_unread)
     }
 
     /// A name beside `path` for something that is not finished, or that is on its way out.
     fn partial_path(&self, path: &Path) -> PathBuf {
+        self.numbered_path(path, "partial")
+    }
+
+    /// A name beside `path` that no other has.
+    fn numbered_path(&self, path: &Path, kind: &str) -> PathBuf {
         let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.partial", self.counter.fetch_add(1, Ordering::Relaxed)));
+        name.push(format!(".{}.{kind}", self.counter.fetch_add(1, Ordering::Relaxed)));
         path.with_file_name(name)
-    }
-
-    /// Reads what is on disk, and puts it in order.
-    fn load(&self) -> Result<State, StoreError> {
-        let mut state = State::default();
-        for (folder, layers) in [("layers", &mut state.layers), ("patches", &mut state.patches)] {
-            for (path, name) in self.list_folder(folder)? {
-                let record =
-                    Digest::from_hex(&name).ok().map(|id| (id, record::read(&path.join("layer.json"))));
-                match record {
-                    Some((id, Ok(record))) => drop(layers.insert(id, record)),
-                    // A layer can be had again: what is torn goes.
-                    Some((_, Err(_))) | None => remove_tree(&path)?,
-                }
-            }
-        }
-        let mut loaded: Vec<(ImageRecord, Content)> = Vec::new();
-        for (path, name) in self.list_folder("images")? {
-            let (hex, removed) = match name.strip_suffix(".removed") {
-                Some(hex) => (hex, true),
-                None => (name.as_str(), false),
-            };
-            match self.load_image(&path, hex, &state) {
-                Ok((record, _)) if removed => drop(state.removed.insert(record.id, record)),
-                Ok(image) => loaded.push(image),
-                Err(error) => {
-                    tracing::error!(image = %name, error = &error as &dyn std::error::Error, "quarantined a damaged image record");
-                    self.quarantine(&path)?;
-                }
-            }
-        }
-        let mut owners: BTreeMap<String, (u64, Digest)> = BTreeMap::new();
-        for (record, _) in &loaded {
-            for tag in &record.tags {
-                state.next_sequence = state.next_sequence.max(tag.sequence + 1);
-                let owner = owners.entry(tag.name.clone()).or_insert((tag.sequence, record.id));
-                *owner = (*owner).max((tag.sequence, record.id));
-            }
-        }
-        for (mut record, content) in loaded {
-            // A crash came between the new owner's record and the old one's.
-            record.tags.retain(|tag| owners.get(&tag.name).is_some_and(|(_, owner)| *owner == record.id));
-            state.images.insert(record.id, Listed { record, content: Arc::new(content) });
-        }
-        state.tags = owners.into_iter().map(|(name, (_, id))| (name, id)).collect();
-        Ok(state)
-    }
-
-    fn load_image(
-        &self,
-        path: &Path,
-        hex: &str,
-        state: &State,
-    ) -> Result<(ImageRecord, Content), StoreError> {
-        let record_path = path.join("record.json");
-        let record_error = |source| StoreError::Record { path: record_path.clone(), source };
-        let record: ImageRecord = record::read(&record_path).map_err(record_error)?;
-        let limit = manifest::MAX_DOCUMENT as u64;
-        let raw_config = record::read_bounded(&path.join("config"), limit).map_err(record_error)?;
-        let raw_manifest = record::read_bounded(&path.join("manifest"), limit).map_err(record_error)?;
-        let configuration = manifest::parse_config(&raw_config, record.layers.len())
-            .map_err(|_| record_error(RecordError::Torn))?;
-        let whole = record.id.hex() == hex
-            && Digest::of(&raw_config) == record.id
-            && configuration.diff_ids == record.layers
-            && record.lower.iter().all(|lower| match lower {
-                Lower::Layer(id) => state.layers.contains_key(id),
-                Lower::Patch(id) => state.patches.contains_key(id),
-            });
-        if !whole {
-            return Err(record_error(RecordError::Torn));
-        }
-        let content = Content::new(&configuration, record.size_bytes, raw_config, raw_manifest);
-        Ok((record, content))
-    }
-
-    /// The entries of one of the store's folders; what was left half done is removed.
-    fn list_folder(&self, folder: &str) -> Result<Vec<(PathBuf, String)>, StoreError> {
-        let path = self.root.join(folder);
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&path).map_err(file_error("list", &path))? {
-            let entry = entry.map_err(file_error("list", &path))?;
-            let name = entry.file_name();
-            match name.to_str() {
-                Some(name) if !name.ends_with(".partial") => found.push((entry.path(), name.to_owned())),
-                _ => remove_tree(&entry.path())?,
-            }
-        }
-        found.sort();
-        Ok(found)
-    }
-
-    fn quarantine(&self, path: &Path) -> Result<(), StoreError> {
-        let name = path.file_name().unwrap_or_default();
-        let target = self.root.join("quarantine").join(name);
-        remove_tree(&target)?;
-        fs::rename(path, &target).map_err(file_error("quarantine", path))
-    }
-
-    /// Takes an image out of the lists. Works on a full disk: one rename.
-    fn unlist(&self, id: Digest) -> Result<(), StoreError> {
-        let (path, removed) = (self.image_path(id), self.removed_path(id));
-        remove_tree(&removed)?;
-        fs::rename(&path, &removed).map_err(file_error("remove", &path))?;
-        self.sync_folder("images")?;
-        let mut state = self.state();
-        if let Some(listed) = state.images.remove(&id) {
-            state.removed.insert(id, listed.record);
-        }
-        state.tags.retain(|_, owner| *owner != id);
-        Ok(())
-    }
-
-    /// Deletes what nobody needs. Without `in_use`, removed images are taken to be in use. The caller holds the disk lock.
-    fn collect(&self, in_use: Option<&BTreeSet<Digest>>) -> Result<(), StoreError> {
-        let mut doomed: Vec<PathBuf> = Vec::new();
-        {
-            let mut state = self.state();
-            if let Some(in_use) = in_use {
-                let free: Vec<Digest> =
-                    state.removed.keys().filter(|id| !in_use.contains(id)).copied().collect();
-                for id in free {
-                    state.removed.remove(&id);
-                    doomed.push(self.removed_path(id));
-                }
-            }
-            let mut needed: BTreeSet<Digest> = state.pins.keys().copied().collect();
-            let mut needed_patches = BTreeSet::new();
-            for record in state.images.values().map(|listed| &listed.record).chain(state.removed.values()) {
-                needed.extend(&record.layers);
-                needed_patches.extend(record.lower.iter().filter_map(|lower| match lower {
-                    Lower::Patch(id) => Some(*id),
-                    Lower::Layer(_) => None,
-                }));
-            }
-            state.layers.retain(|id, _| {
-                let keep = needed.contains(id);
-                if !keep {
-                    doomed.push(self.layer_path(*id));
-                }
-                keep
-            });
-            state.patches.retain(|id, _| {
-                let keep = needed_patches.contains(id);
-                if !keep {
-                    doomed.push(self.patch_path(*id));
-                }
-                keep
-            });
-        }
-        // First all leave their names, so that a crash in between leaves nothing that looks whole.
-        let mut first_error = None;
-        let mut renamed = Vec::new();
-        for path in doomed {
-            let partial = self.partial_path(&path);
-            match fs::rename(&path, &partial) {
-                Ok(()) => renamed.push(partial),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => drop(first_error.get_or_insert_with(|| file_error("remove", &path)(error))),
-            }
-        }
-        for path in renamed {
-            if let Err(error) = remove_tree(&path) {
-                first_error.get_or_insert(error);
-            }
-        }
-        first_error.map_or(Ok(()), Err)
     }
 
     fn sync_folder(&self, folder: &str) -> Result<(), StoreError> {
@@ -635,6 +554,10 @@ fn make_private_dir(path: &Path) -> Result<(), StoreError> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o700)))
         .map_err(file_error("create", path))
+}
+
+fn missing(path: &Path) -> StoreError {
+    file_error("find", path)(io::ErrorKind::NotFound.into())
 }
 
 fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError + use<> {

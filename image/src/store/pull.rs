@@ -129,7 +129,9 @@ async fn pull_content(
     let names = vec![Names { tag, repo_digest: Some(reference.with_digest(top).to_string()) }];
 
     let (known_inner, known_names, id) = (Arc::clone(inner), names.clone(), manifest.config.digest);
-    if let Some(image) = blocking(move || commit::name_existing(&known_inner, id, &known_names)).await? {
+    let known_manifest = raw_manifest.clone();
+    let naming = move || commit::name_existing(&known_inner, id, &known_manifest, &known_names);
+    if let Some(image) = blocking(naming).await? {
         return Ok(image);
     }
 
@@ -161,21 +163,7 @@ pub(super) async fn finish(
 ) -> Result<Image, ContentError> {
     progress.committing();
     let committing = Arc::clone(inner);
-    let committed = tokio::task::spawn_blocking(move || {
-        let committed = commit::commit(&committing, &new);
-        // What the image did not take is let go before what nobody needs is collected.
-        drop(new);
-        if committed.is_err() {
-            let _disk = committing.disk();
-            if let Err(error) = committing.collect(None) {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "could not remove layers of a failed pull"
-                );
-            }
-        }
-        committed
-    });
+    let committed = tokio::task::spawn_blocking(move || commit::commit(&committing, new));
     let committed = committed.await.map_err(|_| StoreError::BrokenOff)?;
     if committed.is_err() {
         staging::settle(inner, &[]).await;

@@ -1,7 +1,9 @@
 //! What the store writes about images and layers.
 //!
-//! Every record is one JSON file: `{"version":1,"sha256":"<of the payload's bytes>","payload":{…}}`. A file that does not hold against its
-//! checksum is torn; one with a higher version was written by a later Berth and is refused, not guessed at.
+//! Every record is one JSON file: `{"version":1,"sha256":"<of the payload's bytes>","payload":{…}}`. Only a
+//! file whose bytes contradict its checksum is damaged. One with another version was written by another
+//! Berth, and one that cannot be read says nothing about its content: both are kept. What follows from each
+//! is in `fault`.
 //!
 //! ```text
 //! <root>/lock                              held while a process has the store open
@@ -11,8 +13,9 @@
 //! <root>/patches/<chain id>/{fs/,layer.json}
 //! <root>/images/<config digest>/{record.json,manifest,config}
 //! <root>/images/<config digest>.removed/   not listed any more; its layers are still in use
-//! <root>/quarantine/                       torn records, for a person to look at
-//! <root>/*/<name>.<n>.partial              half done; dropped at start
+//! <root>/quarantine/                       damaged records, for a person to look at
+//! <root>/*/<name>.<n>.partial              half made or on its way out; deleted in the background
+//! <root>/*/<name>.<n>.replaced             a tree that has a successor; deleted when no container uses it
 //! ```
 //! Names are the 64 hexadecimal digits of a sha256.
 
@@ -48,9 +51,12 @@ pub enum RecordError {
     /// The checksum does not hold.
     #[error("record is torn")]
     Torn,
-    /// Written by a later version.
-    #[error("record has version {0}, which this version does not know")]
+    /// Written by another version.
+    #[error("record has version {0}, which this version of Berth does not know")]
     Version(u32),
+    /// The checksum holds, so the content is what somebody wrote; this version does not understand it.
+    #[error("record has content that this version of Berth does not know")]
+    Content(#[source] serde_json::Error),
     /// Above 256 MiB.
     #[error("record is too long")]
     TooLong,
@@ -93,13 +99,22 @@ struct LinkRecord {
 struct PathRecord(PathBuf);
 
 /// One directory of an image's overlay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Lower {
     /// Diff id.
     Layer(Digest),
     /// Chain id.
     Patch(Digest),
+}
+
+impl std::fmt::Display for Lower {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Layer(diff_id) => write!(f, "layer {diff_id}"),
+            Self::Patch(chain_id) => write!(f, "patch {chain_id}"),
+        }
+    }
 }
 
 /// A tag and when it was given: of two images with the same tag, the higher number has it.
@@ -177,37 +192,58 @@ impl OpenQuestions {
 }
 
 /// Writes a record; not durable until somebody syncs.
-pub(crate) fn write(path: &Path, payload: &impl Serialize) -> Result<File, RecordError> {
-    let payload = serde_json::to_string(payload).map_err(RecordError::Form)?;
-    let sha256 = Digest::of(payload.as_bytes()).hex();
-    let payload = RawValue::from_string(payload).map_err(RecordError::Form)?;
-    let bytes =
-        serde_json::to_vec(&Envelope { version: VERSION, sha256, payload }).map_err(RecordError::Form)?;
-    let mut file = File::create(path).map_err(RecordError::Access)?;
-    file.write_all(&bytes).map_err(RecordError::Access)?;
-    Ok(file)
+pub(crate) fn write(path: &Path, payload: &impl Serialize) -> Result<(), RecordError> {
+    let bytes = encode(payload)?;
+    File::create(path).and_then(|mut file| file.write_all(&bytes)).map_err(RecordError::Access)
 }
 
 /// Replaces a record so that after a crash the old one or the new one is there.
 pub(crate) fn replace(path: &Path, payload: &impl Serialize) -> Result<(), RecordError> {
+    replace_bytes(path, &encode(payload)?)
+}
+
+/// Replaces a file so that after a crash the old one or the new one is there.
+pub(crate) fn replace_bytes(path: &Path, bytes: &[u8]) -> Result<(), RecordError> {
     let new = path.with_extension("new");
-    let written = write(&new, payload).and_then(|file| {
-        file.sync_all()
-            .and_then(|()| fs::rename(&new, path))
-            .and_then(|()| sync_dir(path.parent().unwrap_or(path)))
-            .map_err(RecordError::Access)
-    });
-    if written.is_err() {
+    let replace = || {
+        let mut file = File::create(&new)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&new, path)?;
+        sync_dir(path.parent().unwrap_or(path))
+    };
+    let replaced = replace();
+    if replaced.is_err() {
         // The first error is what counts; a leftover is overwritten the next time.
         let _ = fs::remove_file(&new);
     }
-    written
+    replaced.map_err(RecordError::Access)
+}
+
+fn encode(payload: &impl Serialize) -> Result<Vec<u8>, RecordError> {
+    let payload = serde_json::to_string(payload).map_err(RecordError::Form)?;
+    let sha256 = Digest::of(payload.as_bytes()).hex();
+    let payload = RawValue::from_string(payload).map_err(RecordError::Form)?;
+    serde_json::to_vec(&Envelope { version: VERSION, sha256, payload }).map_err(RecordError::Form)
+}
+
+/// What every version of a record has.
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
 }
 
 /// Reads a record.
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     let bytes = read_bounded(path, MAX_RECORD)?;
-    let envelope: Envelope = serde_json::from_slice(&bytes).map_err(RecordError::Form)?;
+    let envelope: Envelope = match serde_json::from_slice(&bytes) {
+        Ok(envelope) => envelope,
+        // Another version may have other fields.
+        Err(error) => match serde_json::from_slice::<VersionOnly>(&bytes) {
+            Ok(other) if other.version != VERSION => return Err(RecordError::Version(other.version)),
+            _ => return Err(RecordError::Form(error)),
+        },
+    };
     if envelope.version != VERSION {
         return Err(RecordError::Version(envelope.version));
     }
@@ -215,7 +251,7 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     if Digest::of(payload.as_bytes()).hex() != envelope.sha256 {
         return Err(RecordError::Torn);
     }
-    serde_json::from_str(payload).map_err(RecordError::Form)
+    serde_json::from_str(payload).map_err(RecordError::Content)
 }
 
 /// Reads a whole file of bounded length.
@@ -259,8 +295,13 @@ mod tests {
     fn a_later_version_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("record.json");
-        fs::write(&path, r#"{"version":2,"sha256":"","payload":{}}"#).unwrap();
-        assert!(matches!(read::<LayerRecord>(&path), Err(RecordError::Version(2))));
+        for other in [r#"{"version":2,"sha256":"","payload":{}}"#, r#"{"version":2,"checksum":"x"}"#] {
+            fs::write(&path, other).unwrap();
+            assert!(matches!(read::<LayerRecord>(&path), Err(RecordError::Version(2))), "{other}");
+        }
+        // With a checksum that holds it is not damage, whatever it says.
+        write(&path, &"a record of another kind").unwrap();
+        assert!(matches!(read::<LayerRecord>(&path), Err(RecordError::Content(_))));
     }
 
     #[test]

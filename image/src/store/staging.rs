@@ -15,7 +15,7 @@ use std::sync::{Arc, PoisonError, Weak};
 use berth_sys::beneath::Root;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
-use super::record::{self, LayerRecord, OpenQuestions};
+use super::record::{self, LayerRecord, Lower, OpenQuestions};
 use super::{ContentError, Inner, Pin, StoreError, file_error, make_private_dir, remove_tree};
 use crate::Digest;
 use crate::layer::{self, Budget, LayerContent};
@@ -135,7 +135,10 @@ pub(super) async fn acquire<F: Fetch>(
         Arc::clone(slots.entry(diff_id).or_default())
     };
     let mut guard = slot.lock_owned().await;
-    if inner.state().layers.contains_key(&diff_id) {
+    // Its open questions may be many, and are read from the disk.
+    let looking = Arc::clone(inner);
+    let known = tokio::task::spawn_blocking(move || looking.is_sound(Lower::Layer(diff_id)));
+    if known.await.map_err(|_| StoreError::BrokenOff)? {
         return Ok(Acquired { diff_id, staged: None, _pin: pin });
     }
     if let Some(staged) = guard.upgrade() {
@@ -144,7 +147,7 @@ pub(super) async fn acquire<F: Fetch>(
     let permits = Arc::clone(&inner.policy().permits);
     let permit = permits.acquire_owned().await.map_err(|_| StoreError::BrokenOff)?;
     let (input, filling) = fetch.start();
-    let path = inner.partial_path(&inner.layer_path(diff_id));
+    let path = inner.partial_path(&inner.tree_path(Lower::Layer(diff_id)));
     let (budget, removals) = (Arc::clone(budget), inner.removals.clone());
     let (result_sender, result) = oneshot::channel();
     tokio::task::spawn_blocking(move || {
@@ -217,8 +220,8 @@ fn unpack_into(
         opaque_root: summary.opaque_root,
         has_open_questions: questions.is_some(),
     };
-    let write = |name: &str, written: Result<fs::File, record::RecordError>| {
-        written.map(drop).map_err(|source| StoreError::Record { path: path.join(name), source })
+    let write = |name: &str, written: Result<(), record::RecordError>| {
+        written.map_err(|source| StoreError::Record { path: path.join(name), source })
     };
     if let Some(questions) = &questions {
         write("open.json", record::write(&path.join("open.json"), questions))?;

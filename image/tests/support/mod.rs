@@ -8,7 +8,7 @@
     reason = "what cannot be set up fails the test"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_image::{Digest, NoProgress, Progress, Store, StoreOptions};
+use berth_image::{Digest, InUse, NoProgress, Progress, Store, StoreOptions};
 
 // The rule of the rootful tests: what did not run is counted as that.
 #[path = "../../../tests/src/skip.rs"]
@@ -43,6 +43,35 @@ pub fn store(root: &Path) -> Store {
 /// See [`store`].
 pub fn options() -> StoreOptions {
     StoreOptions { min_free_bytes: 0, min_free_percent: 0, ..StoreOptions::default() }
+}
+
+/// For calls that ask which images containers use: none.
+pub fn nobody() -> InUse {
+    Some(BTreeSet::new())
+}
+
+/// For calls that ask which images containers use: these.
+pub fn containers_of(ids: &[Digest]) -> impl FnOnce() -> InUse + Send + 'static {
+    let ids = ids.iter().copied().collect();
+    move || Some(ids)
+}
+
+/// The names in a folder, sorted.
+pub fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Waits until something holds that happens in the background.
+#[track_caller]
+pub fn soon(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// A tar archive under construction.

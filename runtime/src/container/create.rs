@@ -17,7 +17,7 @@ use crate::shim_client::{Holder, ShimClient};
 use crate::trash;
 use ::oci_spec::runtime::{LinuxSeccomp, Spec};
 use berth_cgroup::Cgroup;
-use berth_image::Image;
+use berth_image::{Image, Lease};
 use berth_model::container::Config;
 use berth_model::id::ContainerId;
 use berth_model::layout::ContainerFiles;
@@ -55,12 +55,27 @@ pub(crate) async fn create(
     let name = Name::Container(sandbox.id().clone(), config.metadata.clone());
     let reservation = node.registry.reserve(name, id.as_str())?;
 
-    let (preparing, within) = (node.clone(), sandbox.clone());
-    let prepared = tokio::task::spawn_blocking(move || prepare(&preparing, &within, id, config))
-        .await
-        .map_err(|_| ContainerError::Stopping)??;
-    let container = launch(&node, prepared).await?;
+    // Its layers stay, whoever removes it, until the registry says that a container uses it.
+    let image = node.images.lease(&config.image).map(Arc::new);
+    let image = image.ok_or_else(|| ContainerError::NoImage { image: config.image.clone() })?;
+    let (preparing, within, leased) = (node.clone(), sandbox.clone(), image.clone());
+    let making = async {
+        let prepared = tokio::task::spawn_blocking(move || prepare(&preparing, &within, &leased, id, config))
+            .await
+            .map_err(|_| ContainerError::Stopping)??;
+        launch(&node, prepared).await
+    };
+    let made = making.await;
+    let container = match made {
+        Ok(container) => container,
+        Err(error) => {
+            drop(image);
+            node.collect_images();
+            return Err(error);
+        }
+    };
     node.registry.add_container(container.clone(), reservation);
+    drop(image);
     end::watch(container.clone());
     tracing::info!(
         container = %container.id(), name = %container.config().metadata.name, sandbox = %sandbox.id(), "container is created"
@@ -89,29 +104,25 @@ struct Made {
 fn prepare(
     node: &Node,
     sandbox: &Sandbox,
+    lease: &Lease,
     id: ContainerId,
     config: Config,
 ) -> Result<Prepared, ContainerError> {
-    let image = node
-        .images
-        .find(&config.image)
-        .ok_or_else(|| ContainerError::NoImage { image: config.image.clone() })?;
     let mut made = Made { files: node.layout.container(&id), cgroup: None };
-    prepare_from(node, sandbox, &image, id, config, &mut made).inspect_err(|_| undo(node, &made))
+    prepare_from(node, sandbox, lease, id, config, &mut made).inspect_err(|_| undo(node, &made))
 }
 
 fn prepare_from(
     node: &Node,
     sandbox: &Sandbox,
-    image: &Image,
+    lease: &Lease,
     id: ContainerId,
     config: Config,
     made: &mut Made,
 ) -> Result<Prepared, ContainerError> {
-    let lower_dirs = node
-        .images
-        .lower_dirs(image)
-        .map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
+    let image = lease.image();
+    let lower_dirs =
+        lease.lower_dirs().map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
     if lower_dirs.is_empty() {
         let reason = "it has no layers, and so nothing to run".to_owned();
         return Err(ContainerError::ImageConfig { image: config.image.clone(), reason });

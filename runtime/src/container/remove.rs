@@ -17,6 +17,7 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
         .await
         .map_err(|_| ContainerError::Stopping)??;
     node.registry.remove_container(container);
+    node.collect_images();
     tracing::info!(container = %container.id(), name = %container.config().metadata.name, "container is removed");
     Ok(())
 }

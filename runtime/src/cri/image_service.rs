@@ -45,8 +45,8 @@ impl ImageService {
         let spec = request.image.ok_or(CallError::Missing("image"))?;
         let node = self.node.clone();
         let removed = tokio::spawn(async move {
-            let in_use = node.images_in_use();
-            let removed = node.images.remove(&spec.image, &in_use).await?;
+            let users = node.clone();
+            let removed = node.images.remove(&spec.image, move || users.images_in_use()).await?;
             if removed {
                 tracing::info!(image = spec.image, "removed");
             }

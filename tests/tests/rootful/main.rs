@@ -11,6 +11,7 @@ mod escape;
 mod exec;
 mod faults;
 mod floods;
+mod image_faults;
 mod images;
 mod inheritance;
 mod isolation;

@@ -8,11 +8,13 @@ use crate::handshake::ChildEnd;
 use crate::user::Resolved;
 use berth_shim_proto::control::{Created, Failed};
 use berth_shim_proto::launch::Process;
+use berth_sys::beneath::{self, Root};
 use berth_sys::credentials;
 use berth_sys::process::{self, CloseRange};
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// The search path of a process whose environment has none; the same as execvp(3)'s in glibc.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -152,7 +154,7 @@ fn set_rlimit(resource: u32, soft: u64, hard: u64, notes: &mut Vec<String>) -> R
 /// Changes to the working directory, which is made when absent, and makes sure that it lies below the root.
 pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed> {
     const STEP: &str = "enter the working directory";
-    let path = std::path::Path::new(OsStr::from_bytes(if cwd.is_empty() { b"/" } else { cwd }));
+    let path = Path::new(OsStr::from_bytes(if cwd.is_empty() { b"/" } else { cwd }));
     if let Err(error) = std::env::set_current_dir(path) {
         if error.kind() != std::io::ErrorKind::NotFound {
             return Err(from_io(&error, STEP, path.display()));
@@ -170,16 +172,21 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
     Ok(())
 }
 
-fn make_directories(path: &std::path::Path, owner: &Resolved) -> Result<(), Failed> {
-    for part in path.ancestors().collect::<Vec<_>>().into_iter().rev() {
-        match std::fs::create_dir(part) {
-            Ok(()) => std::os::unix::fs::lchown(part, Some(owner.uid), Some(owner.gid))
-                .step("give away the working directory", part.display())?,
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(from_io(&error, "make the working directory", part.display())),
+/// Makes what is missing of `path` and gives it to the program's user. By descriptor: a container that shares a volume could put a link in the
+/// place of a directory between its making and its giving away, and the user would get what the link leads to.
+fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
+    const STEP: &str = "make the working directory";
+    let root = Root::open(Path::new("/")).step(STEP, "/")?;
+    root.make_dir_all_with(path.strip_prefix("/").unwrap_or(path), |missing| {
+        if missing.obstacle.is_some() {
+            return Err(std::io::ErrorKind::NotADirectory.into());
         }
-    }
-    Ok(())
+        missing.parent.make_dir(missing.name, 0o777)?;
+        let made = missing.parent.open_dir(missing.name)?;
+        beneath::chown(made.as_fd(), owner.uid, owner.gid)
+    })
+    .step(STEP, path.display())
+    .map(drop)
 }
 
 /// What a process on its way to its program can do still.

@@ -40,6 +40,31 @@ fn arguments_environment_and_directory_are_those_of_the_request() -> Result<()> 
 }
 
 #[test]
+fn a_working_directory_that_is_missing_is_made_for_the_user() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("cwd")?;
+        let volume = daemon.folder("volume")?;
+        std::os::unix::fs::symlink("/srv/absent", volume.join("link"))?;
+        for (directory, shown) in
+            [("/new/er", "/new/er"), ("/volume/link/x", "/srv/absent/x"), ("/www/a", "/www/a")]
+        {
+            let made = pod.script("pwd; stat -c '%u %a' . ..; stat -c %u /volume /www", |config| {
+                config.working_dir = directory.to_owned();
+                config.mounts = vec![v1::Mount {
+                    container_path: "/volume".to_owned(),
+                    host_path: volume.to_string_lossy().into_owned(),
+                    ..Default::default()
+                }];
+                security(config).run_as_user = Some(v1::Int64Value { value: 33 });
+            })?;
+            let above = if directory == "/www/a" { "0 755" } else { "33 755" };
+            assert_eq!(made, format!("{shown}\n33 755\n{above}\n0\n0\n"), "{directory}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn what_the_request_leaves_out_comes_from_the_image() -> Result<()> {
     rootful(|daemon| {
         let folder = daemon.folder("image")?;

@@ -64,6 +64,8 @@ pub(crate) fn checked(
             return Err(refused(STEP, format!("{about} lies in /proc, where only {allowed} can be mounted")));
         }
         Filesystem::Memory if !lies_in("dev")? => return Ok(place),
+        // A request that mounts the host's /dev gets its links with it, and nothing is made in there.
+        Filesystem::Memory if is_of_host("/dev", place.as_fd()).step(STEP, &about)? => return Ok(place),
         Filesystem::Memory | Filesystem::Terminals => {}
         Filesystem::Other => return Ok(place),
     }
@@ -80,6 +82,15 @@ pub(crate) fn checked(
 fn is_root_of_procfs(source: BorrowedFd<'_>) -> bool {
     mount::is_procfs(source).unwrap_or(false)
         && beneath::stat_fd(source).is_ok_and(|found| found.identity.1 == PROC_ROOT_INODE)
+}
+
+/// Whether `place` is on the filesystem of this directory of the host, whose files the shim's child still sees.
+fn is_of_host(directory: &str, place: BorrowedFd<'_>) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    match std::fs::metadata(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        found => Ok(found?.dev() == beneath::stat_fd(place)?.identity.0),
+    }
 }
 
 /// Whether `place` is on the filesystem of the container's own `/proc` or `/dev`.

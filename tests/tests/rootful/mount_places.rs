@@ -76,6 +76,27 @@ fn nothing_is_mounted_in_proc_by_its_name_or_through_a_link_of_a_volume() -> Res
 }
 
 #[test]
+fn a_link_in_a_dev_of_the_host_that_was_asked_for_can_be_mounted_through() -> Result<()> {
+    rootful(|daemon| {
+        let given = daemon.folder("given")?.join("file");
+        fs::write(&given, "given\n")?;
+        let name = format!("/dev/berth-test-{}", std::process::id());
+        let target = format!("{name}.target");
+        fs::write(&target, "the host's\n")?;
+        symlink(&target, &name)?;
+        let mut config = shell("main", &format!("cat {name} {target}"));
+        config.mounts = vec![volume(Path::new("/dev"), "/dev"), volume(&given, &name)];
+        let ended = daemon.pod("dev")?.run_container(config);
+        let hosts = fs::read_to_string(&target);
+        fs::remove_file(&name)?;
+        fs::remove_file(&target)?;
+        assert_eq!(ended?.stdout, "given\ngiven\n");
+        assert_eq!(hosts?, "the host's\n");
+        Ok(())
+    })
+}
+
+#[test]
 fn what_tools_replace_in_proc_can_be_replaced() -> Result<()> {
     rootful(|daemon| {
         let given = daemon.folder("given")?;

@@ -32,24 +32,27 @@ pub(crate) fn reset_for_children() -> io::Result<()> {
 /// Everything else. For a child, before it joins its cgroup: a real-time policy could be refused there.
 ///
 /// # Errors
-/// When the kernel refuses, but for what it does not know at all and for a nice value that may not be lowered: neither weakens the
-/// isolation of a container.
+/// When the kernel refuses, but for what it does not know at all, and for shares of processor, disk and memory that a daemon without
+/// `CAP_SYS_NICE` may not set: that weakens no isolation.
 pub(crate) fn reset() -> Result<(), Failed> {
     const STEP: &str = "reset what is inherited";
-    match scheduling::use_default_policy() {
-        // Without CAP_SYS_NICE.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
-        result => result.step(STEP, "scheduling policy and nice value")?,
-    }
+    where_allowed(scheduling::use_default_policy()).step(STEP, "scheduling policy and nice value")?;
     // The cpuset that is joined next has the last word.
     scheduling::use_all_processors().step(STEP, "processors")?;
-    where_known(scheduling::use_default_io_priority()).step(STEP, "I/O priority")?;
-    where_known(scheduling::use_default_memory_policy()).step(STEP, "memory policy")?;
+    where_allowed(scheduling::use_default_io_priority()).step(STEP, "I/O priority")?;
+    where_allowed(scheduling::use_default_memory_policy()).step(STEP, "memory policy")?;
     where_known(scheduling::allow_huge_pages()).step(STEP, "huge pages")?;
     where_known(scheduling::merge_no_memory()).step(STEP, "memory merging")?;
     scheduling::use_default_personality().step(STEP, "personality")?;
     // An empty one of its own for each process that the shim starts, exec too: keys that one of them adds are not the others'.
     where_known(process::join_new_session_keyring()).step(STEP, "session keyring")
+}
+
+fn where_allowed(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        other => where_known(other),
+    }
 }
 
 /// A kernel that does not know of something has nothing of it to pass on.

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use berth_image::{Digest, Image, ImportSource, Store};
+use berth_image::{Credentials, Digest, Image, ImportSource, Reference, Store};
 use support::*;
 
 /// Two images on one base that leaves something open (`d` has no entry in the layers above it), so that both
@@ -235,6 +235,36 @@ async fn a_flipped_bit_in_the_record_of_a_layer_costs_nothing_and_a_pull_mends_i
         store.collect(nobody).await.unwrap();
         assert_eq!(replaced(), 0, "{folder}/{file}");
         assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{folder}/{file}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_of_an_image_that_is_here_mends_what_it_stands_on() {
+    let Some(registry) = Registry::start() else { return skip_without("docker-registry") };
+    let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new());
+    registry.push("app", "v", &pair.one);
+    let reference = Reference::parse(&format!("{}/app:v", registry.address)).unwrap();
+    let good = {
+        let store = store(dir.path());
+        let image = store.pull(&reference, &Credentials::Anonymous, quiet()).await.unwrap();
+        image.raw_manifest().to_vec()
+    };
+    let before = kept(dir.path());
+    for file in records(dir.path()) {
+        flip_a_bit(&file);
+        {
+            let store = store(dir.path());
+            let image = store.pull(&reference, &Credentials::Anonymous, quiet()).await.unwrap();
+            assert_eq!(image.repo_tags(), [reference.to_string()], "{}", file.display());
+            assert_eq!(image.raw_manifest(), good, "{}", file.display());
+            assert_eq!(read_through(&store, &reference.to_string(), "d/one"), b"one", "{}", file.display());
+        }
+        // Mended on disk too, and with all that was replaced gone.
+        let store = store(dir.path());
+        store.pull(&reference, &Credentials::Anonymous, quiet()).await.unwrap();
+        assert_eq!(store.faults(), [""; 0], "{}", file.display());
+        store.collect(nobody).await.unwrap();
+        assert_eq!(kept(dir.path()), before, "{}", file.display());
     }
 }
 

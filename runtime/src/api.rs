@@ -255,6 +255,7 @@ fn info(node: &Node) -> v1::InfoResponse {
             .as_ref()
             .map(|path| path.display().to_string())
             .unwrap_or_default(),
+        faults: node.images.faults(),
     }
 }
 

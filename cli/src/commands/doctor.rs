@@ -66,6 +66,7 @@ fn judge(socket: &Path, info: &InfoResponse, conditions: Vec<RuntimeCondition>) 
         );
         finding(Grade::Broken, "berthd", text)
     }));
+    findings.extend(info.faults.iter().map(|fault| finding(Grade::Note, "faults", fault.clone())));
     findings
 }
 
@@ -100,7 +101,8 @@ mod tests {
 
     #[test]
     fn what_a_kubelet_would_be_told_is_broken_is() {
-        let info = InfoResponse { root: "/r".into(), min_free_percent: 7, ..InfoResponse::default() };
+        let faults = vec!["image x is damaged".to_owned()];
+        let info = InfoResponse { root: "/r".into(), min_free_percent: 7, faults, ..InfoResponse::default() };
         let condition = RuntimeCondition { r#type: "NetworkReady".into(), ..RuntimeCondition::default() };
         let good = RuntimeCondition { status: true, ..condition.clone() };
         let findings = judge(Path::new("/s"), &info, vec![condition, good]);
@@ -109,6 +111,7 @@ mod tests {
             matches!(broken[..], [found] if found.text.starts_with("NetworkReady is false")),
             "{findings:?}"
         );
+        assert!(findings.contains(&finding(Grade::Note, "faults", "image x is damaged")));
         let mut daemon = berth_checkup::Daemon::default();
         take_over(&mut daemon, info);
         assert_eq!(

@@ -136,7 +136,13 @@ impl Inner {
         }
         for name in damaged {
             match self.quarantine(&self.root.join("images").join(&name)) {
-                Ok(()) => drop(self.state().held.remove(&name)),
+                Ok(()) => {
+                    tracing::warn!(
+                        image = name,
+                        "set aside in quarantine: it cannot be used, and no container uses it"
+                    );
+                    self.state().held.remove(&name);
+                }
                 Err(error) => complain(&error),
             }
         }
@@ -250,14 +256,19 @@ impl State {
         needs
     }
 
-    /// What cannot be used as it is, a line for each.
+    /// What cannot be used as it is, and what to do: a line for each.
     pub(super) fn faults(&self) -> Vec<String> {
-        let held = self.held.values().map(|held| format!("image {} {}", held.id, held.fault));
-        let trees = self.trees.iter().filter_map(|(lower, tree)| {
-            let fault: &Fault = tree.fault()?;
-            Some(format!("the record of {lower} {fault}"))
-        });
-        held.chain(trees).collect()
+        let way_out = |fault: &Fault| match fault {
+            Fault::Unread(_) => "it is tried again, and a pull of the image replaces it",
+            Fault::Foreign(_) => "install that version, or pull the image again",
+            Fault::Damaged(_) => "pull the image again",
+        };
+        let held = self.held.values().map(|held| (format!("image {}", held.id), &held.fault));
+        let trees = self
+            .trees
+            .iter()
+            .filter_map(|(lower, tree)| Some((format!("{lower}: its record"), tree.fault()?)));
+        held.chain(trees).map(|(what, fault)| format!("{what} {fault}; {}", way_out(fault))).collect()
     }
 }
 

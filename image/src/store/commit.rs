@@ -199,6 +199,7 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
         size_bytes,
         tags: Vec::new(),
         repo_digests: Vec::new(),
+        manifest: Some(Digest::of(&new.raw_manifest)),
     };
     if let Some(known) = held.as_ref().and_then(|held| held.record.clone()) {
         let free = |tag: &TagRecord| !inner.state().tags.contains_key(&tag.name);
@@ -312,14 +313,19 @@ fn mend_manifest(inner: &Inner, id: Digest, raw_manifest: &[u8]) {
         return;
     };
     let path = inner.image_path(id).join("manifest");
-    if let Err(error) = record::replace_bytes(&path, raw_manifest) {
+    let record = ImageRecord { manifest: Some(Digest::of(raw_manifest)), ..listed.record };
+    let written = record::replace_bytes(&path, raw_manifest)
+        .map_err(|source| StoreError::Record { path, source })
+        .and_then(|()| save_record(inner, &record));
+    if let Err(error) = written {
         tracing::warn!(
-            path = %path.display(), error = &error as &dyn std::error::Error,
+            error = &error as &dyn std::error::Error,
             "could not write the manifest of an image again"
         );
         return;
     }
     if let Some(known) = inner.state().images.get_mut(&id) {
+        known.record.manifest = record.manifest;
         known.content = Arc::new(listed.content.with_manifest(raw_manifest.to_vec()));
         known.manifest_known = true;
     }

@@ -382,7 +382,8 @@ fn load_image(path: &Path, id: Digest, removed: bool, trees: &BTreeMap<Lower, Tr
     }
     // Nothing hangs on it but what a person may ask to see.
     let raw_manifest = record::read_bounded(&path.join("manifest"), limit).unwrap_or_default();
-    let manifest_known = is_manifest_of(&raw_manifest, id);
+    let is_the_one = |digest: Digest| Digest::of(&raw_manifest) == digest;
+    let manifest_known = record.manifest.map_or_else(|| is_manifest_of(&raw_manifest, id), is_the_one);
     if !manifest_known {
         tracing::warn!(image = %id, "the manifest of an image is damaged or cannot be read; a pull writes it again");
     }

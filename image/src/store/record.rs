@@ -135,6 +135,9 @@ pub(crate) struct ImageRecord {
     pub(crate) size_bytes: u64,
     pub(crate) tags: Vec<TagRecord>,
     pub(crate) repo_digests: Vec<String>,
+    /// Of the manifest beside the record. Berth 0.1.0 and older wrote none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) manifest: Option<Digest>,
 }
 
 impl Serialize for PathRecord {

@@ -233,6 +233,9 @@ pub struct InfoResponse {
     /// The socket that is served for a cAdvisor, empty for none.
     #[prost(string, tag = "9")]
     pub cadvisor_socket: ::prost::alloc::string::String,
+    /// What the daemon has on its disk and cannot use as it is: a sentence for each.
+    #[prost(string, repeated, tag = "10")]
+    pub faults: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// How containers are limited on this node.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

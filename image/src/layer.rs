@@ -7,6 +7,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use berth_sys::beneath::Root;
 use sha2::{Digest as _, Sha256};
@@ -14,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 use crate::Digest;
 use crate::manifest::Blob;
 use crate::pipe::Abandoned;
+use crate::turns::LayerInput;
 use crate::unpack::{self, Summary, UnpackError};
 
 /// Largest zstd window: 128 MiB. Encoders stay at 8 MiB unless told `--long`; the format allows 3.75 TiB (RFC 8878, section 3.1.1.1.2).
@@ -26,6 +28,9 @@ const FREE_SPACE_INTERVAL: u64 = 16 << 20;
 
 /// How far a broken layer is read on to learn whether its bytes were the wrong ones in the first place.
 const DIAGNOSIS_LIMIT: u64 = 1 << 20;
+
+/// And for how long: a host that sends what is no layer may well stop sending.
+const DIAGNOSIS_TIME: Duration = Duration::from_secs(2);
 
 /// Why a layer was not made.
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +172,7 @@ impl Budget {
 /// # Errors
 /// [`LayerError`]; the tree is incomplete then.
 pub(crate) fn unpack(
-    input: impl Read,
+    input: impl LayerInput,
     content: LayerContent,
     root: &Root,
     budget: &Arc<Budget>,
@@ -176,8 +181,12 @@ pub(crate) fn unpack(
     let classify = |error| classify(error, budget, wanted);
     budget.check_free_space().map_err(|source| classify(LayerError::Read(source)))?;
     let mut compressed = BufReader::with_capacity(READ_BUFFER, Hashing::new(input));
-    let unpacked = decompress_and_unpack(&mut compressed, root, budget);
+    let share = Share { budget, taken: AtomicU64::new(0) };
+    let unpacked = decompress_and_unpack(&mut compressed, root, &share);
     let broken = unpacked.is_err();
+    if broken {
+        compressed.get_mut().inner.hurry(DIAGNOSIS_TIME);
+    }
     // What is behind the archive counts for the digest too.
     let rest = if broken {
         io::copy(&mut (&mut compressed).take(DIAGNOSIS_LIMIT), &mut io::sink())
@@ -194,35 +203,92 @@ pub(crate) fn unpack(
     if actual_diff_id != diff_id {
         return Err(LayerError::DiffIdMismatch { expected: diff_id, actual: actual_diff_id });
     }
+    share.keep();
     Ok(summary)
+}
+
+/// What one layer takes of the budget; given back if nothing comes of it, for the layer may be tried again.
+struct Share<'a> {
+    budget: &'a Budget,
+    taken: AtomicU64,
+}
+
+impl Share<'_> {
+    fn take(&self, bytes: u64) -> io::Result<()> {
+        self.budget.take(bytes)?;
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn keep(&self) {
+        self.taken.store(0, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        self.budget.left.fetch_add(self.taken.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+}
+
+impl LayerError {
+    /// Whether other bytes may make the layer after all: those that came were wrong, or may have been.
+    pub(crate) fn is_of_the_bytes(&self) -> bool {
+        match self {
+            Self::DigestMismatch { .. } | Self::Read(_) => true,
+            Self::Unpack(error) => !matches!(error, UnpackError::File { .. }),
+            _ => false,
+        }
+    }
+}
+
+/// The decompressed bytes of what is gzip or zstd by its first bytes, and the bytes themselves of everything else.
+///
+/// # Errors
+/// Of reading the first bytes, or of setting up the decoder.
+pub(crate) fn decompressed<'a>(packed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    let mut packed = packed;
+    let magic = packed.fill_buf()?;
+    let magic = magic.get(..4).and_then(|m| <[u8; 4]>::try_from(m).ok()).unwrap_or_default();
+    Ok(match magic {
+        [0x1f, 0x8b, _, _] => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
+        // A zstd frame or one of the skippable frames (RFC 8878, section 3.1.2).
+        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(packed)?;
+            decoder.window_log_max(MAX_ZSTD_WINDOW_LOG)?;
+            Box::new(decoder)
+        }
+        _ => Box::new(packed),
+    })
 }
 
 fn decompress_and_unpack(
     compressed: &mut impl BufRead,
     root: &Root,
-    budget: &Arc<Budget>,
+    share: &Share<'_>,
 ) -> Result<(Summary, Digest), LayerError> {
-    let magic = compressed.fill_buf().map_err(LayerError::Read)?;
-    let magic = magic.get(..4).and_then(|m| <[u8; 4]>::try_from(m).ok()).unwrap_or_default();
-    let archive: Box<dyn Read + '_> = match magic {
-        [0x1f, 0x8b, _, _] => Box::new(flate2::bufread::MultiGzDecoder::new(compressed)),
-        // A zstd frame or one of the skippable frames (RFC 8878, section 3.1.2).
-        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => {
-            let mut decoder =
-                zstd::stream::read::Decoder::with_buffer(compressed).map_err(LayerError::Read)?;
-            decoder.window_log_max(MAX_ZSTD_WINDOW_LOG).map_err(LayerError::Read)?;
-            Box::new(decoder)
-        }
-        _ => Box::new(compressed),
-    };
-    let mut metered = Hashing::new(Metered {
-        inner: archive,
-        budget: Arc::clone(budget),
-        until_check: FREE_SPACE_INTERVAL,
-    });
-    let summary = unpack::unpack_while(&mut metered, root, &|| budget.check_free_space())?;
+    let archive = decompressed(compressed).map_err(LayerError::Read)?;
+    let mut metered = Hashing::new(Metered { inner: archive, share, until_check: FREE_SPACE_INTERVAL });
+    let summary = unpack::unpack_while(&mut metered, root, &|| share.budget.check_free_space())?;
     // The reader of the archive has seen the end of its stream, so the diff id is whole.
     Ok((summary, metered.digest()))
+}
+
+/// Writes the decompressed bytes of an archive, under the same limits as those of a layer.
+///
+/// # Errors
+/// [`LayerError`].
+pub(crate) fn decompress_to(
+    packed: impl BufRead,
+    out: &mut impl io::Write,
+    budget: &Arc<Budget>,
+) -> Result<(), LayerError> {
+    let classify = |source| classify(LayerError::Read(source), budget, 0);
+    budget.check_free_space().map_err(classify)?;
+    let share = Share { budget, taken: AtomicU64::new(0) };
+    let archive = decompressed(packed).map_err(classify)?;
+    let mut metered = Metered { inner: archive, share: &share, until_check: FREE_SPACE_INTERVAL };
+    io::copy(&mut metered, out).map(drop).map_err(classify)
 }
 
 /// Finds the cause that matters in an error of some reader or file operation below, in a layer of `wanted` bytes.
@@ -288,23 +354,117 @@ impl<R: Read> Read for Hashing<R> {
     }
 }
 
-struct Metered<R> {
+struct Metered<'a, R> {
     inner: R,
-    budget: Arc<Budget>,
+    share: &'a Share<'a>,
     until_check: u64,
 }
 
-impl<R: Read> Read for Metered<R> {
+impl<R: Read> Read for Metered<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let length = self.inner.read(buffer)?;
-        self.budget.take(length as u64)?;
+        self.share.take(length as u64)?;
         match self.until_check.checked_sub(length as u64) {
             Some(left) => self.until_check = left,
             None => {
                 self.until_check = FREE_SPACE_INTERVAL;
-                self.budget.check_free_space()?;
+                self.share.budget.check_free_space()?;
             }
         }
         Ok(length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl LayerInput for &[u8] {}
+
+    /// An archive of so many empty files, in a directory without an entry.
+    fn files(count: u32) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for number in 0..count {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(0);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, format!("d/{number}"), io::empty()).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    fn content_of(tar: &[u8]) -> LayerContent {
+        LayerContent { blob: Blob::of(tar), diff_id: Digest::of(tar) }
+    }
+
+    #[test]
+    fn inodes_stay_free_as_bytes_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, _, inodes, _) = berth_sys::file::space(dir.path()).unwrap();
+        if inodes == 0 {
+            return;
+        }
+        // All of them have to stay free, and some are in use.
+        let budget = Arc::new(Budget::new(u64::MAX, dir.path().to_owned(), 0, 100));
+        let tar = files(1);
+        let failed =
+            unpack(&tar[..], content_of(&tar), &Root::open(dir.path()).unwrap(), &budget).unwrap_err();
+        assert!(matches!(failed, LayerError::Reserved(Shortage::Inodes { .. })), "{failed:?}");
+        assert!(failed.to_string().contains("inodes are free"), "{failed}");
+    }
+
+    #[test]
+    fn room_is_looked_for_again_and_again_while_files_are_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let asked = AtomicU64::new(0);
+        let tar = files(5000);
+        let failed = unpack::unpack_while(&tar[..], &Root::open(dir.path()).unwrap(), &|| {
+            if asked.fetch_add(1, Ordering::Relaxed) == 3 {
+                return Err(io::Error::other(Fault::ReservedInodes { free: 1, reserved: 2 }));
+            }
+            Ok(())
+        })
+        .unwrap_err();
+        let budget = Budget::new(u64::MAX, dir.path().to_owned(), 0, 0);
+        let failed = classify(failed.into(), &budget, 0);
+        assert!(
+            matches!(failed, LayerError::Reserved(Shortage::Inodes { free: 1, reserved: 2 })),
+            "{failed:?}"
+        );
+        let made = std::fs::read_dir(dir.path().join("d")).unwrap().count();
+        assert!((2900..3100).contains(&made), "{made} files were made");
+        // Directories that are made for a path count too.
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        header.set_size(0);
+        for number in 0..3 {
+            let path = format!("{number}/{}f", "a/".repeat(1000));
+            builder.append_data(&mut header, path, io::empty()).unwrap();
+        }
+        asked.store(0, Ordering::Relaxed);
+        let tar = builder.into_inner().unwrap();
+        unpack::unpack_while(&tar[..], &Root::open(dir.path()).unwrap(), &|| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        })
+        .unwrap();
+        assert!(asked.load(Ordering::Relaxed) >= 3);
+    }
+
+    #[test]
+    fn what_a_failed_layer_took_is_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let tar = files(10);
+        let budget = Arc::new(Budget::new(tar.len() as u64, dir.path().to_owned(), 0, 0));
+        let wrong = LayerContent { diff_id: Digest::of(b"other"), ..content_of(&tar) };
+        for content in [wrong, wrong, content_of(&tar)] {
+            let root = tempfile::tempdir().unwrap();
+            let unpacked = unpack(&tar[..], content, &Root::open(root.path()).unwrap(), &budget);
+            match unpacked {
+                Ok(_) => assert_eq!(content, content_of(&tar)),
+                Err(error) => assert!(matches!(error, LayerError::DiffIdMismatch { .. }), "{error:?}"),
+            }
+        }
+        assert_eq!(budget.left.load(Ordering::Relaxed), 0);
     }
 }

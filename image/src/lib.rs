@@ -24,6 +24,7 @@ pub mod progress;
 pub mod reference;
 pub mod registry;
 pub mod store;
+mod turns;
 pub mod unpack;
 
 pub use credentials::{Credentials, Secret};

@@ -4,12 +4,19 @@
 //! download never looks like a short layer.
 
 use std::io::{self, Read};
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
+
+use crate::turns::LayerInput;
 
 /// Pieces on the way. With [`PIECE`] this bounds a pipe to 2 MiB, enough to ride out a pause of either side.
 const PIECES: usize = 32;
+
+/// How often a reader in a hurry looks for the next piece.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// Largest piece.
 const PIECE: usize = 64 * 1024;
@@ -39,13 +46,23 @@ pub(crate) struct Writer(mpsc::Sender<Piece>);
 pub(crate) struct Reader {
     pieces: mpsc::Receiver<Piece>,
     current: Bytes,
-    ended: bool,
+    state: State,
+    /// When to wait no longer.
+    deadline: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    Ended,
+    Abandoned,
+    Late,
 }
 
 /// A new pipe.
 pub(crate) fn pipe() -> (Writer, Reader) {
     let (sender, receiver) = mpsc::channel(PIECES);
-    (Writer(sender), Reader { pieces: receiver, current: Bytes::new(), ended: false })
+    (Writer(sender), Reader { pieces: receiver, current: Bytes::new(), state: State::Open, deadline: None })
 }
 
 impl Writer {
@@ -70,17 +87,59 @@ impl Writer {
     }
 }
 
+impl Reader {
+    fn take(&mut self, piece: Option<Piece>) {
+        match piece {
+            Some(Piece::Bytes(bytes)) => self.current = bytes,
+            Some(Piece::End) => self.state = State::Ended,
+            None => self.state = State::Abandoned,
+        }
+    }
+}
+
+impl LayerInput for Reader {
+    fn is_ready(&mut self) -> bool {
+        while self.current.is_empty() && self.state == State::Open {
+            match self.pieces.try_recv() {
+                Ok(piece) => self.take(Some(piece)),
+                Err(TryRecvError::Disconnected) => self.take(None),
+                Err(TryRecvError::Empty) => return false,
+            }
+        }
+        true
+    }
+
+    fn wait(&mut self) {
+        let Some(deadline) = self.deadline else {
+            while !self.is_ready() {
+                let piece = self.pieces.blocking_recv();
+                self.take(piece);
+            }
+            return;
+        };
+        while !self.is_ready() {
+            if Instant::now() >= deadline {
+                self.state = State::Late;
+                return;
+            }
+            std::thread::sleep(GLANCE);
+        }
+    }
+
+    fn hurry(&mut self, within: Duration) {
+        self.deadline = Instant::now().checked_add(within);
+    }
+}
+
 impl Read for Reader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.current.is_empty() {
-            if self.ended {
-                return Ok(0);
-            }
-            match self.pieces.blocking_recv() {
-                Some(Piece::Bytes(bytes)) => self.current = bytes,
-                Some(Piece::End) => self.ended = true,
-                None => return Err(io::Error::other(Abandoned)),
-            }
+        self.wait();
+        if self.current.is_empty() {
+            return match self.state {
+                State::Open | State::Ended => Ok(0),
+                State::Abandoned => Err(io::Error::other(Abandoned)),
+                State::Late => Err(io::ErrorKind::TimedOut.into()),
+            };
         }
         let length = self.current.len().min(buffer.len());
         if let Some(target) = buffer.get_mut(..length) {
@@ -119,5 +178,22 @@ mod tests {
         let (writer, reader) = pipe();
         drop(reader);
         assert_eq!(writer.write(Bytes::from_static(b"x")).await, Err(ReaderGone));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_reader_in_a_hurry_waits_no_longer_than_it_said() {
+        let (writer, mut reader) = pipe();
+        writer.write(Bytes::from_static(b"half")).await.unwrap();
+        let started = Instant::now();
+        let (read, all) = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            reader.hurry(Duration::from_millis(50));
+            (reader.read_to_end(&mut all), all)
+        })
+        .await
+        .unwrap();
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(all, b"half");
+        assert!(started.elapsed() < Duration::from_secs(5));
     }
 }

@@ -38,6 +38,8 @@ struct Reply {
     body: Vec<u8>,
     /// Close the connection after so many bytes of the body.
     cut: Option<usize>,
+    /// After that, keep the connection for so long first.
+    hold: Duration,
     /// Say another length than the body has.
     length: Option<usize>,
     /// One byte each.
@@ -132,6 +134,7 @@ impl Scripted {
                             }
                         }
                     }
+                    tokio::time::sleep(reply.hold).await;
                     let _ = stream.shutdown().await;
                 });
             }
@@ -424,6 +427,9 @@ async fn redirects_get_no_authorization_and_lead_to_allowed_places_only() {
         "http://169.254.169.254/latest/meta-data",
         "http://127.0.0.2:1/x",
         "https://169.254.169.254/",
+        "https://[64:ff9b::a9fe:a9fe]/",
+        "https://[::a9fe:a9fe]/",
+        "https://[::ffff:169.254.169.254]/",
         "file:///etc/passwd",
         "unix:///run/x.sock",
         "http://user:pw@127.0.0.1/",
@@ -463,5 +469,253 @@ async fn credentials_do_not_go_to_a_foreign_token_service_and_show_up_nowhere() 
             cause = error.source();
         }
         assert!(!text.contains("hunter2") && !text.contains("YW5u"), "{text}");
+    }
+}
+
+/// A store that asks these hosts for `registry.test`, in this order; the last is the registry itself.
+fn with_hosts(dir: &std::path::Path, hosts: &[&Scripted]) -> (Store, Reference) {
+    let config = dir.join("certs.d/registry.test");
+    std::fs::create_dir_all(&config).unwrap();
+    let (server, mirrors) = hosts.split_last().unwrap();
+    let mut text = format!("server = \"http://{}\"\n", server.address);
+    for mirror in mirrors {
+        text += &format!("[host.\"http://{}\"]\n", mirror.address);
+    }
+    std::fs::write(config.join("hosts.toml"), text).unwrap();
+    let options = StoreOptions { registry_config_path: Some(dir.join("certs.d")), ..options() };
+    (Store::open(&dir.join("store"), options).unwrap(), Reference::parse("registry.test/app:v").unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_with_damaged_content_is_passed_over() {
+    let image = image();
+    for damaged in ["layer", "configuration"] {
+        for fault in ["bit", "longer", "shorter", "junk"] {
+            let copy = image.clone();
+            let mirror = Scripted::start(&image, move |request, _| {
+                let digest = if damaged == "layer" { copy.layers[0] } else { copy.config };
+                if !request.path.split('?').next().unwrap().ends_with(&digest.to_string()) {
+                    return None;
+                }
+                let mut bytes = copy.bytes(digest).to_vec();
+                let middle = bytes.len() / 2;
+                match fault {
+                    "bit" => bytes[middle] ^= 1,
+                    "longer" => bytes.push(0),
+                    "shorter" => drop(bytes.pop()),
+                    _ => bytes.fill(0xff),
+                }
+                Some(Reply::ok(&bytes))
+            })
+            .await;
+            let server = Scripted::start(&image, |_, _| None).await;
+            let dir = tempfile::tempdir().unwrap();
+            let (store, reference) = with_hosts(dir.path(), &[&mirror, &server]);
+            let pulled = store.pull(&reference, &anonymous(), quiet()).await;
+            assert_eq!(
+                pulled.unwrap_or_else(|error| panic!("{damaged} {fault}: {error:?}")).id(),
+                image.config
+            );
+            // Only what was damaged was asked of the registry itself.
+            let asked: Vec<String> = server.requests().into_iter().map(|request| request.path).collect();
+            assert_eq!(asked.len(), 1, "{damaged} {fault}: {asked:?}");
+        }
+    }
+    // If all have the same damage, the pull ends, and each was asked once.
+    let copy = image.clone();
+    let mut wrong = image.bytes(image.layers[0]).to_vec();
+    wrong[150_000] ^= 1;
+    let script = move |request: &Request, _| {
+        request.path.contains(&copy.layers[0].to_string()).then(|| Reply::ok(&wrong))
+    };
+    let (mirror, server) =
+        (Scripted::start(&image, script.clone()).await, Scripted::start(&image, script).await);
+    let dir = tempfile::tempdir().unwrap();
+    let (store, reference) = with_hosts(dir.path(), &[&mirror, &server]);
+    let failed = store.pull(&reference, &anonymous(), quiet()).await.unwrap_err();
+    assert!(matches!(failed, PullError::DigestMismatch { .. }), "{failed:?}");
+    for host in [mirror, server] {
+        let count = host
+            .requests()
+            .iter()
+            .filter(|request| request.path.contains(&image.layers[0].to_string()))
+            .count();
+        assert_eq!(count, 1);
+    }
+}
+
+/// An image of so many layers of noise.
+fn layers(label: &str, count: usize) -> Built {
+    let tars: Vec<Vec<u8>> =
+        (0..count).map(|n| Layer::new().file(&format!("{label}{n}"), &[7; 100_000]).tar()).collect();
+    Built::new(&tars, Packing::Plain, Family::Oci, label)
+}
+
+fn trickling(image: &Built) -> impl Fn(&Request, usize) -> Option<Reply> + Send + Sync + 'static {
+    let copy = image.clone();
+    move |request, _| {
+        let is_layer = copy.layers.iter().any(|layer| request.path.ends_with(&layer.to_string()));
+        is_layer.then(|| Reply { trickle: Some(Duration::from_millis(100)), ..honest(&copy, request) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_registry_holds_up_no_other_pull() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let slow_images: Vec<Built> = (0..4).map(|n| layers(&format!("slow{n}"), 3)).collect();
+    let mut pulls = Vec::new();
+    for image in &slow_images {
+        let slow = Scripted::start(image, trickling(image)).await;
+        let (store, reference) = (store.clone(), slow.reference());
+        pulls
+            .push(tokio::spawn(async move { store.pull(&reference, &anonymous(), quiet()).await.map(drop) }));
+        // All that may run at once is under way.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while slow.requests().len() < 5 {
+            assert!(Instant::now() < deadline, "{:?}", slow.requests());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    let image = layers("fast", 5);
+    let fast = Scripted::start(&image, |_, _| None).await;
+    let started = Instant::now();
+    store.pull(&fast.reference(), &anonymous(), quiet()).await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(pulls.iter().all(|pull| !pull.is_finished()));
+    for pull in pulls {
+        pull.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_names_a_layer_first_and_sends_it_slowly_does_not_keep_it_from_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let image = layers("shared", 2);
+    let slow = Scripted::start(&image, trickling(&image)).await;
+    let (other, reference) = (store.clone(), slow.reference());
+    let pull = tokio::spawn(async move { other.pull(&reference, &anonymous(), quiet()).await });
+    while slow.requests().len() < 4 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let fast = Scripted::start(&image, |_, _| None).await;
+    let pulled =
+        tokio::time::timeout(Duration::from_secs(30), store.pull(&fast.reference(), &anonymous(), quiet()))
+            .await;
+    assert_eq!(pulled.expect("the pull waits for a slow registry").unwrap().id(), image.config);
+    assert!(!pull.is_finished());
+    pull.abort();
+    let _ = pull.await;
+    // The layers are the store's, whole, and what the other pull had of them is gone.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let names: Vec<String> = std::fs::read_dir(dir.path().join("layers"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        if names.len() == 2 {
+            assert!(names.iter().all(|name| !name.ends_with(".partial")), "{names:?}");
+            break;
+        }
+        assert!(Instant::now() < deadline, "{names:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_none_is_told_although_its_host_stops_sending() {
+    let image = image();
+    let copy = image.clone();
+    let registry = Scripted::start(&image, move |request, _| {
+        is_layer(request, &copy).then(|| {
+            let length = copy.bytes(copy.layers[0]).len();
+            let hold = Duration::from_secs(600);
+            Reply { cut: Some(100_000), hold, ..Reply::ok(&vec![0xff; length]) }
+        })
+    })
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    let started = Instant::now();
+    let failed = store.pull(&registry.reference(), &anonymous(), quiet()).await.unwrap_err();
+    assert!(matches!(failed, PullError::Content { .. }), "{failed:?}");
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_challenges_and_token_answers_are_understood() {
+    let image = image();
+    for (answer, more) in [
+        (r#"{"token":"","access_token":"abc"}"#, ""),
+        (r#"{"token":null,"access_token":"abc"}"#, r#",error=a:b"#),
+        (r#"{"token":"abc","access_token":""}"#, r#",error="caf\u{e9}""#),
+        (r#"{"token":"abc"}"#, r#" ,error_description=not quoted, x="open"#),
+    ] {
+        let registry = Scripted::start(&image, move |request, _| {
+            if request.path.starts_with("/token") {
+                return Some(Reply::ok(answer.as_bytes()));
+            }
+            if request.header("authorization") == Some("Bearer abc") {
+                return None;
+            }
+            let realm = format!("http://{}/token", request.header("host").unwrap());
+            let challenge = format!("Bearer service=\"s\",realm=\"{realm}\"{more}");
+            Some(Reply::status(401).header("WWW-Authenticate", challenge))
+        })
+        .await;
+        let pulled = Run::new().pull(&registry, &anonymous()).await;
+        assert!(pulled.is_ok(), "{answer} {more}: {pulled:?}");
+    }
+}
+
+/// This test is its own child: the variables of a proxy are read from the environment.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_on_this_machine_serves_registries_and_their_redirects() {
+    const INSIDE: &str = "BERTH_TEST_BEHIND_A_PROXY";
+    let image = image();
+    if std::env::var_os(INSIDE).is_some() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("certs.d/registry.test");
+        std::fs::create_dir_all(&config).unwrap();
+        std::fs::write(config.join("hosts.toml"), "server = \"http://registry.invalid\"\n").unwrap();
+        let options = StoreOptions { registry_config_path: Some(dir.path().join("certs.d")), ..options() };
+        let store = Store::open(&dir.path().join("store"), options).unwrap();
+        let reference = Reference::parse("registry.test/app:v").unwrap();
+        let pulled = store.pull(&reference, &anonymous(), quiet()).await;
+        assert_eq!(pulled.unwrap().id(), image.config);
+        return;
+    }
+    let copy = image.clone();
+    let proxy = Scripted::start(&image, move |request, _| {
+        let path = request.path.split('?').next().unwrap();
+        let path = path.strip_prefix("http://registry.invalid").expect("a request for the registry");
+        if path.starts_with("/v2/") && path.contains("/blobs/") {
+            let blob = path.rsplit('/').next().unwrap();
+            // The same host on another port: the only plain HTTP that is followed.
+            return Some(
+                Reply::status(307).header("Location", format!("http://registry.invalid:8080/cdn/{blob}")),
+            );
+        }
+        path.starts_with(":8080/").then(|| {
+            let digest = Digest::parse(path.rsplit('/').next().unwrap()).unwrap();
+            Reply::ok(copy.bytes(digest))
+        })
+    })
+    .await;
+    let port = proxy.address.rsplit(':').next().unwrap();
+    for address in ["localhost", "127.0.0.1"] {
+        let before = proxy.requests().len();
+        let output = tokio::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_proxy_on_this_machine_serves_registries_and_their_redirects"])
+            .env(INSIDE, "1")
+            .env("http_proxy", format!("http://{address}:{port}"))
+            .env_remove("no_proxy")
+            .env_remove("NO_PROXY")
+            .output()
+            .await
+            .unwrap();
+        assert!(output.status.success(), "{address}: {}", String::from_utf8_lossy(&output.stdout));
+        assert_eq!(proxy.requests().len() - before, 5, "{address}");
     }
 }

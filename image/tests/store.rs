@@ -357,3 +357,141 @@ async fn odd_lookups_find_nothing() {
         assert!(store.find(text).is_some(), "{text}");
     }
 }
+
+/// An archive of an OCI image layout.
+fn layout_tar(image: &Built, name: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    image.write_layout(dir.path(), name);
+    let mut layer = Layer::new();
+    for file in ["oci-layout", "index.json"] {
+        layer = layer.file(file, &fs::read(dir.path().join(file)).unwrap());
+    }
+    for (digest, bytes) in &image.blobs {
+        layer = layer.file(&format!("blobs/sha256/{}", digest.hex()), bytes);
+    }
+    layer.tar()
+}
+
+fn docker_tar(image: &Built, name: &str) -> Vec<u8> {
+    let layers: Vec<String> = (0..image.layers.len()).map(|n| format!("{n}/layer.tar")).collect();
+    let manifest = serde_json::json!([{"Config": "c.json", "RepoTags": [name], "Layers": layers}]);
+    let mut layer = Layer::new()
+        .file("manifest.json", manifest.to_string().as_bytes())
+        .file("c.json", image.bytes(image.config));
+    for (digest, name) in image.layers.iter().zip(&layers) {
+        layer = layer.file(name, image.bytes(*digest));
+    }
+    layer.tar()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packed_archives_are_imported_under_the_same_limits() {
+    let dir = tempfile::tempdir().unwrap();
+    let image =
+        of(&[Layer::new().file("f", &[7; 50_000]).tar(), Layer::new().file("g", b"x").tar()], "packed");
+    let file_of = |bytes: &[u8]| {
+        let path = dir.path().join("archive");
+        fs::write(&path, bytes).unwrap();
+        ImportSource::Archive(File::open(&path).unwrap())
+    };
+    for (form, tar) in [("layout", layout_tar(&image, "p:v")), ("docker", docker_tar(&image, "p:v"))] {
+        for packing in [Packing::Gzip, Packing::Zstd, Packing::Plain] {
+            let root = tempfile::tempdir().unwrap();
+            let store = store(root.path());
+            let images = store.import(file_of(&packing.pack(&tar)), None, quiet()).await.unwrap();
+            assert_eq!(images[0].id(), image.config, "{form}");
+            assert_eq!(images[0].repo_tags(), ["docker.io/library/p:v"], "{form}");
+        }
+    }
+    let root = tempfile::tempdir().unwrap();
+    let small = Store::open(root.path(), StoreOptions { max_image_bytes: 1 << 20, ..options() }).unwrap();
+    let full = Store::open(&root.path().join("full"), StoreOptions { min_free_bytes: u64::MAX, ..options() })
+        .unwrap();
+    for packing in [Packing::Gzip, Packing::Zstd] {
+        let bomb = packing.pack(&Layer::new().file("manifest.json", &vec![b' '; 8 << 20]).tar());
+        let failed = small.import(file_of(&bomb), None, quiet()).await.unwrap_err();
+        assert!(chain(&failed).contains("more uncompressed bytes than the limit of 1048576"), "{failed:?}");
+        let packed = packing.pack(&layout_tar(&image, "p:v"));
+        let failed = full.import(file_of(&packed), None, quiet()).await.unwrap_err();
+        assert!(matches!(failed, ImportError::DiskFull(_)), "{failed:?}");
+        let cut = &packed[..packed.len() - 20];
+        assert!(small.import(file_of(cut), None, quiet()).await.is_err());
+        let twice = packing.pack(&packed);
+        assert!(small.import(file_of(&twice), None, quiet()).await.is_err());
+        assert_empty(root.path());
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// An image with this configuration and these layers, in a layout with this platform beside its manifest.
+fn write_odd(dir: &Path, config: &str, layers: &str, platform: &str) -> Digest {
+    let blobs = dir.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    let put = |bytes: &str| {
+        let digest = Digest::of(bytes.as_bytes());
+        fs::write(blobs.join(digest.hex()), bytes).unwrap();
+        (digest, bytes.len())
+    };
+    let (id, size) = put(config);
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{id}","size":{size}}}{layers}}}"#
+    );
+    let (digest, size) = put(&manifest);
+    let index = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{digest}","size":{size},
+            "annotations":{{"org.opencontainers.image.ref.name":"odd:v","x":null}}{platform}}}]}}"#
+    );
+    fs::write(dir.join("index.json"), index).unwrap();
+    id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_without_layers_have_an_empty_root_and_outlive_a_restart() {
+    for (config, layers) in [
+        (r#"{"rootfs":{"type":"layers","diff_ids":[]},"config":{"Cmd":["/x"]}}"#, r#","layers":[]"#),
+        (r#"{"rootfs":{"diff_ids":null},"os":"","architecture":""}"#, r#","layers":null"#),
+        ("{}", ""),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let id = write_odd(&dir.path().join("layout"), config, layers, "");
+        let root = dir.path().join("store");
+        let source = || ImportSource::Directory(dir.path().join("layout"));
+        let images = store(&root).import(source(), None, quiet()).await.unwrap();
+        assert_eq!(images[0].id(), id, "{config}");
+        let again = store(&root);
+        let image = again.find("odd:v").unwrap();
+        let lower = again.lower_dirs(&image).unwrap();
+        assert_eq!(lower.len(), 1);
+        assert_eq!(fs::read_dir(&lower[0]).unwrap().count(), 0);
+        again.remove("odd:v", nobody).await.unwrap();
+        assert_empty(&root);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_corrects_what_an_image_says_of_its_machine() {
+    let here = std::env::consts::ARCH;
+    let wrong = r#"{"os":"linux","architecture":"s390x"}"#;
+    for (platform, fine) in [
+        (format!(r#","platform":{{"os":"linux","architecture":"{here}"}}"#), true),
+        (r#","platform":{"os":"","architecture":""}"#.to_owned(), false),
+        (String::new(), false),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_odd(&dir.path().join("layout"), wrong, "", &platform);
+        let root = dir.path().join("store");
+        let imported =
+            store(&root).import(ImportSource::Directory(dir.path().join("layout")), None, quiet()).await;
+        assert_eq!(imported.is_ok(), fine, "{platform}: {imported:?}");
+        assert_eq!(store(&root).find("odd:v").is_some(), fine, "{platform}");
+    }
+}

@@ -3,8 +3,8 @@
 //! (docs.docker.com/reference/api/registry/auth; RFC 6750, RFC 7617.) The registry chooses the token service's address, so that is where
 //! credentials get stolen. Policy:
 //!
-//! - HTTPS, or plain HTTP if the registry itself was configured as plain HTTP on the same host; never an address of this machine or link
-//!   (`transport::may_follow`);
+//! - HTTPS, or plain HTTP if the registry itself was configured as plain HTTP on the same host; only at addresses that a registry may name
+//!   (`reach`);
 //! - credentials go there only if it is the registry's own host, or shares its registrable domain (`auth.docker.io` for
 //!   `registry-1.docker.io`), or the operator trusts it by name;
 //! - only the registry itself gets or causes the use of credentials, never a mirror;
@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 
 use super::challenge::{self, Challenge};
 use super::hosts::Endpoint;
-use super::{Fault, Host, RegistryError, Session, is_temporary, retry_after, transport};
+use super::{Fault, Host, RegistryError, Session, is_temporary, retry_after};
 use crate::credentials::Credentials;
 
 /// Body of a token answer.
@@ -63,8 +63,7 @@ impl Session {
         let challenges: Vec<Challenge> = headers
             .get_all(WWW_AUTHENTICATE)
             .iter()
-            .filter_map(|value| challenge::parse(value.to_str().ok()?))
-            .flatten()
+            .flat_map(|value| challenge::parse(&String::from_utf8_lossy(value.as_bytes())))
             .collect();
         let bearer = challenges.iter().find(|challenge| challenge.scheme == "bearer");
         let value = if let Some(bearer) = bearer {
@@ -97,7 +96,7 @@ impl Session {
         let realm = realm.ok_or_else(|| refused(AuthError::Challenge))?;
         let base = &host.endpoint.base;
         let own = realm.origin() == base.origin();
-        if !own && !transport::may_follow(base, &realm) {
+        if !own && !self.may_follow(host, &realm).await {
             return Err(refused(AuthError::Realm));
         }
         let is_trusted = own || self.is_trusted_realm(base, &realm);
@@ -105,7 +104,7 @@ impl Session {
             let name = realm.host_str().unwrap_or_default().to_owned();
             return Err(refused(AuthError::ForeignRealm(name)));
         }
-        let client = if own { host.client.clone() } else { self.guarded(host)? };
+        let client = if own { host.client.clone() } else { self.guarded(host, &realm)? };
         let scope = format!("repository:{}:pull", self.repository);
         let service = challenge.get("service").unwrap_or_default();
         let request = if let Credentials::IdentityToken(token) = credentials {
@@ -149,7 +148,8 @@ impl Session {
             body => body?,
         });
         let answer: TokenAnswer = serde_json::from_slice(&body).map_err(|_| refused(AuthError::NoToken))?;
-        let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
+        // Some services fill in only one of the two, and leave the other empty.
+        let token = [answer.token, answer.access_token].into_iter().flatten().find(|token| !token.is_empty());
         Ok(token.and_then(|token| bearer_header(&token)))
     }
 

@@ -9,7 +9,10 @@
 mod auth;
 mod challenge;
 pub mod hosts;
+mod proxy;
+mod reach;
 pub mod transport;
+mod trust;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,7 +38,10 @@ pub use hosts::HostsError;
 pub use transport::TlsError;
 
 use hosts::Endpoint;
+use proxy::Proxies;
+use reach::Place;
 use transport::Reach;
+use trust::Trust;
 
 /// Redirects of one request.
 const MAX_REDIRECTS: usize = 5;
@@ -210,6 +216,7 @@ pub(crate) struct Client {
     config_path: Option<PathBuf>,
     trusted_token_hosts: Vec<String>,
     limits: TransportLimits,
+    proxies: Arc<Proxies>,
 }
 
 /// One pull.
@@ -220,6 +227,9 @@ pub(crate) struct Session {
     credentials: Credentials,
     trusted_token_hosts: Vec<String>,
     limits: TransportLimits,
+    proxies: Arc<Proxies>,
+    /// Which hosts gave which content.
+    trust: Trust,
 }
 
 #[derive(Debug)]
@@ -228,8 +238,9 @@ struct Host {
     /// `host[:port]`, for messages.
     name: String,
     client: reqwest::Client,
-    /// Made when first needed: most pulls are not sent elsewhere, and it reads the system's certificates.
-    guarded: Mutex<Option<reqwest::Client>>,
+    /// Made when first needed: most pulls are not sent elsewhere, and it reads the system's certificates. The second is for what goes
+    /// through a proxy.
+    guarded: Mutex<[Option<reqwest::Client>; 2]>,
     /// What this session's requests to the host carry; never shown, it is marked sensitive.
     authorization: Mutex<Option<HeaderValue>>,
     /// Nobody could be connected to: in this session it is not asked again while there is another that may know.
@@ -242,7 +253,7 @@ impl Client {
         trusted_token_hosts: Vec<String>,
         limits: TransportLimits,
     ) -> Self {
-        Self { config_path, trusted_token_hosts, limits }
+        Self { config_path, trusted_token_hosts, limits, proxies: Arc::new(Proxies::from_environment()) }
     }
 
     /// A session for the repository of `reference`. Reads the configuration of hosts.
@@ -261,7 +272,7 @@ impl Client {
                 endpoint,
                 name,
                 client,
-                guarded: Mutex::new(None),
+                guarded: Mutex::new([None, None]),
                 authorization: Mutex::new(None),
                 is_down: AtomicBool::new(false),
             });
@@ -272,6 +283,8 @@ impl Client {
             credentials: credentials.clone(),
             trusted_token_hosts: self.trusted_token_hosts.clone(),
             limits: self.limits.clone(),
+            proxies: Arc::clone(&self.proxies),
+            trust: Trust::default(),
         }))
     }
 }
@@ -286,7 +299,7 @@ impl Session {
         let mut last = RegistryError::NotFound;
         let may =
             |endpoint: &Endpoint| endpoint.pull && (endpoint.resolve || matches!(target, Target::Digest(_)));
-        for (host, is_last) in self.hosts_that(may) {
+        for (_, host, is_last) in self.hosts_that(|_, endpoint| may(endpoint)) {
             match self.manifest_from(host, is_last, target, &name).await {
                 Ok(fetched) => return Ok(fetched),
                 Err(error) => last = error,
@@ -295,15 +308,30 @@ impl Session {
         Err(last)
     }
 
-    /// The hosts to ask, in order, and of each whether it is the last. One that is down is passed over, unless it is the only one left.
-    fn hosts_that(&self, may: impl Fn(&Endpoint) -> bool) -> impl Iterator<Item = (&Host, bool)> {
-        let hosts: Vec<&Host> = self.hosts.iter().filter(|host| may(&host.endpoint)).collect();
+    /// The hosts to ask, in order: the place of each, and whether it is the last. One that is down is passed over, unless it is the only one
+    /// left.
+    fn hosts_that(
+        &self,
+        may: impl Fn(usize, &Endpoint) -> bool,
+    ) -> impl Iterator<Item = (usize, &Host, bool)> {
+        let hosts: Vec<(usize, &Host)> =
+            self.hosts.iter().enumerate().filter(|(place, host)| may(*place, &host.endpoint)).collect();
         let count = hosts.len();
         hosts
             .into_iter()
             .enumerate()
-            .map(move |(place, host)| (host, place + 1 == count))
-            .filter(|(host, is_last)| *is_last || !host.is_down.load(Ordering::Relaxed))
+            .map(move |(nth, (place, host))| (place, host, nth + 1 == count))
+            .filter(|(_, host, is_last)| *is_last || !host.is_down.load(Ordering::Relaxed))
+    }
+
+    /// Says that the content that came for `digest` is not what it names. True if another host may have the right one: the one that gave the
+    /// first of these bytes is not asked for them again.
+    pub(crate) fn distrust(&self, digest: Digest) -> bool {
+        let Some(place) = self.trust.blame(digest) else { return false };
+        if let Some(host) = self.hosts.get(place) {
+            tracing::warn!(host = %host.name, %digest, "registry host has other content than the digest says");
+        }
+        self.hosts_that(|place, endpoint| endpoint.pull && self.trust.has(place, digest)).next().is_some()
     }
 
     async fn manifest_from(
@@ -351,13 +379,17 @@ impl Session {
         if blob.size > limit as u64 {
             return Err(RegistryError::TooLarge);
         }
-        let mut bytes = BytesMut::new();
-        self.fetch_blob(blob, &mut bytes).await?;
-        let actual = Digest::of(&bytes);
-        if actual != blob.digest {
-            return Err(RegistryError::DigestMismatch { expected: blob.digest, actual });
+        loop {
+            let mut bytes = BytesMut::new();
+            self.fetch_blob(blob, &mut bytes).await?;
+            let actual = Digest::of(&bytes);
+            if actual == blob.digest {
+                return Ok(bytes.into());
+            }
+            if !self.distrust(blob.digest) {
+                return Err(RegistryError::DigestMismatch { expected: blob.digest, actual });
+            }
         }
-        Ok(bytes.into())
     }
 
     /// Fetches a blob piece by piece: exactly as many bytes as the descriptor says, in order, each once. The digest is the receiver's
@@ -366,13 +398,19 @@ impl Session {
         let mut progress = BlobProgress { offset: 0, ranges: true };
         let mut last = RegistryError::NotFound;
         let mut all_tries = 0;
-        for (host, is_last) in self.hosts_that(|endpoint| endpoint.pull) {
+        self.trust.begin(blob.digest);
+        let may = |place, endpoint: &Endpoint| endpoint.pull && self.trust.has(place, blob.digest);
+        for (place, host, is_last) in self.hosts_that(may) {
             let mut tries = 0;
             loop {
                 let before = progress.offset;
-                let error = match self.blob_from(host, blob, &mut progress, sink).await {
+                let got = self.blob_from(host, blob, &mut progress, sink).await;
+                if progress.offset > before {
+                    self.trust.note(place, blob.digest);
+                }
+                let error = match got {
                     Ok(()) => return Ok(()),
-                    Err(error @ (RegistryError::Unwanted | RegistryError::Size)) => return Err(error),
+                    Err(error @ RegistryError::Unwanted) => return Err(error),
                     Err(error) => error,
                 };
                 if let RegistryError::Unreachable { source: Fault::WrongRange, .. } = error {
@@ -530,7 +568,7 @@ impl Session {
         let refused = || RegistryError::Redirect { host: host.name.clone() };
         for _ in 0..=MAX_REDIRECTS {
             let own = url.origin() == host.endpoint.base.origin();
-            let client = if own { host.client.clone() } else { self.guarded(host)? };
+            let client = if own { host.client.clone() } else { self.guarded(host, &url)? };
             let mut request = client.get(url.clone()).headers(headers.clone());
             // The digest is of the bytes as stored: nobody may compress them once more on the way.
             request = request.header(ACCEPT_ENCODING, "identity");
@@ -554,9 +592,7 @@ impl Session {
             let location =
                 response.headers().get(LOCATION).and_then(|value| value.to_str().ok()).ok_or_else(refused)?;
             let next = url.join(location).map_err(|_| refused())?;
-            if next.origin() != host.endpoint.base.origin()
-                && !transport::may_follow(&host.endpoint.base, &next)
-            {
+            if next.origin() != host.endpoint.base.origin() && !self.may_follow(host, &next).await {
                 return Err(refused());
             }
             url = next;
@@ -573,17 +609,57 @@ impl Session {
         }
     }
 
-    fn guarded(&self, host: &Host) -> Result<reqwest::Client, RegistryError> {
+    /// The client for a URL that a registry named.
+    fn guarded(&self, host: &Host, url: &Url) -> Result<reqwest::Client, RegistryError> {
         let mut guarded = host.guarded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = &*guarded {
+        let base = &host.endpoint.base;
+        let is_proxied = self.proxies.has(url);
+        let [direct, proxied] = &mut *guarded;
+        let (client, reach) = if is_proxied {
+            (proxied, Reach::Proxied)
+        } else {
+            (direct, Reach::Guarded { loopback: hosts::is_loopback(base) })
+        };
+        if let Some(client) = client {
             return Ok(client.clone());
         }
-        let base = &host.endpoint.base;
-        let reach = Reach::Guarded { loopback: hosts::is_loopback(base) };
-        let client = transport::client(base, &host.endpoint.tls, reach, self.limits.connect_timeout)
+        let made = transport::client(base, &host.endpoint.tls, reach, self.limits.connect_timeout)
             .map_err(|source| RegistryError::Tls { host: host.name.clone(), source })?;
-        *guarded = Some(client.clone());
-        Ok(client)
+        *client = Some(made.clone());
+        Ok(made)
+    }
+
+    /// Whether the registry at `host` may send us to this URL: see `reach` and `proxy`.
+    async fn may_follow(&self, host: &Host, to: &Url) -> bool {
+        let base = &host.endpoint.base;
+        if !reach::has_allowed_form(base, to) {
+            return false;
+        }
+        let registry_is_here = hosts::is_loopback(base);
+        match reach::place_of_host(to) {
+            Some(Place::Public) => true,
+            Some(Place::Private) => registry_is_here || self.is_private(base).await,
+            Some(Place::Loopback) => registry_is_here,
+            Some(Place::Forbidden) => false,
+            None => !self.proxies.has(to) || proxy::may_ask_for(to, registry_is_here).await,
+        }
+    }
+
+    /// Whether a registry has private addresses only.
+    async fn is_private(&self, base: &Url) -> bool {
+        if let Some(place) = reach::place_of_host(base) {
+            return place == Place::Private;
+        }
+        let Some(url::Host::Domain(name)) = base.host() else { return false };
+        if self.proxies.has(base) {
+            return false;
+        }
+        let lookup = tokio::net::lookup_host((name, 0));
+        let Ok(Ok(found)) = tokio::time::timeout(self.limits.connect_timeout, lookup).await else {
+            return false;
+        };
+        let places: Vec<Place> = found.map(|address| reach::place_of(address.ip())).collect();
+        !places.is_empty() && places.iter().all(|place| *place == Place::Private)
     }
 
     /// Reads a body of at most `limit` bytes.
@@ -753,6 +829,47 @@ mod tests {
         assert!(watch.has_stalled(Duration::from_secs(1), 1));
         let mut watch = StallWatch::new(&limits);
         assert!((0..1000).all(|_| !watch.has_stalled(Duration::from_secs(1), 20)));
+    }
+
+    #[tokio::test]
+    async fn a_registry_names_places_of_its_own_kind_only() {
+        let session = |name: &str| {
+            let reference = Reference::parse(&format!("{name}/a:b")).unwrap();
+            Client::new(None, Vec::new(), TransportLimits::default())
+                .session(&reference, &Credentials::Anonymous)
+                .unwrap()
+        };
+        let (public, private, here) =
+            (session("203.0.113.5:5000"), session("10.9.8.7:5000"), session("127.0.0.1:5000"));
+        for (to, by_public, by_private, by_local) in [
+            ("https://cdn.invalid/x", true, true, true),
+            ("https://8.8.8.8/x", true, true, true),
+            ("https://[64:ff9b::808:808]/", true, true, true),
+            ("https://10.0.0.1/", false, true, true),
+            ("https://192.168.1.1/", false, true, true),
+            ("https://100.64.0.1/", false, true, true),
+            ("https://[fd12::1]/", false, true, true),
+            ("https://[::10.0.0.1]/", false, true, true),
+            ("https://[64:ff9b::10.0.0.1]/", false, true, true),
+            ("https://[64:ff9b:1::1]/", false, true, true),
+            ("https://[2002:a00:1::1]/", false, true, true),
+            ("https://127.0.0.1/", false, false, true),
+            ("https://[::127.0.0.1]/", false, false, true),
+            ("https://localhost/", false, false, true),
+            ("https://2130706433/", false, false, true),
+            ("https://169.254.169.254/", false, false, false),
+            ("https://[64:ff9b::169.254.169.254]/", false, false, false),
+            ("https://[::169.254.169.254]/", false, false, false),
+            ("https://[fe80::1]/", false, false, false),
+            ("https://0.0.0.0/", false, false, false),
+            ("http://cdn.invalid/x", false, false, false),
+        ] {
+            let url = Url::parse(to).unwrap();
+            for (session, allowed) in [(&public, by_public), (&private, by_private), (&here, by_local)] {
+                let host = &session.hosts[0];
+                assert_eq!(session.may_follow(host, &url).await, allowed, "{} to {to}", host.name);
+            }
+        }
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! HTTP clients and where they may connect to.
 //!
 //! Each configured host has a client with its TLS settings, which talks to that host alone. Whatever a registry points at (a redirect, a
-//! token service) is reached by the *guarded* client: it has no client certificate and does not connect to addresses that belong to this
-//! machine or to the link (cloud metadata), whatever the name resolves to at that moment.
+//! token service) is reached by the *guarded* client: it has no client certificate and does not connect to addresses that `reach` forbids,
+//! whatever the name resolves to at that moment. Behind a proxy it is a third one, for which `proxy` says what is checked.
 
 use std::fs;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -16,9 +16,10 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use url::{Host, Url};
+use url::Url;
 
 use super::hosts::{TlsSettings, is_loopback};
+use super::reach;
 
 /// Headers of a response together.
 const MAX_HEADERS: u32 = 64 * 1024;
@@ -52,8 +53,10 @@ pub enum TlsError {
 pub(crate) enum Reach {
     /// The host that an operator configured.
     Configured,
-    /// Hosts that a registry named. `loopback` allows this machine, for registries that are on it themselves.
+    /// Hosts that a registry named, without a proxy. `loopback` allows this machine, for registries that are on it themselves.
     Guarded { loopback: bool },
+    /// Hosts that a registry named, through the proxy of the environment. Only the proxy's own name is resolved.
+    Proxied,
 }
 
 /// The system's authorities, read when the first TLS connection is made.
@@ -81,7 +84,7 @@ pub(crate) fn client(
     connect_timeout: Duration,
 ) -> Result<reqwest::Client, TlsError> {
     // Plain HTTP needs no authorities, and reading them takes longer than a small pull from this machine.
-    let encrypted = url.scheme() == "https" || matches!(reach, Reach::Guarded { .. });
+    let encrypted = url.scheme() == "https" || reach != Reach::Configured;
     let config = tls_config(tls, reach, encrypted)?;
     let mut builder = reqwest::Client::builder()
         .tls_backend_preconfigured(config)
@@ -91,11 +94,12 @@ pub(crate) fn client(
         .http1_max_headers(MAX_HEADER_COUNT)
         .http2_max_header_list_size(MAX_HEADERS)
         .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")));
-    if let Reach::Guarded { loopback } = reach {
-        builder = builder.dns_resolver(Arc::new(GuardedResolver { loopback }));
-    }
-    if is_loopback(url) {
-        builder = builder.no_proxy();
+    match reach {
+        Reach::Guarded { loopback } => {
+            builder = builder.no_proxy().dns_resolver(Arc::new(GuardedResolver { loopback }));
+        }
+        Reach::Configured if is_loopback(url) => builder = builder.no_proxy(),
+        Reach::Configured | Reach::Proxied => {}
     }
     builder.build().map_err(TlsError::Http)
 }
@@ -137,51 +141,6 @@ fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError
     CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().map_err(failed)
 }
 
-/// Whether a registry may send us to this URL: HTTPS, or plain HTTP on the very host that was configured as plain HTTP; no user in it; and
-/// not an address of this machine or of the link.
-pub(crate) fn may_follow(configured: &Url, to: &Url) -> bool {
-    let scheme = match to.scheme() {
-        "https" => true,
-        "http" => configured.scheme() == "http" && configured.host() == to.host(),
-        _ => false,
-    };
-    let address = match to.host() {
-        Some(Host::Ipv4(address)) => Some(IpAddr::V4(address)),
-        Some(Host::Ipv6(address)) => Some(IpAddr::V6(address)),
-        Some(Host::Domain(_)) => None,
-        None => return false,
-    };
-    scheme
-        && to.username().is_empty()
-        && to.password().is_none()
-        && address.is_none_or(|address| is_allowed(address, is_loopback(configured)))
-        && (is_loopback(configured) || !is_loopback(to))
-}
-
-fn is_allowed(address: IpAddr, loopback: bool) -> bool {
-    /// Instance metadata of some clouds, outside the link-local range.
-    const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
-    match address {
-        IpAddr::V4(v4) => {
-            let forbidden = v4.is_unspecified()
-                || v4.is_link_local()
-                || v4.is_broadcast()
-                || v4.is_multicast()
-                || v4.octets()[0] == 0
-                || v4.octets() == [100, 100, 100, 200];
-            !forbidden && (loopback || !v4.is_loopback())
-        }
-        IpAddr::V6(v6) => {
-            if let Some(v4) = v6.to_ipv4_mapped() {
-                return is_allowed(IpAddr::V4(v4), loopback);
-            }
-            let forbidden =
-                v6.is_unspecified() || v6.is_unicast_link_local() || v6.is_multicast() || v6 == METADATA_V6;
-            !forbidden && (loopback || !v6.is_loopback())
-        }
-    }
-}
-
 #[derive(Debug, thiserror::Error)]
 #[error("the host has no address that may be connected to")]
 struct NoAllowedAddress;
@@ -196,7 +155,7 @@ impl Resolve for GuardedResolver {
         Box::pin(async move {
             let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
             let allowed: Vec<SocketAddr> =
-                found.filter(|address| is_allowed(address.ip(), loopback)).collect();
+                found.filter(|address| reach::may_connect(address.ip(), loopback)).collect();
             if allowed.is_empty() {
                 return Err(NoAllowedAddress.into());
             }
@@ -251,40 +210,5 @@ impl ServerCertVerifier for NoVerification {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_https_or_the_same_plain_host_is_followed() {
-        for (from, to, allowed) in [
-            ("https://r.example/v2", "https://cdn.example/x?sig=1", true),
-            ("https://r.example/v2", "http://cdn.example/x", false),
-            ("https://r.example/v2", "http://r.example/x", false),
-            ("https://r.example/v2", "https://u:p@cdn.example/x", false),
-            ("https://r.example/v2", "https://169.254.169.254/latest", false),
-            ("https://r.example/v2", "https://[fe80::1]/", false),
-            ("https://r.example/v2", "https://[::ffff:169.254.169.254]/", false),
-            ("https://r.example/v2", "https://[fd00:ec2::254]/", false),
-            ("https://r.example/v2", "https://127.0.0.1/", false),
-            ("https://r.example/v2", "https://localhost/", false),
-            ("https://r.example/v2", "https://2130706433/", false),
-            ("https://r.example/v2", "https://0x7f.1/", false),
-            ("https://r.example/v2", "https://10.0.0.1/", true),
-            ("https://r.example/v2", "file:///etc/passwd", false),
-            ("https://r.example/v2", "unix:///run/x.sock", false),
-            ("https://r.example/v2", "ftp://cdn.example/", false),
-            ("http://127.0.0.1:5000/v2", "http://127.0.0.1:6000/x", true),
-            ("http://127.0.0.1:5000/v2", "http://127.0.0.2:6000/x", false),
-            ("http://127.0.0.1:5000/v2", "https://localhost/x", true),
-            ("http://127.0.0.1:5000/v2", "http://169.254.169.254/", false),
-            ("http://r.example/v2", "http://other.example/", false),
-        ] {
-            let (from, target) = (Url::parse(from).unwrap(), Url::parse(to).unwrap());
-            assert_eq!(may_follow(&from, &target), allowed, "{to}");
-        }
     }
 }

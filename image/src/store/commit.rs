@@ -51,6 +51,9 @@ pub enum ContentError {
         #[source]
         source: LayerError,
     },
+    /// An archive of images that is packed.
+    #[error("unpack the archive")]
+    Archive(#[source] LayerError),
     /// Layers that do not fit together.
     #[error("put layer {diff_id} on the layers below it")]
     Patch {

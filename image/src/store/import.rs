@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,9 +22,10 @@ use super::pull::{Reporter, acquire_all, finish};
 use super::staging::Fetch;
 use super::{Inner, StoreError};
 use crate::document::Descriptor;
-use crate::layer::LayerContent;
+use crate::layer::{self, Budget, LayerContent, LayerError};
 use crate::manifest::{self, Blob, Document, EMPTY_ARCHIVE, MAX_DOCUMENT, MAX_NESTING, ManifestError};
 use crate::platform;
+use crate::turns::LayerInput;
 use crate::unpack::archive::{Archive, ArchiveError, EntryKind};
 use crate::unpack::{PathError, path};
 use crate::{Digest, Image, LayerPhase, Progress, Reference};
@@ -49,7 +50,7 @@ const OCI_REF_NAME: &str = "org.opencontainers.image.ref.name";
 pub enum ImportSource {
     /// A folder with an OCI image layout.
     Directory(PathBuf),
-    /// A tar file, seekable and not compressed: an OCI image layout or what `docker save` writes.
+    /// A tar file, seekable: an OCI image layout or what `docker save` writes. It may be packed by gzip or zstd.
     Archive(File),
 }
 
@@ -79,9 +80,7 @@ pub enum ImportError {
         source: PathError,
     },
     /// Neither of the two forms.
-    #[error(
-        "neither an OCI image layout (index.json) nor a docker archive (manifest.json); compressed archives must be unpacked first"
-    )]
+    #[error("neither an OCI image layout (index.json) nor a docker archive (manifest.json)")]
     UnknownForm,
     /// A member that the archive does not have in one piece.
     #[error("member '{0}' of the archive is a sparse file: write the archive without --sparse")]
@@ -147,8 +146,9 @@ pub(super) async fn import(
     name: Option<Reference>,
     progress: Arc<dyn Progress>,
 ) -> Result<Vec<Image>, ImportError> {
+    let opening = Arc::clone(inner);
     let found = tokio::task::spawn_blocking(move || {
-        let source = Source::open(source)?;
+        let source = Source::open(source, &opening)?;
         source.images()
     });
     let mut found = found.await.map_err(|_| ContentError::Store(StoreError::BrokenOff))??;
@@ -166,7 +166,7 @@ pub(super) async fn import(
             content: sources.get(index).cloned(),
             report,
         };
-        let layers = acquire_all(inner, &contents, &progress, fetch).await?;
+        let layers = acquire_all(inner, &contents, &progress, fetch, |_, _| false).await?;
         let new = NewImage {
             configuration: image.configuration,
             raw_config: image.raw_config,
@@ -216,6 +216,8 @@ impl Read for Counted {
         Ok(length)
     }
 }
+
+impl LayerInput for Counted {}
 
 impl Content {
     fn open(&self) -> io::Result<Box<dyn Read + Send>> {
@@ -278,21 +280,20 @@ struct DockerImage {
 }
 
 impl Source {
-    fn open(source: ImportSource) -> Result<Self, ImportError> {
+    fn open(source: ImportSource, inner: &Inner) -> Result<Self, ImportError> {
         match source {
             ImportSource::Directory(path) => Root::open(&path)
                 .map(|root| Self::Directory(Arc::new(root)))
                 .map_err(|source| ImportError::Read { what: path.display().to_string(), source }),
             ImportSource::Archive(file) => {
-                let file = Arc::new(file);
+                let failed = |source| ImportError::Read { what: "archive".to_owned(), source };
                 let mut magic = [0; 4];
-                let length = file
-                    .read_at(&mut magic, 0)
-                    .map_err(|source| ImportError::Read { what: "archive".to_owned(), source })?;
-                // gzip and zstd; an empty file is none of the two forms either.
-                if length == 0 || magic.starts_with(&[0x1f, 0x8b]) || magic == [0x28, 0xb5, 0x2f, 0xfd] {
+                let length = file.read_at(&mut magic, 0).map_err(failed)?;
+                if length == 0 {
                     return Err(ImportError::UnknownForm);
                 }
+                let file = if is_packed(magic) { unpacked(&file, inner)? } else { file };
+                let file = Arc::new(file);
                 let members = index_members(&file)?;
                 Ok(Self::Archive(members, file))
             }
@@ -473,6 +474,37 @@ impl Source {
         let raw_manifest = manifest_for(&raw_config, &layers);
         Ok(Found { configuration, raw_config, raw_manifest, layers, names: tags })
     }
+}
+
+/// gzip, zstd, and zstd's skippable frames (RFC 1952, RFC 8878).
+fn is_packed(magic: [u8; 4]) -> bool {
+    matches!(magic, [0x1f, 0x8b, _, _] | [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18])
+}
+
+/// The archive without its packing, in a file without a name beside the images: members are read in any order, and several at a time. It may
+/// become as large as one image, and leaves as much free.
+fn unpacked(packed: &File, inner: &Inner) -> Result<File, ImportError> {
+    let policy = inner.policy();
+    let options = &policy.options;
+    let budget = Arc::new(Budget::new(
+        options.max_image_bytes,
+        inner.root.clone(),
+        options.min_free_bytes,
+        options.min_free_percent,
+    ));
+    let failed = |source| ImportError::Read { what: "archive".to_owned(), source };
+    let mut file = berth_sys::file::unnamed(&inner.root).map_err(failed)?;
+    let size = packed.metadata().map_err(failed)?.len();
+    let window = Window { file: Arc::new(packed.try_clone().map_err(failed)?), offset: 0, left: size };
+    layer::decompress_to(BufReader::with_capacity(128 * 1024, window), &mut file, &budget).map_err(
+        |error| match error {
+            LayerError::DiskFull | LayerError::Reserved(_) => {
+                ImportError::DiskFull(ContentError::Archive(error))
+            }
+            error => ImportError::Content(ContentError::Archive(error)),
+        },
+    )?;
+    Ok(file)
 }
 
 /// A docker archive has no manifest; the store keeps one for each image, so it gets the one that its parts make.

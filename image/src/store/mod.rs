@@ -61,7 +61,7 @@ pub struct StoreOptions {
     pub registry_config_path: Option<PathBuf>,
     /// Token service hosts that may be handed credentials although they do not belong to the registry's own domain.
     pub trusted_token_hosts: Vec<String>,
-    /// Layers fetched and unpacked at the same time, over all pulls. Default 3.
+    /// Layers that one pull fetches at the same time, and layers that are unpacked at the same time over all pulls. Default 3.
     pub layers_at_once: usize,
     /// Uncompressed bytes that one image may have. Default 64 GiB.
     pub max_image_bytes: u64,
@@ -176,7 +176,7 @@ struct Inner {
 struct Policy {
     options: StoreOptions,
     client: Client,
-    /// One for each layer that is fetched and unpacked.
+    /// One for each layer that is unpacked while it has bytes to work on.
     permits: Arc<Semaphore>,
 }
 

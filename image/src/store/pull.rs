@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
+use tokio::sync::Semaphore;
 
 use super::commit::{self, ContentError, Names, NewImage};
 use super::staging::{self, Acquired, Fetch};
@@ -151,7 +152,13 @@ async fn pull_content(
         blob: content.blob,
         report,
     };
-    let layers = acquire_all(inner, &contents, &progress, fetch).await?;
+    let another_has = |content: LayerContent, error: &ContentError| match error {
+        ContentError::Layer { source, .. } => {
+            source.is_of_the_bytes() && session.distrust(content.blob.digest)
+        }
+        _ => false,
+    };
+    let layers = acquire_all(inner, &contents, &progress, fetch, another_has).await?;
     finish(inner, NewImage { configuration, raw_config, raw_manifest, layers, names }, &progress).await
 }
 
@@ -172,11 +179,13 @@ pub(super) async fn finish(
 }
 
 /// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays of the others that nobody else needs.
+/// `try_again` says whether a layer that failed is to be fetched once more.
 pub(super) async fn acquire_all<F: Fetch>(
     inner: &Arc<Inner>,
     contents: &[LayerContent],
     progress: &Arc<dyn Progress>,
-    mut fetch: impl FnMut(usize, LayerContent, Reporter) -> F,
+    fetch: impl Fn(usize, LayerContent, Reporter) -> F,
+    try_again: impl Fn(LayerContent, &ContentError) -> bool,
 ) -> Result<Vec<Acquired>, ContentError> {
     let policy = inner.policy();
     let options = &policy.options;
@@ -186,12 +195,19 @@ pub(super) async fn acquire_all<F: Fetch>(
         options.min_free_bytes,
         options.min_free_percent,
     ));
+    let transfers = Semaphore::new(options.layers_at_once.max(1));
+    let (budget, transfers, fetch, try_again) = (&budget, &transfers, &fetch, &try_again);
     let running = contents.iter().enumerate().map(|(index, &content)| {
         let report = Reporter { progress: Arc::clone(progress), index, count: contents.len(), content };
         report.say(LayerPhase::Waiting, 0);
-        let (fetch, budget) = (fetch(index, content, report.clone()), Arc::clone(&budget));
         async move {
-            let acquired = staging::acquire(inner, content, &budget, fetch).await?;
+            let acquired = loop {
+                let fetch = fetch(index, content, report.clone());
+                match staging::acquire(inner, content, budget, transfers, fetch).await {
+                    Err(error) if try_again(content, &error) => {}
+                    acquired => break acquired?,
+                }
+            };
             let phase = if acquired.staged.is_some() { LayerPhase::Unpacked } else { LayerPhase::Present };
             report.say(phase, content.blob.size);
             Ok::<_, ContentError>(acquired)

@@ -4,24 +4,43 @@
 //! otherwise. The lock is owned by the blocking thread that unpacks, not by the future that waits for it: so it is given back only when
 //! nothing of a failed or cancelled layer is left. A staged layer lives as long as a pull holds it; then it is in the store or gone.
 //!
-//! Nobody waits for a slot while holding another slot's lock, and nobody waits for a permit while holding a permit: no deadlock.
+//! Nobody waits for a slot while holding another slot's lock: no deadlock. A pull has permits of its own for its transfers; those for
+//! unpacking are shared, and held only while there are bytes to work on (`turns`). A slot whose holder gets next to nothing is not waited for.
 
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
+use std::time::Duration;
 
 use berth_sys::beneath::Root;
-use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
+use tokio::runtime::Handle;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore, oneshot, watch};
 
 use super::record::{self, LayerRecord, Lower, OpenQuestions};
 use super::{ContentError, Inner, Pin, StoreError, file_error, make_private_dir, remove_tree};
 use crate::Digest;
 use crate::layer::{self, Budget, LayerContent};
+use crate::turns::{LayerInput, Turns};
 use crate::unpack::Summary;
 
-pub(super) type Slot = AsyncMutex<Weak<Staged>>;
+/// How long a pull waits at a time for another that fetches the same layer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What that other one has to get in this time. Otherwise the layer is fetched once more: whoever names a layer first must not be able to keep
+/// it from everybody.
+const LEAST_IN_PATIENCE: u64 = 1 << 20;
+
+/// How long a failed pull waits for what is left of its layers to be gone.
+const SETTLING: Duration = Duration::from_secs(10);
+
+/// A layer that is fetched, or was.
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    staged: Arc<AsyncMutex<Weak<Staged>>>,
+    /// Bytes, as packed, that the one who has the lock has worked on.
+    moved: Arc<AtomicU64>,
+}
 
 /// A layer that is unpacked and verified but not in the store yet.
 #[derive(Debug)]
@@ -92,7 +111,7 @@ impl Drop for Staged {
             }
         };
         // The last holder may be a future that was dropped on an async thread, where a large removal would hold up others.
-        match tokio::runtime::Handle::try_current() {
+        match Handle::try_current() {
             Ok(handle) => drop(handle.spawn_blocking(remove)),
             Err(_) => remove(),
         }
@@ -111,17 +130,18 @@ pub(super) struct Acquired {
 /// What to do when it turns out that the layer must be fetched.
 pub(super) trait Fetch: Send {
     /// The layer's bytes, to be read on a blocking thread.
-    type Input: Read + Send + 'static;
+    type Input: LayerInput + Send + 'static;
 
     /// Opens the input and starts whatever fills it; the future resolves when all was put in.
     fn start(self) -> (Self::Input, impl Future<Output = Result<(), ContentError>> + Send);
 }
 
-/// Sees to it that a layer is in the store or staged.
+/// Sees to it that a layer is in the store or staged. `transfers` has the permits of this pull.
 pub(super) async fn acquire<F: Fetch>(
     inner: &Arc<Inner>,
     content: LayerContent,
     budget: &Arc<Budget>,
+    transfers: &Semaphore,
     fetch: F,
 ) -> Result<Acquired, ContentError> {
     let diff_id = content.diff_id;
@@ -130,39 +150,55 @@ pub(super) async fn acquire<F: Fetch>(
         let mut slots = inner.slots.lock().unwrap_or_else(PoisonError::into_inner);
         // A slot that nobody holds is still needed while it knows of a staged layer.
         slots.retain(|_, slot| {
-            Arc::strong_count(slot) > 1 || slot.try_lock().map_or(true, |staged| staged.strong_count() > 0)
+            Arc::strong_count(slot) > 1
+                || slot.staged.try_lock().map_or(true, |staged| staged.strong_count() > 0)
         });
         Arc::clone(slots.entry(diff_id).or_default())
     };
-    let mut guard = slot.lock_owned().await;
+    let mut guard = slot.lock().await;
     // Its open questions may be many, and are read from the disk.
     let looking = Arc::clone(inner);
     let known = tokio::task::spawn_blocking(move || looking.is_sound(Lower::Layer(diff_id)));
     if known.await.map_err(|_| StoreError::BrokenOff)? {
         return Ok(Acquired { diff_id, staged: None, _pin: pin });
     }
-    if let Some(staged) = guard.upgrade() {
+    if let Some(staged) = guard.as_ref().and_then(|guard| guard.upgrade()) {
         return Ok(Acquired { diff_id, staged: Some(staged), _pin: pin });
     }
-    let permits = Arc::clone(&inner.policy().permits);
-    let permit = permits.acquire_owned().await.map_err(|_| StoreError::BrokenOff)?;
+    let _transfer = transfers.acquire().await.map_err(|_| StoreError::BrokenOff)?;
     let (input, filling) = fetch.start();
+    let moved = if guard.is_some() { Arc::clone(&slot.moved) } else { Arc::default() };
+    let input = Turns::new(input, Arc::clone(&inner.policy().permits), Handle::current(), moved);
     let path = inner.partial_path(&inner.tree_path(Lower::Layer(diff_id)));
     let (budget, removals) = (Arc::clone(budget), inner.removals.clone());
     let (result_sender, result) = oneshot::channel();
-    tokio::task::spawn_blocking(move || {
-        let staged = stage(input, content, path, &budget, removals);
-        if let Ok(staged) = &staged {
-            *guard = Arc::downgrade(staged);
-        }
-        // If nobody waits any more, the layer goes here and now, before the slot is free again.
-        if let Err(unwanted) = result_sender.send(staged) {
-            drop(unwanted);
-        }
-        drop(guard);
-        drop(permit);
-    });
-    let (filled, staged) = tokio::join!(filling, result);
+    // Not one of the runtime's threads for blocking work: those are limited, and a slow registry must not use them up.
+    std::thread::Builder::new()
+        .name("layer".to_owned())
+        .spawn(move || {
+            let staged = stage(input, content, path, &budget, removals);
+            if let (Ok(staged), Some(guard)) = (&staged, &mut guard) {
+                **guard = Arc::downgrade(staged);
+            }
+            // If nobody waits any more, the layer goes here and now, before the slot is free again.
+            if let Err(unwanted) = result_sender.send(staged) {
+                drop(unwanted);
+            }
+            drop(guard);
+            drop(slot);
+        })
+        .map_err(|source| StoreError::File {
+            operation: "start a thread for",
+            path: inner.tree_path(Lower::Layer(diff_id)),
+            source,
+        })?;
+    tokio::pin!(filling, result);
+    let (filled, staged) = tokio::select! {
+        biased;
+        // Unpacked, or refused: what is still on the way does not matter, and a host that has stopped sending is not waited for.
+        staged = &mut result => (Ok(()), staged),
+        filled = &mut filling => (filled, result.await),
+    };
     let staged = staged.map_err(|_| StoreError::BrokenOff)?;
     match (filled, staged) {
         (_, Ok(staged)) => Ok(Acquired { diff_id, staged: Some(staged), _pin: pin }),
@@ -172,20 +208,42 @@ pub(super) async fn acquire<F: Fetch>(
     }
 }
 
-/// Waits until no thread works on these layers any more, and what they left is removed.
-pub(super) async fn settle(inner: &Arc<Inner>, diff_ids: &[Digest]) {
-    for diff_id in diff_ids {
-        let slot = inner.slots.lock().unwrap_or_else(PoisonError::into_inner).get(diff_id).map(Arc::clone);
-        if let Some(slot) = slot {
-            drop(slot.lock().await);
+impl Slot {
+    /// Waits for the slot for as long as its holder gets on. `None`: it does not.
+    async fn lock(&self) -> Option<OwnedMutexGuard<Weak<Staged>>> {
+        let mut before = self.moved.load(Ordering::Relaxed);
+        loop {
+            let lock = Arc::clone(&self.staged).lock_owned();
+            if let Ok(guard) = tokio::time::timeout(PATIENCE, lock).await {
+                return Some(guard);
+            }
+            let now = self.moved.load(Ordering::Relaxed);
+            if now.wrapping_sub(before) < LEAST_IN_PATIENCE {
+                return None;
+            }
+            before = now;
         }
     }
-    inner.removals.done().await;
+}
+
+/// Waits until no thread works on these layers any more, and what they left is removed; but not for ever on layers that others fetch.
+pub(super) async fn settle(inner: &Arc<Inner>, diff_ids: &[Digest]) {
+    let settling = async {
+        for diff_id in diff_ids {
+            let slot =
+                inner.slots.lock().unwrap_or_else(PoisonError::into_inner).get(diff_id).map(Arc::clone);
+            if let Some(slot) = slot {
+                drop(slot.staged.lock().await);
+            }
+        }
+        inner.removals.done().await;
+    };
+    let _ = tokio::time::timeout(SETTLING, settling).await;
 }
 
 /// Unpacks into `path`; removes it again if that fails.
 fn stage(
-    input: impl Read,
+    input: impl LayerInput,
     content: LayerContent,
     path: PathBuf,
     budget: &Arc<Budget>,
@@ -202,7 +260,7 @@ fn stage(
 }
 
 fn unpack_into(
-    input: impl Read,
+    input: impl LayerInput,
     content: LayerContent,
     path: &Path,
     budget: &Arc<Budget>,

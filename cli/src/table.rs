@@ -45,9 +45,16 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     }
 }
 
-/// The text with `?` for every character that a terminal would act on.
+/// The text with `?` for every character that a terminal would act on, that turns the direction of writing, or that is not seen.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
+    let is_shown = |character: char| {
+        if character.is_ascii() {
+            !character.is_ascii_control()
+        } else {
+            character.escape_debug().eq([character])
+        }
+    };
+    text.chars().map(|character| if is_shown(character) { character } else { '?' }).collect()
 }
 
 #[cfg(test)]
@@ -76,7 +83,7 @@ mod tests {
     fn hostile_cells_cannot_break_a_row_or_steer_the_terminal() {
         let mut table = Table::new(["A", "B"]);
         table.row(["x\ny\t\0".into(), "\u{1b}[2J\u{9b}".into()]);
-        table.row([String::new(), String::new()]);
-        assert_eq!(table.render(), "A       B\nx?y??   ?[2J?\n-       -\n");
+        table.row([String::new(), "\u{202e}\u{2028}".into()]);
+        assert_eq!(table.render(), "A       B\nx?y??   ?[2J?\n-       ??\n");
     }
 }

@@ -15,6 +15,7 @@ pub mod cri;
 pub mod daemon;
 mod host_directory;
 mod housekeeping;
+pub mod log;
 mod node;
 mod notify;
 pub mod oci_spec;

@@ -3,9 +3,9 @@
 
 use anyhow::Context as _;
 use berth_runtime::config::{self, Config, Written};
+use berth_runtime::log::Lines;
 use berth_runtime::reload::Reload;
 use clap::Parser;
-use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -109,10 +109,11 @@ fn read(arguments: &Arguments) -> anyhow::Result<Config> {
 }
 
 fn serve(config: Config, arguments: Arguments) -> anyhow::Result<()> {
+    let lines = Lines::to_stderr();
     let log = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_new(&config.log).context("log")?)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(lines)
+        .with_ansi(lines.has_colours())
         .with_filter_reloading();
     let filter_in_force = log.reload_handle();
     log.init();

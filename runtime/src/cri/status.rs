@@ -16,6 +16,8 @@
 //!
 //! Messages carry the whole chain of causes: they end up in a pod's events, in front of somebody who has nothing else.
 
+use std::borrow::Cow;
+
 use super::convert::Rejected;
 use crate::chain;
 use crate::container::ContainerError;
@@ -176,6 +178,10 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
     {
         message.insert_str(0, "RegistryUnavailable: ");
     }
+    // Names that an image or a registry chose, and words of theirs.
+    if let Cow::Owned(escaped) = berth_model::text::printable(&message) {
+        message = escaped;
+    }
     if message.len() > MAX_MESSAGE_BYTES {
         let end = (0..=MAX_MESSAGE_BYTES).rev().find(|end| message.is_char_boundary(*end)).unwrap_or(0);
         message.truncate(end);
@@ -227,6 +233,12 @@ mod tests {
                 failed("StartContainer", &CallError::from(ContainerError::from(shim))).message().to_owned();
             assert!(message.contains("foo") && message.contains(expected), "{message}");
         }
+    }
+
+    #[test]
+    fn messages_are_one_line_of_printable_text() {
+        let error = CallError::Argument("a\u{202e}b\u{2028}c\nd\u{1b}[2J".to_owned());
+        assert_eq!(failed("x", &error).message(), r"a\u{202e}b\u{2028}c\nd\u{1b}[2J");
     }
 
     #[test]

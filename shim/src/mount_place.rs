@@ -6,7 +6,7 @@
 
 use crate::failure::{Step, from_io, refused, shown};
 use berth_shim_proto::control::Failed;
-use berth_shim_proto::launch::Mount;
+use berth_shim_proto::launch::{Mount, REPLACEABLE_IN_PROC};
 use berth_sys::beneath::{self, Root};
 use berth_sys::mount::{self, Filesystem};
 use std::ffi::OsStr;
@@ -14,21 +14,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-
-/// What may be mounted over in `/proc`, as with runc: the files that lxcfs replaces by those of the container's own limits, and two that
-/// tools for checkpoints and for FIPS mode write or replace.
-const REPLACEABLE: [&str; 10] = [
-    "/proc/cpuinfo",
-    "/proc/diskstats",
-    "/proc/loadavg",
-    "/proc/meminfo",
-    "/proc/slabinfo",
-    "/proc/stat",
-    "/proc/swaps",
-    "/proc/uptime",
-    "/proc/sys/crypto/fips_enabled",
-    "/proc/sys/kernel/ns_last_pid",
-];
 
 /// The inode of the root of a procfs: `PROC_ROOT_INO` of the kernel's <linux/proc_fs.h>.
 const PROC_ROOT_INODE: u64 = 1;
@@ -58,9 +43,9 @@ pub(crate) fn checked(
     match mount::filesystem_of(place.as_fd()).step(STEP, &about)? {
         // The procfs of the host, say, that a request has mounted elsewhere, is as good a place as others.
         Filesystem::Proc if !lies_in("proc")? => return Ok(place),
-        Filesystem::Proc if REPLACEABLE.iter().any(|path| path.as_bytes() == mount.target) => {}
+        Filesystem::Proc if REPLACEABLE_IN_PROC.iter().any(|path| path.as_bytes() == mount.target) => {}
         Filesystem::Proc => {
-            let allowed = REPLACEABLE.join(", ");
+            let allowed = REPLACEABLE_IN_PROC.join(", ");
             return Err(refused(STEP, format!("{about} lies in /proc, where only {allowed} can be mounted")));
         }
         Filesystem::Memory if !lies_in("dev")? => return Ok(place),

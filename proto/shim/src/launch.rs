@@ -108,6 +108,21 @@ pub struct Mount {
     pub no_symlinks: bool,
 }
 
+/// What may be mounted over in `/proc`, as with runc: the files that lxcfs replaces by those of the container's own limits, and two that
+/// tools for checkpoints and for FIPS mode write or replace.
+pub const REPLACEABLE_IN_PROC: [&str; 10] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/sys/crypto/fips_enabled",
+    "/proc/sys/kernel/ns_last_pid",
+];
+
 /// The sources of a [`Mount`].
 pub mod mount {
     /// Where a mount comes from.

@@ -12,7 +12,8 @@ use berth_model::id::ContainerId;
 use berth_model::security;
 use berth_shim_proto::launch::mount::{Bind, Filesystem, Source};
 use berth_shim_proto::launch::{
-    Cgroup, Device, Launch, Mount, Namespaces, PidNamespace, Process, Propagation, Rootfs, User,
+    Cgroup, Device, Launch, Mount, Namespaces, PidNamespace, Process, Propagation, REPLACEABLE_IN_PROC,
+    Rootfs, User,
 };
 use mount_options::{MountOptions, OptionError};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Spec};
@@ -104,6 +105,9 @@ pub enum PlanError {
     /// A read-only filesystem in which something writable is to be mounted: its mount points could not be made.
     #[error("mount on {0:?}: a new read-only filesystem has writable mounts below it")]
     WritableBelow(PathBuf),
+    /// A place among the kernel's files. The shim refuses what only a link leads there.
+    #[error("mount on {0:?}: in /proc only {list} can be mounted", list = REPLACEABLE_IN_PROC.join(", "))]
+    InProc(PathBuf),
     /// A path that has to be absolute.
     #[error("{property}: {path:?} is not absolute")]
     Relative {
@@ -289,6 +293,10 @@ fn translate_mount(mount: &oci_spec::runtime::Mount) -> Result<Mount, PlanError>
     let maps = [mount.uid_mappings(), mount.gid_mappings()];
     if maps.iter().any(|map| map.as_ref().is_some_and(|map| !map.is_empty())) {
         return Err(PlanError::Unsupported("mounts.uidMappings"));
+    }
+    let is_in_proc = destination.starts_with("/proc") && destination != Path::new("/proc");
+    if is_in_proc && !REPLACEABLE_IN_PROC.iter().any(|place| destination == Path::new(place)) {
+        return Err(PlanError::InProc(destination.clone()));
     }
     let kind = mount.typ().as_deref().unwrap_or_default();
     let options = MountOptions::parse(kind, mount.options().as_deref().unwrap_or_default())

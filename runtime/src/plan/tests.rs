@@ -587,6 +587,14 @@ fn a_spec_that_the_shim_cannot_carry_out_is_refused() {
         ),
         (
             |s| {
+                first_mount(s, |m| {
+                    m.set_destination("/proc/sys/kernel".into());
+                })
+            },
+            PlanError::InProc("/proc/sys/kernel".into()),
+        ),
+        (
+            |s| {
                 first_device(s, |d| {
                     d.set_major(-1);
                 })
@@ -658,7 +666,8 @@ fn any_mount() -> impl Strategy<Value = Asked> {
     let travel = prop::sample::select(vec![Travel::Private, Travel::HostToContainer, Travel::Bidirectional]);
     (prop::collection::vec(part, 1..4), any::<bool>(), any::<bool>(), travel).prop_map(
         |(parts, readonly, recursive, propagation)| Asked {
-            container_path: format!("/{}", parts.join("/")),
+            // What is below /proc is refused, so it lies elsewhere here.
+            container_path: format!("/{}", parts.join("/")).replace("/proc/", "/p/"),
             host_path: "/host".into(),
             readonly,
             recursive_read_only: readonly && recursive && propagation == Travel::Private,

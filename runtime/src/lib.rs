@@ -15,6 +15,7 @@ pub mod cri;
 pub mod daemon;
 mod host_directory;
 mod housekeeping;
+mod http2;
 pub mod log;
 mod node;
 mod notify;

@@ -2,6 +2,7 @@
 
 use crate::api;
 use crate::cri::{ImageService, RuntimeService};
+use crate::http2;
 use berth_api::v1::berth_server::BerthServer;
 use berth_cri::MAX_MESSAGE_BYTES;
 use berth_cri::v1::image_service_server::ImageServiceServer;
@@ -84,8 +85,11 @@ pub(crate) async fn serve(
         Ok(stream) => is_root(stream),
         Err(_) => true,
     });
+    let connections = connections.map(|connection| connection.map(http2::Connection::new));
     let (close, closing) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
+        .http2_max_header_list_size(http2::MAX_HEADER_LIST)
+        .max_frame_size(http2::MAX_FRAME)
         .add_service(
             RuntimeServiceServer::new(services.runtime)
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)

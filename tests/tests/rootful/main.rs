@@ -3,6 +3,7 @@
 
 mod apparmor;
 mod census;
+mod clients;
 mod command;
 mod configuration;
 mod containers;

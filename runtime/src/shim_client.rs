@@ -32,6 +32,8 @@ const CALL: Duration = Duration::from_secs(10);
 const CREATE: Duration = Duration::from_secs(60);
 /// How long a kill may take to reach what it is for, when there is another way to see to it.
 const KILL: Duration = Duration::from_secs(1);
+/// How long to wait before the program of an exec is killed again.
+const KILL_AGAIN: Duration = Duration::from_secs(1);
 
 /// Why a shim did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -272,13 +274,21 @@ impl ShimClient {
     /// # Errors
     /// [`ShimError`]; a program that could not be started is found by [`RunningExec::ended`].
     pub(crate) fn exec(
-        &self,
+        self: &Arc<Self>,
         args: Vec<Vec<u8>>,
         stdout: OwnedFd,
         stderr: OwnedFd,
-    ) -> Result<RunningExec<'_>, ShimError> {
+    ) -> Result<RunningExec, ShimError> {
         let (id, answer) = self.send(Call::Exec(ExecRequest { args }), vec![stdout, stderr])?;
-        Ok(RunningExec { client: self, id, answer })
+        Ok(RunningExec { client: self.clone(), id, answer: Some(answer) })
+    }
+
+    /// Kills an exec's session.
+    async fn kill_exec(&self, id: u64) {
+        const SIGKILL: i32 = 9;
+        // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes on.
+        let kill = Call::SignalExec(SignalExec { request_id: id, signal: SIGKILL });
+        let _ = tokio::time::timeout(KILL, self.done(kill)).await;
     }
 
     /// Sends a signal to the main process.
@@ -385,26 +395,29 @@ fn unexpected(_answer: Answer) -> ShimError {
     ShimError::Lost
 }
 
-/// A program that runs in the container.
+/// A program that runs in the container. When it is dropped before its end, the program is killed: nobody waits for it any more.
 #[derive(Debug)]
-pub(crate) struct RunningExec<'a> {
-    client: &'a ShimClient,
+pub(crate) struct RunningExec {
+    client: Arc<ShimClient>,
     id: u64,
-    answer: oneshot::Receiver<Answer>,
+    /// Until the shim has said how it ended.
+    answer: Option<oneshot::Receiver<Answer>>,
 }
 
-impl RunningExec<'_> {
-    /// Waits for its end; its exit code. May be called again after it was dropped half-way.
+impl RunningExec {
+    /// Waits for its end; its exit code. May be called again after it was dropped half-way, until it has returned.
     ///
     /// # Errors
     /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the container ended under it, [`ShimError::Silent`] when
     /// the shim stopped answering: a program may run for ever, and a shim that hangs would look the same.
     pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
+        let Some(pending) = &mut self.answer else { return Err(ShimError::Lost) };
         let answer = tokio::select! {
             biased;
-            answer = &mut self.answer => answer,
+            answer = pending => answer,
             error = self.client.silent() => return Err(error),
         };
+        self.answer = None;
         match answer {
             Ok(Answer::Ended(ended)) => Ok(ended.exit_code),
             Ok(Answer::Failed(failed)) => Err(ShimError::Failed(failed)),
@@ -415,10 +428,27 @@ impl RunningExec<'_> {
 
     /// Kills it and what it started in its session.
     pub(crate) async fn kill(&self) {
-        const SIGKILL: i32 = 9;
-        // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes on.
-        let kill = Call::SignalExec(SignalExec { request_id: self.id, signal: SIGKILL });
-        let _ = tokio::time::timeout(KILL, self.client.done(kill)).await;
+        self.client.kill_exec(self.id).await;
+    }
+}
+
+impl Drop for RunningExec {
+    fn drop(&mut self) {
+        let Some(mut answer) = self.answer.take() else { return };
+        // Without a runtime the daemon is at its end, and the shim goes on without it.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (client, id) = (self.client.clone(), self.id);
+        runtime.spawn(async move {
+            let mut pause = KILL_AGAIN;
+            loop {
+                client.kill_exec(id).await;
+                // Not yet started, it cannot be killed; and one that waits for a disk ends late.
+                if tokio::time::timeout(pause, &mut answer).await.is_ok() {
+                    return;
+                }
+                pause = (pause * 2).min(CALL);
+            }
+        });
     }
 }
 

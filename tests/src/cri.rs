@@ -83,6 +83,26 @@ impl Client {
         })
     }
 
+    /// `ExecSync` that is given up when `enough` returns: the call is cancelled, and the connection closed with the last clone of the client.
+    /// `None` then; the answer, if it comes before.
+    ///
+    /// # Errors
+    /// The daemon's refusal, and that of `enough`.
+    pub fn exec_sync_until(
+        &self,
+        request: v1::ExecSyncRequest,
+        enough: impl FnOnce() -> Result<()>,
+    ) -> Result<Option<v1::ExecSyncResponse>> {
+        let mut client = self.runtime.clone();
+        let call = self.tokio.spawn(async move { client.exec_sync(request).await });
+        let outcome = enough();
+        if call.is_finished() {
+            return Ok(Some(self.tokio.block_on(call).context("the call")??.into_inner()));
+        }
+        call.abort();
+        outcome.map(|()| None)
+    }
+
     /// `PullImage` of a reference without credentials; returns the image's id.
     ///
     /// # Errors

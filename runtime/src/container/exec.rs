@@ -28,6 +28,9 @@ pub(crate) struct Output {
 }
 
 /// Runs `command` and waits for its end, at most `timeout`. Its output is kept as far as there is `room`.
+///
+/// When the future is dropped the program is killed with its session, as containerd does when the caller of ExecSync goes away: a probe
+/// without a time limit would otherwise leave one more program behind each time that a kubelet restarts.
 pub(crate) async fn exec_sync(
     container: &Arc<Container>,
     room: &OutputRoom,

@@ -1,7 +1,8 @@
 //! ExecSync.
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
+use berth_tests::cri::Client;
 use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::pod::{idle, shell, words};
@@ -47,6 +48,52 @@ fn what_takes_too_long_is_killed_with_all_it_started_and_the_container_lives() -
             Ok((!main.sh("ps -o args")?.contains("sleep 432")).then_some(()))
         })?;
         assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
+        Ok(())
+    })
+}
+
+#[test]
+fn what_nobody_waits_for_any_more_is_killed_with_all_it_started() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        // A caller that gives up, and one whose connection ends; with a limit of the daemon's own and without.
+        for (seconds, closes) in [(0, false), (0, true), (600, false), (600, true)] {
+            let client = if closes { Client::new(&daemon.socket())? } else { daemon.client() };
+            let request = v1::ExecSyncRequest {
+                container_id: main.id.clone(),
+                cmd: words(&["sh", "-c", "sleep 4321 & sleep 4322"]),
+                timeout: seconds,
+            };
+            let running = client.exec_sync_until(request, || {
+                within(SOON, "it runs", || Ok(main.sh("ps -o args")?.contains("sleep 4322").then_some(())))
+            })?;
+            ensure!(running.is_none(), "it has ended by itself");
+            drop(client);
+            within(SOON, "nothing of it runs", || {
+                Ok((!main.sh("ps -o args")?.contains("sleep 432")).then_some(()))
+            })
+            .with_context(|| format!("limit {seconds}, connection closed: {closes}"))?;
+        }
+        assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
+        // As many at once as there are clients.
+        let gone: Vec<_> = (0..20)
+            .map(|_| {
+                let (client, id) = (daemon.client(), main.id.clone());
+                std::thread::spawn(move || {
+                    let cmd = words(&["sleep", "4323"]);
+                    client.exec_sync_until(v1::ExecSyncRequest { container_id: id, cmd, timeout: 0 }, || {
+                        std::thread::sleep(std::time::Duration::from_millis(300));
+                        Ok(())
+                    })
+                })
+            })
+            .collect();
+        for caller in gone {
+            caller.join().map_err(|_| anyhow!("a caller panicked"))??;
+        }
+        within(SOON, "none of them runs", || {
+            Ok((!main.sh("ps -o args")?.contains("sleep 4323")).then_some(()))
+        })?;
         Ok(())
     })
 }

@@ -124,9 +124,9 @@ fn apparmor(node: &Path) -> Finding {
     match (enabled, has_program(node, "apparmor_parser")) {
         (true, true) => finding(Grade::Good, "apparmor", "on, with its parser"),
         (true, false) => finding(
-            Grade::Note,
+            Grade::Broken,
             "apparmor",
-            "on, but pods run without a profile: install the package apparmor and restart berthd",
+            "on, and containers are refused because their profile cannot be loaded: install the package apparmor",
         ),
         (false, _) => {
             finding(Grade::Good, "apparmor", "not in this kernel; pods that name a profile are refused")
@@ -169,7 +169,7 @@ mod tests {
             ("proc/sys/net/ipv4/ip_forward", None, Broken, "forwarding", "mount /proc"),
             ("proc/sys/net/bridge/bridge-nf-call-iptables", Some("0"), Note, "services", "sysctl -w"),
             ("proc/sys/net/bridge/bridge-nf-call-iptables", None, Note, "services", "modprobe br_netfilter"),
-            ("sys/module/apparmor/parameters/enabled", Some("Y\n"), Note, "apparmor", "package apparmor"),
+            ("sys/module/apparmor/parameters/enabled", Some("Y\n"), Broken, "apparmor", "package apparmor"),
             ("proc/sys/vm/memfd_noexec", Some("2\n"), Note, "memfd", "vm.memfd_noexec is 2"),
         ]);
     }

@@ -1,14 +1,15 @@
 //! AppArmor: the default profile, and which profiles the kernel has.
 //!
 //! The default profile is loaded at every start, so that a new version of the daemon brings its own. It takes `apparmor_parser`
-//! (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce AppArmor, nothing here is asked; where the parser
-//! is missing, containers run without a default profile, as with other runtimes, and the log says so.
+//! (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce AppArmor, nothing here is asked. Where it does and the
+//! profile cannot be loaded, no container is made that would have it: loading is tried again with each, so that an installed parser is enough.
 //!
 //! Putting a process under a profile is the shim's, in `init`.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The profile of containers that ask for the runtime's own.
@@ -110,9 +111,74 @@ pub(crate) enum AppArmorError {
     },
 }
 
-/// Whether the kernel enforces AppArmor.
+/// Whether the kernel enforces AppArmor. If that cannot be found out it counts as enforced.
 pub(crate) fn is_enabled() -> bool {
-    std::fs::read(ENABLED).is_ok_and(|text| text.starts_with(b"Y"))
+    says_enabled(Path::new(ENABLED))
+}
+
+fn says_enabled(path: &Path) -> bool {
+    match std::fs::read(path) {
+        Ok(text) => text.starts_with(b"Y"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "cannot tell whether AppArmor is enforced; it counts as enforced");
+            true
+        }
+    }
+}
+
+/// The default profile of this node.
+#[derive(Debug)]
+pub(crate) struct DefaultProfile {
+    enforced: bool,
+    /// Loaded by this daemon or, in an earlier version, by one before it. Held while it is being loaded.
+    is_there: Mutex<bool>,
+}
+
+impl DefaultProfile {
+    /// Loads it where AppArmor is enforced; a failure is logged. Blocking.
+    pub(crate) fn new(enforced: bool) -> Self {
+        let profile = Self { enforced, is_there: Mutex::new(false) };
+        if let Err(error) = profile.name_by(load_default) {
+            tracing::error!(
+                error = %crate::chain(&error),
+                "cannot load the AppArmor profile {DEFAULT_PROFILE}; containers that would have it are refused until it can be loaded"
+            );
+        }
+        profile
+    }
+
+    /// Its name when it is in the kernel, which it is made to be if need be; `None` where the kernel enforces no AppArmor. Blocking.
+    ///
+    /// # Errors
+    /// Why it could not be loaded.
+    pub(crate) fn name(&self) -> Result<Option<&'static str>, AppArmorError> {
+        self.name_by(load_default)
+    }
+
+    fn name_by(
+        &self,
+        load: impl FnOnce() -> Result<(), AppArmorError>,
+    ) -> Result<Option<&'static str>, AppArmorError> {
+        if !self.enforced {
+            return Ok(None);
+        }
+        let mut is_there = self.is_there.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*is_there {
+            if let Err(failed) = load() {
+                // One of an earlier daemon confines as well.
+                if !is_loaded(DEFAULT_PROFILE).unwrap_or(false) {
+                    return Err(failed);
+                }
+                tracing::warn!(
+                    error = %crate::chain(&failed),
+                    "cannot load the AppArmor profile {DEFAULT_PROFILE}; an earlier version of it is used"
+                );
+            }
+            *is_there = true;
+        }
+        Ok(Some(DEFAULT_PROFILE))
+    }
 }
 
 /// Loads [`DEFAULT_PROFILE`], in place of an earlier version: containers under that one change over at once. Blocking.
@@ -237,6 +303,32 @@ mod tests {
         std::fs::write(&list, "a (enforce)\n").unwrap();
         assert!(is_listed(&list, "a").unwrap());
         assert!(!is_listed(&list, "b").unwrap());
+    }
+
+    #[test]
+    fn without_the_default_profile_there_is_an_error_until_it_can_be_loaded() {
+        let profile = DefaultProfile { enforced: true, is_there: Mutex::new(false) };
+        let failed = || Err(AppArmorError::NoParser);
+        // An earlier version in this machine's kernel would do, too.
+        if !is_loaded(DEFAULT_PROFILE).unwrap_or(false) {
+            assert!(matches!(profile.name_by(failed), Err(AppArmorError::NoParser)));
+        }
+        assert_eq!(profile.name_by(|| Ok(())).unwrap(), Some(DEFAULT_PROFILE));
+        assert_eq!(profile.name_by(|| panic!("it is there")).unwrap(), Some(DEFAULT_PROFILE));
+        let off = DefaultProfile { enforced: false, is_there: Mutex::new(false) };
+        assert_eq!(off.name_by(|| panic!("not asked")).unwrap(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_read_counts_as_enforced() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("enabled");
+        assert!(!says_enabled(&file), "a kernel without it");
+        for (text, expected) in [("Y\n", true), ("N\n", false)] {
+            std::fs::write(&file, text).unwrap();
+            assert_eq!(says_enabled(&file), expected);
+        }
+        assert!(says_enabled(folder.path()), "a folder cannot be read");
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! The daemon as a whole: opening everything, serving, ending.
 
+use crate::apparmor::DefaultProfile;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
 use crate::housekeeping;
 use crate::node::Node;
 use crate::notify::{self, Notifier};
-use crate::oci_spec::{HostFacts, devices};
+use crate::oci_spec::HostFacts;
 use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
 use crate::reload::{self, Reload};
+use crate::selinux;
 use crate::shim_client::ShimProgram;
 use crate::unanswered::Unanswered;
 use crate::{api, apparmor, cadvisor, server};
@@ -91,9 +93,6 @@ pub enum DaemonError {
     /// The network.
     #[error("set up the bridge network")]
     Network(#[source] berth_network::bridge::Error),
-    /// The host's devices.
-    #[error("list the host's devices")]
-    Devices(#[source] devices::DeviceError),
     /// The host.
     #[error("find out about the host: {what}")]
     Host {
@@ -126,7 +125,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
 /// [`DaemonError`], with what to do where there is something to do.
 pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload) -> Result<(), DaemonError> {
     let notifier = Arc::new(Notifier::from_environment());
-    check_kernel(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())?;
+    check_kernel(&release())?;
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
     let root_lock = layout.root().join("berthd.lock");
@@ -187,13 +186,23 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
 
 /// Refuses a kernel that is too old; one whose version cannot be read as such may be new enough.
 fn check_kernel(release: &str) -> Result<(), DaemonError> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < OLDEST_KERNEL => {
+    match kernel_version(release) {
+        Some(version) if version < OLDEST_KERNEL => {
             Err(DaemonError::Kernel { release: release.trim_end().to_owned() })
         }
         _ => Ok(()),
     }
+}
+
+/// The kernel's release, as uname(2) has it.
+fn release() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default()
+}
+
+/// Major and minor version in a release such as `6.1.0-18-amd64`.
+fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|text| text.parse::<u32>().ok());
+    Some((numbers.next()??, numbers.next()??))
 }
 
 fn prepare(layout: &Layout) -> Result<(), DaemonError> {
@@ -273,11 +282,14 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         bounding: berth_sys::credentials::bounding_set().map_err(host("the capabilities"))?,
         unified_cgroups: hierarchy.is_unified(),
         apparmor: apparmor::is_enabled(),
-        default_apparmor_profile: default_apparmor_profile(),
-        devices: devices::host_devices().map_err(DaemonError::Devices)?,
+        selinux_is_on: selinux::is_enabled(),
+        kernel: kernel_version(&release())
+            .ok_or_else(|| host("the kernel's version")(io::ErrorKind::InvalidData.into()))?,
     };
+    let default_apparmor_profile = DefaultProfile::new(facts.apparmor);
     Ok(Node {
         layout,
+        default_apparmor_profile,
         hierarchy,
         cgroup_driver,
         default_cgroup_parent,
@@ -295,19 +307,6 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         said: std::sync::Mutex::default(),
         config: std::sync::Mutex::new(Arc::new(config)),
     })
-}
-
-/// The name of the default profile when it is in the kernel, this version of it or an earlier one.
-fn default_apparmor_profile() -> Option<String> {
-    let name = apparmor::DEFAULT_PROFILE;
-    if !apparmor::is_enabled() {
-        return None;
-    }
-    let Err(failed) = apparmor::load_default() else { return Some(name.to_owned()) };
-    let there = apparmor::is_loaded(name).unwrap_or(false);
-    let instead = if there { "an earlier version of it is used" } else { "containers run without it" };
-    tracing::warn!(error = %crate::chain(&failed), "cannot load the AppArmor profile {name}; {instead}");
-    there.then(|| name.to_owned())
 }
 
 /// Logs what `berth doctor` would say, so that it is known also where nobody asks.

@@ -26,6 +26,7 @@ mod registry;
 pub mod reload;
 pub mod rlimits;
 mod sandbox;
+mod selinux;
 mod server;
 mod shim_client;
 mod traffic;

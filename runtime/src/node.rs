@@ -1,5 +1,6 @@
 //! What every part of the daemon works with: the node that it runs on, and everything that it opened there.
 
+use crate::apparmor::DefaultProfile;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::oci_spec::HostFacts;
@@ -60,6 +61,7 @@ pub(crate) struct Node {
     /// `/proc/sys/kernel/random/boot_id`.
     pub(crate) boot_id: String,
     pub(crate) facts: HostFacts,
+    pub(crate) default_apparmor_profile: DefaultProfile,
     /// Whether the network was whole when it was last looked at; if not, why.
     pub(crate) network: Mutex<Result<(), String>>,
     /// Notes that were said already. They are about privileges and limits that the daemon lacks, so there are few.

@@ -117,6 +117,15 @@ impl Abi {
         }
     }
 
+    /// The name by which Docker's form of a profile calls it: Go's.
+    pub(crate) fn go_name(self) -> &'static str {
+        match self {
+            Self::X86_64 | Self::X32 => "amd64",
+            Self::X86 => "386",
+            Self::Aarch64 => "arm64",
+        }
+    }
+
     /// What is in `seccomp_data.arch`.
     pub(crate) fn audit_arch(self) -> u32 {
         match self {

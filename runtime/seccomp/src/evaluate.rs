@@ -73,7 +73,7 @@ impl Filter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{compile, parse_profile};
+    use crate::{Circumstances, compile, parse_profile};
 
     impl Call {
         pub(crate) fn new(abi: Abi, name: &str, args: &[u64]) -> Self {
@@ -93,7 +93,7 @@ mod tests {
             {"names": ["clone"], "action": "SCMP_ACT_ALLOW",
              "args": [{"index": 0, "value": 2114060288, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]},
             {"names": ["ioctl"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 1, "value": 7, "op": "SCMP_CMP_EQ"}]}]}"#;
-        let filter = compile(&parse_profile(text).unwrap()).unwrap();
+        let filter = compile(&parse_profile(text, &Circumstances::default()).unwrap()).unwrap();
         for (name, args, admitted) in [
             ("read", &[][..], true),
             ("execve", &[1, 2, 3, 4, 5, 6, 7], true),
@@ -114,7 +114,7 @@ mod tests {
     fn what_is_no_filter_admits_nothing() {
         let text = br#"{"defaultAction": "SCMP_ACT_KILL_PROCESS",
             "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}"#;
-        let whole = compile(&parse_profile(text).unwrap()).unwrap();
+        let whole = compile(&parse_profile(text, &Circumstances::default()).unwrap()).unwrap();
         assert!(whole.admits("read", &[]) && !whole.admits("write", &[]));
         for end in 0..whole.bytes.len() {
             let torn = Filter { bytes: whole.bytes[..end].to_vec(), flags: 0 };

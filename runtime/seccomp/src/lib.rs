@@ -25,7 +25,7 @@ use oci_spec::runtime::LinuxSeccomp;
 
 pub use cache::Cache;
 pub use default_profile::default_profile;
-pub use parse::{ParseError, parse_profile};
+pub use parse::{Circumstances, ParseError, parse_profile};
 
 /// A filter, ready for `seccomp(SECCOMP_SET_MODE_FILTER)`: seccomp(2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -281,6 +281,8 @@ mod tests {
         let mut listening = one(refusing(&["read"]));
         listening.set_listener_path(Some("/run/agent.sock".into()));
         assert!(matches!(compile(&listening), Err(CompileError::Notification { feature: "listenerPath" })));
+        listening.set_listener_path(Some("".into()));
+        assert!(compile(&listening).is_ok(), "an empty path is none");
     }
 
     #[test]

@@ -96,7 +96,8 @@ struct Stated<'a> {
 
 /// See [`crate::compile`] for what is decided here.
 pub(crate) fn lower(profile: &LinuxSeccomp) -> Result<Lowered, CompileError> {
-    if profile.listener_path().is_some() {
+    // Empty is how profiles and generators say that there is none.
+    if profile.listener_path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
         return Err(CompileError::Notification { feature: "listenerPath" });
     }
     if profile.listener_metadata().as_ref().is_some_and(|metadata| !metadata.is_empty()) {

@@ -1,7 +1,8 @@
 //! Reading a profile from the file that a pod names as `Localhost`.
 //!
-//! The form is the `seccomp` object of the OCI runtime-spec. Docker's own form has three fields more: `archMap` is understood; `includes` and
-//! `excludes`, which make a rule depend on capabilities and kernels, are refused, since to ignore them would grant what they withhold.
+//! The form is the `seccomp` object of the OCI runtime-spec. Docker's own form has more, and is what many files are written in: `archMap`,
+//! `name` in place of `names`, errors by name, and rules with `includes` and `excludes`, which hold only for some capabilities,
+//! architectures and kernels ([`Circumstances`]). All of that is resolved here; what comes out is plain OCI.
 
 use oci_spec::runtime::{Arch, LinuxSeccomp};
 use serde::Deserialize;
@@ -29,15 +30,36 @@ pub enum ParseError {
         #[source]
         source: serde_json::Error,
     },
-    /// A field of another form that changes what the profile means.
-    #[error("the seccomp profile has a field that is not supported: {field}")]
-    Unsupported {
-        /// The field.
-        field: &'static str,
+    /// A rule with both `name` and `names`.
+    #[error("a seccomp rule has both name and names: {name:?}")]
+    TwoNames {
+        /// The former.
+        name: String,
+    },
+    /// `minKernel` that is not a version.
+    #[error("the seccomp profile has a minKernel that is not like 4.8: {text:?}")]
+    Kernel {
+        /// As written.
+        text: String,
+    },
+    /// An error that has no number here.
+    #[error("the seccomp profile has an unknown errno: {name:?}")]
+    Errno {
+        /// As written.
+        name: String,
     },
     /// Both ways to say architectures.
     #[error("the seccomp profile has both architectures and archMap")]
     TwoArchitectures,
+}
+
+/// What rules with conditions are judged by: the container that the profile is for, and the node.
+#[derive(Debug, Clone, Default)]
+pub struct Circumstances<'a> {
+    /// The capabilities in the container's bounding set, with or without `CAP_`.
+    pub capabilities: Vec<&'a str>,
+    /// Major and minor version of the kernel.
+    pub kernel: (u32, u32),
 }
 
 /// Docker's additions.
@@ -45,6 +67,8 @@ pub enum ParseError {
 struct Extras {
     #[serde(default, rename = "archMap")]
     arch_map: Option<Vec<ArchMap>>,
+    #[serde(default, rename = "defaultErrno")]
+    default_errno: Option<String>,
     #[serde(default)]
     syscalls: Option<Vec<SyscallExtras>>,
 }
@@ -59,40 +83,132 @@ struct ArchMap {
 #[derive(Deserialize)]
 struct SyscallExtras {
     #[serde(default)]
-    includes: Option<Value>,
+    includes: Option<Conditions>,
     #[serde(default)]
-    excludes: Option<Value>,
+    excludes: Option<Conditions>,
     #[serde(default)]
     name: Option<String>,
+    #[serde(default)]
+    errno: Option<String>,
 }
 
-/// Reads a profile.
+/// When a rule holds, or does not. An empty field says nothing.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Conditions {
+    #[serde(default)]
+    caps: Option<Vec<String>>,
+    #[serde(default)]
+    arches: Option<Vec<String>>,
+    #[serde(default, rename = "minKernel")]
+    min_kernel: Option<String>,
+}
+
+/// What each part of [`Conditions`] comes to; `None` where it says nothing.
+struct Verdicts {
+    all_caps: Option<bool>,
+    any_cap: Option<bool>,
+    arch: Option<bool>,
+    kernel: Option<bool>,
+}
+
+impl Conditions {
+    fn judge(self, circumstances: &Circumstances<'_>) -> Result<Verdicts, ParseError> {
+        let caps = self.caps.filter(|caps| !caps.is_empty());
+        let plain = |cap: &str| cap.strip_prefix("CAP_").unwrap_or(cap).to_owned();
+        let has = |cap: &String| circumstances.capabilities.iter().any(|held| plain(held) == plain(cap));
+        let kernel = match self.min_kernel.filter(|text| !text.is_empty()) {
+            Some(text) => Some(circumstances.kernel >= version(&text).ok_or(ParseError::Kernel { text })?),
+            None => None,
+        };
+        Ok(Verdicts {
+            all_caps: caps.as_ref().map(|caps| caps.iter().all(has)),
+            any_cap: caps.as_ref().map(|caps| caps.iter().any(has)),
+            arch: self
+                .arches
+                .filter(|arches| !arches.is_empty())
+                .map(|arches| arches.iter().any(|arch| arch == Abi::NATIVE.go_name())),
+            kernel,
+        })
+    }
+}
+
+/// Whether a rule is in force, as CRI-O decides (containers/common, `pkg/seccomp`): every part of `includes` has to hold, with all of its
+/// capabilities; one part of `excludes` that holds is enough to leave the rule out, with any of its capabilities.
+fn holds(
+    includes: Option<Conditions>,
+    excludes: Option<Conditions>,
+    circumstances: &Circumstances<'_>,
+) -> Result<bool, ParseError> {
+    let includes = includes.unwrap_or_default().judge(circumstances)?;
+    let excludes = excludes.unwrap_or_default().judge(circumstances)?;
+    let included = [includes.all_caps, includes.arch, includes.kernel].into_iter().flatten().all(|part| part);
+    let excluded = [excludes.any_cap, excludes.arch, excludes.kernel].into_iter().flatten().any(|part| part);
+    Ok(included && !excluded)
+}
+
+/// `4.8` as numbers; what follows a second dot is not looked at.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let (major, rest) = text.split_once('.')?;
+    let minor = rest.split('.').next()?;
+    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?;
+    Some((number(major)?, number(minor)?))
+}
+
+/// Errors that profiles name: errno(3), <asm-generic/errno-base.h> and <asm-generic/errno.h>.
+const ERRNOS: [(&str, u32); 12] = [
+    ("EPERM", 1),
+    ("ENOENT", 2),
+    ("EIO", 5),
+    ("ENXIO", 6),
+    ("EBADF", 9),
+    ("EAGAIN", 11),
+    ("ENOMEM", 12),
+    ("EACCES", 13),
+    ("EINVAL", 22),
+    ("ENOSYS", 38),
+    ("EOPNOTSUPP", 95),
+    ("EAFNOSUPPORT", 97),
+];
+
+/// The number of an error that is given by name, which wins over one by number. A name without a number here needs the number beside it.
+fn errno(name: Option<String>, number: Option<u32>) -> Result<Option<u32>, ParseError> {
+    let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(number) };
+    match ERRNOS.iter().find(|(known, _)| *known == name) {
+        Some((_, number)) => Ok(Some(*number)),
+        None => number.map(Some).ok_or(ParseError::Errno { name }),
+    }
+}
+
+/// Reads a profile for a container in these circumstances.
 ///
 /// # Errors
 /// See [`ParseError`].
-pub fn parse_profile(bytes: &[u8]) -> Result<LinuxSeccomp, ParseError> {
+pub fn parse_profile(bytes: &[u8], circumstances: &Circumstances<'_>) -> Result<LinuxSeccomp, ParseError> {
     if bytes.len() > MAX_BYTES {
         return Err(ParseError::TooLarge { bytes: bytes.len() });
     }
     let malformed = |source| ParseError::Malformed { source };
-    let mut profile: LinuxSeccomp = serde_json::from_slice(bytes).map_err(malformed)?;
+    let plain = with_names(bytes).map_err(malformed)?;
+    let mut profile: LinuxSeccomp = serde_json::from_value(plain).map_err(malformed)?;
     let extras: Extras = serde_json::from_slice(bytes).map_err(malformed)?;
-    for syscall in extras.syscalls.unwrap_or_default() {
-        let says = |value: &Option<Value>| match value {
-            None | Some(Value::Null) => false,
-            Some(Value::Object(fields)) => !fields.is_empty(),
-            Some(_) => true,
-        };
-        for (field, present) in [
-            ("syscalls[].includes", says(&syscall.includes)),
-            ("syscalls[].excludes", says(&syscall.excludes)),
-            ("syscalls[].name", syscall.name.is_some_and(|name| !name.is_empty())),
-        ] {
-            if present {
-                return Err(ParseError::Unsupported { field });
-            }
+    let rules = profile.syscalls().clone().unwrap_or_default();
+    let mut in_force = Vec::with_capacity(rules.len());
+    for (mut rule, extras) in rules.into_iter().zip(extras.syscalls.unwrap_or_default()) {
+        if let Some(name) = extras.name.filter(|name| !name.is_empty())
+            && *rule.names() != [name.as_str()]
+        {
+            return Err(ParseError::TwoNames { name });
+        }
+        if holds(extras.includes, extras.excludes, circumstances)? {
+            let number = errno(extras.errno, rule.errno_ret())?;
+            rule.set_errno_ret(number);
+            in_force.push(rule);
         }
     }
+    profile.set_syscalls(Some(in_force));
+    let number = errno(extras.default_errno, profile.default_errno_ret())?;
+    profile.set_default_errno_ret(number);
     let maps = extras.arch_map.unwrap_or_default();
     if !maps.is_empty() {
         if profile.architectures().as_ref().is_some_and(|list| !list.is_empty()) {
@@ -108,6 +224,22 @@ pub fn parse_profile(bytes: &[u8]) -> Result<LinuxSeccomp, ParseError> {
     Ok(profile)
 }
 
+/// The profile with `names` where a rule has only Docker's older `name`.
+fn with_names(bytes: &[u8]) -> Result<Value, serde_json::Error> {
+    let mut profile: Value = serde_json::from_slice(bytes)?;
+    for rule in profile.get_mut("syscalls").and_then(Value::as_array_mut).into_iter().flatten() {
+        let Some(rule) = rule.as_object_mut() else { continue };
+        let named = rule.get("names").and_then(Value::as_array).is_some_and(|names| !names.is_empty());
+        if let Some(name) = rule.get("name").filter(|name| name.as_str().is_some_and(|name| !name.is_empty()))
+            && !named
+        {
+            let names = Value::Array(vec![name.clone()]);
+            rule.insert("names".to_owned(), names);
+        }
+    }
+    Ok(profile)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,6 +250,7 @@ mod tests {
             br#"{"defaultAction":"SCMP_ACT_ERRNO","defaultErrnoRet":38,"architectures":["SCMP_ARCH_X86_64"],
                 "syscalls":[{"names":["read"],"action":"SCMP_ACT_ALLOW","comment":"fine","includes":{},"excludes":null,
                 "args":[{"index":0,"value":18446744073709551615,"valueTwo":0,"op":"SCMP_CMP_EQ"}]}]}"#,
+            &Circumstances::default(),
         )
         .unwrap();
         assert_eq!(profile.default_errno_ret(), Some(38));
@@ -131,6 +264,7 @@ mod tests {
             br#"{"defaultAction":"SCMP_ACT_ALLOW","archMap":[
                 {"architecture":"SCMP_ARCH_AARCH64","subArchitectures":["SCMP_ARCH_ARM"]},
                 {"architecture":"SCMP_ARCH_X86_64","subArchitectures":["SCMP_ARCH_X86","SCMP_ARCH_X32"]}]}"#,
+            &Circumstances::default(),
         )
         .unwrap();
         if Abi::NATIVE == Abi::X86_64 {
@@ -139,18 +273,74 @@ mod tests {
         }
     }
 
+    /// A profile with one rule, which has `addition`.
+    fn with_rule(addition: &str) -> String {
+        format!(
+            r#"{{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{{"names":["mount"],"action":"SCMP_ACT_ALLOW",{addition}}}]}}"#
+        )
+    }
+
     #[test]
-    fn what_would_change_the_meaning_is_refused_by_name() {
-        for (addition, field) in [
-            (r#""includes":{"caps":["CAP_SYS_ADMIN"]}"#, "syscalls[].includes"),
-            (r#""excludes":{"minKernel":"4.8"}"#, "syscalls[].excludes"),
-            (r#""name":"read""#, "syscalls[].name"),
+    fn a_rule_holds_when_its_conditions_do() {
+        let native = Abi::NATIVE.go_name();
+        let circumstances =
+            Circumstances { capabilities: vec!["CAP_CHOWN", "CAP_SYS_ADMIN"], kernel: (5, 15) };
+        for (addition, expected) in [
+            (r#""includes":{},"excludes":{}"#.to_owned(), true),
+            (r#""includes":null,"excludes":{"caps":[],"arches":null,"minKernel":""}"#.to_owned(), true),
+            (r#""includes":{"caps":["CAP_SYS_ADMIN"]}"#.to_owned(), true),
+            (r#""includes":{"caps":["CAP_SYS_ADMIN","CAP_BPF"]}"#.to_owned(), false),
+            (r#""includes":{"caps":["CAP_BPF"]}"#.to_owned(), false),
+            (r#""excludes":{"caps":["CAP_SYS_ADMIN"]}"#.to_owned(), false),
+            (r#""excludes":{"caps":["CAP_BPF","CAP_CHOWN"]}"#.to_owned(), false),
+            (r#""excludes":{"caps":["CAP_BPF"]}"#.to_owned(), true),
+            (format!(r#""includes":{{"arches":["s390x","{native}"]}}"#), true),
+            (r#""includes":{"arches":["s390x","s390"]}"#.to_owned(), false),
+            (format!(r#""excludes":{{"arches":["{native}"]}}"#), false),
+            (r#""excludes":{"arches":["s390x"]}"#.to_owned(), true),
+            (r#""includes":{"minKernel":"4.8"}"#.to_owned(), true),
+            (r#""includes":{"minKernel":"5.15"}"#.to_owned(), true),
+            (r#""includes":{"minKernel":"5.16"}"#.to_owned(), false),
+            (r#""includes":{"minKernel":"10.0"}"#.to_owned(), false),
+            (r#""excludes":{"minKernel":"4.8"}"#.to_owned(), false),
+            (r#""excludes":{"minKernel":"6.1"}"#.to_owned(), true),
+            (r#""includes":{"caps":["CAP_SYS_ADMIN"],"minKernel":"6.1"}"#.to_owned(), false),
+            (r#""excludes":{"caps":["CAP_BPF"],"minKernel":"4.8"}"#.to_owned(), false),
+            (r#""includes":{"caps":["CAP_CHOWN"]},"excludes":{"caps":["CAP_SYS_ADMIN"]}"#.to_owned(), false),
         ] {
-            let text = format!(
-                r#"{{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{{"names":["read"],"action":"SCMP_ACT_ALLOW",{addition}}}]}}"#
-            );
-            let error = parse_profile(text.as_bytes()).unwrap_err();
-            assert!(matches!(error, ParseError::Unsupported { field: named } if named == field), "{error}");
+            let profile = parse_profile(with_rule(&addition).as_bytes(), &circumstances).unwrap();
+            assert_eq!(!profile.syscalls().as_ref().unwrap().is_empty(), expected, "{addition}");
+        }
+    }
+
+    #[test]
+    fn dockers_other_fields_are_understood() {
+        let text = br#"{"defaultAction":"SCMP_ACT_ERRNO","defaultErrno":"ENOSYS","syscalls":[
+            {"name":"read","action":"SCMP_ACT_ALLOW"},
+            {"name":"","names":["write"],"action":"SCMP_ACT_ERRNO","errno":"EACCES","errnoRet":1},
+            {"names":["bdflush"],"action":"SCMP_ACT_ERRNO","errno":"EBADMSG","errnoRet":74}]}"#;
+        let profile = parse_profile(text, &Circumstances::default()).unwrap();
+        assert_eq!(profile.default_errno_ret(), Some(38));
+        let rules = profile.syscalls().as_ref().unwrap();
+        assert_eq!(rules[0].names(), &["read"]);
+        assert_eq!((rules[1].errno_ret(), rules[2].errno_ret()), (Some(13), Some(74)));
+    }
+
+    #[test]
+    fn conditions_that_cannot_be_judged_are_refused() {
+        type Expected = fn(&ParseError) -> bool;
+        let cases: [(&str, Expected); 7] = [
+            (r#""includes":{"minKernel":"new"}"#, |error| matches!(error, ParseError::Kernel { .. })),
+            (r#""excludes":{"minKernel":"4"}"#, |error| matches!(error, ParseError::Kernel { .. })),
+            (r#""excludes":{"minKernel":"+4.8"}"#, |error| matches!(error, ParseError::Kernel { .. })),
+            (r#""excludes":{"moon":"full"}"#, |error| matches!(error, ParseError::Malformed { .. })),
+            (r#""includes":["CAP_BPF"]"#, |error| matches!(error, ParseError::Malformed { .. })),
+            (r#""name":"read""#, |error| matches!(error, ParseError::TwoNames { .. })),
+            (r#""errno":"EWHATEVER""#, |error| matches!(error, ParseError::Errno { .. })),
+        ];
+        for (addition, expected) in cases {
+            let result = parse_profile(with_rule(addition).as_bytes(), &Circumstances::default());
+            assert!(result.as_ref().is_err_and(expected), "{addition}: {result:?}");
         }
     }
 
@@ -170,9 +360,15 @@ mod tests {
             br#"{"defaultAction":"SCMP_ACT_ALLOW"} trailing"#,
             br#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["a"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":-1,"op":"SCMP_CMP_EQ"}]}]}"#,
         ] {
-            assert!(matches!(parse_profile(bytes), Err(ParseError::Malformed { .. })), "{bytes:?}");
+            assert!(matches!(parse_profile(bytes, &Circumstances::default()), Err(ParseError::Malformed { .. })), "{bytes:?}");
         }
-        assert!(matches!(parse_profile(&b"[".repeat(100_000)), Err(ParseError::Malformed { .. })));
-        assert!(matches!(parse_profile(&vec![b' '; MAX_BYTES + 1]), Err(ParseError::TooLarge { .. })));
+        assert!(matches!(
+            parse_profile(&b"[".repeat(100_000), &Circumstances::default()),
+            Err(ParseError::Malformed { .. })
+        ));
+        assert!(matches!(
+            parse_profile(&vec![b' '; MAX_BYTES + 1], &Circumstances::default()),
+            Err(ParseError::TooLarge { .. })
+        ));
     }
 }

@@ -24,6 +24,7 @@ use berth_model::layout::ContainerFiles;
 use berth_model::record::{ContainerRecord, ProcessRecord};
 use berth_model::security::Profile;
 use berth_model::state::{ContainerState, SandboxState};
+use berth_seccomp::Circumstances;
 use berth_shim_proto::launch::{ENTERING, Launch};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -139,7 +140,20 @@ fn prepare_from(
         path: "config.devices".to_owned(),
         reason: crate::chain(&error),
     })?;
+    devices::check_mounted(&asked_devices, &mounts).map_err(|error| ContainerError::Mount {
+        path: "config.devices".to_owned(),
+        reason: crate::chain(&error),
+    })?;
+    // Each time: disks come and go.
+    let host_devices = match config.security.privileged {
+        true => devices::host_devices().map_err(|error| ContainerError::Mount {
+            path: "the host's devices".to_owned(),
+            reason: crate::chain(&error),
+        })?,
+        false => Vec::new(),
+    };
     let volumes = mounts::image_volumes(&config, image.config())?;
+    let default_apparmor_profile = default_apparmor_profile(node, &config)?;
     check_apparmor(node, &config)?;
 
     make_directories(&made.files, &lower_dirs)?;
@@ -163,6 +177,8 @@ fn prepare_from(
         image_name: image.repo_tags().first().map_or(config.image.as_str(), String::as_str),
         mounts: &mounts,
         devices: &asked_devices,
+        host_devices: &host_devices,
+        default_apparmor_profile,
         cgroup_path: cgroup.path(),
         cgroup_directories: &cgroup_directories(node, cgroup),
         target_pid_namespace: target_namespace.as_deref(),
@@ -355,6 +371,20 @@ fn check_user(config: &Config, image: &Image) -> Result<(), ContainerError> {
     Err(ContainerError::ImageConfig { image: config.image.clone(), reason })
 }
 
+/// The name of Berth's own profile, if the container gets it. A kernel that enforces `AppArmor` without it makes no such container.
+fn default_apparmor_profile(node: &Node, config: &Config) -> Result<Option<&'static str>, ContainerError> {
+    if config.security.privileged || config.security.apparmor != Profile::RuntimeDefault {
+        return Ok(None);
+    }
+    node.default_apparmor_profile.name().map_err(|error| ContainerError::AppArmor {
+        reason: format!(
+            "the kernel enforces AppArmor, and the profile {} of RuntimeDefault cannot be loaded: {}",
+            apparmor::DEFAULT_PROFILE,
+            crate::chain(&error)
+        ),
+    })
+}
+
 fn check_apparmor(node: &Node, config: &Config) -> Result<(), ContainerError> {
     match &config.security.apparmor {
         Profile::Localhost(name) if !node.facts.apparmor => Err(ContainerError::AppArmor {
@@ -383,7 +413,11 @@ fn seccomp_profile(node: &Node, config: &Config) -> Result<Option<LinuxSeccomp>,
         Profile::Localhost(path) => {
             let failed = |reason: String| ContainerError::Seccomp { reason: format!("{path}: {reason}") };
             let text = read_profile(Path::new(path)).map_err(|error| failed(error.to_string()))?;
-            berth_seccomp::parse_profile(&text).map(Some).map_err(|error| failed(crate::chain(&error)))
+            let capabilities = oci_spec::granted_capabilities(security, node.facts.bounding)?;
+            let circumstances = Circumstances { capabilities, kernel: node.facts.kernel };
+            berth_seccomp::parse_profile(&text, &circumstances)
+                .map(Some)
+                .map_err(|error| failed(crate::chain(&error)))
         }
     }
 }

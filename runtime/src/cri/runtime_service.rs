@@ -78,7 +78,7 @@ impl RuntimeService {
         request: v1::RunPodSandboxRequest,
     ) -> Result<v1::RunPodSandboxResponse, CallError> {
         let message = request.config.ok_or(CallError::Missing("config"))?;
-        let config = convert::sandbox_config(message, &request.runtime_handler)?;
+        let config = convert::sandbox_config(message, &request.runtime_handler, self.selinux())?;
         let node = self.node.clone();
         let sandbox = apart(async move { Ok(sandbox::create::create(node, config).await?) }).await?;
         Ok(v1::RunPodSandboxResponse { pod_sandbox_id: sandbox.id().to_string() })
@@ -127,7 +127,7 @@ impl RuntimeService {
     ) -> Result<v1::CreateContainerResponse, CallError> {
         let sandbox = self.sandbox(&request.pod_sandbox_id)?;
         let message = request.config.ok_or(CallError::Missing("config"))?;
-        let config = convert::container_config(message, sandbox.config())?;
+        let config = convert::container_config(message, sandbox.config(), self.selinux())?;
         let node = self.node.clone();
         let container =
             apart(async move { Ok(container::create::create(node, sandbox, config).await?) }).await?;
@@ -192,6 +192,10 @@ impl RuntimeService {
         .await
     }
 
+    fn selinux(&self) -> convert::SeLinux {
+        if self.node.facts.selinux_is_on { convert::SeLinux::On } else { convert::SeLinux::Off }
+    }
+
     async fn run_command(&self, request: v1::ExecSyncRequest) -> Result<v1::ExecSyncResponse, CallError> {
         let container = self.container(&request.container_id)?;
         if request.cmd.is_empty() {
@@ -199,12 +203,9 @@ impl RuntimeService {
         }
         let limit =
             u64::try_from(request.timeout).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs);
-        let room = self.node.output_room.clone();
+        // Not apart: a caller that goes away takes this future along, and with it the program.
         let output =
-            apart(
-                async move { Ok(container::exec::exec_sync(&container, &room, request.cmd, limit).await?) },
-            )
-            .await?;
+            container::exec::exec_sync(&container, &self.node.output_room, request.cmd, limit).await?;
         let (stdout, stderr) = fitting(output.stdout, output.stderr);
         Ok(v1::ExecSyncResponse { stdout, stderr, exit_code: output.exit_code })
     }

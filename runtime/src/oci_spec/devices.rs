@@ -1,9 +1,10 @@
 //! Devices: which nodes are in a container, which ones its cgroup allows, and what a request's paths stand for on the host.
 //!
-//! Nodes are made only in the container's own `/dev` and root. Where something is mounted, the mount has what belongs there, and a
-//! node would be made in a directory of the host. Looking up ([`resolve_devices`], [`host_devices`]) touches the host's `/dev` and blocks.
+//! Nodes are made only in the container's own `/dev` and root. Where something is mounted a node would be made in a directory of the host:
+//! a device asked for there has to be in what is mounted already ([`check_mounted`]), or the request is refused. Looking up
+//! ([`resolve_devices`], [`host_devices`], [`check_mounted`]) touches the host and blocks.
 
-use super::{Inputs, mounts};
+use super::{Inputs, ResolvedMount, SpecError, mounts};
 use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
 use berth_model::container::Device;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 /// ones; no real container comes near.
 pub const MAX_DEVICES: usize = 1000;
 
-/// Entries of directories that are looked at for one request: a `/dev` of a large machine has some ten thousand.
+/// Entries of directories that are looked at for one request. What the host itself has ([`host_devices`]) is not limited.
 const MAX_ENTRIES: usize = 65_536;
 
 /// How deep directories are followed; `/dev/bus/usb/001/001` is 3 below `/dev`.
@@ -65,8 +66,8 @@ pub enum DeviceError {
         #[source]
         source: io::Error,
     },
-    /// It is not below `/dev`, or a link leads out of it.
-    #[error("devices: {asked:?} is {found:?}, which is not in /dev")]
+    /// A directory that is not below `/dev`, or a link out of it to one.
+    #[error("devices: {asked:?} is the directory {found:?}, which is not in /dev")]
     Outside {
         /// `Device.host_path`.
         asked: String,
@@ -82,18 +83,27 @@ pub enum DeviceError {
     /// `Device.permissions` with something else than `r`, `w` and `m`.
     #[error("devices: permissions {0:?} are not of \"rwm\"")]
     Permissions(String),
+    /// Something is mounted at or above `container_path`, and has no such device.
+    #[error("devices: {path:?} is at or below the mount {mount:?}, where there is no such device")]
+    Mounted {
+        /// `Device.container_path`.
+        path: PathBuf,
+        /// `Mount.container_path`.
+        mount: String,
+    },
     /// More than [`MAX_DEVICES`], or directories with far too many entries.
     #[error("devices: too many of them, or below {0:?}")]
     TooMany(PathBuf),
 }
 
-/// Looks up the devices of a request: CRI `Device`. Links are resolved; a directory stands for every device below it, on
-/// its own filesystem and without following links. An empty `container_path` is the host's.
+/// Looks up the devices of a request: CRI `Device`. Links are resolved. A node may lie anywhere on the host; a directory, in `/dev`, stands
+/// for every device below it, on its own filesystem and without following links. An empty `container_path` is the host's.
 ///
 /// # Errors
 /// [`DeviceError`].
 pub fn resolve_devices(devices: &[Device]) -> Result<Vec<ResolvedDevice>, DeviceError> {
-    let mut search = Search { found: Vec::new(), entries_left: MAX_ENTRIES };
+    let mut search =
+        Search { found: Vec::new(), limits: Some(Limits { entries: MAX_ENTRIES, devices: MAX_DEVICES }) };
     for device in devices {
         let path = if device.container_path.is_empty() { &device.host_path } else { &device.container_path };
         let container_path = mounts::clean(path)
@@ -103,13 +113,13 @@ pub fn resolve_devices(devices: &[Device]) -> Result<Vec<ResolvedDevice>, Device
         let access = Access::parse(&device.permissions)
             .ok_or_else(|| DeviceError::Permissions(device.permissions.clone()))?;
         let look = |source| DeviceError::Look { path: PathBuf::from(&device.host_path), source };
-        // Refused before anything of it is looked at: `..` and links elsewhere could make /dev a way to any file.
-        let host_path = std::fs::canonicalize(&device.host_path).map_err(look)?;
-        if !host_path.starts_with(DEV) {
-            return Err(DeviceError::Outside { asked: device.host_path.clone(), found: host_path });
-        }
-        let metadata = std::fs::symlink_metadata(&host_path).map_err(look)?;
+        // What is no device is not looked at any further: a request is no way to learn about the host's files.
+        let metadata = std::fs::metadata(&device.host_path).map_err(look)?;
         if metadata.is_dir() {
+            let host_path = std::fs::canonicalize(&device.host_path).map_err(look)?;
+            if !host_path.starts_with(DEV) {
+                return Err(DeviceError::Outside { asked: device.host_path.clone(), found: host_path });
+            }
             search.directory(&host_path, Path::new(&container_path), access, metadata.dev(), MAX_DEPTH)?;
         } else {
             let resolved = of_node(PathBuf::from(container_path), &metadata, access)
@@ -120,15 +130,16 @@ pub fn resolve_devices(devices: &[Device]) -> Result<Vec<ResolvedDevice>, Device
     Ok(search.found)
 }
 
-/// Every device of the host's `/dev`, for privileged containers. What is mounted below it (`pts`, `shm`, `mqueue`) is not looked at.
+/// Every device that the host's `/dev` has now, for a privileged container. What is mounted below it (`pts`, `shm`, `mqueue`) is not looked at,
+/// and what cannot be looked at, such as one that is unplugged at the moment, is left out.
 ///
 /// # Errors
-/// [`DeviceError::Look`] and [`DeviceError::TooMany`].
+/// [`DeviceError::Look`], when `/dev` itself cannot be read.
 pub fn host_devices() -> Result<Vec<ResolvedDevice>, DeviceError> {
     let dev = Path::new(DEV);
     let metadata = std::fs::symlink_metadata(dev)
         .map_err(|source| DeviceError::Look { path: dev.to_owned(), source })?;
-    let mut search = Search { found: Vec::new(), entries_left: MAX_ENTRIES };
+    let mut search = Search { found: Vec::new(), limits: None };
     search.directory(dev, dev, Access::ALL, metadata.dev(), MAX_DEPTH)?;
     search
         .found
@@ -136,14 +147,59 @@ pub fn host_devices() -> Result<Vec<ResolvedDevice>, DeviceError> {
     Ok(search.found)
 }
 
+/// Checks that the devices which the request's own mounts cover are in what is mounted. The last of the mounts above a path counts.
+///
+/// # Errors
+/// [`DeviceError::Mounted`] for one that is not there, or is another device.
+pub fn check_mounted(devices: &[ResolvedDevice], mounts: &[ResolvedMount]) -> Result<(), DeviceError> {
+    for device in devices {
+        let covering = mounts
+            .iter()
+            .filter_map(|mount| Some((mount, mounts::clean(&mount.asked.container_path)?)))
+            .filter(|(_, place)| device.container_path.starts_with(place))
+            // Of two on one place the later one is on top.
+            .max_by_key(|(_, place)| place.len());
+        let Some((mount, place)) = covering else { continue };
+        let below = device.container_path.strip_prefix(&place).unwrap_or(&device.container_path);
+        let found = find_below(&mount.source, below);
+        let same = |found: ResolvedDevice| {
+            (found.kind, found.major, found.minor) == (device.kind, device.major, device.minor)
+        };
+        if !found.is_some_and(same) {
+            let (path, mount) = (device.container_path.clone(), mount.asked.container_path.clone());
+            return Err(DeviceError::Mounted { path, mount });
+        }
+    }
+    Ok(())
+}
+
+/// The device at `path` below a directory of the host that may be a container's as well.
+fn find_below(top: &Path, path: &Path) -> Option<ResolvedDevice> {
+    let node = if path.as_os_str().is_empty() {
+        std::fs::symlink_metadata(top)
+    } else {
+        let root = berth_sys::beneath::Root::open(top).ok()?;
+        // A descriptor without access (O_PATH): nothing of the device is opened.
+        std::fs::File::from(root.resolve(path).ok()?).metadata()
+    };
+    of_node(path.to_owned(), &node.ok()?, Access::ALL)
+}
+
+/// How much is looked at for a request.
+struct Limits {
+    entries: usize,
+    devices: usize,
+}
+
 struct Search {
     found: Vec<ResolvedDevice>,
-    entries_left: usize,
+    /// `None` for what the host has: all of it, as far as it can be read.
+    limits: Option<Limits>,
 }
 
 impl Search {
     fn take(&mut self, device: ResolvedDevice) -> Result<(), DeviceError> {
-        if self.found.len() >= MAX_DEVICES {
+        if self.limits.as_ref().is_some_and(|limits| self.found.len() >= limits.devices) {
             return Err(DeviceError::TooMany(device.container_path));
         }
         self.found.push(device);
@@ -161,8 +217,10 @@ impl Search {
         let look = |source| DeviceError::Look { path: host.to_owned(), source };
         let mut names = Vec::new();
         for entry in std::fs::read_dir(host).map_err(look)? {
-            self.entries_left =
-                self.entries_left.checked_sub(1).ok_or_else(|| DeviceError::TooMany(host.to_owned()))?;
+            if let Some(limits) = &mut self.limits {
+                limits.entries =
+                    limits.entries.checked_sub(1).ok_or_else(|| DeviceError::TooMany(host.to_owned()))?;
+            }
             names.push(entry.map_err(look)?.file_name());
         }
         // The same request makes the same container, whatever order the directory has.
@@ -172,14 +230,19 @@ impl Search {
             let metadata = match std::fs::symlink_metadata(&path) {
                 Ok(metadata) => metadata,
                 // Unplugged since.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound || self.limits.is_none() => continue,
                 Err(source) => return Err(DeviceError::Look { path, source }),
             };
             if metadata.is_dir() {
                 if metadata.dev() == filesystem {
-                    let depth_left =
-                        depth_left.checked_sub(1).ok_or_else(|| DeviceError::TooMany(path.clone()))?;
-                    self.directory(&path, &container.join(&name), access, filesystem, depth_left)?;
+                    let into = container.join(&name);
+                    let found = match depth_left.checked_sub(1) {
+                        Some(left) => self.directory(&path, &into, access, filesystem, left),
+                        None => Err(DeviceError::TooMany(path)),
+                    };
+                    if self.limits.is_some() {
+                        found?;
+                    }
                 }
             } else if let Some(device) = of_node(container.join(&name), &metadata, access) {
                 self.take(device)?;
@@ -228,7 +291,25 @@ pub fn device_policy(privileged: bool, asked: &[ResolvedDevice]) -> DevicePolicy
 }
 
 /// The nodes of the container: the default ones, for a privileged container the host's, and those asked for. The last of one place wins.
-pub(super) fn nodes(inputs: &Inputs<'_>, mounts: &[oci_spec::runtime::Mount]) -> Vec<LinuxDevice> {
+///
+/// Of those that a mount covers, the ones asked for have to be in it: the request's own mounts were checked ([`check_mounted`]), and the others
+/// are Berth's, where no device is.
+pub(super) fn nodes(
+    inputs: &Inputs<'_>,
+    mounts: &[oci_spec::runtime::Mount],
+) -> Result<Vec<LinuxDevice>, SpecError> {
+    let by_request = |path: &Path| {
+        inputs.mounts.iter().any(|mount| {
+            mounts::clean(&mount.asked.container_path).is_some_and(|place| path.starts_with(place))
+        })
+    };
+    if let Some(lost) = inputs
+        .devices
+        .iter()
+        .find(|device| is_mounted_over(&device.container_path, mounts) && !by_request(&device.container_path))
+    {
+        return Err(SpecError::DeviceOnMount(lost.container_path.clone()));
+    }
     let default = DEFAULT_NODES.iter().map(|(name, major, minor)| ResolvedDevice {
         container_path: Path::new(DEV).join(name),
         kind: DeviceKind::Char,
@@ -239,7 +320,7 @@ pub(super) fn nodes(inputs: &Inputs<'_>, mounts: &[oci_spec::runtime::Mount]) ->
         gid: 0,
         access: Access::ALL,
     });
-    let host = inputs.host.devices.iter().filter(|_| inputs.config.security.privileged).cloned();
+    let host = inputs.host_devices.iter().filter(|_| inputs.config.security.privileged).cloned();
     let all = default.chain(host).chain(inputs.devices.iter().cloned());
 
     let mut nodes: Vec<LinuxDevice> = Vec::new();
@@ -251,7 +332,7 @@ pub(super) fn nodes(inputs: &Inputs<'_>, mounts: &[oci_spec::runtime::Mount]) ->
             None => nodes.push(node(device)),
         }
     }
-    nodes
+    Ok(nodes)
 }
 
 /// Whether something else than the container's own, new `/dev` is mounted at or above the path.
@@ -315,7 +396,7 @@ mod tests {
         let cases: [(&str, &str, &str, Expected); 12] = [
             ("/", "/dev/x", "rwm", |error| matches!(error, DeviceError::Outside { .. })),
             ("/dev/..", "/dev/x", "rwm", |error| matches!(error, DeviceError::Outside { .. })),
-            ("/dev/../etc/passwd", "/dev/x", "r", |error| matches!(error, DeviceError::Outside { .. })),
+            ("/dev/../etc/passwd", "/dev/x", "r", |error| matches!(error, DeviceError::NotADevice(_))),
             ("/dev/fd", "/dev/x", "r", |error| matches!(error, DeviceError::Outside { .. })),
             ("/dev/absent-of-berth", "/dev/x", "rwm", |error| matches!(error, DeviceError::Look { .. })),
             ("", "/dev/x", "rwm", |error| matches!(error, DeviceError::Look { .. })),
@@ -346,6 +427,82 @@ mod tests {
             panic!()
         };
         assert!(rules.len() <= 1024);
+    }
+
+    #[test]
+    fn a_node_may_lie_anywhere_on_the_host() {
+        let place = tempfile::tempdir().unwrap();
+        let node = place.path().join("node");
+        let made = std::process::Command::new("mknod").arg(&node).args(["c", "1", "3"]).status().unwrap();
+        assert!(made.success());
+        std::os::unix::fs::symlink(&node, place.path().join("link")).unwrap();
+        for name in ["node", "link"] {
+            let path = place.path().join(name).display().to_string();
+            let found = resolve_devices(&[asked(&path, "/dev/mine", "rw")]).unwrap();
+            assert_eq!((found[0].kind, found[0].major, found[0].minor), (DeviceKind::Char, 1, 3), "{name}");
+        }
+        let folder = place.path().display().to_string();
+        assert!(matches!(
+            resolve_devices(&[asked(&folder, "/dev/x", "rw")]),
+            Err(DeviceError::Outside { .. })
+        ));
+    }
+
+    #[test]
+    fn a_device_under_a_mount_has_to_be_in_it() {
+        let mount = |host: &Path, container: &str| ResolvedMount {
+            asked: berth_model::container::Mount {
+                container_path: container.to_owned(),
+                host_path: host.display().to_string(),
+                readonly: false,
+                recursive_read_only: false,
+                propagation: berth_model::container::Propagation::Private,
+            },
+            source: host.to_owned(),
+        };
+        let place = tempfile::tempdir().unwrap();
+        std::fs::write(place.path().join("null"), "").unwrap();
+        std::os::unix::fs::symlink("/dev/null", place.path().join("link")).unwrap();
+        let dev = mount(Path::new(DEV), "/dev/");
+        let empty = mount(place.path(), "/dev/dri");
+        let at = |path: &str| resolve_devices(&[asked("/dev/null", path, "rw")]).unwrap();
+        for (path, mounts, expected) in [
+            ("/dev/null", vec![dev.clone()], true),
+            ("/dev/fuse", vec![dev.clone()], false),
+            ("/dev/zero", vec![dev.clone()], false),
+            ("/dev/dri/null", vec![dev.clone(), empty.clone()], false),
+            ("/dev/dri/null", vec![empty.clone(), mount(Path::new(DEV), "/dev/dri")], true),
+            // A link of the mounted folder leads nowhere but below it.
+            ("/dev/dri/link", vec![empty.clone()], false),
+            ("/dev/dri", vec![mount(Path::new("/dev/null"), "/dev/dri")], true),
+            ("/dev/dri", vec![mount(Path::new("/dev/zero"), "/dev/dri")], false),
+            ("/dev/other", vec![empty.clone()], true),
+        ] {
+            let result = check_mounted(&at(path), &mounts);
+            assert_eq!(result.is_ok(), expected, "{path}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn the_host_may_have_any_number_of_devices_and_is_looked_at_each_time() {
+        let name = format!("/dev/berth-many-{}", std::process::id());
+        std::fs::create_dir(&name).unwrap();
+        let made = std::process::Command::new("mknod")
+            .arg(format!("{name}/0"))
+            .args(["c", "1", "3"])
+            .status()
+            .unwrap();
+        assert!(made.success());
+        let before = host_devices().unwrap().len();
+        // Hard links are nodes like any other, and quick to make.
+        for number in 0..MAX_DEVICES + 100 {
+            std::fs::hard_link(format!("{name}/0"), format!("{name}/more-{number}")).unwrap();
+        }
+        let after = host_devices();
+        let refused = resolve_devices(&[asked(&name, &name, "r")]);
+        std::fs::remove_dir_all(&name).unwrap();
+        assert_eq!(after.unwrap().len(), before + MAX_DEVICES + 100);
+        assert!(matches!(refused, Err(DeviceError::TooMany(_))), "a request has a limit");
     }
 
     #[test]

@@ -65,6 +65,10 @@ pub struct Inputs<'a> {
     pub mounts: &'a [ResolvedMount],
     /// The devices asked for: [`devices::resolve_devices`].
     pub devices: &'a [ResolvedDevice],
+    /// Every device node of the host: [`devices::host_devices`]. Only looked at for a privileged container.
+    pub host_devices: &'a [ResolvedDevice],
+    /// Berth's own AppArmor profile, when it is loaded.
+    pub default_apparmor_profile: Option<&'a str>,
     /// The container's cgroup, relative to the roots of the hierarchies.
     pub cgroup_path: &'a str,
     /// The container's own directory in each v1 hierarchy; not used on v2.
@@ -88,10 +92,10 @@ pub struct HostFacts {
     pub unified_cgroups: bool,
     /// The kernel enforces AppArmor profiles.
     pub apparmor: bool,
-    /// Berth's own AppArmor profile, when it is loaded.
-    pub default_apparmor_profile: Option<String>,
-    /// Every device node of the host, for privileged containers: [`devices::host_devices`].
-    pub devices: Vec<ResolvedDevice>,
+    /// Whether the kernel has SELinux on.
+    pub selinux_is_on: bool,
+    /// Major and minor version of the kernel.
+    pub kernel: (u32, u32),
 }
 
 /// A request or an image from which no container can be made.
@@ -170,6 +174,9 @@ pub enum SpecError {
     /// `privileged` in a sandbox that is not.
     #[error("privileged: the sandbox does not allow privileged containers")]
     PrivilegedSandbox,
+    /// `Device.container_path` where something is mounted that has no such node.
+    #[error("devices: {0:?} is at or below a mount, which has no such device")]
+    DeviceOnMount(PathBuf),
     /// A number out of proc(5)'s range.
     #[error("oom_score_adj: {0} is not between -1000 and 1000")]
     OomScore(i64),
@@ -190,6 +197,9 @@ pub enum SpecError {
     /// A profile was named on a kernel that enforces none.
     #[error("apparmor: profile {0:?} on a kernel without AppArmor")]
     NoAppArmor(String),
+    /// The kernel enforces AppArmor, and Berth's own profile is not in it.
+    #[error("apparmor: the kernel enforces AppArmor, and the profile of RuntimeDefault is not loaded")]
+    NoDefaultAppArmor,
     /// Not the name of a loaded profile, whatever is loaded.
     #[error("apparmor: {0:?} cannot be a profile")]
     AppArmorProfile(String),
@@ -221,7 +231,7 @@ pub fn build(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
     linux
         .set_namespaces(Some(namespaces(inputs)?))
         .set_cgroups_path(Some(PathBuf::from("/").join(inputs.cgroup_path.trim_start_matches('/'))))
-        .set_devices(Some(devices::nodes(inputs, &mounts)))
+        .set_devices(Some(devices::nodes(inputs, &mounts)?))
         .set_resources(Some(resources::of_spec(
             &inputs.config.resources,
             &device_policy(security.privileged, inputs.devices),

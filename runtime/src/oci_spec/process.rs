@@ -86,7 +86,10 @@ fn apparmor_profile(inputs: &Inputs<'_>) -> Result<Option<String>, SpecError> {
     match &security.apparmor {
         Profile::Unconfined => Ok(None),
         Profile::RuntimeDefault if security.privileged || !host.apparmor => Ok(None),
-        Profile::RuntimeDefault => Ok(host.default_apparmor_profile.clone()),
+        Profile::RuntimeDefault => inputs
+            .default_apparmor_profile
+            .map(|name| Some(name.to_owned()))
+            .ok_or(SpecError::NoDefaultAppArmor),
         Profile::Localhost(name) if !host.apparmor => Err(SpecError::NoAppArmor(name.clone())),
         Profile::Localhost(name) => {
             // The name goes into a command line of the kernel's, `exec <name>`.

@@ -18,6 +18,8 @@ pub(crate) struct Fixture {
     pub(crate) hostname: String,
     pub(crate) mounts: Vec<ResolvedMount>,
     pub(crate) devices: Vec<ResolvedDevice>,
+    pub(crate) host_devices: Vec<ResolvedDevice>,
+    pub(crate) default_apparmor_profile: Option<&'static str>,
     pub(crate) cgroup_directories: Vec<CgroupDirectory>,
     pub(crate) target: Option<PathBuf>,
     pub(crate) seccomp: Option<LinuxSeccomp>,
@@ -38,6 +40,8 @@ impl Fixture {
             hostname: "pod-host".to_owned(),
             mounts: Vec::new(),
             devices: Vec::new(),
+            host_devices: Vec::new(),
+            default_apparmor_profile: None,
             cgroup_directories: Vec::new(),
             target: None,
             seccomp: None,
@@ -62,6 +66,8 @@ impl Fixture {
             image_name: "registry.example/image:1",
             mounts: &self.mounts,
             devices: &self.devices,
+            host_devices: &self.host_devices,
+            default_apparmor_profile: self.default_apparmor_profile,
             cgroup_path: "kubepods/pod1/c0",
             cgroup_directories: &self.cgroup_directories,
             target_pid_namespace: self.target.as_deref(),
@@ -595,10 +601,10 @@ fn masks_are_exactly_those_asked_for() {
 #[test]
 fn a_privileged_container_has_everything_but_only_in_a_privileged_sandbox() {
     let fixture = Fixture::new().privileged().with(|fixture| {
-        fixture.host.devices = vec![fuse("/dev/fuse")];
+        fixture.host_devices = vec![fuse("/dev/fuse")];
         fixture.host.bounding = 0b1011;
         fixture.host.apparmor = true;
-        fixture.host.default_apparmor_profile = Some("berth-default".to_owned());
+        fixture.default_apparmor_profile = Some("berth-default");
         fixture.seccomp = Some(LinuxSeccomp::default());
         fixture.config.security.apparmor = Profile::RuntimeDefault;
         fixture.config.security.drop_capabilities = texts(&["ALL"]);
@@ -652,12 +658,17 @@ fn nodes_are_made_only_where_nothing_is_mounted() {
     assert_eq!(paths(&with_fuse("/dev/full")), default);
     let full = linux(&with_fuse("/dev/full")).devices().clone().unwrap().remove(2);
     assert_eq!((full.major(), full.minor(), full.file_mode(), full.gid()), (10, 229, Some(0o660), Some(44)));
-    // Not into the pod's shm, the host's directory, or the host's /dev.
-    assert_eq!(paths(&with_fuse("/dev/shm/fuse")), default);
+    // Not into what Berth mounts itself, where no device is.
+    for path in ["/dev/shm/fuse", "/dev/pts/0", "/proc/x", "/proc/self/x", "/sys/x", "/etc/hosts", "/dev/shm"]
+    {
+        let refused = with_fuse(path).build();
+        assert!(matches!(refused, Err(SpecError::DeviceOnMount(_))), "{path}: {refused:?}");
+    }
+    // Nor into the host's directories: what is asked for there has been found in them.
     assert_eq!(paths(&with_fuse("/dev/dri/fuse").mount("/dev/dri", |_| {})), default);
     assert_eq!(paths(&with_fuse("/dev/fuse").mount("/dev", |_| {})), Vec::<String>::new());
     // The host's are for privileged containers.
-    let host = Fixture::new().with(|fixture| fixture.host.devices = vec![fuse("/dev/fuse")]);
+    let host = Fixture::new().with(|fixture| fixture.host_devices = vec![fuse("/dev/fuse")]);
     assert_eq!(paths(&host), default);
 }
 
@@ -762,7 +773,7 @@ fn apparmor_profiles_are_exact_or_refused() {
     for (asked, enforced, privileged, expected) in cases {
         let fixture = Fixture::new().with(|fixture| {
             fixture.host.apparmor = *enforced;
-            fixture.host.default_apparmor_profile = default.map(str::to_owned);
+            fixture.default_apparmor_profile = default;
             fixture.sandbox.privileged = true;
             fixture.config.security.privileged = *privileged;
             fixture.config.security.apparmor = asked.clone();
@@ -771,7 +782,12 @@ fn apparmor_profiles_are_exact_or_refused() {
         match expected {
             Some(expected) => assert_eq!(found.unwrap().as_deref(), *expected, "{asked:?}"),
             None => assert!(
-                matches!(found, Err(SpecError::AppArmorProfile(_) | SpecError::NoAppArmor(_))),
+                matches!(
+                    found,
+                    Err(SpecError::AppArmorProfile(_)
+                        | SpecError::NoAppArmor(_)
+                        | SpecError::NoDefaultAppArmor)
+                ),
                 "{asked:?}: {found:?}"
             ),
         }

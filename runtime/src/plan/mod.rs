@@ -210,7 +210,12 @@ fn refuse_unsupported(
         ("linux.memoryPolicy", linux.memory_policy().is_some()),
         ("linux.personality", linux.personality().is_some()),
         ("linux.timeOffsets", linux.time_offsets().is_some()),
-        ("linux.seccomp.listenerPath", seccomp.is_some_and(|seccomp| seccomp.listener_path().is_some())),
+        (
+            "linux.seccomp.listenerPath",
+            seccomp
+                .and_then(|seccomp| seccomp.listener_path().as_ref())
+                .is_some_and(|path| !path.as_os_str().is_empty()),
+        ),
         ("process.selinuxLabel", process.selinux_label().as_ref().is_some_and(|label| !label.is_empty())),
         ("process.ioPriority", process.io_priority().is_some()),
         ("process.scheduler", process.scheduler().is_some()),

@@ -687,7 +687,7 @@ fn any_fixture() -> impl Strategy<Value = Fixture> {
                 fixture.sandbox.privileged = privileged;
                 fixture.host.bounding = bounding & ALL_CAPABILITIES;
                 fixture.host.unified_cgroups = unified;
-                fixture.host.devices = vec![fuse("/dev/host")];
+                fixture.host_devices = vec![fuse("/dev/host")];
                 fixture.cgroup_directories =
                     vec![CgroupDirectory { name: "cpu".into(), directory: "/sys/fs/cgroup/cpu/c0".into() }];
                 let config = &mut fixture.config;

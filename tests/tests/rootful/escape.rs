@@ -144,7 +144,7 @@ fn volume(host: &Path, container: &str) -> v1::Mount {
     }
 }
 
-/// CVE-2021-30465, CVE-2024-45310: places for mounts and devices lie in a volume in which somebody exchanges a folder and a
+/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which somebody exchanges a folder and a
 /// link to the host while they are made. 2,000 of them.
 #[test]
 fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_lead_to_the_host() -> Result<()>
@@ -171,7 +171,6 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
                     for place in 0..PLACES {
                         let path = format!("/volume/turn/{number}-{place}");
                         match place % 10 {
-                            0 => config.devices.push(device("/dev/null", &path)),
                             5 => config.mounts.push(volume(&given.join("file"), &path)),
                             _ => config.mounts.push(volume(&given, &path)),
                         }
@@ -348,14 +347,6 @@ const PLACES_OF_A_ROOT: &[&str] = &[
 /// A link from a folder of the container's root to a path of the host.
 fn climbing(path: &str) -> String {
     format!("{}{}", "../".repeat(12), path.trim_start_matches('/'))
-}
-
-fn device(host: &str, container: &str) -> v1::Device {
-    v1::Device {
-        container_path: container.to_owned(),
-        host_path: host.to_owned(),
-        permissions: "rw".to_owned(),
-    }
 }
 
 /// Looks at every process but the first from its first moment on, by what /proc says of it, until `/tmp/over` is there; says what it

@@ -1,11 +1,13 @@
 //! What a container may not do: capabilities, seccomp, paths, devices.
 
 use std::fs;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Setup, rootful, rootful_with};
 use berth_tests::pod::{container, idle, security, words};
+use berth_tests::program::output;
 
 /// The capabilities that images are written for: Docker's and containerd's default set, by number (capability.h).
 const DEFAULT: [u32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
@@ -300,6 +302,102 @@ fn devices_of_the_host_cannot_be_made_and_opened() -> Result<()> {
     })
 }
 
+/// Removes a node of the host's `/dev` when the test is over.
+struct HostNode(&'static str);
+
+impl Drop for HostNode {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.0);
+    }
+}
+
+#[test]
+fn a_privileged_container_has_the_devices_that_the_host_has_by_then() -> Result<()> {
+    rootful(|daemon| {
+        let mut config = daemon.pod_config("privileged");
+        config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let pod = daemon.pod_of(config)?;
+        let node = HostNode("/dev/berth-test-plugged-in");
+        output(Command::new("mknod").arg(node.0).args(["c", "1", "3"]))?;
+        let list = |name: &str| {
+            let mut config = idle(name);
+            security(&mut config).privileged = true;
+            pod.start(config)?.sh("ls /dev")
+        };
+        assert!(list("after")?.contains("berth-test-plugged-in"), "it came after the daemon");
+        drop(node);
+        assert!(!list("unplugged")?.contains("berth-test-plugged-in"), "and has gone");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_device_may_lie_outside_of_dev_and_in_what_is_mounted() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("devices")?;
+        let node = daemon.folder("nodes")?.join("null");
+        output(Command::new("mknod").arg(&node).args(["c", "1", "3"]))?;
+        let node = node.to_string_lossy().into_owned();
+        let device = |container_path: &str, host_path: &str| v1::Device {
+            container_path: container_path.to_owned(),
+            host_path: host_path.to_owned(),
+            permissions: "rw".to_owned(),
+        };
+        let read = |path: &str| format!("stat -c '%F %t %T' {path}; echo x > {path} && echo written");
+        let expected = "character special file 1 3\nwritten\n";
+        let outside =
+            pod.script(&read("/dev/mine"), |config| config.devices = vec![device("/dev/mine", &node)])?;
+        assert_eq!(outside, expected);
+        // The path turns back, and stays inside.
+        let turned = pod.script(&read("/dev/mine"), |config| {
+            config.devices = vec![device("/data/../dev/./mine", &node)];
+        })?;
+        assert_eq!(turned, expected);
+        // The host's own directory of devices, and one of them by itself.
+        let mounted = pod.script(&read("/host/null"), |config| {
+            config.mounts = vec![v1::Mount {
+                container_path: "/data/../host".to_owned(),
+                host_path: "/dev".to_owned(),
+                ..Default::default()
+            }];
+            config.devices = vec![device("/host/null", "/dev/null")];
+        })?;
+        assert_eq!(mounted, expected);
+        Ok(())
+    })
+}
+
+/// What Docker's own default profile looks like: an allow list with rules that hold for some capabilities, architectures and kernels.
+#[test]
+fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("seccomp")?;
+        let file = daemon.folder("profiles")?.join("docker.json");
+        fs::write(&file, include_str!("seccomp-in-dockers-form.json"))?;
+        let profile = v1::SecurityProfile {
+            profile_type: v1::security_profile::ProfileType::Localhost.into(),
+            localhost_ref: file.to_string_lossy().into_owned(),
+        };
+        // By number where a shell has no word for it: unshare(2) is for CAP_SYS_ADMIN, and so is what else the profile says of it.
+        let script = "mkdir /tmp/a && echo made; hostname x 2>&1 | grep -o 'not permitted\\|not implemented'; \
+            hostname; grep Seccomp: /proc/self/status; chroot / true && echo rooted; sync && echo synced";
+        let seen = |caps: &[&str]| {
+            pod.script(&format!("{script} || true"), |config| {
+                let context = security(config);
+                context.seccomp = Some(profile.clone());
+                context.capabilities.get_or_insert_default().add_capabilities = words(caps);
+            })
+        };
+        let plain = seen(&[])?;
+        assert!(plain.starts_with("made\nnot permitted\n"), "{plain}");
+        assert!(plain.contains("Seccomp:\t2\n") && plain.contains("rooted\n"), "{plain}");
+        assert!(plain.ends_with("synced\n"), "minKernel 4.8 is met: {plain}");
+        let admin = seen(&["SYS_ADMIN"])?;
+        assert!(admin.contains("made\nx\n"), "sethostname(2) comes with the capability: {admin}");
+        Ok(())
+    })
+}
+
 /// Soft and hard value of a line of `/proc/PID/limits`.
 fn limits_of(limits: &str, name: &str) -> Result<(String, String)> {
     let line = limits.lines().find_map(|line| line.strip_prefix(name)).context(name.to_owned())?;
@@ -456,7 +554,7 @@ fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Res
         ensure!(root.len() == 1 && root[0].contains(" - overlay "), "one root, the container's: {root:?}");
         // Whoever joins the namespace from outside begins at its root, wherever the container's processes have theirs.
         let pid = main.pid()?;
-        let joined = std::process::Command::new("nsenter")
+        let joined = Command::new("nsenter")
             .arg(format!("--mount=/proc/{pid}/ns/mnt"))
             .args(["/bin/ls", "-a", "/"])
             .output()

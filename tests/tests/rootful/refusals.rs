@@ -104,6 +104,11 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
             let mount = v1::Mount { container_path, host_path, ..Default::default() };
             Box::new(move |config: &mut v1::ContainerConfig| config.mounts = vec![mount.clone()])
         };
+        let device = |host: &str, container: &str| {
+            let (container_path, host_path) = (container.to_owned(), host.to_owned());
+            let device = v1::Device { container_path, host_path, permissions: "rw".to_owned() };
+            Box::new(move |config: &mut v1::ContainerConfig| config.devices = vec![device.clone()])
+        };
         let cases: Vec<(&str, ChangeContainer)> = vec![
             ("metadata", Box::new(|config| config.metadata = None)),
             (
@@ -126,6 +131,7 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
             ),
             ("container_path", mount("relative", "/tmp")),
             ("container_path", mount("/", "/tmp")),
+            ("out of the container's root", mount("/data/../../etc", "/tmp")),
             ("host_path", mount("/data", "relative")),
             ("/bin/busybox/x", mount("/bin/busybox/x", &file)),
             ("working_dir", Box::new(|config| config.working_dir = "relative".to_owned())),
@@ -142,6 +148,25 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
                     config.devices = vec![v1::Device {
                         container_path: "/dev/x".to_owned(),
                         host_path: "/dev/no-such-device".to_owned(),
+                        permissions: "rw".to_owned(),
+                    }];
+                }),
+            ),
+            // Where Berth or the request mounts something there is no place for a node.
+            ("/proc/self/x", device("/dev/null", "/proc/self/x")),
+            ("/dev/shm/x", device("/dev/null", "/dev/shm/x")),
+            ("/etc/hosts", device("/dev/null", "/etc/hosts")),
+            (
+                "/data/null",
+                Box::new(|config| {
+                    config.mounts = vec![v1::Mount {
+                        container_path: "/data".to_owned(),
+                        host_path: "/tmp".to_owned(),
+                        ..Default::default()
+                    }];
+                    config.devices = vec![v1::Device {
+                        container_path: "/data/null".to_owned(),
+                        host_path: "/dev/null".to_owned(),
                         permissions: "rw".to_owned(),
                     }];
                 }),

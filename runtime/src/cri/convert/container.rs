@@ -1,9 +1,9 @@
 //! `ContainerConfig` into [`container::Config`](Config).
 
 use super::field::{
-    self, Field, Rejected, absolute, at_most, below_the_root, no_longer_than, no_nul, quoted, relative_file,
+    self, Field, Rejected, absolute, at_most, inside, no_longer_than, no_nul, quoted, relative_file,
 };
-use super::{resources, sandbox as sandbox_side, security, signal};
+use super::{SeLinux, resources, sandbox as sandbox_side, security, signal};
 use berth_cri::v1;
 use berth_model::container::{Config, Device, Metadata, Mount, Propagation};
 use berth_model::sandbox;
@@ -25,7 +25,11 @@ const CDI_ANNOTATION: &str = "cdi.k8s.io/";
 ///
 /// # Errors
 /// [`Rejected`], with the first field that is wrong.
-pub fn container_config(message: v1::ContainerConfig, sandbox: &sandbox::Config) -> Result<Config, Rejected> {
+pub fn container_config(
+    message: v1::ContainerConfig,
+    sandbox: &sandbox::Config,
+    selinux: SeLinux,
+) -> Result<Config, Rejected> {
     let field = Field::root("config");
     sandbox_side::fits_a_record(&field, &message)?;
     let metadata = metadata(&field.of("metadata"), message.metadata)?;
@@ -71,6 +75,7 @@ pub fn container_config(message: v1::ContainerConfig, sandbox: &sandbox::Config)
             &linux_field.of("security_context"),
             linux.security_context,
             sandbox,
+            selinux,
         )?,
     })
 }
@@ -147,7 +152,7 @@ fn mount(field: &Field<'_>, message: v1::Mount) -> Result<Mount, Rejected> {
     if !message.mount_options.is_empty() {
         return Err(field.of("mount_options").not_offered("further mount options are"));
     }
-    below_the_root(&field.of("container_path"), &message.container_path)?;
+    let container_path = inside(&field.of("container_path"), message.container_path)?;
     absolute(&field.of("host_path"), &message.host_path)?;
     let propagation = match v1::MountPropagation::try_from(message.propagation) {
         Ok(v1::MountPropagation::PropagationPrivate) => Propagation::Private,
@@ -169,7 +174,7 @@ fn mount(field: &Field<'_>, message: v1::Mount) -> Result<Mount, Rejected> {
         }
     }
     Ok(Mount {
-        container_path: message.container_path,
+        container_path,
         host_path: message.host_path,
         readonly: message.readonly,
         recursive_read_only: message.recursive_read_only,
@@ -184,7 +189,7 @@ fn devices(field: &Field<'_>, devices: Vec<v1::Device>) -> Result<Vec<Device>, R
 
 fn device(field: &Field<'_>, message: v1::Device) -> Result<Device, Rejected> {
     let v1::Device { container_path, host_path, permissions } = message;
-    below_the_root(&field.of("container_path"), &container_path)?;
+    let container_path = inside(&field.of("container_path"), container_path)?;
     absolute(&field.of("host_path"), &host_path)?;
     let entry = field.of("permissions");
     no_longer_than(&entry, &permissions, "rwm".len())?;
@@ -248,7 +253,7 @@ mod tests {
     }
 
     fn convert(message: v1::ContainerConfig) -> Result<Config, Rejected> {
-        container_config(message, &sandbox::Config::default())
+        container_config(message, &sandbox::Config::default(), SeLinux::On)
     }
 
     #[test]
@@ -299,7 +304,7 @@ mod tests {
         let sandbox = sandbox::Config { namespaces: namespaces.clone(), ..sandbox::Config::default() };
         let message =
             v1::ContainerConfig { metadata: asked().metadata, image: asked().image, ..Default::default() };
-        let config = container_config(message, &sandbox).unwrap();
+        let config = container_config(message, &sandbox, SeLinux::On).unwrap();
         assert_eq!(config.security.namespaces, namespaces);
         assert_eq!(config.stop_signal, None);
     }
@@ -345,7 +350,7 @@ mod tests {
             ("config.mounts", |m| m.mounts = vec![m.mounts[0].clone(); MAX_MOUNTS + 1]),
             ("config.mounts[0].container_path", |m| m.mounts[0].container_path.clear()),
             ("config.mounts[0].container_path", |m| m.mounts[0].container_path = "data".into()),
-            ("config.mounts[0].container_path", |m| m.mounts[0].container_path = "/data/../etc".into()),
+            ("config.mounts[0].container_path", |m| m.mounts[0].container_path = "/data/../../etc".into()),
             ("config.mounts[0].container_path", |m| m.mounts[0].container_path = "//.".into()),
             ("config.mounts[0].host_path", |m| m.mounts[0].host_path.clear()),
             ("config.mounts[0].host_path", |m| m.mounts[0].host_path = "srv".into()),
@@ -354,7 +359,7 @@ mod tests {
             ("config.mounts[0].recursive_read_only", |m| m.mounts[0].readonly = false),
             ("config.mounts[0].recursive_read_only", |m| m.mounts[0].propagation = 1),
             ("config.devices", |m| m.devices = vec![m.devices[0].clone(); MAX_DEVICES + 1]),
-            ("config.devices[0].container_path", |m| m.devices[0].container_path = "/dev/../mem".into()),
+            ("config.devices[0].container_path", |m| m.devices[0].container_path = "/dev/../../mem".into()),
             ("config.devices[0].host_path", |m| m.devices[0].host_path = "fuse".into()),
             ("config.devices[0].permissions", |m| m.devices[0].permissions.clear()),
             ("config.devices[0].permissions", |m| m.devices[0].permissions = "rx".into()),

@@ -192,13 +192,25 @@ fn forward(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// An absolute path without `..` that is not the root itself.
-pub(super) fn below_the_root(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
-    absolute_forward(field, text)?;
-    if text.split('/').all(|component| matches!(component, "" | ".")) {
-        return Err(field.invalid(format!("{} is the root itself", quoted(text))));
+/// An absolute path in a container that is not its root, without `..`: those that stay inside are resolved by the text, as other runtimes
+/// do; one that leads out of the root is refused. A path without `..` stays as it is.
+pub(super) fn inside(field: &Field<'_>, text: String) -> Result<String, Rejected> {
+    absolute(field, &text)?;
+    let mut parts = Vec::new();
+    for part in text.split('/') {
+        match part {
+            "" | "." => {}
+            ".." if parts.pop().is_none() => {
+                return Err(field.invalid(format!("{} leads out of the container's root", quoted(&text))));
+            }
+            ".." => {}
+            part => parts.push(part),
+        }
     }
-    Ok(())
+    if parts.is_empty() {
+        return Err(field.invalid(format!("{} is the root itself", quoted(&text))));
+    }
+    if text.split('/').any(|part| part == "..") { Ok(format!("/{}", parts.join("/"))) } else { Ok(text) }
 }
 
 #[cfg(test)]
@@ -231,14 +243,16 @@ mod tests {
     fn paths_are_held_to_their_kind() {
         let long = format!("/{}", "a".repeat(MAX_PATH_BYTES));
         let longest = format!("/{}", "a".repeat(MAX_PATH_BYTES - 1));
-        // path, absolute, absolute_forward, below_the_root, relative_file
+        // absolute, absolute_forward, inside, relative_file
         let cases: &[(&str, [bool; 4])] = &[
             ("", [false, false, false, false]),
             ("/", [true, true, false, false]),
             ("//./", [true, true, false, false]),
             ("/a", [true, true, true, false]),
             ("/a b\n/c", [true, true, true, false]),
-            ("/a/../b", [true, false, false, false]),
+            ("/a/../b", [true, false, true, false]),
+            ("/a/../../b", [true, false, false, false]),
+            ("/a/..", [true, false, false, false]),
             ("/..", [true, false, false, false]),
             ("/a..b/...", [true, true, true, false]),
             ("/a\0b", [false, false, false, false]),
@@ -256,9 +270,25 @@ mod tests {
         ];
         let root = Field::root("path");
         for (text, expected) in cases {
-            let found = [absolute, absolute_forward, below_the_root, relative_file]
-                .map(|check| check(&root, text).is_ok());
+            let found = [
+                absolute(&root, text).is_ok(),
+                absolute_forward(&root, text).is_ok(),
+                inside(&root, (*text).to_owned()).is_ok(),
+                relative_file(&root, text).is_ok(),
+            ];
             assert_eq!(found, *expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_turns_back_inside_is_resolved() {
+        for (text, expected) in [
+            ("/data/../etc/x", "/etc/x"),
+            ("/a/b/../../c/./d/", "/c/d"),
+            ("//a/./b/", "//a/./b/"),
+            ("/a/...", "/a/..."),
+        ] {
+            assert_eq!(inside(&Field::root("p"), text.to_owned()).as_deref(), Ok(expected));
         }
     }
 

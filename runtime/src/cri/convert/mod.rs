@@ -9,7 +9,7 @@
 //!
 //! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and `linux.resources` of a sandbox (for information; the
 //! kubelet limits the pod's cgroup), user, groups, read-only root and profiles of a sandbox (they are for a process of the sandbox's own,
-//! and nothing of the pod's runs in one), `selinux_relabel` (nothing to label where SELinux is not in use). Annotations
+//! and nothing of the pod's runs in one), `selinux_relabel` (Berth labels nothing). Annotations
 //! are kept and not read, those for CDI devices excepted: bandwidth, block I/O and RDT classes are wishes to parts that a node may not have.
 
 mod container;
@@ -36,6 +36,15 @@ pub use status::{
     sandbox_metadata, sandbox_status,
 };
 
+/// Whether the node's kernel has SELinux on. Where it is off, options for it ask for nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SeLinux {
+    /// Off, or not there.
+    Off,
+    /// Enforcing or permissive.
+    On,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,10 +56,10 @@ mod tests {
         #[test]
         fn any_message_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..64), number in any::<i32>()) {
             if let Ok(message) = v1::PodSandboxConfig::decode(bytes.as_slice()) {
-                let _ = sandbox_config(message, "");
+                let _ = sandbox_config(message, "", SeLinux::Off);
             }
             if let Ok(message) = v1::ContainerConfig::decode(bytes.as_slice()) {
-                let _ = container_config(message, &berth_model::sandbox::Config::default());
+                let _ = container_config(message, &berth_model::sandbox::Config::default(), SeLinux::Off);
             }
             if let Ok(Some(signal)) = signal_number(&Field::root("s"), number) {
                 prop_assert!((1..=64).contains(&signal));
@@ -73,7 +82,7 @@ mod tests {
                 }),
                 ..Default::default()
             };
-            if let Ok(config) = sandbox_config(config, "") {
+            if let Ok(config) = sandbox_config(config, "", SeLinux::Off) {
                 for name in config.sysctls.keys() {
                     prop_assert!(name.split('.').all(|part| {
                         !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))

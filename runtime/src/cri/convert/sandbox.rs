@@ -3,7 +3,7 @@
 use super::field::{
     self, Field, MAX_NAME_BYTES, Rejected, absolute_forward, at_most, no_longer_than, quoted,
 };
-use super::{security, sysctl};
+use super::{SeLinux, security, sysctl};
 use berth_cri::v1;
 use berth_model::sandbox::{Config, Dns, Metadata, PortMapping};
 use berth_model::security::{NamespaceMode, Namespaces};
@@ -37,7 +37,11 @@ const MAX_COMPONENT_BYTES: usize = 255;
 ///
 /// # Errors
 /// [`Rejected`], with the first field that is wrong.
-pub fn sandbox_config(message: v1::PodSandboxConfig, runtime_handler: &str) -> Result<Config, Rejected> {
+pub fn sandbox_config(
+    message: v1::PodSandboxConfig,
+    runtime_handler: &str,
+    selinux: SeLinux,
+) -> Result<Config, Rejected> {
     let field = Field::root("config");
     if !RUNTIME_HANDLERS.contains(&runtime_handler) {
         return Err(Field::root("runtime_handler")
@@ -52,7 +56,7 @@ pub fn sandbox_config(message: v1::PodSandboxConfig, runtime_handler: &str) -> R
         &security_field.of("namespace_options"),
         security_context.namespace_options.as_ref(),
     )?;
-    security::check_sandbox(&security_field, &security_context)?;
+    security::check_sandbox(&security_field, &security_context, selinux)?;
     Ok(Config {
         metadata: metadata(&field.of("metadata"), message.metadata)?,
         hostname: hostname(&field.of("hostname"), message.hostname)?,
@@ -288,7 +292,7 @@ mod tests {
 
     #[test]
     fn what_a_kubelet_asks_for_is_kept() {
-        let config = sandbox_config(asked(), "berth").unwrap();
+        let config = sandbox_config(asked(), "berth", SeLinux::On).unwrap();
         let expected = Config {
             metadata: Metadata {
                 name: "nginx".into(),
@@ -323,7 +327,7 @@ mod tests {
     #[test]
     fn metadata_alone_is_enough() {
         let message = v1::PodSandboxConfig { metadata: asked().metadata, ..Default::default() };
-        let config = sandbox_config(message, "").unwrap();
+        let config = sandbox_config(message, "", SeLinux::On).unwrap();
         assert_eq!(
             config,
             Config { metadata: config.metadata.clone(), ..Config::default() },
@@ -337,13 +341,13 @@ mod tests {
         let mut message = asked();
         options(&mut message).network = v1::NamespaceMode::Node.into();
         message.port_mappings[0].host_port = 53;
-        assert_eq!(sandbox_config(message, "").unwrap().port_mappings[0].host_port, 53);
+        assert_eq!(sandbox_config(message, "", SeLinux::On).unwrap().port_mappings[0].host_port, 53);
     }
 
     #[test]
     fn an_unknown_handler_is_refused() {
         for handler in ["runc", "Berth", " ", "berth\0", &"x".repeat(1 << 20)] {
-            let refused = sandbox_config(asked(), handler).unwrap_err().to_string();
+            let refused = sandbox_config(asked(), handler, SeLinux::On).unwrap_err().to_string();
             assert!(refused.starts_with("runtime_handler: ") && refused.len() < 400, "{refused}");
         }
     }
@@ -436,7 +440,7 @@ mod tests {
         for (index, (field, change)) in cases.iter().enumerate() {
             let mut message = asked();
             change(&mut message);
-            match sandbox_config(message, "") {
+            match sandbox_config(message, "", SeLinux::On) {
                 Err(Rejected::Invalid { field: found, reason }) => {
                     assert_eq!(&found, field, "case {index}: {reason}");
                     assert!(reason.len() < 1024, "case {index}: {} bytes", reason.len());
@@ -461,7 +465,7 @@ mod tests {
         for (field, change) in cases {
             let mut message = asked();
             change(&mut message);
-            match sandbox_config(message, "") {
+            match sandbox_config(message, "", SeLinux::On) {
                 Err(Rejected::NotOffered { field: found, .. }) => assert_eq!(&found, field),
                 other => panic!("{field}: {other:?}"),
             }
@@ -488,7 +492,7 @@ mod tests {
         for (index, change) in changes.iter().enumerate() {
             let mut message = asked();
             change(&mut message);
-            assert_eq!(sandbox_config(message, "").err(), None, "case {index}");
+            assert_eq!(sandbox_config(message, "", SeLinux::On).err(), None, "case {index}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into [`berth_model::security`].
 
-use super::field::{self, Field, Rejected, absolute_forward, at_most, below_the_root, quoted};
+use super::SeLinux;
+use super::field::{self, Field, Rejected, absolute_forward, at_most, inside, quoted};
 use berth_cri::v1;
 use berth_cri::v1::security_profile::ProfileType;
 use berth_model::sandbox;
@@ -146,8 +147,9 @@ pub fn namespace_options(namespaces: &Namespaces) -> v1::NamespaceOption {
 pub(super) fn check_sandbox(
     field: &Field<'_>,
     message: &v1::LinuxSandboxSecurityContext,
+    selinux: SeLinux,
 ) -> Result<(), Rejected> {
-    check_selinux(&field.of("selinux_options"), message.selinux_options.as_ref())?;
+    check_selinux(&field.of("selinux_options"), message.selinux_options.as_ref(), selinux)?;
     #[expect(deprecated, reason = "still on the wire; clients older than the message say it this way")]
     let path = &message.seccomp_profile_path;
     seccomp(field, message.seccomp.as_ref(), path)?;
@@ -160,12 +162,13 @@ pub(super) fn container_security(
     field: &Field<'_>,
     message: Option<v1::LinuxContainerSecurityContext>,
     sandbox: &sandbox::Config,
+    selinux: SeLinux,
 ) -> Result<ContainerSecurity, Rejected> {
     let message = message.unwrap_or_default();
     if message.privileged && !sandbox.privileged {
         return Err(field.of("privileged").invalid("the sandbox is not privileged"));
     }
-    check_selinux(&field.of("selinux_options"), message.selinux_options.as_ref())?;
+    check_selinux(&field.of("selinux_options"), message.selinux_options.as_ref(), selinux)?;
     #[expect(deprecated, reason = "still on the wire; clients older than the messages say it this way")]
     let (seccomp_path, apparmor_name) = (&message.seccomp_profile_path, &message.apparmor_profile);
     let seccomp = seccomp(field, message.seccomp.as_ref(), seccomp_path)?;
@@ -197,10 +200,15 @@ pub(super) fn container_security(
     })
 }
 
-fn check_selinux(field: &Field<'_>, message: Option<&v1::SeLinuxOption>) -> Result<(), Rejected> {
+/// Options of any kind are taken where SELinux is off: the kernel enforces none of them, and pods for all kinds of nodes have them.
+fn check_selinux(
+    field: &Field<'_>,
+    message: Option<&v1::SeLinuxOption>,
+    selinux: SeLinux,
+) -> Result<(), Rejected> {
     match message {
-        Some(options) if *options != v1::SeLinuxOption::default() => {
-            Err(field.not_offered("SELinux options are"))
+        Some(options) if selinux == SeLinux::On && *options != v1::SeLinuxOption::default() => {
+            Err(field.not_offered("this kernel has SELinux on, and SELinux options are"))
         }
         _ => Ok(()),
     }
@@ -378,11 +386,8 @@ fn capabilities(field: &Field<'_>, names: &[String]) -> Result<Vec<String>, Reje
 
 fn paths(field: &Field<'_>, paths: Vec<String>) -> Result<Vec<String>, Rejected> {
     at_most(field, paths.len(), MAX_PATHS)?;
-    for (index, path) in paths.iter().enumerate() {
-        // The root itself could not be hidden from who has it as its root already.
-        below_the_root(&field.at(index), path)?;
-    }
-    Ok(paths)
+    // The root itself could not be hidden from who has it as its root already.
+    paths.into_iter().enumerate().map(|(index, path)| inside(&field.at(index), path)).collect()
 }
 
 #[cfg(test)]
@@ -394,7 +399,7 @@ mod tests {
     }
 
     fn checked(message: v1::LinuxContainerSecurityContext) -> Result<ContainerSecurity, Rejected> {
-        container_security(&Field::root("s"), Some(message), &sandbox::Config::default())
+        container_security(&Field::root("s"), Some(message), &sandbox::Config::default(), SeLinux::On)
     }
 
     fn value(value: i64) -> Option<v1::Int64Value> {
@@ -406,8 +411,24 @@ mod tests {
     }
 
     #[test]
+    fn selinux_options_are_taken_where_the_kernel_has_it_off() {
+        let options = v1::SeLinuxOption {
+            user: "system_u".into(),
+            role: "system_r".into(),
+            r#type: "spc_t".into(),
+            level: "s0:c123,c456".into(),
+        };
+        let message = v1::LinuxContainerSecurityContext { selinux_options: Some(options), ..context() };
+        let asked = |selinux| {
+            container_security(&Field::root("s"), Some(message.clone()), &sandbox::Config::default(), selinux)
+        };
+        assert_eq!(asked(SeLinux::Off), checked(context()), "and have no effect");
+        assert!(matches!(asked(SeLinux::On), Err(Rejected::NotOffered { .. })));
+    }
+
+    #[test]
     fn an_absent_context_is_one_of_zeros() {
-        let found = container_security(&Field::root("s"), None, &sandbox::Config::default());
+        let found = container_security(&Field::root("s"), None, &sandbox::Config::default(), SeLinux::On);
         let expected = ContainerSecurity {
             user: User { merge_groups: true, ..User::default() },
             apparmor: Profile::RuntimeDefault,
@@ -606,7 +627,7 @@ mod tests {
             seccomp: profile_of(0, ""),
             ..context()
         };
-        let security = container_security(&Field::root("s"), Some(message), &allowing).unwrap();
+        let security = container_security(&Field::root("s"), Some(message), &allowing, SeLinux::On).unwrap();
         assert!(security.privileged);
         assert_eq!(security.masked_paths, ["/proc/kcore"], "kept as asked");
         assert_eq!(security.seccomp, Profile::RuntimeDefault, "kept as asked");
@@ -616,7 +637,7 @@ mod tests {
             checked(v1::LinuxContainerSecurityContext { selinux_options: Some(options), ..context() });
         assert!(matches!(refused, Err(Rejected::NotOffered { .. })), "{refused:?}");
 
-        for bad in ["", "proc/kcore", "/proc/../etc", "/proc\0", "/", "//", "/."] {
+        for bad in ["", "proc/kcore", "/proc/../../etc", "/proc/..", "/proc\0", "/", "//", "/."] {
             let masked = v1::LinuxContainerSecurityContext { masked_paths: vec![bad.into()], ..context() };
             let readonly =
                 v1::LinuxContainerSecurityContext { readonly_paths: vec![bad.into()], ..context() };

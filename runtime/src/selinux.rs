@@ -1,0 +1,46 @@
+//! Whether SELinux is on.
+//!
+//! Berth labels nothing. Where the kernel has SELinux off there is nothing to label, so a pod's `seLinuxOptions` are accepted and have no
+//! effect, as with other runtimes. Where it is on they are refused: a container without its label would be confined otherwise than asked.
+
+use std::path::Path;
+
+/// The filesystems that the kernel has: proc_filesystems(5).
+const FILESYSTEMS: &str = "/proc/filesystems";
+
+/// Whether the kernel has SELinux on, enforcing or permissive. It registers `selinuxfs` only then (security/selinux/selinuxfs.c). If the list
+/// cannot be read it counts as on.
+pub(crate) fn is_enabled() -> bool {
+    is_listed(Path::new(FILESYSTEMS))
+}
+
+fn is_listed(filesystems: &Path) -> bool {
+    match std::fs::read_to_string(filesystems) {
+        Ok(text) => text.lines().any(|line| line.split_whitespace().last() == Some("selinuxfs")),
+        Err(error) => {
+            tracing::warn!(path = %filesystems.display(), %error, "cannot tell whether SELinux is on; it counts as on");
+            true
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_on_when_the_kernel_has_its_filesystem_and_when_nobody_knows() {
+        let folder = tempfile::tempdir().unwrap();
+        let list = folder.path().join("filesystems");
+        assert!(is_listed(&list), "unknown is not off");
+        for (text, expected) in [
+            ("nodev\tsysfs\nnodev\tselinuxfs\n\text4\n", true),
+            ("nodev\tsysfs\nnodev\tsecurityfs\n\text4\n", false),
+            ("nodev\tnotselinuxfs\nselinuxfs ext4\n", false),
+            ("", false),
+        ] {
+            std::fs::write(&list, text).unwrap();
+            assert_eq!(is_listed(&list), expected, "{text:?}");
+        }
+    }
+}

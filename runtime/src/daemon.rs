@@ -11,6 +11,7 @@ use crate::oci_spec::HostFacts;
 use crate::recovery::{self, RecoveryError};
 use crate::registry::Registry;
 use crate::reload::{self, Reload};
+use crate::reload_request::Progress;
 use crate::selinux;
 use crate::shim_client::ShimProgram;
 use crate::unanswered::Unanswered;
@@ -153,12 +154,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
         berth: api::Service::new(node.clone()),
     };
     tell_what_the_node_lacks(&node).await;
+    let progress =
+        Progress::create(node.layout.state()).map_err(file("make a file in", node.layout.state()))?;
     let alive = tokio::spawn(keep_alive(notifier.clone(), node.clone()));
     let mut reloads = None;
     let listening = || {
         notifier.ready(&status(&node));
         housekeeping::begin(&node);
-        reloads = Some(tokio::spawn(reload::serve(node.clone(), notifier.clone(), status, reload)));
+        reloads = Some(tokio::spawn(reload::serve(node.clone(), notifier.clone(), status, reload, progress)));
     };
     let stopping = async {
         stop.await;

@@ -24,6 +24,7 @@ pub mod plan;
 mod recovery;
 mod registry;
 pub mod reload;
+pub mod reload_request;
 pub mod rlimits;
 mod sandbox;
 mod selinux;

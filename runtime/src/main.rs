@@ -5,6 +5,7 @@ use anyhow::Context as _;
 use berth_runtime::config::{self, Config, Written};
 use berth_runtime::log::Lines;
 use berth_runtime::reload::Reload;
+use berth_runtime::reload_request;
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -40,6 +41,9 @@ struct Arguments {
     /// Check the configuration and end.
     #[arg(long)]
     check_config: bool,
+    /// Have the running berthd with this process id read its configuration again, wait until it has, and end.
+    #[arg(long, value_name = "PID")]
+    reload: Option<i32>,
     /// Print the configuration with all its defaults and end.
     #[arg(long)]
     print_config: bool,
@@ -47,6 +51,16 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(pid) = arguments.reload {
+        return match reload_request::reload(pid) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                let mistakes = matches!(error, reload_request::ReloadError::Mistakes(_));
+                tell(&format!("berthd: {:#}", anyhow::Error::from(error)));
+                if mistakes { ExitCode::from(EXIT_CONFIG) } else { ExitCode::FAILURE }
+            }
+        };
+    }
     let config = match read(&arguments) {
         Ok(config) => config,
         Err(error) => {

@@ -1,4 +1,4 @@
-//! The configuration read anew while pods run: on SIGHUP, which `systemctl reload berthd` sends.
+//! The configuration read anew while pods run: on SIGHUP, which `berthd --reload` and with it `systemctl reload berthd` sends ([`crate::reload_request`]).
 //!
 //! What new work goes by takes effect at once: images, registries, resource limits of new containers, the log. What the daemon has opened or
 //! built by its start stays as it was until the next one, and is named in the log. A configuration that is wrong changes nothing.
@@ -6,6 +6,7 @@
 use crate::config::Config;
 use crate::node::Node;
 use crate::notify::Notifier;
+use crate::reload_request::Progress;
 use std::fmt;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -38,19 +39,29 @@ pub(crate) async fn serve(
     notifier: Arc<Notifier>,
     status: fn(&Node) -> String,
     mut reload: Reload,
+    mut progress: Progress,
 ) {
     while reload.wanted.recv().await.is_some() {
         notifier.reloading();
+        progress.begin();
         let read = reload.read.clone();
-        match tokio::task::spawn_blocking(move || read()).await {
-            Ok(Ok(config)) => take_over(&node, config, &reload.set_log),
+        let mistakes = match tokio::task::spawn_blocking(move || read()).await {
+            Ok(Ok(config)) => {
+                take_over(&node, config, &reload.set_log);
+                String::new()
+            }
             Ok(Err(mistakes)) => {
                 tracing::error!(
                     "{mistakes}; nothing was changed, and the earlier configuration stays in force"
                 );
+                mistakes
             }
-            Err(error) => tracing::error!(%error, "reading the configuration was broken off"),
-        }
+            Err(error) => {
+                tracing::error!(%error, "reading the configuration was broken off");
+                format!("reading the configuration was broken off: {error}")
+            }
+        };
+        progress.finish(&mistakes);
         notifier.ready(&status(&node));
     }
 }

@@ -8,7 +8,8 @@
 //! The name is the claim: it is made with `O_EXCL`, so that even two processes cannot give out an address twice. The files
 //! are the truth; a map in memory saves reading them again. Nothing is synced to the disk: after a power cut no sandbox lives.
 //! A crash can leave a file without content, or one whose sandbox was never finished; the first kind is removed when the
-//! store is opened, the second by [`AddressStore::reconcile`].
+//! store is opened, the second by [`AddressStore::reconcile`]. A record that cannot be read keeps its address taken. One that was lost
+//! is made again from what the sandbox itself knows ([`AddressStore::restore`]).
 //!
 //! Addresses are given out in a circle, so that a freed one rests as long as possible: peers and load balancers may still
 //! hold connections and neighbour entries of its last owner. After a restart the circle goes on behind the newest record.
@@ -16,7 +17,7 @@
 //! One daemon owns the folder; who else may write there is the permission bits' business (0700).
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -111,6 +112,8 @@ pub struct AddressStore {
 #[derive(Debug)]
 struct State {
     owners: BTreeMap<IpAddr, String>,
+    /// Addresses whose records could not be read. They are taken, by nobody knows whom.
+    unread: BTreeSet<IpAddr>,
     /// For each range, the address to try first.
     cursors: Vec<IpAddr>,
 }
@@ -125,17 +128,25 @@ impl AddressStore {
         let fail = |operation, path: &Path, source| Error::File { operation, path: path.to_owned(), source };
         let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
         made.map_err(|source| fail("make the folder", folder, source))?;
-        let mut owners = BTreeMap::new();
+        let (mut owners, mut unread) = (BTreeMap::new(), BTreeSet::new());
         let mut newest: Vec<Option<(SystemTime, IpAddr)>> = vec![None; ranges.len()];
         let entries = fs::read_dir(folder).map_err(|source| fail("list the folder", folder, source))?;
         for entry in entries {
             let entry = entry.map_err(|source| fail("list the folder", folder, source))?;
             let Some(address) = entry.file_name().to_str().and_then(canonical_address) else { continue };
             let path = entry.path();
-            let read = read_owner(&path).map_err(|source| fail("read the record", &path, source))?;
-            let Some((owner, written)) = read else {
-                fs::remove_file(&path).map_err(|source| fail("remove the broken record", &path, source))?;
-                continue;
+            let (owner, written) = match read_owner(&path) {
+                Ok(Some(read)) => read,
+                Ok(None) => {
+                    fs::remove_file(&path)
+                        .map_err(|source| fail("remove the broken record", &path, source))?;
+                    continue;
+                }
+                Err(source) if source.kind() == io::ErrorKind::NotFound => continue,
+                Err(_) => {
+                    unread.insert(address);
+                    (String::new(), SystemTime::UNIX_EPOCH)
+                }
             };
             owners.insert(address, owner);
             for (range, newest) in ranges.iter().zip(&mut newest) {
@@ -149,7 +160,7 @@ impl AddressStore {
             .zip(newest)
             .map(|(range, newest)| newest.map_or(range.first(), |(_, address)| range.after(address)))
             .collect();
-        let state = Mutex::new(State { owners, cursors });
+        let state = Mutex::new(State { owners, unread, cursors });
         Ok(Self { folder: folder.to_owned(), ranges: ranges.to_vec(), state })
     }
 
@@ -198,9 +209,73 @@ impl AddressStore {
     /// [`Error::File`]; what could be freed is free.
     pub fn reconcile(&self, living: &HashSet<&str>) -> Result<Vec<IpAddr>, Error> {
         let mut state = self.lock();
-        let dead = state.owners.iter().filter(|(_, owner)| !living.contains(owner.as_str()));
-        let dead = dead.map(|(address, _)| *address).collect();
+        let dead = state
+            .owners
+            .iter()
+            .filter(|(address, owner)| !living.contains(owner.as_str()) && !state.unread.contains(address))
+            .map(|(address, _)| *address)
+            .collect();
         self.release_all(&mut state, dead)
+    }
+
+    /// The addresses whose records could not be read, and whose sandboxes nobody knows.
+    pub fn unread(&self) -> Vec<IpAddr> {
+        self.lock().unread.iter().copied().collect()
+    }
+
+    /// The sandboxes that have addresses and are not among the living. Those whose records could not be read are not among them.
+    pub fn dead(&self, living: &HashSet<&str>) -> BTreeMap<String, Vec<IpAddr>> {
+        let mut owners = self.owners();
+        let unread = self.lock().unread.clone();
+        owners.retain(|owner, addresses| {
+            addresses.retain(|address| !unread.contains(address));
+            !living.contains(owner.as_str()) && !addresses.is_empty()
+        });
+        owners
+    }
+
+    /// Frees these addresses, those that `owner` has still, and returns them.
+    ///
+    /// # Errors
+    /// [`Error::File`]; what could be freed is free.
+    pub fn free_of(&self, owner: &str, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, Error> {
+        let mut state = self.lock();
+        let own = |address: &&IpAddr| state.owners.get(*address).is_some_and(|found| found == owner);
+        let addresses = addresses.iter().filter(own).copied().collect();
+        self.release_all(&mut state, addresses)
+    }
+
+    /// Sees to it that a sandbox has the addresses that it is known to use, and returns those that it had no record of. One that another
+    /// of the `known` sandboxes has stays that one's.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::SandboxId`].
+    pub fn restore(
+        &self,
+        sandbox_id: &str,
+        addresses: &[IpAddr],
+        known: impl Fn(&str) -> bool,
+    ) -> Result<Vec<IpAddr>, Error> {
+        if !identity::is_sandbox_id(sandbox_id) {
+            return Err(Error::SandboxId { text: sandbox_id.to_owned() });
+        }
+        let mut state = self.lock();
+        let mut restored = Vec::new();
+        for address in addresses {
+            match state.owners.get(address) {
+                Some(owner) if owner == sandbox_id || known(owner) => continue,
+                _ => {}
+            }
+            let path = self.path(*address);
+            // In one step, over what is there and of nobody.
+            let partial = self.folder.join(format!("{address}.partial"));
+            let written = write_owner(&partial, sandbox_id).and_then(|()| fs::rename(&partial, &path));
+            written.map_err(|source| Error::File { operation: "write the record", path, source })?;
+            state.owners.insert(*address, sandbox_id.to_owned());
+            state.unread.remove(address);
+            restored.push(*address);
+        }
+        Ok(restored)
     }
 
     /// The addresses of a sandbox, IPv4 first.
@@ -305,6 +380,7 @@ impl AddressStore {
             }
             _ => {
                 state.owners.remove(&address);
+                state.unread.remove(&address);
                 Ok(())
             }
         }
@@ -324,6 +400,11 @@ impl State {
 /// An address in the one spelling that the store itself uses, so that no two files mean the same address.
 fn canonical_address(name: &str) -> Option<IpAddr> {
     name.parse::<IpAddr>().ok().filter(|address| address.to_string() == name)
+}
+
+fn write_owner(path: &Path, owner: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(owner.as_bytes())
 }
 
 /// The owner in a record and the time it was written; `None` when the content is not a sandbox id.
@@ -356,6 +437,32 @@ mod tests {
 
     fn files(folder: &Path) -> BTreeSet<String> {
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_record_that_was_lost_is_made_again_and_one_that_cannot_be_read_keeps_its_address() {
+        let folder = tempfile::tempdir().unwrap();
+        let [lost, flipped, taken] = [2, 3, 4].map(|last| IpAddr::from([10, 0, 0, last]));
+        fs::write(folder.path().join(flipped.to_string()), id(99)).unwrap();
+        fs::write(folder.path().join(taken.to_string()), id(8)).unwrap();
+        fs::create_dir(folder.path().join("10.0.0.5")).unwrap();
+        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        assert_eq!(store.unread(), [IpAddr::from([10, 0, 0, 5])]);
+        let known = |owner: &str| [id(7), id(8)].contains(&owner.to_owned());
+        assert_eq!(store.restore(&id(7), &[lost, flipped, taken], known).unwrap(), [lost, flipped]);
+        assert!(store.restore(&id(7), &[lost, flipped, taken], known).unwrap().is_empty());
+        let living = [id(7), id(8)];
+        let living: HashSet<&str> = living.iter().map(String::as_str).collect();
+        assert!(store.dead(&living).is_empty() && store.reconcile(&living).unwrap().is_empty());
+        let again = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        assert_eq!((again.of(&id(7)), again.of(&id(8))), (vec![lost, flipped], vec![taken]));
+        // One address is left, since nobody knows whose the unreadable one is.
+        assert_eq!(again.allocate(&id(10)).unwrap(), [IpAddr::from([10, 0, 0, 6])]);
+        assert!(matches!(again.allocate(&id(11)), Err(Error::Exhausted { .. })));
+        let dead = again.dead(&HashSet::new());
+        assert_eq!(dead.len(), 3);
+        assert_eq!(again.free_of(&id(7), &dead[&id(7)]).unwrap(), [lost, flipped]);
+        assert!(again.free_of(&id(7), &dead[&id(8)]).unwrap().is_empty(), "it is another's");
     }
 
     #[test]

@@ -18,7 +18,7 @@
 //! Assumed: the caller is root in the network namespace of the node (`CAP_NET_ADMIN`), creates the pods' namespaces, and lets no
 //! two daemons use one bridge name. Left to others: host ports, and rules of other firewalls that stop forwarded packets.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
@@ -242,6 +242,15 @@ pub struct Reconciled {
     pub interfaces: Vec<String>,
 }
 
+/// What there is of sandboxes that are dead: [`Bridge::dead`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Dead {
+    /// Host interfaces.
+    interfaces: Vec<String>,
+    /// Addresses by their owners.
+    owners: BTreeMap<String, Vec<IpAddr>>,
+}
+
 /// A bridge network that is set up.
 #[derive(Debug)]
 pub struct Bridge {
@@ -275,15 +284,28 @@ pub fn open_in_pod() -> Result<Netlink, Error> {
 }
 
 impl Bridge {
+    /// [`Bridge::set_up_for`] no sandboxes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_up(config: BridgeConfig, address_folder: &Path) -> Result<Self, Error> {
+        Self::set_up_for(config, address_folder, &BTreeMap::new())
+    }
+
     /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes over what is there already.
     /// To be called on a thread in the node's network namespace. Runs `nft` once.
     ///
-    /// `address_folder` is the parent of the bridge's own folder of address records, `<address_folder>/<bridge name>`.
+    /// `address_folder` is the parent of the bridge's own folder of address records, `<address_folder>/<bridge name>`. `sandboxes` are those of
+    /// the caller that may have an interface, each with the addresses that it is known to use: records that were lost are made again.
     ///
     /// # Errors
     /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`], [`Error::SubnetTaken`], [`Error::Node`],
     /// [`Error::Addresses`], [`Error::Firewall`], [`Error::Forwarding`]. What was made before the failure stays; another set-up goes on from there.
-    pub fn set_up(mut config: BridgeConfig, address_folder: &Path) -> Result<Self, Error> {
+    pub fn set_up_for(
+        mut config: BridgeConfig,
+        address_folder: &Path,
+        sandboxes: &BTreeMap<String, Vec<IpAddr>>,
+    ) -> Result<Self, Error> {
         config.ipv6 = config.ipv6.filter(|_| forwarding::has_ipv6());
         let (first, last) = config.ipv4.pods();
         let mut ranges = vec![Range::Ipv4(first, last)];
@@ -303,20 +325,44 @@ impl Bridge {
             netfilter: Mutex::new(Netlink::open_netfilter().map_err(node)?),
             index: AtomicU32::new(0),
         };
-        bridge.refuse_strangers()?;
+        bridge.restore_addresses(sandboxes)?;
+        bridge.refuse_strangers(sandboxes)?;
         bridge.repair()?;
         Ok(bridge)
     }
 
-    /// Refuses a bridge with pods when there is no record of any: a second daemon would give their addresses away once more. The links of
-    /// pods that have gone just now are waited for.
-    fn refuse_strangers(&self) -> Result<(), Error> {
+    /// Makes the address records of sandboxes again that have an interface and lack them.
+    fn restore_addresses(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+        if sandboxes.is_empty() {
+            return Ok(());
+        }
+        let links = self.pod_links(&mut lock(&self.node))?;
+        let links: HashSet<&str> = links.iter().map(|link| link.name.as_str()).collect();
+        for (id, addresses) in sandboxes {
+            let interface = self.host_interface(id)?;
+            if links.contains(interface.as_str()) {
+                let known = |owner: &str| sandboxes.contains_key(owner);
+                self.addresses.restore(id, addresses, known).map_err(|source| Error::Addresses { source })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a bridge with pods when there is no record of any, and none of them is the caller's: a second daemon would give their addresses
+    /// away once more. The links of pods that have gone just now are waited for.
+    fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+        let own: HashSet<String> =
+            sandboxes.keys().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
         let end = Instant::now() + GOING;
         loop {
             if self.addresses.taken() > 0 {
                 return Ok(());
             }
-            match self.pod_links(&mut lock(&self.node))?.into_iter().next() {
+            let links = self.pod_links(&mut lock(&self.node))?;
+            if links.iter().any(|link| own.contains(&link.name)) {
+                return Ok(());
+            }
+            match links.into_iter().next() {
                 None => return Ok(()),
                 Some(link) if Instant::now() >= end => {
                     return Err(Error::BridgeShared {
@@ -490,33 +536,55 @@ impl Bridge {
     /// # Errors
     /// The first failure; the rest was tried.
     pub fn reconcile<'a>(&self, living: impl IntoIterator<Item = &'a str>) -> Result<Reconciled, Error> {
+        self.remove_dead(&self.dead(living)?)
+    }
+
+    /// What there is of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a later time, when there may be new ones.
+    ///
+    /// # Errors
+    /// [`Error::Node`].
+    pub fn dead<'a>(&self, living: impl IntoIterator<Item = &'a str>) -> Result<Dead, Error> {
         let living: HashSet<&str> = living.into_iter().collect();
         let kept: HashSet<String> =
             living.iter().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
+        let links = self.pod_links(&mut lock(&self.node))?;
+        let interfaces = links.into_iter().map(|link| link.name).filter(|name| !kept.contains(name));
+        Ok(Dead { interfaces: interfaces.collect(), owners: self.addresses.dead(&living) })
+    }
+
+    /// Removes the interfaces, the leave and the addresses of dead sandboxes.
+    ///
+    /// # Errors
+    /// The first failure; the rest was tried.
+    pub fn remove_dead(&self, dead: &Dead) -> Result<Reconciled, Error> {
         let mut result = Reconciled::default();
         let mut failure = None;
-        let links = self.pod_links(&mut lock(&self.node))?;
-        for link in links.into_iter().filter(|link| !kept.contains(&link.name)) {
-            match self.remove_link(&link.name) {
-                Ok(()) => result.interfaces.push(link.name),
+        for interface in &dead.interfaces {
+            match self.remove_link(interface) {
+                Ok(()) => result.interfaces.push(interface.clone()),
                 Err(error) => failure = failure.or(Some(node(error))),
             }
         }
         let table = masquerade::table(&self.config.name);
-        for (id, addresses) in self.addresses.owners() {
-            let interface = identity::host_interface(&self.config.name, &id);
-            // A record without a valid owner was never let through the firewall.
-            let Some(interface) = interface.filter(|_| !living.contains(id.as_str())) else { continue };
-            let port = Port { interface, addresses };
-            if let Err(source) = guard::dismiss(&mut lock(&self.netfilter), &table, &port) {
-                failure = failure.or(Some(Error::Guard { sandbox_id: id, source }));
+        for (id, addresses) in &dead.owners {
+            // Without a valid owner it was never let through the firewall.
+            if let Some(interface) = identity::host_interface(&self.config.name, id) {
+                let port = Port { interface, addresses: addresses.clone() };
+                if let Err(source) = guard::dismiss(&mut lock(&self.netfilter), &table, &port) {
+                    failure = failure.or(Some(Error::Guard { sandbox_id: id.clone(), source }));
+                }
+            }
+            match self.addresses.free_of(id, addresses) {
+                Ok(addresses) => result.addresses.extend(addresses),
+                Err(source) => failure = failure.or(Some(Error::Addresses { source })),
             }
         }
-        match self.addresses.reconcile(&living) {
-            Ok(addresses) => result.addresses = addresses,
-            Err(source) => failure = failure.or(Some(Error::Addresses { source })),
-        }
         failure.map_or(Ok(result), Err)
+    }
+
+    /// Addresses that stay taken because their records could not be read.
+    pub fn unread_addresses(&self) -> Vec<IpAddr> {
+        self.addresses.unread()
     }
 
     /// Removes the bridge, the firewall tables and the folder of address records. The forwarding sysctls stay as they are:

@@ -33,6 +33,6 @@ pub mod masquerade;
 pub mod netlink;
 pub mod nft;
 
-pub use bridge::{Attachment, Bridge};
+pub use bridge::{Attachment, Bridge, Dead};
 pub use config::BridgeConfig;
 pub use netlink::Netlink;

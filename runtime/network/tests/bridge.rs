@@ -577,6 +577,29 @@ fn a_bridge_with_pods_of_somebody_else_is_refused_and_left_as_it_is() {
 }
 
 #[test]
+fn a_pod_whose_address_records_are_lost_gets_them_back_from_its_daemon() {
+    let node = Node::new();
+    let pods: Vec<Pod> = (1..=2).map(|number| node.attach(number)).collect();
+    let addresses =
+        |pod: &Pod| pod.attachment.addresses.iter().map(|found| found.address).collect::<Vec<_>>();
+    let known: BTreeMap<_, _> = pods.iter().map(|pod| (pod.id.clone(), addresses(pod))).collect();
+    let folder = node.folder.path().join("berth0");
+    // One record is emptied, one names nobody, the others are gone.
+    fs::remove_dir_all(&folder).unwrap();
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join(pods[0].address(0).to_string()), "").unwrap();
+    fs::write(folder.join(pods[1].address(0).to_string()), id(77)).unwrap();
+    let set_up = || Bridge::set_up_for(BridgeConfig::default(), node.folder.path(), &known);
+    let bridge = node.namespace.run(set_up).unwrap();
+    bridge.reconcile(known.keys().map(String::as_str)).unwrap();
+    for pod in &pods {
+        let owned: Vec<_> = bridge.addresses_of(&pod.id).iter().map(|found| found.address).collect();
+        assert_eq!(owned, addresses(pod));
+        talk(&node.namespace, &pod.namespace, pod.address(0));
+    }
+}
+
+#[test]
 fn two_bridges_on_one_node_keep_out_of_each_others_way() {
     let node = Node::new();
     let config = BridgeConfig {

@@ -21,6 +21,9 @@ use tonic::transport::Endpoint;
 /// How long a datagram may wait. The manager reads at once unless it is itself in trouble, and then we need not be.
 const SEND_LIMIT: Duration = Duration::from_secs(1);
 
+/// The longest pause before a probe that failed is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// The most of a status line; systemd shows it in one line, and the texts of errors may be long.
 const MAX_STATUS_BYTES: usize = 200;
 
@@ -75,23 +78,29 @@ impl Notifier {
     }
 
     /// Tells the watchdog that the daemon is alive, as long as it is: whenever half of the watchdog's time is over, `probe` has to
-    /// succeed, within a quarter of it. Its success is what is shown as the status. Never ends; where there is no watchdog it does nothing.
+    /// succeed, within a quarter of it. One that fails is tried again, soon enough for the watchdog: see [`again`]. Its success is what is
+    /// shown as the status. Never ends; where there is no watchdog it does nothing.
     pub(crate) async fn keep_alive<F>(&self, probe: impl Fn() -> F)
     where
         F: Future<Output = Result<String, ProbeError>>,
     {
         let Some(watchdog) = self.watchdog else { return std::future::pending().await };
+        // First a pause, since it is started before the socket is there.
+        let first = (watchdog / 2, watchdog / 4);
+        let (mut pause, mut limit) = first;
         loop {
-            // First, since it is started before the socket is there.
-            tokio::time::sleep(watchdog / 2).await;
-            let limit = watchdog / 4;
+            tokio::time::sleep(pause).await;
             let outcome =
                 tokio::time::timeout(limit, probe()).await.unwrap_or(Err(ProbeError::Late { limit }));
             match outcome {
-                Ok(status) => self.send(&format!("WATCHDOG=1\n{}", status_line(&status))),
+                Ok(status) => {
+                    self.send(&format!("WATCHDOG=1\n{}", status_line(&status)));
+                    (pause, limit) = first;
+                }
                 // Not told anything, the manager ends the daemon and starts another; pods do not notice.
                 Err(error) => {
                     tracing::error!(error = %crate::chain(&error), "the daemon does not answer itself");
+                    (pause, limit) = again(watchdog);
                 }
             }
         }
@@ -103,6 +112,12 @@ impl Notifier {
             tracing::warn!(%error, "could not tell the service manager");
         }
     }
+}
+
+/// The pause before a probe is tried again, and the time that it has then. Of the watchdog's time a half and a quarter are over when the
+/// first has failed at the latest; with a sixteenth and an eighth the second is over in time.
+fn again(watchdog: Duration) -> (Duration, Duration) {
+    (AGAIN.min(watchdog / 16), watchdog / 8)
 }
 
 fn socket() -> std::io::Result<UnixDatagram> {
@@ -297,6 +312,39 @@ mod tests {
         });
         assert!(waited.await.is_ok());
         assert_eq!(received(&manager), "WATCHDOG=1\nSTATUS=probe 2\n");
+    }
+
+    #[test]
+    fn after_a_late_probe_another_is_over_before_the_manager_gives_up() {
+        for milliseconds in [1, 999, 8000, 30_000, 3_600_000] {
+            let watchdog = Duration::from_millis(milliseconds);
+            let (pause, limit) = again(watchdog);
+            assert!(watchdog / 2 + watchdog / 4 + pause + limit < watchdog, "{watchdog:?}");
+            assert!(pause <= Duration::from_secs(1), "{watchdog:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_probe_that_failed_is_tried_again_soon() {
+        let folder = tempfile::tempdir().unwrap();
+        let manager = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+        let notifier = notifier(&manager, Some("2000000"));
+        let times = std::sync::Mutex::new(Vec::new());
+        let probe = || async {
+            let mut times = times.lock().unwrap();
+            times.push(std::time::Instant::now());
+            if times.len() == 1 {
+                Err(ProbeError::Late { limit: Duration::ZERO })
+            } else {
+                Ok("alive".to_owned())
+            }
+        };
+        tokio::select! {
+            () = notifier.keep_alive(probe) => {}
+            () = async { while times.lock().unwrap().len() < 2 { tokio::time::sleep(Duration::from_millis(5)).await } } => {}
+        }
+        let times = times.lock().unwrap();
+        assert!(times[1] - times[0] < Duration::from_millis(900), "{times:?}");
     }
 
     #[tokio::test]

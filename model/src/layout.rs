@@ -13,10 +13,11 @@
 //!   quarantine/                records that could not be read
 //! <state>/                     gone after a reboot; /run/berth
 //!   berth.sock                 the socket, unless set otherwise
-//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), shm (the pod's tmpfs)
+//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), shm (the pod's tmpfs), record (a copy)
 //!     shm/shm                  /dev/shm of its containers
 //!     shm/etc/                 hosts, hostname, resolv.conf
-//!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount namespace)
+//!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount namespace), record (a copy),
+//!                              started (when its start was asked for), exit (where the durable one could not be written)
 //! ```
 
 use crate::id::{ContainerId, SandboxId};
@@ -139,6 +140,12 @@ impl SandboxFiles {
         self.durable.join("record")
     }
 
+    /// A copy of the record, for when the record itself cannot be read. It lives as long as what runs.
+    #[must_use]
+    pub fn record_copy(&self) -> PathBuf {
+        self.state.join("record")
+    }
+
     /// The pinned namespace of this name (`net`, `ipc`, `uts`, `pid`).
     #[must_use]
     pub fn namespace(&self, name: &str) -> PathBuf {
@@ -190,6 +197,24 @@ impl ContainerFiles {
     #[must_use]
     pub fn record(&self) -> PathBuf {
         self.durable.join("record")
+    }
+
+    /// A copy of the record, for when the record itself cannot be read. It lives as long as what runs.
+    #[must_use]
+    pub fn record_copy(&self) -> PathBuf {
+        self.state.join("record")
+    }
+
+    /// When its start was asked for, in nanoseconds since the epoch, as text. Written before the shim is asked.
+    #[must_use]
+    pub fn started(&self) -> PathBuf {
+        self.state.join("started")
+    }
+
+    /// The exit record, where the durable one could not be written.
+    #[must_use]
+    pub fn exit_record_copy(&self) -> PathBuf {
+        self.state.join("exit")
     }
 
     /// The OCI runtime spec that it was made from, for those who ask.
@@ -244,7 +269,16 @@ mod tests {
         ] {
             assert!(path.starts_with("/r"), "{}", path.display());
         }
-        for path in [sandbox.shm(), sandbox.namespace("net"), sandbox.etc("hosts"), container.rootfs()] {
+        for path in [
+            sandbox.shm(),
+            sandbox.namespace("net"),
+            sandbox.etc("hosts"),
+            sandbox.record_copy(),
+            container.rootfs(),
+            container.record_copy(),
+            container.started(),
+            container.exit_record_copy(),
+        ] {
             assert!(path.starts_with("/s"), "{}", path.display());
         }
     }

@@ -4,8 +4,12 @@
 //! line 1   berth-record <version> <sha256 of all that follows the line, hex>
 //! rest     JSON
 //! ```
-//! The version is of the JSON's meaning. A newer one is refused, not guessed at; an older one that is still understood is read. Unknown
-//! keys are ignored, absent ones take their default, so that a daemon can be exchanged for one of the next version and back.
+//! The version is of the JSON's meaning. An older one that is still understood is read. Unknown keys are ignored, absent ones take their
+//! default, so that a daemon can be exchanged for one of the next version and back.
+//!
+//! A newer version keeps the meaning of the keys by which an object is listed, stopped and removed: `id`, `sandbox_id`, `config` with its
+//! metadata, labels and namespaces, `cgroup`, `process` and the times. So a record of a newer version is read as far as it is known, and
+//! never written: the newer daemon finds it as it left it.
 
 use crate::id::{ContainerId, SandboxId};
 use crate::{container, sandbox};
@@ -25,7 +29,7 @@ pub enum RecordError {
     /// The first line is not as it should be.
     #[error("not a record")]
     NotARecord,
-    /// Written by a newer version.
+    /// Written by a newer version, in a way that this one does not know.
     #[error("a record of version {found}, and this daemon knows up to {VERSION}")]
     TooNew {
         /// Its version.
@@ -50,29 +54,42 @@ pub fn encode<T: Serialize>(content: &T) -> Result<Vec<u8>, RecordError> {
     Ok(bytes)
 }
 
+/// What a record file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decoded<T> {
+    /// The content, as far as this version knows it.
+    pub content: T,
+    /// The version, if it is a newer one; such a file must not be written over.
+    pub newer: Option<u32>,
+}
+
 /// The content of a record file.
 ///
 /// # Errors
-/// [`RecordError`].
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RecordError> {
+/// [`RecordError`]. [`RecordError::TooNew`] says nothing about the file's health: what a newer version means by its content, or by its
+/// checksum, is not known here.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<Decoded<T>, RecordError> {
     let end = bytes.iter().position(|byte| *byte == b'\n').ok_or(RecordError::NotARecord)?;
     let (line, rest) = bytes.split_at(end);
     let body = rest.get(1..).unwrap_or_default();
     let line = std::str::from_utf8(line).map_err(|_| RecordError::NotARecord)?;
     let mut words = line.split(' ');
-    let (Some("berth-record"), Some(version), Some(sum), None) =
-        (words.next(), words.next(), words.next(), words.next())
-    else {
+    let (Some("berth-record"), Some(version), sum) = (words.next(), words.next(), words.next()) else {
         return Err(RecordError::NotARecord);
     };
     let found: u32 = version.parse().map_err(|_| RecordError::NotARecord)?;
-    if found > VERSION {
-        return Err(RecordError::TooNew { found });
+    if found == 0 {
+        return Err(RecordError::NotARecord);
     }
-    if hex::encode(Sha256::digest(body)) != sum {
-        return Err(RecordError::Damaged);
+    let newer = (found > VERSION).then_some(found);
+    let whole = words.next().is_none() && sum.is_some_and(|sum| hex::encode(Sha256::digest(body)) == sum);
+    if !whole {
+        return Err(newer.map_or(RecordError::Damaged, |found| RecordError::TooNew { found }));
     }
-    serde_json::from_slice(body).map_err(RecordError::Content)
+    match serde_json::from_slice(body) {
+        Ok(content) => Ok(Decoded { content, newer }),
+        Err(error) => Err(newer.map_or(RecordError::Content(error), |found| RecordError::TooNew { found })),
+    }
 }
 
 /// The record of a sandbox.
@@ -194,27 +211,52 @@ mod tests {
 
     #[test]
     fn a_record_comes_back() {
-        assert_eq!(decode::<ContainerRecord>(&encode(&record()).unwrap()).unwrap(), record());
+        let decoded = decode::<ContainerRecord>(&encode(&record()).unwrap()).unwrap();
+        assert_eq!(decoded, Decoded { content: record(), newer: None });
     }
 
     #[test]
     fn what_a_disk_made_of_it_is_noticed() {
         let bytes = encode(&record()).unwrap();
+        let version = b"berth-record ".len();
         for position in 0..bytes.len() {
-            let mut damaged = bytes.clone();
-            damaged[position] ^= 0x20;
-            assert!(decode::<ContainerRecord>(&damaged).is_err(), "byte {position}");
+            for bit in 0..8 {
+                let mut damaged = bytes.clone();
+                damaged[position] ^= 1 << bit;
+                match decode::<ContainerRecord>(&damaged) {
+                    Ok(decoded) => {
+                        assert_eq!(position, version, "byte {position}, bit {bit}");
+                        assert!(decoded.newer.is_some() && decoded.content == record());
+                    }
+                    Err(error) => {
+                        assert!(!matches!(error, RecordError::TooNew { .. }), "byte {position}, bit {bit}")
+                    }
+                }
+            }
             assert!(decode::<ContainerRecord>(&bytes[..position]).is_err(), "cut at {position}");
         }
     }
 
     #[test]
-    fn a_newer_version_is_refused_and_unknown_keys_are_not() {
-        let body = br#"{"image_id":"x","of_the_future":[1]}"#;
-        let sum = hex::encode(Sha256::digest(body));
-        let file = |version: u32| [format!("berth-record {version} {sum}\n").as_bytes(), body].concat();
-        assert!(matches!(decode::<ContainerRecord>(&file(2)), Err(RecordError::TooNew { found: 2 })));
-        assert_eq!(decode::<ContainerRecord>(&file(1)).unwrap().image_id, "x");
+    fn a_newer_version_is_read_as_far_as_it_is_known_and_never_taken_for_damaged() {
+        let file = |version: u32, sum: &str, body: &str| format!("berth-record {version} {sum}\n{body}");
+        let sum = |body: &str| hex::encode(Sha256::digest(body));
+        let known = r#"{"image_id":"x","of_the_future":[1]}"#;
+        for (version, newer) in [(1, None), (2, Some(2)), (u32::MAX, Some(u32::MAX))] {
+            let decoded = decode::<ContainerRecord>(file(version, &sum(known), known).as_bytes()).unwrap();
+            assert_eq!((decoded.content.image_id.as_str(), decoded.newer), ("x", newer));
+        }
+        for (sum, body) in [
+            (sum(r#"{"image_id":7}"#), r#"{"image_id":7}"#),
+            ("of another kind".to_owned(), known),
+            (String::new(), known),
+            (sum(known), ""),
+        ] {
+            let old = decode::<ContainerRecord>(file(1, &sum, body).as_bytes());
+            assert!(matches!(old, Err(RecordError::Damaged | RecordError::Content(_))), "{old:?}");
+            let new = decode::<ContainerRecord>(file(2, &sum, body).as_bytes());
+            assert!(matches!(new, Err(RecordError::TooNew { found: 2 })), "{new:?}");
+        }
     }
 
     proptest! {

@@ -25,7 +25,6 @@ use crate::sandbox::Sandbox;
 use berth_cgroup::Cgroup;
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::security::NamespaceMode;
-use berth_model::state::SandboxState;
 use berth_model::{container, sandbox};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -398,10 +397,7 @@ pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
         return;
     }
     // Held until it is made: a stop of the sandbox waits for it, and then removes it.
-    let _gate = sandbox.gate().read().await;
-    if sandbox.state() != SandboxState::Ready {
-        return;
-    }
+    let Some(_making) = sandbox.begin_creation() else { return };
     let (making, pod) = (node.clone(), sandbox.clone());
     let made = tokio::task::spawn_blocking(move || {
         Cgroup::create_empty(&making.hierarchy, pod.cgroup_parent(), pod.id().as_str())

@@ -33,6 +33,9 @@ use std::time::Duration;
 /// Major and minor number of the oldest kernel that will do.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
+/// The number of descriptors that may be open: getrlimit(2), `<asm-generic/resource.h>`.
+pub(crate) const RLIMIT_NOFILE: u32 = 7;
+
 /// How often the network is looked at and, when somebody broke it, repaired.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
@@ -126,6 +129,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
 /// [`DaemonError`], with what to do where there is something to do.
 pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload) -> Result<(), DaemonError> {
     let notifier = Arc::new(Notifier::from_environment());
+    raise_descriptor_limit();
     check_kernel(&release())?;
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
@@ -141,7 +145,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     })??;
     let node = Arc::new(node);
     notifier.status("looking for the pods of the daemon before");
-    recovery::run(&node).await?;
+    let remains = recovery::run(&node).await?;
     let watcher = tokio::spawn(watch_network(node.clone()));
     let config = node.config();
     tracing::info!(
@@ -159,6 +163,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let alive = tokio::spawn(keep_alive(notifier.clone(), node.clone()));
     let mut reloads = None;
     let listening = || {
+        tokio::spawn(remains.clear(node.clone()));
         notifier.ready(&status(&node));
         housekeeping::begin(&node);
         reloads = Some(tokio::spawn(reload::serve(node.clone(), notifier.clone(), status, reload, progress)));
@@ -180,11 +185,20 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
         reloads.abort();
     }
     tracing::info!("berthd ends; pods go on");
-    if node.registry.sandboxes().is_empty() {
+    if node.registry.is_empty() {
         // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no harm.
         let _ = mount::detach(node.layout.state());
     }
     served
+}
+
+/// The daemon holds a connection for each container. Programs that it starts get limits of their own: [`crate::rlimits`].
+fn raise_descriptor_limit() {
+    let raised = berth_sys::process::rlimit(RLIMIT_NOFILE)
+        .and_then(|(_, hard)| berth_sys::process::set_rlimit(RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "could not raise the limit of open files");
+    }
 }
 
 /// Refuses a kernel that is too old; one whose version cannot be read as such may be new enough.
@@ -279,7 +293,16 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         Driver::Systemd => Some(Systemd::new().map_err(DaemonError::Systemd)?),
     };
     let images = Store::open(layout.root(), config.images.clone()).map_err(DaemonError::Images)?;
-    let bridge = Bridge::set_up(config.network.clone(), &layout.network()).map_err(DaemonError::Network)?;
+    let known = recovery::known_addresses(&layout);
+    let bridge = Bridge::set_up_for(config.network.clone(), &layout.network(), &known)
+        .map_err(DaemonError::Network)?;
+    let unread = bridge.unread_addresses();
+    if !unread.is_empty() {
+        tracing::warn!(
+            ?unread,
+            "the records of these addresses cannot be read; they stay taken until the next start"
+        );
+    }
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(host("the boot id"))?;
     let facts = HostFacts {
         bounding: berth_sys::credentials::bounding_set().map_err(host("the capabilities"))?,

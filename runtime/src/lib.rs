@@ -21,6 +21,7 @@ mod node;
 mod notify;
 pub mod oci_spec;
 pub mod plan;
+mod record_files;
 mod recovery;
 mod registry;
 pub mod reload;

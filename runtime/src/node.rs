@@ -204,7 +204,8 @@ impl Node {
                 }
             }
         }
-        Some(self.registry.containers().iter().filter_map(|container| container.image_digest()).collect())
+        // One whose record was lost does not say which image it has.
+        self.registry.containers().iter().map(|container| container.image_digest()).collect()
     }
 
     /// Whether something in a folder of containers is one that is known, or that is being made and has a

@@ -7,7 +7,7 @@ use crate::container::Container;
 use crate::sandbox::Sandbox;
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::{container, sandbox};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The identity that must be unique.
@@ -54,6 +54,8 @@ struct Inner {
     sandboxes: HashMap<SandboxId, Arc<Sandbox>>,
     containers: HashMap<ContainerId, Arc<Container>>,
     names: HashMap<Name, String>,
+    /// Ids of objects whose records cannot be read, and of which nothing runs.
+    unread: HashSet<String>,
 }
 
 impl Inner {
@@ -121,6 +123,57 @@ impl Registry {
     pub(crate) fn add_container(&self, container: Arc<Container>, mut reservation: Reservation) {
         reservation.name = None;
         lock(&self.0).containers.insert(container.id().clone(), container);
+    }
+
+    /// Makes a sandbox of the daemon before this one visible. If another has its name, both are there all the same: what exists has to have an
+    /// owner, and who lists them sees both.
+    pub(crate) fn adopt_sandbox(&self, sandbox: Arc<Sandbox>) {
+        let name = Name::Sandbox(sandbox.config().metadata.clone());
+        self.adopt(name, sandbox.id().as_str());
+        lock(&self.0).sandboxes.insert(sandbox.id().clone(), sandbox);
+    }
+
+    /// The same for a container.
+    pub(crate) fn adopt_container(&self, container: Arc<Container>) {
+        self.adopt(container.name(), container.id().as_str());
+        lock(&self.0).containers.insert(container.id().clone(), container);
+    }
+
+    fn adopt(&self, name: Name, id: &str) {
+        match self.reserve(name, id) {
+            Ok(mut reservation) => reservation.name = None,
+            Err(taken) => tracing::error!(id, error = %taken, "two objects have one name"),
+        }
+        lock(&self.0).unread.remove(id);
+    }
+
+    /// Remembers that there is an object whose record cannot be read.
+    pub(crate) fn keep_unread(&self, id: &str) {
+        lock(&self.0).unread.insert(id.to_owned());
+    }
+
+    /// The objects whose records cannot be read.
+    pub(crate) fn unread(&self) -> Vec<String> {
+        lock(&self.0).unread.iter().cloned().collect()
+    }
+
+    /// An object that could not be read is gone.
+    pub(crate) fn forget_unread(&self, id: &str) {
+        lock(&self.0).unread.remove(id);
+    }
+
+    /// Whether an object with this id exists.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        let inner = lock(&self.0);
+        inner.unread.contains(id)
+            || id.parse().is_ok_and(|id: SandboxId| inner.sandboxes.contains_key(&id))
+            || id.parse().is_ok_and(|id: ContainerId| inner.containers.contains_key(&id))
+    }
+
+    /// Whether nothing exists.
+    pub(crate) fn is_empty(&self) -> bool {
+        let inner = lock(&self.0);
+        inner.sandboxes.is_empty() && inner.containers.is_empty() && inner.unread.is_empty()
     }
 
     pub(crate) fn remove_sandbox(&self, sandbox: &Sandbox) {

@@ -8,6 +8,7 @@ use berth_model::layout::SHIM_SOCKET;
 use berth_shim_proto::control::{
     ExecRequest, Phase, Reply, Request, SignalExec, reply::Answer, request::Call,
 };
+use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::{Cgroup, Launch};
 use berth_sys::{process, socket};
@@ -30,6 +31,8 @@ pub(crate) use berth_shim_proto::control::{Created, Failed};
 const CALL: Duration = Duration::from_secs(10);
 /// How long making a container may take: mounts of slow filesystems are in it.
 const CREATE: Duration = Duration::from_secs(60);
+/// How long a start may take. A little longer than the shim itself waits for the program: it says then that the start failed, and ends it.
+pub(crate) const START: Duration = Duration::from_secs(12);
 /// How long a kill may take to reach what it is for, when there is another way to see to it.
 const KILL: Duration = Duration::from_secs(1);
 /// How long to wait before the program of an exec is killed again.
@@ -59,6 +62,20 @@ pub(crate) enum ShimError {
     /// The request is too long for one message.
     #[error("the request is too long for the shim")]
     TooLong(#[source] frame::FrameError),
+}
+
+/// Why there is no connection to the shim of a daemon before this one.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectError {
+    /// Nobody listens on its socket any more: it has ended.
+    #[error("the container's shim is gone")]
+    Gone,
+    /// There is no socket.
+    #[error("the container's shim has no socket")]
+    NoSocket,
+    /// That says nothing about the shim: no descriptors, or it has not taken the connections that wait already.
+    #[error("connect to the container's shim")]
+    NotNow(#[source] io::Error),
 }
 
 /// The shim's program, loaded once: processes are started from this copy, which nobody can write to, so that neither an upgrade of
@@ -179,6 +196,7 @@ type Pending = Mutex<HashMap<u64, oneshot::Sender<Answer>>>;
 struct Incoming {
     pending: Arc<Pending>,
     failure: Arc<OnceLock<Failed>>,
+    end: Arc<OnceLock<ExitRecord>>,
 }
 
 struct Outgoing {
@@ -195,6 +213,8 @@ pub(crate) struct ShimClient {
     ended: watch::Receiver<bool>,
     /// Why the shim could not even begin.
     failure: Arc<OnceLock<Failed>>,
+    /// How the container ended, if the shim's last message said it.
+    end: Arc<OnceLock<ExitRecord>>,
     pid: Option<i32>,
 }
 
@@ -214,11 +234,21 @@ impl ShimClient {
     /// Connects to the shim that a daemon before this one started.
     ///
     /// # Errors
-    /// [`ShimError::Lost`] when there is none.
-    pub(crate) fn connect(state_directory: &Path) -> Result<Self, ShimError> {
-        let directory = File::open(state_directory).map_err(|_| ShimError::Lost)?;
-        let socket = socket::connect_below(directory.as_fd(), SHIM_SOCKET).map_err(|_| ShimError::Lost)?;
-        Self::new(socket, None).map_err(|source| ShimError::Start { action: "watch its socket", source })
+    /// [`ConnectError`].
+    pub(crate) fn connect(state_directory: &Path) -> Result<Self, ConnectError> {
+        const ECONNREFUSED: i32 = 111;
+        let directory = File::open(state_directory).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => ConnectError::NoSocket,
+            _ => ConnectError::NotNow(error),
+        })?;
+        let socket = socket::connect_below(directory.as_fd(), SHIM_SOCKET).map_err(|error| {
+            match (error.kind(), error.raw_os_error()) {
+                (io::ErrorKind::NotFound, _) => ConnectError::NoSocket,
+                (_, Some(ECONNREFUSED)) => ConnectError::Gone,
+                _ => ConnectError::NotNow(error),
+            }
+        })?;
+        Self::new(socket, None).map_err(ConnectError::NotNow)
     }
 
     fn new(socket: OwnedFd, child: Option<i32>) -> io::Result<Self> {
@@ -229,10 +259,10 @@ impl ShimClient {
         let pending = Arc::new(Pending::default());
         let (end, ended) = watch::channel(false);
         let (outgoing, frames) = mpsc::unbounded_channel();
-        let failure = Arc::new(OnceLock::new());
-        let incoming = Incoming { pending: pending.clone(), failure: failure.clone() };
+        let (failure, last) = (Arc::new(OnceLock::new()), Arc::new(OnceLock::new()));
+        let incoming = Incoming { pending: pending.clone(), failure: failure.clone(), end: last.clone() };
         tokio::spawn(serve(socket, frames, incoming, end, child));
-        Ok(Self { outgoing, pending, next_id: AtomicU64::new(1), ended, failure, pid })
+        Ok(Self { outgoing, pending, next_id: AtomicU64::new(1), ended, failure, end: last, pid })
     }
 
     /// The shim's pid.
@@ -245,6 +275,11 @@ impl ShimClient {
         let mut ended = self.ended.clone();
         // An error means that the reader task is gone, which is an end too.
         let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// How the container ended, if the shim said it before the connection ended.
+    pub(crate) fn end(&self) -> Option<ExitRecord> {
+        self.end.get().cloned()
     }
 
     /// Makes the container up to the exec of its program.
@@ -263,7 +298,7 @@ impl ShimClient {
     /// # Errors
     /// [`ShimError::Failed`] when its exec failed; the container is over then.
     pub(crate) async fn start(&self) -> Result<i64, ShimError> {
-        match self.call(Call::Start(()), CALL).await? {
+        match self.call(Call::Start(()), START).await? {
             Answer::Started(started) => Ok(started.at_unix_ns),
             other => Err(unexpected(other)),
         }
@@ -517,7 +552,14 @@ fn receive(socket: &UnixStream, received: &mut Vec<u8>, incoming: &Incoming) -> 
     }
     loop {
         match frame::take::<Reply>(received) {
-            Ok(Some(Reply { id: 0, answer: Some(Answer::Exited(())) })) | Err(_) => return false,
+            Ok(Some(Reply { id: 0, answer: Some(Answer::Exited(exited)) })) => {
+                if let Some(record) = end_in(exited) {
+                    // It is the last message, and there is one of it.
+                    let _ = incoming.end.set(record);
+                }
+                return false;
+            }
+            Err(_) => return false,
             Ok(Some(Reply { id: 0, answer: Some(Answer::Failed(failed)) })) => {
                 // It is the only one, of a shim that ends.
                 let _ = incoming.failure.set(failed);
@@ -537,6 +579,11 @@ fn receive(socket: &UnixStream, received: &mut Vec<u8>, incoming: &Incoming) -> 
         *received = Vec::new();
     }
     true
+}
+
+/// How the container ended, if the last message says so: shims of this version leave that to the record.
+fn end_in((): ()) -> Option<ExitRecord> {
+    None
 }
 
 /// Takes the zombie of a shim that this daemon started. It ends right after its connection; one that hangs is looked for now and then.

@@ -3,7 +3,7 @@
 use crate::mount;
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -129,10 +129,16 @@ pub fn unpin(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether `path` is a pinned namespace (nsfs) and not just the empty file under it: `fstatfs(2)`, `NSFS_MAGIC`.
-#[must_use]
-pub fn is_pinned(path: &Path) -> bool {
-    open(path).is_ok_and(|file| is_namespace(file.as_fd()))
+/// Whether `path` is a pinned namespace (nsfs) and not just the empty file under it: `statfs(2)`, `NSFS_MAGIC`. Takes no descriptor.
+///
+/// # Errors
+/// When that cannot be found out; an absent path is `false`.
+pub fn is_pinned(path: &Path) -> io::Result<bool> {
+    match nix::sys::statfs::statfs(path) {
+        Ok(found) => Ok(found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC),
+        Err(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Whether `file` is a namespace (nsfs): `fstatfs(2)`, `NSFS_MAGIC`.
@@ -177,6 +183,7 @@ pub fn on_own_thread<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> io
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     #[test]
     fn a_pinned_namespace_lives_without_a_process() {
@@ -188,7 +195,7 @@ mod tests {
             pin_own(Kind::Uts, &path).unwrap();
         })
         .unwrap();
-        assert!(is_pinned(&path));
+        assert!(is_pinned(&path).unwrap());
         let name = on_own_thread("join", || {
             join(open(&path).unwrap().as_fd(), Kind::Uts.flag()).unwrap();
             nix::unistd::gethostname().unwrap()
@@ -198,7 +205,7 @@ mod tests {
         unpin(&path).unwrap();
         assert!(!path.exists());
         unpin(&path).unwrap();
-        assert!(!is_pinned(&path));
+        assert!(!is_pinned(&path).unwrap());
         std::fs::remove_dir(&dir).unwrap();
     }
 

@@ -599,6 +599,19 @@ pub fn start_time(pid: i32) -> io::Result<u64> {
     parse_start_time(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
+/// Whether the process `pid` that started at `start_time` ([`start_time`]) is there still, if only as a zombie.
+///
+/// # Errors
+/// When that cannot be found out.
+pub fn is_there(pid: i32, start_time: u64) -> io::Result<bool> {
+    match self::start_time(pid) {
+        Ok(found) => Ok(found == start_time),
+        // The second when it is reaped between the open and the read.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 pub(crate) fn parse_start_time(stat: &[u8]) -> Option<u64> {
     // The name in parentheses may hold anything, also spaces and parentheses: the fields go on after the last one.
     let end = stat.iter().rposition(|byte| *byte == b')')?;

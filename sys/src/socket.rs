@@ -49,12 +49,14 @@ pub fn listen_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd
     Ok(listener)
 }
 
-/// A blocking stream socket connected to `name` in `directory`.
+/// A non-blocking stream socket connected to `name` in `directory`. It does not wait: unix(7).
 ///
 /// # Errors
-/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nobody listens.
+/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nobody listens, `EAGAIN` when somebody does and has not taken the
+/// connections that wait already.
 pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
-    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     connect(socket.as_raw_fd(), &address_below(directory, name)?)?;
     Ok(socket)
 }

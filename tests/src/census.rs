@@ -22,11 +22,11 @@ const OF_THE_DAEMON: [&str; 2] = ["daemon", "descriptors"];
 pub struct Census(Vec<(&'static str, Vec<String>)>);
 
 impl Census {
-    /// Looks at everything that belongs to `daemon`, once the kernel has taken away the links of pods that are gone, which
-    /// it does on its own time.
+    /// Looks at everything that belongs to `daemon`, once the kernel has taken away the links of pods that are gone, and the
+    /// daemon their files, which both do on their own time.
     ///
     /// # Errors
-    /// When a tool that lists something fails, or more links stay than there are pods.
+    /// When a tool that lists something fails, more links stay than there are pods, or the trash is not emptied.
     pub fn take(daemon: &Daemon) -> Result<Self> {
         let client = daemon.client();
         within(SOON, "links are there for pods that are there only", || {
@@ -38,6 +38,9 @@ impl Census {
             }
             let links = daemon.host().run("ip", &["-oneline", "link", "show", "type", "veth"])?;
             Ok((links.lines().count() <= pods).then_some(()))
+        })?;
+        within(SOON, "the trash is empty", || {
+            Ok(daemon.root().join("trash").read_dir()?.next().is_none().then_some(()))
         })?;
         Self::now(daemon)
     }

@@ -145,7 +145,19 @@ impl Daemon {
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
     pub fn start_from(&self, programs: &Path) -> Result<()> {
-        let child = self.spawn(programs)?;
+        self.start_by(&[], programs)
+    }
+
+    /// [`start_again`](Self::start_again) by another program with these arguments, which has to become the daemon.
+    ///
+    /// # Errors
+    /// When it does not answer in time; the message has its last lines.
+    pub fn start_under(&self, words: &[&str]) -> Result<()> {
+        self.start_by(words, &programs()?)
+    }
+
+    fn start_by(&self, words: &[&str], programs: &Path) -> Result<()> {
+        let child = self.spawn(words, programs)?;
         *self.process() = Some(child);
         let ended = within(SOON, "the daemon answers", || {
             // An end is not worth waiting on: nothing follows it.
@@ -162,14 +174,15 @@ impl Daemon {
         }
     }
 
-    fn spawn(&self, programs: &Path) -> Result<Child> {
+    fn spawn(&self, words: &[&str], programs: &Path) -> Result<Child> {
         let program = programs.join("berthd");
         ensure!(program.exists(), "no {}: run make build", program.display());
         let dir = self.dir.path();
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).context("the log")?;
         // nsenter becomes the daemon, as do the programs of the chroot, so the process is the daemon's.
+        let words = if words.is_empty() { self.launcher } else { words };
         let mut command = match &self.chroot {
-            None => match self.launcher {
+            None => match words {
                 [] => self.host.command(&program),
                 [first, rest @ ..] => {
                     let mut command = self.host.command(first);

@@ -5,14 +5,14 @@
 //! the missing record.
 
 use super::target::{Target, verified_target};
-use super::{Container, ContainerError, cgroup_plan, end, shutdown};
+use super::{Container, ContainerError, cgroup_plan, follow, lock, shutdown};
 use crate::apparmor;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::oci_spec::{self, CgroupDirectory, Inputs, devices, mounts, stop_signal::stop_signal};
 use crate::plan::{self, Extra};
 use crate::registry::Name;
-use crate::sandbox::Sandbox;
 use crate::sandbox::create::HOSTNAME_FILE;
+use crate::sandbox::{Creation, Sandbox};
 use crate::shim_client::{Holder, ShimClient};
 use crate::trash;
 use ::oci_spec::runtime::{LinuxSeccomp, Spec};
@@ -23,14 +23,12 @@ use berth_model::id::ContainerId;
 use berth_model::layout::ContainerFiles;
 use berth_model::record::{ContainerRecord, ProcessRecord};
 use berth_model::security::Profile;
-use berth_model::state::{ContainerState, SandboxState};
 use berth_seccomp::Circumstances;
 use berth_shim_proto::launch::{ENTERING, Launch};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// The largest seccomp profile that is read. Docker's default has 14 KiB.
 const MAX_PROFILE_BYTES: u64 = 1024 * 1024;
@@ -47,11 +45,22 @@ pub(crate) async fn create(
     sandbox: Arc<Sandbox>,
     config: Config,
 ) -> Result<Arc<Container>, ContainerError> {
-    // Held until the container is visible: a stop of the sandbox waits for it, and then finds the container.
-    let _gate = sandbox.gate().read().await;
-    if sandbox.state() != SandboxState::Ready {
-        return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
+    let stopped = ContainerError::SandboxNotReady { id: sandbox.id().clone() };
+    let Some(creation) = sandbox.begin_creation().map(Arc::new) else { return Err(stopped) };
+    // In a task of its own, which takes back what it has made whenever it comes to its end: a path of the host may hang.
+    let making = tokio::spawn(make(node, sandbox, config, creation.clone()));
+    tokio::select! {
+        made = making => made.map_err(|_| ContainerError::Stopping)?,
+        () = creation.given_up() => Err(stopped),
     }
+}
+
+async fn make(
+    node: Arc<Node>,
+    sandbox: Arc<Sandbox>,
+    config: Config,
+    creation: Arc<Creation>,
+) -> Result<Arc<Container>, ContainerError> {
     let id = ContainerId::from_bytes(random_bytes().map_err(ContainerError::Id)?);
     let name = Name::Container(sandbox.id().clone(), config.metadata.clone());
     let reservation = node.registry.reserve(name, id.as_str())?;
@@ -59,12 +68,14 @@ pub(crate) async fn create(
     // Its layers stay, whoever removes it, until the registry says that a container uses it.
     let image = node.images.lease(&config.image).map(Arc::new);
     let image = image.ok_or_else(|| ContainerError::NoImage { image: config.image.clone() })?;
-    let (preparing, within, leased) = (node.clone(), sandbox.clone(), image.clone());
+    let (preparing, within, leased, stop) = (node.clone(), sandbox.clone(), image.clone(), creation.clone());
     let making = async {
-        let prepared = tokio::task::spawn_blocking(move || prepare(&preparing, &within, &leased, id, config))
-            .await
-            .map_err(|_| ContainerError::Stopping)??;
-        launch(&node, prepared).await
+        let prepare = move || prepare(&preparing, &within, &leased, id, config, &stop);
+        let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|_| ContainerError::Stopping)??;
+        let show = |container: &Arc<Container>| {
+            creation.finish(|| node.registry.add_container(container.clone(), reservation))
+        };
+        launch(&node, prepared, &creation, show).await
     };
     let made = making.await;
     let container = match made {
@@ -75,9 +86,8 @@ pub(crate) async fn create(
             return Err(error);
         }
     };
-    node.registry.add_container(container.clone(), reservation);
     drop(image);
-    end::watch(container.clone());
+    follow::watch(&container);
     tracing::info!(
         container = %container.id(), name = %container.config().metadata.name, sandbox = %sandbox.id(), "container is created"
     );
@@ -108,9 +118,10 @@ fn prepare(
     lease: &Lease,
     id: ContainerId,
     config: Config,
+    creation: &Creation,
 ) -> Result<Prepared, ContainerError> {
     let mut made = Made { files: node.layout.container(&id), cgroup: None };
-    prepare_from(node, sandbox, lease, id, config, &mut made).inspect_err(|_| undo(node, &made))
+    prepare_from(node, sandbox, lease, id, config, creation, &mut made).inspect_err(|_| undo(node, &made))
 }
 
 fn prepare_from(
@@ -119,6 +130,7 @@ fn prepare_from(
     lease: &Lease,
     id: ContainerId,
     config: Config,
+    creation: &Creation,
     made: &mut Made,
 ) -> Result<Prepared, ContainerError> {
     let image = lease.image();
@@ -155,6 +167,10 @@ fn prepare_from(
     let volumes = mounts::image_volumes(&config, image.config())?;
     let default_apparmor_profile = default_apparmor_profile(node, &config)?;
     check_apparmor(node, &config)?;
+    // What comes before this looks at paths of the host, which may hang.
+    if creation.is_given_up() {
+        return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
+    }
 
     make_directories(&made.files, &lower_dirs)?;
     let limits = oci_spec::limits(&config.resources);
@@ -237,13 +253,22 @@ fn prepare_from(
     Ok(Prepared { record, files: made.files.clone(), cgroup: cgroup.clone(), holder, target, spec, plan })
 }
 
-/// Starts the shim, lets it make the container, and records it.
-async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, ContainerError> {
+/// Starts the shim, lets it make the container, records it, and makes it visible by `show`, which says whether it is wanted still.
+async fn launch(
+    node: &Arc<Node>,
+    prepared: Prepared,
+    creation: &Creation,
+    show: impl FnOnce(&Arc<Container>) -> bool,
+) -> Result<Arc<Container>, ContainerError> {
     let Prepared { mut record, files, cgroup, holder, target, mut spec, plan } = prepared;
     let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
     let result = async {
         let shim = Arc::new(ShimClient::spawn(&node.shim, &files.state)?);
-        let created = match shim.create(plan).await {
+        let made = tokio::select! {
+            made = shim.create(plan) => made.map_err(ContainerError::from),
+            () = creation.given_up() => Err(ContainerError::SandboxNotReady { id: record.sandbox_id.clone() }),
+        };
+        let created = match made {
             Ok(created) => {
                 if let Some(holder) = holder {
                     // It is killed and waited for. A task that cannot run any more drops it too.
@@ -253,7 +278,7 @@ async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, 
             }
             Err(error) => {
                 shim.discard().await;
-                return Err(error.into());
+                return Err(error);
             }
         };
         if let Some(Err(error)) = target.as_ref().map(Target::check) {
@@ -270,19 +295,15 @@ async fn launch(node: &Arc<Node>, prepared: Prepared) -> Result<Arc<Container>, 
         record.process = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         (record.uid, record.gid, record.groups) = (created.uid, created.gid, created.groups);
         oci_spec::set_user(&mut spec, record.uid, record.gid, &record.groups);
-        let container = Arc::new(Container {
-            resources: Mutex::new(record.config.resources.clone()),
-            state: watch::Sender::new(ContainerState::Created),
-            shim: Mutex::new(Some(shim.clone())),
-            operation: tokio::sync::Mutex::default(),
-            kill_at: watch::Sender::new(None),
-            record,
-            files,
-            cgroup,
-        });
+        let container = Arc::new(Container::new(record, files, cgroup));
+        *lock(&container.shim) = Some(shim.clone());
         if let Err(error) = write_files(&container, &spec) {
             shim.discard().await;
             return Err(error);
+        }
+        if !show(&container) {
+            shim.discard().await;
+            return Err(ContainerError::SandboxNotReady { id: container.sandbox_id().clone() });
         }
         Ok(container)
     }
@@ -301,7 +322,10 @@ fn write_files(container: &Container, spec: &Spec) -> Result<(), ContainerError>
     let json =
         serde_json::to_vec(spec).map_err(|error| ContainerError::file("write", &path)(error.into()))?;
     std::fs::write(&path, json).map_err(ContainerError::file("write", &path))?;
-    container.write_record()
+    container
+        .record_files()
+        .write(&container.record)
+        .map_err(|source| ContainerError::Record { id: container.id().clone(), source })
 }
 
 /// Takes back what was made. What cannot be taken back is logged, and found again at the next start.
@@ -311,6 +335,8 @@ fn undo(node: &Node, made: &Made) {
     {
         tracing::warn!(error = %crate::chain(&error), "the cgroup of a container that failed is left");
     }
+    // A copy without a record would say that the record was lost.
+    let _ = std::fs::remove_file(made.files.record_copy());
     if let Err(error) = trash::discard(&node.layout, &made.files.durable) {
         tracing::warn!(path = %made.files.durable.display(), %error, "files of a container that failed are left");
     }

@@ -1,8 +1,12 @@
-//! The end of a container: from its shim's record, or from the loss of its shim, to the state that everybody sees.
+//! The end of a container: from its shim's record or last message, or from the loss of its shim, to the state that everybody sees.
 
 use super::{Container, lock};
-use berth_model::state::{ContainerEvent, Exit, ExitReason};
-use berth_shim_proto::exit_record::{self, ExitRecord};
+use crate::record_files::may_pass;
+use berth_model::state::{ContainerEvent, ContainerState, Exit, ExitReason};
+use berth_shim_proto::exit_record::{self, ExitRecord, MAX_BYTES};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,65 +16,87 @@ const EXIT_CODE_LOST: i32 = 255;
 /// How long the cgroup may take to be empty after a kill, and to be removed.
 const CGROUP_GONE: Duration = Duration::from_secs(10);
 
-/// Waits for the shim's end and then settles the container.
-pub(super) fn watch(container: Arc<Container>) {
-    tokio::spawn(async move {
-        let Some(shim) = container.shim() else { return };
-        shim.ended().await;
-        drop(shim);
-        let settled = container.clone();
-        // Reading a file and removing a cgroup wait for the kernel. The task fails only when the daemon stops.
-        let exit = tokio::task::spawn_blocking(move || settle(&settled)).await;
-        if let Ok(exit) = exit {
-            tracing::info!(container = %container.id(), code = exit.code, reason = exit.reason.as_str(), "container has ended");
-            *lock(&container.shim) = None;
-            // Nothing but an end follows a state, and a second end changes nothing.
-            let _ = container.apply(ContainerEvent::Ended(exit));
-        }
-    });
+/// What is known of an end.
+#[derive(Debug)]
+pub(super) enum Evidence {
+    /// How it ended.
+    Told(ExitRecord),
+    /// There is no record of an end, or one that is proven damaged.
+    Nothing,
+    /// There may be one, which cannot be read now.
+    Unread(io::Error),
 }
 
-/// Ends whatever is left of it and says how it ended. Blocking.
-pub(super) fn settle(container: &Container) -> Exit {
-    let recorded = read_record(container);
+/// Looks whether there is a record of its end: the shim's, or the daemon's where there was no room for that. Blocking.
+pub(super) fn look(container: &Container) -> Evidence {
+    match (read(&container.files.exit_record()), read(&container.files.exit_record_copy())) {
+        (Evidence::Told(record), _) | (_, Evidence::Told(record)) => Evidence::Told(record),
+        (Evidence::Unread(error), _) | (_, Evidence::Unread(error)) => Evidence::Unread(error),
+        (Evidence::Nothing, Evidence::Nothing) => Evidence::Nothing,
+    }
+}
+
+fn read(path: &Path) -> Evidence {
+    let mut bytes = Vec::new();
+    // One byte more than the longest, which then is none.
+    let limit = u64::try_from(MAX_BYTES).unwrap_or(u64::MAX).saturating_add(1);
+    match File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)) {
+        Ok(_) => match exit_record::decode(&bytes) {
+            Ok(record) => Evidence::Told(record),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "the exit record is damaged");
+                Evidence::Nothing
+            }
+        },
+        Err(error) if error.kind() != io::ErrorKind::IsADirectory && !may_pass(&error) => Evidence::Nothing,
+        Err(error) => Evidence::Unread(error),
+    }
+}
+
+/// Says how it ended, to everybody, after ending whatever is left of it. Without `told` nobody knows, and `unread` says why, if there is a
+/// record that cannot be read. Blocking.
+pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unread: Option<&io::Error>) {
     // Processes that are not in a pid namespace that died with its process 1, or all of them when the shim was lost.
+    clean(container);
+    let record = told.unwrap_or_else(|| lost(container));
+    let mut exit = exit(&record);
+    match unread {
+        Some(error) if record.lost => exit.message = format!("its exit record cannot be read: {error}"),
+        // Not over one that a next daemon may be able to read.
+        _ => keep(container, &record),
+    }
+    tracing::info!(container = %container.id(), code = exit.code, reason = exit.reason.as_str(), "container has ended");
+    *lock(&container.shim) = None;
+    // Nothing but an end follows a state, and a second end changes nothing.
+    let _ = container.apply(ContainerEvent::Ended(exit));
+}
+
+/// Ends what is left in its cgroup, and removes that. Blocking.
+pub(super) fn clean(container: &Container) {
+    if !container.cgroup.is_there() {
+        return;
+    }
     let gone = container.cgroup.kill(CGROUP_GONE).and_then(|()| container.cgroup.remove(CGROUP_GONE));
     if let Err(error) = gone {
         tracing::warn!(container = %container.id(), error = %crate::chain(&error), "the cgroup could not be removed");
     }
-    let record = recorded.unwrap_or_else(|| {
-        let record = lost(container);
-        let path = container.files.exit_record();
-        if let Err(error) = crate::atomic_file::write(&path, &exit_record::encode(&record)) {
-            tracing::warn!(path = %path.display(), %error, "could not write the exit record");
-        }
-        record
-    });
-    exit(&record)
 }
 
-/// The record that the shim wrote, if it is there and whole.
-pub(super) fn read_record(container: &Container) -> Option<ExitRecord> {
-    let path = container.files.exit_record();
-    match std::fs::read(&path) {
-        Ok(bytes) => match exit_record::decode(&bytes) {
-            Ok(record) => Some(record),
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "the exit record is damaged");
-                None
-            }
-        },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "the exit record cannot be read");
-            None
-        }
+/// Sees to it that the end is on disk, or, where that has no room, in memory for the next daemon.
+fn keep(container: &Container, record: &ExitRecord) {
+    let (path, copy) = (container.files.exit_record(), container.files.exit_record_copy());
+    if matches!(read(&path), Evidence::Told(_)) {
+        return;
     }
+    let bytes = exit_record::encode(record);
+    let Err(error) = crate::atomic_file::write(&path, &bytes) else { return };
+    let kept = crate::atomic_file::write(&copy, &bytes).is_ok();
+    tracing::warn!(path = %path.display(), %error, kept, "could not write the exit record");
 }
 
 fn lost(container: &Container) -> ExitRecord {
     let started_at_unix_ns = match container.state() {
-        berth_model::state::ContainerState::Running { started_at_unix_ns } => started_at_unix_ns,
+        ContainerState::Running { started_at_unix_ns } => started_at_unix_ns,
         _ => 0,
     };
     ExitRecord {

@@ -1,10 +1,10 @@
 //! Why something with a container failed.
 
 use crate::node::MakeCgroup;
+use crate::record_files::WriteError;
 use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::{ContainerId, SandboxId};
-use berth_model::record::RecordError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -105,6 +105,44 @@ pub(crate) enum ContainerError {
         /// The word for its state.
         state: &'static str,
     },
+    /// Its start did not come to an end in its time, and it was killed.
+    #[error("container {id} was not started within {seconds} s, and was killed")]
+    StartTimeout {
+        /// Which.
+        id: ContainerId,
+        /// The time.
+        seconds: u64,
+    },
+    /// Its start did not come to an end in its time, and it could not be killed either.
+    #[error(
+        "container {id} was not started within {seconds} s, and could not be killed: it may run still, and is told as running until that is known"
+    )]
+    StartUnknown {
+        /// Which.
+        id: ContainerId,
+        /// The time.
+        seconds: u64,
+    },
+    /// Nobody can talk to its shim now.
+    #[error("the shim of container {id} cannot be reached now; try again")]
+    ShimUnreached {
+        /// Which.
+        id: ContainerId,
+    },
+    /// Something else is being done with it.
+    #[error("container {id} is being changed, and that does not come to an end; try again")]
+    Busy {
+        /// Which.
+        id: ContainerId,
+    },
+    /// Its record is not to be written.
+    #[error(
+        "container {id} cannot be changed: its record is of a newer version of berthd, or could not be read; it can be stopped and removed"
+    )]
+    RecordKept {
+        /// Which.
+        id: ContainerId,
+    },
     /// It ended, and the command in it too.
     #[error("container {id} ended while the command ran in it")]
     EndedUnderExec {
@@ -130,7 +168,7 @@ pub(crate) enum ContainerError {
         id: ContainerId,
         /// Why.
         #[source]
-        source: RecordError,
+        source: WriteError,
     },
     /// The daemon's own task ended early.
     #[error("the daemon is stopping")]

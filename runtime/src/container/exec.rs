@@ -38,8 +38,12 @@ pub(crate) async fn exec_sync(
     timeout: Option<Duration>,
 ) -> Result<Output, ContainerError> {
     let state = container.state();
-    let (ContainerState::Running { .. }, Some(shim)) = (&state, container.shim()) else {
-        return Err(ContainerError::WrongState { id: container.id().clone(), state: state.name() });
+    let shim = match (&state, container.shim()) {
+        (ContainerState::Running { .. }, Some(shim)) => shim,
+        (ContainerState::Running { .. }, None) => {
+            return Err(ContainerError::ShimUnreached { id: container.id().clone() });
+        }
+        _ => return Err(ContainerError::WrongState { id: container.id().clone(), state: state.name() }),
     };
     let (stdout, stdout_end) = reader()?;
     let (stderr, stderr_end) = reader()?;

@@ -6,9 +6,11 @@
 //! - `exec`, `output_room`: ExecSync, and the memory for what commands say;
 //! - `stop`: StopContainer;
 //! - `remove`: RemoveContainer;
+//! - `follow`: finding its shim, and waiting for its end;
 //! - `end`: what happens when it has ended, by itself or not;
 //! - `shutdown`: how it ends when the machine goes down;
-//! - `recover`: what a new daemon makes of a record.
+//! - `recover`: what a new daemon makes of a record;
+//! - `lost`: what it makes of a container that runs and has no record any more.
 //!
 //! The state is in a watch channel: whoever waits for the end of a container waits for that value to change. It changes through
 //! `model::state` only.
@@ -17,6 +19,8 @@ pub(crate) mod create;
 mod end;
 mod error;
 pub(crate) mod exec;
+pub(crate) mod follow;
+pub(crate) mod lost;
 pub(crate) mod output_room;
 pub(crate) mod recover;
 pub(crate) mod remove;
@@ -29,19 +33,20 @@ pub(crate) mod update;
 
 pub(crate) use error::ContainerError;
 
-use crate::atomic_file;
+use crate::record_files::RecordFiles;
 use crate::registry::Name;
 use crate::shim_client::ShimClient;
 use berth_cgroup::Cgroup;
 use berth_model::container::{Config, Resources};
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::layout::ContainerFiles;
-use berth_model::record::{self, ContainerRecord};
+use berth_model::record::{ContainerRecord, ProcessRecord};
 use berth_model::state::{ContainerEvent, ContainerState, Refused, container_after};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 /// A container.
@@ -53,14 +58,44 @@ pub(crate) struct Container {
     cgroup: Cgroup,
     resources: Mutex<Resources>,
     state: watch::Sender<ContainerState>,
+    /// Since when it is taken to run, while its shim has not said whether it does. What may run is told as running: told as anything else, a
+    /// kubelet would start another beside it.
+    presumed_since_unix_ns: Mutex<Option<i64>>,
+    /// Its main process. That of the record, unless that was lost.
+    process: Mutex<Option<ProcessRecord>>,
     shim: Mutex<Option<Arc<ShimClient>>>,
-    /// Start, update and remove, one at a time.
+    /// Start, update and the removal of files, one at a time. Nothing that ends a container waits for it.
     operation: tokio::sync::Mutex<()>,
     /// When a stop that is under way kills; only ever moved to be earlier.
     kill_at: watch::Sender<Option<Instant>>,
+    /// Told when none of its processes is left and its shim is not to be waited for any longer.
+    given_up: Notify,
+    /// A task waits for its end, or it has ended.
+    followed: AtomicBool,
+    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may be readable another time.
+    keeps_record: bool,
 }
 
 impl Container {
+    /// One that waits for its start, as far as its record says.
+    fn new(record: ContainerRecord, files: ContainerFiles, cgroup: Cgroup) -> Self {
+        Self {
+            resources: Mutex::new(record.config.resources.clone()),
+            state: watch::Sender::new(ContainerState::Created),
+            presumed_since_unix_ns: Mutex::default(),
+            process: Mutex::new(record.process),
+            shim: Mutex::default(),
+            operation: tokio::sync::Mutex::default(),
+            kill_at: watch::Sender::new(None),
+            given_up: Notify::new(),
+            followed: AtomicBool::new(false),
+            keeps_record: false,
+            record,
+            files,
+            cgroup,
+        }
+    }
+
     pub(crate) fn id(&self) -> &ContainerId {
         &self.record.id
     }
@@ -90,8 +125,15 @@ impl Container {
         lock(&self.resources).clone()
     }
 
+    /// Its state, as it is told.
     pub(crate) fn state(&self) -> ContainerState {
-        self.state.borrow().clone()
+        let state = self.state.borrow().clone();
+        match (&state, *lock(&self.presumed_since_unix_ns)) {
+            (ContainerState::Created, Some(started_at_unix_ns)) => {
+                ContainerState::Running { started_at_unix_ns }
+            }
+            _ => state,
+        }
     }
 
     /// The identity that no other container has.
@@ -106,11 +148,17 @@ impl Container {
     /// The main process, as the host numbers it; `None` once it has ended.
     pub(crate) fn pid(&self) -> Option<i32> {
         let ended = matches!(*self.state.borrow(), ContainerState::Exited(_));
-        self.record.process.filter(|_| !ended).map(|process| process.pid)
+        lock(&self.process).filter(|_| !ended).map(|process| process.pid)
     }
 
+    /// Whether its program certainly runs.
     pub(crate) fn is_running(&self) -> bool {
         matches!(*self.state.borrow(), ContainerState::Running { .. })
+    }
+
+    /// Whether nobody waits for its end yet.
+    pub(crate) fn is_unfollowed(&self) -> bool {
+        !self.followed.load(Ordering::Relaxed)
     }
 
     /// The pid of its shim, while it has one.
@@ -146,13 +194,8 @@ impl Container {
         let _ = state.wait_for(|state| matches!(state, ContainerState::Exited(_))).await;
     }
 
-    fn write_record(&self) -> Result<(), ContainerError> {
-        let mut content = self.record.clone();
-        content.config.resources = self.resources();
-        let path = self.files.record();
-        let bytes = record::encode(&content)
-            .map_err(|source| ContainerError::Record { id: self.record.id.clone(), source })?;
-        atomic_file::write(&path, &bytes).map_err(ContainerError::file("write", &path))
+    fn record_files(&self) -> RecordFiles {
+        RecordFiles { record: self.files.record(), copy: self.files.record_copy() }
     }
 }
 

@@ -1,82 +1,100 @@
 //! Containers of the daemon before this one.
 //!
-//! A record says that there was a container; its exit record says how it ended; without one its shim is asked. When there is neither, its
-//! processes are killed and its end is written down as unknown: a container without a shim has nobody to keep its output or see it end.
+//! A record says that there was a container; its exit record says how it ended; without one its shim is asked, by [`super::follow`], which
+//! may take as long as it takes: until then the container is told as it was last known to be.
 
-use super::{Container, ContainerError, end, lock};
+use super::end::{self, Evidence};
+use super::{Container, ContainerError, lock};
 use crate::node::Node;
-use crate::shim_client::ShimClient;
+use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
 use berth_cgroup::{Cgroup, Parent};
 use berth_model::id::ContainerId;
-use berth_model::record::{self, ContainerRecord};
-use berth_model::state::{ContainerEvent, ContainerState};
-use std::sync::{Arc, Mutex};
-use tokio::sync::watch;
+use berth_model::record::ContainerRecord;
+use berth_model::state::ContainerEvent;
+use std::sync::Arc;
 
-/// Makes the container that the record of `id` describes, in the state in which it is now.
-pub(crate) async fn recover(node: &Node, id: &ContainerId) -> Result<Arc<Container>, ContainerError> {
+/// What there is of a container.
+#[derive(Debug)]
+pub(crate) enum Recovered {
+    /// It is whole. It has ended, or is to be followed.
+    Container(Arc<Container>),
+    /// It was never finished, or its removal was.
+    Remains,
+    /// There is a record that is of no use.
+    Unusable {
+        /// Why.
+        fault: Fault,
+        /// Whether it is proven damaged.
+        damaged: bool,
+    },
+}
+
+/// Makes the container that the record of `id` describes. Blocking.
+///
+/// # Errors
+/// When its record is whole and its container cannot be made of it.
+pub(crate) fn recover(
+    node: &Node,
+    id: &ContainerId,
+    patience: &Patience,
+) -> Result<Recovered, ContainerError> {
     let files = node.layout.container(id);
-    let path = files.record();
-    let bytes = std::fs::read(&path).map_err(ContainerError::file("read", &path))?;
-    let record: ContainerRecord =
-        record::decode(&bytes).map_err(|source| ContainerError::Record { id: id.clone(), source })?;
+    let record_files = RecordFiles { record: files.record(), copy: files.record_copy() };
+    let (record, health) = match record_files.read(patience, |record: &ContainerRecord| record.id == *id) {
+        Found::Absent => return Ok(Recovered::Remains),
+        Found::Unusable { fault, damaged } => return Ok(Recovered::Unusable { fault, damaged }),
+        Found::Whole { content, health } => (content, health),
+    };
     let cgroup = open_cgroup(node, &record)?;
-    let container = Arc::new(Container {
-        files,
-        cgroup,
-        resources: Mutex::new(record.config.resources.clone()),
-        state: watch::Sender::new(ContainerState::Created),
-        shim: Mutex::new(None),
-        operation: tokio::sync::Mutex::default(),
-        kill_at: watch::Sender::new(None),
-        record,
-    });
-    if let Some(record) = end::read_record(&container) {
-        // Its shim wrote that and ended, or the daemon did; what the daemon would have cleaned up after it may be there still.
+    record_files::mend(&node.layout, "container", id.as_str(), &record_files, &health, &record);
+    let mut container = Container::new(record, files, cgroup);
+    container.keeps_record = matches!(health, Health::Newer(_));
+    // A daemon that writes no copies does not write this down either.
+    let told_of_starts = !matches!(health, Health::NoCopy);
+    settle_what_is_known(&container, told_of_starts);
+    Ok(Recovered::Container(Arc::new(container)))
+}
+
+/// Puts it into the state in which it is as far as files say.
+pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) {
+    if let Evidence::Told(record) = end::look(container) {
+        // Its shim wrote that and ended, or the daemon did.
         let _ = container.apply(ContainerEvent::Ended(end::exit(&record)));
-        let settled = container.clone();
-        tokio::task::spawn_blocking(move || end::settle(&settled))
-            .await
-            .map_err(|_| ContainerError::Stopping)?;
-        return Ok(container);
+        return;
     }
-    match adopt(&container).await {
-        Some(()) => end::watch(container.clone()),
-        None => {
-            let lost = container.clone();
-            let exit = tokio::task::spawn_blocking(move || end::settle(&lost))
-                .await
-                .map_err(|_| ContainerError::Stopping)?;
-            let _ = container.apply(ContainerEvent::Ended(exit));
-        }
-    }
-    Ok(container)
+    let created_at = container.record.created_at_unix_ns;
+    let presumed = match std::fs::read_to_string(container.files.started()) {
+        Ok(text) => Some(text.trim().parse().unwrap_or(created_at)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && told_of_starts => None,
+        // Nobody knows; what may run is told as running.
+        Err(_) => Some(created_at),
+    };
+    *lock(&container.presumed_since_unix_ns) = presumed;
 }
 
 fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, ContainerError> {
     // From the path, not the configuration: the daemon that made it may have had another.
-    Ok(node.open_cgroup(&Parent::of(&record.cgroup)?, record.id.as_str())?)
+    let parent = match record.cgroup.as_str() {
+        "" => node.default_cgroup_parent.clone(),
+        path => Parent::of(path)?,
+    };
+    Ok(node.open_cgroup(&parent, record.id.as_str())?)
 }
 
-/// Finds its shim and takes over its state. One that does not answer is killed: it could neither be told anything nor tell an end.
-async fn adopt(container: &Arc<Container>) -> Option<()> {
-    let shim = ShimClient::connect(&container.files.state).ok()?;
-    let phase = match shim.phase().await {
-        Ok(phase) => phase,
-        Err(error) => {
-            tracing::warn!(container = %container.id(), %error, "the container is lost with its shim");
-            shim.kill();
-            return None;
-        }
-    };
-    let created = phase.created?;
-    if container.record.process.is_none_or(|process| process.pid != created.pid) {
-        return None;
-    }
-    if let Some(started) = phase.started {
-        // From Created, which every recovered container is at first.
-        let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
-    }
-    *lock(&container.shim) = Some(Arc::new(shim));
-    Some(())
+/// Ends what is left in the cgroup of a container that has ended, and removes that. Blocking.
+pub(crate) fn clean(container: &Container) {
+    end::clean(container);
+}
+
+/// The container of a record that was put together from what else there is. Blocking.
+pub(super) fn of_record(
+    node: &Node,
+    record: ContainerRecord,
+    keeps_record: bool,
+) -> Result<Container, ContainerError> {
+    let cgroup = open_cgroup(node, &record)?;
+    let mut container = Container::new(record.clone(), node.layout.container(&record.id), cgroup);
+    container.keeps_record = keeps_record;
+    settle_what_is_known(&container, false);
+    Ok(container)
 }

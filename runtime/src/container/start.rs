@@ -1,19 +1,39 @@
 //! StartContainer: one message to the shim, which lets the waiting process become its program.
+//!
+//! A caller who is told that the start failed makes another container beside this one. So nobody is told that as long as the program may
+//! run still: a start without an answer is made definite, by ending the container.
 
-use super::{Container, ContainerError};
-use crate::shim_client::ShimError;
+use super::{Container, ContainerError, lock, stop};
+use crate::shim_client::{START, ShimClient, ShimError};
 use berth_model::state::{ContainerEvent, ContainerState};
 use std::sync::Arc;
+use std::time::Duration;
 
-/// Starts it. On return the program runs, or the container has ended with the reason.
+/// How long a shim that says that the start failed may take to record the end: it waits for the rest of the output, 2 s, and for its
+/// daemon, 1 s.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// How long it takes at the most to settle the end of a container whose shim is gone: ending what is left in its cgroup, and removing it.
+const SETTLED: Duration = Duration::from_secs(25);
+
+/// Starts it. On return the program runs, or the container has ended with the reason; [`ContainerError::StartUnknown`] is the exception.
 pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerError> {
     let _alone = container.operation.lock().await;
     let state = container.state();
-    let shim = container.shim();
-    let (ContainerState::Created, Some(shim)) = (&state, shim) else {
+    let ContainerState::Created = state else {
         return Err(ContainerError::WrongState { id: container.id().clone(), state: state.name() });
     };
-    match shim.start().await {
+    let Some(shim) = container.shim() else {
+        return Err(ContainerError::ShimUnreached { id: container.id().clone() });
+    };
+    // Before the shim is asked: a daemon that comes later has to know that it may run.
+    note_start(container);
+    let outcome = tokio::select! {
+        outcome = shim.start() => outcome,
+        // By a stop. Its end says more than the loss of the shim.
+        () = container.exited() => Err(ShimError::Lost),
+    };
+    match outcome {
         Ok(at_unix_ns) => {
             // A program that has ended already is past this state; its end has the time too.
             let _ = container.apply(ContainerEvent::Started { at_unix_ns });
@@ -21,10 +41,69 @@ pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerErr
             Ok(())
         }
         Err(error @ ShimError::Failed(_)) => {
-            // The shim has written how it ended; after this call nobody may see it as created.
-            container.exited().await;
+            // It has ended, or the shim did not do it because of the state that it is in.
+            if tokio::time::timeout(ENDING, container.exited()).await.is_err() {
+                ask_how_it_is(container, &shim).await?;
+            }
             Err(error.into())
         }
-        Err(error) => Err(error.into()),
+        Err(error @ (ShimError::Lost | ShimError::Start { .. } | ShimError::TooLong(_))) => {
+            // Without its shim it ends, and nobody may see it as created after this call.
+            match tokio::time::timeout(SETTLED, container.exited()).await {
+                Ok(()) => Err(error.into()),
+                Err(_) => end_without_answer(container).await,
+            }
+        }
+        Err(ShimError::Silent) => end_without_answer(container).await,
     }
+}
+
+/// After a refusal that did not end it: whether it waits still, or runs.
+async fn ask_how_it_is(container: &Arc<Container>, shim: &ShimClient) -> Result<(), ContainerError> {
+    match shim.phase().await {
+        Ok(phase) => match (phase.started, phase.created) {
+            (Some(started), _) => {
+                let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
+                Ok(())
+            }
+            (None, Some(_)) => {
+                forget_start(container);
+                Ok(())
+            }
+            // It drains.
+            (None, None) => match tokio::time::timeout(ENDING, container.exited()).await {
+                Ok(()) => Ok(()),
+                Err(_) => end_without_answer(container).await,
+            },
+        },
+        Err(_) => end_without_answer(container).await,
+    }
+}
+
+/// Makes it definite that the program does not run.
+async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerError> {
+    let (id, seconds) = (container.id().clone(), START.as_secs());
+    tracing::warn!(container = %id, seconds, "the shim does not say whether the program was started; the container is ended");
+    match stop::kill_all(container).await {
+        Ok(()) => Err(ContainerError::StartTimeout { id, seconds }),
+        Err(error) => {
+            tracing::error!(container = %id, error = %crate::chain(&error), "it cannot be ended, and is told as running");
+            // What becomes known later is told then: `follow` goes on.
+            lock(&container.presumed_since_unix_ns).get_or_insert_with(crate::node::unix_ns);
+            super::follow::ask_on(container);
+            Err(ContainerError::StartUnknown { id, seconds })
+        }
+    }
+}
+
+fn note_start(container: &Container) {
+    let path = container.files.started();
+    if let Err(error) = std::fs::write(&path, crate::node::unix_ns().to_string()) {
+        tracing::warn!(path = %path.display(), %error, "could not write down that the container is started");
+    }
+}
+
+fn forget_start(container: &Container) {
+    // It stays at the worst, and a next daemon tells the container as running until its shim has said more.
+    let _ = std::fs::remove_file(container.files.started());
 }

@@ -78,6 +78,11 @@ pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerErro
     if tokio::time::timeout(SHIM, container.exited()).await.is_ok() {
         return Ok(());
     }
+    kill_all(container).await
+}
+
+/// The same without the shim, which may hang; that is waited for only to tell the end.
+pub(super) async fn kill_all(container: &Arc<Container>) -> Result<(), ContainerError> {
     let all = container.clone();
     tokio::task::spawn_blocking(move || all.cgroup.kill(KILLED))
         .await
@@ -89,7 +94,12 @@ pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerErro
     if let Some(shim) = container.shim() {
         tracing::warn!(container = %container.id(), "the container's shim hangs and is killed");
         shim.kill();
+        if tokio::time::timeout(TOLD, container.exited()).await.is_ok() {
+            return Ok(());
+        }
     }
+    // It cannot be killed (it waits for a disk) or not be reached.
+    container.given_up.notify_one();
     match tokio::time::timeout(KILLED, container.exited()).await {
         Ok(()) => Ok(()),
         Err(_) => Err(ContainerError::DoesNotEnd { id: container.id().clone() }),

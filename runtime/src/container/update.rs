@@ -5,8 +5,8 @@ use berth_model::container::Resources;
 use berth_model::state::ContainerState;
 use std::sync::Arc;
 
-/// Changes the limits of a container that has not ended to what `change` makes of those in force. When the kernel refuses one, all stay
-/// as they were.
+/// Changes the limits of a container that has not ended to what `change` makes of those in force. When the kernel refuses one, or they cannot
+/// be recorded, all stay as they were. Once they are in force this does not fail any more.
 pub(crate) async fn resources<E: From<ContainerError>>(
     container: &Arc<Container>,
     change: impl FnOnce(&Resources) -> Result<Resources, E>,
@@ -15,14 +15,36 @@ pub(crate) async fn resources<E: From<ContainerError>>(
     if let state @ ContainerState::Exited(_) = container.state() {
         return Err(ContainerError::WrongState { id: container.id().clone(), state: state.name() }.into());
     }
+    if container.keeps_record {
+        return Err(ContainerError::RecordKept { id: container.id().clone() }.into());
+    }
     let next = change(&container.resources())?;
     let updating = container.clone();
-    let update = move || {
-        updating.cgroup.update(&crate::oci_spec::limits(&next))?;
-        *lock(&updating.resources) = next;
-        updating.write_record()
-    };
-    tokio::task::spawn_blocking(update).await.map_err(|_| ContainerError::Stopping)?.map_err(E::from)
+    tokio::task::spawn_blocking(move || update(&updating, next))
+        .await
+        .map_err(|_| ContainerError::Stopping)?
+        .map_err(E::from)
+}
+
+/// Blocking.
+fn update(container: &Container, next: Resources) -> Result<(), ContainerError> {
+    let limits = crate::oci_spec::limits(&next);
+    let mut content = container.record.clone();
+    content.config.resources = next.clone();
+    let files = container.record_files();
+    // The room on the disk first: what is left to do for the record afterwards is a rename.
+    let record = files
+        .prepare(&content)
+        .map_err(|source| ContainerError::Record { id: container.id().clone(), source })?;
+    container.cgroup.update(&limits)?;
+    *lock(&container.resources) = next;
+    if let Err(error) = record.commit() {
+        tracing::error!(
+            container = %container.id(), path = %files.record.display(), %error,
+            "the new limits are in force and could not be recorded; after a restart the old ones will be told"
+        );
+    }
+    Ok(())
 }
 
 /// Lets the shim write to the log path anew.
@@ -30,6 +52,9 @@ pub(crate) async fn reopen_log(container: &Arc<Container>) -> Result<(), Contain
     let state = container.state();
     match (&state, container.shim()) {
         (ContainerState::Running { .. }, Some(shim)) => Ok(shim.reopen_log().await?),
+        (ContainerState::Running { .. }, None) => {
+            Err(ContainerError::ShimUnreached { id: container.id().clone() })
+        }
         _ => Err(ContainerError::WrongState { id: container.id().clone(), state: state.name() }),
     }
 }

@@ -11,7 +11,7 @@
 //! | a command or a kill that took too long, a shim that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
 //! | a program that cannot be started, an image that cannot be had | `Unknown` |
-//! | the daemon is ending | `Unavailable` |
+//! | the daemon is ending, a shim that cannot be reached | `Unavailable` |
 //! | anything else | `Internal` |
 //!
 //! Messages carry the whole chain of causes: they end up in a pod's events, in front of somebody who has nothing else.
@@ -134,6 +134,7 @@ fn container(error: &ContainerError) -> Code {
         ContainerError::NoImage { .. } => Code::NotFound,
         ContainerError::SandboxNotReady { .. }
         | ContainerError::WrongState { .. }
+        | ContainerError::RecordKept { .. }
         | ContainerError::EndedUnderExec { .. } => Code::FailedPrecondition,
         ContainerError::NoTarget { .. }
         | ContainerError::ImageConfig { .. }
@@ -148,10 +149,13 @@ fn container(error: &ContainerError) -> Code {
         }
         ContainerError::ExecTimeout { .. }
         | ContainerError::DoesNotEnd { .. }
+        | ContainerError::StartTimeout { .. }
+        | ContainerError::StartUnknown { .. }
+        | ContainerError::Busy { .. }
         | ContainerError::Shim(ShimError::Silent) => Code::DeadlineExceeded,
         ContainerError::Shim(ShimError::TooLong(_)) => Code::InvalidArgument,
         ContainerError::Shim(ShimError::Failed(_)) => Code::Unknown,
-        ContainerError::Stopping => Code::Unavailable,
+        ContainerError::Stopping | ContainerError::ShimUnreached { .. } => Code::Unavailable,
         _ => Code::Internal,
     }
 }

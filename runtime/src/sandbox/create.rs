@@ -3,6 +3,7 @@
 //! The steps build on each other, and each has its undoing in [`super::stop::release`], which goes by what is there and so serves a
 //! failure here, a stop, and a daemon that finds the remains of a crash.
 
+use super::creations::Creations;
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, Wanted};
 use super::{PodProcess, SIGKILL, Sandbox, SandboxError, stop};
@@ -60,8 +61,10 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
         cgroup_parent: parent,
         state: Mutex::new(SandboxState::Ready),
         process: Mutex::new(None),
-        gate: tokio::sync::RwLock::new(()),
+        creations: Creations::default(),
+        stopping: tokio::sync::Mutex::default(),
         torn_down: Mutex::new(false),
+        keeps_record: false,
         id,
         config,
         files,

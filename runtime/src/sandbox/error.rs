@@ -1,10 +1,10 @@
 //! Why something with a sandbox failed.
 
 use crate::node::MakeCgroup;
+use crate::record_files::WriteError;
 use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::SandboxId;
-use berth_model::record::RecordError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -79,7 +79,7 @@ pub(crate) enum SandboxError {
         id: SandboxId,
         /// Why.
         #[source]
-        source: RecordError,
+        source: WriteError,
     },
     /// Containers that could not be ended.
     #[error("stop the containers of sandbox {id}")]

@@ -3,28 +3,34 @@
 //! - `create`: RunPodSandbox;
 //! - `namespaces`: making and pinning them, without a process;
 //! - `etc_files`: `hosts`, `hostname`, `resolv.conf`;
+//! - `creations`: the containers that are being made in one, so that a stop finds them all;
 //! - `stop`: StopPodSandbox and RemovePodSandbox;
-//! - `recover`: what a new daemon makes of a record.
+//! - `recover`: what a new daemon makes of a record;
+//! - `lost`: what it makes of containers whose sandbox has no record any more.
 //!
-//! A sandbox is made by one task and seen by others only when it is whole. While containers are made in it they hold its gate for
-//! reading; Stop marks it NotReady, takes the gate for writing, and so finds every container that will ever be in it.
+//! A sandbox is made by one task and seen by others only when it is whole.
 
 pub(crate) mod create;
+mod creations;
 mod error;
 mod etc_files;
+pub(crate) mod lost;
 mod namespaces;
 pub(crate) mod recover;
 pub(crate) mod stop;
 
+pub(crate) use creations::Creation;
 pub(crate) use error::SandboxError;
 
-use crate::atomic_file;
+use crate::record_files::RecordFiles;
 use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
 use berth_model::layout::{SandboxFiles, Shared};
-use berth_model::record::{self, ProcessRecord, SandboxRecord};
+use berth_model::record::{ProcessRecord, SandboxRecord};
 use berth_model::sandbox::Config;
 use berth_model::state::SandboxState;
+use berth_sys::process;
+use creations::Creations;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -35,25 +41,50 @@ const SIGKILL: i32 = 9;
 #[derive(Debug)]
 struct PodProcess {
     record: ProcessRecord,
-    pidfd: OwnedFd,
+    /// Nothing when there was no descriptor left for it.
+    pidfd: Option<OwnedFd>,
 }
 
 impl PodProcess {
-    /// The process of a record, if it is still that one.
+    /// The process of a record, if it is still that one. What cannot be found out counts as that it is.
     fn find(record: ProcessRecord) -> Option<Self> {
+        const ESRCH: i32 = 3;
         // The descriptor first: while it is held, the number cannot become another process's between the two looks.
-        let pidfd = berth_sys::process::open_pidfd(record.pid).ok()?;
-        let same = berth_sys::process::start_time(record.pid).is_ok_and(|time| time == record.start_time);
+        let pidfd = match process::open_pidfd(record.pid) {
+            Ok(pidfd) => Some(pidfd),
+            Err(error) if error.raw_os_error() == Some(ESRCH) => return None,
+            Err(error) => {
+                tracing::warn!(pid = record.pid, %error, "a pod's first process is watched by its number");
+                None
+            }
+        };
+        let same = process::is_there(record.pid, record.start_time).unwrap_or(true);
         same.then_some(Self { record, pidfd })
     }
 
     fn kill(&self) {
+        let found;
+        let pidfd = match &self.pidfd {
+            Some(pidfd) => pidfd,
+            None => match process::open_pidfd(self.record.pid) {
+                Ok(pidfd)
+                    if matches!(process::is_there(self.record.pid, self.record.start_time), Ok(true)) =>
+                {
+                    found = pidfd;
+                    &found
+                }
+                _ => return,
+            },
+        };
         // It has ended already, or ends now.
-        let _ = berth_sys::process::signal_pidfd(self.pidfd.as_fd(), SIGKILL);
+        let _ = process::signal_pidfd(pidfd.as_fd(), SIGKILL);
     }
 
     fn has_ended(&self) -> bool {
-        berth_sys::process::signal_pidfd(self.pidfd.as_fd(), 0).is_err()
+        match &self.pidfd {
+            Some(pidfd) => process::signal_pidfd(pidfd.as_fd(), 0).is_err(),
+            None => matches!(process::is_there(self.record.pid, self.record.start_time), Ok(false)),
+        }
     }
 }
 
@@ -71,10 +102,13 @@ pub(crate) struct Sandbox {
     cgroup_parent: Parent,
     state: Mutex<SandboxState>,
     process: Mutex<Option<PodProcess>>,
-    /// Read: a container is being made in it. Write: it is being stopped.
-    gate: tokio::sync::RwLock<()>,
+    creations: Creations,
+    /// Stops, one at a time.
+    stopping: tokio::sync::Mutex<()>,
     /// The network was given back; set by Stop.
     torn_down: Mutex<bool>,
+    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may be readable another time.
+    keeps_record: bool,
 }
 
 impl Sandbox {
@@ -108,8 +142,9 @@ impl Sandbox {
         &self.cgroup_parent
     }
 
-    pub(crate) fn gate(&self) -> &tokio::sync::RwLock<()> {
-        &self.gate
+    /// Announces that a container is made in it; `None` when it was stopped, or its own process has ended.
+    pub(crate) fn begin_creation(&self) -> Option<Creation> {
+        if self.state() == SandboxState::Ready { self.creations.begin() } else { None }
     }
 
     /// Ready as long as nobody stopped it and its own process, if it has one, lives.
@@ -140,11 +175,16 @@ impl Sandbox {
         }
     }
 
+    fn record_files(&self) -> RecordFiles {
+        RecordFiles { record: self.files.record(), copy: self.files.record_copy() }
+    }
+
     fn write_record(&self) -> Result<(), SandboxError> {
-        let path = self.files.record();
-        let bytes = record::encode(&self.record())
-            .map_err(|source| SandboxError::Record { id: self.id.clone(), source })?;
-        atomic_file::write(&path, &bytes).map_err(SandboxError::file("write", &path))
+        if self.keeps_record {
+            return Ok(());
+        }
+        let id = || self.id.clone();
+        self.record_files().write(&self.record()).map_err(|source| SandboxError::Record { id: id(), source })
     }
 }
 

@@ -91,7 +91,13 @@ pub(super) fn unpin(files: &SandboxFiles) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Whether every namespace of `kinds` is pinned still.
+/// Whether every namespace of `kinds` is pinned still. One of which that cannot be found out counts as pinned.
 pub(super) fn all_pinned(files: &SandboxFiles, kinds: &[Kind]) -> bool {
-    kinds.iter().all(|kind| ns::is_pinned(&files.namespace(kind.file_name())))
+    kinds.iter().all(|kind| {
+        let path = files.namespace(kind.file_name());
+        ns::is_pinned(&path).unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "cannot look at a pinned namespace");
+            true
+        })
+    })
 }

@@ -1,23 +1,48 @@
 //! Sandboxes of the daemon before this one.
 
+use super::creations::Creations;
 use super::{PodProcess, Sandbox, SandboxError, lock, namespaces};
 use crate::node::Node;
+use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
+use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
-use berth_model::layout::Shared;
-use berth_model::record::{self, SandboxRecord};
+use berth_model::layout::{Layout, SandboxFiles, Shared};
+use berth_model::record::SandboxRecord;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
 use berth_sys::ns::Kind;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
+
+/// What there is of a sandbox.
+#[derive(Debug)]
+pub(crate) enum Recovered {
+    /// It is whole.
+    Sandbox(Arc<Sandbox>),
+    /// It was never finished, or its removal was.
+    Remains,
+    /// There is a record that is of no use.
+    Unusable {
+        /// Why.
+        fault: Fault,
+        /// Whether it is proven damaged.
+        damaged: bool,
+    },
+}
 
 /// Makes the sandbox that the record of `id` describes. It is ready only if everything that its containers need is there still; after a
 /// reboot nothing is. Blocking.
-pub(crate) fn recover(node: &Node, id: &SandboxId) -> Result<Arc<Sandbox>, SandboxError> {
+///
+/// # Errors
+/// When its record is whole and its sandbox cannot be made of it.
+pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Result<Recovered, SandboxError> {
     let mut files = node.layout.sandbox(id);
-    let path = files.record();
-    let bytes = std::fs::read(&path).map_err(SandboxError::file("read", &path))?;
-    let record: SandboxRecord =
-        record::decode(&bytes).map_err(|source| SandboxError::Record { id: id.clone(), source })?;
+    let record_files = RecordFiles { record: files.record(), copy: files.record_copy() };
+    let (record, health) = match record_files.read(patience, |record: &SandboxRecord| record.id == *id) {
+        Found::Absent => return Ok(Recovered::Remains),
+        Found::Unusable { fault, damaged } => return Ok(Recovered::Unusable { fault, damaged }),
+        Found::Whole { content, health } => (content, health),
+    };
     if !record.shared_in_tmpfs {
         files.shared = Shared::Beside;
     }
@@ -38,7 +63,38 @@ pub(crate) fn recover(node: &Node, id: &SandboxId) -> Result<Arc<Sandbox>, Sandb
         && !record.stopped
         && namespaces::all_pinned(&files, &needed)
         && (record.process.is_none() || process.is_some());
-    let sandbox = Sandbox {
+    let kept = matches!(health, Health::Newer(_));
+    record_files::mend(&node.layout, "sandbox", id.as_str(), &record_files, &health, &record);
+    let sandbox = of_record(record, files, cgroup_parent, process, whole, kept);
+    if !whole && !*lock(&sandbox.torn_down) {
+        tracing::warn!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox has lost what it needs and is not ready");
+    }
+    Ok(Recovered::Sandbox(Arc::new(sandbox)))
+}
+
+/// The addresses that the record of `id` says it uses; nothing when it was stopped, or there is no record that can be read. Blocking.
+pub(crate) fn addresses(layout: &Layout, id: &SandboxId, patience: &Patience) -> Option<Vec<IpAddr>> {
+    let files = layout.sandbox(id);
+    let record_files = RecordFiles { record: files.record(), copy: files.record_copy() };
+    match record_files.read(patience, |record: &SandboxRecord| record.id == *id) {
+        Found::Whole { content, .. } => (!content.stopped)
+            .then(|| content.addresses.iter().filter_map(|text| text.parse().ok()).collect()),
+        // It may have an interface; which address that has is not known.
+        Found::Unusable { .. } => Some(Vec::new()),
+        Found::Absent => files.state.exists().then(Vec::new),
+    }
+}
+
+/// The sandbox of a record.
+pub(super) fn of_record(
+    record: SandboxRecord,
+    files: SandboxFiles,
+    cgroup_parent: Parent,
+    process: Option<PodProcess>,
+    ready: bool,
+    keeps_record: bool,
+) -> Sandbox {
+    Sandbox {
         id: record.id,
         config: record.config,
         created_at_unix_ns: record.created_at_unix_ns,
@@ -47,13 +103,11 @@ pub(crate) fn recover(node: &Node, id: &SandboxId) -> Result<Arc<Sandbox>, Sandb
         addresses: record.addresses,
         files,
         cgroup_parent,
-        state: Mutex::new(if whole { SandboxState::Ready } else { SandboxState::NotReady }),
+        state: Mutex::new(if ready { SandboxState::Ready } else { SandboxState::NotReady }),
         process: Mutex::new(process),
-        gate: tokio::sync::RwLock::new(()),
+        creations: Creations::default(),
+        stopping: tokio::sync::Mutex::default(),
         torn_down: Mutex::new(record.stopped),
-    };
-    if !whole && !*lock(&sandbox.torn_down) {
-        tracing::warn!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox has lost what it needs and is not ready");
+        keeps_record,
     }
-    Ok(Arc::new(sandbox))
 }

@@ -16,18 +16,27 @@ use std::time::Duration;
 /// How long the cgroup named after the pod may stay busy after the end of what is in it.
 const CGROUP_BUSY: Duration = Duration::from_secs(2);
 
+/// How long containers that are being made may take to be finished, or to give up, before they are given up.
+const BEING_MADE: Duration = Duration::from_secs(5);
+
 /// Ends every process of the sandbox by force, gives back its network and the rest. Idempotent.
 pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), SandboxError> {
     *lock(&sandbox.state) = SandboxState::NotReady;
-    // Containers that are being made finish, or see the state and give up; new ones see the state.
-    let _alone = sandbox.gate.write().await;
+    let given_up = sandbox.creations.close(BEING_MADE).await;
+    let _alone = sandbox.stopping.lock().await;
     end_containers(node, sandbox).await?;
     if *lock(&sandbox.torn_down) {
         return Ok(());
     }
+    if given_up {
+        tracing::warn!(
+            sandbox = %sandbox.id, pod = %sandbox.config.metadata,
+            "the sandbox is stopped while a container is being made in it and hangs; what that made is taken back when it goes on"
+        );
+    }
     let (node, sandbox) = (node.clone(), sandbox.clone());
     tokio::task::spawn_blocking(move || {
-        release(&node, &sandbox)?;
+        give_back(&node, &sandbox, given_up)?;
         *lock(&sandbox.torn_down) = true;
         sandbox.write_record()?;
         tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is stopped");
@@ -74,6 +83,11 @@ pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(
 
 /// Gives back processes, namespaces, network, mounts and cgroup. Blocking.
 pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
+    give_back(node, sandbox, false)
+}
+
+/// The same; `used` when a process that cannot be ended may be in its namespaces still.
+fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxError> {
     let process = lock(&sandbox.process).take();
     if let Some(process) = &process {
         process.kill();
@@ -83,7 +97,7 @@ pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError
     if sandbox.config.namespaces.network != NamespaceMode::Node {
         // The kernel takes the interfaces away with the namespace, on its own time, once its last user is gone. Without a
         // pinned namespace there is no knowing whether it is, so the interface is removed by hand.
-        let given_back = if had_network {
+        let given_back = if had_network && !used {
             node.bridge.release(sandbox.id.as_str())
         } else {
             node.bridge.detach(sandbox.id.as_str())
@@ -102,7 +116,12 @@ pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError
     }
     let id = sandbox.id.as_str();
     if sandbox.config.namespaces.pid == NamespaceMode::Pod {
-        node.open_cgroup(&sandbox.cgroup_parent, id)?.remove(CGROUP_BUSY)?;
+        let cgroup = node.open_cgroup(&sandbox.cgroup_parent, id)?;
+        if process.is_none() {
+            // Nobody knows which it was: its record was lost, or this is done for the second time.
+            cgroup.kill(CGROUP_BUSY)?;
+        }
+        cgroup.remove(CGROUP_BUSY)?;
     } else {
         // For cAdvisor to see, whichever daemon made it, and no unit. Who has put a process in there does not keep the pod.
         let shown = Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, id)?;
@@ -113,8 +132,10 @@ pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError
     Ok(())
 }
 
-/// Takes its files away. Blocking.
+/// Takes its files away, the copy of the record first. Blocking.
 pub(super) fn remove_files(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
+    let files = sandbox.record_files();
+    files.remove_copy().map_err(SandboxError::file("remove", &files.copy))?;
     trash::discard(&node.layout, &sandbox.files.durable)
         .map_err(SandboxError::file("remove", &sandbox.files.durable))?;
     match std::fs::remove_dir_all(&sandbox.files.state) {

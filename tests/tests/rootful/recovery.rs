@@ -174,30 +174,6 @@ fn what_a_crash_leaves_half_made_is_gone_after_the_next_start() -> Result<()> {
 }
 
 #[test]
-fn records_that_cannot_be_read_do_not_keep_the_daemon_from_starting() -> Result<()> {
-    rootful(|daemon| {
-        let pod = daemon.pod("web")?;
-        let broken = pod.idle("broken")?;
-        let good = pod.idle("good")?;
-        let pid = broken.pid()?;
-        daemon.kill()?;
-        fs::write(daemon.root().join("containers").join(&broken.id).join("record"), "torn")?;
-        daemon.start_again()?;
-        assert_eq!(good.sh("echo alive")?, "alive\n");
-        assert!(broken.status().is_err(), "nobody knows it any more");
-        within(SOON, "its processes are gone", || {
-            Ok((!std::path::Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
-        })?;
-        assert!(
-            daemon.root().join("quarantine").read_dir()?.next().is_some(),
-            "it is kept for a person to look at"
-        );
-        pod.remove()?;
-        Ok(())
-    })
-}
-
-#[test]
 fn a_pod_that_lost_its_namespaces_is_not_ready_and_can_be_removed() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("web")?;

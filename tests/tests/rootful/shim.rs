@@ -130,33 +130,6 @@ fn a_container_whose_shim_hangs_before_its_start_can_be_removed() -> Result<()> 
 }
 
 #[test]
-fn shims_that_hang_do_not_keep_a_new_daemon_from_serving() -> Result<()> {
-    rootful(|daemon| {
-        let pod = daemon.pod("web")?;
-        let good = pod.idle("good")?;
-        let census = Census::take(daemon)?.without_the_daemon();
-        let hanging =
-            (0..8).map(|number| Ok(pod.idle(&format!("c{number}"))?)).collect::<Result<Vec<_>>>()?;
-        let shims = hanging.iter().map(|container| container.shim_pid()).collect::<Result<Vec<i32>>>()?;
-        for shim in &shims {
-            kill(Pid::from_raw(*shim), SIGSTOP)?;
-        }
-        let begin = Instant::now();
-        daemon.crash()?;
-        // Each is given 10 s; not one after the other.
-        assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
-        assert_eq!(good.sh("echo alive")?, "alive\n");
-        for container in hanging {
-            let status = container.ended()?.status;
-            assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"), "{status:?}");
-            container.remove()?;
-        }
-        shims.into_iter().try_for_each(gone)?;
-        census.stays(daemon)
-    })
-}
-
-#[test]
 fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
     rootful(|daemon| {
         daemon.stop()?;

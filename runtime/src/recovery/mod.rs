@@ -1,0 +1,254 @@
+//! The start of a daemon: what the one before it left, whole objects and remains.
+//!
+//! Before the socket is there, everything is read and made visible; no shim is waited for longer than a moment. After that, with requests
+//! coming in already, shims that have not answered are asked on ([`crate::container::follow`]), records that cannot be read are tried again
+//! ([`unread`]), and what belongs to nothing is cleared away ([`remains`]).
+//!
+//! Nothing that may run is ended here, and nothing loses its owner, because something could not be read. What becomes of an object:
+//!
+//! | its record | it runs, or containers are in it | it does not run |
+//! |---|---|---|
+//! | can be read, or its copy | it is there | it is there |
+//! | cannot be read (an error, a newer version) | it is made again from what else there is; its record is left alone | it is left alone and tried again |
+//! | is proven damaged | it is made again; its record is set aside | it is set aside with its files |
+//! | is not there, nor a copy | a sandbox: it is made again; a container: never finished, it goes | never finished, it goes |
+
+mod remains;
+mod unread;
+
+pub(crate) use remains::Remains;
+
+use crate::container::{self, Container, follow};
+use crate::node::Node;
+use crate::record_files::{self, Fault, Patience, patiently};
+use crate::sandbox::{self, Sandbox};
+use crate::{cadvisor, container::lost};
+use berth_model::id::{ContainerId, SandboxId};
+use berth_model::state::ContainerState;
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// How long shims may take to answer before the socket is there. Those that do not hang take milliseconds.
+const ANSWERS: Duration = Duration::from_secs(1);
+
+/// How long all that fails to be read may be tried again, together, before the socket is there.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Descriptors that connections to shims leave for everything else: clients, files, programs.
+const RESERVED_DESCRIPTORS: u64 = 20;
+
+/// Why the daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoveryError {
+    /// One of the daemon's own folders.
+    #[error("list {path}")]
+    List {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The daemon's own task ended early.
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+/// Brings back what was. What is to be done when the socket is there is in the result.
+///
+/// # Errors
+/// When the daemon's own folders cannot be read; a single object is never a reason.
+pub(crate) async fn run(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
+    let reading = node.clone();
+    let remains =
+        tokio::task::spawn_blocking(move || read(&reading)).await.map_err(|_| RecoveryError::Stopping)??;
+    let (sandboxes, containers) = (node.registry.sandboxes(), node.registry.containers());
+    for sandbox in &sandboxes {
+        cadvisor::show(node, sandbox).await;
+    }
+    let room = room();
+    let answers: Vec<_> = containers
+        .iter()
+        .filter(|container| !matches!(container.state(), ContainerState::Exited(_)))
+        .map(|container| follow::find(container, &room))
+        .collect();
+    let all = futures_util::future::join_all(answers);
+    // The rest goes on without anybody waiting for it.
+    let _ = tokio::time::timeout(ANSWERS, all).await;
+    if !sandboxes.is_empty() || !containers.is_empty() {
+        tracing::info!(sandboxes = sandboxes.len(), containers = containers.len(), "recovered");
+    }
+    Ok(remains.with_room(room))
+}
+
+/// Room for connections to shims.
+fn room() -> Arc<Semaphore> {
+    let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let limit = berth_sys::process::rlimit(crate::daemon::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let left = limit.saturating_sub(RESERVED_DESCRIPTORS).saturating_sub(u64::try_from(open).unwrap_or(0));
+    Arc::new(Semaphore::new(usize::try_from(left).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)))
+}
+
+/// Reads everything and makes it visible. Blocking.
+fn read(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
+    let patience = Patience::of(PATIENCE);
+    let layout = &node.layout;
+    let mut container_ids: BTreeSet<ContainerId> = ids(&layout.containers(), &patience)?;
+    container_ids.extend(ids::<ContainerId>(&layout.container_states(), &patience)?);
+    for id in &container_ids {
+        match container_of(node, id, &patience) {
+            Verdict::Is(container) => node.registry.adopt_container(container),
+            Verdict::Unread => node.registry.keep_unread(id.as_str()),
+            Verdict::Nothing => {}
+        }
+    }
+    let mut sandbox_ids: BTreeSet<SandboxId> = ids(&layout.sandboxes(), &patience)?;
+    sandbox_ids.extend(ids::<SandboxId>(&layout.sandbox_states(), &patience)?);
+    sandbox_ids.extend(node.registry.containers().iter().map(|container| container.sandbox_id().clone()));
+    for id in &sandbox_ids {
+        match sandbox_of(node, id, &patience) {
+            Verdict::Is(sandbox) => node.registry.adopt_sandbox(sandbox),
+            Verdict::Unread => node.registry.keep_unread(id.as_str()),
+            Verdict::Nothing => {}
+        }
+    }
+    Remains::find(node, &patience)
+}
+
+/// What an object is.
+enum Verdict<T> {
+    /// This.
+    Is(Arc<T>),
+    /// Its record cannot be read, and nothing of it runs.
+    Unread,
+    /// There is none; what is left of it are remains.
+    Nothing,
+}
+
+fn container_of(node: &Arc<Node>, id: &ContainerId, patience: &Patience) -> Verdict<Container> {
+    use container::recover::{Recovered, recover};
+    let files = node.layout.container(id);
+    let keeps_record = match recover(node, id, patience) {
+        Ok(Recovered::Container(container)) => return Verdict::Is(container),
+        Ok(Recovered::Remains) => return Verdict::Nothing,
+        Ok(Recovered::Unusable { fault, damaged }) => {
+            say("container", id.as_str(), &fault, damaged);
+            !damaged
+        }
+        Err(error) => {
+            tracing::error!(container = %id, error = %crate::chain(&error), "a container cannot be made of its record");
+            true
+        }
+    };
+    if lost::may_run(&files) {
+        if !keeps_record {
+            record_files::set_aside(&node.layout, "container", id.as_str(), &files.record());
+        }
+        match lost::make(node, id, keeps_record) {
+            Ok(container) => return Verdict::Is(container),
+            Err(error) => {
+                tracing::error!(container = %id, error = %crate::chain(&error), "a container that runs has no owner")
+            }
+        }
+        return Verdict::Unread;
+    }
+    if keeps_record {
+        return Verdict::Unread;
+    }
+    set_aside(node, &files.durable);
+    Verdict::Nothing
+}
+
+fn sandbox_of(node: &Arc<Node>, id: &SandboxId, patience: &Patience) -> Verdict<Sandbox> {
+    use sandbox::recover::{Recovered, recover};
+    let files = node.layout.sandbox(id);
+    let containers = node.registry.containers_of(id);
+    // `None`: there is no record.
+    let keeps_record = match recover(node, id, patience) {
+        Ok(Recovered::Sandbox(sandbox)) => return Verdict::Is(sandbox),
+        Ok(Recovered::Remains) => None,
+        Ok(Recovered::Unusable { fault, damaged }) => {
+            say("sandbox", id.as_str(), &fault, damaged);
+            Some(!damaged)
+        }
+        Err(error) => {
+            tracing::error!(sandbox = %id, error = %crate::chain(&error), "a sandbox cannot be made of its record");
+            Some(true)
+        }
+    };
+    match (keeps_record, containers.is_empty()) {
+        (_, false) => {
+            if keeps_record == Some(false) {
+                record_files::set_aside(&node.layout, "sandbox", id.as_str(), &files.record());
+            }
+            Verdict::Is(sandbox::lost::make(node, id, &containers, keeps_record == Some(true)))
+        }
+        (Some(true), true) => Verdict::Unread,
+        (Some(false), true) => {
+            set_aside(node, &files.durable);
+            Verdict::Nothing
+        }
+        (None, true) => Verdict::Nothing,
+    }
+}
+
+fn say(kind: &'static str, id: &str, fault: &Fault, damaged: bool) {
+    let error = crate::chain(fault);
+    if damaged {
+        tracing::error!(kind, id, error, "a record is damaged, and there is no copy of it");
+    } else {
+        tracing::error!(
+            kind,
+            id,
+            error,
+            "a record cannot be read, and there is no copy of it; it is left as it is and tried again"
+        );
+    }
+}
+
+/// Puts what is proven damaged where a person can look at it.
+fn set_aside(node: &Node, durable: &Path) {
+    let target = node.layout.quarantine().join(durable.file_name().unwrap_or_default());
+    tracing::error!(path = %durable.display(), quarantine = %target.display(), "it is set aside");
+    if let Err(error) = std::fs::rename(durable, &target)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %durable.display(), %error, "could not set it aside");
+    }
+}
+
+/// The names in a folder that are ids.
+fn ids<T: FromStr + Ord>(folder: &Path, patience: &Patience) -> Result<BTreeSet<T>, RecoveryError> {
+    Ok(names(folder, patience)?.iter().filter_map(|name| name.parse().ok()).collect())
+}
+
+fn names(path: &Path, patience: &Patience) -> Result<Vec<String>, RecoveryError> {
+    let list = || {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(path)? {
+            // One that is no text is none of ours.
+            names.extend(entry?.file_name().into_string());
+        }
+        Ok(names)
+    };
+    patiently(patience, list).map_err(|source| RecoveryError::List { path: path.to_owned(), source })
+}
+
+/// The addresses of the sandboxes that may have an interface, as their records say. Blocking.
+pub(crate) fn known_addresses(
+    layout: &berth_model::layout::Layout,
+) -> std::collections::BTreeMap<String, Vec<std::net::IpAddr>> {
+    let patience = Patience::of(Duration::ZERO);
+    let durable = ids::<SandboxId>(&layout.sandboxes(), &patience).unwrap_or_default();
+    let state = ids::<SandboxId>(&layout.sandbox_states(), &patience).unwrap_or_default();
+    let addresses = |id: SandboxId| {
+        let addresses = sandbox::recover::addresses(layout, &id, &patience)?;
+        Some((id.to_string(), addresses))
+    };
+    durable.union(&state).cloned().filter_map(addresses).collect()
+}

@@ -1,0 +1,190 @@
+//! Clearing away what belongs to no object: shims whose containers were never recorded, namespaces and mounts of sandboxes that were never
+//! finished, cgroups, addresses. What only takes room on the disk is for `housekeeping`.
+//!
+//! It is found before the socket is there and removed after that, by name: what is being made meanwhile has other names, since ids are
+//! random, and is not touched.
+
+use super::{RecoveryError, names, unread};
+use crate::container::{self, Container};
+use crate::node::Node;
+use crate::record_files::Patience;
+use crate::shim_client::{ConnectError, ShimClient};
+use crate::trash;
+use berth_model::id::ContainerId;
+use berth_model::state::ContainerState;
+use berth_network::Dead;
+use berth_sys::ns;
+use futures_util::StreamExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// Things that are waited for at the same time.
+const AT_ONCE: usize = 8;
+
+/// How long remains of a cgroup may take to go.
+const CGROUP_GONE: Duration = Duration::from_secs(5);
+
+/// How often a shim that cannot be reached is tried, and how long to wait in between.
+const ATTEMPTS: u32 = 5;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What is to be cleared away, and what is to be tried again.
+#[derive(Debug)]
+pub(crate) struct Remains {
+    /// Durable folders of what was never finished.
+    folders: Vec<PathBuf>,
+    container_states: Vec<PathBuf>,
+    sandbox_states: Vec<PathBuf>,
+    /// Names of cgroups below the daemon's own parent.
+    cgroups: Vec<String>,
+    network: Dead,
+    /// Containers that ended while there was no daemon: their cgroups may be there.
+    ended: Vec<Arc<Container>>,
+    room: Arc<Semaphore>,
+}
+
+impl Remains {
+    /// Looks what there is that the registry does not know. Blocking.
+    pub(super) fn find(node: &Node, patience: &Patience) -> Result<Self, RecoveryError> {
+        let unknown = |folder: &Path| -> Result<Vec<PathBuf>, RecoveryError> {
+            let names = names(folder, patience)?;
+            Ok(names.iter().filter(|name| !node.registry.has(name)).map(|name| folder.join(name)).collect())
+        };
+        let layout = &node.layout;
+        // What is no id in the durable folders is not of this daemon.
+        let is_id = |path: &PathBuf| {
+            path.file_name()
+                .and_then(|name| name.to_str())
+                .is_some_and(|name| name.parse::<ContainerId>().is_ok())
+        };
+        let mut folders = unknown(&layout.containers())?;
+        folders.extend(unknown(&layout.sandboxes())?);
+        folders.retain(is_id);
+        let cgroups = berth_cgroup::leftovers(&node.hierarchy, &node.default_cgroup_parent);
+        let cgroups = cgroups.unwrap_or_else(|error| {
+            tracing::warn!(error = %crate::chain(&error), "could not look for cgroups that belong to nothing");
+            Default::default()
+        });
+        let living: Vec<String> = node
+            .registry
+            .sandboxes()
+            .iter()
+            .map(|sandbox| sandbox.id().to_string())
+            .chain(node.registry.unread())
+            .collect();
+        let network = node.bridge.dead(living.iter().map(String::as_str)).unwrap_or_else(|error| {
+            tracing::warn!(error = %crate::chain(&error), "could not look for interfaces that belong to nothing");
+            Dead::default()
+        });
+        let mut ended = node.registry.containers();
+        ended.retain(|container| {
+            matches!(container.state(), ContainerState::Exited(_)) && container.cgroup().is_there()
+        });
+        Ok(Self {
+            folders,
+            container_states: unknown(&layout.container_states())?,
+            sandbox_states: unknown(&layout.sandbox_states())?,
+            cgroups: cgroups
+                .into_iter()
+                .filter(|name| name.parse::<ContainerId>().is_ok() && !node.registry.has(name))
+                .collect(),
+            network,
+            ended,
+            room: Arc::new(Semaphore::new(0)),
+        })
+    }
+
+    pub(super) fn with_room(self, room: Arc<Semaphore>) -> Self {
+        Self { room, ..self }
+    }
+
+    /// Clears it away. What cannot be removed is said, and found again at the next start.
+    pub(crate) async fn clear(self, node: Arc<Node>) {
+        tokio::spawn(unread::try_again(node.clone(), self.room.clone()));
+        let shims = futures_util::stream::iter(self.container_states.clone());
+        // Those that hang are waited for side by side.
+        let reached: Vec<bool> =
+            shims.map(|state| async move { end_shim(&state).await }).buffered(AT_ONCE).collect().await;
+        let kept: Vec<String> = self
+            .container_states
+            .iter()
+            .zip(reached)
+            .filter(|(_, reached)| !reached)
+            .filter_map(|(state, _)| Some(state.file_name()?.to_str()?.to_owned()))
+            .collect();
+        // A panic in there is a bug that is logged.
+        let clearing = node.clone();
+        let _ = tokio::task::spawn_blocking(move || self.clear_the_rest(&clearing, &kept)).await;
+        node.collect_images();
+    }
+
+    /// `kept`: containers whose shims cannot be reached. Blocking.
+    fn clear_the_rest(self, node: &Node, kept: &[String]) {
+        let is_kept = |path: &Path| {
+            path.file_name()
+                .and_then(|name| name.to_str())
+                .is_some_and(|name| kept.iter().any(|kept| kept == name))
+        };
+        for container in self.ended {
+            container::recover::clean(&container);
+        }
+        for name in self.cgroups.iter().filter(|name| !kept.contains(name)) {
+            let gone = node.open_cgroup(&node.default_cgroup_parent, name).and_then(|cgroup| {
+                if node.is_anothers(&cgroup) {
+                    return Ok(());
+                }
+                cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))
+            });
+            if let Err(error) = gone {
+                tracing::warn!(cgroup = name, error = %crate::chain(&error), "could not remove a cgroup that belongs to nothing");
+            }
+        }
+        for path in self.container_states.iter().filter(|path| !is_kept(path)) {
+            if let Err(error) = std::fs::remove_dir_all(path) {
+                tracing::warn!(path = %path.display(), %error, "could not remove the remains of a container");
+            }
+        }
+        for path in &self.sandbox_states {
+            remove_sandbox_state(path);
+        }
+        for path in self.folders.iter().filter(|path| !is_kept(path)) {
+            if let Err(error) = trash::discard(&node.layout, path) {
+                tracing::warn!(path = %path.display(), %error, "could not remove what was never finished");
+            }
+        }
+        if let Err(error) = node.bridge.remove_dead(&self.network) {
+            tracing::warn!(error = %crate::chain(&error), "could not free the addresses that belong to nothing");
+        }
+    }
+}
+
+/// Ends a shim that belongs to no container. `false` when there may be one that cannot be reached.
+async fn end_shim(state: &Path) -> bool {
+    for attempt in 1..=ATTEMPTS {
+        match ShimClient::connect(state) {
+            Ok(shim) => {
+                shim.discard().await;
+                return true;
+            }
+            Err(ConnectError::Gone | ConnectError::NoSocket) => return true,
+            Err(ConnectError::NotNow(_)) if attempt < ATTEMPTS => tokio::time::sleep(PAUSE).await,
+            Err(ConnectError::NotNow(error)) => {
+                tracing::warn!(path = %state.display(), %error, "could not end a shim that belongs to nothing");
+            }
+        }
+    }
+    false
+}
+
+fn remove_sandbox_state(path: &Path) {
+    for kind in [ns::Kind::Network, ns::Kind::Ipc, ns::Kind::Uts, ns::Kind::Pid] {
+        // Absent is the rule here; what fails is seen when the folder cannot be removed.
+        let _ = ns::unpin(&path.join(kind.file_name()));
+    }
+    let _ = berth_sys::mount::detach(&path.join("shm"));
+    if let Err(error) = std::fs::remove_dir_all(path) {
+        tracing::warn!(path = %path.display(), %error, "could not remove the remains of a sandbox");
+    }
+}

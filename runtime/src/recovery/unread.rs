@@ -1,0 +1,70 @@
+//! Objects whose records cannot be read: tried again until they can be, or are gone.
+
+use super::{Verdict, container_of, sandbox_of};
+use crate::container::follow;
+use crate::node::Node;
+use crate::record_files::Patience;
+use berth_model::state::ContainerState;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// How often.
+const AGAIN: Duration = Duration::from_secs(10);
+
+/// Tries for as long as there is one. What can be read becomes visible.
+pub(super) async fn try_again(node: Arc<Node>, room: Arc<Semaphore>) {
+    loop {
+        let unread = node.registry.unread();
+        if unread.is_empty() {
+            return;
+        }
+        tokio::time::sleep(AGAIN).await;
+        for id in unread {
+            let trying = node.clone();
+            // A panic in there is a bug that is logged.
+            let _ = tokio::task::spawn_blocking(move || try_one(&trying, &id)).await;
+        }
+        // What was found is followed like any other.
+        for container in node.registry.containers() {
+            if container.is_unfollowed() && !matches!(container.state(), ContainerState::Exited(_)) {
+                follow::find(&container, &room);
+            }
+        }
+    }
+}
+
+fn try_one(node: &Arc<Node>, id: &str) {
+    let patience = Patience::of(Duration::ZERO);
+    let (Ok(container), Ok(sandbox)) = (id.parse(), id.parse()) else { return };
+    let is_container = node.layout.container(&container).durable.exists();
+    let gone = if is_container {
+        match container_of(node, &container, &patience) {
+            Verdict::Is(found) => {
+                // A container is never without its sandbox.
+                let sandbox = found.sandbox_id().clone();
+                node.registry.adopt_container(found);
+                if !node.registry.has(sandbox.as_str())
+                    && let Verdict::Is(found) = sandbox_of(node, &sandbox, &patience)
+                {
+                    node.registry.adopt_sandbox(found);
+                }
+                false
+            }
+            Verdict::Unread => false,
+            Verdict::Nothing => true,
+        }
+    } else {
+        match sandbox_of(node, &sandbox, &patience) {
+            Verdict::Is(found) => {
+                node.registry.adopt_sandbox(found);
+                false
+            }
+            Verdict::Unread => false,
+            Verdict::Nothing => true,
+        }
+    };
+    if gone {
+        node.registry.forget_unread(id);
+    }
+}

@@ -1,0 +1,300 @@
+//! Shims, starts and creations that take long or hang: what is not known is not made up, and what is to end ends all the same.
+
+use std::fs;
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use berth_cri::v1;
+use berth_cri::v1::ContainerState::{ContainerExited, ContainerRunning};
+use berth_tests::census::{Census, status_field};
+use berth_tests::daemon::{Daemon, SOON, rootful};
+use berth_tests::deadline::within;
+use berth_tests::pod::{Container, idle, shell};
+use berth_tests::skip::skip;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM, kill};
+use nix::unistd::Pid;
+use tonic::Code;
+
+/// Whether it runs still; one that waits to be reaped by a shim that is stopped does not.
+fn is_alive(pid: i32) -> bool {
+    status_field(pid, "State").is_some_and(|state| !state.starts_with('Z'))
+}
+
+#[test]
+fn a_daemon_serves_before_slow_shims_answer_and_ends_none_of_their_containers() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let good = pod.idle("good")?;
+        let slow = (0..8).map(|number| Ok(pod.idle(&format!("c{number}"))?)).collect::<Result<Vec<_>>>()?;
+        let pids = slow.iter().map(Container::pid).collect::<Result<Vec<_>>>()?;
+        let shims = slow.iter().map(Container::shim_pid).collect::<Result<Vec<_>>>()?;
+        let before = slow.iter().map(Container::status).collect::<Result<Vec<_>, _>>()?;
+        for shim in &shims {
+            kill(Pid::from_raw(*shim), SIGSTOP)?;
+        }
+        // More often than the queue of a shim's socket has places.
+        for _ in 0..12 {
+            let begin = Instant::now();
+            daemon.crash()?;
+            ensure!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+            assert_eq!(good.sh("echo alive")?, "alive\n");
+        }
+        // Longer than a shim is waited for.
+        sleep(Duration::from_secs(12));
+        for (container, pid) in slow.iter().zip(&pids) {
+            assert_eq!(container.status()?.state(), ContainerRunning);
+            ensure!(is_alive(*pid));
+        }
+        let [stopped, others @ ..] = slow.as_slice() else { anyhow::bail!("containers") };
+        let begin = Instant::now();
+        stopped.stop(1)?;
+        ensure!(begin.elapsed() < Duration::from_secs(40), "{:?}", begin.elapsed());
+        let status = stopped.status()?;
+        assert_eq!(
+            (status.state(), status.exit_code, status.reason.as_str()),
+            (ContainerExited, 255, "Unknown")
+        );
+        ensure!(!is_alive(pids[0]));
+        for shim in &shims[1..] {
+            kill(Pid::from_raw(*shim), SIGCONT)?;
+        }
+        for ((container, pid), before) in others.iter().zip(&pids[1..]).zip(&before[1..]) {
+            within(SOON, "its shim is found again", || Ok(container.sh("echo alive").ok()))?;
+            assert_eq!(container.pid()?, *pid);
+            assert_eq!(&container.status()?, before);
+        }
+        pod.remove()?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_shim_that_drains_while_the_daemon_starts_tells_the_code_that_it_saw() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        for _ in 0..3 {
+            let main = pod.start(shell("main", "trap 'exit 7' TERM; while :; do sleep 0.05; done"))?;
+            let pid = main.pid()?;
+            // Somebody outside of the container holds its output open.
+            let held = fs::File::options().write(true).open(format!("/proc/{pid}/fd/1"))?;
+            daemon.kill()?;
+            kill(Pid::from_raw(pid), SIGTERM)?;
+            within(SOON, "its process has ended", || Ok((!is_alive(pid)).then_some(())))?;
+            daemon.start_again()?;
+            let first = main.status()?;
+            ensure!(
+                first.state() == ContainerRunning
+                    || (first.state() == ContainerExited && first.exit_code == 7),
+                "{first:?}"
+            );
+            let status = main.ended()?.status;
+            assert_eq!((status.exit_code, status.reason.as_str()), (7, "Error"), "{status:?}");
+            ensure!(status.started_at > 0 && status.finished_at >= status.started_at, "{status:?}");
+            drop(held);
+            main.remove()?;
+        }
+        Ok(())
+    })
+}
+
+/// Freezes or thaws the processes of a container.
+fn freeze(daemon: &Daemon, container: &Container, frozen: bool) -> Result<()> {
+    let (file, word) = match (daemon.cgroup().is_unified(), frozen) {
+        (true, true) => ("cgroup.freeze", "1"),
+        (true, false) => ("cgroup.freeze", "0"),
+        (false, true) => ("freezer.state", "FROZEN"),
+        (false, false) => ("freezer.state", "THAWED"),
+    };
+    let folders = daemon.cgroup().below(&container.id);
+    let folder = folders.iter().find(|folder| folder.join(file).exists()).context("a freezer")?;
+    Ok(fs::write(folder.join(file), word)?)
+}
+
+#[test]
+fn a_start_without_an_answer_is_made_definite_before_anybody_is_told() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        pod.idle("first")?.remove()?;
+        let census = Census::take(daemon)?;
+        let main = pod.create(shell("main", "echo it runs; while :; do sleep 1; done"))?;
+        let pid = main.pid()?;
+        freeze(daemon, &main, true)?;
+        std::thread::scope(|scope| -> Result<()> {
+            // Another one meanwhile keeps nobody from anything.
+            let starts = [scope.spawn(|| main.start()), scope.spawn(|| main.start())];
+            for start in starts {
+                let begin = Instant::now();
+                let told = start.join().map_err(|_| anyhow!("the thread panicked"))?;
+                let refused = told.err().context("it did not start")?;
+                ensure!(begin.elapsed() < Duration::from_secs(40), "{:?}: {refused}", begin.elapsed());
+            }
+            Ok(())
+        })?;
+        ensure!(!is_alive(pid), "the program cannot run any more");
+        let status = main.status()?;
+        assert_eq!(status.state(), ContainerExited, "{status:?}");
+        ensure!(status.exit_code != 0, "{status:?}");
+        assert_eq!(main.start().err().context("it is over")?.code(), Code::FailedPrecondition);
+        ensure!(main.log()?.is_empty(), "it never ran");
+        main.remove()?;
+        census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_start_that_hangs_keeps_nobody_from_stopping_and_removing() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        for stop in [true, false] {
+            let main = pod.create(idle("main"))?;
+            freeze(daemon, &main, true)?;
+            std::thread::scope(|scope| -> Result<()> {
+                let start = scope.spawn(|| main.start());
+                sleep(Duration::from_secs(1));
+                let begin = Instant::now();
+                if stop {
+                    main.stop(0)?;
+                    assert_eq!(main.status()?.state(), ContainerExited);
+                }
+                main.remove()?;
+                ensure!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+                // Which of the two came first is all the same.
+                let _ = start.join().map_err(|_| anyhow!("the thread panicked"))?;
+                Ok(())
+            })?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_second_start_is_refused_at_once_and_blocks_nobody() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("web")?.idle("main")?;
+        for _ in 0..2 {
+            assert_eq!(main.start().err().context("it runs")?.code(), Code::FailedPrecondition);
+            daemon.crash()?;
+        }
+        let begin = Instant::now();
+        main.remove()?;
+        ensure!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_daemon_that_dies_in_a_start_leaves_no_doubt_behind() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let main = pod.create(shell("main", "echo it runs; while :; do sleep 1; done"))?;
+        freeze(daemon, &main, true)?;
+        std::thread::scope(|scope| -> Result<()> {
+            let start = scope.spawn(|| main.start());
+            sleep(Duration::from_secs(1));
+            daemon.kill()?;
+            ensure!(start.join().map_err(|_| anyhow!("the thread panicked"))?.is_err());
+            Ok(())
+        })?;
+        daemon.start_again()?;
+        // It may run any moment, and a kubelet must not start another beside it.
+        assert_eq!(main.status()?.state(), ContainerRunning);
+        freeze(daemon, &main, false)?;
+        main.says("it runs")?;
+        within(SOON, "its shim is found again", || Ok(main.sh("echo alive").ok()))?;
+        assert_eq!(main.status()?.state(), ContainerRunning);
+        pod.remove()?;
+        Ok(())
+    })
+}
+
+/// A filesystem that answers nobody, as one on the network whose server is gone: nobody reads from its descriptor.
+struct Hung {
+    _device: fs::File,
+    path: std::path::PathBuf,
+}
+
+impl Hung {
+    fn mount(path: &Path) -> Result<Option<Self>> {
+        let Ok(device) = fs::File::options().read(true).write(true).open("/dev/fuse") else {
+            return Ok(None);
+        };
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+        let mounted = mount(Some("hung"), path, Some("fuse"), MsFlags::empty(), Some(options.as_str()));
+        Ok(mounted.is_ok().then(|| Self { _device: device, path: path.to_owned() }))
+    }
+}
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_removed() -> Result<()> {
+    rootful(|daemon| {
+        let census_pod = daemon.pod("first")?;
+        census_pod.idle("first")?;
+        census_pod.remove()?;
+        let census = Census::take(daemon)?;
+        let folder = daemon.folder("hung")?;
+        let Some(hung) = Hung::mount(&folder)? else {
+            skip("slow_shims::hung", "no FUSE here");
+            return Ok(());
+        };
+        let (pod, other) = (daemon.pod("web")?, daemon.pod("other")?);
+        let main = pod.idle("main")?;
+        std::thread::scope(|scope| -> Result<()> {
+            let creation = scope.spawn(|| {
+                let mut config = idle("hangs");
+                config.mounts = vec![v1::Mount {
+                    container_path: "/volume".to_owned(),
+                    host_path: folder.join("file").to_string_lossy().into_owned(),
+                    ..Default::default()
+                }];
+                pod.create(config)
+            });
+            sleep(Duration::from_secs(1));
+            ensure!(!creation.is_finished(), "it hangs");
+            let begin = Instant::now();
+            other.remove()?;
+            ensure!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+            let begin = Instant::now();
+            pod.stop()?;
+            assert_eq!(main.status()?.state(), ContainerExited);
+            pod.remove()?;
+            ensure!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+            let refused = creation.join().map_err(|_| anyhow!("the thread panicked"))?;
+            assert_eq!(refused.err().context("the pod is gone")?.code(), Code::FailedPrecondition);
+            Ok(())
+        })?;
+        // Whatever waits for it gets an error then.
+        drop(hung);
+        census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_shim_that_dies_is_told_apart_from_one_that_only_lost_its_connection() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let (main, other) = (pod.idle("main")?, pod.idle("other")?);
+        // The way to the shim is gone, and nothing else.
+        daemon.kill()?;
+        fs::remove_file(daemon.state().join("containers").join(&main.id).join("shim.sock"))?;
+        daemon.start_again()?;
+        assert_eq!(main.status()?.state(), ContainerRunning);
+        ensure!(is_alive(main.pid()?));
+        main.stop(0)?;
+        assert_eq!((main.status()?.state(), main.status()?.exit_code), (ContainerExited, 137));
+        kill(Pid::from_raw(other.shim_pid()?), SIGKILL)?;
+        let status = other.ended()?.status;
+        assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"), "{status:?}");
+        pod.remove()?;
+        Ok(())
+    })
+}

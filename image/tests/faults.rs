@@ -298,6 +298,8 @@ async fn a_damaged_image_is_not_listed_its_layers_stay_in_use_and_a_pull_brings_
             // Not with a container on it, and not while it is not known whether there is one.
             store.collect(containers_of(&[id])).await.unwrap();
             store.collect(|| None).await.unwrap();
+            // Nor when a container goes: a pull of it finds the layers.
+            store.collect_soon(nobody);
             assert_eq!(kept(dir.path()), before, "{name}");
             pair.import_one(&store).await;
             assert_eq!(store.faults(), [""; 0], "{name}");

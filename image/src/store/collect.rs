@@ -23,6 +23,15 @@ use crate::Digest;
 /// The ids of the images of all containers; `None` if there may be containers that are not known.
 pub type InUse = Option<BTreeSet<Digest>>;
 
+/// How much a collection takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// What removals left behind. A damaged image stays, so that pulling it again need not fetch its layers.
+    Removed,
+    /// Damaged images too: somebody wants room.
+    Damaged,
+}
+
 /// Whether a collection is waiting to run.
 #[derive(Debug, Default)]
 pub(super) struct Waiting(AtomicBool);
@@ -104,7 +113,7 @@ impl Inner {
 
     /// Lets go what nobody needs. Nothing that fails here is an error of who asked. The caller holds the disk
     /// lock.
-    pub(super) fn collect(&self, in_use: impl FnOnce() -> InUse) {
+    pub(super) fn collect(&self, reach: Reach, in_use: impl FnOnce() -> InUse) {
         // In this order: whoever gives up a lease has made its container known before.
         let leased: BTreeSet<Digest> = self.state().leases.keys().copied().collect();
         let Some(mut used) = in_use() else {
@@ -114,7 +123,7 @@ impl Inner {
         used.extend(leased);
         let (free, damaged) = {
             let state = self.state();
-            if let Some(reason) = state.doubt(&used) {
+            if let Some(reason) = state.doubt(reach, &used) {
                 tracing::warn!("no layer is deleted: {reason}");
                 return;
             }
@@ -122,7 +131,7 @@ impl Inner {
             let damaged: Vec<String> = state
                 .held
                 .iter()
-                .filter(|(name, held)| held.is_free(name, &used))
+                .filter(|(name, held)| held.is_free(name, reach, &used))
                 .map(|(name, _)| name.clone())
                 .collect();
             (free, damaged)
@@ -197,7 +206,8 @@ impl Inner {
     pub(super) fn collect_soon(self: &Arc<Self>, in_use: impl FnOnce() -> InUse + Send + 'static) {
         let is_idle = {
             let state = self.state();
-            state.removed.is_empty() && state.replaced.is_empty() && state.held.is_empty()
+            let is_removed = |name: &String| name.ends_with(REMOVED);
+            state.removed.is_empty() && state.replaced.is_empty() && !state.held.keys().any(is_removed)
         };
         if is_idle || self.waiting.0.swap(true, Ordering::AcqRel) {
             return;
@@ -207,23 +217,24 @@ impl Inner {
             let _disk = inner.disk();
             // Whoever comes from here on sees something that this one may have missed.
             inner.waiting.0.store(false, Ordering::Release);
-            inner.collect(in_use);
+            inner.collect(Reach::Removed, in_use);
         });
     }
 }
 
 impl Held {
     /// Whether the folder may be set aside: proven damaged, or removed by somebody, and used by nobody.
-    fn is_free(&self, name: &str, used: &BTreeSet<Digest>) -> bool {
-        (self.fault.is_damaged() || name.ends_with(REMOVED)) && !used.contains(&self.id)
+    fn is_free(&self, name: &str, reach: Reach, used: &BTreeSet<Digest>) -> bool {
+        let is_reached = name.ends_with(REMOVED) || (reach == Reach::Damaged && self.fault.is_damaged());
+        is_reached && !used.contains(&self.id)
     }
 }
 
 impl State {
     /// What is not known and would have to be, to delete anything.
-    fn doubt(&self, used: &BTreeSet<Digest>) -> Option<String> {
+    fn doubt(&self, reach: Reach, used: &BTreeSet<Digest>) -> Option<String> {
         for (name, held) in &self.held {
-            if held.needs.is_none() && !held.is_free(name, used) {
+            if held.needs.is_none() && !held.is_free(name, reach, used) {
                 return Some(format!("which of them image {} needs cannot be read", held.id));
             }
         }

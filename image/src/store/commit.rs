@@ -150,6 +150,10 @@ fn is_all_sound(inner: &Inner, id: Digest) -> bool {
 
 /// Enters an image into the store. Blocking. After an error nothing of it is left.
 pub(super) fn commit(inner: &Inner, new: NewImage) -> Result<Image, ContentError> {
+    if new.layers.iter().any(|layer| layer.staged.is_some()) {
+        // Most of what is to be written goes to the disk here, while others may have the lock.
+        sync(inner)?;
+    }
     let _disk = inner.disk();
     let mut way = Way::default();
     let result = commit_locked(inner, &new, &mut way);
@@ -163,6 +167,12 @@ pub(super) fn commit(inner: &Inner, new: NewImage) -> Result<Image, ContentError
     }
     inner.sweeper.start();
     result
+}
+
+/// Makes everything that was written durable.
+fn sync(inner: &Inner) -> Result<(), StoreError> {
+    let root = fs::File::open(&inner.root).map_err(file_error("open", &inner.root))?;
+    berth_sys::file::sync_filesystem(root.as_fd()).map_err(file_error("sync", &inner.root))
 }
 
 /// How far a commit came.
@@ -215,9 +225,7 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
         write_image(&partial, &record, new)?;
     }
 
-    let root = fs::File::open(&inner.root).map_err(file_error("open", &inner.root))?;
-    berth_sys::file::sync_filesystem(root.as_fd()).map_err(file_error("sync", &inner.root))?;
-
+    sync(inner)?;
     for layer in &new.layers {
         if let Some(staged) = &layer.staged {
             enter_layer(inner, layer.diff_id, staged, &mut way.entered)?;

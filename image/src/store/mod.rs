@@ -42,7 +42,7 @@ pub use lease::Lease;
 pub use pull::PullError;
 pub use record::RecordError;
 
-use collect::Waiting;
+use collect::{Reach, Waiting};
 use load::{Held, Tree};
 use record::{ImageRecord, Lower};
 use staging::{Removals, Slot};
@@ -328,14 +328,15 @@ impl Store {
                 None => inner.remove_held(&text)?,
             };
             if removed {
-                inner.collect(in_use);
+                inner.collect(Reach::Damaged, in_use);
             }
             Ok(removed)
         })
         .await
     }
 
-    /// Lets go the layers that nobody needs any more, and returns when they have left their names.
+    /// Lets go the layers that nobody needs any more, and damaged images that no container uses. Returns when
+    /// they have left their names.
     ///
     /// # Errors
     /// [`StoreError::BrokenOff`].
@@ -343,7 +344,7 @@ impl Store {
         let inner = Arc::clone(&self.inner);
         blocking(move || {
             let _disk = inner.disk();
-            inner.collect(in_use);
+            inner.collect(Reach::Damaged, in_use);
             Ok(())
         })
         .await

@@ -1,7 +1,8 @@
 //! Files that are there whole or not at all.
 //!
-//! Without `fsync`, on purpose: records of sandboxes and containers are written in the hot path, and after a power cut no container
-//! runs any more. What a power cut tears is found by the record's checksum. (Images are another matter, and sync.)
+//! Without `fsync`, on purpose: records of sandboxes and containers are written in the hot path, and after a
+//! power cut no container runs any more. What a power cut tears is found by the record's checksum. (Images
+//! are another matter, and sync.)
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     prepare(path, bytes)?.commit()
 }
 
-/// Content that has been written beside its place, so that a full disk is known before anything has changed. Dropped, it goes.
+/// Content that has been written beside its place, so that a full disk is known before anything has changed.
+/// Dropped, it goes.
 #[derive(Debug)]
 pub(crate) struct Pending {
     partial: PathBuf,

@@ -157,7 +157,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
         image: ImageService::new(node.clone()),
         berth: api::Service::new(node.clone()),
     };
-    tell_what_the_node_lacks(&node).await;
+    // A disk that hangs would keep the socket waiting.
+    let telling = node.clone();
+    tokio::spawn(async move { tell_what_the_node_lacks(&telling).await });
     let progress =
         Progress::create(node.layout.state()).map_err(file("make a file in", node.layout.state()))?;
     let alive = tokio::spawn(keep_alive(notifier.clone(), node.clone()));

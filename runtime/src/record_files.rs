@@ -4,11 +4,12 @@
 //! <root>/…/<id>/record     the record; what is not here was never finished, or is being removed
 //! <state>/…/<id>/record    its copy, in memory, for as long as the object can run
 //! ```
-//! The record is written first and the copy second; the copy is removed first and the record second. So a copy without a record means
-//! that the record was lost, never that the object was half made or half removed.
+//! The record is written first and the copy second; the copy is removed first and the record second. So a
+//! copy without a record means that the record was lost, never that the object was half made or half removed.
 //!
-//! "Cannot be read" has three meanings, which are told apart: nothing is there; what is there is proven damaged (its checksum); nobody
-//! knows (an error of the disk, no descriptor, no memory, a newer version). Only the second is ever written over.
+//! "Cannot be read" has three meanings, which are told apart: nothing is there; what is there is proven
+//! damaged (its checksum); nobody knows (an error of the disk, no descriptor, no memory, a newer version).
+//! Only the second is ever written over.
 
 use crate::atomic_file;
 use berth_model::layout::Layout;
@@ -101,7 +102,8 @@ pub(crate) enum Found<T> {
 pub(crate) enum Health {
     /// Good.
     Good,
-    /// The copy is missing or is not the same: one of an earlier version of this daemon, or no room in memory.
+    /// The copy is missing or is not the same: one of an earlier version of this daemon, or no room in
+    /// memory.
     NoCopy,
     /// The record is lost or proven damaged; the content is the copy's.
     Lost(Option<Fault>),
@@ -111,7 +113,8 @@ pub(crate) enum Health {
     Newer(u32),
 }
 
-/// Time for trying again, shared by all reads of a start: a disk that fails everywhere must not keep the daemon for long.
+/// Time for trying again, shared by all reads of a start: a disk that fails everywhere must not keep the
+/// daemon for long.
 #[derive(Debug)]
 pub(crate) struct Patience(AtomicU64);
 
@@ -132,8 +135,8 @@ impl Patience {
     }
 }
 
-/// Does `attempt` again as long as it fails with an error that may pass and there is `patience`. That it is not there does not pass.
-/// Blocking.
+/// Does `attempt` again as long as it fails with an error that may pass and there is `patience`. That it is
+/// not there does not pass. Blocking.
 ///
 /// # Errors
 /// Those of the last attempt.
@@ -158,7 +161,8 @@ pub(crate) fn may_pass(error: &io::Error) -> bool {
 }
 
 impl RecordFiles {
-    /// Reads the record, or its copy. `is_own` says whether the content is that of the object whose files these are. Blocking.
+    /// Reads the record, or its copy. `is_own` says whether the content is that of the object whose files
+    /// these are. Blocking.
     pub(crate) fn read<T: DeserializeOwned>(
         &self,
         patience: &Patience,

@@ -1,4 +1,5 @@
-//! The end of a container: from its shim's record or last message, or from the loss of its shim, to the state that everybody sees.
+//! The end of a container: from its shim's record or last message, or from the loss of its shim, to the state
+//! that everybody sees.
 
 use super::{Container, lock};
 use crate::record_files::may_pass;
@@ -27,7 +28,8 @@ pub(super) enum Evidence {
     Unread(io::Error),
 }
 
-/// Looks whether there is a record of its end: the shim's, or the daemon's where there was no room for that. Blocking.
+/// Looks whether there is a record of its end: the shim's, or the daemon's where there was no room for that.
+/// Blocking.
 pub(super) fn look(container: &Container) -> Evidence {
     match (read(&container.files.exit_record()), read(&container.files.exit_record_copy())) {
         (Evidence::Told(record), _) | (_, Evidence::Told(record)) => Evidence::Told(record),
@@ -53,10 +55,11 @@ fn read(path: &Path) -> Evidence {
     }
 }
 
-/// Says how it ended, to everybody, after ending whatever is left of it. Without `told` nobody knows, and `unread` says why, if there is a
-/// record that cannot be read. Blocking.
+/// Says how it ended, to everybody, after ending whatever is left of it. Without `told` nobody knows, and
+/// `unread` says why, if there is a record that cannot be read. Blocking.
 pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unread: Option<&io::Error>) {
-    // Processes that are not in a pid namespace that died with its process 1, or all of them when the shim was lost.
+    // Processes that are not in a pid namespace that died with its process 1, or all of them when the shim
+    // was lost.
     clean(container);
     let record = told.unwrap_or_else(|| lost(container));
     let mut exit = exit(&record);

@@ -1,8 +1,9 @@
 //! Finding the shim of a container, and following it to the end.
 //!
-//! One task for each container that has not ended. Nothing that it does not know makes it end a container: a shim that cannot be reached or
-//! does not answer is asked on, while the container is told in the state in which it was last known. Only two things say that a shim is
-//! gone: nobody listens on its socket (unix(7), `ECONNREFUSED`), or there is no socket and the container's main process is gone too.
+//! One task for each container that has not ended. Nothing that it does not know makes it end a container: a
+//! shim that cannot be reached or does not answer is asked on, while the container is told in the state in
+//! which it was last known. Only two things say that a shim is gone: nobody listens on its socket (unix(7),
+//! `ECONNREFUSED`), or there is no socket and the container's main process is gone too.
 
 use super::end::{self, Evidence};
 use super::{Container, lock};
@@ -34,8 +35,8 @@ pub(super) fn watch(container: &Arc<Container>) {
     tokio::spawn(following.run(true));
 }
 
-/// Finds the shim of a container of the daemon before this one. There is `room` for so many connections. Resolves when it is known how the
-/// container is.
+/// Finds the shim of a container of the daemon before this one. There is `room` for so many connections.
+/// Resolves when it is known how the container is.
 pub(crate) fn find(container: &Arc<Container>, room: &Arc<Semaphore>) -> oneshot::Receiver<()> {
     container.followed.store(true, Ordering::Relaxed);
     let (known, is_known) = oneshot::channel();
@@ -244,7 +245,8 @@ async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> 
     }
 }
 
-/// Whether a start that a daemon before this one asked for has not come to its end. Shims of this version answer nobody meanwhile.
+/// Whether a start that a daemon before this one asked for has not come to its end. Shims of this version
+/// answer nobody meanwhile.
 fn start_is_under_way(_phase: &Phase) -> bool {
     false
 }

@@ -1,7 +1,8 @@
-//! A container that runs and has no record any more: it gets an owner that a kubelet can list, stop and remove.
+//! A container that runs and has no record any more: it gets an owner that a kubelet can list, stop and
+//! remove.
 //!
-//! What is said of it comes from its OCI spec, which is there for others, and in the end from its shim. Without a spec it is put into a pod
-//! of its own.
+//! What is said of it comes from its OCI spec, which is there for others, and in the end from its shim.
+//! Without a spec it is put into a pod of its own.
 
 use super::{Container, ContainerError, recover};
 use crate::node::Node;
@@ -14,7 +15,8 @@ use berth_model::record::ContainerRecord;
 use berth_model::security::NamespaceMode;
 use std::sync::Arc;
 
-/// The annotations of [`crate::oci_spec`], and kubelet's labels that say the same (`pkg/kubelet/types/labels.go`).
+/// The annotations of [`crate::oci_spec`], and kubelet's labels that say the same
+/// (`pkg/kubelet/types/labels.go`).
 const LABELS: [(&str, &str); 4] = [
     ("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
     ("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"),
@@ -23,13 +25,14 @@ const LABELS: [(&str, &str); 4] = [
 ];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
-/// Whether its shim is there, as far as one can know: only that nobody listens says that it is not. Has to be called within the async
-/// runtime.
+/// Whether its shim is there, as far as one can know: only that nobody listens says that it is not. Has to be
+/// called within the async runtime.
 pub(crate) fn may_run(files: &ContainerFiles) -> bool {
     !matches!(ShimClient::connect(&files.state), Err(ConnectError::Gone | ConnectError::NoSocket))
 }
 
-/// Makes the container `id` without its record. `keeps_record` when that is there and may be readable another time. Blocking.
+/// Makes the container `id` without its record. `keeps_record` when that is there and may be readable another
+/// time. Blocking.
 ///
 /// # Errors
 /// When its cgroup cannot be named.

@@ -1,7 +1,8 @@
 //! Containers of the daemon before this one.
 //!
-//! A record says that there was a container; its exit record says how it ended; without one its shim is asked, by [`super::follow`], which
-//! may take as long as it takes: until then the container is told as it was last known to be.
+//! A record says that there was a container; its exit record says how it ended; without one its shim is
+//! asked, by [`super::follow`], which may take as long as it takes: until then the container is told as it
+//! was last known to be.
 
 use super::end::{self, Evidence};
 use super::{Container, ContainerError, lock};

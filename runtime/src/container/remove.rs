@@ -7,7 +7,8 @@ use berth_model::state::ContainerState;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a start or an update may take to come to its end once the container has ended: nothing that they wait for is left.
+/// How long a start or an update may take to come to its end once the container has ended: nothing that they
+/// wait for is left.
 const OTHERS: Duration = Duration::from_secs(30);
 
 /// Removes it. A second call while the first is under way waits for it and finds nothing left to do.
@@ -28,7 +29,8 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
     Ok(())
 }
 
-/// Takes its files away; the copy of the record goes first, and the record second, with the directory that it is in. Blocking.
+/// Takes its files away; the copy of the record goes first, and the record second, with the directory that it
+/// is in. Blocking.
 fn remove_files(node: &Node, container: &Container) -> Result<(), ContainerError> {
     // What ended while no daemon was there may not have been cleaned up after yet.
     end::clean(container);

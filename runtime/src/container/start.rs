@@ -1,7 +1,7 @@
 //! StartContainer: one message to the shim, which lets the waiting process become its program.
 //!
-//! A caller who is told that the start failed makes another container beside this one. So nobody is told that as long as the program may
-//! run still: a start without an answer is made definite, by ending the container.
+//! A caller who is told that the start failed makes another container beside this one. So nobody is told that
+//! as long as the program may run still: a start without an answer is made definite, by ending the container.
 
 use super::{Container, ContainerError, lock, stop};
 use crate::shim_client::{START, ShimClient, ShimError};
@@ -9,14 +9,16 @@ use berth_model::state::{ContainerEvent, ContainerState};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a shim that says that the start failed may take to record the end: it waits for the rest of the output, 2 s, and for its
-/// daemon, 1 s.
+/// How long a shim that says that the start failed may take to record the end: it waits for the rest of the
+/// output, 2 s, and for its daemon, 1 s.
 const ENDING: Duration = Duration::from_secs(5);
 
-/// How long it takes at the most to settle the end of a container whose shim is gone: ending what is left in its cgroup, and removing it.
+/// How long it takes at the most to settle the end of a container whose shim is gone: ending what is left in
+/// its cgroup, and removing it.
 const SETTLED: Duration = Duration::from_secs(25);
 
-/// Starts it. On return the program runs, or the container has ended with the reason; [`ContainerError::StartUnknown`] is the exception.
+/// Starts it. On return the program runs, or the container has ended with the reason;
+/// [`ContainerError::StartUnknown`] is the exception.
 pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerError> {
     let _alone = container.operation.lock().await;
     let state = container.state();

@@ -1,7 +1,7 @@
 //! StopContainer: the stop signal to the main process, once; after the grace SIGKILL for everything.
 //!
-//! Stops may come together: the signal is sent by the first, and the shortest time counts. A stop whose caller went away goes on,
-//! because the edge runs it in a task of its own.
+//! Stops may come together: the signal is sent by the first, and the shortest time counts. A stop whose
+//! caller went away goes on, because the edge runs it in a task of its own.
 
 use super::{Container, ContainerError};
 use berth_model::state::ContainerState;
@@ -14,7 +14,8 @@ const SIGKILL: i32 = 9;
 /// How long the end may take after a kill: a process in uninterruptible sleep ends when its device lets it.
 const KILLED: Duration = Duration::from_secs(10);
 
-/// How long the shim may take to tell the end after that: it waits for the rest of the output, 2 s, and for its daemon, 1 s.
+/// How long the shim may take to tell the end after that: it waits for the rest of the output, 2 s, and for
+/// its daemon, 1 s.
 const TOLD: Duration = Duration::from_secs(5);
 
 /// How long the shim may take to pass a kill on before the cgroup is killed without it.
@@ -25,7 +26,8 @@ pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<
     if matches!(container.state(), ContainerState::Exited(_)) {
         return Ok(());
     }
-    // Before its start nothing of the image runs that a grace would be for, and what waits there does not hear signals.
+    // Before its start nothing of the image runs that a grace would be for, and what waits there does not
+    // hear signals.
     let grace = if matches!(container.state(), ContainerState::Created) { Duration::ZERO } else { grace };
     let mine = Instant::now() + grace;
     let mut first = false;
@@ -72,8 +74,8 @@ async fn signal(container: &Container, signal: i32) {
 
 /// Kills every process of it and waits for the end.
 pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerError> {
-    // By the shim's pidfd: the kernel takes a whole pid namespace with its process 1. Without one of its own, the shim ends the rest
-    // when the main process has ended.
+    // By the shim's pidfd: the kernel takes a whole pid namespace with its process 1. Without one of its own,
+    // the shim ends the rest when the main process has ended.
     signal(container, SIGKILL).await;
     if tokio::time::timeout(SHIM, container.exited()).await.is_ok() {
         return Ok(());

@@ -5,8 +5,9 @@ use berth_model::container::Resources;
 use berth_model::state::ContainerState;
 use std::sync::Arc;
 
-/// Changes the limits of a container that has not ended to what `change` makes of those in force. When the kernel refuses one, or they cannot
-/// be recorded, all stay as they were. Once they are in force this does not fail any more.
+/// Changes the limits of a container that has not ended to what `change` makes of those in force. When the
+/// kernel refuses one, or they cannot be recorded, all stay as they were. Once they are in force this does
+/// not fail any more.
 pub(crate) async fn resources<E: From<ContainerError>>(
     container: &Arc<Container>,
     change: impl FnOnce(&Resources) -> Result<Resources, E>,

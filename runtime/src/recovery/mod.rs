@@ -1,17 +1,22 @@
 //! The start of a daemon: what the one before it left, whole objects and remains.
 //!
-//! Before the socket is there, everything is read and made visible; no shim is waited for longer than a moment. After that, with requests
-//! coming in already, shims that have not answered are asked on ([`crate::container::follow`]), records that cannot be read are tried again
-//! ([`unread`]), and what belongs to nothing is cleared away ([`remains`]).
+//! Before the socket is there, everything is read and made visible; no shim is waited for longer than a
+//! moment. After that, with requests coming in already, shims that have not answered are asked on
+//! ([`crate::container::follow`]), records that cannot be read are tried again ([`unread`]), and what belongs
+//! to nothing is cleared away ([`remains`]).
 //!
-//! Nothing that may run is ended here, and nothing loses its owner, because something could not be read. What becomes of an object:
+//! Nothing that may run is ended here, and nothing loses its owner, because something could not be read. What
+//! becomes of an object:
 //!
 //! | its record | it runs, or containers are in it | it does not run |
 //! |---|---|---|
 //! | can be read, or its copy | it is there | it is there |
-//! | cannot be read (an error, a newer version) | it is made again from what else there is; its record is left alone | it is left alone and tried again |
-//! | is proven damaged | it is made again; its record is set aside | it is set aside with its files |
-//! | is not there, nor a copy | a sandbox: it is made again; a container: never finished, it goes | never finished, it goes |
+//! | cannot be read (an error, a newer version) | it is made again, its record left alone | it is tried again |
+//! | is proven damaged | it is made again, its record set aside | it is set aside with its files |
+//! | is gone, and its copy too | a sandbox is made again, a container goes | it was never finished and goes |
+//!
+//! "Made again": of its OCI spec, its containers and its shim ([`crate::container::lost`],
+//! [`crate::sandbox::lost`]).
 
 mod remains;
 mod unread;

@@ -1,8 +1,9 @@
-//! Clearing away what belongs to no object: shims whose containers were never recorded, namespaces and mounts of sandboxes that were never
-//! finished, cgroups, addresses. What only takes room on the disk is for `housekeeping`.
+//! Clearing away what belongs to no object: shims whose containers were never recorded, namespaces and mounts
+//! of sandboxes that were never finished, cgroups, addresses. What only takes room on the disk is for
+//! `housekeeping`.
 //!
-//! It is found before the socket is there and removed after that, by name: what is being made meanwhile has other names, since ids are
-//! random, and is not touched.
+//! It is found before the socket is there and removed after that, by name: what is being made meanwhile has
+//! other names, since ids are random, and is not touched.
 
 use super::{RecoveryError, names, unread};
 use crate::container::{self, Container};

@@ -1,8 +1,9 @@
-//! The containers that are being made in a sandbox, so that its stop finds every container that will ever be in it, and waits for none
-//! without limit.
+//! The containers that are being made in a sandbox, so that its stop finds every container that will ever be
+//! in it, and waits for none without limit.
 //!
-//! A creation announces itself, and becomes a container in one step under the lock that a stop takes to forbid it: it is either among the
-//! containers that the stop ends, or it is told to give up and takes back what it has made.
+//! A creation announces itself, and becomes a container in one step under the lock that a stop takes to
+//! forbid it: it is either among the containers that the stop ends, or it is told to give up and takes back
+//! what it has made.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -48,8 +49,9 @@ impl Creations {
         begun.then(|| Creation(self.0.clone()))
     }
 
-    /// Lets no more begin, and waits for those under way, at most for `limit`; then tells them to give up. On return every container that
-    /// will ever be made can be seen. `true` when one was told to give up and has not taken back yet what it had made.
+    /// Lets no more begin, and waits for those under way, at most for `limit`; then tells them to give up. On
+    /// return every container that will ever be made can be seen. `true` when one was told to give up and has
+    /// not taken back yet what it had made.
     pub(super) async fn close(&self, limit: Duration) -> bool {
         self.0.standing.send_modify(|standing| standing.closed = true);
         let mut standing = self.0.standing.subscribe();

@@ -1,7 +1,7 @@
 //! Containers whose sandbox has no record any more: they get one that a kubelet can list, stop and remove.
 //!
-//! What it says comes from the containers' own records and from the runtime folder. It is NotReady: a kubelet makes another for the pod, and
-//! ends this one with all that is in it.
+//! What it says comes from the containers' own records and from the runtime folder. It is NotReady: a kubelet
+//! makes another for the pod, and ends this one with all that is in it.
 
 use super::{Sandbox, recover};
 use crate::container::Container;
@@ -21,8 +21,8 @@ const POD_NAME: &str = "io.kubernetes.pod.name";
 const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
 const POD_UID: &str = "io.kubernetes.pod.uid";
 
-/// Makes the sandbox `id` of what its containers say, of which there is one at least. `keeps_record` when its record is there and may be
-/// readable another time. Blocking.
+/// Makes the sandbox `id` of what its containers say, of which there is one at least. `keeps_record` when its
+/// record is there and may be readable another time. Blocking.
 pub(crate) fn make(
     node: &Node,
     id: &SandboxId,

@@ -30,8 +30,8 @@ pub(crate) enum Recovered {
     },
 }
 
-/// Makes the sandbox that the record of `id` describes. It is ready only if everything that its containers need is there still; after a
-/// reboot nothing is. Blocking.
+/// Makes the sandbox that the record of `id` describes. It is ready only if everything that its containers
+/// need is there still; after a reboot nothing is. Blocking.
 ///
 /// # Errors
 /// When its record is whole and its sandbox cannot be made of it.
@@ -72,7 +72,8 @@ pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Resul
     Ok(Recovered::Sandbox(Arc::new(sandbox)))
 }
 
-/// The addresses that the record of `id` says it uses; nothing when it was stopped, or there is no record that can be read. Blocking.
+/// The addresses that the record of `id` says it uses; nothing when it was stopped, or there is no record
+/// that can be read. Blocking.
 pub(crate) fn addresses(layout: &Layout, id: &SandboxId, patience: &Patience) -> Option<Vec<IpAddr>> {
     let files = layout.sandbox(id);
     let record_files = RecordFiles { record: files.record(), copy: files.record_copy() };

@@ -1,4 +1,5 @@
-//! Shims, starts and creations that take long or hang: what is not known is not made up, and what is to end ends all the same.
+//! Shims, starts and creations that take long or hang: what is not known is not made up, and what is to end
+//! ends all the same.
 
 use std::fs;
 use std::os::fd::AsRawFd as _;
@@ -211,7 +212,8 @@ fn a_daemon_that_dies_in_a_start_leaves_no_doubt_behind() -> Result<()> {
     })
 }
 
-/// A filesystem that answers nobody, as one on the network whose server is gone: nobody reads from its descriptor.
+/// A filesystem that answers nobody, as one on the network whose server is gone: nobody reads from its
+/// descriptor.
 struct Hung {
     _device: fs::File,
     path: std::path::PathBuf,

@@ -157,4 +157,82 @@ mod tests {
             assert_eq!(exit(&record).reason, reason, "{record:?}");
         }
     }
+
+    /// A container of which nothing is there but its two folders, of which `durable` may be missing too.
+    fn container(folder: &Path, durable: bool) -> Arc<Container> {
+        use berth_cgroup::{Cgroup, Driver, Hierarchy, Parent};
+        use berth_model::layout::Layout;
+        use berth_model::record::ContainerRecord;
+        let record = ContainerRecord::default();
+        let files = Layout::new(folder.join("root"), folder.join("state")).container(&record.id);
+        std::fs::create_dir_all(&files.state).unwrap();
+        if durable {
+            std::fs::create_dir_all(&files.durable).unwrap();
+        }
+        let hierarchy = Hierarchy::Legacy { mounts: Vec::new() };
+        let parent = Parent::named(Driver::Cgroupfs, "/nowhere").unwrap();
+        let cgroup = Cgroup::open(&hierarchy, &parent, record.id.as_str()).unwrap();
+        Arc::new(Container::new(record, files, cgroup))
+    }
+
+    fn seen(container: &Container) -> (i32, ExitReason) {
+        match container.state() {
+            ContainerState::Exited(exit) => (exit.code, exit.reason),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    const SEVEN: ExitRecord = ExitRecord {
+        exit_code: 7,
+        signal: 0,
+        oom_killed: false,
+        started_at_unix_ns: 1,
+        finished_at_unix_ns: 2,
+        start_error: String::new(),
+        log_bytes_lost: 0,
+        lost: false,
+    };
+
+    #[test]
+    fn an_end_that_was_told_is_kept_where_there_is_room() {
+        for durable in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let ended = container(folder.path(), durable);
+            settle(&ended, Some(SEVEN), None);
+            assert_eq!(seen(&ended), (7, ExitReason::Error));
+            // Which the next daemon finds.
+            assert!(
+                matches!(look(&container(folder.path(), false)), Evidence::Told(record) if record == SEVEN)
+            );
+            assert_eq!(ended.files.exit_record().exists(), durable);
+            assert_eq!(ended.files.exit_record_copy().exists(), !durable);
+        }
+    }
+
+    #[test]
+    fn an_end_that_cannot_be_read_is_not_made_up_for_good() {
+        let folder = tempfile::tempdir().unwrap();
+        let ended = container(folder.path(), true);
+        let (path, aside) = (ended.files.exit_record(), folder.path().join("aside"));
+        std::fs::write(&aside, exit_record::encode(&SEVEN)).unwrap();
+        // Reading it fails, and says nothing about what is there.
+        std::fs::create_dir(&path).unwrap();
+        let Evidence::Unread(error) = look(&ended) else { panic!("it cannot be read") };
+        settle(&ended, None, Some(&error));
+        assert_eq!(seen(&ended), (EXIT_CODE_LOST, ExitReason::Unknown));
+        assert!(!ended.files.exit_record_copy().exists(), "nothing was written that would count later");
+        std::fs::remove_dir(&path).unwrap();
+        std::fs::rename(&aside, &path).unwrap();
+        assert!(matches!(look(&container(folder.path(), true)), Evidence::Told(record) if record == SEVEN));
+    }
+
+    #[test]
+    fn an_end_that_nobody_saw_is_written_down_as_that() {
+        let folder = tempfile::tempdir().unwrap();
+        let ended = container(folder.path(), true);
+        assert!(matches!(look(&ended), Evidence::Nothing));
+        settle(&ended, None, None);
+        assert_eq!(seen(&ended), (EXIT_CODE_LOST, ExitReason::Unknown));
+        assert!(matches!(look(&ended), Evidence::Told(record) if record.lost));
+    }
 }

@@ -267,6 +267,39 @@ fn layers_stay_while_there_may_be_a_container_that_nobody_knows() -> Result<()> 
 }
 
 #[test]
+fn layers_stay_under_a_container_whose_record_cannot_be_read() -> Result<()> {
+    rootful(|daemon| {
+        import_app(daemon)?;
+        let pod = daemon.pod("web")?;
+        let (main, seen) = idle_app(&pod)?;
+        daemon.kill()?;
+        let mut aside = Vec::new();
+        for folder in [daemon.root(), daemon.state()] {
+            let record = folder.join("containers").join(&main.id).join("record");
+            if record.exists() {
+                fs::rename(&record, record.with_extension("aside"))?;
+                fs::create_dir(&record)?;
+                aside.push(record);
+            }
+        }
+        ensure!(!aside.is_empty(), "no record was found");
+        daemon.start_again()?;
+        daemon.client().remove_image_of(APP)?;
+        remove_something_else(daemon, &pod)?;
+        assert_eq!((daemon.client().image(APP)?, main.sh(LOOK)?), (None, seen.clone()));
+        daemon.kill()?;
+        for record in aside {
+            fs::remove_dir(&record)?;
+            fs::rename(record.with_extension("aside"), record)?;
+        }
+        daemon.start_again()?;
+        assert_eq!(main.sh(LOOK)?, seen);
+        pod.remove()?;
+        within(SOON, "then they go", || Ok((layers(daemon)?.len() == 1).then_some(())))
+    })
+}
+
+#[test]
 fn what_cannot_be_deleted_keeps_the_daemon_from_nothing() -> Result<()> {
     rootful(|daemon| {
         import_app(daemon)?;

@@ -9,6 +9,7 @@
 pub mod convert;
 mod image_service;
 mod info;
+mod layer_size;
 mod metrics;
 mod pod_stats;
 mod runtime_service;

@@ -1,28 +1,12 @@
 //! Numbers of cgroups and writable layers as CRI messages.
 
+use super::layer_size::LayerSizes;
 use crate::container::Container;
 use crate::node::{Node, unix_ns};
 use berth_cgroup::{CpuStats, Detail, MemoryStats, Stats};
 use berth_cri::v1;
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-
-/// How long the size of a writable layer counts as known. Walking a tree costs more than all other numbers together, and the kubelet
-/// asks every ten seconds.
-const LAYER_AGE: Duration = Duration::from_secs(10);
-
-/// Entries of a writable layer that are counted; a larger one is reported as what was counted until then.
-const MAX_ENTRIES: u64 = 1_000_000;
-
-#[derive(Debug, Clone, Copy)]
-struct LayerSize {
-    at: Instant,
-    at_unix_ns: i64,
-    bytes: u64,
-    inodes: u64,
-}
 
 /// Processor time at one moment, and the rate that it gave with the sample before.
 #[derive(Debug, Clone, Copy)]
@@ -35,7 +19,7 @@ struct CpuSample {
 /// What has to be remembered between two calls.
 #[derive(Debug, Default)]
 pub(super) struct Samples {
-    layers: Mutex<HashMap<String, LayerSize>>,
+    layers: LayerSizes,
     cpu: Mutex<HashMap<String, CpuSample>>,
 }
 
@@ -114,28 +98,18 @@ impl Samples {
 
     /// The size of its writable layer, counted of late.
     pub(super) fn layer(&self, node: &Node, container: &Container) -> v1::FilesystemUsage {
-        let key = container.id().as_str();
-        let known = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(key).copied();
-        let size = match known {
-            Some(size) if size.at.elapsed() < LAYER_AGE => size,
-            _ => {
-                let (bytes, inodes) = usage_below(&container.files().upper());
-                let size = LayerSize { at: Instant::now(), at_unix_ns: unix_ns(), bytes, inodes };
-                self.layers.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), size);
-                size
-            }
-        };
+        let size = self.layers.of(container.id().as_str(), &container.files().upper(), unix_ns);
         v1::FilesystemUsage {
             timestamp: size.at_unix_ns,
             fs_id: Some(v1::FilesystemIdentifier { mountpoint: node.layout.root().display().to_string() }),
-            used_bytes: value(Some(size.bytes)),
-            inodes_used: value(Some(size.inodes)),
+            used_bytes: value(Some(size.usage.bytes)),
+            inodes_used: value(Some(size.usage.inodes)),
         }
     }
 
     /// Forgets what is known of a container or pod that is gone.
     pub(super) fn forget(&self, id: &str) {
-        self.layers.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.layers.forget(id);
         self.cpu.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 }
@@ -174,28 +148,6 @@ fn psi(pressure: &berth_cgroup::Pressure) -> v1::PsiStats {
     v1::PsiStats { full: Some(line(&pressure.full)), some: Some(line(&pressure.some)) }
 }
 
-/// Bytes on the disk and inodes of a tree, without following links. What vanishes meanwhile is not counted.
-fn usage_below(top: &Path) -> (u64, u64) {
-    use std::os::unix::fs::MetadataExt;
-    let (mut bytes, mut inodes) = (0_u64, 0_u64);
-    let mut folders = vec![top.to_owned()];
-    while let Some(folder) = folders.pop() {
-        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
-        for entry in entries.flatten() {
-            let Ok(metadata) = entry.metadata() else { continue };
-            bytes = bytes.saturating_add(metadata.blocks() * 512);
-            inodes += 1;
-            if inodes >= MAX_ENTRIES {
-                return (bytes, inodes);
-            }
-            if metadata.is_dir() {
-                folders.push(entry.path());
-            }
-        }
-    }
-    (bytes, inodes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,16 +160,5 @@ mod tests {
         assert_eq!(samples.rate("a", 2_000_000_000, 505_000_000), Some(500_000_000));
         assert_eq!(samples.rate("a", 2_000_000_001, 600_000_000), Some(500_000_000), "the rate of before");
         assert_eq!(samples.rate("a", 3_000_000_000, 0), Some(0), "a counter that went back");
-    }
-
-    #[test]
-    fn links_out_of_the_layer_are_not_followed() {
-        let directory = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/", directory.path().join("out")).unwrap();
-        std::fs::create_dir(directory.path().join("d")).unwrap();
-        std::fs::write(directory.path().join("d/file"), vec![1; 10_000]).unwrap();
-        let (bytes, inodes) = usage_below(directory.path());
-        assert_eq!(inodes, 3);
-        assert!((10_000..100_000).contains(&bytes), "{bytes}");
     }
 }

@@ -47,6 +47,8 @@ pub struct Stat {
     pub gid: u32,
     /// Length in bytes.
     pub size: u64,
+    /// Allocated on the disk, in bytes.
+    pub allocated: u64,
     /// Number of names.
     pub links: u64,
     /// For devices: major and minor number.
@@ -118,6 +120,8 @@ pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Resul
         uid: raw.st_uid,
         gid: raw.st_gid,
         size: raw.st_size.cast_unsigned(),
+        // In units of 512 bytes whatever the filesystem's blocks are: inode(7).
+        allocated: raw.st_blocks.cast_unsigned().saturating_mul(512),
         links: raw.st_nlink,
         device: (libc::major(raw.st_rdev), libc::minor(raw.st_rdev)),
         modified: Timestamp {

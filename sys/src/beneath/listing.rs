@@ -10,7 +10,7 @@ use super::dir::{single_name, unlink_at};
 use super::{Dir, stat_fd};
 
 /// Bytes asked from `getdents64` at once: some hundred entries.
-const LISTING_BUFFER: usize = 32 * 1024;
+pub(super) const LISTING_BUFFER: usize = 32 * 1024;
 
 /// Entries that could not be removed, after which a removal gives up: the filesystem will not have the rest
 /// removed either.
@@ -177,7 +177,7 @@ fn remove_one(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     }
 }
 
-fn getdents(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+pub(super) fn getdents(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: getdents64(2) writes at most the given length into the buffer, which has that length.
     let result =
         unsafe { libc::syscall(libc::SYS_getdents64, dir.as_raw_fd(), buffer.as_mut_ptr(), buffer.len()) };
@@ -187,7 +187,7 @@ fn getdents(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
 /// The names in what `getdents64` wrote, without `.` and `..`.
 ///
 /// `struct linux_dirent64` (getdents64(2)): d_ino u64, d_off i64, d_reclen u16, d_type u8, then the NUL-terminated name.
-struct DirEntries<'a>(&'a [u8]);
+pub(super) struct DirEntries<'a>(pub(super) &'a [u8]);
 
 impl<'a> Iterator for DirEntries<'a> {
     type Item = &'a CStr;

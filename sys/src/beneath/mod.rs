@@ -14,10 +14,12 @@ mod dir;
 mod inode;
 mod listing;
 mod root;
+mod walk;
 
 pub use dir::{Dir, Node};
 pub use inode::{FileType, Stat, Timestamp, chmod, chown, set_times, stat_fd};
 pub use root::{MissingDir, Root};
+pub use walk::{Usage, Walk};
 
 use std::ffi::{CString, OsStr};
 use std::io;

@@ -8,6 +8,7 @@ mod command;
 mod configuration;
 mod containers;
 mod crictl;
+mod daemonsets;
 mod escape;
 mod exec;
 mod faults;

@@ -521,6 +521,16 @@ async fn a_mirror_with_damaged_content_is_passed_over() {
             assert_eq!(asked.len(), 1, "{damaged} {fault}: {asked:?}");
         }
     }
+    // What a tag means has no digest; but no manifest is no answer.
+    let mirror = Scripted::start(&image, |request, _| {
+        request.path.contains("/manifests/").then(|| Reply::ok(b"<html>").header("Content-Type", "text/html"))
+    })
+    .await;
+    let server = Scripted::start(&image, |_, _| None).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (store, reference) = with_hosts(dir.path(), &[&mirror, &server]);
+    assert_eq!(store.pull(&reference, &anonymous(), quiet()).await.unwrap().id(), image.config);
+
     // If all have the same damage, the pull ends, and each was asked once.
     let copy = image.clone();
     let mut wrong = image.bytes(image.layers[0]).to_vec();

@@ -297,15 +297,27 @@ impl Session {
             Target::Digest(digest) => digest.to_string(),
         };
         let mut last = RegistryError::NotFound;
+        let mut unreadable = None;
         let may =
             |endpoint: &Endpoint| endpoint.pull && (endpoint.resolve || matches!(target, Target::Digest(_)));
         for (_, host, is_last) in self.hosts_that(|_, endpoint| may(endpoint)) {
             match self.manifest_from(host, is_last, target, &name).await {
-                Ok(fetched) => return Ok(fetched),
+                Ok(fetched) => match manifest::parse(&fetched.bytes, fetched.content_type.as_deref()) {
+                    Ok(_) => return Ok(fetched),
+                    // A page for people, or something damaged: another host may have the manifest.
+                    Err(error) => {
+                        if !is_last {
+                            let error: &dyn std::error::Error = &error;
+                            tracing::warn!(host = %host.name, error, "registry host gave no manifest");
+                        }
+                        unreadable.get_or_insert(fetched);
+                    }
+                },
                 Err(error) => last = error,
             }
         }
-        Err(last)
+        // What is wrong with it is for the reader to say.
+        unreadable.ok_or(last)
     }
 
     /// The hosts to ask, in order: the place of each, and whether it is the last. One that is down is passed over, unless it is the only one

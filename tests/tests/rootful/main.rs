@@ -20,6 +20,7 @@ mod isolation;
 mod lists;
 mod logs;
 mod mount_places;
+mod odd_images;
 mod pods;
 mod privileges;
 mod recovery;

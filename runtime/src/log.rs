@@ -1,15 +1,15 @@
 //! The daemon's log: one line for each event, whatever text is in it.
 //!
-//! Names and messages of images, registries and requests end up in log lines. Escaping them where they are logged would be forgotten once; so
-//! the whole line is escaped where it leaves the process.
+//! Names and messages of images, registries and requests end up in log lines. Escaping them where they are
+//! logged would be forgotten once; so the whole line is escaped where it leaves the process.
 
 use std::io::{self, IsTerminal as _, Stderr, Write};
 
 use berth_model::text::printable;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Makes a writer for each event. With `colours`, the sequences that set the colour of text stay; `tracing-subscriber` lets none of those
-/// in a field through.
+/// Makes a writer for each event. With `colours`, the sequences that set the colour of text stay;
+/// `tracing-subscriber` lets none of those in a field through.
 #[derive(Debug, Clone, Copy)]
 pub struct Lines {
     colours: bool,
@@ -55,8 +55,8 @@ impl<W: Write> Write for Line<W> {
     }
 }
 
-/// The text with everything escaped that `printable` escapes, but for the end of the line at its end and, with `colours`, the sequences of
-/// ECMA-48's SGR (`ESC [ 1 ; 31 m`).
+/// The text with everything escaped that `printable` escapes, but for the end of the line at its end and,
+/// with `colours`, the sequences of ECMA-48's SGR (`ESC [ 1 ; 31 m`).
 fn one_line(text: &str, colours: bool) -> String {
     let (mut rest, end) = match text.strip_suffix('\n') {
         Some(line) => (line, "\n"),

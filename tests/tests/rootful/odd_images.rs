@@ -1,4 +1,5 @@
-//! Images that builders make and that are odd where it does not matter; and text of images and requests on its way out.
+//! Images that builders make and that are odd where it does not matter; and text of images and requests on
+//! its way out.
 
 use std::fs;
 use std::path::Path;

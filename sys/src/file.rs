@@ -159,6 +159,22 @@ pub fn set_nonblocking(file: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// Takes room for the first `bytes` bytes of a file, which becomes that long if it is shorter: `fallocate(2)`, or zeros where a filesystem
+/// cannot.
+///
+/// # Errors
+/// `ENOSPC` when there is no room.
+pub fn allocate(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
+    let length = i64::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    match nix::fcntl::fallocate(file, nix::fcntl::FallocateFlags::empty(), 0, length) {
+        Err(nix::errno::Errno::EOPNOTSUPP) => {
+            let mut file = std::fs::File::from(file.try_clone_to_owned()?);
+            io::copy(&mut io::Read::take(io::repeat(0), bytes), &mut file).map(drop)
+        }
+        result => Ok(result?),
+    }
+}
+
 /// The bytes and inodes that a filesystem has in all and free for root, in this order: bytes, bytes free, inodes, inodes free:
 /// `statvfs(3)`.
 ///

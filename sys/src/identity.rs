@@ -51,6 +51,12 @@ impl Identified {
         self.pidfd.as_fd()
     }
 
+    /// [`Identified::pidfd`], to keep.
+    #[must_use]
+    pub fn into_pidfd(self) -> OwnedFd {
+        self.pidfd
+    }
+
     /// Whether it was not reaped yet, and everything that was looked up by its number so far was its own.
     #[must_use]
     pub fn holds_its_number(&self) -> bool {

@@ -105,6 +105,26 @@ pub fn pin_of(pid: i32, kind: Kind, path: &Path) -> io::Result<()> {
     pin(Path::new(&format!("/proc/{pid}/ns/{}", kind.file_name())), path)
 }
 
+/// Pins the namespace that `namespace` stands for as the file `path`, which is created.
+///
+/// # Errors
+/// As [`pin_own`].
+pub fn pin_fd(namespace: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    pin(Path::new(&format!("/proc/thread-self/fd/{}", namespace.as_raw_fd())), path)
+}
+
+/// The number that tells the namespace behind `namespace` from all others of its kind: the inode of nsfs, namespaces(7), which links in
+/// `/proc/<pid>/ns` show as `pid:[number]`.
+///
+/// # Errors
+/// `EINVAL` when it is no namespace.
+pub fn number(namespace: BorrowedFd<'_>) -> io::Result<u64> {
+    if !is_namespace(namespace) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(nix::sys::stat::fstat(namespace)?.st_ino)
+}
+
 fn pin(source: &Path, path: &Path) -> io::Result<()> {
     OpenOptions::new().write(true).create_new(true).mode(0o400).open(path)?;
     mount::bind(source, path).inspect_err(|_| {

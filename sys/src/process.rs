@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Namespaces that a new process gets: `CLONE_NEW*` of `clone(2)`.
 pub mod namespace {
@@ -239,25 +239,56 @@ pub enum Child {
 /// # Errors
 /// None that a caller has to act on.
 pub fn reap_or_running(pid: i32) -> io::Result<Child> {
-    // SAFETY: siginfo_t is plain data for which all zero bytes are valid.
-    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `info` is a live siginfo_t; the rest are numbers. WNOWAIT leaves the child to be reaped below.
-    let result = unsafe {
-        libc::waitid(
-            libc::P_PID,
-            pid.unsigned_abs(),
-            &raw mut info,
-            libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL,
-        )
-    };
-    if result < 0 {
-        let error = io::Error::last_os_error();
-        return if error.raw_os_error() == Some(libc::ECHILD) { Ok(Child::None) } else { Err(error) };
+    if peek(libc::P_PID, pid.unsigned_abs())?.is_none() {
+        return Ok(Child::None);
     }
     Ok(match wait(libc::P_PID, pid.unsigned_abs(), libc::WNOHANG)? {
         Some((_, ended)) => Child::Ended(ended),
         None => Child::Running,
     })
+}
+
+/// Whether `pid` is a child of the calling process that nobody has reaped: `waitid(2)` with `WNOWAIT`. As long as it is, the number
+/// is its own.
+///
+/// # Errors
+/// None in practice.
+pub fn is_child(pid: i32) -> io::Result<bool> {
+    Ok(pid > 0 && peek(libc::P_PID, pid.unsigned_abs())?.is_some())
+}
+
+/// A child that has ended and was not reaped, which it still is not afterwards: of all children, or, with `pid`, that one.
+///
+/// # Errors
+/// None that a caller has to act on: without children it returns `None`.
+pub fn ended_child(pid: Option<i32>) -> io::Result<Option<i32>> {
+    let found = match pid {
+        Some(pid) => peek(libc::P_PID, pid.unsigned_abs())?,
+        None => peek(libc::P_ALL, 0)?,
+    };
+    Ok(found.filter(|pid| *pid != 0))
+}
+
+/// `waitid(2)` with `WNOHANG` and `WNOWAIT`: `None` when there is no such child, 0 when it has not ended.
+fn peek(kind: libc::idtype_t, id: u32) -> io::Result<Option<i32>> {
+    // SAFETY: siginfo_t is plain data for which all zero bytes are valid.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
+    // SAFETY: `info` is a live siginfo_t; the rest are numbers.
+    if unsafe { libc::waitid(kind, id, &raw mut info, options) } < 0 {
+        let error = io::Error::last_os_error();
+        return if error.raw_os_error() == Some(libc::ECHILD) { Ok(None) } else { Err(error) };
+    }
+    // SAFETY: after a successful waitid the si_pid member is the one in use; it is zero when no child has ended.
+    Ok(Some(unsafe { info.si_pid() }))
+}
+
+/// Sends `signal` to the child `pid`, which the caller has not reaped yet, so that the number is still its own.
+///
+/// # Errors
+/// `ESRCH` when there is no such process.
+pub fn signal_child(pid: i32, signal: i32) -> io::Result<()> {
+    signal_pidfd(open_pidfd(pid)?.as_fd(), signal)
 }
 
 /// Waits for the child `pid` to end and reaps it.
@@ -644,7 +675,6 @@ mod tests {
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let args = [c"sh", c"-c", c"echo out; echo err >&2; echo three >&3"].map(CStr::to_owned);
-        use std::os::fd::AsFd;
         let descriptors = [null.as_fd(), write.as_fd(), write.as_fd(), write.as_fd()];
         let pid =
             spawn(&Program { path: c"/bin/sh", args: &args, env: &[], descriptors: &descriptors }).unwrap();
@@ -659,6 +689,23 @@ mod tests {
     fn a_missing_program_is_an_error() {
         let error = spawn(&Program { path: c"/no/such", args: &[], env: &[], descriptors: &[] }).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+    }
+
+    #[test]
+    fn only_children_that_were_not_reaped_are_children() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert!(is_child(pid).unwrap());
+        while ended_child(Some(pid)).unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        assert_eq!(ended_child(Some(pid)).unwrap(), Some(pid));
+        assert!(is_child(pid).unwrap(), "one that has ended is one still");
+        child.wait().unwrap();
+        assert_eq!(ended_child(Some(pid)).unwrap(), None);
+        for other in [pid, 1, 0, -1, i32::MIN] {
+            assert!(!is_child(other).unwrap(), "{other}");
+        }
     }
 
     #[test]

@@ -4,12 +4,12 @@ use std::ffi::{CStr, CString, OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 
 use super::inode::{stat_at, timespec};
 use super::{
-    FileType, Root, Stat, Timestamp, c_string, invalid, owned, proc_path, reopen, retry_interrupted,
-    retry_interrupted_long, stat_fd,
+    FileType, Root, Stat, Timestamp, c_string, invalid, owned, proc_path, read_link_at, reopen,
+    retry_interrupted, stat_fd,
 };
 
 /// One directory inside a tree, open for reading. Its methods take a single name and act on that very entry, not on what a link
@@ -135,15 +135,7 @@ impl Dir {
     /// # Errors
     /// As readlinkat(2): `EINVAL` if it is no link.
     pub fn read_link(&self, name: &OsStr) -> io::Result<OsString> {
-        let name = single_name(name)?;
-        // A target is shorter than PATH_MAX (symlink(7)), so it always fits and is never cut.
-        let mut buffer = vec![0_u8; 4096];
-        // SAFETY: readlinkat(2) writes at most the given length into the buffer, which has that length.
-        let length = retry_interrupted_long(|| unsafe {
-            libc::readlinkat(self.fd.as_raw_fd(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len())
-        })?;
-        buffer.truncate(length);
-        Ok(OsString::from_vec(buffer))
+        read_link_at(self.fd.as_fd(), &single_name(name)?)
     }
 
     /// Changes owner and group of the entry itself.

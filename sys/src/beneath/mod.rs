@@ -21,10 +21,10 @@ pub use inode::{FileType, Stat, Timestamp, chmod, chown, set_times, stat_fd};
 pub use root::{MissingDir, Root};
 pub use walk::{Usage, Walk};
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 /// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through 128 tries is an attack.
 pub const MAX_TRIES: usize = 128;
@@ -44,6 +44,18 @@ fn proc_path(fd: BorrowedFd<'_>) -> CString {
 
 fn c_string(text: &OsStr) -> io::Result<CString> {
     CString::new(text.as_bytes()).map_err(|_| invalid())
+}
+
+/// Target of the link `name` in `directory`, or of the link that `directory` itself stands for when `name` is empty.
+fn read_link_at(directory: BorrowedFd<'_>, name: &CStr) -> io::Result<OsString> {
+    // A target is shorter than PATH_MAX (symlink(7)), so it always fits and is never cut.
+    let mut buffer = vec![0_u8; 4096];
+    // SAFETY: readlinkat(2) writes at most the given length into the buffer, which has that length.
+    let length = retry_interrupted_long(|| unsafe {
+        libc::readlinkat(directory.as_raw_fd(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len())
+    })?;
+    buffer.truncate(length);
+    Ok(OsString::from_vec(buffer))
 }
 
 fn invalid() -> io::Error {

@@ -6,7 +6,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use super::{Dir, FileType, MAX_TRIES, Stat, c_string, invalid, owned, reopen, retry_interrupted, stat_fd};
+use super::{
+    Dir, FileType, MAX_TRIES, Stat, c_string, invalid, owned, read_link_at, reopen, retry_interrupted,
+    stat_fd,
+};
 
 /// Symbolic links followed while directories are made; the kernel's own limit (path_resolution(7)).
 const MAX_LINKS: usize = 40;
@@ -38,6 +41,7 @@ struct OpenHow {
     resolve: u64,
 }
 
+const RESOLVE_NO_XDEV: u64 = 0x01;
 const RESOLVE_NO_MAGICLINKS: u64 = 0x02;
 const RESOLVE_NO_SYMLINKS: u64 = 0x04;
 const RESOLVE_IN_ROOT: u64 = 0x10;
@@ -88,6 +92,17 @@ impl Root {
     /// As openat2(2); `ELOOP` for a link.
     pub fn resolve_no_links(&self, path: &Path) -> io::Result<OwnedFd> {
         self.open_raw(path, libc::O_PATH, RESOLVE_NO_SYMLINKS)
+    }
+
+    /// Target of the link at `path`, reached through no other link and through no mount point: what the filesystem at the boundary
+    /// has, whatever somebody mounted over it.
+    ///
+    /// # Errors
+    /// As openat2(2): `EXDEV` for a mount point, `ELOOP` for a link on the way; `EINVAL` or `ENOENT` when it is no link.
+    pub fn read_link_of_own_mount(&self, path: &Path) -> io::Result<OsString> {
+        let link =
+            self.open_raw(path, libc::O_PATH | libc::O_NOFOLLOW, RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)?;
+        read_link_at(link.as_fd(), c"")
     }
 
     /// Opens a directory; links are followed inside the boundary.

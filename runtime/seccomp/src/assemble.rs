@@ -70,6 +70,27 @@ pub(crate) fn assemble(lowered: &Lowered) -> Result<Vec<u8>, CompileError> {
     Ok(program.iter().flat_map(bytes).collect())
 }
 
+/// `filter`, but for calls of this machine's own architecture that have one of these numbers and exactly these first arguments: those are let
+/// through.
+pub(crate) fn letting_through(filter: &[u8], calls: &[(u32, &[u64])]) -> Result<Vec<u8>, CompileError> {
+    let mut program = vec![plain(code::LOAD, OFFSET_ARCH)];
+    let mut native = Vec::new();
+    for (number, args) in calls {
+        let conditions = (0_u8..)
+            .zip(*args)
+            .map(|(argument, value)| Condition { argument, comparison: Comparison::Equal(*value) });
+        let rule = Rule { conditions: conditions.collect(), action: ret::ALLOW };
+        native.push(plain(code::LOAD, OFFSET_NUMBER));
+        native.extend(skip_unless(plain(code::JUMP_IF_EQUAL, *number), rule_block(&rule, Abi::NATIVE)));
+    }
+    program.extend(skip_unless(plain(code::JUMP_IF_EQUAL, Abi::NATIVE.audit_arch()), native));
+    let instructions = program.len() + filter.len() / 8;
+    if instructions > MAX_INSTRUCTIONS {
+        return Err(CompileError::TooLong { instructions });
+    }
+    Ok(program.iter().flat_map(bytes).chain(filter.iter().copied()).collect())
+}
+
 fn bytes(instruction: &Instruction) -> [u8; 8] {
     let [c0, c1] = instruction.code.to_ne_bytes();
     let [k0, k1, k2, k3] = instruction.operand.to_ne_bytes();

@@ -15,6 +15,7 @@ mod abi;
 mod assemble;
 mod cache;
 mod default_profile;
+mod entry;
 mod evaluate;
 mod lower;
 #[cfg(test)]

@@ -13,7 +13,8 @@
 //!   quarantine/                records that could not be read
 //! <state>/                     gone after a reboot; /run/berth
 //!   berth.sock                 the socket, unless set otherwise
-//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), shm (the pod's tmpfs), record (a copy)
+//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), proc (procfs of that pid namespace), shm (the pod's tmpfs),
+//!                              record (a copy)
 //!     shm/shm                  /dev/shm of its containers
 //!     shm/etc/                 hosts, hostname, resolv.conf
 //!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount namespace), record (a copy),
@@ -150,6 +151,12 @@ impl SandboxFiles {
     #[must_use]
     pub fn namespace(&self, name: &str) -> PathBuf {
         self.state.join(name)
+    }
+
+    /// Where the procfs of a shared pid namespace is mounted.
+    #[must_use]
+    pub fn procfs(&self) -> PathBuf {
+        self.state.join("proc")
     }
 
     /// The mount point of its tmpfs.

@@ -29,8 +29,8 @@ pub(crate) use berth_shim_proto::control::{Created, Failed};
 
 /// How long a shim may take for what needs no program of the container to do anything.
 const CALL: Duration = Duration::from_secs(10);
-/// How long making a container may take: mounts of slow filesystems are in it.
-const CREATE: Duration = Duration::from_secs(60);
+/// How long making a container may take: mounts of slow filesystems are in it. A little longer than the shim waits.
+const CREATE: Duration = Duration::from_secs(65);
 /// How long a start may take. A little longer than the shim itself waits for the program: it says then that the start failed, and ends it.
 pub(crate) const START: Duration = Duration::from_secs(12);
 /// How long a kill may take to reach what it is for, when there is another way to see to it.
@@ -126,7 +126,7 @@ impl ShimProgram {
     ///
     /// # Errors
     /// [`ShimError::Failed`] with the step that failed.
-    pub(crate) fn spawn_pause(&self, cgroup: Cgroup) -> Result<Created, ShimError> {
+    pub(crate) fn spawn_pause(&self, cgroup: Cgroup) -> Result<Pause, ShimError> {
         let start = |action| move |source| ShimError::Start { action, source };
         let (ours, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
         let request = frame::encode(&cgroup).map_err(ShimError::TooLong)?;
@@ -136,12 +136,26 @@ impl ShimProgram {
         let reply = read_one(ours.as_fd());
         // It has ended, or ends as soon as it has said its word.
         let _ = process::wait_for(pid);
-        match reply.map_err(start("hear from it"))?.and_then(|reply| reply.answer) {
-            Some(Answer::Created(created)) => Ok(created),
-            Some(Answer::Failed(failed)) => Err(ShimError::Failed(failed)),
+        let (reply, descriptors) = reply.map_err(start("hear from it"))?.ok_or(ShimError::Lost)?;
+        let mut descriptors = descriptors.into_iter();
+        match (reply.answer, descriptors.next(), descriptors.next()) {
+            (Some(Answer::Created(created)), Some(pid_namespace), Some(procfs)) => {
+                Ok(Pause { created, pid_namespace, procfs })
+            }
+            (Some(Answer::Failed(failed)), ..) => Err(ShimError::Failed(failed)),
             _ => Err(ShimError::Lost),
         }
     }
+}
+
+/// Process 1 of a pod's own pid namespace.
+#[derive(Debug)]
+pub(crate) struct Pause {
+    pub(crate) created: Created,
+    /// The namespace.
+    pub(crate) pid_namespace: OwnedFd,
+    /// A procfs of it, a detached mount.
+    pub(crate) procfs: OwnedFd,
 }
 
 /// A process that keeps a scope of systemd in being until the one that it is for is in it: it waits for the end of its one descriptor,
@@ -176,16 +190,20 @@ impl Drop for Holder {
     }
 }
 
-fn read_one(socket: BorrowedFd<'_>) -> io::Result<Option<Reply>> {
+fn read_one(socket: BorrowedFd<'_>) -> io::Result<Option<(Reply, Vec<OwnedFd>)>> {
     let mut received = Vec::new();
+    let mut descriptors = Vec::new();
     let mut buffer = [0; 4096];
     loop {
         if let Some(reply) = frame::take(&mut received).map_err(io::Error::other)? {
-            return Ok(Some(reply));
+            return Ok(Some((reply, descriptors)));
         }
         match socket::receive(socket, &mut buffer)? {
             (0, _) => return Ok(None),
-            (length, _) => received.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+            (length, more) => {
+                received.extend_from_slice(buffer.get(..length).unwrap_or_default());
+                descriptors.extend(more);
+            }
         }
     }
 }
@@ -202,6 +220,15 @@ struct Incoming {
 struct Outgoing {
     frame: Vec<u8>,
     descriptors: Vec<OwnedFd>,
+}
+
+/// The container whose pid namespace a new one is to live in.
+#[derive(Debug)]
+pub(crate) struct Target {
+    /// Its main process.
+    pub(crate) process: OwnedFd,
+    /// That one's pid namespace.
+    pub(crate) pid_namespace: OwnedFd,
 }
 
 /// A connection to a shim.
@@ -286,8 +313,9 @@ impl ShimClient {
     ///
     /// # Errors
     /// [`ShimError`]; nothing is left in the shim, which the caller has to [`ShimClient::discard`].
-    pub(crate) async fn create(&self, launch: Launch) -> Result<Created, ShimError> {
-        match self.call(Call::Create(Box::new(launch)), CREATE).await? {
+    pub(crate) async fn create(&self, launch: Launch, target: Option<Target>) -> Result<Created, ShimError> {
+        let descriptors = target.map_or_else(Vec::new, |target| vec![target.process, target.pid_namespace]);
+        match self.call_with(Call::Create(Box::new(launch)), descriptors, CREATE).await? {
             Answer::Created(created) => Ok(created),
             other => Err(unexpected(other)),
         }
@@ -392,8 +420,17 @@ impl ShimClient {
     }
 
     async fn call(&self, call: Call, limit: Duration) -> Result<Answer, ShimError> {
+        self.call_with(call, Vec::new(), limit).await
+    }
+
+    async fn call_with(
+        &self,
+        call: Call,
+        descriptors: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Answer, ShimError> {
         let attempt = async {
-            let (_, answer) = self.send(call, Vec::new())?;
+            let (_, answer) = self.send(call, descriptors)?;
             answer.await.map_err(|_| self.lost())
         };
         match tokio::time::timeout(limit, attempt).await {
@@ -581,9 +618,9 @@ fn receive(socket: &UnixStream, received: &mut Vec<u8>, incoming: &Incoming) -> 
     true
 }
 
-/// How the container ended, if the last message says so: shims of this version leave that to the record.
-fn end_in((): ()) -> Option<ExitRecord> {
-    None
+/// How the container ended, if the last message says so: shims of the first version left that to the record.
+fn end_in(record: ExitRecord) -> Option<ExitRecord> {
+    (record.finished_at_unix_ns != 0).then_some(record)
 }
 
 /// Takes the zombie of a shim that this daemon started. It ends right after its connection; one that hangs is looked for now and then.

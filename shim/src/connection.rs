@@ -2,6 +2,7 @@
 
 use berth_shim_proto::control::{Reply, Request, request::Call};
 use berth_shim_proto::frame;
+use berth_shim_proto::launch::PidNamespace;
 use berth_sys::poll::Poll;
 use berth_sys::socket;
 use std::collections::VecDeque;
@@ -19,7 +20,7 @@ pub(crate) struct Connection {
     socket: OwnedFd,
     token: u64,
     received: Vec<u8>,
-    /// One group for each exec frame, in the order of the frames.
+    /// One group for each frame that carries descriptors, in the order of the frames.
     descriptors: VecDeque<Vec<OwnedFd>>,
     waiting: Vec<u8>,
     watching_writes: bool,
@@ -73,10 +74,15 @@ impl Connection {
             loop {
                 match frame::take::<Request>(&mut self.received) {
                     Ok(Some(request)) => {
-                        let descriptors = match &request.call {
-                            Some(Call::Exec(_)) => self.descriptors.pop_front().unwrap_or_default(),
-                            _ => Vec::new(),
+                        let carries = match &request.call {
+                            Some(Call::Exec(_)) => true,
+                            Some(Call::Create(launch)) => {
+                                matches!(launch.namespaces.pid, Some(PidNamespace::Target(())))
+                            }
+                            _ => false,
                         };
+                        let descriptors =
+                            if carries { self.descriptors.pop_front() } else { None }.unwrap_or_default();
                         requests.push((request, descriptors));
                     }
                     Ok(None) => break,

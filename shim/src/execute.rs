@@ -6,13 +6,12 @@
 use crate::failure::{Step, from_io, refused, shown};
 use crate::handshake::ChildEnd;
 use crate::user::Resolved;
-use berth_shim_proto::control::{Created, Failed};
+use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::Process;
 use berth_sys::beneath::{self, Root};
 use berth_sys::credentials;
 use berth_sys::process::{self, CloseRange};
 use std::ffi::{CString, OsStr};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -189,42 +188,33 @@ fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
     .map(drop)
 }
 
-/// What a process on its way to its program can do still.
+/// What a process on its way to its program has left to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Privileges {
-    /// What shedding takes, and what the program may.
+    /// It has what shedding takes besides what the program may. Only where nobody else is to see it.
     Shedding,
-    /// What the program may, under its filter.
+    /// It is as its program will be, but for the last filter: the one in force lets through what entering takes.
+    Entering,
+    /// It is as its program will be.
     Program,
 }
 
-/// Gives up, before a process is born where others may trace it, all that they could get hold of in it: as much as its filter allows to give up
-/// before the birth.
+/// Gives up, before a process is born where others may trace it, everything that its program is not to have.
 pub(crate) fn shed_before_birth(process: &Process) -> Result<Privileges, Failed> {
-    if process.sheds_outside {
-        shed(process)?;
+    if process.entry_filter.is_empty() {
+        shed(process, &process.seccomp_filter)?;
         return Ok(Privileges::Program);
     }
-    keep_what_shedding_needs(process)?;
-    Ok(Privileges::Shedding)
+    // The last filter is installed inside, where no capability for it may be.
+    process::set_no_new_privileges().step("set no_new_privs", "")?;
+    shed(process, &process.entry_filter)?;
+    Ok(Privileges::Entering)
 }
 
-/// The last of a main process: reports, waits for the start, sheds what privileges there are still and becomes the program. Returns only
-/// why it could not. `terminal` goes with the report.
-pub(crate) fn finish(
-    process: &Process,
-    program: &Program,
-    privileges: Privileges,
-    end: &ChildEnd,
-    created: &Created,
-    terminal: Option<OwnedFd>,
-) -> Failed {
-    let report = || {
-        end.ready(created, terminal.as_ref().map(AsFd::as_fd))?;
-        drop(terminal);
-        end.wait_for_go()
-    };
-    match report() {
+/// The last of a main process that has reported: waits for the start, sheds what privileges are left and becomes the program. Returns only
+/// why it could not.
+pub(crate) fn finish(process: &Process, program: &Program, privileges: Privileges, end: &ChildEnd) -> Failed {
+    match end.wait_for_go() {
         Ok(()) => finish_exec(process, program, privileges),
         Err(failed) => failed,
     }
@@ -232,8 +222,12 @@ pub(crate) fn finish(
 
 /// The last of a process of exec.
 pub(crate) fn finish_exec(process: &Process, program: &Program, privileges: Privileges) -> Failed {
-    let shed = if privileges == Privileges::Program { Ok(()) } else { shed(process) };
-    match shed {
+    let last = match privileges {
+        Privileges::Shedding => shed(process, &process.seccomp_filter),
+        Privileges::Entering => install_filter(process, &process.seccomp_filter),
+        Privileges::Program => Ok(()),
+    };
+    match last {
         Ok(()) => program.execute(),
         Err(failed) => failed,
     }
@@ -256,8 +250,7 @@ const SYS_ADMIN: u64 = 1 << 21;
 /// What is effective while a filter is installed without no_new_privs: seccomp(2), capabilities(7).
 const FOR_THE_FILTER: u64 = SYS_ADMIN | SETPCAP;
 
-/// Gives up every capability that the program is not to have and [`shed`] does not use: others in the pid namespace may be allowed to trace,
-/// and a container may wait long for its start.
+/// Gives up every capability that the program is not to have and [`shed`] does not use: a container may wait long for its start.
 pub(crate) fn keep_what_shedding_needs(process: &Process) -> Result<(), Failed> {
     let sets = process.capabilities;
     let filters = !process.seccomp_filter.is_empty() && !process.no_new_privileges;
@@ -266,8 +259,8 @@ pub(crate) fn keep_what_shedding_needs(process: &Process) -> Result<(), Failed> 
         .step("limit the capabilities", "for the change into the container")
 }
 
-/// The privileges that remain are the program's own.
-fn shed(process: &Process) -> Result<(), Failed> {
+/// The privileges that remain are the program's own, under `filter`.
+fn shed(process: &Process, filter: &[u8]) -> Result<(), Failed> {
     let capabilities = process.capabilities;
     // Everything but 0, 1, 2 closes at exec, however it was opened.
     process::close_from(3, CloseRange::OnExec).step("close descriptors", "")?;
@@ -275,14 +268,14 @@ fn shed(process: &Process) -> Result<(), Failed> {
         process::set_no_new_privileges().step("set no_new_privs", "")?;
         // With no_new_privs a filter needs no capability, so it comes last and may forbid even capset.
         set_capabilities(process)?;
-        install_filter(process)
+        install_filter(process, filter)
     } else {
         // Without it the filter needs CAP_SYS_ADMIN, which the change of user above took out of the effective set.
-        if !process.seccomp_filter.is_empty() {
+        if !filter.is_empty() {
             let all = capabilities.permitted | capabilities.inheritable | FOR_THE_FILTER;
             credentials::set_capabilities(FOR_THE_FILTER, all, 0)
                 .step("limit the capabilities", "for the filter")?;
-            install_filter(process)?;
+            install_filter(process, filter)?;
         }
         set_capabilities(process)
     }
@@ -296,12 +289,11 @@ fn set_capabilities(process: &Process) -> Result<(), Failed> {
     credentials::raise_ambient_set(sets.ambient).step("limit the capabilities", "ambient set")
 }
 
-fn install_filter(process: &Process) -> Result<(), Failed> {
-    if process.seccomp_filter.is_empty() {
+fn install_filter(process: &Process, filter: &[u8]) -> Result<(), Failed> {
+    if filter.is_empty() {
         return Ok(());
     }
-    process::install_seccomp(&process.seccomp_filter, process.seccomp_flags)
-        .step("install the seccomp filter", "")
+    process::install_seccomp(filter, process.seccomp_flags).step("install the seccomp filter", "")
 }
 
 #[cfg(test)]

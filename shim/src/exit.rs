@@ -118,12 +118,46 @@ pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     }
 }
 
-/// Writes the record beside its place and renames it into it, so that it is there whole or not at all.
+/// Takes the room that the record will need, so that a disk that fills up meanwhile does not keep it from being written.
+pub(crate) fn reserve_record(path: &Path) -> io::Result<()> {
+    let file = File::options().write(true).create(true).truncate(false).open(partial(path))?;
+    berth_sys::file::allocate(file.as_fd(), RESERVED_BYTES)
+}
+
+/// What is reserved: one block. A record has some 30 bytes, plus the words of a failed start, which are in it as far as they fit.
+const RESERVED_BYTES: u64 = 4096;
+
+/// The longest words of a failed start in a record, in bytes.
+const MAX_START_ERROR: usize = 2048;
+
+/// Gives back what [`reserve_record`] took, when there is no container.
+pub(crate) fn drop_reservation(path: &Path) {
+    // The daemon removes the whole directory.
+    let _ = std::fs::remove_file(partial(path));
+}
+
+/// Writes the record where room is reserved for it and renames it into place, so that it is there whole or not at all.
 pub(crate) fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
+    let partial = partial(path);
+    let mut record = record.clone();
+    let mut end = MAX_START_ERROR.min(record.start_error.len());
+    while !record.start_error.is_char_boundary(end) {
+        end -= 1;
+    }
+    record.start_error.truncate(end);
+    let bytes = encode(&record);
+    // Not truncated before: that would give the room back.
+    let file = File::options().write(true).create(true).truncate(false).open(&partial)?;
+    file.write_all_at(&bytes, 0)?;
+    file.set_len(bytes.len().try_into().unwrap_or(RESERVED_BYTES))?;
+    std::fs::rename(&partial, path)
+}
+
+/// Where the record is until it is whole.
+fn partial(path: &Path) -> std::ffi::OsString {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
-    std::fs::write(&partial, encode(record))?;
-    std::fs::rename(&partial, path)
+    partial
 }
 
 /// The time at which the process started, as the daemon and this process both compute it.
@@ -188,8 +222,27 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("exit");
         let record = ExitRecord { exit_code: 3, ..ExitRecord::default() };
+        reserve_record(&path).unwrap();
         write_record(&path, &record).unwrap();
-        assert_eq!(berth_shim_proto::exit_record::decode(&std::fs::read(&path).unwrap()), Ok(record));
+        assert_eq!(berth_shim_proto::exit_record::decode(&std::fs::read(&path).unwrap()), Ok(record.clone()));
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        // Also without a reservation, and the words of a failed start as far as there is room.
+        let record = ExitRecord { start_error: "ä".repeat(100_000), ..record };
+        write_record(&path, &record).unwrap();
+        let read = berth_shim_proto::exit_record::decode(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(read.start_error, "ä".repeat(MAX_START_ERROR / 2));
+        assert!(std::fs::metadata(&path).unwrap().len() < RESERVED_BYTES);
+    }
+
+    #[test]
+    fn a_reservation_takes_room() {
+        use std::os::unix::fs::MetadataExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("exit");
+        reserve_record(&path).unwrap();
+        let reserved = directory.path().join("exit.partial");
+        assert!(std::fs::metadata(&reserved).unwrap().blocks() * 512 >= RESERVED_BYTES);
+        drop_reservation(&path);
+        assert!(!reserved.exists());
     }
 }

@@ -4,23 +4,22 @@
 //! the child ends.
 //!
 //! A process in a pid namespace shows everybody there that may trace (`CAP_SYS_PTRACE`) what it has: its root, its working directory, its
-//! descriptors, its memory, and through that its privileges. So nothing of the host enters a namespace where others live. Who is bound for one
-//! prepares outside until the root is the container's, the descriptors are the program's and the privileges too, and only then goes on as a
-//! sibling born inside ([`go_on_inside`]). A filter under which no process can be made is installed inside all the same; whoever traces
-//! there may then get hold of the capability that this takes, unless the program has `no_new_privs`.
+//! descriptors, its memory, and through that its privileges. So nothing of the host enters a namespace where others live. A process bound
+//! for one prepares outside until the root is the container's and the descriptors, privileges and filter are the program's, reports, and
+//! only then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not believed ([`crate::handshake`]).
 
 use crate::execute::{self, Privileges, Program};
 use crate::failure::{Step, refused};
 use crate::handshake::ChildEnd;
 use crate::inheritance;
+use crate::procfs::{self, Target};
 use crate::rootfs;
 use crate::user::{self, Resolved};
 use berth_shim_proto::control::{Created, Failed};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace, Process};
 use berth_sys::beneath::Root;
-use berth_sys::mount::FsContext;
-use berth_sys::process::{Cloned, SingleThreaded};
-use berth_sys::{credentials, file, ns, process, socket, tty};
+use berth_sys::process::SingleThreaded;
+use berth_sys::{file, ns, process, tty};
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
@@ -42,8 +41,13 @@ pub(crate) fn host_path(bytes: &[u8]) -> &Path {
 }
 
 /// The main process. Never returns: it becomes the program, or reports why not and ends.
-pub(crate) fn run_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> ! {
-    let failed = become_main(launch, stdio, end);
+pub(crate) fn run_main(
+    launch: &Launch,
+    target: Option<&Target>,
+    stdio: Option<Stdio>,
+    end: &mut ChildEnd,
+) -> ! {
+    let failed = become_main(launch, target, stdio, end);
     end.failed(&failed);
     process::exit_now(127)
 }
@@ -55,31 +59,27 @@ pub(crate) fn run_exec(
     main: BorrowedFd<'_>,
     user: &Resolved,
     stdio: Stdio,
-    end: &ChildEnd,
+    end: &mut ChildEnd,
 ) -> ! {
     let failed = become_exec(launch, program, main, user, stdio, end);
     end.failed(&failed);
     process::exit_now(127)
 }
 
-fn become_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Failed {
-    match prepare_main(launch, stdio, end) {
-        Ok(Prepared { program, privileges, created, terminal }) => {
-            execute::finish(&launch.process, &program, privileges, end, &created, terminal)
-        }
+fn become_main(launch: &Launch, target: Option<&Target>, stdio: Option<Stdio>, end: &mut ChildEnd) -> Failed {
+    match prepare_main(launch, target, stdio, end) {
+        Ok((program, privileges)) => execute::finish(&launch.process, &program, privileges, end),
         Err(failed) => failed,
     }
 }
 
-/// A main process that has only to report.
-struct Prepared {
-    program: Program,
-    privileges: Privileges,
-    created: Created,
-    terminal: Option<OwnedFd>,
-}
-
-fn prepare_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Result<Prepared, Failed> {
+/// Everything up to the wait for the start, the report included.
+fn prepare_main(
+    launch: &Launch,
+    target: Option<&Target>,
+    stdio: Option<Stdio>,
+    end: &mut ChildEnd,
+) -> Result<(Program, Privileges), Failed> {
     let mut notes = Vec::new();
     begin(&launch.cgroup)?;
     // While /proc is still the host's.
@@ -103,14 +103,22 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Result
         ns::unshare(ns::CGROUP).step("make a cgroup namespace", "")?;
     }
 
-    let inhabited = match &namespaces.pid {
-        Some(PidNamespace::Join(path)) => Some(host_path(path)),
+    let procfs = match (&namespaces.pid, target) {
+        (Some(PidNamespace::Join(path)), _) => {
+            let procfs = procfs::pinned(host_path(&namespaces.procfs))?;
+            let path = host_path(path);
+            let namespace = ns::open(path).step("open the pid namespace", path.display())?;
+            join_for_children(namespace.as_fd())?;
+            Some(procfs)
+        }
+        (Some(PidNamespace::Target(())), Some(target)) => {
+            let procfs = target.procfs()?;
+            join_for_children(target.pid_namespace())?;
+            Some(procfs)
+        }
         _ => None,
     };
-    let procfs = inhabited.map(procfs_of).transpose()?;
-    if let Some(path) = inhabited {
-        join_for_children(path)?;
-    }
+    let inhabited = procfs.is_some();
     let rootfs::Assembled { root, accounts } = rootfs::assemble(launch, procfs)?;
     berth_sys::mount::pivot_into(root.as_fd()).step("change the root", "")?;
     drop(root);
@@ -127,20 +135,31 @@ fn prepare_main(launch: &Launch, stdio: Option<Stdio>, end: &ChildEnd) -> Result
     execute::enter_directory(&launch.process.cwd, &user)?;
     let program = Program::new(&launch.process, &user.home)?;
     execute::become_user(&launch.process, &user)?;
-    let privileges = if inhabited.is_some() {
-        go_on_inside(&launch.process, end, terminal.as_ref().map(AsFd::as_fd))?
-    } else {
-        execute::keep_what_shedding_needs(&launch.process)?;
-        Privileges::Shedding
-    };
-    // A session of its own: signals of a terminal reach it and nobody else.
-    process::new_session().step("make a session", "")?;
-    if terminal.is_some() {
-        tty::make_controlling(std::io::stdin().as_fd()).step("open a terminal", "")?;
-    }
     let Resolved { uid, gid, groups, home } = user;
     let created = Created { uid, gid, groups, home, notes, ..Created::default() };
-    Ok(Prepared { program, privileges, created, terminal })
+    let has_terminal = terminal.is_some();
+    if inhabited {
+        // Out here, where it is believed.
+        end.ready(&created, terminal.as_ref().map(AsFd::as_fd))?;
+        drop(terminal);
+        let privileges = go_on_inside(&launch.process, end)?;
+        lead_session(has_terminal)?;
+        Ok((program, privileges))
+    } else {
+        execute::keep_what_shedding_needs(&launch.process)?;
+        lead_session(has_terminal)?;
+        end.ready(&created, terminal.as_ref().map(AsFd::as_fd))?;
+        Ok((program, Privileges::Shedding))
+    }
+}
+
+/// A session of its own: signals of a terminal reach it and nobody else, and the shim signals an exec as a whole.
+fn lead_session(has_terminal: bool) -> Result<(), Failed> {
+    process::new_session().step("make a session", "")?;
+    if has_terminal {
+        tty::make_controlling(std::io::stdin().as_fd()).step("open a terminal", "")?;
+    }
+    Ok(())
 }
 
 fn become_exec(
@@ -149,7 +168,7 @@ fn become_exec(
     main: BorrowedFd<'_>,
     user: &Resolved,
     stdio: Stdio,
-    end: &ChildEnd,
+    end: &mut ChildEnd,
 ) -> Failed {
     match prepare_exec(launch, program, main, user, stdio, end) {
         Ok((exec, privileges)) => execute::finish_exec(program, &exec, privileges),
@@ -163,7 +182,7 @@ fn prepare_exec(
     main: BorrowedFd<'_>,
     user: &Resolved,
     stdio: Stdio,
-    end: &ChildEnd,
+    end: &mut ChildEnd,
 ) -> Result<(Program, Privileges), Failed> {
     begin(&launch.cgroup)?;
     let mut notes = Vec::new();
@@ -189,9 +208,8 @@ fn prepare_exec(
     execute::enter_directory(&program.cwd, user)?;
     let exec = Program::new(program, &user.home)?;
     execute::become_user(program, user)?;
-    let privileges = go_on_inside(program, end, None)?;
-    // A session of its own, which the shim signals as a whole.
-    process::new_session().step("make a session", "")?;
+    let privileges = go_on_inside(program, end)?;
+    lead_session(false)?;
     Ok((exec, privileges))
 }
 
@@ -215,17 +233,12 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one. Nothing but 0, 1, 2, the
-/// way to the shim and `terminal` stays open. Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
-fn go_on_inside(
-    program: &Process,
-    end: &ChildEnd,
-    terminal: Option<BorrowedFd<'_>>,
-) -> Result<Privileges, Failed> {
+/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one. Nothing but 0, 1, 2 and the
+/// way to the shim stays open. Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
+fn go_on_inside(program: &Process, end: &mut ChildEnd) -> Result<Privileges, Failed> {
     const STEP: &str = "enter the pid namespace";
-    let kept: Vec<BorrowedFd<'_>> = terminal.into_iter().chain([end.as_fd()]).collect();
-    process::close_all_but(&kept).step(STEP, "")?;
-    // The shim has to know of the new one before it says or does anything, and if it never will, there shall be none.
+    process::close_all_but(&[end.socket()?]).step(STEP, "")?;
+    // The shim has to know of the new one before it does anything, and if it never will, there shall be none.
     let (wait, go_on) = file::pipe().step(STEP, "")?;
     let single = SingleThreaded::check().step(STEP, "")?;
     let privileges = execute::shed_before_birth(program)?;
@@ -237,55 +250,16 @@ fn go_on_inside(
         }
         Some(pid) => {
             end.succeeded_by(pid)?;
+            // The end of the socket tells the shim of the other's exec; a copy here would hold it back.
+            end.close();
             std::fs::File::from(go_on).write_all(b"g").step(STEP, "")?;
             process::exit_now(0)
         }
     }
 }
 
-fn join_for_children(path: &Path) -> Result<(), Failed> {
-    let namespace = ns::open(path).step("open the pid namespace", path.display())?;
-    ns::join(namespace.as_fd(), ns::Kind::Pid.flag()).step("join the pid namespace", path.display())
-}
-
-/// A procfs of the pid namespace at `path`, to be configured: it shows the namespace of the process that began it, pid_namespaces(7).
-///
-/// That process is born inside, where others may look at it, so it has nothing there: an empty root and one socket.
-fn procfs_of(path: &Path) -> Result<FsContext, Failed> {
-    const STEP: &str = "begin the pod's procfs";
-    let (own, other) = socket::packet_pair().step("make a socket", "")?;
-    let pid = match process::clone_process(process::namespace::MOUNT, None).step("make a process", "")? {
-        Cloned::Child => {
-            drop(own);
-            process::exit_now(i32::from(begin_procfs(path, other.as_fd()).is_err()))
-        }
-        Cloned::Parent { pid, .. } => pid,
-    };
-    drop(other);
-    let (_, context) = socket::receive(own.as_fd(), &mut [0]).step(STEP, "")?;
-    process::wait_for(pid).step(STEP, "")?;
-    context.into_iter().next().map(FsContext::from_fd).ok_or_else(|| refused(STEP, path.display()))
-}
-
-fn begin_procfs(path: &Path, socket: BorrowedFd<'_>) -> Result<(), Failed> {
-    const STEP: &str = "begin the pod's procfs";
-    /// What fsopen(2) takes.
-    const SYS_ADMIN: u64 = 1 << 21;
-    join_for_children(path)?;
-    rootfs::enter_empty_root()?;
-    credentials::limit_bounding_set(0).step(STEP, "bounding set")?;
-    credentials::set_capabilities(SYS_ADMIN, SYS_ADMIN, 0).step(STEP, "capabilities")?;
-    for number in 0..3 {
-        process::place_descriptor(socket, number).step(STEP, "")?;
-    }
-    process::close_all_but(&[socket]).step(STEP, "")?;
-    match process::clone_process(0, None).step(STEP, "")? {
-        Cloned::Child => {
-            let context = FsContext::open(c"proc").step(STEP, "proc")?;
-            socket::send(socket, b"p", &[context.as_fd()]).step(STEP, "").map(drop)
-        }
-        Cloned::Parent { pid, .. } => process::wait_for(pid).step(STEP, "").map(drop),
-    }
+fn join_for_children(namespace: BorrowedFd<'_>) -> Result<(), Failed> {
+    ns::join(namespace, ns::Kind::Pid.flag()).step("join the pid namespace", "")
 }
 
 /// Puts the three descriptors in place as 0, 1, 2, and gives pipes to the user, so that it can open /dev/stdout and the like.

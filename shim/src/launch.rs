@@ -1,18 +1,35 @@
 //! The parent half of starting processes: what the shim prepares, clones and keeps.
 
+use crate::birth::Birth;
 use crate::cri_log::LogFile;
 use crate::exit::{self, OomCounter};
 use crate::failure::{Step, refused};
-use crate::handshake::{self, ShimEnd};
+use crate::handshake;
 use crate::init::{self, Stdio, host_path};
+use crate::procfs::Target;
 use crate::stdio::{Output, ShimStreams};
 use crate::user::Resolved;
 use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
+use berth_sys::beneath::Root;
 use berth_sys::file;
 use berth_sys::process::{self, Cloned, namespace};
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// A container that is being made.
+#[derive(Debug)]
+pub(crate) struct Making {
+    launch: Launch,
+    pub(crate) birth: Birth,
+    oom: Option<OomCounter>,
+    /// The shim's ends of its streams; a terminal's comes with the report.
+    streams: Option<ShimStreams>,
+    log: Option<LogFile>,
+}
 
 /// A container whose main process waits or runs.
 #[derive(Debug)]
@@ -21,74 +38,109 @@ pub(crate) struct Container {
     pub(crate) created: Created,
     pub(crate) pidfd: OwnedFd,
     pub(crate) oom: Option<OomCounter>,
-    /// Until the start.
-    pub(crate) handshake: Option<ShimEnd>,
 }
 
 /// What is said of a container that the kernel killed before it was ready. Preparing takes some hundred KiB.
 const TOO_LITTLE_MEMORY: &str = "out of memory: its memory limit is too low to start anything";
 
-/// What [`create`] made.
+/// What [`Making::finish`] made.
 pub(crate) struct NewContainer {
     pub(crate) container: Container,
     pub(crate) streams: ShimStreams,
     pub(crate) log: Option<LogFile>,
 }
 
-/// Clones the main process, which does everything up to its exec. On an error nothing of it is left.
-pub(crate) fn create(launch: Launch) -> Result<NewContainer, Failed> {
+/// Clones the main process, which does everything up to its exec. `descriptors` are those that the request came with.
+///
+/// # Errors
+/// When there is no process; nothing is left then.
+pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Making, Failed> {
+    const STEP: &str = "prepare the container";
     let pid_flags = match &launch.namespaces.pid {
         Some(PidNamespace::Own(())) => namespace::PID,
-        Some(PidNamespace::Host(()) | PidNamespace::Join(_)) => 0,
-        None => return Err(refused("prepare the container", "no pid namespace in the plan")),
+        Some(PidNamespace::Host(()) | PidNamespace::Join(_) | PidNamespace::Target(())) => 0,
+        None => return Err(refused(STEP, "no pid namespace in the plan")),
+    };
+    let target = match &launch.namespaces.pid {
+        Some(PidNamespace::Target(())) => Some(Target::received(descriptors)?),
+        _ => None,
     };
     let log = Output::open_log(&launch)?;
+    exit::reserve_record(host_path(&launch.exit_record_path))
+        .step("reserve room for the exit record", host_path(&launch.exit_record_path).display())?;
     let oom = OomCounter::open(&launch.cgroup).step("open", host_path(&launch.cgroup.oom_file).display())?;
-    let (child_streams, shim_streams) = if launch.process.terminal {
+    let (child_streams, streams) = if launch.process.terminal {
         (None, None)
     } else {
         let (child, shim) = pipes(launch.stdin)?;
         (Some(child), Some(shim))
     };
-    let (end, child_end) = handshake::pair().step("make a socket", "")?;
+    let (end, mut child_end) = handshake::pair().step("make a socket", "")?;
     let unified = open_unified(&launch.cgroup)?;
-    let (mut pid, mut pidfd) =
-        match process::clone_process(pid_flags | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
-            .step("make a process", "")?
-        {
-            Cloned::Child => {
-                // The shim's ends must not live on in the child: an end of a stream would never come.
-                drop((end, shim_streams));
-                init::run_main(&launch, child_streams, &child_end)
-            }
-            Cloned::Parent { pid, pidfd } => (pid, pidfd),
-        };
-    drop((child_end, child_streams));
-    if matches!(launch.namespaces.pid, Some(PidNamespace::Join(_))) {
-        (pid, pidfd) = successor(pid, &end)?;
+    let pid = match process::clone_process(pid_flags | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
+        .step("make a process", "")?
+    {
+        Cloned::Child => {
+            // The shim's ends must not live on in the child: an end of a stream would never come.
+            drop((end, streams));
+            init::run_main(&launch, target.as_ref(), child_streams, &mut child_end)
+        }
+        Cloned::Parent { pid, .. } => pid,
+    };
+    let inhabited = matches!(launch.namespaces.pid, Some(PidNamespace::Join(_) | PidNamespace::Target(())));
+    let birth = if inhabited { Birth::by_maker(end, pid) } else { Birth::direct(end, pid) };
+    Ok(Making { launch, birth, oom, streams, log })
+}
+
+impl Making {
+    /// Takes what the process has reported, once it waits for its start.
+    pub(crate) fn take_ready(&mut self) -> Option<(Created, Option<OwnedFd>)> {
+        self.birth.take_ready()
     }
-    let (mut created, terminal) = match end.wait_for_ready() {
-        Ok(ready) => ready,
-        Err(failed) => {
-            end_child(pid, &pidfd);
-            let out_of_memory =
-                failed.detail == handshake::KILLED && oom.as_ref().is_some_and(|oom| oom.has_risen(true));
-            return Err(if out_of_memory { refused(&failed.step, TOO_LITTLE_MEMORY) } else { failed });
-        }
-    };
-    created.pid = pid;
-    created.start_time = exit::start_time(pid);
-    let streams = match (shim_streams, terminal) {
-        (Some(streams), _) => streams,
-        (None, Some(terminal)) => ShimStreams::Terminal(terminal),
-        (None, None) => {
-            end_child(pid, &pidfd);
-            return Err(refused("open a terminal", "none was reported"));
-        }
-    };
-    let container =
-        Container { launch: without_what_is_done(launch), created, pidfd, oom, handshake: Some(end) };
-    Ok(NewContainer { container, streams, log })
+
+    /// The container, and its birth, which goes on until exec.
+    ///
+    /// # Errors
+    /// When something is missing. The process is killed then.
+    pub(crate) fn finish(
+        self,
+        mut created: Created,
+        terminal: Option<OwnedFd>,
+    ) -> Result<(NewContainer, Birth), Failed> {
+        let Self { launch, birth, oom, streams, log } = self;
+        let opened = birth
+            .process()
+            .ok_or_else(|| refused("find the container's process", ""))
+            .and_then(|pid| Ok((pid, process::open_pidfd(pid).step("find the container's process", pid)?)));
+        let streams = match (streams, terminal) {
+            (Some(streams), _) => Ok(streams),
+            (None, Some(terminal)) => Ok(ShimStreams::Terminal(terminal)),
+            (None, None) => Err(refused("open a terminal", "none was reported")),
+        };
+        let ((pid, pidfd), streams) = match (opened, streams) {
+            (Ok(opened), Ok(streams)) => (opened, streams),
+            (Err(failed), _) | (_, Err(failed)) => {
+                birth.kill();
+                return Err(failed);
+            }
+        };
+        created.pid = pid;
+        created.start_time = exit::start_time(pid);
+        let container = Container { launch: without_what_is_done(launch), created, pidfd, oom };
+        Ok((NewContainer { container, streams, log }, birth))
+    }
+
+    /// Why it failed, in the best words. `failed` is what was heard.
+    pub(crate) fn reason(&self, failed: Failed) -> Failed {
+        let out_of_memory =
+            failed.detail == handshake::KILLED && self.oom.as_ref().is_some_and(|oom| oom.has_risen(true));
+        if out_of_memory { refused(&failed.step, TOO_LITTLE_MEMORY) } else { failed }
+    }
+
+    /// Where its end would have been recorded.
+    pub(crate) fn exit_record_path(&self) -> &Path {
+        host_path(&self.launch.exit_record_path)
+    }
 }
 
 /// The plan without what only the start needed, so that a small process stays small.
@@ -101,21 +153,36 @@ fn without_what_is_done(mut launch: Launch) -> Launch {
     launch
 }
 
-/// A running exec.
+/// A program of exec: on its way, or running.
 #[derive(Debug)]
 pub(crate) struct Exec {
-    pub(crate) pid: i32,
+    /// What its wake-ups bear.
+    pub(crate) token: u64,
     /// The connection and the request to answer at its end.
     pub(crate) connection: u64,
     pub(crate) request_id: u64,
+    pub(crate) stage: Stage,
 }
 
-/// Runs a program in the container. `descriptors` are its standard output, error and, if there is a third, input.
+/// How far an [`Exec`] has come.
+#[derive(Debug)]
+pub(crate) enum Stage {
+    Entering(Birth),
+    /// Not reaped yet, so the number is its own.
+    Running {
+        pid: i32,
+    },
+}
+
+/// Begins to run a program in the container. `descriptors` are its standard output, error and, if there is a third, input.
+///
+/// # Errors
+/// When there is no process.
 pub(crate) fn exec(
     container: &Container,
     request: &ExecRequest,
     descriptors: Vec<OwnedFd>,
-) -> Result<i32, Failed> {
+) -> Result<Birth, Failed> {
     const STEP: &str = "exec in the container";
     let mut descriptors = descriptors.into_iter();
     let (Some(output), Some(error)) = (descriptors.next(), descriptors.next()) else {
@@ -133,41 +200,56 @@ pub(crate) fn exec(
         groups: container.created.groups.clone(),
         home: container.created.home.clone(),
     };
-    let (end, child_end) = handshake::pair().step("make a socket", "")?;
-    let unified = open_unified(&container.launch.cgroup)?;
-    let (first, first_pidfd) =
-        match process::clone_process(0, unified.as_ref().map(AsFd::as_fd)).step(STEP, "")? {
-            Cloned::Child => {
-                drop(end);
-                init::run_exec(&container.launch, &program, container.pidfd.as_fd(), &user, stdio, &child_end)
-            }
-            Cloned::Parent { pid, pidfd } => (pid, pidfd),
-        };
-    drop((child_end, stdio, first_pidfd));
-    let (pid, pidfd) = successor(first, &end)?;
-    if let Err(failed) = end.wait_for_exec() {
-        end_child(pid, &pidfd);
-        return Err(failed);
+    let (end, mut child_end) = handshake::pair().step("make a socket", "")?;
+    match clone_into(container).step(STEP, "")? {
+        Cloned::Child => {
+            drop(end);
+            init::run_exec(&container.launch, &program, container.pidfd.as_fd(), &user, stdio, &mut child_end)
+        }
+        Cloned::Parent { pid, .. } => Ok(Birth::of_exec(end, pid)),
     }
-    Ok(pid)
 }
 
-/// Kills a child that is of no use and reaps it.
-pub(crate) fn end_child(pid: i32, pidfd: &OwnedFd) {
-    const SIGKILL: i32 = 9;
-    // It may have ended by itself; then there is nothing to kill, and it is reaped all the same.
-    let _ = process::signal_pidfd(pidfd.as_fd(), SIGKILL);
-    let _ = process::wait_for(pid);
+/// Clones a child into the container's cgroup.
+///
+/// A container that manages its own part of the tree (systemd in a privileged pod) has its processes in cgroups below, and enabled
+/// controllers for them: then no process may be in the cgroup itself, cgroups(7), "no internal processes", and the child joins where
+/// the main process is.
+fn clone_into(container: &Container) -> io::Result<Cloned> {
+    let unified = &container.launch.cgroup.unified_dir;
+    if unified.is_empty() {
+        return process::clone_process(0, None);
+    }
+    let own = File::open(host_path(unified))?;
+    match process::clone_process(0, Some(own.as_fd())) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            let below = Path::new("/proc").join(container.created.pid.to_string()).join("cgroup");
+            let listed = std::fs::read(below)?;
+            let Some(below) = below_in_hierarchy(unified, &listed) else { return Err(error) };
+            // Names in there are the container's; they cannot lead out.
+            let place = Root::from_fd(own.into())?.resolve(Path::new(below))?;
+            process::clone_process(0, Some(place.as_fd()))
+        }
+        other => other,
+    }
 }
 
-/// Finds the process that goes on in place of the first child, which ends.
-fn successor(first: i32, end: &ShimEnd) -> Result<(i32, OwnedFd), Failed> {
-    const STEP: &str = "find the process in the container";
-    let found = end.wait_for_successor();
-    process::wait_for(first).step(STEP, "")?;
-    let pid = found?;
-    // Nobody but the shim can reap it, so the number is still its own.
-    Ok((pid, process::open_pidfd(pid).step(STEP, pid)?))
+/// Where a process is below the cgroup directory `unified`, by its `/proc/<pid>/cgroup`, proc_pid_cgroup(5). `None` when it is somewhere
+/// else. The paths in that file begin at the root of the hierarchy, wherever that is mounted.
+fn below_in_hierarchy<'a>(unified: &[u8], listed: &'a [u8]) -> Option<&'a std::ffi::OsStr> {
+    let path = listed.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
+    let mut rest = unified;
+    // The longest end of the directory that the path begins with is the cgroup's own name in the hierarchy.
+    loop {
+        if rest.starts_with(b"/")
+            && rest.len() > 1
+            && let Some(below) = path.strip_prefix(rest).and_then(|below| below.strip_prefix(b"/"))
+        {
+            return (!below.is_empty()).then(|| std::ffi::OsStr::from_bytes(below));
+        }
+        let next = rest.iter().skip(1).position(|byte| *byte == b'/')?;
+        rest = rest.get(next + 1..)?;
+    }
 }
 
 pub(crate) fn open_unified(cgroup: &Cgroup) -> Result<Option<OwnedFd>, Failed> {
@@ -196,4 +278,28 @@ fn pipes(stdin: bool) -> Result<(Stdio, ShimStreams), Failed> {
         Stdio { input, output, error },
         ShimStreams::Pipes { input: input_write, output: output_read, error: error_read },
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_place_of_a_process_is_found_below_its_cgroup_only() {
+        let unified = b"/sys/fs/cgroup/kubepods/pod1/abc";
+        for (listed, expected) in [
+            ("0::/kubepods/pod1/abc/init.scope\n", Some("init.scope")),
+            ("1:name=x:/\n0::/kubepods/pod1/abc/a/b\n", Some("a/b")),
+            ("0::/kubepods/pod1/abc\n", None),
+            ("0::/kubepods/pod1/abc/\n", None),
+            ("0::/kubepods/pod1/abcd/e\n", None),
+            ("0::/\n", None),
+            ("0::/other\n", None),
+            ("1:cpu:/kubepods/pod1/abc/x\n", None),
+            ("", None),
+        ] {
+            let found = below_in_hierarchy(unified, listed.as_bytes());
+            assert_eq!(found.and_then(std::ffi::OsStr::to_str), expected, "{listed}");
+        }
+    }
 }

@@ -8,6 +8,7 @@
 //! container's state directory, in which the shim listens as `shim.sock` for daemons to come.
 #![forbid(unsafe_code)]
 
+mod birth;
 mod connection;
 mod cri_log;
 mod event_loop;
@@ -20,6 +21,7 @@ mod init;
 mod launch;
 mod mount_place;
 mod pause;
+mod procfs;
 mod rootfs;
 mod stdio;
 mod user;

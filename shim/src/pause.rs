@@ -1,29 +1,34 @@
 //! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps orphans and does nothing else.
 //!
 //! `berth-shim pause` makes it and ends: a child in a new pid and mount namespace whose root is an empty read-only tmpfs, without
-//! capabilities, without descriptors. The daemon sends its cgroup as one frame; it answers on its connection with `Created` (or `Failed`) and lives until it is killed.
+//! capabilities, without descriptors, which lives until it is killed. The daemon sends its cgroup as one frame and is answered with
+//! `Failed`, or with `Created` and two descriptors: the pid namespace, and a procfs of it as a detached mount, made while the process is
+//! alone in there ([`crate::procfs`]).
 
 use crate::failure::{Step, from_io, refused};
 use berth_shim_proto::control::{Created, Failed, Reply, reply::Answer};
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::Cgroup;
+use berth_sys::mount::{FsContext, attr};
 use berth_sys::poll::{ChildSignals, Poll};
 use berth_sys::process::{self, Cloned, CloseRange, namespace};
-use berth_sys::{credentials, socket};
+use berth_sys::{credentials, ns, socket};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 /// Makes the process and reports it to the daemon.
 ///
 /// # Errors
 /// When the report cannot be sent; what failed before that is in the report.
 pub(crate) fn run(connection: OwnedFd) -> io::Result<()> {
-    let answer = match read_cgroup(&connection).and_then(|cgroup| make(&cgroup)) {
-        Ok(created) => Answer::Created(created),
-        Err(failed) => Answer::Failed(failed),
+    let (answer, descriptors) = match read_cgroup(&connection).and_then(|cgroup| make(&cgroup)) {
+        Ok((created, descriptors)) => (Answer::Created(created), Vec::from(descriptors)),
+        Err(failed) => (Answer::Failed(failed), Vec::new()),
     };
     let bytes = frame::encode(&Reply { id: 0, answer: Some(answer) }).map_err(io::Error::other)?;
-    socket::send(connection.as_fd(), &bytes, &[]).map(drop)
+    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    socket::send(connection.as_fd(), &bytes, &descriptors).map(drop)
 }
 
 fn read_cgroup(connection: &OwnedFd) -> Result<Cgroup, Failed> {
@@ -41,43 +46,71 @@ fn read_cgroup(connection: &OwnedFd) -> Result<Cgroup, Failed> {
     }
 }
 
-fn make(cgroup: &Cgroup) -> Result<Created, Failed> {
+/// The longest text of a failure.
+const MAX_TEXT: usize = 16 * 1024;
+
+/// The process, its pid namespace, and a procfs of that.
+fn make(cgroup: &Cgroup) -> Result<(Created, [OwnedFd; 2]), Failed> {
+    const STEP: &str = "make the pod's first process";
     let unified = crate::launch::open_unified(cgroup)?;
-    let (read, write) = berth_sys::file::pipe().step("make a pipe", "")?;
+    let (own, other) = socket::packet_pair().step("make a socket", "")?;
     match process::clone_process(namespace::PID | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
         .step("make a process", "")?
     {
         Cloned::Child => {
-            drop(read);
-            if let Err(failed) = crate::init::begin(cgroup).and_then(|()| confine()) {
+            drop(own);
+            let made = begin(cgroup).and_then(|procfs| {
+                // Confined first: the parent may take the word for the deed.
+                confine()?;
+                socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).step("hand over the procfs", "")
+            });
+            if let Err(failed) = made {
                 let text = failed.to_string();
-                // The reader is the parent, which reads to the end; a message is shorter than a pipe.
-                let _ = io::Write::write_all(&mut std::fs::File::from(write), text.as_bytes());
+                let _ = socket::send(
+                    other.as_fd(),
+                    text.as_bytes().get(..MAX_TEXT).unwrap_or(text.as_bytes()),
+                    &[],
+                );
                 process::exit_now(1);
             }
-            drop(write);
             // Everything, the signal descriptor of the loop excepted, which is made after this.
             let _ = process::close_from(0, CloseRange::Now);
             reap_for_ever()
         }
-        Cloned::Parent { pid, pidfd } => {
-            drop(write);
-            let mut failure = String::new();
-            io::Read::read_to_string(&mut std::fs::File::from(read), &mut failure)
-                .step("hear from the process", "")?;
-            if !failure.is_empty() {
-                crate::launch::end_child(pid, &pidfd);
-                return Err(Failed {
-                    step: "make the pod's first process".to_owned(),
-                    errno: 0,
-                    detail: failure,
-                });
+        Cloned::Parent { pid, .. } => {
+            drop(other);
+            let mut buffer = vec![0; MAX_TEXT];
+            let heard = socket::receive(own.as_fd(), &mut buffer).step("hear from the process", "");
+            let made = heard.and_then(|(length, descriptors)| {
+                let Some(procfs) = descriptors.into_iter().next() else {
+                    let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
+                    return Err(refused(STEP, if text.is_empty() { "it was killed".into() } else { text }));
+                };
+                // Its own child, which has not been reaped: the number is its own.
+                let path = format!("/proc/{pid}/ns/{}", ns::Kind::Pid.file_name());
+                let pid_namespace = ns::open(Path::new(&path)).step("open the pid namespace", &path)?;
+                let start_time =
+                    process::start_time(pid).map_err(|error| from_io(&error, "find the process", pid))?;
+                Ok((Created { pid, start_time, ..Created::default() }, [pid_namespace, procfs]))
+            });
+            if made.is_err() {
+                // It may have ended by itself; it is reaped all the same.
+                let _ = process::signal_child(pid, SIGKILL);
+                let _ = process::wait_for(pid);
             }
-            let start_time =
-                process::start_time(pid).map_err(|error| from_io(&error, "find the process", pid))?;
-            Ok(Created { pid, start_time, ..Created::default() })
+            made
         }
     }
+}
+
+const SIGKILL: i32 = 9;
+
+/// What comes first in the process; and the procfs of its pid namespace, of which it is the only inhabitant.
+fn begin(cgroup: &Cgroup) -> Result<OwnedFd, Failed> {
+    crate::init::begin(cgroup)?;
+    FsContext::open(c"proc")
+        .and_then(|procfs| procfs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC))
+        .step("make the pod's procfs", "")
 }
 
 /// Takes everything away that somebody in the pod could gain by getting at this process.

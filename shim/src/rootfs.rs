@@ -52,9 +52,9 @@ pub(crate) fn enter_empty_root() -> Result<(), Failed> {
     mount::pivot_into(root.as_fd()).step("change the root", "")
 }
 
-/// Builds the root on its mount point; the caller makes it the root of the mount namespace. `procfs` is the one for `/proc`, begun where it
-/// has to be; without it, it is that of the caller's own pid namespace.
-pub(crate) fn assemble(launch: &Launch, mut procfs: Option<FsContext>) -> Result<Assembled, Failed> {
+/// Builds the root on its mount point; the caller makes it the root of the mount namespace. `procfs` is the one for `/proc`, a detached
+/// mount; without it, a new one shows the caller's own pid namespace.
+pub(crate) fn assemble(launch: &Launch, mut procfs: Option<OwnedFd>) -> Result<Assembled, Failed> {
     // Sources are pinned first: they are the host's, and below this line nothing of the host is looked up by path again.
     let sources = pin_sources(launch)?;
     let from_host = propagation(launch.rootfs.propagation);
@@ -241,7 +241,7 @@ fn attach(
     root: &Root,
     mount: &Mount,
     source: Option<OwnedFd>,
-    procfs: &mut Option<FsContext>,
+    procfs: &mut Option<OwnedFd>,
 ) -> Result<(), Failed> {
     let path = shown(&mount.target);
     let is_directory = match &source {
@@ -256,8 +256,21 @@ fn attach(
     let target = mount_place::checked(root, mount, target, source.as_ref().map(AsFd::as_fd))?;
     let mounted = match (&mount.source, source) {
         (Some(Source::Filesystem(filesystem)), _) => {
-            let begun = if filesystem.fstype == "proc" { procfs.take() } else { None };
-            new_filesystem(filesystem, begun, mount.attributes, &path)?
+            let made = if filesystem.fstype == "proc" { procfs.take() } else { None };
+            match made {
+                Some(procfs) => {
+                    mount::set_attributes(
+                        procfs.as_fd(),
+                        mount.attributes,
+                        !mount.attributes & CLONED_FLAGS | attr::ATIME_MASK,
+                        Some(mount::Propagation::Private),
+                        false,
+                    )
+                    .step("set the flags of the mount", &path)?;
+                    procfs
+                }
+                None => new_filesystem(filesystem, mount.attributes, &path)?,
+            }
         }
         (Some(Source::Bind(bind)), Some(clone)) => {
             mount::set_attributes(
@@ -281,6 +294,9 @@ fn attach(
     mount::attach(mounted.as_fd(), target.as_fd()).step("mount", path)
 }
 
+/// What a cloned mount brings along, and a new one has only when asked for.
+const CLONED_FLAGS: u64 = attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC;
+
 /// A directory is mounted on a directory, anything else on anything else: mount(2), `ENOTDIR`. The kernel would not say which is which.
 fn check_kind(root: &Root, target: &[u8], source_is_directory: bool) -> Result<(), Failed> {
     let Some(place) = if_present(root, target, "find the place for the mount")? else { return Ok(()) };
@@ -302,20 +318,12 @@ fn atime_mask(attributes: u64) -> u64 {
     if attributes & attr::ATIME_MASK != 0 { attr::ATIME_MASK } else { 0 }
 }
 
-fn new_filesystem(
-    filesystem: &Filesystem,
-    begun: Option<FsContext>,
-    attributes: u64,
-    path: &str,
-) -> Result<OwnedFd, Failed> {
+fn new_filesystem(filesystem: &Filesystem, attributes: u64, path: &str) -> Result<OwnedFd, Failed> {
     const STEP: &str = "mount";
     let fstype =
         CString::new(filesystem.fstype.as_bytes()).map_err(|_| refused(STEP, "a type with a NUL byte"))?;
     let about = format!("{} on {path}", filesystem.fstype);
-    let context = match begun {
-        Some(context) => context,
-        None => FsContext::open(&fstype).step(STEP, &about)?,
-    };
+    let context = FsContext::open(&fstype).step(STEP, &about)?;
     if !filesystem.source.is_empty() {
         context
             .set("source", OsStr::new(&filesystem.source))

@@ -23,10 +23,12 @@ pub mod request {
     /// What is asked.
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Call {
-        /// Make the container up to the exec of its program. Once, as the first request. Answer: `Created`.
+        /// Make the container up to the exec of its program. Once, as the first request. The frame carries descriptors when the plan says
+        /// so. Answer: `Created`.
         #[prost(message, tag = "2")]
         Create(Box<Launch>),
-        /// Let the program run. Answer: `Started`, or `Failed` when its exec failed.
+        /// Let the program run. Answer: `Started`, or `Failed` when its exec failed or took too long; then the container is over. Never
+        /// without an outcome: until then the shim answers other requests.
         #[prost(message, tag = "3")]
         Start(()),
         /// Run another program in it. The frame carries two or three descriptors: standard output, error, and input.
@@ -84,6 +86,7 @@ pub struct Reply {
 /// The answers of a [`Reply`].
 pub mod reply {
     use super::{Created, Ended, Failed, Phase, Started};
+    use crate::exit_record::ExitRecord;
 
     /// What is said.
     #[derive(Clone, PartialEq, prost::Oneof)]
@@ -106,9 +109,10 @@ pub mod reply {
         /// How things are.
         #[prost(message, tag = "7")]
         State(Phase),
-        /// Event: the container ended and its exit record is on disk. The last message; the connection ends.
+        /// Event: the container ended like this. The same is in its exit record, unless that could not be written. The last message; the
+        /// connection ends.
         #[prost(message, tag = "8")]
-        Exited(()),
+        Exited(ExitRecord),
     }
 }
 
@@ -194,6 +198,9 @@ pub struct Phase {
     /// When it was started, if it was.
     #[prost(message, optional, tag = "2")]
     pub started: Option<Started>,
+    /// It was told to start and is not its program yet; the outcome comes as an event, `Started` or `Exited`.
+    #[prost(bool, tag = "3")]
+    pub starting: bool,
 }
 
 /// Makes the process of an exec from the container's main one: same user, capabilities and filter, other program, no terminal.

@@ -204,11 +204,14 @@ pub struct Namespaces {
     #[prost(bytes = "vec", tag = "3")]
     pub uts: Vec<u8>,
     /// The pid namespace.
-    #[prost(oneof = "PidNamespace", tags = "4, 5, 6")]
+    #[prost(oneof = "PidNamespace", tags = "4, 5, 6, 9")]
     pub pid: Option<PidNamespace>,
     /// A cgroup namespace of its own, rooted at its cgroup.
     #[prost(bool, tag = "7")]
     pub own_cgroup: bool,
+    /// Host: for [`PidNamespace::Join`], where a procfs of that namespace is mounted.
+    #[prost(bytes = "vec", tag = "8")]
+    pub procfs: Vec<u8>,
 }
 
 /// Which pid namespace a container lives in.
@@ -220,9 +223,13 @@ pub enum PidNamespace {
     /// The host's.
     #[prost(message, tag = "5")]
     Host(()),
-    /// Host: the one pinned at this path, or `/proc/<pid>/ns/pid`.
+    /// Host: the one pinned at this path.
     #[prost(bytes, tag = "6")]
     Join(Vec<u8>),
+    /// That of another container. The request carries two descriptors: the main process of that container
+    /// (`pidfd_open(2)`), and its pid namespace.
+    #[prost(message, tag = "9")]
+    Target(()),
 }
 
 /// The cgroup of a container, made beforehand.
@@ -284,14 +291,15 @@ pub struct Process {
     /// File mode creation mask.
     #[prost(uint32, tag = "13")]
     pub umask: u32,
-    /// Under its filter a process can do what [`ENTERING`] has: so it gives up its privileges before it enters a pid namespace where others
-    /// live, and not only inside.
-    #[prost(bool, tag = "14")]
-    pub sheds_outside: bool,
+    /// A filter for the way into a pid namespace where others live: `seccomp_filter`, but for the calls of [`ENTERING`], which
+    /// it lets through. Empty when `seccomp_filter` lets them through itself, which is then in force all the way. Else the process has
+    /// `PR_SET_NO_NEW_PRIVS` set, because the last filter is installed without any privilege.
+    #[prost(bytes = "vec", tag = "15")]
+    pub entry_filter: Vec<u8>,
 }
 
-/// What the shim's child calls after it has given up its privileges outside of a pid namespace, up to its program, each with the arguments that
-/// a filter may go by.
+/// What the shim's child calls after it has given up its privileges outside of a pid namespace, up to its program, each with the first
+/// arguments, which a filter can depend on.
 ///
 /// The clone is one of `CLONE_PARENT`, the ioctl a `TIOCSCTTY`.
 pub const ENTERING: [(&str, &[u64]); 17] = [
@@ -315,6 +323,9 @@ pub const ENTERING: [(&str, &[u64]); 17] = [
     ("capset", &[]),
     ("prctl", &[]),
 ];
+
+/// What a process calls besides [`ENTERING`] when it has an `entry_filter`: `SECCOMP_SET_MODE_FILTER`.
+pub const LAST_FILTER: (&str, &[u64]) = ("seccomp", &[1]);
 
 /// Who a process runs as, in the words of the request; resolved by the container's own passwd and group files.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -9,7 +9,7 @@ use super::{Container, ContainerError, cgroup_plan, follow, lock, shutdown};
 use crate::apparmor;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::oci_spec::{self, CgroupDirectory, Inputs, devices, mounts, stop_signal::stop_signal};
-use crate::plan::{self, Extra};
+use crate::plan::{self, Extra, PidPath};
 use crate::registry::Name;
 use crate::sandbox::create::HOSTNAME_FILE;
 use crate::sandbox::{Creation, Sandbox};
@@ -24,7 +24,7 @@ use berth_model::layout::ContainerFiles;
 use berth_model::record::{ContainerRecord, ProcessRecord};
 use berth_model::security::Profile;
 use berth_seccomp::Circumstances;
-use berth_shim_proto::launch::{ENTERING, Launch};
+use berth_shim_proto::launch::{ENTERING, LAST_FILTER, Launch};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -212,6 +212,13 @@ fn prepare_from(
         ),
         None => None,
     };
+    let entry = match &filter {
+        Some(filter) => filter
+            .for_entering(&ENTERING, LAST_FILTER)
+            .map_err(|error| ContainerError::Seccomp { reason: crate::chain(&error) })?,
+        None => Vec::new(),
+    };
+    let procfs = sandbox.files().procfs();
     let sandbox_log = Path::new(&sandbox.config().log_directory);
     let has_log = !sandbox.config().log_directory.is_empty() && !config.log_path.is_empty();
     let plan = plan::launch(
@@ -231,8 +238,9 @@ fn prepare_from(
             seccomp: filter.as_ref().map(|filter| plan::Filter {
                 program: &filter.bytes,
                 flags: filter.flags,
-                admits_entering: ENTERING.iter().all(|(name, args)| filter.admits(name, args)),
+                entry: &entry,
             }),
+            pid_namespace: if target.is_some() { PidPath::Target } else { PidPath::Pod(&procfs) },
         },
     )?;
     let log_path =
@@ -265,7 +273,7 @@ async fn launch(
     let result = async {
         let shim = Arc::new(ShimClient::spawn(&node.shim, &files.state)?);
         let made = tokio::select! {
-            made = shim.create(plan) => made.map_err(ContainerError::from),
+            made = shim.create(plan, target.map(Target::into_descriptors)) => made.map_err(ContainerError::from),
             () = creation.given_up() => Err(ContainerError::SandboxNotReady { id: record.sandbox_id.clone() }),
         };
         let created = match made {
@@ -281,10 +289,6 @@ async fn launch(
                 return Err(error);
             }
         };
-        if let Some(Err(error)) = target.as_ref().map(Target::check) {
-            shim.discard().await;
-            return Err(error);
-        }
         for note in &created.notes {
             if node.is_new(note) {
                 tracing::warn!(note, "done in a weaker way, for this container and others like it");

@@ -228,7 +228,7 @@ impl Following {
 async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> {
     loop {
         let phase = shim.phase().await?;
-        let under_way = start_is_under_way(&phase);
+        let under_way = phase.starting;
         // Without: it drains. Its end is about to be recorded, and until then it is told as it was.
         let Some(created) = phase.created else { return Ok(()) };
         *lock(&container.process) = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
@@ -243,10 +243,4 @@ async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> 
         }
         tokio::time::sleep(START_LOOK).await;
     }
-}
-
-/// Whether a start that a daemon before this one asked for has not come to its end. Shims of this version
-/// answer nobody meanwhile.
-fn start_is_under_way(_phase: &Phase) -> bool {
-    false
 }

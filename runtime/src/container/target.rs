@@ -4,6 +4,7 @@ use super::ContainerError;
 use crate::node::Node;
 use crate::registry::Found;
 use crate::sandbox::Sandbox;
+use crate::shim_client;
 use berth_model::container::Config;
 use berth_model::security::NamespaceMode;
 use berth_sys::identity::Identified;
@@ -19,31 +20,22 @@ const ESRCH: i32 = 3;
 /// The main process of the target, held.
 #[derive(Debug)]
 pub(super) struct Target {
-    id: String,
     /// As the host numbers it, at the time of the record.
     pid: i32,
     process: Identified,
     /// Its pid namespace.
-    #[expect(dead_code, reason = "kept open; the shim still opens it by path")]
     namespace: OwnedFd,
 }
 
 impl Target {
-    /// Where its pid namespace can be opened while [`Target::check`] succeeds.
+    /// What a spec shows of its pid namespace, for people: the number may be another's later.
     pub(super) fn namespace_path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/ns/pid", self.pid))
     }
 
-    /// Makes sure that everything that was looked up by its number up to now was its own.
-    ///
-    /// # Errors
-    /// [`ContainerError::NoTarget`] when it has ended and its number may be another's.
-    pub(super) fn check(&self) -> Result<(), ContainerError> {
-        if self.process.holds_its_number() {
-            Ok(())
-        } else {
-            Err(ContainerError::NoTarget { target: self.id.clone() })
-        }
+    /// What the shim of the new container is handed.
+    pub(super) fn into_descriptors(self) -> shim_client::Target {
+        shim_client::Target { process: self.process.into_pidfd(), pid_namespace: self.namespace }
     }
 }
 
@@ -74,5 +66,5 @@ pub(super) fn verified_target(
     };
     let process = Identified::find(record.pid, record.start_time).map_err(failed)?;
     let namespace = process.namespace(Kind::Pid).map_err(failed)?;
-    Ok(Some(Target { id: namespaces.target_id.clone(), pid: record.pid, process, namespace }))
+    Ok(Some(Target { pid: record.pid, process, namespace }))
 }

@@ -57,6 +57,17 @@ pub struct Extra<'a> {
     pub cgroup: &'a Cgroup,
     /// The compiled profile of the spec; there exactly when the spec has one.
     pub seccomp: Option<Filter<'a>>,
+    /// What a pid namespace with a path is.
+    pub pid_namespace: PidPath<'a>,
+}
+
+/// Whose pid namespace it is that a spec names by a path.
+#[derive(Debug, Clone, Copy)]
+pub enum PidPath<'a> {
+    /// The pod's, pinned at that path, with a procfs of it mounted here.
+    Pod(&'a Path),
+    /// Another container's; the shim is handed it by descriptor, and the path is for people.
+    Target,
 }
 
 /// A compiled seccomp profile.
@@ -66,8 +77,8 @@ pub struct Filter<'a> {
     pub program: &'a [u8],
     /// `SECCOMP_FILTER_FLAG_*`: seccomp(2).
     pub flags: u32,
-    /// Whether a process under it can enter a pid namespace: `berth_shim_proto::launch::ENTERING`.
-    pub admits_entering: bool,
+    /// The one for the way into a pid namespace, empty when `program` serves: `Process.entry_filter` of the plan.
+    pub entry: &'a [u8],
 }
 
 /// A spec that the shim cannot carry out.
@@ -158,7 +169,7 @@ pub fn launch(spec: &Spec, extra: &Extra<'_>) -> Result<Launch, PlanError> {
         devices: linux.devices().iter().flatten().map(device).collect::<Result<_, _>>()?,
         masked_paths: covered("maskedPaths", linux.masked_paths().as_deref())?,
         readonly_paths,
-        namespaces: namespaces(linux)?,
+        namespaces: namespaces(linux, extra.pid_namespace)?,
         cgroup: extra.cgroup.clone(),
         process: translate_process(process, linux, extra)?,
         volumes: extra.volumes.iter().map(|path| path.as_bytes().to_vec()).collect(),
@@ -236,7 +247,7 @@ fn root_propagation(linux: &Linux) -> Result<Propagation, PlanError> {
     }
 }
 
-fn namespaces(linux: &Linux) -> Result<Namespaces, PlanError> {
+fn namespaces(linux: &Linux, pid_path: PidPath<'_>) -> Result<Namespaces, PlanError> {
     let mut planned = Namespaces { pid: Some(PidNamespace::Host(())), ..Namespaces::default() };
     let mut seen = HashSet::new();
     let mut own_mounts = false;
@@ -250,7 +261,13 @@ fn namespaces(linux: &Linux) -> Result<Namespaces, PlanError> {
             (LinuxNamespaceType::Network, Some(path)) => planned.network = path,
             (LinuxNamespaceType::Ipc, Some(path)) => planned.ipc = path,
             (LinuxNamespaceType::Uts, Some(path)) => planned.uts = path,
-            (LinuxNamespaceType::Pid, Some(path)) => planned.pid = Some(PidNamespace::Join(path)),
+            (LinuxNamespaceType::Pid, Some(path)) => match pid_path {
+                PidPath::Pod(procfs) => {
+                    planned.pid = Some(PidNamespace::Join(path));
+                    planned.procfs = bytes(procfs);
+                }
+                PidPath::Target => planned.pid = Some(PidNamespace::Target(())),
+            },
             (LinuxNamespaceType::Pid, None) => planned.pid = Some(PidNamespace::Own(())),
             (LinuxNamespaceType::Cgroup, None) => planned.own_cgroup = true,
             (LinuxNamespaceType::Mount, None) => own_mounts = true,
@@ -366,9 +383,11 @@ fn translate_process(
     if args.is_empty() {
         return Err(PlanError::Missing("process.args"));
     }
-    let (seccomp_filter, seccomp_flags) = match (linux.seccomp(), &extra.seccomp) {
-        (None, None) => (Vec::new(), 0),
-        (Some(_), Some(filter)) if !filter.program.is_empty() => (filter.program.to_vec(), filter.flags),
+    let (seccomp_filter, entry_filter, seccomp_flags) = match (linux.seccomp(), &extra.seccomp) {
+        (None, None) => (Vec::new(), Vec::new(), 0),
+        (Some(_), Some(filter)) if !filter.program.is_empty() => {
+            (filter.program.to_vec(), filter.entry.to_vec(), filter.flags)
+        }
         _ => return Err(PlanError::Seccomp),
     };
     Ok(Process {
@@ -385,7 +404,7 @@ fn translate_process(
         apparmor_profile: process.apparmor_profile().clone().unwrap_or_default(),
         terminal: process.terminal().unwrap_or(false),
         umask: process.user().umask().unwrap_or(0o022),
-        sheds_outside: extra.seccomp.is_none_or(|filter| filter.admits_entering),
+        entry_filter,
     })
 }
 

@@ -12,10 +12,11 @@ use oci_spec::runtime::{
 use proptest::prelude::*;
 
 const FILTER: &[u8] = &[6, 0, 0, 0, 0, 0, 255, 127];
+const ENTRY: &[u8] = &[6, 0, 0, 0, 0, 0, 255, 126];
 
 /// The plan of `spec` with what the fixture asks for beside it.
 fn plan_of(spec: &Spec, fixture: &Fixture) -> Result<Launch, PlanError> {
-    let filter = Filter { program: FILTER, flags: 2, admits_entering: false };
+    let filter = Filter { program: FILTER, flags: 2, entry: ENTRY };
     launch(
         spec,
         &Extra {
@@ -31,6 +32,10 @@ fn plan_of(spec: &Spec, fixture: &Fixture) -> Result<Launch, PlanError> {
             stdin: fixture.config.stdin,
             cgroup: &Cgroup { unified_dir: b"/sys/fs/cgroup/x".to_vec(), ..Cgroup::default() },
             seccomp: spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref()).map(|_| filter),
+            pid_namespace: match fixture.target {
+                Some(_) => PidPath::Target,
+                None => PidPath::Pod(Path::new("/pod/proc")),
+            },
         },
     )
 }
@@ -332,10 +337,15 @@ fn security_contexts_come_out_exactly() {
         let found = (user.user.as_str(), user.group, user.supplementary_groups.as_slice(), user.merge_groups);
         assert_eq!(found, context.user, "{name}");
         assert_eq!(plan.process.no_new_privileges, context.no_new_privileges, "{name}");
-        let (filter, flags): (&[u8], u32) = if context.filtered { (FILTER, 2) } else { (&[], 0) };
+        let (filter, entry, flags): (&[u8], &[u8], u32) =
+            if context.filtered { (FILTER, ENTRY, 2) } else { (&[], &[], 0) };
         assert_eq!(
-            (plan.process.seccomp_filter.as_slice(), plan.process.seccomp_flags),
-            (filter, flags),
+            (
+                plan.process.seccomp_filter.as_slice(),
+                plan.process.entry_filter.as_slice(),
+                plan.process.seccomp_flags
+            ),
+            (filter, entry, flags),
             "{name}"
         );
         let count = usize::from(context.masked);
@@ -398,8 +408,13 @@ fn namespaces_of_the_spec_are_the_plans() {
             uts: pinned("uts"),
             pid: Some(PidNamespace::Join(pinned("pid"))),
             own_cgroup: true,
+            procfs: b"/pod/proc".to_vec(),
         }
     );
+    let target = fixture(NamespaceMode::Pod, NamespaceMode::Pod, NamespaceMode::Target)
+        .with(|fixture| fixture.target = Some("/proc/7/ns/pid".into()));
+    let target = plan(&target).namespaces;
+    assert_eq!((target.pid, target.procfs), (Some(PidNamespace::Target(())), Vec::new()));
 }
 
 #[test]
@@ -649,7 +664,8 @@ fn a_filter_belongs_to_a_profile_and_a_profile_to_a_filter() {
                 exit_record: Path::new("/e"),
                 stdin: false,
                 cgroup: &cgroup,
-                seccomp: program.map(|program| Filter { program, flags: 0, admits_entering: true }),
+                seccomp: program.map(|program| Filter { program, flags: 0, entry: &[] }),
+                pid_namespace: PidPath::Target,
             },
         )
     };

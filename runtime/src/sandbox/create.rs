@@ -9,6 +9,7 @@ use super::namespaces::{self, Wanted};
 use super::{PodProcess, SIGKILL, Sandbox, SandboxError, stop};
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
+use crate::shim_client::Pause;
 use crate::{cadvisor, host_directory};
 use berth_cgroup::{Ending, Limits};
 use berth_model::id::SandboxId;
@@ -168,7 +169,7 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
     let ending = Ending { signal: SIGKILL, grace: Duration::ZERO, before: None };
     let (cgroup, holder) =
         node.make_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str(), &Limits::default(), ending)?;
-    let created =
+    let Pause { created, pid_namespace, procfs } =
         node.shim.spawn_pause(crate::container::cgroup_plan(&cgroup)).map_err(SandboxError::Process)?;
     drop(holder);
     let record = ProcessRecord { pid: created.pid, start_time: created.start_time };
@@ -176,12 +177,12 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
         SandboxError::namespace("find the pod's first process")(std::io::ErrorKind::NotFound.into())
     })?;
     let path = sandbox.files.namespace(Kind::Pid.file_name());
-    // Its number may be another's if it has ended meanwhile.
-    let pinned = ns::pin_of(record.pid, Kind::Pid, &path)
-        .and_then(|()| if process.has_ended() { Err(std::io::ErrorKind::NotFound.into()) } else { Ok(()) });
-    if let Err(error) = pinned {
+    let kept = ns::pin_fd(pid_namespace.as_fd(), &path)
+        .map_err(SandboxError::file("pin the namespace", &path))
+        .and_then(|()| namespaces::mount_procfs(&sandbox.files, procfs.as_fd()));
+    if let Err(error) = kept {
         process.kill();
-        return Err(SandboxError::file("pin the namespace", &path)(error));
+        return Err(error);
     }
     Ok(process)
 }

@@ -7,9 +7,12 @@
 use super::SandboxError;
 use berth_model::layout::SandboxFiles;
 use berth_network::{Attachment, Bridge};
+use berth_sys::mount;
 use berth_sys::ns::{self, Kind};
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
 /// What to make.
@@ -82,8 +85,28 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attachment>, Sand
     Ok(attachment)
 }
 
-/// Lets go of all that are pinned. Absent is fine. Blocking.
+/// Keeps the procfs of the pod's pid namespace, a detached mount, where the shims of its containers clone it.
+pub(super) fn mount_procfs(files: &SandboxFiles, procfs: BorrowedFd<'_>) -> Result<(), SandboxError> {
+    let path = files.procfs();
+    let failed = || SandboxError::file("mount the pod's procfs on", &path);
+    // It comes from a process in the namespace, if from one of our own: it is what it should be, or nothing.
+    if !mount::is_procfs(procfs).map_err(failed())? {
+        return Err(failed()(io::ErrorKind::InvalidData.into()));
+    }
+    std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(failed())?;
+    let target = std::fs::File::open(&path).map_err(failed())?;
+    mount::attach(procfs, target.as_fd()).map_err(failed())
+}
+
+/// Lets go of all that are pinned, and of the procfs. Absent is fine. Blocking.
 pub(super) fn unpin(files: &SandboxFiles) -> Result<(), SandboxError> {
+    let procfs = files.procfs();
+    match mount::detach(&procfs) {
+        Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {
+            return Err(SandboxError::file("unmount", &procfs)(error));
+        }
+        _ => {}
+    }
     for kind in KINDS {
         let path = files.namespace(kind.file_name());
         ns::unpin(&path).map_err(SandboxError::file("unpin the namespace", &path))?;

@@ -1,0 +1,137 @@
+//! The procfs of a pid namespace in which others live.
+//!
+//! A procfs shows the pid namespace of the process that began it (pid_namespaces(7)). A process that begins one in an inhabited namespace
+//! would be seen there, with the privilege that mounting takes, and whoever may trace it would have that privilege. So none is
+//! begun: a procfs that was made while nobody lived there is cloned.
+//!
+//! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and mounted on the host (`Namespaces.procfs`).
+//! - A container that is the target of another has its own, in its own mount namespace. Its processes may have mounted anything in
+//!   the place, so it is checked for what it is: a whole procfs, and of that pid namespace.
+
+use crate::failure::{Step, refused};
+use berth_shim_proto::control::Failed;
+use berth_sys::beneath::{Root, stat_fd};
+use berth_sys::process::Cloned;
+use berth_sys::{mount, ns, process, socket};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// The container whose pid namespace another one is to live in (`NamespaceMode.TARGET`), as the daemon has found it.
+#[derive(Debug)]
+pub(crate) struct Target {
+    /// Its main process.
+    process: OwnedFd,
+    /// That one's pid namespace.
+    pid_namespace: OwnedFd,
+}
+
+/// The inode of the root of every procfs: `PROC_ROOT_INO`, <linux/proc_fs.h>.
+const ROOT_INODE: u64 = 1;
+
+impl Target {
+    /// Takes the descriptors that came with the plan: the process, then the namespace.
+    pub(crate) fn received(descriptors: Vec<OwnedFd>) -> Result<Self, Failed> {
+        let mut descriptors = descriptors.into_iter();
+        match (descriptors.next(), descriptors.next()) {
+            (Some(process), Some(pid_namespace)) => Ok(Self { process, pid_namespace }),
+            _ => Err(refused("find the target", "no descriptors came with the plan")),
+        }
+    }
+
+    /// Its pid namespace.
+    pub(crate) fn pid_namespace(&self) -> BorrowedFd<'_> {
+        self.pid_namespace.as_fd()
+    }
+
+    /// Its procfs, as a detached mount.
+    ///
+    /// The look into its mount namespace is another process's, which stays outside of its pid namespace: joining a mount namespace changes
+    /// root and working directory for good, setns(2).
+    pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
+        const STEP: &str = "take the target's procfs";
+        let (own, other) = socket::packet_pair().step("make a socket", "")?;
+        let pid = match process::clone_process(0, None).step("make a process", "")? {
+            Cloned::Child => {
+                drop(own);
+                let code = match self.clone_procfs() {
+                    Ok(procfs) => socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).is_err().into(),
+                    Err(failed) => {
+                        // Without its words the parent has its own.
+                        let _ = socket::send(other.as_fd(), failed.to_string().as_bytes(), &[]);
+                        1
+                    }
+                };
+                process::exit_now(code)
+            }
+            Cloned::Parent { pid, .. } => pid,
+        };
+        drop(other);
+        let mut words = [0; 4096];
+        let (length, descriptors) = socket::receive(own.as_fd(), &mut words).step(STEP, "")?;
+        process::wait_for(pid).step(STEP, "")?;
+        descriptors
+            .into_iter()
+            .next()
+            .ok_or_else(|| refused(STEP, String::from_utf8_lossy(words.get(..length).unwrap_or_default())))
+    }
+
+    fn clone_procfs(&self) -> Result<OwnedFd, Failed> {
+        const STEP: &str = "look at the target's /proc";
+        let number = ns::number(self.pid_namespace()).step(STEP, "pid namespace")?;
+        ns::join(self.process.as_fd(), ns::MOUNT).step("join the target's mount namespace", "")?;
+        let root = Root::open(Path::new("/")).step(STEP, "/")?;
+        let place = root.resolve_no_follow(Path::new("proc")).step(STEP, "/proc")?;
+        check(place.as_fd(), number).step(STEP, "it is not the procfs of its own pid namespace")?;
+        mount::clone_tree(place.as_fd(), Path::new(""), false).step(STEP, "")
+    }
+}
+
+/// The procfs that is mounted at `path` on the host, as a detached mount.
+pub(crate) fn pinned(path: &Path) -> Result<OwnedFd, Failed> {
+    const STEP: &str = "take the pod's procfs";
+    let place =
+        Root::open(path).step(STEP, path.display())?.resolve(Path::new("")).step(STEP, path.display())?;
+    if !mount::is_procfs(place.as_fd()).step(STEP, path.display())? {
+        return Err(refused(STEP, format!("{} is none: the pod has to be made again", path.display())));
+    }
+    mount::clone_tree(place.as_fd(), Path::new(""), false).step(STEP, path.display())
+}
+
+/// Whether `place` is the root of a procfs that shows the pid namespace of this number.
+///
+/// Its process 1 is that of the namespace it shows, so the link to its pid namespace tells which one that is. The link is read past
+/// everything that somebody mounted over it.
+fn check(place: BorrowedFd<'_>, number: u64) -> io::Result<()> {
+    let is_root = mount::is_procfs(place)? && stat_fd(place)?.identity.1 == ROOT_INODE;
+    if is_root {
+        let shown =
+            Root::from_fd(place.try_clone_to_owned()?)?.read_link_of_own_mount(Path::new("1/ns/pid"))?;
+        if shown.to_str() == Some(format!("pid:[{number}]").as_str()) {
+            return Ok(());
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_whole_procfs_of_the_namespace_will_do() {
+        let own = ns::number(ns::open_own(ns::Kind::Pid).unwrap().as_fd()).unwrap();
+        let is = |path: &str, number: u64| {
+            let root = Root::open(Path::new(path)).unwrap();
+            check(root.resolve(Path::new("")).unwrap().as_fd(), number).is_ok()
+        };
+        // The link of process 1 is for those who may trace it.
+        if std::fs::read_link("/proc/1/ns/pid").is_ok() {
+            assert!(is("/proc", own));
+        }
+        assert!(!is("/proc", own + 1));
+        assert!(!is("/proc/self", own));
+        assert!(!is("/sys", own));
+        assert!(!is("/", own));
+    }
+}

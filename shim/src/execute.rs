@@ -12,6 +12,7 @@ use berth_sys::beneath::{self, Root};
 use berth_sys::credentials;
 use berth_sys::process::{self, CloseRange};
 use std::ffi::{CString, OsStr};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 

@@ -19,3 +19,4 @@ pub mod program;
 pub mod registry;
 pub mod repeats;
 pub mod skip;
+pub mod tracer;

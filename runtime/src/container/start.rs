@@ -68,6 +68,8 @@ async fn ask_how_it_is(container: &Arc<Container>, shim: &ShimClient) -> Result<
                 let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
                 Ok(())
             }
+            // A start of before goes on; `follow` tells what comes of it.
+            (None, Some(_)) if phase.starting => Ok(()),
             (None, Some(_)) => {
                 forget_start(container);
                 Ok(())

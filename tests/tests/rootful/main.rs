@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod apparmor;
+mod births;
 mod census;
 mod clients;
 mod command;

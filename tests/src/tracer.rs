@@ -1,0 +1,212 @@
+//! The program of a hostile container that may trace (`CAP_SYS_PTRACE`): it stops what is born beside it, at once.
+//!
+//! A test program runs itself as this program inside of a container: its file and the C library's are mounted there
+//! ([`in_container`]). What it does is in its environment, what it finds goes to its standard output, a line for each birth.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use berth_cri::v1;
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpid};
+
+use crate::pod::{container, security, words};
+use crate::program;
+
+/// The environment variable that makes a test program a tracer. Its value is `watch`, or the number of a process of the host that the
+/// shim is to take for the one that it has made.
+const ORDER: &str = "BERTH_TRACER";
+
+/// The first word of every line about a birth.
+const BORN: &str = "born";
+
+/// What it said when it began.
+pub const READY: &str = "tracing";
+
+/// How many numbers after the last one it tries.
+const AHEAD: i32 = 40;
+
+/// What was seen of a process in the instant of its birth.
+#[derive(Debug)]
+pub struct Birth(BTreeMap<String, String>);
+
+impl Birth {
+    /// All that are in the output of a tracer.
+    #[must_use]
+    pub fn all(said: &str) -> Vec<Self> {
+        let of_line = |line: &str| {
+            let fields = line.strip_prefix(BORN)?.split('\t').filter_map(|field| field.split_once('='));
+            Some(Self(fields.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()))
+        };
+        said.lines().filter_map(of_line).collect()
+    }
+
+    /// A field of proc_pid_status(5), a kind of namespace, or `fds`, `label`, `write`.
+    ///
+    /// # Errors
+    /// When it was not seen: the process had gone by then.
+    pub fn get(&self, key: &str) -> Result<&str> {
+        self.0.get(key).map(String::as_str).with_context(|| format!("no {key} in {:?}", self.0))
+    }
+
+    /// A field that is a set of capabilities.
+    ///
+    /// # Errors
+    /// As [`Birth::get`], and when it is none.
+    pub fn set(&self, key: &str) -> Result<u64> {
+        u64::from_str_radix(self.get(key)?, 16).with_context(|| key.to_owned())
+    }
+
+    /// Whether it is a process of Berth's, which has not become its program.
+    #[must_use]
+    pub fn is_a_shims(&self) -> bool {
+        self.0.get("Name").is_some_and(|name| name == "berth-shim")
+    }
+}
+
+/// The request for a container that traces, with the capability and without a filter; the test `name` of the calling program has to
+/// call [`obey`]. `order`: `watch`, or a number of the host.
+///
+/// # Errors
+/// When the calling program's file or the C library's cannot be found.
+pub fn in_container(test: &str, order: &str) -> Result<v1::ContainerConfig> {
+    let mut config = container("tracer", &["/t/tracer", "--exact", test, "--nocapture"]);
+    config.envs = vec![v1::KeyValue { key: ORDER.to_owned(), value: order.into() }];
+    let loader = Path::new("/lib64/ld-linux-x86-64.so.2");
+    let library = Path::new("/lib/x86_64-linux-gnu");
+    for (from, to) in [
+        (std::env::current_exe()?, PathBuf::from("/t/tracer")),
+        (loader.canonicalize()?, loader.to_owned()),
+        (library.canonicalize()?, library.to_owned()),
+    ] {
+        config.mounts.push(v1::Mount {
+            container_path: to.to_string_lossy().into_owned(),
+            host_path: from.to_string_lossy().into_owned(),
+            readonly: true,
+            ..Default::default()
+        });
+    }
+    let security = security(&mut config);
+    security.capabilities =
+        Some(v1::Capability { add_capabilities: words(&["SYS_PTRACE"]), ..Default::default() });
+    security.seccomp = Some(v1::SecurityProfile {
+        profile_type: v1::security_profile::ProfileType::Unconfined.into(),
+        ..Default::default()
+    });
+    Ok(config)
+}
+
+/// Traces for ever if this process is to, else returns.
+///
+/// # Errors
+/// When it cannot trace.
+pub fn obey() -> Result<()> {
+    match std::env::var(ORDER) {
+        Err(_) => Ok(()),
+        Ok(order) => match trace(order.parse().ok())? {},
+    }
+}
+
+/// Stops whatever is born beside this process, writes down what it is, and lets it go on. With a `victim` it has each one say to the
+/// shim that it goes on as that process.
+fn trace(victim: Option<i32>) -> Result<Infallible> {
+    let mut out = std::io::stdout();
+    let mut last = getpid().as_raw();
+    // The harness has begun a line.
+    writeln!(out, "\n{READY}")?;
+    loop {
+        for pid in (last + 1..last + AHEAD).map(Pid::from_raw) {
+            if ptrace::seize(pid, ptrace::Options::empty()).is_err() {
+                continue;
+            }
+            last = pid.as_raw();
+            // One that ends under the tracer is as good as not seen.
+            if let Ok(line) = look(pid, victim) {
+                writeln!(out, "{BORN}{line}")?;
+                out.flush()?;
+            }
+            break;
+        }
+        while matches!(waitpid(None, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)),
+            Ok(status) if status != WaitStatus::StillAlive)
+        {}
+    }
+}
+
+fn look(pid: Pid, victim: Option<i32>) -> Result<String> {
+    ptrace::interrupt(pid)?;
+    let WaitStatus::PtraceEvent(..) = waitpid(pid, Some(WaitPidFlag::__WALL))? else { bail!("it ended") };
+    let directory = PathBuf::from(format!("/proc/{pid}"));
+    let mut line = String::new();
+    let mut add = |key: &str, value: &str| {
+        let _ = write!(line, "\t{key}={}", value.trim());
+    };
+    for (key, value) in
+        fs::read_to_string(directory.join("status"))?.lines().filter_map(|line| line.split_once(':'))
+    {
+        add(key, &value.replace('\t', " "));
+    }
+    for kind in ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"] {
+        add(kind, &fs::read_link(directory.join("ns").join(kind))?.to_string_lossy());
+    }
+    if let Ok(label) = fs::read_to_string(directory.join("attr/current")) {
+        add("label", &label);
+    }
+    let (mut files, mut socket) = (Vec::new(), None);
+    for entry in fs::read_dir(directory.join("fd"))? {
+        let entry = entry?;
+        let target = fs::read_link(entry.path())?.to_string_lossy().into_owned();
+        if target.starts_with("socket:") {
+            socket = entry.file_name().to_str().and_then(|number| number.parse().ok());
+        }
+        files.push(target);
+    }
+    add("fds", &files.join(" "));
+    if let (Some(victim), Some(socket)) = (victim, socket) {
+        add("write", &forge(pid, socket, victim)?.to_string());
+    }
+    ptrace::detach(pid, None)?;
+    Ok(line)
+}
+
+/// Has the process write the message of a maker to `socket`; what write(2) returned.
+fn forge(pid: Pid, socket: u64, victim: i32) -> Result<i64> {
+    const SYSCALL: i64 = 0x050f;
+    let at = |address: u64| std::ptr::with_exposed_provenance_mut(address.try_into().unwrap_or_default());
+    let before = ptrace::getregs(pid)?;
+    let code = ptrace::read(pid, at(before.rip))?;
+    // Below the red zone of its stack.
+    let buffer = before.rsp - 4096;
+    let [a, b, c, d] = victim.to_le_bytes();
+    ptrace::write(pid, at(before.rip), code & !0xffff | SYSCALL)?;
+    ptrace::write(pid, at(buffer), i64::from_le_bytes([b'N', a, b, c, d, 0, 0, 0]))?;
+    let mut call = before;
+    (call.orig_rax, call.rax) = (u64::MAX, 1);
+    (call.rdi, call.rsi, call.rdx) = (socket, buffer, 5);
+    ptrace::setregs(pid, call)?;
+    ptrace::step(pid, None)?;
+    waitpid(pid, Some(WaitPidFlag::__WALL))?;
+    let returned = ptrace::getregs(pid)?.rax.cast_signed();
+    ptrace::write(pid, at(before.rip), code)?;
+    ptrace::setregs(pid, before)?;
+    Ok(returned)
+}
+
+/// Traces what is born in a pid namespace that this makes, with the test `name` of the calling program as in [`in_container`].
+///
+/// # Errors
+/// When `unshare(1)` cannot make one, as for anyone but root.
+pub fn in_own_namespace(test: &str) -> Result<Vec<Birth>> {
+    const SCRIPT: &str = "\"$0\" --exact \"$1\" --nocapture & sleep 1; for i in 1 2 3 4 5 6 7 8 9; do sleep 0.1; done; kill $!";
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", SCRIPT]);
+    command.arg(std::env::current_exe()?).arg(test).env(ORDER, "watch");
+    Ok(Birth::all(&program::output(&mut command)?))
+}

@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_image::{Digest, InUse, NoProgress, Progress, Store, StoreOptions};
+use berth_image::{Digest, InUse, NoProgress, Progress, Store, StoreError, StoreOptions};
 
 // The rule of the rootful tests: what did not run is counted as that.
 #[path = "../../../tests/src/skip.rs"]
@@ -37,7 +37,17 @@ pub fn quiet() -> Arc<dyn Progress> {
 
 /// A store in a folder of its own, without a floor of free space that a small disk could not meet.
 pub fn store(root: &Path) -> Store {
-    Store::open(root, options()).unwrap()
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match Store::open(root, options()) {
+            // A program that another test starts has all descriptors until its exec, so also the lock of a
+            // store that was just closed (flock(2)).
+            Err(StoreError::Locked { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            opened => return opened.unwrap(),
+        }
+    }
 }
 
 /// See [`store`].

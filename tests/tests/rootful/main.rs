@@ -14,6 +14,7 @@ mod escape;
 mod exec;
 mod faults;
 mod floods;
+mod full_disk;
 mod image_faults;
 mod images;
 mod inheritance;

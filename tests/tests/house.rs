@@ -127,6 +127,29 @@ fn the_map_names_only_what_exists() {
     }
 }
 
+/// What the threat model names as `module::test…` is a test of the rootful suite, or begins one.
+#[test]
+fn the_threat_model_names_only_tests_that_exist() {
+    let text = std::fs::read_to_string(repository().join("docs/security.md")).expect("the threat model");
+    let mut checked = 0;
+    for (module, test) in text.split('`').skip(1).step_by(2).filter_map(|name| name.split_once("::")) {
+        if module.contains(' ') {
+            // Of a crate, whose module and tests are its own.
+            continue;
+        }
+        let suite = repository().join(format!("tests/tests/rootful/{module}.rs"));
+        if !suite.exists() {
+            // Of the crate named before it in the same list.
+            continue;
+        }
+        let suite = std::fs::read_to_string(suite).expect("a source file");
+        let wanted = format!("fn {}", test.trim_end_matches(['*', '…']));
+        assert!(suite.contains(&wanted), "docs/security.md names {module}::{test}, which is not there");
+        checked += 1;
+    }
+    assert!(checked > 20, "only {checked} tests were found; is the test still looking?");
+}
+
 #[test]
 fn the_map_names_every_module_of_the_large_crates() {
     let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");

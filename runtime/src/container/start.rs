@@ -31,6 +31,8 @@ pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerErr
     // Before the shim is asked: a daemon that comes later has to know that it may run.
     note_start(container);
     let outcome = tokio::select! {
+        // The answer first: a program that has ended already was started all the same.
+        biased;
         outcome = shim.start() => outcome,
         // By a stop. Its end says more than the loss of the shim.
         () = container.exited() => Err(ShimError::Lost),
@@ -52,12 +54,18 @@ pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerErr
         Err(error @ (ShimError::Lost | ShimError::Start { .. } | ShimError::TooLong(_))) => {
             // Without its shim it ends, and nobody may see it as created after this call.
             match tokio::time::timeout(SETTLED, container.exited()).await {
+                Ok(()) if was_started(container) => Ok(()),
                 Ok(()) => Err(error.into()),
                 Err(_) => end_without_answer(container).await,
             }
         }
         Err(ShimError::Silent) => end_without_answer(container).await,
     }
+}
+
+/// Whether it has ended, and its program ran before.
+fn was_started(container: &Container) -> bool {
+    matches!(container.state(), ContainerState::Exited(exit) if exit.started_at_unix_ns != 0)
 }
 
 /// After a refusal that did not end it: whether it waits still, or runs.

@@ -22,6 +22,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// How many notes about the node are remembered as said.
+const MAX_SAID: usize = 256;
+
 /// How long a cgroup that could not be limited may take to go.
 const CGROUP_GONE: Duration = Duration::from_secs(10);
 
@@ -179,9 +182,11 @@ impl Node {
         mount.join(parent.path().trim_start_matches('/')).is_dir()
     }
 
-    /// Whether this is the first time that `note` is to be said: what holds for the whole node is said once, not for every container.
+    /// Whether this is the first time that `note` is to be said: what holds for the whole node is said once, not for every container. Only
+    /// so many are remembered; what comes after them is not said.
     pub(crate) fn is_new(&self, note: &str) -> bool {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner).insert(note.to_owned())
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.len() < MAX_SAID && said.insert(note.to_owned())
     }
 
     /// Whether the network was whole when it was last looked at; if not, why.

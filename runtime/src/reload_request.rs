@@ -1,6 +1,6 @@
 //! `berthd --reload PID`: a running daemon reads its configuration again, and the caller learns whether it did.
 //!
-//! A signal brings no answer. So the daemon keeps a file of its runtime state open, [`FILE`], and writes into it how far it has come; who may
+//! A signal brings no answer. So the daemon keeps a file of its runtime state open, `FILE`, and writes into it how far it has come; who may
 //! read `/proc/PID/fd` finds it there, whatever the daemon's flags and configuration are.
 //!
 //! The file has a line with three numbers, and then a text: how many times the daemon has begun to read its configuration, the number of the

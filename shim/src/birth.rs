@@ -1,18 +1,18 @@
 //! A process on its way to its program: who it is, how far it has come, and how long it may take.
 //!
 //! ```text
-//!  direct     child ──R──> ready ──go──> exec
-//!  by a maker maker ──R (main process only)──N──> (ends); successor ──go (main process only)──> exec
+//!  direct      child: report, (go), exec
+//!  by a maker  maker: report (main process only), successor, end;  successor: (go), exec
 //! ```
 //! The shim never waits for such a process. It may hang in a filesystem, or be stopped by others in its pid namespace; the loop
 //! goes on, and kills it when its time is up.
 //!
-//! Who the process is comes from the kernel: the maker is the shim's own child, made by `clone3(2)`, and the only one whose word
-//! on a successor counts; the successor has to be a child of the shim, and no child that is not known is reaped before the maker
-//! has spoken or ended. So the numbers are their own for as long as this says that they are there.
+//! Who the process is comes from the kernel: the maker is the shim's own child, made by `clone3(2)`. It names the successor by its
+//! own name, which is looked at once it has ended and before it is reaped; the successor has to be a child of the shim, and no
+//! child that is not known is reaped before that. So the numbers are their own for as long as this says that they are there.
 
 use crate::failure::refused;
-use crate::handshake::{self, ShimEnd, Word};
+use crate::handshake::{self, Report, ShimEnd};
 use berth_shim_proto::control::{Created, Failed};
 use berth_sys::process;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -40,9 +40,11 @@ pub(crate) struct Birth {
     process: Option<i32>,
     /// Whether the process has ever been known.
     named: bool,
-    /// Whether it has been told to go on, or needs not be told.
+    /// Whether it is told to go on as soon as it is known.
+    at_once: bool,
+    /// Whether it has been told to go on.
     released: bool,
-    ready: Option<(Box<Created>, Option<OwnedFd>)>,
+    report: Option<Report>,
     deadline: Instant,
 }
 
@@ -68,20 +70,21 @@ impl Birth {
             maker: Some(maker),
             process: None,
             named: false,
+            at_once: false,
             released: false,
-            ready: None,
+            report: None,
             deadline: Instant::now() + PREPARE,
         }
     }
 
-    /// Of a process of exec, which the child `maker` makes and which starts at once.
+    /// Of a process of exec, which the child `maker` makes and which goes on as soon as it is known.
     pub(crate) fn of_exec(end: ShimEnd, maker: i32) -> Self {
-        Self { released: true, deadline: Instant::now() + ENTER, ..Self::by_maker(end, maker) }
+        Self { at_once: true, deadline: Instant::now() + ENTER, ..Self::by_maker(end, maker) }
     }
 
-    /// To wait for words.
-    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.end.as_fd()
+    /// What tells by its readiness that something was said.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.end.sources()
     }
 
     /// When it has taken too long.
@@ -110,33 +113,42 @@ impl Birth {
     /// # Errors
     /// Why it will not become its program. It is then to be killed.
     pub(crate) fn advance(&mut self) -> Result<Progress, Failed> {
-        const STEP: &str = "prepare the process";
-        while let Some(word) = self.end.hear(self.maker)? {
-            match word {
-                Word::Ready { created, terminal } if self.ready.is_none() => {
-                    self.ready = Some((created, terminal));
-                }
-                Word::Successor(pid) if !self.named && Some(pid) != self.maker => {
-                    if !process::is_child(pid).unwrap_or(false) {
-                        return Err(refused(STEP, handshake::KILLED));
-                    }
-                    (self.process, self.named) = (Some(pid), true);
-                }
-                Word::Ready { .. } | Word::Successor(_) => {
-                    return Err(refused(STEP, "it reported twice"));
-                }
-                Word::Failed(failed) => return Err(failed),
-                Word::End if self.named && self.released => return Ok(Progress::Executed),
-                Word::End => return Err(refused(STEP, handshake::KILLED)),
+        if let Some(report) = self.end.hear_report()? {
+            self.report = Some(report);
+        }
+        if !self.named {
+            self.look_for_successor();
+            if self.named && self.at_once {
+                self.release()?;
             }
         }
-        Ok(Progress::Pending)
+        match self.end.hear_words() {
+            Some(Some(failed)) => Err(failed),
+            Some(None) if self.named && self.released => Ok(Progress::Executed),
+            Some(None) if self.named => Err(refused("prepare the process", handshake::KILLED)),
+            // With its maker ended it is known, or there is none.
+            Some(None) | None => Ok(Progress::Pending),
+        }
+    }
+
+    /// Takes the name of a maker that has ended, and not been reaped.
+    fn look_for_successor(&mut self) {
+        let Some(maker) = self.maker else { return };
+        if !matches!(process::ended_child(Some(maker)), Ok(Some(_))) {
+            return;
+        }
+        let name = std::fs::read_to_string(format!("/proc/{maker}/comm")).unwrap_or_default();
+        if let Some(pid) = handshake::successor(&name)
+            && process::is_child(pid).unwrap_or(false)
+        {
+            (self.process, self.named) = (Some(pid), true);
+        }
     }
 
     /// What it resolved, once it waits for its start.
     pub(crate) fn take_ready(&mut self) -> Option<(Created, Option<OwnedFd>)> {
         self.process?;
-        self.ready.take().map(|(created, terminal)| (*created, terminal))
+        self.report.take().map(|Report { created, terminal }| (created, terminal))
     }
 
     /// Lets a process that waits go on.
@@ -144,9 +156,13 @@ impl Birth {
     /// # Errors
     /// When it has ended.
     pub(crate) fn go(&mut self) -> Result<(), Failed> {
+        self.deadline = Instant::now() + START;
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<(), Failed> {
         self.end.go()?;
         self.released = true;
-        self.deadline = Instant::now() + START;
         Ok(())
     }
 
@@ -188,13 +204,29 @@ mod tests {
         i32::try_from(child.id()).unwrap()
     }
 
-    /// This process speaks for the maker.
-    fn of_exec() -> (Birth, ChildEnd) {
-        let (end, child) = handshake::pair().unwrap();
-        (Birth::of_exec(end, i32::try_from(std::process::id()).unwrap()), child)
+    /// A child that ends at once and leaves this name; not reaped.
+    fn maker(name: &str) -> Child {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join(name);
+        std::os::unix::fs::symlink("/bin/true", &program).unwrap();
+        let child = Command::new(program).spawn().unwrap();
+        while process::ended_child(Some(pid(&child))).unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        child
     }
 
-    /// What comes of an end. A process that another test has just forked may hold a copy of the socket until its exec.
+    fn end(mut child: Child) {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    fn of_exec(maker: &Child) -> (Birth, ChildEnd) {
+        let (end, child) = handshake::pair(false).unwrap();
+        (Birth::of_exec(end, pid(maker)), child)
+    }
+
+    /// What comes of an end. A process that another test has just forked may hold a copy of the pipe until its exec.
     fn heard(birth: &mut Birth) -> Result<Progress, Failed> {
         loop {
             match birth.advance() {
@@ -206,62 +238,57 @@ mod tests {
 
     #[test]
     fn a_successor_that_is_no_child_of_the_shim_is_not_believed() {
-        for victim in [1, 0, -1, i32::MIN, i32::MAX] {
-            let (mut birth, end) = of_exec();
-            end.succeeded_by(victim).unwrap();
-            assert_eq!(birth.advance().unwrap_err().detail, handshake::KILLED, "{victim}");
-            assert_eq!(birth.process(), None);
+        for name in ["+1", "+0", "+-1", "+2147483647", "berth-shim", "x+1"] {
+            let maker = maker(name);
+            let (mut birth, _end) = of_exec(&maker);
+            assert_eq!(birth.advance().unwrap(), Progress::Pending, "{name}");
+            assert_eq!(birth.process(), None, "{name}");
+            assert!(birth.reaped(pid(&maker)).is_err(), "{name}");
+            end(maker);
         }
     }
 
     #[test]
-    fn an_exec_is_over_when_its_process_closes_the_socket() {
-        let (mut birth, end) = of_exec();
+    fn an_exec_goes_on_when_it_is_known_and_is_over_when_its_process_closes_the_pipe() {
+        let process = child();
+        let maker = maker(&handshake::name_of_maker(pid(&process)));
+        let (mut birth, child_end) = of_exec(&maker);
         assert!(birth.expects_successor());
-        let mut process = child();
-        end.succeeded_by(pid(&process)).unwrap();
         assert_eq!(birth.advance().unwrap(), Progress::Pending);
+        child_end.wait_for_go().unwrap();
         assert_eq!((birth.process(), birth.expects_successor()), (Some(pid(&process)), false));
-        drop(end);
+        assert!(birth.reaped(pid(&maker)).is_ok());
+        drop(child_end);
         assert_eq!(heard(&mut birth).unwrap(), Progress::Executed);
-        process.kill().unwrap();
-        process.wait().unwrap();
+        assert!(birth.reaped(pid(&process)).is_err());
+        end(process);
+        end(maker);
+        // Their numbers are nobody's now.
+        birth.kill();
     }
 
     #[test]
-    fn a_second_successor_is_not_believed() {
-        let (mut birth, end) = of_exec();
-        let (mut one, mut two) = (child(), child());
-        end.succeeded_by(pid(&one)).unwrap();
-        end.succeeded_by(pid(&two)).unwrap();
-        assert!(birth.advance().is_err());
-        birth.maker = None;
-        birth.kill();
-        one.wait().unwrap();
-        assert!(process::is_child(pid(&two)).unwrap(), "it is not killed for what was said of it");
-        two.kill().unwrap();
-        two.wait().unwrap();
+    fn a_maker_that_runs_has_not_named_anybody() {
+        let maker = child();
+        let (mut birth, child_end) = of_exec(&maker);
+        // Words of a successor that is not known are no reason to believe anything.
+        drop(child_end);
+        for _ in 0..100 {
+            assert_eq!(birth.advance().unwrap(), Progress::Pending);
+        }
+        assert!(birth.expects_successor() && birth.deadline() > Instant::now());
+        end(maker);
     }
 
     #[test]
     fn an_end_before_the_word_to_go_on_is_a_death() {
-        let (end, child_end) = handshake::pair().unwrap();
-        let mut process = child();
-        let mut birth = Birth::direct(end, pid(&process));
+        let (shim_end, child_end) = handshake::pair(true).unwrap();
+        let process = child();
+        let mut birth = Birth::direct(shim_end, pid(&process));
+        assert_eq!(birth.advance().unwrap(), Progress::Pending);
         drop(child_end);
         assert_eq!(heard(&mut birth).unwrap_err().detail, handshake::KILLED);
         assert!(birth.reaped(pid(&process)).is_err());
-        process.kill().unwrap();
-        process.wait().unwrap();
-        // Its number is nobody's now.
-        birth.kill();
-    }
-
-    #[test]
-    fn nothing_is_waited_for() {
-        let (mut birth, end) = of_exec();
-        assert_eq!(birth.advance().unwrap(), Progress::Pending);
-        assert!(birth.deadline() > Instant::now());
-        drop(end);
+        end(process);
     }
 }

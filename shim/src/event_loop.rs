@@ -395,7 +395,7 @@ impl Shim {
             return Err(refused("prepare the container", "this shim has one already"));
         }
         let making = launch::create(launch, descriptors)?;
-        if let Err(error) = self.poll.watch(making.birth.as_fd(), TOKEN_MAIN, false) {
+        if let Err(error) = self.watch(&making.birth, TOKEN_MAIN) {
             making.birth.kill();
             return Err(from_io(&error, "watch the container's process", ""));
         }
@@ -427,13 +427,17 @@ impl Shim {
         };
         let birth = launch::exec(container, request, descriptors)?;
         let token = self.new_token();
-        if let Err(error) = self.poll.watch(birth.as_fd(), token, false) {
+        if let Err(error) = self.watch(&birth, token) {
             birth.kill();
             return Err(from_io(&error, STEP, ""));
         }
         let Asker { connection, request_id } = asker;
-        self.execs.push(Exec { token, connection, request_id, stage: Stage::Entering(birth) });
+        self.execs.push(Exec { token, connection, request_id, stage: Stage::Entering(Box::new(birth)) });
         Ok(())
+    }
+
+    fn watch(&self, birth: &Birth, token: u64) -> io::Result<()> {
+        birth.sources().try_for_each(|source| self.poll.watch(source, token, false))
     }
 
     /// Hears the main process while it is not its program.
@@ -523,7 +527,9 @@ impl Shim {
             }
             State::Waiting { container, output, birth } => {
                 // It will be reaped, and its end recorded then; until then nothing more is to be heard.
-                let _ = self.poll.forget(birth.as_fd());
+                for source in birth.sources() {
+                    let _ = self.poll.forget(source);
+                }
                 self.state = State::Waiting { container, output, birth };
             }
             other => self.state = other,
@@ -653,7 +659,7 @@ impl Shim {
             self.execs
                 .iter()
                 .filter_map(|exec| match &exec.stage {
-                    Stage::Entering(birth) => Some(birth),
+                    Stage::Entering(birth) => Some(birth.as_ref()),
                     Stage::Running { .. } => None,
                 })
                 .chain(self.state.birth())

@@ -1,24 +1,29 @@
 //! What a new child and the shim say to each other before the child's exec.
 //!
-//! A pair of sockets that keep message boundaries. The child sends what it resolved in a packet `R` (with the terminal's
-//! descriptor, if there is one); what does not fit goes ahead of it in packets `P`. It waits for one byte of the shim, then
-//! executes its program; the socket is close-on-exec, so the end of the stream says that exec worked, and a packet `F`
-//! says what failed.
-//!
-//! A child that goes on as another process ([`crate::init`]) says so in a packet `N` with that process's pid, and ends.
+//! ```text
+//!  report  socket, child to shim   `R` and what the child resolved, with the terminal's descriptor if there is one; what does
+//!                                  not fit goes ahead of it in packets `P`
+//!  words   pipe, child to shim     `Failed`, or nothing; its end without a word says that exec worked
+//!  go      pipe, shim to child     one byte: become the program
+//! ```
+//! All are close-on-exec. A child that goes on as another process ([`crate::init`]), the *maker*, tells who that is by its own
+//! name (proc_pid_comm(5)), and ends: a name can be read as long as the process has not been reaped, and nobody but the process
+//! itself can write it.
 //!
 //! # Who is believed
 //!
-//! A process that is born in a pid namespace where others live holds the socket too, and whoever may trace it there can
-//! send in its place. So `R`, `P` and `N` count only from the maker, which lives outside of that namespace: the
-//! kernel names the sender of each packet. What anyone else may say is `F`, a text of limited length about a process that is
-//! then killed, and the end of the stream, after which that process is taken for the program that it could be anyway.
+//! A process that is born in a pid namespace where others live has what its maker had open, and whoever may trace it there
+//! has it too. So the maker closes the report before it makes the other, and that one has two pipes: it can be told to go on, and it can
+//! say a text of limited length about itself, after which it is killed. A pipe carries no descriptors, which a
+//! socket would: to close one that hangs, a socket that lingers (socket(7)) or a file of a filesystem in the container, the
+//! shim would have to wait.
 
 use crate::failure::{Step, refused};
 use berth_shim_proto::control::{Created, Failed};
-use berth_sys::socket;
+use berth_sys::{file, socket};
 use prost::Message;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// The longest packet. A kernel socket buffer has some 200 KiB by default (`net.core.wmem_default`), its own bookkeeping included.
@@ -26,6 +31,9 @@ const MAX_PACKET: usize = 64 * 1024;
 
 /// The longest report. Groups are most of it: at most 65536 (setgroups(2)), of five bytes.
 const MAX_REPORT: usize = 1024 * 1024;
+
+/// The longest failure as it is sent, in bytes; less than a pipe holds, pipe(7).
+const MAX_FAILURE: usize = 32 * 1024;
 
 /// The longest detail of a failure, in characters: a path of the longest kind (`PATH_MAX`).
 const MAX_DETAIL: usize = 4096;
@@ -36,137 +44,169 @@ const MAX_STEP: usize = 128;
 /// What is said of a process that ended without a word.
 pub(crate) const KILLED: &str = "its process was killed while preparing";
 
-/// What is being done when a packet is not as it should be.
+/// What is being done when a message is not as it should be.
 const STEP: &str = "prepare the process";
+
+/// What the name of a maker begins with when it has made another process; the pid follows.
+const SUCCESSOR: char = '+';
 
 /// The child's end.
 #[derive(Debug)]
 pub(crate) struct ChildEnd {
-    /// Until [`ChildEnd::close`].
-    socket: Option<OwnedFd>,
+    /// Of a main process, until it has reported.
+    report: Option<OwnedFd>,
+    words: File,
+    go: File,
 }
 
 /// The shim's end, which never waits.
 #[derive(Debug)]
 pub(crate) struct ShimEnd {
-    socket: OwnedFd,
+    /// Of a main process, until it has reported.
+    report: Option<OwnedFd>,
+    words: File,
+    go: File,
     /// The packets `P` so far.
-    report: Vec<u8>,
+    parts: Vec<u8>,
+    /// The words so far.
+    said: Vec<u8>,
 }
 
-/// What the shim hears.
+/// What a main process has resolved once it is prepared, and the other end of its terminal.
 #[derive(Debug)]
-pub(crate) enum Word {
-    /// Everything up to exec is done.
-    Ready { created: Box<Created>, terminal: Option<OwnedFd> },
-    /// This process goes on in place of the maker.
-    Successor(i32),
-    /// A step failed.
-    Failed(Failed),
-    /// The end of the stream: exec, or a death.
-    End,
+pub(crate) struct Report {
+    pub(crate) created: Created,
+    pub(crate) terminal: Option<OwnedFd>,
 }
 
-pub(crate) fn pair() -> io::Result<(ShimEnd, ChildEnd)> {
-    let (shim, child) = socket::packet_pair()?;
-    socket::name_senders(shim.as_fd())?;
-    berth_sys::file::set_nonblocking(shim.as_fd())?;
-    Ok((ShimEnd { socket: shim, report: Vec::new() }, ChildEnd { socket: Some(child) }))
+/// The two ends; with a report for a main process.
+pub(crate) fn pair(reports: bool) -> io::Result<(ShimEnd, ChildEnd)> {
+    let (shim_report, child_report) = if reports {
+        let (shim, child) = socket::packet_pair()?;
+        file::set_nonblocking(shim.as_fd())?;
+        (Some(shim), Some(child))
+    } else {
+        (None, None)
+    };
+    let (hear, say) = file::pipe()?;
+    file::set_nonblocking(hear.as_fd())?;
+    let (wait, go) = file::pipe()?;
+    file::set_nonblocking(go.as_fd())?;
+    Ok((
+        ShimEnd {
+            report: shim_report,
+            words: hear.into(),
+            go: go.into(),
+            parts: Vec::new(),
+            said: Vec::new(),
+        },
+        ChildEnd { report: child_report, words: say.into(), go: wait.into() },
+    ))
+}
+
+/// The name of a maker that has made this process.
+pub(crate) fn name_of_maker(successor: i32) -> String {
+    format!("{SUCCESSOR}{successor}")
+}
+
+/// The process that a maker with this name has made, if it has made one.
+pub(crate) fn successor(maker: &str) -> Option<i32> {
+    maker.trim_end().strip_prefix(SUCCESSOR)?.parse().ok()
 }
 
 impl ChildEnd {
-    pub(crate) fn socket(&self) -> Result<BorrowedFd<'_>, Failed> {
-        self.socket.as_ref().map(AsFd::as_fd).ok_or_else(|| refused("report to the shim", "it was closed"))
+    /// What has to stay open for the rest of the way.
+    pub(crate) fn rest(&self) -> [BorrowedFd<'_>; 2] {
+        [self.words.as_fd(), self.go.as_fd()]
     }
 
-    /// Lets go of the socket, so that its end is another's.
-    pub(crate) fn close(&mut self) {
-        self.socket = None;
-    }
-
-    /// Says that everything up to exec is done.
-    pub(crate) fn ready(&self, created: &Created, terminal: Option<BorrowedFd<'_>>) -> Result<(), Failed> {
+    /// Says that everything up to exec is done. There is one report.
+    pub(crate) fn ready(
+        &mut self,
+        created: &Created,
+        terminal: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Failed> {
         const STEP: &str = "report to the shim";
+        let socket = self.report.take().ok_or_else(|| refused(STEP, "it was done before"))?;
         let report = created.encode_to_vec();
         let mut rest = report.as_slice();
         while let Some((part, after)) =
             rest.split_at_checked(MAX_PACKET - 1).filter(|_| rest.len() >= MAX_PACKET)
         {
-            socket::send(self.socket()?, &[b"P", part].concat(), &[]).step(STEP, "")?;
+            socket::send(socket.as_fd(), &[b"P", part].concat(), &[]).step(STEP, "")?;
             rest = after;
         }
         let descriptors: Vec<BorrowedFd<'_>> = terminal.into_iter().collect();
-        socket::send(self.socket()?, &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
-    }
-
-    /// Says which process goes on in place of this one.
-    pub(crate) fn succeeded_by(&self, pid: i32) -> Result<(), Failed> {
-        let packet = [b"N".as_slice(), &pid.to_le_bytes()].concat();
-        socket::send(self.socket()?, &packet, &[]).step("report to the shim", "").map(drop)
+        socket::send(socket.as_fd(), &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
     }
 
     /// Waits for the word to go on. The shim's end closed instead means that nobody wants the child any more.
     pub(crate) fn wait_for_go(&self) -> Result<(), Failed> {
-        let mut byte = [0];
-        match socket::receive(self.socket()?, &mut byte) {
-            Ok((1, _)) => Ok(()),
-            _ => Err(refused("start", "the shim has ended")),
-        }
+        (&self.go).read_exact(&mut [0]).step("start", "the shim has ended")
     }
 
     /// Says that a step failed. Whether anybody hears it does not matter to the child.
     pub(crate) fn failed(&self, failed: &Failed) {
-        // It may quote the image, and what does not fit would not arrive at all.
-        let packet = [b"F".as_slice(), &bounded(failed.clone()).encode_to_vec()].concat();
-        if let Ok(socket) = self.socket() {
-            let _ = socket::send(socket, &packet, &[]);
-        }
+        // It may quote the image, and the pipe has room for so much only.
+        let _ = (&self.words).write_all(&bounded(failed.clone()).encode_to_vec());
     }
 }
 
 impl ShimEnd {
-    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    /// What tells by its readiness that something was said.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.report.iter().map(AsFd::as_fd).chain([self.words.as_fd()])
     }
 
-    /// Takes the next word, if there is one. `maker` is the process that is believed.
+    /// Takes the report, if it has come.
     ///
     /// # Errors
-    /// When a packet is not one that its sender may send; the process is of no use then.
-    pub(crate) fn hear(&mut self, maker: Option<i32>) -> Result<Option<Word>, Failed> {
+    /// When it is torn or has no end.
+    pub(crate) fn hear_report(&mut self) -> Result<Option<Report>, Failed> {
+        let Some(socket) = &self.report else { return Ok(None) };
         let mut buffer = vec![0; MAX_PACKET];
         loop {
-            let message = match socket::receive_message(self.as_fd(), &mut buffer) {
-                Ok(message) => message,
+            let (length, descriptors) = match socket::receive(socket.as_fd(), &mut buffer) {
+                Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // A child killed with unread bytes in its socket resets it: an end like another.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Some(Word::End)),
-                other => return other.step("hear from the container's process", "").map(|_| None),
+                // A child killed in between resets it: an end like another, of which its words tell.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, Vec::new()),
+                other => other.step("hear from the container's process", "")?,
             };
-            let trusted = maker.is_some() && message.sender == maker;
-            let packet = buffer.get(..message.length).unwrap_or_default();
-            return match packet.split_first() {
-                None => Ok(Some(Word::End)),
-                Some((b'F', body)) => Ok(Some(Word::Failed(decode_failure(body)))),
-                Some((b'P', part)) if trusted && self.report.len() <= MAX_REPORT => {
-                    self.report.extend_from_slice(part);
-                    continue;
-                }
-                Some((b'P', _)) if trusted => Err(refused(STEP, "its report has no end")),
-                Some((b'R', part)) if trusted => {
-                    self.report.extend_from_slice(part);
-                    let created = Created::decode(std::mem::take(&mut self.report).as_slice())
+            match buffer.get(..length).and_then(<[u8]>::split_first) {
+                Some((b'P', part)) if self.parts.len() <= MAX_REPORT => self.parts.extend_from_slice(part),
+                Some((b'P', _)) => return Err(refused(STEP, "its report has no end")),
+                Some((b'R', part)) => {
+                    self.parts.extend_from_slice(part);
+                    let created = Created::decode(std::mem::take(&mut self.parts).as_slice())
                         .map_err(|_| refused(STEP, "its report is torn"))?;
-                    let terminal = message.descriptors.into_iter().next();
-                    Ok(Some(Word::Ready { created: Box::new(created), terminal }))
+                    self.report = None;
+                    return Ok(Some(Report { created, terminal: descriptors.into_iter().next() }));
                 }
-                Some((b'N', number)) if trusted => match <[u8; 4]>::try_from(number) {
-                    Ok(number) => Ok(Some(Word::Successor(i32::from_le_bytes(number)))),
-                    Err(_) => Err(refused(STEP, "its report is torn")),
-                },
-                Some(_) => Err(refused(STEP, "somebody in the container interfered with it")),
-            };
+                Some(_) => return Err(refused(STEP, "its report is torn")),
+                None => {
+                    self.report = None;
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Whether the words have come to their end: `None` when they have not, else the failure that was said, if any.
+    pub(crate) fn hear_words(&mut self) -> Option<Option<Failed>> {
+        let mut buffer = [0; 4096];
+        loop {
+            match self.words.read(&mut buffer) {
+                Ok(0) if self.said.is_empty() => return Some(None),
+                Ok(0) => return Some(Some(decode_failure(&self.said))),
+                Ok(length) => {
+                    let room = MAX_FAILURE.saturating_sub(self.said.len()).min(length);
+                    self.said.extend_from_slice(buffer.get(..room).unwrap_or_default());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return None,
+            }
         }
     }
 
@@ -175,7 +215,7 @@ impl ShimEnd {
     /// # Errors
     /// When it has ended.
     pub(crate) fn go(&self) -> Result<(), Failed> {
-        socket::send(self.as_fd(), b"g", &[]).step("start the container", "its process has ended").map(drop)
+        (&self.go).write_all(b"g").step("start the container", "its process has ended")
     }
 }
 
@@ -207,78 +247,72 @@ fn bounded(failed: Failed) -> Failed {
 mod tests {
     use super::*;
 
-    /// This process, which is both ends.
-    fn me() -> Option<i32> {
-        i32::try_from(std::process::id()).ok()
-    }
-
     #[test]
     fn reports_of_any_length_arrive_whole() {
         for count in [0, 1, 10_000, 13_105, 13_106, 13_107, 26_213, 65_536] {
-            let (mut shim, child) = pair().unwrap();
+            let (mut shim, mut child) = pair(true).unwrap();
             let groups: Vec<u32> = (0..count).map(|number| i32::MAX.unsigned_abs() - number).collect();
             let created = Created { uid: 7, groups, ..Created::default() };
             let sender = {
                 let created = created.clone();
-                std::thread::spawn(move || child.ready(&created, None).unwrap())
+                std::thread::spawn(move || {
+                    child.ready(&created, None).unwrap();
+                    assert!(child.ready(&created, None).is_err(), "there is one report");
+                })
             };
-            let heard = loop {
-                match shim.hear(me()).unwrap() {
-                    Some(Word::Ready { created, terminal }) => break (*created, terminal.is_some()),
-                    Some(other) => panic!("{other:?}"),
-                    None => std::thread::yield_now(),
+            let report = loop {
+                if let Some(report) = shim.hear_report().unwrap() {
+                    break report;
                 }
+                std::thread::yield_now();
             };
             sender.join().unwrap();
-            assert_eq!(heard, (created, false), "{count}");
+            assert_eq!((report.created, report.terminal.is_some()), (created, false), "{count}");
         }
+    }
+
+    #[test]
+    fn a_terminal_comes_with_the_report() {
+        let (mut shim, mut child) = pair(true).unwrap();
+        let file = File::open("/dev/null").unwrap();
+        child.ready(&Created::default(), Some(file.as_fd())).unwrap();
+        assert!(shim.hear_report().unwrap().unwrap().terminal.is_some());
+        assert!(shim.hear_report().unwrap().is_none());
     }
 
     #[test]
     fn a_failure_arrives_bounded_and_without_orders_to_terminals() {
-        let (mut shim, child) = pair().unwrap();
+        let (mut shim, child) = pair(false).unwrap();
         child.failed(&refused("find the\nuser", "\u{1b}[31mä".repeat(100_000)));
-        let Some(Word::Failed(failed)) = shim.hear(me()).unwrap() else { panic!("no failure") };
+        assert!(shim.hear_words().is_none(), "there may be more");
+        drop(child);
+        let failed = shim.hear_words().unwrap().unwrap();
         assert_eq!(failed.step, "find the\u{fffd}user");
         assert_eq!(failed.detail.chars().count(), MAX_DETAIL + 1);
         assert!(failed.detail.starts_with("\u{fffd}[31mä"));
-        // From inside it may come as it likes.
-        let hostile = Failed { step: "x".repeat(60_000), errno: 1, detail: String::new() };
-        let packet = [b"F".as_slice(), &hostile.encode_to_vec()].concat();
-        socket::send(child.socket().unwrap(), &packet, &[]).unwrap();
-        let Some(Word::Failed(failed)) = shim.hear(None).unwrap() else { panic!("no failure") };
-        assert_eq!(failed.step.chars().count(), MAX_STEP + 1);
     }
 
     #[test]
-    fn only_the_maker_is_believed() {
-        let created = Created { pid: 1, ..Created::default() };
-        for maker in [None, Some(1)] {
-            for packet in [b"N\x01\0\0\0".to_vec(), [b"R".as_slice(), &created.encode_to_vec()].concat()] {
-                let (mut shim, child) = pair().unwrap();
-                socket::send(child.socket().unwrap(), &packet, &[]).unwrap();
-                let refused = shim.hear(maker).unwrap_err();
-                assert!(refused.detail.contains("interfered"), "{refused}");
-            }
-            let (mut shim, child) = pair().unwrap();
-            socket::send(child.socket().unwrap(), b"P", &[]).unwrap();
-            assert!(shim.hear(maker).is_err());
-        }
-        for torn in [b"N".as_slice(), b"N123", b"N12345", b"R\xff", b"X", b"\0"] {
-            let (mut shim, child) = pair().unwrap();
-            socket::send(child.socket().unwrap(), torn, &[]).unwrap();
-            assert!(shim.hear(me()).is_err(), "{torn:?}");
+    fn whatever_comes_from_inside_is_a_failure_of_limited_length() {
+        let hostile = Failed { step: "x".repeat(20_000), errno: 1, detail: String::new() }.encode_to_vec();
+        for said in [hostile.as_slice(), b"+1234", b"R", b"\0", &[0xff; 60_000]] {
+            let (mut shim, child) = pair(false).unwrap();
+            (&child.words).write_all(said).unwrap();
+            drop(child);
+            let failed = shim.hear_words().unwrap().unwrap();
+            assert!(failed.step.chars().count() <= MAX_STEP + 1 && shim.said.len() <= MAX_FAILURE);
         }
     }
 
     #[test]
     fn a_report_without_an_end_is_refused() {
-        let (mut shim, child) = pair().unwrap();
+        let (mut shim, child) = pair(true).unwrap();
+        let socket = child.report.as_ref().unwrap();
         let part = [b"P".as_slice(), &vec![0; MAX_PACKET - 1]].concat();
         let mut refused = None;
         for _ in 0..2 * MAX_REPORT / MAX_PACKET {
-            socket::send(child.socket().unwrap(), &part, &[]).unwrap();
-            match shim.hear(me()) {
+            socket::send(socket.as_fd(), &part, &[]).unwrap();
+            match shim.hear_report() {
                 Ok(None) => {}
                 other => {
                     refused = other.err();
@@ -287,13 +321,37 @@ mod tests {
             }
         }
         assert!(refused.unwrap().detail.contains("no end"));
+        for torn in [b"R\xff".as_slice(), b"X", b"N1"] {
+            let (mut shim, child) = pair(true).unwrap();
+            socket::send(child.report.as_ref().unwrap().as_fd(), torn, &[]).unwrap();
+            assert!(shim.hear_report().is_err(), "{torn:?}");
+        }
     }
 
     #[test]
     fn an_end_is_heard_and_nothing_is_waited_for() {
-        let (mut shim, child) = pair().unwrap();
-        assert!(shim.hear(me()).unwrap().is_none());
+        let (mut shim, child) = pair(true).unwrap();
+        assert!(shim.hear_report().unwrap().is_none() && shim.hear_words().is_none());
+        assert_eq!(shim.sources().count(), 2);
+        shim.go().unwrap();
+        child.wait_for_go().unwrap();
         drop(child);
-        assert!(matches!(shim.hear(me()).unwrap(), Some(Word::End)));
+        assert!(shim.hear_report().unwrap().is_none());
+        assert_eq!(shim.sources().count(), 1);
+        assert_eq!(shim.hear_words(), Some(None));
+        assert!(shim.go().is_err());
+        let (shim, child) = pair(false).unwrap();
+        drop(shim);
+        assert!(child.wait_for_go().is_err());
+    }
+
+    #[test]
+    fn a_maker_names_its_successor_and_nothing_else_does() {
+        assert_eq!(successor(&name_of_maker(i32::MAX)), Some(i32::MAX));
+        assert!(name_of_maker(i32::MAX).len() <= 15, "proc_pid_comm(5)");
+        assert_eq!(successor("+12\n"), Some(12));
+        for other in ["", "berth-shim", "12", "+", "+x", "+1 2", "+99999999999", "-1"] {
+            assert_eq!(successor(other), None, "{other}");
+        }
     }
 }

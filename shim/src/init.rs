@@ -10,7 +10,7 @@
 
 use crate::execute::{self, Privileges, Program};
 use crate::failure::{Step, refused};
-use crate::handshake::ChildEnd;
+use crate::handshake::{self, ChildEnd};
 use crate::inheritance;
 use crate::procfs::{self, Target};
 use crate::rootfs;
@@ -20,9 +20,9 @@ use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace, Process};
 use berth_sys::beneath::Root;
 use berth_sys::process::SingleThreaded;
 use berth_sys::{file, ns, process, tty};
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::fs::OpenOptions;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -209,6 +209,7 @@ fn prepare_exec(
     let exec = Program::new(program, &user.home)?;
     execute::become_user(program, user)?;
     let privileges = go_on_inside(program, end)?;
+    end.wait_for_go()?;
     lead_session(false)?;
     Ok((exec, privileges))
 }
@@ -233,26 +234,19 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one. Nothing but 0, 1, 2 and the
-/// way to the shim stays open. Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
+/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one, whose name tells the shim who
+/// the new one is. Nothing but 0, 1, 2 and two pipes to the shim stays open. Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
 fn go_on_inside(program: &Process, end: &mut ChildEnd) -> Result<Privileges, Failed> {
     const STEP: &str = "enter the pid namespace";
-    process::close_all_but(&[end.socket()?]).step(STEP, "")?;
-    // The shim has to know of the new one before it does anything, and if it never will, there shall be none.
-    let (wait, go_on) = file::pipe().step(STEP, "")?;
+    process::close_all_but(&end.rest()).step(STEP, "")?;
     let single = SingleThreaded::check().step(STEP, "")?;
     let privileges = execute::shed_before_birth(program)?;
     match process::clone_sibling(single).step(STEP, "")? {
-        None => {
-            drop(go_on);
-            std::fs::File::from(wait).read_exact(&mut [0]).step(STEP, "its maker has ended")?;
-            Ok(privileges)
-        }
+        // It does nothing before the shim knows of it, and if the shim never does, it ends.
+        None => Ok(privileges),
         Some(pid) => {
-            end.succeeded_by(pid)?;
-            // The end of the socket tells the shim of the other's exec; a copy here would hold it back.
-            end.close();
-            std::fs::File::from(go_on).write_all(b"g").step(STEP, "")?;
+            let name = CString::new(handshake::name_of_maker(pid)).unwrap_or_default();
+            process::set_name(&name).step(STEP, "")?;
             process::exit_now(0)
         }
     }

@@ -75,7 +75,7 @@ pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Making
         let (child, shim) = pipes(launch.stdin)?;
         (Some(child), Some(shim))
     };
-    let (end, mut child_end) = handshake::pair().step("make a socket", "")?;
+    let (end, mut child_end) = handshake::pair(true).step("make a socket", "")?;
     let unified = open_unified(&launch.cgroup)?;
     let pid = match process::clone_process(pid_flags | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
         .step("make a process", "")?
@@ -167,7 +167,7 @@ pub(crate) struct Exec {
 /// How far an [`Exec`] has come.
 #[derive(Debug)]
 pub(crate) enum Stage {
-    Entering(Birth),
+    Entering(Box<Birth>),
     /// Not reaped yet, so the number is its own.
     Running {
         pid: i32,
@@ -200,7 +200,7 @@ pub(crate) fn exec(
         groups: container.created.groups.clone(),
         home: container.created.home.clone(),
     };
-    let (end, mut child_end) = handshake::pair().step("make a socket", "")?;
+    let (end, mut child_end) = handshake::pair(false).step("make a pipe", "")?;
     match clone_into(container).step(STEP, "")? {
         Cloned::Child => {
             drop(end);

@@ -2,7 +2,7 @@
 
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
+    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, socket, socketpair, sockopt,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -87,14 +87,6 @@ pub fn peer_pid(socket: BorrowedFd<'_>) -> io::Result<i32> {
     Ok(getsockopt(&socket, sockopt::PeerCredentials)?.pid())
 }
 
-/// Has the kernel name the sender of each message that `socket` receives from now on: `SO_PASSCRED`, unix(7).
-///
-/// # Errors
-/// When `socket` is not a Unix socket.
-pub fn name_senders(socket: BorrowedFd<'_>) -> io::Result<()> {
-    Ok(setsockopt(&socket, sockopt::PassCred, &true)?)
-}
-
 /// Sends `bytes` with up to [`MAX_DESCRIPTORS`] descriptors; returns how many bytes were taken (the descriptors go with the
 /// first): `sendmsg(2)`. No `SIGPIPE`.
 ///
@@ -112,46 +104,21 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]
 /// # Errors
 /// `EAGAIN` on an empty non-blocking socket; `EMSGSIZE` when descriptors were cut off (none is kept then).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    receive_message(socket, buffer).map(|message| (message.length, message.descriptors))
-}
-
-/// What [`receive_message`] received.
-#[derive(Debug)]
-pub struct Message {
-    /// Bytes of the buffer that are filled; 0 at the end of the stream.
-    pub length: usize,
-    /// The descriptors that came with them, close-on-exec.
-    pub descriptors: Vec<OwnedFd>,
-    /// Who sent it, numbered as in this process's pid namespace (0 for a process outside of it). The kernel says so, not
-    /// the message; a sender can only name another process with `CAP_SYS_ADMIN`, and only one that its own pid
-    /// namespace shows. `None` unless [`name_senders`] was called before it was sent.
-    pub sender: Option<i32>,
-}
-
-/// [`receive`], with the sender of a message: `SCM_CREDENTIALS`, unix(7).
-///
-/// # Errors
-/// As [`receive`].
-pub fn receive_message(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Message> {
-    let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS], libc::ucred);
+    let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message =
         recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    let (mut descriptors, mut sender) = (Vec::new(), None);
+    let mut descriptors = Vec::new();
     for control in message.cmsgs()? {
-        match control {
-            ControlMessageOwned::ScmRights(raw) => {
-                // SAFETY: the kernel made each of these descriptors for this process in this call; nobody else owns them.
-                descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
-            }
-            ControlMessageOwned::ScmCredentials(credentials) => sender = Some(credentials.pid()),
-            _ => {}
+        if let ControlMessageOwned::ScmRights(raw) = control {
+            // SAFETY: the kernel made each of these descriptors for this process in this call; nobody else owns them.
+            descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
     if message.flags.contains(MsgFlags::MSG_CTRUNC) {
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
-    Ok(Message { length: message.bytes, descriptors, sender })
+    Ok((message.bytes, descriptors))
 }
 
 #[cfg(test)]
@@ -169,31 +136,6 @@ mod tests {
         assert_eq!((&buffer[..length], descriptors.len()), (&b"hello"[..], 2));
         drop(left);
         assert_eq!(receive(right.as_fd(), &mut buffer).unwrap().0, 0);
-    }
-
-    #[test]
-    fn the_kernel_names_the_sender() {
-        let (ours, theirs) = packet_pair().unwrap();
-        let mut buffer = [0; 16];
-        send(theirs.as_fd(), b"before", &[]).unwrap();
-        assert_eq!(receive_message(ours.as_fd(), &mut buffer).unwrap().sender, None);
-        name_senders(ours.as_fd()).unwrap();
-        let file = std::fs::File::open("/dev/null").unwrap();
-        let full = [file.as_fd(); MAX_DESCRIPTORS];
-        send(theirs.as_fd(), b"after", &full).unwrap();
-        let message = receive_message(ours.as_fd(), &mut buffer).unwrap();
-        assert_eq!(message.sender, i32::try_from(std::process::id()).ok());
-        assert_eq!((message.length, message.descriptors.len()), (5, MAX_DESCRIPTORS));
-        // A process of its own: the sender is who sends, not who made the pair.
-        let mut sender = std::process::Command::new("sh")
-            .args(["-c", "echo hi >&0; read -r line"])
-            .stdin(std::process::Stdio::from(theirs))
-            .spawn()
-            .unwrap();
-        let message = receive_message(ours.as_fd(), &mut buffer).unwrap();
-        assert_eq!(message.sender, i32::try_from(sender.id()).ok());
-        drop(ours);
-        sender.wait().unwrap();
     }
 
     #[test]

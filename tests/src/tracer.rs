@@ -48,7 +48,7 @@ impl Birth {
         said.lines().filter_map(of_line).collect()
     }
 
-    /// A field of proc_pid_status(5), a kind of namespace, or `fds`, `label`, `write`.
+    /// A field of proc_pid_status(5), a kind of namespace, or `fds`, `label`, `forged`.
     ///
     /// # Errors
     /// When it was not seen: the process had gone by then.
@@ -159,43 +159,62 @@ fn look(pid: Pid, victim: Option<i32>) -> Result<String> {
     if let Ok(label) = fs::read_to_string(directory.join("attr/current")) {
         add("label", &label);
     }
-    let (mut files, mut socket) = (Vec::new(), None);
+    let (mut files, mut ways) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(directory.join("fd"))? {
         let entry = entry?;
-        let target = fs::read_link(entry.path())?.to_string_lossy().into_owned();
-        if target.starts_with("socket:") {
-            socket = entry.file_name().to_str().and_then(|number| number.parse().ok());
-        }
-        files.push(target);
+        files.push(fs::read_link(entry.path())?.to_string_lossy().into_owned());
+        ways.extend(
+            entry.file_name().to_str().and_then(|number| number.parse().ok()).filter(|fd: &u64| *fd > 2),
+        );
     }
     add("fds", &files.join(" "));
-    if let (Some(victim), Some(socket)) = (victim, socket) {
-        add("write", &forge(pid, socket, victim)?.to_string());
+    if let Some(victim) = victim {
+        add("forged", &forge(pid, &ways, victim)?.to_string());
     }
     ptrace::detach(pid, None)?;
     Ok(line)
 }
 
-/// Has the process write the message of a maker to `socket`; what write(2) returned.
-fn forge(pid: Pid, socket: u64, victim: i32) -> Result<i64> {
-    const SYSCALL: i64 = 0x050f;
-    let at = |address: u64| std::ptr::with_exposed_provenance_mut(address.try_into().unwrap_or_default());
+/// Has the process say in every way that it has that it goes on as the victim: by its name, as a maker does, and through
+/// whatever leads to the shim. In how many ways it could.
+fn forge(pid: Pid, ways: &[u64], victim: i32) -> Result<usize> {
+    const WRITE: u64 = 1;
+    const PRCTL: u64 = 157;
+    const PR_SET_NAME: u64 = 15;
     let before = ptrace::getregs(pid)?;
-    let code = ptrace::read(pid, at(before.rip))?;
     // Below the red zone of its stack.
     let buffer = before.rsp - 4096;
-    let [a, b, c, d] = victim.to_le_bytes();
-    ptrace::write(pid, at(before.rip), code & !0xffff | SYSCALL)?;
-    ptrace::write(pid, at(buffer), i64::from_le_bytes([b'N', a, b, c, d, 0, 0, 0]))?;
-    let mut call = before;
-    (call.orig_rax, call.rax) = (u64::MAX, 1);
-    (call.rdi, call.rsi, call.rdx) = (socket, buffer, 5);
+    let text = format!("+{victim}");
+    let mut bytes = [0; 16];
+    bytes.get_mut(..text.len()).context("a number of 15 digits")?.copy_from_slice(text.as_bytes());
+    let (low, high) = bytes.split_at(8);
+    ptrace::write(pid, at(buffer), i64::from_le_bytes(low.try_into()?))?;
+    ptrace::write(pid, at(buffer + 8), i64::from_le_bytes(high.try_into()?))?;
+    let mut done = usize::from(call(pid, before, PRCTL, [PR_SET_NAME, buffer, 0])? == 0);
+    for way in ways {
+        done += usize::from(call(pid, before, WRITE, [*way, buffer, text.len() as u64])? > 0);
+    }
+    ptrace::setregs(pid, before)?;
+    Ok(done)
+}
+
+fn at(address: u64) -> *mut std::ffi::c_void {
+    std::ptr::with_exposed_provenance_mut(address.try_into().unwrap_or_default())
+}
+
+/// Has the process, whose registers are these, make a system call; what that returned.
+fn call(pid: Pid, registers: nix::libc::user_regs_struct, number: u64, args: [u64; 3]) -> Result<i64> {
+    const SYSCALL: i64 = 0x050f;
+    let code = ptrace::read(pid, at(registers.rip))?;
+    ptrace::write(pid, at(registers.rip), code & !0xffff | SYSCALL)?;
+    let mut call = registers;
+    (call.orig_rax, call.rax) = (u64::MAX, number);
+    [call.rdi, call.rsi, call.rdx] = args;
     ptrace::setregs(pid, call)?;
     ptrace::step(pid, None)?;
     waitpid(pid, Some(WaitPidFlag::__WALL))?;
     let returned = ptrace::getregs(pid)?.rax.cast_signed();
-    ptrace::write(pid, at(before.rip), code)?;
-    ptrace::setregs(pid, before)?;
+    ptrace::write(pid, at(registers.rip), code)?;
     Ok(returned)
 }
 

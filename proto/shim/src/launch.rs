@@ -302,13 +302,11 @@ pub struct Process {
 /// arguments, which a filter can depend on.
 ///
 /// The clone is one of `CLONE_PARENT`, the ioctl a `TIOCSCTTY`.
-pub const ENTERING: [(&str, &[u64]); 17] = [
+pub const ENTERING: [(&str, &[u64]); 15] = [
     ("clone", &[0x8000]),
     ("read", &[]),
     ("write", &[]),
     ("close", &[]),
-    ("sendmsg", &[]),
-    ("recvmsg", &[]),
     ("setsid", &[]),
     ("ioctl", &[0, 0x540e]),
     ("execve", &[]),
@@ -319,7 +317,7 @@ pub const ENTERING: [(&str, &[u64]); 17] = [
     ("mremap", &[]),
     ("munmap", &[]),
     ("madvise", &[]),
-    // What a limit of capabilities takes that comes after the filter.
+    // What a limit of capabilities takes that comes after the filter, and the name of the maker.
     ("capset", &[]),
     ("prctl", &[]),
 ];

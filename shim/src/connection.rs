@@ -53,6 +53,11 @@ impl Connection {
         self.token
     }
 
+    /// Ends the watch, for which closing is not enough as long as a child that has just been made has a copy.
+    pub(crate) fn forget(&self, poll: &Poll) {
+        let _ = poll.forget(self.socket.as_fd());
+    }
+
     /// Reads what is there.
     pub(crate) fn read(&mut self) -> Incoming {
         let mut requests = Vec::new();

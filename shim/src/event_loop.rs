@@ -340,7 +340,9 @@ impl Shim {
     }
 
     fn close(&mut self, token: u64) {
-        self.connections.retain(|connection| connection.token() != token);
+        if let Some(index) = self.connections.iter().position(|connection| connection.token() == token) {
+            self.connections.swap_remove(index).forget(&self.poll);
+        }
         self.finish_if_unwanted();
     }
 
@@ -440,6 +442,13 @@ impl Shim {
         birth.sources().try_for_each(|source| self.poll.watch(source, token, false))
     }
 
+    /// As with [`Connection::forget`].
+    fn unwatch(&self, birth: &Birth) {
+        for source in birth.sources() {
+            let _ = self.poll.forget(source);
+        }
+    }
+
     /// Hears the main process while it is not its program.
     fn hear_main(&mut self) {
         let heard = match &mut self.state {
@@ -492,7 +501,8 @@ impl Shim {
     /// The main process is its program.
     fn main_runs(&mut self) {
         match std::mem::replace(&mut self.state, State::Empty) {
-            State::Starting { container, output, asker, .. } => {
+            State::Starting { container, output, birth, asker } => {
+                self.unwatch(&birth);
                 let started = Started { at_unix_ns: unix_ns(SystemTime::now()) };
                 self.state = State::Running { container, output, started };
                 self.tell(asker, Answer::Started(started));
@@ -505,6 +515,7 @@ impl Shim {
     fn main_failed(&mut self, failed: Failed) {
         if let Some(birth) = self.state.birth() {
             birth.kill();
+            self.unwatch(birth);
         }
         match std::mem::replace(&mut self.state, State::Empty) {
             State::Preparing { making, asker } => {
@@ -527,9 +538,6 @@ impl Shim {
             }
             State::Waiting { container, output, birth } => {
                 // It will be reaped, and its end recorded then; until then nothing more is to be heard.
-                for source in birth.sources() {
-                    let _ = self.poll.forget(source);
-                }
                 self.state = State::Waiting { container, output, birth };
             }
             other => self.state = other,
@@ -559,8 +567,10 @@ impl Shim {
         match birth.advance() {
             Err(failed) => self.fail_exec(index, failed),
             Ok(Progress::Executed) => {
-                if let Some(pid) = birth.process() {
-                    exec.stage = Stage::Running { pid };
+                if let Some(pid) = birth.process()
+                    && let Stage::Entering(birth) = std::mem::replace(&mut exec.stage, Stage::Running { pid })
+                {
+                    self.unwatch(&birth);
                 }
             }
             Ok(Progress::Pending) => {}
@@ -572,6 +582,7 @@ impl Shim {
         let exec = self.execs.swap_remove(index);
         if let Stage::Entering(birth) = &exec.stage {
             birth.kill();
+            self.unwatch(birth);
         }
         self.reply(exec.connection, exec.request_id, Answer::Failed(failed));
     }

@@ -115,6 +115,11 @@ pub(crate) fn successor(maker: &str) -> Option<i32> {
 }
 
 impl ChildEnd {
+    /// Everything that it has open.
+    pub(crate) fn all(&self) -> Vec<BorrowedFd<'_>> {
+        self.report.iter().map(AsFd::as_fd).chain(self.rest()).collect()
+    }
+
     /// What has to stay open for the rest of the way.
     pub(crate) fn rest(&self) -> [BorrowedFd<'_>; 2] {
         [self.words.as_fd(), self.go.as_fd()]
@@ -200,10 +205,11 @@ impl ShimEnd {
             match self.words.read(&mut buffer) {
                 Ok(0) if self.said.is_empty() => return Some(None),
                 Ok(0) => return Some(Some(decode_failure(&self.said))),
-                Ok(length) => {
-                    let room = MAX_FAILURE.saturating_sub(self.said.len()).min(length);
-                    self.said.extend_from_slice(buffer.get(..room).unwrap_or_default());
+                // Ours says less.
+                Ok(length) if self.said.len() + length > MAX_FAILURE => {
+                    return Some(Some(refused(STEP, "it said too much")));
                 }
+                Ok(length) => self.said.extend_from_slice(buffer.get(..length).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return None,
             }

@@ -35,6 +35,12 @@ pub(crate) struct Stdio {
     pub(crate) error: OwnedFd,
 }
 
+impl Stdio {
+    fn all(&self) -> [BorrowedFd<'_>; 3] {
+        [self.input.as_fd(), self.output.as_fd(), self.error.as_fd()]
+    }
+}
+
 /// A host path of the plan.
 pub(crate) fn host_path(bytes: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(bytes))
@@ -80,6 +86,10 @@ fn prepare_main(
     stdio: Option<Stdio>,
     end: &mut ChildEnd,
 ) -> Result<(Program, Privileges), Failed> {
+    let mut kept = end.all();
+    kept.extend(stdio.iter().flat_map(Stdio::all));
+    kept.extend(target.iter().flat_map(|target| target.all()));
+    keep_only(&kept)?;
     let mut notes = Vec::new();
     begin(&launch.cgroup)?;
     // While /proc is still the host's.
@@ -184,6 +194,10 @@ fn prepare_exec(
     stdio: Stdio,
     end: &mut ChildEnd,
 ) -> Result<(Program, Privileges), Failed> {
+    let mut kept = end.all();
+    kept.extend(stdio.all());
+    kept.push(main);
+    keep_only(&kept)?;
     begin(&launch.cgroup)?;
     let mut notes = Vec::new();
     execute::set_limits(program, &mut notes)?;
@@ -212,6 +226,12 @@ fn prepare_exec(
     end.wait_for_go()?;
     lead_session(false)?;
     Ok((exec, privileges))
+}
+
+/// Closes the child's copies of everything else that the shim has open. What a child holds on to stays open when the shim lets go of
+/// it: its daemons would not see its end, and its poll would go on to tell of what it has closed. A child may hang for long.
+fn keep_only(kept: &[BorrowedFd<'_>]) -> Result<(), Failed> {
+    process::close_all_but(kept).step("close descriptors", "")
 }
 
 /// What every child does first.

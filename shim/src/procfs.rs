@@ -16,6 +16,7 @@ use berth_sys::{mount, ns, process, socket};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 /// The container whose pid namespace another one is to live in (`NamespaceMode.TARGET`), as the daemon has found it.
 #[derive(Debug)]
@@ -25,6 +26,9 @@ pub(crate) struct Target {
     /// That one's pid namespace.
     pid_namespace: OwnedFd,
 }
+
+/// How long the look at a target's `/proc` may take.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// The inode of the root of every procfs: `PROC_ROOT_INO`, <linux/proc_fs.h>.
 const ROOT_INODE: u64 = 1;
@@ -39,6 +43,10 @@ impl Target {
         }
     }
 
+    pub(crate) fn all(&self) -> [BorrowedFd<'_>; 2] {
+        [self.process.as_fd(), self.pid_namespace.as_fd()]
+    }
+
     /// Its pid namespace.
     pub(crate) fn pid_namespace(&self) -> BorrowedFd<'_> {
         self.pid_namespace.as_fd()
@@ -47,14 +55,16 @@ impl Target {
     /// Its procfs, as a detached mount.
     ///
     /// The look into its mount namespace is another process's, which stays outside of its pid namespace: joining a mount namespace changes
-    /// root and working directory for good, setns(2).
+    /// root and working directory for good, setns(2). It may hang in a filesystem that the target serves, so it has [`LOOK`], and
+    /// ends with this process.
     pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
         const STEP: &str = "take the target's procfs";
         let (own, other) = socket::packet_pair().step("make a socket", "")?;
         let pid = match process::clone_process(0, None).step("make a process", "")? {
             Cloned::Child => {
                 drop(own);
-                let code = match self.clone_procfs() {
+                let guarded = process::end_with_parent().step("guard the process", "");
+                let code = match guarded.and_then(|()| self.clone_procfs()) {
                     Ok(procfs) => socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).is_err().into(),
                     Err(failed) => {
                         // Without its words the parent has its own.
@@ -67,8 +77,11 @@ impl Target {
             Cloned::Parent { pid, .. } => pid,
         };
         drop(other);
+        socket::limit_waits(own.as_fd(), LOOK).step(STEP, "")?;
         let mut words = [0; 4096];
-        let (length, descriptors) = socket::receive(own.as_fd(), &mut words).step(STEP, "")?;
+        // When it hangs it is not waited for: it ends with this process, which ends with the error.
+        let (length, descriptors) =
+            socket::receive(own.as_fd(), &mut words).step(STEP, "/proc does not answer")?;
         process::wait_for(pid).step(STEP, "")?;
         descriptors
             .into_iter()

@@ -365,6 +365,14 @@ pub fn become_subreaper() -> io::Result<()> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, 1)
 }
 
+/// Has the kernel kill this process when its parent ends: `PR_SET_PDEATHSIG`. A parent that has ended already is not noticed.
+///
+/// # Errors
+/// None in practice.
+pub fn end_with_parent() -> io::Result<()> {
+    prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL.unsigned_abs().into())
+}
+
 /// Forbids this process and its descendants to gain privileges by exec: `PR_SET_NO_NEW_PRIVS`.
 ///
 /// # Errors

@@ -2,14 +2,19 @@
 
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, socket, socketpair, sockopt,
+    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
+use nix::sys::time::{TimeVal, TimeValLike};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
-/// The most descriptors that one message carries here; the kernel's own limit is 253 (`SCM_MAX_FD`).
+/// The most descriptors that one message carries here.
 pub const MAX_DESCRIPTORS: usize = 8;
+
+/// The most that the kernel lets a message carry: `SCM_MAX_FD`, unix(7).
+const KERNELS_MOST: usize = 253;
 
 /// A connected pair of stream sockets, close-on-exec: `socketpair(2)`.
 ///
@@ -87,6 +92,16 @@ pub fn peer_pid(socket: BorrowedFd<'_>) -> io::Result<i32> {
     Ok(getsockopt(&socket, sockopt::PeerCredentials)?.pid())
 }
 
+/// Has receiving from `socket` fail with `EAGAIN` when nothing comes for so long: `SO_RCVTIMEO`, socket(7).
+///
+/// # Errors
+/// `EDOM` for more time than the kernel can count.
+pub fn limit_waits(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
+    let microseconds =
+        i64::try_from(limit.as_micros()).map_err(|_| io::Error::from_raw_os_error(libc::EDOM))?;
+    Ok(setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::microseconds(microseconds))?)
+}
+
 /// Sends `bytes` with up to [`MAX_DESCRIPTORS`] descriptors; returns how many bytes were taken (the descriptors go with the
 /// first): `sendmsg(2)`. No `SIGPIPE`.
 ///
@@ -102,9 +117,10 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]
 /// Receives bytes, and the descriptors that came with them, close-on-exec: `recvmsg(2)`. Zero bytes mean the end.
 ///
 /// # Errors
-/// `EAGAIN` on an empty non-blocking socket; `EMSGSIZE` when descriptors were cut off (none is kept then).
+/// `EAGAIN` on an empty non-blocking socket; `EMSGSIZE` when there are more than [`MAX_DESCRIPTORS`] (none is kept then).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    // Room for as many as there can be: those that are cut off for want of room would stay open, and be nobody's.
+    let mut space = nix::cmsg_space!([RawFd; KERNELS_MOST]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message =
         recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
@@ -115,7 +131,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
-    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+    if message.flags.contains(MsgFlags::MSG_CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
     Ok((message.bytes, descriptors))
@@ -136,6 +152,34 @@ mod tests {
         assert_eq!((&buffer[..length], descriptors.len()), (&b"hello"[..], 2));
         drop(left);
         assert_eq!(receive(right.as_fd(), &mut buffer).unwrap().0, 0);
+    }
+
+    #[test]
+    fn of_too_many_descriptors_none_is_kept() {
+        let (left, right) = packet_pair().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let mut buffer = [0; 16];
+        for count in [MAX_DESCRIPTORS + 1, KERNELS_MOST] {
+            // One pipe, whose end is seen when its last copy is closed.
+            let (read, write) = crate::file::pipe().unwrap();
+            let mut many = vec![file.as_fd(); count - 1];
+            many.push(write.as_fd());
+            send(left.as_fd(), b"x", &many).unwrap();
+            drop(many);
+            drop(write);
+            let error = receive(right.as_fd(), &mut buffer).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE), "{count}");
+            assert_eq!(io::Read::read(&mut std::fs::File::from(read), &mut buffer).unwrap(), 0, "{count}");
+        }
+    }
+
+    #[test]
+    fn a_wait_has_a_limit() {
+        let (left, right) = packet_pair().unwrap();
+        limit_waits(left.as_fd(), Duration::from_millis(50)).unwrap();
+        let error = receive(left.as_fd(), &mut [0; 1]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop(right);
     }
 
     #[test]

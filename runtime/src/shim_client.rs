@@ -217,9 +217,40 @@ struct Incoming {
     end: Arc<OnceLock<ExitRecord>>,
 }
 
+/// A request until it is sent. Whoever asked can take it back until then, with its descriptors: a shim that does not read holds up
+/// everything behind, and what nobody waits for any more must not pile up, nor be done later.
+type Slot = Arc<Mutex<Option<Outgoing>>>;
+
+#[derive(Debug)]
 struct Outgoing {
     frame: Vec<u8>,
     descriptors: Vec<OwnedFd>,
+}
+
+/// A request on its way.
+struct Sent {
+    id: u64,
+    slot: Slot,
+    answer: oneshot::Receiver<Answer>,
+}
+
+/// Takes the request out of its slot: to send it, or to take it back. `None` when the other was first.
+fn take(slot: &Slot) -> Option<Outgoing> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// Takes a request back when it is dropped, unless it was sent; nobody waits for its answer then.
+struct TakenBack<'a> {
+    client: &'a ShimClient,
+    id: u64,
+    slot: &'a Slot,
+}
+
+impl Drop for TakenBack<'_> {
+    fn drop(&mut self) {
+        drop(take(self.slot));
+        lock(&self.client.pending).remove(&self.id);
+    }
 }
 
 /// The container whose pid namespace a new one is to live in.
@@ -234,7 +265,7 @@ pub(crate) struct Target {
 /// A connection to a shim.
 #[derive(Debug)]
 pub(crate) struct ShimClient {
-    outgoing: mpsc::UnboundedSender<Outgoing>,
+    outgoing: mpsc::UnboundedSender<Slot>,
     pending: Arc<Pending>,
     next_id: AtomicU64,
     ended: watch::Receiver<bool>,
@@ -342,8 +373,8 @@ impl ShimClient {
         stdout: OwnedFd,
         stderr: OwnedFd,
     ) -> Result<RunningExec, ShimError> {
-        let (id, answer) = self.send(Call::Exec(ExecRequest { args }), vec![stdout, stderr])?;
-        Ok(RunningExec { client: self.clone(), id, answer: Some(answer) })
+        let Sent { id, slot, answer } = self.send(Call::Exec(ExecRequest { args }), vec![stdout, stderr])?;
+        Ok(RunningExec { client: self.clone(), id, slot, answer: Some(answer) })
     }
 
     /// Kills an exec's session.
@@ -429,13 +460,13 @@ impl ShimClient {
         descriptors: Vec<OwnedFd>,
         limit: Duration,
     ) -> Result<Answer, ShimError> {
-        let attempt = async {
-            let (_, answer) = self.send(call, descriptors)?;
-            answer.await.map_err(|_| self.lost())
-        };
-        match tokio::time::timeout(limit, attempt).await {
+        let Sent { id, slot, answer } = self.send(call, descriptors)?;
+        // Also when this call is given up from outside.
+        let _unless_answered = TakenBack { client: self, id, slot: &slot };
+        match tokio::time::timeout(limit, answer).await {
             Ok(Ok(Answer::Failed(failed))) => Err(ShimError::Failed(failed)),
-            Ok(result) => result,
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(_)) => Err(self.lost()),
             Err(_) => Err(ShimError::Silent),
         }
     }
@@ -445,20 +476,17 @@ impl ShimClient {
         self.failure.get().cloned().map_or(ShimError::Lost, ShimError::Failed)
     }
 
-    fn send(
-        &self,
-        call: Call,
-        descriptors: Vec<OwnedFd>,
-    ) -> Result<(u64, oneshot::Receiver<Answer>), ShimError> {
+    fn send(&self, call: Call, descriptors: Vec<OwnedFd>) -> Result<Sent, ShimError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let frame = frame::encode(&Request { id, call: Some(call) }).map_err(ShimError::TooLong)?;
-        let (sender, receiver) = oneshot::channel();
+        let (sender, answer) = oneshot::channel();
+        let slot = Slot::new(Mutex::new(Some(Outgoing { frame, descriptors })));
         lock(&self.pending).insert(id, sender);
-        if *self.ended.borrow() || self.outgoing.send(Outgoing { frame, descriptors }).is_err() {
+        if *self.ended.borrow() || self.outgoing.send(slot.clone()).is_err() {
             lock(&self.pending).remove(&id);
             return Err(self.lost());
         }
-        Ok((id, receiver))
+        Ok(Sent { id, slot, answer })
     }
 }
 
@@ -472,6 +500,7 @@ fn unexpected(_answer: Answer) -> ShimError {
 pub(crate) struct RunningExec {
     client: Arc<ShimClient>,
     id: u64,
+    slot: Slot,
     /// Until the shim has said how it ended.
     answer: Option<oneshot::Receiver<Answer>>,
 }
@@ -507,6 +536,11 @@ impl RunningExec {
 impl Drop for RunningExec {
     fn drop(&mut self) {
         let Some(mut answer) = self.answer.take() else { return };
+        if take(&self.slot).is_some() {
+            // The shim has not been asked, and never will be.
+            lock(&self.client.pending).remove(&self.id);
+            return;
+        }
         // Without a runtime the daemon is at its end, and the shim goes on without it.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let (client, id) = (self.client.clone(), self.id);
@@ -526,7 +560,7 @@ impl Drop for RunningExec {
 
 async fn serve(
     socket: UnixStream,
-    mut frames: mpsc::UnboundedReceiver<Outgoing>,
+    mut frames: mpsc::UnboundedReceiver<Slot>,
     incoming: Incoming,
     end: watch::Sender<bool>,
     child: Option<i32>,
@@ -534,9 +568,11 @@ async fn serve(
     let mut received = Vec::new();
     loop {
         let open = tokio::select! {
-            frame = frames.recv() => match frame {
-                Some(outgoing) if send_whole(&socket, &outgoing).await.is_ok() => true,
-                Some(_) => {
+            slot = frames.recv() => match slot.map(|slot| take(&slot)) {
+                // Taken back.
+                Some(None) => true,
+                Some(Some(outgoing)) if send_whole(&socket, &outgoing).await.is_ok() => true,
+                Some(Some(_)) => {
                     // A shim that could not begin is gone before it is asked anything: what it has said is there still.
                     let last_words = async {
                         while socket.readable().await.is_ok() && receive(&socket, &mut received, &incoming) {}

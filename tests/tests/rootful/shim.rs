@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::within;
-use nix::sys::signal::{SIGSTOP, kill};
+use nix::sys::signal::{SIGCONT, SIGSTOP, kill};
 use nix::unistd::Pid;
 use tonic::{Code, Status};
 
@@ -80,7 +81,7 @@ fn a_shim_that_hangs_hurts_its_own_container_only_and_that_can_be_ended() -> Res
         let main = pod.idle("main")?;
         let shim = main.shim_pid()?;
         kill(Pid::from_raw(shim), SIGSTOP)?;
-        std::thread::scope(|scope| -> Result<()> {
+        thread::scope(|scope| -> Result<()> {
             let reopen = v1::ReopenContainerLogRequest { container_id: main.id.clone() };
             let client = &client;
             let endless =
@@ -163,6 +164,40 @@ fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
         fs::remove_dir_all(&filler)?;
         census.stays(daemon)?;
         assert_eq!(pod.script("echo again", |_| {})?, "again\n");
+        Ok(())
+    })
+}
+
+/// What nobody waits for any more is taken back, as long as the shim has not read it.
+#[test]
+fn execs_of_a_shim_that_hangs_do_not_pile_up_in_the_daemon() -> Result<()> {
+    const AT_A_TIME: usize = 40;
+    const EACH: usize = 12;
+    rootful(|daemon| {
+        let main = daemon.pod("hangs")?.idle("main")?;
+        let open = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{}/fd", daemon.pid()?))?.count()) };
+        ensure!(main.exec(&["true"])?.code == 0);
+        let before = open()?;
+        let shim = Pid::from_raw(main.shim_pid()?);
+        kill(shim, SIGSTOP)?;
+        thread::scope(|scope| {
+            for _ in 0..AT_A_TIME {
+                scope.spawn(|| {
+                    for _ in 0..EACH {
+                        let _ = main.exec_within(&["true"], 1);
+                    }
+                });
+            }
+        });
+        let held =
+            within(
+                SOON,
+                "the descriptors are closed",
+                || Ok(Some(open()?).filter(|now| *now <= before + 20)),
+            );
+        kill(shim, SIGCONT)?;
+        held?;
+        within(SOON, "an exec works", || Ok(main.exec_within(&["true"], 20).ok()))?;
         Ok(())
     })
 }

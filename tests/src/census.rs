@@ -139,6 +139,15 @@ pub fn parent(pid: i32) -> Option<i32> {
     status_field(pid, "PPid").and_then(|text| text.parse().ok())
 }
 
+/// Whether a process has a child of this name: proc_pid_task(5), `children`. `true` as well when it has gone.
+#[must_use]
+pub fn has_child(pid: i32, name: &str) -> bool {
+    let Ok(children) = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")) else { return true };
+    children.split_whitespace().any(|child| {
+        fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|comm| comm.trim_end() == name)
+    })
+}
+
 /// A field of `/proc/PID/status`, without the white space around it.
 #[must_use]
 pub fn status_field(pid: i32, field: &str) -> Option<String> {

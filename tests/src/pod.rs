@@ -127,7 +127,12 @@ impl Pod {
     /// # Errors
     /// The daemon's refusal.
     pub fn idle(&self, name: &str) -> Result<Container, Status> {
-        self.start(idle(name))
+        let container = self.start(idle(name))?;
+        // Tests stop it and count processes at once: by then its shell hears signals, and its child has its name.
+        if let Ok(pid) = container.pid() {
+            let _ = within(SOON, "it idles", || Ok(census::has_child(pid, "sleep").then_some(())));
+        }
+        Ok(container)
     }
 
     /// Its status.

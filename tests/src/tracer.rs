@@ -96,10 +96,12 @@ pub fn in_container(test: &str, order: &str) -> Result<v1::ContainerConfig> {
     let security = security(&mut config);
     security.capabilities =
         Some(v1::Capability { add_capabilities: words(&["SYS_PTRACE"]), ..Default::default() });
-    security.seccomp = Some(v1::SecurityProfile {
-        profile_type: v1::security_profile::ProfileType::Unconfined.into(),
-        ..Default::default()
-    });
+    // AppArmor's default profile lets nobody trace what is not confined by it.
+    let unconfined = || {
+        let profile_type = v1::security_profile::ProfileType::Unconfined.into();
+        Some(v1::SecurityProfile { profile_type, ..Default::default() })
+    };
+    (security.seccomp, security.apparmor) = (unconfined(), unconfined());
     Ok(config)
 }
 

@@ -7,7 +7,7 @@
 use crate::ns::{self, Kind};
 use crate::process;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// A process that was found again.
 #[derive(Debug)]
@@ -45,13 +45,7 @@ impl Identified {
         if same && found.holds_its_number() { Ok(found) } else { Err(gone()) }
     }
 
-    /// A descriptor that stands for it: pidfd_open(2).
-    #[must_use]
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    /// [`Identified::pidfd`], to keep.
+    /// A descriptor that stands for it, to keep: pidfd_open(2).
     #[must_use]
     pub fn into_pidfd(self) -> OwnedFd {
         self.pidfd

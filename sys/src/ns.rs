@@ -97,14 +97,6 @@ pub fn pin_own(kind: Kind, path: &Path) -> io::Result<()> {
     pin(Path::new(&format!("/proc/thread-self/ns/{}", kind.file_name())), path)
 }
 
-/// Pins the namespace of this kind of the process `pid` as the file `path`, which is created.
-///
-/// # Errors
-/// As [`pin_own`]; `ENOENT` when there is no such process.
-pub fn pin_of(pid: i32, kind: Kind, path: &Path) -> io::Result<()> {
-    pin(Path::new(&format!("/proc/{pid}/ns/{}", kind.file_name())), path)
-}
-
 /// Pins the namespace that `namespace` stands for as the file `path`, which is created.
 ///
 /// # Errors

@@ -390,6 +390,16 @@ pub fn sharing(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
     config
 }
 
+/// A file or directory of the host, to be mounted at a path of the container with the defaults of a request: writable.
+#[must_use]
+pub fn volume(host: &Path, container: &str) -> v1::Mount {
+    v1::Mount {
+        container_path: container.to_owned(),
+        host_path: host.to_string_lossy().into_owned(),
+        ..Default::default()
+    }
+}
+
 /// Sets the limits of a request.
 pub fn limit(config: &mut v1::ContainerConfig, resources: v1::LinuxContainerResources) {
     config.linux.get_or_insert_default().resources = Some(resources);

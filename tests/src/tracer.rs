@@ -17,7 +17,7 @@ use nix::sys::ptrace;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid};
 
-use crate::pod::{container, security, words};
+use crate::pod::{container, security, volume, words};
 use crate::program;
 
 /// The environment variable that makes a test program a tracer. Its value is `watch`, or the number of a process of the host that the
@@ -86,12 +86,7 @@ pub fn in_container(test: &str, order: &str) -> Result<v1::ContainerConfig> {
         (loader.canonicalize()?, loader.to_owned()),
         (library.canonicalize()?, library.to_owned()),
     ] {
-        config.mounts.push(v1::Mount {
-            container_path: to.to_string_lossy().into_owned(),
-            host_path: from.to_string_lossy().into_owned(),
-            readonly: true,
-            ..Default::default()
-        });
+        config.mounts.push(v1::Mount { readonly: true, ..volume(&from, &to.to_string_lossy()) });
     }
     let security = security(&mut config);
     security.capabilities =

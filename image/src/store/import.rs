@@ -22,7 +22,7 @@ use super::pull::{Reporter, acquire_all, finish};
 use super::staging::Fetch;
 use super::{Inner, StoreError};
 use crate::document::Descriptor;
-use crate::layer::{self, Budget, LayerContent, LayerError};
+use crate::layer::{self, LayerContent, LayerError};
 use crate::manifest::{self, Blob, Document, EMPTY_ARCHIVE, MAX_DOCUMENT, MAX_NESTING, ManifestError};
 use crate::platform;
 use crate::turns::LayerInput;
@@ -484,14 +484,7 @@ fn is_packed(magic: [u8; 4]) -> bool {
 /// The archive without its packing, in a file without a name beside the images: members are read in any order, and several at a time. It may
 /// become as large as one image, and leaves as much free.
 fn unpacked(packed: &File, inner: &Inner) -> Result<File, ImportError> {
-    let policy = inner.policy();
-    let options = &policy.options;
-    let budget = Arc::new(Budget::new(
-        options.max_image_bytes,
-        inner.root.clone(),
-        options.min_free_bytes,
-        options.min_free_percent,
-    ));
+    let budget = inner.budget();
     let failed = |source| ImportError::Read { what: "archive".to_owned(), source };
     let mut file = berth_sys::file::unnamed(&inner.root).map_err(failed)?;
     let size = packed.metadata().map_err(failed)?.len();

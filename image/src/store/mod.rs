@@ -30,7 +30,7 @@ use tokio::sync::Semaphore;
 
 use crate::credentials::Credentials;
 use crate::image::Content;
-use crate::layer::is_disk_full;
+use crate::layer::{Budget, is_disk_full};
 use crate::reference::Target;
 use crate::registry::{self, Client};
 use crate::{Digest, Image, Progress, Reference};
@@ -426,6 +426,18 @@ impl Inner {
 
     fn policy(&self) -> Arc<Policy> {
         Arc::clone(&self.policy.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What one image may take, by the options of now.
+    fn budget(&self) -> Arc<Budget> {
+        let policy = self.policy();
+        let options = &policy.options;
+        Arc::new(Budget::new(
+            options.max_image_bytes,
+            self.root.clone(),
+            options.min_free_bytes,
+            options.min_free_percent,
+        ))
     }
 
     fn disk(&self) -> MutexGuard<'_, ()> {

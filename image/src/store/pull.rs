@@ -10,7 +10,7 @@ use super::commit::{self, ContentError, Names, NewImage};
 use super::staging::{self, Acquired, Fetch};
 use super::{Inner, StoreError, blocking};
 use crate::credentials::Credentials;
-use crate::layer::{Budget, LayerContent};
+use crate::layer::LayerContent;
 use crate::manifest::{self, Blob, Document, EMPTY_ARCHIVE, MAX_NESTING, Manifest, ManifestError};
 use crate::pipe;
 use crate::reference::{Reference, Target};
@@ -187,15 +187,8 @@ pub(super) async fn acquire_all<F: Fetch>(
     fetch: impl Fn(usize, LayerContent, Reporter) -> F,
     try_again: impl Fn(LayerContent, &ContentError) -> bool,
 ) -> Result<Vec<Acquired>, ContentError> {
-    let policy = inner.policy();
-    let options = &policy.options;
-    let budget = Arc::new(Budget::new(
-        options.max_image_bytes,
-        inner.root.clone(),
-        options.min_free_bytes,
-        options.min_free_percent,
-    ));
-    let transfers = Semaphore::new(options.layers_at_once.max(1));
+    let budget = inner.budget();
+    let transfers = Semaphore::new(inner.policy().options.layers_at_once.max(1));
     let (budget, transfers, fetch, try_again) = (&budget, &transfers, &fetch, &try_again);
     let running = contents.iter().enumerate().map(|(index, &content)| {
         let report = Reporter { progress: Arc::clone(progress), index, count: contents.len(), content };

@@ -8,7 +8,7 @@ use berth_cri::v1;
 use berth_tests::cri::image_spec;
 use berth_tests::daemon::rootful;
 use berth_tests::forge::{Image, Layer};
-use berth_tests::pod::{container, idle, security, shell, words};
+use berth_tests::pod::{container, idle, security, shell, volume, words};
 use serde_json::json;
 use tonic::Code;
 
@@ -43,18 +43,14 @@ fn arguments_environment_and_directory_are_those_of_the_request() -> Result<()> 
 fn a_working_directory_that_is_missing_is_made_for_the_user() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("cwd")?;
-        let volume = daemon.folder("volume")?;
-        std::os::unix::fs::symlink("/srv/absent", volume.join("link"))?;
+        let given = daemon.folder("volume")?;
+        std::os::unix::fs::symlink("/srv/absent", given.join("link"))?;
         for (directory, shown) in
             [("/new/er", "/new/er"), ("/volume/link/x", "/srv/absent/x"), ("/www/a", "/www/a")]
         {
             let made = pod.script("pwd; stat -c '%u %a' . ..; stat -c %u /volume /www", |config| {
                 config.working_dir = directory.to_owned();
-                config.mounts = vec![v1::Mount {
-                    container_path: "/volume".to_owned(),
-                    host_path: volume.to_string_lossy().into_owned(),
-                    ..Default::default()
-                }];
+                config.mounts = vec![volume(&given, "/volume")];
                 security(config).run_as_user = Some(v1::Int64Value { value: 33 });
             })?;
             let above = if directory == "/www/a" { "0 755" } else { "33 755" };
@@ -202,16 +198,11 @@ fn a_container_that_is_killed_from_outside_has_the_code_of_its_signal() -> Resul
 #[test]
 fn volumes_are_writable_or_not_as_asked_down_to_what_is_mounted_in_them() -> Result<()> {
     rootful(|daemon| {
-        let volume = daemon.folder("volume")?;
-        fs::write(volume.join("file"), "from the host\n")?;
+        let given = daemon.folder("volume")?;
+        fs::write(given.join("file"), "from the host\n")?;
         let inner = daemon.folder("volume/inner")?;
         nix::mount::mount(Some("inner"), &inner, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)?;
         let pod = daemon.pod("web")?;
-        let mount = |path: &str| v1::Mount {
-            container_path: path.to_owned(),
-            host_path: volume.to_string_lossy().into_owned(),
-            ..Default::default()
-        };
         let seen = pod.script(
             "cat /rw/file /ro/file\n\
              echo rw > /rw/made && echo inner > /rw/inner/made\n\
@@ -219,13 +210,13 @@ fn volumes_are_writable_or_not_as_asked_down_to_what_is_mounted_in_them() -> Res
              touch /ro/inner/allowed && echo recursive is asked for apart",
             |config| {
                 config.mounts = vec![
-                    mount("/rw"),
-                    v1::Mount { readonly: true, ..mount("/ro") },
-                    v1::Mount { readonly: true, recursive_read_only: true, ..mount("/rro") },
+                    volume(&given, "/rw"),
+                    v1::Mount { readonly: true, ..volume(&given, "/ro") },
+                    v1::Mount { readonly: true, recursive_read_only: true, ..volume(&given, "/rro") },
                 ];
             },
         );
-        let made = fs::read_to_string(volume.join("made"));
+        let made = fs::read_to_string(given.join("made"));
         let inner_made = fs::read_to_string(inner.join("made"));
         nix::mount::umount2(&inner, nix::mount::MntFlags::MNT_DETACH)?;
         assert_eq!(seen?, "from the host\nfrom the host\nrecursive is asked for apart\n");
@@ -242,12 +233,10 @@ fn mounts_are_reported_and_a_file_of_the_kubelets_wins_over_ours() -> Result<()>
             fs::write(folder.join(name), content)?;
             fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o666))?;
         }
-        let mount = |path: &str, name: &str| v1::Mount {
-            container_path: path.to_owned(),
-            host_path: folder.join(name).to_string_lossy().into_owned(),
-            ..Default::default()
-        };
-        let mounts = vec![mount("/etc/hosts", "hosts"), mount("/dev/termination-log", "termination-log")];
+        let mounts = vec![
+            volume(&folder.join("hosts"), "/etc/hosts"),
+            volume(&folder.join("termination-log"), "/dev/termination-log"),
+        ];
         let mut config = shell("main", "cat /etc/hosts; echo because > /dev/termination-log; exit 2");
         config.mounts = mounts.clone();
         let ended = daemon.pod("web")?.run_container(config)?;
@@ -334,18 +323,14 @@ fn a_container_is_made_again_under_the_next_attempt_while_the_first_is_kept() ->
 fn a_read_only_root_is_one() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("web")?;
-        let volume = daemon.folder("volume")?;
+        let given = daemon.folder("volume")?;
         let seen = pod.script(
             "for f in /x /etc/x /tmp/x; do touch $f 2>/dev/null && echo wrote $f; done\n\
              echo x 2>/dev/null > /etc/resolv.conf && echo wrote resolv.conf\n\
              touch /volume/x && touch /dev/shm/x && echo volumes are not meant",
             |config| {
                 security(config).readonly_rootfs = true;
-                config.mounts = vec![v1::Mount {
-                    container_path: "/volume".to_owned(),
-                    host_path: volume.to_string_lossy().into_owned(),
-                    ..Default::default()
-                }];
+                config.mounts = vec![volume(&given, "/volume")];
             },
         )?;
         assert_eq!(seen, "volumes are not meant\n");

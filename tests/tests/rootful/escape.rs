@@ -16,7 +16,7 @@ use berth_tests::census::mounts_below;
 use berth_tests::cri::image_spec;
 use berth_tests::daemon::{Daemon, programs, rootful};
 use berth_tests::forge::{Entry, Image, Layer, sha256};
-use berth_tests::pod::{Container, container, idle, security, sharing, sharing_pod, shell, words};
+use berth_tests::pod::{Container, container, idle, security, sharing, sharing_pod, shell, volume, words};
 use berth_tests::repeats::repeats;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::json;
@@ -134,14 +134,6 @@ fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce(&Pace) -> Res
         ensure!(turns > 100, "only {turns} exchanges: that is no race");
         result
     })
-}
-
-fn volume(host: &Path, container: &str) -> v1::Mount {
-    v1::Mount {
-        container_path: container.to_owned(),
-        host_path: host.to_string_lossy().into_owned(),
-        ..Default::default()
-    }
 }
 
 /// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which somebody exchanges a folder and a

@@ -17,7 +17,7 @@ use berth_tests::cri::Client;
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::log;
-use berth_tests::pod::{Container, idle, security, shell, words};
+use berth_tests::pod::{Container, idle, security, shell, volume, words};
 use berth_tests::repeats::repeats;
 use berth_tests::skip::skip;
 use nix::mount::{MsFlags, mount};
@@ -29,14 +29,6 @@ const AT_ONCE: Duration = Duration::from_secs(10);
 
 fn is_alive(pid: i32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
-}
-
-fn volume(host: &Path, container: &str) -> v1::Mount {
-    v1::Mount {
-        container_path: container.to_owned(),
-        host_path: host.to_string_lossy().into_owned(),
-        ..Default::default()
-    }
 }
 
 fn start_anew(daemon: &Daemon) -> Result<()> {

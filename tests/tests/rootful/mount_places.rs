@@ -6,17 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use berth_cri::v1;
 use berth_tests::daemon::rootful;
-use berth_tests::pod::{idle, shell};
-
-fn volume(host: &Path, container: &str) -> v1::Mount {
-    v1::Mount {
-        container_path: container.to_owned(),
-        host_path: host.to_string_lossy().into_owned(),
-        ..Default::default()
-    }
-}
+use berth_tests::pod::{idle, shell, volume};
 
 #[test]
 fn nothing_is_mounted_in_proc_by_its_name_or_through_a_link_of_a_volume() -> Result<()> {

@@ -2,7 +2,6 @@
 //! its way out.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -10,7 +9,7 @@ use berth_cri::v1;
 use berth_tests::cri::image_spec;
 use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::forge::{Image, Layer, sha256};
-use berth_tests::pod::{container, security};
+use berth_tests::pod::{container, security, volume};
 use serde_json::{Value, json};
 
 /// Writes an image layout with this configuration and manifest, whose `config` is filled in, and imports it.
@@ -52,15 +51,6 @@ fn busybox(daemon: &Daemon) -> Result<std::path::PathBuf> {
     Ok(folder.join("bin"))
 }
 
-fn mounted(host: &Path, at: &str) -> v1::Mount {
-    v1::Mount {
-        container_path: at.to_owned(),
-        host_path: host.to_string_lossy().into_owned(),
-        readonly: true,
-        ..Default::default()
-    }
-}
-
 #[test]
 fn an_image_without_layers_runs_the_program_of_a_mount() -> Result<()> {
     rootful(|daemon| {
@@ -75,7 +65,7 @@ fn an_image_without_layers_runs_the_program_of_a_mount() -> Result<()> {
             let mut config =
                 container(name, &["/tools/busybox", "sh", "-c", "echo ran; /tools/busybox ls /"]);
             config.image = Some(image_spec(&format!("localhost/odd:{name}")));
-            config.mounts = vec![mounted(&tools, "/tools")];
+            config.mounts = vec![v1::Mount { readonly: true, ..volume(&tools, "/tools") }];
             let said = pod.run_container(config)?.stdout;
             ensure!(said.starts_with("ran\n") && said.contains("tools"), "{name}: {said}");
             ensure!(!said.contains("home"), "{name}: {said}");

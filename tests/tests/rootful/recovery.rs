@@ -8,7 +8,7 @@ use berth_cri::v1;
 use berth_tests::census::Census;
 use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::within;
-use berth_tests::pod::{idle, limit, shell};
+use berth_tests::pod::{idle, limit, shell, volume};
 use nix::sys::signal::{SIGKILL, kill};
 use nix::unistd::Pid;
 
@@ -42,14 +42,10 @@ fn what_runs_goes_on_with_the_same_process_and_no_line_of_its_log_is_lost() -> R
 fn ends_while_the_daemon_is_away_are_told_truly() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("web")?;
-        let volume = daemon.folder("volume")?;
+        let given = daemon.folder("volume")?;
         let waiting = |name: &str, then: &str| {
             let mut config = shell(name, &format!("while [ ! -e /volume/go ]; do sleep 0.05; done; {then}"));
-            config.mounts = vec![v1::Mount {
-                container_path: "/volume".to_owned(),
-                host_path: volume.to_string_lossy().into_owned(),
-                ..Default::default()
-            }];
+            config.mounts = vec![volume(&given, "/volume")];
             limit(
                 &mut config,
                 v1::LinuxContainerResources { memory_limit_in_bytes: 16 << 20, ..Default::default() },
@@ -63,7 +59,7 @@ fn ends_while_the_daemon_is_away_are_told_truly() -> Result<()> {
         let alive = pod.idle("alive")?;
         let pids = [good.pid()?, bad.pid()?, hungry.pid()?, killed.pid()?];
         daemon.kill()?;
-        fs::write(volume.join("go"), "")?;
+        fs::write(given.join("go"), "")?;
         kill(Pid::from_raw(pids[3]), SIGKILL)?;
         within(SOON, "all of them end", || {
             let gone = |pid: &i32| !std::path::Path::new(&format!("/proc/{pid}")).exists();

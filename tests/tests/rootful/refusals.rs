@@ -1,6 +1,7 @@
 //! Requests that make no sense or cannot be met: an error that names what is wrong, and nothing left behind.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use berth_cri::v1;
@@ -8,7 +9,7 @@ use berth_tests::census::Census;
 use berth_tests::cri::image_spec;
 use berth_tests::daemon::{Setup, rootful, rootful_with};
 use berth_tests::forge::{Image, Layer};
-use berth_tests::pod::{Pod, idle, limit, security, words};
+use berth_tests::pod::{Pod, idle, limit, security, volume, words};
 use nix::mount::MsFlags;
 use serde_json::json;
 use tonic::Code;
@@ -159,11 +160,7 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
             (
                 "/data/null",
                 Box::new(|config| {
-                    config.mounts = vec![v1::Mount {
-                        container_path: "/data".to_owned(),
-                        host_path: "/tmp".to_owned(),
-                        ..Default::default()
-                    }];
+                    config.mounts = vec![volume(Path::new("/tmp"), "/data")];
                     config.devices = vec![v1::Device {
                         container_path: "/data/null".to_owned(),
                         host_path: "/dev/null".to_owned(),

@@ -8,12 +8,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use berth_cri::v1;
 use berth_cri::v1::ContainerState::{ContainerExited, ContainerRunning};
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
-use berth_tests::pod::{Container, idle, shell};
+use berth_tests::pod::{Container, idle, shell, volume};
 use berth_tests::skip::skip;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM, kill};
@@ -253,11 +252,7 @@ fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_remo
         std::thread::scope(|scope| -> Result<()> {
             let creation = scope.spawn(|| {
                 let mut config = idle("hangs");
-                config.mounts = vec![v1::Mount {
-                    container_path: "/volume".to_owned(),
-                    host_path: folder.join("file").to_string_lossy().into_owned(),
-                    ..Default::default()
-                }];
+                config.mounts = vec![volume(&folder.join("file"), "/volume")];
                 pod.create(config)
             });
             sleep(Duration::from_secs(1));

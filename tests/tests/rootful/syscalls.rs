@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::rootful;
-use berth_tests::pod::{idle, security};
+use berth_tests::pod::{idle, security, volume};
 
 /// How a call is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,12 +134,7 @@ fn the_default_filter_answers_by_every_interface_of_the_kernel_for_program_and_e
         let pod = daemon.pod("calls")?;
         let answers = |filtered: bool| -> Result<[BTreeMap<usize, i32>; 2]> {
             let with = |mut config: v1::ContainerConfig| {
-                config.mounts = vec![v1::Mount {
-                    container_path: "/calls".to_owned(),
-                    host_path: folder.to_string_lossy().into_owned(),
-                    readonly: true,
-                    ..Default::default()
-                }];
+                config.mounts = vec![v1::Mount { readonly: true, ..volume(&folder, "/calls") }];
                 if !filtered {
                     security(&mut config).seccomp = None;
                 }

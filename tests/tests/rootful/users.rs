@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::forge::{Image, Layer};
-use berth_tests::pod::{Pod, security, shell, words};
+use berth_tests::pod::{Pod, security, shell, volume, words};
 use serde_json::json;
 
 /// What a program sees of itself: user, group, and all groups.
@@ -318,12 +318,7 @@ fn a_volumes_accounts_are_the_containers() -> Result<()> {
         std::fs::write(&accounts, "volume:x:4242:4343::/volume:/bin/sh\n")?;
         let mut config = shell("main", &format!("{IDENTITY}; echo $HOME"));
         security(&mut config).run_as_username = "volume".to_owned();
-        config.mounts = vec![v1::Mount {
-            container_path: "/etc/passwd".to_owned(),
-            host_path: accounts.to_string_lossy().into_owned(),
-            readonly: true,
-            ..Default::default()
-        }];
+        config.mounts = vec![v1::Mount { readonly: true, ..volume(&accounts, "/etc/passwd") }];
         assert_eq!(daemon.pod("users")?.run_container(config)?.stdout, "4242\n4343\n4343\n/volume\n");
         Ok(())
     })

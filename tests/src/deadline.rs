@@ -8,7 +8,18 @@ use anyhow::{Context as _, Result, bail};
 /// How long to wait between two looks. Short against everything that is waited for, long against what a look costs.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Looks again and again until `look` has something, for at most `limit`.
+/// What `limit` is on this machine: `BERTH_TEST_PATIENCE` times as long, once where it is not set. For machines whose
+/// processor is emulated.
+///
+/// # Panics
+/// When `BERTH_TEST_PATIENCE` is not a whole number above 0.
+pub fn patience(limit: Duration) -> Duration {
+    let Ok(factor) = std::env::var("BERTH_TEST_PATIENCE") else { return limit };
+    let factor = factor.parse().ok().filter(|factor| *factor > 0);
+    limit * factor.expect("BERTH_TEST_PATIENCE is a whole number above 0")
+}
+
+/// Looks again and again until `look` has something, for at most `limit`, with this machine's [`patience`].
 ///
 /// A look that fails is not the end: a daemon that is just starting refuses connections. The last failure is told
 /// when time runs out.
@@ -29,6 +40,7 @@ pub fn within_looks<T>(
     what: &str,
     mut look: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
+    let limit = patience(limit);
     let end = Instant::now() + limit;
     loop {
         let seen = look();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::daemon::rootful;
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use berth_tests::program::output;
 use berth_tests::skip::skip;
 
@@ -104,7 +104,7 @@ fn ask(socket: &Path, headers: &[u8]) -> Result<Vec<u8>> {
     ]
     .concat();
     let mut stream = UnixStream::connect(socket).context("connecting")?;
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(20))))?;
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")?;
     stream.write_all(&[frame(4, 0, 0, &[]), frame(1, 4, 1, &block), frame(0, 1, 1, &[0; 5])].concat())?;
     let mut kinds = Vec::new();

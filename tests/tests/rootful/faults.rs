@@ -15,7 +15,7 @@ use berth_cri::v1::ContainerState::{ContainerCreated, ContainerExited, Container
 use berth_tests::census::{Census, mounts_below};
 use berth_tests::cri::Client;
 use berth_tests::daemon::{Daemon, SOON, rootful};
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use berth_tests::log;
 use berth_tests::pod::{Container, idle, security, shell, volume, words};
 use berth_tests::repeats::repeats;
@@ -36,7 +36,7 @@ fn start_anew(daemon: &Daemon) -> Result<()> {
     daemon.start_again()?;
     daemon.client().status(v1::StatusRequest::default())?;
     let taken = begun.elapsed();
-    ensure!(taken < AT_ONCE, "it took {taken:?} to answer");
+    ensure!(taken < patience(AT_ONCE), "it took {taken:?} to answer");
     Ok(())
 }
 
@@ -130,7 +130,12 @@ fn a_daemon_killed_at_any_moment_of_a_pods_making_leaves_nothing_in_the_way() ->
             what_is_told_is_true(&daemon.client()).with_context(what)?;
             let begun = Instant::now();
             go_on_with_the_pod(daemon).with_context(what)?;
-            ensure!(begun.elapsed() < AT_ONCE, "{}: it took {:?} to go on", what(), begun.elapsed());
+            ensure!(
+                begun.elapsed() < patience(AT_ONCE),
+                "{}: it took {:?} to go on",
+                what(),
+                begun.elapsed()
+            );
         }
         ensure!(cut_off > turns / 4, "only {cut_off} of {turns} pods were cut off in their making");
         assert_eq!((beat.pid()?, beat.shim_pid()?, beat.status()?), before, "who stood by");
@@ -317,7 +322,11 @@ fn processes_that_hide_in_cgroups_of_their_own_or_behind_a_parent_that_left_are_
         let ends = |main: &Container| -> Result<()> {
             let begun = Instant::now();
             main.stop(GRACE)?;
-            ensure!(begun.elapsed() < Duration::from_secs(6), "the stop took {:?}", begun.elapsed());
+            ensure!(
+                begun.elapsed() < patience(Duration::from_secs(6)),
+                "the stop took {:?}",
+                begun.elapsed()
+            );
             within(SOON, "its cgroup is gone", || {
                 Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
             })

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
+use berth_tests::deadline::patience;
 use berth_tests::log;
 use berth_tests::pod::{container, idle, sharing, sharing_pod, shell, words};
 use berth_tests::repeats::repeats;
@@ -76,7 +77,7 @@ fn commands_that_flood_their_output_cost_a_bounded_memory_and_no_disk() -> Resul
                     }
                     Err(refused) => {
                         assert_eq!((refused.code(), timeout), (Code::DeadlineExceeded, 3), "{refused}");
-                        ensure!(taken < Duration::from_secs(20), "it took {taken:?}");
+                        ensure!(taken < patience(Duration::from_secs(20)), "it took {taken:?}");
                     }
                 }
             }
@@ -104,7 +105,7 @@ fn logs_that_are_flooded_and_rotated_all_the_time_lose_no_byte() -> Result<()> {
         let mut parts: BTreeMap<usize, Vec<PathBuf>> = BTreeMap::new();
         let (begun, mut turns, mut over) = (Instant::now(), 0, false);
         while !over {
-            ensure!(begun.elapsed() < SOON, "they have not ended after {turns} rotations");
+            ensure!(begun.elapsed() < patience(SOON), "they have not ended after {turns} rotations");
             over = true;
             for (number, main) in containers.iter().enumerate() {
                 if main.status()?.state() == v1::ContainerState::ContainerRunning && main.log_path.exists() {
@@ -197,7 +198,7 @@ fn requests_beyond_every_measure_are_refused_by_a_code_and_in_time() -> Result<(
                 Err(refused) => assert_eq!(refused.code(), Code::InvalidArgument, "{seconds}: {refused}"),
             }
         }
-        ensure!(begun.elapsed() < SOON, "it took {:?}", begun.elapsed());
+        ensure!(begun.elapsed() < patience(SOON), "it took {:?}", begun.elapsed());
         assert_eq!((daemon.pid()?, main.sh("echo alive")?.as_str()), (pid, "alive\n"));
         Ok(())
     })
@@ -244,7 +245,7 @@ fn headers(path: &str) -> Vec<u8> {
 /// A connection that has said what every client says first.
 fn connect(daemon: &Daemon) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(daemon.socket())?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(10))))?;
     // A server that takes no more from a client that reads nothing does right.
     stream.set_write_timeout(Some(Duration::from_millis(500)))?;
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")?;
@@ -345,7 +346,7 @@ fn streams_that_break_the_protocol_disturb_nobody_else() -> Result<()> {
                 Ok(slowest)
             })
             .with_context(|| what)?;
-            ensure!(slowest < Duration::from_secs(5), "{what}: another client waited {slowest:?}");
+            ensure!(slowest < patience(Duration::from_secs(5)), "{what}: another client waited {slowest:?}");
             ensure!(daemon.pid()? == u32::try_from(pid)? && main.sh("echo alive")? == "alive\n", "{what}");
         }
         let more = peak(pid)?.saturating_sub(before);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{SOON, rootful};
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{container, idle, security, shell, words};
 use tonic::Code;
 
@@ -62,7 +62,7 @@ fn pods_reach_each_other_by_address_and_the_node_reaches_them() -> Result<()> {
         assert_eq!(page, expected);
         let answer = daemon.host().inside(|| {
             let mut stream = TcpStream::connect(&address).context("connecting from the node")?;
-            stream.set_read_timeout(Some(SOON))?;
+            stream.set_read_timeout(Some(patience(SOON)))?;
             stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;

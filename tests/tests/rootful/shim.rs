@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{SOON, rootful};
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use nix::sys::signal::{SIGCONT, SIGSTOP, kill};
 use nix::unistd::Pid;
 use tonic::{Code, Status};
@@ -67,7 +67,7 @@ fn a_shim_holds_its_own_container_only_and_ends_with_it() -> Result<()> {
 fn refused_within<T>(limit: Duration, call: impl FnOnce() -> Result<T, Status>) -> Result<Code> {
     let begin = Instant::now();
     let refused = call().err().context("it is refused")?;
-    assert!(begin.elapsed() < limit, "{:?}: {refused}", begin.elapsed());
+    assert!(begin.elapsed() < patience(limit), "{:?}: {refused}", begin.elapsed());
     Ok(refused.code())
 }
 
@@ -93,7 +93,7 @@ fn a_shim_that_hangs_hurts_its_own_container_only_and_that_can_be_ended() -> Res
             assert_eq!(client.containers(v1::ContainerFilter::default())?.len(), 2);
             assert_eq!(client.list_container_stats(v1::ListContainerStatsRequest::default())?.stats.len(), 2);
             assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
-            assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+            assert!(begin.elapsed() < patience(Duration::from_secs(5)), "{:?}", begin.elapsed());
             let short = refused_within(Duration::from_secs(6), || main.exec_within(&["true"], 1))?;
             assert_eq!(short, Code::DeadlineExceeded);
             for thread in [endless, reopen] {
@@ -104,7 +104,7 @@ fn a_shim_that_hangs_hurts_its_own_container_only_and_that_can_be_ended() -> Res
         })?;
         let begin = Instant::now();
         main.stop(1)?;
-        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < patience(Duration::from_secs(20)), "{:?}", begin.elapsed());
         let status = main.ended()?.status;
         assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"), "{status:?}");
         gone(shim)?;

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1::ContainerState::{ContainerExited, ContainerRunning};
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{Container, idle, shell, volume};
 use berth_tests::skip::skip;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -40,7 +40,7 @@ fn a_daemon_serves_before_slow_shims_answer_and_ends_none_of_their_containers() 
         for _ in 0..12 {
             let begin = Instant::now();
             daemon.crash()?;
-            ensure!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+            ensure!(begin.elapsed() < patience(Duration::from_secs(10)), "{:?}", begin.elapsed());
             assert_eq!(good.sh("echo alive")?, "alive\n");
         }
         // Longer than a shim is waited for.
@@ -52,7 +52,7 @@ fn a_daemon_serves_before_slow_shims_answer_and_ends_none_of_their_containers() 
         let [stopped, others @ ..] = slow.as_slice() else { anyhow::bail!("containers") };
         let begin = Instant::now();
         stopped.stop(1)?;
-        ensure!(begin.elapsed() < Duration::from_secs(40), "{:?}", begin.elapsed());
+        ensure!(begin.elapsed() < patience(Duration::from_secs(40)), "{:?}", begin.elapsed());
         let status = stopped.status()?;
         assert_eq!(
             (status.state(), status.exit_code, status.reason.as_str()),
@@ -130,7 +130,11 @@ fn a_start_without_an_answer_is_made_definite_before_anybody_is_told() -> Result
                 let begin = Instant::now();
                 let told = start.join().map_err(|_| anyhow!("the thread panicked"))?;
                 let refused = told.err().context("it did not start")?;
-                ensure!(begin.elapsed() < Duration::from_secs(40), "{:?}: {refused}", begin.elapsed());
+                ensure!(
+                    begin.elapsed() < patience(Duration::from_secs(40)),
+                    "{:?}: {refused}",
+                    begin.elapsed()
+                );
             }
             Ok(())
         })?;
@@ -161,7 +165,7 @@ fn a_start_that_hangs_keeps_nobody_from_stopping_and_removing() -> Result<()> {
                     assert_eq!(main.status()?.state(), ContainerExited);
                 }
                 main.remove()?;
-                ensure!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+                ensure!(begin.elapsed() < patience(Duration::from_secs(10)), "{:?}", begin.elapsed());
                 // Which of the two came first is all the same.
                 let _ = start.join().map_err(|_| anyhow!("the thread panicked"))?;
                 Ok(())
@@ -181,7 +185,7 @@ fn a_second_start_is_refused_at_once_and_blocks_nobody() -> Result<()> {
         }
         let begin = Instant::now();
         main.remove()?;
-        ensure!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+        ensure!(begin.elapsed() < patience(Duration::from_secs(10)), "{:?}", begin.elapsed());
         Ok(())
     })
 }
@@ -259,12 +263,12 @@ fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_remo
             ensure!(!creation.is_finished(), "it hangs");
             let begin = Instant::now();
             other.remove()?;
-            ensure!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+            ensure!(begin.elapsed() < patience(Duration::from_secs(5)), "{:?}", begin.elapsed());
             let begin = Instant::now();
             pod.stop()?;
             assert_eq!(main.status()?.state(), ContainerExited);
             pod.remove()?;
-            ensure!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+            ensure!(begin.elapsed() < patience(Duration::from_secs(20)), "{:?}", begin.elapsed());
             let refused = creation.join().map_err(|_| anyhow!("the thread panicked"))?;
             assert_eq!(refused.err().context("the pod is gone")?.code(), Code::FailedPrecondition);
             Ok(())

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::cgroup::{Cgroup, Driver};
 use berth_tests::daemon::{Daemon, SOON, rootful};
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{Pod, idle, limit, security, shell};
 use berth_tests::program::output;
 use berth_tests::repeats::repeats;
@@ -382,7 +382,7 @@ fn println_figures(figures: &[(&str, Duration)]) {
 /// One question of a cAdvisor: the status and the body.
 fn ask(socket: &Path, request: &str) -> Result<(u16, String)> {
     let mut stream = UnixStream::connect(socket).context("connecting")?;
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(patience(SOON)))?;
     // Whoever is refused early may not take it all.
     let _ = stream.write_all(request.as_bytes());
     let mut answer = Vec::new();

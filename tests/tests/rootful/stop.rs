@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use berth_cri::v1;
 use berth_tests::daemon::{SOON, rootful};
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{container, idle, shell};
 use tonic::Code;
 
@@ -53,7 +53,7 @@ fn the_shorter_of_two_stops_wins() -> Result<()> {
         main.says("asked")?;
         main.stop(1)?;
         thread.join().map_err(|_| anyhow!("the thread panicked"))??;
-        assert!(begin.elapsed() < SOON, "the first stop ended with the second");
+        assert!(begin.elapsed() < patience(SOON), "the first stop ended with the second");
         assert_eq!(main.ended()?.stdout, "ready\nasked\n", "the signal came once");
         Ok(())
     })
@@ -130,7 +130,7 @@ fn what_was_only_created_can_be_stopped_and_removed() -> Result<()> {
         let stopped = pod.create(idle("stopped"))?;
         let begin = Instant::now();
         stopped.stop(30)?;
-        assert!(begin.elapsed() < Duration::from_secs(20), "no grace is for what does not run");
+        assert!(begin.elapsed() < patience(Duration::from_secs(20)), "no grace is for what does not run");
         assert_eq!(stopped.status()?.state(), v1::ContainerState::ContainerExited);
         let removed = pod.create(idle("removed"))?;
         removed.remove()?;

@@ -1,0 +1,459 @@
+//! A command with its streams: what exec and attach have in common, whatever carries it.
+//!
+//! The sub-protocols are those of Kubernetes' remote command: `channel.k8s.io` and `v2` to `v4` of it over
+//! SPDY, in which each stream has a header `streamType`; over WebSocket see [`crate::websocket`].
+//!
+//! | version | on the error stream |
+//! |---|---|
+//! | 1 to 3 | nothing after success, else plain text |
+//! | 4, 5 | a JSON object in the form of `metav1.Status`, always |
+
+use crate::hangup::Hangup;
+use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
+use crate::spdy::{Connection, Limits, ResetStatus, Stream};
+use crate::{IDLE, LINGER, STREAMS_WITHIN, websocket};
+use bytes::Bytes;
+use serde::Deserialize;
+use std::pin::Pin;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
+
+/// The streams that a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// Standard input.
+    pub stdin: bool,
+    /// Standard output; of a terminal, all output.
+    pub stdout: bool,
+    /// Standard error; never with a terminal.
+    pub stderr: bool,
+    /// The command has a terminal, whose size the client may change.
+    pub terminal: bool,
+}
+
+/// The size of a terminal in characters. Neither is 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// With this exit code.
+    Exited(i32),
+    /// It could not be run, or its end is not known. In words, for the client.
+    Failed(String),
+}
+
+/// The client's end of the streams that were wanted.
+///
+/// Output that is waiting when this is dropped is still sent, up to the outcome.
+#[derive(Debug)]
+pub struct Session {
+    /// What the client types.
+    pub stdin: Option<Input>,
+    /// Where standard output goes.
+    pub stdout: Option<Output>,
+    /// Where standard error goes.
+    pub stderr: Option<Output>,
+    /// The latest size of the client's terminal, when it has said one.
+    pub size: Option<watch::Receiver<Option<Size>>>,
+}
+
+/// A future without a name.
+pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// What runs a command on the streams of a client. The future is dropped when the client goes away.
+pub type Run = Box<dyn FnOnce(Session) -> BoxFuture<Outcome> + Send>;
+
+/// Standard input, as it comes from the client.
+#[derive(Debug)]
+pub struct Input(mpsc::Receiver<Bytes>);
+
+impl Input {
+    pub(crate) fn new(data: mpsc::Receiver<Bytes>) -> Self {
+        Self(data)
+    }
+
+    /// The next bytes; `None` at the end of the input.
+    pub async fn receive(&mut self) -> Option<Bytes> {
+        self.0.recv().await
+    }
+}
+
+/// Standard output or error, on its way to the client.
+#[derive(Debug)]
+pub struct Output(Way);
+
+#[derive(Debug)]
+enum Way {
+    Spdy(Outgoing),
+    WebSocket(websocket::Channel),
+}
+
+impl Output {
+    pub(crate) fn over_websocket(channel: websocket::Channel) -> Self {
+        Self(Way::WebSocket(channel))
+    }
+
+    /// Sends bytes; waits while the client is slow.
+    ///
+    /// # Errors
+    /// [`Closed`] when the client does not want them any more.
+    pub async fn send(&self, bytes: Bytes) -> Result<(), Closed> {
+        match &self.0 {
+            Way::Spdy(outgoing) => outgoing.send(bytes).await,
+            Way::WebSocket(channel) => channel.send(&bytes).await,
+        }
+    }
+}
+
+/// A version of the sub-protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Version {
+    V1,
+    V2,
+    V3,
+    V4,
+    V5,
+}
+
+/// The sub-protocols over SPDY, by name.
+pub(crate) const OVER_SPDY: [(&str, Version); 4] = [
+    ("v4.channel.k8s.io", Version::V4),
+    ("v3.channel.k8s.io", Version::V3),
+    ("v2.channel.k8s.io", Version::V2),
+    ("channel.k8s.io", Version::V1),
+];
+
+/// What is said on the error stream; `None` for nothing.
+pub(crate) fn status(version: Version, outcome: &Outcome) -> Option<Bytes> {
+    const NON_ZERO: &str = "command terminated with non-zero exit code";
+    if version < Version::V4 {
+        return match outcome {
+            Outcome::Exited(0) => None,
+            Outcome::Exited(code) => Some(format!("{NON_ZERO}: {code}").into()),
+            Outcome::Failed(text) => Some(text.clone().into()),
+        };
+    }
+    let status = match outcome {
+        Outcome::Exited(0) => serde_json::json!({ "metadata": {}, "status": "Success" }),
+        Outcome::Exited(code) => serde_json::json!({
+            "metadata": {},
+            "status": "Failure",
+            "message": format!("{NON_ZERO}: {code}"),
+            "reason": "NonZeroExitCode",
+            "details": { "causes": [{ "reason": "ExitCode", "message": code.to_string() }] },
+        }),
+        Outcome::Failed(text) => serde_json::json!({
+            "metadata": {},
+            "status": "Failure",
+            "message": format!("Internal error occurred: {text}"),
+            "reason": "InternalError",
+            "details": { "causes": [{ "message": text }] },
+            "code": 500,
+        }),
+    };
+    Some(status.to_string().into())
+}
+
+/// The sizes in a resize stream: JSON objects one after the other, cut anywhere.
+#[derive(Debug, Default)]
+pub(crate) struct Sizes(Vec<u8>);
+
+/// A size has some 30 bytes.
+const MAX_SIZE_BYTES: usize = 4096;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct WrittenSize {
+    width: u16,
+    height: u16,
+}
+
+/// The stream is not one of sizes.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct NoSize;
+
+impl Sizes {
+    /// The last size in what has come so far; `None` for none that is whole, or with a zero in it.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<Option<Size>, NoSize> {
+        self.0.extend_from_slice(bytes);
+        let (mut last, mut read) = (None, 0);
+        let mut sizes = serde_json::Deserializer::from_slice(&self.0).into_iter::<WrittenSize>();
+        loop {
+            match sizes.next() {
+                Some(Ok(WrittenSize { width, height })) => {
+                    read = sizes.byte_offset();
+                    if width > 0 && height > 0 {
+                        last = Some(Size { width, height });
+                    }
+                }
+                Some(Err(error)) if !error.is_eof() => return Err(NoSize),
+                Some(Err(_)) | None => break,
+            }
+        }
+        self.0.drain(..read);
+        if self.0.len() > MAX_SIZE_BYTES { Err(NoSize) } else { Ok(last) }
+    }
+}
+
+/// Passes sizes on until the stream ends or is not one of sizes.
+async fn follow_sizes(mut incoming: Incoming, sizes: watch::Sender<Option<Size>>) {
+    let mut parsed = Sizes::default();
+    while let Some(bytes) = incoming.receive().await {
+        match parsed.push(&bytes) {
+            Ok(Some(size)) => drop(sizes.send_replace(Some(size))),
+            Ok(None) => {}
+            Err(NoSize) => return,
+        }
+    }
+}
+
+/// The streams of a client over SPDY, as they come.
+#[derive(Debug, Default)]
+struct Streams {
+    error: Option<Stream>,
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    stderr: Option<Stream>,
+    resize: Option<Stream>,
+}
+
+impl Streams {
+    /// Where a stream of this type goes, if it is wanted.
+    fn place(&mut self, kind: &str, wanted: Wanted, version: Version) -> Option<&mut Option<Stream>> {
+        match kind {
+            "error" => Some(&mut self.error),
+            "stdin" if wanted.stdin => Some(&mut self.stdin),
+            "stdout" if wanted.stdout => Some(&mut self.stdout),
+            "stderr" if wanted.stderr => Some(&mut self.stderr),
+            "resize" if wanted.terminal && version >= Version::V3 => Some(&mut self.resize),
+            _ => None,
+        }
+    }
+
+    fn complete(&self, wanted: Wanted, version: Version) -> bool {
+        self.error.is_some()
+            && self.stdin.is_some() == wanted.stdin
+            && self.stdout.is_some() == wanted.stdout
+            && self.stderr.is_some() == wanted.stderr
+            && self.resize.is_some() == (wanted.terminal && version >= Version::V3)
+    }
+}
+
+/// Waits for the streams that are wanted; `None` when they do not come in time.
+async fn collect(connection: &mut Connection, wanted: Wanted, version: Version) -> Option<Streams> {
+    let mut streams = Streams::default();
+    while !streams.complete(wanted, version) {
+        let stream = connection.accept().await?;
+        let kind = stream.headers.get("streamtype").unwrap_or_default().to_owned();
+        match streams.place(&kind, wanted, version) {
+            Some(place @ None) => {
+                stream.outgoing.reply().await.ok()?;
+                *place = Some(stream);
+            }
+            // Not asked for, or there already.
+            _ => stream.outgoing.reset(ResetStatus::RefusedStream).await,
+        }
+    }
+    Some(streams)
+}
+
+/// Serves one command over a SPDY connection.
+pub(crate) async fn over_spdy<T>(io: T, hangup: Option<Hangup>, wanted: Wanted, version: Version, run: Run)
+where
+    T: AsyncRead + AsyncWrite + Send + 'static,
+{
+    // Five streams at most; a client may open some that are refused.
+    let limits = Limits { streams: 8, idle: IDLE };
+    let Ok(mut connection) = Connection::new(io, Role::Server, limits, hangup) else { return };
+    let collected = tokio::time::timeout(STREAMS_WITHIN, collect(&mut connection, wanted, version)).await;
+    let Ok(Some(Streams { error: Some(error), stdin, stdout, stderr, resize })) = collected else {
+        tracing::debug!("a client did not open the streams of its command");
+        return connection.close().await;
+    };
+    let size = resize.map(|stream| {
+        let (sender, size) = watch::channel(None);
+        tokio::spawn(follow_sizes(stream.incoming, sender));
+        size
+    });
+    let ends: Vec<Outgoing> =
+        stdout.iter().chain(stderr.iter()).map(|stream| stream.outgoing.clone()).collect();
+    let session = Session {
+        stdin: stdin.map(|stream| Input(stream.incoming.0)),
+        stdout: stdout.map(|stream| Output(Way::Spdy(stream.outgoing))),
+        stderr: stderr.map(|stream| Output(Way::Spdy(stream.outgoing))),
+        size,
+    };
+    let gone = connection.closed();
+    let refuse_more = async {
+        while let Some(stream) = connection.accept().await {
+            stream.outgoing.reset(ResetStatus::RefusedStream).await;
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = run(session) => Some(outcome),
+        () = gone => None,
+        () = refuse_more => None,
+    };
+    if let Some(outcome) = outcome {
+        let say = async {
+            for end in ends {
+                end.finish().await?;
+            }
+            if let Some(status) = status(version, &outcome) {
+                error.outgoing.send(status).await?;
+            }
+            error.outgoing.finish().await
+        };
+        // A client that stopped reading is not waited for beyond this.
+        if matches!(tokio::time::timeout(LINGER, say).await, Ok(Ok(()))) {
+            // It closes when it has read the status; a connection that is closed before may take the status
+            // along.
+            let _ = tokio::time::timeout(LINGER, connection.closed()).await;
+        }
+    }
+    connection.close().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spdy::Headers;
+    use proptest::prelude::*;
+    use tokio::io::duplex;
+
+    #[test]
+    fn a_status_has_the_form_that_clients_parse() {
+        let json = |outcome| {
+            let bytes = status(Version::V4, &outcome).unwrap();
+            serde_json::from_slice::<serde_json::Value>(&bytes).unwrap()
+        };
+        assert_eq!(json(Outcome::Exited(0))["status"], "Success");
+        let failed = json(Outcome::Exited(137));
+        assert_eq!((&failed["status"], &failed["reason"]), (&"Failure".into(), &"NonZeroExitCode".into()));
+        let cause = &failed["details"]["causes"][0];
+        assert_eq!((&cause["reason"], &cause["message"]), (&"ExitCode".into(), &"137".into()));
+        let failed = json(Outcome::Failed("no \"such\" thing".to_owned()));
+        assert_eq!(failed["message"], "Internal error occurred: no \"such\" thing");
+        assert_eq!((&failed["reason"], &failed["code"]), (&"InternalError".into(), &500.into()));
+        for version in [Version::V1, Version::V2, Version::V3] {
+            assert_eq!(status(version, &Outcome::Exited(0)), None);
+            assert!(status(version, &Outcome::Exited(3)).unwrap().ends_with(b": 3"));
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_whole_and_zeros_ignored() {
+        let mut sizes = Sizes::default();
+        assert_eq!(sizes.push(br#"{"Width":80,"He"#), Ok(None));
+        assert_eq!(sizes.push(br#"ight":24}"#), Ok(Some(Size { width: 80, height: 24 })));
+        let two = br#"{"Width":1,"Height":2}{"Width":3,"Height":4} {"Wi"#;
+        assert_eq!(sizes.push(two), Ok(Some(Size { width: 3, height: 4 })));
+        assert_eq!(sizes.push(br#"dth":0,"Height":4}"#), Ok(None));
+        assert_eq!(sizes.push(br#"{"Width":70000,"Height":4}"#), Err(NoSize));
+        assert_eq!(Sizes::default().push(b"hello"), Err(NoSize));
+        assert_eq!(Sizes::default().push(&[b' '; MAX_SIZE_BYTES + 1]), Err(NoSize));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_sizes_or_refused(pieces in prop::collection::vec("[ -~]{0,40}", 0..10)) {
+            let mut sizes = Sizes::default();
+            for piece in pieces {
+                if sizes.push(piece.as_bytes()).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+
+    const ALL: Wanted = Wanted { stdin: true, stdout: true, stderr: true, terminal: false };
+
+    fn echo() -> Run {
+        Box::new(|mut session| {
+            Box::pin(async move {
+                let (mut stdin, stdout) = (session.stdin.take().unwrap(), session.stdout.take().unwrap());
+                while let Some(bytes) = stdin.receive().await {
+                    if stdout.send(bytes).await.is_err() {
+                        return Outcome::Failed("closed".to_owned());
+                    }
+                }
+                session.stderr.unwrap().send(Bytes::from_static(b"done")).await.unwrap();
+                Outcome::Exited(3)
+            })
+        })
+    }
+
+    async fn all_of(stream: &mut Stream) -> Vec<u8> {
+        let mut all = Vec::new();
+        while let Some(bytes) = stream.incoming.receive().await {
+            all.extend_from_slice(&bytes);
+        }
+        all
+    }
+
+    async fn open(client: &mut Connection, kind: &str) -> Stream {
+        client.open(&Headers::of(&[("streamType", kind)])).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_command_gets_its_streams_in_any_order_and_its_status_comes_last() {
+        let (near, far) = duplex(1024);
+        let server = tokio::spawn(over_spdy(far, None, ALL, Version::V4, echo()));
+        let limits = Limits { streams: 100, idle: IDLE };
+        let mut client = Connection::new(near, Role::Client, limits, None).unwrap();
+        let mut stderr = open(&mut client, "stderr").await;
+        let mut unwanted = open(&mut client, "resize").await;
+        let stdin = open(&mut client, "stdin").await;
+        let mut stdout = open(&mut client, "stdout").await;
+        let mut error = open(&mut client, "error").await;
+        let text = vec![b'x'; 100_000];
+        stdin.outgoing.send(text.clone().into()).await.unwrap();
+        stdin.outgoing.finish().await.unwrap();
+        assert!(all_of(&mut stdout).await == text);
+        assert_eq!(all_of(&mut stderr).await, b"done");
+        assert_eq!(all_of(&mut error).await, status(Version::V4, &Outcome::Exited(3)).unwrap());
+        assert_eq!(unwanted.incoming.receive().await, None);
+        client.close().await;
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_goes_away_ends_its_command() {
+        let (near, far) = duplex(1024);
+        let (sender, ended) = tokio::sync::oneshot::channel::<()>();
+        let run: Run = Box::new(move |_session| {
+            Box::pin(async move {
+                let _sender = sender;
+                std::future::pending().await
+            })
+        });
+        let wanted = Wanted { stdout: true, ..Wanted::default() };
+        let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
+        let limits = Limits { streams: 100, idle: IDLE };
+        let mut client = Connection::new(near, Role::Client, limits, None).unwrap();
+        let (_out, _error) = (open(&mut client, "stdout").await, open(&mut client, "error").await);
+        drop(client);
+        assert!(ended.await.is_err());
+        server.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn streams_that_never_come_are_not_waited_for() {
+        let (near, far) = duplex(1024);
+        let run: Run = Box::new(|_| Box::pin(async { unreachable!("it has no streams") }));
+        let start = tokio::time::Instant::now();
+        let server = tokio::spawn(over_spdy(far, None, ALL, Version::V4, run));
+        let limits = Limits { streams: 100, idle: IDLE };
+        let mut client = Connection::new(near, Role::Client, limits, None).unwrap();
+        let _error = open(&mut client, "error").await;
+        server.await.unwrap();
+        assert!(start.elapsed() >= STREAMS_WITHIN);
+    }
+}

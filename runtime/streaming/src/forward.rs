@@ -1,0 +1,340 @@
+//! Port forwarding: `portforward.k8s.io` over SPDY.
+//!
+//! For each TCP connection the client opens two streams with the headers `streamType` (`error`, then
+//! `data`), `port` and `requestID`, the same for both. Clients before Kubernetes 1.6 send no `requestID`:
+//! their data stream has the id after that of its error stream. A connection that fails says why on its
+//! error stream, and takes nothing else along.
+
+use crate::command::BoxFuture;
+use crate::hangup::Hangup;
+use crate::spdy::connection::{Incoming, Outgoing, Role};
+use crate::spdy::{Connection, Limits, ResetStatus, Stream};
+use crate::{IDLE, STREAMS_WITHIN};
+use bytes::{Bytes, BytesMut};
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// The sub-protocol.
+pub(crate) const PROTOCOL: &str = "portforward.k8s.io";
+
+/// Streams of one client: two for each forwarded connection.
+const MAX_STREAMS: usize = 1000;
+
+/// Bytes read at a time from a forwarded connection.
+const READ_BYTES: usize = 32 * 1024;
+
+/// What connects to a port inside of the sandbox. An error is in words, for the client.
+pub type Connect = Arc<dyn Fn(u16) -> BoxFuture<Result<TcpStream, String>> + Send + Sync>;
+
+/// Which streams belong together.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Request {
+    Named(String),
+    /// By the id of the error stream.
+    Numbered(u32),
+}
+
+/// The part of a stream in its pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Error,
+    Data,
+}
+
+#[derive(Debug)]
+struct Half {
+    part: Part,
+    port: u16,
+    stream: Stream,
+    until: Instant,
+}
+
+/// Serves a client over a SPDY connection until it goes away.
+pub(crate) async fn over_spdy<T>(io: T, hangup: Option<Hangup>, connect: Connect)
+where
+    T: AsyncRead + AsyncWrite + Send + 'static,
+{
+    let limits = Limits { streams: MAX_STREAMS, idle: IDLE };
+    let Ok(mut connection) = Connection::new(io, Role::Server, limits, hangup) else { return };
+    let mut halves: HashMap<Request, Half> = HashMap::new();
+    let mut forwards = JoinSet::new();
+    loop {
+        let next = halves.values().map(|half| half.until).min();
+        let too_late = async {
+            match next {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            stream = connection.accept() => {
+                let Some(stream) = stream else { break };
+                if let Some(pair) = matched(stream, &mut halves).await {
+                    forwards.spawn(forward(pair, connect.clone()));
+                }
+            }
+            () = too_late => give_up_late(&mut halves).await,
+            Some(_) = forwards.join_next() => {}
+        }
+    }
+    // What is being forwarded ends with the set.
+}
+
+/// The two streams of a forwarded connection.
+#[derive(Debug)]
+struct Pair {
+    port: u16,
+    error: Stream,
+    data: Stream,
+}
+
+/// Accepts a stream; the pair, when it is the second one.
+async fn matched(stream: Stream, halves: &mut HashMap<Request, Half>) -> Option<Pair> {
+    let Some((request, part, port)) = described(&stream) else {
+        stream.outgoing.reset(ResetStatus::ProtocolError).await;
+        return None;
+    };
+    if stream.outgoing.reply().await.is_err() {
+        return None;
+    }
+    match halves.remove(&request) {
+        None => {
+            let until = Instant::now() + STREAMS_WITHIN;
+            halves.insert(request, Half { part, port, stream, until });
+            None
+        }
+        Some(first) if first.part != part && first.port == port => Some(match part {
+            Part::Data => Pair { port, error: first.stream, data: stream },
+            Part::Error => Pair { port, error: stream, data: first.stream },
+        }),
+        Some(first) => {
+            // Two of the same, or for two ports.
+            stream.outgoing.reset(ResetStatus::ProtocolError).await;
+            halves.insert(request, first);
+            None
+        }
+    }
+}
+
+/// What the headers of a stream say; `None` when they cannot be.
+fn described(stream: &Stream) -> Option<(Request, Part, u16)> {
+    let part = match stream.headers.get("streamtype")? {
+        "error" => Part::Error,
+        "data" => Part::Data,
+        _ => return None,
+    };
+    let port = stream.headers.get("port")?;
+    // "+80" is a number to `parse`.
+    let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse::<u16>().ok())??;
+    let id = stream.outgoing.id();
+    let request = match (stream.headers.get("requestid"), part) {
+        (Some(name), _) => Request::Named(name.to_owned()),
+        (None, Part::Error) => Request::Numbered(id),
+        (None, Part::Data) => Request::Numbered(id.checked_sub(2)?),
+    };
+    (port != 0).then_some((request, part, port))
+}
+
+/// Gives up what has waited too long for its other half.
+async fn give_up_late(halves: &mut HashMap<Request, Half>) {
+    let now = Instant::now();
+    let late: Vec<Request> =
+        halves.iter().filter(|(_, half)| half.until <= now).map(|(request, _)| request.clone()).collect();
+    for request in late {
+        let Some(Half { part, port, stream, .. }) = halves.remove(&request) else { continue };
+        if part == Part::Error {
+            fail(
+                &stream,
+                &format!("forward port {port}: no data stream was opened within {STREAMS_WITHIN:?}"),
+            )
+            .await;
+        }
+        stream.outgoing.reset(ResetStatus::Cancel).await;
+    }
+}
+
+/// Says on an error stream why there is no connection.
+async fn fail(error: &Stream, text: &str) {
+    // Whether anybody hears it does not matter.
+    if error.outgoing.send(Bytes::copy_from_slice(text.as_bytes())).await.is_ok() {
+        let _ = error.outgoing.finish().await;
+    }
+}
+
+async fn forward(pair: Pair, connect: Connect) {
+    let Pair { port, error, data } = pair;
+    let Stream { incoming, outgoing, .. } = data;
+    let result = match connect(port).await {
+        Ok(connection) => {
+            let (from, to) = connection.into_split();
+            match tokio::try_join!(upload(incoming, to), download(from, outgoing.clone())) {
+                Ok(_) => Ok(()),
+                Err(failed) => Err(format!("forward port {port}: {failed}")),
+            }
+        }
+        Err(text) => Err(text),
+    };
+    match result {
+        Ok(()) => {
+            let _ = error.outgoing.finish().await;
+        }
+        Err(text) => {
+            tracing::debug!(port, error = text, "a forwarded connection failed");
+            fail(&error, &text).await;
+        }
+    }
+    outgoing.reset(ResetStatus::Cancel).await;
+    error.outgoing.reset(ResetStatus::Cancel).await;
+}
+
+/// From the client to the port; its end is passed on.
+async fn upload(mut from: Incoming, mut to: OwnedWriteHalf) -> io::Result<()> {
+    while let Some(bytes) = from.receive().await {
+        to.write_all(&bytes).await?;
+    }
+    // The other side may have closed it already.
+    let _ = to.shutdown().await;
+    Ok(())
+}
+
+/// From the port to the client; its end is passed on.
+async fn download(mut from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
+    let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+    let mut buffer = BytesMut::new();
+    loop {
+        buffer.reserve(READ_BYTES);
+        if from.read_buf(&mut buffer).await? == 0 {
+            return to.finish().await.map_err(gone);
+        }
+        to.send(buffer.split().freeze()).await.map_err(gone)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spdy::Headers;
+    use tokio::io::duplex;
+    use tokio::net::TcpListener;
+
+    async fn served(connect: Connect) -> (Connection, tokio::task::JoinHandle<()>) {
+        let (near, far) = duplex(64 * 1024);
+        let server = tokio::spawn(over_spdy(far, None, connect));
+        let limits = Limits { streams: 100, idle: IDLE };
+        (Connection::new(near, Role::Client, limits, None).unwrap(), server)
+    }
+
+    async fn open(client: &mut Connection, headers: &[(&str, &str)]) -> Stream {
+        client.open(&Headers::of(headers)).await.unwrap()
+    }
+
+    async fn pair(client: &mut Connection, port: u16, id: &str) -> (Stream, Stream) {
+        let port = port.to_string();
+        let error = open(client, &[("streamType", "error"), ("port", &port), ("requestID", id)]).await;
+        let data = open(client, &[("streamType", "data"), ("port", &port), ("requestID", id)]).await;
+        (error, data)
+    }
+
+    async fn all_of(stream: &mut Stream) -> Vec<u8> {
+        let mut all = Vec::new();
+        while let Some(bytes) = stream.incoming.receive().await {
+            all.extend_from_slice(&bytes);
+        }
+        all
+    }
+
+    fn connects() -> Connect {
+        Arc::new(|port| {
+            Box::pin(async move {
+                TcpStream::connect(("127.0.0.1", port)).await.map_err(|error| format!("port {port}: {error}"))
+            })
+        })
+    }
+
+    #[tokio::test]
+    async fn connections_go_side_by_side_and_one_that_fails_takes_none_along() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    // It answers only when the client has finished: the end has to be passed on by itself.
+                    let mut text = Vec::new();
+                    socket.read_to_end(&mut text).await.unwrap();
+                    text.reverse();
+                    socket.write_all(&text).await.unwrap();
+                });
+            }
+        });
+        let (mut client, server) = served(connects()).await;
+        let (mut first_error, mut first) = pair(&mut client, port, "0").await;
+        let (mut broken_error, mut broken) = pair(&mut client, 1, "1").await;
+        let (mut second_error, mut second) = pair(&mut client, port, "2").await;
+        assert!(String::from_utf8(all_of(&mut broken_error).await).unwrap().starts_with("port 1: "));
+        assert!(all_of(&mut broken).await.is_empty());
+        for (stream, text) in [(&mut second, "abc"), (&mut first, "0123456789")] {
+            stream.outgoing.send(text.into()).await.unwrap();
+            stream.outgoing.finish().await.unwrap();
+            let reversed: String = text.chars().rev().collect();
+            assert_eq!(all_of(stream).await, reversed.as_bytes());
+        }
+        assert!(all_of(&mut first_error).await.is_empty() && all_of(&mut second_error).await.is_empty());
+        client.close().await;
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn clients_without_request_ids_are_paired_by_stream_ids() {
+        let (mut client, _server) =
+            served(Arc::new(|port| Box::pin(async move { Err(port.to_string()) }))).await;
+        for port in ["7", "8"] {
+            let mut error = open(&mut client, &[("streamType", "error"), ("port", port)]).await;
+            let _data = open(&mut client, &[("streamType", "data"), ("port", port)]).await;
+            assert_eq!(all_of(&mut error).await, port.as_bytes());
+        }
+    }
+
+    #[tokio::test]
+    async fn streams_that_make_no_sense_are_reset() {
+        let (mut client, _server) =
+            served(Arc::new(|_| Box::pin(async { Err("connected".to_owned()) }))).await;
+        for headers in [
+            &[][..],
+            &[("streamType", "error")],
+            &[("streamType", "stdin"), ("port", "80")],
+            &[("streamType", "error"), ("port", "0")],
+            &[("streamType", "error"), ("port", "65536")],
+            &[("streamType", "error"), ("port", "+80")],
+            &[("streamType", "error"), ("port", "")],
+        ] {
+            let mut stream = open(&mut client, headers).await;
+            assert!(all_of(&mut stream).await.is_empty(), "{headers:?}");
+        }
+        // Two of the same, and one for another port; the first waits on.
+        let id = ("requestID", "0");
+        let mut error = open(&mut client, &[("streamType", "error"), ("port", "80"), id]).await;
+        for headers in
+            [&[("streamType", "error"), ("port", "80"), id], &[("streamType", "data"), ("port", "81"), id]]
+        {
+            assert!(all_of(&mut open(&mut client, headers).await).await.is_empty());
+        }
+        let _data = open(&mut client, &[("streamType", "data"), ("port", "80"), id]).await;
+        assert_eq!(all_of(&mut error).await, b"connected");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_a_pair_is_given_up() {
+        let (mut client, _server) = served(Arc::new(|_| Box::pin(async { Err(String::new()) }))).await;
+        let start = Instant::now();
+        let mut error =
+            open(&mut client, &[("streamType", "error"), ("port", "80"), ("requestID", "x")]).await;
+        assert!(String::from_utf8(all_of(&mut error).await).unwrap().contains("no data stream"));
+        assert!(start.elapsed() >= STREAMS_WITHIN);
+    }
+}

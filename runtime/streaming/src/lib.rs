@@ -1,0 +1,34 @@
+//! The streaming side of the CRI: exec, attach and port forwarding, from the wire formats up to a server.
+//!
+//! A CRI call stores what is to be done under a [`Token`](tokens::Tokens) and answers with a URL. The
+//! client connects there by HTTP/1.1 and upgrades to SPDY/3.1 or WebSocket:
+//!
+//! ```text
+//!  tokens   what a URL stands for: once, for a minute
+//!  server   connections, the request, the answer 101          -> upgrade: which protocol
+//!  command  exec and attach: streams, sizes, status           -> spdy, or websocket
+//!  forward  port forwarding: pairs of streams, connections    -> spdy, also in a websocket
+//! ```
+//! Nothing of the daemon is in here: it hands over what runs a command on streams ([`command::Run`]) and
+//! what connects to a port ([`forward::Connect`]).
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod forward;
+pub mod hangup;
+pub mod server;
+pub mod spdy;
+pub mod tokens;
+mod upgrade;
+mod websocket;
+
+use std::time::Duration;
+
+/// How long a client may take to open the streams that it has asked for. Kubernetes' own server has the same.
+pub const STREAMS_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long a connection lives on which nothing is said. Kubernetes' own server has the same.
+pub const IDLE: Duration = Duration::from_secs(4 * 3600);
+
+/// How long a client may take to read what is left, and to close, once its command has ended.
+pub const LINGER: Duration = Duration::from_secs(10);

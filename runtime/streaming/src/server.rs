@@ -1,0 +1,357 @@
+//! The server: from a listening socket to upgraded connections.
+//!
+//! Any process on the node, in a pod with the node's network too, can connect to it. So what a connection
+//! can take before it has shown a token is little and for a short time: it counts among at most
+//! [`MAX_HALF_OPEN`], of which the oldest has to go for a new one, and ends after [`REQUEST`]. A client
+//! with a token needs a millisecond for that.
+
+use crate::hangup::Hangup;
+use crate::tokens::{Endpoint, Task, Tokens};
+use crate::upgrade::{self, Protocol, Refused, Upgrade};
+use crate::{command, forward, websocket};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{SockRef, TcpKeepalive};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
+
+/// Connections that have not shown a token yet.
+pub const MAX_HALF_OPEN: usize = 512;
+
+/// How long a connection may take for its TLS handshake and its request.
+pub const REQUEST: Duration = Duration::from_secs(10);
+
+/// Connections with a token that are open at the same time.
+pub const MAX_CONNECTIONS: usize = 1000;
+
+/// What is read of a request before its head has ended.
+const MAX_REQUEST_BYTES: usize = 16 * 1024;
+
+/// Headers of a request.
+const MAX_HEADERS: usize = 64;
+
+/// After a connection that could not be accepted: no descriptors are left for a moment.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// When a peer is asked whether it is there, how often, and how many times without an answer: tcp(7). Half
+/// a minute for one that has lost its network.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_RETRIES: u32 = 3;
+
+/// The connections that have not shown a token, by age.
+#[derive(Debug, Default)]
+struct HalfOpen {
+    next: u64,
+    open: BTreeMap<u64, AbortHandle>,
+}
+
+/// The server's state.
+#[derive(Debug)]
+pub struct Server {
+    tokens: Tokens,
+    half_open: Mutex<HalfOpen>,
+    connections: Arc<Semaphore>,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            tokens: Tokens::default(),
+            half_open: Mutex::default(),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        }
+    }
+}
+
+/// Leaves the connections that have not shown a token.
+struct Leaving {
+    server: Arc<Server>,
+    number: u64,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.server.half_open().open.remove(&self.number);
+    }
+}
+
+impl Server {
+    /// What the URLs stand for.
+    #[must_use]
+    pub fn tokens(&self) -> &Tokens {
+        &self.tokens
+    }
+
+    fn half_open(&self) -> std::sync::MutexGuard<'_, HalfOpen> {
+        self.half_open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Accepts connections for ever. `secure` makes each one ready to be read, by TLS or not at all.
+    pub async fn serve<T, S, F>(self: Arc<Self>, listener: TcpListener, secure: S)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: Fn(TcpStream) -> F,
+        F: Future<Output = io::Result<T>> + Send + 'static,
+    {
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::debug!(%error, "a streaming connection could not be accepted");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+            };
+            // Each of them only makes a connection quicker, or its end sooner to be noticed.
+            let _ = stream.set_nodelay(true);
+            let _ = SockRef::from(&stream).set_tcp_keepalive(
+                &TcpKeepalive::new()
+                    .with_time(KEEPALIVE_IDLE)
+                    .with_interval(KEEPALIVE_INTERVAL)
+                    .with_retries(KEEPALIVE_RETRIES),
+            );
+            let hangup = Hangup::of(&stream).ok();
+            self.admit(secure(stream), hangup);
+        }
+    }
+
+    /// Serves a connection that has just been accepted.
+    fn admit<T>(
+        self: &Arc<Self>,
+        secured: impl Future<Output = io::Result<T>> + Send + 'static,
+        hangup: Option<Hangup>,
+    ) where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut half_open = self.half_open();
+        let number = half_open.next;
+        half_open.next += 1;
+        let leaving = Leaving { server: self.clone(), number };
+        let server = self.clone();
+        let task = tokio::spawn(async move {
+            let _leaving = leaving;
+            let request = async {
+                let Ok(io) = secured.await else { return };
+                server.answer(io, hangup).await;
+            };
+            // Whoever broke it off knows; who took too long is let go.
+            let _ = tokio::time::timeout(REQUEST, request).await;
+        });
+        half_open.open.insert(number, task.abort_handle());
+        let oldest = if half_open.open.len() > MAX_HALF_OPEN { half_open.open.pop_first() } else { None };
+        drop(half_open);
+        if let Some((_, oldest)) = oldest {
+            oldest.abort();
+        }
+    }
+
+    /// Reads one request and answers it. An upgraded connection goes on in a task of its own.
+    async fn answer<T>(self: Arc<Self>, io: T, hangup: Option<Hangup>)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let hangup = Mutex::new(hangup);
+        let service = service_fn(|request| {
+            let hangup = hangup.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let response = self.respond(request, hangup);
+            async { Ok::<_, Infallible>(response) }
+        });
+        let connection = http1::Builder::new()
+            .keep_alive(false)
+            .max_buf_size(MAX_REQUEST_BYTES)
+            .max_headers(MAX_HEADERS)
+            .timer(TokioTimer::new())
+            .header_read_timeout(REQUEST)
+            .serve_connection(TokioIo::new(io), service)
+            .with_upgrades();
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a streaming request could not be read");
+        }
+    }
+
+    fn respond(&self, mut request: Request<Incoming>, hangup: Option<Hangup>) -> Response<Full<Bytes>> {
+        let upgrade = match self.judge(&request) {
+            Ok(upgrade) => upgrade,
+            Err(refused) => return refusal(refused),
+        };
+        let (Upgrade { protocol, headers }, task, permit) = upgrade;
+        let upgraded = hyper::upgrade::on(&mut request);
+        tokio::spawn(async move {
+            let _permit = permit;
+            if let Ok(upgraded) = upgraded.await {
+                run(TokioIo::new(upgraded), hangup, protocol, task).await;
+            }
+        });
+        let mut response = Response::new(Full::default());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        *response.headers_mut() = headers;
+        response
+    }
+
+    fn judge(&self, request: &Request<Incoming>) -> Result<(Upgrade, Task, OwnedSemaphorePermit), Refused> {
+        let refused = |status, text: &str| Refused { status, text: text.to_owned(), headers: Box::default() };
+        let unknown =
+            || refused(StatusCode::NOT_FOUND, "there is no such URL, or it was used, or is too old");
+        let (endpoint, token) = Endpoint::of_path(request.uri().path()).ok_or_else(unknown)?;
+        if !matches!(*request.method(), Method::GET | Method::POST) {
+            let mut refused = refused(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST are answered");
+            refused.headers.insert(ALLOW, HeaderValue::from_static("GET, POST"));
+            return Err(refused);
+        }
+        if !self.tokens.is_known(endpoint, token) {
+            return Err(unknown());
+        }
+        // A request that is refused for its form does not use the token up.
+        let upgrade = upgrade::negotiate(endpoint, request.method(), request.headers())?;
+        let permit = self.connections.clone().try_acquire_owned().map_err(|_| {
+            let text = format!("{MAX_CONNECTIONS} streaming connections are open already");
+            refused(StatusCode::SERVICE_UNAVAILABLE, &text)
+        })?;
+        let task = self.tokens.take(endpoint, token).ok_or_else(unknown)?;
+        Ok((upgrade, task, permit))
+    }
+}
+
+fn refusal(refused: Refused) -> Response<Full<Bytes>> {
+    let Refused { status, text, headers } = refused;
+    let mut response = Response::new(Full::new(Bytes::from(text + "\n")));
+    *response.status_mut() = status;
+    *response.headers_mut() = *headers;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+async fn run<T>(io: T, hangup: Option<Hangup>, protocol: Protocol, task: Task)
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    match (protocol, task) {
+        (Protocol::CommandOverSpdy(version), Task::Command(wanted, run)) => {
+            command::over_spdy(io, hangup, wanted, version, run).await;
+        }
+        (Protocol::CommandOverWebSocket(protocol), Task::Command(wanted, run)) => {
+            websocket::command(io, hangup, wanted, protocol, run).await;
+        }
+        (Protocol::ForwardOverSpdy, Task::Forward(connect)) => {
+            forward::over_spdy(io, hangup, connect).await;
+        }
+        (Protocol::ForwardOverWebSocket, Task::Forward(connect)) => {
+            let (near, far) = tokio::io::duplex(64 * 1024);
+            tokio::join!(websocket::tunnel(io, near), forward::over_spdy(far, hangup, connect));
+        }
+        // An endpoint has protocols and tasks of one kind only.
+        (_, Task::Command(..) | Task::Forward(_)) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::{Outcome, Run, Wanted};
+    use std::net::SocketAddr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::Instant;
+
+    async fn served() -> (Arc<Server>, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (server, address) = (Arc::new(Server::default()), listener.local_addr().unwrap());
+        tokio::spawn(server.clone().serve(listener, async |stream| Ok(stream)));
+        (server, address)
+    }
+
+    fn exec(server: &Server) -> String {
+        let run: Run = Box::new(|_| Box::pin(async { Outcome::Exited(0) }));
+        let wanted = Wanted { stdout: true, ..Wanted::default() };
+        server.tokens().insert(Endpoint::Exec, Task::Command(wanted, run)).unwrap()
+    }
+
+    /// Sends a request with these headers and returns what comes until the head of the answer has ended.
+    async fn ask(address: SocketAddr, request: &str, headers: &str) -> String {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.windows(4).any(|end| end == b"\r\n\r\n") {
+            if client.read_buf(&mut answer).await.unwrap() == 0 {
+                break;
+            }
+        }
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    const UPGRADE: &str =
+        "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n";
+
+    #[tokio::test]
+    async fn a_token_opens_one_connection_and_nothing_else_does() {
+        let (server, address) = served().await;
+        let token = exec(&server);
+        for (request, headers, status) in [
+            (format!("POST /attach/{token}"), UPGRADE, "404"),
+            (format!("PUT /exec/{token}"), UPGRADE, "405"),
+            (format!("GET /exec/{token}"), "", "400"),
+            (format!("POST /exec/{token}x"), UPGRADE, "404"),
+            ("GET /".to_owned(), "", "404"),
+            (format!("POST /exec/{token}"), UPGRADE, "101"),
+            (format!("POST /exec/{token}"), UPGRADE, "404"),
+        ] {
+            let answer = ask(address, &request, headers).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {answer}");
+            assert_eq!(answer.contains("connection: close"), status != "101", "{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_without_a_token_hold_nobody_up_and_are_few() {
+        let (server, address) = served().await;
+        let mut idle = Vec::new();
+        for _ in 0..MAX_HALF_OPEN + 200 {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(b"GET /exec/").await.unwrap();
+            idle.push(client);
+        }
+        let start = Instant::now();
+        let token = exec(&server);
+        let answer = ask(address, &format!("POST /exec/{token}"), UPGRADE).await;
+        assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+        assert!(start.elapsed() < REQUEST / 2);
+        assert!(server.half_open().open.len() <= MAX_HALF_OPEN);
+        // The oldest had to go.
+        let mut byte = [0];
+        assert_eq!(idle[0].read(&mut byte).await.unwrap_or(0), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_never_ends_is_let_go() {
+        let (near, far) = tokio::io::duplex(1024);
+        let server = Arc::new(Server::default());
+        server.admit(async { Ok(far) }, None);
+        let (mut from, mut to) = tokio::io::split(near);
+        let trickle = tokio::spawn(async move {
+            while to.write_all(b"G").await.is_ok() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+        let start = Instant::now();
+        let mut answer = Vec::new();
+        // Whether it is told so is up to the HTTP library.
+        let _ = from.read_to_end(&mut answer).await;
+        assert!(start.elapsed() <= REQUEST);
+        trickle.await.unwrap();
+        assert!(server.half_open().open.is_empty());
+    }
+}

@@ -1,0 +1,640 @@
+//! Streams over one connection.
+//!
+//! ```text
+//!           reader task                                         writer task
+//!  bytes ->  Decoder -> new streams -> Connection::accept       commands -> Encoder -> bytes
+//!                    -> data        -> Stream::receive              ^
+//!                                                                   Stream::send, finish, reset, reply
+//! ```
+//! Data waits for its reader in a short queue. When that is full the reader task waits, and with it the
+//! whole connection: SPDY's flow control is not used by the clients of the CRI, so TCP is what slows the
+//! peer down. A peer that goes away meanwhile is noticed by [`Hangup`].
+
+use super::frame::{Decoder, Encoder, Frame, MAX_DATA_BYTES, ResetStatus};
+use super::{Headers, ProtocolError};
+use crate::hangup::Hangup;
+use bytes::{Buf, Bytes, BytesMut};
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// Bytes read at a time. A queue of data holds [`QUEUE`] pieces of at most this size.
+const READ_BYTES: usize = 16 * 1024;
+
+/// Pieces of data that wait for the reader of a stream.
+const QUEUE: usize = 16;
+
+/// Commands that wait for the writer task.
+const COMMANDS: usize = 16;
+
+/// How long the last bytes may take when a connection is closed.
+const CLOSE: Duration = Duration::from_secs(5);
+
+/// Which end of the connection this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Accepts streams.
+    Server,
+    /// Opens streams.
+    Client,
+}
+
+/// What a peer may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Streams that are open at the same time. More are refused with RST_STREAM.
+    pub streams: usize,
+    /// How long a connection lives without a frame in either direction.
+    pub idle: Duration,
+}
+
+/// The connection is over, or the stream is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the stream is closed")]
+pub struct Closed;
+
+#[derive(Debug)]
+enum Command {
+    Open { stream: u32, headers: Headers },
+    Reply { stream: u32 },
+    Data { stream: u32, bytes: Bytes, last: bool },
+    Reset { stream: u32, status: ResetStatus },
+    Pong(u32),
+    Close { last_stream: u32 },
+}
+
+/// An open stream, as the two tasks and its owner see it.
+#[derive(Debug)]
+struct Entry {
+    /// Until the peer has finished.
+    incoming: Option<mpsc::Sender<Bytes>>,
+    /// Whether this end has finished.
+    finished: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    streams: Mutex<HashMap<u32, Entry>>,
+    /// The largest id that the peer has opened.
+    last_stream: AtomicU32,
+    /// Milliseconds from `start` to the last frame that was written.
+    written: AtomicU64,
+    start: Instant,
+    /// Whether the connection is over.
+    closed: watch::Sender<bool>,
+}
+
+impl Shared {
+    fn streams(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) {
+        self.streams().clear();
+        self.closed.send_replace(true);
+    }
+
+    /// Notes that this end has sent its last data.
+    fn finish(&self, stream: u32) {
+        let mut streams = self.streams();
+        if let Some(entry) = streams.get_mut(&stream) {
+            entry.finished = true;
+            if entry.incoming.is_none() {
+                streams.remove(&stream);
+            }
+        }
+    }
+
+    /// Notes that the peer has sent its last data.
+    fn peer_finished(&self, stream: u32) {
+        let mut streams = self.streams();
+        if let Some(entry) = streams.get_mut(&stream) {
+            entry.incoming = None;
+            if entry.finished {
+                streams.remove(&stream);
+            }
+        }
+    }
+
+    fn idle_since(&self) -> Instant {
+        self.start + Duration::from_millis(self.written.load(Ordering::Relaxed))
+    }
+
+    fn note_write(&self) {
+        let millis = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.written.store(millis, Ordering::Relaxed);
+    }
+}
+
+/// A connection. Dropping it closes it at once.
+#[derive(Debug)]
+pub struct Connection {
+    accepted: mpsc::Receiver<Stream>,
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    next_id: u32,
+    reader: JoinHandle<()>,
+    writer: JoinHandle<()>,
+}
+
+impl Connection {
+    /// Begins to read and write `io`. `hangup` tells when the peer is gone while nothing is read.
+    ///
+    /// # Errors
+    /// When zlib does not take the dictionary.
+    pub fn new<T>(io: T, role: Role, limits: Limits, hangup: Option<Hangup>) -> io::Result<Self>
+    where
+        T: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let (from, to) = tokio::io::split(io);
+        let (commands, orders) = mpsc::channel(COMMANDS);
+        let (opened, accepted) = mpsc::channel(limits.streams.max(1));
+        let shared = Arc::new(Shared {
+            streams: Mutex::default(),
+            last_stream: AtomicU32::new(0),
+            written: AtomicU64::new(0),
+            start: Instant::now(),
+            closed: watch::Sender::new(false),
+        });
+        let encoder = Encoder::new()?;
+        let writer = tokio::spawn(write(to, encoder, orders, shared.clone()));
+        let reading =
+            Reader { opened, commands: commands.clone(), shared: shared.clone(), role, limits, hangup };
+        let reader = tokio::spawn(reading.run(from));
+        Ok(Self { accepted, commands, shared, next_id: 1, reader, writer })
+    }
+
+    /// The next stream that the peer opens; `None` when the connection is over.
+    pub async fn accept(&mut self) -> Option<Stream> {
+        self.accepted.recv().await
+    }
+
+    /// Opens a stream, as a client.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub async fn open(&mut self, headers: &Headers) -> Result<Stream, Closed> {
+        let id = self.next_id;
+        self.next_id += 2;
+        let stream = new_stream(id, headers.clone(), &self.commands, &self.shared, false);
+        self.commands
+            .send(Command::Open { stream: id, headers: headers.clone() })
+            .await
+            .map_err(|_| Closed)?;
+        Ok(stream)
+    }
+
+    /// Resolves when the connection is over, whoever ended it.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut closed = self.shared.closed.subscribe();
+        async move {
+            // The sender is gone only with the connection.
+            let _ = closed.wait_for(|closed| *closed).await;
+        }
+    }
+
+    /// Says goodbye and closes, after everything that was sent before.
+    pub async fn close(mut self) {
+        let last_stream = self.shared.last_stream.load(Ordering::Relaxed);
+        let goodbye = async {
+            if self.commands.send(Command::Close { last_stream }).await.is_ok() {
+                let _ = (&mut self.writer).await;
+            }
+        };
+        let _ = tokio::time::timeout(CLOSE, goodbye).await;
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.reader.abort();
+        self.writer.abort();
+        self.shared.close();
+    }
+}
+
+fn new_stream(
+    id: u32,
+    headers: Headers,
+    commands: &mpsc::Sender<Command>,
+    shared: &Arc<Shared>,
+    peer_finished: bool,
+) -> Stream {
+    let (sender, data) = mpsc::channel(QUEUE);
+    let incoming = (!peer_finished).then_some(sender);
+    shared.streams().insert(id, Entry { incoming, finished: false });
+    let outgoing = Outgoing { id, commands: commands.clone(), shared: shared.clone() };
+    Stream { headers, incoming: Incoming(data), outgoing }
+}
+
+/// One stream.
+#[derive(Debug)]
+pub struct Stream {
+    /// What it was opened with.
+    pub headers: Headers,
+    /// Data from the peer.
+    pub incoming: Incoming,
+    /// Data to the peer.
+    pub outgoing: Outgoing,
+}
+
+/// The half of a stream that is read.
+#[derive(Debug)]
+pub struct Incoming(pub(crate) mpsc::Receiver<Bytes>);
+
+impl Incoming {
+    /// The next data; `None` when the peer has finished or reset the stream, or the connection is over.
+    pub async fn receive(&mut self) -> Option<Bytes> {
+        self.0.recv().await
+    }
+}
+
+/// The half of a stream that is written.
+#[derive(Debug, Clone)]
+pub struct Outgoing {
+    id: u32,
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+}
+
+impl Outgoing {
+    /// The stream's id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Accepts the stream, as a server.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub async fn reply(&self) -> Result<(), Closed> {
+        self.command(Command::Reply { stream: self.id }).await
+    }
+
+    /// Sends data; waits while the peer is slow. Not sent in part when the future is dropped, but for whole
+    /// frames of it.
+    ///
+    /// # Errors
+    /// [`Closed`] when the peer has reset the stream, or the connection is over.
+    pub async fn send(&self, mut bytes: Bytes) -> Result<(), Closed> {
+        while !bytes.is_empty() {
+            let piece = bytes.split_to(bytes.len().min(MAX_DATA_BYTES));
+            self.command(Command::Data { stream: self.id, bytes: piece, last: false }).await?;
+        }
+        Ok(())
+    }
+
+    /// Says that no more data follows.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub async fn finish(&self) -> Result<(), Closed> {
+        self.command(Command::Data { stream: self.id, bytes: Bytes::new(), last: true }).await?;
+        self.shared.finish(self.id);
+        Ok(())
+    }
+
+    /// Gives the stream up in both directions. Does nothing when it is over.
+    pub async fn reset(&self, status: ResetStatus) {
+        // Whether the peer can still be told does not matter.
+        let _ = self.command(Command::Reset { stream: self.id, status }).await;
+        self.shared.streams().remove(&self.id);
+    }
+
+    async fn command(&self, command: Command) -> Result<(), Closed> {
+        if !self.shared.streams().contains_key(&self.id) {
+            return Err(Closed);
+        }
+        self.commands.send(command).await.map_err(|_| Closed)
+    }
+}
+
+struct Reader {
+    opened: mpsc::Sender<Stream>,
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    role: Role,
+    limits: Limits,
+    hangup: Option<Hangup>,
+}
+
+impl Reader {
+    async fn run<T: AsyncRead>(self, mut io: ReadHalf<T>) {
+        if let Err(error) = self.read(&mut io).await {
+            tracing::debug!(%error, "a SPDY connection was given up");
+            let last_stream = self.shared.last_stream.load(Ordering::Relaxed);
+            let _ = tokio::time::timeout(CLOSE, self.commands.send(Command::Close { last_stream })).await;
+        }
+        self.shared.close();
+    }
+
+    /// Reads to the end of the connection.
+    async fn read<T: AsyncRead>(&self, io: &mut ReadHalf<T>) -> Result<(), ProtocolError> {
+        let (mut decoder, mut buffer) = (Decoder::default(), BytesMut::new());
+        let mut heard = Instant::now();
+        loop {
+            buffer.reserve(READ_BYTES);
+            let end = heard.max(self.shared.idle_since()) + self.limits.idle;
+            match tokio::time::timeout_at(end, io.read_buf(&mut buffer)).await {
+                Ok(Ok(0) | Err(_)) => return Ok(()),
+                Ok(Ok(_)) => heard = Instant::now(),
+                Err(_) if heard.max(self.shared.idle_since()) + self.limits.idle > Instant::now() => continue,
+                Err(_) => return Ok(()),
+            }
+            while let Some(frame) = decoder.next(&mut buffer)? {
+                if !self.handle(frame).await? {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Acts on a frame; `false` when the connection is over.
+    async fn handle(&self, frame: Frame) -> Result<bool, ProtocolError> {
+        match frame {
+            Frame::SynStream { stream, headers, last, unidirectional } => {
+                self.open(stream, headers, last || unidirectional).await
+            }
+            Frame::Data { stream, bytes, last } => {
+                if !bytes.is_empty() && !self.deliver(stream, bytes).await? {
+                    return Ok(false);
+                }
+                if last {
+                    self.shared.peer_finished(stream);
+                }
+                Ok(true)
+            }
+            Frame::Reset { stream, .. } => {
+                self.shared.streams().remove(&stream);
+                Ok(true)
+            }
+            Frame::SynReply { stream, last, .. } | Frame::Headers { stream, last, .. } => {
+                if last {
+                    self.shared.peer_finished(stream);
+                }
+                Ok(true)
+            }
+            // Clients of the CRI count up in odd numbers, as the ids of their streams do. An even one
+            // answers a ping of ours, of which there are none.
+            Frame::Ping(id) if id.is_multiple_of(2) != (self.role == Role::Server) => {
+                self.order(Command::Pong(id)).await
+            }
+            // The peer opens no more streams; what is open goes on.
+            Frame::Ping(_) | Frame::GoAway | Frame::Ignored => Ok(true),
+        }
+    }
+
+    async fn open(&self, id: u32, headers: Headers, peer_finished: bool) -> Result<bool, ProtocolError> {
+        // Streams of a client have odd ids, which only ever go up; a server opens none.
+        if self.role == Role::Client
+            || id.is_multiple_of(2)
+            || id <= self.shared.last_stream.load(Ordering::Relaxed)
+        {
+            return Err(ProtocolError::StreamId(id));
+        }
+        self.shared.last_stream.store(id, Ordering::Relaxed);
+        if self.shared.streams().len() >= self.limits.streams {
+            return self.order(Command::Reset { stream: id, status: ResetStatus::RefusedStream }).await;
+        }
+        let stream = new_stream(id, headers, &self.commands, &self.shared, peer_finished);
+        if self.opened.try_send(stream).is_err() {
+            // Nobody accepts streams any more, or as many wait as may be open.
+            self.shared.streams().remove(&id);
+            return self.order(Command::Reset { stream: id, status: ResetStatus::RefusedStream }).await;
+        }
+        Ok(true)
+    }
+
+    async fn deliver(&self, id: u32, bytes: Bytes) -> Result<bool, ProtocolError> {
+        let known = {
+            let streams = self.shared.streams();
+            streams.get(&id).map(|entry| entry.incoming.clone())
+        };
+        match known {
+            Some(Some(incoming)) => Ok(self
+                .unless_gone(async {
+                    // Nobody reads it any more: it is thrown away.
+                    let _ = incoming.send(bytes).await;
+                })
+                .await),
+            // It said that it had finished.
+            Some(None) => {
+                self.shared.streams().remove(&id);
+                self.order(Command::Reset { stream: id, status: ResetStatus::ProtocolError }).await
+            }
+            None if self.role == Role::Server
+                && (id > self.shared.last_stream.load(Ordering::Relaxed) || id.is_multiple_of(2)) =>
+            {
+                Err(ProtocolError::StreamId(id))
+            }
+            // It was reset while this was on its way.
+            None => Ok(true),
+        }
+    }
+
+    async fn order(&self, command: Command) -> Result<bool, ProtocolError> {
+        let mut sent = false;
+        let there = self.unless_gone(async { sent = self.commands.send(command).await.is_ok() }).await;
+        Ok(there && sent)
+    }
+
+    /// Waits for `work`; `false` when the peer goes away first.
+    async fn unless_gone(&self, work: impl Future<Output = ()>) -> bool {
+        tokio::select! {
+            biased;
+            () = work => true,
+            () = crate::hangup::of(self.hangup.as_ref()) => false,
+        }
+    }
+}
+
+async fn write<T: AsyncWrite>(
+    mut io: WriteHalf<T>,
+    mut encoder: Encoder,
+    mut commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+) {
+    let mut head = BytesMut::new();
+    while let Some(command) = commands.recv().await {
+        let closing = matches!(command, Command::Close { .. });
+        let written = write_one(&mut io, &mut encoder, command, &mut head).await;
+        let flushed = match written {
+            // More is to be written at once.
+            Ok(()) if !closing && !commands.is_empty() => Ok(()),
+            Ok(()) => io.flush().await,
+            Err(error) => Err(error),
+        };
+        shared.note_write();
+        if closing || flushed.is_err() {
+            break;
+        }
+    }
+    // The peer may be gone already.
+    let _ = io.shutdown().await;
+    shared.close();
+}
+
+async fn write_one<T: AsyncWrite>(
+    io: &mut WriteHalf<T>,
+    encoder: &mut Encoder,
+    command: Command,
+    head: &mut BytesMut,
+) -> io::Result<()> {
+    head.clear();
+    let mut body = Bytes::new();
+    match command {
+        Command::Open { stream, headers } => encoder.syn_stream(stream, &headers, head)?,
+        Command::Reply { stream } => encoder.syn_reply(stream, head)?,
+        Command::Reset { stream, status } => Encoder::reset(stream, status, head),
+        Command::Pong(id) => Encoder::ping(id, head),
+        Command::Close { last_stream } => Encoder::go_away(last_stream, head),
+        Command::Data { stream, bytes, last } => {
+            Encoder::data(stream, bytes.len(), last, head);
+            body = bytes;
+        }
+    }
+    io.write_all_buf(&mut (&mut *head).chain(body)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{DuplexStream, duplex};
+
+    const LIMITS: Limits = Limits { streams: 4, idle: Duration::from_secs(60) };
+
+    fn pair() -> (Connection, Connection) {
+        let (client, server) = duplex(64 * 1024);
+        (
+            Connection::new(client, Role::Client, LIMITS, None).unwrap(),
+            Connection::new(server, Role::Server, LIMITS, None).unwrap(),
+        )
+    }
+
+    /// A server and the raw bytes of its client.
+    fn raw() -> (DuplexStream, Connection) {
+        let (client, server) = duplex(64 * 1024);
+        (client, Connection::new(server, Role::Server, LIMITS, None).unwrap())
+    }
+
+    async fn frames(io: &mut DuplexStream) -> Vec<Frame> {
+        let (mut decoder, mut buffer, mut frames) = (Decoder::default(), BytesMut::new(), Vec::new());
+        while io.read_buf(&mut buffer).await.unwrap() > 0 {
+            while let Some(frame) = decoder.next(&mut buffer).unwrap() {
+                frames.push(frame);
+            }
+        }
+        frames
+    }
+
+    #[tokio::test]
+    async fn data_goes_both_ways_and_each_way_ends_by_itself() {
+        let (mut client, mut server) = pair();
+        let mut near = client.open(&Headers::of(&[("streamType", "stdin")])).await.unwrap();
+        let mut far = server.accept().await.unwrap();
+        assert_eq!(far.headers.get("streamtype"), Some("stdin"));
+        far.outgoing.reply().await.unwrap();
+        near.outgoing.send(Bytes::from_static(b"in")).await.unwrap();
+        near.outgoing.finish().await.unwrap();
+        assert_eq!(far.incoming.receive().await.unwrap(), "in");
+        assert_eq!(far.incoming.receive().await, None);
+        let long = Bytes::from(vec![7; 3 * MAX_DATA_BYTES + 1]);
+        far.outgoing.send(long.clone()).await.unwrap();
+        far.outgoing.finish().await.unwrap();
+        let mut received = Vec::new();
+        while let Some(bytes) = near.incoming.receive().await {
+            received.extend_from_slice(&bytes);
+        }
+        assert!(received == long);
+        assert!(server.shared.streams().is_empty(), "a stream that both have finished is forgotten");
+        client.close().await;
+        assert!(server.accept().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn streams_over_the_limit_are_refused_and_room_comes_back() {
+        let (mut client, mut server) = pair();
+        let mut open = Vec::new();
+        for _ in 0..LIMITS.streams {
+            open.push(client.open(&Headers::default()).await.unwrap());
+        }
+        let mut refused = client.open(&Headers::default()).await.unwrap();
+        assert_eq!(refused.incoming.receive().await, None);
+        assert_eq!(refused.outgoing.send(Bytes::from_static(b"x")).await, Err(Closed));
+        let mut accepted = Vec::new();
+        for _ in 0..LIMITS.streams {
+            accepted.push(server.accept().await.unwrap());
+        }
+        accepted[0].outgoing.reset(ResetStatus::Cancel).await;
+        assert_eq!(open[0].incoming.receive().await, None);
+        client.open(&Headers::default()).await.unwrap();
+        assert!(server.accept().await.is_some());
+    }
+
+    #[tokio::test]
+    async fn ids_that_are_even_or_go_down_end_the_connection() {
+        for ids in [&[2][..], &[1, 1], &[5, 3], &[0x7fff_fffe]] {
+            let (mut client, mut server) = raw();
+            let (mut encoder, mut bytes) = (Encoder::new().unwrap(), BytesMut::new());
+            for id in ids {
+                encoder.syn_stream(*id, &Headers::default(), &mut bytes).unwrap();
+            }
+            client.write_all(&bytes).await.unwrap();
+            assert_eq!(frames(&mut client).await.last(), Some(&Frame::GoAway), "{ids:?}");
+            while server.accept().await.is_some() {}
+            server.closed().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn data_for_a_stream_that_was_never_opened_ends_the_connection() {
+        let (mut client, server) = raw();
+        let mut bytes = BytesMut::new();
+        Encoder::data(1, 1, false, &mut bytes);
+        client.write_all(&[&bytes[..], b"x"].concat()).await.unwrap();
+        assert_eq!(frames(&mut client).await, [Frame::GoAway]);
+        server.closed().await;
+    }
+
+    #[tokio::test]
+    async fn pings_of_the_client_are_answered_and_others_are_not() {
+        let (mut client, server) = raw();
+        let mut bytes = BytesMut::new();
+        for id in [1, 2, 3] {
+            Encoder::ping(id, &mut bytes);
+        }
+        client.write_all(&bytes).await.unwrap();
+        client.shutdown().await.unwrap();
+        server.closed().await;
+        server.close().await;
+        assert_eq!(frames(&mut client).await, [Frame::Ping(1), Frame::Ping(3), Frame::GoAway]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_without_a_frame_is_closed() {
+        let (client, mut server) = pair();
+        let start = Instant::now();
+        assert!(server.accept().await.is_none());
+        assert_eq!(start.elapsed(), LIMITS.idle);
+        drop(client);
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_nobody_reads_holds_a_bounded_amount() {
+        let (mut client, mut server) = pair();
+        let near = client.open(&Headers::default()).await.unwrap();
+        let far = server.accept().await.unwrap();
+        let all = 64 * 1024 * 1024;
+        let sending = near.outgoing.send(Bytes::from(vec![0; all]));
+        assert!(tokio::time::timeout(Duration::from_millis(300), sending).await.is_err());
+        // Queued, on the wire, and in the two tasks.
+        assert!(far.incoming.0.len() <= QUEUE);
+    }
+}

@@ -198,6 +198,32 @@ impl Cgroup {
         Ok(Self { path, place: Place::Unified(leaf), unit: None })
     }
 
+    /// The cgroup that [`Cgroup::create`] or [`Cgroup::create_scope`] would make now, with nothing made: for what has to name its
+    /// directories first. A hierarchy that lacks the parent is left out, unless the parent would be made in it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidId`].
+    pub fn planned(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
+        check_id(parent, id)?;
+        let path = format!("{}/{}", parent.path(), parent.leaf(id));
+        let place = match hierarchy {
+            Hierarchy::Unified { mount } => Place::Unified(below(mount, &path)),
+            Hierarchy::Legacy { mounts } => Place::Legacy(
+                mounts
+                    .iter()
+                    .filter(|mount| {
+                        mount.is_needed() || parent.is_ours() || below(&mount.path, parent.path()).is_dir()
+                    })
+                    .map(|mount| LegacyDir {
+                        controllers: mount.controllers.clone(),
+                        path: below(&mount.path, &path),
+                    })
+                    .collect(),
+            ),
+        };
+        Ok(Self { path, place, unit: None })
+    }
+
     /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon, also if leaves had other names then: all of it,
     /// part of it, or nothing, which is no error, so that stopping and removing work whatever is left.
     ///

@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -319,6 +320,43 @@ fn sub_cgroups_that_the_container_made_are_killed_and_removed_too() {
     cgroup.remove(PATIENCE).unwrap();
     cgroup.kill(PATIENCE).unwrap();
     assert_eq!(cgroup.stats(Detail::All).unwrap(), None);
+}
+
+#[test]
+fn what_is_planned_is_what_is_made() {
+    let place = Place::new();
+    let directories =
+        |cgroup: &Cgroup| cgroup.directories().map(Path::to_path_buf).collect::<BTreeSet<PathBuf>>();
+    let planned = Cgroup::planned(&place.hierarchy, &place.parent, "one").unwrap();
+    assert!(!planned.is_there());
+    let made = place.create("one");
+    assert_eq!((planned.path(), directories(&planned)), (made.path(), directories(&made)));
+    assert!(matches!(
+        Cgroup::planned(&place.hierarchy, &place.parent, "../one"),
+        Err(Error::InvalidId { .. })
+    ));
+    // A parent that its owner has made in the hierarchies with limits only.
+    let Hierarchy::Legacy { mounts } = &place.hierarchy else { return };
+    let named = Parent::named(Driver::Cgroupfs, &format!("{}/named", place.parent.path())).unwrap();
+    let parents: Vec<PathBuf> = mounts
+        .iter()
+        .filter(|mount| !mount.controllers.iter().any(|name| name.starts_with("name=")))
+        .map(|mount| mount.path.join(named.path().trim_start_matches('/')))
+        .collect();
+    for parent in &parents {
+        fs::create_dir(parent).unwrap();
+    }
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        for parent in parents.iter().filter(|parent| parent.join(file).exists()) {
+            let above = fs::read(parent.parent().unwrap().join(file)).unwrap();
+            fs::write(parent.join(file), above).unwrap();
+        }
+    }
+    let planned = Cgroup::planned(&place.hierarchy, &named, "two").unwrap();
+    let made = Cgroup::create(&place.hierarchy, &named, "two").unwrap();
+    let both = (directories(&planned), directories(&made));
+    made.remove(PATIENCE).unwrap();
+    assert_eq!(both.0, both.1);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! UpdateContainerResources and ReopenContainerLog: changes to a container that is there.
 
 use super::{Container, ContainerError, lock};
+use crate::oci_spec;
 use berth_model::container::Resources;
 use berth_model::state::ContainerState;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ pub(crate) async fn resources<E: From<ContainerError>>(
 
 /// Blocking.
 fn update(container: &Container, next: Resources) -> Result<(), ContainerError> {
-    let limits = crate::oci_spec::limits(&next);
+    let limits = oci_spec::limits(&oci_spec::resources(&next)?)?;
     let mut content = container.record.clone();
     content.config.resources = next.clone();
     let files = container.record_files();

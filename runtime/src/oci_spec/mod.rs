@@ -15,14 +15,14 @@ pub mod devices;
 mod environment;
 pub mod mounts;
 mod process;
-pub mod resources;
+mod resources;
 pub mod stop_signal;
 
 pub use capabilities::granted_capabilities;
 pub use devices::{ResolvedDevice, device_policy};
 pub use mounts::{CgroupDirectory, ResolvedMount};
 pub use process::set_user;
-pub use resources::limits;
+pub use resources::{limits, of_cgroup, resources};
 
 use berth_image::ImageConfig;
 use berth_model::id::{ContainerId, SandboxId};
@@ -203,7 +203,13 @@ pub enum SpecError {
     /// Not the name of a loaded profile, whatever is loaded.
     #[error("apparmor: {0:?} cannot be a profile")]
     AppArmorProfile(String),
-    /// A limit of the request that does not fit the spec.
+    /// A property of the spec that the cgroup would not keep.
+    #[error("linux.resources.{property}: cannot be applied")]
+    Unsupported {
+        /// Which.
+        property: &'static str,
+    },
+    /// A limit that does not fit the spec.
     #[error("resources.{field}: {value} is out of range")]
     Resource {
         /// The field.

@@ -1,36 +1,118 @@
-//! Limits: the CRI's `LinuxContainerResources` for the cgroup and for the spec.
+//! Limits and devices of the cgroup: `linux.resources` of the spec, from a request and for the cgroup.
 //!
-//! The cgroup is limited by [`limits`], before the process is born in it; the spec repeats them for those who read it.
+//! What the cgroup keeps is read from the finished spec, whoever has written it. What is in there and cannot be kept is refused.
 
 use super::SpecError;
-use berth_cgroup::{Access, Ceiling, DeviceKind, DevicePolicy, HugepageLimit, Limits};
+use berth_cgroup::{Access, Ceiling, DeviceKind, DevicePolicy, DeviceRule, HugepageLimit, Limits};
 use berth_model::container::Resources;
 use oci_spec::runtime::{
-    LinuxCpu, LinuxDeviceCgroup, LinuxDeviceType, LinuxHugepageLimit, LinuxMemory, LinuxResources,
+    LinuxCpu, LinuxDeviceCgroup, LinuxDeviceType, LinuxHugepageLimit, LinuxMemory, LinuxResources, Spec,
 };
 
-/// The limits for the container's cgroup. Zero, and a negative number where no limit is possible, is "not set".
-#[must_use]
-pub fn limits(resources: &Resources) -> Limits {
-    Limits {
-        cpu_shares: positive(resources.cpu_shares),
-        cpu_quota_us: Ceiling::from_signed(resources.cpu_quota_us),
-        cpu_period_us: positive(resources.cpu_period_us),
-        memory_limit_bytes: Ceiling::from_signed(resources.memory_limit_bytes),
-        memory_swap_limit_bytes: Ceiling::from_signed(resources.memory_swap_limit_bytes),
-        // The kubelet limits processes on the pod's cgroup; the CRI has no field for a container's.
-        pids_limit: None,
-        cpuset_cpus: resources.cpuset_cpus.clone(),
-        cpuset_mems: resources.cpuset_mems.clone(),
-        hugepages: resources
-            .hugepage_limits
-            .iter()
-            .map(|(page_size, limit_bytes)| HugepageLimit {
-                page_size: page_size.clone(),
-                limit_bytes: *limit_bytes,
-            })
-            .collect(),
-        unified: resources.unified.clone(),
+/// The limits of a request as the spec has them. Zero, and a negative number where no limit is possible, is "not set".
+///
+/// # Errors
+/// [`SpecError::Resource`], for a number that the spec cannot have.
+pub fn resources(asked: &Resources) -> Result<LinuxResources, SpecError> {
+    let mut cpu = LinuxCpu::default();
+    cpu.set_shares(positive(asked.cpu_shares))
+        .set_quota(not_zero(asked.cpu_quota_us))
+        .set_period(positive(asked.cpu_period_us))
+        .set_cpus(not_empty(&asked.cpuset_cpus))
+        .set_mems(not_empty(&asked.cpuset_mems));
+    let mut memory = LinuxMemory::default();
+    memory.set_limit(not_zero(asked.memory_limit_bytes)).set_swap(not_zero(asked.memory_swap_limit_bytes));
+    let mut hugepages = Vec::new();
+    for (page_size, bytes) in &asked.hugepage_limits {
+        let limit = i64::try_from(*bytes)
+            .map_err(|_| SpecError::Resource { field: "hugepage_limits", value: i128::from(*bytes) })?;
+        let mut hugepage = LinuxHugepageLimit::default();
+        hugepage.set_page_size(page_size.clone()).set_limit(limit);
+        hugepages.push(hugepage);
+    }
+    let mut written = LinuxResources::default();
+    // The kubelet limits processes on the pod's cgroup; the CRI has no field for a container's.
+    written
+        .set_cpu(Some(cpu))
+        .set_memory(Some(memory))
+        .set_hugepage_limits(Some(hugepages).filter(|list| !list.is_empty()))
+        .set_unified(
+            Some(asked.unified.clone().into_iter().collect())
+                .filter(|map: &std::collections::HashMap<_, _>| !map.is_empty()),
+        );
+    Ok(written)
+}
+
+/// The same with the rules of the devices, in the order in which they are allowed.
+pub(super) fn of_spec(asked: &Resources, devices: &DevicePolicy) -> Result<LinuxResources, SpecError> {
+    let mut written = resources(asked)?;
+    written.set_devices(Some(device_rules(devices)));
+    Ok(written)
+}
+
+/// What the cgroup of a container with this spec keeps. Without a list of devices it may use none.
+///
+/// # Errors
+/// [`SpecError::Resource`] for a number out of range; [`SpecError::Unsupported`] for what the cgroup would not keep.
+pub fn of_cgroup(spec: &Spec) -> Result<(Limits, DevicePolicy), SpecError> {
+    match spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+        Some(resources) => Ok((limits(resources)?, device_policy(resources)?)),
+        None => Ok((Limits::default(), DevicePolicy::Only(Vec::new()))),
+    }
+}
+
+/// The limits in `linux.resources`, without the devices.
+///
+/// # Errors
+/// As [`of_cgroup`].
+pub fn limits(resources: &LinuxResources) -> Result<Limits, SpecError> {
+    refuse_unsupported(resources)?;
+    let mut limits = Limits {
+        pids_limit: resources.pids().and_then(|pids| Ceiling::from_signed(pids.limit())),
+        unified: resources.unified().clone().into_iter().flatten().collect(),
+        ..Limits::default()
+    };
+    if let Some(cpu) = resources.cpu() {
+        limits.cpu_shares = cpu.shares();
+        limits.cpu_quota_us = cpu.quota().and_then(Ceiling::from_signed);
+        limits.cpu_period_us = cpu.period();
+        limits.cpuset_cpus = cpu.cpus().clone().unwrap_or_default();
+        limits.cpuset_mems = cpu.mems().clone().unwrap_or_default();
+    }
+    if let Some(memory) = resources.memory() {
+        limits.memory_limit_bytes = memory.limit().and_then(Ceiling::from_signed);
+        limits.memory_swap_limit_bytes = memory.swap().and_then(Ceiling::from_signed);
+    }
+    for hugepage in resources.hugepage_limits().iter().flatten() {
+        let limit_bytes = u64::try_from(hugepage.limit()).map_err(|_| SpecError::Resource {
+            field: "hugepage_limits",
+            value: i128::from(hugepage.limit()),
+        })?;
+        limits.hugepages.push(HugepageLimit { page_size: hugepage.page_size().clone(), limit_bytes });
+    }
+    Ok(limits)
+}
+
+/// Properties of the OCI runtime spec that Berth writes into no cgroup. [`resources`] never sets them.
+fn refuse_unsupported(resources: &LinuxResources) -> Result<(), SpecError> {
+    let cpu = resources.cpu().clone().unwrap_or_default();
+    let memory = resources.memory().unwrap_or_default();
+    let set = [
+        ("cpu.idle", cpu.idle().is_some()),
+        ("cpu.burst", cpu.burst().is_some()),
+        ("cpu.realtimeRuntime", cpu.realtime_runtime().is_some()),
+        ("cpu.realtimePeriod", cpu.realtime_period().is_some()),
+        ("memory.reservation", memory.reservation().is_some()),
+        ("memory.kernelTCP", memory.kernel_tcp().is_some()),
+        ("memory.swappiness", memory.swappiness().is_some()),
+        ("memory.disableOOMKiller", memory.disable_oom_killer().is_some()),
+        ("blockIO", resources.block_io().is_some()),
+        ("network", resources.network().is_some()),
+        ("rdma", resources.rdma().is_some()),
+    ];
+    match set.into_iter().find(|(_, is_set)| *is_set) {
+        Some((property, _)) => Err(SpecError::Unsupported { property }),
+        None => Ok(()),
     }
 }
 
@@ -46,37 +128,41 @@ fn not_empty(text: &str) -> Option<String> {
     Some(text.to_owned()).filter(|text| !text.is_empty())
 }
 
-/// The same as `linux.resources` of the spec, with the device rules in the order in which they are allowed.
-pub(super) fn of_spec(resources: &Resources, devices: &DevicePolicy) -> Result<LinuxResources, SpecError> {
-    let mut cpu = LinuxCpu::default();
-    cpu.set_shares(positive(resources.cpu_shares))
-        .set_quota(not_zero(resources.cpu_quota_us))
-        .set_period(positive(resources.cpu_period_us))
-        .set_cpus(not_empty(&resources.cpuset_cpus))
-        .set_mems(not_empty(&resources.cpuset_mems));
-    let mut memory = LinuxMemory::default();
-    memory
-        .set_limit(not_zero(resources.memory_limit_bytes))
-        .set_swap(not_zero(resources.memory_swap_limit_bytes));
-    let mut hugepages = Vec::new();
-    for (page_size, bytes) in &resources.hugepage_limits {
-        let limit = i64::try_from(*bytes)
-            .map_err(|_| SpecError::Resource { field: "hugepage_limits", value: i128::from(*bytes) })?;
-        let mut hugepage = LinuxHugepageLimit::default();
-        hugepage.set_page_size(page_size.clone()).set_limit(limit);
-        hugepages.push(hugepage);
+/// The rules of `linux.resources` as a list of what is allowed. One that denies anything but everything is refused: a list of
+/// what is denied allows what it forgets.
+fn device_policy(resources: &LinuxResources) -> Result<DevicePolicy, SpecError> {
+    let unsupported = SpecError::Unsupported { property: "devices" };
+    let mut policy = DevicePolicy::Only(Vec::new());
+    for rule in resources.devices().iter().flatten() {
+        let letters = rule.access().as_deref().unwrap_or("rwm");
+        let access = Access::parse(letters).ok_or_else(|| unsupported.clone())?;
+        let kinds: &[DeviceKind] = match rule.typ() {
+            None | Some(LinuxDeviceType::A) => &[DeviceKind::Char, DeviceKind::Block],
+            Some(LinuxDeviceType::B) => &[DeviceKind::Block],
+            Some(LinuxDeviceType::C | LinuxDeviceType::U) => &[DeviceKind::Char],
+            Some(LinuxDeviceType::P) => return Err(unsupported),
+        };
+        let (major, minor) = (device_number(rule.major())?, device_number(rule.minor())?);
+        let is_all = kinds.len() == 2 && (major, minor, access) == (None, None, Access::ALL);
+        match (&mut policy, rule.allow()) {
+            (_, true) if is_all => policy = DevicePolicy::All,
+            (_, false) if is_all => policy = DevicePolicy::Only(Vec::new()),
+            (_, false) => return Err(unsupported),
+            (DevicePolicy::All, true) => {}
+            (DevicePolicy::Only(allowed), true) => {
+                allowed.extend(kinds.iter().map(|&kind| DeviceRule { kind, major, minor, access }));
+            }
+        }
     }
-    let mut written = LinuxResources::default();
-    written
-        .set_devices(Some(device_rules(devices)))
-        .set_cpu(Some(cpu))
-        .set_memory(Some(memory))
-        .set_hugepage_limits(Some(hugepages).filter(|list| !list.is_empty()))
-        .set_unified(
-            Some(resources.unified.clone().into_iter().collect())
-                .filter(|map: &std::collections::HashMap<_, _>| !map.is_empty()),
-        );
-    Ok(written)
+    Ok(policy)
+}
+
+/// -1 is any number, as for other runtimes.
+fn device_number(number: Option<i64>) -> Result<Option<u32>, SpecError> {
+    let Some(number) = number.filter(|number| *number != -1) else { return Ok(None) };
+    u32::try_from(number)
+        .map(Some)
+        .map_err(|_| SpecError::Resource { field: "devices", value: i128::from(number) })
 }
 
 /// OCI runtime-spec "Allowed Device list": everything is denied first, unless everything is allowed.

@@ -5,7 +5,9 @@ use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule};
 use berth_model::container::{Mount as AskedMount, Propagation, Resources};
 use berth_model::layout::Layout;
 use berth_model::security::Profile;
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Mount};
+use oci_spec::runtime::{
+    LinuxDeviceCgroup, LinuxDeviceType, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources, Mount,
+};
 
 /// Everything that a spec is made from, with an ordinary pod and image to start with.
 #[derive(Debug)]
@@ -715,6 +717,10 @@ fn limits_keep_the_cris_sentinels() {
         unified: [("memory.high".to_owned(), "1".to_owned())].into(),
         ..Resources::default()
     };
+    let limits = |asked: &Resources| limits(&super::resources(asked).unwrap()).unwrap();
+    let negative = Resources { cpu_shares: -5, cpu_period_us: i64::MIN, ..Resources::default() };
+    let none = berth_cgroup::Limits::default();
+    assert_eq!((limits(&Resources::default()), limits(&negative)), (none.clone(), none));
     let limits = limits(&resources);
     assert_eq!(limits.cpu_period_us, Some(100_000));
     assert_eq!(limits.cpu_quota_us, Some(Ceiling::Unlimited));
@@ -723,9 +729,6 @@ fn limits_keep_the_cris_sentinels() {
     assert_eq!(limits.memory_swap_limit_bytes, Some(Ceiling::Unlimited));
     assert_eq!((limits.cpuset_cpus.as_str(), limits.cpuset_mems.as_str()), ("0-1", ""));
     assert_eq!((limits.hugepages.len(), limits.unified.len(), limits.pids_limit), (1, 1, None));
-    assert_eq!(super::limits(&Resources::default()), berth_cgroup::Limits::default());
-    let negative = Resources { cpu_shares: -5, cpu_period_us: i64::MIN, ..Resources::default() };
-    assert_eq!(super::limits(&negative), berth_cgroup::Limits::default());
 
     let fixture = Fixture::new().with(|fixture| fixture.config.resources = resources);
     let written = linux(&fixture).resources().clone().unwrap();
@@ -733,6 +736,72 @@ fn limits_keep_the_cris_sentinels() {
     assert_eq!(written.cpu().clone().unwrap().quota(), Some(-1));
     let huge = fixture.with(|f| f.config.resources.hugepage_limits = vec![("2MB".to_owned(), u64::MAX)]);
     assert!(matches!(huge.build(), Err(SpecError::Resource { field: "hugepage_limits", .. })));
+}
+
+#[test]
+fn the_cgroup_keeps_what_the_finished_spec_says() {
+    use berth_cgroup::Ceiling;
+    let fixture = Fixture::new().with(|fixture| {
+        fixture.devices = vec![fuse("/dev/fuse")];
+        fixture.config.resources.memory_limit_bytes = 1 << 30;
+        fixture.config.resources.cpu_shares = 2;
+    });
+    let mut spec = fixture.build().unwrap();
+    let (limits, devices) = of_cgroup(&spec).unwrap();
+    assert_eq!(limits.memory_limit_bytes, Some(Ceiling::At(1 << 30)));
+    assert_eq!(devices, device_policy(false, &[fuse("/dev/fuse")]));
+
+    // As something does that adjusts a spec before the cgroup is made.
+    let adjust = |spec: &mut Spec, change: &dyn Fn(&mut LinuxResources)| {
+        change(spec.linux_mut().as_mut().unwrap().resources_mut().as_mut().unwrap());
+    };
+    adjust(&mut spec, &|resources| {
+        let memory = LinuxMemoryBuilder::default().limit(1_i64 << 20).swap(-1_i64).build().unwrap();
+        resources.set_memory(Some(memory));
+        resources.set_pids(Some(LinuxPidsBuilder::default().limit(9_i64).build().unwrap()));
+        resources.cpu_mut().as_mut().unwrap().set_cpus(Some("0".to_owned()));
+        let mut gpu = LinuxDeviceCgroup::default();
+        gpu.set_allow(true).set_typ(Some(LinuxDeviceType::C)).set_major(Some(195)).set_minor(Some(-1));
+        resources.devices_mut().as_mut().unwrap().push(gpu);
+    });
+    let (limits, devices) = of_cgroup(&spec).unwrap();
+    assert_eq!(limits.memory_limit_bytes, Some(Ceiling::At(1 << 20)));
+    assert_eq!(limits.memory_swap_limit_bytes, Some(Ceiling::Unlimited));
+    assert_eq!((limits.pids_limit, limits.cpu_shares), (Some(Ceiling::At(9)), Some(2)));
+    assert_eq!(limits.cpuset_cpus, "0");
+    let DevicePolicy::Only(rules) = devices else { panic!("all") };
+    let gpu = DeviceRule { kind: DeviceKind::Char, major: Some(195), minor: None, access: Access::ALL };
+    assert_eq!(rules.last(), Some(&gpu));
+
+    let refused = |change: &dyn Fn(&mut LinuxResources)| {
+        let mut spec = spec.clone();
+        adjust(&mut spec, change);
+        of_cgroup(&spec).unwrap_err()
+    };
+    let deny = |major| {
+        let mut rule = LinuxDeviceCgroup::default();
+        rule.set_allow(false).set_typ(Some(LinuxDeviceType::C)).set_major(major);
+        rule
+    };
+    for rule in [deny(None), deny(Some(1))] {
+        let error = refused(&|resources| resources.devices_mut().as_mut().unwrap().push(rule.clone()));
+        assert_eq!(error, SpecError::Unsupported { property: "devices" });
+    }
+    let error = refused(&|resources| {
+        resources.devices_mut().as_mut().unwrap()[0].set_major(Some(-2));
+    });
+    assert_eq!(error, SpecError::Resource { field: "devices", value: -2 });
+    let error = refused(&|resources| {
+        resources.memory_mut().as_mut().unwrap().set_swappiness(Some(0));
+    });
+    assert_eq!(error, SpecError::Unsupported { property: "memory.swappiness" });
+    // Without a list nothing is allowed.
+    adjust(&mut spec, &|resources| {
+        resources.set_devices(None);
+    });
+    assert_eq!(of_cgroup(&spec).unwrap().1, DevicePolicy::Only(Vec::new()));
+    let all = of_cgroup(&Fixture::new().privileged().build().unwrap()).unwrap();
+    assert_eq!(all.1, DevicePolicy::All);
 }
 
 #[test]

@@ -1,0 +1,78 @@
+//! What a container has on the disk: made, written, and taken back when it does not come to be.
+
+use crate::container::{Container, ContainerError};
+use crate::node::Node;
+use crate::trash;
+use ::oci_spec::runtime::Spec;
+use berth_cgroup::Cgroup;
+use berth_model::layout::ContainerFiles;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long the cgroup of a container that failed may take to go.
+const CGROUP_GONE: Duration = Duration::from_secs(10);
+
+/// What there is to take back.
+pub(super) struct Made {
+    pub(super) files: ContainerFiles,
+    pub(super) cgroup: Option<Cgroup>,
+}
+
+/// The directories of a container; the image's top layer says what its root is like.
+pub(super) fn make_directories(files: &ContainerFiles, lower_dirs: &[PathBuf]) -> Result<(), ContainerError> {
+    let make = |path: &Path, mode: u32| {
+        std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("make", path))
+    };
+    make(&files.durable, 0o700)?;
+    make(&files.state, 0o700)?;
+    make(&files.upper(), 0o755)?;
+    if let Some(top) = lower_dirs.first() {
+        copy_mode_and_owner(top, &files.upper())?;
+    }
+    make(&files.work(), 0o700)?;
+    make(&files.rootfs(), 0o700)
+}
+
+/// An overlay shows its upper directory's mode and owner as those of its root, so the image's have to be put there.
+fn copy_mode_and_owner(from: &Path, to: &Path) -> Result<(), ContainerError> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(from).map_err(ContainerError::file("look at", from))?;
+    // In this order: a change of owner takes set-user-id bits away.
+    std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()))
+        .and_then(|()| std::fs::set_permissions(to, metadata.permissions()))
+        .map_err(ContainerError::file("set the mode of", to))
+}
+
+/// The spec, then the record.
+pub(super) fn write_files(container: &Container, spec: &Spec) -> Result<(), ContainerError> {
+    let path = container.files.spec();
+    // Only for those who ask; written without care for a crash.
+    let json =
+        serde_json::to_vec(spec).map_err(|error| ContainerError::file("write", &path)(error.into()))?;
+    std::fs::write(&path, json).map_err(ContainerError::file("write", &path))?;
+    container
+        .record_files()
+        .write(&container.record)
+        .map_err(|source| ContainerError::Record { id: container.id().clone(), source })
+}
+
+/// Takes back what was made. What cannot be taken back is logged, and found again at the next start.
+pub(super) fn undo(node: &Node, made: &Made) {
+    if let Some(cgroup) = &made.cgroup
+        && let Err(error) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))
+    {
+        tracing::warn!(error = %crate::chain(&error), "the cgroup of a container that failed is left");
+    }
+    // A copy without a record would say that the record was lost.
+    let _ = std::fs::remove_file(made.files.record_copy());
+    if let Err(error) = trash::discard(&node.layout, &made.files.durable) {
+        tracing::warn!(path = %made.files.durable.display(), %error, "files of a container that failed are left");
+    }
+    match std::fs::remove_dir_all(&made.files.state) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(path = %made.files.state.display(), %error, "files of a container that failed are left");
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,71 @@
+//! The shim is started and makes the container, which then is written down and becomes visible.
+
+use super::Prepared;
+use super::files::{self, Made};
+use crate::container::target::Target;
+use crate::container::{Container, ContainerError, lock};
+use crate::node::Node;
+use crate::oci_spec;
+use crate::sandbox::Creation;
+use crate::shim_client::ShimClient;
+use berth_model::record::ProcessRecord;
+use std::sync::Arc;
+
+/// Starts the shim, lets it make the container, records it, and makes it visible by `show`, which says whether it is wanted still.
+pub(super) async fn launch(
+    node: &Arc<Node>,
+    prepared: Prepared,
+    creation: &Creation,
+    show: impl FnOnce(&Arc<Container>) -> bool,
+) -> Result<Arc<Container>, ContainerError> {
+    let Prepared { mut record, files, cgroup, holder, target, mut spec, plan } = prepared;
+    let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
+    let result = async {
+        let shim = Arc::new(ShimClient::spawn(&node.shim, &files.state)?);
+        let made = tokio::select! {
+            made = shim.create(plan, target.map(Target::into_descriptors)) => made.map_err(ContainerError::from),
+            () = creation.given_up() => Err(ContainerError::SandboxNotReady { id: record.sandbox_id.clone() }),
+        };
+        let created = match made {
+            Ok(created) => {
+                if let Some(holder) = holder {
+                    // It is killed and waited for. A task that cannot run any more drops it too.
+                    let _ = tokio::task::spawn_blocking(move || drop(holder)).await;
+                }
+                created
+            }
+            Err(error) => {
+                shim.discard().await;
+                return Err(error);
+            }
+        };
+        for note in &created.notes {
+            if node.is_new(note) {
+                tracing::warn!(note, "done in a weaker way, for this container and others like it");
+            } else {
+                tracing::debug!(container = %record.id, note, "done in a weaker way");
+            }
+        }
+        record.process = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
+        (record.uid, record.gid, record.groups) = (created.uid, created.gid, created.groups);
+        oci_spec::set_user(&mut spec, record.uid, record.gid, &record.groups);
+        let container = Arc::new(Container::new(record, files, cgroup));
+        *lock(&container.shim) = Some(shim.clone());
+        if let Err(error) = files::write_files(&container, &spec) {
+            shim.discard().await;
+            return Err(error);
+        }
+        if !show(&container) {
+            shim.discard().await;
+            return Err(ContainerError::SandboxNotReady { id: container.sandbox_id().clone() });
+        }
+        Ok(container)
+    }
+    .await;
+    if result.is_err() {
+        let node = node.clone();
+        // The error is told in any case; a task that could not be run leaves what the next start takes away.
+        let _ = tokio::task::spawn_blocking(move || files::undo(&node, &made)).await;
+    }
+    result
+}

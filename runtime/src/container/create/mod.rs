@@ -1,0 +1,149 @@
+//! CreateContainer: everything up to the exec of the program.
+//!
+//! Step by step: `resolve` looks up what the request names, `spec` says what the container is, `cgroup` keeps the limits and devices that
+//! the finished spec has, `plan` says what the shim does, `launch` lets it. Up to `launch` all of it is on a blocking thread. On success the
+//! record is written last: it is what makes the container exist. On failure everything is taken back (`files`); what a crash leaves
+//! half-way is found by the next start, by the missing record.
+
+mod cgroup;
+mod files;
+mod launch;
+mod plan;
+mod profiles;
+mod resolve;
+mod spec;
+
+use super::target::Target;
+use super::{Container, ContainerError, follow};
+use crate::node::{Node, random_bytes, unix_ns};
+use crate::registry::Name;
+use crate::sandbox::{Creation, Sandbox};
+use crate::shim_client::Holder;
+use ::oci_spec::runtime::Spec;
+use berth_cgroup::Cgroup;
+use berth_image::Lease;
+use berth_model::container::Config;
+use berth_model::id::ContainerId;
+use berth_model::layout::ContainerFiles;
+use berth_model::record::ContainerRecord;
+use berth_shim_proto::launch::Launch;
+use files::Made;
+use std::sync::Arc;
+
+/// Makes a container, which is CREATED on return. On an error nothing of it is left.
+pub(crate) async fn create(
+    node: Arc<Node>,
+    sandbox: Arc<Sandbox>,
+    config: Config,
+) -> Result<Arc<Container>, ContainerError> {
+    let stopped = ContainerError::SandboxNotReady { id: sandbox.id().clone() };
+    let Some(creation) = sandbox.begin_creation().map(Arc::new) else { return Err(stopped) };
+    // In a task of its own, which takes back what it has made whenever it comes to its end: a path of the host may hang.
+    let making = tokio::spawn(make(node, sandbox, config, creation.clone()));
+    tokio::select! {
+        made = making => made.map_err(|_| ContainerError::Stopping)?,
+        () = creation.given_up() => Err(stopped),
+    }
+}
+
+async fn make(
+    node: Arc<Node>,
+    sandbox: Arc<Sandbox>,
+    config: Config,
+    creation: Arc<Creation>,
+) -> Result<Arc<Container>, ContainerError> {
+    let id = ContainerId::from_bytes(random_bytes().map_err(ContainerError::Id)?);
+    let name = Name::Container(sandbox.id().clone(), config.metadata.clone());
+    let reservation = node.registry.reserve(name, id.as_str())?;
+
+    // Its layers stay, whoever removes it, until the registry says that a container uses it.
+    let image = node.images.lease(&config.image).map(Arc::new);
+    let image = image.ok_or_else(|| ContainerError::NoImage { image: config.image.clone() })?;
+    let (preparing, within, leased, stop) = (node.clone(), sandbox.clone(), image.clone(), creation.clone());
+    let making = async {
+        let prepare = move || prepare(&preparing, &within, &leased, id, config, &stop);
+        let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|_| ContainerError::Stopping)??;
+        let show = |container: &Arc<Container>| {
+            creation.finish(|| node.registry.add_container(container.clone(), reservation))
+        };
+        launch::launch(&node, prepared, &creation, show).await
+    };
+    let made = making.await;
+    let container = match made {
+        Ok(container) => container,
+        Err(error) => {
+            drop(image);
+            node.collect_images();
+            return Err(error);
+        }
+    };
+    drop(image);
+    follow::watch(&container);
+    tracing::info!(
+        container = %container.id(), name = %container.config().metadata.name, sandbox = %sandbox.id(), "container is created"
+    );
+    Ok(container)
+}
+
+/// What is ready for the shim.
+struct Prepared {
+    record: ContainerRecord,
+    files: ContainerFiles,
+    cgroup: Cgroup,
+    /// In the cgroup until the container's process is.
+    holder: Option<Holder>,
+    target: Option<Target>,
+    spec: Spec,
+    plan: Launch,
+}
+
+fn prepare(
+    node: &Node,
+    sandbox: &Sandbox,
+    lease: &Lease,
+    id: ContainerId,
+    config: Config,
+    creation: &Creation,
+) -> Result<Prepared, ContainerError> {
+    let mut made = Made { files: node.layout.container(&id), cgroup: None };
+    prepare_from(node, sandbox, lease, id, config, creation, &mut made)
+        .inspect_err(|_| files::undo(node, &made))
+}
+
+fn prepare_from(
+    node: &Node,
+    sandbox: &Sandbox,
+    lease: &Lease,
+    id: ContainerId,
+    config: Config,
+    creation: &Creation,
+    made: &mut Made,
+) -> Result<Prepared, ContainerError> {
+    let resolved = resolve::resolve(node, sandbox, lease, &config)?;
+    // What comes before this looks at paths of the host, which may hang.
+    if creation.is_given_up() {
+        return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
+    }
+    let planned = Cgroup::planned(&node.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
+    let subject = spec::Subject { node, sandbox, image: lease.image(), id: &id, config: &config };
+    let spec = spec::build(&subject, &resolved, &made.files, &planned)?;
+
+    files::make_directories(&made.files, &resolved.lower_dirs)?;
+    let (cgroup, holder) = cgroup::make(&subject, &spec, resolved.stop_signal, &mut made.cgroup)?;
+    let (plan, log_path) = plan::launch(&subject, &spec, &resolved, &made.files, &cgroup)?;
+    let image = lease.image();
+    let record = ContainerRecord {
+        sandbox_id: sandbox.id().clone(),
+        image_id: image.id().to_string(),
+        image_name: image.repo_tags().first().cloned().unwrap_or_default(),
+        image_ref: image.repo_digests().first().cloned().unwrap_or_default(),
+        created_at_unix_ns: unix_ns(),
+        stop_signal: resolved.stop_signal,
+        log_path,
+        cgroup: cgroup.path().to_owned(),
+        id,
+        config,
+        ..ContainerRecord::default()
+    };
+    Ok(Prepared { record, files: made.files.clone(), cgroup, holder, target: resolved.target, spec, plan })
+}

@@ -1,0 +1,86 @@
+//! The AppArmor and seccomp profiles of a request.
+
+use crate::apparmor;
+use crate::container::ContainerError;
+use crate::node::Node;
+use crate::oci_spec;
+use ::oci_spec::runtime::LinuxSeccomp;
+use berth_model::container::Config;
+use berth_model::security::Profile;
+use berth_seccomp::Circumstances;
+use std::path::Path;
+
+/// The largest seccomp profile that is read. Docker's default has 14 KiB.
+const MAX_PROFILE_BYTES: u64 = 1024 * 1024;
+
+/// The name of Berth's own profile, if the container gets it. A kernel that enforces `AppArmor` without it makes no such container.
+pub(super) fn default_apparmor_profile(
+    node: &Node,
+    config: &Config,
+) -> Result<Option<&'static str>, ContainerError> {
+    if config.security.privileged || config.security.apparmor != Profile::RuntimeDefault {
+        return Ok(None);
+    }
+    node.default_apparmor_profile.name().map_err(|error| ContainerError::AppArmor {
+        reason: format!(
+            "the kernel enforces AppArmor, and the profile {} of RuntimeDefault cannot be loaded: {}",
+            apparmor::DEFAULT_PROFILE,
+            crate::chain(&error)
+        ),
+    })
+}
+
+/// Whether the profile that the request names can be applied.
+pub(super) fn check_apparmor(node: &Node, config: &Config) -> Result<(), ContainerError> {
+    match &config.security.apparmor {
+        Profile::Localhost(name) if !node.facts.apparmor => Err(ContainerError::AppArmor {
+            reason: format!("profile {name:?} cannot be applied: this kernel has no AppArmor"),
+        }),
+        Profile::Localhost(name) => match apparmor::is_loaded(name) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ContainerError::AppArmor {
+                reason: format!("profile {name:?} is not loaded; load it on the node with apparmor_parser"),
+            }),
+            Err(error) => Err(ContainerError::AppArmor { reason: crate::chain(&error) }),
+        },
+        Profile::RuntimeDefault | Profile::Unconfined => Ok(()),
+    }
+}
+
+/// The profile of the request as the spec has it; `None` for none.
+pub(super) fn seccomp_profile(node: &Node, config: &Config) -> Result<Option<LinuxSeccomp>, ContainerError> {
+    let security = &config.security;
+    match &security.seccomp {
+        Profile::Unconfined => Ok(None),
+        _ if security.privileged => Ok(None),
+        Profile::RuntimeDefault => {
+            let names = oci_spec::granted_capabilities(security, node.facts.bounding)?;
+            Ok(Some(berth_seccomp::default_profile(names)))
+        }
+        Profile::Localhost(path) => {
+            let failed = |reason: String| ContainerError::Seccomp { reason: format!("{path}: {reason}") };
+            let text = read_profile(Path::new(path)).map_err(|error| failed(error.to_string()))?;
+            let capabilities = oci_spec::granted_capabilities(security, node.facts.bounding)?;
+            let circumstances = Circumstances { capabilities, kernel: node.facts.kernel };
+            berth_seccomp::parse_profile(&text, &circumstances)
+                .map(Some)
+                .map_err(|error| failed(crate::chain(&error)))
+        }
+    }
+}
+
+fn read_profile(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let file =
+        std::fs::File::options().read(true).custom_flags(berth_sys::file::READ_NONBLOCKING).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a plain file"));
+    }
+    let mut text = Vec::new();
+    file.take(MAX_PROFILE_BYTES + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > MAX_PROFILE_BYTES {
+        return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, "longer than 1 MiB"));
+    }
+    Ok(text)
+}

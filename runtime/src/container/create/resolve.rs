@@ -1,0 +1,103 @@
+//! What a request names, looked up: layers, profiles, and paths of the host, which may hang. Nothing is made.
+
+use super::profiles;
+use crate::container::ContainerError;
+use crate::container::target::{Target, verified_target};
+use crate::node::Node;
+use crate::oci_spec::{ResolvedDevice, ResolvedMount, devices, mounts, stop_signal::stop_signal};
+use crate::sandbox::Sandbox;
+use ::oci_spec::runtime::LinuxSeccomp;
+use berth_image::{Image, Lease};
+use berth_model::container::Config;
+use std::path::PathBuf;
+
+/// SIGTERM, what Stop sends when neither request nor image says.
+const SIGTERM: i32 = 15;
+
+/// The longest `User` of an image; a request's has the same limit.
+const MAX_USER_BYTES: usize = 1024;
+
+/// What was found for a request.
+pub(super) struct Resolved {
+    /// The trees of the image's layers, the top one first; at least one.
+    pub(super) lower_dirs: Vec<PathBuf>,
+    pub(super) stop_signal: i32,
+    pub(super) target: Option<Target>,
+    pub(super) mounts: Vec<ResolvedMount>,
+    pub(super) devices: Vec<ResolvedDevice>,
+    /// The host's, for a privileged container.
+    pub(super) host_devices: Vec<ResolvedDevice>,
+    /// The places that the image wants to have as volumes.
+    pub(super) volumes: Vec<String>,
+    pub(super) default_apparmor_profile: Option<&'static str>,
+    pub(super) seccomp: Option<LinuxSeccomp>,
+}
+
+/// Looks up what the request names. Blocking.
+pub(super) fn resolve(
+    node: &Node,
+    sandbox: &Sandbox,
+    lease: &Lease,
+    config: &Config,
+) -> Result<Resolved, ContainerError> {
+    let image = lease.image();
+    let lower_dirs =
+        lease.lower_dirs().map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
+    if lower_dirs.is_empty() {
+        let reason = "it has no layers, and so nothing to run".to_owned();
+        return Err(ContainerError::ImageConfig { image: config.image.clone(), reason });
+    }
+    let stop_signal = effective_stop_signal(config, image)?;
+    check_user(config, image)?;
+    let target = verified_target(node, sandbox, config)?;
+    let failed = |path: &str, error: &dyn std::error::Error| ContainerError::Mount {
+        path: path.to_owned(),
+        reason: crate::chain(error),
+    };
+    let mounts = mounts::resolve_mounts(&config.mounts).map_err(|error| failed("config.mounts", &error))?;
+    let devices =
+        devices::resolve_devices(&config.devices).map_err(|error| failed("config.devices", &error))?;
+    devices::check_mounted(&devices, &mounts).map_err(|error| failed("config.devices", &error))?;
+    // Each time: disks come and go.
+    let host_devices = match config.security.privileged {
+        true => devices::host_devices().map_err(|error| failed("the host's devices", &error))?,
+        false => Vec::new(),
+    };
+    let volumes = mounts::image_volumes(config, image.config())?;
+    let default_apparmor_profile = profiles::default_apparmor_profile(node, config)?;
+    profiles::check_apparmor(node, config)?;
+    let seccomp = profiles::seccomp_profile(node, config)?;
+    Ok(Resolved {
+        lower_dirs,
+        stop_signal,
+        target,
+        mounts,
+        devices,
+        host_devices,
+        volumes,
+        default_apparmor_profile,
+        seccomp,
+    })
+}
+
+fn effective_stop_signal(config: &Config, image: &Image) -> Result<i32, ContainerError> {
+    if let Some(signal) = config.stop_signal {
+        return Ok(signal);
+    }
+    match image.config().stop_signal.as_str() {
+        "" => Ok(SIGTERM),
+        text => stop_signal(text).map_err(|error| ContainerError::ImageConfig {
+            image: config.image.clone(),
+            reason: error.to_string(),
+        }),
+    }
+}
+
+fn check_user(config: &Config, image: &Image) -> Result<(), ContainerError> {
+    let length = image.user().len();
+    if length <= MAX_USER_BYTES {
+        return Ok(());
+    }
+    let reason = format!("its User has {length} bytes, and at most {MAX_USER_BYTES} are accepted");
+    Err(ContainerError::ImageConfig { image: config.image.clone(), reason })
+}

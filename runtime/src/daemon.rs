@@ -4,6 +4,7 @@ use crate::apparmor::DefaultProfile;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
+use crate::handlers::Handlers;
 use crate::housekeeping;
 use crate::node::Node;
 use crate::notify::{self, Notifier};
@@ -323,6 +324,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         default_cgroup_parent,
         systemd,
         unanswered: Unanswered::default(),
+        handlers: Handlers::own(),
         shim,
         bridge: Arc::new(bridge),
         images,

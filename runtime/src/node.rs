@@ -3,6 +3,7 @@
 use crate::apparmor::DefaultProfile;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
+use crate::handlers::Handlers;
 use crate::oci_spec::HostFacts;
 use crate::registry::{Found, Registry};
 use crate::shim_client::{Holder, ShimError, ShimProgram};
@@ -55,6 +56,7 @@ pub(crate) struct Node {
     /// With the systemd driver.
     pub(crate) systemd: Option<Systemd>,
     pub(crate) unanswered: Unanswered,
+    pub(crate) handlers: Handlers,
     pub(crate) shim: ShimProgram,
     pub(crate) bridge: Arc<Bridge>,
     pub(crate) images: Store,

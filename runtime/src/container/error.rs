@@ -20,6 +20,12 @@ pub(crate) enum ContainerError {
         /// Which.
         id: SandboxId,
     },
+    /// Its sandbox was made with a handler that this daemon does not have.
+    #[error("there is no runtime handler {name:?}, which the sandbox was made with")]
+    NoHandler {
+        /// Of `RunPodSandboxRequest.runtime_handler`.
+        name: String,
+    },
     /// Its image is not here.
     #[error("image {image} is not present")]
     NoImage {

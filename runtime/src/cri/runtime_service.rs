@@ -8,6 +8,7 @@ use super::stats::Samples;
 use super::status::{CallError, failed};
 use super::{info, metrics};
 use crate::container::{self, Container};
+use crate::handlers::Handler;
 use crate::node::Node;
 use crate::registry::Found;
 use crate::sandbox::{self, Sandbox};
@@ -78,7 +79,8 @@ impl RuntimeService {
         request: v1::RunPodSandboxRequest,
     ) -> Result<v1::RunPodSandboxResponse, CallError> {
         let message = request.config.ok_or(CallError::Missing("config"))?;
-        let config = convert::sandbox_config(message, &request.runtime_handler, self.selinux())?;
+        let config =
+            convert::sandbox_config(message, &request.runtime_handler, &self.node.handlers, self.selinux())?;
         let node = self.node.clone();
         let sandbox = apart(async move { Ok(sandbox::create::create(node, config).await?) }).await?;
         Ok(v1::RunPodSandboxResponse { pod_sandbox_id: sandbox.id().to_string() })
@@ -271,18 +273,19 @@ impl RuntimeService {
             message: state.err().map(|(_, message)| message).unwrap_or_default(),
         };
         let network = self.node.network().map_err(|message| ("NetworkPluginNotReady", message));
-        let features =
-            v1::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
+        let handler = |handler: &Handler| v1::RuntimeHandler {
+            name: handler.name.clone(),
+            features: Some(v1::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: handler.features.recursive_read_only_mounts,
+                user_namespaces: handler.features.user_namespaces,
+            }),
+        };
         v1::StatusResponse {
             status: Some(v1::RuntimeStatus {
                 conditions: vec![condition("RuntimeReady", Ok(())), condition("NetworkReady", network)],
             }),
             info: if verbose { info::node(&self.node) } else { BTreeMap::new() },
-            // The default one once more under the empty name.
-            runtime_handlers: convert::RUNTIME_HANDLERS
-                .iter()
-                .map(|name| v1::RuntimeHandler { name: (*name).to_owned(), features: Some(features) })
-                .collect(),
+            runtime_handlers: self.node.handlers.iter().map(handler).collect(),
             features: Some(v1::RuntimeFeatures {
                 supplemental_groups_policy: true,
                 ..v1::RuntimeFeatures::default()

@@ -133,6 +133,7 @@ fn container(error: &ContainerError) -> Code {
         ContainerError::NameTaken(_) => Code::AlreadyExists,
         ContainerError::NoImage { .. } => Code::NotFound,
         ContainerError::SandboxNotReady { .. }
+        | ContainerError::NoHandler { .. }
         | ContainerError::WrongState { .. }
         | ContainerError::RecordKept { .. }
         | ContainerError::EndedUnderExec { .. } => Code::FailedPrecondition,

@@ -4,6 +4,7 @@ use super::Prepared;
 use super::files::{self, Made};
 use crate::container::target::Target;
 use crate::container::{Container, ContainerError, lock};
+use crate::handlers::Kind;
 use crate::node::Node;
 use crate::oci_spec;
 use crate::sandbox::Creation;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 /// Starts the shim, lets it make the container, records it, and makes it visible by `show`, which says whether it is wanted still.
 pub(super) async fn launch(
     node: &Arc<Node>,
+    kind: Kind,
     prepared: Prepared,
     creation: &Creation,
     show: impl FnOnce(&Arc<Container>) -> bool,
@@ -21,7 +23,9 @@ pub(super) async fn launch(
     let Prepared { mut record, files, cgroup, holder, target, mut spec, plan } = prepared;
     let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
     let result = async {
-        let shim = Arc::new(ShimClient::spawn(&node.shim, &files.state)?);
+        let shim = Arc::new(match kind {
+            Kind::Shim => ShimClient::spawn(&node.shim, &files.state)?,
+        });
         let made = tokio::select! {
             made = shim.create(plan, target.map(Target::into_descriptors)) => made.map_err(ContainerError::from),
             () = creation.given_up() => Err(ContainerError::SandboxNotReady { id: record.sandbox_id.clone() }),

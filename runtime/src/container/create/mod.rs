@@ -52,6 +52,9 @@ async fn make(
     config: Config,
     creation: Arc<Creation>,
 ) -> Result<Arc<Container>, ContainerError> {
+    let name = &sandbox.config().runtime_handler;
+    let handler = node.handlers.find(name).ok_or_else(|| ContainerError::NoHandler { name: name.clone() })?;
+    let kind = handler.kind;
     let id = ContainerId::from_bytes(random_bytes().map_err(ContainerError::Id)?);
     let name = Name::Container(sandbox.id().clone(), config.metadata.clone());
     let reservation = node.registry.reserve(name, id.as_str())?;
@@ -66,7 +69,7 @@ async fn make(
         let show = |container: &Arc<Container>| {
             creation.finish(|| node.registry.add_container(container.clone(), reservation))
         };
-        launch::launch(&node, prepared, &creation, show).await
+        launch::launch(&node, kind, prepared, &creation, show).await
     };
     let made = making.await;
     let container = match made {

@@ -28,7 +28,7 @@ pub use field::{Field, Rejected};
 pub use filter::{ContainerFilter, SandboxFilter};
 pub use image::{ImageUser, ImageView, image, image_user};
 pub use resources::{resources, resources_message, updated_resources};
-pub use sandbox::{RUNTIME_HANDLERS, port_protocol, sandbox_config};
+pub use sandbox::{port_protocol, sandbox_config};
 pub use security::namespace_options;
 pub use signal::{signal_message, signal_number};
 pub use status::{
@@ -48,6 +48,7 @@ pub enum SeLinux {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handlers::Handlers;
     use berth_cri::v1;
     use proptest::prelude::*;
     use prost::Message;
@@ -56,7 +57,7 @@ mod tests {
         #[test]
         fn any_message_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..64), number in any::<i32>()) {
             if let Ok(message) = v1::PodSandboxConfig::decode(bytes.as_slice()) {
-                let _ = sandbox_config(message, "", SeLinux::Off);
+                let _ = sandbox_config(message, "", &Handlers::own(), SeLinux::Off);
             }
             if let Ok(message) = v1::ContainerConfig::decode(bytes.as_slice()) {
                 let _ = container_config(message, &berth_model::sandbox::Config::default(), SeLinux::Off);
@@ -82,7 +83,7 @@ mod tests {
                 }),
                 ..Default::default()
             };
-            if let Ok(config) = sandbox_config(config, "", SeLinux::Off) {
+            if let Ok(config) = sandbox_config(config, "", &Handlers::own(), SeLinux::Off) {
                 for name in config.sysctls.keys() {
                     prop_assert!(name.split('.').all(|part| {
                         !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))

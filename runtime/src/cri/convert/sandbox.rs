@@ -4,15 +4,13 @@ use super::field::{
     self, Field, MAX_NAME_BYTES, Rejected, absolute_forward, at_most, no_longer_than, quoted,
 };
 use super::{SeLinux, security, sysctl};
+use crate::handlers::Handlers;
 use berth_cri::v1;
 use berth_model::sandbox::{Config, Dns, Metadata, PortMapping};
 use berth_model::security::{NamespaceMode, Namespaces};
 use prost::Message;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-
-/// The runtime handlers that exist: the default one, and its name.
-pub const RUNTIME_HANDLERS: [&str; 2] = ["", "berth"];
 
 /// The largest `PodSandboxConfig` or `ContainerConfig`, in bytes on the wire. As JSON in a record it can become six times as long (each
 /// byte as `\u0001`), and a record is read up to 64 MiB.
@@ -40,10 +38,11 @@ const MAX_COMPONENT_BYTES: usize = 255;
 pub fn sandbox_config(
     message: v1::PodSandboxConfig,
     runtime_handler: &str,
+    handlers: &Handlers,
     selinux: SeLinux,
 ) -> Result<Config, Rejected> {
     let field = Field::root("config");
-    if !RUNTIME_HANDLERS.contains(&runtime_handler) {
+    if handlers.find(runtime_handler).is_none() {
         return Err(Field::root("runtime_handler")
             .invalid(format!("there is no handler {}", quoted(runtime_handler))));
     }
@@ -288,6 +287,14 @@ mod tests {
 
     fn options(message: &mut v1::PodSandboxConfig) -> &mut v1::NamespaceOption {
         linux(message).security_context.get_or_insert_default().namespace_options.get_or_insert_default()
+    }
+
+    fn sandbox_config(
+        message: v1::PodSandboxConfig,
+        handler: &str,
+        selinux: SeLinux,
+    ) -> Result<Config, Rejected> {
+        super::sandbox_config(message, handler, &Handlers::own(), selinux)
     }
 
     #[test]

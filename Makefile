@@ -7,7 +7,8 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster test-vm vm-shell bench deb test-deb clean
+.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster
+.PHONY: test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -54,7 +55,7 @@ demo: build images
 
 test: build images
 	@scripts/install-needs test
-	@scripts/build-peer kubelet
+	@scripts/build-peer crictl kubelet
 	@scripts/run-tests unit rootful kubelet node
 
 test-unit:
@@ -63,6 +64,7 @@ test-unit:
 
 test-rootful: build images
 	@scripts/install-needs test
+	@scripts/build-peer crictl
 	@scripts/run-tests rootful
 
 test-kubelet: build images
@@ -89,7 +91,7 @@ test-cluster: build images
 
 test-vm: build images
 	@scripts/install-needs test vm
-	@scripts/build-peer kubelet
+	@scripts/build-peer crictl kubelet
 	@scripts/run-tests vm
 
 vm-shell: build images

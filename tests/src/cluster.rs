@@ -23,6 +23,7 @@ use serde_json::Value;
 use crate::census::{mounts_below, processes_in_network, status_field};
 use crate::daemon::Daemon;
 use crate::deadline::within;
+use crate::peers;
 use crate::program::output;
 
 /// What the kubelet calls its node.
@@ -149,7 +150,7 @@ impl<'a> Cluster<'a> {
     fn start_all(&mut self) -> Result<()> {
         let file = |name: &str| self.dir.join(name).display().to_string();
         let kubeconfig = |caller: &str| format!("--kubeconfig={}", file(&format!("{caller}.kubeconfig")));
-        let kubernetes = peer("kubernetes")?;
+        let kubernetes = peers::directory("kubernetes")?;
 
         let etcd = [
             format!("--data-dir={}", file("etcd")),
@@ -197,7 +198,7 @@ impl<'a> Cluster<'a> {
             .context("writing the kubelet's configuration")?;
 
         // The main package of etcd has the name that `scripts/build-peer` says.
-        self.spawn("etcd", &peer("etcd")?.join("server"), &etcd)?;
+        self.spawn("etcd", &peers::directory("etcd")?.join("server"), &etcd)?;
         self.spawn("kube-apiserver", &kubernetes.join("kube-apiserver"), &apiserver)?;
         self.answers("the API server is ready", |cluster| {
             let answer = cluster.http.get(format!("https://{ADDRESS}:6443/readyz")).send()?;
@@ -205,7 +206,7 @@ impl<'a> Cluster<'a> {
         })?;
         self.spawn("kube-controller-manager", &kubernetes.join("kube-controller-manager"), &controllers)?;
         self.spawn("kube-scheduler", &kubernetes.join("kube-scheduler"), &scheduler)?;
-        self.spawn("kubelet", &peer("kubelet")?.join("kubelet"), &kubelet)?;
+        self.spawn("kubelet", &peers::directory("kubelet")?.join("kubelet"), &kubelet)?;
         self.answers("the node is there, and pods can have an account", |cluster| {
             // A pod that is asked for before the namespace has its account is refused.
             cluster.get(&format!("/api/v1/nodes/{NODE}"))?;
@@ -290,7 +291,7 @@ impl<'a> Cluster<'a> {
     }
 
     fn kubectl_command(&self) -> Result<Command> {
-        let mut command = self.daemon.host().command(peer("kubernetes")?.join("kubectl"));
+        let mut command = self.daemon.host().command(peers::directory("kubernetes")?.join("kubectl"));
         command.env("KUBECONFIG", self.dir.join("admin.kubeconfig"));
         // Its cache of what the API server offers would go into the home folder.
         command.env("KUBECACHEDIR", self.dir.join("kubectl-cache"));
@@ -453,20 +454,6 @@ impl Drop for Cluster<'_> {
         for folder in &self.made {
             let _ = fs::remove_dir_all(folder);
         }
-    }
-}
-
-/// The folder of a peer's programs that `scripts/build-peer` made.
-fn peer(name: &str) -> Result<PathBuf> {
-    let peers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/peers");
-    let built = fs::read_dir(&peers).into_iter().flatten().filter_map(Result::ok).find(|entry| {
-        let file = entry.file_name();
-        let file = file.to_string_lossy();
-        file.strip_prefix(name).is_some_and(|rest| rest.starts_with('-')) && !file.ends_with(".new")
-    });
-    match built {
-        Some(folder) => Ok(folder.path()),
-        None => bail!("no {name} in {}: run scripts/build-peer {name}", peers.display()),
     }
 }
 

@@ -22,6 +22,7 @@ use serde_json::Value;
 use crate::cgroup::{Cgroup, Driver};
 use crate::deadline::within;
 use crate::host::Host;
+use crate::peers;
 
 /// What the kubelet calls its node; it ends every static pod's name.
 const NODE: &str = "berth-test";
@@ -535,16 +536,7 @@ fn program() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("KUBELET") {
         return Ok(path.into());
     }
-    let peers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/peers");
-    let built = fs::read_dir(&peers).into_iter().flatten().filter_map(Result::ok).find(|entry| {
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        name.starts_with("kubelet-") && !name.ends_with(".new")
-    });
-    match built {
-        Some(folder) => Ok(folder.path().join("kubelet")),
-        None => bail!("no kubelet in {}: run scripts/build-peer kubelet", peers.display()),
-    }
+    Ok(peers::directory("kubelet")?.join("kubelet"))
 }
 
 /// A file of `tests/kubelet` with its `@WORDS@` filled in.

@@ -14,6 +14,7 @@ pub mod kubepods;
 pub mod log;
 pub mod node;
 pub mod peer;
+pub mod peers;
 pub mod pod;
 pub mod program;
 pub mod registry;

@@ -1,4 +1,4 @@
-//! A real `crictl`, when the machine has one: `CRICTL`, else the one on `PATH`.
+//! A real `crictl`, built by `scripts/build-peer`.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,18 +8,10 @@ use anyhow::{Context as _, Result};
 use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::deadline::within;
 use berth_tests::forge::Image;
+use berth_tests::peers;
 use berth_tests::program::output;
 use berth_tests::registry::Registry;
-use berth_tests::skip::skip;
 use serde_json::json;
-
-fn program() -> Option<PathBuf> {
-    let named = std::env::var_os("CRICTL").map(PathBuf::from);
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    named.or_else(|| {
-        std::env::split_paths(&path).map(|folder| folder.join("crictl")).find(|file| file.is_file())
-    })
-}
 
 struct Crictl<'daemon> {
     program: PathBuf,
@@ -37,11 +29,8 @@ impl Crictl<'_> {
 
 #[test]
 fn crictl_takes_a_pod_from_the_pull_to_the_end() -> Result<()> {
-    let Some(program) = program() else {
-        skip("crictl", "no crictl on PATH, and CRICTL does not name one");
-        return Ok(());
-    };
     rootful(|daemon| {
+        let program = peers::directory("crictl")?.join("crictl");
         let crictl = Crictl { program, daemon };
         let registry = Registry::start(daemon, 5000)?;
         let sealed = Image::demo()?.with("Labels", json!({"for": "crictl"})).seal();

@@ -8,7 +8,7 @@ CARGO ?= cargo
 
 .DEFAULT_GOAL := help
 .PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster
-.PHONY: test-vm vm-shell bench deb test-deb clean
+.PHONY: conformance test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -24,6 +24,7 @@ help:
 	@echo 'make test-node     every kind of pod of a real kubelet, restarts of the daemon under them (root)'
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
 	@echo 'make test-cluster  Deployments, Jobs and more of a Kubernetes cluster on the real daemon (root)'
+	@echo 'make conformance   critest, the conformance suite of the CRI, on the real daemon (root)'
 	@echo 'make test-vm       the package on a node with systemd and cgroup v2, and its restarts, in a virtual machine (root)'
 	@echo 'make vm-shell      a shell in that machine (root)'
 	@echo 'make deb           dist/berth_VERSION_amd64.deb'
@@ -88,6 +89,11 @@ test-cluster: build images
 	@scripts/install-needs test
 	@scripts/build-peer etcd kubernetes kubelet
 	@scripts/run-tests cluster
+
+conformance: build
+	@scripts/install-needs test
+	@scripts/build-peer critest
+	@scripts/run-tests conformance
 
 test-vm: build images
 	@scripts/install-needs test vm

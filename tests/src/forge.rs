@@ -201,6 +201,12 @@ impl Image {
 }
 
 impl Layer {
+    /// A layer of this tar.
+    #[must_use]
+    pub fn of_tar(bytes: Vec<u8>) -> Self {
+        Self { media_type: TAR_LAYER.to_owned(), digest: sha256(&bytes), size: bytes.len(), bytes }
+    }
+
     /// A plain tar with these files: path and content. Paths are taken as they are.
     #[must_use]
     pub fn of_files(files: &[(&str, &[u8])]) -> Self {
@@ -238,7 +244,7 @@ impl Layer {
             bytes.resize(bytes.len().next_multiple_of(512), 0);
         }
         bytes.resize(bytes.len() + 1024, 0);
-        Self { media_type: TAR_LAYER.to_owned(), digest: sha256(&bytes), size: bytes.len(), bytes }
+        Self::of_tar(bytes)
     }
 }
 

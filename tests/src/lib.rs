@@ -5,6 +5,7 @@ pub mod census;
 pub mod cgroup;
 pub mod cluster;
 pub mod cri;
+pub mod critest;
 pub mod daemon;
 pub mod deadline;
 pub mod forge;

@@ -1,0 +1,202 @@
+//! critest, the conformance suite of the CRI, on the real daemon: all specs, first in series, then in
+//! parallel.
+//!
+//! The daemon, critest, and a registry with images made from Debian packages share a private network
+//! namespace. `tests/conformance/exceptions` lists the specs that are allowed not to pass. Arguments are
+//! regular expressions that select specs by name. The full output is in `target/test-logs/conformance/`.
+
+mod images;
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, ensure};
+use berth_tests::critest::{Exceptions, Spec, Verdict, read_report};
+use berth_tests::daemon::{Daemon, Setup};
+use berth_tests::peers;
+use berth_tests::registry::Registry;
+use berth_tests::skip::skip;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, geteuid};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The passes: the name of each, and how many specs it runs at once.
+const PASSES: [(&str, u32); 2] = [("serial", 1), ("parallel", 4)];
+
+/// When critest gives up a pass, as ginkgo writes it. A pass takes under a minute on two cores, and both have
+/// to end within the limit of `scripts/run-tests`.
+const LIMIT: &str = "9m";
+
+/// The process id of critest while it runs, else 0.
+static RUNNING: AtomicI32 = AtomicI32::new(0);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+#[expect(clippy::print_stdout, reason = "what a test harness says")]
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|argument| argument == "--list") {
+        PASSES.iter().for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    let focus: Vec<&str> =
+        arguments.iter().map(String::as_str).filter(|argument| !argument.starts_with('-')).collect();
+    let begin = Instant::now();
+    let mut counts = Counts::default();
+    if geteuid().is_root() {
+        if let Err(error) = run(&focus, &mut counts) {
+            println!("conformance: {error:?}");
+            counts.failed += 1;
+        }
+    } else {
+        skip("conformance", "needs root");
+        counts.passed += 1;
+    }
+    let Counts { passed, failed, ignored } = counts;
+    println!(
+        "\ntest result: {}. {passed} passed; {failed} failed; {ignored} ignored; 0 measured; 0 filtered out; \
+         finished in {:.2}s\n",
+        if failed == 0 { "ok" } else { "FAILED" },
+        begin.elapsed().as_secs_f64()
+    );
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Specs of all passes.
+#[derive(Default)]
+struct Counts {
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+}
+
+/// Prints the results of a pass, and adds them to `counts`.
+#[expect(clippy::print_stdout, reason = "what a test harness says")]
+fn report(pass: &str, verdict: &Verdict, counts: &mut Counts) {
+    let ignored = verdict.excepted.iter().map(|(_, specs)| specs).sum::<usize>();
+    println!("{pass}: {} passed, {} failed, {ignored} excepted", verdict.passed, verdict.wrong.len());
+    for (exception, specs) in &verdict.excepted {
+        println!("{pass}: {specs} excepted, {exception}");
+    }
+    for wrong in &verdict.wrong {
+        println!("{pass}: {wrong}");
+    }
+    for exception in &verdict.outdated {
+        println!("{pass}: all specs pass; remove from tests/conformance/exceptions: {exception}");
+    }
+    counts.passed += verdict.passed;
+    counts.failed += verdict.wrong.len();
+    counts.ignored += ignored;
+}
+
+/// Runs all passes. When it returns, the daemon is gone and so is everything that it and critest made.
+fn run(focus: &[&str], counts: &mut Counts) -> Result<()> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("conformance/exceptions");
+    let exceptions = fs::read_to_string(&file).context("reading the exceptions")?;
+    let exceptions = Exceptions::parse(&exceptions).with_context(|| file.display().to_string())?;
+    let programs = peers::directory("critest")?;
+    pass_on_signals()?;
+    // A private IPC namespace, because critest leaves shared memory behind in the host's.
+    let daemon = Daemon::start(Setup { launcher: &["unshare", "--ipc"], ..Setup::default() })?;
+    let registry = Registry::start(&daemon, 5000)?;
+    images::provide(&daemon, &registry)?;
+    let logs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-logs/conformance");
+    fs::create_dir_all(&logs).context("making a directory for the logs")?;
+    for (pass, at_once) in PASSES {
+        let critest = Critest { programs: &programs, daemon: &daemon, logs: &logs, pass, at_once };
+        let specs = critest.run(focus);
+        fs::copy(daemon.dir().join("log"), logs.join("berthd.log")).context("keeping the daemon's log")?;
+        report(pass, &exceptions.check(&specs?, focus.is_empty()), counts);
+    }
+    Ok(())
+}
+
+/// A run of critest.
+struct Critest<'a> {
+    programs: &'a Path,
+    daemon: &'a Daemon,
+    logs: &'a Path,
+    pass: &'a str,
+    at_once: u32,
+}
+
+impl Critest<'_> {
+    fn run(&self, focus: &[&str]) -> Result<Vec<Spec>> {
+        ensure!(!INTERRUPTED.load(Ordering::SeqCst), "interrupted");
+        let output = self.logs.join(format!("{}.log", self.pass));
+        let log = File::create(&output).context("making the log")?;
+        // For log files, volumes and seccomp profiles of the specs.
+        let temporary = self.daemon.folder(&format!("critest-{}", self.pass))?;
+        let report = self.logs.join(format!("{}.json", self.pass));
+        let _ = fs::remove_file(&report);
+        let mut command = self.command(&report, focus)?;
+        let mut critest = command
+            .env("TMPDIR", &temporary)
+            .current_dir(&temporary)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("sharing the log")?)
+            .stderr(log)
+            .spawn()
+            .context("starting critest")?;
+        RUNNING.store(i32::try_from(critest.id())?, Ordering::SeqCst);
+        let ended = critest.wait();
+        RUNNING.store(0, Ordering::SeqCst);
+        let status = ended.context("waiting for critest")?;
+        ensure!(!INTERRUPTED.load(Ordering::SeqCst), "interrupted");
+        // The exit status says no more than the report does, if there is one.
+        let json = fs::read(&report)
+            .with_context(|| format!("critest left no report ({status}); see {}", output.display()))?;
+        let specs = read_report(&json).with_context(|| format!("{status}; see {}", output.display()))?;
+        Ok(specs)
+    }
+
+    /// The command that runs critest in the daemon's namespaces.
+    fn command(&self, report: &Path, focus: &[&str]) -> Result<Command> {
+        let mut command = self.daemon.host().command("nsenter");
+        command
+            .arg(format!("--ipc=/proc/{}/ns/ipc", self.daemon.pid()?))
+            .arg("--")
+            .arg(self.programs.join("critest"))
+            .arg(format!("-runtime-endpoint=unix://{}", self.daemon.socket().display()))
+            // Not /etc/crictl.yaml, which may be for another runtime.
+            .arg("-config=/dev/null")
+            .arg("-ginkgo.no-color")
+            .arg(format!("-ginkgo.timeout={LIMIT}"))
+            .arg(format!("-ginkgo.json-report={}", report.display()))
+            .args(focus.iter().map(|words| format!("-ginkgo.focus={words}")));
+        if self.at_once > 1 {
+            // Run by ginkgo, which critest looks up in PATH.
+            let path = std::env::var("PATH").context("no PATH")?;
+            command
+                .arg(format!("-parallel={}", self.at_once))
+                .env("PATH", format!("{}:{path}", self.programs.display()));
+        }
+        Ok(command)
+    }
+}
+
+/// Makes SIGINT and SIGTERM end critest instead of this program, which then cleans up.
+fn pass_on_signals() -> Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("making a runtime")?;
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    thread::spawn(move || {
+        runtime.block_on(async {
+            loop {
+                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+                INTERRUPTED.store(true, Ordering::SeqCst);
+                let critest = RUNNING.load(Ordering::SeqCst);
+                if critest != 0 {
+                    let _ = kill(Pid::from_raw(critest), Signal::SIGTERM);
+                }
+            }
+        });
+    });
+    Ok(())
+}

@@ -23,6 +23,7 @@ use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
 use berth_sys::mount::{self, Propagation};
+use berth_sys::process::{self, RLIMIT_NOFILE};
 use std::fs::File;
 use std::future::Future;
 use std::io;
@@ -33,9 +34,6 @@ use std::time::Duration;
 
 /// Major and minor number of the oldest kernel that will do.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
-
-/// The number of descriptors that may be open: getrlimit(2), `<asm-generic/resource.h>`.
-pub(crate) const RLIMIT_NOFILE: u32 = 7;
 
 /// How often the network is looked at and, when somebody broke it, repaired.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
@@ -197,8 +195,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
 
 /// The daemon holds a connection for each container. Programs that it starts get limits of their own: [`crate::rlimits`].
 fn raise_descriptor_limit() {
-    let raised = berth_sys::process::rlimit(RLIMIT_NOFILE)
-        .and_then(|(_, hard)| berth_sys::process::set_rlimit(RLIMIT_NOFILE, hard, hard));
+    let raised =
+        process::rlimit(RLIMIT_NOFILE).and_then(|(_, hard)| process::set_rlimit(RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "could not raise the limit of open files");
     }

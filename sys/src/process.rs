@@ -497,6 +497,9 @@ pub enum CloseRange {
     OnExec,
 }
 
+/// The number of descriptors that may be open: getrlimit(2), `<asm-generic/resource.h>`.
+pub const RLIMIT_NOFILE: u32 = 7;
+
 /// Sets the soft and hard value of a resource limit (`RLIMIT_*` number): `setrlimit(2)`.
 ///
 /// # Errors
@@ -597,22 +600,26 @@ pub struct Program<'a> {
 /// Signals are reset to default and unblocked in it. The caller has to reap it.
 ///
 /// # Errors
-/// What exec says, `EAGAIN` at a process limit.
+/// What exec says, `EAGAIN` at a process limit, `EMFILE` at the descriptor limit.
 pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
-    let mut actions = PosixSpawnFileActions::init()?;
-    // Two rounds, because a descriptor may sit on a number that an earlier dup2 would overwrite: first out of the way,
-    // then into place. dup2 clears close-on-exec.
-    let highest = program.descriptors.iter().map(|fd| fd.as_raw_fd()).max().unwrap_or(0);
-    let base = highest.max(i32::try_from(program.descriptors.len()).unwrap_or(i32::MAX)) + 1;
-    let mut places = Vec::with_capacity(program.descriptors.len());
-    for (fd, place) in program.descriptors.iter().zip(0_i32..) {
-        actions.add_dup2(fd.as_raw_fd(), base + place)?;
-        places.push((base + place, place));
+    let count = i32::try_from(program.descriptors.len()).map_err(|_| nix::errno::Errno::EMFILE)?;
+    // Above the limit, glibc refuses an action with a code that nix takes for success.
+    if rlimit(RLIMIT_NOFILE)?.0 < program.descriptors.len() as u64 {
+        return Err(nix::errno::Errno::EMFILE.into());
     }
-    for (from, to) in places {
-        actions.add_dup2(from, to)?;
-        actions.add_close(from)?;
+    let mut actions = PosixSpawnFileActions::init()?;
+    // A descriptor may be on a number that a dup2 for another one overwrites; a copy above them all is not.
+    let mut copies = Vec::new();
+    for (fd, place) in program.descriptors.iter().zip(0..) {
+        let from = if fd.as_raw_fd() < count {
+            copies.push(copy_from(*fd, count)?);
+            copies.last().map_or(-1, AsRawFd::as_raw_fd)
+        } else {
+            fd.as_raw_fd()
+        };
+        // This clears close-on-exec.
+        actions.add_dup2(from, place)?;
     }
     let mut attributes = PosixSpawnAttr::init()?;
     attributes.set_flags(
@@ -623,6 +630,13 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     attributes.set_sigdefault(&nix::sys::signal::SigSet::all())?;
     attributes.set_sigmask(&nix::sys::signal::SigSet::empty())?;
     Ok(posix_spawn(program.path, &actions, &attributes, program.args, program.env)?.as_raw())
+}
+
+/// A copy of `descriptor` with a number of at least `least`, close-on-exec: `F_DUPFD_CLOEXEC` of fcntl(2).
+fn copy_from(descriptor: BorrowedFd<'_>, least: RawFd) -> io::Result<OwnedFd> {
+    let raw = nix::fcntl::fcntl(descriptor, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(least))?;
+    // SAFETY: fcntl returned `raw` as a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
 /// <spawn.h>, glibc 2.26 and musl 1.1.22.

@@ -117,7 +117,8 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]
 /// Receives bytes, and the descriptors that came with them, close-on-exec: `recvmsg(2)`. Zero bytes mean the end.
 ///
 /// # Errors
-/// `EAGAIN` on an empty non-blocking socket; `EMSGSIZE` when there are more than [`MAX_DESCRIPTORS`] (none is kept then).
+/// `EAGAIN` on an empty non-blocking socket; `EMFILE` when there was no room for a descriptor, and `EMSGSIZE` when there are more than
+/// [`MAX_DESCRIPTORS`] (none is kept then).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     // Room for as many as there can be: those that are cut off for want of room would stay open, and be nobody's.
     let mut space = nix::cmsg_space!([RawFd; KERNELS_MOST]);
@@ -131,7 +132,11 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
-    if message.flags.contains(MsgFlags::MSG_CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
+    // The space was enough, so it was the process that could not take one.
+    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
+    if descriptors.len() > MAX_DESCRIPTORS {
         return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
     Ok((message.bytes, descriptors))

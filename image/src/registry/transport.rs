@@ -5,6 +5,7 @@
 //! whatever the name resolves to at that moment. Behind a proxy it is a third one, for which `proxy` says what is checked.
 
 use std::fs;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -13,9 +14,10 @@ use std::time::Duration;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls_native_certs::{CertificateResult, ErrorKind};
 use url::Url;
 
 use super::hosts::{TlsSettings, is_loopback};
@@ -38,11 +40,14 @@ pub enum TlsError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: rustls::pki_types::pem::Error,
+        source: pem::Error,
     },
     /// A certificate or key cannot be used.
     #[error("use the certificates")]
     Rejected(#[source] rustls::Error),
+    /// The system's certificates cannot be read now.
+    #[error("read the system's certificates")]
+    Roots(#[source] rustls_native_certs::Error),
     /// The HTTP library.
     #[error("set up HTTP")]
     Http(#[source] reqwest::Error),
@@ -59,21 +64,40 @@ pub(crate) enum Reach {
     Proxied,
 }
 
-/// The system's authorities, read when the first TLS connection is made.
-pub(crate) fn system_roots() -> Arc<RootCertStore> {
+/// The system's authorities, read when the first TLS connection is made, and kept.
+fn system_roots() -> Result<Arc<RootCertStore>, TlsError> {
     static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
-    Arc::clone(ROOTS.get_or_init(|| {
-        let found = rustls_native_certs::load_native_certs();
-        for error in &found.errors {
-            tracing::warn!(
-                error = error as &dyn std::error::Error,
-                "part of the system's certificates cannot be read"
-            );
+    if let Some(roots) = ROOTS.get() {
+        return Ok(Arc::clone(roots));
+    }
+    let roots = Arc::new(roots_of(rustls_native_certs::load_native_certs())?);
+    Ok(Arc::clone(ROOTS.get_or_init(|| roots)))
+}
+
+/// What was found, without what cannot be read. A lack that passes is an error: fewer authorities would be kept for good.
+fn roots_of(found: CertificateResult) -> Result<RootCertStore, TlsError> {
+    for error in found.errors {
+        if let ErrorKind::Io { inner, .. } | ErrorKind::Pem(pem::Error::Io(inner)) = &error.kind
+            && is_exhausted(inner)
+        {
+            return Err(TlsError::Roots(error));
         }
-        let mut roots = RootCertStore::empty();
-        roots.add_parsable_certificates(found.certs);
-        Arc::new(roots)
-    }))
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "part of the system's certificates cannot be read"
+        );
+    }
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(found.certs);
+    Ok(roots)
+}
+
+/// Whether the process, or the machine, has no descriptors or no memory left.
+fn is_exhausted(error: &io::Error) -> bool {
+    const ENOMEM: i32 = 12;
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    matches!(error.raw_os_error(), Some(ENOMEM | ENFILE | EMFILE))
 }
 
 /// A client for `url`'s host, or for the hosts that it names.
@@ -94,18 +118,18 @@ pub(crate) fn client(
         .http1_max_headers(MAX_HEADER_COUNT)
         .http2_max_header_list_size(MAX_HEADERS)
         .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")));
-    match reach {
-        Reach::Guarded { loopback } => {
-            builder = builder.no_proxy().dns_resolver(Arc::new(GuardedResolver { loopback }));
-        }
-        Reach::Configured if is_loopback(url) => builder = builder.no_proxy(),
-        Reach::Configured | Reach::Proxied => {}
+    let guard = match reach {
+        Reach::Guarded { loopback } => Some(Guard { loopback }),
+        Reach::Configured | Reach::Proxied => None,
+    };
+    if guard.is_some() || (reach == Reach::Configured && is_loopback(url)) {
+        builder = builder.no_proxy();
     }
-    builder.build().map_err(TlsError::Http)
+    builder.dns_resolver(Arc::new(Resolver { guard })).build().map_err(TlsError::Http)
 }
 
 fn tls_config(tls: &TlsSettings, reach: Reach, encrypted: bool) -> Result<ClientConfig, TlsError> {
-    let mut roots = if encrypted { (*system_roots()).clone() } else { RootCertStore::empty() };
+    let mut roots = if encrypted { (*system_roots()?).clone() } else { RootCertStore::empty() };
     for path in &tls.ca {
         for certificate in certificates(path)? {
             roots.add(certificate).map_err(TlsError::Rejected)?;
@@ -137,7 +161,7 @@ fn tls_config(tls: &TlsSettings, reach: Reach, encrypted: bool) -> Result<Client
 fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |source| TlsError::Read { path: path.clone(), source };
     // Read whole first: the file is the operator's, but a directory or a device must not be waited for.
-    let bytes = fs::read(path).map_err(|error| failed(rustls::pki_types::pem::Error::Io(error)))?;
+    let bytes = fs::read(path).map_err(|error| failed(pem::Error::Io(error)))?;
     CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().map_err(failed)
 }
 
@@ -145,17 +169,27 @@ fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError
 #[error("the host has no address that may be connected to")]
 struct NoAllowedAddress;
 
-struct GuardedResolver {
+/// The system's resolver, `getaddrinfo(3)`, behind a guard for names that a registry chose.
+struct Resolver {
+    guard: Option<Guard>,
+}
+
+#[derive(Clone, Copy)]
+struct Guard {
     loopback: bool,
 }
 
-impl Resolve for GuardedResolver {
+impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let loopback = self.loopback;
+        let guard = self.guard;
         Box::pin(async move {
-            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
-            let allowed: Vec<SocketAddr> =
-                found.filter(|address| reach::may_connect(address.ip(), loopback)).collect();
+            let found = tokio::net::lookup_host((name.as_str(), 0)).await.map_err(|error| {
+                // Where the resolver cannot open its files and sockets, it says that the name is not known.
+                fs::File::open("/dev/null").err().filter(is_exhausted).unwrap_or(error)
+            })?;
+            let allowed: Vec<SocketAddr> = found
+                .filter(|address| guard.is_none_or(|guard| reach::may_connect(address.ip(), guard.loopback)))
+                .collect();
             if allowed.is_empty() {
                 return Err(NoAllowedAddress.into());
             }
@@ -210,5 +244,25 @@ impl ServerCertVerifier for NoVerification {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_descriptors_does_not_leave_fewer_authorities_for_good() {
+        let found = |kind: ErrorKind| {
+            let mut found = CertificateResult::default();
+            found.errors.push(rustls_native_certs::Error { context: "failed to open file", kind });
+            roots_of(found)
+        };
+        let path = PathBuf::from("/etc/ssl/certs");
+        let no_descriptors = || io::Error::from_raw_os_error(24);
+        assert!(found(ErrorKind::Io { inner: no_descriptors(), path: path.clone() }).is_err());
+        assert!(found(ErrorKind::Pem(pem::Error::Io(no_descriptors()))).is_err());
+        assert!(found(ErrorKind::Pem(pem::Error::NoItemsFound)).is_ok());
+        assert!(found(ErrorKind::Io { inner: io::ErrorKind::PermissionDenied.into(), path }).is_ok());
     }
 }

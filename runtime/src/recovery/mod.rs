@@ -94,7 +94,8 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
 /// Room for connections to shims.
 fn room() -> Arc<Semaphore> {
     let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-    let limit = berth_sys::process::rlimit(crate::daemon::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let limit =
+        berth_sys::process::rlimit(berth_sys::process::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
     let left = limit.saturating_sub(RESERVED_DESCRIPTORS).saturating_sub(u64::try_from(open).unwrap_or(0));
     Arc::new(Semaphore::new(usize::try_from(left).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)))
 }

@@ -10,6 +10,7 @@ mod configuration;
 mod containers;
 mod crictl;
 mod daemonsets;
+mod descriptors;
 mod escape;
 mod exec;
 mod faults;

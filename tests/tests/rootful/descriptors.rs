@@ -1,0 +1,74 @@
+//! A daemon that is at its limit of open files: a call does what it is for, or says that there are no descriptors left.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use berth_tests::daemon::{Daemon, rootful};
+use berth_tests::pod::{Pod, idle, sharing_pod};
+use tonic::Status;
+
+/// Sets the limit of the daemon, the soft one only, which a process may raise again.
+fn limit(daemon: &Daemon, most: usize) -> Result<()> {
+    let limit = format!("--nofile={most}:");
+    daemon.host().run("prlimit", &["--pid", &daemon.pid()?.to_string(), &limit]).map(drop)
+}
+
+/// An attempt to do something, after which what it made is removed.
+type Attempt<'a> = Box<dyn Fn() -> Result<(), Status> + 'a>;
+
+#[test]
+fn calls_of_a_daemon_without_descriptors_name_them() -> Result<()> {
+    /// With so many fewer than the daemon holds at rest nothing succeeds, and with so many more everything does.
+    const FEWER: usize = 4;
+    const MORE: usize = 12;
+    const UNLIMITED: usize = 4096;
+    rootful(|daemon| {
+        let pod = daemon.pod("pod")?;
+        let main = pod.idle("main")?;
+        main.exec(&["true"])?;
+        let held = fs::read_dir(format!("/proc/{}/fd", daemon.pid()?))?.count();
+        let attempts: [(&str, Attempt<'_>); 5] = [
+            ("CreateContainer", Box::new(|| pod.create(idle("more")).map(drop))),
+            ("RunPodSandbox", Box::new(|| Pod::run(daemon.client(), daemon.pod_config("other")).map(drop))),
+            (
+                "RunPodSandbox with a shared pid namespace",
+                Box::new(|| Pod::run(daemon.client(), sharing_pod(daemon.pod_config("shared"))).map(drop)),
+            ),
+            ("ExecSync", Box::new(|| main.exec(&["true"]).map(drop))),
+            // Nobody listens there; to find that out takes a name and a connection.
+            ("PullImage", Box::new(|| daemon.client().pull("localhost:1/absent/image:v1").map(drop))),
+        ];
+        for (call, attempt) in &attempts {
+            let (mut lacking, mut done) = (0, 0);
+            for most in (held - FEWER..held + MORE).step_by(2) {
+                limit(daemon, most)?;
+                let outcome = attempt();
+                limit(daemon, UNLIMITED)?;
+                match outcome {
+                    Ok(()) => done += 1,
+                    Err(error) if error.message().contains("Connection refused") => done += 1,
+                    Err(error) => {
+                        let message = error.message();
+                        ensure!(
+                            message.contains("Too many open files"),
+                            "{call}, {held} held, at most {most}: {message}"
+                        );
+                        lacking += 1;
+                    }
+                }
+                for container in daemon.client().containers(Default::default())? {
+                    if container.id != main.id {
+                        daemon.client().remove(&container.id)?;
+                    }
+                }
+                for sandbox in daemon.client().sandboxes(Default::default())? {
+                    if sandbox.id != pod.id {
+                        daemon.client().remove_sandbox(&sandbox.id)?;
+                    }
+                }
+            }
+            ensure!(lacking > 0 && done > 0, "{call}: {lacking} lacked descriptors, {done} were done");
+        }
+        Ok(())
+    })
+}

@@ -15,8 +15,8 @@ const PLUGIN_FOLDERS: [&str; 2] = ["opt/cni/bin", "usr/lib/cni"];
 /// Real ones have a few KiB.
 const LARGEST_BYTES: u64 = 1 << 20;
 
-/// A configuration of one plugin (`*.conf`, `*.json`), or a list of them (`*.conflist`): CNI specification 1.1, section 1, "Network configuration
-/// format". What else it says belongs to the plugins.
+/// A configuration of one plugin (`*.conf`, `*.json`), or a list of them (`*.conflist`): CNI specification
+/// 1.1, section 1, "Network configuration format". What else it says belongs to the plugins.
 #[derive(Deserialize)]
 struct Configuration {
     #[serde(rename = "type")]

@@ -98,8 +98,9 @@ fn forwarding(node: &Path) -> Finding {
     }
 }
 
-/// Pods of a node are on one bridge. Packets between them pass the rules of kube-proxy, which change the address of a Service into a pod's and
-/// back, only when the bridge shows them to the firewall: Kubernetes, "Container Runtimes", "Network configuration".
+/// Pods of a node are on one bridge. Packets between them pass the rules of kube-proxy, which change the
+/// address of a Service into a pod's and back, only when the bridge shows them to the firewall: Kubernetes,
+/// "Container Runtimes", "Network configuration".
 fn bridge_filter(node: &Path) -> Finding {
     match text(node, "proc/sys/net/bridge/bridge-nf-call-iptables").as_deref() {
         Some("1") => {

@@ -1,7 +1,8 @@
 //! What a node needs for Berth and has or lacks, from files alone.
 //!
-//! For `berth doctor`, which also looks while no daemon runs, and for the daemon's log when it starts: both say the same. Every path is looked
-//! up below a folder, so that tests can make a node of plain files. Nothing is changed, no program is run, no socket opened.
+//! For `berth doctor`, which also looks while no daemon runs, and for the daemon's log when it starts: both
+//! say the same. Every path is looked up below a folder, so that tests can make a node of plain files.
+//! Nothing is changed, no program is run, no socket opened.
 #![forbid(unsafe_code)]
 
 mod cni;

@@ -3,7 +3,8 @@
 use crate::{Daemon, Finding, Grade, finding, text, without_var};
 use std::path::Path;
 
-/// Where kubeadm looks for sockets (`defaultKnownCRISockets`), with whose each is. Kubernetes says `/var/run`, which is `/run`.
+/// Where kubeadm looks for sockets (`defaultKnownCRISockets`), with whose each is. Kubernetes says
+/// `/var/run`, which is `/run`.
 const OTHER_SOCKETS: [(&str, &str); 3] = [
     ("run/containerd/containerd.sock", "containerd"),
     ("run/crio/crio.sock", "CRI-O"),
@@ -30,8 +31,9 @@ pub(crate) fn look(node: &Path, daemon: &Daemon) -> impl Iterator<Item = Finding
     })
 }
 
-/// Whether somebody listens on a socket, by the table of proc(5), `/proc/net/unix`: `Num RefCount Protocol Flags Type St Inode Path`, where
-/// `__SO_ACCEPTCON` of <linux/net.h> is among the flags.
+/// Whether somebody listens on a socket, by the table of proc(5), `/proc/net/unix`:
+/// `Num RefCount Protocol Flags Type St Inode Path`, where `__SO_ACCEPTCON` of <linux/net.h> is among the
+/// flags.
 fn is_served(sockets: &str, path: &str) -> bool {
     const LISTENS: u64 = 1 << 16;
     sockets.lines().any(|line| {

@@ -1,8 +1,8 @@
 //! JSON that every reader reads alike, where it matters.
 //!
-//! A manifest is verified by its digest, but what it means depends on the reader where keys are doubled, or differ only in case (Go's
-//! decoder folds case, others do not). Documents in which a key that decides something is such are refused before they are interpreted.
-//! Other keys decide nothing, and may be anything.
+//! A manifest is verified by its digest, but what it means depends on the reader where keys are doubled, or
+//! differ only in case (Go's decoder folds case, others do not). Documents in which a key that decides
+//! something is such are refused before they are interpreted. Other keys decide nothing, and may be anything.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -15,8 +15,8 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 #[error("not a JSON document that all readers would read alike")]
 pub struct AmbiguousJson(#[source] serde_json::Error);
 
-/// Checks that no object has a key of `fields` twice, or one that differs from it only in case. Objects below `free` (labels, annotations,
-/// history) may have any keys.
+/// Checks that no object has a key of `fields` twice, or one that differs from it only in case. Objects below
+/// `free` (labels, annotations, history) may have any keys.
 ///
 /// # Errors
 /// [`AmbiguousJson`], also for anything that is no JSON, or nested deeper than serde_json's 128 levels.
@@ -28,7 +28,8 @@ pub(crate) fn check(bytes: &[u8], fields: &[&str], free: &[&str]) -> Result<(), 
         .map_err(AmbiguousJson)
 }
 
-/// The document in valid UTF-8 without lone surrogates: each is replaced by U+FFFD, as Go's decoder does. Borrowed if there are none.
+/// The document in valid UTF-8 without lone surrogates: each is replaced by U+FFFD, as Go's decoder does.
+/// Borrowed if there are none.
 ///
 /// Builders put bytes of any encoding into labels and histories. No byte of JSON's own syntax is touched.
 pub(crate) fn tidy(bytes: &[u8]) -> Cow<'_, [u8]> {

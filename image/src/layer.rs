@@ -1,7 +1,7 @@
 //! One layer's bytes -> its tree: digest, decompression, diff id, unpacking, in one pass.
 //!
-//! Nothing is kept of the compressed bytes. The compression is told by the first bytes, not by the media type, as other runtimes do: types
-//! in the field are often wrong, and both digests are checked anyway.
+//! Nothing is kept of the compressed bytes. The compression is told by the first bytes, not by the media
+//! type, as other runtimes do: types in the field are often wrong, and both digests are checked anyway.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -18,7 +18,8 @@ use crate::pipe::Abandoned;
 use crate::turns::LayerInput;
 use crate::unpack::{self, Summary, UnpackError};
 
-/// Largest zstd window: 128 MiB. Encoders stay at 8 MiB unless told `--long`; the format allows 3.75 TiB (RFC 8878, section 3.1.1.1.2).
+/// Largest zstd window: 128 MiB. Encoders stay at 8 MiB unless told `--long`; the format allows 3.75 TiB (RFC
+/// 8878, section 3.1.1.1.2).
 const MAX_ZSTD_WINDOW_LOG: u32 = 27;
 
 const READ_BUFFER: usize = 128 * 1024;
@@ -242,7 +243,8 @@ impl LayerError {
     }
 }
 
-/// The decompressed bytes of what is gzip or zstd by its first bytes, and the bytes themselves of everything else.
+/// The decompressed bytes of what is gzip or zstd by its first bytes, and the bytes themselves of everything
+/// else.
 ///
 /// # Errors
 /// Of reading the first bytes, or of setting up the decoder.
@@ -291,7 +293,8 @@ pub(crate) fn decompress_to(
     io::copy(&mut metered, out).map(drop).map_err(classify)
 }
 
-/// Finds the cause that matters in an error of some reader or file operation below, in a layer of `wanted` bytes.
+/// Finds the cause that matters in an error of some reader or file operation below, in a layer of `wanted`
+/// bytes.
 fn classify(error: LayerError, budget: &Budget, wanted: u64) -> LayerError {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     while let Some(current) = cause {

@@ -1,7 +1,8 @@
 //! What an overlay mount of some layers would show, without mounting it.
 //!
-//! The rules are the kernel's (Documentation/filesystems/overlayfs.rst): the topmost layer that has a name decides; directories of one
-//! name merge until one is opaque, a whiteout or something else is met. Links are resolved in the merged view and cannot leave it.
+//! The rules are the kernel's (Documentation/filesystems/overlayfs.rst): the topmost layer that has a name
+//! decides; directories of one name merge until one is opaque, a whiteout or something else is met. Links are
+//! resolved in the merged view and cannot leave it.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -98,8 +99,8 @@ impl<'a> Merged<'a> {
         Ok((found, merged))
     }
 
-    /// The path without links that `path` leads to; what does not exist is kept as it stands. A link in the last component is followed
-    /// only if asked for. `None` after 40 links.
+    /// The path without links that `path` leads to; what does not exist is kept as it stands. A link in the
+    /// last component is followed only if asked for. `None` after 40 links.
     pub(crate) fn real_path(&self, path: &Path, follow_last: bool) -> io::Result<Option<PathBuf>> {
         let mut ahead: Vec<OsString> = Vec::new();
         push(&mut ahead, path);

@@ -1,15 +1,16 @@
 //! Patch layers: what a layer left open because it was unpacked without the layers below it.
 //!
-//! Layers are unpacked by themselves and shared by diff id. When an image is put together, some need a small layer of corrections, stacked
-//! directly above them and kept under the chain id of everything up to there:
+//! Layers are unpacked by themselves and shared by diff id. When an image is put together, some need a small
+//! layer of corrections, stacked directly above them and kept under the chain id of everything up to there:
 //!
-//! - a directory without an entry of its own must show the lower layer's owner, mode, time and attributes, not the default ones;
+//! - a directory without an entry of its own must show the lower layer's owner, mode, time and attributes,
+//!   not the default ones;
 //! - a hard link to a file of a lower layer becomes two names of one copy of that file;
-//! - a directory without an entry of its own, where the lower layers have a symbolic link (`lib/x` over `lib -> usr/lib`): the link
-//!   stays, and what the layer has below moves to where the link leads.
+//! - a directory without an entry of its own, where the lower layers have a symbolic link (`lib/x` over
+//!   `lib -> usr/lib`): the link stays, and what the layer has below moves to where the link leads.
 //!
-//! A patch has nothing else but these and the directories that lead to them. Names of a lower file other than the target of a link keep
-//! the old inode: the copy has the new names only.
+//! A patch has nothing else but these and the directories that lead to them. Names of a lower file other than
+//! the target of a link keep the old inode: the copy has the new names only.
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
@@ -141,8 +142,8 @@ pub(crate) struct Size {
     pub(crate) inodes: u64,
 }
 
-/// Thinks out the patch above `layer`, which left `summary` open; `below` is what the image stacks under it, top first, patches
-/// included. `None` if nothing is to be corrected.
+/// Thinks out the patch above `layer`, which left `summary` open; `below` is what the image stacks under it,
+/// top first, patches included. `None` if nothing is to be corrected.
 pub(crate) fn plan<'a>(
     layer: &'a Root,
     summary: &Summary,
@@ -244,7 +245,8 @@ impl<'a> Planner<'a, '_> {
         Ok(())
     }
 
-    /// `path` is a directory of the layer that nobody asked for, over a link: brings the link back, and the content to where it leads.
+    /// `path` is a directory of the layer that nobody asked for, over a link: brings the link back, and the
+    /// content to where it leads.
     fn move_content(&mut self, path: &Path, link: Found) -> Result<(), PatchError> {
         let failed = file_error(path);
         let looped = || PatchError::LinkLoop { path: shown(path) };
@@ -376,7 +378,8 @@ fn parent_in<'p>(root: &Root, path: &'p Path) -> io::Result<(Dir, &'p OsStr)> {
     Ok((root.open_dir_no_links(path.parent().unwrap_or(Path::new("")))?, name))
 }
 
-/// Copies one inode that is not a directory, with everything that belongs to it. Returns the bytes of content, without holes.
+/// Copies one inode that is not a directory, with everything that belongs to it. Returns the bytes of
+/// content, without holes.
 fn copy_file(from: &Dir, from_name: &OsStr, stat: &Stat, to: &Dir, name: &OsStr) -> io::Result<u64> {
     let node = match stat.file_type {
         FileType::Regular => {

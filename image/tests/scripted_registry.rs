@@ -65,7 +65,8 @@ impl Reply {
 
 type Script = dyn Fn(&Request, usize) -> Option<Reply> + Send + Sync;
 
-/// The script is asked first; what it leaves is answered as an honest registry would. The number counts requests of the same path.
+/// The script is asked first; what it leaves is answered as an honest registry would. The number counts
+/// requests of the same path.
 struct Scripted {
     address: String,
     log: Arc<Mutex<Vec<Request>>>,

@@ -50,7 +50,8 @@ pub const CAPABILITIES: [&str; 41] = [
 /// A set of capabilities, one bit for each number.
 pub type CapabilityBits = u64;
 
-/// The number of the capability `name` (with or without `CAP_`, in any case), or `None` when there is no such one.
+/// The number of the capability `name` (with or without `CAP_`, in any case), or `None` when there is no such
+/// one.
 #[must_use]
 pub fn capability_number(name: &str) -> Option<u32> {
     let upper = name.to_ascii_uppercase();
@@ -126,7 +127,8 @@ pub fn clear_ambient_set() -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Adds every capability in `bits` to the ambient set; they have to be permitted and inheritable: `PR_CAP_AMBIENT_RAISE`.
+/// Adds every capability in `bits` to the ambient set; they have to be permitted and inheritable:
+/// `PR_CAP_AMBIENT_RAISE`.
 ///
 /// # Errors
 /// `EPERM` when one is not both.
@@ -189,8 +191,8 @@ fn low_half(bits: u64) -> u32 {
 /// # Errors
 /// `EPERM` without `CAP_SETGID`, `EINVAL` for more than 65536 groups.
 pub fn set_groups(groups: &[u32]) -> io::Result<()> {
-    // SAFETY: the pointer and length describe a live slice of gid_t (u32). The raw call changes this thread only, which in a
-    // child after clone is the process.
+    // SAFETY: the pointer and length describe a live slice of gid_t (u32). The raw call changes this thread
+    // only, which in a child after clone is the process.
     let result = unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -10,14 +10,15 @@ pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NO
 /// Open flags: for writing.
 pub const WRITE: i32 = libc::O_WRONLY | libc::O_NOCTTY | libc::O_CLOEXEC;
 
-/// A copy of a program that nobody can write to: a file in memory with every seal (`memfd_create(2)`), `F_SEAL_EXEC` left out so that the
-/// floor of supported kernels (5.15) has all of them.
+/// A copy of a program that nobody can write to: a file in memory with every seal (`memfd_create(2)`),
+/// `F_SEAL_EXEC` left out so that the floor of supported kernels (5.15) has all of them.
 ///
 /// A process started from it cannot be used to overwrite the file on disk that it came from.
 ///
-/// A kernel may refuse to make files in memory that can be executed: `vm.memfd_noexec=2`, proc_sys_vm(5), which is a setting of each pid
-/// namespace. Then the copy is a file of a tmpfs that is mounted nowhere, read-only as a filesystem and as a mount. Who may change mounts on
-/// the host could make it writable again, but not while a process runs from it (`ETXTBSY`).
+/// A kernel may refuse to make files in memory that can be executed: `vm.memfd_noexec=2`, proc_sys_vm(5),
+/// which is a setting of each pid namespace. Then the copy is a file of a tmpfs that is mounted nowhere,
+/// read-only as a filesystem and as a mount. Who may change mounts on the host could make it writable again,
+/// but not while a process runs from it (`ETXTBSY`).
 ///
 /// # Errors
 /// `ENOMEM`; with that setting `EPERM` without `CAP_SYS_ADMIN`.
@@ -116,7 +117,8 @@ pub fn exchange(one: &std::path::Path, other: &std::path::Path) -> io::Result<()
 /// `EBADF` when there is none of that number.
 ///
 /// # Panics
-/// When called twice for one number, or for 0, 1 or 2: two owners of a descriptor would close each other's files.
+/// When called twice for one number, or for 0, 1 or 2: two owners of a descriptor would close each other's
+/// files.
 pub fn take_inherited(number: i32) -> io::Result<OwnedFd> {
     static TAKEN: std::sync::Mutex<Vec<i32>> = std::sync::Mutex::new(Vec::new());
     let mut taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -126,12 +128,13 @@ pub fn take_inherited(number: i32) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     taken.push(number);
-    // SAFETY: the descriptor is open (fcntl succeeded), was passed by whoever started this process, and was not taken before.
+    // SAFETY: the descriptor is open (fcntl succeeded), was passed by whoever started this process, and was
+    // not taken before.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// A file without a name on the filesystem of `directory`, for reading and writing; it vanishes with its descriptor: `O_TMPFILE` of
-/// open(2).
+/// A file without a name on the filesystem of `directory`, for reading and writing; it vanishes with its
+/// descriptor: `O_TMPFILE` of open(2).
 ///
 /// # Errors
 /// `EOPNOTSUPP` when the filesystem has none.
@@ -159,8 +162,8 @@ pub fn set_nonblocking(file: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes room for the first `bytes` bytes of a file, which becomes that long if it is shorter: `fallocate(2)`, or zeros where a filesystem
-/// cannot.
+/// Takes room for the first `bytes` bytes of a file, which becomes that long if it is shorter:
+/// `fallocate(2)`, or zeros where a filesystem cannot.
 ///
 /// # Errors
 /// `ENOSPC` when there is no room.
@@ -175,8 +178,8 @@ pub fn allocate(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// The bytes and inodes that a filesystem has in all and free for root, in this order: bytes, bytes free, inodes, inodes free:
-/// `statvfs(3)`.
+/// The bytes and inodes that a filesystem has in all and free for root, in this order: bytes, bytes free,
+/// inodes, inodes free: `statvfs(3)`.
 ///
 /// # Errors
 /// `ENOENT` and the like from the lookup.
@@ -186,8 +189,9 @@ pub fn space(path: &std::path::Path) -> io::Result<(u64, u64, u64, u64)> {
     Ok((found.blocks() * unit, found.blocks_free() * unit, found.files(), found.files_free()))
 }
 
-/// The next part of a file that is no hole, at `from` or behind it: where it begins and where it ends, in bytes. `None` if only a hole
-/// follows. lseek(2), `SEEK_DATA` and `SEEK_HOLE`; a file system without holes calls everything data.
+/// The next part of a file that is no hole, at `from` or behind it: where it begins and where it ends, in
+/// bytes. `None` if only a hole follows. lseek(2), `SEEK_DATA` and `SEEK_HOLE`; a file system without holes
+/// calls everything data.
 pub fn next_data(file: impl AsFd, from: u64) -> io::Result<Option<(u64, u64)>> {
     use nix::unistd::{Whence, lseek};
     let seek = |at: u64, whence| {

@@ -1,9 +1,9 @@
 //! Directories of the host that are made on the way to a path.
 //!
-//! Unlike the paths of [`beneath`](crate::beneath), a path of the host may lead through symbolic links: administrators move
-//! `/var/lib/kubelet` to another disk that way. But a container may own a directory on the path, and swap what is in it at any
-//! time. So the walk goes by descriptor, the kernel resolves each component once, and what was made is entered without following
-//! a link.
+//! Unlike the paths of [`beneath`](crate::beneath), a path of the host may lead through symbolic links:
+//! administrators move `/var/lib/kubelet` to another disk that way. But a container may own a directory on
+//! the path, and swap what is in it at any time. So the walk goes by descriptor, the kernel resolves each
+//! component once, and what was made is entered without following a link.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
@@ -13,12 +13,13 @@ use std::path::{Component, Path, PathBuf};
 
 /// Makes the directories of the absolute `path` that are absent, with `mode` less the umask: `mkdirat(2)`.
 ///
-/// The mode is never set afterwards: a container could have put another directory in the place of the new one. A thread that wants
-/// exactly `mode` has a umask of its own ([`on_own_thread`](crate::ns::on_own_thread)).
+/// The mode is never set afterwards: a container could have put another directory in the place of the new
+/// one. A thread that wants exactly `mode` has a umask of its own
+/// ([`on_own_thread`](crate::ns::on_own_thread)).
 ///
 /// # Errors
-/// The part of the path that could not be made or entered, and why: `ENOTDIR` for a file in the way, `ENOENT` for a link to
-/// nothing, `EINVAL` when `path` is not absolute.
+/// The part of the path that could not be made or entered, and why: `ENOTDIR` for a file in the way, `ENOENT`
+/// for a link to nothing, `EINVAL` when `path` is not absolute.
 pub fn make_dir_all(path: &Path, mode: u32) -> Result<(), (PathBuf, io::Error)> {
     let mut reached = PathBuf::from("/");
     let mut dir = None;
@@ -59,7 +60,8 @@ fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {
 
 fn open(dir: i32, name: &CStr, flags: i32) -> io::Result<OwnedFd> {
     let flags = flags | libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    // SAFETY: openat(2) wants a directory or AT_FDCWD, which `dir` is in every call here, and a NUL-terminated name.
+    // SAFETY: openat(2) wants a directory or AT_FDCWD, which `dir` is in every call here, and a
+    // NUL-terminated name.
     let raw = unsafe { libc::openat(dir, name.as_ptr(), flags) };
     if raw < 0 {
         return Err(io::Error::last_os_error());

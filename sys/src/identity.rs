@@ -1,8 +1,9 @@
-//! Processes that were written down: found again by number and start time, and held so that another process with the same number is
-//! never taken for them.
+//! Processes that were written down: found again by number and start time, and held so that another process
+//! with the same number is never taken for them.
 //!
-//! A number is one process's until it is reaped. So who still has the recorded start time is the recorded process, and as long as
-//! its pidfd takes signals, everything that was looked up by its number since was its own.
+//! A number is one process's until it is reaped. So who still has the recorded start time is the recorded
+//! process, and as long as its pidfd takes signals, everything that was looked up by its number since was its
+//! own.
 
 use crate::ns::{self, Kind};
 use crate::process;
@@ -41,7 +42,8 @@ impl Identified {
         let mut stat = Vec::new();
         std::fs::File::from(found.open(c"stat")?).read_to_end(&mut stat)?;
         let same = process::parse_start_time(&stat) == Some(start_time);
-        // The descriptor of the process and the directory could be of two; both are of the one that still lives.
+        // The descriptor of the process and the directory could be of two; both are of the one that still
+        // lives.
         if same && found.holds_its_number() { Ok(found) } else { Err(gone()) }
     }
 

@@ -43,9 +43,10 @@ impl Poll {
         Ok(self.0.add(descriptor, EpollEvent::new(Self::flags(write), token))?)
     }
 
-    /// Watches a file of the kernel for changes of its content, which come as `EPOLLPRI`, under the number `token`; a control file of a
-    /// cgroup is one such, Documentation/admin-guide/cgroup-v2.rst, "Interface Files". Reading it ends the readiness. When the cgroup is
-    /// removed, the file is ready for ever: then [`Poll::forget`] it.
+    /// Watches a file of the kernel for changes of its content, which come as `EPOLLPRI`, under the number
+    /// `token`; a control file of a cgroup is one such, Documentation/admin-guide/cgroup-v2.rst, "Interface
+    /// Files". Reading it ends the readiness. When the cgroup is removed, the file is ready for ever: then
+    /// [`Poll::forget`] it.
     ///
     /// # Errors
     /// `EEXIST` when it is watched already, `EPERM` for a file that does not tell of changes.
@@ -69,7 +70,8 @@ impl Poll {
         Ok(self.0.delete(descriptor)?)
     }
 
-    /// Waits until something is ready or `timeout` is over (`None`: for ever). A signal counts as nothing ready.
+    /// Waits until something is ready or `timeout` is over (`None`: for ever). A signal counts as nothing
+    /// ready.
     ///
     /// # Errors
     /// None in practice.
@@ -119,7 +121,8 @@ impl ChildSignals {
 
     /// Takes the signals that wait, so that the descriptor is no longer readable.
     pub fn clear(&self) {
-        // Only the wake-up matters; who ended is found by waitid. WouldBlock ends the loop, as does any error.
+        // Only the wake-up matters; who ended is found by waitid. WouldBlock ends the loop, as does any
+        // error.
         while let Ok(Some(_)) = self.0.read_signal() {}
     }
 }

@@ -1,7 +1,8 @@
-//! Starting, naming and ending processes: `clone3(2)`, pidfds, and the state of the calling process that exec passes on.
+//! Starting, naming and ending processes: `clone3(2)`, pidfds, and the state of the calling process that exec
+//! passes on.
 //!
-//! The functions that change the whole process are for a child between clone and exec, or for a single-threaded program.
-//! The daemon, which has threads, starts programs only through [`spawn`].
+//! The functions that change the whole process are for a child between clone and exec, or for a
+//! single-threaded program. The daemon, which has threads, starts programs only through [`spawn`].
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -49,7 +50,8 @@ struct CloneArgs {
 pub enum Cloned {
     /// In the new process.
     Child,
-    /// In the caller: the child's pid as the caller's pid namespace numbers it, and a descriptor that stands for it.
+    /// In the caller: the child's pid as the caller's pid namespace numbers it, and a descriptor that stands
+    /// for it.
     Parent {
         /// The pid.
         pid: i32,
@@ -58,15 +60,17 @@ pub enum Cloned {
     },
 }
 
-/// Makes a child that goes on from here with a copy of the memory, like fork, in the `namespaces` ([`namespace`], or 0)
-/// and, when `cgroup` is a directory of the cgroup2 filesystem, born inside that cgroup: `clone3(2)`.
+/// Makes a child that goes on from here with a copy of the memory, like fork, in the `namespaces`
+/// ([`namespace`], or 0) and, when `cgroup` is a directory of the cgroup2 filesystem, born inside that
+/// cgroup: `clone3(2)`.
 ///
 /// # Errors
-/// `EAGAIN` at a pids limit, `EBUSY`/`EOPNOTSUPP` when the cgroup cannot hold processes, `ENOMEM` when the pid namespace that
-/// children go to has lost its process 1.
+/// `EAGAIN` at a pids limit, `EBUSY`/`EOPNOTSUPP` when the cgroup cannot hold processes, `ENOMEM` when the
+/// pid namespace that children go to has lost its process 1.
 ///
 /// # Panics
-/// When called by a process with more than one thread: the child would inherit locks whose owner does not exist in it.
+/// When called by a process with more than one thread: the child would inherit locks whose owner does not
+/// exist in it.
 pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     assert!(is_single_threaded()?, "clone_process is for single-threaded processes");
     let mut pidfd: RawFd = -1;
@@ -80,9 +84,9 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = u64::from(directory.as_raw_fd().unsigned_abs());
     }
-    // SAFETY: `args` is a `struct clone_args` of the size given; its `pidfd` points at a live i32; no CLONE_VM and no new
-    // stack, so the child runs on a copy of this one; there is one thread, so no lock in the copy is held by a thread that
-    // does not exist there.
+    // SAFETY: `args` is a `struct clone_args` of the size given; its `pidfd` points at a live i32; no
+    // CLONE_VM and no new stack, so the child runs on a copy of this one; there is one thread, so no lock in
+    // the copy is held by a thread that does not exist there.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
     match result {
         0 => Ok(Cloned::Child),
@@ -96,8 +100,8 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
     }
 }
 
-/// That the calling process has one thread, and so makes no child that inherits locks whose owner does not exist in it. A process that makes
-/// no thread can find out early and use it later.
+/// That the calling process has one thread, and so makes no child that inherits locks whose owner does not
+/// exist in it. A process that makes no thread can find out early and use it later.
 #[derive(Debug, Clone, Copy)]
 pub struct SingleThreaded(());
 
@@ -115,19 +119,21 @@ impl SingleThreaded {
     }
 }
 
-/// Makes a sibling of the caller that goes on from here with a copy of the memory: a child of the caller's parent (`CLONE_PARENT`), born
-/// in the pid namespace that the caller has joined for its children. `None` in the sibling, in the caller the sibling's pid as the
-/// caller's own pid namespace numbers it.
+/// Makes a sibling of the caller that goes on from here with a copy of the memory: a child of the caller's
+/// parent (`CLONE_PARENT`), born in the pid namespace that the caller has joined for its children. `None` in
+/// the sibling, in the caller the sibling's pid as the caller's own pid namespace numbers it.
 ///
-/// By `clone(2)`: filters see its flags, and those that let programs make processes forbid `clone3(2)`, whose flags they cannot see.
+/// By `clone(2)`: filters see its flags, and those that let programs make processes forbid `clone3(2)`, whose
+/// flags they cannot see.
 ///
 /// # Errors
 /// Those of [`clone_process`].
 pub fn clone_sibling(_: SingleThreaded) -> io::Result<Option<i32>> {
     // No signal of its own: the parent is told of the sibling's end as it is of the caller's.
     let flags = libc::c_long::from(libc::CLONE_PARENT);
-    // SAFETY: no CLONE_VM and no new stack, so the sibling runs on a copy of this one; the null pointers are for what is not asked for; there
-    // is one thread, so no lock in the copy is held by a thread that does not exist there.
+    // SAFETY: no CLONE_VM and no new stack, so the sibling runs on a copy of this one; the null pointers are
+    // for what is not asked for; there is one thread, so no lock in the copy is held by a thread that does
+    // not exist there.
     let result = unsafe { libc::syscall(libc::SYS_clone, flags, 0_usize, 0_usize, 0_usize, 0_usize) };
     match result {
         0 => Ok(None),
@@ -139,9 +145,8 @@ pub fn clone_sibling(_: SingleThreaded) -> io::Result<Option<i32>> {
 }
 
 fn is_single_threaded() -> io::Result<bool> {
-    // Does nothing for a process with one thread and fails with EINVAL for others, unshare(2). Unlike what /proc says it does not
-    // depend on whose /proc that is.
-    // SAFETY: unshare(2) takes only numbers.
+    // Does nothing for a process with one thread and fails with EINVAL for others, unshare(2). Unlike what
+    // /proc says it does not depend on whose /proc that is. SAFETY: unshare(2) takes only numbers.
     if unsafe { libc::unshare(libc::CLONE_THREAD) } == 0 {
         return Ok(true);
     }
@@ -248,8 +253,8 @@ pub fn reap_or_running(pid: i32) -> io::Result<Child> {
     })
 }
 
-/// Whether `pid` is a child of the calling process that nobody has reaped: `waitid(2)` with `WNOWAIT`. As long as it is, the number
-/// is its own.
+/// Whether `pid` is a child of the calling process that nobody has reaped: `waitid(2)` with `WNOWAIT`. As
+/// long as it is, the number is its own.
 ///
 /// # Errors
 /// None in practice.
@@ -257,7 +262,8 @@ pub fn is_child(pid: i32) -> io::Result<bool> {
     Ok(pid > 0 && peek(libc::P_PID, pid.unsigned_abs())?.is_some())
 }
 
-/// A child that has ended and was not reaped, which it still is not afterwards: of all children, or, with `pid`, that one.
+/// A child that has ended and was not reaped, which it still is not afterwards: of all children, or, with
+/// `pid`, that one.
 ///
 /// # Errors
 /// None that a caller has to act on: without children it returns `None`.
@@ -279,11 +285,13 @@ fn peek(kind: libc::idtype_t, id: u32) -> io::Result<Option<i32>> {
         let error = io::Error::last_os_error();
         return if error.raw_os_error() == Some(libc::ECHILD) { Ok(None) } else { Err(error) };
     }
-    // SAFETY: after a successful waitid the si_pid member is the one in use; it is zero when no child has ended.
+    // SAFETY: after a successful waitid the si_pid member is the one in use; it is zero when no child has
+    // ended.
     Ok(Some(unsafe { info.si_pid() }))
 }
 
-/// Sends `signal` to the child `pid`, which the caller has not reaped yet, so that the number is still its own.
+/// Sends `signal` to the child `pid`, which the caller has not reaped yet, so that the number is still its
+/// own.
 ///
 /// # Errors
 /// `ESRCH` when there is no such process.
@@ -315,8 +323,8 @@ fn wait(kind: libc::idtype_t, id: u32, flags: i32) -> io::Result<Option<(i32, En
             _ => return Err(error),
         }
     }
-    // SAFETY: after a successful waitid the si_pid and si_status members are the ones in use; with WNOHANG and no child
-    // they are zero, as waitid(2) says.
+    // SAFETY: after a successful waitid the si_pid and si_status members are the ones in use; with WNOHANG
+    // and no child they are zero, as waitid(2) says.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
     if pid == 0 {
         return Ok(None);
@@ -333,7 +341,8 @@ pub fn execute(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
         args.iter().map(|arg| arg.as_ptr()).chain([std::ptr::null()]).collect();
     let env: Vec<*const libc::c_char> =
         env.iter().map(|pair| pair.as_ptr()).chain([std::ptr::null()]).collect();
-    // SAFETY: `path` and every element are NUL-terminated strings that outlive the call; both arrays end with null.
+    // SAFETY: `path` and every element are NUL-terminated strings that outlive the call; both arrays end with
+    // null.
     unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
     io::Error::last_os_error()
 }
@@ -365,7 +374,8 @@ pub fn become_subreaper() -> io::Result<()> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, 1)
 }
 
-/// Has the kernel kill this process when its parent ends: `PR_SET_PDEATHSIG`. A parent that has ended already is not noticed.
+/// Has the kernel kill this process when its parent ends: `PR_SET_PDEATHSIG`. A parent that has ended already
+/// is not noticed.
 ///
 /// # Errors
 /// None in practice.
@@ -425,7 +435,8 @@ pub fn install_seccomp(filter: &[u8], flags: u32) -> io::Result<()> {
         });
     }
     let program = libc::sock_fprog { len: count, filter: instructions.as_mut_ptr() };
-    // SAFETY: `program` points at `count` instructions that live over the call; the kernel copies and verifies them.
+    // SAFETY: `program` points at `count` instructions that live over the call; the kernel copies and
+    // verifies them.
     let result =
         unsafe { libc::syscall(libc::SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
     if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -452,7 +463,8 @@ pub fn join_new_session_keyring() -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Marks every descriptor from `first` on close-on-exec (`CloseRange::OnExec`) or closes it: `close_range(2)`.
+/// Marks every descriptor from `first` on close-on-exec (`CloseRange::OnExec`) or closes it:
+/// `close_range(2)`.
 ///
 /// # Errors
 /// `EINVAL` when the kernel lacks the flag (before 5.11).
@@ -461,8 +473,8 @@ pub fn close_from(first: u32, when: CloseRange) -> io::Result<()> {
         CloseRange::Now => 0,
         CloseRange::OnExec => 4,
     };
-    // SAFETY: close_range(2) takes only numbers. With `Now` the caller promises to use no descriptor from `first` on again;
-    // in this project only a child right before exec or a program at its start does so.
+    // SAFETY: close_range(2) takes only numbers. With `Now` the caller promises to use no descriptor from
+    // `first` on again; in this project only a child right before exec or a program at its start does so.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flags) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -506,7 +518,8 @@ pub const RLIMIT_NOFILE: u32 = 7;
 /// `EPERM` when the hard value is raised without `CAP_SYS_RESOURCE`.
 pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-    // SAFETY: prlimit64 with pid 0 is setrlimit on this process; `limit` is a live struct rlimit of 64-bit members.
+    // SAFETY: prlimit64 with pid 0 is setrlimit on this process; `limit` is a live struct rlimit of 64-bit
+    // members.
     let result = unsafe {
         libc::syscall(
             libc::SYS_prlimit64,
@@ -525,7 +538,8 @@ pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
 /// `EINVAL` for an unknown resource.
 pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: prlimit64 with pid 0 and no new value is getrlimit on this process; `limit` is a live struct rlimit.
+    // SAFETY: prlimit64 with pid 0 and no new value is getrlimit on this process; `limit` is a live struct
+    // rlimit.
     let result = unsafe {
         libc::syscall(libc::SYS_prlimit64, 0, resource, std::ptr::null::<libc::rlimit>(), &raw mut limit)
     };
@@ -538,12 +552,12 @@ pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
 /// None in practice.
 pub fn reset_signals() -> io::Result<()> {
     use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-    // Past the C library, which keeps signals 32 and up for itself: posix_spawn(3) of glibc leaves them ignored in a child, and ignored
-    // they would stay in a program whose C library has other uses for them.
+    // Past the C library, which keeps signals 32 and up for itself: posix_spawn(3) of glibc leaves them
+    // ignored in a child, and ignored they would stay in a program whose C library has other uses for them.
     let by_default = [0_u64; 4];
     for signal in 1..=64 {
-        // SAFETY: all zero bytes are a kernel sigaction without a function, flags and mask; 8 is the length of its mask. SIGKILL and SIGSTOP
-        // refuse with EINVAL, which is what is wanted for them.
+        // SAFETY: all zero bytes are a kernel sigaction without a function, flags and mask; 8 is the length
+        // of its mask. SIGKILL and SIGSTOP refuse with EINVAL, which is what is wanted for them.
         unsafe {
             libc::syscall(libc::SYS_rt_sigaction, signal, by_default.as_ptr(), std::ptr::null_mut::<u64>(), 8)
         };
@@ -585,7 +599,8 @@ pub fn set_umask(mask: u32) {
 /// A program to start: the daemon's way to start a process, safe with threads.
 #[derive(Debug)]
 pub struct Program<'a> {
-    /// Path of the program in this process's namespaces; `/proc/self/fd/N` works, also for a close-on-exec descriptor.
+    /// Path of the program in this process's namespaces; `/proc/self/fd/N` works, also for a close-on-exec
+    /// descriptor.
     pub path: &'a CStr,
     /// Its arguments, with the name first.
     pub args: &'a [CString],
@@ -595,7 +610,8 @@ pub struct Program<'a> {
     pub descriptors: &'a [BorrowedFd<'a>],
 }
 
-/// Starts `program` in a new session: `posix_spawn(3)`, which on Linux shares the memory until exec and so copies no page tables.
+/// Starts `program` in a new session: `posix_spawn(3)`, which on Linux shares the memory until exec and so
+/// copies no page tables.
 ///
 /// Signals are reset to default and unblocked in it. The caller has to reap it.
 ///
@@ -642,8 +658,8 @@ fn copy_from(descriptor: BorrowedFd<'_>, least: RawFd) -> io::Result<OwnedFd> {
 /// <spawn.h>, glibc 2.26 and musl 1.1.22.
 const POSIX_SPAWN_SETSID: libc::c_int = 0x80;
 
-/// The time at which process `pid` started, in clock ticks since boot: field 22 of proc_pid_stat(5). With the pid it names a
-/// process for good; a pid alone is used again.
+/// The time at which process `pid` started, in clock ticks since boot: field 22 of proc_pid_stat(5). With the
+/// pid it names a process for good; a pid alone is used again.
 ///
 /// # Errors
 /// `ENOENT`/`ESRCH` when there is no such process, `InvalidData` when the file is not as documented.
@@ -652,7 +668,8 @@ pub fn start_time(pid: i32) -> io::Result<u64> {
     parse_start_time(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
-/// Whether the process `pid` that started at `start_time` ([`start_time`]) is there still, if only as a zombie.
+/// Whether the process `pid` that started at `start_time` ([`start_time`]) is there still, if only as a
+/// zombie.
 ///
 /// # Errors
 /// When that cannot be found out.
@@ -666,7 +683,8 @@ pub fn is_there(pid: i32, start_time: u64) -> io::Result<bool> {
 }
 
 pub(crate) fn parse_start_time(stat: &[u8]) -> Option<u64> {
-    // The name in parentheses may hold anything, also spaces and parentheses: the fields go on after the last one.
+    // The name in parentheses may hold anything, also spaces and parentheses: the fields go on after the last
+    // one.
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
     rest.split_ascii_whitespace().nth(19)?.parse().ok()

@@ -1,5 +1,6 @@
-//! What the kernel passes on from a process to its children besides credentials, limits and descriptors: scheduling, processors,
-//! memory policy, personality. A container gets the kernel's own defaults, whatever its daemon was started with.
+//! What the kernel passes on from a process to its children besides credentials, limits and descriptors:
+//! scheduling, processors, memory policy, personality. A container gets the kernel's own defaults, whatever
+//! its daemon was started with.
 //!
 //! All of these act on the calling thread, and a child made by it has the same.
 
@@ -33,7 +34,8 @@ const _: () = assert!(size_of::<SchedAttr>() == 48);
 pub fn use_default_policy() -> io::Result<()> {
     let attributes =
         SchedAttr { size: SCHED_ATTR_SIZE, policy: libc::SCHED_OTHER.unsigned_abs(), ..SchedAttr::default() };
-    // SAFETY: sched_setattr(2) reads a struct sched_attr of the size in its first field; pid 0 is the calling thread.
+    // SAFETY: sched_setattr(2) reads a struct sched_attr of the size in its first field; pid 0 is the calling
+    // thread.
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
 }
 
@@ -42,7 +44,8 @@ pub fn use_default_policy() -> io::Result<()> {
 /// # Errors
 /// None in practice.
 pub fn use_all_processors() -> io::Result<()> {
-    // More than any kernel is built for (NR_CPUS is at most 8192). Bits of processors that do not exist are ignored.
+    // More than any kernel is built for (NR_CPUS is at most 8192). Bits of processors that do not exist are
+    // ignored.
     let all = [u64::MAX; 128];
     // SAFETY: the kernel reads at most the given number of bytes of the mask, which has them.
     check(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&all), all.as_ptr()) })
@@ -76,7 +79,8 @@ pub fn use_default_personality() -> io::Result<()> {
     check(libc::c_long::from(unsafe { libc::personality(0) }))
 }
 
-/// The slack of timers, in nanoseconds: `PR_SET_TIMERSLACK`. A child's is the same, and so is the value that the child can go back to.
+/// The slack of timers, in nanoseconds: `PR_SET_TIMERSLACK`. A child's is the same, and so is the value that
+/// the child can go back to.
 ///
 /// # Errors
 /// None in practice.
@@ -92,7 +96,8 @@ pub fn allow_huge_pages() -> io::Result<()> {
     prctl(libc::PR_SET_THP_DISABLE, 0)
 }
 
-/// Lets the kernel merge no pages of this process with those of others unless it asks for that: `PR_SET_MEMORY_MERGE` off.
+/// Lets the kernel merge no pages of this process with those of others unless it asks for that:
+/// `PR_SET_MEMORY_MERGE` off.
 ///
 /// # Errors
 /// `EINVAL` on a kernel without it (Linux 6.4, KSM).

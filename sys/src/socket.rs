@@ -1,4 +1,5 @@
-//! Unix sockets with descriptors: pairs, listening below a directory whatever the length of its path, `SCM_RIGHTS`.
+//! Unix sockets with descriptors: pairs, listening below a directory whatever the length of its path,
+//! `SCM_RIGHTS`.
 
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
@@ -32,7 +33,8 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
-/// A path of any length is made short enough for `sockaddr_un` (108 bytes) by going through the directory's descriptor.
+/// A path of any length is made short enough for `sockaddr_un` (108 bytes) by going through the directory's
+/// descriptor.
 fn address_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<UnixAddr> {
     let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()));
     Ok(UnixAddr::new(&path)?)
@@ -57,8 +59,8 @@ pub fn listen_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd
 /// A non-blocking stream socket connected to `name` in `directory`. It does not wait: unix(7).
 ///
 /// # Errors
-/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nobody listens, `EAGAIN` when somebody does and has not taken the
-/// connections that wait already.
+/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nobody listens, `EAGAIN` when somebody does and
+/// has not taken the connections that wait already.
 pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -102,8 +104,8 @@ pub fn limit_waits(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
     Ok(setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::microseconds(microseconds))?)
 }
 
-/// Sends `bytes` with up to [`MAX_DESCRIPTORS`] descriptors; returns how many bytes were taken (the descriptors go with the
-/// first): `sendmsg(2)`. No `SIGPIPE`.
+/// Sends `bytes` with up to [`MAX_DESCRIPTORS`] descriptors; returns how many bytes were taken (the
+/// descriptors go with the first): `sendmsg(2)`. No `SIGPIPE`.
 ///
 /// # Errors
 /// `EAGAIN` on a full non-blocking socket, `EPIPE` when the other end is closed.
@@ -114,13 +116,15 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]
     Ok(sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?)
 }
 
-/// Receives bytes, and the descriptors that came with them, close-on-exec: `recvmsg(2)`. Zero bytes mean the end.
+/// Receives bytes, and the descriptors that came with them, close-on-exec: `recvmsg(2)`. Zero bytes mean the
+/// end.
 ///
 /// # Errors
-/// `EAGAIN` on an empty non-blocking socket; `EMFILE` when there was no room for a descriptor, and `EMSGSIZE` when there are more than
-/// [`MAX_DESCRIPTORS`] (none is kept then).
+/// `EAGAIN` on an empty non-blocking socket; `EMFILE` when there was no room for a descriptor, and `EMSGSIZE`
+/// when there are more than [`MAX_DESCRIPTORS`] (none is kept then).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    // Room for as many as there can be: those that are cut off for want of room would stay open, and be nobody's.
+    // Room for as many as there can be: those that are cut off for want of room would stay open, and be
+    // nobody's.
     let mut space = nix::cmsg_space!([RawFd; KERNELS_MOST]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message =
@@ -128,7 +132,8 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     let mut descriptors = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel made each of these descriptors for this process in this call; nobody else owns them.
+            // SAFETY: the kernel made each of these descriptors for this process in this call; nobody else
+            // owns them.
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }

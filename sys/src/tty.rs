@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// Opens the terminal that belongs to the open `ptmx` descriptor `controller`, without a path lookup: `TIOCGPTPEER`,
-/// ioctl_tty(2). The lock of a fresh one is taken off first.
+/// Opens the terminal that belongs to the open `ptmx` descriptor `controller`, without a path lookup:
+/// `TIOCGPTPEER`, ioctl_tty(2). The lock of a fresh one is taken off first.
 ///
 /// # Errors
 /// `ENOTTY` when `controller` is not a `ptmx`; `EPERM` when it is something else than a pseudo-terminal.
@@ -53,7 +53,8 @@ fn tiocsptlck() -> libc::c_ulong {
     0x4004_5431
 }
 
-/// Makes `terminal` the controlling terminal of the calling process, which leads a session without one: `TIOCSCTTY`.
+/// Makes `terminal` the controlling terminal of the calling process, which leads a session without one:
+/// `TIOCSCTTY`.
 ///
 /// # Errors
 /// `EPERM` when the caller leads no session or has a terminal.

@@ -11,9 +11,10 @@
 //!   [host."https://mirror.example/v2/proxy".header]
 //!     x-team = "a"                           # or a list
 //! ```
-//! Fields of a host may stand at the top too and then belong to the server. Folders are looked for under the host as written, then
-//! `<host>_<port>_` (for file systems without colons), then `_default` (containerd docs/hosts.md). Credentials of a pull go to the server
-//! only, never to a mirror: a mirror that wants some gets them through `header`.
+//! Fields of a host may stand at the top too and then belong to the server. Folders are looked for under the
+//! host as written, then `<host>_<port>_` (for file systems without colons), then `_default` (containerd
+//! docs/hosts.md). Credentials of a pull go to the server only, never to a mirror: a mirror that wants some
+//! gets them through `header`.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -108,7 +109,8 @@ pub(crate) struct Endpoint {
     pub(crate) namespace: Option<String>,
 }
 
-/// The hosts for `domain`, in the order in which they are to be asked. Reads the configuration anew, so changes count at once.
+/// The hosts for `domain`, in the order in which they are to be asked. Reads the configuration anew, so
+/// changes count at once.
 pub(crate) fn endpoints(config_path: Option<&Path>, domain: &str) -> Result<Vec<Endpoint>, HostsError> {
     if let Some(config_path) = config_path {
         for folder in folder_names(domain) {

@@ -1,8 +1,9 @@
 //! HTTP clients and where they may connect to.
 //!
-//! Each configured host has a client with its TLS settings, which talks to that host alone. Whatever a registry points at (a redirect, a
-//! token service) is reached by the *guarded* client: it has no client certificate and does not connect to addresses that `reach` forbids,
-//! whatever the name resolves to at that moment. Behind a proxy it is a third one, for which `proxy` says what is checked.
+//! Each configured host has a client with its TLS settings, which talks to that host alone. Whatever a
+//! registry points at (a redirect, a token service) is reached by the *guarded* client: it has no client
+//! certificate and does not connect to addresses that `reach` forbids, whatever the name resolves to at that
+//! moment. Behind a proxy it is a third one, for which `proxy` says what is checked.
 
 use std::fs;
 use std::io;
@@ -58,9 +59,11 @@ pub enum TlsError {
 pub(crate) enum Reach {
     /// The host that an operator configured.
     Configured,
-    /// Hosts that a registry named, without a proxy. `loopback` allows this machine, for registries that are on it themselves.
+    /// Hosts that a registry named, without a proxy. `loopback` allows this machine, for registries that are
+    /// on it themselves.
     Guarded { loopback: bool },
-    /// Hosts that a registry named, through the proxy of the environment. Only the proxy's own name is resolved.
+    /// Hosts that a registry named, through the proxy of the environment. Only the proxy's own name is
+    /// resolved.
     Proxied,
 }
 

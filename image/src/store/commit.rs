@@ -1,8 +1,9 @@
 //! The one moment in which an image comes to be.
 //!
-//! Order, so that a power cut at any point leaves the image absent or whole: layers are unpacked under other names; the patch layers and
-//! the image's folder are made under other names too; one `syncfs` makes all of it durable; layers and patches get their names, and their
-//! folders are synced; last the image's folder gets its name. A layer that got its name without its image is garbage, and collected.
+//! Order, so that a power cut at any point leaves the image absent or whole: layers are unpacked under other
+//! names; the patch layers and the image's folder are made under other names too; one `syncfs` makes all of
+//! it durable; layers and patches get their names, and their folders are synced; last the image's folder gets
+//! its name. A layer that got its name without its image is garbage, and collected.
 //!
 //! The same way mends what is there already: a layer or patch whose record cannot be used changes places with
 //! the new one, and stays under another name while a container has it mounted.
@@ -354,7 +355,8 @@ fn write_image(path: &Path, record: &ImageRecord, new: &NewImage) -> Result<(), 
     record::write(&file, record).map(drop).map_err(|source| StoreError::Record { path: file, source })
 }
 
-/// What is mounted for the image, top first, and the patches among it with their totals. Makes the patches that are missing.
+/// What is mounted for the image, top first, and the patches among it with their totals. Makes the patches
+/// that are missing.
 type Stack = (Vec<Lower>, Vec<(Digest, LayerRecord)>);
 
 fn stack(inner: &Inner, new: &NewImage, pending: &mut Vec<Pending>) -> Result<Stack, ContentError> {

@@ -1,7 +1,8 @@
 //! Images and layers on disk: what is there, what is listed, what goes.
 //!
-//! The disk is the truth (layout in `record`); `State` mirrors it in memory, so that lists and lookups touch no disk. Changes of the
-//! listed images happen one at a time under `Inner::disk`; pulls work side by side until then.
+//! The disk is the truth (layout in `record`); `State` mirrors it in memory, so that lists and lookups touch
+//! no disk. Changes of the listed images happen one at a time under `Inner::disk`; pulls work side by side
+//! until then.
 //!
 //! An image is listed when, and only when, all its bytes are durable: `commit` says in which order. Layers
 //! are shared by diff id; `collect` says when one goes, `load` and `fault` what becomes of what cannot be
@@ -57,11 +58,14 @@ const REMOVED: &str = ".removed";
 /// How the store pulls, unpacks and limits.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// Folder with one folder per registry host, each with a `hosts.toml` (containerd's form); none = defaults only.
+    /// Folder with one folder per registry host, each with a `hosts.toml` (containerd's form); none =
+    /// defaults only.
     pub registry_config_path: Option<PathBuf>,
-    /// Token service hosts that may be handed credentials although they do not belong to the registry's own domain.
+    /// Token service hosts that may be handed credentials although they do not belong to the registry's own
+    /// domain.
     pub trusted_token_hosts: Vec<String>,
-    /// Layers that one pull fetches at the same time, and layers that are unpacked at the same time over all pulls. Default 3.
+    /// Layers that one pull fetches at the same time, and layers that are unpacked at the same time over all
+    /// pulls. Default 3.
     pub layers_at_once: usize,
     /// Uncompressed bytes that one image may have. Default 64 GiB.
     pub max_image_bytes: u64,
@@ -255,13 +259,15 @@ impl Store {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Works by other options from now on. What was begun before keeps the limits and the hosts that it began with.
+    /// Works by other options from now on. What was begun before keeps the limits and the hosts that it began
+    /// with.
     pub fn set_options(&self, options: StoreOptions) {
         let policy = Arc::new(Policy::new(options));
         *self.inner.policy.lock().unwrap_or_else(PoisonError::into_inner) = policy;
     }
 
-    /// Pulls an image. The registry is always asked, also if the image is here. The future may be dropped at any time.
+    /// Pulls an image. The registry is always asked, also if the image is here. The future may be dropped at
+    /// any time.
     ///
     /// # Errors
     /// [`PullError`]; nothing is listed then and no byte stays.
@@ -287,7 +293,8 @@ impl Store {
         import::import(&self.inner, source, name.cloned(), progress).await
     }
 
-    /// Finds by id (with or without `sha256:`), by tag (short names are made full), by `name@digest`, by a unique prefix of the id.
+    /// Finds by id (with or without `sha256:`), by tag (short names are made full), by `name@digest`, by a
+    /// unique prefix of the id.
     #[must_use]
     pub fn find(&self, text: &str) -> Option<Image> {
         let state = self.inner.state();
@@ -561,7 +568,8 @@ fn remove_tree(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Image content must not be reachable for users of the machine: it has set-user-id programs that nobody maintains.
+/// Image content must not be reachable for users of the machine: it has set-user-id programs that nobody
+/// maintains.
 fn make_private_dir(path: &Path) -> Result<(), StoreError> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);

@@ -36,7 +36,8 @@ pub enum PullError {
         #[source]
         source: RegistryError,
     },
-    /// No host of the registry could be talked to. CRI wants the status text to start with `RegistryUnavailable`.
+    /// No host of the registry could be talked to. CRI wants the status text to start with
+    /// `RegistryUnavailable`.
     #[error("registry {registry} cannot be reached")]
     Unreachable {
         /// Domain of the reference.
@@ -178,8 +179,8 @@ pub(super) async fn finish(
     committed
 }
 
-/// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays of the others that nobody else needs.
-/// `try_again` says whether a layer that failed is to be fetched once more.
+/// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays of the
+/// others that nobody else needs. `try_again` says whether a layer that failed is to be fetched once more.
 pub(super) async fn acquire_all<F: Fetch>(
     inner: &Arc<Inner>,
     contents: &[LayerContent],

@@ -1,9 +1,11 @@
 //! Tar archives: headers in, entries out, strictly.
 //!
-//! Layout of header blocks comes from the `tar` crate; the walk, PAX, GNU long names and the precedence of sizes are here, because
-//! whoever reads those differently sees other entries (security class "parser differential"). Where two readers in the field could
-//! disagree about an archive, this one refuses it: doubled extension headers, different names in both extensions, data after the end. What
-//! is accepted means what Go's `archive/tar` makes of it: links, directories and nodes have no content, whatever size they state.
+//! Layout of header blocks comes from the `tar` crate; the walk, PAX, GNU long names and the precedence of
+//! sizes are here, because whoever reads those differently sees other entries (security class "parser
+//! differential"). Where two readers in the field could disagree about an archive, this one refuses it:
+//! doubled extension headers, different names in both extensions, data after the end. What is accepted means
+//! what Go's `archive/tar` makes of it: links, directories and nodes have no content, whatever size they
+//! state.
 //!
 //! Global PAX headers are read over and ignored. Extension headers are bounded by 1 MiB each.
 
@@ -289,7 +291,8 @@ impl<R: Read> Archive<R> {
         Ok(data)
     }
 
-    /// The next block that is not zeros, or `None` at the end. An archive without its closing zero blocks is taken, as everybody does.
+    /// The next block that is not zeros, or `None` at the end. An archive without its closing zero blocks is
+    /// taken, as everybody does.
     fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, ArchiveError> {
         let mut block = [0_u8; BLOCK];
         match self.fill(&mut block)? {
@@ -298,8 +301,8 @@ impl<R: Read> Archive<R> {
             BLOCK => {}
             _ => return Err(ArchiveError::Truncated),
         }
-        // The end is two zero blocks, then zeros up to the writer's record size. Go, bsdtar and GNU tar ignore what follows, `tar -i`
-        // does not: so nothing may follow.
+        // The end is two zero blocks, then zeros up to the writer's record size. Go, bsdtar and GNU tar
+        // ignore what follows, `tar -i` does not: so nothing may follow.
         let mut rest = [0_u8; 8192];
         loop {
             let length = read_some(&mut self.input, &mut rest)?;
@@ -337,7 +340,8 @@ fn read_some(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize, ArchiveE
     }
 }
 
-/// Sum of all bytes with the checksum field as spaces; old writers summed signed bytes (POSIX.1-1988 was read both ways).
+/// Sum of all bytes with the checksum field as spaces; old writers summed signed bytes (POSIX.1-1988 was read
+/// both ways).
 fn check_sum(block: &[u8; BLOCK]) -> Result<(), ArchiveError> {
     let header = tar::Header::from_byte_slice(block);
     let stated = number(&header.as_old().cksum, "checksum")?;
@@ -377,7 +381,8 @@ fn build(block: &[u8; BLOCK], pending: Pending) -> Result<Built, ArchiveError> {
     let mut device = (0, 0);
     let type_flag = old.linkflag[0];
     if let Some(ustar) = header.as_ustar() {
-        // The `star` variant has times where the end of the prefix would be, and says so in its last four bytes.
+        // The `star` variant has times where the end of the prefix would be, and says so in its last four
+        // bytes.
         let prefix = if block.ends_with(b"tar\0") { ustar.prefix.get(..131) } else { ustar.prefix.get(..) };
         let prefix = until_nul(prefix.unwrap_or_default());
         if !prefix.is_empty() {
@@ -458,7 +463,8 @@ fn old_gnu_map(header: &tar::Header) -> Result<(u64, Source), ArchiveError> {
     Ok((size, if gnu.isextended[0] == 0 { Source::Known(map) } else { Source::Blocks(map) }))
 }
 
-/// The one name that the header and its extensions agree on. Readers differ in which extension wins, so they must not disagree.
+/// The one name that the header and its extensions agree on. Readers differ in which extension wins, so they
+/// must not disagree.
 fn one_name(header: Vec<u8>, pax: Option<Vec<u8>>, gnu: Option<Vec<u8>>) -> Result<Vec<u8>, ArchiveError> {
     match (pax, gnu) {
         (Some(pax), Some(gnu)) if pax != gnu => Err(ArchiveError::ConflictingNames),
@@ -480,7 +486,8 @@ fn number(field: &[u8], name: &'static str) -> Result<u64, ArchiveError> {
     u64::try_from(signed_number(field, name)?).map_err(|_| ArchiveError::Field(name))
 }
 
-/// Octal text, with spaces and NULs around it, or GNU's base-256 (a set top bit, then a big-endian two's complement number).
+/// Octal text, with spaces and NULs around it, or GNU's base-256 (a set top bit, then a big-endian two's
+/// complement number).
 fn signed_number(field: &[u8], name: &'static str) -> Result<i64, ArchiveError> {
     let bad = ArchiveError::Field(name);
     let Some((&first, rest)) = field.split_first() else { return Err(bad) };

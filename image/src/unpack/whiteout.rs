@@ -1,7 +1,7 @@
 //! Whiteout names: how a layer says that something of a lower layer is gone.
 //!
-//! `.wh.<name>` hides `<name>`; `.wh..wh..opq` hides everything that lower layers have in its directory (OCI image-spec 1.1, layer.md,
-//! "Whiteouts"). Only the last component of a path may be one.
+//! `.wh.<name>` hides `<name>`; `.wh..wh..opq` hides everything that lower layers have in its directory (OCI
+//! image-spec 1.1, layer.md, "Whiteouts"). Only the last component of a path may be one.
 
 /// Prefix of all names with a special meaning.
 const PREFIX: &[u8] = b".wh.";
@@ -9,7 +9,8 @@ const PREFIX: &[u8] = b".wh.";
 /// The opaque marker.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// Prefix of AUFS's own files, which mean nothing elsewhere: old layers have them (`.wh..wh.aufs`, `.wh..wh.plnk/`).
+/// Prefix of AUFS's own files, which mean nothing elsewhere: old layers have them (`.wh..wh.aufs`,
+/// `.wh..wh.plnk/`).
 const AUFS: &[u8] = b".wh..wh.";
 
 /// What a name means.

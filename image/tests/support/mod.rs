@@ -1,4 +1,5 @@
-//! What the integration tests of the image crate share: images made byte by byte, a real registry, and a way to look at trees.
+//! What the integration tests of the image crate share: images made byte by byte, a real registry, and a way
+//! to look at trees.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(
@@ -489,12 +490,14 @@ impl Canary {
     }
 }
 
-/// Everything about a tree as text: one line per entry, sorted; inodes of hard links numbered by their first name.
+/// Everything about a tree as text: one line per entry, sorted; inodes of hard links numbered by their first
+/// name.
 pub fn describe(dir: &Path) -> String {
     describe_with(dir, &format!("cd '{}'", dir.display()))
 }
 
-/// The same for an overlay of these lower directories, top first, mounted read-only in a mount namespace of its own.
+/// The same for an overlay of these lower directories, top first, mounted read-only in a mount namespace of
+/// its own.
 pub fn describe_overlay(lower: &[PathBuf], scratch: &Path) -> String {
     let mount = scratch.join("merged");
     let empty = scratch.join("empty");
@@ -529,8 +532,8 @@ fn describe_with(dir: &Path, enter: &str) -> String {
         .unwrap();
     assert!(!output.stdout.is_empty(), "{}: {}", dir.display(), String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    // Inode numbers mean nothing by themselves: each is named after its first path. Names that nobody can see do not count. The root's
-    // time means nothing at all.
+    // Inode numbers mean nothing by themselves: each is named after its first path. Names that nobody can see
+    // do not count. The root's time means nothing at all.
     let mut names: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let entries = || text.lines().map(|line| line.split('|').collect::<Vec<_>>());
     for fields in entries().filter(|fields| fields.len() == 9 && fields[2] != "d") {

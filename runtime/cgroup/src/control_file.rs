@@ -1,4 +1,5 @@
-//! Reading and writing single control files: one `write(2)` per value, one bound on what is read, the path in every error.
+//! Reading and writing single control files: one `write(2)` per value, one bound on what is read, the path in
+//! every error.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -6,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use crate::Error;
 
-/// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most 4,194,304 pids (`kernel.pid_max`,
-/// proc(5)).
+/// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most 4,194,304
+/// pids (`kernel.pid_max`, proc(5)).
 const READ_LIMIT: u64 = 32 * 1024 * 1024;
 
-/// Opens for writing and never creates: a control file that is missing must be an error, on a fake tree as on the kernel's.
+/// Opens for writing and never creates: a control file that is missing must be an error, on a fake tree as on
+/// the kernel's.
 pub(crate) fn open_for_writing(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).open(path)
 }
@@ -80,7 +82,8 @@ pub(crate) fn number(text: &[u8]) -> Option<u64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// The number behind `key` in a flat keyed file (`key value` lines), Documentation/admin-guide/cgroup-v2.rst, "Format".
+/// The number behind `key` in a flat keyed file (`key value` lines), Documentation/admin-guide/cgroup-v2.rst,
+/// "Format".
 pub(crate) fn keyed(bytes: &[u8], key: &str) -> Option<u64> {
     bytes.split(|&byte| byte == b'\n').find_map(|line| {
         let rest = line.strip_prefix(key.as_bytes())?.strip_prefix(b" ")?;
@@ -97,7 +100,8 @@ pub(crate) fn sub_directories(dir: &Path) -> io::Result<Vec<PathBuf>> {
     };
     for entry in entries {
         match entry {
-            // d_type is filled in by cgroupfs; a symbolic link, which only a fake tree can have, is not followed.
+            // d_type is filled in by cgroupfs; a symbolic link, which only a fake tree can have, is not
+            // followed.
             Ok(entry) if entry.file_type().is_ok_and(|kind| kind.is_dir()) => found.push(entry.path()),
             Ok(_) => {}
             Err(error) if is_gone(&error) => break,

@@ -12,7 +12,8 @@ pub enum Error {
     /// No cgroup file system is mounted, or none that has controllers.
     #[error("no cgroup hierarchy with controllers is mounted")]
     NoHierarchy,
-    /// The kernel has bound a controller to a v1 hierarchy that is mounted nowhere, so its limits could not be set.
+    /// The kernel has bound a controller to a v1 hierarchy that is mounted nowhere, so its limits could not
+    /// be set.
     #[error("the cgroup controller {controller} belongs to a v1 hierarchy that is not mounted")]
     ControllerNotMounted {
         /// The controller, such as `memory`.
@@ -42,7 +43,8 @@ pub enum Error {
         /// The directory that was looked for.
         path: PathBuf,
     },
-    /// A slice cannot be used without systemd, nor another parent with it, nor either on the other version of cgroups.
+    /// A slice cannot be used without systemd, nor another parent with it, nor either on the other version of
+    /// cgroups.
     #[error("a cgroup in {parent:?} cannot be made with the driver that was asked to")]
     WrongDriver {
         /// The parent's path.

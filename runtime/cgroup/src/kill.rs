@@ -1,8 +1,9 @@
 //! Who is in a cgroup, and ending all of them.
 //!
-//! v2 has `cgroup.kill` (Linux 5.14), which cannot miss anyone. v1 has not: there the cgroup is frozen, so that nobody forks while the list is
-//! read, everybody listed gets SIGKILL, and it is thawed so that they can die; again until nobody is left. A container may have made
-//! sub-cgroups, in one hierarchy and not in another, so all directories of all hierarchies are read.
+//! v2 has `cgroup.kill` (Linux 5.14), which cannot miss anyone. v1 has not: there the cgroup is frozen, so
+//! that nobody forks while the list is read, everybody listed gets SIGKILL, and it is thawed so that they can
+//! die; again until nobody is left. A container may have made sub-cgroups, in one hierarchy and not in
+//! another, so all directories of all hierarchies are read.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -15,7 +16,8 @@ use berth_sys::process;
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, control_file};
 
-/// Waits between two looks: from the time that a killed process with little memory needs, to one at which looking costs nothing.
+/// Waits between two looks: from the time that a killed process with little memory needs, to one at which
+/// looking costs nothing.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
@@ -25,8 +27,8 @@ const ESRCH: i32 = 3;
 const EOPNOTSUPP: i32 = 95;
 
 impl Cgroup {
-    /// The pids of all processes in this cgroup and below it, as this process's pid namespace numbers them. Those that it cannot see
-    /// are left out.
+    /// The pids of all processes in this cgroup and below it, as this process's pid namespace numbers them.
+    /// Those that it cannot see are left out.
     ///
     /// # Errors
     /// [`Error::Read`]; a cgroup that is not there has no processes.
@@ -41,8 +43,8 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// The same as one hierarchy has it, which is enough to look at them, not to end them: a process may have been moved in another. A
-    /// twelfth of the work on a v1 machine with twelve.
+    /// The same as one hierarchy has it, which is enough to look at them, not to end them: a process may have
+    /// been moved in another. A twelfth of the work on a v1 machine with twelve.
     ///
     /// # Errors
     /// [`Error::Read`].
@@ -72,8 +74,8 @@ impl Cgroup {
     /// Kills everything in this cgroup and below it, and waits until it is empty. Blocks for up to `within`.
     ///
     /// # Errors
-    /// [`Error::StillPopulated`] when the time is up (a process in an uninterruptible wait, for example); [`Error::Kill`], [`Error::Read`],
-    /// [`Error::Write`]. Whatever happens, the cgroup is not left frozen.
+    /// [`Error::StillPopulated`] when the time is up (a process in an uninterruptible wait, for example);
+    /// [`Error::Kill`], [`Error::Read`], [`Error::Write`]. Whatever happens, the cgroup is not left frozen.
     pub fn kill(&self, within: Duration) -> Result<(), Error> {
         let started = Instant::now();
         let mut wait = FIRST_WAIT;
@@ -116,8 +118,8 @@ impl Cgroup {
                 Err(source) => return Err(Error::Kill { pid, path: self.main_dir(), source }),
             }
         }
-        // A pid may have gone to somebody else between the list and the pidfd. Who is on a second list with the pidfd already held is
-        // that process.
+        // A pid may have gone to somebody else between the list and the pidfd. Who is on a second list with
+        // the pidfd already held is that process.
         let still = self.processes()?;
         for (pid, pidfd) in held {
             if !still.contains(&pid) {
@@ -134,8 +136,8 @@ impl Cgroup {
     }
 }
 
-/// A v1 freezer, thawed when this goes out of scope, also on the way out of an error: a frozen cgroup cannot die and would outlive its pod.
-/// With it those below, which a container may have frozen by itself.
+/// A v1 freezer, thawed when this goes out of scope, also on the way out of an error: a frozen cgroup cannot
+/// die and would outlive its pod. With it those below, which a container may have frozen by itself.
 struct Frozen<'a> {
     dir: &'a Path,
 }
@@ -177,7 +179,8 @@ fn read_pids(dir: &Path, into: &mut BTreeSet<i32>) -> Result<(), Error> {
     Ok(())
 }
 
-/// One pid a line. A process of a pid namespace that the reader cannot see is 0, which must never reach kill(2).
+/// One pid a line. A process of a pid namespace that the reader cannot see is 0, which must never reach
+/// kill(2).
 fn parse_pids(bytes: &[u8]) -> impl Iterator<Item = i32> {
     bytes
         .split(|&byte| byte == b'\n')

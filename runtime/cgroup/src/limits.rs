@@ -1,7 +1,8 @@
 //! Resource limits: what they mean, and how they are written to the control files of v1 and v2.
 //!
-//! [`Limits`] follows the CRI message `LinuxContainerResources`, with its sentinels made explicit. Turning it into writes is a pure function
-//! ([`plan`]); carrying the writes out, and taking them back when one is refused, is [`Cgroup::apply`] and [`Cgroup::update`].
+//! [`Limits`] follows the CRI message `LinuxContainerResources`, with its sentinels made explicit. Turning it
+//! into writes is a pure function ([`plan`]); carrying the writes out, and taking them back when one is
+//! refused, is [`Cgroup::apply`] and [`Cgroup::update`].
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,7 +12,8 @@ use crate::cgroup::{Place, Unit};
 use crate::unit::{self, Property};
 use crate::{Cgroup, Error, control_file};
 
-/// The longest value taken for one `unified` entry; the longest real ones are `io.max` lines of about 100 bytes.
+/// The longest value taken for one `unified` entry; the longest real ones are `io.max` lines of about 100
+/// bytes.
 const MAX_UNIFIED_VALUE_BYTES: usize = 4096;
 
 /// A limit that can also be "no limit".
@@ -71,8 +73,8 @@ pub struct Limits {
     pub cpu_period_us: Option<u64>,
     /// Memory in bytes.
     pub memory_limit_bytes: Option<Ceiling>,
-    /// Memory *and* swap together in bytes. Not set with a memory limit means equal to it, so no swap: Kubernetes' custom, which other
-    /// CRI runtimes follow.
+    /// Memory *and* swap together in bytes. Not set with a memory limit means equal to it, so no swap:
+    /// Kubernetes' custom, which other CRI runtimes follow.
     pub memory_swap_limit_bytes: Option<Ceiling>,
     /// Processes and threads.
     pub pids_limit: Option<Ceiling>,
@@ -80,9 +82,11 @@ pub struct Limits {
     pub cpuset_cpus: String,
     /// Memory nodes, as a list.
     pub cpuset_mems: String,
-    /// Huge pages. A limit of 0 means what it says here, since kubelet sends it for every size; it needs no controller.
+    /// Huge pages. A limit of 0 means what it says here, since kubelet sends it for every size; it needs no
+    /// controller.
     pub hugepages: Vec<HugepageLimit>,
-    /// Raw v2 files, written last so that they win: OCI runtime-spec "Unified", CRI `LinuxContainerResources.unified`.
+    /// Raw v2 files, written last so that they win: OCI runtime-spec "Unified", CRI
+    /// `LinuxContainerResources.unified`.
     pub unified: BTreeMap<String, String>,
 }
 
@@ -104,8 +108,9 @@ impl fmt::Display for Note {
 
 /// v1's shares (2 to 262144) as v2's weight (1 to 10000), with 1024 becoming 100, v2's default.
 ///
-/// The curve is 10^((l² + 125 l) / 612 − 7/34) with l = log2(shares), rounded up: the one that crun (since 1.23) and runc (since 1.3.2) use
-/// and Kubernetes documents. The earlier straight line gave a container of one processor weight 39, less than a plain process.
+/// The curve is 10^((l² + 125 l) / 612 − 7/34) with l = log2(shares), rounded up: the one that crun (since
+/// 1.23) and runc (since 1.3.2) use and Kubernetes documents. The earlier straight line gave a container of
+/// one processor weight 39, less than a plain process.
 #[must_use]
 pub fn cpu_weight(shares: u64) -> u64 {
     const LEAST: u32 = 2;
@@ -156,7 +161,8 @@ struct Step {
     file: String,
     value: String,
     if_missing: IfMissing,
-    /// A step that the kernel may refuse with `EINVAL` until the next one is done; both are then tried the other way round.
+    /// A step that the kernel may refuse with `EINVAL` until the next one is done; both are then tried the
+    /// other way round.
     swaps_with_next: bool,
 }
 
@@ -185,7 +191,8 @@ fn plan(version: Version, limits: &Limits, present: &Present) -> Result<Vec<Step
                 steps.push(step("cpu_shares", "cpu", "cpu.shares", shares.to_string()));
             }
             if let Some(period) = period {
-                // A child's quota:period ratio may not exceed its parent's, at any moment between the two writes either.
+                // A child's quota:period ratio may not exceed its parent's, at any moment between the two
+                // writes either.
                 let mut first = step("cpu_period_us", "cpu", "cpu.cfs_period_us", period.to_string());
                 first.swaps_with_next = quota.is_some();
                 steps.push(first);
@@ -266,11 +273,13 @@ fn plan_memory(
             let memory_step = memory
                 .map(|memory| step("memory_limit_bytes", "memory", "memory.limit_in_bytes", memory.v1()));
             let total_step = total.map(|total| Step {
-                // A limit of swap that was asked for beyond the memory limit cannot weaken anything by being absent.
+                // A limit of swap that was asked for beyond the memory limit cannot weaken anything by being
+                // absent.
                 if_missing: IfMissing::Tell(Note::NoSwapAccounting),
                 ..step("memory_swap_limit_bytes", "memory", "memory.memsw.limit_in_bytes", total.v1())
             });
-            // At every moment memory ≤ memory+swap must hold, or the kernel answers EINVAL: raise the sum first, lower it last.
+            // At every moment memory ≤ memory+swap must hold, or the kernel answers EINVAL: raise the sum
+            // first, lower it last.
             let raises = match (total, present.memory_and_swap_bytes) {
                 (Some(Ceiling::At(new)), Some(now)) => new > now,
                 (Some(Ceiling::Unlimited), Some(_)) => true,
@@ -353,8 +362,9 @@ fn plan_hugepages(version: Version, page: &HugepageLimit, steps: &mut Vec<Step>)
     Ok(())
 }
 
-/// Checks and adds the raw v2 files. A key is the name of a file in the container's cgroup and nothing else; those of the core that move
-/// processes or change the tree are not limits (GHSA-5g49-rx9x-qfc6 was a key with `..`).
+/// Checks and adds the raw v2 files. A key is the name of a file in the container's cgroup and nothing else;
+/// those of the core that move processes or change the tree are not limits (GHSA-5g49-rx9x-qfc6 was a key
+/// with `..`).
 fn plan_unified(
     version: Version,
     unified: &BTreeMap<String, String>,
@@ -399,7 +409,8 @@ impl Cgroup {
     /// Sets the limits of a cgroup that was just made and has no process yet. After an error, remove it.
     ///
     /// # Errors
-    /// [`Error::InvalidLimit`]; [`Error::ControllerMissing`] for a limit that this machine cannot keep; [`Error::Write`] with file and value.
+    /// [`Error::InvalidLimit`]; [`Error::ControllerMissing`] for a limit that this machine cannot keep;
+    /// [`Error::Write`] with file and value.
     pub fn apply(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
         let steps = plan(self.version(), limits, &Present::default())?;
         let mut notes = Vec::new();
@@ -407,17 +418,19 @@ impl Cgroup {
         Ok(notes)
     }
 
-    /// Changes the limits of a cgroup with running processes: all of them, or, when the kernel refuses one, none.
+    /// Changes the limits of a cgroup with running processes: all of them, or, when the kernel refuses one,
+    /// none.
     ///
-    /// A memory limit below what is in use is refused. v1 tries to free memory and refuses by itself; v2 would kill, so there memory is
-    /// reclaimed first (`memory.reclaim`, Linux 5.19) and the limit set only if that was enough.
+    /// A memory limit below what is in use is refused. v1 tries to free memory and refuses by itself; v2
+    /// would kill, so there memory is reclaimed first (`memory.reclaim`, Linux 5.19) and the limit set only
+    /// if that was enough.
     ///
-    /// For a scope systemd is told then, so that it does not put the earlier values back one day; when it does not answer (within 30 s), the
-    /// update has failed like any other.
+    /// For a scope systemd is told then, so that it does not put the earlier values back one day; when it
+    /// does not answer (within 30 s), the update has failed like any other.
     ///
     /// # Errors
-    /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier limits are then in force again, or it is
-    /// [`Error::NotRolledBack`].
+    /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier limits are then
+    /// in force again, or it is [`Error::NotRolledBack`].
     pub fn update(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
         let present = self.present()?;
         let steps = plan(self.version(), limits, &present)?;
@@ -443,7 +456,8 @@ impl Cgroup {
         }
     }
 
-    /// Tells systemd what the files got, and writes them once more: systemd has just written them too, rounded.
+    /// Tells systemd what the files got, and writes them once more: systemd has just written them too,
+    /// rounded.
     fn tell(&self, unit: &Unit, steps: &[Step], present: &Present) -> Result<(), Error> {
         let properties = properties_of(steps, present);
         if properties.is_empty() {
@@ -495,7 +509,8 @@ impl Cgroup {
         if excess == 0 {
             return Ok(());
         }
-        // EAGAIN says that less than that could be freed, ENOENT that the kernel is older: the second look decides.
+        // EAGAIN says that less than that could be freed, ENOENT that the kernel is older: the second look
+        // decides.
         let _ = control_file::write_value(&dir.join("memory.reclaim"), &excess.to_string());
         let usage_bytes = usage()?;
         if usage_bytes > bytes {

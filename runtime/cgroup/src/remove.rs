@@ -7,19 +7,23 @@ use std::time::{Duration, Instant};
 
 use crate::{Cgroup, Error, control_file};
 
-/// A killed process leaves its cgroup a moment before it can be waited for, but css references can keep it busy a moment after.
+/// A killed process leaves its cgroup a moment before it can be waited for, but css references can keep it
+/// busy a moment after.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
-/// How long systemd is given to notice that a scope is empty, which takes it milliseconds, before it is asked to stop it.
+/// How long systemd is given to notice that a scope is empty, which takes it milliseconds, before it is asked
+/// to stop it.
 const UNIT_NOTICED: Duration = Duration::from_secs(1);
 
 impl Cgroup {
-    /// Removes the cgroup and those that the container made below it. What is not there is removed already. Blocks for up to `within` while
-    /// the kernel says that it is busy; processes in it are not killed, [`Cgroup::kill`] does that.
+    /// Removes the cgroup and those that the container made below it. What is not there is removed already.
+    /// Blocks for up to `within` while the kernel says that it is busy; processes in it are not killed,
+    /// [`Cgroup::kill`] does that.
     ///
-    /// A scope is removed by systemd, by itself, when its last process has gone. One that is there still after a second is stopped, and, if
-    /// systemd does not answer, removed like any other, for which the 30 s of a call come on top.
+    /// A scope is removed by systemd, by itself, when its last process has gone. One that is there still
+    /// after a second is stopped, and, if systemd does not answer, removed like any other, for which the 30 s
+    /// of a call come on top.
     ///
     /// # Errors
     /// [`Error::Remove`] for the first directory that stayed, after all have been tried.

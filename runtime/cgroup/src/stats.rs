@@ -1,14 +1,15 @@
 //! What a cgroup uses: the numbers behind CRI's `ContainerStats` and `LinuxPodSandboxStats`.
 //!
-//! All files are read on each call and nothing is cached; rates are the caller's, from two samples. What the kernel does not offer is absent,
-//! never zero.
+//! All files are read on each call and nothing is cached; rates are the caller's, from two samples. What the
+//! kernel does not offer is absent, never zero.
 
 use std::path::Path;
 
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, Hierarchy, Parent, control_file, parse_oom_kills};
 
-/// Devices whose reads and writes are told. A cgroup has a line for each that it ever used; a node with more disks than this has its figures elsewhere.
+/// Devices whose reads and writes are told. A cgroup has a line for each that it ever used; a node with more
+/// disks than this has its figures elsewhere.
 const MAX_DEVICES: usize = 64;
 
 /// One sample.
@@ -24,7 +25,8 @@ pub struct Stats {
     pub pids: Option<u64>,
     /// The most that there may be, nothing without a limit; with [`Detail::All`].
     pub pids_limit: Option<u64>,
-    /// Reads and writes by device, at most 64 of them; with [`Detail::All`]. On v1 only where the blkio hierarchy has the cgroup too.
+    /// Reads and writes by device, at most 64 of them; with [`Detail::All`]. On v1 only where the blkio
+    /// hierarchy has the cgroup too.
     pub io: Vec<DeviceIo>,
     /// Time lost waiting for reads and writes: `io.pressure`, v2 only.
     pub io_pressure: Option<Pressure>,
@@ -130,7 +132,8 @@ pub struct PressureLine {
     pub total_ns: u64,
 }
 
-/// How much a sample says. Each control file costs about 10 µs, and some calls take samples of a hundred containers.
+/// How much a sample says. Each control file costs about 10 µs, and some calls take samples of a hundred
+/// containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detail {
     /// What CRI's `ContainerStats` has.
@@ -139,7 +142,8 @@ pub enum Detail {
     All,
 }
 
-/// A sample of a parent, with all that is below it: a pod's, when the parent is one pod's. Nothing when it is not there.
+/// A sample of a parent, with all that is below it: a pod's, when the parent is one pod's. Nothing when it is
+/// not there.
 ///
 /// # Errors
 /// [`Error::Read`] and [`Error::Malformed`] with the file.
@@ -152,7 +156,8 @@ pub fn stats_of_parent(
 }
 
 impl Cgroup {
-    /// Takes a sample. Nothing when the cgroup is not there, which is what a container that ends during a list looks like.
+    /// Takes a sample. Nothing when the cgroup is not there, which is what a container that ends during a
+    /// list looks like.
     ///
     /// # Errors
     /// [`Error::Read`] and [`Error::Malformed`] with the file.
@@ -224,7 +229,8 @@ impl Cgroup {
     }
 }
 
-/// v1 shows "no limit" as the largest number of whole pages in a signed 64-bit number; with pages of any size that is above this.
+/// v1 shows "no limit" as the largest number of whole pages in a signed 64-bit number; with pages of any size
+/// that is above this.
 const V1_UNLIMITED: u64 = 0x7fff_ffff_0000_0000;
 
 fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
@@ -304,7 +310,8 @@ fn unified_io(bytes: &[u8]) -> Vec<DeviceIo> {
     text.lines().filter_map(read).take(MAX_DEVICES).collect()
 }
 
-/// `8:0 Read 4096`, one line for each kind, once in bytes and once in requests: Documentation/admin-guide/cgroup-v1/blkio-controller.rst.
+/// `8:0 Read 4096`, one line for each kind, once in bytes and once in requests:
+/// Documentation/admin-guide/cgroup-v1/blkio-controller.rst.
 fn legacy_io(bytes: &[u8], requests: &[u8]) -> Vec<DeviceIo> {
     let mut devices: Vec<DeviceIo> = Vec::new();
     for (is_bytes, file) in [(true, bytes), (false, requests)] {

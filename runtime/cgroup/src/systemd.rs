@@ -1,8 +1,10 @@
-//! systemd as the arranger of cgroups: scopes made, changed and stopped over D-Bus (org.freedesktop.systemd1(5)).
+//! systemd as the arranger of cgroups: scopes made, changed and stopped over D-Bus
+//! (org.freedesktop.systemd1(5)).
 //!
-//! One connection to the system bus, in one thread of its own, which every caller shares by messages. It is made when it is first needed, and
-//! again when it has ended (a bus that was restarted, a systemd that executed itself anew). Callers block, each for [`LIMIT`] at the most,
-//! whatever the bus does; calls of different callers are under way at the same time, and nothing waits for the one that hangs.
+//! One connection to the system bus, in one thread of its own, which every caller shares by messages. It is
+//! made when it is first needed, and again when it has ended (a bus that was restarted, a systemd that
+//! executed itself anew). Callers block, each for [`LIMIT`] at the most, whatever the bus does; calls of
+//! different callers are under way at the same time, and nothing waits for the one that hangs.
 
 use std::fmt;
 use std::path::Path;
@@ -17,23 +19,25 @@ use zbus::{Connection, MatchRule, MessageStream, connection};
 
 use crate::unit::{Property, Value};
 
-/// How long a call may take, with the job that it starts. A healthy systemd takes milliseconds; one that is busy with a thousand units,
-/// seconds; the kubelet gives up on a container after two minutes.
+/// How long a call may take, with the job that it starts. A healthy systemd takes milliseconds; one that is
+/// busy with a thousand units, seconds; the kubelet gives up on a container after two minutes.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// Beyond that the thread itself does not answer, which would be a bug here.
 const THREAD_LIMIT: Duration = Duration::from_secs(35);
 
-/// How often a call is made, with its connection, before it has failed. One that has ended since it was last used is found by using it; and a
-/// systemd that executes itself anew answers nothing of what it was asked before, on new connections either, and does so again when
-/// packages are upgraded. The bus keeps what it is asked until it is back.
+/// How often a call is made, with its connection, before it has failed. One that has ended since it was last
+/// used is found by using it; and a systemd that executes itself anew answers nothing of what it was asked
+/// before, on new connections either, and does so again when packages are upgraded. The bus keeps what it is
+/// asked until it is back.
 const ATTEMPTS: u32 = 5;
 
-/// How often a wait for a job looks whether the job's work is done: the word of its end is lost when the connection is, or when systemd
-/// executes itself anew.
+/// How often a wait for a job looks whether the job's work is done: the word of its end is lost when the
+/// connection is, or when systemd executes itself anew.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Ends of jobs that may wait to be read. All units of the machine count; who falls behind looks for itself, see [`LOOK`].
+/// Ends of jobs that may wait to be read. All units of the machine count; who falls behind looks for itself,
+/// see [`LOOK`].
 const JOBS_WAITING: usize = 1024;
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
@@ -155,8 +159,9 @@ async fn serve(mut requests: mpsc::UnboundedReceiver<(Request, answers::SyncSend
             let result = match tokio::time::timeout(LIMIT, carry_out(&bus, &request)).await {
                 Ok(result) => result,
                 Err(_) => {
-                    // It may be dead without a word; the next call finds out with a new one. The lock is held for no longer than
-                    // another caller's connecting takes, and that caller has the same limit.
+                    // It may be dead without a word; the next call finds out with a new one. The lock is held
+                    // for no longer than another caller's connecting takes, and that caller has the same
+                    // limit.
                     bus.lock().await.take();
                     Err(SystemdError::Silent)
                 }
@@ -348,7 +353,8 @@ async fn finished(
     }
 }
 
-/// Whether the process is in the scope: systemd sets every property of a scope before it moves the processes into it.
+/// Whether the process is in the scope: systemd sets every property of a scope before it moves the processes
+/// into it.
 fn is_in(process: u32, unit: &str) -> bool {
     let path = format!("/proc/{process}/cgroup");
     let Ok(text) = std::fs::read_to_string(Path::new(&path)) else { return false };

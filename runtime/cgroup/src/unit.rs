@@ -1,10 +1,13 @@
-//! Limits as properties of a systemd unit: what systemd has to know, so that it writes the same values again when it rewrites a unit's
-//! files (at a daemon-reload, when another property changes) as the daemon has put there.
+//! Limits as properties of a systemd unit: what systemd has to know, so that it writes the same values again
+//! when it rewrites a unit's files (at a daemon-reload, when another property changes) as the daemon has put
+//! there.
 //!
-//! The properties are taken from the writes that [`crate::limits`] plans for the v2 files, so that there is one reading of every limit. What
-//! systemd has no property for (huge pages, `io.cost.*`, devices) it leaves alone, and is written to the files only.
+//! The properties are taken from the writes that [`crate::limits`] plans for the v2 files, so that there is
+//! one reading of every limit. What systemd has no property for (huge pages, `io.cost.*`, devices) it leaves
+//! alone, and is written to the files only.
 //!
-//! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5), systemd 244 and later.
+//! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5), systemd 244 and
+//! later.
 
 use std::time::Duration;
 
@@ -49,8 +52,8 @@ const INFINITY: u64 = u64::MAX;
 /// The kernel's period when nobody has set one, in microseconds.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
-/// systemd keeps a quota in whole percents of a processor, 10 ms of each second. A part of one is rounded up: what has to be exact is the
-/// file, which is written after.
+/// systemd keeps a quota in whole percents of a processor, 10 ms of each second. A part of one is rounded up:
+/// what has to be exact is the file, which is written after.
 const QUOTA_STEP_US: u64 = 10_000;
 
 /// The unit that every packaging of kubelet has.
@@ -66,7 +69,8 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
         ("Slice", Value::Text(slice.to_owned())),
         // What is below the scope is the container's; systemd enables every controller for it and keeps out.
         ("Delegate", Value::Flag(true)),
-        // No order beside services that containers have nothing to do with. A shutdown ends them all the same, with their slice.
+        // No order beside services that containers have nothing to do with. A shutdown ends them all the
+        // same, with their slice.
         ("DefaultDependencies", Value::Flag(false)),
         // A unit that failed, such as by an OOM kill, goes like any other.
         ("CollectMode", Value::Text("inactive-or-failed".to_owned())),
@@ -83,7 +87,8 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
 pub(crate) fn of_ending(ending: &Ending<'_>, before: Option<String>) -> Vec<Property> {
     // 0 would be no limit.
     let grace = ending.grace.max(Duration::from_secs(1));
-    // A kubelet that ends with the machine does so first, or it would see its containers die and want them back.
+    // A kubelet that ends with the machine does so first, or it would see its containers die and want them
+    // back.
     let mut properties = vec![
         ("KillSignal", Value::Signal(ending.signal)),
         ("TimeoutStopUSec", Value::Number(u64::try_from(grace.as_micros()).unwrap_or(INFINITY))),
@@ -94,8 +99,8 @@ pub(crate) fn of_ending(ending: &Ending<'_>, before: Option<String>) -> Vec<Prop
     properties
 }
 
-/// The properties that say what the v2 files get. Of several for one property the last counts, as of the writes. `period_us` is the period
-/// in force, which a quota without one keeps.
+/// The properties that say what the v2 files get. Of several for one property the last counts, as of the
+/// writes. `period_us` is the period in force, which a quota without one keeps.
 pub(crate) fn of_files<'a>(
     files: impl Iterator<Item = (&'a str, &'a str)>,
     period_us: Option<u64>,

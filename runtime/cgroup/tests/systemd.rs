@@ -1,5 +1,5 @@
-//! The systemd driver against the systemd of this machine: needs root, systemd as process 1, and cgroup v2. Elsewhere each test counts
-//! itself as skipped, in the file that `BERTH_SKIPS` names and in its output.
+//! The systemd driver against the systemd of this machine: needs root, systemd as process 1, and cgroup v2.
+//! Elsewhere each test counts itself as skipped, in the file that `BERTH_SKIPS` names and in its output.
 //!
 //! Each test has a slice of its own; scopes are removed when the test ends, and the empty slice with them.
 
@@ -22,7 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How the scopes here end when systemd is told to end them.
 const ENDING: Ending<'_> = Ending { signal: 3, grace: Duration::from_secs(7), before: Some("0ff") };
 
-/// Held alone by tests that make systemd read or execute itself anew: it writes the files of all scopes then, which others look at.
+/// Held alone by tests that make systemd read or execute itself anew: it writes the files of all scopes then,
+/// which others look at.
 static TURN: RwLock<()> = RwLock::new(());
 
 #[expect(dead_code, reason = "held, not read")]
@@ -265,7 +266,8 @@ fn limits_and_devices_survive_a_daemon_reload_and_a_daemon_reexec() {
     drop(holder);
 }
 
-/// As when packages are upgraded: every answer that is due is lost, that to the first call of a new connection too.
+/// As when packages are upgraded: every answer that is due is lost, that to the first call of a new
+/// connection too.
 #[test]
 fn scopes_are_made_changed_and_stopped_while_systemd_executes_itself_anew() {
     let Some(mut place) = Place::alone("anew") else { return };
@@ -329,7 +331,8 @@ fn an_update_that_systemd_refuses_changes_nothing() {
     let (cgroup, _holder) = place.make("0a5", &some_limits());
     let told = || ["MemoryMax", "TasksMax", "CPUQuotaPerSecUSec"].map(|name| property("0a5", name));
     let before = told();
-    // The kernel lets nobody in with a `pids.max` of 0, so that the files take all of this; systemd's TasksMax begins at 1.
+    // The kernel lets nobody in with a `pids.max` of 0, so that the files take all of this; systemd's
+    // TasksMax begins at 1.
     let limits = Limits {
         cpu_quota_us: Some(Ceiling::At(20_000)),
         memory_limit_bytes: Some(Ceiling::At(32 << 20)),

@@ -4,7 +4,8 @@ use std::str::FromStr;
 
 use oci_spec::runtime::Arch;
 
-/// One interface of the kernel. A filter sees two of them under one audit architecture: x32 is x86_64 with a bit in the number.
+/// One interface of the kernel. A filter sees two of them under one audit architecture: x32 is x86_64 with a
+/// bit in the number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Abi {
     X86_64,
@@ -180,7 +181,8 @@ impl Abi {
         assigned
     }
 
-    /// The older way to the same call on i386: the number of the call that does it, and what its first argument then is.
+    /// The older way to the same call on i386: the number of the call that does it, and what its first
+    /// argument then is.
     pub(crate) fn multiplexer(self, name: &str) -> Option<(u32, u64)> {
         if self != Self::X86 {
             return None;

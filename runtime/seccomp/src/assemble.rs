@@ -6,8 +6,8 @@
 //!     jge pivot ── right half
 //!     └─ left half … down to a leaf: ret action, or rules one after another
 //! ```
-//! A search takes about eight comparisons where a list would take hundreds, and for calls that are always allowed the kernel (since 5.11)
-//! evaluates the filter once and remembers it.
+//! A search takes about eight comparisons where a list would take hundreds, and for calls that are always
+//! allowed the kernel (since 5.11) evaluates the filter once and remembers it.
 
 use crate::CompileError;
 use crate::abi::{Abi, X32_BIT};
@@ -28,7 +28,8 @@ pub(crate) mod code {
     pub(crate) const RETURN: u16 = 0x06;
 }
 
-/// Offsets in `struct seccomp_data { int nr; __u32 arch; __u64 instruction_pointer; __u64 args[6]; }`, seccomp(2).
+/// Offsets in `struct seccomp_data { int nr; __u32 arch; __u64 instruction_pointer; __u64 args[6]; }`,
+/// seccomp(2).
 const OFFSET_NUMBER: u32 = 0;
 const OFFSET_ARCH: u32 = 4;
 const OFFSET_ARGUMENTS: u32 = 16;
@@ -70,8 +71,8 @@ pub(crate) fn assemble(lowered: &Lowered) -> Result<Vec<u8>, CompileError> {
     Ok(program.iter().flat_map(bytes).collect())
 }
 
-/// `filter`, but for calls of this machine's own architecture that have one of these numbers and exactly these first arguments: those are let
-/// through.
+/// `filter`, but for calls of this machine's own architecture that have one of these numbers and exactly
+/// these first arguments: those are let through.
 pub(crate) fn letting_through(filter: &[u8], calls: &[(u32, &[u64])]) -> Result<Vec<u8>, CompileError> {
     let mut program = vec![plain(code::LOAD, OFFSET_ARCH)];
     let mut native = Vec::new();

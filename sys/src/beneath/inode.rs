@@ -67,8 +67,8 @@ pub fn stat_fd(fd: BorrowedFd<'_>) -> io::Result<Stat> {
     stat_at(fd, c"", libc::AT_EMPTY_PATH)
 }
 
-/// Changes owner and group of an open file (not `O_PATH`). The kernel clears set-user-id, set-group-id and file capabilities
-/// then (chown(2)), so it comes before [`chmod`] and before `security.capability`.
+/// Changes owner and group of an open file (not `O_PATH`). The kernel clears set-user-id, set-group-id and
+/// file capabilities then (chown(2)), so it comes before [`chmod`] and before `security.capability`.
 ///
 /// # Errors
 /// As fchown(2).

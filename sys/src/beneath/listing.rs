@@ -72,8 +72,8 @@ impl Dir {
         }
     }
 
-    /// The names in this directory, without `.` and `..`, in the kernel's order. All are read at once: for a directory of
-    /// unknown size the caller bounds what it keeps by `limit`.
+    /// The names in this directory, without `.` and `..`, in the kernel's order. All are read at once: for a
+    /// directory of unknown size the caller bounds what it keeps by `limit`.
     ///
     /// # Errors
     /// As getdents64(2); `EOVERFLOW` if there are more than `limit`.
@@ -123,8 +123,8 @@ impl Stuck {
 /// in it and not known to be stuck.
 fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::Result<Option<CString>> {
     loop {
-        // From the start again each time: what was listed before is gone, and positions in a directory that changes mean little.
-        // SAFETY: lseek(2) takes numbers only.
+        // From the start again each time: what was listed before is gone, and positions in a directory that
+        // changes mean little. SAFETY: lseek(2) takes numbers only.
         if unsafe { libc::lseek(dir.as_raw_fd(), 0, libc::SEEK_SET) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -158,7 +158,8 @@ fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::R
 fn remove_one(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     let first = unlink_at(dir, name, 0);
     let result = match &first {
-        // Linux says EISDIR where POSIX says EPERM (unlink(2)); EPERM is an immutable file here, or a directory on odd filesystems.
+        // Linux says EISDIR where POSIX says EPERM (unlink(2)); EPERM is an immutable file here, or a
+        // directory on odd filesystems.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EISDIR | libc::EPERM)) => {
             match unlink_at(dir, name, libc::AT_REMOVEDIR) {
                 // Some filesystems say EEXIST for a directory that is not empty (rmdir(2)).
@@ -186,7 +187,8 @@ pub(super) fn getdents(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usi
 
 /// The names in what `getdents64` wrote, without `.` and `..`.
 ///
-/// `struct linux_dirent64` (getdents64(2)): d_ino u64, d_off i64, d_reclen u16, d_type u8, then the NUL-terminated name.
+/// `struct linux_dirent64` (getdents64(2)): d_ino u64, d_off i64, d_reclen u16, d_type u8, then the
+/// NUL-terminated name.
 pub(super) struct DirEntries<'a>(pub(super) &'a [u8]);
 
 impl<'a> Iterator for DirEntries<'a> {

@@ -1,12 +1,13 @@
 //! Paths inside a tree that an attacker wrote: an image's layer, a container's root.
 //!
-//! Everything is relative to a directory descriptor. A path of several components is resolved by the kernel with
-//! `openat2(RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)`: symbolic links and `..` are followed, but as if the tree's root were `/`
-//! (openat2(2)). What changes the tree takes a [`Dir`] and one name in it, and never follows a link in that name. There is no
-//! fallback for kernels without openat2 (Linux 5.6): a weaker walk is a hole.
+//! Everything is relative to a directory descriptor. A path of several components is resolved by the kernel
+//! with `openat2(RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)`: symbolic links and `..` are followed, but as if
+//! the tree's root were `/` (openat2(2)). What changes the tree takes a [`Dir`] and one name in it, and never
+//! follows a link in that name. There is no fallback for kernels without openat2 (Linux 5.6): a weaker walk
+//! is a hole.
 //!
-//! `RESOLVE_IN_ROOT` answers `EAGAIN` while somebody renames directories inside the tree (openat2(2), ERRORS); it is tried
-//! again [`MAX_TRIES`] times, then the call fails.
+//! `RESOLVE_IN_ROOT` answers `EAGAIN` while somebody renames directories inside the tree (openat2(2),
+//! ERRORS); it is tried again [`MAX_TRIES`] times, then the call fails.
 //!
 //! Callers decide what to do with types, owners and modes. Errors are the kernel's errno.
 
@@ -26,7 +27,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-/// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through 128 tries is an attack.
+/// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through 128 tries
+/// is an attack.
 pub const MAX_TRIES: usize = 128;
 
 /// Opens an `O_PATH` descriptor anew. The descriptor pins the inode; the link in /proc leads to exactly it.
@@ -46,7 +48,8 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
     CString::new(text.as_bytes()).map_err(|_| invalid())
 }
 
-/// Target of the link `name` in `directory`, or of the link that `directory` itself stands for when `name` is empty.
+/// Target of the link `name` in `directory`, or of the link that `directory` itself stands for when `name` is
+/// empty.
 fn read_link_at(directory: BorrowedFd<'_>, name: &CStr) -> io::Result<OsString> {
     // A target is shorter than PATH_MAX (symlink(7)), so it always fits and is never cut.
     let mut buffer = vec![0_u8; 4096];
@@ -64,7 +67,8 @@ fn invalid() -> io::Error {
 
 /// Makes a descriptor that a call just returned owned.
 fn owned(fd: i32) -> OwnedFd {
-    // SAFETY: every caller passes what a successful open call has just returned: open, and owned by nobody else.
+    // SAFETY: every caller passes what a successful open call has just returned: open, and owned by nobody
+    // else.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 

@@ -9,8 +9,8 @@ use std::path::Path;
 /// Where runtimes and network add-ons look for configurations.
 const CONFIGURATIONS: &str = "etc/cni/net.d";
 
-/// Where plugins are: the folder that runtimes and add-ons agree on, and that of Debian's package.
-const PLUGIN_FOLDERS: [&str; 2] = ["opt/cni/bin", "usr/lib/cni"];
+/// Where plugins are: the directory that runtimes and add-ons agree on, and that of Debian's package.
+const PLUGIN_DIRECTORIES: [&str; 2] = ["opt/cni/bin", "usr/lib/cni"];
 
 /// Real ones have a few KiB.
 const LARGEST_BYTES: u64 = 1 << 20;
@@ -68,8 +68,9 @@ fn configuration(node: &Path, name: &str) -> String {
             "{path} names a CNI plugin \"{plugin}\", which no program can be called: mend or remove it"
         );
     }
-    let is_missing =
-        |plugin: &&String| !PLUGIN_FOLDERS.iter().any(|folder| node.join(folder).join(plugin).is_file());
+    let is_missing = |plugin: &&String| {
+        !PLUGIN_DIRECTORIES.iter().any(|directory| node.join(directory).join(plugin).is_file())
+    };
     let mut missing: Vec<&str> = plugins.iter().filter(is_missing).map(String::as_str).collect();
     missing.dedup();
     if !missing.is_empty() {
@@ -104,7 +105,7 @@ fn plugins(path: &Path) -> io::Result<Vec<String>> {
     Ok(plugins)
 }
 
-/// Whether a plugin's name is that of a file in a folder. Others would lead out of it: CVE-2021-20206.
+/// Whether a plugin's name is that of a file in a directory. Others would lead out of it: CVE-2021-20206.
 fn is_name(plugin: &str) -> bool {
     let is_part = |character: char| character.is_ascii_alphanumeric() || ".-_".contains(character);
     !plugin.is_empty() && plugin.chars().all(is_part) && !plugin.starts_with('.')

@@ -1,4 +1,4 @@
-//! The folders of the daemon: whether they can be written to, and what is free on their filesystems.
+//! The daemon's directories: whether they are writable, and how much space their filesystems have.
 
 use crate::{Daemon, Finding, Grade, below, finding, text};
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     findings
 }
 
-/// The folder itself, or where it would be made.
+/// The directory itself, or where it would be created.
 fn nearest(node: &Path, path: &Path) -> PathBuf {
     let whole = below(node, path);
     let found = whole.ancestors().take_while(|path| path.starts_with(node)).find(|path| path.exists());
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_on_a_read_only_file_system_is_named() {
+    fn a_directory_on_a_read_only_file_system_is_named() {
         let mounts =
             "1 0 8:1 / / ro,relatime shared:1 - ext4 /dev/sda1 rw\n2 1 0:9 / /run rw - tmpfs tmpfs rw\n";
         let troubles = troubles(&[("proc/self/mountinfo", Some(mounts))], &daemon());
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_not_there_yet_is_judged_by_where_it_will_be() {
+    fn a_directory_that_is_not_there_yet_is_judged_by_where_it_will_be() {
         let node = node(&[]);
         assert_eq!(nearest(node.path(), Path::new("/var/lib/berth")), node.path().join("var/lib/berth"));
         assert_eq!(nearest(node.path(), Path::new("/var/lib/none/such")), node.path().join("var/lib"));

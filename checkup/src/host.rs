@@ -7,7 +7,7 @@ use std::path::Path;
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
 /// Where berthd looks for `nft`.
-const PROGRAM_FOLDERS: [&str; 4] = ["usr/sbin", "sbin", "usr/bin", "bin"];
+const PROGRAM_DIRECTORIES: [&str; 4] = ["usr/sbin", "sbin", "usr/bin", "bin"];
 
 pub(crate) fn look(node: &Path) -> Vec<Finding> {
     vec![
@@ -23,7 +23,7 @@ pub(crate) fn look(node: &Path) -> Vec<Finding> {
 }
 
 fn has_program(node: &Path, name: &str) -> bool {
-    PROGRAM_FOLDERS.iter().any(|folder| node.join(folder).join(name).exists())
+    PROGRAM_DIRECTORIES.iter().any(|directory| node.join(directory).join(name).exists())
 }
 
 fn kernel(node: &Path) -> Finding {
@@ -33,7 +33,11 @@ fn kernel(node: &Path) -> Finding {
     match version(&release) {
         Some(version) if version >= OLDEST_KERNEL => finding(Grade::Good, "kernel", release),
         Some(_) => finding(Grade::Broken, "kernel", format!("{release} is too old: boot 5.15 or newer")),
-        None => finding(Grade::Note, "kernel", format!("{release} is no version; 5.15 or newer is needed")),
+        None => finding(
+            Grade::Note,
+            "kernel",
+            format!("cannot parse the version {release}; 5.15 or newer is needed"),
+        ),
     }
 }
 
@@ -158,8 +162,8 @@ mod tests {
         each_is_named(&[
             ("proc/sys/kernel/osrelease", Some("5.14.0-427.el9.x86_64"), Broken, "kernel", "boot 5.15"),
             ("proc/sys/kernel/osrelease", Some("4.19.0"), Broken, "kernel", "4.19.0 is too old"),
-            ("proc/sys/kernel/osrelease", Some("six"), Note, "kernel", "no version"),
-            ("proc/sys/kernel/osrelease", Some(""), Note, "kernel", "no version"),
+            ("proc/sys/kernel/osrelease", Some("six"), Note, "kernel", "cannot parse the version"),
+            ("proc/sys/kernel/osrelease", Some(""), Note, "kernel", "cannot parse the version"),
             ("proc/sys/kernel/osrelease", None, Broken, "kernel", "mount /proc"),
             ("proc/filesystems", Some("nodev\tnot-overlay\n"), Note, "overlay", "modprobe overlay"),
             ("sys/fs/cgroup/cgroup.controllers", Some("cpu pids\n"), Broken, "cgroups", "without memory:"),

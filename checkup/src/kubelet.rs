@@ -9,7 +9,7 @@ const CONFIGURATION: &str = "var/lib/kubelet/config.yaml";
 /// Where an older kubeadm puts flags, which win over the configuration.
 const FLAGS: &str = "var/lib/kubelet/kubeadm-flags.env";
 
-/// The endpoint of a kubelet that is told none: `KubeletConfiguration.containerRuntimeEndpoint`.
+/// The kubelet's default endpoint: `KubeletConfiguration.containerRuntimeEndpoint`.
 const DEFAULT_ENDPOINT: &str = "unix:///run/containerd/containerd.sock";
 
 /// Nothing where there is no kubelet.
@@ -31,7 +31,7 @@ fn endpoint(configuration: &str, flags: &str, daemon: &Daemon) -> Finding {
         }
     };
     if path_of(found) == path_of(&daemon.socket.to_string_lossy()) {
-        return finding(Grade::Good, "kubelet", "is told to use Berth");
+        return finding(Grade::Good, "kubelet", "is configured to use Berth");
     }
     let text = format!(
         "{place} is {found}, so this kubelet uses another runtime: set unix://{} and restart kubelet",
@@ -46,14 +46,14 @@ fn path_of(endpoint: &str) -> &str {
 }
 
 fn driver(configuration: &str, daemon: &Daemon) -> Option<Finding> {
-    // The default of a kubelet that is told none; that of kubeadm's is systemd, and it is written down.
+    // The kubelet's default. kubeadm's default is systemd, and it writes it to the file.
     let found = value(configuration, "cgroupDriver").unwrap_or("cgroupfs");
     let own = daemon.cgroup_driver.as_str();
     if own.is_empty() || found == own {
         return None;
     }
     let text = format!(
-        "its cgroupDriver is {found} and Berth's is {own}: a kubelet before 1.31 makes no pods with that, a newer one asks Berth and goes by \
+        "its cgroupDriver is {found} and Berth's is {own}: a kubelet before 1.31 cannot create pods with that, a newer one asks Berth and uses \
          the answer; set cgroupDriver: {own} in /{CONFIGURATION} and restart kubelet"
     );
     Some(finding(Grade::Note, "kubelet", text))

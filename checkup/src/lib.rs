@@ -1,8 +1,8 @@
 //! What a node needs for Berth and has or lacks, from files alone.
 //!
 //! For `berth doctor`, which also looks while no daemon runs, and for the daemon's log when it starts: both
-//! say the same. Every path is looked up below a folder, so that tests can make a node of plain files.
-//! Nothing is changed, no program is run, no socket opened.
+//! say the same. Every path is resolved below a root directory, so that tests can build a node from plain
+//! files. Nothing is changed, no program is run, no socket opened.
 #![forbid(unsafe_code)]
 
 mod cni;
@@ -43,9 +43,9 @@ pub fn finding(grade: Grade, subject: &'static str, text: impl Into<String>) -> 
 /// What has to be known of the daemon.
 #[derive(Debug, Clone)]
 pub struct Daemon {
-    /// Its durable folder.
+    /// Its persistent directory.
     pub root: PathBuf,
-    /// Its folder for what a reboot takes away.
+    /// Its directory for state that does not survive a reboot.
     pub state: PathBuf,
     /// Its socket.
     pub socket: PathBuf,
@@ -74,7 +74,7 @@ impl Default for Daemon {
     }
 }
 
-/// Looks at the node whose files are below `node`, with the folders of `daemon` among them.
+/// Looks at the node whose files are below `node`, with the directories of `daemon` among them.
 #[must_use]
 pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let mut findings = host::look(node);
@@ -135,17 +135,17 @@ mod tests {
 
     /// That node with these files besides or instead; without one where the text is none.
     pub(crate) fn node(changes: &[(&str, Option<&str>)]) -> TempDir {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let whole = NODE.map(|(path, text)| (path, Some(text)));
         for (path, text) in whole.iter().chain(changes) {
-            let path = folder.path().join(path);
+            let path = directory.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             match text {
                 Some(text) => fs::write(path, text).unwrap(),
                 None => fs::remove_file(path).unwrap(),
             }
         }
-        folder
+        directory
     }
 
     /// The findings on it that are not good.
@@ -173,9 +173,9 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_anything_is_survived() {
+    fn a_directory_without_anything_is_survived() {
         let empty = tempfile::tempdir().unwrap();
         assert!(look(empty.path(), &daemon()).iter().any(|finding| finding.grade == Grade::Broken));
-        assert!(!look(Path::new("/no/such/folder"), &daemon()).is_empty());
+        assert!(!look(Path::new("/no/such/directory"), &daemon()).is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! The sockets of other runtimes, which kubeadm finds by itself.
+//! The sockets of other runtimes, which kubeadm detects.
 
 use crate::{Daemon, Finding, Grade, finding, text, without_var};
 use std::path::Path;

@@ -12,7 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 
 /// Why a document is not taken.
 #[derive(Debug, thiserror::Error)]
-#[error("not a JSON document that all readers would read alike")]
+#[error("not a JSON document that all parsers read the same way")]
 pub struct AmbiguousJson(#[source] serde_json::Error);
 
 /// Checks that no object has a key of `fields` twice, or one that differs from it only in case. Objects below

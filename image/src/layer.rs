@@ -66,7 +66,7 @@ pub enum LayerError {
     #[error(transparent)]
     Reserved(#[from] Shortage),
     /// The transfer was given up by the other side.
-    #[error("transfer was abandoned")]
+    #[error("transfer was cancelled")]
     Abandoned,
     /// Not a layer, or a hostile one.
     #[error("unpack the layer")]
@@ -327,7 +327,7 @@ pub(crate) fn is_disk_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// A layer's content in an archive file or folder for an import, or from a registry.
+/// A layer's content in an archive file or directory for an import, or from a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LayerContent {
     pub(crate) blob: Blob,

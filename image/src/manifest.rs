@@ -83,16 +83,16 @@ pub enum ManifestError {
     #[error(transparent)]
     Ambiguous(#[from] AmbiguousJson),
     /// Not what its type says.
-    #[error("document has not the form of its type")]
+    #[error("document does not match its media type")]
     Form(#[source] serde_json::Error),
     /// `mediaType`, `Content-Type` and content do not agree (CVE-2021-41190).
-    #[error("document could be read as two types")]
+    #[error("document is ambiguous: its fields belong to two media types")]
     Confused,
     /// A type that is no image: an artifact, schema 1, a Helm chart.
     #[error("type '{0}' is not an image")]
     UnknownType(String),
     /// More than 500 layers, or more than 10,000 entries of an index.
-    #[error("it lists {count} {what}, and at most {most} are taken")]
+    #[error("it lists {count} {what}; the limit is {most}")]
     TooLong {
         /// Of what.
         what: &'static str,
@@ -111,7 +111,7 @@ pub enum ManifestError {
     #[error("{0} of the configuration is not UTF-8")]
     NotText(&'static str),
     /// Nothing for this machine in the index, or an image for another one.
-    #[error("image has nothing for {0}")]
+    #[error("image has no variant for {0}")]
     Platform(String),
     /// Configuration and manifest do not have the same number of layers.
     #[error("configuration lists {diff_ids} layers, manifest {layers}")]

@@ -33,7 +33,7 @@ const MAX_NAMES: usize = 1_000_000;
 #[non_exhaustive]
 pub enum PatchError {
     /// A hard link of the layer points at nothing.
-    #[error("hard link '{name}' points at '{target}', which no lower layer has")]
+    #[error("hard link '{name}' points to '{target}', which no lower layer contains")]
     MissingTarget {
         /// The link, escaped.
         name: String,
@@ -41,7 +41,7 @@ pub enum PatchError {
         target: String,
     },
     /// A hard link of the layer points at a directory of a lower one.
-    #[error("hard link '{name}' points at the directory '{target}'")]
+    #[error("hard link '{name}' points to the directory '{target}'")]
     LinkToDirectory {
         /// The link, escaped.
         name: String,

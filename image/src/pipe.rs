@@ -24,12 +24,12 @@ const PIECE: usize = 64 * 1024;
 
 /// The reader is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the reader of the bytes is gone")]
+#[error("the reader is gone")]
 pub(crate) struct ReaderGone;
 
 /// The writer went away without saying that all was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the transfer was abandoned")]
+#[error("the transfer was cancelled")]
 pub(crate) struct Abandoned;
 
 #[derive(Debug)]

@@ -49,10 +49,10 @@ async fn import(store: &Store, image: &Built, name: &str) -> Image {
 
 /// Everything that the store keeps, but for what is half made or on its way out.
 fn kept(root: &Path) -> Vec<String> {
-    let folders = ["layers", "patches", "images"].into_iter();
-    let names = folders.flat_map(|folder| {
-        let names = names(&root.join(folder)).into_iter().filter(|name| !name.ends_with(".partial"));
-        names.map(move |name| format!("{folder}/{name}"))
+    let directories = ["layers", "patches", "images"].into_iter();
+    let names = directories.flat_map(|directory| {
+        let names = names(&root.join(directory)).into_iter().filter(|name| !name.ends_with(".partial"));
+        names.map(move |name| format!("{directory}/{name}"))
     });
     names.collect()
 }
@@ -60,13 +60,13 @@ fn kept(root: &Path) -> Vec<String> {
 /// All files of records and documents, of layers, patches and images.
 fn records(root: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for (folder, files) in [
+    for (directory, files) in [
         ("layers", ["layer.json", "open.json"].as_slice()),
         ("patches", &["layer.json"]),
         ("images", &["record.json", "config", "manifest"]),
     ] {
-        for name in names(&root.join(folder)) {
-            let files = files.iter().map(|file| root.join(folder).join(&name).join(file));
+        for name in names(&root.join(directory)) {
+            let files = files.iter().map(|file| root.join(directory).join(&name).join(file));
             found.extend(files.filter(|file| file.exists()));
         }
     }
@@ -199,42 +199,42 @@ async fn a_store_of_a_later_version_survives_an_earlier_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flipped_bit_in_the_record_of_a_layer_costs_nothing_and_a_pull_mends_it() {
-    for (folder, file) in [("layers", "layer.json"), ("layers", "open.json"), ("patches", "layer.json")] {
+    for (directory, file) in [("layers", "layer.json"), ("layers", "open.json"), ("patches", "layer.json")] {
         let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new());
         pair.import_one(&store(dir.path())).await;
         let before = kept(dir.path());
         let damaged: Vec<PathBuf> = records(dir.path())
             .into_iter()
-            .filter(|path| path.ends_with(file) && path.starts_with(dir.path().join(folder)))
+            .filter(|path| path.ends_with(file) && path.starts_with(dir.path().join(directory)))
             .collect();
         for file in &damaged {
             flip_a_bit(file);
         }
         let store = store(dir.path());
         store.collect(containers_of(&[pair.one.config])).await.unwrap();
-        assert_eq!(kept(dir.path()), before, "{folder}/{file}");
-        assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{folder}/{file}");
+        assert_eq!(kept(dir.path()), before, "{directory}/{file}");
+        assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{directory}/{file}");
         let mounted = store.lower_dirs(&store.find("one:v").unwrap()).unwrap();
 
         // Another image on these layers is not held up, and the pull of the same one mends what is left.
         pair.import_two(&store).await;
-        assert_eq!(read_through(&store, "two:v", "d/middle"), b"m", "{folder}/{file}");
+        assert_eq!(read_through(&store, "two:v", "d/middle"), b"m", "{directory}/{file}");
         pair.import_one(&store).await;
-        assert_eq!(store.faults(), [""; 0], "{folder}/{file}");
+        assert_eq!(store.faults(), [""; 0], "{directory}/{file}");
         assert_eq!(store.lower_dirs(&store.find("one:v").unwrap()).unwrap(), mounted);
         // What a container has mounted stays, under another name, over a restart and until the container
         // goes.
         let replaced = || kept(dir.path()).iter().filter(|name| name.ends_with(".replaced")).count();
-        assert_eq!(replaced(), damaged.len(), "{folder}/{file}");
+        assert_eq!(replaced(), damaged.len(), "{directory}/{file}");
         drop(store);
         let store = support::store(dir.path());
-        assert_eq!(store.faults(), [""; 0], "{folder}/{file}");
+        assert_eq!(store.faults(), [""; 0], "{directory}/{file}");
         assert_eq!(store.list().len(), 2);
         store.collect(containers_of(&[pair.one.config])).await.unwrap();
-        assert_eq!(replaced(), damaged.len(), "{folder}/{file}");
+        assert_eq!(replaced(), damaged.len(), "{directory}/{file}");
         store.collect(nobody).await.unwrap();
-        assert_eq!(replaced(), 0, "{folder}/{file}");
-        assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{folder}/{file}");
+        assert_eq!(replaced(), 0, "{directory}/{file}");
+        assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{directory}/{file}");
     }
 }
 
@@ -388,7 +388,7 @@ async fn what_cannot_be_deleted_keeps_nobody_from_anything() {
         assert!(store.remove("one:v", nobody).await.unwrap());
         assert!(store.list().is_empty() && kept(dir.path()).is_empty());
         soon("all but the one tree is deleted", || {
-            let left = |folder: &str| names(&dir.path().join(folder)).len();
+            let left = |directory: &str| names(&dir.path().join(directory)).len();
             (left("layers"), left("patches"), left("images")) == (1, 0, 0)
         });
         pair.import_one(&store).await;
@@ -426,15 +426,15 @@ async fn no_name_of_something_on_its_way_out_comes_again() {
 async fn files_that_are_not_the_stores_are_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     drop(store(dir.path()));
-    for folder in ["layers", "patches", "images"] {
-        fs::create_dir_all(dir.path().join(folder).join("lost+found/x")).unwrap();
-        fs::write(dir.path().join(folder).join("notes.txt"), "x").unwrap();
+    for directory in ["layers", "patches", "images"] {
+        fs::create_dir_all(dir.path().join(directory).join("lost+found/x")).unwrap();
+        fs::write(dir.path().join(directory).join("notes.txt"), "x").unwrap();
     }
     let store = store(dir.path());
     store.sweep();
     store.collect(nobody).await.unwrap();
-    for folder in ["layers", "patches", "images"] {
-        assert_eq!(names(&dir.path().join(folder)), ["lost+found", "notes.txt"]);
+    for directory in ["layers", "patches", "images"] {
+        assert_eq!(names(&dir.path().join(directory)), ["lost+found", "notes.txt"]);
     }
 }
 

@@ -29,8 +29,8 @@ fn of(tars: &[Vec<u8>], label: &str) -> Built {
 
 #[track_caller]
 fn assert_empty(root: &Path) {
-    for folder in ["layers", "patches", "images"] {
-        soon(folder, || names(&root.join(folder)).is_empty());
+    for directory in ["layers", "patches", "images"] {
+        soon(directory, || names(&root.join(directory)).is_empty());
     }
 }
 

@@ -132,8 +132,8 @@ fn owned(raw: libc::c_long) -> io::Result<OwnedFd> {
 /// without the capability.
 pub fn load_device_filter(name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
     let count = u32::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
-    // The program calls no kernel function, so its licence decides nothing; the kernel wants a string all the
-    // same.
+    // The program calls no kernel function, so its licence does not matter; the kernel requires a string all
+    // the same.
     let license = CString::from(c"Apache-2.0");
     let mut attributes = LoadAttributes {
         prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,

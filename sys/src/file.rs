@@ -10,7 +10,7 @@ pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NO
 /// Open flags: for writing.
 pub const WRITE: i32 = libc::O_WRONLY | libc::O_NOCTTY | libc::O_CLOEXEC;
 
-/// A copy of a program that nobody can write to: a file in memory with every seal (`memfd_create(2)`),
+/// A copy of a program that cannot be written to: a file in memory with every seal (`memfd_create(2)`),
 /// `F_SEAL_EXEC` left out so that the floor of supported kernels (5.15) has all of them.
 ///
 /// A process started from it cannot be used to overwrite the file on disk that it came from.
@@ -34,7 +34,7 @@ pub fn sealed_program(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // A descriptor open for writing makes exec fail with ETXTBSY, so it is opened anew for reading.
+    // A descriptor open for writing makes exec fail with ETXTBSY, so it is reopened for reading.
     let read_only = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     Ok(read_only.into())
 }
@@ -50,7 +50,7 @@ fn memory_for_program(name: &std::ffi::CStr) -> io::Result<OwnedFd> {
         if raw < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+        // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(raw) })
     };
     match make(MFD_EXEC) {
@@ -97,7 +97,7 @@ pub fn exchange(one: &std::path::Path, other: &std::path::Path) -> io::Result<()
         std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput)
     };
     let (one, other) = (name(one)?, name(other)?);
-    // SAFETY: renameat2(2) wants two directories, for which AT_FDCWD stands, and two NUL-terminated names.
+    // SAFETY: renameat2(2) takes two directories, for which AT_FDCWD stands, and two NUL-terminated names.
     let result = unsafe {
         libc::syscall(
             libc::SYS_renameat2,
@@ -128,7 +128,7 @@ pub fn take_inherited(number: i32) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     taken.push(number);
-    // SAFETY: the descriptor is open (fcntl succeeded), was passed by whoever started this process, and was
+    // SAFETY: the descriptor is open (fcntl succeeded), was passed by the parent process, and was
     // not taken before.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
@@ -211,14 +211,14 @@ mod tests {
 
     #[test]
     fn names_change_places() {
-        let folder = std::env::temp_dir().join(format!("berth-sys-exchange-{}", std::process::id()));
-        let (one, other) = (folder.join("one"), folder.join("other"));
+        let directory = std::env::temp_dir().join(format!("berth-sys-exchange-{}", std::process::id()));
+        let (one, other) = (directory.join("one"), directory.join("other"));
         std::fs::create_dir_all(one.join("in-one")).unwrap();
         assert_eq!(exchange(&one, &other).unwrap_err().raw_os_error(), Some(libc::ENOENT));
         std::fs::create_dir_all(other.join("in-other")).unwrap();
         exchange(&one, &other).unwrap();
         assert!(one.join("in-other").is_dir() && other.join("in-one").is_dir());
-        std::fs::remove_dir_all(folder).unwrap();
+        std::fs::remove_dir_all(directory).unwrap();
     }
 
     fn runs_and_cannot_be_written(program: &OwnedFd) {

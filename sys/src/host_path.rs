@@ -47,7 +47,7 @@ fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
         opened => return opened,
     }
-    // SAFETY: mkdirat(2) wants an open directory and a NUL-terminated name, and both live until it returns.
+    // SAFETY: mkdirat(2) takes an open directory and a NUL-terminated name, and both live until it returns.
     if unsafe { libc::mkdirat(dir.as_raw_fd(), name.as_ptr(), mode) } == 0 {
         return open(dir.as_raw_fd(), &name, libc::O_NOFOLLOW);
     }
@@ -60,13 +60,13 @@ fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {
 
 fn open(dir: i32, name: &CStr, flags: i32) -> io::Result<OwnedFd> {
     let flags = flags | libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    // SAFETY: openat(2) wants a directory or AT_FDCWD, which `dir` is in every call here, and a
+    // SAFETY: openat(2) takes a directory or AT_FDCWD, which `dir` is in every call here, and a
     // NUL-terminated name.
     let raw = unsafe { libc::openat(dir, name.as_ptr(), flags) };
     if raw < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+    // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
@@ -76,9 +76,9 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    struct Folder(PathBuf);
+    struct Directory(PathBuf);
 
-    impl Folder {
+    impl Directory {
         fn new(name: &str) -> Self {
             let path = std::env::temp_dir().join(format!("berth-host-path-{}-{name}", std::process::id()));
             fs::create_dir(&path).unwrap();
@@ -86,7 +86,7 @@ mod tests {
         }
     }
 
-    impl Drop for Folder {
+    impl Drop for Directory {
         fn drop(&mut self) {
             fs::remove_dir_all(&self.0).unwrap();
         }
@@ -94,19 +94,19 @@ mod tests {
 
     #[test]
     fn links_of_the_administrator_are_followed_and_links_to_nothing_are_not() {
-        let folder = Folder::new("links");
-        fs::create_dir(folder.0.join("data")).unwrap();
-        symlink("data", folder.0.join("kubelet")).unwrap();
-        symlink("absent", folder.0.join("dangling")).unwrap();
-        fs::write(folder.0.join("file"), "").unwrap();
-        make_dir_all(&folder.0.join("kubelet/a/../b"), 0o755).unwrap();
-        assert!(folder.0.join("data/a").is_dir() && folder.0.join("data/b").is_dir());
-        let refused = |path: &str| make_dir_all(&folder.0.join(path), 0o755).unwrap_err();
+        let directory = Directory::new("links");
+        fs::create_dir(directory.0.join("data")).unwrap();
+        symlink("data", directory.0.join("kubelet")).unwrap();
+        symlink("absent", directory.0.join("dangling")).unwrap();
+        fs::write(directory.0.join("file"), "").unwrap();
+        make_dir_all(&directory.0.join("kubelet/a/../b"), 0o755).unwrap();
+        assert!(directory.0.join("data/a").is_dir() && directory.0.join("data/b").is_dir());
+        let refused = |path: &str| make_dir_all(&directory.0.join(path), 0o755).unwrap_err();
         let (at, error) = refused("dangling/a");
-        assert_eq!((at, error.raw_os_error()), (folder.0.join("dangling"), Some(libc::ENOENT)));
+        assert_eq!((at, error.raw_os_error()), (directory.0.join("dangling"), Some(libc::ENOENT)));
         let (at, error) = refused("file/a");
-        assert_eq!((at, error.raw_os_error()), (folder.0.join("file"), Some(libc::ENOTDIR)));
-        assert!(!folder.0.join("absent").exists());
+        assert_eq!((at, error.raw_os_error()), (directory.0.join("file"), Some(libc::ENOTDIR)));
+        assert!(!directory.0.join("absent").exists());
         assert_eq!(make_dir_all(Path::new("a"), 0o755).unwrap_err().1.raw_os_error(), Some(libc::EINVAL));
     }
 }

@@ -22,12 +22,12 @@ impl Identified {
     /// Finds the process with this number and this start time ([`process::start_time`]).
     ///
     /// # Errors
-    /// `ESRCH` when it was reaped, whoever has its number now.
+    /// `ESRCH` when it was reaped, even if its number has been reused.
     pub fn find(pid: i32, start_time: u64) -> io::Result<Self> {
         let gone = || io::Error::from_raw_os_error(libc::ESRCH);
         let pidfd = process::open_pidfd(pid)?;
         let directory = std::ffi::CString::new(format!("/proc/{pid}")).map_err(|_| gone())?;
-        // SAFETY: open(2) wants a NUL-terminated path, and no mode without O_CREAT.
+        // SAFETY: open(2) takes a NUL-terminated path, and no mode without O_CREAT.
         let raw =
             unsafe { libc::open(directory.as_ptr(), libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) };
         if raw < 0 {
@@ -36,7 +36,7 @@ impl Identified {
                 error => error,
             });
         }
-        // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+        // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
         let directory = unsafe { OwnedFd::from_raw_fd(raw) };
         let found = Self { pidfd, directory };
         let mut stat = Vec::new();
@@ -79,14 +79,14 @@ impl Identified {
     }
 
     fn open(&self, name: &std::ffi::CStr) -> io::Result<OwnedFd> {
-        // SAFETY: openat(2) wants an open directory and a NUL-terminated name, and no mode without O_CREAT.
+        // SAFETY: openat(2) takes an open directory and a NUL-terminated name, and no mode without O_CREAT.
         let raw = unsafe {
             libc::openat(self.directory.as_raw_fd(), name.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC)
         };
         if raw < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+        // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(raw) })
     }
 }

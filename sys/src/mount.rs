@@ -77,7 +77,7 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
 
 fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     let raw = RawFd::try_from(check(result)?).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+    // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
@@ -363,7 +363,7 @@ pub fn is_procfs(place: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(nix::sys::statfs::fstatfs(place)?.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
 }
 
-/// Binds `source` on `target`, both paths of this process that nobody else can change: `mount(2)` with
+/// Binds `source` on `target`, both paths of this process that no other process can change: `mount(2)` with
 /// `MS_BIND`.
 ///
 /// # Errors
@@ -440,7 +440,7 @@ fn open_directory(path: &CStr) -> io::Result<OwnedFd> {
     if raw < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor was just made and belongs to nobody else.
+    // SAFETY: the descriptor was just made and belongs to nothing else.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 

@@ -168,7 +168,7 @@ pub fn set_hostname(name: &str) -> io::Result<()> {
     Ok(nix::unistd::sethostname(name)?)
 }
 
-/// Runs `work` on a thread of its own, which may change namespaces at will, and ends with it.
+/// Runs `work` on a new thread, which may change its namespaces freely and ends with the work.
 ///
 /// The thread gets its own filesystem attributes (`CLONE_FS` unshared), so that also a mount namespace can be
 /// joined.

@@ -91,7 +91,7 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
     match result {
         0 => Ok(Cloned::Child),
         pid if pid > 0 => {
-            // SAFETY: with CLONE_PIDFD the kernel stored a new descriptor in `pidfd`, owned by nobody else.
+            // SAFETY: with CLONE_PIDFD the kernel stored a new descriptor in `pidfd`, owned by nothing else.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
             let pid = i32::try_from(pid).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
             Ok(Cloned::Parent { pid, pidfd })
@@ -129,7 +129,7 @@ impl SingleThreaded {
 /// # Errors
 /// Those of [`clone_process`].
 pub fn clone_sibling(_: SingleThreaded) -> io::Result<Option<i32>> {
-    // No signal of its own: the parent is told of the sibling's end as it is of the caller's.
+    // No signal of its own: the parent learns of the sibling's end as it does of the caller's.
     let flags = libc::c_long::from(libc::CLONE_PARENT);
     // SAFETY: no CLONE_VM and no new stack, so the sibling runs on a copy of this one; the null pointers are
     // for what is not asked for; there is one thread, so no lock in the copy is held by a thread that does
@@ -165,7 +165,7 @@ pub fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     let raw = RawFd::try_from(raw).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+    // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
@@ -253,7 +253,7 @@ pub fn reap_or_running(pid: i32) -> io::Result<Child> {
     })
 }
 
-/// Whether `pid` is a child of the calling process that nobody has reaped: `waitid(2)` with `WNOWAIT`. As
+/// Whether `pid` is a child of the calling process not yet reaped: `waitid(2)` with `WNOWAIT`. As
 /// long as it is, the number is its own.
 ///
 /// # Errors

@@ -59,8 +59,8 @@ pub fn listen_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd
 /// A non-blocking stream socket connected to `name` in `directory`. It does not wait: unix(7).
 ///
 /// # Errors
-/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nobody listens, `EAGAIN` when somebody does and
-/// has not taken the connections that wait already.
+/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nothing is listening, `EAGAIN` when somebody
+/// does and has not taken the connections that wait already.
 pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -74,7 +74,7 @@ pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedF
 /// `EAGAIN` when none waits, `EMFILE` at the descriptor limit.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let raw = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
-    // SAFETY: accept4 returned `raw` as a new descriptor that nobody else owns.
+    // SAFETY: accept4 returned `raw` as a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 

@@ -27,7 +27,7 @@ pub fn open_other_end(controller: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     if raw < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel returned `raw` as a new descriptor that nobody else owns.
+    // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 

@@ -32,10 +32,10 @@ const MAX_TOKEN_BODY: usize = 1 << 20;
 #[non_exhaustive]
 pub enum AuthError {
     /// The challenge is missing, malformed, or of no known scheme.
-    #[error("registry gives no usable way to authenticate")]
+    #[error("registry offers no supported way to authenticate")]
     Challenge,
     /// Basic authentication is wanted, and there is no user and password for this host.
-    #[error("registry wants a user name and a password")]
+    #[error("registry requires a user name and a password")]
     NoCredentials,
     /// The token service is at an address that a registry must not send us to.
     #[error("token service address is not allowed")]
@@ -47,7 +47,7 @@ pub enum AuthError {
     #[error("token service answered {0}")]
     Refused(u16),
     /// The token service's answer is no token.
-    #[error("token service gave no usable token")]
+    #[error("token service returned no usable token")]
     NoToken,
 }
 
@@ -179,7 +179,7 @@ fn share_site(a: &Url, b: &Url) -> bool {
             [top, second, ..] if top.len() == 2 && second.len() <= 3 => 2,
             _ => 1,
         };
-        // A name that is a public suffix itself belongs to nobody.
+        // A name that is a public suffix itself has no owner.
         (labels.len() > public).then(|| labels.iter().take(public + 1).map(|l| (*l).to_owned()).collect())
     };
     // Suffixes under which anybody gets a name.

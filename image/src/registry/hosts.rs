@@ -11,8 +11,8 @@
 //!   [host."https://mirror.example/v2/proxy".header]
 //!     x-team = "a"                           # or a list
 //! ```
-//! Fields of a host may stand at the top too and then belong to the server. Folders are looked for under the
-//! host as written, then `<host>_<port>_` (for file systems without colons), then `_default` (containerd
+//! Fields of a host may stand at the top too and then belong to the server. Directories are looked for under
+//! the host as written, then `<host>_<port>_` (for file systems without colons), then `_default` (containerd
 //! docs/hosts.md). Credentials of a pull go to the server only, never to a mirror: a mirror that wants some
 //! gets them through `header`.
 
@@ -113,8 +113,8 @@ pub(crate) struct Endpoint {
 /// changes count at once.
 pub(crate) fn endpoints(config_path: Option<&Path>, domain: &str) -> Result<Vec<Endpoint>, HostsError> {
     if let Some(config_path) = config_path {
-        for folder in folder_names(domain) {
-            let dir = config_path.join(folder);
+        for directory in directory_names(domain) {
+            let dir = config_path.join(directory);
             if !dir.is_dir() {
                 continue;
             }
@@ -129,7 +129,7 @@ pub(crate) fn endpoints(config_path: Option<&Path>, domain: &str) -> Result<Vec<
 }
 
 /// A domain was checked by the reference's grammar: it has neither a slash nor a leading dot.
-fn folder_names(domain: &str) -> Vec<String> {
+fn directory_names(domain: &str) -> Vec<String> {
     let mut names = vec![domain.to_owned()];
     if let Some((host, port)) = domain.rsplit_once(':')
         && port.bytes().all(|b| b.is_ascii_digit())
@@ -432,14 +432,14 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_looked_for_in_containerds_order() {
-        assert_eq!(folder_names("h:5000"), ["h:5000", "h_5000_", "_default"]);
-        assert_eq!(folder_names("h"), ["h", "_default"]);
+    fn directories_are_looked_for_in_containerds_order() {
+        assert_eq!(directory_names("h:5000"), ["h:5000", "h_5000_", "_default"]);
+        assert_eq!(directory_names("h"), ["h", "_default"]);
         let dir = tempfile::tempdir().unwrap();
-        let write = |folder: &str, server: &str| {
-            std::fs::create_dir_all(dir.path().join(folder)).unwrap();
+        let write = |directory: &str, server: &str| {
+            std::fs::create_dir_all(dir.path().join(directory)).unwrap();
             std::fs::write(
-                dir.path().join(folder).join("hosts.toml"),
+                dir.path().join(directory).join("hosts.toml"),
                 format!("server = \"https://{server}\""),
             )
             .unwrap();

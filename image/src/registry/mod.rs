@@ -128,13 +128,13 @@ pub enum RegistryError {
         detail: String,
     },
     /// A redirect to where no registry may send us, or too many.
-    #[error("registry host {host} redirects to where it must not")]
+    #[error("registry host {host} redirects to a forbidden address")]
     Redirect {
         /// Which host.
         host: String,
     },
     /// Longer or shorter than announced.
-    #[error("content has another size than announced")]
+    #[error("content size differs from the announced size")]
     Size,
     /// Above what is read of a document.
     #[error("document is too large")]
@@ -314,7 +314,7 @@ impl Session {
                     Err(error) => {
                         if !is_last {
                             let error: &dyn std::error::Error = &error;
-                            tracing::warn!(host = %host.name, error, "registry host gave no manifest");
+                            tracing::warn!(host = %host.name, error, "registry host returned no manifest");
                         }
                         unreadable.get_or_insert(fetched);
                     }
@@ -347,7 +347,7 @@ impl Session {
     pub(crate) fn distrust(&self, digest: Digest) -> bool {
         let Some(place) = self.trust.blame(digest) else { return false };
         if let Some(host) = self.hosts.get(place) {
-            tracing::warn!(host = %host.name, %digest, "registry host has other content than the digest says");
+            tracing::warn!(host = %host.name, %digest, "registry host returned content that does not match its digest");
         }
         self.hosts_that(|place, endpoint| endpoint.pull && self.trust.has(place, digest)).next().is_some()
     }

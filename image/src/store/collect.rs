@@ -1,8 +1,8 @@
 //! What leaves the store, and when.
 //!
 //! A layer goes when no image needs it: no listed one, none that was removed while a container uses it or is
-//! being made from it, none whose folder is kept because it cannot be used, and no pull that runs. As long as
-//! one of those is not known, nothing goes: not which containers there are, not what an image of theirs
+//! being made from it, none whose directory is kept because it cannot be used, and no pull that runs. As long
+//! as one of those is not known, nothing goes: not which containers there are, not what an image of theirs
 //! stands on.
 //!
 //! Removal is a rename; see `sweep` for the rest.
@@ -46,7 +46,7 @@ impl Inner {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(file_error("remove", &path)(error));
             }
-            // Absent: somebody else took the folder away, and the image has gone all the same.
+            // Absent: somebody else took the directory away, and the image has gone all the same.
             _ => {}
         }
         {
@@ -56,7 +56,7 @@ impl Inner {
             }
             state.tags.retain(|_, owner| *owner != id);
         }
-        if let Err(error) = self.sync_folder("images") {
+        if let Err(error) = self.sync_directory("images") {
             // It is gone, and comes back at worst if the power fails now.
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
@@ -97,13 +97,13 @@ impl Inner {
     /// Puts a damaged image where a person can look at it. The names there are never used twice.
     pub(super) fn quarantine(&self, path: &Path) -> Result<(), StoreError> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let folder = self.root.join("quarantine");
+        let directory = self.root.join("quarantine");
         let free = (0..)
             .map(|number| {
-                folder.join(if number == 0 { name.to_string() } else { format!("{name}.{number}") })
+                directory.join(if number == 0 { name.to_string() } else { format!("{name}.{number}") })
             })
             .find(|target| fs::symlink_metadata(target).is_err_and(|e| e.kind() == io::ErrorKind::NotFound));
-        match fs::rename(path, free.unwrap_or(folder)) {
+        match fs::rename(path, free.unwrap_or(directory)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(file_error("set aside", path)(error))
             }
@@ -160,7 +160,7 @@ impl Inner {
         self.sweeper.start();
     }
 
-    /// Lets go those of these layers and patches that nobody needs. The caller holds the disk lock.
+    /// Lets go those of these layers and patches that is not needed. The caller holds the disk lock.
     pub(super) fn discard_unneeded(&self, candidates: &BTreeSet<Lower>) {
         self.discard_trees(|lower| candidates.contains(&lower));
         self.sweeper.start();
@@ -223,7 +223,7 @@ impl Inner {
 }
 
 impl Held {
-    /// Whether the folder may be set aside: proven damaged, or removed by somebody, and used by nobody.
+    /// Whether the directory may be set aside: proven damaged, or removed by somebody, and used by nobody.
     fn is_free(&self, name: &str, reach: Reach, used: &BTreeSet<Digest>) -> bool {
         let is_reached = name.ends_with(REMOVED) || (reach == Reach::Damaged && self.fault.is_damaged());
         is_reached && !used.contains(&self.id)
@@ -235,7 +235,7 @@ impl State {
     fn doubt(&self, reach: Reach, used: &BTreeSet<Digest>) -> Option<String> {
         for (name, held) in &self.held {
             if held.needs.is_none() && !held.is_free(name, reach, used) {
-                return Some(format!("which of them image {} needs cannot be read", held.id));
+                return Some(format!("the layers of image {} are unknown", held.id));
             }
         }
         let known = |id: &Digest| {
@@ -244,7 +244,7 @@ impl State {
                 || self.held.values().any(|held| held.id == *id && held.needs.is_some())
         };
         let stranger = used.iter().find(|id| !known(id))?;
-        Some(format!("a container uses image {stranger}, of which the store knows nothing"))
+        Some(format!("a container uses image {stranger}, which is not in the store"))
     }
 
     fn needed(&self) -> BTreeSet<Lower> {
@@ -286,6 +286,6 @@ impl State {
 fn complain(error: &StoreError) {
     tracing::warn!(
         error = error as &dyn std::error::Error,
-        "could not remove a part of an image that nobody needs"
+        "could not remove a part of an image that is not needed"
     );
 }

@@ -1,9 +1,9 @@
 //! The one moment in which an image comes to be.
 //!
 //! Order, so that a power cut at any point leaves the image absent or whole: layers are unpacked under other
-//! names; the patch layers and the image's folder are made under other names too; one `syncfs` makes all of
-//! it durable; layers and patches get their names, and their folders are synced; last the image's folder gets
-//! its name. A layer that got its name without its image is garbage, and collected.
+//! names; the patch layers and the image's directory are made under other names too; one `syncfs` makes all
+//! of it durable; layers and patches get their names, and their directories are synced; last the image's
+//! directory gets its name. A layer that got its name without its image is garbage, and collected.
 //!
 //! The same way mends what is there already: a layer or patch whose record cannot be used changes places with
 //! the new one, and stays under another name while a container has it mounted.
@@ -204,7 +204,7 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
     }
     let image_path = inner.image_path(id);
     let partial = inner.partial_path(&image_path);
-    // A folder of this image may be there that cannot be used. What is known of it goes on: its names.
+    // A directory of this image may be there that cannot be used. What is known of it goes on: its names.
     let held = inner.state().held.get(&id.hex()).cloned();
     let mut record = ImageRecord {
         id,
@@ -240,8 +240,8 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
                 .inspect_err(|_| inner.sweeper.queue(done.partial))?;
         }
     }
-    inner.sync_folder("layers")?;
-    inner.sync_folder("patches")?;
+    inner.sync_directory("layers")?;
+    inner.sync_directory("patches")?;
     if is_listed {
         mend_manifest(inner, id, &new.raw_manifest);
         return name_listed(inner, id, &new.names)?.ok_or(StoreError::BrokenOff.into());
@@ -251,7 +251,7 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
         inner.state().held.remove(&id.hex());
     }
     fs::rename(&partial, &image_path).map_err(file_error("rename", &partial))?;
-    if let Err(error) = inner.sync_folder("images") {
+    if let Err(error) = inner.sync_directory("images") {
         // Not durable, so not listed; unless it cannot be taken back either, and then it is there.
         if fs::rename(&image_path, &partial).is_ok() {
             return Err(error.into());
@@ -306,7 +306,7 @@ fn enter_tree(
             let _ = fs::rename(&replaced, partial);
             return Err(file_error("exchange", &path)(error));
         }
-        tracing::info!(path = %path.display(), "a layer that could not be used is there again");
+        tracing::info!(path = %path.display(), "replaced an unusable layer");
         inner.state().replaced.insert(replaced, lower);
     } else {
         fs::rename(partial, &path).map_err(file_error("rename", partial))?;

@@ -2,7 +2,7 @@
 //!
 //! Three answers that look alike to a careless reader: it could not be read this time, it is not understood,
 //! it is damaged. Only the last is proven, by a checksum or a digest, and only what is proven damaged is ever
-//! set aside. A folder that is in use stays in every case.
+//! set aside. A directory that is in use stays in every case.
 
 use super::record::RecordError;
 

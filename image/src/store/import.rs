@@ -1,8 +1,8 @@
-//! Images from files: an OCI image layout, as a folder or a tar file, and what `docker save` writes.
+//! Images from files: an OCI image layout, as a directory or a tar file, and what `docker save` writes.
 //!
-//! The same layers, checks and commit as for a pull; only where the bytes come from differs. A folder is read
-//! through `berth_sys::beneath`, so that links in a hostile layout lead nowhere. A tar file is indexed once
-//! and its members are read in place.
+//! The same layers, checks and commit as for a pull; only where the bytes come from differs. A directory is
+//! read through `berth_sys::beneath`, so that links in a hostile layout lead nowhere. A tar file is indexed
+//! once and its members are read in place.
 //!
 //! Formats: OCI image-spec 1.1, image-layout.md; the `manifest.json` of `docker save` (moby,
 //! image/spec/v1.2.md, "Combined Image JSON + Filesystem Changeset Format"). Archives of current docker have
@@ -50,7 +50,7 @@ const OCI_REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Where an import reads from.
 #[derive(Debug)]
 pub enum ImportSource {
-    /// A folder with an OCI image layout.
+    /// A directory with an OCI image layout.
     Directory(PathBuf),
     /// A tar file, seekable: an OCI image layout or what `docker save` writes. It may be packed by gzip or
     /// zstd.
@@ -61,7 +61,7 @@ pub enum ImportSource {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
-    /// The folder or file could not be read.
+    /// The directory or file could not be read.
     #[error("read {what}")]
     Read {
         /// Member or file, escaped.
@@ -92,10 +92,10 @@ pub enum ImportError {
     #[error("'{0}' is missing")]
     Missing(String),
     /// A list that ought to be bounded is not.
-    #[error("archive lists too much")]
+    #[error("archive lists too many entries")]
     TooLong,
     /// `manifest.json` is not what docker writes.
-    #[error("manifest.json has not the form of a docker archive")]
+    #[error("manifest.json is not that of a docker archive")]
     DockerManifest(#[source] serde_json::Error),
     /// A name was given, but there are several images.
     #[error("a name was given for an archive of {0} images")]

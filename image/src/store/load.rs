@@ -27,7 +27,7 @@ use crate::manifest::{self, Document};
 /// store has given as many tags.
 const UNKNOWN_SEQUENCES: u64 = 1 << 32;
 
-/// The folder of a layer or patch.
+/// The directory of a layer or patch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Tree {
     /// Record and tree are there.
@@ -110,7 +110,7 @@ pub(super) fn chain_id(below: Option<Digest>, diff_id: Digest) -> Digest {
     }
 }
 
-/// The folder of an image that cannot be listed. It stays, and what it needs stays.
+/// The directory of an image that cannot be listed. It stays, and what it needs stays.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
     pub(super) id: Digest,
@@ -132,10 +132,11 @@ impl Inner {
     /// Reads everything.
     pub(super) fn load(&self) -> Result<State, StoreError> {
         let mut state = State::default();
-        for (folder, lower) in [("layers", Lower::Layer as fn(Digest) -> Lower), ("patches", Lower::Patch)] {
-            for (path, name) in self.list_folder(folder, &mut state.replaced, lower)? {
+        for (directory, lower) in [("layers", Lower::Layer as fn(Digest) -> Lower), ("patches", Lower::Patch)]
+        {
+            for (path, name) in self.list_directory(directory, &mut state.replaced, lower)? {
                 let Ok(id) = Digest::from_hex(&name) else {
-                    tracing::warn!(path = %path.display(), "not the image store's, and left alone");
+                    tracing::warn!(path = %path.display(), "ignoring a file that is not the image store's");
                     continue;
                 };
                 let tree = load_tree(&path);
@@ -146,10 +147,10 @@ impl Inner {
             }
         }
         let mut listed = Vec::new();
-        for (path, name) in self.list_folder("images", &mut BTreeMap::new(), Lower::Layer)? {
+        for (path, name) in self.list_directory("images", &mut BTreeMap::new(), Lower::Layer)? {
             let hex = name.strip_suffix(REMOVED).unwrap_or(&name);
             let Ok(id) = Digest::from_hex(hex) else {
-                tracing::warn!(path = %path.display(), "not the image store's, and left alone");
+                tracing::warn!(path = %path.display(), "ignoring a file that is not the image store's");
                 continue;
             };
             match load_image(&path, id, hex != name, &state.trees) {
@@ -248,20 +249,20 @@ impl Inner {
         }
     }
 
-    /// The entries of one of the store's folders. What is half made is queued for deletion, and `replaced`
-    /// gets the trees that have a successor.
-    fn list_folder(
+    /// The entries of one of the store's directories. What is half made is queued for deletion, and
+    /// `replaced` gets the trees that have a successor.
+    fn list_directory(
         &self,
-        folder: &str,
+        directory: &str,
         replaced: &mut BTreeMap<PathBuf, Lower>,
         lower: fn(Digest) -> Lower,
     ) -> Result<Vec<(PathBuf, String)>, StoreError> {
-        let path = self.root.join(folder);
+        let path = self.root.join(directory);
         let mut found = Vec::new();
         for entry in fs::read_dir(&path).map_err(file_error("list", &path))? {
             let entry = entry.map_err(file_error("list", &path))?;
             let Ok(name) = entry.file_name().into_string() else {
-                tracing::warn!(path = %entry.path().display(), "not the image store's, and left alone");
+                tracing::warn!(path = %entry.path().display(), "ignoring a file that is not the image store's");
                 continue;
             };
             let Some((stem, kind)) = name.rsplit_once('.') else {

@@ -52,13 +52,13 @@ use sweep::Sweeper;
 /// Shortest prefix of an id that finds an image.
 const MIN_PREFIX: usize = 4;
 
-/// What the folder of an image that was removed and may be in use has behind its name.
+/// What the directory of an image that was removed and may be in use has behind its name.
 const REMOVED: &str = ".removed";
 
 /// How the store pulls, unpacks and limits.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// Folder with one folder per registry host, each with a `hosts.toml` (containerd's form); none =
+    /// Directory with one directory per registry host, each with a `hosts.toml` (containerd's form); none =
     /// defaults only.
     pub registry_config_path: Option<PathBuf>,
     /// Token service hosts that may be handed credentials although they do not belong to the registry's own
@@ -125,7 +125,7 @@ pub enum StoreError {
     #[error("set up the registry client")]
     Registry(#[source] registry::RegistryError),
     /// The thread that did the work ended without a result.
-    #[error("the work on the image store was broken off")]
+    #[error("the image store operation was cancelled")]
     BrokenOff,
 }
 
@@ -202,11 +202,11 @@ struct State {
     images: BTreeMap<Digest, Listed>,
     /// Removed, but perhaps used by containers: their layers stay.
     removed: BTreeMap<Digest, ImageRecord>,
-    /// Folders of images that cannot be used, by their names.
+    /// Directories of images that cannot be used, by their names.
     held: BTreeMap<String, Held>,
     tags: BTreeMap<String, Digest>,
     next_sequence: u64,
-    /// The folders of layers and patches.
+    /// The directories of layers and patches.
     trees: BTreeMap<Lower, Tree>,
     /// Trees that have a successor, with what they were: containers that were made before have them mounted.
     replaced: BTreeMap<PathBuf, Lower>,
@@ -230,11 +230,11 @@ impl Store {
     /// ([`Store::faults`]). Blocking.
     ///
     /// # Errors
-    /// [`StoreError`], if one of the store's own folders cannot be made or listed. A single image or layer is
-    /// never a reason.
+    /// [`StoreError`], if one of the store's own directories cannot be made or listed. A single image or
+    /// layer is never a reason.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Self, StoreError> {
-        for folder in ["", "layers", "patches", "images", "quarantine"] {
-            make_private_dir(&root.join(folder))?;
+        for directory in ["", "layers", "patches", "images", "quarantine"] {
+            make_private_dir(&root.join(directory))?;
         }
         let lock_path = root.join("lock");
         let lock = File::create(&lock_path).map_err(file_error("open", &lock_path))?;
@@ -342,7 +342,7 @@ impl Store {
         .await
     }
 
-    /// Lets go the layers that nobody needs any more, and damaged images that no container uses. Returns when
+    /// Lets go the layers no longer needed, and damaged images that no container uses. Returns when
     /// they have left their names.
     ///
     /// # Errors
@@ -409,7 +409,7 @@ impl Store {
             inodes: sum.inodes + layer.inodes,
         });
         for listed in state.images.values() {
-            // A folder with a record, a manifest and a configuration.
+            // A directory with a record, a manifest and a configuration.
             let documents = [listed.content.raw_config.len(), listed.content.raw_manifest.len(), 1];
             usage.bytes +=
                 documents.iter().map(|&length| (length as u64).next_multiple_of(4096)).sum::<u64>();
@@ -418,7 +418,7 @@ impl Store {
         usage
     }
 
-    /// The folder that was opened.
+    /// The directory that was opened.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.inner.root
@@ -500,8 +500,8 @@ impl Inner {
         path.with_file_name(name)
     }
 
-    fn sync_folder(&self, folder: &str) -> Result<(), StoreError> {
-        let path = self.root.join(folder);
+    fn sync_directory(&self, directory: &str) -> Result<(), StoreError> {
+        let path = self.root.join(directory);
         record::sync_dir(&path).map_err(file_error("sync", &path))
     }
 }

@@ -56,7 +56,7 @@ pub enum PullError {
         source: RegistryError,
     },
     /// Bytes came that are not those of the digest that they were asked by.
-    #[error("content of {reference} is not what its digest says")]
+    #[error("content of {reference} does not match its digest")]
     DigestMismatch {
         /// What was asked for.
         reference: String,

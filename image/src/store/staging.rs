@@ -207,7 +207,7 @@ pub(super) async fn acquire<F: Fetch>(
     let staged = staged.map_err(|_| StoreError::BrokenOff)?;
     match (filled, staged) {
         (_, Ok(staged)) => Ok(Acquired { diff_id, staged: Some(staged), _pin: pin }),
-        // The reader's "abandoned" is only the echo of the writer's error.
+        // The reader's "cancelled" is only the echo of the writer's error.
         (Err(cause), Err(ContentError::Layer { source: layer::LayerError::Abandoned, .. })) => Err(cause),
         (_, Err(error)) => Err(error),
     }

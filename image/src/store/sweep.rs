@@ -59,11 +59,11 @@ impl Sweeper {
             };
             synced.clear();
             for path in batch {
-                if let Some(folder) = path.parent()
-                    && synced.insert(folder.to_owned())
-                    && let Err(error) = sync_dir(folder)
+                if let Some(directory) = path.parent()
+                    && synced.insert(directory.to_owned())
+                    && let Err(error) = sync_dir(directory)
                 {
-                    tracing::warn!(path = %folder.display(), %error, "could not sync");
+                    tracing::warn!(path = %directory.display(), %error, "could not sync");
                 }
                 delete(&path);
             }

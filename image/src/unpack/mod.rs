@@ -314,7 +314,7 @@ impl<'a> Tree<'a> {
             whiteout::Name::Whiteout(target) => self.hide(&open, OsStr::from_bytes(target), entry),
             whiteout::Name::Opaque | whiteout::Name::Aufs => self.make_opaque(&open, entry),
         };
-        // `make` may have removed something: then the directory is opened anew for the next entry.
+        // `make` may have removed something: then the directory is reopened for the next entry.
         match result? {
             Keep::Yes => self.open = Some(open),
             Keep::No => Self::leave(open, &entry.path)?,

@@ -36,7 +36,7 @@ pub fn quiet() -> Arc<dyn Progress> {
     Arc::new(NoProgress)
 }
 
-/// A store in a folder of its own, without a floor of free space that a small disk could not meet.
+/// A store in a directory of its own, without a floor of free space that a small disk could not meet.
 pub fn store(root: &Path) -> Store {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -67,7 +67,7 @@ pub fn containers_of(ids: &[Digest]) -> impl FnOnce() -> InUse + Send + 'static 
     move || Some(ids)
 }
 
-/// The names in a folder, sorted.
+/// The names in a directory, sorted.
 pub fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -460,7 +460,7 @@ impl Drop for Registry {
     }
 }
 
-/// A folder beside the tree that nobody may reach, and what it looked like.
+/// A directory beside the tree that nobody may reach, and what it looked like.
 pub struct Canary {
     dir: PathBuf,
     before: String,

@@ -473,7 +473,7 @@ fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
     Ok(value)
 }
 
-/// Removes what a failed creation made. These directories are empty and nobody knows them yet, so this can
+/// Removes what a failed creation made. These directories are empty and not yet known to anyone, so this can
 /// only fail where making them would have failed; the first error is the one to tell.
 fn undo(dirs: &[LegacyDir]) {
     for dir in dirs {

@@ -24,7 +24,7 @@ pub(crate) fn write_value(path: &Path, value: &str) -> io::Result<()> {
 
 /// The same to a file that is open, for files that take many values one after another.
 pub(crate) fn write_to(file: &mut File, value: &str) -> io::Result<()> {
-    // Not write_all: the rest of a value, written by itself, would be another value.
+    // Not write_all: the rest of a value, written alone, would be another value.
     let written = file.write(value.as_bytes())?;
     if written == value.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }

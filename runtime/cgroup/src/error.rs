@@ -45,7 +45,7 @@ pub enum Error {
     },
     /// A slice cannot be used without systemd, nor another parent with it, nor either on the other version of
     /// cgroups.
-    #[error("a cgroup in {parent:?} cannot be made with the driver that was asked to")]
+    #[error("cannot create a cgroup in {parent:?} with the requested driver")]
     WrongDriver {
         /// The parent's path.
         parent: String,
@@ -62,7 +62,7 @@ pub enum Error {
         source: SystemdError,
     },
     /// A cgroup of that name is there already.
-    #[error("the cgroup {path:?} exists already")]
+    #[error("the cgroup {path:?} already exists")]
     AlreadyExists {
         /// Its directory.
         path: PathBuf,
@@ -175,7 +175,7 @@ pub enum Error {
         /// How long was waited.
         waited_ms: u128,
     },
-    /// A cgroup directory could not be removed in time; all that failed are counted, the first is told.
+    /// A cgroup directory could not be removed in time; all failures are counted, the first is reported.
     #[error("cannot remove the cgroup {path:?}{}", if *more == 0 { String::new() } else { format!(" and {more} more") })]
     Remove {
         /// The first directory that stayed.

@@ -20,8 +20,8 @@
 //! made when it is missing.
 //!
 //! With the systemd driver the first step is [`Cgroup::create_scope`] instead: systemd makes the cgroup, as
-//! the scope of a unit, and is told of the limits and their changes. All else is the same, and is done with
-//! the same files: what systemd delegates, it leaves alone.
+//! the scope of a unit, and is notified of the limits and their changes. Everything else is the same, and is
+//! done with the same files: what systemd delegates, it leaves alone.
 
 #![forbid(unsafe_code)]
 

@@ -21,7 +21,7 @@ impl Cgroup {
     /// Blocks for up to `within` while the kernel says that it is busy; processes in it are not killed,
     /// [`Cgroup::kill`] does that.
     ///
-    /// A scope is removed by systemd, by itself, when its last process has gone. One that is there still
+    /// systemd removes a scope when its last process has ended. One that still exists
     /// after a second is stopped, and, if systemd does not answer, removed like any other, for which the 30 s
     /// of a call come on top.
     ///

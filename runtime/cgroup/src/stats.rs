@@ -8,8 +8,8 @@ use std::path::Path;
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, Hierarchy, Parent, control_file, parse_oom_kills};
 
-/// Devices whose reads and writes are told. A cgroup has a line for each that it ever used; a node with more
-/// disks than this has its figures elsewhere.
+/// Devices whose reads and writes are reported. A cgroup has a line for each that it ever used; a node with
+/// more disks than this has its figures elsewhere.
 const MAX_DEVICES: usize = 64;
 
 /// One sample.

@@ -1,9 +1,9 @@
 //! systemd as the arranger of cgroups: scopes made, changed and stopped over D-Bus
 //! (org.freedesktop.systemd1(5)).
 //!
-//! One connection to the system bus, in one thread of its own, which every caller shares by messages. It is
+//! One connection to the system bus on a dedicated thread, which all callers share by messages. It is
 //! made when it is first needed, and again when it has ended (a bus that was restarted, a systemd that
-//! executed itself anew). Callers block, each for [`LIMIT`] at the most, whatever the bus does; calls of
+//! re-executed itself). Callers block, each for [`LIMIT`] at the most, whatever the bus does; calls of
 //! different callers are under way at the same time, and nothing waits for the one that hangs.
 
 use std::fmt;
@@ -27,13 +27,13 @@ const LIMIT: Duration = Duration::from_secs(30);
 const THREAD_LIMIT: Duration = Duration::from_secs(35);
 
 /// How often a call is made, with its connection, before it has failed. One that has ended since it was last
-/// used is found by using it; and a systemd that executes itself anew answers nothing of what it was asked
+/// used is found by using it; and a systemd that re-executes itself answers nothing of what it was asked
 /// before, on new connections either, and does so again when packages are upgraded. The bus keeps what it is
 /// asked until it is back.
 const ATTEMPTS: u32 = 5;
 
 /// How often a wait for a job looks whether the job's work is done: the word of its end is lost when the
-/// connection is, or when systemd executes itself anew.
+/// connection is, or when systemd re-executes itself.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Ends of jobs that may wait to be read. All units of the machine count; who falls behind looks for itself,
@@ -225,7 +225,7 @@ async fn connect() -> Result<Bus, SystemdError> {
             if let Ok((_, job, _, result)) =
                 message.body().deserialize::<(u32, OwnedObjectPath, String, String)>()
             {
-                // Nobody may be waiting.
+                // The caller may have stopped waiting.
                 let _ = told.send(JobEnd { job, result });
             }
         }

@@ -32,7 +32,7 @@ pub(crate) enum Value {
     Devices(Vec<(String, u64)>),
 }
 
-/// How systemd ends a scope when it is told to, above all when the machine goes down: systemd.kill(5).
+/// How systemd ends a scope when asked to, above all at shutdown: systemd.kill(5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ending<'a> {
     /// What every process in it gets first.
@@ -49,7 +49,7 @@ pub(crate) type Property = (&'static str, Value);
 /// systemd's "no limit", `CGROUP_LIMIT_MAX` and `USEC_INFINITY`.
 const INFINITY: u64 = u64::MAX;
 
-/// The kernel's period when nobody has set one, in microseconds.
+/// The kernel's default period, in microseconds.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// systemd keeps a quota in whole percents of a processor, 10 ms of each second. A part of one is rounded up:

@@ -249,7 +249,7 @@ fn limits_and_devices_survive_a_daemon_reload_and_a_daemon_reexec() {
         systemctl(&[verb]);
         for (file, value) in SOME_FILES {
             let now = value_of(&cgroup, file);
-            // A systemd that executes itself anew writes every file again: a quota in whole percents then.
+            // A systemd that re-executes itself writes every file again: a quota in whole percents then.
             let rounded = file == "cpu.max" && verb == "daemon-reexec" && now == "12500 50000";
             assert!(now == value || rounded, "{file} after {verb}: {now}");
         }

@@ -73,7 +73,7 @@ impl Dir {
     /// As mkdirat(2).
     pub fn make_dir(&self, name: &OsStr, mode: u32) -> io::Result<()> {
         let name = single_name(name)?;
-        // SAFETY: mkdirat(2) wants an open directory, which `self.fd` keeps open, and a NUL-terminated name.
+        // SAFETY: mkdirat(2) takes an open directory, which `self.fd` keeps open, and a NUL-terminated name.
         retry_interrupted(|| unsafe { libc::mkdirat(self.fd.as_raw_fd(), name.as_ptr(), mode) }).map(drop)
     }
 
@@ -83,7 +83,7 @@ impl Dir {
     /// As symlinkat(2): `ENOENT` for an empty target.
     pub fn make_symlink(&self, target: &OsStr, name: &OsStr) -> io::Result<()> {
         let (target, name) = (c_string(target)?, single_name(name)?);
-        // SAFETY: symlinkat(2) wants two NUL-terminated strings and an open directory; all live until it
+        // SAFETY: symlinkat(2) takes two NUL-terminated strings and an open directory; all live until it
         // returns.
         retry_interrupted(|| unsafe { libc::symlinkat(target.as_ptr(), self.fd.as_raw_fd(), name.as_ptr()) })
             .map(drop)
@@ -95,7 +95,7 @@ impl Dir {
     /// As linkat(2): `EPERM` for a directory, `EXDEV`, `EMLINK`.
     pub fn make_hard_link(&self, name: &OsStr, from: &Self, from_name: &OsStr) -> io::Result<()> {
         let (name, from_name) = (single_name(name)?, single_name(from_name)?);
-        // SAFETY: linkat(2) wants two open directories and two NUL-terminated names; flags 0 = do not follow
+        // SAFETY: linkat(2) takes two open directories and two NUL-terminated names; flags 0 = do not follow
         // the source.
         retry_interrupted(|| unsafe {
             libc::linkat(from.fd.as_raw_fd(), from_name.as_ptr(), self.fd.as_raw_fd(), name.as_ptr(), 0)
@@ -120,7 +120,7 @@ impl Dir {
             return Err(invalid());
         }
         let (mode, device) = (kind | (mode & 0o7777), libc::makedev(major, minor));
-        // SAFETY: mknodat(2) wants an open directory and a NUL-terminated name; the rest are numbers.
+        // SAFETY: mknodat(2) takes an open directory and a NUL-terminated name; the rest are numbers.
         retry_interrupted(|| unsafe { libc::mknodat(self.fd.as_raw_fd(), name.as_ptr(), mode, device) })
             .map(drop)
     }
@@ -147,7 +147,7 @@ impl Dir {
     /// As fchownat(2).
     pub fn chown(&self, name: &OsStr, uid: u32, gid: u32) -> io::Result<()> {
         let name = single_name(name)?;
-        // SAFETY: fchownat(2) wants an open directory and a NUL-terminated name.
+        // SAFETY: fchownat(2) takes an open directory and a NUL-terminated name.
         retry_interrupted(|| unsafe {
             libc::fchownat(self.fd.as_raw_fd(), name.as_ptr(), uid, gid, libc::AT_SYMLINK_NOFOLLOW)
         })
@@ -167,7 +167,7 @@ impl Dir {
         // fchmodat2(2) with AT_EMPTY_PATH came with Linux 6.6. The descriptor pins the inode, so the link in
         // /proc names exactly it.
         let path = proc_path(fd.as_fd());
-        // SAFETY: chmod(2) wants a NUL-terminated path.
+        // SAFETY: chmod(2) takes a NUL-terminated path.
         retry_interrupted(|| unsafe { libc::chmod(path.as_ptr(), mode) }).map(drop)
     }
 
@@ -207,7 +207,7 @@ impl Dir {
     /// As renameat(2).
     pub fn rename(&self, name: &OsStr, to: &Self, to_name: &OsStr) -> io::Result<()> {
         let (name, to_name) = (single_name(name)?, single_name(to_name)?);
-        // SAFETY: renameat(2) wants two open directories and two NUL-terminated names.
+        // SAFETY: renameat(2) takes two open directories and two NUL-terminated names.
         retry_interrupted(|| unsafe {
             libc::renameat(self.fd.as_raw_fd(), name.as_ptr(), to.fd.as_raw_fd(), to_name.as_ptr())
         })
@@ -220,7 +220,7 @@ impl Dir {
 
     pub(super) fn open_raw_c(&self, name: &CStr, flags: i32, mode: u32) -> io::Result<OwnedFd> {
         let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-        // SAFETY: openat(2) wants an open directory, a NUL-terminated name, and with O_CREAT a mode, which is
+        // SAFETY: openat(2) takes an open directory, a NUL-terminated name, and with O_CREAT a mode, which is
         // always passed.
         let fd =
             retry_interrupted(|| unsafe { libc::openat(self.fd.as_raw_fd(), name.as_ptr(), flags, mode) })?;
@@ -244,6 +244,6 @@ pub(super) fn single_name(name: &OsStr) -> io::Result<CString> {
 }
 
 pub(super) fn unlink_at(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<()> {
-    // SAFETY: unlinkat(2) wants an open directory and a NUL-terminated name.
+    // SAFETY: unlinkat(2) takes an open directory and a NUL-terminated name.
     retry_interrupted(|| unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), flags) }).map(drop)
 }

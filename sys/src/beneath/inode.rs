@@ -73,7 +73,7 @@ pub fn stat_fd(fd: BorrowedFd<'_>) -> io::Result<Stat> {
 /// # Errors
 /// As fchown(2).
 pub fn chown(fd: BorrowedFd<'_>, uid: u32, gid: u32) -> io::Result<()> {
-    // SAFETY: fchown(2) wants an open descriptor, which BorrowedFd is.
+    // SAFETY: fchown(2) takes an open descriptor, which BorrowedFd is.
     retry_interrupted(|| unsafe { libc::fchown(fd.as_raw_fd(), uid, gid) }).map(drop)
 }
 
@@ -82,7 +82,7 @@ pub fn chown(fd: BorrowedFd<'_>, uid: u32, gid: u32) -> io::Result<()> {
 /// # Errors
 /// As fchmod(2).
 pub fn chmod(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
-    // SAFETY: fchmod(2) wants an open descriptor, which BorrowedFd is.
+    // SAFETY: fchmod(2) takes an open descriptor, which BorrowedFd is.
     retry_interrupted(|| unsafe { libc::fchmod(fd.as_raw_fd(), mode) }).map(drop)
 }
 
@@ -98,7 +98,7 @@ pub fn set_times(fd: BorrowedFd<'_>, time: Timestamp) -> io::Result<()> {
 
 pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
     let mut buffer = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: fstatat(2) wants an open descriptor, a NUL-terminated name, and room for one `struct stat`.
+    // SAFETY: fstatat(2) takes an open descriptor, a NUL-terminated name, and room for one `struct stat`.
     retry_interrupted(|| unsafe {
         libc::fstatat(dir.as_raw_fd(), name.as_ptr(), buffer.as_mut_ptr(), flags)
     })?;

@@ -78,7 +78,7 @@ impl Dir {
     /// # Errors
     /// As getdents64(2); `EOVERFLOW` if there are more than `limit`.
     pub fn names(&self, limit: usize) -> io::Result<Vec<OsString>> {
-        // A second description of its own, so that positions of two listings do not mix.
+        // A second open file description, so that positions of two listings do not mix.
         let fd = self.open_raw_c(c".", libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
         let mut names = Vec::new();
         let mut buffer = vec![0_u8; LISTING_BUFFER];

@@ -31,10 +31,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 /// is an attack.
 pub const MAX_TRIES: usize = 128;
 
-/// Opens an `O_PATH` descriptor anew. The descriptor pins the inode; the link in /proc leads to exactly it.
+/// Opens an `O_PATH` descriptor again. The descriptor pins the inode; the link in /proc leads to exactly it.
 fn reopen(fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
     let path = proc_path(fd);
-    // SAFETY: open(2) wants a NUL-terminated path, and no mode without O_CREAT.
+    // SAFETY: open(2) takes a NUL-terminated path, and no mode without O_CREAT.
     retry_interrupted(|| unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) }).map(owned)
 }
 
@@ -107,7 +107,7 @@ mod tests {
 
     use super::*;
 
-    /// A folder with `root/` (the tree) and `canary` beside it (what nobody may reach).
+    /// A directory with `root/` (the tree) and `canary` beside it (what must stay out of reach).
     struct Tree(PathBuf);
 
     impl Tree {

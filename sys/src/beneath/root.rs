@@ -54,7 +54,7 @@ impl Root {
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = c_string(path.as_os_str())?;
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-        // SAFETY: open(2) wants a NUL-terminated path, which a CString is, and no mode without O_CREAT.
+        // SAFETY: open(2) takes a NUL-terminated path, which a CString is, and no mode without O_CREAT.
         let fd = retry_interrupted(|| unsafe { libc::open(path.as_ptr(), flags) })?;
         Ok(Self { fd: owned(fd) })
     }

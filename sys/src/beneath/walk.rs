@@ -48,7 +48,7 @@ impl Walk {
     /// # Errors
     /// As fstatat(2), and `EMFILE`.
     pub fn new(top: &Dir) -> io::Result<Self> {
-        // A description of its own, so that positions of two listings do not mix.
+        // A separate open file description, so that positions of two listings do not mix.
         let current = top.open_raw_c(c".", libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
         let level = Level { identity: stat_fd(current.as_fd())?.identity, pending: Vec::new() };
         Ok(Self {

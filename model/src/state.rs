@@ -4,10 +4,11 @@
 //! container:   Created --started--> Running --ended--> Exited
 //!                 \-----------------ended----------------^
 //!                 Removed from any of them; nothing goes back.
-//! sandbox:     Ready --stopped--> NotReady --removed--> (gone)
+//! sandbox:     Ready --stopped, process ended--> NotReady --removed--> (gone)
 //! ```
-//! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped` StopPodSandbox, or the end of the pod's own
-//! process, or a reboot. On `ended` the cgroup, on `stopped` network and namespaces are given back.
+//! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped` StopPodSandbox; `process ended` the end of the
+//! pod's own process. A reboot has stopped a sandbox before a daemon sees it. On `ended` the cgroup, on `stopped` network and namespaces are
+//! given back.
 
 /// How a container ended: what `ContainerStatus` says about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,6 +128,26 @@ pub enum SandboxState {
     NotReady,
 }
 
+/// What can happen to a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SandboxEvent {
+    /// It is to end.
+    Stopped,
+    /// Its own process has ended, and with it the pid namespace that its containers share.
+    ProcessEnded,
+}
+
+/// The state after `event`. Nothing makes a sandbox ready again.
+#[must_use]
+pub fn sandbox_after(state: SandboxState, event: SandboxEvent) -> SandboxState {
+    match (state, event) {
+        (
+            SandboxState::Ready | SandboxState::NotReady,
+            SandboxEvent::Stopped | SandboxEvent::ProcessEnded,
+        ) => SandboxState::NotReady,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,6 +183,15 @@ mod tests {
                 expected,
                 "{state:?} {event:?}"
             );
+        }
+    }
+
+    #[test]
+    fn a_sandbox_that_is_not_ready_stays_so() {
+        for state in [SandboxState::Ready, SandboxState::NotReady] {
+            for event in [SandboxEvent::Stopped, SandboxEvent::ProcessEnded] {
+                assert_eq!(sandbox_after(state, event), SandboxState::NotReady, "{state:?} {event:?}");
+            }
         }
     }
 

@@ -13,6 +13,7 @@ pub mod config;
 mod container;
 pub mod cri;
 pub mod daemon;
+mod events;
 pub mod handlers;
 mod host_directory;
 mod housekeeping;

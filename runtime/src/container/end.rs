@@ -17,6 +17,9 @@ const EXIT_CODE_LOST: i32 = 255;
 /// How long the cgroup may take to be empty after a kill, and to be removed.
 const CGROUP_GONE: Duration = Duration::from_secs(10);
 
+/// How long both take together, and a bit.
+pub(super) const CLEARED: Duration = Duration::from_secs(25);
+
 /// What is known of an end.
 #[derive(Debug)]
 pub(super) enum Evidence {
@@ -55,12 +58,12 @@ fn read(path: &Path) -> Evidence {
     }
 }
 
-/// Says how it ended, to everybody, after ending whatever is left of it. Without `told` nobody knows, and
+/// Says how it ended, to everybody, and ends whatever is left of it. Without `told` nobody knows, and
 /// `unread` says why, if there is a record that cannot be read. Blocking.
 pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unread: Option<&io::Error>) {
     // Processes that are not in a pid namespace that died with its process 1, or all of them when the shim
-    // was lost.
-    clean(container);
+    // was lost. That they are gone takes its time, which lists do not wait for; what is left is seen to below.
+    let _ = container.cgroup.kill(Duration::ZERO);
     let record = told.unwrap_or_else(|| lost(container));
     let mut exit = exit(&record);
     match unread {
@@ -68,10 +71,12 @@ pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unrea
         // Not over one that a next daemon may be able to read.
         _ => keep(container, &record),
     }
-    tracing::info!(container = %container.id(), code = exit.code, reason = exit.reason.as_str(), "container has ended");
     *lock(&container.shim) = None;
+    container.clearing.send_replace(true);
     // Nothing but an end follows a state, and a second end changes nothing.
     let _ = container.apply(ContainerEvent::Ended(exit));
+    clean(container);
+    container.clearing.send_replace(false);
 }
 
 /// Ends what is left in its cgroup, and removes that. Blocking.
@@ -192,6 +197,33 @@ mod tests {
         log_bytes_lost: 0,
         lost: false,
     };
+
+    #[test]
+    fn an_end_is_told_before_the_cgroup_is_empty() {
+        use berth_cgroup::{Cgroup, Driver, Hierarchy, Parent};
+        let folder = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy::Unified { mount: folder.path().join("cgroup") };
+        let parent = Parent::named(Driver::Cgroupfs, "/pod").unwrap();
+        let mut ended = container(folder.path(), true);
+        let cgroup = Cgroup::open(&hierarchy, &parent, ended.id().as_str()).unwrap();
+        let directory = cgroup.unified_dir().unwrap();
+        std::fs::create_dir_all(&directory).unwrap();
+        // A process that does not end.
+        std::fs::write(directory.join("cgroup.events"), "populated 1\n").unwrap();
+        std::fs::write(directory.join("cgroup.kill"), "").unwrap();
+        Arc::get_mut(&mut ended).unwrap().cgroup = cgroup;
+        let seen_at_once = std::thread::scope(|threads| {
+            threads.spawn(|| settle(&ended, Some(SEVEN), None));
+            while !matches!(*ended.state.borrow(), ContainerState::Exited(_)) {
+                std::thread::yield_now();
+            }
+            let clearing = *ended.clearing.borrow();
+            std::fs::remove_dir_all(&directory).unwrap();
+            clearing
+        });
+        assert!(seen_at_once, "the end was told after the cgroup was cleared");
+        assert!(!*ended.clearing.borrow());
+    }
 
     #[test]
     fn an_end_that_was_told_is_kept_where_there_is_room() {

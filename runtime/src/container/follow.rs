@@ -55,7 +55,6 @@ pub(super) fn ask_on(container: &Arc<Container>) {
                 && let Ok(Phase { started: Some(started), .. }) = shim.phase().await
             {
                 let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
-                tracing::info!(container = %container.id(), "it has become known that the container runs");
                 return;
             }
             tokio::time::sleep(LONGEST_PAUSE).await;
@@ -234,7 +233,7 @@ async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> 
         *lock(&container.process) = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         if let Some(started) = phase.started {
             // From Created, which every recovered container is at first.
-            let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
+            let _ = container.learn(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
             return Ok(());
         }
         if !under_way {

@@ -33,6 +33,7 @@ pub(crate) mod update;
 
 pub(crate) use error::ContainerError;
 
+use crate::events::{self, ContainerChange, Event};
 use crate::record_files::RecordFiles;
 use crate::registry::Name;
 use crate::shim_client::ShimClient;
@@ -58,6 +59,8 @@ pub(crate) struct Container {
     cgroup: Cgroup,
     resources: Mutex<Resources>,
     state: watch::Sender<ContainerState>,
+    /// It has ended, and what is left in its cgroup is being ended.
+    clearing: watch::Sender<bool>,
     /// Since when it is taken to run, while its shim has not said whether it does. What may run is told as running: told as anything else, a
     /// kubelet would start another beside it.
     presumed_since_unix_ns: Mutex<Option<i64>>,
@@ -82,6 +85,7 @@ impl Container {
         Self {
             resources: Mutex::new(record.config.resources.clone()),
             state: watch::Sender::new(ContainerState::Created),
+            clearing: watch::Sender::new(false),
             presumed_since_unix_ns: Mutex::default(),
             process: Mutex::new(record.process),
             shim: Mutex::default(),
@@ -170,10 +174,30 @@ impl Container {
         lock(&self.shim).clone()
     }
 
-    /// Moves the state on.
+    /// Moves the state on, as something happens.
     fn apply(&self, event: ContainerEvent) -> Result<(), Refused> {
+        if self.learn(event.clone())? {
+            self.tell(match &event {
+                ContainerEvent::Started { .. } => ContainerChange::Started,
+                ContainerEvent::Ended(exit) => ContainerChange::Ended(exit),
+            });
+        }
+        Ok(())
+    }
+
+    fn tell(&self, change: ContainerChange<'_>) {
+        events::tell(Event::Container {
+            id: self.id(),
+            sandbox: self.sandbox_id(),
+            name: &self.config().metadata.name,
+            change,
+        });
+    }
+
+    /// Moves the state on to what it was before this daemon knew; says whether that changes it.
+    fn learn(&self, event: ContainerEvent) -> Result<bool, Refused> {
         let mut result = Ok(());
-        self.state.send_if_modified(|state| match container_after(state, event) {
+        let changed = self.state.send_if_modified(|state| match container_after(state, event) {
             Ok(next) if next == *state => false,
             Ok(next) => {
                 *state = next;
@@ -184,7 +208,13 @@ impl Container {
                 false
             }
         });
-        result
+        result.map(|()| changed)
+    }
+
+    /// Waits until nothing is left of it in its cgroup, or that cannot be removed. For one that has ended.
+    pub(crate) async fn cleared(&self) {
+        let mut clearing = self.clearing.subscribe();
+        let _ = tokio::time::timeout(end::CLEARED, clearing.wait_for(|clearing| !clearing)).await;
     }
 
     /// Waits until it has ended.

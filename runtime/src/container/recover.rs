@@ -60,7 +60,7 @@ pub(crate) fn recover(
 pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) {
     if let Evidence::Told(record) = end::look(container) {
         // Its shim wrote that and ended, or the daemon did.
-        let _ = container.apply(ContainerEvent::Ended(end::exit(&record)));
+        let _ = container.learn(ContainerEvent::Ended(end::exit(&record)));
         return;
     }
     let created_at = container.record.created_at_unix_ns;

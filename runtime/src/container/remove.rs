@@ -1,6 +1,7 @@
 //! RemoveContainer: kills what runs, takes the files away. The log stays: it is the kubelet's.
 
 use super::{Container, ContainerError, end, stop};
+use crate::events::ContainerChange;
 use crate::node::Node;
 use crate::trash;
 use berth_model::state::ContainerState;
@@ -17,6 +18,7 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
     if !matches!(container.state(), ContainerState::Exited(_)) {
         stop::kill(container).await?;
     }
+    container.cleared().await;
     let alone = tokio::time::timeout(OTHERS, container.operation.lock()).await;
     let _alone = alone.map_err(|_| ContainerError::Busy { id: container.id().clone() })?;
     let (removing, files_of) = (node.clone(), container.clone());
@@ -25,7 +27,7 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
         .map_err(|_| ContainerError::Stopping)??;
     node.registry.remove_container(container);
     node.collect_images();
-    tracing::info!(container = %container.id(), name = %container.config().metadata.name, "container is removed");
+    container.tell(ContainerChange::Removed);
     Ok(())
 }
 

@@ -20,6 +20,15 @@ const SETTLED: Duration = Duration::from_secs(25);
 /// Starts it. On return the program runs, or the container has ended with the reason;
 /// [`ContainerError::StartUnknown`] is the exception.
 pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerError> {
+    let outcome = begin(container).await;
+    if outcome.is_err() && matches!(container.state(), ContainerState::Exited(_)) {
+        // Killed, but its last process may not be gone yet.
+        container.cleared().await;
+    }
+    outcome
+}
+
+async fn begin(container: &Arc<Container>) -> Result<(), ContainerError> {
     let _alone = container.operation.lock().await;
     let state = container.state();
     let ContainerState::Created = state else {
@@ -41,7 +50,6 @@ pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerErr
         Ok(at_unix_ns) => {
             // A program that has ended already is past this state; its end has the time too.
             let _ = container.apply(ContainerEvent::Started { at_unix_ns });
-            tracing::info!(container = %container.id(), name = %container.config().metadata.name, "container runs");
             Ok(())
         }
         Err(error @ ShimError::Failed(_)) => {

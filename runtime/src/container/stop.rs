@@ -23,9 +23,15 @@ const SHIM: Duration = Duration::from_secs(1);
 
 /// Ends it within `grace` and a bit. Already ended is fine.
 pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<(), ContainerError> {
-    if matches!(container.state(), ContainerState::Exited(_)) {
-        return Ok(());
+    if !matches!(container.state(), ContainerState::Exited(_)) {
+        end(container, grace).await?;
     }
+    // Whoever stops it gives its namespaces and its pod's cgroup back next.
+    container.cleared().await;
+    Ok(())
+}
+
+async fn end(container: &Arc<Container>, grace: Duration) -> Result<(), ContainerError> {
     // Before its start nothing of the image runs that a grace would be for, and what waits there does not
     // hear signals.
     let grace = if matches!(container.state(), ContainerState::Created) { Duration::ZERO } else { grace };

@@ -7,6 +7,7 @@ use super::creations::Creations;
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, Wanted};
 use super::{PodProcess, SIGKILL, Sandbox, SandboxError, stop};
+use crate::events::SandboxChange;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
 use crate::shim_client::Pause;
@@ -44,7 +45,7 @@ pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbo
     let sandbox = Arc::new(sandbox);
     node.registry.add_sandbox(sandbox.clone(), reservation);
     cadvisor::show(&node, &sandbox).await;
-    tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is ready");
+    sandbox.tell(SandboxChange::Ready);
     Ok(sandbox)
 }
 

@@ -22,13 +22,14 @@ pub(crate) mod stop;
 pub(crate) use creations::Creation;
 pub(crate) use error::SandboxError;
 
+use crate::events::{self, Event, SandboxChange};
 use crate::record_files::RecordFiles;
 use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
 use berth_model::layout::{SandboxFiles, Shared};
 use berth_model::record::{ProcessRecord, SandboxRecord};
 use berth_model::sandbox::Config;
-use berth_model::state::SandboxState;
+use berth_model::state::{SandboxEvent, SandboxState, sandbox_after};
 use berth_sys::process;
 use creations::Creations;
 use std::os::fd::{AsFd, OwnedFd};
@@ -149,11 +150,25 @@ impl Sandbox {
 
     /// Ready as long as nobody stopped it and its own process, if it has one, lives.
     pub(crate) fn state(&self) -> SandboxState {
+        let state = *lock(&self.state);
         let dead = lock(&self.process).as_ref().is_some_and(PodProcess::has_ended);
-        if dead {
-            *lock(&self.state) = SandboxState::NotReady;
+        if dead { sandbox_after(state, SandboxEvent::ProcessEnded) } else { state }
+    }
+
+    /// Moves the state on.
+    fn apply(&self, event: SandboxEvent) {
+        let changed = {
+            let mut state = lock(&self.state);
+            let next = sandbox_after(*state, event);
+            std::mem::replace(&mut *state, next) != next
+        };
+        if changed {
+            self.tell(SandboxChange::NotReady);
         }
-        *lock(&self.state)
+    }
+
+    fn tell(&self, change: SandboxChange) {
+        events::tell(Event::Sandbox { id: &self.id, pod: &self.config.metadata, change });
     }
 
     /// The pid of its own process, if it has one.

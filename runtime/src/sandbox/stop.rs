@@ -4,11 +4,12 @@
 
 use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
+use crate::events::SandboxChange;
 use crate::node::Node;
 use crate::trash;
 use berth_cgroup::Cgroup;
 use berth_model::security::NamespaceMode;
-use berth_model::state::SandboxState;
+use berth_model::state::SandboxEvent;
 use berth_sys::mount;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ const BEING_MADE: Duration = Duration::from_secs(5);
 
 /// Ends every process of the sandbox by force, gives back its network and the rest. Idempotent.
 pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), SandboxError> {
-    *lock(&sandbox.state) = SandboxState::NotReady;
+    sandbox.apply(SandboxEvent::Stopped);
     let given_up = sandbox.creations.close(BEING_MADE).await;
     let _alone = sandbox.stopping.lock().await;
     end_containers(node, sandbox).await?;
@@ -39,7 +40,7 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
         give_back(&node, &sandbox, given_up)?;
         *lock(&sandbox.torn_down) = true;
         sandbox.write_record()?;
-        tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is stopped");
+        sandbox.tell(SandboxChange::Stopped);
         Ok(())
     })
     .await
@@ -77,7 +78,7 @@ pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(
         .await
         .map_err(|_| SandboxError::Stopping)??;
     node.registry.remove_sandbox(sandbox);
-    tracing::info!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is removed");
+    sandbox.tell(SandboxChange::Removed);
     Ok(())
 }
 

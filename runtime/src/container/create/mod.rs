@@ -15,6 +15,7 @@ mod spec;
 
 use super::target::Target;
 use super::{Container, ContainerError, follow};
+use crate::events::ContainerChange;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
 use crate::sandbox::{Creation, Sandbox};
@@ -82,9 +83,7 @@ async fn make(
     };
     drop(image);
     follow::watch(&container);
-    tracing::info!(
-        container = %container.id(), name = %container.config().metadata.name, sandbox = %sandbox.id(), "container is created"
-    );
+    container.tell(ContainerChange::Created);
     Ok(container)
 }
 

@@ -1,7 +1,6 @@
-//! The command line: what can be written, and the help that says so.
+//! The command line and its help.
 //!
-//! Values are checked while they are read, by the modules that know them, so that a mistake is told before anything
-//! is done.
+//! Values are checked while they are parsed, so that a mistake is reported before anything is done.
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -16,7 +15,7 @@ use crate::{env_spec, pod_name, quantity};
 
 use berth_cri::v1::KeyValue;
 
-/// Pods and containers on this machine, through a running berthd.
+/// Manage pods and containers on this machine through berthd.
 #[derive(Debug, Parser)]
 #[command(name = "berth", version, disable_help_subcommand = true)]
 pub(crate) struct Cli {
@@ -32,98 +31,98 @@ pub(crate) struct Cli {
 /// One thing to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run a program in a new pod, and show its output until it ends.
+    /// Run a program in a new pod and show its output.
     ///
-    /// The exit code is the program's; 125 when Berth itself failed, 126 or 127 when the program cannot be run or
-    /// found. Ctrl-C stops the container as `berth stop` does; a second one kills it. A kubelet on the same daemon
-    /// removes pods that it does not know, these too.
+    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be run, or 127 if it
+    /// is not found. Ctrl-C stops the container as `berth stop` does; pressed again, it kills the container. A
+    /// kubelet that uses the same daemon removes pods it does not know, including these.
     #[command(override_usage = "berth run [OPTIONS] IMAGE [CMD]...")]
     Run(Box<RunArgs>),
-    /// Fetch an image from its registry.
+    /// Pull an image from its registry.
     Pull(PullArgs),
     /// List containers.
     Ps(PsArgs),
     /// List pods.
     Pods(PodsArgs),
-    /// Show what a container has written.
+    /// Show the output of a container.
     Logs(LogsArgs),
-    /// Run a program in a running container to its end; the exit code is the program's, 125 when Berth failed.
+    /// Run a program in a running container; the exit code is the program's, or 125 if Berth failed.
     Exec(ExecArgs),
-    /// Stop containers, or all containers of pods.
+    /// Stop containers, or all containers in pods.
     Stop(StopArgs),
-    /// Remove pods or containers, with the logs of pods that `berth run` made.
+    /// Remove pods or containers, and the logs of pods made by `berth run`.
     Rm(RmArgs),
     /// List images.
     Images,
-    /// Remove images, each with all its names.
+    /// Remove images with all their names.
     Rmi(RmiArgs),
-    /// Bring in images from an archive or a folder (OCI layout or docker-archive), without a registry.
+    /// Import images from an archive or directory (OCI layout or docker-archive).
     Import(ImportArgs),
-    /// Show what containers use, and what Berth itself uses for them.
+    /// Show resource usage of containers and of Berth itself.
     Stats(StatsArgs),
-    /// Show all that is known of pods, containers or images, as JSON.
+    /// Show everything known about pods, containers or images, as JSON.
     Inspect(InspectArgs),
-    /// Show the versions of this command and of the daemon.
+    /// Show the versions of this command and the daemon.
     Version,
-    /// Show what the daemon is and where it keeps things.
+    /// Show the daemon's settings and state.
     Info,
-    /// Look at this node for what keeps pods from running, and say what to do.
+    /// Check this node for problems that keep pods from running.
     ///
-    /// A line for each finding: ok, note or BROKEN. The exit code is 1 when something is broken.
+    /// Prints a line for each finding: ok, note or BROKEN, with what to do. The exit code is 1 if something is broken.
     Doctor,
 }
 
 /// What `berth run` takes.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Name of the pod, also its host name [default: from the image].
+    /// Name and hostname of the pod [default: from the image].
     #[arg(long, value_parser = pod_name::check)]
     pub(crate) name: Option<String>,
-    /// Run in this pod, beside what runs there, instead of a new one.
+    /// Run in this existing pod instead of a new one.
     #[arg(long, value_name = "POD", conflicts_with_all = ["name", "host_network", "log_dir"])]
     pub(crate) pod: Option<String>,
-    /// Name of the container within its pod.
+    /// Name of the container in its pod.
     #[arg(long, value_name = "NAME", default_value = DEFAULT_CONTAINER, value_parser = pod_name::check)]
     pub(crate) container: String,
-    /// Set a variable of the environment; a NAME alone passes on its value here.
+    /// Set an environment variable; NAME alone takes the value from this environment.
     #[arg(short, long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
     pub(crate) envs: Vec<KeyValue>,
-    /// Show a path of the host in the container. Options are ro, rw, rprivate, rslave, rshared.
+    /// Mount a path of the host in the container; options: ro, rw, rprivate, rslave, rshared.
     #[arg(short = 'v', long = "mount", value_name = "SOURCE:TARGET[:OPTIONS]")]
     pub(crate) mounts: Vec<MountSpec>,
-    /// The most memory the container may use, like 64Mi.
+    /// Memory limit, such as 64Mi.
     #[arg(short, long = "memory", value_name = "BYTES", value_parser = quantity::parse_memory)]
     pub(crate) memory_limit_bytes: Option<i64>,
-    /// The most processor time it may use, in processors, like 0.5.
+    /// CPU limit, in CPUs, such as 0.5.
     #[arg(long = "cpus", value_name = "N", value_parser = quantity::parse_cpu_quota_us)]
     pub(crate) cpu_quota_us: Option<i64>,
-    /// Use the host's network and host name instead of own ones.
+    /// Use the host's network and hostname.
     #[arg(long)]
     pub(crate) host_network: bool,
-    /// Who the program runs as, by name or number [default: as the image says].
+    /// User to run as, by name or id [default: from the image].
     #[arg(short, long, value_name = "USER[:GID]")]
     pub(crate) user: Option<UserSpec>,
-    /// Folder below which the pod's log folder is made.
+    /// Directory in which the pod's log directory is created.
     #[arg(long, value_name = "PATH", default_value = "/var/log/berth")]
     pub(crate) log_dir: PathBuf,
-    /// Remove the pod (or container) and its logs at the end; this is what happens anyway.
+    /// Remove the pod (or container) and its logs when it exits; this is the default.
     #[arg(long, conflicts_with_all = ["keep", "detach"])]
     pub(crate) rm: bool,
-    /// Keep the ended pod (or container) and its logs, until `berth rm`.
+    /// Keep the pod (or container) and its logs after it exits, until `berth rm`.
     #[arg(long)]
     pub(crate) keep: bool,
-    /// Leave it running: print the container's id and end.
+    /// Run in the background and print the container id.
     #[arg(short, long)]
     pub(crate) detach: bool,
-    /// Not possible: the program gets no input.
+    /// Not supported: the program gets no input.
     #[arg(short, long, hide = true)]
     pub(crate) interactive: bool,
-    /// Not possible: the program gets no terminal.
+    /// Not supported: the program gets no terminal.
     #[arg(short, long, hide = true)]
     pub(crate) tty: bool,
-    /// The image, fetched if it is not here, and arguments for its entry point (or the program, if it has none)
-    /// in place of the image's own.
-    // One argument and not two: so everything behind the image is the program's, also what looks like an option.
+    /// The image, pulled if missing, and arguments for its entry point (or the program, if it has none) that
+    /// replace the image's own.
+    // One argument, not two: everything after the image belongs to the program, even what looks like an option.
     #[arg(trailing_var_arg = true, required = true, value_name = "IMAGE [CMD]")]
     image_and_command: Vec<String>,
 }
@@ -141,13 +140,13 @@ impl RunArgs {
 pub(crate) struct PullArgs {
     /// The image.
     pub(crate) image: String,
-    /// Name to give to the registry.
+    /// User name for the registry.
     #[arg(long, requires = "password_stdin", value_name = "NAME")]
     pub(crate) username: Option<String>,
-    /// Read the password from standard input, up to its first line's end.
+    /// Read the password from the first line of standard input.
     #[arg(long, requires = "username")]
     pub(crate) password_stdin: bool,
-    /// Print nothing but the image's id.
+    /// Print only the image id.
     #[arg(short, long)]
     pub(crate) quiet: bool,
 }
@@ -155,10 +154,10 @@ pub(crate) struct PullArgs {
 /// What `berth ps` takes.
 #[derive(Debug, Args)]
 pub(crate) struct PsArgs {
-    /// Ended containers too, and pods without any.
+    /// Include exited containers, and pods without containers.
     #[arg(short, long)]
     pub(crate) all: bool,
-    /// Print whole ids of containers only.
+    /// Print only full container ids.
     #[arg(short, long)]
     pub(crate) quiet: bool,
 }
@@ -166,7 +165,7 @@ pub(crate) struct PsArgs {
 /// What `berth pods` takes.
 #[derive(Debug, Args)]
 pub(crate) struct PodsArgs {
-    /// Print whole ids only.
+    /// Print only full ids.
     #[arg(short, long)]
     pub(crate) quiet: bool,
 }
@@ -174,32 +173,32 @@ pub(crate) struct PodsArgs {
 /// What `berth logs` takes.
 #[derive(Debug, Args)]
 pub(crate) struct LogsArgs {
-    /// Go on until the container ends.
+    /// Follow the output until the container exits.
     #[arg(short, long)]
     pub(crate) follow: bool,
-    /// Start at this many lines from the end.
+    /// Show only the last N lines.
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) tail: Option<u64>,
-    /// The time before each line.
+    /// Print the time before each line.
     #[arg(short, long)]
     pub(crate) timestamps: bool,
-    /// The container: id, start of one, name of its pod, or POD/CONTAINER.
+    /// The container: an id or unique prefix, the name of its pod, or POD/CONTAINER.
     pub(crate) container: String,
 }
 
 /// What `berth exec` takes.
 #[derive(Debug, Args)]
 pub(crate) struct ExecArgs {
-    /// Seconds until the program is killed [default: never].
+    /// Kill the program after this many seconds [default: never].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) timeout: Option<u32>,
-    /// Not possible: the program gets no input.
+    /// Not supported: the program gets no input.
     #[arg(short, long, hide = true)]
     pub(crate) interactive: bool,
-    /// Not possible: the program gets no terminal.
+    /// Not supported: the program gets no terminal.
     #[arg(short, long, hide = true)]
     pub(crate) tty: bool,
-    /// The container: id, start of one, name of its pod, or POD/CONTAINER.
+    /// The container: an id or unique prefix, the name of its pod, or POD/CONTAINER.
     pub(crate) container: String,
     /// The program and its arguments.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "CMD")]
@@ -209,7 +208,7 @@ pub(crate) struct ExecArgs {
 /// What `berth stop` takes.
 #[derive(Debug, Args)]
 pub(crate) struct StopArgs {
-    /// Seconds between the stop signal and the kill.
+    /// Seconds to wait after the stop signal before killing.
     #[arg(short = 't', long = "time", value_name = "SECONDS", default_value_t = 10)]
     pub(crate) grace_seconds: u32,
     /// Containers or pods.
@@ -220,7 +219,7 @@ pub(crate) struct StopArgs {
 /// What `berth rm` takes.
 #[derive(Debug, Args)]
 pub(crate) struct RmArgs {
-    /// Kill what runs.
+    /// Kill running containers.
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Containers or pods.
@@ -239,13 +238,13 @@ pub(crate) struct RmiArgs {
 /// What `berth import` takes.
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
-    /// Name to give the image, instead of those in the archive.
+    /// Name for the image, instead of those in the archive.
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// Send the file's bytes, for a daemon that does not see our files.
+    /// Send the archive to the daemon, which may not see this file system.
     #[arg(long)]
     pub(crate) upload: bool,
-    /// An archive, a folder with an OCI layout, or - for an archive on standard input.
+    /// An archive, a directory with an OCI layout, or - for an archive on standard input.
     #[arg(value_name = "FILE|DIR|-")]
     pub(crate) source: PathBuf,
 }

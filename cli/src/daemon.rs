@@ -31,15 +31,13 @@ pub(crate) const DEFAULT_SOCKET: &str = "/run/berth/berth.sock";
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     /// There is no socket at the path.
-    #[error(
-        "there is no socket {0}: is berthd running? Start it, or name its socket with --socket or BERTH_SOCKET"
-    )]
+    #[error("no socket at {0}: is berthd running? Start it, or set its socket with --socket or BERTH_SOCKET")]
     NoSocket(PathBuf),
     /// The socket is there, and nobody behind it.
-    #[error("nobody answers on {0}: is berthd running? Start it again")]
+    #[error("nothing is listening on {0}: is berthd running? Start it")]
     NobodyListens(PathBuf),
     /// The caller may not use the socket.
-    #[error("{0} may be used by root only: run this command as root, for example with sudo")]
+    #[error("no permission to use {0}: run this command as root, for example with sudo")]
     Denied(PathBuf),
     /// Something else.
     #[error("connect to {path}")]
@@ -51,7 +49,7 @@ pub(crate) enum ConnectError {
         source: io::Error,
     },
     /// A connection was made and did not become one for calls.
-    #[error("speak to the daemon on {path}: is it berthd's socket?")]
+    #[error("talk to the daemon on {path}: is it berthd's socket?")]
     Handshake {
         /// Path of the socket.
         path: PathBuf,
@@ -97,10 +95,10 @@ impl From<Status> for Refusal {
         // A status with a source was made on this side, from a connection that broke.
         let message = match (status.source(), status.message()) {
             (Some(_), text) => {
-                format!("the connection to the daemon broke ({text}); is berthd still running?")
+                format!("lost the connection to the daemon ({text}); is berthd still running?")
             }
             (None, "") => code.description().to_owned(),
-            (None, text) if code == Code::Unimplemented => format!("this daemon cannot do that: {text}"),
+            (None, text) if code == Code::Unimplemented => format!("not supported by this daemon: {text}"),
             (None, text) => text.to_owned(),
         };
         Self { code, message, lost: status.source().is_some() }
@@ -180,7 +178,7 @@ impl Daemon {
     /// # Errors
     /// When the call fails, or the container is gone.
     pub(crate) async fn container_status(&self, id: &str) -> Result<ContainerStatus, CallError> {
-        let act = format!("look at container {}", short_id(id));
+        let act = format!("inspect container {}", short_id(id));
         let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
         let response = answer(act.as_str(), self.runtime.clone().container_status(request)).await?;
         response.status.ok_or_else(|| empty_answer(act))
@@ -191,7 +189,7 @@ impl Daemon {
     /// # Errors
     /// When the call fails, or the pod is gone.
     pub(crate) async fn pod_status(&self, id: &str) -> Result<PodSandboxStatus, CallError> {
-        let act = format!("look at pod {}", short_id(id));
+        let act = format!("inspect pod {}", short_id(id));
         let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
         let response = answer(act.as_str(), self.runtime.clone().pod_sandbox_status(request)).await?;
         response.status.ok_or_else(|| empty_answer(act))
@@ -203,7 +201,7 @@ impl Daemon {
     /// When the call fails; an absent image is no failure.
     pub(crate) async fn image(&self, reference: &str) -> Result<Option<Image>, CallError> {
         let request = ImageStatusRequest { image: Some(image_spec(reference)), verbose: false };
-        let act = format!("look for image {reference}");
+        let act = format!("inspect image {reference}");
         Ok(answer(act, self.images.clone().image_status(request)).await?.image)
     }
 
@@ -295,7 +293,7 @@ mod tests {
         for (status, message) in [
             (Status::not_found("no container abc"), "no container abc"),
             (Status::new(Code::Internal, ""), "Internal error"),
-            (Status::unimplemented("attach comes later"), "this daemon cannot do that: attach comes later"),
+            (Status::unimplemented("attach comes later"), "not supported by this daemon: attach comes later"),
         ] {
             assert_eq!(Refusal::from(status).to_string(), message);
         }

@@ -9,10 +9,10 @@ use berth_cri::v1::KeyValue;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum EnvSpecError {
     /// There is no name, or a NUL in the text.
-    #[error("`{0}` is not an environment variable; write NAME=VALUE, or NAME to pass on your own")]
+    #[error("`{0}` is not an environment variable; use NAME=VALUE, or NAME to pass on your own")]
     Form(String),
     /// Our environment has no such variable.
-    #[error("there is no variable `{0}` in the environment to pass on; write {0}=VALUE")]
+    #[error("no variable `{0}` in this environment; use {0}=VALUE")]
     Absent(String),
 }
 

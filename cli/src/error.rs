@@ -45,19 +45,19 @@ pub(crate) enum Error {
     #[error(transparent)]
     Remove(#[from] rm::RemoveError),
     /// Input or a terminal was asked for.
-    #[error("-i and -t are not possible: the program gets no input and no terminal; run it without them")]
+    #[error("-i and -t are not supported: the program gets no input and no terminal")]
     Interactive,
     /// Several things were asked for, and some failed; each has been told.
     #[error("{failed} of {all} failed")]
     Partly { failed: usize, all: usize },
     /// No container is meant by the name, since there is no such image either.
-    #[error("no pod, container or image is called `{0}`")]
+    #[error("no pod, container or image named `{0}`")]
     Nothing(String),
     /// The image is not on this machine.
-    #[error("there is no image `{0}` here; `berth images` lists all")]
+    #[error("no image `{0}` on this machine; `berth images` lists them")]
     NoImage(String),
     /// The container was made without a log.
-    #[error("container `{0}` has no log: it was made without one")]
+    #[error("container `{0}` has no log: it was created without one")]
     NoLog(String),
 }
 

@@ -16,7 +16,7 @@ pub(crate) struct Interrupts {
 
 /// Two interrupts came while something had to be waited for.
 #[derive(Debug, thiserror::Error)]
-#[error("given up; `berth ps -a` shows what is left, `berth rm -f` removes it")]
+#[error("interrupted; `berth ps -a` shows what is left, `berth rm -f` removes it")]
 pub(crate) struct GivenUp;
 
 impl Interrupts {

@@ -38,7 +38,7 @@ pub(crate) enum LogStreamError {
 pub(crate) struct Selection {
     /// Only this many lines from the end, and what comes after them.
     pub(crate) last_lines: Option<u64>,
-    /// The time before each line.
+    /// Print the time before each line.
     pub(crate) with_times: bool,
 }
 

@@ -23,13 +23,13 @@ pub(crate) struct MountSpec {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum MountSpecError {
     /// A part is missing, empty, or one too many.
-    #[error("`{0}` is not a mount; write SOURCE:TARGET or SOURCE:TARGET:ro")]
+    #[error("`{0}` is not a mount; use SOURCE:TARGET or SOURCE:TARGET:OPTIONS")]
     Form(String),
     /// The target is relative, or leads out of itself.
     #[error("the target `{0}` of a mount must be an absolute path without `..`")]
     Target(String),
     /// No such option.
-    #[error("`{0}` is no option of a mount; there are ro, rw, rprivate, rslave and rshared")]
+    #[error("`{0}` is not a mount option; use ro, rw, rprivate, rslave or rshared")]
     Option(String),
 }
 

@@ -18,7 +18,7 @@ const MOST_CANDIDATES: usize = 8;
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub(crate) enum NameError {
     /// Nothing has this id or name.
-    #[error("no pod or container is called `{0}`; `berth ps -a` lists all")]
+    #[error("no pod or container named `{0}`; `berth ps -a` lists them")]
     Unknown(String),
     /// The pod is there, a container of that name is not.
     #[error("pod `{pod}` has no container `{container}`; it has {}", listed(.candidates))]
@@ -31,7 +31,7 @@ pub(crate) enum NameError {
         candidates: Vec<String>,
     },
     /// More than one thing could be meant.
-    #[error("`{name}` could be {}; say more of the name or id", listed(.candidates))]
+    #[error("`{name}` matches more than one: {}; use a longer name or id", listed(.candidates))]
     Ambiguous {
         /// What was asked for.
         name: String,
@@ -365,7 +365,7 @@ mod tests {
         let error = NameError::Ambiguous { name: "x".into(), candidates };
         assert_eq!(
             error.to_string(),
-            "`x` could be 0, 1, 2, 3, 4, 5, 6, 7 and 12 more; say more of the name or id"
+            "`x` matches more than one: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more; use a longer name or id"
         );
     }
 

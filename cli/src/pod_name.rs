@@ -13,7 +13,7 @@ const SUFFIX_DIGITS: usize = 6;
 /// Why a text cannot be the name of a pod.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "`{0}` cannot be a pod's name: up to 63 small letters, digits and `-` are possible, with no `-` at either end"
+    "`{0}` is not a valid name: use up to 63 lowercase letters, digits and `-`, with no `-` at either end"
 )]
 pub(crate) struct PodNameError(String);
 

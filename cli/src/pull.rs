@@ -36,7 +36,7 @@ pub(crate) enum PullError {
     #[error(transparent)]
     Call(#[from] CallError),
     /// The daemon ended the call well without naming an image.
-    #[error("pull {0}: the daemon did not say what it pulled")]
+    #[error("pull {0}: the daemon did not name the image it pulled")]
     NoImage(String),
 }
 

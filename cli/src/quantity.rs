@@ -34,17 +34,17 @@ const MOST_BYTES: f64 = 9_007_199_254_740_992.0;
 pub(crate) enum QuantityError {
     /// The text is not a number with a known unit.
     #[error(
-        "`{0}` is not an amount of memory; write bytes, or a number with Ki, Mi, Gi, k, M or G, like 64Mi"
+        "`{0}` is not an amount of memory; use bytes, or a number with Ki, Mi, Gi, k, M or G, such as 64Mi"
     )]
     Memory(String),
     /// The amount is zero, negative, or beyond what any machine has.
-    #[error("`{0}` is out of range: more than 0 and at most 8Pi is possible")]
+    #[error("`{0}` is out of range: use more than 0 and at most 8Pi")]
     MemoryRange(String),
     /// The text is not a number.
-    #[error("`{0}` is not a number of processors; write for example 0.5 or 2")]
+    #[error("`{0}` is not a number of CPUs; use a number such as 0.5 or 2")]
     Cpus(String),
     /// The kernel does not ration this finely, or no machine has that many.
-    #[error("`{0}` is out of range: the kernel rations in steps of 0.01 processors, and 0.01 is the least")]
+    #[error("`{0}` is out of range: the smallest limit is 0.01 CPUs")]
     CpusRange(String),
 }
 

@@ -25,10 +25,10 @@ pub(crate) enum UserSpec {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum UserSpecError {
     /// Empty, or with characters that no passwd file has in a name.
-    #[error("`{0}` is not a user; write a name or a number, and perhaps :GROUP as a number")]
+    #[error("`{0}` is not a user; use a name or id, optionally followed by :GID")]
     User(String),
     /// CRI has no field for the name of a group.
-    #[error("`{0}` is not the number of a group: a group by name cannot be asked for")]
+    #[error("`{0}` is not a group id; groups cannot be given by name")]
     Group(String),
 }
 

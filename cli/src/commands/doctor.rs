@@ -37,8 +37,8 @@ pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
 async fn ask(socket: &Path) -> Result<(InfoResponse, Vec<RuntimeCondition>), Error> {
     let daemon = Daemon::connect(socket).await?;
     let request = StatusRequest { verbose: false };
-    let status = answer("ask for the status", daemon.runtime.clone().status(request)).await?;
-    let info = answer("ask for information", daemon.own.clone().info(InfoRequest {})).await?;
+    let status = answer("get the status", daemon.runtime.clone().status(request)).await?;
+    let info = answer("get information", daemon.own.clone().info(InfoRequest {})).await?;
     Ok((info, status.status.unwrap_or_default().conditions))
 }
 

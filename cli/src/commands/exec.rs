@@ -14,7 +14,7 @@ use crate::output;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExecError {
     /// There is no process to join.
-    #[error("container `{0}` does not run")]
+    #[error("container `{0}` is not running")]
     NotRunning(String),
 }
 

@@ -39,10 +39,10 @@ pub(crate) enum ImportError {
         source: io::Error,
     },
     /// A folder cannot be sent as an archive.
-    #[error("{0} is a folder, and only an archive can be uploaded; pack it with tar, or leave --upload out")]
+    #[error("{0} is a directory, and only an archive can be uploaded; pack it with tar, or omit --upload")]
     Folder(PathBuf),
     /// The protocol has text for paths, and this one is none.
-    #[error("the path {0} is not UTF-8, so the daemon cannot be told of it; use --upload")]
+    #[error("the path {0} is not UTF-8 and cannot be sent to the daemon; use --upload")]
     PathEncoding(PathBuf),
     /// The daemon ended the call well without naming an image.
     #[error("import {0}: the daemon found no image in it")]

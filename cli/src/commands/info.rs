@@ -17,7 +17,7 @@ pub(crate) async fn version(socket: &Path) -> Result<(), Error> {
     output::line(format_args!("berth   {}", env!("CARGO_PKG_VERSION")))?;
     let daemon = Daemon::connect(socket).await?;
     let request = VersionRequest { version: String::new() };
-    let version = answer("ask for the version", daemon.runtime.clone().version(request)).await?;
+    let version = answer("get the version", daemon.runtime.clone().version(request)).await?;
     let (name, number, api) = (version.runtime_name, version.runtime_version, version.runtime_api_version);
     Ok(output::line(format_args!("berthd  {number} ({name}, CRI {api})"))?)
 }
@@ -27,9 +27,9 @@ pub(crate) async fn version(socket: &Path) -> Result<(), Error> {
 /// # Errors
 /// When the daemon cannot be asked.
 pub(crate) async fn info(daemon: &Daemon, socket: &Path) -> Result<(), Error> {
-    let info = answer("ask for information", daemon.own.clone().info(InfoRequest {})).await?;
+    let info = answer("get information", daemon.own.clone().info(InfoRequest {})).await?;
     let request = StatusRequest { verbose: false };
-    let status = answer("ask for the status", daemon.runtime.clone().status(request)).await?;
+    let status = answer("get the status", daemon.runtime.clone().status(request)).await?;
     Ok(output::text(&info_text(socket, &info, &status))?)
 }
 

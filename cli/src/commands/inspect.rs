@@ -39,7 +39,7 @@ pub(crate) async fn inspect(daemon: &Daemon, args: &InspectArgs) -> Result<(), E
 
 async fn container_object(daemon: &Daemon, id: &str) -> Result<Value, Error> {
     let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
-    let act = format!("look at container {}", short_id(id));
+    let act = format!("inspect container {}", short_id(id));
     let response = answer(act, daemon.runtime.clone().container_status(request)).await?;
     let status = response.status.unwrap_or_default();
     Ok(json!({ "kind": "container", "status": container_status(&status), "info": details(&response.info) }))
@@ -47,7 +47,7 @@ async fn container_object(daemon: &Daemon, id: &str) -> Result<Value, Error> {
 
 async fn pod_object(daemon: &Daemon, id: &str) -> Result<Value, Error> {
     let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
-    let act = format!("look at pod {}", short_id(id));
+    let act = format!("inspect pod {}", short_id(id));
     let response = answer(act, daemon.runtime.clone().pod_sandbox_status(request)).await?;
     let status = response.status.unwrap_or_default();
     Ok(json!({ "kind": "pod", "status": pod_status(&status), "info": details(&response.info) }))
@@ -55,7 +55,7 @@ async fn pod_object(daemon: &Daemon, id: &str) -> Result<Value, Error> {
 
 async fn image_object(daemon: &Daemon, name: &str) -> Result<Value, Error> {
     let request = ImageStatusRequest { image: Some(image_spec(name)), verbose: true };
-    let call = answer(format!("look for image {name}"), daemon.images.clone().image_status(request)).await;
+    let call = answer(format!("inspect image {name}"), daemon.images.clone().image_status(request)).await;
     let response = call?;
     let image = response.image.ok_or_else(|| Error::Nothing(name.to_owned()))?;
     Ok(json!({ "kind": "image", "status": image_status(&image), "info": details(&response.info) }))

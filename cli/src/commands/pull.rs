@@ -18,7 +18,7 @@ pub(crate) enum PasswordError {
     #[error("read the password from standard input")]
     Read(#[source] io::Error),
     /// Standard input ends before the first character.
-    #[error("there is no password on standard input")]
+    #[error("no password on standard input")]
     Empty,
 }
 

@@ -21,7 +21,7 @@ use super::stop::{report, runs};
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RemoveError {
     /// It runs, and force was not asked for.
-    #[error("`{0}` runs; stop it first, or remove it with -f")]
+    #[error("`{0}` is running; stop it first, or remove it with -f")]
     Runs(String),
     /// The pod is gone, its logs are not.
     #[error("remove logs {path}")]

@@ -35,13 +35,13 @@ const OUT_OF_MEMORY: &str = "OOMKilled";
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RunError {
     /// The name for the pod to go into is that of a container.
-    #[error("`{0}` is no pod; `berth pods` lists all")]
+    #[error("no pod named `{0}`; `berth pods` lists them")]
     NoPod(String),
     /// The pod takes no containers any more.
-    #[error("pod `{0}` was stopped, and takes no more containers; remove it with `berth rm {0}`")]
+    #[error("pod `{0}` is stopped and takes no more containers; remove it with `berth rm {0}`")]
     PodIsOver(String),
     /// The pod has a container of the name.
-    #[error("pod `{pod}` has a container `{container}` already; choose another --container")]
+    #[error("pod `{pod}` already has a container `{container}`; choose another --container")]
     ContainerNameTaken {
         /// Name of the pod.
         pod: String,
@@ -49,7 +49,7 @@ pub(crate) enum RunError {
         container: String,
     },
     /// Another pod has the name.
-    #[error("there is a pod `{0}` already; remove it with `berth rm {0}`, or choose another --name")]
+    #[error("pod `{0}` already exists; remove it with `berth rm {0}`, or choose another --name")]
     NameTaken(String),
     /// The source of a mount is not there, or cannot be seen.
     #[error("mount {path}")]
@@ -61,10 +61,10 @@ pub(crate) enum RunError {
         source: io::Error,
     },
     /// CRI has text for paths, and this one is none.
-    #[error("the path {0} is not UTF-8, so the daemon cannot be told of it")]
+    #[error("the path {0} is not UTF-8 and cannot be sent to the daemon")]
     PathEncoding(PathBuf),
     /// The folder for logs cannot be made.
-    #[error("make the log folder {path}; choose another place with --log-dir")]
+    #[error("create the log directory {path}; choose another with --log-dir")]
     LogFolder {
         /// The folder.
         path: PathBuf,
@@ -157,7 +157,7 @@ pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Erro
     }
     let status = ended?;
     if status.reason == OUT_OF_MEMORY {
-        output::remark("the container needed more memory than its limit and was killed");
+        output::remark("the container exceeded its memory limit and was killed");
     }
     Ok(ExitCode::from(u8::try_from(status.exit_code).unwrap_or(u8::MAX)))
 }

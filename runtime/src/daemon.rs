@@ -6,6 +6,7 @@ use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
 use crate::handlers::Handlers;
 use crate::housekeeping;
+use crate::left_cgroups::LeftCgroups;
 use crate::node::Node;
 use crate::notify::{self, Notifier};
 use crate::oci_spec::HostFacts;
@@ -322,6 +323,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         default_cgroup_parent,
         systemd,
         unanswered: Unanswered::default(),
+        left_cgroups: LeftCgroups::default(),
         handlers: Handlers::own(),
         shim,
         bridge: Arc::new(bridge),

@@ -18,6 +18,7 @@ pub mod handlers;
 mod host_directory;
 mod housekeeping;
 mod http2;
+mod left_cgroups;
 pub mod log;
 mod node;
 mod notify;

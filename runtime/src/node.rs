@@ -4,6 +4,7 @@ use crate::apparmor::DefaultProfile;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::handlers::Handlers;
+use crate::left_cgroups::LeftCgroups;
 use crate::oci_spec::HostFacts;
 use crate::registry::{Found, Registry};
 use crate::shim_client::{Holder, ShimError, ShimProgram};
@@ -56,6 +57,7 @@ pub(crate) struct Node {
     /// With the systemd driver.
     pub(crate) systemd: Option<Systemd>,
     pub(crate) unanswered: Unanswered,
+    pub(crate) left_cgroups: LeftCgroups,
     pub(crate) handlers: Handlers,
     pub(crate) shim: ShimProgram,
     pub(crate) bridge: Arc<Bridge>,
@@ -145,7 +147,8 @@ impl Node {
             Err(error) => {
                 drop(holder);
                 if let Err(left) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE)) {
-                    tracing::warn!(id, error = %crate::chain(&left), "a cgroup that failed is left");
+                    tracing::warn!(id, error = %crate::chain(&left), "a cgroup that failed is left; it is tried again");
+                    self.left_cgroups.keep(&cgroup);
                 }
                 Err(error.into())
             }

@@ -9,6 +9,7 @@ pub mod critest;
 pub mod daemon;
 pub mod deadline;
 pub mod forge;
+pub mod fuse;
 pub mod host;
 pub mod kubelet;
 pub mod kubepods;

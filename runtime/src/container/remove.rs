@@ -36,6 +36,9 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
 fn remove_files(node: &Node, container: &Container) -> Result<(), ContainerError> {
     // What ended while no daemon was there may not have been cleaned up after yet.
     end::clean(container);
+    if container.cgroup.is_there() {
+        node.left_cgroups.keep(&container.cgroup);
+    }
     let (files, records) = (&container.files, container.record_files());
     records.remove_copy().map_err(ContainerError::file("remove", &records.copy))?;
     trash::discard(&node.layout, &files.durable).map_err(ContainerError::file("remove", &files.durable))?;

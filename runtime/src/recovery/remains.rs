@@ -136,10 +136,11 @@ impl Remains {
                 if node.is_anothers(&cgroup) {
                     return Ok(());
                 }
-                cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))
+                let gone = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE));
+                gone.inspect_err(|_| node.left_cgroups.keep(&cgroup))
             });
             if let Err(error) = gone {
-                tracing::warn!(cgroup = name, error = %crate::chain(&error), "could not remove a cgroup that belongs to nothing");
+                tracing::warn!(cgroup = name, error = %crate::chain(&error), "could not remove a cgroup that belongs to nothing; it is tried again");
             }
         }
         for path in self.container_states.iter().filter(|path| !is_kept(path)) {

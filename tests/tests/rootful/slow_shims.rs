@@ -12,7 +12,8 @@ use berth_cri::v1::ContainerState::{ContainerExited, ContainerRunning};
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
-use berth_tests::pod::{Container, idle, shell, volume};
+use berth_tests::fuse::Hanging;
+use berth_tests::pod::{Container, idle, sharing, sharing_pod, shell, volume};
 use berth_tests::skip::skip;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM, kill};
@@ -212,6 +213,42 @@ fn a_daemon_that_dies_in_a_start_leaves_no_doubt_behind() -> Result<()> {
         assert_eq!(main.status()?.state(), ContainerRunning);
         pod.remove()?;
         Ok(())
+    })
+}
+
+#[test]
+fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_that_ends() -> Result<()> {
+    rootful(|daemon| {
+        let folder = daemon.folder("hanging")?;
+        let Some(hanging) = Hanging::mount(&folder)? else {
+            skip("slow_shims::the_cgroup_of_a_removed_container", "no FUSE here");
+            return Ok(());
+        };
+        // In a pid namespace of its own, the container's end would wait for all its processes.
+        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("web")))?;
+        let mut config = sharing(idle("main"));
+        config.mounts = vec![volume(&folder, "/volume")];
+        let main = pod.start(config)?;
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| main.exec(&["cat", "/volume/name"]));
+            within(SOON, "a process waits and cannot be killed", || {
+                let processes = daemon.cgroup().read("memory", &main.id, "cgroup.procs")?;
+                let mut states = processes.lines().filter_map(|pid| status_field(pid.parse().ok()?, "State"));
+                Ok(states.any(|state| state.starts_with('D')).then_some(()))
+            })?;
+            kill(Pid::from_raw(main.pid()?), SIGTERM)?;
+            main.ended()?;
+            main.remove()?;
+            ensure!(!daemon.cgroup().below(&main.id).is_empty(), "it holds a process");
+            // Which hears now that nobody will answer.
+            drop(hanging);
+            within(SOON, "the cgroup is removed", || {
+                Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
+            })?;
+            // Whatever became of its program.
+            let _ = waiting.join();
+            Ok(())
+        })
     })
 }
 

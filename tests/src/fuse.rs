@@ -1,0 +1,97 @@
+//! A file system whose server has stopped to answer, as one on the network does: what waits for it cannot be killed.
+//!
+//! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and says what its root is, a directory. Any other request,
+//! such as to look for a name in it, it takes and leaves without an answer: the kernel waits for that in an uninterruptible state until the
+//! session ends, where a request that no server has taken would be given up with a signal that kills.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// Numbers of requests: `<linux/fuse.h>`.
+const GETATTR: u32 = 3;
+const INIT: u32 = 26;
+
+/// The version of the protocol that is spoken, of Linux 4.20.
+const VERSION: [u32; 2] = [7, 28];
+
+/// A mounted file system. Dropped, it ends, and whatever waits for it gets an error.
+#[derive(Debug)]
+pub struct Hanging {
+    path: PathBuf,
+}
+
+impl Hanging {
+    /// Mounts one on the directory `path`; `None` where the kernel has no FUSE.
+    ///
+    /// # Errors
+    /// When the mount is refused.
+    pub fn mount(path: &Path) -> Result<Option<Self>> {
+        let Ok(device) = File::options().read(true).write(true).open("/dev/fuse") else { return Ok(None) };
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+        mount(Some("hanging"), path, Some("fuse"), MsFlags::empty(), Some(options.as_str()))
+            .with_context(|| format!("mounting a FUSE file system on {}", path.display()))?;
+        std::thread::spawn(move || serve(device));
+        Ok(Some(Self { path: path.to_owned() }))
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        // By force: that ends the session, wherever else the file system is mounted.
+        let _ = umount2(&self.path, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+    }
+}
+
+/// Until the session ends, which a read says.
+fn serve(mut device: File) {
+    // The kernel wants room for a write of the longest kind.
+    let mut request = vec![0; 256 * 1024];
+    while let Ok(length) = device.read(&mut request) {
+        let Some((header, _)) = request.get(..length).and_then(|request| request.split_at_checked(40)) else {
+            return;
+        };
+        let number = |at: usize| header.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        let answer = match number(4).map(u32::from_ne_bytes) {
+            Some(INIT) => init(),
+            Some(GETATTR) => attributes(),
+            _ => continue,
+        };
+        // struct fuse_out_header: length, error, and the number of the request.
+        let length = u32::try_from(16 + answer.len()).unwrap_or_default();
+        let unique = header.get(8..16).unwrap_or_default();
+        let reply = [&length.to_ne_bytes(), [0; 4].as_slice(), unique, &answer].concat();
+        if device.write_all(&reply).is_err() {
+            return;
+        }
+    }
+}
+
+/// `struct fuse_init_out`, whose other members may be 0.
+fn init() -> Vec<u8> {
+    let mut answer = vec![0; 64];
+    for (place, number) in answer.chunks_exact_mut(4).zip(VERSION) {
+        place.copy_from_slice(&number.to_ne_bytes());
+    }
+    answer
+}
+
+/// `struct fuse_attr_out` of a directory that is valid for an hour: 16 bytes of time, then `struct fuse_attr`.
+fn attributes() -> Vec<u8> {
+    const DIRECTORY: u32 = 0o40755;
+    let mut answer = vec![0; 16 + 88];
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(place) = answer.get_mut(at..at + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
+    };
+    put(0, &3600_u64.to_ne_bytes());
+    put(16, &1_u64.to_ne_bytes());
+    put(16 + 60, &DIRECTORY.to_ne_bytes());
+    put(16 + 64, &2_u32.to_ne_bytes());
+    answer
+}

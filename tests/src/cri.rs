@@ -185,6 +185,20 @@ impl Client {
         self.tokio.block_on(call).ok().transpose().map(|answer| answer.map(Response::into_inner))
     }
 
+    /// `CreateContainer` by a client that waits only for so long and then resets the call; `None` when it did.
+    ///
+    /// # Errors
+    /// The daemon's refusal.
+    pub fn create_container_or_give_up(
+        &self,
+        request: v1::CreateContainerRequest,
+        patience: Duration,
+    ) -> Result<Option<v1::CreateContainerResponse>, Status> {
+        let mut client = self.runtime.clone();
+        let call = async { tokio::time::timeout(patience, client.create_container(request)).await };
+        self.tokio.block_on(call).ok().transpose().map(|answer| answer.map(Response::into_inner))
+    }
+
     /// `StopContainer`.
     ///
     /// # Errors

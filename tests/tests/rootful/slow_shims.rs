@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use berth_cri::v1;
 use berth_cri::v1::ContainerState::{ContainerExited, ContainerRunning};
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
@@ -313,6 +314,35 @@ fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_remo
         // Whatever waits for it gets an error then.
         drop(hung);
         census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_creation_that_its_client_gave_up_holds_its_name_until_it_is_done_or_undone() -> Result<()> {
+    rootful(|daemon| {
+        let folder = daemon.folder("hung")?;
+        let Some(hung) = Hung::mount(&folder)? else {
+            skip("slow_shims::given_up", "no FUSE here");
+            return Ok(());
+        };
+        let (pod, client) = (daemon.pod("web")?, daemon.client());
+        let mut config = idle("main");
+        config.mounts = vec![volume(&folder.join("file"), "/volume")];
+        let request = v1::CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        ensure!(client.create_container_or_give_up(request, Duration::from_secs(1))?.is_none(), "it hangs");
+        // It goes on: what the client asks for once more would be a second one beside it.
+        let again = pod.create(idle("main")).err().context("the name is held")?;
+        assert_eq!(again.code(), Code::AlreadyExists, "{again:?}");
+        ensure!(client.containers(v1::ContainerFilter::default())?.is_empty(), "half a container is listed");
+        // It fails then, and the name is free.
+        drop(hung);
+        let main = within(SOON, "the name is free", || Ok(Some(pod.create(idle("main"))?)))?;
+        main.start()?;
+        Ok(())
     })
 }
 

@@ -1,6 +1,6 @@
 //! What was asked for when a pod sandbox was run: `PodSandboxConfig` of the CRI, checked.
 
-use crate::security::Namespaces;
+use crate::security::{Namespaces, Profile};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -70,6 +70,9 @@ pub struct Config {
     pub namespaces: Namespaces,
     /// Privileged containers are allowed.
     pub privileged: bool,
+    /// The AppArmor profile of the pod. Records of earlier versions do not have it; it matters while the sandbox is made.
+    #[serde(default)]
+    pub apparmor: Profile,
     /// Kernel parameters of its namespaces, checked: sysctl(8) names with dots.
     pub sysctls: BTreeMap<String, String>,
     /// The handler's name in the request; empty for the default.

@@ -3,8 +3,9 @@
 //! The default profile is loaded at every start, so that a new version of the daemon brings its own. It takes `apparmor_parser`
 //! (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce AppArmor, nothing here is asked. Where it does and the
 //! profile cannot be loaded, no container is made that would have it: loading is tried again with each, so that an installed parser is enough.
+//! So it is when somebody has removed it from the kernel.
 //!
-//! Putting a process under a profile is the shim's, in `init`.
+//! Putting a process under a profile is the shim's.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -111,6 +112,14 @@ pub(crate) enum AppArmorError {
     },
 }
 
+/// The default profile is not in the kernel, and cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the kernel enforces AppArmor, and the profile {DEFAULT_PROFILE} of RuntimeDefault cannot be loaded; \
+     mend this on the node, no restart is needed"
+)]
+pub(crate) struct NotLoaded(#[source] AppArmorError);
+
 /// Whether the kernel enforces AppArmor. If that cannot be found out it counts as enforced.
 pub(crate) fn is_enabled() -> bool {
     says_enabled(Path::new(ENABLED))
@@ -132,18 +141,15 @@ fn says_enabled(path: &Path) -> bool {
 pub(crate) struct DefaultProfile {
     enforced: bool,
     /// Loaded by this daemon or, in an earlier version, by one before it. Held while it is being loaded.
-    is_there: Mutex<bool>,
+    was_loaded: Mutex<bool>,
 }
 
 impl DefaultProfile {
     /// Loads it where AppArmor is enforced; a failure is logged. Blocking.
     pub(crate) fn new(enforced: bool) -> Self {
-        let profile = Self { enforced, is_there: Mutex::new(false) };
-        if let Err(error) = profile.name_by(load_default) {
-            tracing::error!(
-                error = %crate::chain(&error),
-                "cannot load the AppArmor profile {DEFAULT_PROFILE}; containers that would have it are refused until it can be loaded"
-            );
+        let profile = Self { enforced, was_loaded: Mutex::new(false) };
+        if let Err(error) = profile.name() {
+            tracing::error!(error = %crate::chain(&error), "containers that would have it are refused until then");
         }
         profile
     }
@@ -152,30 +158,33 @@ impl DefaultProfile {
     ///
     /// # Errors
     /// Why it could not be loaded.
-    pub(crate) fn name(&self) -> Result<Option<&'static str>, AppArmorError> {
-        self.name_by(load_default)
+    pub(crate) fn name(&self) -> Result<Option<&'static str>, NotLoaded> {
+        self.name_by(load_default, || is_loaded(DEFAULT_PROFILE))
     }
 
     fn name_by(
         &self,
         load: impl FnOnce() -> Result<(), AppArmorError>,
-    ) -> Result<Option<&'static str>, AppArmorError> {
+        is_loaded: impl Fn() -> Result<bool, AppArmorError>,
+    ) -> Result<Option<&'static str>, NotLoaded> {
         if !self.enforced {
             return Ok(None);
         }
-        let mut is_there = self.is_there.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*is_there {
+        let mut was_loaded = self.was_loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where the list cannot be read, the shim finds out.
+        if !*was_loaded || !is_loaded().unwrap_or(true) {
+            *was_loaded = false;
             if let Err(failed) = load() {
                 // One of an earlier daemon confines as well.
-                if !is_loaded(DEFAULT_PROFILE).unwrap_or(false) {
-                    return Err(failed);
+                if !is_loaded().unwrap_or(false) {
+                    return Err(NotLoaded(failed));
                 }
                 tracing::warn!(
                     error = %crate::chain(&failed),
                     "cannot load the AppArmor profile {DEFAULT_PROFILE}; an earlier version of it is used"
                 );
             }
-            *is_there = true;
+            *was_loaded = true;
         }
         Ok(Some(DEFAULT_PROFILE))
     }
@@ -306,17 +315,25 @@ mod tests {
     }
 
     #[test]
-    fn without_the_default_profile_there_is_an_error_until_it_can_be_loaded() {
-        let profile = DefaultProfile { enforced: true, is_there: Mutex::new(false) };
-        let failed = || Err(AppArmorError::NoParser);
-        // An earlier version in this machine's kernel would do, too.
-        if !is_loaded(DEFAULT_PROFILE).unwrap_or(false) {
-            assert!(matches!(profile.name_by(failed), Err(AppArmorError::NoParser)));
-        }
-        assert_eq!(profile.name_by(|| Ok(())).unwrap(), Some(DEFAULT_PROFILE));
-        assert_eq!(profile.name_by(|| panic!("it is there")).unwrap(), Some(DEFAULT_PROFILE));
-        let off = DefaultProfile { enforced: false, is_there: Mutex::new(false) };
-        assert_eq!(off.name_by(|| panic!("not asked")).unwrap(), None);
+    fn the_default_profile_is_loaded_whenever_it_is_not_there() {
+        let profile = DefaultProfile { enforced: true, was_loaded: Mutex::new(false) };
+        let fails = || Err(AppArmorError::NoParser);
+        let (there, gone) = (|| Ok(true), || Ok(false));
+        let refused = profile.name_by(fails, gone).unwrap_err().to_string();
+        assert!(refused.contains(DEFAULT_PROFILE), "{refused}");
+        assert_eq!(profile.name_by(|| Ok(()), gone).unwrap(), Some(DEFAULT_PROFILE));
+        assert_eq!(profile.name_by(|| panic!("it is there"), there).unwrap(), Some(DEFAULT_PROFILE));
+        let unknown = || Err(AppArmorError::NoParser);
+        assert_eq!(profile.name_by(|| panic!("it was loaded"), unknown).unwrap(), Some(DEFAULT_PROFILE));
+        // Somebody has removed it.
+        assert!(profile.name_by(fails, gone).is_err());
+        assert!(profile.name_by(fails, unknown).is_err());
+        assert_eq!(profile.name_by(|| Ok(()), gone).unwrap(), Some(DEFAULT_PROFILE));
+        // An earlier version would do, too.
+        let later = DefaultProfile { enforced: true, was_loaded: Mutex::new(false) };
+        assert_eq!(later.name_by(fails, there).unwrap(), Some(DEFAULT_PROFILE));
+        let off = DefaultProfile { enforced: false, was_loaded: Mutex::new(false) };
+        assert_eq!(off.name_by(|| panic!("not asked"), || panic!("not asked")).unwrap(), None);
     }
 
     #[test]

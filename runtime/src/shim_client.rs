@@ -10,7 +10,7 @@ use berth_shim_proto::control::{
 };
 use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::frame;
-use berth_shim_proto::launch::{Cgroup, Launch};
+use berth_shim_proto::launch::{self, Launch};
 use berth_sys::{process, socket};
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -122,15 +122,15 @@ impl ShimProgram {
         Ok(Holder { pid, word: Some(word) })
     }
 
-    /// Makes process 1 of a pod's own pid namespace, in `cgroup`. Blocking.
+    /// Makes process 1 of a pod's own pid namespace. Blocking.
     ///
     /// # Errors
     /// [`ShimError::Failed`] with the step that failed.
-    pub(crate) fn spawn_pause(&self, cgroup: Cgroup) -> Result<Pause, ShimError> {
+    pub(crate) fn spawn_pause(&self, request: &launch::Pause) -> Result<Pause, ShimError> {
         let start = |action| move |source| ShimError::Start { action, source };
         let (ours, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
-        let request = frame::encode(&cgroup).map_err(ShimError::TooLong)?;
-        socket::send(ours.as_fd(), &request, &[]).map_err(start("tell it its cgroup"))?;
+        let request = frame::encode(request).map_err(ShimError::TooLong)?;
+        socket::send(ours.as_fd(), &request, &[]).map_err(start("tell it what to do"))?;
         let pid = self.spawn("pause", &[theirs.as_fd()])?;
         drop(theirs);
         let reply = read_one(ours.as_fd());

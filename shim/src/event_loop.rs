@@ -408,7 +408,7 @@ impl Shim {
     fn start(&mut self, asker: Asker) -> Result<(), Failed> {
         match std::mem::replace(&mut self.state, State::Empty) {
             State::Waiting { container, output, mut birth } => {
-                let told = birth.go();
+                let told = container.check_profile().and_then(|()| birth.go());
                 self.state = State::Starting { container, output, birth, asker };
                 if let Err(failed) = told {
                     self.main_failed(failed);

@@ -3,6 +3,7 @@
 //! It runs in the child, after the namespaces and the root are in place. The order is the kernel's: each step says why it is where
 //! it is. Everything that can be done before the wait for the start is done before it.
 
+use crate::apparmor::{Profile, Way};
 use crate::failure::{Step, from_io, refused, shown};
 use crate::handshake::ChildEnd;
 use crate::user::Resolved;
@@ -200,22 +201,28 @@ pub(crate) enum Privileges {
     Program,
 }
 
-/// Gives up, before a process is born where others may trace it, everything that its program is not to have.
-pub(crate) fn shed_before_birth(process: &Process) -> Result<Privileges, Failed> {
+/// Gives up, before a process is born where others may trace it, everything that its program is not to have, and takes on its profile.
+pub(crate) fn shed_before_birth(process: &Process, profile: Option<Profile>) -> Result<Privileges, Failed> {
     if process.entry_filter.is_empty() {
-        shed(process, &process.seccomp_filter)?;
+        shed(process, &process.seccomp_filter, profile)?;
         return Ok(Privileges::Program);
     }
     // The last filter is installed inside, where no capability for it may be.
     process::set_no_new_privileges().step("set no_new_privs", "")?;
-    shed(process, &process.entry_filter)?;
+    shed(process, &process.entry_filter, profile)?;
     Ok(Privileges::Entering)
 }
 
 /// The last of a main process that has reported: waits for the start, sheds what privileges are left and becomes the program. Returns only
-/// why it could not.
-pub(crate) fn finish(process: &Process, program: &Program, privileges: Privileges, end: &ChildEnd) -> Failed {
-    match end.wait_for_go() {
+/// why it could not. `profile` is the one that exec changes to.
+pub(crate) fn finish(
+    process: &Process,
+    program: &Program,
+    privileges: Privileges,
+    profile: Option<Way>,
+    end: &ChildEnd,
+) -> Failed {
+    match end.wait_for_go().and_then(|()| profile.map_or(Ok(()), Way::check)) {
         Ok(()) => finish_exec(process, program, privileges),
         Err(failed) => failed,
     }
@@ -224,7 +231,7 @@ pub(crate) fn finish(process: &Process, program: &Program, privileges: Privilege
 /// The last of a process of exec.
 pub(crate) fn finish_exec(process: &Process, program: &Program, privileges: Privileges) -> Failed {
     let last = match privileges {
-        Privileges::Shedding => shed(process, &process.seccomp_filter),
+        Privileges::Shedding => shed(process, &process.seccomp_filter, None),
         Privileges::Entering => install_filter(process, &process.seccomp_filter),
         Privileges::Program => Ok(()),
     };
@@ -248,6 +255,8 @@ pub(crate) fn become_user(process: &Process, user: &Resolved) -> Result<(), Fail
 const SETPCAP: u64 = 1 << 8;
 const SYS_ADMIN: u64 = 1 << 21;
 
+const MAC_OVERRIDE: u64 = 1 << 32;
+
 /// What is effective while a filter is installed without no_new_privs: seccomp(2), capabilities(7).
 const FOR_THE_FILTER: u64 = SYS_ADMIN | SETPCAP;
 
@@ -260,26 +269,39 @@ pub(crate) fn keep_what_shedding_needs(process: &Process) -> Result<(), Failed> 
         .step("limit the capabilities", "for the change into the container")
 }
 
-/// The privileges that remain are the program's own, under `filter`.
-fn shed(process: &Process, filter: &[u8]) -> Result<(), Failed> {
+/// The privileges that remain are the program's own, under `filter` and in `profile`.
+fn shed(process: &Process, filter: &[u8], profile: Option<Profile>) -> Result<(), Failed> {
     let capabilities = process.capabilities;
     // Everything but 0, 1, 2 closes at exec, however it was opened.
     process::close_from(3, CloseRange::OnExec).step("close descriptors", "")?;
     if process.no_new_privileges {
         process::set_no_new_privileges().step("set no_new_privs", "")?;
-        // With no_new_privs a filter needs no capability, so it comes last and may forbid even capset.
-        set_capabilities(process)?;
-        install_filter(process, filter)
-    } else {
-        // Without it the filter needs CAP_SYS_ADMIN, which the change of user above took out of the effective set.
-        if !filter.is_empty() {
-            let all = capabilities.permitted | capabilities.inheritable | FOR_THE_FILTER;
-            credentials::set_capabilities(FOR_THE_FILTER, all, 0)
-                .step("limit the capabilities", "for the filter")?;
-            install_filter(process, filter)?;
-        }
-        set_capabilities(process)
     }
+    // Without no_new_privs the filter needs CAP_SYS_ADMIN, which the change of user took out of the effective set.
+    let filter_first = !filter.is_empty() && !process.no_new_privileges;
+    let mut needed = if filter_first { FOR_THE_FILTER } else { 0 };
+    if profile.is_some() {
+        needed |= MAC_OVERRIDE & credentials::permitted_set().step("read the capabilities", "")?;
+    }
+    if needed != 0 {
+        credentials::set_capabilities(needed, capabilities.permitted | capabilities.inheritable | needed, 0)
+            .step("limit the capabilities", "for the filter and the profile")?;
+    }
+    // Opened with the credentials that it is written to with, and before a filter that may forbid it.
+    let way = profile.map(Profile::open_current).transpose()?;
+    if filter_first {
+        // The profile comes after it, since that may not allow the capability that a filter takes.
+        install_filter(process, filter)?;
+    }
+    if let Some(way) = way {
+        way.enter()?;
+    }
+    set_capabilities(process)?;
+    if process.no_new_privileges {
+        // It needs no capability, so it comes last and may forbid even capset.
+        install_filter(process, filter)?;
+    }
+    Ok(())
 }
 
 fn set_capabilities(process: &Process) -> Result<(), Failed> {

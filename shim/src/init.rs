@@ -5,11 +5,12 @@
 //!
 //! A process in a pid namespace shows everybody there that may trace (`CAP_SYS_PTRACE`) what it has: its root, its working directory, its
 //! descriptors, its memory, and through that its privileges. So nothing of the host enters a namespace where others live. A process bound
-//! for one prepares outside until the root is the container's and the descriptors, privileges and filter are the program's, reports, and
+//! for one prepares outside until the root is the container's and the descriptors, privileges, filter and profile are the program's, reports, and
 //! only then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not believed ([`crate::handshake`]).
 
+use crate::apparmor::{Profile, Way};
 use crate::execute::{self, Privileges, Program};
-use crate::failure::{Step, refused};
+use crate::failure::Step;
 use crate::handshake::{self, ChildEnd};
 use crate::inheritance;
 use crate::procfs::{self, Target};
@@ -74,18 +75,20 @@ pub(crate) fn run_exec(
 
 fn become_main(launch: &Launch, target: Option<&Target>, stdio: Option<Stdio>, end: &mut ChildEnd) -> Failed {
     match prepare_main(launch, target, stdio, end) {
-        Ok((program, privileges)) => execute::finish(&launch.process, &program, privileges, end),
+        Ok((program, privileges, profile)) => {
+            execute::finish(&launch.process, &program, privileges, profile, end)
+        }
         Err(failed) => failed,
     }
 }
 
-/// Everything up to the wait for the start, the report included.
+/// Everything up to the wait for the start, the report included; with the profile that exec changes to.
 fn prepare_main(
     launch: &Launch,
     target: Option<&Target>,
     stdio: Option<Stdio>,
     end: &mut ChildEnd,
-) -> Result<(Program, Privileges), Failed> {
+) -> Result<(Program, Privileges, Option<Way>), Failed> {
     let mut kept = end.all();
     kept.extend(stdio.iter().flat_map(Stdio::all));
     kept.extend(target.iter().flat_map(|target| target.all()));
@@ -94,7 +97,7 @@ fn prepare_main(
     begin(&launch.cgroup)?;
     // While /proc is still the host's.
     execute::set_limits(&launch.process, &mut notes)?;
-    set_apparmor_profile(&launch.process.apparmor_profile)?;
+    let profile = Profile::find(&launch.process.apparmor_profile)?;
 
     let namespaces = &launch.namespaces;
     for (path, kind) in [
@@ -129,6 +132,11 @@ fn prepare_main(
         _ => None,
     };
     let inhabited = procfs.is_some();
+    // While all capabilities are there.
+    let (profile, at_exec) = match profile {
+        Some(profile) if !inhabited => (None, Some(profile.take_on_at_exec()?)),
+        profile => (profile, None),
+    };
     let rootfs::Assembled { root, accounts } = rootfs::assemble(launch, procfs)?;
     berth_sys::mount::pivot_into(root.as_fd()).step("change the root", "")?;
     drop(root);
@@ -152,14 +160,14 @@ fn prepare_main(
         // Out here, where it is believed.
         end.ready(&created, terminal.as_ref().map(AsFd::as_fd))?;
         drop(terminal);
-        let privileges = go_on_inside(&launch.process, end)?;
+        let privileges = go_on_inside(&launch.process, profile, end)?;
         lead_session(has_terminal)?;
-        Ok((program, privileges))
+        Ok((program, privileges, None))
     } else {
         execute::keep_what_shedding_needs(&launch.process)?;
         lead_session(has_terminal)?;
         end.ready(&created, terminal.as_ref().map(AsFd::as_fd))?;
-        Ok((program, Privileges::Shedding))
+        Ok((program, Privileges::Shedding, at_exec))
     }
 }
 
@@ -201,7 +209,7 @@ fn prepare_exec(
     begin(&launch.cgroup)?;
     let mut notes = Vec::new();
     execute::set_limits(program, &mut notes)?;
-    set_apparmor_profile(&program.apparmor_profile)?;
+    let profile = Profile::find(&program.apparmor_profile)?;
     let mut flags = ns::MOUNT | ns::Kind::Pid.flag();
     for (path, flag) in [
         (&launch.namespaces.network, ns::Kind::Network.flag()),
@@ -222,7 +230,7 @@ fn prepare_exec(
     execute::enter_directory(&program.cwd, user)?;
     let exec = Program::new(program, &user.home)?;
     execute::become_user(program, user)?;
-    let privileges = go_on_inside(program, end)?;
+    let privileges = go_on_inside(program, profile, end)?;
     end.wait_for_go()?;
     lead_session(false)?;
     Ok((exec, privileges))
@@ -256,11 +264,17 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
 
 /// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one, whose name tells the shim who
 /// the new one is. Nothing but 0, 1, 2 and two pipes to the shim stays open. Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
-fn go_on_inside(program: &Process, end: &mut ChildEnd) -> Result<Privileges, Failed> {
+fn go_on_inside(
+    program: &Process,
+    profile: Option<Profile>,
+    end: &mut ChildEnd,
+) -> Result<Privileges, Failed> {
     const STEP: &str = "enter the pid namespace";
-    process::close_all_but(&end.rest()).step(STEP, "")?;
+    let mut kept = Vec::from(end.rest());
+    kept.extend(profile.iter().map(AsFd::as_fd));
+    process::close_all_but(&kept).step(STEP, "")?;
     let single = SingleThreaded::check().step(STEP, "")?;
-    let privileges = execute::shed_before_birth(program)?;
+    let privileges = execute::shed_before_birth(program, profile)?;
     match process::clone_sibling(single).step(STEP, "")? {
         // It does nothing before the shim knows of it, and if the shim never does, it ends.
         None => Ok(privileges),
@@ -310,22 +324,4 @@ fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
         process::place_descriptor(terminal.as_fd(), number).step(STEP, number)?;
     }
     Ok(controller)
-}
-
-/// `/proc/<pid>/attr/apparmor/exec` of AppArmor's kernel interface: the profile that the next exec changes to, of this process or one that is
-/// cloned from it. An empty one is none.
-///
-/// Must run while `/proc` is still the host's: over that of a container it could be mounted something else.
-fn set_apparmor_profile(profile: &str) -> Result<(), Failed> {
-    const STEP: &str = "set the AppArmor profile";
-    if profile.is_empty() {
-        return Ok(());
-    }
-    let proc = Root::open(Path::new("/proc")).step(STEP, profile)?;
-    // The write would go nowhere, and the container run without its profile.
-    if !berth_sys::mount::is_procfs(proc.as_fd()).step(STEP, "/proc")? {
-        return Err(refused(STEP, format!("{profile}: /proc is not the kernel's")));
-    }
-    let file = proc.open_with(Path::new("self/attr/apparmor/exec"), file::WRITE).step(STEP, profile)?;
-    std::fs::File::from(file).write_all(format!("exec {profile}").as_bytes()).step(STEP, profile)
 }

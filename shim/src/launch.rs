@@ -1,5 +1,6 @@
 //! The parent half of starting processes: what the shim prepares, clones and keeps.
 
+use crate::apparmor;
 use crate::birth::Birth;
 use crate::cri_log::LogFile;
 use crate::exit::{self, OomCounter};
@@ -87,8 +88,7 @@ pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Making
         }
         Cloned::Parent { pid, .. } => pid,
     };
-    let inhabited = matches!(launch.namespaces.pid, Some(PidNamespace::Join(_) | PidNamespace::Target(())));
-    let birth = if inhabited { Birth::by_maker(end, pid) } else { Birth::direct(end, pid) };
+    let birth = if is_inhabited(&launch) { Birth::by_maker(end, pid) } else { Birth::direct(end, pid) };
     Ok(Making { launch, birth, oom, streams, log })
 }
 
@@ -141,6 +141,25 @@ impl Making {
     pub(crate) fn exit_record_path(&self) -> &Path {
         host_path(&self.launch.exit_record_path)
     }
+}
+
+impl Container {
+    /// Whether a main process that waits where others live still has its profile. Elsewhere the process looks itself.
+    ///
+    /// # Errors
+    /// When it has not, or that cannot be found out.
+    pub(crate) fn check_profile(&self) -> Result<(), Failed> {
+        if is_inhabited(&self.launch) {
+            apparmor::check_process(self.created.pid, &self.launch.process.apparmor_profile)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Whether others live in its pid namespace before its main process does, apart from the host's.
+fn is_inhabited(launch: &Launch) -> bool {
+    matches!(launch.namespaces.pid, Some(PidNamespace::Join(_) | PidNamespace::Target(())))
 }
 
 /// The plan without what only the start needed, so that a small process stays small.

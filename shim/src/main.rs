@@ -8,6 +8,7 @@
 //! container's state directory, in which the shim listens as `shim.sock` for daemons to come.
 #![forbid(unsafe_code)]
 
+mod apparmor;
 mod birth;
 mod connection;
 mod cri_log;

@@ -1,14 +1,15 @@
 //! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps orphans and does nothing else.
 //!
 //! `berth-shim pause` makes it and ends: a child in a new pid and mount namespace whose root is an empty read-only tmpfs, without
-//! capabilities, without descriptors, which lives until it is killed. The daemon sends its cgroup as one frame and is answered with
+//! capabilities, without descriptors, which lives until it is killed. The daemon sends `launch::Pause` as one frame and is answered with
 //! `Failed`, or with `Created` and two descriptors: the pid namespace, and a procfs of it as a detached mount, made while the process is
 //! alone in there ([`crate::procfs`]).
 
+use crate::apparmor::{Profile, Way};
 use crate::failure::{Step, from_io, refused};
 use berth_shim_proto::control::{Created, Failed, Reply, reply::Answer};
 use berth_shim_proto::frame;
-use berth_shim_proto::launch::Cgroup;
+use berth_shim_proto::launch::Pause;
 use berth_sys::mount::{FsContext, attr};
 use berth_sys::poll::{ChildSignals, Poll};
 use berth_sys::process::{self, Cloned, CloseRange, namespace};
@@ -22,7 +23,7 @@ use std::path::Path;
 /// # Errors
 /// When the report cannot be sent; what failed before that is in the report.
 pub(crate) fn run(connection: OwnedFd) -> io::Result<()> {
-    let (answer, descriptors) = match read_cgroup(&connection).and_then(|cgroup| make(&cgroup)) {
+    let (answer, descriptors) = match read_request(&connection).and_then(|request| make(&request)) {
         Ok((created, descriptors)) => (Answer::Created(created), Vec::from(descriptors)),
         Err(failed) => (Answer::Failed(failed), Vec::new()),
     };
@@ -31,13 +32,13 @@ pub(crate) fn run(connection: OwnedFd) -> io::Result<()> {
     socket::send(connection.as_fd(), &bytes, &descriptors).map(drop)
 }
 
-fn read_cgroup(connection: &OwnedFd) -> Result<Cgroup, Failed> {
+fn read_request(connection: &OwnedFd) -> Result<Pause, Failed> {
     const STEP: &str = "read the request";
     let mut received = Vec::new();
     let mut buffer = [0; 4096];
     loop {
-        if let Some(cgroup) = frame::take(&mut received).map_err(|error| refused(STEP, error))? {
-            return Ok(cgroup);
+        if let Some(request) = frame::take(&mut received).map_err(|error| refused(STEP, error))? {
+            return Ok(request);
         }
         match socket::receive(connection.as_fd(), &mut buffer).step(STEP, "")? {
             (0, _) => return Err(refused(STEP, "it is cut short")),
@@ -50,18 +51,18 @@ fn read_cgroup(connection: &OwnedFd) -> Result<Cgroup, Failed> {
 const MAX_TEXT: usize = 16 * 1024;
 
 /// The process, its pid namespace, and a procfs of that.
-fn make(cgroup: &Cgroup) -> Result<(Created, [OwnedFd; 2]), Failed> {
+fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
     const STEP: &str = "make the pod's first process";
-    let unified = crate::launch::open_unified(cgroup)?;
+    let unified = crate::launch::open_unified(&request.cgroup)?;
     let (own, other) = socket::packet_pair().step("make a socket", "")?;
     match process::clone_process(namespace::PID | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
         .step("make a process", "")?
     {
         Cloned::Child => {
             drop(own);
-            let made = begin(cgroup).and_then(|procfs| {
+            let made = begin(request).and_then(|(procfs, profile)| {
                 // Confined first: the parent may take the word for the deed.
-                confine()?;
+                confine(profile)?;
                 socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).step("hand over the procfs", "")
             });
             if let Err(failed) = made {
@@ -105,19 +106,23 @@ fn make(cgroup: &Cgroup) -> Result<(Created, [OwnedFd; 2]), Failed> {
 
 const SIGKILL: i32 = 9;
 
-/// What comes first in the process; and the procfs of its pid namespace, of which it is the only inhabitant.
-fn begin(cgroup: &Cgroup) -> Result<OwnedFd, Failed> {
-    crate::init::begin(cgroup)?;
-    FsContext::open(c"proc")
+/// What comes first in the process; and the procfs of its pid namespace, of which it is the only inhabitant, with the way into its profile.
+fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
+    crate::init::begin(&request.cgroup)?;
+    let profile = Profile::find(&request.apparmor_profile)?.map(Profile::open_current).transpose()?;
+    let procfs = FsContext::open(c"proc")
         .and_then(|procfs| procfs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC))
-        .step("make the pod's procfs", "")
+        .step("make the pod's procfs", "")?;
+    Ok((procfs, profile))
 }
 
 /// Takes everything away that somebody in the pod could gain by getting at this process.
-fn confine() -> Result<(), Failed> {
+fn confine(profile: Option<Way>) -> Result<(), Failed> {
     process::new_session().step("make a session", "")?;
     process::set_name(c"berth-pause").step("name the process", "")?;
     crate::rootfs::enter_empty_root()?;
+    // Mounting is over, and the credentials have not changed yet.
+    profile.map_or(Ok(()), Way::enter)?;
     credentials::limit_bounding_set(0).step("drop the capabilities", "")?;
     credentials::clear_ambient_set().step("drop the capabilities", "")?;
     process::set_no_new_privileges().step("set no_new_privs", "")?;

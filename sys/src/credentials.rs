@@ -151,13 +151,32 @@ struct CapHeader {
     pid: libc::c_int,
 }
 
+/// The version of the two structures: `_LINUX_CAPABILITY_VERSION_3`.
+const VERSION_3: u32 = 0x2008_0522;
+
 /// `struct __user_cap_data_struct` of <linux/capability.h>; version 3 has two, low half first.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct CapData {
     effective: u32,
     permitted: u32,
     inheritable: u32,
+}
+
+/// The permitted set of the calling thread: `capget(2)`, version 3.
+///
+/// # Errors
+/// None in practice.
+pub fn permitted_set() -> io::Result<CapabilityBits> {
+    let mut header = CapHeader { version: VERSION_3, pid: 0 };
+    let mut data = [CapData::default(); 2];
+    // SAFETY: `header` and `data` have the layouts of version 3 (two data elements) and live over the call.
+    let result = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let [low, high] = data;
+    Ok(u64::from(low.permitted) | u64::from(high.permitted) << 32)
 }
 
 /// Sets the effective, permitted and inheritable sets of the calling thread: `capset(2)`, version 3.
@@ -169,7 +188,6 @@ pub fn set_capabilities(
     permitted: CapabilityBits,
     inheritable: CapabilityBits,
 ) -> io::Result<()> {
-    const VERSION_3: u32 = 0x2008_0522;
     let header = CapHeader { version: VERSION_3, pid: 0 };
     let half = |shift: u32| CapData {
         effective: low_half(effective >> shift),
@@ -226,6 +244,13 @@ mod tests {
         for unknown in ["", "ALL", "CAP_", "NET ADMIN", "CAP_CAP_KILL", "\0"] {
             assert_eq!(capability_number(unknown), None, "{unknown:?}");
         }
+    }
+
+    #[test]
+    fn the_permitted_set_is_what_proc_says() {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let listed = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).unwrap().trim();
+        assert_eq!(permitted_set().unwrap(), u64::from_str_radix(listed, 16).unwrap());
     }
 
     #[test]

@@ -7,8 +7,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 pub const READ_WRITE: i32 = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
 /// Open flags: for reading what may turn out to be a FIFO or a device, without waiting.
 pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-/// Open flags: for writing.
-pub const WRITE: i32 = libc::O_WRONLY | libc::O_NOCTTY | libc::O_CLOEXEC;
 
 /// A copy of a program that cannot be written to: a file in memory with every seal (`memfd_create(2)`),
 /// `F_SEAL_EXEC` left out so that the floor of supported kernels (5.15) has all of them.

@@ -1,6 +1,7 @@
 //! Integration tests' fixtures.
 #![forbid(unsafe_code)]
 
+pub mod apparmor;
 pub mod census;
 pub mod cgroup;
 pub mod cluster;

@@ -249,6 +249,17 @@ pub struct Cgroup {
     pub oom_key: String,
 }
 
+/// What process 1 of a pod's own pid namespace is made with.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Pause {
+    /// Its cgroup.
+    #[prost(message, required, tag = "1")]
+    pub cgroup: Cgroup,
+    /// Its AppArmor profile; empty for none.
+    #[prost(string, tag = "2")]
+    pub apparmor_profile: String,
+}
+
 /// A process in a container: the main one or, with a few fields changed, one that was asked for by exec.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Process {
@@ -282,7 +293,7 @@ pub struct Process {
     /// `/proc/self/oom_score_adj`.
     #[prost(sint32, optional, tag = "10")]
     pub oom_score_adj: Option<i32>,
-    /// The AppArmor profile to change to on exec; empty for none.
+    /// Its AppArmor profile; empty for none.
     #[prost(string, tag = "11")]
     pub apparmor_profile: String,
     /// A pseudo-terminal as standard input, output and error.

@@ -122,6 +122,7 @@ fn sandbox(error: &SandboxError) -> Code {
         SandboxError::NoCgroupParent { .. }
         | SandboxError::Sysctl { .. }
         | SandboxError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => Code::InvalidArgument,
+        SandboxError::AppArmor(_) => Code::FailedPrecondition,
         SandboxError::Containers { source, .. } => container(source),
         SandboxError::Stopping => Code::Unavailable,
         _ => Code::Internal,

@@ -17,8 +17,9 @@ use berth_model::id::SandboxId;
 use berth_model::layout::SandboxFiles;
 use berth_model::record::ProcessRecord;
 use berth_model::sandbox::Config;
-use berth_model::security::NamespaceMode;
+use berth_model::security::{NamespaceMode, Profile};
 use berth_model::state::SandboxState;
+use berth_shim_proto::launch;
 use berth_sys::mount::{self, FsContext, attr};
 use berth_sys::ns::{self, Kind};
 use std::os::fd::AsFd;
@@ -170,8 +171,12 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
     let ending = Ending { signal: SIGKILL, grace: Duration::ZERO, before: None };
     let (cgroup, holder) =
         node.make_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str(), &Limits::default(), ending)?;
+    let request = launch::Pause {
+        cgroup: crate::container::cgroup_plan(&cgroup),
+        apparmor_profile: apparmor_profile(node, &sandbox.config)?.unwrap_or_default().to_owned(),
+    };
     let Pause { created, pid_namespace, procfs } =
-        node.shim.spawn_pause(crate::container::cgroup_plan(&cgroup)).map_err(SandboxError::Process)?;
+        node.shim.spawn_pause(&request).map_err(SandboxError::Process)?;
     drop(holder);
     let record = ProcessRecord { pid: created.pid, start_time: created.start_time };
     let process = PodProcess::find(record).ok_or_else(|| {
@@ -186,4 +191,13 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
         return Err(error);
     }
     Ok(process)
+}
+
+/// The profile of a pod's own process: the default, so that no container gets at an unconfined process through it. A pod that is not to be confined
+/// goes without if need be.
+fn apparmor_profile(node: &Node, config: &Config) -> Result<Option<&'static str>, SandboxError> {
+    match node.default_apparmor_profile.name() {
+        Err(_) if config.privileged || config.apparmor == Profile::Unconfined => Ok(None),
+        other => other.map_err(SandboxError::AppArmor),
+    }
 }

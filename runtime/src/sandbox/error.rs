@@ -1,5 +1,6 @@
 //! Why something with a sandbox failed.
 
+use crate::apparmor::NotLoaded;
 use crate::node::MakeCgroup;
 use crate::record_files::WriteError;
 use crate::registry::NameTaken;
@@ -69,6 +70,9 @@ pub(crate) enum SandboxError {
         /// As asked.
         parent: String,
     },
+    /// The AppArmor profile of the pod's own process.
+    #[error("confine the pod's first process")]
+    AppArmor(#[source] NotLoaded),
     /// The pod's own process.
     #[error("make the pod's first process")]
     Process(#[source] ShimError),

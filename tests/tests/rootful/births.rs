@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use berth_cri::v1;
+use berth_tests::apparmor::{Loaded, is_enforced};
 use berth_tests::daemon::{Daemon, SOON, own_namespaces, rootful};
 use berth_tests::deadline::{patience, within};
 use berth_tests::log::text;
@@ -60,6 +61,10 @@ fn holds(tracer: &Container, program: &Container, what: &str) -> Result<()> {
         }
         for key in ["Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp"] {
             ensure!(birth.get(key)? == expected(key)?, "{what}: {key} is {:?}", birth.get(key)?);
+        }
+        if is_enforced() {
+            let label = fs::read_to_string(format!("/proc/{}/attr/current", program.pid()?))?;
+            ensure!(birth.get("label")? == label.trim(), "{what}: its label is {:?}", birth.get("label")?);
         }
         for kind in ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"] {
             let of_program = fs::read_link(format!("/proc/{}/ns/{kind}", program.pid()?))?;
@@ -121,6 +126,53 @@ fn what_is_born_beside_a_target_is_its_program_from_the_first_moment() -> Result
             pod.create(aimed(&format!("d{number}")))?.remove()?;
         }
         holds(&tracer, &debugger, "targeted")
+    })
+}
+
+/// A container whose profile lets it trace whatever there is, unconfined processes too: it gets at nothing that is not confined as it is.
+#[test]
+fn a_confined_tracer_gets_at_nothing_that_is_confined_otherwise() -> Result<()> {
+    const TIMES: usize = 10;
+    if !is_enforced() {
+        let test = "births::a_confined_tracer_gets_at_nothing_that_is_confined_otherwise";
+        berth_tests::skip::skip(test, "this kernel has no AppArmor");
+        return Ok(());
+    }
+    rootful(|daemon| {
+        let rules = ["file,", "capability,", "network,", "unix,", "signal,", "ptrace,"];
+        let hostile =
+            Loaded::load("hostile", &[&rules[..], &["ptrace (trace, read) peer=unconfined,"]].concat())?;
+        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
+        let tracer = tracing(&pod, "watch", |config| {
+            *config = sharing(config.clone());
+            security(config).apparmor = hostile.asked_for();
+        })?;
+        let like_it = |name: &str, no_new_privs: bool| {
+            let mut config = sharing(idle(name));
+            security(&mut config).apparmor = hostile.asked_for();
+            security(&mut config).no_new_privs = no_new_privs;
+            config
+        };
+        let others = pod.start(sharing(idle("others")))?;
+        let programs =
+            [pod.start(like_it("plain", false))?, pod.start(like_it("nnp", true))?, others.clone()];
+        for number in 0..repeats(TIMES)? {
+            pod.create(like_it(&format!("plain{number}"), false))?.remove()?;
+            pod.create(like_it(&format!("nnp{number}"), true))?.remove()?;
+            pod.create(sharing(idle(&format!("other{number}"))))?.remove()?;
+            for program in &programs {
+                ensure!(program.exec(&["true"])?.code == 0);
+            }
+            // Into the tracer's own container: it may stop that for good.
+            let _ = tracer.exec_within(&["/t/tracer", "--list"], 20);
+        }
+        let births = Birth::all(&text(&tracer.log()?, "stdout"));
+        ensure!(births.iter().any(Birth::is_a_shims), "not one birth was seen: nothing was tried");
+        for birth in births {
+            ensure!(birth.get("label")? == format!("{} (enforce)", hostile.name), "{birth:?}");
+        }
+        ensure!(others.sh("cat /proc/1/attr/current")? == "berth-default (enforce)\n", "process 1");
+        Ok(())
     })
 }
 

@@ -21,13 +21,9 @@ pub(super) fn default_apparmor_profile(
     if config.security.privileged || config.security.apparmor != Profile::RuntimeDefault {
         return Ok(None);
     }
-    node.default_apparmor_profile.name().map_err(|error| ContainerError::AppArmor {
-        reason: format!(
-            "the kernel enforces AppArmor, and the profile {} of RuntimeDefault cannot be loaded: {}",
-            apparmor::DEFAULT_PROFILE,
-            crate::chain(&error)
-        ),
-    })
+    node.default_apparmor_profile
+        .name()
+        .map_err(|error| ContainerError::AppArmor { reason: crate::chain(&error) })
 }
 
 /// Whether the profile that the request names can be applied.

@@ -55,7 +55,7 @@ pub fn sandbox_config(
         &security_field.of("namespace_options"),
         security_context.namespace_options.as_ref(),
     )?;
-    security::check_sandbox(&security_field, &security_context, selinux)?;
+    let apparmor = security::sandbox_apparmor(&security_field, &security_context, selinux)?;
     Ok(Config {
         metadata: metadata(&field.of("metadata"), message.metadata)?,
         hostname: hostname(&field.of("hostname"), message.hostname)?,
@@ -68,6 +68,7 @@ pub fn sandbox_config(
         sysctls: sysctls(&linux_field.of("sysctls"), linux.sysctls, &namespaces)?,
         namespaces,
         privileged: security_context.privileged,
+        apparmor,
         runtime_handler: runtime_handler.to_owned(),
     })
 }
@@ -240,6 +241,7 @@ fn sysctls(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use berth_model::security::Profile;
 
     fn asked() -> v1::PodSandboxConfig {
         v1::PodSandboxConfig {
@@ -325,6 +327,7 @@ mod tests {
             cgroup_parent: "/kubepods/burstable/pod0b3c".into(),
             namespaces: Namespaces { pid: NamespaceMode::Container, ..Namespaces::default() },
             privileged: true,
+            apparmor: Profile::RuntimeDefault,
             sysctls: BTreeMap::from([("kernel.shm_rmid_forced".into(), "1".into())]),
             runtime_handler: "berth".into(),
         };
@@ -337,7 +340,11 @@ mod tests {
         let config = sandbox_config(message, "", SeLinux::On).unwrap();
         assert_eq!(
             config,
-            Config { metadata: config.metadata.clone(), ..Config::default() },
+            Config {
+                metadata: config.metadata.clone(),
+                apparmor: Profile::RuntimeDefault,
+                ..Config::default()
+            },
             "everything else is unset"
         );
         assert_eq!(config.dns, None, "an absent DNS configuration is not an empty one");

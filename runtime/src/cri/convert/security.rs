@@ -143,18 +143,18 @@ pub fn namespace_options(namespaces: &Namespaces) -> v1::NamespaceOption {
     }
 }
 
-/// What a sandbox's security context must not ask for. The rest of it is about a process of the sandbox's own.
-pub(super) fn check_sandbox(
+/// The AppArmor profile of a sandbox, if its security context asks for nothing that it must not. The rest of it is about a process of the
+/// sandbox's own, which has less than any that could be asked for.
+pub(super) fn sandbox_apparmor(
     field: &Field<'_>,
     message: &v1::LinuxSandboxSecurityContext,
     selinux: SeLinux,
-) -> Result<(), Rejected> {
+) -> Result<Profile, Rejected> {
     check_selinux(&field.of("selinux_options"), message.selinux_options.as_ref(), selinux)?;
     #[expect(deprecated, reason = "still on the wire; clients older than the message say it this way")]
     let path = &message.seccomp_profile_path;
     seccomp(field, message.seccomp.as_ref(), path)?;
-    apparmor(field, message.apparmor.as_ref(), "")?;
-    Ok(())
+    apparmor(field, message.apparmor.as_ref(), "")
 }
 
 /// The security context of a container in `sandbox`. An absent message is one of zeros.

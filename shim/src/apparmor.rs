@@ -1,0 +1,156 @@
+//! The AppArmor profile of a process: apparmor(7). The files are those of its kernel interface, `/proc/<pid>/attr/apparmor`.
+//!
+//! ```text
+//!  exec      where nobody else lives: the profile that the next exec changes to
+//!  current   where others do: the profile from now on
+//! ```
+//! Whoever lives in the pid namespace may trace what is born there, as far as the profiles of the two allow it. So a process that goes there has its
+//! program's profile before it is born, and that profile has to let the program be executed. A profile in between would not do: the kernel lets
+//! a confined process that has no_new_privs change to no other.
+//!
+//! A profile that is removed from the kernel leaves unconfined what has it and what is to have it, even if it is loaded again. So it is looked at once
+//! more after the wait for the start.
+
+use crate::failure::{Step, refused};
+use berth_shim_proto::control::Failed;
+use berth_sys::beneath::Root;
+use berth_sys::{file, mount};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+const STEP: &str = "set the AppArmor profile";
+
+/// The longest label that is read. The kernel writes a page at most.
+const MAX_LABEL: usize = 4096;
+
+/// A profile, and the host's procfs to take it on by.
+pub(crate) struct Profile {
+    name: String,
+    proc: Root,
+}
+
+/// The way of this process into its profile. It is open to the credentials that opened it, and to no others.
+pub(crate) struct Way {
+    name: String,
+    file: File,
+}
+
+impl Profile {
+    /// The profile `name`, or none for an empty name.
+    ///
+    /// Must run while `/proc` is still the host's: over that of a container it could be mounted something else.
+    pub(crate) fn find(name: &str) -> Result<Option<Self>, Failed> {
+        if name.is_empty() {
+            return Ok(None);
+        }
+        let proc = Root::open(Path::new("/proc")).step(STEP, name)?;
+        // The write would go nowhere, and the container run without its profile.
+        if !mount::is_procfs(proc.as_fd()).step(STEP, "/proc")? {
+            return Err(refused(STEP, format!("{name}: /proc is not the kernel's")));
+        }
+        Ok(Some(Self { name: name.to_owned(), proc }))
+    }
+
+    /// Has the next exec change to it.
+    pub(crate) fn take_on_at_exec(self) -> Result<Way, Failed> {
+        let mut way = self.open("exec")?;
+        let Way { name, file } = &mut way;
+        file.write_all(format!("exec {name}").as_bytes()).step(STEP, name)?;
+        Ok(way)
+    }
+
+    /// The way to take it on before an exec. A kernel that restricts who leaves the state of being unconfined wants `CAP_MAC_OVERRIDE` for it
+    /// (`kernel.apparmor_restrict_unprivileged_unconfined`).
+    pub(crate) fn open_current(self) -> Result<Way, Failed> {
+        self.open("current")
+    }
+
+    fn open(self, attribute: &str) -> Result<Way, Failed> {
+        let path = PathBuf::from("self/attr/apparmor").join(attribute);
+        let file = self.proc.open_with(&path, file::READ_WRITE).step(STEP, &self.name)?;
+        Ok(Way { name: self.name, file: file.into() })
+    }
+}
+
+impl AsFd for Profile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.proc.as_fd()
+    }
+}
+
+impl Way {
+    /// Takes the profile on now, by way of [`Profile::open_current`].
+    pub(crate) fn enter(mut self) -> Result<(), Failed> {
+        self.file.write_all(format!("changeprofile {}", self.name).as_bytes()).step(STEP, &self.name)?;
+        self.check()
+    }
+
+    /// Whether the profile is the one that was set.
+    pub(crate) fn check(self) -> Result<(), Failed> {
+        check(&self.file, &self.name)
+    }
+}
+
+/// Whether another process has the profile `name`; an empty one is any.
+pub(crate) fn check_process(pid: i32, name: &str) -> Result<(), Failed> {
+    if name.is_empty() {
+        return Ok(());
+    }
+    check(&File::open(format!("/proc/{pid}/attr/apparmor/current")).step(STEP, name)?, name)
+}
+
+/// In one read, which is all that a filter lets through for certain.
+fn check(mut file: &File, name: &str) -> Result<(), Failed> {
+    let mut label = [0; MAX_LABEL];
+    let length = file.read(&mut label).step(STEP, name)?;
+    let label = label.get(..length).unwrap_or_default();
+    if is_of(label, name) {
+        return Ok(());
+    }
+    Err(refused(
+        STEP,
+        format!(
+            "{name}: it was removed from the kernel after it was set, and {} is in its place; make the container again",
+            String::from_utf8_lossy(label).trim_end()
+        ),
+    ))
+}
+
+/// Whether a label is the one profile: `NAME (MODE)`. Names may have brackets in them.
+fn is_of(label: &[u8], name: &str) -> bool {
+    label
+        .strip_prefix(name.as_bytes())
+        .and_then(|rest| rest.strip_prefix(b" ("))
+        .and_then(|rest| rest.trim_ascii_end().strip_suffix(b")"))
+        .is_some_and(|mode| !mode.contains(&b'('))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_is_the_whole_profile_and_nothing_else() {
+        for (label, name, expected) in [
+            ("berth-default (enforce)\n", "berth-default", true),
+            ("a (b) (complain)\n", "a (b)", true),
+            ("a (b) (complain)\n", "a", false),
+            ("unconfined\n", "berth-default", false),
+            ("berth-default//&unconfined (mixed)\n", "berth-default", false),
+            ("berth-default-not (enforce)\n", "berth-default", false),
+            ("berth-default", "berth-default", false),
+            ("", "berth-default", false),
+        ] {
+            assert_eq!(is_of(label.as_bytes(), name), expected, "{label:?}");
+        }
+    }
+
+    #[test]
+    fn no_profile_is_no_file() {
+        assert!(Profile::find("").unwrap().is_none());
+        assert!(check_process(-1, "").is_ok());
+        assert!(check_process(-1, "berth-default").is_err());
+    }
+}

@@ -1,11 +1,13 @@
 //! ExecSync.
 
+use std::fs;
+
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
 use berth_tests::cri::Client;
 use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::within;
-use berth_tests::pod::{idle, shell, words};
+use berth_tests::pod::{idle, security, shell, words};
 use tonic::Code;
 
 #[test]
@@ -48,6 +50,65 @@ fn what_takes_too_long_is_killed_with_all_it_started_and_the_container_lives() -
             Ok((!main.sh("ps -o args")?.contains("sleep 432")).then_some(()))
         })?;
         assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
+        Ok(())
+    })
+}
+
+/// As systemd does in a pod: it moves to a cgroup below its own and enables controllers for what is below, after which no process may
+/// be in its own (cgroups(7), "no internal processes").
+#[test]
+fn a_container_that_manages_its_own_cgroups_can_be_entered() -> Result<()> {
+    const MANAGE: &str = "
+        own=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)
+        mkdir -p $own/init.scope/deep $own/other && echo $$ >$own/init.scope/cgroup.procs || exit 1
+        for controller in $(cat $own/cgroup.controllers); do
+            echo +$controller >$own/cgroup.subtree_control || exit 1
+        done
+        echo enabled: $(cat $own/cgroup.subtree_control)
+        trap 'exit 0' TERM; sleep 1000 & wait";
+    rootful(|daemon| {
+        if !daemon.cgroup().is_unified() {
+            berth_tests::skip::skip(
+                "exec::a_container_that_manages_its_own_cgroups_can_be_entered",
+                "cgroup v1 allows processes in every cgroup",
+            );
+            return Ok(());
+        }
+        let mut config = daemon.pod_config("manages");
+        config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let pod = daemon.pod_of(config)?;
+        let mut config = shell("main", MANAGE);
+        security(&mut config).privileged = true;
+        let main = pod.start(config)?;
+        let said = main.says("enabled:")?;
+        ensure!(said.contains("memory"), "no controller that keeps processes out: {said}");
+        let place =
+            || fs::read_to_string(format!("/proc/{}/cgroup", main.pid()?)).map_err(anyhow::Error::from);
+        let with_main = |output: &str| -> Result<()> {
+            let (own, main) = (output.trim().rsplit('/').next(), place()?);
+            ensure!(own == main.trim().rsplit('/').next(), "{output} and {main}");
+            Ok(())
+        };
+        with_main(&main.sh("grep ^0:: /proc/self/cgroup")?)?;
+        ensure!(place()?.trim().ends_with("/init.scope"), "{}", place()?);
+
+        let late = main.exec_within(&["sh", "-c", "sleep 4331 & sleep 4332"], 1).err().context("too late")?;
+        ensure!(late.code() == Code::DeadlineExceeded, "{late}");
+        within(SOON, "nothing of it runs", || {
+            Ok((!main.sh("ps -o args")?.contains("sleep 433")).then_some(()))
+        })?;
+
+        // Its main process may move on.
+        main.sh("cd /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/1/cgroup)/deep && echo 1 >cgroup.procs")?;
+        with_main(&main.sh("grep ^0:: /proc/self/cgroup")?)?;
+        ensure!(place()?.trim().ends_with("/init.scope/deep"), "{}", place()?);
+
+        // What is in other cgroups of the container ends with it, and all of them go.
+        main.sh("sleep 4333 & cd /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/1/cgroup)/../../other && echo $! >cgroup.procs")?;
+        main.stop(10)?;
+        main.remove()?;
+        ensure!(daemon.cgroup().below(&main.id).is_empty(), "{:?}", daemon.cgroup().below(&main.id));
+        pod.remove()?;
         Ok(())
     })
 }

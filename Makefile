@@ -7,7 +7,7 @@ MUSL := $(shell uname -m)-unknown-linux-musl
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build images demo test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster
+.PHONY: help deps build images demo demo-programs test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster
 .PHONY: conformance test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
@@ -51,8 +51,19 @@ images:
 	@scripts/install-needs demo
 	@scripts/build-image demo
 
-demo: build images
-	@scripts/demo
+# Without a release in dist/, the programs are built by a quicker profile. Else that release is
+# brought up to date and used.
+demo: images
+	@if [ -e dist/berthd ]; then $(MAKE) --no-print-directory build && scripts/demo; else \
+		$(MAKE) --no-print-directory demo-programs && BERTH_BIN_DIR=target/demo-programs scripts/demo; fi
+
+demo-programs:
+	@echo '== building for the demo, without optimisation (make build makes the release)'
+	@scripts/install-needs build
+	@$(CARGO) build --locked --profile demo --package berth-runtime --package berth-cli
+	@$(CARGO) build --locked --profile demo --package berth-shim --target $(MUSL)
+	@install -D -t target/demo-programs target/demo/berthd target/demo/berth target/$(MUSL)/demo/berth-shim
+	@install -D -m 644 -t target/demo-programs/images dist/images/demo.tar
 
 test: build images
 	@scripts/install-needs test

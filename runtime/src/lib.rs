@@ -34,9 +34,9 @@ mod sandbox;
 mod selinux;
 mod server;
 mod shim_client;
-mod traffic;
 mod trash;
 mod unanswered;
+mod usage;
 
 /// An error with all its causes, as one line: what a person needs who sees nothing else.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {

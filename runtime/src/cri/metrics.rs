@@ -9,16 +9,18 @@
 //! network of pods by `name`, which has the pod's uid and attempt in it; figures of a pod's cgroup are told once for each cgroup, and not at
 //! all for one that pods share.
 
-use super::pod_stats::{self, Counted};
-use super::stats::{self, Samples};
+use super::stats::value;
 use crate::cadvisor;
 use crate::container::Container;
 use crate::node::{Node, unix_ns};
 use crate::sandbox::Sandbox;
+use crate::usage::disk::Disk;
+use crate::usage::pod::{self, Counted};
+use crate::usage::{Samples, processes};
 use berth_cgroup::{CpuStats, Detail, DeviceIo, MemoryStats, Pressure, Stats, SwapStats};
 use berth_cri::v1;
 use berth_model::state::ContainerState;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,10 +29,6 @@ const LABELS: [&str; 6] = ["id", "name", "image", "namespace", "pod", "container
 
 /// What cAdvisor calls the container that stands for a pod's network.
 const POD: &str = "POD";
-
-/// Open files of one container that are looked at to tell sockets from others. Beyond that both numbers are left out: a look at each takes
-/// a system call.
-const MAX_FILES: usize = 20_000;
 
 /// The period of a cpu quota, in µs, and the weight in shares that a cgroup has when nobody set them: `cpu.cfs_period_us` and `cpu.shares` in
 /// Documentation/scheduler/sched-bwc.rst and sched-design-CFS.rst.
@@ -135,17 +133,17 @@ pub(super) fn of_pods(
     samples: &Samples,
     sandboxes: Vec<Arc<Sandbox>>,
 ) -> Vec<v1::PodSandboxMetrics> {
-    let mut host = Host::new(node);
+    let mut disk = Disk::new(node);
     let mut told = HashSet::new();
-    let mut pods = pod_stats::count(node, sandboxes);
+    let mut pods = pod::count(node, sandboxes);
     pods.retain(Counted::is_ready);
-    pods.iter().map(|pod| of_pod(node, samples, &mut host, &mut told, pod)).collect()
+    pods.iter().map(|pod| of_pod(node, samples, &mut disk, &mut told, pod)).collect()
 }
 
 fn of_pod(
     node: &Node,
     samples: &Samples,
-    host: &mut Host,
+    disk: &mut Disk,
     told: &mut HashSet<String>,
     pod: &Counted,
 ) -> v1::PodSandboxMetrics {
@@ -154,15 +152,15 @@ fn of_pod(
     let mut container_metrics = Vec::new();
     for container in &pod.containers {
         // One that vanishes or cannot be read does not spoil the list.
-        let Some(metrics) = of_container(node, samples, host, sandbox, container) else { continue };
+        let Some(metrics) = of_container(node, samples, disk, sandbox, container) else { continue };
         let container_id = container.id().to_string();
         container_metrics.push(v1::ContainerMetrics { container_id, metrics });
     }
     let cgroup = sandbox.cgroup_parent().path();
     let mut metrics = Metrics::new([cgroup, "", "", &metadata.namespace, &metadata.name, ""]);
-    if !pod_stats::shares_cgroup(sandbox)
+    if !pod::shares_cgroup(sandbox)
         && told.insert(cgroup.to_owned())
-        && let Some(used) = pod_stats::usage_of_pod(node, sandbox, Detail::All, std::iter::empty())
+        && let Some(used) = pod::usage_of_pod(node, sandbox, Detail::All, std::iter::empty())
     {
         metrics.put_usage(&used, node.hierarchy.is_unified());
     }
@@ -193,7 +191,7 @@ fn of_pod(
 fn of_container(
     node: &Node,
     samples: &Samples,
-    host: &mut Host,
+    disk: &mut Disk,
     sandbox: &Sandbox,
     container: &Container,
 ) -> Option<Vec<v1::Metric>> {
@@ -228,27 +226,27 @@ fn of_container(
         metrics.put(&SPEC_SWAP_LIMIT, &[], Some(swap_limit(swap)));
     }
 
-    let layer = samples.layer(node, container);
-    metrics.put(&FS_USAGE, &[&host.device], layer.used_bytes.map(|bytes| bytes.value));
-    if let Some((bytes, _, inodes, inodes_free)) = host.space {
-        metrics.put(&FS_LIMIT, &[&host.device], Some(bytes));
-        metrics.put(&FS_INODES, &[&host.device], Some(inodes));
-        metrics.put(&FS_INODES_FREE, &[&host.device], Some(inodes_free));
+    let layer = samples.layer(container);
+    metrics.put(&FS_USAGE, &[&disk.device], Some(layer.usage.bytes));
+    if let Some((bytes, _, inodes, inodes_free)) = disk.space {
+        metrics.put(&FS_LIMIT, &[&disk.device], Some(bytes));
+        metrics.put(&FS_INODES, &[&disk.device], Some(inodes));
+        metrics.put(&FS_INODES_FREE, &[&disk.device], Some(inodes_free));
     }
     for io in &used.io {
-        metrics.put_device(io, host.name_of(io));
+        metrics.put_device(io, disk.name_of(io));
     }
 
-    let processes = container.cgroup().members().unwrap_or_default();
-    metrics.put(&PROCESSES, &[], u64::try_from(processes.len()).ok());
+    let members = container.cgroup().members().unwrap_or_default();
+    metrics.put(&PROCESSES, &[], u64::try_from(members.len()).ok());
     metrics.put(&THREADS, &[], used.pids);
     metrics.put(&THREADS_MAX, &[], Some(used.pids_limit.unwrap_or(0)));
-    if let Some((files, sockets)) = open_files(Path::new("/proc"), &processes) {
+    if let Some((files, sockets)) = processes::open_files(Path::new("/proc"), &members) {
         metrics.put(&FILE_DESCRIPTORS, &[], Some(files));
         metrics.put(&SOCKETS, &[], Some(sockets));
     }
-    let limits = container.pid().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/limits")).ok());
-    metrics.put(&ULIMITS, &["max_open_files"], limits.as_deref().and_then(soft_limit_of_files));
+    let most = container.pid().and_then(processes::limit_of_open_files);
+    metrics.put(&ULIMITS, &["max_open_files"], most);
     metrics.put(&START_TIME, &[], seconds(u64::try_from(started_at_unix_ns).ok()));
     metrics.put(&LAST_SEEN, &[], seconds(u64::try_from(unix_ns()).ok()));
     Some(metrics.done)
@@ -265,8 +263,8 @@ impl Metrics {
         Self { labels: labels.map(str::to_owned), done: Vec::new() }
     }
 
-    fn put(&mut self, kind: &Kind, more: &[&str], value: Option<u64>) {
-        let Some(value) = value else { return };
+    fn put(&mut self, kind: &Kind, more: &[&str], measured: Option<u64>) {
+        let Some(measured) = measured else { return };
         self.done.push(v1::Metric {
             name: kind.name.to_owned(),
             // Measured now, and gone with its container: with a time of its own, Prometheus would go on showing it for minutes.
@@ -279,7 +277,7 @@ impl Metrics {
                 .chain(more.iter().copied())
                 .map(str::to_owned)
                 .collect(),
-            value: stats::value(Some(value)),
+            value: value(Some(measured)),
         });
     }
 
@@ -340,74 +338,6 @@ impl Metrics {
     }
 }
 
-/// What holds for all containers of a call.
-struct Host {
-    /// The source of the mount that writable layers are on, as `/dev/sda1`.
-    device: String,
-    space: Option<(u64, u64, u64, u64)>,
-    /// Names of block devices by their numbers.
-    names: HashMap<(u32, u32), String>,
-}
-
-impl Host {
-    fn new(node: &Node) -> Self {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let root = node.layout.root();
-        Self {
-            device: source_of(&mounts, root).unwrap_or_default().to_owned(),
-            space: berth_sys::file::space(root).ok(),
-            names: HashMap::new(),
-        }
-    }
-
-    /// `/dev/sda` for 8:0, as the links in `/sys/dev/block` have it; the numbers themselves for a device that is gone.
-    fn name_of(&mut self, io: &DeviceIo) -> &str {
-        self.names.entry((io.major, io.minor)).or_insert_with(|| {
-            let link = std::fs::read_link(format!("/sys/dev/block/{}:{}", io.major, io.minor));
-            let name = link.ok().and_then(|link| Some(link.file_name()?.to_str()?.to_owned()));
-            name.map_or_else(|| format!("{}:{}", io.major, io.minor), |name| format!("/dev/{name}"))
-        })
-    }
-}
-
-/// The source of the mount that has `path`, from the text of proc_pid_mountinfo(5): of those that it is below, the one with the longest mount
-/// point, and of these the last, which covers the others.
-fn source_of<'a>(mounts: &'a str, path: &Path) -> Option<&'a str> {
-    let mut best: Option<(usize, &str)> = None;
-    for line in mounts.lines() {
-        let Some((head, tail)) = line.split_once(" - ") else { continue };
-        let (Some(point), Some(source)) = (head.split(' ').nth(4), tail.split(' ').nth(1)) else { continue };
-        if path.starts_with(point) && best.is_none_or(|(length, _)| point.len() >= length) {
-            best = Some((point.len(), source));
-        }
-    }
-    best.map(|(_, source)| source)
-}
-
-/// Open files of these processes, and how many of them are sockets; nothing when there are more than can be looked at. A process that has
-/// ended meanwhile has none.
-fn open_files(proc: &Path, processes: &BTreeSet<i32>) -> Option<(u64, u64)> {
-    let (mut files, mut sockets) = (0, 0);
-    for pid in processes {
-        let Ok(entries) = std::fs::read_dir(proc.join(pid.to_string()).join("fd")) else { continue };
-        for entry in entries.flatten() {
-            files += 1;
-            if files > MAX_FILES {
-                return None;
-            }
-            let target = std::fs::read_link(entry.path()).unwrap_or_default();
-            sockets += u64::from(target.as_os_str().as_encoded_bytes().starts_with(b"socket:"));
-        }
-    }
-    Some((u64::try_from(files).ok()?, sockets))
-}
-
-/// The soft limit in the line `Max open files  1024  524288  files` of proc_pid_limits(5); nothing for `unlimited`.
-fn soft_limit_of_files(limits: &str) -> Option<u64> {
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    line.split_ascii_whitespace().next()?.parse().ok()
-}
-
 /// The limit of swap: what is used of it and what is left; 0 without a limit.
 fn swap_limit(swap: &SwapStats) -> u64 {
     swap.available_bytes.map_or(0, |left| left.saturating_add(swap.usage_bytes))
@@ -420,6 +350,7 @@ fn seconds(ns: Option<u64>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::{BTreeSet, HashMap};
 
     #[test]
     fn kinds_have_names_of_their_own_and_labels_without_doubles() {
@@ -489,52 +420,5 @@ mod tests {
         let usage = metrics.done.iter().find(|metric| metric.name == CPU_USAGE.name).unwrap();
         assert_eq!(usage.value.unwrap().value, 2);
         assert_eq!(usage.label_values, ["/pod/a", "k8s_a", "image", "default", "web", "a", "total"]);
-    }
-
-    #[test]
-    fn the_device_of_a_folder_is_that_of_the_mount_on_top() {
-        let mounts = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n\
-            2 1 8:2 / /var rw shared:1 - xfs /dev/sdb1 rw\n\
-            3 1 8:3 / /var/lib/berth rw - ext4 /dev/sdc1 rw\n\
-            4 1 8:3 /x /var/lib/berth rw - ext4 /dev/sdd1 rw\nodd\n5 1 8:1 / /odd\n";
-        for (path, expected) in [
-            ("/var/lib/berth", Some("/dev/sdd1")),
-            ("/var/lib/berthx", Some("/dev/sdb1")),
-            ("/srv", Some("/dev/sda1")),
-        ] {
-            assert_eq!(source_of(mounts, Path::new(path)), expected, "{path}");
-        }
-        assert_eq!(source_of("", Path::new("/")), None);
-    }
-
-    #[test]
-    fn open_files_are_counted_and_sockets_among_them() {
-        let directory = tempfile::tempdir().unwrap();
-        let fds = directory.path().join("7/fd");
-        std::fs::create_dir_all(&fds).unwrap();
-        for (number, target) in ["socket:[1]", "/dev/null", "pipe:[2]", "/socket:[3]"].iter().enumerate() {
-            std::os::unix::fs::symlink(target, fds.join(number.to_string())).unwrap();
-        }
-        assert_eq!(open_files(directory.path(), &BTreeSet::from([7, 8])), Some((4, 1)));
-        assert_eq!(open_files(directory.path(), &BTreeSet::new()), Some((0, 0)));
-        for number in 4..=MAX_FILES {
-            std::fs::write(fds.join(number.to_string()), "").unwrap();
-        }
-        assert_eq!(open_files(directory.path(), &BTreeSet::from([7])), None);
-    }
-
-    #[test]
-    fn the_soft_limit_of_open_files_is_found() {
-        for (text, expected) in [
-            (
-                "Limit  Soft Limit\nMax open files            1024                 524288               files\n",
-                Some(1024),
-            ),
-            ("Max open files            unlimited            unlimited            files\n", None),
-            ("Max open files", None),
-            ("", None),
-        ] {
-            assert_eq!(soft_limit_of_files(text), expected, "{text:?}");
-        }
     }
 }

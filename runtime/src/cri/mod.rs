@@ -2,16 +2,14 @@
 //!
 //! - `convert`: messages into plain data, checked, and back;
 //! - `runtime_service`, `image_service`: the two services, one method a call;
-//! - `stats`, `pod_stats`, `metrics`: numbers of containers and pods as CRI messages;
+//! - `stats`, `metrics`: numbers of containers and pods as CRI messages;
 //! - `info`: the verbose JSON that node tools read;
 //! - `status`: errors as gRPC codes, the one place for that.
 
 pub mod convert;
 mod image_service;
 mod info;
-mod layer_size;
 mod metrics;
-mod pod_stats;
 mod runtime_service;
 mod stats;
 pub(crate) mod status;

@@ -4,14 +4,14 @@
 //! a client goes away its request is finished all the same, and nothing is left half done.
 
 use super::convert::{self, ContainerFilter, ContainerView, Field, SandboxFilter, SandboxView};
-use super::stats::Samples;
 use super::status::{CallError, failed};
-use super::{info, metrics};
+use super::{info, metrics, stats};
 use crate::container::{self, Container};
 use crate::handlers::Handler;
 use crate::node::Node;
 use crate::registry::Found;
 use crate::sandbox::{self, Sandbox};
+use crate::usage::Samples;
 use berth_cri::v1;
 use berth_model::container::Config as ContainerConfig;
 use berth_model::state::ContainerState;
@@ -220,7 +220,8 @@ impl RuntimeService {
         let (node, samples) = (self.node.clone(), self.samples.clone());
         tokio::task::spawn_blocking(move || {
             // One that vanishes or cannot be read does not spoil the list.
-            Ok(containers.iter().filter_map(|container| samples.container(&node, container).ok()).collect())
+            let usages = containers.iter().filter_map(|container| samples.container(container).ok());
+            Ok(usages.map(|usage| stats::container(&node, &usage)).collect())
         })
         .await
         .map_err(|_| CallError::Stopping)?
@@ -228,11 +229,8 @@ impl RuntimeService {
 
     async fn stats_of(&self, id: &str) -> Result<v1::ContainerStatsResponse, CallError> {
         let container = self.container(id)?;
-        let (node, samples) = (self.node.clone(), self.samples.clone());
-        let stats = tokio::task::spawn_blocking(move || samples.container(&node, &container))
-            .await
-            .map_err(|_| CallError::Stopping)??;
-        Ok(v1::ContainerStatsResponse { stats: Some(stats) })
+        let usage = self.blocking(move |_, samples| samples.container(&container)).await??;
+        Ok(v1::ContainerStatsResponse { stats: Some(stats::container(&self.node, &usage)) })
     }
 
     async fn pod_stats(
@@ -242,13 +240,16 @@ impl RuntimeService {
         let filter = SandboxFilter::of_stats(filter);
         let mut sandboxes = self.node.registry.sandboxes();
         sandboxes.retain(|sandbox| filter.matches(&view_of_sandbox(sandbox)));
-        self.blocking(move |node, samples| samples.pods(node, sandboxes)).await
+        let look = move |node: &Node, samples: &Samples| {
+            samples.pods(node, sandboxes).iter().map(|usage| stats::pod(node, usage)).collect()
+        };
+        self.blocking(look).await
     }
 
     async fn stats_of_pod(&self, id: &str) -> Result<v1::PodSandboxStatsResponse, CallError> {
         let sandbox = self.sandbox(id)?;
-        let mut stats = self.blocking(move |node, samples| samples.pods(node, vec![sandbox])).await?;
-        Ok(v1::PodSandboxStatsResponse { stats: stats.pop() })
+        let usage = self.blocking(move |node, samples| samples.pods(node, vec![sandbox])).await?;
+        Ok(v1::PodSandboxStatsResponse { stats: usage.first().map(|usage| stats::pod(&self.node, usage)) })
     }
 
     async fn pod_metrics(&self) -> Result<Vec<v1::PodSandboxMetrics>, CallError> {

@@ -1,121 +1,102 @@
-//! Numbers of cgroups and writable layers as CRI messages.
+//! What containers and pods use as CRI messages: `ContainerStats` and `PodSandboxStats`.
 
-use super::layer_size::LayerSizes;
-use crate::container::Container;
-use crate::node::{Node, unix_ns};
-use berth_cgroup::{CpuStats, Detail, MemoryStats, Stats};
+use crate::node::Node;
+use crate::usage::pod::PodUsage;
+use crate::usage::{ContainerUsage, LayerSize, Sample, Traffic};
+use berth_cgroup::MemoryStats;
 use berth_cri::v1;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use berth_network::interfaces::InterfaceCounters;
 
-/// Processor time at one moment, and the rate that it gave with the sample before.
-#[derive(Debug, Clone, Copy)]
-struct CpuSample {
-    at_unix_ns: i64,
-    usage_ns: u64,
-    nanocores: Option<u64>,
+/// The numbers of one container.
+pub(super) fn container(node: &Node, usage: &ContainerUsage) -> v1::ContainerStats {
+    let config = usage.container.config();
+    let mut message = v1::ContainerStats {
+        attributes: Some(v1::ContainerAttributes {
+            id: usage.container.id().to_string(),
+            metadata: Some(super::convert::container_metadata(&config.metadata)),
+            labels: config.labels.clone(),
+            annotations: config.annotations.clone(),
+        }),
+        writable_layer: Some(layer(node, &usage.layer)),
+        ..v1::ContainerStats::default()
+    };
+    if let Some(sample) = &usage.sample {
+        message.cpu = cpu(sample);
+        message.memory = sample.stats.memory.as_ref().map(|used| memory(sample.at_unix_ns, used));
+        message.swap = sample.stats.swap.as_ref().map(|swap| v1::SwapUsage {
+            timestamp: sample.at_unix_ns,
+            swap_usage_bytes: value(Some(swap.usage_bytes)),
+            swap_available_bytes: value(swap.available_bytes),
+        });
+        message.io = io(sample);
+    }
+    message
 }
 
-/// What has to be remembered between two calls.
-#[derive(Debug, Default)]
-pub(super) struct Samples {
-    layers: LayerSizes,
-    cpu: Mutex<HashMap<String, CpuSample>>,
+/// The numbers of one pod.
+pub(super) fn pod(node: &Node, usage: &PodUsage) -> v1::PodSandboxStats {
+    let mut linux = v1::LinuxPodSandboxStats {
+        containers: usage.containers.iter().map(|usage| container(node, usage)).collect(),
+        network: usage.traffic.as_ref().map(|traffic| network(usage.at_unix_ns, traffic)),
+        ..v1::LinuxPodSandboxStats::default()
+    };
+    if let Some(sample) = &usage.sample {
+        linux.cpu = cpu(sample);
+        linux.memory = sample.stats.memory.as_ref().map(|used| memory(sample.at_unix_ns, used));
+        linux.io = io(sample);
+        linux.process = sample.stats.pids.map(|count| v1::ProcessUsage {
+            timestamp: sample.at_unix_ns,
+            process_count: value(Some(count)),
+        });
+    }
+    let config = usage.sandbox.config();
+    v1::PodSandboxStats {
+        attributes: Some(v1::PodSandboxAttributes {
+            id: usage.sandbox.id().to_string(),
+            metadata: Some(super::convert::sandbox_metadata(&config.metadata)),
+            labels: config.labels.clone(),
+            annotations: config.annotations.clone(),
+        }),
+        linux: Some(linux),
+        ..v1::PodSandboxStats::default()
+    }
 }
 
-impl Samples {
-    /// The numbers of one container. Blocking.
-    pub(super) fn container(
-        &self,
-        node: &Node,
-        container: &Arc<Container>,
-    ) -> Result<v1::ContainerStats, berth_cgroup::Error> {
-        Ok(self.sample(node, container)?.0)
-    }
+fn cpu(sample: &Sample) -> Option<v1::CpuUsage> {
+    sample.stats.cpu.as_ref().map(|cpu| v1::CpuUsage {
+        timestamp: sample.at_unix_ns,
+        usage_core_nano_seconds: value(Some(cpu.usage_ns)),
+        usage_nano_cores: value(sample.nanocores),
+        psi: cpu.pressure.as_ref().map(psi),
+    })
+}
 
-    /// The same with the sample of its cgroup; a container that has ended has none. Blocking.
-    pub(super) fn sample(
-        &self,
-        node: &Node,
-        container: &Arc<Container>,
-    ) -> Result<(v1::ContainerStats, Option<Stats>), berth_cgroup::Error> {
-        let now = unix_ns();
-        let stats = match container.pid() {
-            Some(_) => container.cgroup().stats(Detail::Essential)?,
-            None => None,
-        };
-        let config = container.config();
-        let id = container.id().as_str();
-        let mut message = v1::ContainerStats {
-            attributes: Some(v1::ContainerAttributes {
-                id: id.to_owned(),
-                metadata: Some(super::convert::container_metadata(&config.metadata)),
-                labels: config.labels.clone(),
-                annotations: config.annotations.clone(),
-            }),
-            writable_layer: Some(self.layer(node, container)),
-            ..v1::ContainerStats::default()
-        };
-        if let Some(stats) = &stats {
-            message.cpu = stats.cpu.as_ref().map(|used| self.cpu(id, now, used));
-            message.memory = stats.memory.as_ref().map(|used| memory(now, used));
-            message.swap = stats.swap.as_ref().map(|swap| v1::SwapUsage {
-                timestamp: now,
-                swap_usage_bytes: value(Some(swap.usage_bytes)),
-                swap_available_bytes: value(swap.available_bytes),
-            });
-            message.io = stats.io_pressure.as_ref().map(|pressure| io(now, pressure));
-        }
-        Ok((message, stats))
+fn layer(node: &Node, size: &LayerSize) -> v1::FilesystemUsage {
+    v1::FilesystemUsage {
+        timestamp: size.at_unix_ns,
+        fs_id: Some(v1::FilesystemIdentifier { mountpoint: node.layout.root().display().to_string() }),
+        used_bytes: value(Some(size.usage.bytes)),
+        inodes_used: value(Some(size.usage.inodes)),
     }
+}
 
-    /// Processor time of the container or pod `id`, with the rate since it was last asked for.
-    pub(super) fn cpu(&self, id: &str, now: i64, cpu: &CpuStats) -> v1::CpuUsage {
-        v1::CpuUsage {
-            timestamp: now,
-            usage_core_nano_seconds: value(Some(cpu.usage_ns)),
-            usage_nano_cores: value(self.rate(id, now, cpu.usage_ns)),
-            psi: cpu.pressure.as_ref().map(psi),
-        }
-    }
-
-    /// Nanocores between this sample and the last; two samples closer than a tenth of a second give the rate of before.
-    fn rate(&self, id: &str, now: i64, usage_ns: u64) -> Option<u64> {
-        let mut samples = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(last) = samples.get(id).copied() else {
-            samples.insert(id.to_owned(), CpuSample { at_unix_ns: now, usage_ns, nanocores: None });
-            return None;
-        };
-        let elapsed = u64::try_from(now.saturating_sub(last.at_unix_ns)).unwrap_or(0);
-        if elapsed < 100_000_000 {
-            return last.nanocores;
-        }
-        let used = u128::from(usage_ns.saturating_sub(last.usage_ns));
-        let nanocores = u64::try_from(used * 1_000_000_000 / u128::from(elapsed)).ok();
-        samples.insert(id.to_owned(), CpuSample { at_unix_ns: now, usage_ns, nanocores });
-        nanocores
-    }
-
-    /// The size of its writable layer, counted of late.
-    pub(super) fn layer(&self, node: &Node, container: &Container) -> v1::FilesystemUsage {
-        let size = self.layers.of(container.id().as_str(), &container.files().upper(), unix_ns);
-        v1::FilesystemUsage {
-            timestamp: size.at_unix_ns,
-            fs_id: Some(v1::FilesystemIdentifier { mountpoint: node.layout.root().display().to_string() }),
-            used_bytes: value(Some(size.usage.bytes)),
-            inodes_used: value(Some(size.usage.inodes)),
-        }
-    }
-
-    /// Forgets what is known of a container or pod that is gone.
-    pub(super) fn forget(&self, id: &str) {
-        self.layers.forget(id);
-        self.cpu.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+fn network(now: i64, traffic: &Traffic) -> v1::NetworkUsage {
+    let usage = |interface: &InterfaceCounters| v1::NetworkInterfaceUsage {
+        name: interface.name.clone(),
+        rx_bytes: value(Some(interface.rx_bytes)),
+        rx_errors: value(Some(interface.rx_errors)),
+        tx_bytes: value(Some(interface.tx_bytes)),
+        tx_errors: value(Some(interface.tx_errors)),
+    };
+    v1::NetworkUsage {
+        timestamp: now,
+        default_interface: Some(usage(&traffic.main)),
+        interfaces: traffic.others.iter().map(usage).collect(),
     }
 }
 
 /// Memory in use.
-pub(super) fn memory(now: i64, memory: &MemoryStats) -> v1::MemoryUsage {
+fn memory(now: i64, memory: &MemoryStats) -> v1::MemoryUsage {
     v1::MemoryUsage {
         timestamp: now,
         working_set_bytes: value(Some(memory.working_set_bytes)),
@@ -129,8 +110,9 @@ pub(super) fn memory(now: i64, memory: &MemoryStats) -> v1::MemoryUsage {
 }
 
 /// Time lost waiting for disks.
-pub(super) fn io(now: i64, pressure: &berth_cgroup::Pressure) -> v1::IoUsage {
-    v1::IoUsage { timestamp: now, psi: Some(psi(pressure)) }
+fn io(sample: &Sample) -> Option<v1::IoUsage> {
+    let pressure = sample.stats.io_pressure.as_ref()?;
+    Some(v1::IoUsage { timestamp: sample.at_unix_ns, psi: Some(psi(pressure)) })
 }
 
 /// A number as CRI has it, which tells nothing from zero.
@@ -146,19 +128,4 @@ fn psi(pressure: &berth_cgroup::Pressure) -> v1::PsiStats {
         avg300: line.avg300,
     };
     v1::PsiStats { full: Some(line(&pressure.full)), some: Some(line(&pressure.some)) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rates_come_from_two_samples() {
-        let samples = Samples::default();
-        assert_eq!(samples.rate("a", 1_000_000_000, 5_000_000), None);
-        assert_eq!(samples.rate("a", 1_050_000_000, 6_000_000), None, "too close");
-        assert_eq!(samples.rate("a", 2_000_000_000, 505_000_000), Some(500_000_000));
-        assert_eq!(samples.rate("a", 2_000_000_001, 600_000_000), Some(500_000_000), "the rate of before");
-        assert_eq!(samples.rate("a", 3_000_000_000, 0), Some(0), "a counter that went back");
-    }
 }

@@ -1,41 +1,51 @@
-//! What whole pods use, as CRI messages: `PodSandboxStats`.
+//! What whole pods use.
 //!
 //! Processor time, memory and processes are those of the pod's cgroup, which the kubelet made: whatever is in it counts, also what belongs
 //! to no container. A pod that named no cgroup of its own shares one with others, and gets the sum of its containers instead. Network
 //! figures are those of its namespace; on the host's network there are none, since those are the node's. A pod that is not ready has its
 //! containers, with what they left on the disk, and nothing else.
 
-use super::stats::{self, Samples};
+use super::traffic::{self, Traffic};
+use super::{ContainerUsage, Sample, Samples};
 use crate::container::Container;
 use crate::node::{Node, unix_ns};
 use crate::sandbox::Sandbox;
-use crate::traffic::{self, Traffic};
 use berth_cgroup::{Cgroup, CpuStats, Detail, MemoryStats, Stats, stats_of_parent};
-use berth_cri::v1;
 use berth_model::id::SandboxId;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
-use berth_network::interfaces::InterfaceCounters;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A pod with what was looked up for all pods at once.
-pub(super) struct Counted {
-    pub(super) sandbox: Arc<Sandbox>,
-    pub(super) containers: Vec<Arc<Container>>,
+pub(crate) struct Counted {
+    pub(crate) sandbox: Arc<Sandbox>,
+    pub(crate) containers: Vec<Arc<Container>>,
     /// Nothing on the host's network, and for a pod that is not ready.
-    pub(super) traffic: Option<Traffic>,
+    pub(crate) traffic: Option<Traffic>,
+}
+
+/// What a pod uses.
+pub(crate) struct PodUsage {
+    pub(crate) sandbox: Arc<Sandbox>,
+    pub(crate) containers: Vec<ContainerUsage>,
+    /// When it was looked at, in nanoseconds since the epoch.
+    pub(crate) at_unix_ns: i64,
+    /// Of the pod as a whole; nothing when it is not ready.
+    pub(crate) sample: Option<Sample>,
+    /// Nothing on the host's network, and when it is not ready.
+    pub(crate) traffic: Option<Traffic>,
 }
 
 impl Counted {
-    pub(super) fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.sandbox.state() == SandboxState::Ready
     }
 }
 
 /// Looks up the containers and the traffic of these pods. Blocking.
-pub(super) fn count(node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<Counted> {
+pub(crate) fn count(node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<Counted> {
     let mut containers: HashMap<SandboxId, Vec<Arc<Container>>> = HashMap::new();
     for container in node.registry.containers() {
         containers.entry(container.sandbox_id().clone()).or_default().push(container);
@@ -62,13 +72,13 @@ pub(super) fn count(node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<Counted> {
 }
 
 /// Whether the pod has named no cgroup of its own.
-pub(super) fn shares_cgroup(sandbox: &Sandbox) -> bool {
+pub(crate) fn shares_cgroup(sandbox: &Sandbox) -> bool {
     let parent = sandbox.cgroup_parent();
     parent.is_ours() || parent.path().is_empty()
 }
 
 /// What the pod as a whole uses: its cgroup's figures, or, if it shares that with other pods, the sum of these of its containers.
-pub(super) fn usage_of_pod(
+pub(crate) fn usage_of_pod(
     node: &Node,
     sandbox: &Sandbox,
     detail: Detail,
@@ -86,55 +96,25 @@ pub(super) fn usage_of_pod(
 }
 
 impl Samples {
-    /// The numbers of these pods. Blocking.
-    pub(super) fn pods(&self, node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<v1::PodSandboxStats> {
-        count(node, sandboxes).iter().map(|pod| self.pod(node, pod)).collect()
+    /// What these pods use. Blocking.
+    pub(crate) fn pods(&self, node: &Node, sandboxes: Vec<Arc<Sandbox>>) -> Vec<PodUsage> {
+        count(node, sandboxes).into_iter().map(|pod| self.pod(node, pod)).collect()
     }
 
-    fn pod(&self, node: &Node, pod: &Counted) -> v1::PodSandboxStats {
+    fn pod(&self, node: &Node, pod: Counted) -> PodUsage {
         // A container that vanishes or cannot be read does not spoil the pod.
-        let (containers, samples): (Vec<_>, Vec<_>) =
-            pod.containers.iter().filter_map(|container| self.sample(node, container).ok()).unzip();
-        let mut linux = v1::LinuxPodSandboxStats { containers, ..v1::LinuxPodSandboxStats::default() };
-        let now = unix_ns();
-        if pod.is_ready() {
-            let used = usage_of_pod(node, &pod.sandbox, Detail::Essential, samples.into_iter().flatten());
-            if let Some(used) = used {
-                linux.cpu = used.cpu.as_ref().map(|cpu| self.cpu(pod.sandbox.id().as_str(), now, cpu));
-                linux.memory = used.memory.as_ref().map(|memory| stats::memory(now, memory));
-                linux.io = used.io_pressure.as_ref().map(|pressure| stats::io(now, pressure));
-                linux.process = used
-                    .pids
-                    .map(|_| v1::ProcessUsage { timestamp: now, process_count: stats::value(used.pids) });
-            }
-            linux.network = pod.traffic.as_ref().map(|traffic| network(now, traffic));
-        }
-        let config = pod.sandbox.config();
-        v1::PodSandboxStats {
-            attributes: Some(v1::PodSandboxAttributes {
-                id: pod.sandbox.id().to_string(),
-                metadata: Some(super::convert::sandbox_metadata(&config.metadata)),
-                labels: config.labels.clone(),
-                annotations: config.annotations.clone(),
-            }),
-            linux: Some(linux),
-            ..v1::PodSandboxStats::default()
-        }
-    }
-}
-
-fn network(now: i64, traffic: &Traffic) -> v1::NetworkUsage {
-    let usage = |interface: &InterfaceCounters| v1::NetworkInterfaceUsage {
-        name: interface.name.clone(),
-        rx_bytes: stats::value(Some(interface.rx_bytes)),
-        rx_errors: stats::value(Some(interface.rx_errors)),
-        tx_bytes: stats::value(Some(interface.tx_bytes)),
-        tx_errors: stats::value(Some(interface.tx_errors)),
-    };
-    v1::NetworkUsage {
-        timestamp: now,
-        default_interface: Some(usage(&traffic.main)),
-        interfaces: traffic.others.iter().map(usage).collect(),
+        let containers: Vec<ContainerUsage> =
+            pod.containers.iter().filter_map(|container| self.container(container).ok()).collect();
+        let at_unix_ns = unix_ns();
+        let is_ready = pod.is_ready();
+        let stats = is_ready.then(|| {
+            let samples = containers.iter().filter_map(|container| container.sample.as_ref());
+            let samples = samples.map(|sample| sample.stats.clone());
+            usage_of_pod(node, &pod.sandbox, Detail::Essential, samples)
+        });
+        let sample = stats.flatten().map(|stats| self.sample(pod.sandbox.id().as_str(), at_unix_ns, stats));
+        let traffic = pod.traffic.filter(|_| is_ready);
+        PodUsage { sandbox: pod.sandbox, containers, at_unix_ns, sample, traffic }
     }
 }
 

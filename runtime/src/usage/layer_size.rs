@@ -25,9 +25,9 @@ const MAX_INODES: u64 = 1_000_000;
 
 /// A layer's size, and when that was known, in nanoseconds since the epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct LayerSize {
-    pub(super) at_unix_ns: i64,
-    pub(super) usage: Usage,
+pub(crate) struct LayerSize {
+    pub(crate) at_unix_ns: i64,
+    pub(crate) usage: Usage,
 }
 
 /// What is known of all layers.

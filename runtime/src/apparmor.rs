@@ -7,11 +7,11 @@
 //!
 //! Putting a process under a profile is the shim's.
 
-use std::io::{self, Read, Write};
+use berth_sys::program::Run;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The profile of containers that ask for the runtime's own.
 pub(crate) const DEFAULT_PROFILE: &str = "berth-default";
@@ -198,52 +198,27 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
     let program = PARSERS.iter().map(Path::new).find(|path| path.exists()).ok_or(AppArmorError::NoParser)?;
     let run = |source| AppArmorError::Run { program: program.to_owned(), source };
     // apparmor_parser(8): no cache, since that is a folder of the distribution's.
-    let mut parser = Command::new(program)
-        .args(["--replace", "--skip-cache", "--quiet"])
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(run)?;
-    if let Some(mut stdin) = parser.stdin.take() {
-        // One that ends early has said why; the pipe holds the text at once.
-        let _ = stdin.write_all(default_text(Path::new(PARSERS_FOLDER)).as_bytes());
-    }
-    let ended = wait(&mut parser).map_err(run)?.ok_or(AppArmorError::Late)?;
-    if ended.success() {
+    let text = default_text(Path::new(PARSERS_FOLDER));
+    let parser = Run {
+        program,
+        arguments: &["--replace", "--skip-cache", "--quiet"],
+        stdin: text.as_bytes(),
+        deadline: PARSER_LIMIT,
+        max_message: MAX_COMPLAINT_BYTES,
+    };
+    let ended = parser.to_end().map_err(run)?.ok_or(AppArmorError::Late)?;
+    if ended.status.success() {
         return Ok(());
     }
-    let mut complaint = Vec::new();
-    if let Some(stderr) = parser.stderr.take() {
-        stderr.take(MAX_COMPLAINT_BYTES).read_to_end(&mut complaint).map_err(run)?;
-    }
-    let complaint = String::from_utf8_lossy(&complaint).split_whitespace().collect::<Vec<_>>().join(" ");
+    let complaint = String::from_utf8_lossy(&ended.message).split_whitespace().collect::<Vec<_>>().join(" ");
     Err(AppArmorError::Refused {
-        complaint: if complaint.is_empty() { ended.to_string() } else { complaint },
+        complaint: if complaint.is_empty() { ended.status.to_string() } else { complaint },
     })
 }
 
 /// The default profile as the parser is to read it. A parser without the file is older than it, and knows of nothing newer.
 fn default_text(folder: &Path) -> String {
     if folder.join(ABI).exists() { format!("abi <{ABI}>,\n{DEFAULT_TEXT}") } else { DEFAULT_TEXT.to_owned() }
-}
-
-/// Waits for its end; none when the time is over, and then it is killed.
-fn wait(parser: &mut Child) -> io::Result<Option<std::process::ExitStatus>> {
-    let deadline = Instant::now() + PARSER_LIMIT;
-    loop {
-        if let Some(ended) = parser.try_wait()? {
-            return Ok(Some(ended));
-        }
-        if Instant::now() > deadline {
-            parser.kill()?;
-            parser.wait()?;
-            return Ok(None);
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Whether the kernel has a profile of this name.

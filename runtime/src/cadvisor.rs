@@ -19,6 +19,8 @@
 //! from memory and a few files of procfs; connections, their length and their time have limits.
 
 use crate::container::Container;
+use crate::file_error::FileError;
+use crate::listener::{self, Knock};
 use crate::node::Node;
 use crate::registry::Found;
 use crate::sandbox::Sandbox;
@@ -40,7 +42,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt}
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
 /// Where cAdvisor looks; it cannot be told another place.
@@ -61,11 +63,8 @@ const CONNECTION: Duration = Duration::from_secs(30);
 const BEING_MADE: Duration = Duration::from_secs(10);
 const BEING_MADE_LOOK: Duration = Duration::from_millis(10);
 
-/// How long to wait for somebody who may listen on the socket.
-const OTHER: Duration = Duration::from_secs(1);
-
-/// After a connection that could not be accepted: no descriptors are left for a moment.
-const PAUSE: Duration = Duration::from_millis(100);
+/// The mode of the socket's file.
+const MODE: u32 = 0o600;
 
 /// The name that says "this is the pod itself" to cAdvisor and kubelet.
 const POD: &str = "POD";
@@ -92,21 +91,12 @@ pub(crate) enum ListenError {
         path: PathBuf,
     },
     /// The file or its folder.
-    #[error("{action} {path}")]
-    File {
-        /// The failed act.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ListenError {
-    let path = path.to_owned();
-    move |source| ListenError::File { action, path, source }
+    FileError::of(action, path)
 }
 
 /// A socket that is open and served by nobody yet.
@@ -162,7 +152,7 @@ pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
     }
 }
 
-/// Makes the socket: under another name first, so that it appears with its mode, over one that nobody listens on any more.
+/// Makes the socket, over one that nobody listens on any more.
 async fn listen(path: &Path) -> Result<Bound, ListenError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -170,11 +160,11 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(ListenError::NoSocket { path: path.to_owned() });
         }
-        Ok(_) => match tokio::time::timeout(OTHER, UnixStream::connect(path)).await {
+        Ok(_) => match listener::knock(path).await {
             // unix(7): refused is what a socket file without a listener says, whoever left it.
-            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            Ok(Err(error)) => return Err(file("try", path)(error)),
-            Ok(Ok(_)) | Err(_) => return Err(ListenError::Taken { path: path.to_owned() }),
+            Knock::Unserved(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Knock::Unserved(error) => return Err(file("try", path)(error)),
+            Knock::Served => return Err(ListenError::Taken { path: path.to_owned() }),
         },
     }
     let folder = path.parent().unwrap_or(Path::new("/"));
@@ -191,20 +181,8 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
             .map_err(file("open to others", folder))?;
         Some(folder.to_owned())
     };
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".berth");
-    let temporary = PathBuf::from(temporary);
-    match std::fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(file("remove", &temporary)(error));
-        }
-        _ => {}
-    }
-    let listener = UnixListener::bind(&temporary).map_err(file("listen on", &temporary))?;
-    std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))
-        .map_err(file("close to others", &temporary))?;
-    let identity = identity(&temporary).map_err(file("look at", &temporary))?;
-    std::fs::rename(&temporary, path).map_err(file("put in its place", path))?;
+    let listener = listener::bind(path, MODE)?;
+    let identity = identity(path).map_err(file("look at", path))?;
     Ok(Bound { listener, made, identity })
 }
 
@@ -223,12 +201,11 @@ async fn serve(listener: UnixListener, node: Arc<Node>) {
             Ok((stream, _)) => stream,
             Err(error) => {
                 tracing::debug!(%error, "a connection of cAdvisor could not be accepted");
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(listener::ACCEPT_AGAIN).await;
                 continue;
             }
         };
-        // The file's mode keeps others out; this is the second lock.
-        if !stream.peer_cred().is_ok_and(|peer| peer.uid() == 0) {
+        if !listener::is_root(&stream) {
             continue;
         }
         let node = node.clone();
@@ -485,6 +462,6 @@ mod tests {
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(listening(&link), Err(ListenError::NoSocket { .. })));
         let under_a_file = path.join("crio.sock");
-        assert!(matches!(listening(&under_a_file), Err(ListenError::File { .. })));
+        assert!(matches!(listening(&under_a_file), Err(ListenError::File(_))));
     }
 }

@@ -4,6 +4,7 @@ use crate::apparmor::DefaultProfile;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
+use crate::file_error::FileError;
 use crate::handlers::Handlers;
 use crate::housekeeping;
 use crate::left_cgroups::LeftCgroups;
@@ -47,16 +48,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     /// A file or folder of its own.
-    #[error("{action} {path}")]
-    File {
-        /// The failed act.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A folder of its own cannot be written to.
     #[error(
         "{path} is on a read-only file system: mount it writable, or give berthd another --root and --state"
@@ -118,7 +111,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
     let path = path.to_owned();
     move |source| match source.kind() {
         io::ErrorKind::ReadOnlyFilesystem => DaemonError::ReadOnly { path },
-        _ => DaemonError::File { action, path, source },
+        _ => FileError { action, path, source }.into(),
     }
 }
 

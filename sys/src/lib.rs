@@ -17,6 +17,7 @@ pub mod mount;
 pub mod ns;
 pub mod poll;
 pub mod process;
+pub mod program;
 pub mod scheduling;
 pub mod socket;
 pub mod tty;

@@ -1,14 +1,14 @@
 //! Running the `nft` program.
 //!
 //! The program is started at set-up, repair and tear-down only. It is looked for in the system's own directories, not in
-//! `PATH`; it gets an empty environment, the script on its standard input, a deadline, and a bound on what it may say.
+//! `PATH`, and gets the script on its standard input.
 
+use berth_sys::program::{Ended, Run};
 use std::ffi::OsStr;
-use std::io::{self, Read, Write};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::ExitStatus;
+use std::time::Duration;
 
 /// Where the program may be.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -16,9 +16,6 @@ const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 /// How long one run may take. It needs some 10 ms; the rest is for a node that is busy, or a firewall with many sets, which
 /// `nft` reads in whole before it acts.
 const DEADLINE: Duration = Duration::from_secs(30);
-
-/// How often a running program is looked at.
-const POLL: Duration = Duration::from_millis(2);
 
 /// Most bytes kept of what the program says about an error.
 const MAX_MESSAGE: u64 = 4096;
@@ -84,68 +81,22 @@ fn run_program(
     script: &str,
     deadline: Duration,
 ) -> Result<(), Error> {
-    let fail = |source| Error::Run { program: program.to_owned(), source };
-    let mut child = Command::new(program)
-        .args(arguments)
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(fail)?;
-    let outcome = converse(&mut child, script, deadline);
-    if !matches!(outcome, Ok(Some(_))) {
-        // Already an error: what matters is only that the program does not go on.
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-    match outcome.map_err(fail)? {
+    let run = Run { program, arguments, stdin: script.as_bytes(), deadline, max_message: MAX_MESSAGE };
+    let ended = run.to_end().map_err(|source| Error::Run { program: program.to_owned(), source })?;
+    match ended {
         None => Err(Error::Timeout { program: program.to_owned() }),
-        Some((status, _)) if status.success() => Ok(()),
-        Some((status, message)) => Err(Error::Failed { program: program.to_owned(), status, message }),
-    }
-}
-
-/// Feeds the script, gathers the message, and waits; `None` at the deadline.
-fn converse(child: &mut Child, script: &str, deadline: Duration) -> io::Result<Option<(ExitStatus, String)>> {
-    let end = Instant::now() + deadline;
-    let stdin = child.stdin.take();
-    let stderr = child.stderr.take();
-    let script = script.to_owned();
-    // On threads, so that a program that reads nothing or says too much cannot hold this one beyond the deadline. They end
-    // when the pipes close, which the caller's kill sees to.
-    let writer = thread::spawn(move || {
-        if let Some(mut stdin) = stdin {
-            // A program that stops reading early says why on standard error and in its status.
-            stdin.write_all(script.as_bytes()).unwrap_or_default();
+        Some(Ended { status, .. }) if status.success() => Ok(()),
+        Some(Ended { status, message }) => {
+            let message = String::from_utf8_lossy(&message).trim_end().to_owned();
+            Err(Error::Failed { program: program.to_owned(), status, message })
         }
-    });
-    let reader = thread::spawn(move || {
-        let mut message = Vec::new();
-        if let Some(mut stderr) = stderr {
-            let kept = stderr.by_ref().take(MAX_MESSAGE).read_to_end(&mut message);
-            // The rest is read and dropped: a full pipe would stop the program.
-            kept.and_then(|_| io::copy(&mut stderr, &mut io::sink())).unwrap_or_default();
-        }
-        String::from_utf8_lossy(&message).trim_end().to_owned()
-    });
-    loop {
-        if let Some(status) = child.try_wait()? {
-            let message = reader.join().unwrap_or_default();
-            writer.join().unwrap_or_default();
-            return Ok(Some((status, message)));
-        }
-        if Instant::now() >= end {
-            return Ok(None);
-        }
-        thread::sleep(POLL);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
 
     fn shell(script: &str, deadline: Duration) -> Result<(), Error> {
         run_program(Path::new("/bin/sh"), &["-c", script], "input\n", deadline)

@@ -1,12 +1,13 @@
 //! Why something with a container failed.
 
+use crate::file_error::FileError;
 use crate::node::MakeCgroup;
 use crate::record_files::WriteError;
 use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::{ContainerId, SandboxId};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Why something with a container failed.
 #[derive(Debug, thiserror::Error)]
@@ -87,16 +88,8 @@ pub(crate) enum ContainerError {
         reason: String,
     },
     /// A file.
-    #[error("{action} {path}")]
-    File {
-        /// The failed act.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] berth_cgroup::Error),
@@ -192,7 +185,6 @@ impl From<MakeCgroup> for ContainerError {
 
 impl ContainerError {
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::File { action, path, source }
+        FileError::of(action, path)
     }
 }

@@ -86,10 +86,12 @@ pub(crate) async fn exec_sync(
 }
 
 fn reader() -> Result<(pipe::Receiver, OwnedFd), ContainerError> {
-    let failed = |source| ContainerError::File { action: "make", path: "a pipe".into(), source };
-    let (read, write) = berth_sys::file::pipe().map_err(failed)?;
-    berth_sys::file::set_nonblocking(std::os::fd::AsFd::as_fd(&read)).map_err(failed)?;
-    Ok((pipe::Receiver::from_owned_fd(read).map_err(failed)?, write))
+    let open = || {
+        let (read, write) = berth_sys::file::pipe()?;
+        berth_sys::file::set_nonblocking(std::os::fd::AsFd::as_fd(&read))?;
+        Ok((pipe::Receiver::from_owned_fd(read)?, write))
+    };
+    open().map_err(ContainerError::file("make", std::path::Path::new("a pipe")))
 }
 
 /// Reads a stream to its end.

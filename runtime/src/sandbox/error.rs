@@ -1,13 +1,14 @@
 //! Why something with a sandbox failed.
 
 use crate::apparmor::NotLoaded;
+use crate::file_error::FileError;
 use crate::node::MakeCgroup;
 use crate::record_files::WriteError;
 use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::SandboxId;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Why something with a sandbox failed.
 #[derive(Debug, thiserror::Error)]
@@ -19,16 +20,8 @@ pub(crate) enum SandboxError {
     #[error("make an id")]
     Id(#[source] io::Error),
     /// A file.
-    #[error("{action} {path}")]
-    File {
-        /// The failed act.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A namespace.
     #[error("{action}")]
     Namespace {
@@ -110,8 +103,7 @@ impl From<MakeCgroup> for SandboxError {
 
 impl SandboxError {
     pub(super) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::File { action, path, source }
+        FileError::of(action, path)
     }
 
     pub(super) fn namespace(action: &'static str) -> impl FnOnce(io::Error) -> Self {

@@ -1,4 +1,4 @@
-//! The built-in bridge network: what gives a pod its addresses when the node has no CNI configuration.
+//! The built-in bridge network: what gives a pod its addresses. CNI configuration is not looked at.
 //!
 //! One Linux bridge per node, one veth pair per pod, IPv4 and (when the host has it) IPv6, masquerading by nftables towards
 //! everything outside the pods' subnets. `docs/network.md` lists what appears on a host and how to remove it by hand.

@@ -5,6 +5,7 @@
 //!
 //! - `id`: the ids of sandboxes and containers;
 //! - `sandbox`, `container`, `security`: what was asked for;
+//! - `limit`: how much may be asked for;
 //! - `state`: states, events and the transition functions;
 //! - `record`: how the above lies on disk;
 //! - `layout`: every path below the two roots;
@@ -14,6 +15,7 @@
 pub mod container;
 pub mod id;
 pub mod layout;
+pub mod limit;
 pub mod record;
 pub mod sandbox;
 pub mod security;

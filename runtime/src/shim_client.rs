@@ -379,9 +379,8 @@ impl ShimClient {
 
     /// Kills an exec's session.
     async fn kill_exec(&self, id: u64) {
-        const SIGKILL: i32 = 9;
         // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes on.
-        let kill = Call::SignalExec(SignalExec { request_id: id, signal: SIGKILL });
+        let kill = Call::SignalExec(SignalExec { request_id: id, signal: process::SIGKILL });
         let _ = tokio::time::timeout(KILL, self.done(kill)).await;
     }
 
@@ -424,12 +423,11 @@ impl ShimClient {
 
     /// Ends a shim that does not answer, so that its container can be over: nobody will say how that ended then.
     pub(crate) fn kill(&self) {
-        const SIGKILL: i32 = 9;
         let Some(pidfd) = self.pid.and_then(|pid| process::open_pidfd(pid).ok()) else { return };
         // As long as the connection is open the number is the shim's, so the descriptor was it a moment ago.
         if !*self.ended.borrow() {
             // It may end just now, which is as good.
-            let _ = process::signal_pidfd(pidfd.as_fd(), SIGKILL);
+            let _ = process::signal_pidfd(pidfd.as_fd(), process::SIGKILL);
         }
     }
 

@@ -187,6 +187,12 @@ pub fn signal_pidfd(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Ends a process at once: signal(7).
+pub const SIGKILL: i32 = libc::SIGKILL;
+
+/// Asks a process to end: signal(7).
+pub const SIGTERM: i32 = libc::SIGTERM;
+
 /// Sends `signal` to the process group `group`: `kill(2)` with a negative pid.
 ///
 /// # Errors

@@ -19,8 +19,6 @@ const POLL: Duration = Duration::from_millis(2);
 /// How long what was said may take to be read after the end. Longer only if a process that has left the group holds the pipe.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-const SIGKILL: i32 = 9;
-
 /// What is run.
 #[derive(Debug, Clone, Copy)]
 pub struct Run<'a, A> {
@@ -65,7 +63,7 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
         let in_time = conversation.as_ref().is_ok_and(|_| has_ended(&child, end));
         // Before it is reaped, which is what lets its number become another's.
         if let Ok(group) = i32::try_from(child.id()) {
-            let _ = process::signal_group(group, SIGKILL);
+            let _ = process::signal_group(group, process::SIGKILL);
         }
         let status = child.wait()?;
         let message = conversation?.recv_timeout(LAST_WORDS).unwrap_or_default();

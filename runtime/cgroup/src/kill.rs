@@ -21,7 +21,6 @@ use crate::{Cgroup, Error, control_file};
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
-const SIGKILL: i32 = 9;
 const ESRCH: i32 = 3;
 /// What a threaded v2 cgroup answers to a read of `cgroup.procs`.
 const EOPNOTSUPP: i32 = 95;
@@ -125,7 +124,7 @@ impl Cgroup {
             if !still.contains(&pid) {
                 continue;
             }
-            match process::signal_pidfd(pidfd.as_fd(), SIGKILL) {
+            match process::signal_pidfd(pidfd.as_fd(), process::SIGKILL) {
                 Err(error) if error.raw_os_error() != Some(ESRCH) => {
                     return Err(Error::Kill { pid, path: self.main_dir(), source: error });
                 }

@@ -5,11 +5,10 @@
 
 use super::{Container, ContainerError};
 use berth_model::state::ContainerState;
+use berth_sys::process::SIGKILL;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
-
-const SIGKILL: i32 = 9;
 
 /// How long the end may take after a kill: a process in uninterruptible sleep ends when its device lets it.
 const KILLED: Duration = Duration::from_secs(10);

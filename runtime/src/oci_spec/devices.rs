@@ -7,15 +7,12 @@
 use super::{Inputs, ResolvedMount, SpecError, mounts};
 use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
 use berth_model::container::Device;
+use berth_model::limit::MAX_DEVICES;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-/// Devices of one request, those in a directory counted one by one. The cgroup crate takes 1024 rules, of which a few are the default
-/// ones; no real container comes near.
-pub const MAX_DEVICES: usize = 1000;
 
 /// Entries of directories that are looked at for one request. What the host itself has ([`host_devices`]) is not limited.
 const MAX_ENTRIES: usize = 65_536;

@@ -27,6 +27,7 @@ pub use resources::{limits, of_cgroup, resources};
 use berth_image::ImageConfig;
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::layout::{ContainerFiles, SandboxFiles};
+use berth_model::limit::MAX_MOUNTS;
 use berth_model::security::NamespaceMode;
 use berth_model::{container, sandbox};
 use berth_sys::credentials::CapabilityBits;
@@ -158,7 +159,7 @@ pub enum SpecError {
     #[error("the image's Volumes: {0:?} is not a path in the container")]
     Volume(String),
     /// Too many mounts.
-    #[error("{found} mounts and volumes, more than {}", mounts::MAX_MOUNTS)]
+    #[error("{found} mounts and volumes, more than {MAX_MOUNTS}")]
     TooManyMounts {
         /// How many.
         found: usize,

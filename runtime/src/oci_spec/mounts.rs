@@ -9,16 +9,11 @@ use super::{HOST_SHM, Inputs, SpecError, is_pods};
 use crate::host_directory;
 use berth_image::ImageConfig;
 use berth_model::container::{Config, Mount as Asked, Propagation};
+use berth_model::limit::{MAX_MOUNTS, MAX_PATH_BYTES};
 use oci_spec::runtime::Mount;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-
-/// Mounts asked for and volumes of the image together. The kernel allows 100,000 in a mount namespace (`fs.mount-max`); pods have tens.
-pub const MAX_MOUNTS: usize = 1000;
-
-/// The longest path: `PATH_MAX` of limits.h, with the final NUL.
-const MAX_PATH_BYTES: usize = 4095;
 
 /// Where Berth puts filesystems of the kernel. A volume of an image there would replace files that later steps write to and that the
 /// isolation rests on (CVE-2019-16884), and a mount asked for there stands for everything below it.

@@ -1,15 +1,13 @@
 //! The main process of a container: what is run, where, and with which limits and privileges.
 
 use super::{Inputs, SpecError, capabilities, environment};
+use berth_model::limit::MAX_PATH_BYTES;
 use berth_model::security::Profile;
 use oci_spec::runtime::{Process, Spec, User};
 use std::path::PathBuf;
 
 /// The file mode creation mask that every container starts with, whatever the daemon's is.
 const UMASK: u32 = 0o022;
-
-/// The longest path that the kernel takes: `PATH_MAX` of <linux/limits.h>, without the NUL.
-const MAX_PATH_BYTES: usize = 4095;
 
 /// The name that the kernel gives to "no profile": asked for as if it were one, it would be a way around the check of the field.
 const NO_PROFILE: &str = "unconfined";

@@ -4,8 +4,7 @@
 //! and small letters are in use too. A text that names no signal is an error when the container is made, not a silent SIGTERM:
 //! a database that is stopped by the wrong signal loses data.
 
-/// The signal when the image names none: signal(7).
-const SIGTERM: i32 = 15;
+use berth_sys::process::SIGTERM;
 
 /// The first real-time signal by the count of glibc, which keeps two of the kernel's (32 and 33) for itself: signal(7). Names are written for
 /// programs, and systemd's `SIGRTMIN+3` is 37 everywhere.

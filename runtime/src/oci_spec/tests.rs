@@ -257,8 +257,8 @@ fn hostile_text_is_refused_with_its_origin() {
         ),
         (|fixture| fixture.image.volumes = texts(&["/a\0"]), SpecError::Volume("/a\0".to_owned())),
         (
-            |fixture| fixture.image.volumes = (0..=mounts::MAX_MOUNTS).map(|n| format!("/{n}")).collect(),
-            SpecError::TooManyMounts { found: mounts::MAX_MOUNTS + 1 },
+            |fixture| fixture.image.volumes = (0..=MAX_MOUNTS).map(|n| format!("/{n}")).collect(),
+            SpecError::TooManyMounts { found: MAX_MOUNTS + 1 },
         ),
         (
             |fixture| fixture.config.security.masked_paths = texts(&["proc/kcore"]),

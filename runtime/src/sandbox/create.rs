@@ -6,7 +6,7 @@
 use super::creations::Creations;
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, Wanted};
-use super::{PodProcess, SIGKILL, Sandbox, SandboxError, stop};
+use super::{PodProcess, Sandbox, SandboxError, stop};
 use crate::events::SandboxChange;
 use crate::node::{Node, random_bytes, unix_ns};
 use crate::registry::Name;
@@ -22,6 +22,7 @@ use berth_model::state::SandboxState;
 use berth_shim_proto::launch;
 use berth_sys::mount::{self, FsContext, attr};
 use berth_sys::ns::{self, Kind};
+use berth_sys::process::SIGKILL;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;

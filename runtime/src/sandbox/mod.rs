@@ -35,9 +35,6 @@ use creations::Creations;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// signal(7).
-const SIGKILL: i32 = 9;
-
 /// Process 1 of a pod that shares its pid namespace.
 #[derive(Debug)]
 struct PodProcess {
@@ -78,7 +75,7 @@ impl PodProcess {
             },
         };
         // It has ended already, or ends now.
-        let _ = process::signal_pidfd(pidfd.as_fd(), SIGKILL);
+        let _ = process::signal_pidfd(pidfd.as_fd(), process::SIGKILL);
     }
 
     fn has_ended(&self) -> bool {

@@ -9,13 +9,8 @@ use crate::sandbox::Sandbox;
 use ::oci_spec::runtime::LinuxSeccomp;
 use berth_image::{Image, Lease};
 use berth_model::container::Config;
+use berth_model::limit::MAX_NAME_BYTES;
 use std::path::PathBuf;
-
-/// SIGTERM, what Stop sends when neither request nor image says.
-const SIGTERM: i32 = 15;
-
-/// The longest `User` of an image; a request's has the same limit.
-const MAX_USER_BYTES: usize = 1024;
 
 /// What was found for a request.
 pub(super) struct Resolved {
@@ -84,20 +79,17 @@ fn effective_stop_signal(config: &Config, image: &Image) -> Result<i32, Containe
     if let Some(signal) = config.stop_signal {
         return Ok(signal);
     }
-    match image.config().stop_signal.as_str() {
-        "" => Ok(SIGTERM),
-        text => stop_signal(text).map_err(|error| ContainerError::ImageConfig {
-            image: config.image.clone(),
-            reason: error.to_string(),
-        }),
-    }
+    stop_signal(&image.config().stop_signal).map_err(|error| ContainerError::ImageConfig {
+        image: config.image.clone(),
+        reason: error.to_string(),
+    })
 }
 
 fn check_user(config: &Config, image: &Image) -> Result<(), ContainerError> {
     let length = image.user().len();
-    if length <= MAX_USER_BYTES {
+    if length <= MAX_NAME_BYTES {
         return Ok(());
     }
-    let reason = format!("its User has {length} bytes, and at most {MAX_USER_BYTES} are accepted");
+    let reason = format!("its User has {length} bytes, and at most {MAX_NAME_BYTES} are accepted");
     Err(ContainerError::ImageConfig { image: config.image.clone(), reason })
 }

@@ -6,13 +6,8 @@ use super::field::{
 use super::{SeLinux, resources, sandbox as sandbox_side, security, signal};
 use berth_cri::v1;
 use berth_model::container::{Config, Device, Metadata, Mount, Propagation};
+use berth_model::limit::{MAX_DEVICES, MAX_MOUNTS};
 use berth_model::sandbox;
-
-/// Mounts of one container.
-const MAX_MOUNTS: usize = 1024;
-
-/// Devices of one container.
-const MAX_DEVICES: usize = 1024;
 
 /// Command, arguments and environment together, in bytes with their NULs. The kernel takes a quarter of the stack's limit, 2 MiB mostly,
 /// and needs some of it for pointers.

@@ -1,16 +1,11 @@
 //! The place of a value in a request, what is said about a value that is refused, and checks that several messages need.
 
+use berth_model::limit::{MAX_NAME_BYTES, MAX_PATH_BYTES};
 use std::fmt;
 
 /// The longest piece of a refused value that a message repeats, in characters. A message travels in HTTP/2 trailers, which some stacks
 /// limit to 8 KiB.
 const QUOTED_CHARS: usize = 128;
-
-/// The longest path, without its NUL: `PATH_MAX` of <linux/limits.h>.
-const MAX_PATH_BYTES: usize = 4095;
-
-/// The longest name of anything. Names in Kubernetes have at most 253 bytes.
-pub(super) const MAX_NAME_BYTES: usize = 1024;
 
 /// The longest id that is looked at; ours have 64 characters, a UUID has 36.
 const MAX_ID_BYTES: usize = 128;

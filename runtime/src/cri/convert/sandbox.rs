@@ -1,11 +1,10 @@
 //! `PodSandboxConfig` into [`sandbox::Config`].
 
-use super::field::{
-    self, Field, MAX_NAME_BYTES, Rejected, absolute_forward, at_most, no_longer_than, quoted,
-};
+use super::field::{self, Field, Rejected, absolute_forward, at_most, no_longer_than, quoted};
 use super::{SeLinux, security, sysctl};
 use crate::handlers::Handlers;
 use berth_cri::v1;
+use berth_model::limit::MAX_NAME_BYTES;
 use berth_model::sandbox::{Config, Dns, Metadata, PortMapping};
 use berth_model::security::{NamespaceMode, Namespaces};
 use prost::Message;

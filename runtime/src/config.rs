@@ -8,6 +8,7 @@ use berth_cgroup::{Driver, Parent};
 use berth_network::config::{BridgeConfig, BridgeName, Mtu};
 use oci_spec::runtime::PosixRlimit;
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// Where the configuration is read from when no flag says otherwise. An absent file is an empty one.
@@ -52,6 +53,9 @@ pub struct Written {
     /// What every container gets.
     #[serde(default)]
     pub container: WrittenContainer,
+    /// Exec and port forwarding.
+    #[serde(default)]
+    pub streaming: WrittenStreaming,
 }
 
 /// `[registry]`.
@@ -104,6 +108,18 @@ pub struct WrittenCgroup {
     pub driver: Option<String>,
     /// Where pods go that name no parent. Default `/berth`, with the systemd driver `berth.slice`.
     pub parent: Option<String>,
+}
+
+/// `[streaming]`: where the clients of exec and port forwarding connect.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenStreaming {
+    /// Address and port, 0 for any. Default `127.0.0.1:0`. One that is not a loopback address needs TLS.
+    pub address: Option<SocketAddr>,
+    /// The file of the server's certificate chain, PEM. With `tls_key`.
+    pub tls_certificate: Option<PathBuf>,
+    /// The file of its private key, PEM.
+    pub tls_key: Option<PathBuf>,
 }
 
 /// `[container]`.
@@ -174,6 +190,11 @@ impl Written {
             container: WrittenContainer {
                 rlimits: earlier.container.rlimits.into_iter().chain(self.container.rlimits).collect(),
             },
+            streaming: WrittenStreaming {
+                address: self.streaming.address.or(earlier.streaming.address),
+                tls_certificate: self.streaming.tls_certificate.or(earlier.streaming.tls_certificate),
+                tls_key: self.streaming.tls_key.or(earlier.streaming.tls_key),
+            },
         }
     }
 }
@@ -203,6 +224,26 @@ pub struct Config {
     pub cadvisor_socket: Option<PathBuf>,
     /// The resource limits of programs in containers.
     pub rlimits: Vec<PosixRlimit>,
+    /// Where the clients of exec and port forwarding connect.
+    pub streaming: StreamingConfig,
+}
+
+/// Where the clients of exec and port forwarding connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamingConfig {
+    /// What to listen on.
+    pub address: SocketAddr,
+    /// With what to prove who listens there; `None` for plain HTTP.
+    pub tls: Option<TlsFiles>,
+}
+
+/// PEM files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The certificate chain.
+    pub certificate: PathBuf,
+    /// The private key.
+    pub key: PathBuf,
 }
 
 /// A key whose value cannot be used.
@@ -266,6 +307,7 @@ impl Config {
             "compat.cadvisor_socket",
             written.compat.cadvisor_socket.unwrap_or_else(|| crate::cadvisor::SOCKET.into()),
         );
+        let streaming = streaming(&mut check, written.streaming);
         let rlimits = rlimits::check(&written.container.rlimits).unwrap_or_else(|mistakes| {
             check.0.extend(mistakes.into_iter().map(|reason| Mistake { key: "container.rlimits", reason }));
             Vec::new()
@@ -283,6 +325,7 @@ impl Config {
                 cgroup_parent,
                 cadvisor_socket: written.compat.cadvisor.unwrap_or(false).then_some(cadvisor_socket),
                 rlimits,
+                streaming,
             }),
             _ => Err(check.0),
         }
@@ -313,6 +356,7 @@ impl Config {
             ("cgroup", one.cgroup != other.cgroup),
             ("compat", one.compat != other.compat),
             ("container", one.container != other.container),
+            ("streaming", one.streaming != other.streaming),
         ];
         differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
     }
@@ -354,6 +398,11 @@ impl Config {
                 cadvisor_socket: self.cadvisor_socket.clone(),
             },
             container: WrittenContainer { rlimits: rlimits::written(&self.rlimits) },
+            streaming: WrittenStreaming {
+                address: Some(self.streaming.address),
+                tls_certificate: self.streaming.tls.as_ref().map(|tls| tls.certificate.clone()),
+                tls_key: self.streaming.tls.as_ref().map(|tls| tls.key.clone()),
+            },
         }
     }
 }
@@ -375,6 +424,36 @@ fn cgroup(check: &mut Check, written: &WrittenCgroup) -> (Option<Driver>, Option
         check.ok("cgroup.parent", Parent::default_of_daemon(form, parent))
     });
     (driver, parent)
+}
+
+/// An address that others than this node can reach is for TLS only: a URL's token is all that a client needs.
+fn streaming(check: &mut Check, written: WrittenStreaming) -> StreamingConfig {
+    let address = written.address.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
+    let tls = match (written.tls_certificate, written.tls_key) {
+        (Some(certificate), Some(key)) => Some(TlsFiles {
+            certificate: check.absolute("streaming.tls_certificate", certificate),
+            key: check.absolute("streaming.tls_key", key),
+        }),
+        (None, None) => None,
+        (Some(_), None) => {
+            check.0.push(Mistake { key: "streaming.tls_key", reason: "it is missing".to_owned() });
+            None
+        }
+        (None, Some(_)) => {
+            check.0.push(Mistake { key: "streaming.tls_certificate", reason: "it is missing".to_owned() });
+            None
+        }
+    };
+    if address.ip().is_unspecified() {
+        let reason = "name the one address that clients are to connect to".to_owned();
+        check.0.push(Mistake { key: "streaming.address", reason });
+    } else if !address.ip().is_loopback() && tls.is_none() {
+        let reason = format!(
+            "{address} can be reached by other machines; set streaming.tls_certificate and streaming.tls_key, or a loopback address"
+        );
+        check.0.push(Mistake { key: "streaming.address", reason });
+    }
+    StreamingConfig { address, tls }
 }
 
 fn images(check: &mut Check, registry: WrittenRegistry, image: &WrittenImage) -> berth_image::StoreOptions {
@@ -468,6 +547,27 @@ mod tests {
     #[test]
     fn nothing_written_is_a_configuration() {
         assert_eq!(keys(""), [""; 0]);
+    }
+
+    #[test]
+    fn streaming_on_a_routable_address_takes_tls() {
+        let tls = "tls_certificate = '/c'\ntls_key = '/k'";
+        for (text, mistakes) in [
+            ("address = '127.0.0.1:10010'".to_owned(), &[][..]),
+            ("address = '[::1]:0'".to_owned(), &[]),
+            ("address = '10.0.0.1:0'".to_owned(), &["streaming.address"]),
+            ("address = '[::ffff:127.0.0.1]:0'".to_owned(), &["streaming.address"]),
+            ("address = '0.0.0.0:0'".to_owned() + "\n" + tls, &["streaming.address"]),
+            ("address = '10.0.0.1:0'".to_owned() + "\n" + tls, &[]),
+            ("tls_certificate = '/c'".to_owned(), &["streaming.tls_key"]),
+            ("tls_key = '/k'".to_owned(), &["streaming.tls_certificate"]),
+            (
+                "tls_certificate = 'c'\ntls_key = 'k'".to_owned(),
+                &["streaming.tls_certificate", "streaming.tls_key"],
+            ),
+        ] {
+            assert_eq!(keys(&format!("[streaming]\n{text}\n")), mistakes, "{text}");
+        }
     }
 
     #[test]

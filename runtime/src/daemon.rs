@@ -17,6 +17,7 @@ use crate::reload::{self, Reload};
 use crate::reload_request::Progress;
 use crate::selinux;
 use crate::shim_client::ShimProgram;
+use crate::streaming::{Streaming, StreamingError};
 use crate::unanswered::Unanswered;
 use crate::{api, apparmor, cadvisor, server};
 use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
@@ -102,6 +103,9 @@ pub enum DaemonError {
     /// The objects of the daemon before.
     #[error("recover")]
     Recovery(#[from] RecoveryError),
+    /// The streaming server.
+    #[error(transparent)]
+    Streaming(#[from] StreamingError),
     /// The socket.
     #[error("serve")]
     Serve(#[source] server::ServeError),
@@ -145,8 +149,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
         version = env!("CARGO_PKG_VERSION"), socket = %config.socket.display(),
         cgroup = if node.hierarchy.is_unified() { 2 } else { 1 }, cgroup_driver = %node.cgroup_driver, bridge = %node.bridge.config().name, "berthd serves"
     );
+    let streaming = Streaming::start(&config.streaming)?;
     let services = server::Services {
-        runtime: RuntimeService::new(node.clone()),
+        runtime: RuntimeService::new(node.clone(), streaming),
         image: ImageService::new(node.clone()),
         berth: api::Service::new(node.clone()),
     };

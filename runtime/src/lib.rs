@@ -36,6 +36,7 @@ mod sandbox;
 mod selinux;
 mod server;
 mod shim_client;
+mod streaming;
 mod trash;
 mod unanswered;
 mod usage;

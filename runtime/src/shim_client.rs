@@ -50,6 +50,9 @@ pub(crate) enum ShimError {
     /// It does not answer.
     #[error("the container's shim does not answer")]
     Silent,
+    /// It is of a version that knows less.
+    #[error("the container was started by an older version of Berth that cannot do this; start it again")]
+    Older,
     /// It cannot be started.
     #[error("start a shim: {action}")]
     Start {
@@ -363,7 +366,7 @@ impl ShimClient {
         }
     }
 
-    /// Runs a program in the container, with these as its standard output and error.
+    /// Runs a program in the container, with these as its standard output, error and, if there is one, input.
     ///
     /// # Errors
     /// [`ShimError`]; a program that could not be started is found by [`RunningExec::ended`].
@@ -372,8 +375,37 @@ impl ShimClient {
         args: Vec<Vec<u8>>,
         stdout: OwnedFd,
         stderr: OwnedFd,
+        stdin: Option<OwnedFd>,
     ) -> Result<RunningExec, ShimError> {
-        let Sent { id, slot, answer } = self.send(Call::Exec(ExecRequest { args }), vec![stdout, stderr])?;
+        let descriptors = [stdout, stderr].into_iter().chain(stdin).collect();
+        self.run(ExecRequest { args, terminal: false }, descriptors)
+    }
+
+    /// Runs a program in the container on a new terminal, whose other end comes on the socket that `taker`
+    /// is the far end of.
+    ///
+    /// # Errors
+    /// As [`exec`](Self::exec); [`ShimError::Older`] when the container's shim is of a version that cannot
+    /// do this.
+    pub(crate) async fn exec_on_terminal(
+        self: &Arc<Self>,
+        args: Vec<Vec<u8>>,
+        taker: OwnedFd,
+    ) -> Result<RunningExec, ShimError> {
+        /// The first [`Phase::version`] that has this.
+        const SINCE: u32 = 1;
+        if self.phase().await?.version < SINCE {
+            return Err(ShimError::Older);
+        }
+        self.run(ExecRequest { args, terminal: true }, vec![taker])
+    }
+
+    fn run(
+        self: &Arc<Self>,
+        request: ExecRequest,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<RunningExec, ShimError> {
+        let Sent { id, slot, answer } = self.send(Call::Exec(request), descriptors)?;
         Ok(RunningExec { client: self.clone(), id, slot, answer: Some(answer) })
     }
 

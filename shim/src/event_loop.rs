@@ -23,7 +23,7 @@ use crate::init::host_path;
 use crate::launch::{self, Container, Exec, Making, Stage};
 use crate::stdio::Output;
 use berth_shim_proto::control::{
-    Ended, ExecRequest, Failed, Phase, Reply, Request, Started, reply::Answer, request::Call,
+    Ended, ExecRequest, Failed, Phase, Reply, Request, Started, VERSION, reply::Answer, request::Call,
 };
 use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::launch::{Launch, PidNamespace};
@@ -633,6 +633,7 @@ impl Shim {
                 _ => None,
             },
             starting: matches!(self.state, State::Starting { .. }),
+            version: VERSION,
         }
     }
 

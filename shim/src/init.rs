@@ -10,7 +10,7 @@
 
 use crate::apparmor::{Profile, Way};
 use crate::execute::{self, Privileges, Program};
-use crate::failure::Step;
+use crate::failure::{Step, refused};
 use crate::handshake::{self, ChildEnd};
 use crate::inheritance;
 use crate::procfs::{self, Target};
@@ -20,7 +20,7 @@ use berth_shim_proto::control::{Created, Failed};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace, Process};
 use berth_sys::beneath::Root;
 use berth_sys::process::SingleThreaded;
-use berth_sys::{file, ns, process, tty};
+use berth_sys::{file, ns, process, socket, tty};
 use std::ffi::{CString, OsStr};
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -28,6 +28,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+
+/// What a process of exec talks to.
+pub(crate) enum ExecStreams {
+    Pipes(Stdio),
+    /// A terminal that is to be made. This is where its other end is sent.
+    Terminal(OwnedFd),
+}
 
 /// Standard input, output and error of a child; none for a terminal.
 pub(crate) struct Stdio {
@@ -65,10 +72,10 @@ pub(crate) fn run_exec(
     program: &Process,
     main: BorrowedFd<'_>,
     user: &Resolved,
-    stdio: Stdio,
+    streams: ExecStreams,
     end: &mut ChildEnd,
 ) -> ! {
-    let failed = become_exec(launch, program, main, user, stdio, end);
+    let failed = become_exec(launch, program, main, user, streams, end);
     end.failed(&failed);
     process::exit_now(127)
 }
@@ -185,10 +192,10 @@ fn become_exec(
     program: &Process,
     main: BorrowedFd<'_>,
     user: &Resolved,
-    stdio: Stdio,
+    streams: ExecStreams,
     end: &mut ChildEnd,
 ) -> Failed {
-    match prepare_exec(launch, program, main, user, stdio, end) {
+    match prepare_exec(launch, program, main, user, streams, end) {
         Ok((exec, privileges)) => execute::finish_exec(program, &exec, privileges),
         Err(failed) => failed,
     }
@@ -199,11 +206,14 @@ fn prepare_exec(
     program: &Process,
     main: BorrowedFd<'_>,
     user: &Resolved,
-    stdio: Stdio,
+    streams: ExecStreams,
     end: &mut ChildEnd,
 ) -> Result<(Program, Privileges), Failed> {
     let mut kept = end.all();
-    kept.extend(stdio.all());
+    match &streams {
+        ExecStreams::Pipes(stdio) => kept.extend(stdio.all()),
+        ExecStreams::Terminal(taker) => kept.push(taker.as_fd()),
+    }
     kept.push(main);
     keep_only(&kept)?;
     begin(&launch.cgroup)?;
@@ -226,13 +236,20 @@ fn prepare_exec(
     // All at once by the pidfd: the kernel joins every one or none. Root and working directory become the container's; of the pid
     // namespaces only the one that children go to changes, setns(2).
     ns::join(main, flags).step("join the container", "")?;
-    place(stdio, user)?;
+    match streams {
+        ExecStreams::Pipes(stdio) => place(stdio, user)?,
+        ExecStreams::Terminal(taker) => {
+            let controller = open_terminal(user, false)?;
+            // Out here, where what is sent is believed.
+            socket::send(taker.as_fd(), b"T", &[controller.as_fd()]).step("hand over the terminal", "")?;
+        }
+    }
     execute::enter_directory(&program.cwd, user)?;
     let exec = Program::new(program, &user.home)?;
     execute::become_user(program, user)?;
     let privileges = go_on_inside(program, profile, end)?;
     end.wait_for_go()?;
-    lead_session(false)?;
+    lead_session(program.terminal)?;
     Ok((exec, privileges))
 }
 
@@ -315,6 +332,10 @@ fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "open a terminal";
     let inside = Root::open(Path::new("/dev/pts")).step(STEP, "/dev/pts")?;
     let controller = inside.open_with(Path::new("ptmx"), file::READ_WRITE).step(STEP, "/dev/pts/ptmx")?;
+    // A container that may mount could have put something else there, before an exec.
+    if !tty::is_devpts(controller.as_fd()).step(STEP, "/dev/pts/ptmx")? {
+        return Err(refused(STEP, "/dev/pts is not the kernel's"));
+    }
     let terminal = tty::open_other_end(controller.as_fd()).step(STEP, "")?;
     std::os::unix::fs::fchown(&terminal, Some(user.uid), None).step(STEP, "")?;
     if own_dev {

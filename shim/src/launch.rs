@@ -6,7 +6,7 @@ use crate::cri_log::LogFile;
 use crate::exit::{self, OomCounter};
 use crate::failure::{Step, refused};
 use crate::handshake;
-use crate::init::{self, Stdio, host_path};
+use crate::init::{self, ExecStreams, Stdio, host_path};
 use crate::procfs::Target;
 use crate::stdio::{Output, ShimStreams};
 use crate::user::Resolved;
@@ -193,7 +193,8 @@ pub(crate) enum Stage {
     },
 }
 
-/// Begins to run a program in the container. `descriptors` are its standard output, error and, if there is a third, input.
+/// Begins to run a program in the container. `descriptors` are its standard output, error and, if there is
+/// a third, input; with a terminal, the socket on which the terminal's other end is wanted.
 ///
 /// # Errors
 /// When there is no process.
@@ -204,14 +205,19 @@ pub(crate) fn exec(
 ) -> Result<Birth, Failed> {
     const STEP: &str = "exec in the container";
     let mut descriptors = descriptors.into_iter();
-    let (Some(output), Some(error)) = (descriptors.next(), descriptors.next()) else {
-        return Err(refused(STEP, "no descriptors for its output"));
+    let streams = if request.terminal {
+        let taker = descriptors.next().ok_or_else(|| refused(STEP, "nobody wants its terminal"))?;
+        ExecStreams::Terminal(taker)
+    } else {
+        let (Some(output), Some(error)) = (descriptors.next(), descriptors.next()) else {
+            return Err(refused(STEP, "no descriptors for its output"));
+        };
+        let input = match descriptors.next() {
+            Some(input) => input,
+            None => open_null()?,
+        };
+        ExecStreams::Pipes(Stdio { input, output, error })
     };
-    let input = match descriptors.next() {
-        Some(input) => input,
-        None => open_null()?,
-    };
-    let stdio = Stdio { input, output, error };
     let program = exec_process(&container.launch.process, request);
     let user = Resolved {
         uid: container.created.uid,
@@ -223,7 +229,14 @@ pub(crate) fn exec(
     match clone_into(container).step(STEP, "")? {
         Cloned::Child => {
             drop(end);
-            init::run_exec(&container.launch, &program, container.pidfd.as_fd(), &user, stdio, &mut child_end)
+            init::run_exec(
+                &container.launch,
+                &program,
+                container.pidfd.as_fd(),
+                &user,
+                streams,
+                &mut child_end,
+            )
         }
         Cloned::Parent { pid, .. } => Ok(Birth::of_exec(end, pid)),
     }

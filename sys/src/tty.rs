@@ -3,6 +3,15 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+/// Whether `file` is on a devpts. Any filesystem can have a file that looks like a `ptmx` and answers an
+/// `ioctl` with what it likes, but says itself what it is.
+///
+/// # Errors
+/// When that cannot be found out.
+pub fn is_devpts(file: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(nix::sys::statfs::fstatfs(file)?.filesystem_type() == nix::sys::statfs::DEVPTS_SUPER_MAGIC)
+}
+
 /// Opens the terminal that belongs to the open `ptmx` descriptor `controller`, without a path lookup:
 /// `TIOCGPTPEER`, ioctl_tty(2). The lock of a fresh one is taken off first.
 ///
@@ -100,6 +109,9 @@ mod tests {
     #[test]
     fn a_plain_file_is_no_terminal() {
         let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(!is_devpts(file.as_fd()).unwrap());
+        let terminals = std::fs::File::open("/dev/pts").unwrap();
+        assert!(is_devpts(terminals.as_fd()).unwrap());
         assert!(open_other_end(file.as_fd()).is_err());
         assert!(set_size(file.as_fd(), 1, 1).is_err());
     }

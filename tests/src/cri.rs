@@ -312,6 +312,7 @@ calls! { runtime:
     reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
     exec_sync(ExecSyncRequest) -> ExecSyncResponse;
     exec(ExecRequest) -> ExecResponse;
+    port_forward(PortForwardRequest) -> PortForwardResponse;
 }
 
 calls! { image:

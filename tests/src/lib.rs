@@ -23,4 +23,5 @@ pub mod program;
 pub mod registry;
 pub mod repeats;
 pub mod skip;
+pub mod streams;
 pub mod tracer;

@@ -31,8 +31,9 @@ pub mod request {
         /// without an outcome: until then the shim answers other requests.
         #[prost(message, tag = "3")]
         Start(()),
-        /// Run another program in it. The frame carries two or three descriptors: standard output, error, and input.
-        /// Answers: `Ended`.
+        /// Run another program in it. The frame carries two or three descriptors: standard output, error,
+        /// and input. With a terminal it carries one: a stream socket, on which the other end of the
+        /// terminal comes with a byte before the program runs. Answers: `Ended`.
         #[prost(message, tag = "4")]
         Exec(ExecRequest),
         /// Send this signal to the main process only. Answer: `Done`.
@@ -59,6 +60,10 @@ pub struct ExecRequest {
     /// The program and its arguments.
     #[prost(bytes = "vec", repeated, tag = "1")]
     pub args: Vec<Vec<u8>>,
+    /// A new terminal as standard input, output and error. For shims of [`Phase::version`] 1 and later; an
+    /// older one refuses the request, because a descriptor is missing.
+    #[prost(bool, tag = "2")]
+    pub terminal: bool,
 }
 
 /// A signal for a running exec.
@@ -201,10 +206,44 @@ pub struct Phase {
     /// It was told to start and is not its program yet; the outcome comes as an event, `Started` or `Exited`.
     #[prost(bool, tag = "3")]
     pub starting: bool,
+    /// What the shim knows beyond the first version of this protocol: 1, terminals for exec.
+    #[prost(uint32, tag = "4")]
+    pub version: u32,
 }
 
-/// Makes the process of an exec from the container's main one: same user, capabilities and filter, other program, no terminal.
+/// The version of this protocol, as [`Phase::version`] has it.
+pub const VERSION: u32 = 1;
+
+/// Makes the process of an exec from the container's main one: same user, capabilities and filter, other
+/// program. With a terminal it has a `TERM`, as other runtimes give it one.
 #[must_use]
 pub fn exec_process(main: &Process, request: &ExecRequest) -> Process {
-    Process { args: request.args.clone(), terminal: false, ..main.clone() }
+    let mut process = Process { args: request.args.clone(), terminal: request.terminal, ..main.clone() };
+    if request.terminal && !process.env.iter().any(|variable| variable.starts_with(b"TERM=")) {
+        process.env.push(b"TERM=xterm".to_vec());
+    }
+    process
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_with_a_terminal_knows_which_kind_it_is() {
+        let term = |env: &[&str], terminal| {
+            let main = Process {
+                env: env.iter().map(|variable| variable.as_bytes().to_vec()).collect(),
+                terminal: true,
+                ..Process::default()
+            };
+            let request = ExecRequest { args: vec![b"sh".to_vec()], terminal };
+            let process = exec_process(&main, &request);
+            assert_eq!(process.terminal, terminal);
+            process.env.concat()
+        };
+        assert_eq!(term(&["A=b"], true), b"A=bTERM=xterm");
+        assert_eq!(term(&["TERM=vt100"], true), b"TERM=vt100");
+        assert_eq!(term(&["A=b"], false), b"A=b");
+    }
 }

@@ -6,7 +6,6 @@
 use super::output_room::{Kept, OutputRoom};
 use super::{Container, ContainerError};
 use crate::shim_client::ShimError;
-use berth_model::state::ContainerState;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,18 +36,11 @@ pub(crate) async fn exec_sync(
     command: Vec<String>,
     timeout: Option<Duration>,
 ) -> Result<Output, ContainerError> {
-    let state = container.state();
-    let shim = match (&state, container.shim()) {
-        (ContainerState::Running { .. }, Some(shim)) => shim,
-        (ContainerState::Running { .. }, None) => {
-            return Err(ContainerError::ShimUnreached { id: container.id().clone() });
-        }
-        _ => return Err(ContainerError::WrongState { id: container.id().clone(), state: state.name() }),
-    };
+    let shim = container.running_shim()?;
     let (stdout, stdout_end) = reader()?;
     let (stderr, stderr_end) = reader()?;
     let args = command.into_iter().map(String::into_bytes).collect();
-    let mut running = shim.exec(args, stdout_end, stderr_end)?;
+    let mut running = shim.exec(args, stdout_end, stderr_end, None)?;
     let (mut out, mut err) = (room.stream(MAX_OUTPUT), room.stream(MAX_OUTPUT));
     let ended = {
         let collecting = async { tokio::join!(collect(stdout, &mut out), collect(stderr, &mut err)) };

@@ -174,6 +174,18 @@ impl Container {
         lock(&self.shim).clone()
     }
 
+    /// The shim of a container whose program runs.
+    pub(crate) fn running_shim(&self) -> Result<Arc<ShimClient>, ContainerError> {
+        let state = self.state();
+        match (&state, self.shim()) {
+            (ContainerState::Running { .. }, Some(shim)) => Ok(shim),
+            (ContainerState::Running { .. }, None) => {
+                Err(ContainerError::ShimUnreached { id: self.id().clone() })
+            }
+            _ => Err(ContainerError::WrongState { id: self.id().clone(), state: state.name() }),
+        }
+    }
+
     /// Moves the state on, as something happens.
     fn apply(&self, event: ContainerEvent) -> Result<(), Refused> {
         if self.learn(event.clone())? {

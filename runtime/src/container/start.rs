@@ -59,7 +59,9 @@ async fn begin(container: &Arc<Container>) -> Result<(), ContainerError> {
             }
             Err(error.into())
         }
-        Err(error @ (ShimError::Lost | ShimError::Start { .. } | ShimError::TooLong(_))) => {
+        Err(
+            error @ (ShimError::Lost | ShimError::Older | ShimError::Start { .. } | ShimError::TooLong(_)),
+        ) => {
             // Without its shim it ends, and nobody may see it as created after this call.
             match tokio::time::timeout(SETTLED, container.exited()).await {
                 Ok(()) if was_started(container) => Ok(()),

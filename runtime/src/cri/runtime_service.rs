@@ -6,15 +6,17 @@
 use super::convert::{self, ContainerFilter, ContainerView, Field, SandboxFilter, SandboxView};
 use super::status::{CallError, failed};
 use super::{info, metrics, stats};
-use crate::container::{self, Container};
+use crate::container::{self, Container, ContainerError};
 use crate::handlers::Handler;
 use crate::node::Node;
 use crate::registry::Found;
 use crate::sandbox::{self, Sandbox};
+use crate::streaming::Streaming;
 use crate::usage::Samples;
 use berth_cri::v1;
 use berth_model::container::Config as ContainerConfig;
-use berth_model::state::ContainerState;
+use berth_model::state::{ContainerState, SandboxState};
+use berth_streaming::command::Wanted;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -59,11 +61,12 @@ fn pages_of<T: Clone + Send + 'static, M: Send + 'static>(
 pub(crate) struct RuntimeService {
     node: Arc<Node>,
     samples: Arc<Samples>,
+    streaming: Arc<Streaming>,
 }
 
 impl RuntimeService {
-    pub(crate) fn new(node: Arc<Node>) -> Self {
-        Self { node, samples: Arc::default() }
+    pub(crate) fn new(node: Arc<Node>, streaming: Streaming) -> Self {
+        Self { node, samples: Arc::default(), streaming: Arc::new(streaming) }
     }
 
     fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, CallError> {
@@ -212,6 +215,30 @@ impl RuntimeService {
         Ok(v1::ExecSyncResponse { stdout, stderr, exit_code: output.exit_code })
     }
 
+    fn exec_url(&self, request: v1::ExecRequest) -> Result<v1::ExecResponse, CallError> {
+        let container = self.container(&request.container_id)?;
+        if request.cmd.is_empty() {
+            return Err(CallError::Missing("cmd"));
+        }
+        let wanted = wanted_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
+        container.running_shim()?;
+        Ok(v1::ExecResponse { url: self.streaming.exec(container, request.cmd, wanted)? })
+    }
+
+    fn port_forward_url(
+        &self,
+        request: &v1::PortForwardRequest,
+    ) -> Result<v1::PortForwardResponse, CallError> {
+        let sandbox = self.sandbox(&request.pod_sandbox_id)?;
+        if let Some(port) = request.port.iter().find(|port| !(1..=65535).contains(*port)) {
+            return Err(CallError::Argument(format!("port {port} is not from 1 to 65535")));
+        }
+        if sandbox.state() != SandboxState::Ready {
+            return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() }.into());
+        }
+        Ok(v1::PortForwardResponse { url: self.streaming.port_forward(sandbox)? })
+    }
+
     async fn stats(
         &self,
         filter: Option<v1::ContainerStatsFilter>,
@@ -295,8 +322,23 @@ impl RuntimeService {
     }
 }
 
-/// Cuts the two streams so that their message is one that clients accept; each may be as long as a message by itself. What is cut is the
-/// end of the longer one, and as little as possible.
+/// The streams of a request for them.
+fn wanted_streams(stdin: bool, stdout: bool, stderr: bool, terminal: bool) -> Result<Wanted, CallError> {
+    if terminal && stderr {
+        return Err(CallError::Argument(
+            "tty and stderr exclude each other: a terminal has one output".into(),
+        ));
+    }
+    if !(stdin || stdout || stderr) {
+        return Err(CallError::Argument(
+            "at least one of stdin, stdout and stderr has to be asked for".into(),
+        ));
+    }
+    Ok(Wanted { stdin, stdout, stderr, terminal })
+}
+
+/// Cuts the two streams so that their message is one that clients accept; each may be as long as a message
+/// by itself. What is cut is the end of the longer one, and as little as possible.
 fn fitting(mut stdout: Vec<u8>, mut stderr: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     // Tags, lengths and the exit code take less than this.
     const ENVELOPE: usize = 64;
@@ -387,7 +429,7 @@ impl<'a> Seen<'a> {
     }
 }
 
-const STREAMING: &str = "streaming connections (exec, attach, port-forward) are not offered yet; ExecSync is";
+const ATTACH: &str = "attach is not offered yet; exec is";
 const EVENTS: &str = "container events are not offered yet; lists are";
 const CHECKPOINT: &str = "checkpoint and restore are not offered yet";
 
@@ -546,22 +588,22 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
         answer!("ExecSync", self.run_command(request.into_inner()).await)
     }
 
-    async fn exec(&self, _request: Request<v1::ExecRequest>) -> Result<Response<v1::ExecResponse>, Status> {
-        not_offered("Exec", STREAMING)
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Result<Response<v1::ExecResponse>, Status> {
+        answer!("Exec", self.exec_url(request.into_inner()))
     }
 
     async fn attach(
         &self,
         _request: Request<v1::AttachRequest>,
     ) -> Result<Response<v1::AttachResponse>, Status> {
-        not_offered("Attach", STREAMING)
+        not_offered("Attach", ATTACH)
     }
 
     async fn port_forward(
         &self,
-        _request: Request<v1::PortForwardRequest>,
+        request: Request<v1::PortForwardRequest>,
     ) -> Result<Response<v1::PortForwardResponse>, Status> {
-        not_offered("PortForward", STREAMING)
+        answer!("PortForward", self.port_forward_url(request.get_ref()))
     }
 
     async fn container_stats(
@@ -724,6 +766,19 @@ impl v1::runtime_service_server::RuntimeService for RuntimeService {
 mod tests {
     use super::*;
     use prost::Message;
+
+    #[test]
+    fn a_request_for_streams_names_some_and_no_second_output_of_a_terminal() {
+        let all = [false, true];
+        for (stdin, stdout, stderr, terminal) in all.into_iter().flat_map(|stdin| {
+            all.into_iter().flat_map(move |stdout| {
+                all.into_iter().flat_map(move |stderr| all.map(|terminal| (stdin, stdout, stderr, terminal)))
+            })
+        }) {
+            let wanted = wanted_streams(stdin, stdout, stderr, terminal);
+            assert_eq!(wanted.is_ok(), (stdin || stdout || stderr) && !(terminal && stderr));
+        }
+    }
 
     #[test]
     fn the_output_of_a_command_fits_into_a_message_and_is_cut_no_more_than_needed() {

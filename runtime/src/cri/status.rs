@@ -11,6 +11,7 @@
 //! | a command or a kill that took too long, a shim that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
 //! | a program that cannot be started, an image that cannot be had | `Unknown` |
+//! | too many streaming requests that wait for their clients | `ResourceExhausted` |
 //! | the daemon is ending, a shim that cannot be reached | `Unavailable` |
 //! | anything else | `Internal` |
 //!
@@ -25,6 +26,7 @@ use crate::sandbox::SandboxError;
 use crate::shim_client::ShimError;
 use berth_image::reference::ParseReferenceError;
 use berth_image::{ImportError, PullError, StoreError};
+use berth_streaming::tokens::TokenError;
 use tonic::{Code, Status};
 
 /// The longest message. It travels in HTTP/2 trailers, which some stacks limit to 8 KiB, escaped.
@@ -61,6 +63,8 @@ pub(crate) enum CallError {
     Store(Box<StoreError>),
     #[error(transparent)]
     Stats(#[from] berth_cgroup::Error),
+    #[error(transparent)]
+    Token(#[from] TokenError),
     #[error("the pull was cancelled")]
     Cancelled,
     #[error("the daemon is stopping")]
@@ -111,6 +115,8 @@ fn code(error: &CallError) -> Code {
         },
         CallError::Import(_) => Code::FailedPrecondition,
         CallError::Stopping => Code::Unavailable,
+        CallError::Token(TokenError::TooMany) => Code::ResourceExhausted,
+        CallError::Token(TokenError::Random(_)) => Code::Internal,
         CallError::Cancelled => Code::Cancelled,
         CallError::Store(_) | CallError::Stats(_) | CallError::File { .. } => Code::Internal,
     }
@@ -137,7 +143,8 @@ fn container(error: &ContainerError) -> Code {
         | ContainerError::NoHandler { .. }
         | ContainerError::WrongState { .. }
         | ContainerError::RecordKept { .. }
-        | ContainerError::EndedUnderExec { .. } => Code::FailedPrecondition,
+        | ContainerError::EndedUnderExec { .. }
+        | ContainerError::Shim(ShimError::Older) => Code::FailedPrecondition,
         ContainerError::NoTarget { .. }
         | ContainerError::ImageConfig { .. }
         | ContainerError::Spec(_)

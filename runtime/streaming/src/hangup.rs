@@ -2,6 +2,9 @@
 //!
 //! A command that does not read its input holds up the reading of its connection, and a read is how an end
 //! is found otherwise.
+//!
+//! An end that is behind more than the socket's buffers hold is seen only when they empty: TCP delivers it
+//! after the data.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -1,0 +1,255 @@
+//! Exec: a program in a container on the streams of a client.
+//!
+//! The shim starts it. Its streams are pipes that come straight to the daemon, or a terminal whose other
+//! end does. A client that goes away takes its program along: the future here is dropped, the terminal
+//! hangs up, and the program's session is killed.
+
+use crate::container::{Container, ContainerError};
+use crate::shim_client::{RunningExec, ShimError};
+use berth_streaming::command::{BoxFuture, Input, Outcome, Output, Session, Size, Wanted};
+use berth_sys::{socket, tty};
+use bytes::{Bytes, BytesMut};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// Bytes read at a time.
+const READ_BYTES: usize = 32 * 1024;
+
+/// How long after the program's end more of its output is waited for, which what it left behind may write.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// How much of it is passed on: more than a pipe holds, which is what the program itself can have written.
+const DRAIN_BYTES: usize = 1024 * 1024;
+
+/// Output of the program, and where it goes if the client wants it.
+type Source = (pipe::Receiver, Option<Output>);
+
+/// Runs `command` until it has ended; how it did.
+pub(super) fn run(
+    container: Arc<Container>,
+    command: Vec<String>,
+    wanted: Wanted,
+    session: Session,
+) -> BoxFuture<Outcome> {
+    Box::pin(async move {
+        let args = command.into_iter().map(String::into_bytes).collect();
+        let ended = if wanted.terminal {
+            on_terminal(&container, args, session).await
+        } else {
+            on_pipes(&container, args, session).await
+        };
+        match ended {
+            Ok(code) => Outcome::Exited(code),
+            Err(error) => {
+                let text = crate::chain(&error);
+                tracing::debug!(container = %container.id(), error = text, "a streamed command failed");
+                Outcome::Failed(text)
+            }
+        }
+    })
+}
+
+fn file(action: &'static str, name: &'static str) -> impl Fn(io::Error) -> ContainerError + Copy {
+    move |source| ContainerError::file(action, Path::new(name))(source)
+}
+
+async fn on_pipes(
+    container: &Arc<Container>,
+    args: Vec<Vec<u8>>,
+    session: Session,
+) -> Result<i32, ContainerError> {
+    let shim = container.running_shim()?;
+    let (stdout, stdout_end) = output(session.stdout)?;
+    let (stderr, stderr_end) = output(session.stderr)?;
+    let (stdin, stdin_end) = match session.stdin {
+        Some(input) => {
+            let failed = file("make", "a pipe");
+            let (read, write) = berth_sys::file::pipe().map_err(failed)?;
+            berth_sys::file::set_nonblocking(write.as_fd()).map_err(failed)?;
+            (Some((input, pipe::Sender::from_owned_fd(write).map_err(failed)?)), Some(read))
+        }
+        None => (None, None),
+    };
+    let running = shim.exec(args, stdout_end, stderr_end, stdin_end)?;
+    let (over, ended) = watch::channel(false);
+    let copying = async {
+        tokio::join!(copy_out(stdout, ended.clone()), copy_out(stderr, ended));
+    };
+    finish(container, running, over, copying, copy_in(stdin)).await
+}
+
+async fn on_terminal(
+    container: &Arc<Container>,
+    args: Vec<Vec<u8>>,
+    session: Session,
+) -> Result<i32, ContainerError> {
+    let shim = container.running_shim()?;
+    let failed = file("use", "a terminal");
+    let (near, far) = socket::stream_pair().map_err(failed)?;
+    berth_sys::file::set_nonblocking(near.as_fd()).map_err(failed)?;
+    let near = UnixStream::from_std(near.into()).map_err(failed)?;
+    let mut running = shim.exec_on_terminal(args, far).await?;
+    let controller = tokio::select! {
+        biased;
+        controller = take_descriptor(&near) => controller.map_err(failed)?,
+        // It cannot end before it has its terminal: it could not be started.
+        ended = running.ended() => return outcome(container, ended),
+    };
+    let Some(controller) = controller else { return outcome(container, running.ended().await) };
+    berth_sys::file::set_nonblocking(controller.as_fd()).map_err(failed)?;
+    let copy = |controller: &OwnedFd| controller.try_clone().map_err(failed);
+    let (reader, writer) = (copy(&controller)?, copy(&controller)?);
+    // A terminal is not a pipe, but is read and written like one.
+    let reader = pipe::Receiver::from_owned_fd_unchecked(reader).map_err(failed)?;
+    let writer = pipe::Sender::from_owned_fd_unchecked(writer).map_err(failed)?;
+    let (over, ended) = watch::channel(false);
+    let copying = copy_out(Some((reader, session.stdout)), ended);
+    let feeding = async {
+        tokio::join!(
+            copy_in(session.stdin.map(|input| (input, writer))),
+            follow_size(session.size, controller)
+        );
+    };
+    finish(container, running, over, copying, feeding).await
+}
+
+/// Waits for the end of the program, and then a little for what is left of its output.
+async fn finish(
+    container: &Container,
+    mut running: RunningExec,
+    over: watch::Sender<bool>,
+    copying: impl Future<Output = ()>,
+    feeding: impl Future<Output = ()>,
+) -> Result<i32, ContainerError> {
+    let (mut copying, mut feeding) = (pin!(copying), pin!(feeding));
+    let (mut copied, mut fed) = (false, false);
+    let ended = loop {
+        tokio::select! {
+            ended = running.ended() => break ended,
+            () = &mut copying, if !copied => copied = true,
+            () = &mut feeding, if !fed => fed = true,
+        }
+    };
+    over.send_replace(true);
+    if !copied {
+        copying.await;
+    }
+    outcome(container, ended)
+}
+
+fn outcome(container: &Container, ended: Result<i32, ShimError>) -> Result<i32, ContainerError> {
+    match ended {
+        Err(ShimError::Lost) => Err(ContainerError::EndedUnderExec { id: container.id().clone() }),
+        ended => Ok(ended?),
+    }
+}
+
+/// A pipe for a stream that is wanted, else the null device. The second is for the program.
+fn output(wanted: Option<Output>) -> Result<(Option<Source>, OwnedFd), ContainerError> {
+    let Some(output) = wanted else {
+        let null = File::options().write(true).open("/dev/null").map_err(file("open", "/dev/null"))?;
+        return Ok((None, null.into()));
+    };
+    let failed = file("make", "a pipe");
+    let (read, write) = berth_sys::file::pipe().map_err(failed)?;
+    berth_sys::file::set_nonblocking(read.as_fd()).map_err(failed)?;
+    Ok((Some((pipe::Receiver::from_owned_fd(read).map_err(failed)?, Some(output))), write))
+}
+
+/// Copies output to the client, to its end; after the end of the program only what is there, or comes soon.
+/// Output that the client does not want is read and thrown away.
+async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
+    let Some((mut from, to)) = stream else { return };
+    let mut buffer = BytesMut::new();
+    let (mut is_over, mut patience, mut allowance) = (false, DRAIN, DRAIN_BYTES);
+    loop {
+        buffer.reserve(READ_BYTES);
+        let read = if is_over {
+            let start = Instant::now();
+            let read = tokio::time::timeout(patience, from.read_buf(&mut buffer)).await;
+            // Waiting for a client that is slow does not count.
+            patience = patience.saturating_sub(start.elapsed());
+            let Ok(read) = read else { return };
+            read
+        } else {
+            tokio::select! {
+                biased;
+                read = from.read_buf(&mut buffer) => read,
+                // The sender lives as long as this.
+                _ = ended.wait_for(|ended| *ended) => {
+                    is_over = true;
+                    continue;
+                }
+            }
+        };
+        match read {
+            // A terminal that no process has open any more is told by EIO, pty(7).
+            Ok(0) | Err(_) => return,
+            Ok(length) if is_over => match allowance.checked_sub(length) {
+                Some(rest) => allowance = rest,
+                None => return,
+            },
+            Ok(_) => {}
+        }
+        let bytes = buffer.split().freeze();
+        if let Some(to) = &to
+            && to.send(bytes).await.is_err()
+        {
+            // The client has reset this stream. The program learns it as it would from a closed pipe.
+            return;
+        }
+    }
+}
+
+/// Copies the client's input to the program; its end is passed on by closing the pipe.
+async fn copy_in(stream: Option<(Input, pipe::Sender)>) {
+    let Some((mut from, mut to)) = stream else { return };
+    while let Some(bytes) = from.receive().await {
+        if write_all(&mut to, bytes).await.is_err() {
+            // Nobody reads it any more.
+            return;
+        }
+    }
+}
+
+async fn write_all(to: &mut pipe::Sender, bytes: Bytes) -> io::Result<()> {
+    to.write_all(&bytes).await
+}
+
+/// Gives the terminal the size of the client's, whenever that changes.
+async fn follow_size(size: Option<watch::Receiver<Option<Size>>>, controller: OwnedFd) {
+    let Some(mut size) = size else { return };
+    loop {
+        let current = *size.borrow_and_update();
+        if let Some(Size { width, height }) = current {
+            // One whose program has ended has no size to be set.
+            let _ = tty::set_size(controller.as_fd(), width, height);
+        }
+        if size.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The descriptor that comes on a socket; `None` when it is closed without one.
+async fn take_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    loop {
+        socket.readable().await?;
+        let mut byte = [0];
+        match socket.try_io(Interest::READABLE, || socket::receive(socket.as_fd(), &mut byte)) {
+            Ok((_, descriptors)) => return Ok(descriptors.into_iter().next()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

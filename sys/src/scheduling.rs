@@ -106,6 +106,24 @@ pub fn merge_no_memory() -> io::Result<()> {
     prctl(PR_SET_MEMORY_MERGE, 0)
 }
 
+/// What becomes of the process when its memory breaks, as the host is set up: `PR_MCE_KILL_CLEAR`.
+///
+/// # Errors
+/// `EINVAL` on a kernel without machine checks.
+pub fn use_default_memory_failure_policy() -> io::Result<()> {
+    prctl(libc::PR_MCE_KILL, 0)
+}
+
+/// Memory is allocated as for any process, not as for one that filesystems depend on: `PR_SET_IO_FLUSHER` off.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_RESOURCE`, without which nothing can have turned it on either; `EINVAL` before
+/// Linux 5.6.
+pub fn flush_no_io() -> io::Result<()> {
+    const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    prctl(PR_SET_IO_FLUSHER, 0)
+}
+
 fn prctl(option: libc::c_int, value: libc::c_ulong) -> io::Result<()> {
     // SAFETY: the options used in this file take numbers only; unused arguments are zero as prctl(2) asks.
     check(libc::c_long::from(unsafe { libc::prctl(option, value, 0, 0, 0) }))

@@ -7,9 +7,22 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::cgroup::Driver;
 use berth_tests::daemon::{Setup, rootful_with};
-use berth_tests::pod::{idle, sharing, sharing_pod};
+use berth_tests::pod::{idle, security, sharing, sharing_pod};
 use berth_tests::program::output;
 use berth_tests::skip::skip;
+
+/// A session keyring with a key that only who possesses it can see, and the early memory failure policy: add_key(2), keyctl(2),
+/// PR_MCE_KILL(2const), by their numbers on x86_64.
+const ODDER: &str = r#"
+    my ($kind, $name, $content) = ("user", "berth-test-secret", "x");
+    syscall(250, 1, 0) != -1 or die "join a session keyring: $!";
+    my $key = syscall(248, $kind, $name, $content, 1, -3);
+    $key != -1 and syscall(250, 5, $key, 0x3f000000) != -1 or die "add a key: $!";
+    open(my $keys, "<", "/proc/keys") or die "/proc/keys: $!";
+    grep(/$name/, <$keys>) or die "the key cannot be seen";
+    syscall(157, 33, 1, 1, 0, 0) != -1 or die "set the memory failure policy: $!";
+    exec @ARGV;
+"#;
 
 /// A daemon with everything that can be passed on set to something else than the default.
 const ODD: Setup = Setup {
@@ -35,8 +48,14 @@ const ODD: Setup = Setup {
         "-c",
         "echo 0 > /proc/self/coredump_filter; echo 1234 > /proc/self/timerslack_ns; exec \"$@\"",
         "sh",
+        "perl",
+        "-e",
+        ODDER,
     ],
 };
+
+/// `PF_MCE_PROCESS` of the kernel's <linux/sched.h>, in field 9 of proc_pid_stat(5): it has a policy of its own for memory failures.
+const PF_MCE_PROCESS: u64 = 0x80;
 
 /// What the kernel says of a process, line by line.
 fn inherited(pid: i32) -> Result<Vec<String>> {
@@ -54,6 +73,7 @@ fn inherited(pid: i32) -> Result<Vec<String>> {
     Ok(vec![
         processors.to_owned(),
         format!("nice {}, policy {}", fields[16], fields[38]),
+        format!("memory failure {:x}", fields[6].parse::<u64>()? & PF_MCE_PROCESS),
         // The number behind the class means nothing for "none".
         format!("io {}", io.split(':').next().unwrap_or_default()),
         format!("personality {}", read("personality")?),
@@ -70,6 +90,7 @@ fn a_container_has_nothing_from_a_daemon_that_was_started_oddly() -> Result<()> 
         let expected = vec![
             format!("Cpus_allowed_list:\t{}", online.trim()),
             "nice 0, policy 0".to_owned(),
+            "memory failure 0".to_owned(),
             "io none".to_owned(),
             "personality 00000000".to_owned(),
             "slack 50000".to_owned(),
@@ -92,6 +113,13 @@ fn a_container_has_nothing_from_a_daemon_that_was_started_oddly() -> Result<()> 
         assert_eq!(inherited(main.pid()?)?, expected, "a main process in a shared namespace");
         let first = main.sh("grep Cpus_allowed_list /proc/1/status; cat /proc/1/stat | cut -d' ' -f19")?;
         assert_eq!(first, format!("{}\n0\n", expected[0]), "the pod's first process");
+        // Nothing is masked in a privileged one: it sees the keys that it possesses.
+        let mut config = daemon.pod_config("keys");
+        config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let mut privileged = idle("privileged");
+        security(&mut privileged).privileged = true;
+        let keys = daemon.pod_of(config)?.start(privileged)?.sh("cat /proc/keys")?;
+        ensure!(keys.contains("keyring") && !keys.contains("berth-test-secret"), "{keys}");
         daemon.crash()?;
         assert_eq!(inherited(pod.start(sharing(idle("after")))?.pid()?)?, expected, "by the next daemon");
         Ok(())

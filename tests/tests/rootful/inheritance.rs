@@ -137,7 +137,7 @@ fn starts_containers_with(test: &str, noexec: &'static [&'static str]) -> Result
         return Ok(());
     }
     rootful_with(Setup { launcher: noexec, ..Setup::default() }, |daemon| {
-        let main = daemon.pod("memory")?.idle("main")?;
+        let main = daemon.pod("memory")?.start(idle("main"))?;
         assert_eq!(main.sh("echo fine; cat /proc/sys/vm/memfd_noexec")?.lines().next(), Some("fine"));
         let pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
         assert_eq!(pod.start(sharing(idle("main")))?.sh("echo fine")?, "fine\n");

@@ -33,9 +33,9 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a program in a new pod and show its output.
     ///
-    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be run, or 127 if it
-    /// is not found. Ctrl-C stops the container as `berth stop` does; pressed again, it kills the container. A
-    /// kubelet that uses the same daemon removes pods it does not know, including these.
+    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be run, or 127
+    /// if it is not found. Ctrl-C stops the container as `berth stop` does; pressed again, it kills the
+    /// container. A kubelet that uses the same daemon removes pods it does not know, including these.
     #[command(override_usage = "berth run [OPTIONS] IMAGE [CMD]...")]
     Run(Box<RunArgs>),
     /// Pull an image from its registry.
@@ -68,7 +68,8 @@ pub(crate) enum Command {
     Info,
     /// Check this node for problems that keep pods from running.
     ///
-    /// Prints a line for each finding: ok, note or BROKEN, with what to do. The exit code is 1 if something is broken.
+    /// Prints a line for each finding: ok, note or BROKEN, with what to do. The exit code is 1 if something
+    /// is broken.
     Doctor,
 }
 
@@ -122,7 +123,8 @@ pub(crate) struct RunArgs {
     pub(crate) tty: bool,
     /// The image, pulled if missing, and arguments for its entry point (or the program, if it has none) that
     /// replace the image's own.
-    // One argument, not two: everything after the image belongs to the program, even what looks like an option.
+    // One argument, not two: everything after the image belongs to the program, even what looks like an
+    // option.
     #[arg(trailing_var_arg = true, required = true, value_name = "IMAGE [CMD]")]
     image_and_command: Vec<String>,
 }
@@ -269,8 +271,8 @@ fn parse_env(text: &str) -> Result<KeyValue, env_spec::EnvSpecError> {
     env_spec::parse(text, |name| std::env::var_os(name))
 }
 
-/// Whether the command line is one whose exit code is another program's, so that a mistake in it needs a code that
-/// programs do not use. For command lines that cannot be parsed.
+/// Whether the command line is one whose exit code is another program's, so that a mistake in it needs a code
+/// that programs do not use. For command lines that cannot be parsed.
 pub(crate) fn runs_a_program(arguments: impl Iterator<Item = OsString>) -> bool {
     let mut arguments = arguments.skip(1);
     while let Some(argument) = arguments.next() {

@@ -40,8 +40,8 @@ pub(crate) fn rfc3339(unix_ns: i64) -> String {
 
 /// Year, month and day in the Gregorian calendar of a day counted from 1970-01-01.
 ///
-/// Counts years from March, so that the leap day is the last of its year and months have a regular rhythm of 153
-/// days in five.
+/// Counts years from March, so that the leap day is the last of its year and months have a regular rhythm of
+/// 153 days in five.
 fn date_of_day(days: i64) -> (i64, i64, i64) {
     const DAYS_IN_400_YEARS: i64 = 146_097;
     const DAYS_FROM_MARCH_OF_YEAR_0_TO_1970: i64 = 719_468;

@@ -83,7 +83,8 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
-    /// Whether the daemon gave no answer or said that it is not ready yet, as in a restart: a later try may work.
+    /// Whether the daemon gave no answer or said that it is not ready yet, as in a restart: a later try may
+    /// work.
     pub(crate) fn daemon_is_away(&self) -> bool {
         self.lost || self.code == Code::Unavailable
     }

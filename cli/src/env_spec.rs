@@ -1,4 +1,5 @@
-//! `NAME=VALUE`, the text form of an environment variable; `NAME` alone takes the value from our own environment.
+//! `NAME=VALUE`, the text form of an environment variable; `NAME` alone takes the value from our own
+//! environment.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;

@@ -12,14 +12,16 @@ use crate::pull::PullError;
 /// Exit code of a command that failed, where the code says nothing else.
 pub(crate) const FAILURE: u8 = 1;
 
-/// Exit code of `run` and `exec` when Berth failed, and not the program: the custom of env(1), chroot(1) and others.
+/// Exit code of `run` and `exec` when Berth failed, and not the program: the custom of env(1), chroot(1) and
+/// others.
 pub(crate) const BERTH_FAILED: u8 = 125;
 
-/// Exit code when the reader of our output has gone: as if SIGPIPE (13) had ended us, which is what it does to
-/// programs that leave it alone.
+/// Exit code when the reader of our output has gone: as if SIGPIPE (13) had ended us, which is what it does
+/// to programs that leave it alone.
 pub(crate) const READER_GONE: u8 = 128 + 13;
 
-/// Why a command did not do what it was asked. A variant without words of its own is that of the module it names.
+/// Why a command did not do what it was asked. A variant without words of its own is that of the module it
+/// names.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]

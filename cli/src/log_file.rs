@@ -1,9 +1,9 @@
 //! Reads a container's log file: all of it, its last lines, or on and on while it grows and is rotated.
 //!
-//! The file belongs to the shim, which appends whole entries with one write each, and to whoever rotates it, by
-//! moving it away and asking for a new one at the same path. The reader holds the file it has open until that is
-//! read to its end, and only then looks whether another one has the name. It waits by looking again: a rotation is
-//! then no special case, and there is no limit on watches to run into.
+//! The file belongs to the shim, which appends whole entries with one write each, and to whoever rotates it,
+//! by moving it away and asking for a new one at the same path. The reader holds the file it has open until
+//! that is read to its end, and only then looks whether another one has the name. It waits by looking again:
+//! a rotation is then no special case, and there is no limit on watches to run into.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,8 +17,8 @@ const BLOCK_BYTES: usize = 64 * 1024;
 
 /// The longest entry that is waited for, in bytes.
 ///
-/// Berth's shim cuts lines at 16 KiB and other runtimes can be told to cut them at any length; a file without line
-/// feeds is no log, and must not fill the memory. What is longer is handed on in pieces.
+/// Berth's shim cuts lines at 16 KiB and other runtimes can be told to cut them at any length; a file without
+/// line feeds is no log, and must not fill the memory. What is longer is handed on in pieces.
 const MAX_ENTRY_BYTES: usize = 4 << 20;
 
 /// How reading a log fails.
@@ -72,8 +72,8 @@ impl LogFile {
         Ok(log)
     }
 
-    /// Hands what was there when the log was opened to `each`, as entries without their line feeds: no more than was asked for, and an end,
-    /// however fast the log grows.
+    /// Hands what was there when the log was opened to `each`, as entries without their line feeds: no more
+    /// than was asked for, and an end, however fast the log grows.
     ///
     /// # Errors
     /// When the file cannot be read, or `each` fails.
@@ -85,8 +85,8 @@ impl LogFile {
         self.hand_out_unfinished(&mut each)
     }
 
-    /// Hands all entries that are there now to `each`, without their line feeds, and goes over to a new file of
-    /// the name when there is one. Returns whether there was anything.
+    /// Hands all entries that are there now to `each`, without their line feeds, and goes over to a new file
+    /// of the name when there is one. Returns whether there was anything.
     ///
     /// # Errors
     /// When the file cannot be read, or `each` fails; then the entry counts as read.
@@ -98,8 +98,8 @@ impl LogFile {
         E: From<LogFileError>,
     {
         let mut any = self.read_to_end(u64::MAX, &mut each)?;
-        // Asked before the old file is read to its end once more: what is written to it after that comes from a
-        // writer that has not been told of the new one, and rotation waits for the writer.
+        // Asked before the old file is read to its end once more: what is written to it after that comes from
+        // a writer that has not been told of the new one, and rotation waits for the writer.
         while let Some(successor) = self.successor()? {
             any |= self.read_to_end(u64::MAX, &mut each)?;
             self.hand_out_unfinished(&mut each)?;
@@ -164,8 +164,9 @@ impl LogFile {
         Ok(if same.map_err(|source| self.read_error(source))? { None } else { Some(named) })
     }
 
-    /// Moves to the start of the last `lines` lines before `end`, and returns where that is. A line is what ends with an `F` entry, or the parts of one that
-    /// has not ended yet; an entry that is not in the format is a line by itself.
+    /// Moves to the start of the last `lines` lines before `end`, and returns where that is. A line is what
+    /// ends with an `F` entry, or the parts of one that has not ended yet; an entry that is not in the format
+    /// is a line by itself.
     fn seek_to_last_lines(&self, end: u64, lines: u64) -> io::Result<u64> {
         use std::io::{Seek, SeekFrom};
         let mut start = end;
@@ -189,7 +190,8 @@ impl LogFile {
 
     /// Where the entry begins whose line feed is the last byte before `end`; `None` at the start of the file.
     fn start_of_entry_before(&self, end: u64) -> io::Result<Option<u64>> {
-        // The byte before `end` is this entry's own line feed, or its last byte when nothing has ended it yet.
+        // The byte before `end` is this entry's own line feed, or its last byte when nothing has ended it
+        // yet.
         let Some(mut unseen) = end.checked_sub(1) else { return Ok(None) };
         let mut block = vec![0; 4096];
         while unseen > 0 {

@@ -5,13 +5,14 @@
 //! time                           stream tags content
 //! ```
 //!
-//! Tags are separated by `:`; the first is `F`, the entry ends a line, or `P`, the line goes on in the next entry of
-//! the same stream. The content is any bytes but a line feed. Pure parsing; reading the file is `log_file`'s.
+//! Tags are separated by `:`; the first is `F`, the entry ends a line, or `P`, the line goes on in the next
+//! entry of the same stream. The content is any bytes but a line feed. Pure parsing; reading the file is
+//! `log_file`'s.
 
 /// The longest head of an entry, in bytes: everything before the content.
 ///
-/// A time with nine digits and an offset takes 35, the stream 6, and tags are one letter today; the rest is room
-/// for tags to come. No part of the format.
+/// A time with nine digits and an offset takes 35, the stream 6, and tags are one letter today; the rest is
+/// room for tags to come. No part of the format.
 pub(crate) const MAX_HEAD_BYTES: usize = 128;
 
 /// Which output of the program an entry comes from.
@@ -39,8 +40,8 @@ pub(crate) struct Entry<'a> {
 impl<'a> Entry<'a> {
     /// Takes an entry apart; `None` if it is not in the format.
     ///
-    /// Wants the entry without its line feed. A cut-off content is fine, so the head of a long entry can be read
-    /// alone.
+    /// Wants the entry without its line feed. A cut-off content is fine, so the head of a long entry can be
+    /// read alone.
     pub(crate) fn parse(entry: &'a [u8]) -> Option<Self> {
         let (time, rest) = split_at_space(entry)?;
         let (stream, rest) = split_at_space(rest)?;
@@ -68,7 +69,8 @@ fn split_at_space(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((before, from_space.get(1..)?))
 }
 
-/// Whether a text has the shape of an RFC 3339 time. The value is only ever shown, so it is not checked further.
+/// Whether a text has the shape of an RFC 3339 time. The value is only ever shown, so it is not checked
+/// further.
 fn looks_like_a_time(text: &str) -> bool {
     let known = |byte: u8| byte.is_ascii_digit() || b"-:.+TZ".contains(&byte);
     text.len() >= "2016-10-06T00:17:09Z".len()

@@ -1,7 +1,7 @@
 //! Brings a container's log to the terminal: its standard output to ours, its standard error to ours.
 //!
-//! Following runs on a thread of its own, because a reader of our output that is slow (`berth run app | less`)
-//! must not keep us from hearing Ctrl-C.
+//! Following runs on a thread of its own, because a reader of our output that is slow
+//! (`berth run app | less`) must not keep us from hearing Ctrl-C.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use crate::output::{self, OutputError};
 /// How long to wait before looking for new entries: short for a person, and next to nothing for the machine.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How long to wait for the log file to appear. The daemon makes it before it answers that the container started;
-/// this is for the moment of a rotation, when the name is not taken.
+/// How long to wait for the log file to appear. The daemon makes it before it answers that the container
+/// started; this is for the moment of a rotation, when the name is not taken.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why a log stopped coming.

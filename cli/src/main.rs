@@ -1,8 +1,8 @@
 //! The `berth` command: a person's way to a running berthd.
 //!
-//! A client of the daemon's socket and nothing else: it speaks CRI, as a kubelet does, and Berth's own service for
-//! what CRI has no call for. It keeps no state. The one thing it reads beside the socket is the log files, whose
-//! paths the daemon tells.
+//! A client of the daemon's socket and nothing else: it speaks CRI, as a kubelet does, and Berth's own
+//! service for what CRI has no call for. It keeps no state. The one thing it reads beside the socket is the
+//! log files, whose paths the daemon tells.
 //!
 //! `args` says what can be written, `commands` what it does; the other modules have one subject each.
 #![forbid(unsafe_code)]
@@ -99,7 +99,8 @@ fn refuse_command_line(error: &clap::Error) -> ExitCode {
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(BERTH_FAILED))
 }
 
-/// An error and its causes on one line. Texts from the daemon may hold anything; a terminal must not act on it.
+/// An error and its causes on one line. Texts from the daemon may hold anything; a terminal must not act on
+/// it.
 fn one_line(error: &Error) -> String {
     let mut line = error.to_string();
     let mut cause = std::error::Error::source(error);

@@ -1,8 +1,8 @@
 //! Finds what a person means: a pod or container by id, start of an id, pod name, or `pod/container`.
 //!
-//! A whole id wins, then a name, then the start of an id. Where a name has been used again (the next attempt of a
-//! container, a pod made anew) the newest bearer is meant. What still leaves a choice is an error that lists it.
-//! Pure functions over what the daemon listed.
+//! A whole id wins, then a name, then the start of an id. Where a name has been used again (the next attempt
+//! of a container, a pod made anew) the newest bearer is meant. What still leaves a choice is an error that
+//! lists it. Pure functions over what the daemon listed.
 
 use std::collections::BTreeMap;
 
@@ -169,7 +169,8 @@ impl Inventory {
         }
     }
 
-    /// The newest container of each pod and container name: earlier attempts lie around until they are removed.
+    /// The newest container of each pod and container name: earlier attempts lie around until they are
+    /// removed.
     fn newest_of_each_name<'a>(
         &'a self,
         containers: impl Iterator<Item = &'a Container>,
@@ -259,8 +260,8 @@ mod tests {
         Container { id, pod_sandbox_id, metadata: Some(metadata), created_at, ..Default::default() }
     }
 
-    /// Pods `web` (two containers, one of them in two attempts), `job` (one container), `empty`, and `twin` in two
-    /// namespaces; the pod `abc` has the name of other things' first figures.
+    /// Pods `web` (two containers, one of them in two attempts), `job` (one container), `empty`, and `twin`
+    /// in two namespaces; the pod `abc` has the name of other things' first figures.
     fn inventory() -> Inventory {
         Inventory {
             pods: vec![

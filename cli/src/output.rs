@@ -1,7 +1,7 @@
 //! What the command prints: results to standard output, remarks to standard error.
 //!
-//! The one place that writes to either. A reader that has gone away (`berth ps | head -1`) is an error like any
-//! other here; `main` ends quietly on it.
+//! The one place that writes to either. A reader that has gone away (`berth ps | head -1`) is an error like
+//! any other here; `main` ends quietly on it.
 
 use std::fmt::Display;
 use std::io::{self, Write};

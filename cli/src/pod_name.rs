@@ -1,6 +1,7 @@
 //! Names for the pods and containers that the command makes.
 //!
-//! A pod's name serves as its host name too, so it is what Kubernetes allows for both: a DNS label (RFC 1123).
+//! A pod's name serves as its host name too, so it is what Kubernetes allows for both: a DNS label (RFC
+//! 1123).
 
 use std::io;
 

@@ -73,7 +73,8 @@ impl LayerBars {
 
 impl Drop for LayerBars {
     fn drop(&mut self) {
-        // Also after an error: its message shall not stand behind half a bar. Only fails with the terminal gone.
+        // Also after an error: its message shall not stand behind half a bar. Only fails with the terminal
+        // gone.
         let _unseen = self.screen.clear();
     }
 }

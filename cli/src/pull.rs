@@ -1,4 +1,5 @@
-//! Fetches an image: through Berth's own service, which tells how far it is, or through CRI where that is missing.
+//! Fetches an image: through Berth's own service, which tells how far it is, or through CRI where that is
+//! missing.
 
 use std::time::Instant;
 
@@ -172,7 +173,8 @@ mod tests {
         let own_words = "not here";
         let error = outcome(vec![Err(Status::unimplemented(own_words))]).await.unwrap_err();
         let PullError::Call(error) = error else { panic!("not a refused call: {error:?}") };
-        // The fake does not serve CRI either, so the second call is refused as well, and not in the script's words.
+        // The fake does not serve CRI either, so the second call is refused as well, and not in the script's
+        // words.
         assert_eq!(error.refusal.code, Code::Unimplemented);
         assert!(!error.refusal.to_string().contains(own_words), "{}", error.refusal);
     }

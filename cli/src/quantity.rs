@@ -1,11 +1,12 @@
 //! Amounts as people write them, and back: `64Mi` of memory, `0.5` of a processor, `1.2 GB` in a table.
 //!
-//! Memory follows the notation of Kubernetes quantities: `Ki`, `Mi`, `Gi`, `Ti` are powers of 1024, `k`, `M`, `G`,
-//! `T` powers of 1000. Pure functions; what a limit means is the daemon's business.
+//! Memory follows the notation of Kubernetes quantities: `Ki`, `Mi`, `Gi`, `Ti` are powers of 1024, `k`, `M`,
+//! `G`, `T` powers of 1000. Pure functions; what a limit means is the daemon's business.
 
 use std::time::Duration;
 
-/// Length of the period that processor time is rationed in: the kernel's own default, 100 ms (cgroups(7), `cpu.max`).
+/// Length of the period that processor time is rationed in: the kernel's own default, 100 ms (cgroups(7),
+/// `cpu.max`).
 pub(crate) const CPU_PERIOD: Duration = Duration::from_millis(100);
 
 /// The shortest quota the kernel takes, 1 ms in a period: `min_cfs_quota_period` in kernel/sched/core.c.

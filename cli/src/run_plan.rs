@@ -1,8 +1,10 @@
-//! From what `berth run` was asked to what CRI is asked: the configurations of a pod and of a container in it.
+//! From what `berth run` was asked to what CRI is asked: the configurations of a pod and of a container in
+//! it.
 //!
-//! Pure functions. Where CRI leaves a choice to its caller, the container gets what Kubernetes gives to one that
-//! asks for nothing: the default seccomp filter, a pid namespace of its own, and the usual paths of /proc and /sys
-//! hidden or read-only. Those lists have to be sent: an empty list in CRI means that nothing is hidden.
+//! Pure functions. Where CRI leaves a choice to its caller, the container gets what Kubernetes gives to one
+//! that asks for nothing: the default seccomp filter, a pid namespace of its own, and the usual paths of
+//! /proc and /sys hidden or read-only. Those lists have to be sent: an empty list in CRI means that nothing
+//! is hidden.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
 //! Text in columns, for people and for `awk`.
 //!
-//! Columns are as wide as their widest cell, apart by three spaces, left-aligned; the last one is not padded. A
-//! cell never breaks the rows: control characters in it are shown as `?`, since names and labels come from outside
-//! and could otherwise move the cursor of a terminal.
+//! Columns are as wide as their widest cell, apart by three spaces, left-aligned; the last one is not padded.
+//! A cell never breaks the rows: control characters in it are shown as `?`, since names and labels come from
+//! outside and could otherwise move the cursor of a terminal.
 
 /// Between two columns: wide enough to be told from a space in a cell.
 const GAP: &str = "   ";
@@ -45,7 +45,8 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     }
 }
 
-/// The text with `?` for every character that a terminal would act on, that turns the direction of writing, or that is not seen.
+/// The text with `?` for every character that a terminal would act on, that turns the direction of writing,
+/// or that is not seen.
 pub(crate) fn printable(text: &str) -> String {
     let is_shown = |character: char| {
         if character.is_ascii() {

@@ -13,12 +13,13 @@
 //!   quarantine/                records that could not be read
 //! <state>/                     gone after a reboot; /run/berth
 //!   berth.sock                 the socket, unless set otherwise
-//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), proc (procfs of that pid namespace), shm (the pod's tmpfs),
-//!                              record (a copy)
+//!   sandboxes/<id>/            net ipc uts pid (pinned namespaces), proc (procfs of that pid
+//!                              namespace), shm (the pod's tmpfs), record (a copy)
 //!     shm/shm                  /dev/shm of its containers
 //!     shm/etc/                 hosts, hostname, resolv.conf
-//!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount namespace), record (a copy),
-//!                              started (when its start was asked for), exit (where the durable one could not be written)
+//!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount
+//!                              namespace), record (a copy), started (when its start was asked for),
+//!                              exit (where the durable one could not be written)
 //! ```
 
 use crate::id::{ContainerId, SandboxId};
@@ -115,11 +116,11 @@ impl Layout {
 /// Where the files lie that the containers of a pod can write to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shared {
-    /// In the pod's tmpfs, whose size bounds them. Its root and `etc` in it are never shown to a container, so no container can
-    /// replace a file there by a link.
+    /// In the pod's tmpfs, whose size bounds them. Its root and `etc` in it are never shown to a container,
+    /// so no container can replace a file there by a link.
     InTmpfs,
-    /// Pods made by earlier versions: the tmpfs is `/dev/shm` as a whole, and the files for `/etc` lie beside it, in the runtime
-    /// directory.
+    /// Pods made by earlier versions: the tmpfs is `/dev/shm` as a whole, and the files for `/etc` lie beside
+    /// it, in the runtime directory.
     Beside,
 }
 
@@ -212,7 +213,8 @@ impl ContainerFiles {
         self.state.join("record")
     }
 
-    /// When its start was asked for, in nanoseconds since the epoch, as text. Written before the shim is asked.
+    /// When its start was asked for, in nanoseconds since the epoch, as text. Written before the shim is
+    /// asked.
     #[must_use]
     pub fn started(&self) -> PathBuf {
         self.state.join("started")

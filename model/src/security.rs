@@ -16,7 +16,8 @@ pub enum NamespaceMode {
     Target,
 }
 
-/// `NamespaceOption` of the CRI. User namespaces are not offered yet, so a request that has one is refused at the edge.
+/// `NamespaceOption` of the CRI. User namespaces are not offered yet, so a request that has one is refused at
+/// the edge.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Namespaces {
     /// Network: pod or node.

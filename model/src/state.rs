@@ -6,9 +6,9 @@
 //!                 Removed from any of them; nothing goes back.
 //! sandbox:     Ready --stopped, process ended--> NotReady --removed--> (gone)
 //! ```
-//! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped` StopPodSandbox; `process ended` the end of the
-//! pod's own process. A reboot has stopped a sandbox before a daemon sees it. On `ended` the cgroup, on `stopped` network and namespaces are
-//! given back.
+//! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped` StopPodSandbox;
+//! `process ended` the end of the pod's own process. A reboot has stopped a sandbox before a daemon sees it.
+//! On `ended` the cgroup, on `stopped` network and namespaces are given back.
 
 /// How a container ended: what `ContainerStatus` says about it.
 #[derive(Debug, Clone, PartialEq, Eq)]

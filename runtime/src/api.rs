@@ -1,4 +1,5 @@
-//! `berth.v1.Berth`: what the `berth` command needs and the CRI has no call for. The only module that names its messages.
+//! `berth.v1.Berth`: what the `berth` command needs and the CRI has no call for. The only module that names
+//! its messages.
 
 use crate::chain;
 use crate::cri::status::{CallError, failed};
@@ -33,8 +34,8 @@ impl Service {
     }
 }
 
-/// Sends the reports of a pull to whoever asked for it. The channel has no bound, but there is one message for each piece of each layer
-/// at most, and a reader that has gone ends the pull.
+/// Sends the reports of a pull to whoever asked for it. The channel has no bound, but there is one message
+/// for each piece of each layer at most, and a reader that has gone ends the pull.
 struct Reports(mpsc::UnboundedSender<Result<v1::PullEvent, Status>>);
 
 impl Progress for Reports {

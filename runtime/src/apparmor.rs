@@ -1,9 +1,10 @@
 //! AppArmor: the default profile, and which profiles the kernel has.
 //!
-//! The default profile is loaded at every start, so that a new version of the daemon brings its own. It takes `apparmor_parser`
-//! (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce AppArmor, nothing here is asked. Where it does and the
-//! profile cannot be loaded, no container is made that would have it: loading is tried again with each, so that an installed parser is enough.
-//! So it is when somebody has removed it from the kernel.
+//! The default profile is loaded at every start, so that a new version of the daemon brings its own. It takes
+//! `apparmor_parser` (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce
+//! AppArmor, nothing here is asked. Where it does and the profile cannot be loaded, no container is made that
+//! would have it: loading is tried again with each, so that an installed parser is enough. So it is when
+//! somebody has removed it from the kernel.
 //!
 //! Putting a process under a profile is the shim's.
 
@@ -16,11 +17,12 @@ use std::time::Duration;
 /// The profile of containers that ask for the runtime's own.
 pub(crate) const DEFAULT_PROFILE: &str = "berth-default";
 
-/// What it forbids is the second line of defence behind masked paths, capabilities and namespaces: to write what of `/proc` and `/sys`
-/// is the host's, to mount, and to meddle with processes outside. It allows everything else: root in the container is to work.
+/// What it forbids is the second line of defence behind masked paths, capabilities and namespaces: to write
+/// what of `/proc` and `/sys` is the host's, to mount, and to meddle with processes outside. It allows
+/// everything else: root in the container is to work.
 ///
-/// The language is apparmor.d(5). Deny rules win over allow rules. It includes no rule of a file of the host, so that it means the same
-/// on each; what it is silent about is a matter of [`ABI`].
+/// The language is apparmor.d(5). Deny rules win over allow rules. It includes no rule of a file of the host,
+/// so that it means the same on each; what it is silent about is a matter of [`ABI`].
 const DEFAULT_TEXT: &str = "\
 profile berth-default flags=(attach_disconnected, mediate_deleted) {
   capability,
@@ -51,10 +53,11 @@ profile berth-default flags=(attach_disconnected, mediate_deleted) {
 }
 ";
 
-/// What AppArmor is to ask the profile about: that of version 3.0, which is what other runtimes' profiles are written for. Without it
-/// newer kernels also ask about user namespaces, message queues and io_uring, and take silence for a no, which breaks what makes
-/// sandboxes of its own in a container (browsers, builders of images); whether it may is the seccomp profile's to say. The file comes
-/// with the parser, below its folder (apparmor.d(5), "Feature ABI").
+/// What AppArmor is to ask the profile about: that of version 3.0, which is what other runtimes' profiles are
+/// written for. Without it newer kernels also ask about user namespaces, message queues and io_uring, and
+/// take silence for a no, which breaks what makes sandboxes of its own in a container (browsers, builders of
+/// images); whether it may is the seccomp profile's to say. The file comes with the parser, below its folder
+/// (apparmor.d(5), "Feature ABI").
 const ABI: &str = "abi/3.0";
 
 /// The parser's folder, which it looks in for [`ABI`].
@@ -154,7 +157,8 @@ impl DefaultProfile {
         profile
     }
 
-    /// Its name when it is in the kernel, which it is made to be if need be; `None` where the kernel enforces no AppArmor. Blocking.
+    /// Its name when it is in the kernel, which it is made to be if need be; `None` where the kernel enforces
+    /// no AppArmor. Blocking.
     ///
     /// # Errors
     /// Why it could not be loaded.
@@ -190,7 +194,8 @@ impl DefaultProfile {
     }
 }
 
-/// Loads [`DEFAULT_PROFILE`], in place of an earlier version: containers under that one change over at once. Blocking.
+/// Loads [`DEFAULT_PROFILE`], in place of an earlier version: containers under that one change over at once.
+/// Blocking.
 ///
 /// # Errors
 /// [`AppArmorError`]; an earlier version then stays.
@@ -216,7 +221,8 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
     })
 }
 
-/// The default profile as the parser is to read it. A parser without the file is older than it, and knows of nothing newer.
+/// The default profile as the parser is to read it. A parser without the file is older than it, and knows of
+/// nothing newer.
 fn default_text(folder: &Path) -> String {
     if folder.join(ABI).exists() { format!("abi <{ABI}>,\n{DEFAULT_TEXT}") } else { DEFAULT_TEXT.to_owned() }
 }

@@ -1,22 +1,25 @@
 //! What a cAdvisor asks CRI-O, answered for Berth's containers: an opt-in socket (`[compat] cadvisor`).
 //!
-//! The cAdvisor inside of a kubelet knows what a cgroup is only of the runtimes that it was written for. Without one of these, everything that
-//! kubelet serves at `/metrics/cadvisor` lacks the names of pods and containers, and pods have no network figures. What it asks CRI-O is the
-//! smallest of these: HTTP/1.1 on the fixed path `/var/run/crio/crio.sock` (cAdvisor 0.56, `container/crio/client.go`), two questions:
+//! The cAdvisor inside of a kubelet knows what a cgroup is only of the runtimes that it was written for.
+//! Without one of these, everything that kubelet serves at `/metrics/cadvisor` lacks the names of pods and
+//! containers, and pods have no network figures. What it asks CRI-O is the smallest of these: HTTP/1.1 on the
+//! fixed path `/var/run/crio/crio.sock` (cAdvisor 0.56, `container/crio/client.go`), two questions:
 //!
 //! ```text
 //! GET /info               {"storage_driver", "storage_root"}
-//! GET /containers/<id>    {"name", "pid", "image", "created_time", "labels", "annotations", "log_path", "root",
-//!                          "ip_address", "ip_addresses"}
+//! GET /containers/<id>    {"name", "pid", "image", "created_time", "labels", "annotations", "log_path",
+//!                          "root", "ip_address", "ip_addresses"}
 //! ```
 //!
-//! It asks for each cgroup whose name begins with `crio` and has an id in it. So with this option containers' cgroups are called
-//! `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with a network of its own gets an empty cgroup named after the sandbox, [`show`]:
-//! network is counted for the "container" whose label `io.kubernetes.container.name` is `POD`, in the network namespace of the pid that is
-//! told for it, and kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
+//! It asks for each cgroup whose name begins with `crio` and has an id in it. So with this option containers'
+//! cgroups are called `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with a network of its own gets
+//! an empty cgroup named after the sandbox, [`show`]: network is counted for the "container" whose label
+//! `io.kubernetes.container.name` is `POD`, in the network namespace of the pid that is told for it, and
+//! kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
 //!
-//! Nothing else of CRI-O is here, and nothing here can keep the daemon from serving pods: what fails is said in the log. A request is answered
-//! from memory and a few files of procfs; connections, their length and their time have limits.
+//! Nothing else of CRI-O is here, and nothing here can keep the daemon from serving pods: what fails is said
+//! in the log. A request is answered from memory and a few files of procfs; connections, their length and
+//! their time have limits.
 
 use crate::container::Container;
 use crate::file_error::FileError;
@@ -51,15 +54,16 @@ pub(crate) const SOCKET: &str = "/var/run/crio/crio.sock";
 /// Connections at a time. A cAdvisor has one for each cgroup that it looks at just then.
 const MAX_CONNECTIONS: usize = 32;
 
-/// What is read of a request before its head has ended, which is 100 bytes; the least that hyper can be set to.
+/// What is read of a request before its head has ended, which is 100 bytes; the least that hyper can be set
+/// to.
 const MAX_REQUEST_BYTES: usize = 8192;
 
 /// How long a connection may take to say what it wants, and in all.
 const HEAD: Duration = Duration::from_secs(5);
 const CONNECTION: Duration = Duration::from_secs(30);
 
-/// How long an answer waits for a container that is being made: its cgroup, which cAdvisor has seen, is there before the container is.
-/// cAdvisor looks again only after minutes.
+/// How long an answer waits for a container that is being made: its cgroup, which cAdvisor has seen, is there
+/// before the container is. cAdvisor looks again only after minutes.
 const BEING_MADE: Duration = Duration::from_secs(10);
 const BEING_MADE_LOOK: Duration = Duration::from_millis(10);
 
@@ -132,7 +136,8 @@ impl Socket {
     }
 }
 
-/// Begins to serve, if the configuration asks for it. A socket that cannot be had is said, and the daemon goes on without.
+/// Begins to serve, if the configuration asks for it. A socket that cannot be had is said, and the daemon
+/// goes on without.
 pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
     let config = node.config();
     let path = config.cadvisor_socket.as_deref()?;
@@ -245,8 +250,9 @@ async fn answer(node: Arc<Node>, request: Request<Incoming>) -> Result<Response<
     Ok(response)
 }
 
-/// With "overlay" for the driver, cAdvisor would look for the writable layer in a folder `diff` of the container's root, as CRI-O's
-/// storage has it, and give up all figures of a container where that is not. A name that it does not know makes it leave the disk alone.
+/// With "overlay" for the driver, cAdvisor would look for the writable layer in a folder `diff` of the
+/// container's root, as CRI-O's storage has it, and give up all figures of a container where that is not. A
+/// name that it does not know makes it leave the disk alone.
 fn info(node: &Node) -> Value {
     json!({ "storage_driver": "berth", "storage_root": node.layout.root() })
 }
@@ -318,8 +324,9 @@ fn of_sandbox(node: &Node, sandbox: &Sandbox) -> Value {
     })
 }
 
-/// A process in the pod's own network namespace: of a container, since a pod has none of its own, or process 1 of a shared pid namespace.
-/// Nothing on the host's network, whose figures are not the pod's. cAdvisor asks again while it gets none, and when the process has ended.
+/// A process in the pod's own network namespace: of a container, since a pod has none of its own, or process
+/// 1 of a shared pid namespace. Nothing on the host's network, whose figures are not the pod's. cAdvisor asks
+/// again while it gets none, and when the process has ended.
 fn pid_in_network(node: &Node, sandbox: &Sandbox) -> Option<i32> {
     if sandbox.config().namespaces.network == NamespaceMode::Node {
         return None;
@@ -335,7 +342,8 @@ fn number(namespace: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(namespace).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// The request's labels, and those that kubelet looks for where a client that is no kubelet has left them out.
+/// The request's labels, and those that kubelet looks for where a client that is no kubelet has left them
+/// out.
 fn labels(given: &BTreeMap<String, String>, pod: &sandbox::Metadata, container: &str) -> Value {
     let mut labels = given.clone();
     for (key, value) in [(POD_NAME, &pod.name), (POD_NAMESPACE, &pod.namespace), (POD_UID, &pod.uid)] {
@@ -363,8 +371,9 @@ pub(crate) fn pod_name(pod: &sandbox::Metadata) -> String {
     format!("k8s_{POD}_{}_{}_{}_{}", pod.name, pod.namespace, pod.uid, pod.attempt)
 }
 
-/// Makes the empty cgroup by which cAdvisor finds the pod, if it is asked for and not there: after the pod is in the registry, so that the
-/// question that follows has an answer. A pod with a process of its own has such a cgroup, and on the host's network there is nothing to find.
+/// Makes the empty cgroup by which cAdvisor finds the pod, if it is asked for and not there: after the pod is
+/// in the registry, so that the question that follows has an answer. A pod with a process of its own has such
+/// a cgroup, and on the host's network there is nothing to find.
 pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let namespaces = &sandbox.config().namespaces;
     if node.config().cadvisor_socket.is_none()

@@ -1,7 +1,8 @@
-//! The configuration: what was written (file and flags, all optional), and what is used (complete and checked).
+//! The configuration: what was written (file and flags, all optional), and what is used (complete and
+//! checked).
 //!
-//! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags; later ones win, key by key.
-//! Unknown keys are errors. All mistakes are reported at once, each with its key.
+//! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags; later ones
+//! win, key by key. Unknown keys are errors. All mistakes are reported at once, each with its key.
 
 use crate::rlimits::{self, WrittenRlimits};
 use berth_cgroup::{Driver, Parent};
@@ -14,8 +15,8 @@ use std::path::{Path, PathBuf};
 /// Where the configuration is read from when no flag says otherwise. An absent file is an empty one.
 pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
 
-/// The folders of mirror rules that are used when the configuration names none, in this order: Berth's, then those that a node which ran
-/// containerd has.
+/// The folders of mirror rules that are used when the configuration names none, in this order: Berth's, then
+/// those that a node which ran containerd has.
 const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
 
 /// The keys and sections that take effect as soon as they are read; the others when the daemon starts.
@@ -33,7 +34,8 @@ pub struct Written {
     pub socket: Option<PathBuf>,
     /// The shim's program. Default: beside the daemon's, then `/usr/libexec/berth/berth-shim`.
     pub shim: Option<PathBuf>,
-    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter of the tracing crate. Default `info`.
+    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter of the tracing crate. Default
+    /// `info`.
     pub log: Option<String>,
     /// Registries.
     #[serde(default)]
@@ -62,8 +64,8 @@ pub struct Written {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WrittenRegistry {
-    /// The folder of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of `/etc/berth/certs.d` and
-    /// `/etc/containerd/certs.d`.
+    /// The folder of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of
+    /// `/etc/berth/certs.d` and `/etc/containerd/certs.d`.
     pub config_path: Option<PathBuf>,
     /// Hosts of token services outside of their registry's domain that may be sent credentials.
     pub trusted_token_hosts: Option<Vec<String>>,
@@ -103,8 +105,8 @@ pub struct WrittenNetwork {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WrittenCgroup {
-    /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has, else systemd where it is process 1 on cgroup v2,
-    /// else cgroupfs.
+    /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has, else systemd
+    /// where it is process 1 on cgroup v2, else cgroupfs.
     pub driver: Option<String>,
     /// Where pods go that name no parent. Default `/berth`, with the systemd driver `berth.slice`.
     pub parent: Option<String>,
@@ -331,7 +333,8 @@ impl Config {
         }
     }
 
-    /// What is in force after `newer` was read while the daemon serves, and the keys whose other values there have to wait for the next start.
+    /// What is in force after `newer` was read while the daemon serves, and the keys whose other values there
+    /// have to wait for the next start.
     #[must_use]
     pub fn taking_over(&self, newer: Self) -> (Self, Vec<&'static str>) {
         let waiting: Vec<&'static str> =
@@ -407,7 +410,8 @@ impl Config {
     }
 }
 
-/// The driver that is named, and the parent in the form of that driver; where none is named, the form says which one is meant.
+/// The driver that is named, and the parent in the form of that driver; where none is named, the form says
+/// which one is meant.
 fn cgroup(check: &mut Check, written: &WrittenCgroup) -> (Option<Driver>, Option<Parent>) {
     let driver = match written.driver.as_deref() {
         None | Some("auto") => None,
@@ -515,7 +519,8 @@ fn network(check: &mut Check, written: &WrittenNetwork) -> Option<BridgeConfig> 
     })
 }
 
-/// The files that make up the configuration at `file`, in the order in which they count: the file, then those in `<file>.d`.
+/// The files that make up the configuration at `file`, in the order in which they count: the file, then those
+/// in `<file>.d`.
 ///
 /// # Errors
 /// When the folder cannot be listed.

@@ -119,8 +119,8 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
     }
 }
 
-/// Serves until `stop` resolves, and takes another configuration over whenever `reload` says that there is one. Pods go on after that: the
-/// next daemon finds them.
+/// Serves until `stop` resolves, and takes another configuration over whenever `reload` says that there is
+/// one. Pods go on after that: the next daemon finds them.
 ///
 /// # Errors
 /// [`DaemonError`], with what to do where there is something to do.
@@ -186,13 +186,15 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     }
     tracing::info!("berthd ends; pods go on");
     if node.registry.is_empty() {
-        // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no harm.
+        // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no
+        // harm.
         let _ = mount::detach(node.layout.state());
     }
     served
 }
 
-/// The daemon holds a connection for each container. Programs that it starts get limits of their own: [`crate::rlimits`].
+/// The daemon holds a connection for each container. Programs that it starts get limits of their own:
+/// [`crate::rlimits`].
 fn raise_descriptor_limit() {
     let raised =
         process::rlimit(RLIMIT_NOFILE).and_then(|(_, hard)| process::set_rlimit(RLIMIT_NOFILE, hard, hard));
@@ -237,7 +239,8 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
     for path in folders {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(file("make", &path))?;
     }
-    // Nobody but root may get through, also into folders that an older version made: images hold setuid programs.
+    // Nobody but root may get through, also into folders that an older version made: images hold setuid
+    // programs.
     for path in [layout.root(), layout.state()] {
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
             .map_err(file("close", path))?;
@@ -247,8 +250,9 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
 
 /// One daemon for a root, and one for a state: each clears away what it finds there and knows nothing of.
 ///
-/// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which has the lock until the exec
-/// closes it (flock(2): a lock belongs to the open file, which children share). So one that is taken is asked for again for a while.
+/// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which has
+/// the lock until the exec closes it (flock(2): a lock belongs to the open file, which children share). So
+/// one that is taken is asked for again for a while.
 async fn take(lock: File, folder: &Path) -> Result<File, DaemonError> {
     let end = tokio::time::Instant::now() + LOCK_PATIENCE;
     loop {
@@ -265,8 +269,8 @@ async fn take(lock: File, folder: &Path) -> Result<File, DaemonError> {
     }
 }
 
-/// Makes the runtime state a mount of its own that travels nowhere: namespaces pinned and memory mounted in it would otherwise be
-/// copied into every mount namespace that gets the host's mounts, and stay there.
+/// Makes the runtime state a mount of its own that travels nowhere: namespaces pinned and memory mounted in
+/// it would otherwise be copied into every mount namespace that gets the host's mounts, and stay there.
 fn make_private(state: &Path) -> Result<(), DaemonError> {
     if !is_mount_point(state).map_err(file("look at", state))? {
         mount::bind(state, state).map_err(file("mount onto itself", state))?;
@@ -277,8 +281,8 @@ fn make_private(state: &Path) -> Result<(), DaemonError> {
 fn is_mount_point(path: &Path) -> io::Result<bool> {
     let path = path.canonicalize()?;
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    // Field 5 is the mount point, proc_pid_mountinfo(5); paths with spaces are escaped there and not found, which mounts once
-    // more and does no harm.
+    // Field 5 is the mount point, proc_pid_mountinfo(5); paths with spaces are escaped there and not found,
+    // which mounts once more and does no harm.
     Ok(mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|point| Path::new(point) == path)))
 }
 
@@ -384,7 +388,8 @@ fn status(node: &Node) -> String {
     text
 }
 
-/// The driver that the configuration names, else the one whose form the configured parent has, else the one that fits the node.
+/// The driver that the configuration names, else the one whose form the configured parent has, else the one
+/// that fits the node.
 fn driver(config: &Config, hierarchy: &Hierarchy) -> Result<Driver, DaemonError> {
     let found = Driver::detect(hierarchy);
     let named = config.cgroup_driver.or(config.cgroup_parent.as_ref().map(Parent::driver));
@@ -395,7 +400,8 @@ fn driver(config: &Config, hierarchy: &Hierarchy) -> Result<Driver, DaemonError>
     }
 }
 
-/// Where pods go that name no parent. A configured one has the form of the driver. How it names its leaves holds for all parents.
+/// Where pods go that name no parent. A configured one has the form of the driver. How it names its leaves
+/// holds for all parents.
 fn default_parent(config: &Config, driver: Driver) -> Result<Parent, DaemonError> {
     let default = match driver {
         Driver::Cgroupfs => "/berth",

@@ -1,4 +1,5 @@
-//! What happens to sandboxes and containers: each change passes here once, when it happens. The log is what listens.
+//! What happens to sandboxes and containers: each change passes here once, when it happens. The log is what
+//! listens.
 //!
 //! What a daemon only learns, such as how it finds what the daemon before it has left, is no event.
 

@@ -1,10 +1,10 @@
-//! Runtime handlers: the names by which a pod chooses what runs its containers (`RunPodSandboxRequest.runtime_handler`), what is behind each
-//! name, and what that can do.
+//! Runtime handlers: the names by which a pod chooses what runs its containers
+//! (`RunPodSandboxRequest.runtime_handler`), what is behind each name, and what that can do.
 
 /// What makes and runs the containers of a handler, with what it needs to be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Berth's own: a shim for each container, [`crate::node::Node::shim`].
+    /// Berth's own: a shim for each container.
     Shim,
 }
 

@@ -1,14 +1,16 @@
-//! Directories of the host that are made for a pod because a request names them: log directories, sources of mounts.
+//! Directories of the host that are made for a pod because a request names them: log directories, sources of
+//! mounts.
 
 use berth_sys::{host_path, ns, process};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Makes `path` and its parents where they are absent, searchable by everybody (mode 0755): they are the pods', and the daemon's strict
-/// umask is for its own files.
+/// Makes `path` and its parents where they are absent, searchable by everybody (mode 0755): they are the
+/// pods', and the daemon's strict umask is for its own files.
 ///
-/// Containers may own a directory on the way. Links that are there are followed, as the CRI asks for `Mount.host_path`; nothing is
-/// looked up twice, and no mode is changed once a directory is made (see [`host_path::make_dir_all`]).
+/// Containers may own a directory on the way. Links that are there are followed, as the CRI asks for
+/// `Mount.host_path`; nothing is looked up twice, and no mode is changed once a directory is made (see
+/// [`host_path::make_dir_all`]).
 ///
 /// # Errors
 /// The directory that could not be made, and why.

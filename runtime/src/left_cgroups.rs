@@ -1,7 +1,8 @@
 //! Cgroups of what is gone, in which a process could not be killed: removed as soon as that has ended.
 //!
-//! A process in an uninterruptible wait (a network file system whose server is away) dies when that ends, which may take hours. Until
-//! then its cgroup is kept in mind here, and tried again. What is left when the daemon ends, the next start looks for.
+//! A process in an uninterruptible wait (a network file system whose server is away) dies when that ends,
+//! which may take hours. Until then its cgroup is kept in mind here, and tried again. What is left when the
+//! daemon ends, the next start looks for.
 
 use berth_cgroup::Cgroup;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

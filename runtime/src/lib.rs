@@ -1,8 +1,9 @@
 //! The daemon.
 //!
-//! `docs/ARCHITECTURE.md` has the map. In short: `cri` is the edge, where requests become plain data, and `api` the same for Berth's own
-//! service; `sandbox` and `container` own the objects, `registry` knows them by id and name; `oci_spec` and `plan` turn what was asked
-//! for into what a shim does; `shim_client` talks to the shims; `recovery` brings back what the daemon before left.
+//! `docs/ARCHITECTURE.md` has the map. In short: `cri` is the edge, where requests become plain data, and
+//! `api` the same for Berth's own service; `sandbox` and `container` own the objects, `registry` knows them
+//! by id and name; `oci_spec` and `plan` turn what was asked for into what a shim does; `shim_client` talks
+//! to the shims; `recovery` brings back what the daemon before left.
 #![forbid(unsafe_code)]
 
 mod api;

@@ -10,8 +10,8 @@ use tokio::net::{UnixListener, UnixStream};
 /// How long somebody who listens may take to take a connection.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// How long to wait when a connection cannot be accepted: without descriptors the next try fails like the last, and connections wait in the
-/// socket's queue.
+/// How long to wait when a connection cannot be accepted: without descriptors the next try fails like the
+/// last, and connections wait in the socket's queue.
 pub(crate) const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Binds under another name and renames, so that the socket appears with its mode, over whatever is there.

@@ -152,7 +152,8 @@ fn serve(config: Config, arguments: Arguments) -> anyhow::Result<()> {
             wanted,
             read: Arc::new(move || read(&arguments).map_err(|error| format!("{error:#}"))),
             set_log: Box::new(move |text| {
-                // It was checked with the rest of the configuration, and the log is there as long as the daemon.
+                // It was checked with the rest of the configuration, and the log is there as long as the
+                // daemon.
                 if let Ok(filter) = EnvFilter::try_new(text) {
                     let _ = filter_in_force.reload(filter);
                 }

@@ -30,7 +30,8 @@ const MAX_SAID: usize = 256;
 /// How long a cgroup that could not be limited may take to go.
 const CGROUP_GONE: Duration = Duration::from_secs(10);
 
-/// The extended attribute of a cgroup that names the root of the daemon that made it. `trusted`: a container's root may not change it.
+/// The extended attribute of a cgroup that names the root of the daemon that made it. `trusted`: a
+/// container's root may not change it.
 const OWNER: &CStr = c"trusted.berth.root";
 
 /// Why there is no cgroup.
@@ -71,7 +72,8 @@ pub(crate) struct Node {
     pub(crate) default_apparmor_profile: DefaultProfile,
     /// Whether the network was whole when it was last looked at; if not, why.
     pub(crate) network: Mutex<Result<(), String>>,
-    /// Notes that were said already. They are about privileges and limits that the daemon lacks, so there are few.
+    /// Notes that were said already. They are about privileges and limits that the daemon lacks, so there are
+    /// few.
     pub(crate) said: Mutex<HashSet<String>>,
 }
 
@@ -106,8 +108,9 @@ impl Node {
         }
     }
 
-    /// Makes the cgroup of `id` with its limits in force. `ending` is for the systemd driver. With that driver there is a process in it, which does nothing and goes when
-    /// the second value is dropped: that has to wait until the process that the cgroup is for is in it. Blocking.
+    /// Makes the cgroup of `id` with its limits in force. `ending` is for the systemd driver. With that
+    /// driver there is a process in it, which does nothing and goes when the second value is dropped: that
+    /// has to wait until the process that the cgroup is for is in it. Blocking.
     pub(crate) fn make_cgroup(
         &self,
         parent: &Parent,
@@ -155,7 +158,8 @@ impl Node {
         }
     }
 
-    /// Writes onto a cgroup whose it is: below the daemons' own parent, which another one may have too, each takes away what is nobody's.
+    /// Writes onto a cgroup whose it is: below the daemons' own parent, which another one may have too, each
+    /// takes away what is nobody's.
     fn mark(&self, cgroup: &Cgroup) {
         for directory in cgroup.directories() {
             let marked = File::open(directory)
@@ -181,14 +185,15 @@ impl Node {
         Ok(Cgroup::open(&self.hierarchy, parent, id)?.with_systemd(self.systemd.as_ref()))
     }
 
-    /// Whether a cgroup that a pod names is there, as far as the memory controller says (or the only hierarchy).
+    /// Whether a cgroup that a pod names is there, as far as the memory controller says (or the only
+    /// hierarchy).
     pub(crate) fn has_cgroup(&self, parent: &Parent) -> bool {
         let Some(mount) = self.hierarchy.mount_of("memory") else { return false };
         mount.join(parent.path().trim_start_matches('/')).is_dir()
     }
 
-    /// Whether this is the first time that `note` is to be said: what holds for the whole node is said once, not for every container. Only
-    /// so many are remembered; what comes after them is not said.
+    /// Whether this is the first time that `note` is to be said: what holds for the whole node is said once,
+    /// not for every container. Only so many are remembered; what comes after them is not said.
     pub(crate) fn is_new(&self, note: &str) -> bool {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         said.len() < MAX_SAID && said.insert(note.to_owned())

@@ -1,8 +1,8 @@
 //! What the service manager is told: that the daemon serves, what it does, that it is alive, that it ends.
 //!
-//! The protocol of sd_notify(3): datagrams of `NAME=value` lines to the socket that `NOTIFY_SOCKET` names, a path or, behind an `@`,
-//! an abstract name. Without the variable nobody wants to know, and nothing is sent. Nothing here can keep the daemon from serving:
-//! a datagram that cannot be sent is logged and forgotten.
+//! The protocol of sd_notify(3): datagrams of `NAME=value` lines to the socket that `NOTIFY_SOCKET` names, a
+//! path or, behind an `@`, an abstract name. Without the variable nobody wants to know, and nothing is sent.
+//! Nothing here can keep the daemon from serving: a datagram that cannot be sent is logged and forgotten.
 //!
 //! Shims and programs of the daemon get no environment, so none of them can speak in its name.
 
@@ -18,7 +18,8 @@ use std::path::Path;
 use std::time::Duration;
 use tonic::transport::Endpoint;
 
-/// How long a datagram may wait. The manager reads at once unless it is itself in trouble, and then we need not be.
+/// How long a datagram may wait. The manager reads at once unless it is itself in trouble, and then we need
+/// not be.
 const SEND_LIMIT: Duration = Duration::from_secs(1);
 
 /// The longest pause before a probe that failed is tried again.
@@ -77,9 +78,10 @@ impl Notifier {
         self.send("STOPPING=1\nSTATUS=ending; pods go on\n");
     }
 
-    /// Tells the watchdog that the daemon is alive, as long as it is: whenever half of the watchdog's time is over, `probe` has to
-    /// succeed, within a quarter of it. One that fails is tried again, soon enough for the watchdog: see [`again`]. Its success is what is
-    /// shown as the status. Never ends; where there is no watchdog it does nothing.
+    /// Tells the watchdog that the daemon is alive, as long as it is: whenever half of the watchdog's time is
+    /// over, `probe` has to succeed, within a quarter of it. One that fails is tried again, soon enough for
+    /// the watchdog: see [`again`]. Its success is what is shown as the status. Never ends; where there is no
+    /// watchdog it does nothing.
     pub(crate) async fn keep_alive<F>(&self, probe: impl Fn() -> F)
     where
         F: Future<Output = Result<String, ProbeError>>,
@@ -114,8 +116,9 @@ impl Notifier {
     }
 }
 
-/// The pause before a probe is tried again, and the time that it has then. Of the watchdog's time a half and a quarter are over when the
-/// first has failed at the latest; with a sixteenth and an eighth the second is over in time.
+/// The pause before a probe is tried again, and the time that it has then. Of the watchdog's time a half and
+/// a quarter are over when the first has failed at the latest; with a sixteenth and an eighth the second is
+/// over in time.
 fn again(watchdog: Duration) -> (Duration, Duration) {
     (AGAIN.min(watchdog / 16), watchdog / 8)
 }
@@ -179,8 +182,9 @@ pub(crate) enum ProbeError {
     },
 }
 
-/// Does what a kubelet does, as a client of the own socket: connects, lists sandboxes and containers (the registry's lock) and looks for
-/// an image (the store's). The answers are empty, so that the probe costs the same on a full node.
+/// Does what a kubelet does, as a client of the own socket: connects, lists sandboxes and containers (the
+/// registry's lock) and looks for an image (the store's). The answers are empty, so that the probe costs the
+/// same on a full node.
 pub(crate) async fn ask_the_daemon(socket: &Path) -> Result<(), ProbeError> {
     let uri = [b"unix://", socket.as_os_str().as_bytes()].concat();
     let channel = Endpoint::from_shared(uri).map_err(ProbeError::Connect)?.connect().await;

@@ -1,7 +1,7 @@
 //! The sandboxes and containers that exist, by id and by name.
 //!
-//! Objects appear here when they are complete, and go when they are gone; what is being made holds only its name, by a
-//! [`Reservation`]. All locks here are held for a look-up and no longer.
+//! Objects appear here when they are complete, and go when they are gone; what is being made holds only its
+//! name, by a [`Reservation`]. All locks here are held for a look-up and no longer.
 
 use crate::container::Container;
 use crate::sandbox::Sandbox;
@@ -59,7 +59,8 @@ struct Inner {
 }
 
 impl Inner {
-    /// Frees a name, unless it is another object's by now: of two removals at once the later one finds the name taken anew.
+    /// Frees a name, unless it is another object's by now: of two removals at once the later one finds the
+    /// name taken anew.
     fn give_back(&mut self, name: &Name, owner: &str) {
         if self.names.get(name).is_some_and(|found| found == owner) {
             self.names.remove(name);
@@ -125,8 +126,8 @@ impl Registry {
         lock(&self.0).containers.insert(container.id().clone(), container);
     }
 
-    /// Makes a sandbox of the daemon before this one visible. If another has its name, both are there all the same: what exists has to have an
-    /// owner, and who lists them sees both.
+    /// Makes a sandbox of the daemon before this one visible. If another has its name, both are there all the
+    /// same: what exists has to have an owner, and who lists them sees both.
     pub(crate) fn adopt_sandbox(&self, sandbox: Arc<Sandbox>) {
         let name = Name::Sandbox(sandbox.config().metadata.clone());
         self.adopt(name, sandbox.id().as_str());

@@ -1,7 +1,9 @@
-//! The configuration read anew while pods run: on SIGHUP, which `berthd --reload` and with it `systemctl reload berthd` sends ([`crate::reload_request`]).
+//! The configuration read anew while pods run: on SIGHUP, which `berthd --reload` and with it
+//! `systemctl reload berthd` sends ([`crate::reload_request`]).
 //!
-//! What new work goes by takes effect at once: images, registries, resource limits of new containers, the log. What the daemon has opened or
-//! built by its start stays as it was until the next one, and is named in the log. A configuration that is wrong changes nothing.
+//! What new work goes by takes effect at once: images, registries, resource limits of new containers, the
+//! log. What the daemon has opened or built by its start stays as it was until the next one, and is named in
+//! the log. A configuration that is wrong changes nothing.
 
 use crate::config::Config;
 use crate::node::Node;
@@ -33,7 +35,8 @@ impl fmt::Debug for Reload {
     }
 }
 
-/// Reads anew whenever it is told to. Ends with the sender of [`Reload::wanted`]. `status` is what the service manager shows afterwards.
+/// Reads anew whenever it is told to. Ends with the sender of [`Reload::wanted`]. `status` is what the
+/// service manager shows afterwards.
 pub(crate) async fn serve(
     node: Arc<Node>,
     notifier: Arc<Notifier>,

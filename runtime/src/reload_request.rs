@@ -1,10 +1,13 @@
-//! `berthd --reload PID`: a running daemon reads its configuration again, and the caller learns whether it did.
+//! `berthd --reload PID`: a running daemon reads its configuration again, and the caller learns whether it
+//! did.
 //!
-//! A signal brings no answer. So the daemon keeps a file of its runtime state open, `FILE`, and writes into it how far it has come; who may
-//! read `/proc/PID/fd` finds it there, whatever the daemon's flags and configuration are.
+//! A signal brings no answer. So the daemon keeps a file of its runtime state open, `FILE`, and writes into
+//! it how far it has come; who may read `/proc/PID/fd` finds it there, whatever the daemon's flags and
+//! configuration are.
 //!
-//! The file has a line with three numbers, and then a text: how many times the daemon has begun to read its configuration, the number of the
-//! last time that is done, the length of the text in bytes; the text says what was wrong that time, and is empty if nothing was.
+//! The file has a line with three numbers, and then a text: how many times the daemon has begun to read its
+//! configuration, the number of the last time that is done, the length of the text in bytes; the text says
+//! what was wrong that time, and is empty if nothing was.
 
 use berth_sys::process;
 use std::fs::File;
@@ -106,7 +109,8 @@ pub enum ReloadError {
     },
 }
 
-/// Has the daemon with this process id read its configuration again, and waits until the new values are in force. Blocking.
+/// Has the daemon with this process id read its configuration again, and waits until the new values are in
+/// force. Blocking.
 ///
 /// # Errors
 /// [`ReloadError`].

@@ -1,8 +1,9 @@
 //! The resource limits that containers start with: getrlimit(2).
 //!
-//! The CRI has no field for them. What is not set would be the daemon's own, and so depend on its unit file or on the shell that it was
-//! started from: here they are all set, to what programs meet on nodes today. `[container.rlimits]` changes those that a cgroup has no limit
-//! for. The shim lowers what the kernel does not let it have, and says so.
+//! The CRI has no field for them. What is not set would be the daemon's own, and so depend on its unit file
+//! or on the shell that it was started from: here they are all set, to what programs meet on nodes today.
+//! `[container.rlimits]` changes those that a cgroup has no limit for. The shim lowers what the kernel does
+//! not let it have, and says so.
 
 use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType};
 use serde::{Deserialize, Serialize};
@@ -19,9 +20,10 @@ const MOST_FILES: u64 = i32::MAX.unsigned_abs() as u64;
 
 /// Those that can be configured, by name: soft and hard.
 ///
-/// Open files: what systemd gives to services, containerd and CRI-O among them. A higher soft limit breaks programs that use select(2) or
-/// close every possible descriptor; whoever needs more raises it up to the hard one. Processes and dumps of core: what the unit files of both
-/// runtimes say. The number of processes is counted for a user on the whole node, so that containers of one number would starve each other;
+/// Open files: what systemd gives to services, containerd and CRI-O among them. A higher soft limit breaks
+/// programs that use select(2) or close every possible descriptor; whoever needs more raises it up to the
+/// hard one. Processes and dumps of core: what the unit files of both runtimes say. The number of processes
+/// is counted for a user on the whole node, so that containers of one number would starve each other;
 /// `pids.max` is what limits them. The rest: the kernel's own.
 const CONFIGURABLE: [(&str, PosixRlimitType, u64, u64); 9] = [
     ("core", PosixRlimitType::RlimitCore, UNLIMITED, UNLIMITED),
@@ -35,8 +37,9 @@ const CONFIGURABLE: [(&str, PosixRlimitType, u64, u64); 9] = [
     ("stack", PosixRlimitType::RlimitStack, 8 << 20, UNLIMITED),
 ];
 
-/// Those that are for cgroups to limit, or that would hit the shim's own work in the container's process. `sigpending` is in neither list: the
-/// kernel takes it from the machine's memory, and so it is the same however the daemon is started.
+/// Those that are for cgroups to limit, or that would hit the shim's own work in the container's process.
+/// `sigpending` is in neither list: the kernel takes it from the machine's memory, and so it is the same
+/// however the daemon is started.
 const NEVER_LIMITED: [PosixRlimitType; 6] = [
     PosixRlimitType::RlimitAs,
     PosixRlimitType::RlimitCpu,
@@ -46,7 +49,8 @@ const NEVER_LIMITED: [PosixRlimitType; 6] = [
     PosixRlimitType::RlimitRss,
 ];
 
-/// A limit as it is written: a number, or a text of the form `SOFT:HARD`, where each is a number or `unlimited`; one alone is both.
+/// A limit as it is written: a number, or a text of the form `SOFT:HARD`, where each is a number or
+/// `unlimited`; one alone is both.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum WrittenRlimit {

@@ -47,8 +47,8 @@ pub(crate) struct Services {
     pub(crate) berth: api::Service,
 }
 
-/// Serves on the socket at `path` until `stop` resolves, and then removes the socket's file. Calls `listening` once connections
-/// are accepted.
+/// Serves on the socket at `path` until `stop` resolves, and then removes the socket's file. Calls
+/// `listening` once connections are accepted.
 ///
 /// # Errors
 /// [`ServeError`].

@@ -1,8 +1,9 @@
 //! The daemon's end of a shim: starting one, finding one again, and talking to it.
 //!
-//! Messages are those of `berth_shim_proto`; they stop here. One task for each connection sends frames whole, whatever becomes of
-//! who asked, and hands replies to whoever waits for them; when the connection ends, every waiter gets [`ShimError::Lost`], and [`ShimClient::ended`] resolves. Every call has a deadline:
-//! a shim that hangs hurts its own container only.
+//! Messages are those of `berth_shim_proto`; they stop here. One task for each connection sends frames whole,
+//! whatever becomes of who asked, and hands replies to whoever waits for them; when the connection ends,
+//! every waiter gets [`ShimError::Lost`], and [`ShimClient::ended`] resolves. Every call has a deadline: a
+//! shim that hangs hurts its own container only.
 
 use berth_model::layout::SHIM_SOCKET;
 use berth_shim_proto::control::{
@@ -29,9 +30,11 @@ pub(crate) use berth_shim_proto::control::{Created, Failed};
 
 /// How long a shim may take for what needs no program of the container to do anything.
 const CALL: Duration = Duration::from_secs(10);
-/// How long making a container may take: mounts of slow filesystems are in it. A little longer than the shim waits.
+/// How long making a container may take: mounts of slow filesystems are in it. A little longer than the shim
+/// waits.
 const CREATE: Duration = Duration::from_secs(65);
-/// How long a start may take. A little longer than the shim itself waits for the program: it says then that the start failed, and ends it.
+/// How long a start may take. A little longer than the shim itself waits for the program: it says then that
+/// the start failed, and ends it.
 pub(crate) const START: Duration = Duration::from_secs(12);
 /// How long a kill may take to reach what it is for, when there is another way to see to it.
 const KILL: Duration = Duration::from_secs(1);
@@ -76,13 +79,15 @@ pub(crate) enum ConnectError {
     /// There is no socket.
     #[error("the container's shim has no socket")]
     NoSocket,
-    /// That says nothing about the shim: no descriptors, or it has not taken the connections that wait already.
+    /// That says nothing about the shim: no descriptors, or it has not taken the connections that wait
+    /// already.
     #[error("connect to the container's shim")]
     NotNow(#[source] io::Error),
 }
 
-/// The shim's program, loaded once: processes are started from this copy, which nobody can write to, so that neither an upgrade of
-/// the package nor a container that gets hold of its own `/proc/<pid>/exe` changes what runs.
+/// The shim's program, loaded once: processes are started from this copy, which nobody can write to, so that
+/// neither an upgrade of the package nor a container that gets hold of its own `/proc/<pid>/exe` changes what
+/// runs.
 #[derive(Debug)]
 pub(crate) struct ShimProgram {
     program: OwnedFd,
@@ -161,8 +166,8 @@ pub(crate) struct Pause {
     pub(crate) procfs: OwnedFd,
 }
 
-/// A process that keeps a scope of systemd in being until the one that it is for is in it: it waits for the end of its one descriptor,
-/// which comes when this is dropped or the daemon ends.
+/// A process that keeps a scope of systemd in being until the one that it is for is in it: it waits for the
+/// end of its one descriptor, which comes when this is dropped or the daemon ends.
 #[derive(Debug)]
 pub(crate) struct Holder {
     pid: i32,
@@ -178,7 +183,8 @@ impl Holder {
 
     /// Ends it. Its number stays its own until this is dropped.
     pub(crate) fn end(&self) {
-        // It may sit in a cgroup that is frozen or short of processor time; a kill does not wait for its turn.
+        // It may sit in a cgroup that is frozen or short of processor time; a kill does not wait for its
+        // turn.
         if let Ok(pidfd) = process::open_pidfd(self.pid) {
             let _ = process::signal_pidfd(pidfd.as_fd(), 9);
         }
@@ -220,8 +226,9 @@ struct Incoming {
     end: Arc<OnceLock<ExitRecord>>,
 }
 
-/// A request until it is sent. Whoever asked can take it back until then, with its descriptors: a shim that does not read holds up
-/// everything behind, and what nobody waits for any more must not pile up, nor be done later.
+/// A request until it is sent. Whoever asked can take it back until then, with its descriptors: a shim that
+/// does not read holds up everything behind, and what nobody waits for any more must not pile up, nor be done
+/// later.
 type Slot = Arc<Mutex<Option<Outgoing>>>;
 
 #[derive(Debug)]
@@ -314,7 +321,8 @@ impl ShimClient {
 
     fn new(socket: OwnedFd, child: Option<i32>) -> io::Result<Self> {
         berth_sys::file::set_nonblocking(socket.as_fd())?;
-        // For a socket pair that is the pid of whoever made the pair: this daemon. Then the child is the peer.
+        // For a socket pair that is the pid of whoever made the pair: this daemon. Then the child is the
+        // peer.
         let pid = child.or_else(|| socket::peer_pid(socket.as_fd()).ok());
         let socket = UnixStream::from_std(socket.into())?;
         let pending = Arc::new(Pending::default());
@@ -331,7 +339,8 @@ impl ShimClient {
         self.pid
     }
 
-    /// Resolves when the connection has ended: the container has ended and its record is on disk, or the shim is lost.
+    /// Resolves when the connection has ended: the container has ended and its record is on disk, or the shim
+    /// is lost.
     pub(crate) async fn ended(&self) {
         let mut ended = self.ended.clone();
         // An error means that the reader task is gone, which is an end too.
@@ -411,7 +420,8 @@ impl ShimClient {
 
     /// Kills an exec's session.
     async fn kill_exec(&self, id: u64) {
-        // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes on.
+        // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes
+        // on.
         let kill = Call::SignalExec(SignalExec { request_id: id, signal: process::SIGKILL });
         let _ = tokio::time::timeout(KILL, self.done(kill)).await;
     }
@@ -445,7 +455,8 @@ impl ShimClient {
 
     /// Gives the container up, whatever it does; no exit record is written. Waits until the shim has ended.
     pub(crate) async fn discard(&self) {
-        // A shim that is gone already is what is wanted. What it has made is killed with the container's cgroup by the caller.
+        // A shim that is gone already is what is wanted. What it has made is killed with the container's
+        // cgroup by the caller.
         let _ = self.send(Call::Discard(()), Vec::new());
         if tokio::time::timeout(CALL, self.ended()).await.is_err() {
             self.kill();
@@ -453,7 +464,8 @@ impl ShimClient {
         }
     }
 
-    /// Ends a shim that does not answer, so that its container can be over: nobody will say how that ended then.
+    /// Ends a shim that does not answer, so that its container can be over: nobody will say how that ended
+    /// then.
     pub(crate) fn kill(&self) {
         let Some(pidfd) = self.pid.and_then(|pid| process::open_pidfd(pid).ok()) else { return };
         // As long as the connection is open the number is the shim's, so the descriptor was it a moment ago.
@@ -521,11 +533,13 @@ impl ShimClient {
 }
 
 fn unexpected(_answer: Answer) -> ShimError {
-    // A shim of another version could answer with what this one does not know; to the caller it is as good as gone.
+    // A shim of another version could answer with what this one does not know; to the caller it is as good as
+    // gone.
     ShimError::Lost
 }
 
-/// A program that runs in the container. When it is dropped before its end, the program is killed: nobody waits for it any more.
+/// A program that runs in the container. When it is dropped before its end, the program is killed: nobody
+/// waits for it any more.
 #[derive(Debug)]
 pub(crate) struct RunningExec {
     client: Arc<ShimClient>,
@@ -536,11 +550,13 @@ pub(crate) struct RunningExec {
 }
 
 impl RunningExec {
-    /// Waits for its end; its exit code. May be called again after it was dropped half-way, until it has returned.
+    /// Waits for its end; its exit code. May be called again after it was dropped half-way, until it has
+    /// returned.
     ///
     /// # Errors
-    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the container ended under it, [`ShimError::Silent`] when
-    /// the shim stopped answering: a program may run for ever, and a shim that hangs would look the same.
+    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the container ended under
+    /// it, [`ShimError::Silent`] when the shim stopped answering: a program may run for ever, and a shim that
+    /// hangs would look the same.
     pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
         let Some(pending) = &mut self.answer else { return Err(ShimError::Lost) };
         let answer = tokio::select! {
@@ -603,7 +619,8 @@ async fn serve(
                 Some(None) => true,
                 Some(Some(outgoing)) if send_whole(&socket, &outgoing).await.is_ok() => true,
                 Some(Some(_)) => {
-                    // A shim that could not begin is gone before it is asked anything: what it has said is there still.
+                    // A shim that could not begin is gone before it is asked anything: what it has said is
+                    // there still.
                     let last_words = async {
                         while socket.readable().await.is_ok() && receive(&socket, &mut received, &incoming) {}
                     };
@@ -689,7 +706,8 @@ fn end_in(record: ExitRecord) -> Option<ExitRecord> {
     (record.finished_at_unix_ns != 0).then_some(record)
 }
 
-/// Takes the zombie of a shim that this daemon started. It ends right after its connection; one that hangs is looked for now and then.
+/// Takes the zombie of a shim that this daemon started. It ends right after its connection; one that hangs is
+/// looked for now and then.
 async fn reap(pid: i32) {
     let mut pause = Duration::from_millis(1);
     while matches!(process::reap_or_running(pid), Ok(process::Child::Running)) {
@@ -702,7 +720,8 @@ fn lock(pending: &Pending) -> std::sync::MutexGuard<'_, HashMap<u64, oneshot::Se
     pending.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where the shim's program is looked for when the configuration does not say: beside the daemon's own, then where packages put it.
+/// Where the shim's program is looked for when the configuration does not say: beside the daemon's own, then
+/// where packages put it.
 #[must_use]
 pub(crate) fn default_program() -> Option<PathBuf> {
     let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join("berth-shim")));

@@ -1,7 +1,7 @@
 //! Deleting what may be large: renamed out of sight first, then deleted in the background.
 //!
-//! The rename is the removal, for everybody who looks: it is atomic, quick and needs no space on the disk. What is in the trash when the
-//! daemon ends is deleted by the next one.
+//! The rename is the removal, for everybody who looks: it is atomic, quick and needs no space on the disk.
+//! What is in the trash when the daemon ends is deleted by the next one.
 
 use berth_model::layout::Layout;
 use berth_sys::beneath::Root;

@@ -1,15 +1,17 @@
-//! The AppArmor profile of a process: apparmor(7). The files are those of its kernel interface, `/proc/<pid>/attr/apparmor`.
+//! The AppArmor profile of a process: apparmor(7). The files are those of its kernel interface,
+//! `/proc/<pid>/attr/apparmor`.
 //!
 //! ```text
 //!  exec      where nobody else lives: the profile that the next exec changes to
 //!  current   where others do: the profile from now on
 //! ```
-//! Whoever lives in the pid namespace may trace what is born there, as far as the profiles of the two allow it. So a process that goes there has its
-//! program's profile before it is born, and that profile has to let the program be executed. A profile in between would not do: the kernel lets
-//! a confined process that has no_new_privs change to no other.
+//! Whoever lives in the pid namespace may trace what is born there, as far as the profiles of the two allow
+//! it. So a process that goes there has its program's profile before it is born, and that profile has to let
+//! the program be executed. A profile in between would not do: the kernel lets a confined process that has
+//! no_new_privs change to no other.
 //!
-//! A profile that is removed from the kernel leaves unconfined what has it and what is to have it, even if it is loaded again. So it is looked at once
-//! more after the wait for the start.
+//! A profile that is removed from the kernel leaves unconfined what has it and what is to have it, even if it
+//! is loaded again. So it is looked at once more after the wait for the start.
 
 use crate::failure::{Step, refused};
 use berth_shim_proto::control::Failed;
@@ -40,7 +42,8 @@ pub(crate) struct Way {
 impl Profile {
     /// The profile `name`, or none for an empty name.
     ///
-    /// Must run while `/proc` is still the host's: over that of a container it could be mounted something else.
+    /// Must run while `/proc` is still the host's: over that of a container it could be mounted something
+    /// else.
     pub(crate) fn find(name: &str) -> Result<Option<Self>, Failed> {
         if name.is_empty() {
             return Ok(None);
@@ -61,8 +64,8 @@ impl Profile {
         Ok(way)
     }
 
-    /// The way to take it on before an exec. A kernel that restricts who leaves the state of being unconfined wants `CAP_MAC_OVERRIDE` for it
-    /// (`kernel.apparmor_restrict_unprivileged_unconfined`).
+    /// The way to take it on before an exec. A kernel that restricts who leaves the state of being unconfined
+    /// wants `CAP_MAC_OVERRIDE` for it (`kernel.apparmor_restrict_unprivileged_unconfined`).
     pub(crate) fn open_current(self) -> Result<Way, Failed> {
         self.open("current")
     }

@@ -4,12 +4,13 @@
 //!  direct      child: report, (go), exec
 //!  by a maker  maker: report (main process only), successor, end;  successor: (go), exec
 //! ```
-//! The shim never waits for such a process. It may hang in a filesystem, or be stopped by others in its pid namespace; the loop
-//! goes on, and kills it when its time is up.
+//! The shim never waits for such a process. It may hang in a filesystem, or be stopped by others in its pid
+//! namespace; the loop goes on, and kills it when its time is up.
 //!
-//! Who the process is comes from the kernel: the maker is the shim's own child, made by `clone3(2)`. It names the successor by its
-//! own name, which is looked at once it has ended and before it is reaped; the successor has to be a child of the shim, and no
-//! child that is not known is reaped before that. So the numbers are their own for as long as this says that they are there.
+//! Who the process is comes from the kernel: the maker is the shim's own child, made by `clone3(2)`. It names
+//! the successor by its own name, which is looked at once it has ended and before it is reaped; the successor
+//! has to be a child of the shim, and no child that is not known is reaped before that. So the numbers are
+//! their own for as long as this says that they are there.
 
 use crate::failure::refused;
 use crate::handshake::{self, Report, ShimEnd};
@@ -20,14 +21,16 @@ use std::time::{Duration, Instant};
 
 const SIGKILL: i32 = 9;
 
-/// How long a main process may take from the word to go on until it is its program. The daemon waits a little longer, and its caller
-/// for little more than that.
+/// How long a main process may take from the word to go on until it is its program. The daemon waits a little
+/// longer, and its caller for little more than that.
 const START: Duration = Duration::from_secs(10);
 
-/// The same for a process of exec, which has to prepare as well. A request with a shorter limit is ended by the daemon.
+/// The same for a process of exec, which has to prepare as well. A request with a shorter limit is ended by
+/// the daemon.
 const ENTER: Duration = Duration::from_secs(30);
 
-/// How long preparing a container may take: mounts of slow filesystems are in it. The daemon waits a little longer.
+/// How long preparing a container may take: mounts of slow filesystems are in it. The daemon waits a little
+/// longer.
 const PREPARE: Duration = Duration::from_secs(60);
 
 /// The process, not a program yet.
@@ -97,7 +100,8 @@ impl Birth {
         self.process
     }
 
-    /// Whether a process may be there that nobody knows yet: until then no child that is not known may be reaped.
+    /// Whether a process may be there that nobody knows yet: until then no child that is not known may be
+    /// reaped.
     pub(crate) fn expects_successor(&self) -> bool {
         !self.named && self.maker.is_some()
     }
@@ -166,7 +170,8 @@ impl Birth {
         Ok(())
     }
 
-    /// Notes that a child was reaped, so that its number may be another's from now on. An error when with it there will be no program.
+    /// Notes that a child was reaped, so that its number may be another's from now on. An error when with it
+    /// there will be no program.
     pub(crate) fn reaped(&mut self, pid: i32) -> Result<(), Failed> {
         if self.maker == Some(pid) {
             self.maker = None;
@@ -226,7 +231,8 @@ mod tests {
         (Birth::of_exec(end, pid(maker)), child)
     }
 
-    /// What comes of an end. A process that another test has just forked may hold a copy of the pipe until its exec.
+    /// What comes of an end. A process that another test has just forked may hold a copy of the pipe until
+    /// its exec.
     fn heard(birth: &mut Birth) -> Result<Progress, Failed> {
         loop {
             match birth.advance() {

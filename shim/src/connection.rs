@@ -10,8 +10,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// Bytes that may wait for a daemon that does not read. Replies are small, but for one with many groups (65536 of five bytes); a daemon that
-/// lets this many pile up is stuck, and finds everything in the exit record when it comes back.
+/// Bytes that may wait for a daemon that does not read. Replies are small, but for one with many groups
+/// (65536 of five bytes); a daemon that lets this many pile up is stuck, and finds everything in the exit
+/// record when it comes back.
 const MAX_WAITING: usize = 1024 * 1024;
 
 /// A connection that may be closed at any time.
@@ -67,7 +68,8 @@ impl Connection {
                 Ok((0, _)) => return Incoming::Closed,
                 Ok((length, descriptors)) => {
                     self.received.extend_from_slice(buffer.get(..length).unwrap_or_default());
-                    // The kernel never joins two groups into one read: unix(7), "ancillary data forms a barrier".
+                    // The kernel never joins two groups into one read: unix(7), "ancillary data forms a
+                    // barrier".
                     if !descriptors.is_empty() {
                         self.descriptors.push_back(descriptors);
                     }

@@ -1,8 +1,10 @@
-//! The log file in the CRI format: `<RFC 3339 time> <stream> <P|F> <content>` and a newline, one entry a line.
+//! The log file in the CRI format: `<RFC 3339 time> <stream> <P|F> <content>` and a newline, one entry a
+//! line.
 //!
-//! The format is the one of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say whether the content ends a
-//! line (`F`) or goes on in the next entry of the same stream (`P`). Entries are never torn: what is written in one call is a run of
-//! whole entries, and a call that a full disk cut short is mended by a newline and an entry that counts the bytes lost.
+//! The format is the one of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say whether
+//! the content ends a line (`F`) or goes on in the next entry of the same stream (`P`). Entries are never
+//! torn: what is written in one call is a run of whole entries, and a call that a full disk cut short is
+//! mended by a newline and an entry that counts the bytes lost.
 
 use berth_sys::beneath::Root;
 use std::fs::File;
@@ -11,7 +13,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The longest content of one entry by default, in bytes; longer lines are cut. containerd's `max_container_log_line_size`.
+/// The longest content of one entry by default, in bytes; longer lines are cut. containerd's
+/// `max_container_log_line_size`.
 pub(crate) const DEFAULT_MAX_CONTENT: usize = 16 * 1024;
 
 /// Which of a container's two streams.
@@ -99,7 +102,8 @@ pub(crate) fn timestamp(time: SystemTime) -> [u8; 30] {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let days = since.as_secs() / 86_400;
     let in_day = since.as_secs() % 86_400;
-    // Days to year, month and day in the proleptic Gregorian calendar, in eras of 400 years that begin on 1 March.
+    // Days to year, month and day in the proleptic Gregorian calendar, in eras of 400 years that begin on 1
+    // March.
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
@@ -141,8 +145,9 @@ pub(crate) struct LogFile {
 }
 
 impl LogFile {
-    /// Opens or makes the file `name` below `directory`, for appending. Only `directory` itself may be reached through symbolic
-    /// links, and only a plain file with one name is taken: pods can plant links in their log directory.
+    /// Opens or makes the file `name` below `directory`, for appending. Only `directory` itself may be
+    /// reached through symbolic links, and only a plain file with one name is taken: pods can plant links in
+    /// their log directory.
     pub(crate) fn open(directory: &[u8], name: &[u8]) -> io::Result<Self> {
         let directory = PathBuf::from(std::ffi::OsStr::from_bytes(directory));
         let name = PathBuf::from(std::ffi::OsStr::from_bytes(name));
@@ -157,7 +162,8 @@ impl LogFile {
         Ok(())
     }
 
-    /// Writes a run of whole entries. Never waits and never fails: what a full or broken disk does not take is counted.
+    /// Writes a run of whole entries. Never waits and never fails: what a full or broken disk does not take
+    /// is counted.
     pub(crate) fn write(&mut self, entries: &[u8]) {
         if self.gap_bytes > 0 || self.torn {
             let mend = self.gap_entry();

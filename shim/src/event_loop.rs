@@ -1,18 +1,20 @@
-//! The shim's one loop: every wake-up is one variant of [`Event`], and every change of the container's state happens here.
+//! The shim's one loop: every wake-up is one variant of [`Event`], and every change of the container's state
+//! happens here.
 //!
 //! ```text
-//!  Empty --Create--> Preparing --ready--> Waiting --Start--> Starting --exec--> Running --main process ended--> Draining
-//!    |  ^---failed or too long---/           |                  \--failed or too long, or killed-------------------^
+//!  Empty --Create--> Preparing --ready--> Waiting --Start--> Starting --exec--> Running --ended--> Draining
+//!    |  ^---failed or too long---/           |                  \--failed, too long or killed---------^
 //!    |                                       \--Discard--> (exit, nothing recorded)
 //!    \--last connection closed--> (exit)
 //!
 //!  Draining --output at its end, or time up--> Recording --recorded, or told--> (exit)
 //! ```
-//! All from Waiting on outlive the daemon: without a connection the shim goes on, and listens. The exit record is on disk before
-//! anybody is told, unless the disk refuses it; then whoever is connected is told, and without anyone it is tried again.
+//! All from Waiting on outlive the daemon: without a connection the shim goes on, and listens. The exit
+//! record is on disk before anybody is told, unless the disk refuses it; then whoever is connected is told,
+//! and without anyone it is tried again.
 //!
-//! Nothing here waits for a process of the container: one that is on its way to its program ([`Birth`]) is heard when it says something, and
-//! killed when its time is up.
+//! Nothing here waits for a process of the container: one that is on its way to its program ([`Birth`]) is
+//! heard when it says something, and killed when its time is up.
 
 use crate::birth::{Birth, Progress};
 use crate::connection::{Connection, Incoming};
@@ -37,7 +39,8 @@ use std::time::{Duration, Instant, SystemTime};
 /// The name of the socket in the container's state directory.
 const SOCKET: &str = "shim.sock";
 
-/// How long after the end of the main process its output may take to end: somebody outside of the container can hold the pipe open.
+/// How long after the end of the main process its output may take to end: somebody outside of the container
+/// can hold the pipe open.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// How long a last message may wait for the daemon to read it. The daemon finds the exit record without it.
@@ -46,7 +49,8 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Daemons that may be connected at once; one is the rule, two happen at a restart.
 const MAX_CONNECTIONS: usize = 4;
 
-/// What a container exits with whose program could not be started: as shells and docker say it, POSIX "Exit Status for Commands".
+/// What a container exits with whose program could not be started: as shells and docker say it, POSIX "Exit
+/// Status for Commands".
 fn start_failure_code(failed: &Failed) -> i32 {
     const ENOENT: i32 = 2;
     const ENOEXEC: i32 = 8;
@@ -147,7 +151,8 @@ struct Shim {
     execs: Vec<Exec>,
 }
 
-/// Serves the container until it has ended: `connection` leads to the daemon, `directory` is where to listen for the next one.
+/// Serves the container until it has ended: `connection` leads to the daemon, `directory` is where to listen
+/// for the next one.
 ///
 /// # Errors
 /// When the shim itself cannot work: no descriptors, no epoll, the socket's name taken.
@@ -664,8 +669,9 @@ impl Shim {
         self.finish_if_drained(false);
     }
 
-    /// A child that has ended. A process that its maker has not named yet looks like an orphan: as long as there may be one, only
-    /// children that are known count, so that no number becomes another process's before it is known.
+    /// A child that has ended. A process that its maker has not named yet looks like an orphan: as long as
+    /// there may be one, only children that are known count, so that no number becomes another process's
+    /// before it is known.
     fn ended_child(&self) -> Option<i32> {
         let births = || {
             self.execs
@@ -784,8 +790,8 @@ impl Shim {
         }
     }
 
-    /// Records the end and tells everybody of it. Room was reserved, so a full disk does not matter; what else a disk may have leaves the
-    /// message, and another attempt as long as nobody has got one.
+    /// Records the end and tells everybody of it. Room was reserved, so a full disk does not matter; what
+    /// else a disk may have leaves the message, and another attempt as long as nobody has got one.
     fn record(&mut self) {
         let State::Recording { launch, record, again } = &mut self.state else { return };
         *again = Instant::now() + RECORD_AGAIN;

@@ -1,7 +1,8 @@
-//! The last part of a new process, the same for a container's main process and for exec: privileges, filter, program.
+//! The last part of a new process, the same for a container's main process and for exec: privileges, filter,
+//! program.
 //!
-//! It runs in the child, after the namespaces and the root are in place. The order is the kernel's: each step says why it is where
-//! it is. Everything that can be done before the wait for the start is done before it.
+//! It runs in the child, after the namespaces and the root are in place. The order is the kernel's: each step
+//! says why it is where it is. Everything that can be done before the wait for the start is done before it.
 
 use crate::apparmor::{Profile, Way};
 use crate::failure::{Step, from_io, refused, shown};
@@ -23,7 +24,8 @@ const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:
 /// The step that is exec itself.
 pub(crate) const EXECUTE: &str = "execute";
 
-/// The program with everything that exec needs, converted before privileges go so that memory errors come early.
+/// The program with everything that exec needs, converted before privileges go so that memory errors come
+/// early.
 pub(crate) struct Program {
     candidates: Vec<CString>,
     name: String,
@@ -104,7 +106,8 @@ pub(crate) fn set_limits(process: &Process, notes: &mut Vec<String>) -> Result<(
     Ok(())
 }
 
-/// A lower score than the own one needs CAP_SYS_RESOURCE: without it, the own one is kept. That weakens no isolation.
+/// A lower score than the own one needs CAP_SYS_RESOURCE: without it, the own one is kept. That weakens no
+/// isolation.
 fn set_oom_score(score: i32, notes: &mut Vec<String>) -> Result<(), Failed> {
     const FILE: &str = "/proc/self/oom_score_adj";
     match std::fs::write(FILE, score.to_string()) {
@@ -164,8 +167,9 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
         make_directories(path, owner)?;
         std::env::set_current_dir(path).step(STEP, path.display())?;
     }
-    // A directory descriptor left open by somebody could lead out by /proc/self/fd/N (CVE-2024-21626). The kernel's own name for
-    // a directory outside the root does not begin with a slash: getcwd(3), "(unreachable)".
+    // A directory descriptor left open by somebody could lead out by /proc/self/fd/N (CVE-2024-21626). The
+    // kernel's own name for a directory outside the root does not begin with a slash: getcwd(3),
+    // "(unreachable)".
     let real = std::env::current_dir().step(STEP, path.display())?;
     if !real.is_absolute() {
         return Err(refused(STEP, format!("{} lies outside of the container", path.display())));
@@ -173,8 +177,9 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
     Ok(())
 }
 
-/// Makes what is missing of `path` and gives it to the program's user. By descriptor: a container that shares a volume could put a link in the
-/// place of a directory between its making and its giving away, and the user would get what the link leads to.
+/// Makes what is missing of `path` and gives it to the program's user. By descriptor: a container that shares
+/// a volume could put a link in the place of a directory between its making and its giving away, and the user
+/// would get what the link leads to.
 fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
     const STEP: &str = "make the working directory";
     let root = Root::open(Path::new("/")).step(STEP, "/")?;
@@ -195,13 +200,15 @@ fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
 pub(crate) enum Privileges {
     /// It has what shedding takes besides what the program may. Only where nobody else is to see it.
     Shedding,
-    /// It is as its program will be, but for the last filter: the one in force lets through what entering takes.
+    /// It is as its program will be, but for the last filter: the one in force lets through what entering
+    /// takes.
     Entering,
     /// It is as its program will be.
     Program,
 }
 
-/// Gives up, before a process is born where others may trace it, everything that its program is not to have, and takes on its profile.
+/// Gives up, before a process is born where others may trace it, everything that its program is not to have,
+/// and takes on its profile.
 pub(crate) fn shed_before_birth(process: &Process, profile: Option<Profile>) -> Result<Privileges, Failed> {
     if process.entry_filter.is_empty() {
         shed(process, &process.seccomp_filter, profile)?;
@@ -213,8 +220,8 @@ pub(crate) fn shed_before_birth(process: &Process, profile: Option<Profile>) -> 
     Ok(Privileges::Entering)
 }
 
-/// The last of a main process that has reported: waits for the start, sheds what privileges are left and becomes the program. Returns only
-/// why it could not. `profile` is the one that exec changes to.
+/// The last of a main process that has reported: waits for the start, sheds what privileges are left and
+/// becomes the program. Returns only why it could not. `profile` is the one that exec changes to.
 pub(crate) fn finish(
     process: &Process,
     program: &Program,
@@ -260,7 +267,8 @@ const MAC_OVERRIDE: u64 = 1 << 32;
 /// What is effective while a filter is installed without no_new_privs: seccomp(2), capabilities(7).
 const FOR_THE_FILTER: u64 = SYS_ADMIN | SETPCAP;
 
-/// Gives up every capability that the program is not to have and [`shed`] does not use: a container may wait long for its start.
+/// Gives up every capability that the program is not to have and [`shed`] does not use: a container may wait
+/// long for its start.
 pub(crate) fn keep_what_shedding_needs(process: &Process) -> Result<(), Failed> {
     let sets = process.capabilities;
     let filters = !process.seccomp_filter.is_empty() && !process.no_new_privileges;
@@ -277,7 +285,8 @@ fn shed(process: &Process, filter: &[u8], profile: Option<Profile>) -> Result<()
     if process.no_new_privileges {
         process::set_no_new_privileges().step("set no_new_privs", "")?;
     }
-    // Without no_new_privs the filter needs CAP_SYS_ADMIN, which the change of user took out of the effective set.
+    // Without no_new_privs the filter needs CAP_SYS_ADMIN, which the change of user took out of the effective
+    // set.
     let filter_first = !filter.is_empty() && !process.no_new_privileges;
     let mut needed = if filter_first { FOR_THE_FILTER } else { 0 };
     if profile.is_some() {

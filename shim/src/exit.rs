@@ -16,17 +16,19 @@ pub(crate) fn unix_ns(time: SystemTime) -> i64 {
 
 /// The counter of kills by the OOM killer in the container's cgroup.
 ///
-/// systemd removes a scope as soon as its last process has ended, which may be before this process has seen that end, and a removed
-/// cgroup's files cannot be read, even by a descriptor that was open. So the counter is read whenever the kernel tells that it has changed,
-/// which is before the process that was killed has given back its memory and ended; and should that come too late as well, the
-/// counter of the cgroup above, which counts for all below it, decides for a process that ended by SIGKILL.
+/// systemd removes a scope as soon as its last process has ended, which may be before this process has seen
+/// that end, and a removed cgroup's files cannot be read, even by a descriptor that was open. So the counter
+/// is read whenever the kernel tells that it has changed, which is before the process that was killed has
+/// given back its memory and ended; and should that come too late as well, the counter of the cgroup above,
+/// which counts for all below it, decides for a process that ended by SIGKILL.
 #[derive(Debug)]
 pub(crate) struct OomCounter {
     file: File,
     key: Vec<u8>,
     /// It had risen when it was last read.
     seen: bool,
-    /// The counter above, and how high it was at the start. Nothing on v1, which does not count for those below, and needs no such care.
+    /// The counter above, and how high it was at the start. Nothing on v1, which does not count for those
+    /// below, and needs no such care.
     above: Option<(File, u64)>,
 }
 
@@ -64,7 +66,8 @@ impl OomCounter {
         match read(&self.file, &self.key) {
             Ok(kills) => kills > 0,
             Err(_) if self.seen => true,
-            // Another container of the pod may have been killed in the meantime; a container that ended otherwise is not blamed for it.
+            // Another container of the pod may have been killed in the meantime; a container that ended
+            // otherwise is not blamed for it.
             Err(_) if killed => self
                 .above
                 .as_ref()
@@ -98,8 +101,9 @@ fn count(file: &[u8], key: &[u8]) -> u64 {
         .unwrap_or(0)
 }
 
-/// Ends every process that is left in the cgroup of a container without a pid namespace of its own, when its main process has ended: they
-/// would hold its output open, and nobody else stops them soon. The daemon looks again.
+/// Ends every process that is left in the cgroup of a container without a pid namespace of its own, when its
+/// main process has ended: they would hold its output open, and nobody else stops them soon. The daemon looks
+/// again.
 pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     const SIGKILL: i32 = 9;
     if !cgroup.unified_dir.is_empty() {
@@ -118,13 +122,15 @@ pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     }
 }
 
-/// Takes the room that the record will need, so that a disk that fills up meanwhile does not keep it from being written.
+/// Takes the room that the record will need, so that a disk that fills up meanwhile does not keep it from
+/// being written.
 pub(crate) fn reserve_record(path: &Path) -> io::Result<()> {
     let file = File::options().write(true).create(true).truncate(false).open(partial(path))?;
     berth_sys::file::allocate(file.as_fd(), RESERVED_BYTES)
 }
 
-/// What is reserved: one block. A record has some 30 bytes, plus the words of a failed start, which are in it as far as they fit.
+/// What is reserved: one block. A record has some 30 bytes, plus the words of a failed start, which are in it
+/// as far as they fit.
 const RESERVED_BYTES: u64 = 4096;
 
 /// The longest words of a failed start in a record, in bytes.
@@ -136,7 +142,8 @@ pub(crate) fn drop_reservation(path: &Path) {
     let _ = std::fs::remove_file(partial(path));
 }
 
-/// Writes the record where room is reserved for it and renames it into place, so that it is there whole or not at all.
+/// Writes the record where room is reserved for it and renames it into place, so that it is there whole or
+/// not at all.
 pub(crate) fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
     let partial = partial(path);
     let mut record = record.clone();

@@ -1,22 +1,22 @@
 //! What a new child and the shim say to each other before the child's exec.
 //!
 //! ```text
-//!  report  socket, child to shim   `R` and what the child resolved, with the terminal's descriptor if there is one; what does
-//!                                  not fit goes ahead of it in packets `P`
+//!  report  socket, child to shim   `R` and what the child resolved, with the terminal's descriptor if
+//!                                  there is one; what does not fit goes ahead of it in packets `P`
 //!  words   pipe, child to shim     `Failed`, or nothing; its end without a word says that exec worked
 //!  go      pipe, shim to child     one byte: become the program
 //! ```
-//! All are close-on-exec. A child that goes on as another process ([`crate::init`]), the *maker*, tells who that is by its own
-//! name (proc_pid_comm(5)), and ends: a name can be read as long as the process has not been reaped, and nobody but the process
-//! itself can write it.
+//! All are close-on-exec. A child that goes on as another process ([`crate::init`]), the *maker*, tells who
+//! that is by its own name (proc_pid_comm(5)), and ends: a name can be read as long as the process has not
+//! been reaped, and nobody but the process itself can write it.
 //!
 //! # Who is believed
 //!
-//! A process that is born in a pid namespace where others live has what its maker had open, and whoever may trace it there
-//! has it too. So the maker closes the report before it makes the other, and that one has two pipes: it can be told to go on, and it can
-//! say a text of limited length about itself, after which it is killed. A pipe carries no descriptors, which a
-//! socket would: to close one that hangs, a socket that lingers (socket(7)) or a file of a filesystem in the container, the
-//! shim would have to wait.
+//! A process that is born in a pid namespace where others live has what its maker had open, and whoever may
+//! trace it there has it too. So the maker closes the report before it makes the other, and that one has two
+//! pipes: it can be told to go on, and it can say a text of limited length about itself, after which it is
+//! killed. A pipe carries no descriptors, which a socket would: to close one that hangs, a socket that
+//! lingers (socket(7)) or a file of a filesystem in the container, the shim would have to wait.
 
 use crate::failure::{Step, refused};
 use berth_shim_proto::control::{Created, Failed};
@@ -26,7 +26,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// The longest packet. A kernel socket buffer has some 200 KiB by default (`net.core.wmem_default`), its own bookkeeping included.
+/// The longest packet. A kernel socket buffer has some 200 KiB by default (`net.core.wmem_default`), its own
+/// bookkeeping included.
 const MAX_PACKET: usize = 64 * 1024;
 
 /// The longest report. Groups are most of it: at most 65536 (setgroups(2)), of five bytes.
@@ -198,7 +199,8 @@ impl ShimEnd {
         }
     }
 
-    /// Whether the words have come to their end: `None` when they have not, else the failure that was said, if any.
+    /// Whether the words have come to their end: `None` when they have not, else the failure that was said,
+    /// if any.
     pub(crate) fn hear_words(&mut self) -> Option<Option<Failed>> {
         let mut buffer = [0; 4096];
         loop {
@@ -229,7 +231,8 @@ fn decode_failure(body: &[u8]) -> Failed {
     bounded(Failed::decode(body).unwrap_or_else(|_| refused(STEP, "its report is torn")))
 }
 
-/// A failure as it may be shown: not too long, and without characters that a log or a terminal would take for orders.
+/// A failure as it may be shown: not too long, and without characters that a log or a terminal would take for
+/// orders.
 fn bounded(failed: Failed) -> Failed {
     let shown = |text: &str, most: usize| {
         let mut shown: String = text

@@ -1,9 +1,11 @@
-//! What a process has from its parent unless it is set: none of it comes from the daemon, its unit or the shell that started it.
+//! What a process has from its parent unless it is set: none of it comes from the daemon, its unit or the
+//! shell that started it.
 //!
-//! Limits, mask, signals, environment, descriptors, credentials and the oom score are set elsewhere, as the plan says. What is here
-//! is the same for every process of every container, and for process 1 of a pod. What cannot be undone stays: a seccomp filter,
-//! `no_new_privs`, Landlock rules, locked secure bits, `PR_SET_MDWE` and speculation controls of the daemon's unit only take
-//! privileges away; a core scheduling cookie and an audit login id (`/proc/self/loginuid`) are for whoever gave them to the unit.
+//! Limits, mask, signals, environment, descriptors, credentials and the oom score are set elsewhere, as the
+//! plan says. What is here is the same for every process of every container, and for process 1 of a pod. What
+//! cannot be undone stays: a seccomp filter, `no_new_privs`, Landlock rules, locked secure bits,
+//! `PR_SET_MDWE` and speculation controls of the daemon's unit only take privileges away; a core scheduling
+//! cookie and an audit login id (`/proc/self/loginuid`) are for whoever gave them to the unit.
 
 use crate::failure::Step;
 use berth_shim_proto::control::Failed;
@@ -16,8 +18,9 @@ const TIMER_SLACK_NS: u32 = 50_000;
 /// The kernel's default: core(5), `/proc/pid/coredump_filter`.
 const COREDUMP_FILTER: &str = "0x33";
 
-/// What the children of a shim can only have from it: the timer slack that a process can go back to is its parent's, and the filter of core
-/// dumps is a file, which would cost each child three calls. For a shim at its start.
+/// What the children of a shim can only have from it: the timer slack that a process can go back to is its
+/// parent's, and the filter of core dumps is a file, which would cost each child three calls. For a shim at
+/// its start.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -33,8 +36,8 @@ pub(crate) fn reset_for_children() -> io::Result<()> {
 /// Everything else. For a child, before it joins its cgroup: a real-time policy could be refused there.
 ///
 /// # Errors
-/// When the kernel refuses, but for what it does not know at all, and for shares of processor, disk and memory that a daemon without
-/// `CAP_SYS_NICE` may not set: that weakens no isolation.
+/// When the kernel refuses, but for what it does not know at all, and for shares of processor, disk and
+/// memory that a daemon without `CAP_SYS_NICE` may not set: that weakens no isolation.
 pub(crate) fn reset() -> Result<(), Failed> {
     const STEP: &str = "reset what is inherited";
     where_allowed(scheduling::use_default_policy()).step(STEP, "scheduling policy and nice value")?;
@@ -47,7 +50,8 @@ pub(crate) fn reset() -> Result<(), Failed> {
     where_known(scheduling::use_default_memory_failure_policy()).step(STEP, "memory failure policy")?;
     where_allowed(scheduling::flush_no_io()).step(STEP, "I/O flusher")?;
     scheduling::use_default_personality().step(STEP, "personality")?;
-    // An empty one of its own for each process that the shim starts, exec too: keys that one of them adds are not the others'.
+    // An empty one of its own for each process that the shim starts, exec too: keys that one of them adds are
+    // not the others'.
     where_known(process::join_new_session_keyring()).step(STEP, "session keyring")
 }
 

@@ -1,12 +1,14 @@
 //! The child between clone and exec: the container's main process, and the processes of exec.
 //!
-//! A flat list of steps, each with the reason for its place. One thread, no logging; a step that fails is reported to the shim and
-//! the child ends.
+//! A flat list of steps, each with the reason for its place. One thread, no logging; a step that fails is
+//! reported to the shim and the child ends.
 //!
-//! A process in a pid namespace shows everybody there that may trace (`CAP_SYS_PTRACE`) what it has: its root, its working directory, its
-//! descriptors, its memory, and through that its privileges. So nothing of the host enters a namespace where others live. A process bound
-//! for one prepares outside until the root is the container's and the descriptors, privileges, filter and profile are the program's, reports, and
-//! only then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not believed ([`crate::handshake`]).
+//! A process in a pid namespace shows everybody there that may trace (`CAP_SYS_PTRACE`) what it has: its
+//! root, its working directory, its descriptors, its memory, and through that its privileges. So nothing of
+//! the host enters a namespace where others live. A process bound for one prepares outside until the root is
+//! the container's and the descriptors, privileges, filter and profile are the program's, reports, and only
+//! then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not believed
+//! ([`crate::handshake`]).
 
 use crate::apparmor::{Profile, Way};
 use crate::execute::{self, Privileges, Program};
@@ -117,8 +119,8 @@ fn prepare_main(
             ns::join(file.as_fd(), kind.flag()).step("join the namespace", host_path(path).display())?;
         }
     }
-    // After the cgroup was joined: a cgroup namespace is rooted where its maker is, cgroup_namespaces(7). After the network
-    // namespace was joined: sysfs shows the one of its mounter.
+    // After the cgroup was joined: a cgroup namespace is rooted where its maker is, cgroup_namespaces(7).
+    // After the network namespace was joined: sysfs shows the one of its mounter.
     if namespaces.own_cgroup {
         ns::unshare(ns::CGROUP).step("make a cgroup namespace", "")?;
     }
@@ -178,7 +180,8 @@ fn prepare_main(
     }
 }
 
-/// A session of its own: signals of a terminal reach it and nobody else, and the shim signals an exec as a whole.
+/// A session of its own: signals of a terminal reach it and nobody else, and the shim signals an exec as a
+/// whole.
 fn lead_session(has_terminal: bool) -> Result<(), Failed> {
     process::new_session().step("make a session", "")?;
     if has_terminal {
@@ -233,8 +236,8 @@ fn prepare_exec(
     if launch.namespaces.own_cgroup {
         flags |= ns::CGROUP;
     }
-    // All at once by the pidfd: the kernel joins every one or none. Root and working directory become the container's; of the pid
-    // namespaces only the one that children go to changes, setns(2).
+    // All at once by the pidfd: the kernel joins every one or none. Root and working directory become the
+    // container's; of the pid namespaces only the one that children go to changes, setns(2).
     ns::join(main, flags).step("join the container", "")?;
     match streams {
         ExecStreams::Pipes(stdio) => place(stdio, user)?,
@@ -253,21 +256,22 @@ fn prepare_exec(
     Ok((exec, privileges))
 }
 
-/// Closes the child's copies of everything else that the shim has open. What a child holds on to stays open when the shim lets go of
-/// it: its daemons would not see its end, and its poll would go on to tell of what it has closed. A child may hang for long.
+/// Closes the child's copies of everything else that the shim has open. What a child holds on to stays open
+/// when the shim lets go of it: its daemons would not see its end, and its poll would go on to tell of what
+/// it has closed. A child may hang for long.
 fn keep_only(kept: &[BorrowedFd<'_>]) -> Result<(), Failed> {
     process::close_all_but(kept).step("close descriptors", "")
 }
 
 /// What every child does first.
 pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
-    // Before anything of the container can see this process: nobody in there may trace it or open its files, /proc/<pid>/exe
-    // among them (CVE-2016-9962, CVE-2019-5736). Exec turns it on again.
+    // Before anything of the container can see this process: nobody in there may trace it or open its files,
+    // /proc/<pid>/exe among them (CVE-2016-9962, CVE-2019-5736). Exec turns it on again.
     process::set_dumpable(false).step("guard the process", "")?;
     process::reset_signals().step("reset the signals", "")?;
     inheritance::reset()?;
-    // In cgroup v1 a single thread that writes "0" moves only itself, which spares the kernel its global lock. From here on
-    // everything that is done for the container counts against its limits.
+    // In cgroup v1 a single thread that writes "0" moves only itself, which spares the kernel its global
+    // lock. From here on everything that is done for the container counts against its limits.
     for path in &cgroup.tasks_files {
         let path = host_path(path);
         OpenOptions::new()
@@ -279,8 +283,9 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one, whose name tells the shim who
-/// the new one is. Nothing but 0, 1, 2 and two pipes to the shim stays open. Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
+/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one,
+/// whose name tells the shim who the new one is. Nothing but 0, 1, 2 and two pipes to the shim stays open.
+/// Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
 fn go_on_inside(
     program: &Process,
     profile: Option<Profile>,
@@ -307,7 +312,8 @@ fn join_for_children(namespace: BorrowedFd<'_>) -> Result<(), Failed> {
     ns::join(namespace, ns::Kind::Pid.flag()).step("join the pid namespace", "")
 }
 
-/// Puts the three descriptors in place as 0, 1, 2, and gives pipes to the user, so that it can open /dev/stdout and the like.
+/// Puts the three descriptors in place as 0, 1, 2, and gives pipes to the user, so that it can open
+/// /dev/stdout and the like.
 fn place(stdio: Stdio, user: &Resolved) -> Result<(), Failed> {
     for (descriptor, number) in [(&stdio.input, 0), (&stdio.output, 1), (&stdio.error, 2)] {
         give_away(descriptor.as_fd(), user)?;
@@ -326,8 +332,8 @@ fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> 
     Ok(())
 }
 
-/// Opens a new terminal in the container's own devpts, makes it 0, 1 and 2, and where `/dev` is the container's own `/dev/console` too; returns
-/// the other end.
+/// Opens a new terminal in the container's own devpts, makes it 0, 1 and 2, and where `/dev` is the
+/// container's own `/dev/console` too; returns the other end.
 fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "open a terminal";
     let inside = Root::open(Path::new("/dev/pts")).step(STEP, "/dev/pts")?;

@@ -51,7 +51,8 @@ pub(crate) struct NewContainer {
     pub(crate) log: Option<LogFile>,
 }
 
-/// Clones the main process, which does everything up to its exec. `descriptors` are those that the request came with.
+/// Clones the main process, which does everything up to its exec. `descriptors` are those that the request
+/// came with.
 ///
 /// # Errors
 /// When there is no process; nothing is left then.
@@ -144,7 +145,8 @@ impl Making {
 }
 
 impl Container {
-    /// Whether a main process that waits where others live still has its profile. Elsewhere the process looks itself.
+    /// Whether a main process that waits where others live still has its profile. Elsewhere the process looks
+    /// itself.
     ///
     /// # Errors
     /// When it has not, or that cannot be found out.
@@ -244,9 +246,9 @@ pub(crate) fn exec(
 
 /// Clones a child into the container's cgroup.
 ///
-/// A container that manages its own part of the tree (systemd in a privileged pod) has its processes in cgroups below, and enabled
-/// controllers for them: then no process may be in the cgroup itself, cgroups(7), "no internal processes", and the child joins where
-/// the main process is.
+/// A container that manages its own part of the tree (systemd in a privileged pod) has its processes in
+/// cgroups below, and enabled controllers for them: then no process may be in the cgroup itself, cgroups(7),
+/// "no internal processes", and the child joins where the main process is.
 fn clone_into(container: &Container) -> io::Result<Cloned> {
     let unified = &container.launch.cgroup.unified_dir;
     if unified.is_empty() {
@@ -266,8 +268,9 @@ fn clone_into(container: &Container) -> io::Result<Cloned> {
     }
 }
 
-/// Where a process is below the cgroup directory `unified`, by its `/proc/<pid>/cgroup`, proc_pid_cgroup(5). `None` when it is somewhere
-/// else. The paths in that file begin at the root of the hierarchy, wherever that is mounted.
+/// Where a process is below the cgroup directory `unified`, by its `/proc/<pid>/cgroup`, proc_pid_cgroup(5).
+/// `None` when it is somewhere else. The paths in that file begin at the root of the hierarchy, wherever that
+/// is mounted.
 fn below_in_hierarchy<'a>(unified: &[u8], listed: &'a [u8]) -> Option<&'a std::ffi::OsStr> {
     let path = listed.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
     let mut rest = unified;

@@ -1,8 +1,9 @@
 //! Where a mount may go that a request asks for: not into `/proc`, and into `/dev` only by its own name.
 //!
-//! What the runtime itself does in a container rests on these: masks and read-only paths of `/proc`, the device nodes and the terminal
-//! of `/dev`. A path of the request can lead there without saying so, through a link in a volume that another container writes. So the
-//! place is looked at as the kernel sees it, after the path was resolved.
+//! What the runtime itself does in a container rests on these: masks and read-only paths of `/proc`, the
+//! device nodes and the terminal of `/dev`. A path of the request can lead there without saying so, through a
+//! link in a volume that another container writes. So the place is looked at as the kernel sees it, after the
+//! path was resolved.
 
 use crate::failure::{Step, from_io, refused, shown};
 use berth_shim_proto::control::Failed;
@@ -23,7 +24,8 @@ const ELOOP: i32 = 40;
 
 const STEP: &str = "find the place for the mount";
 
-/// Checks `place`, to which the path of `mount` has led below `root`, and returns the place to mount on. `source` is what a bind mounts.
+/// Checks `place`, to which the path of `mount` has led below `root`, and returns the place to mount on.
+/// `source` is what a bind mounts.
 ///
 /// # Errors
 /// When nothing may be mounted there.
@@ -69,7 +71,8 @@ fn is_root_of_procfs(source: BorrowedFd<'_>) -> bool {
         && beneath::stat_fd(source).is_ok_and(|found| found.identity.1 == PROC_ROOT_INODE)
 }
 
-/// Whether `place` is on the filesystem of this directory of the host, whose files the shim's child still sees.
+/// Whether `place` is on the filesystem of this directory of the host, whose files the shim's child still
+/// sees.
 fn is_of_host(directory: &str, place: BorrowedFd<'_>) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
     match std::fs::metadata(directory) {

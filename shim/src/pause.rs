@@ -1,9 +1,11 @@
-//! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps orphans and does nothing else.
+//! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps orphans and does
+//! nothing else.
 //!
-//! `berth-shim pause` makes it and ends: a child in a new pid and mount namespace whose root is an empty read-only tmpfs, without
-//! capabilities, without descriptors, which lives until it is killed. The daemon sends `launch::Pause` as one frame and is answered with
-//! `Failed`, or with `Created` and two descriptors: the pid namespace, and a procfs of it as a detached mount, made while the process is
-//! alone in there ([`crate::procfs`]).
+//! `berth-shim pause` makes it and ends: a child in a new pid and mount namespace whose root is an empty
+//! read-only tmpfs, without capabilities, without descriptors, which lives until it is killed. The daemon
+//! sends `launch::Pause` as one frame and is answered with `Failed`, or with `Created` and two descriptors:
+//! the pid namespace, and a procfs of it as a detached mount, made while the process is alone in there
+//! ([`crate::procfs`]).
 
 use crate::apparmor::{Profile, Way};
 use crate::failure::{Step, from_io, refused};
@@ -106,7 +108,8 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
 
 const SIGKILL: i32 = 9;
 
-/// What comes first in the process; and the procfs of its pid namespace, of which it is the only inhabitant, with the way into its profile.
+/// What comes first in the process; and the procfs of its pid namespace, of which it is the only inhabitant,
+/// with the way into its profile.
 fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     crate::init::begin(&request.cgroup)?;
     let profile = Profile::find(&request.apparmor_profile)?.map(Profile::open_current).transpose()?;
@@ -130,7 +133,8 @@ fn confine(profile: Option<Way>) -> Result<(), Failed> {
 }
 
 fn reap_for_ever() -> ! {
-    // Process 1 ignores signals without a handler from inside its namespace, pid_namespaces(7); from outside SIGKILL ends it.
+    // Process 1 ignores signals without a handler from inside its namespace, pid_namespaces(7); from outside
+    // SIGKILL ends it.
     loop {
         if let (Ok(poll), Ok(children)) = (Poll::new(), ChildSignals::new())
             && poll.watch(children.as_fd(), 0, false).is_ok()

@@ -1,12 +1,15 @@
 //! The procfs of a pid namespace in which others live.
 //!
-//! A procfs shows the pid namespace of the process that began it (pid_namespaces(7)). A process that begins one in an inhabited namespace
-//! would be seen there, with the privilege that mounting takes, and whoever may trace it would have that privilege. So none is
-//! begun: a procfs that was made while nobody lived there is cloned.
+//! A procfs shows the pid namespace of the process that began it (pid_namespaces(7)). A process that begins
+//! one in an inhabited namespace would be seen there, with the privilege that mounting takes, and whoever may
+//! trace it would have that privilege. So none is begun: a procfs that was made while nobody lived there is
+//! cloned.
 //!
-//! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and mounted on the host (`Namespaces.procfs`).
-//! - A container that is the target of another has its own, in its own mount namespace. Its processes may have mounted anything in
-//!   the place, so it is checked for what it is: a whole procfs, and of that pid namespace.
+//! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and mounted on
+//!   the host (`Namespaces.procfs`).
+//! - A container that is the target of another has its own, in its own mount namespace. Its processes may
+//!   have mounted anything in the place, so it is checked for what it is: a whole procfs, and of that pid
+//!   namespace.
 
 use crate::failure::{Step, refused};
 use berth_shim_proto::control::Failed;
@@ -18,7 +21,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-/// The container whose pid namespace another one is to live in (`NamespaceMode.TARGET`), as the daemon has found it.
+/// The container whose pid namespace another one is to live in (`NamespaceMode.TARGET`), as the daemon has
+/// found it.
 #[derive(Debug)]
 pub(crate) struct Target {
     /// Its main process.
@@ -54,9 +58,9 @@ impl Target {
 
     /// Its procfs, as a detached mount.
     ///
-    /// The look into its mount namespace is another process's, which stays outside of its pid namespace: joining a mount namespace changes
-    /// root and working directory for good, setns(2). It may hang in a filesystem that the target serves, so it has [`LOOK`], and
-    /// ends with this process.
+    /// The look into its mount namespace is another process's, which stays outside of its pid namespace:
+    /// joining a mount namespace changes root and working directory for good, setns(2). It may hang in a
+    /// filesystem that the target serves, so it has [`LOOK`], and ends with this process.
     pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
         const STEP: &str = "take the target's procfs";
         let (own, other) = socket::packet_pair().step("make a socket", "")?;
@@ -113,8 +117,8 @@ pub(crate) fn pinned(path: &Path) -> Result<OwnedFd, Failed> {
 
 /// Whether `place` is the root of a procfs that shows the pid namespace of this number.
 ///
-/// Its process 1 is that of the namespace it shows, so the link to its pid namespace tells which one that is. The link is read past
-/// everything that somebody mounted over it.
+/// Its process 1 is that of the namespace it shows, so the link to its pid namespace tells which one that is.
+/// The link is read past everything that somebody mounted over it.
 fn check(place: BorrowedFd<'_>, number: u64) -> io::Result<()> {
     let is_root = mount::is_procfs(place)? && stat_fd(place)?.identity.1 == ROOT_INODE;
     if is_root {

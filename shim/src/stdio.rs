@@ -11,7 +11,8 @@ use std::time::SystemTime;
 
 use crate::failure::Step;
 
-/// Bytes read at a time: what a pipe holds by default, pipe(7). The buffer lives only while there is something to read.
+/// Bytes read at a time: what a pipe holds by default, pipe(7). The buffer lives only while there is
+/// something to read.
 const READ_BYTES: usize = 64 * 1024;
 
 /// Reads of one stream before the other and the daemon get their turn.
@@ -146,7 +147,8 @@ fn read_some(source: &mut Source, mut log: Option<&mut LogFile>, reads: usize) -
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return After::Open,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // EIO: the last process has closed the terminal, pty(7). Nothing else is to be had from a stream that fails.
+            // EIO: the last process has closed the terminal, pty(7). Nothing else is to be had from a stream
+            // that fails.
             Err(_) => return end_of(source, log),
         }
     }

@@ -1,7 +1,8 @@
 //! Running a program of the system to its end.
 //!
-//! It gets nothing of the caller's but a text on its standard input, has a process group, a deadline and a bound on what it may say, and
-//! nothing of its group is left when it has ended. Takes threads, unlike the rest of this crate.
+//! It gets nothing of the caller's but a text on its standard input, has a process group, a deadline and a
+//! bound on what it may say, and nothing of its group is left when it has ended. Takes threads, unlike the
+//! rest of this crate.
 
 use crate::process;
 use std::ffi::OsStr;
@@ -16,7 +17,8 @@ use std::time::{Duration, Instant};
 /// How often a running program is looked at.
 const POLL: Duration = Duration::from_millis(2);
 
-/// How long what was said may take to be read after the end. Longer only if a process that has left the group holds the pipe.
+/// How long what was said may take to be read after the end. Longer only if a process that has left the group
+/// holds the pipe.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What is run.
@@ -30,7 +32,8 @@ pub struct Run<'a, A> {
     pub stdin: &'a [u8],
     /// From the start to the end.
     pub deadline: Duration,
-    /// Bytes kept of what it writes to standard error; the rest is read and dropped. Standard output goes nowhere.
+    /// Bytes kept of what it writes to standard error; the rest is read and dropped. Standard output goes
+    /// nowhere.
     pub max_message: u64,
 }
 
@@ -44,7 +47,8 @@ pub struct Ended {
 }
 
 impl<A: AsRef<OsStr>> Run<'_, A> {
-    /// Runs it, in the root directory and without an environment. `None` when it did not end in time; it was killed then. Blocking.
+    /// Runs it, in the root directory and without an environment. `None` when it did not end in time; it was
+    /// killed then. Blocking.
     ///
     /// # Errors
     /// When it cannot be started or waited for.
@@ -70,8 +74,8 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
         Ok(in_time.then_some(Ended { status, message }))
     }
 
-    /// On threads, so that a program that reads nothing or says too much cannot hold this one beyond the deadline. They end when the
-    /// pipes close.
+    /// On threads, so that a program that reads nothing or says too much cannot hold this one beyond the
+    /// deadline. They end when the pipes close.
     fn converse(&self, child: &mut Child) -> io::Result<Receiver<Vec<u8>>> {
         if let Some(mut stdin) = child.stdin.take() {
             let text = self.stdin.to_owned();

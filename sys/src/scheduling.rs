@@ -114,7 +114,8 @@ pub fn use_default_memory_failure_policy() -> io::Result<()> {
     prctl(libc::PR_MCE_KILL, 0)
 }
 
-/// Memory is allocated as for any process, not as for one that filesystems depend on: `PR_SET_IO_FLUSHER` off.
+/// Memory is allocated as for any process, not as for one that filesystems depend on: `PR_SET_IO_FLUSHER`
+/// off.
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_RESOURCE`, without which nothing can have turned it on either; `EINVAL` before

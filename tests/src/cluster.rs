@@ -1,12 +1,13 @@
-//! A Kubernetes cluster of one node on a daemon of a test's own: etcd, API server, controller manager, scheduler and a
-//! kubelet, all on the daemon's test host.
+//! A Kubernetes cluster of one node on a daemon of a test's own: etcd, API server, controller manager,
+//! scheduler and a kubelet, all on the daemon's test host.
 //!
-//! The programs come from `scripts/build-peer etcd kubernetes kubelet`. Ports are those that every cluster uses, because
-//! the host is the test's alone; pods get their network from Berth, and there is no kube-proxy and no DNS. Who calls the
-//! API server shows a token, and believes it by a certificate authority that `openssl` makes for this one cluster.
+//! The programs come from `scripts/build-peer etcd kubernetes kubelet`. Ports are those that every cluster
+//! uses, because the host is the test's alone; pods get their network from Berth, and there is no kube-proxy
+//! and no DNS. Who calls the API server shows a token, and believes it by a certificate authority that
+//! `openssl` makes for this one cluster.
 //!
-//! A kubelet insists on `/var/lib/kubelet` and `/var/log/containers`; they are removed on drop if they were not there
-//! before. Everything else lies in the daemon's folder, cgroup and host, and goes with them.
+//! A kubelet insists on `/var/lib/kubelet` and `/var/log/containers`; they are removed on drop if they were
+//! not there before. Everything else lies in the daemon's folder, cgroup and host, and goes with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -44,8 +45,9 @@ const UNAVOIDABLE: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
 /// How much of each log a failed test shows.
 const LAST_LINES: usize = 12;
 
-/// Who calls the API server: the file of each kubeconfig, with the user and the group that its token stands for. Roles of
-/// these names are what the API server makes for itself (Kubernetes, "Using RBAC Authorization", "Core component roles").
+/// Who calls the API server: the file of each kubeconfig, with the user and the group that its token stands
+/// for. Roles of these names are what the API server makes for itself (Kubernetes, "Using RBAC
+/// Authorization", "Core component roles").
 const CALLERS: [(&str, &str, &str); 4] = [
     ("admin", "admin", "system:masters"),
     ("controller-manager", "system:kube-controller-manager", ""),
@@ -71,7 +73,8 @@ struct Server {
     process: Child,
 }
 
-/// A pod as the API server reports it: the parts of `v1.Pod` (Kubernetes API reference) that the tests look at.
+/// A pod as the API server reports it: the parts of `v1.Pod` (Kubernetes API reference) that the tests look
+/// at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pod {
     /// Its name.
@@ -82,8 +85,8 @@ pub struct Pod {
     pub address: String,
     /// Whether its condition `Ready` is true and nobody asked for its end.
     pub ready: bool,
-    /// The ids of its containers by their names, without the runtime's name before them. One that has none yet is not among
-    /// them.
+    /// The ids of its containers by their names, without the runtime's name before them. One that has none
+    /// yet is not among them.
     pub container_ids: BTreeMap<String, String>,
     /// How often its first container was started anew.
     pub restart_count: u64,
@@ -133,8 +136,8 @@ impl<'a> Cluster<'a> {
     /// Starts one on `daemon`, and waits until its node is ready for pods.
     ///
     /// # Errors
-    /// When a program is missing (the message says how to build it), a file cannot be written, or a server does not
-    /// answer in time (the message ends with the servers' last lines).
+    /// When a program is missing (the message says how to build it), a file cannot be written, or a server
+    /// does not answer in time (the message ends with the servers' last lines).
     pub fn start(daemon: &'a Daemon) -> Result<Self> {
         let dir = daemon.folder("cluster")?;
         make_certificates(&dir)?;
@@ -312,8 +315,8 @@ impl<'a> Cluster<'a> {
         serde_json::from_str(&text).with_context(|| format!("reading {path}"))
     }
 
-    /// The pods of the namespace `default` that a label selector (`key=value`) chooses, by name; all of them for an empty
-    /// selector.
+    /// The pods of the namespace `default` that a label selector (`key=value`) chooses, by name; all of them
+    /// for an empty selector.
     ///
     /// # Errors
     /// When the API server does not answer with a list.
@@ -353,11 +356,12 @@ impl<'a> Cluster<'a> {
         Ok(answer.text().with_context(|| format!("reading {url}"))?.trim_end().to_owned())
     }
 
-    /// What is on the machine for this cluster, beside the daemon and the servers: processes on the test's host (shims; what
-    /// runs in a pod shows by its cgroup), mounts, links, firewall rules, cgroups, and the files of the daemon.
+    /// What is on the machine for this cluster, beside the daemon and the servers: processes on the test's
+    /// host (shims; what runs in a pod shows by its cgroup), mounts, links, firewall rules, cgroups, and the
+    /// files of the daemon.
     ///
-    /// The cgroups of kubelet's classes of service are not told: it makes them when it starts, and again when a pod needs
-    /// them in a hierarchy where it had not.
+    /// The cgroups of kubelet's classes of service are not told: it makes them when it starts, and again when
+    /// a pod needs them in a hierarchy where it had not.
     ///
     /// # Errors
     /// When a tool that lists something fails.
@@ -390,8 +394,8 @@ impl<'a> Cluster<'a> {
         Ok(found)
     }
 
-    /// The folders of pods that the kubelet still keeps (their volumes, their logs), and the links to their logs that it
-    /// makes for log collectors.
+    /// The folders of pods that the kubelet still keeps (their volumes, their logs), and the links to their
+    /// logs that it makes for log collectors.
     #[must_use]
     pub fn pod_files(&self) -> Vec<PathBuf> {
         let entries = |folder: &Path| {
@@ -407,8 +411,8 @@ impl<'a> Cluster<'a> {
         found
     }
 
-    /// The end of each server's log and the pods as they are, for the message of a failed test. Copies of the whole logs,
-    /// and the events, are left in `target/test-logs/cluster`.
+    /// The end of each server's log and the pods as they are, for the message of a failed test. Copies of the
+    /// whole logs, and the events, are left in `target/test-logs/cluster`.
     #[must_use]
     pub fn last_words(&self) -> String {
         let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-logs/cluster");
@@ -467,7 +471,8 @@ fn token(caller: &str) -> String {
     format!("token-of-{caller}")
 }
 
-/// Makes `ca.crt`, the API server's `server.crt` and `server.key`, and `account.key`, which signs service accounts' tokens.
+/// Makes `ca.crt`, the API server's `server.crt` and `server.key`, and `account.key`, which signs service
+/// accounts' tokens.
 fn make_certificates(dir: &Path) -> Result<()> {
     let openssl = |arguments: &[&str]| {
         output(Command::new("openssl").current_dir(dir).args(arguments))

@@ -83,8 +83,8 @@ impl Client {
         })
     }
 
-    /// `ExecSync` that is given up when `enough` returns: the call is cancelled, and the connection closed with the last clone of the client.
-    /// `None` then; the answer, if it comes before.
+    /// `ExecSync` that is given up when `enough` returns: the call is cancelled, and the connection closed
+    /// with the last clone of the client. `None` then; the answer, if it comes before.
     ///
     /// # Errors
     /// The daemon's refusal, and that of `enough`.
@@ -185,7 +185,8 @@ impl Client {
         self.tokio.block_on(call).ok().transpose().map(|answer| answer.map(Response::into_inner))
     }
 
-    /// `CreateContainer` by a client that waits only for so long and then resets the call; `None` when it did.
+    /// `CreateContainer` by a client that waits only for so long and then resets the call; `None` when it
+    /// did.
     ///
     /// # Errors
     /// The daemon's refusal.

@@ -1,9 +1,10 @@
-//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with folders, a network and a cgroup that nobody else
-//! has.
+//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with folders, a network and a cgroup
+//! that nobody else has.
 //!
-//! The programs are those of the folder that `BERTH_BIN_DIR` names, else of `dist/` in the repository; its cgroup driver is
-//! the one that `BERTH_TEST_CGROUP_DRIVER` names ([`Driver::of_the_environment`]). Whatever becomes of the test, all that
-//! the daemon and its containers made goes when the value is dropped: processes, mounts, network, cgroups, files.
+//! The programs are those of the folder that `BERTH_BIN_DIR` names, else of `dist/` in the repository; its
+//! cgroup driver is the one that `BERTH_TEST_CGROUP_DRIVER` names ([`Driver::of_the_environment`]). Whatever
+//! becomes of the test, all that the daemon and its containers made goes when the value is dropped:
+//! processes, mounts, network, cgroups, files.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
@@ -40,7 +41,8 @@ pub struct Setup {
     pub configuration: &'static str,
     /// Puts the durable root on a filesystem of this size.
     pub disk_bytes: Option<u64>,
-    /// Runs the daemon in a chroot: in a mount namespace whose root is the host's, at a copy of the host's mounts below.
+    /// Runs the daemon in a chroot: in a mount namespace whose root is the host's, at a copy of the host's
+    /// mounts below.
     pub chroot: bool,
     /// Programs that the daemon is started by, each of which becomes the next: `["nice", "-n", "5"]`.
     pub launcher: &'static [&'static str],
@@ -60,8 +62,8 @@ pub struct Daemon {
     dir: TempDir,
 }
 
-/// Runs a test on a daemon with the demo image; a failure is told with the daemon's last lines. Without root the test is
-/// skipped.
+/// Runs a test on a daemon with the demo image; a failure is told with the daemon's last lines. Without root
+/// the test is skipped.
 ///
 /// # Errors
 /// What the test returns, and when the daemon does not start.
@@ -148,7 +150,8 @@ impl Daemon {
         self.start_by(&[], programs)
     }
 
-    /// [`start_again`](Self::start_again) by another program with these arguments, which has to become the daemon.
+    /// [`start_again`](Self::start_again) by another program with these arguments, which has to become the
+    /// daemon.
     ///
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
@@ -333,8 +336,8 @@ impl Daemon {
         fs::write(folder.join("hosts.toml"), rules).context("writing the mirror rules")
     }
 
-    /// The request for a pod of this name, as a kubelet would write it: own network and IPC, RuntimeDefault for seccomp,
-    /// a log folder of its own.
+    /// The request for a pod of this name, as a kubelet would write it: own network and IPC, RuntimeDefault
+    /// for seccomp, a log folder of its own.
     #[must_use]
     pub fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
         v1::PodSandboxConfig {
@@ -431,8 +434,8 @@ impl Drop for Daemon {
     }
 }
 
-/// The namespaces that a kubelet asks for when the pod's manifest says nothing: the pod's own network and IPC, and
-/// processes of each container's own.
+/// The namespaces that a kubelet asks for when the pod's manifest says nothing: the pod's own network and
+/// IPC, and processes of each container's own.
 #[must_use]
 pub fn own_namespaces() -> v1::NamespaceOption {
     v1::NamespaceOption { pid: v1::NamespaceMode::Container.into(), ..Default::default() }

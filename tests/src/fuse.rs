@@ -1,8 +1,10 @@
-//! A file system whose server has stopped to answer, as one on the network does: what waits for it cannot be killed.
+//! A file system whose server has stopped to answer, as one on the network does: what waits for it cannot be
+//! killed.
 //!
-//! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and says what its root is, a directory. Any other request,
-//! such as to look for a name in it, it takes and leaves without an answer: the kernel waits for that in an uninterruptible state until the
-//! session ends, where a request that no server has taken would be given up with a signal that kills.
+//! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and says what its root is, a
+//! directory. Any other request, such as to look for a name in it, it takes and leaves without an answer: the
+//! kernel waits for that in an uninterruptible state until the session ends, where a request that no server
+//! has taken would be given up with a signal that kills.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -80,7 +82,8 @@ fn init() -> Vec<u8> {
     answer
 }
 
-/// `struct fuse_attr_out` of a directory that is valid for an hour: 16 bytes of time, then `struct fuse_attr`.
+/// `struct fuse_attr_out` of a directory that is valid for an hour: 16 bytes of time, then
+/// `struct fuse_attr`.
 fn attributes() -> Vec<u8> {
     const DIRECTORY: u32 = 0o40755;
     let mut answer = vec![0; 16 + 88];

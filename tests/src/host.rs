@@ -1,7 +1,8 @@
-//! The host that a daemon under test believes to be on: a network namespace of its own, with nothing but loopback in it.
+//! The host that a daemon under test believes to be on: a network namespace of its own, with nothing but
+//! loopback in it.
 //!
-//! Bridges, addresses, firewall rules and registries of tests live there, side by side with those of other tests and
-//! apart from those of the machine.
+//! Bridges, addresses, firewall rules and registries of tests live there, side by side with those of other
+//! tests and apart from those of the machine.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -49,7 +50,8 @@ impl Host {
         output(self.command(program).args(arguments))
     }
 
-    /// Calls `work` on a thread that is in it. Sockets that it makes stay in it wherever they are used afterwards.
+    /// Calls `work` on a thread that is in it. Sockets that it makes stay in it wherever they are used
+    /// afterwards.
     ///
     /// # Errors
     /// What `work` returns; and when the namespace cannot be entered.

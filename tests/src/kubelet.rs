@@ -1,10 +1,10 @@
 //! A real kubelet on static pods: the fixture of `tests/kubelet.rs` and of `tests/node`.
 //!
 //! Its binary comes from `scripts/build-peer kubelet` (or the path in `KUBELET`), its configuration from
-//! `tests/kubelet/config.yaml`. It runs without an API server, in folders and a port of its own, and below a cgroup of its
-//! own or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on `/var/lib/kubelet/device-plugins` and
-//! `/var/log/containers`, and mounts its root folder over itself: these are undone on drop, and the folders removed if
-//! they were not there before.
+//! `tests/kubelet/config.yaml`. It runs without an API server, in folders and a port of its own, and below a
+//! cgroup of its own or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on
+//! `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root folder over itself: these
+//! are undone on drop, and the folders removed if they were not there before.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -30,8 +30,8 @@ const NODE: &str = "berth-test";
 /// The node's address on a host that has been given one ([`Place::address`]).
 pub const ADDRESS: &str = "10.99.0.1";
 
-/// Time for one answer of the kubelet's API, on a machine that is busy with other things: longer than commands that
-/// tests run in containers.
+/// Time for one answer of the kubelet's API, on a machine that is busy with other things: longer than
+/// commands that tests run in containers.
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// Time for the kubelet to serve its API after its start (it takes about one second), and to end.
@@ -49,11 +49,11 @@ pub struct Place<'a> {
     pub socket: &'a Path,
     /// The host whose network it is in; the machine's own when there is none.
     pub host: Option<&'a Host>,
-    /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs one for pods on the
-    /// network of the node.
+    /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs one for
+    /// pods on the network of the node.
     pub address: bool,
-    /// Who makes its cgroups: itself, below a cgroup of its own, so that no one else's pods are touched; or systemd, as slices
-    /// below the machine's real `kubepods.slice`.
+    /// Who makes its cgroups: itself, below a cgroup of its own, so that no one else's pods are touched; or
+    /// systemd, as slices below the machine's real `kubepods.slice`.
     pub driver: Driver,
     /// A file of `tests/kubelet` with settings that win over those of `config.yaml`, if any.
     pub settings: Option<&'a str>,
@@ -236,11 +236,12 @@ pub enum Instance {
 impl Kubelet {
     /// Starts a kubelet and waits for its API.
     ///
-    /// Its folder gets the folders `manifests` (for pods), `logs`, and `evidence` (for the pods to leave files in).
+    /// Its folder gets the folders `manifests` (for pods), `logs`, and `evidence` (for the pods to leave
+    /// files in).
     ///
     /// # Errors
-    /// When the binary is missing (the message says how to build it), a file cannot be written, or the API does not
-    /// answer in time (the message ends with the kubelet's last lines).
+    /// When the binary is missing (the message says how to build it), a file cannot be written, or the API
+    /// does not answer in time (the message ends with the kubelet's last lines).
     pub fn start(place: Place<'_>) -> Result<Self> {
         let Place { dir, host, driver, .. } = place;
         let program = program()?;
@@ -368,8 +369,8 @@ impl Kubelet {
         entries.filter_map(Result::ok).map(|entry| entry.path()).collect()
     }
 
-    /// Gives the kubelet the static pods of the file `tests/kubelet/pods/NAME.yaml` (YAML documents, one for each pod) with
-    /// these words filled in: `@WORD@` with its value.
+    /// Gives the kubelet the static pods of the file `tests/kubelet/pods/NAME.yaml` (YAML documents, one for
+    /// each pod) with these words filled in: `@WORD@` with its value.
     ///
     /// # Errors
     /// When a file cannot be read or written.
@@ -421,11 +422,12 @@ impl Kubelet {
         pods.find(|pod| pod.is_called(name)).with_context(|| format!("the kubelet knows no pod {name}"))
     }
 
-    /// What a command prints that the kubelet runs in a container. The kubelet takes a line and cuts it at each space,
-    /// and a code other than 0 is an error.
+    /// What a command prints that the kubelet runs in a container. The kubelet takes a line and cuts it at
+    /// each space, and a code other than 0 is an error.
     ///
     /// # Errors
-    /// When the API does not answer, or the command does not run or fails; the message has what the kubelet says.
+    /// When the API does not answer, or the command does not run or fails; the message has what the kubelet
+    /// says.
     pub fn run(&self, pod: &str, container: &str, command: &str) -> Result<String> {
         let pod = full_name(pod);
         let url = format!("https://127.0.0.1:{}/run/default/{pod}/{container}", self.port);
@@ -448,8 +450,8 @@ impl Kubelet {
         answer.text().with_context(|| format!("reading {url}"))
     }
 
-    /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it: what is in the newest
-    /// file.
+    /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it: what is in
+    /// the newest file.
     ///
     /// # Errors
     /// When the API does not answer, or has no such log.
@@ -555,8 +557,8 @@ fn free_port() -> Result<u16> {
     Ok(listener.local_addr().context("finding a free port")?.port())
 }
 
-/// A client that takes the certificate which a kubelet without an API server signs for itself. It is only used with
-/// 127.0.0.1.
+/// A client that takes the certificate which a kubelet without an API server signs for itself. It is only
+/// used with 127.0.0.1.
 fn client() -> Result<reqwest::blocking::Client> {
     // Refused when another test of this process was first, which is as good.
     let _ = rustls::crypto::ring::default_provider().install_default();

@@ -1,5 +1,5 @@
-//! Container logs in the CRI format, read strictly: `<RFC 3339 time> <stdout|stderr> <P|F> <content>` and a newline, one entry a
-//! line (the kubelet's `pkg/kubelet/kuberuntime/logs`).
+//! Container logs in the CRI format, read strictly: `<RFC 3339 time> <stdout|stderr> <P|F> <content>` and a
+//! newline, one entry a line (the kubelet's `pkg/kubelet/kuberuntime/logs`).
 
 use std::fs;
 use std::path::Path;

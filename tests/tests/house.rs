@@ -85,7 +85,7 @@ fn crates_depend_on_each_other_only_in_the_promised_directions() {
 
 #[test]
 fn only_sys_has_unsafe_code() {
-    for folder in [
+    for directory in [
         "proto/cri",
         "proto/berth",
         "proto/shim",
@@ -100,7 +100,7 @@ fn only_sys_has_unsafe_code() {
         "cli",
         "shim",
     ] {
-        let sources = repository().join(folder).join("src");
+        let sources = repository().join(directory).join("src");
         for root in
             ["lib.rs", "main.rs"].map(|name| sources.join(name)).into_iter().filter(|path| path.exists())
         {
@@ -114,7 +114,8 @@ fn only_sys_has_unsafe_code() {
     }
 }
 
-/// What stands between backquotes and has a slash or an ending is a path of the repository, or of the part that its section is about.
+/// What stands between backquotes and has a slash or an ending is a path of the repository, or of the part
+/// that its section is about.
 #[test]
 fn the_map_names_only_what_exists() {
     let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");
@@ -168,40 +169,70 @@ fn the_threat_model_names_only_tests_that_exist() {
 fn the_map_names_every_module_of_the_large_crates() {
     let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");
     let mut checked = 0;
-    for folder in LARGE_CRATES {
-        for entry in std::fs::read_dir(repository().join(folder)).expect("a folder").flatten() {
+    for directory in LARGE_CRATES {
+        for entry in std::fs::read_dir(repository().join(directory)).expect("a directory").flatten() {
             let name = entry.file_name().into_string().expect("a name");
             let wanted = match name.strip_suffix(".rs") {
                 Some("lib" | "main") => continue,
                 Some(_) => format!("`{name}`"),
                 None => format!("`{name}/`"),
             };
-            assert!(text.contains(&wanted), "docs/ARCHITECTURE.md does not name {folder}/{name}");
+            assert!(text.contains(&wanted), "docs/ARCHITECTURE.md does not name {directory}/{name}");
             checked += 1;
         }
     }
     assert!(checked > 30, "only {checked} modules were found");
 }
 
-#[test]
-fn every_source_file_says_what_it_is_for() {
-    let mut folders = ["proto", "model", "sys", "image", "runtime", "checkup", "cli", "shim", "tests"]
+/// All source files that people write, with what is in them.
+fn sources() -> Vec<(PathBuf, String)> {
+    let mut directories = ["proto", "model", "sys", "image", "runtime", "checkup", "cli", "shim", "tests"]
         .map(|name| repository().join(name))
         .to_vec();
-    let mut checked = 0;
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).expect("a folder").flatten() {
+    let mut found = Vec::new();
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(&directory).expect("a directory").flatten() {
             let path = entry.path();
             if path.is_dir() {
                 if path.file_name().is_none_or(|name| name != "generated") {
-                    folders.push(path);
+                    directories.push(path);
                 }
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let text = std::fs::read_to_string(&path).expect("a source file");
-                assert!(text.starts_with("//!"), "{} does not begin with its purpose", path.display());
-                checked += 1;
+                found.push((path, text));
             }
         }
     }
-    assert!(checked > 100, "only {checked} files were found");
+    assert!(found.len() > 100, "only {} files were found", found.len());
+    found
+}
+
+#[test]
+fn every_source_file_says_what_it_is_for() {
+    for (path, text) in sources() {
+        assert!(text.starts_with("//!"), "{} does not begin with its purpose", path.display());
+    }
+}
+
+/// `rustfmt` leaves comments alone. Rows of tables cannot be broken.
+#[test]
+fn comments_are_no_wider_than_code() {
+    let width = std::fs::read_to_string(repository().join("rustfmt.toml")).expect("the width of code");
+    let width: usize = width
+        .lines()
+        .find_map(|line| line.strip_prefix("max_width = ")?.parse().ok())
+        .expect("max_width in rustfmt.toml");
+    for (path, text) in sources() {
+        for (number, line) in text.lines().enumerate() {
+            let comment = line.trim_start();
+            let counts =
+                comment.starts_with("//") && !comment.trim_start_matches(['/', '!', ' ']).starts_with('|');
+            assert!(
+                !counts || line.chars().count() <= width,
+                "{}:{}: a comment is wider than {width} columns",
+                path.display(),
+                number + 1
+            );
+        }
+    }
 }

@@ -1,7 +1,9 @@
-//! What a real kubelet tells of pods, to `kubectl top`, to Prometheus and to autoscalers, in each of the ways that it can learn it.
+//! What a real kubelet tells of pods, to `kubectl top`, to Prometheus and to autoscalers, in each of the ways
+//! that it can learn it.
 //!
-//! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to tell it. Each kubelet is alone on the
-//! machine: it has folders there that it shares with others. Who makes cgroups is what `BERTH_TEST_CGROUP_DRIVER` says.
+//! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to tell it. Each
+//! kubelet is alone on the machine: it has folders there that it shares with others. Who makes cgroups is
+//! what `BERTH_TEST_CGROUP_DRIVER` says.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};

@@ -11,7 +11,8 @@ use crate::daemon::{Daemon, answer};
 use crate::error::{Error, FAILURE};
 use crate::{one_line, output, table};
 
-/// Looks at the node and at its daemon, and prints a line for each finding. The exit code says whether something is broken.
+/// Looks at the node and at its daemon, and prints a line for each finding. The exit code says whether
+/// something is broken.
 ///
 /// # Errors
 /// When nobody reads the report; a daemon that is not there is a finding.

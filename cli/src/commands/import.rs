@@ -1,7 +1,7 @@
 //! `berth import`: brings in images from an archive or a folder.
 //!
-//! The daemon reads the file itself: it runs on this machine. For one that sees other files than we do, or for an
-//! archive on standard input, the bytes are sent over the socket.
+//! The daemon reads the file itself: it runs on this machine. For one that sees other files than we do, or
+//! for an archive on standard input, the bytes are sent over the socket.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,8 @@ async fn bring_in(daemon: &Daemon, args: ImportArgs) -> Result<Vec<ImportedImage
             }
         }
     };
-    // A failed read cancels the call. When the daemon refuses, the feed ends by itself, as nobody takes its chunks.
+    // A failed read cancels the call. When the daemon refuses, the feed ends by itself, as nobody takes its
+    // chunks.
     let fed_and_heard = tokio::try_join!(feed, listen);
     drop(bar);
     let ((), images) = fed_and_heard?;

@@ -1,7 +1,8 @@
 //! `berth inspect`: all that CRI tells of a pod, a container or an image, as JSON.
 //!
-//! The names of the keys are those of the CRI messages, in the camel case that protobuf's JSON form has, so that
-//! they can be looked up in the proto file. Times are dates. The daemon's free-form details are under `info`.
+//! The names of the keys are those of the CRI messages, in the camel case that protobuf's JSON form has, so
+//! that they can be looked up in the proto file. Times are dates. The daemon's free-form details are under
+//! `info`.
 
 use std::collections::BTreeMap;
 

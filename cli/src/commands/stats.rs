@@ -1,4 +1,5 @@
-//! `berth stats`: what containers and the network of pods use, and what Berth itself uses for them, at one moment.
+//! `berth stats`: what containers and the network of pods use, and what Berth itself uses for them, at one
+//! moment.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -114,7 +115,8 @@ async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
     Ok(stats)
 }
 
-/// The interfaces of the pods that have a network of their own, each with its pod's id; none if the daemon cannot tell.
+/// The interfaces of the pods that have a network of their own, each with its pod's id; none if the daemon
+/// cannot tell.
 async fn networks(daemon: &Daemon) -> Result<Vec<(String, NetworkInterfaceUsage)>, CallError> {
     let request = ListPodSandboxStatsRequest::default();
     let pods = match answer("measure pods", daemon.runtime.clone().list_pod_sandbox_stats(request)).await {

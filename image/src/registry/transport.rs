@@ -77,7 +77,8 @@ fn system_roots() -> Result<Arc<RootCertStore>, TlsError> {
     Ok(Arc::clone(ROOTS.get_or_init(|| roots)))
 }
 
-/// What was found, without what cannot be read. A lack that passes is an error: fewer authorities would be kept for good.
+/// What was found, without what cannot be read. A lack that passes is an error: fewer authorities would be
+/// kept for good.
 fn roots_of(found: CertificateResult) -> Result<RootCertStore, TlsError> {
     for error in found.errors {
         if let ErrorKind::Io { inner, .. } | ErrorKind::Pem(pem::Error::Io(inner)) = &error.kind

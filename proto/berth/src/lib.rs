@@ -1,8 +1,8 @@
 //! Berth's own service beside CRI: import of image files, pulls with progress, facts about the daemon.
 //!
 //! Served on the CRI socket and used by the `berth` command. The wire is written down in
-//! `berth/v1/berth.proto`. The Rust code in `src/generated` comes from it and is committed, so that a build needs
-//! neither protoc nor a build script; `tests/generated.rs` makes it anew and compares.
+//! `berth/v1/berth.proto`. The Rust code in `src/generated` comes from it and is committed, so that a build
+//! needs neither protoc nor a build script; `tests/generated.rs` makes it anew and compares.
 #![forbid(unsafe_code)]
 
 mod redacted;

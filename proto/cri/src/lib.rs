@@ -23,6 +23,6 @@ pub mod v1 {
 
 /// The largest message either side sends or accepts, in bytes.
 ///
-/// 16 MiB is what the kubelet, crictl and critest set for themselves; tonic's own default of 4 MiB for received
-/// messages would refuse the list calls of a big node. Not part of the wire format.
+/// 16 MiB is what the kubelet, crictl and critest set for themselves; tonic's own default of 4 MiB for
+/// received messages would refuse the list calls of a big node. Not part of the wire format.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;

@@ -1,7 +1,8 @@
 //! `Debug` for the messages that carry secrets, so that a logged request cannot give them away.
 //!
 //! The generator is told to leave `Debug` of these types out; a message that contains one of them prints it
-//! through the code here. Only what helps to find a mistake is shown: who, where, and whether a secret was given.
+//! through the code here. Only what helps to find a mistake is shown: who, where, and whether a secret was
+//! given.
 
 use std::fmt;
 

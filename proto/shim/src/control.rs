@@ -1,7 +1,7 @@
 //! Requests of the daemon, and what a shim answers.
 //!
-//! A connection carries requests one way, and replies and events the other. Replies bear the number of their request and may
-//! come in another order: an exec is answered when it ends.
+//! A connection carries requests one way, and replies and events the other. Replies bear the number of their
+//! request and may come in another order: an exec is answered when it ends.
 
 use crate::launch::{Launch, Process};
 
@@ -23,12 +23,12 @@ pub mod request {
     /// What is asked.
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Call {
-        /// Make the container up to the exec of its program. Once, as the first request. The frame carries descriptors when the plan says
-        /// so. Answer: `Created`.
+        /// Make the container up to the exec of its program. Once, as the first request. The frame carries
+        /// descriptors when the plan says so. Answer: `Created`.
         #[prost(message, tag = "2")]
         Create(Box<Launch>),
-        /// Let the program run. Answer: `Started`, or `Failed` when its exec failed or took too long; then the container is over. Never
-        /// without an outcome: until then the shim answers other requests.
+        /// Let the program run. Answer: `Started`, or `Failed` when its exec failed or took too long; then
+        /// the container is over. Never without an outcome: until then the shim answers other requests.
         #[prost(message, tag = "3")]
         Start(()),
         /// Run another program in it. The frame carries two or three descriptors: standard output, error,
@@ -48,7 +48,8 @@ pub mod request {
         /// Answer: `State`.
         #[prost(message, tag = "8")]
         State(()),
-        /// Give up a container that was not started: end the waiting child and the shim. Answer: none, the connection ends.
+        /// Give up a container that was not started: end the waiting child and the shim. Answer: none, the
+        /// connection ends.
         #[prost(message, tag = "9")]
         Discard(()),
     }
@@ -114,8 +115,8 @@ pub mod reply {
         /// How things are.
         #[prost(message, tag = "7")]
         State(Phase),
-        /// Event: the container ended like this. The same is in its exit record, unless that could not be written. The last message; the
-        /// connection ends.
+        /// Event: the container ended like this. The same is in its exit record, unless that could not be
+        /// written. The last message; the connection ends.
         #[prost(message, tag = "8")]
         Exited(ExitRecord),
     }

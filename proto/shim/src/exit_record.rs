@@ -5,8 +5,8 @@
 //! 8 bytes  FNV-1a checksum (64 bit, little-endian) of all that follows
 //! rest     ExitRecord, protobuf
 //! ```
-//! It is written under another name and renamed, so that it is there whole or not at all; the checksum finds what a power cut or a disk
-//! made of it.
+//! It is written under another name and renamed, so that it is there whole or not at all; the checksum finds
+//! what a power cut or a disk made of it.
 
 use prost::Message;
 

@@ -1,7 +1,8 @@
 //! The plan of a container: what a shim needs to start it, and nothing that it would have to interpret.
 //!
-//! Paths are bytes, as the kernel has them. Paths marked *host* are looked up in the shim's own mount namespace and are the
-//! daemon's or the kubelet's; paths marked *inside* are looked up below the container's root and may be hostile.
+//! Paths are bytes, as the kernel has them. Paths marked *host* are looked up in the shim's own mount
+//! namespace and are the daemon's or the kubelet's; paths marked *inside* are looked up below the container's
+//! root and may be hostile.
 
 /// Everything about one container.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -18,7 +19,8 @@ pub struct Launch {
     /// Device nodes, all of them.
     #[prost(message, repeated, tag = "4")]
     pub devices: Vec<Device>,
-    /// Inside: hidden, files by an empty device, directories by an empty read-only tmpfs. Absent ones are skipped.
+    /// Inside: hidden, files by an empty device, directories by an empty read-only tmpfs. Absent ones are
+    /// skipped.
     #[prost(bytes = "vec", repeated, tag = "5")]
     pub masked_paths: Vec<Vec<u8>>,
     /// Inside: made read-only. Absent ones are skipped.
@@ -48,7 +50,8 @@ pub struct Launch {
     /// Inside: directories that are made when absent, and stay writable when the root is read-only.
     #[prost(bytes = "vec", repeated, tag = "15")]
     pub volumes: Vec<Vec<u8>>,
-    /// The longest piece of a line in one log entry; longer lines are cut into partial entries. 0 is the default, 16 KiB.
+    /// The longest piece of a line in one log entry; longer lines are cut into partial entries. 0 is the
+    /// default, 16 KiB.
     #[prost(uint64, tag = "13")]
     pub max_log_line_bytes: u64,
 }
@@ -103,13 +106,14 @@ pub struct Mount {
     /// Where it comes from.
     #[prost(oneof = "mount::Source", tags = "4, 5")]
     pub source: Option<mount::Source>,
-    /// The target must not be reached through a symbolic link: for `/proc`, `/sys`, `/dev`, which later steps rely on.
+    /// The target must not be reached through a symbolic link: for `/proc`, `/sys`, `/dev`, which later steps
+    /// rely on.
     #[prost(bool, tag = "6")]
     pub no_symlinks: bool,
 }
 
-/// What may be mounted over in `/proc`, as with runc: the files that lxcfs replaces by those of the container's own limits, and two that
-/// tools for checkpoints and for FIPS mode write or replace.
+/// What may be mounted over in `/proc`, as with runc: the files that lxcfs replaces by those of the
+/// container's own limits, and two that tools for checkpoints and for FIPS mode write or replace.
 pub const REPLACEABLE_IN_PROC: [&str; 10] = [
     "/proc/cpuinfo",
     "/proc/diskstats",
@@ -302,15 +306,16 @@ pub struct Process {
     /// File mode creation mask.
     #[prost(uint32, tag = "13")]
     pub umask: u32,
-    /// A filter for the way into a pid namespace where others live: `seccomp_filter`, but for the calls of [`ENTERING`], which
-    /// it lets through. Empty when `seccomp_filter` lets them through itself, which is then in force all the way. Else the process has
-    /// `PR_SET_NO_NEW_PRIVS` set, because the last filter is installed without any privilege.
+    /// A filter for the way into a pid namespace where others live: `seccomp_filter`, but for the calls of
+    /// [`ENTERING`], which it lets through. Empty when `seccomp_filter` lets them through itself, which is
+    /// then in force all the way. Else the process has `PR_SET_NO_NEW_PRIVS` set, because the last filter is
+    /// installed without any privilege.
     #[prost(bytes = "vec", tag = "15")]
     pub entry_filter: Vec<u8>,
 }
 
-/// What the shim's child calls after it has given up its privileges outside of a pid namespace, up to its program, each with the first
-/// arguments, which a filter can depend on.
+/// What the shim's child calls after it has given up its privileges outside of a pid namespace, up to its
+/// program, each with the first arguments, which a filter can depend on.
 ///
 /// The clone is one of `CLONE_PARENT`, the ioctl a `TIOCSCTTY`.
 pub const ENTERING: [(&str, &[u64]); 15] = [
@@ -336,10 +341,12 @@ pub const ENTERING: [(&str, &[u64]); 15] = [
 /// What a process calls besides [`ENTERING`] when it has an `entry_filter`: `SECCOMP_SET_MODE_FILTER`.
 pub const LAST_FILTER: (&str, &[u64]) = ("seccomp", &[1]);
 
-/// Who a process runs as, in the words of the request; resolved by the container's own passwd and group files.
+/// Who a process runs as, in the words of the request; resolved by the container's own passwd and group
+/// files.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct User {
-    /// A number or a name, with `:` and a group (number or name) behind it if the image says so; empty is user 0.
+    /// A number or a name, with `:` and a group (number or name) behind it if the image says so; empty is
+    /// user 0.
     #[prost(string, tag = "1")]
     pub user: String,
     /// The primary group, whatever the files say.

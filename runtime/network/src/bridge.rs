@@ -7,16 +7,17 @@
 //!                                                   default routes via the two gateways
 //! ```
 //!
-//! Attaching takes four exchanges with the kernel: one lets the pod's addresses through the firewall; one makes the pair whole
-//! (peer named and placed in the pod's namespace, host end up and a port of the bridge); two in the pod bring its interfaces up
-//! and find the number of `eth0`, and set addresses and routes. What a sandbox owns is found again from its id: the interface
-//! by its derived name, the addresses in their store.
+//! Attaching takes four exchanges with the kernel: one lets the pod's addresses through the firewall; one
+//! makes the pair whole (peer named and placed in the pod's namespace, host end up and a port of the bridge);
+//! two in the pod bring its interfaces up and find the number of `eth0`, and set addresses and routes. What a
+//! sandbox owns is found again from its id: the interface by its derived name, the addresses in their store.
 //!
-//! Calls block and may come from many threads at once. Requests on the node take turns on one socket, which costs nothing:
-//! the kernel serialises them under one lock (`rtnl_mutex`) anyway.
+//! Calls block and may come from many threads at once. Requests on the node take turns on one socket, which
+//! costs nothing: the kernel serialises them under one lock (`rtnl_mutex`) anyway.
 //!
-//! Assumed: the caller is root in the network namespace of the node (`CAP_NET_ADMIN`), creates the pods' namespaces, and lets no
-//! two daemons use one bridge name. Left to others: host ports, and rules of other firewalls that stop forwarded packets.
+//! Assumed: the caller is root in the network namespace of the node (`CAP_NET_ADMIN`), creates the pods'
+//! namespaces, and lets no two daemons use one bridge name. Left to others: host ports, and rules of other
+//! firewalls that stop forwarded packets.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -52,15 +53,17 @@ pub const POD_INTERFACE: &str = "eth0";
 /// Number of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`, `net/flow.h`).
 const LOOPBACK_INDEX: u32 = 1;
 
-/// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace period, tens of milliseconds in
-/// which it holds no lock (`netdev_run_todo`, net/core/dev.c): nobody who makes interfaces should wait for that, and
-/// several that are deleted at the same time share one period. Eight is what a daemon stops at once.
+/// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace period, tens of
+/// milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c): nobody who makes interfaces
+/// should wait for that, and several that are deleted at the same time share one period. Eight is what a
+/// daemon stops at once.
 const REMOVERS: usize = 8;
 
 /// `IFF_UP` (`linux/if.h`).
 const IFF_UP: u32 = 1;
 
-/// How long the kernel may take to remove the links of pods that have gone, and how often to look. It ends namespaces many at a time.
+/// How long the kernel may take to remove the links of pods that have gone, and how often to look. It ends
+/// namespaces many at a time.
 const GOING: Duration = Duration::from_secs(10);
 const GOING_PAUSE: Duration = Duration::from_millis(20);
 
@@ -97,7 +100,8 @@ pub enum Error {
         #[source]
         source: netlink::Error,
     },
-    /// The firewall could not be told which addresses the sandbox may use; `ENOENT` when it was flushed and not yet repaired.
+    /// The firewall could not be told which addresses the sandbox may use; `ENOENT` when it was flushed and
+    /// not yet repaired.
     #[error("the addresses of sandbox {sandbox_id} could not be let through the firewall or taken out of it")]
     Guard {
         /// The sandbox.
@@ -106,8 +110,8 @@ pub enum Error {
         #[source]
         source: netlink::Error,
     },
-    /// An interface with the host end's name exists: left behind by a sandbox with the same id, or with one that begins
-    /// with the same ten digits.
+    /// An interface with the host end's name exists: left behind by a sandbox with the same id, or with one
+    /// that begins with the same ten digits.
     #[error("interface {interface} for sandbox {sandbox_id} exists already")]
     InterfaceTaken {
         /// The sandbox.
@@ -269,10 +273,11 @@ pub struct Bridge {
     index: AtomicU32,
 }
 
-/// Opens the socket that [`Bridge::attach`] needs, and makes the namespace's interfaces ignore router advertisements.
+/// Opens the socket that [`Bridge::attach`] needs, and makes the namespace's interfaces ignore router
+/// advertisements.
 ///
-/// To be called on a thread that is in the pod's network namespace, before the pod has an interface. The socket keeps the
-/// namespace alive: drop it before waiting for the namespace to end.
+/// To be called on a thread that is in the pod's network namespace, before the pod has an interface. The
+/// socket keeps the namespace alive: drop it before waiting for the namespace to end.
 ///
 /// # Errors
 /// [`Error::Forwarding`] when the sysctl cannot be written, [`Error::Node`] when the socket cannot be opened.
@@ -292,15 +297,17 @@ impl Bridge {
         Self::set_up_for(config, address_folder, &BTreeMap::new())
     }
 
-    /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes over what is there already.
-    /// To be called on a thread in the node's network namespace. Runs `nft` once.
+    /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes over what is
+    /// there already. To be called on a thread in the node's network namespace. Runs `nft` once.
     ///
-    /// `address_folder` is the parent of the bridge's own folder of address records, `<address_folder>/<bridge name>`. `sandboxes` are those of
-    /// the caller that may have an interface, each with the addresses that it is known to use: records that were lost are made again.
+    /// `address_folder` is the parent of the bridge's own folder of address records,
+    /// `<address_folder>/<bridge name>`. `sandboxes` are those of the caller that may have an interface, each
+    /// with the addresses that it is known to use: records that were lost are made again.
     ///
     /// # Errors
-    /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`], [`Error::SubnetTaken`], [`Error::Node`],
-    /// [`Error::Addresses`], [`Error::Firewall`], [`Error::Forwarding`]. What was made before the failure stays; another set-up goes on from there.
+    /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`], [`Error::SubnetTaken`],
+    /// [`Error::Node`], [`Error::Addresses`], [`Error::Firewall`], [`Error::Forwarding`]. What was made
+    /// before the failure stays; another set-up goes on from there.
     pub fn set_up_for(
         mut config: BridgeConfig,
         address_folder: &Path,
@@ -348,8 +355,9 @@ impl Bridge {
         Ok(())
     }
 
-    /// Refuses a bridge with pods when there is no record of any, and none of them is the caller's: a second daemon would give their addresses
-    /// away once more. The links of pods that have gone just now are waited for.
+    /// Refuses a bridge with pods when there is no record of any, and none of them is the caller's: a second
+    /// daemon would give their addresses away once more. The links of pods that have gone just now are waited
+    /// for.
     fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
         let own: HashSet<String> =
             sandboxes.keys().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
@@ -375,8 +383,9 @@ impl Bridge {
         }
     }
 
-    /// Puts everything in place again that [`Bridge::set_up`] made, and enslaves the interfaces of living pods again when the bridge itself
-    /// had to be made anew. To be called on a thread in the node's network namespace. Runs `nft` once.
+    /// Puts everything in place again that [`Bridge::set_up`] made, and enslaves the interfaces of living
+    /// pods again when the bridge itself had to be made anew. To be called on a thread in the node's network
+    /// namespace. Runs `nft` once.
     ///
     /// # Errors
     /// As [`Bridge::set_up`].
@@ -395,7 +404,8 @@ impl Bridge {
                     .ok_or_else(|| Error::BridgeTaken { name: name.to_owned(), expected })?
             }
         };
-        // The MAC is set in the request that makes the bridge, so that even a crash right after it leaves the mark.
+        // The MAC is set in the request that makes the bridge, so that even a crash right after it leaves the
+        // mark.
         if link.mac != Some(expected.0) {
             return Err(Error::BridgeTaken { name: name.to_owned(), expected });
         }
@@ -413,8 +423,9 @@ impl Bridge {
         if self.config.forwarding {
             forwarding::turn_on(self.families()).map_err(|source| Error::Forwarding { source })?;
         }
-        // Under this lock a pod that is attached meanwhile is admitted before, and then has its address already and is in the
-        // script, or after. One that is detached has neither address nor leave, or both.
+        // Under this lock a pod that is attached meanwhile is admitted before, and then has its address
+        // already and is in the script, or after. One that is detached has neither address nor leave, or
+        // both.
         let _admissions = lock(&self.netfilter);
         let owners = self.addresses.owners().into_iter();
         let pods: Vec<Port> = owners
@@ -426,8 +437,9 @@ impl Bridge {
         nft::apply(&script).map_err(|source| Error::Firewall { source })
     }
 
-    /// Whether the network is whole: the bridge up, the firewall tables there, forwarding on if it is ours to turn on. Costs a
-    /// few system calls, no program. To be called on a thread in the node's network namespace.
+    /// Whether the network is whole: the bridge up, the firewall tables there, forwarding on if it is ours to
+    /// turn on. Costs a few system calls, no program. To be called on a thread in the node's network
+    /// namespace.
     ///
     /// # Errors
     /// The first thing that is missing; [`Bridge::repair`] is the cure.
@@ -463,8 +475,9 @@ impl Bridge {
     /// `/proc/<pid>/ns/net` or a bind mount of one). Loopback comes up too.
     ///
     /// # Errors
-    /// [`Error::Addresses`] (none left, the sandbox has some, not an id), [`Error::InterfaceTaken`], [`Error::Interface`],
-    /// [`Error::Guard`], [`Error::Pod`]. After an error the sandbox owns nothing; only its loopback may be up.
+    /// [`Error::Addresses`] (none left, the sandbox has some, not an id), [`Error::InterfaceTaken`],
+    /// [`Error::Interface`], [`Error::Guard`], [`Error::Pod`]. After an error the sandbox owns nothing; only
+    /// its loopback may be up.
     pub fn attach(
         &self,
         sandbox_id: &str,
@@ -492,14 +505,16 @@ impl Bridge {
         Ok(attachment)
     }
 
-    /// Removes a sandbox's interface and frees its addresses. Absent is fine: either may have gone before, with the namespace
-    /// or in a crash. May be called from any thread.
+    /// Removes a sandbox's interface and frees its addresses. Absent is fine: either may have gone before,
+    /// with the namespace or in a crash. May be called from any thread.
     ///
-    /// Removing the pair waits until no processor uses it any more (an RCU grace period): 37 ms were measured on a machine of two
-    /// processors. Where the namespace has ended anyway, [`Bridge::release`] takes 0.08 ms.
+    /// Removing the pair waits until no processor uses it any more (an RCU grace period): 37 ms were measured
+    /// on a machine of two processors. Where the namespace has ended anyway, [`Bridge::release`] takes 0.08
+    /// ms.
     ///
     /// # Errors
-    /// [`Error::Interface`]: the interface is still there, and so the addresses are still taken. [`Error::Addresses`].
+    /// [`Error::Interface`]: the interface is still there, and so the addresses are still taken.
+    /// [`Error::Addresses`].
     pub fn detach(&self, sandbox_id: &str) -> Result<(), Error> {
         let interface = self.host_interface(sandbox_id)?;
         match self.remove_link(&interface) {
@@ -508,8 +523,8 @@ impl Bridge {
         }
     }
 
-    /// Frees the addresses of a sandbox whose namespace has lost its last user: the kernel removes the pair with the
-    /// namespace, a little later and on its own time. Absent is fine.
+    /// Frees the addresses of a sandbox whose namespace has lost its last user: the kernel removes the pair
+    /// with the namespace, a little later and on its own time. Absent is fine.
     ///
     /// # Errors
     /// [`Error::Addresses`].
@@ -525,13 +540,15 @@ impl Bridge {
         inside.request(&[set_up_link("bring loopback up", LOOPBACK_INDEX, Vec::new())]).map(drop)
     }
 
-    /// The addresses that a sandbox has, as in its [`Attachment`]; empty when it has none. For a daemon that comes back.
+    /// The addresses that a sandbox has, as in its [`Attachment`]; empty when it has none. For a daemon that
+    /// comes back.
     pub fn addresses_of(&self, sandbox_id: &str) -> Vec<InterfaceAddress> {
         self.addresses.of(sandbox_id).into_iter().map(|address| self.with_prefix(address)).collect()
     }
 
-    /// Removes interfaces and frees addresses of all sandboxes that are not among the living. Sandboxes that are being made
-    /// must be among them, so this is for the start, or under whatever keeps new ones from being made.
+    /// Removes interfaces and frees addresses of all sandboxes that are not among the living. Sandboxes that
+    /// are being made must be among them, so this is for the start, or under whatever keeps new ones from
+    /// being made.
     ///
     /// # Errors
     /// The first failure; the rest was tried.
@@ -539,7 +556,8 @@ impl Bridge {
         self.remove_dead(&self.dead(living)?)
     }
 
-    /// What there is of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a later time, when there may be new ones.
+    /// What there is of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a later time,
+    /// when there may be new ones.
     ///
     /// # Errors
     /// [`Error::Node`].
@@ -587,8 +605,8 @@ impl Bridge {
         self.addresses.unread()
     }
 
-    /// Removes the bridge, the firewall tables and the folder of address records. The forwarding sysctls stay as they are:
-    /// others may have come to rely on them. Runs `nft` once.
+    /// Removes the bridge, the firewall tables and the folder of address records. The forwarding sysctls stay
+    /// as they are: others may have come to rely on them. Runs `nft` once.
     ///
     /// # Errors
     /// [`Error::InUse`], and then nothing was removed; else the first failure, after everything was tried.
@@ -645,14 +663,16 @@ impl Bridge {
     fn with_prefix(&self, address: IpAddr) -> InterfaceAddress {
         let prefix = match address {
             IpAddr::V4(_) => self.config.ipv4.prefix(),
-            // An IPv6 address of an earlier configuration may outlive its subnet here; a host route is true of any address.
+            // An IPv6 address of an earlier configuration may outlive its subnet here; a host route is true
+            // of any address.
             IpAddr::V6(_) => self.config.ipv6.map_or(128, |subnet| subnet.prefix()),
         };
         InterfaceAddress { address, prefix }
     }
 
     fn attachment(&self, interface: &str, addresses: &[IpAddr]) -> Attachment {
-        // The IPv4 range comes first in the store, so there always is one; the gateway's would be a harmless stand-in.
+        // The IPv4 range comes first in the store, so there always is one; the gateway's would be a harmless
+        // stand-in.
         let ipv4 = addresses.iter().find_map(|address| match address {
             IpAddr::V4(ipv4) => Some(*ipv4),
             IpAddr::V6(_) => None,
@@ -672,7 +692,8 @@ impl Bridge {
         netns: BorrowedFd<'_>,
     ) -> Result<(), Error> {
         let mtu = self.config.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes()));
-        // Not up yet: a veth end refuses to come up (ENOTCONN) before it knows its peer, and this one is made first.
+        // Not up yet: a veth end refuses to come up (ENOTCONN) before it knows its peer, and this one is made
+        // first.
         let mut peer = LinkMessage::default();
         peer.attributes = vec![
             LinkAttribute::IfName(POD_INTERFACE.to_owned()),
@@ -813,7 +834,8 @@ impl Bridge {
     }
 }
 
-/// A panic leaves the socket usable: answers to the interrupted request carry an old sequence number and are skipped.
+/// A panic leaves the socket usable: answers to the interrupted request carry an old sequence number and are
+/// skipped.
 fn lock(netlink: &Mutex<Netlink>) -> MutexGuard<'_, Netlink> {
     netlink.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -850,7 +872,8 @@ fn set_up_link(operation: &'static str, index: u32, attributes: Vec<LinkAttribut
     raise(&mut message);
     message.header.index = index;
     message.attributes = attributes;
-    // RTM_NEWLINK without NLM_F_CREATE changes a link, and unlike RTM_SETLINK may change its master and flags together.
+    // RTM_NEWLINK without NLM_F_CREATE changes a link, and unlike RTM_SETLINK may change its master and flags
+    // together.
     Request::route(operation, 0, &RouteNetlinkMessage::NewLink(message))
 }
 

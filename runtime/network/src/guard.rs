@@ -1,10 +1,12 @@
-//! Talking to the packet filter in the kernel directly: which addresses a pod's port may use, and whether a table is there.
+//! Talking to the packet filter in the kernel directly: which addresses a pod's port may use, and whether a
+//! table is there.
 //!
-//! The rules of [`crate::masquerade`] look a frame's port and sender up in sets. Starting a program to add a pod to them would cost
-//! more than all else of its start, so that elements are put in and taken out by netlink, in one transaction of some 30 µs.
+//! The rules of [`crate::masquerade`] look a frame's port and sender up in sets. Starting a program to add a
+//! pod to them would cost more than all else of its start, so that elements are put in and taken out by
+//! netlink, in one transaction of some 30 µs.
 //!
-//! Wire format: `linux/netfilter/nfnetlink.h` and `nf_tables.h`. A transaction is a datagram of messages between a "begin" and
-//! an "end"; the kernel carries out all of them or none.
+//! Wire format: `linux/netfilter/nfnetlink.h` and `nf_tables.h`. A transaction is a datagram of messages
+//! between a "begin" and an "end"; the kernel carries out all of them or none.
 
 use std::net::IpAddr;
 
@@ -18,8 +20,8 @@ use crate::netlink::{Error, Netlink, Request};
 pub const IPV4_SENDERS: &str = "ipv4_senders";
 /// The set of ports and the IPv6 addresses that they may send from: `ifname . ipv6_addr`.
 pub const IPV6_SENDERS: &str = "ipv6_senders";
-/// The set of ports and the IPv6 addresses that they may advertise: the same elements as in [`IPV6_SENDERS`], as an integer
-/// of 128 bits, because `nft` 1.0.6 has no name for the field of the advertisement.
+/// The set of ports and the IPv6 addresses that they may advertise: the same elements as in [`IPV6_SENDERS`],
+/// as an integer of 128 bits, because `nft` 1.0.6 has no name for the field of the advertisement.
 pub const IPV6_TARGETS: &str = "ipv6_targets";
 
 /// The families of tables that are used here, by their number (`NFPROTO_*`, `linux/netfilter.h`).

@@ -1,7 +1,9 @@
-//! The bridge network against the real kernel, as root, in network namespaces that each test makes for itself: one plays
-//! the node, others the pods. The machine's own network is not touched. Needs `nft` and `ip`.
+//! The bridge network against the real kernel, as root, in network namespaces that each test makes for
+//! itself: one plays the node, others the pods. The machine's own network is not touched. Needs `nft` and
+//! `ip`.
 //!
-//! A namespace is entered on a thread of its own that ends with the visit, so that no other test runs in it by accident.
+//! A namespace is entered on a thread of its own that ends with the visit, so that no other test runs in it
+//! by accident.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot prepare its ground should fail at that line")]
 
@@ -77,7 +79,8 @@ impl Node {
         let namespace = Namespace::new();
         let folder = tempfile::tempdir().unwrap();
         namespace.command("ip link set lo up");
-        // A new namespace takes over the machine's IPv4 settings, whatever they are (net.core.devconf_inherit_init_net).
+        // A new namespace takes over the machine's IPv4 settings, whatever they are
+        // (net.core.devconf_inherit_init_net).
         namespace.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0")).unwrap();
         let bridge = namespace.run(|| Bridge::set_up(config, folder.path())).unwrap();
         Self { namespace, folder, bridge }
@@ -147,7 +150,8 @@ fn id(number: u32) -> String {
     format!("{number:08x}").repeat(8)
 }
 
-/// Whether a TCP connection from one namespace to an address in another carries bytes both ways; the source the server saw.
+/// Whether a TCP connection from one namespace to an address in another carries bytes both ways; the source
+/// the server saw.
 fn talk(from: &Namespace, to: &Namespace, address: IpAddr) -> IpAddr {
     let listener = to.run(|| TcpListener::bind(SocketAddr::new(address, 0))).unwrap();
     let target = listener.local_addr().unwrap();
@@ -649,7 +653,8 @@ fn on_a_host_without_ipv6_pods_have_ipv4_only_and_no_ipv6_frame_passes() {
     let (first, second) = (node.attach(1), node.attach(2));
     assert_eq!(first.attachment.addresses.len(), 1);
     talk(&first.namespace, &second.namespace, second.address(0));
-    // Even the pods' own link-local addresses do not meet: router solicitations and neighbour discovery are dropped.
+    // Even the pods' own link-local addresses do not meet: router solicitations and neighbour discovery are
+    // dropped.
     let before = node.met("bridge", "ether type");
     first.namespace.command("ip addr add fd00::5/64 dev eth0 nodad");
     let socket = first.namespace.run(|| UdpSocket::bind("[fd00::5]:0")).unwrap();
@@ -745,8 +750,8 @@ fn router_advertisements_and_redirects_of_a_pod_reach_nobody() {
     let target = SockaddrIn6::from(SocketAddrV6::new(target, 0, 0, 0));
     let (routers, neighbours) = ("icmpv6 type {", "icmpv6 type nd-neighbor-advert");
     let before = (node.met("bridge", routers), node.met("bridge", neighbours));
-    // A router advertisement, a redirect, an advertisement of the gateway as a neighbour (RFC 4861, 4.2, 4.5, 4.4), and then
-    // an echo reply, which must come through. The kernel sets the checksums.
+    // A router advertisement, a redirect, an advertisement of the gateway as a neighbour (RFC 4861, 4.2, 4.5,
+    // 4.4), and then an echo reply, which must come through. The kernel sets the checksums.
     for kind in [134_u8, 137, 136, 129] {
         let mut message = [0_u8; 40];
         message[0] = kind;

@@ -62,7 +62,8 @@ fn read(path: &Path) -> Evidence {
 /// `unread` says why, if there is a record that cannot be read. Blocking.
 pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unread: Option<&io::Error>) {
     // Processes that are not in a pid namespace that died with its process 1, or all of them when the shim
-    // was lost. That they are gone takes its time, which lists do not wait for; what is left is seen to below.
+    // was lost. That they are gone takes its time, which lists do not wait for; what is left is seen to
+    // below.
     let _ = container.cgroup.kill(Duration::ZERO);
     let record = told.unwrap_or_else(|| lost(container));
     let mut exit = exit(&record);

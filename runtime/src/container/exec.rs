@@ -1,7 +1,7 @@
 //! ExecSync: a program in a running container, its output and its exit code.
 //!
-//! The shim starts it; its output comes here by pipes without a copy in between. Each stream is kept up to [`MAX_OUTPUT`] and read to
-//! its end all the same, so that a program is never stopped by a full pipe.
+//! The shim starts it; its output comes here by pipes without a copy in between. Each stream is kept up to
+//! [`MAX_OUTPUT`] and read to its end all the same, so that a program is never stopped by a full pipe.
 
 use super::output_room::{Kept, OutputRoom};
 use super::{Container, ContainerError};
@@ -28,8 +28,9 @@ pub(crate) struct Output {
 
 /// Runs `command` and waits for its end, at most `timeout`. Its output is kept as far as there is `room`.
 ///
-/// When the future is dropped the program is killed with its session, as containerd does when the caller of ExecSync goes away: a probe
-/// without a time limit would otherwise leave one more program behind each time that a kubelet restarts.
+/// When the future is dropped the program is killed with its session, as containerd does when the caller of
+/// ExecSync goes away: a probe without a time limit would otherwise leave one more program behind each time
+/// that a kubelet restarts.
 pub(crate) async fn exec_sync(
     container: &Arc<Container>,
     room: &OutputRoom,

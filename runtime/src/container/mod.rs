@@ -12,8 +12,8 @@
 //! - `recover`: what a new daemon makes of a record;
 //! - `lost`: what it makes of a container that runs and has no record any more.
 //!
-//! The state is in a watch channel: whoever waits for the end of a container waits for that value to change. It changes through
-//! `model::state` only.
+//! The state is in a watch channel: whoever waits for the end of a container waits for that value to change.
+//! It changes through `model::state` only.
 
 pub(crate) mod create;
 mod end;
@@ -61,8 +61,8 @@ pub(crate) struct Container {
     state: watch::Sender<ContainerState>,
     /// It has ended, and what is left in its cgroup is being ended.
     clearing: watch::Sender<bool>,
-    /// Since when it is taken to run, while its shim has not said whether it does. What may run is told as running: told as anything else, a
-    /// kubelet would start another beside it.
+    /// Since when it is taken to run, while its shim has not said whether it does. What may run is told as
+    /// running: told as anything else, a kubelet would start another beside it.
     presumed_since_unix_ns: Mutex<Option<i64>>,
     /// Its main process. That of the record, unless that was lost.
     process: Mutex<Option<ProcessRecord>>,
@@ -75,7 +75,8 @@ pub(crate) struct Container {
     given_up: Notify,
     /// A task waits for its end, or it has ended.
     followed: AtomicBool,
-    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may be readable another time.
+    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may
+    /// be readable another time.
     keeps_record: bool,
 }
 

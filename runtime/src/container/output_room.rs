@@ -1,7 +1,8 @@
 //! The memory that the output of all commands of ExecSync may take together.
 //!
-//! Each command has a limit of its own ([`super::exec::MAX_OUTPUT`]), and anybody who may run one may run many. What has no room is read
-//! and thrown away, as what is over a command's own limit; nothing waits for room, or commands that hold some could wait for each other.
+//! Each command has a limit of its own ([`super::exec::MAX_OUTPUT`]), and anybody who may run one may run
+//! many. What has no room is read and thrown away, as what is over a command's own limit; nothing waits for
+//! room, or commands that hold some could wait for each other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

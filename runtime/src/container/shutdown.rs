@@ -1,7 +1,8 @@
-//! How a container ends when the machine goes down, where systemd has its cgroup: asked by its own stop signal, with the time that its pod
-//! wants.
+//! How a container ends when the machine goes down, where systemd has its cgroup: asked by its own stop
+//! signal, with the time that its pod wants.
 //!
-//! A kubelet with `shutdownGracePeriod` has ended its pods before; this is for those of others, and for kubelets without.
+//! A kubelet with `shutdownGracePeriod` has ended its pods before; this is for those of others, and for
+//! kubelets without.
 
 use berth_cgroup::Ending;
 use berth_model::container::Config;
@@ -14,7 +15,8 @@ const GRACE_PERIOD: &str = "io.kubernetes.pod.terminationGracePeriod";
 /// What Kubernetes gives a pod that says nothing.
 const DEFAULT_GRACE: Duration = Duration::from_secs(30);
 
-/// What systemd gives a service that says nothing (`DefaultTimeoutStopSec=`). A pod does not hold the machine up for longer than that.
+/// What systemd gives a service that says nothing (`DefaultTimeoutStopSec=`). A pod does not hold the machine
+/// up for longer than that.
 const MAX_GRACE: Duration = Duration::from_secs(90);
 
 /// How a container with this stop signal ends. `sandbox_id` is that of the pod.

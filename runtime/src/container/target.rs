@@ -39,11 +39,12 @@ impl Target {
     }
 }
 
-/// Finds the target that the request names, if it names one, and makes sure that the process of its record is still that process.
+/// Finds the target that the request names, if it names one, and makes sure that the process of its record is
+/// still that process.
 ///
 /// # Errors
-/// [`ContainerError::NoTarget`] when it is not a running container of this sandbox, or its main process has ended, whatever process has its
-/// number now.
+/// [`ContainerError::NoTarget`] when it is not a running container of this sandbox, or its main process has
+/// ended, whatever process has its number now.
 pub(super) fn verified_target(
     node: &Node,
     sandbox: &Sandbox,

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
-/// The service. Pulls run in the caller's task, so that a client that goes away cancels its pull; everything else that changes something
-/// runs in a task of its own and ends whatever the client does.
+/// The service. Pulls run in the caller's task, so that a client that goes away cancels its pull; everything
+/// else that changes something runs in a task of its own and ends whatever the client does.
 #[derive(Debug, Clone)]
 pub(crate) struct ImageService {
     node: Arc<Node>,
@@ -87,7 +87,8 @@ fn message(image: &Image) -> v1::Image {
     })
 }
 
-/// `AuthConfig`: user and password, else an identity token, else `auth`. Given for another host they are not used at all.
+/// `AuthConfig`: user and password, else an identity token, else `auth`. Given for another host they are not
+/// used at all.
 fn credentials(auth: Option<v1::AuthConfig>, domain: &str) -> Result<Credentials, CallError> {
     let Some(auth) = auth else { return Ok(Credentials::Anonymous) };
     if !auth.server_address.is_empty() && host_of(&auth.server_address) != domain {

@@ -1,13 +1,14 @@
-//! `ListMetricDescriptors` and `ListPodSandboxMetrics`: what a kubelet with the gate `PodAndContainerStatsFromCRI` passes on to Prometheus, at
-//! `/metrics/cadvisor`, word for word.
+//! `ListMetricDescriptors` and `ListPodSandboxMetrics`: what a kubelet with the gate
+//! `PodAndContainerStatsFromCRI` passes on to Prometheus, at `/metrics/cadvisor`, word for word.
 //!
-//! Names, help texts' meaning, types and labels are cAdvisor's (0.56, `metrics/prometheus.go`), because dashboards and rules are written for
-//! them. Values are whole numbers in the CRI: seconds lose their fractions. A metric is only described here if it is measured; one that this
-//! machine's kernel does not offer is described and has no values.
+//! Names, help texts' meaning, types and labels are cAdvisor's (0.56, `metrics/prometheus.go`), because
+//! dashboards and rules are written for them. Values are whole numbers in the CRI: seconds lose their
+//! fractions. A metric is only described here if it is measured; one that this machine's kernel does not
+//! offer is described and has no values.
 //!
-//! Two things of one kind with the same labels would spoil the whole answer for Prometheus. Containers differ by `id`, their cgroup; the
-//! network of pods by `name`, which has the pod's uid and attempt in it; figures of a pod's cgroup are told once for each cgroup, and not at
-//! all for one that pods share.
+//! Two things of one kind with the same labels would spoil the whole answer for Prometheus. Containers differ
+//! by `id`, their cgroup; the network of pods by `name`, which has the pod's uid and attempt in it; figures
+//! of a pod's cgroup are told once for each cgroup, and not at all for one that pods share.
 
 use super::stats::value;
 use crate::cadvisor;
@@ -30,8 +31,8 @@ const LABELS: [&str; 6] = ["id", "name", "image", "namespace", "pod", "container
 /// What cAdvisor calls the container that stands for a pod's network.
 const POD: &str = "POD";
 
-/// The period of a cpu quota, in µs, and the weight in shares that a cgroup has when nobody set them: `cpu.cfs_period_us` and `cpu.shares` in
-/// Documentation/scheduler/sched-bwc.rst and sched-design-CFS.rst.
+/// The period of a cpu quota, in µs, and the weight in shares that a cgroup has when nobody set them:
+/// `cpu.cfs_period_us` and `cpu.shares` in Documentation/scheduler/sched-bwc.rst and sched-design-CFS.rst.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 const DEFAULT_SHARES: u64 = 1024;
 
@@ -267,7 +268,8 @@ impl Metrics {
         let Some(measured) = measured else { return };
         self.done.push(v1::Metric {
             name: kind.name.to_owned(),
-            // Measured now, and gone with its container: with a time of its own, Prometheus would go on showing it for minutes.
+            // Measured now, and gone with its container: with a time of its own, Prometheus would go on
+            // showing it for minutes.
             timestamp: 0,
             metric_type: if kind.counter { v1::MetricType::Counter } else { v1::MetricType::Gauge }.into(),
             label_values: self
@@ -312,7 +314,8 @@ impl Metrics {
         self.put(&MEMORY_MAX_USAGE, &[], memory.peak_bytes);
         self.put(&MEMORY_LIMIT_HITS, &[], memory.limit_hits);
         self.put(&OOM_EVENTS, &[], memory.oom_kills);
-        // Faults are counted with sub-cgroups. On v2 nothing else is, and cAdvisor tells the same number for both.
+        // Faults are counted with sub-cgroups. On v2 nothing else is, and cAdvisor tells the same number for
+        // both.
         let scopes: &[&str] = if unified { &["container", "hierarchy"] } else { &["hierarchy"] };
         for scope in scopes {
             self.put(&MEMORY_FAULTS, &["pgfault", scope], memory.page_faults);

@@ -1,7 +1,8 @@
 //! `runtime.v1.RuntimeService`.
 //!
-//! Each call converts, asks the part that owns the object, and converts back. What changes something runs in a task of its own: when
-//! a client goes away its request is finished all the same, and nothing is left half done.
+//! Each call converts, asks the part that owns the object, and converts back. What changes something runs in
+//! a task of its own: when a client goes away its request is finished all the same, and nothing is left half
+//! done.
 
 use super::convert::{self, ContainerFilter, ContainerView, Field, SandboxFilter, SandboxView};
 use super::status::{CallError, failed};
@@ -28,7 +29,8 @@ use tonic::{Request, Response, Status};
 /// What kubelets take for the version of the CRI's users; both peers say this.
 const KUBELET_API_VERSION: &str = "0.1.0";
 
-/// Items in one message of a streaming list. A container with its labels and annotations has some kilobytes, a message 16 MiB.
+/// Items in one message of a streaming list. A container with its labels and annotations has some kilobytes,
+/// a message 16 MiB.
 const PAGE: usize = 500;
 
 /// The same for metrics of pods. A container has some 60 of them, each with its labels: about 25 KB.

@@ -15,7 +15,8 @@
 //! | the daemon is ending, a shim that cannot be reached | `Unavailable` |
 //! | anything else | `Internal` |
 //!
-//! Messages carry the whole chain of causes: they end up in a pod's events, in front of somebody who has nothing else.
+//! Messages carry the whole chain of causes: they end up in a pod's events, in front of somebody who has
+//! nothing else.
 
 use std::borrow::Cow;
 
@@ -212,7 +213,8 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
     Status::new(code, message)
 }
 
-/// What a shell returns for a command that it cannot start: 127 not found, 126 not executable (POSIX, "Command Search and Execution").
+/// What a shell returns for a command that it cannot start: 127 not found, 126 not executable (POSIX,
+/// "Command Search and Execution").
 fn shell_code(failed: &crate::shim_client::Failed) -> Option<i32> {
     const ENOENT: i32 = 2;
     const ENOEXEC: i32 = 8;

@@ -1,7 +1,9 @@
-//! Finds the header blocks in the frames of a client (RFC 9113 section 4), and puts rewritten ones in their place.
+//! Finds the header blocks in the frames of a client (RFC 9113 section 4), and puts rewritten ones in their
+//! place.
 //!
-//! A block is gathered from its `HEADERS` and `CONTINUATION` frames, without their padding, and goes out in as few frames as it takes.
-//! All other frames stay as they are, and so does whatever is not HTTP/2: the server judges it.
+//! A block is gathered from its `HEADERS` and `CONTINUATION` frames, without their padding, and goes out in
+//! as few frames as it takes. All other frames stay as they are, and so does whatever is not HTTP/2: the
+//! server judges it.
 
 use super::header_block::{BadBlock, Rewriter, Rewritten};
 use super::{MAX_FRAME, MAX_HEADER_LIST};
@@ -24,10 +26,12 @@ const PRIORITY_LENGTH: usize = 5;
 
 const FRAME: usize = MAX_FRAME as usize;
 
-/// The largest block, in bytes as it is coded. One within [`MAX_HEADER_LIST`] has less; one a few times larger is still answered with 431.
+/// The largest block, in bytes as it is coded. One within [`MAX_HEADER_LIST`] has less; one a few times
+/// larger is still answered with 431.
 const MAX_BLOCK: usize = 4 * MAX_HEADER_LIST as usize;
 
-/// The most `CONTINUATION` frames of one block: [`MAX_BLOCK`] in full frames, and as many again. Empty ones could go on for ever.
+/// The most `CONTINUATION` frames of one block: [`MAX_BLOCK`] in full frames, and as many again. Empty ones
+/// could go on for ever.
 const MAX_CONTINUATIONS: u32 = 8;
 
 /// A block that every server refuses: index 0 stands for no header (RFC 7541 section 6.1).
@@ -107,7 +111,8 @@ impl Frames {
         self.end
     }
 
-    /// A stream whose headers were larger than [`MAX_HEADER_LIST`]. The server answers it, and it is told once.
+    /// A stream whose headers were larger than [`MAX_HEADER_LIST`]. The server answers it, and it is told
+    /// once.
     pub(super) fn take_too_large(&mut self) -> Option<u32> {
         self.too_large.take()
     }

@@ -1,9 +1,11 @@
-//! Rewrites header blocks (HPACK, RFC 7541): every `:authority` becomes [`AUTHORITY`], all else stays what it was.
+//! Rewrites header blocks (HPACK, RFC 7541): every `:authority` becomes [`AUTHORITY`], all else stays what it
+//! was.
 //!
-//! A client refers to headers that it sent before, by their place in a table that both sides keep. As a replaced value would shift that
-//! table, the rewriter keeps it in the server's place, and the server gets blocks without state: each header is a reference to the
-//! static table or a literal that is not to be kept. Strings are copied as they are coded; only their lengths are computed, because
-//! the table's entries are evicted by size.
+//! A client refers to headers that it sent before, by their place in a table that both sides keep. As a
+//! replaced value would shift that table, the rewriter keeps it in the server's place, and the server gets
+//! blocks without state: each header is a reference to the static table or a literal that is not to be kept.
+//! Strings are copied as they are coded; only their lengths are computed, because the table's entries are
+//! evicted by size.
 
 use super::huffman::decoded_length;
 use std::collections::VecDeque;
@@ -18,7 +20,8 @@ const NAME_CODED: &[u8] = &[0x88, 0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f
 /// [`super::MAX_HEADER_LIST`], as a length.
 const MAX_HEADER_LIST: usize = super::MAX_HEADER_LIST as usize;
 
-/// The size of the table, in bytes: what both sides begin with (RFC 9113 section 6.5.2). Our server announces no other.
+/// The size of the table, in bytes: what both sides begin with (RFC 9113 section 6.5.2). Our server announces
+/// no other.
 const TABLE: usize = 4096;
 
 /// What an entry counts for beside its name and value, in bytes (RFC 7541 section 4.1).
@@ -154,7 +157,8 @@ impl Header {
         }
     }
 
-    /// Writes it as a literal that is not to be kept, with `flag`: 0, or the bit of one that is never to be kept (RFC 7541 section 6.2).
+    /// Writes it as a literal that is not to be kept, with `flag`: 0, or the bit of one that is never to be
+    /// kept (RFC 7541 section 6.2).
     fn write(&self, flag: u8, output: &mut Vec<u8>) {
         match &self.name {
             Name::Static(index @ ..15) => output.push(flag | index),

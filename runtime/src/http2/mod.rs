@@ -1,12 +1,14 @@
 //! Between a client's socket and the HTTP/2 server: any `:authority` is accepted.
 //!
-//! On a Unix socket the `:authority` of a request says nothing, and gRPC clients disagree on what to send: grpc-go sends `localhost`,
-//! C-core (Python, C++, Ruby) the percent-escaped path of the socket, Java and older grpc-go the plain path, some an empty string. The
-//! HTTP/2 server resets every stream whose `:authority` is not one of a URI (RFC 3986 section 3.2). [`Connection`] therefore gives
-//! each request the same valid one before the server sees it.
+//! On a Unix socket the `:authority` of a request says nothing, and gRPC clients disagree on what to send:
+//! grpc-go sends `localhost`, C-core (Python, C++, Ruby) the percent-escaped path of the socket, Java and
+//! older grpc-go the plain path, some an empty string. The HTTP/2 server resets every stream whose
+//! `:authority` is not one of a URI (RFC 3986 section 3.2). [`Connection`] therefore gives each request the
+//! same valid one before the server sees it.
 //!
-//! `frames` finds the header blocks in what a client sends, `header_block` rewrites them, and `resets` watches what the server
-//! answers, so that a refused request leaves a line in the log. None of the three does I/O; this file joins them to the socket.
+//! `frames` finds the header blocks in what a client sends, `header_block` rewrites them, and `resets`
+//! watches what the server answers, so that a refused request leaves a line in the log. None of the three
+//! does I/O; this file joins them to the socket.
 
 mod frames;
 mod header_block;
@@ -24,12 +26,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tonic::transport::server::Connected;
 
-/// The largest list of headers that a request may have, in bytes as RFC 9113 section 6.5.2 counts them. The HTTP/2 server has the
-/// same limit and answers 431.
+/// The largest list of headers that a request may have, in bytes as RFC 9113 section 6.5.2 counts them. The
+/// HTTP/2 server has the same limit and answers 431.
 pub(crate) const MAX_HEADER_LIST: u32 = 16 * 1024;
 
-/// The largest payload of a frame, in bytes: what every connection starts with, and the least that may be announced (RFC 9113
-/// section 6.5.2).
+/// The largest payload of a frame, in bytes: what every connection starts with, and the least that may be
+/// announced (RFC 9113 section 6.5.2).
 pub(crate) const MAX_FRAME: u32 = 16 * 1024;
 
 /// The most that an idle connection keeps for its next request, in bytes.
@@ -116,7 +118,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
                 return Poll::Ready(Ok(()));
             }
             if this.frames.end().is_some() {
-                // What follows cannot be understood any more; the server has what makes it close the connection.
+                // What follows cannot be understood any more; the server has what makes it close the
+                // connection.
                 return Poll::Ready(Ok(()));
             }
             let before = into.filled().len();

@@ -1,4 +1,5 @@
-//! The rewritten stream against `h2`, which is what reads it in the daemon, and whose client is one of those that write it.
+//! The rewritten stream against `h2`, which is what reads it in the daemon, and whose client is one of those
+//! that write it.
 
 use super::*;
 use http::{HeaderMap, HeaderName, HeaderValue, Request};
@@ -40,8 +41,8 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Sends `bytes` after the preface and empty settings, and ends after `requests` were seen. Returns what the server saw, how it ended, and
-/// what it answered.
+/// Sends `bytes` after the preface and empty settings, and ends after `requests` were seen. Returns what the
+/// server saw, how it ended, and what it answered.
 fn raw(bytes: &[u8], buffer: usize, requests: usize) -> (Vec<Seen>, Result<(), h2::Error>, Vec<u8>) {
     let sent = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".as_slice(), bytes].concat();
     let work = async {

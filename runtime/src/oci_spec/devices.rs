@@ -1,8 +1,10 @@
-//! Devices: which nodes are in a container, which ones its cgroup allows, and what a request's paths stand for on the host.
+//! Devices: which nodes are in a container, which ones its cgroup allows, and what a request's paths stand
+//! for on the host.
 //!
-//! Nodes are made only in the container's own `/dev` and root. Where something is mounted a node would be made in a directory of the host:
-//! a device asked for there has to be in what is mounted already ([`check_mounted`]), or the request is refused. Looking up
-//! ([`resolve_devices`], [`host_devices`], [`check_mounted`]) touches the host and blocks.
+//! Nodes are made only in the container's own `/dev` and root. Where something is mounted a node would be
+//! made in a directory of the host: a device asked for there has to be in what is mounted already
+//! ([`check_mounted`]), or the request is refused. Looking up ([`resolve_devices`], [`host_devices`],
+//! [`check_mounted`]) touches the host and blocks.
 
 use super::{Inputs, ResolvedMount, SpecError, mounts};
 use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
@@ -14,7 +16,8 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Entries of directories that are looked at for one request. What the host itself has ([`host_devices`]) is not limited.
+/// Entries of directories that are looked at for one request. What the host itself has ([`host_devices`]) is
+/// not limited.
 const MAX_ENTRIES: usize = 65_536;
 
 /// How deep directories are followed; `/dev/bus/usb/001/001` is 3 below `/dev`.
@@ -23,10 +26,12 @@ const MAX_DEPTH: usize = 8;
 /// Where devices are.
 const DEV: &str = "/dev";
 
-/// Not passed on from the host, not even to privileged containers: the first is the machine's, the second a link into the container's own devpts.
+/// Not passed on from the host, not even to privileged containers: the first is the machine's, the second a
+/// link into the container's own devpts.
 const NEVER_THE_HOSTS: [&str; 2] = ["/dev/console", "/dev/ptmx"];
 
-/// OCI runtime-spec "Default Devices", but for `/dev/console` and `/dev/ptmx`, see [`NEVER_THE_HOSTS`]: name, major, minor.
+/// OCI runtime-spec "Default Devices", but for `/dev/console` and `/dev/ptmx`, see [`NEVER_THE_HOSTS`]: name,
+/// major, minor.
 const DEFAULT_NODES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
@@ -93,8 +98,9 @@ pub enum DeviceError {
     TooMany(PathBuf),
 }
 
-/// Looks up the devices of a request: CRI `Device`. Links are resolved. A node may lie anywhere on the host; a directory, in `/dev`, stands
-/// for every device below it, on its own filesystem and without following links. An empty `container_path` is the host's.
+/// Looks up the devices of a request: CRI `Device`. Links are resolved. A node may lie anywhere on the host;
+/// a directory, in `/dev`, stands for every device below it, on its own filesystem and without following
+/// links. An empty `container_path` is the host's.
 ///
 /// # Errors
 /// [`DeviceError`].
@@ -110,7 +116,8 @@ pub fn resolve_devices(devices: &[Device]) -> Result<Vec<ResolvedDevice>, Device
         let access = Access::parse(&device.permissions)
             .ok_or_else(|| DeviceError::Permissions(device.permissions.clone()))?;
         let look = |source| DeviceError::Look { path: PathBuf::from(&device.host_path), source };
-        // What is no device is not looked at any further: a request is no way to learn about the host's files.
+        // What is no device is not looked at any further: a request is no way to learn about the host's
+        // files.
         let metadata = std::fs::metadata(&device.host_path).map_err(look)?;
         if metadata.is_dir() {
             let host_path = std::fs::canonicalize(&device.host_path).map_err(look)?;
@@ -127,8 +134,9 @@ pub fn resolve_devices(devices: &[Device]) -> Result<Vec<ResolvedDevice>, Device
     Ok(search.found)
 }
 
-/// Every device that the host's `/dev` has now, for a privileged container. What is mounted below it (`pts`, `shm`, `mqueue`) is not looked at,
-/// and what cannot be looked at, such as one that is unplugged at the moment, is left out.
+/// Every device that the host's `/dev` has now, for a privileged container. What is mounted below it (`pts`,
+/// `shm`, `mqueue`) is not looked at, and what cannot be looked at, such as one that is unplugged at the
+/// moment, is left out.
 ///
 /// # Errors
 /// [`DeviceError::Look`], when `/dev` itself cannot be read.
@@ -144,7 +152,8 @@ pub fn host_devices() -> Result<Vec<ResolvedDevice>, DeviceError> {
     Ok(search.found)
 }
 
-/// Checks that the devices which the request's own mounts cover are in what is mounted. The last of the mounts above a path counts.
+/// Checks that the devices which the request's own mounts cover are in what is mounted. The last of the
+/// mounts above a path counts.
 ///
 /// # Errors
 /// [`DeviceError::Mounted`] for one that is not there, or is another device.
@@ -271,7 +280,8 @@ fn of_node(container_path: PathBuf, metadata: &Metadata, access: Access) -> Opti
     })
 }
 
-/// What the container's cgroup allows: the default devices and those asked for, or everything for a privileged container.
+/// What the container's cgroup allows: the default devices and those asked for, or everything for a
+/// privileged container.
 #[must_use]
 pub fn device_policy(privileged: bool, asked: &[ResolvedDevice]) -> DevicePolicy {
     if privileged {
@@ -287,10 +297,11 @@ pub fn device_policy(privileged: bool, asked: &[ResolvedDevice]) -> DevicePolicy
     DevicePolicy::Only(rules)
 }
 
-/// The nodes of the container: the default ones, for a privileged container the host's, and those asked for. The last of one place wins.
+/// The nodes of the container: the default ones, for a privileged container the host's, and those asked for.
+/// The last of one place wins.
 ///
-/// Of those that a mount covers, the ones asked for have to be in it: the request's own mounts were checked ([`check_mounted`]), and the others
-/// are Berth's, where no device is.
+/// Of those that a mount covers, the ones asked for have to be in it: the request's own mounts were checked
+/// ([`check_mounted`]), and the others are Berth's, where no device is.
 pub(super) fn nodes(
     inputs: &Inputs<'_>,
     mounts: &[oci_spec::runtime::Mount],

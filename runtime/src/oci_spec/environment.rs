@@ -1,19 +1,22 @@
 //! The environment and the arguments of a container's main process, as text that execve(2) takes.
 //!
-//! The image's strings are not trusted to be assignments, the request's are trusted to be what its author wanted. A line break in a
-//! value is legitimate, here it is only a byte: nothing of this is ever written into a file of lines (CVE-2022-4318).
+//! The image's strings are not trusted to be assignments, the request's are trusted to be what its author
+//! wanted. A line break in a value is legitimate, here it is only a byte: nothing of this is ever written
+//! into a file of lines (CVE-2022-4318).
 
 use super::{Inputs, SpecError};
 use std::collections::HashMap;
 
-/// The search path of a container whose image and request name none; the one that Docker images are built for.
+/// The search path of a container whose image and request name none; the one that Docker images are built
+/// for.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The longest argument or variable: `MAX_ARG_STRLEN` of execve(2) is 32 pages of 4 KiB, with the final NUL.
 pub(super) const MAX_TEXT_BYTES: usize = 128 * 1024 - 1;
 
-/// All arguments and variables together, in bytes. execve(2) allows a quarter of the stack limit, 2 MiB by default, and the program's
-/// name and pointers count too; refused here, it is an error of the creation and not of the start.
+/// All arguments and variables together, in bytes. execve(2) allows a quarter of the stack limit, 2 MiB by
+/// default, and the program's name and pointers count too; refused here, it is an error of the creation and
+/// not of the start.
 pub(super) const MAX_TOTAL_BYTES: usize = 1024 * 1024;
 
 /// The request's variables in messages.
@@ -33,7 +36,8 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError
     }
     for assignment in &inputs.image.env {
         check(IMAGE, assignment)?;
-        // What assigns nothing is left out: no program could make anything of it, and such images run elsewhere.
+        // What assigns nothing is left out: no program could make anything of it, and such images run
+        // elsewhere.
         if let Some((name, value)) = assignment.split_once('=').filter(|(name, _)| !name.is_empty()) {
             variables.set(name, value);
         }

@@ -1,14 +1,17 @@
 //! The OCI runtime spec of a container, from what was asked for and what the image says.
 //!
-//! [`build`] is pure: whatever has to be looked up on the host is looked up by its caller and handed in, by [`devices::resolve_devices`]
-//! and [`mounts::resolve_mounts`] among others. The request is checked at the edge for what its own message tells, and here for what
-//! depends on the image or the sandbox; the image's configuration is hostile text throughout.
+//! [`build`] is pure: whatever has to be looked up on the host is looked up by its caller and handed in, by
+//! [`devices::resolve_devices`] and [`mounts::resolve_mounts`] among others. The request is checked at the
+//! edge for what its own message tells, and here for what depends on the image or the sandbox; the image's
+//! configuration is hostile text throughout.
 //!
-//! The spec is the whole of what the container may have: [`crate::plan`] adds nothing to it, and it is what a verbose
-//! `ContainerStatus` shows as `runtimeSpec`. Left to others: who the process runs as (the shim reads the passwd and group files of the root),
-//! compiling seccomp profiles, making the directories that mounts come from.
+//! The spec is the whole of what the container may have: [`crate::plan`] adds nothing to it, and it is what a
+//! verbose `ContainerStatus` shows as `runtimeSpec`. Left to others: who the process runs as (the shim reads
+//! the passwd and group files of the root), compiling seccomp profiles, making the directories that mounts
+//! come from.
 //!
-//! Facts: OCI runtime-spec 1.2 (`config.md`, `config-linux.md`), the CRI messages `ContainerConfig` and `LinuxContainerSecurityContext`.
+//! Facts: OCI runtime-spec 1.2 (`config.md`, `config-linux.md`), the CRI messages `ContainerConfig` and
+//! `LinuxContainerSecurityContext`.
 
 mod capabilities;
 pub mod devices;
@@ -35,7 +38,8 @@ use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp,
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// The version of the OCI runtime spec that is written: the newest whose every property that is used here exists.
+/// The version of the OCI runtime spec that is written: the newest whose every property that is used here
+/// exists.
 const OCI_VERSION: &str = "1.2.0";
 
 /// The host's `/dev/shm`, for pods that share the host's IPC namespace.
@@ -52,7 +56,8 @@ pub struct Inputs<'a> {
     pub files: &'a ContainerFiles,
     /// The sandbox's id.
     pub sandbox_id: &'a SandboxId,
-    /// What was asked for about the sandbox. Network and IPC namespaces are the sandbox's, whatever the container's request says.
+    /// What was asked for about the sandbox. Network and IPC namespaces are the sandbox's, whatever the
+    /// container's request says.
     pub sandbox: &'a sandbox::Config,
     /// Where the sandbox's files lie.
     pub sandbox_files: &'a SandboxFiles,
@@ -62,7 +67,8 @@ pub struct Inputs<'a> {
     pub image: &'a ImageConfig,
     /// A name of the image, for an annotation.
     pub image_name: &'a str,
-    /// The mounts asked for with their sources looked up, in the order of the request: [`mounts::resolve_mounts`].
+    /// The mounts asked for with their sources looked up, in the order of the request:
+    /// [`mounts::resolve_mounts`].
     pub mounts: &'a [ResolvedMount],
     /// The devices asked for: [`devices::resolve_devices`].
     pub devices: &'a [ResolvedDevice],
@@ -259,8 +265,8 @@ pub fn build(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
     Ok(spec)
 }
 
-/// What a shared network namespace is by custom: the host's name too, since a container that sees the host's interfaces under another
-/// name confuses everything that registers itself.
+/// What a shared network namespace is by custom: the host's name too, since a container that sees the host's
+/// interfaces under another name confuses everything that registers itself.
 fn has_own_uts(sandbox: &sandbox::Config) -> Result<bool, SpecError> {
     is_pods("network", sandbox.namespaces.network)
 }
@@ -308,9 +314,9 @@ fn namespaces(inputs: &Inputs<'_>) -> Result<Vec<LinuxNamespace>, SpecError> {
     Ok(namespaces)
 }
 
-/// On v2, so that the mount of the hierarchy shows the container's part and no more. On v1 that is done by what is mounted, and
-/// a namespace would only hide from cAdvisor-like tools inside which cgroup they are in. A privileged container sees the host's, as under
-/// other runtimes.
+/// On v2, so that the mount of the hierarchy shows the container's part and no more. On v1 that is done by
+/// what is mounted, and a namespace would only hide from cAdvisor-like tools inside which cgroup they are in.
+/// A privileged container sees the host's, as under other runtimes.
 fn own_cgroup_namespace(inputs: &Inputs<'_>) -> bool {
     inputs.host.unified_cgroups && !inputs.config.security.privileged
 }
@@ -321,7 +327,8 @@ fn namespace(kind: LinuxNamespaceType, path: Option<PathBuf>) -> LinuxNamespace 
     namespace
 }
 
-/// Masked or read-only paths: exactly those asked for, because an empty list is how `procMount: Unmasked` arrives.
+/// Masked or read-only paths: exactly those asked for, because an empty list is how `procMount: Unmasked`
+/// arrives.
 fn covered(privileged: bool, origin: &'static str, paths: &[String]) -> Result<Vec<String>, SpecError> {
     if privileged {
         return Ok(Vec::new());
@@ -334,8 +341,9 @@ fn covered(privileged: bool, origin: &'static str, paths: &[String]) -> Result<V
     Ok(paths.to_vec())
 }
 
-/// The annotations by which node tools (tracers, runtime security, NRI-like plugins) recognise a Kubernetes container. None of the request's:
-/// they are the pod author's text, and some tools take OCI annotations as orders (CVE-2026-44210, CVE-2024-3154).
+/// The annotations by which node tools (tracers, runtime security, NRI-like plugins) recognise a Kubernetes
+/// container. None of the request's: they are the pod author's text, and some tools take OCI annotations as
+/// orders (CVE-2026-44210, CVE-2024-3154).
 fn annotations(inputs: &Inputs<'_>) -> HashMap<String, String> {
     let pod = &inputs.sandbox.metadata;
     [

@@ -1,9 +1,10 @@
 //! What is mounted in a container, and where that comes from.
 //!
-//! Three kinds, in the order in which the weaker gives way: the mounts asked for; the standard ones, from `/proc` to
-//! `/etc/resolv.conf`; a directory for each volume that the image names. All are sorted by the number of path elements, so that what lies
-//! below something is mounted after it. Destinations are compared as text here and resolved below the root by the shim; a
-//! destination that a link leads elsewhere is mounted there, inside the root.
+//! Three kinds, in the order in which the weaker gives way: the mounts asked for; the standard ones, from
+//! `/proc` to `/etc/resolv.conf`; a directory for each volume that the image names. All are sorted by the
+//! number of path elements, so that what lies below something is mounted after it. Destinations are compared
+//! as text here and resolved below the root by the shim; a destination that a link leads elsewhere is mounted
+//! there, inside the root.
 
 use super::{HOST_SHM, Inputs, SpecError, is_pods};
 use crate::host_directory;
@@ -15,8 +16,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Where Berth puts filesystems of the kernel. A volume of an image there would replace files that later steps write to and that the
-/// isolation rests on (CVE-2019-16884), and a mount asked for there stands for everything below it.
+/// Where Berth puts filesystems of the kernel. A volume of an image there would replace files that later
+/// steps write to and that the isolation rests on (CVE-2019-16884), and a mount asked for there stands for
+/// everything below it.
 const OF_THE_KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// A mount asked for, with its source looked up.
@@ -77,8 +79,9 @@ pub enum SourceError {
 /// The mounts of this process: proc(5).
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
-/// Looks up the sources of the mounts of a request, in order. Links are resolved. A source that is absent becomes a directory with mode 0755:
-/// the CRI calls that an error, but what runs on it was written for runtimes that make it.
+/// Looks up the sources of the mounts of a request, in order. Links are resolved. A source that is absent
+/// becomes a directory with mode 0755: the CRI calls that an error, but what runs on it was written for
+/// runtimes that make it.
 ///
 /// Blocks; touches the host.
 ///
@@ -113,7 +116,8 @@ pub fn resolve_mounts(mounts: &[Asked]) -> Result<Vec<ResolvedMount>, SourceErro
     Ok(resolved)
 }
 
-/// mount_namespaces(7): a slave receives from a shared mount or a slave, a peer has to be one of a shared mount.
+/// mount_namespaces(7): a slave receives from a shared mount or a slave, a peer has to be one of a shared
+/// mount.
 fn check_propagation(table: &[u8], source: &Path, wanted: Propagation) -> Result<(), SourceError> {
     let tags = propagation_tags(table, source);
     let refused = |needed| Err(SourceError::Propagation { path: source.to_owned(), needed });
@@ -130,8 +134,8 @@ struct Tags {
     slave: bool,
 }
 
-/// How the mount that `path` lies on propagates, by the text of [`MOUNTINFO`]: proc(5), fields 5 (mount point) and 7 (tags, up to a dash).
-/// Of mounts on one place the last one is on top.
+/// How the mount that `path` lies on propagates, by the text of [`MOUNTINFO`]: proc(5), fields 5 (mount
+/// point) and 7 (tags, up to a dash). Of mounts on one place the last one is on top.
 fn propagation_tags(table: &[u8], path: &Path) -> Tags {
     let mut best = (0, Tags::default());
     for line in table.split(|byte| *byte == b'\n') {
@@ -169,7 +173,8 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The path without `.`, `..`, double and final slashes, by its text alone. `None` when it is not absolute, too long, or has a NUL byte.
+/// The path without `.`, `..`, double and final slashes, by its text alone. `None` when it is not absolute,
+/// too long, or has a NUL byte.
 pub(super) fn clean(path: &str) -> Option<String> {
     if !path.starts_with('/') || path.len() > MAX_PATH_BYTES || path.contains('\0') {
         return None;
@@ -209,7 +214,8 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<Mount>, SpecError>
     Ok(mounts)
 }
 
-/// Whether a standard mount is left out because of one that was asked for: at the same place, or above it in what would be the kernel's.
+/// Whether a standard mount is left out because of one that was asked for: at the same place, or above it in
+/// what would be the kernel's.
 fn gives_way(standard: &Path, asked: &Path) -> bool {
     let kernels = OF_THE_KERNEL.iter().any(|place| is_at_or_below(asked, place));
     standard == asked || (kernels && standard.starts_with(asked))
@@ -250,12 +256,13 @@ pub(super) fn root_propagation(mounts: &[ResolvedMount]) -> &'static str {
     }
 }
 
-/// The directories that the image wants to be writable and no part of it: those without a mount of the request at their place, absolute and
-/// cleaned. `VOLUME data` and `VOLUME ../data` mean what they do from the root, as for other runtimes; the root itself is there already. A volume where a standard mount is, or among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is
-/// there anyway.
+/// The directories that the image wants to be writable and no part of it: those without a mount of the
+/// request at their place, absolute and cleaned. `VOLUME data` and `VOLUME ../data` mean what they do from
+/// the root, as for other runtimes; the root itself is there already. A volume where a standard mount is, or
+/// among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is there anyway.
 ///
-/// They are no mounts of the spec: the writable layer is the container's own already and goes with it, so the shim only sees to it that
-/// they are there, and writable in a root that is not.
+/// They are no mounts of the spec: the writable layer is the container's own already and goes with it, so the
+/// shim only sees to it that they are there, and writable in a root that is not.
 ///
 /// # Errors
 /// [`SpecError::Volume`] for a path that is too long or has a NUL byte.
@@ -314,7 +321,8 @@ fn standard(inputs: &Inputs<'_>, asked: &[Mount]) -> Result<Vec<Mount>, SpecErro
     Ok(mounts)
 }
 
-/// On v2 the hierarchy itself, of which the cgroup namespace shows the container's part; on v1 the container's directory of each hierarchy.
+/// On v2 the hierarchy itself, of which the cgroup namespace shows the container's part; on v1 the
+/// container's directory of each hierarchy.
 fn cgroup_mounts(inputs: &Inputs<'_>, asked: &[Mount], system: &str) -> Vec<Mount> {
     const PLACE: &str = "/sys/fs/cgroup";
     let flags = ["nosuid", "noexec", "nodev"];

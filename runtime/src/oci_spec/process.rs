@@ -9,7 +9,8 @@ use std::path::PathBuf;
 /// The file mode creation mask that every container starts with, whatever the daemon's is.
 const UMASK: u32 = 0o022;
 
-/// The name that the kernel gives to "no profile": asked for as if it were one, it would be a way around the check of the field.
+/// The name that the kernel gives to "no profile": asked for as if it were one, it would be a way around the
+/// check of the field.
 const NO_PROFILE: &str = "unconfined";
 
 pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
@@ -38,7 +39,8 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
     Ok(process)
 }
 
-/// CRI `command` is the entrypoint and `args` its arguments: a command drops both of the image's, arguments alone only its `Cmd`.
+/// CRI `command` is the entrypoint and `args` its arguments: a command drops both of the image's, arguments
+/// alone only its `Cmd`.
 fn args(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError> {
     let (config, image) = (inputs.config, inputs.image);
     let entrypoint = ("command", &config.command);
@@ -61,8 +63,8 @@ fn args(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError> {
     if all.first().is_none_or(String::is_empty) { Err(SpecError::NoCommand) } else { Ok(all) }
 }
 
-/// The text stays as it is, `..` and links included: it is resolved inside the container's root, and the shim makes sure that the place it
-/// arrives at is inside (CVE-2024-21626).
+/// The text stays as it is, `..` and links included: it is resolved inside the container's root, and the shim
+/// makes sure that the place it arrives at is inside (CVE-2024-21626).
 fn working_directory(inputs: &Inputs<'_>) -> Result<PathBuf, SpecError> {
     let (origin, text) = match (inputs.config.working_dir.as_str(), inputs.image.working_dir.as_str()) {
         ("", "") => return Ok(PathBuf::from("/")),

@@ -1,6 +1,7 @@
 //! Limits and devices of the cgroup: `linux.resources` of the spec, from a request and for the cgroup.
 //!
-//! What the cgroup keeps is read from the finished spec, whoever has written it. What is in there and cannot be kept is refused.
+//! What the cgroup keeps is read from the finished spec, whoever has written it. What is in there and cannot
+//! be kept is refused.
 
 use super::SpecError;
 use berth_cgroup::{Access, Ceiling, DeviceKind, DevicePolicy, DeviceRule, HugepageLimit, Limits};
@@ -9,7 +10,8 @@ use oci_spec::runtime::{
     LinuxCpu, LinuxDeviceCgroup, LinuxDeviceType, LinuxHugepageLimit, LinuxMemory, LinuxResources, Spec,
 };
 
-/// The limits of a request as the spec has them. Zero, and a negative number where no limit is possible, is "not set".
+/// The limits of a request as the spec has them. Zero, and a negative number where no limit is possible, is
+/// "not set".
 ///
 /// # Errors
 /// [`SpecError::Resource`], for a number that the spec cannot have.
@@ -53,7 +55,8 @@ pub(super) fn of_spec(asked: &Resources, devices: &DevicePolicy) -> Result<Linux
 /// What the cgroup of a container with this spec keeps. Without a list of devices it may use none.
 ///
 /// # Errors
-/// [`SpecError::Resource`] for a number out of range; [`SpecError::Unsupported`] for what the cgroup would not keep.
+/// [`SpecError::Resource`] for a number out of range; [`SpecError::Unsupported`] for what the cgroup would
+/// not keep.
 pub fn of_cgroup(spec: &Spec) -> Result<(Limits, DevicePolicy), SpecError> {
     match spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
         Some(resources) => Ok((limits(resources)?, device_policy(resources)?)),
@@ -128,8 +131,8 @@ fn not_empty(text: &str) -> Option<String> {
     Some(text.to_owned()).filter(|text| !text.is_empty())
 }
 
-/// The rules of `linux.resources` as a list of what is allowed. One that denies anything but everything is refused: a list of
-/// what is denied allows what it forgets.
+/// The rules of `linux.resources` as a list of what is allowed. One that denies anything but everything is
+/// refused: a list of what is denied allows what it forgets.
 fn device_policy(resources: &LinuxResources) -> Result<DevicePolicy, SpecError> {
     let unsupported = SpecError::Unsupported { property: "devices" };
     let mut policy = DevicePolicy::Only(Vec::new());

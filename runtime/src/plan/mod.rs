@@ -1,7 +1,8 @@
 //! The OCI runtime spec as a plan for the shim.
 //!
-//! A translation and nothing else: [`launch`] grants nothing that the spec does not name, and refuses a spec that asks for something the
-//! shim does not do, so that no property is lost in silence. What the spec has no words for comes in [`Extra`].
+//! A translation and nothing else: [`launch`] grants nothing that the spec does not name, and refuses a spec
+//! that asks for something the shim does not do, so that no property is lost in silence. What the spec has no
+//! words for comes in [`Extra`].
 
 mod mount_options;
 mod privileges;
@@ -21,7 +22,8 @@ use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Places that later steps, and programs in the container, rely on being the kernel's own: never reached through a link of the image.
+/// Places that later steps, and programs in the container, rely on being the kernel's own: never reached
+/// through a link of the image.
 const NO_SYMLINKS: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// Filesystems that can be mounted anew: those of OCI runtime-spec "Default Filesystems" and cgroup v2.
@@ -77,7 +79,8 @@ pub struct Filter<'a> {
     pub program: &'a [u8],
     /// `SECCOMP_FILTER_FLAG_*`: seccomp(2).
     pub flags: u32,
-    /// The one for the way into a pid namespace, empty when `program` serves: `Process.entry_filter` of the plan.
+    /// The one for the way into a pid namespace, empty when `program` serves: `Process.entry_filter` of the
+    /// plan.
     pub entry: &'a [u8],
 }
 
@@ -113,7 +116,8 @@ pub enum PlanError {
         #[source]
         source: OptionError,
     },
-    /// A read-only filesystem in which something writable is to be mounted: its mount points could not be made.
+    /// A read-only filesystem in which something writable is to be mounted: its mount points could not be
+    /// made.
     #[error("mount on {0:?}: a new read-only filesystem has writable mounts below it")]
     WritableBelow(PathBuf),
     /// A place among the kernel's files. The shim refuses what only a link leads there.
@@ -197,8 +201,8 @@ fn covered(property: &'static str, paths: Option<&[String]>) -> Result<Vec<Vec<u
     paths.unwrap_or_default().iter().map(|path| absolute(property, Path::new(path))).collect()
 }
 
-/// Properties that would have to be acted on and are not. Limits and device rules are not among them: the daemon applies them to the cgroup
-/// before the shim is started.
+/// Properties that would have to be acted on and are not. Limits and device rules are not among them: the
+/// daemon applies them to the cgroup before the shim is started.
 fn refuse_unsupported(
     spec: &Spec,
     linux: &Linux,
@@ -278,8 +282,8 @@ fn namespaces(linux: &Linux, pid_path: PidPath<'_>) -> Result<Namespaces, PlanEr
     if own_mounts { Ok(planned) } else { Err(PlanError::Missing("mount namespace")) }
 }
 
-/// The mounts in order. A new read-only tmpfs would have no place for what is mounted in it; it becomes read-only after the mounts, like a
-/// path of `readonly_paths`, which reaches the mounts in it too.
+/// The mounts in order. A new read-only tmpfs would have no place for what is mounted in it; it becomes
+/// read-only after the mounts, like a path of `readonly_paths`, which reaches the mounts in it too.
 fn translate_mounts(
     mounts: &[oci_spec::runtime::Mount],
     readonly_paths: &mut Vec<Vec<u8>>,

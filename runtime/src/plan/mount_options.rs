@@ -1,8 +1,8 @@
-//! The options of a mount, as text, taken apart: attributes of the mount, what kind of bind it is, how it propagates, and what is the
-//! filesystem's own.
+//! The options of a mount, as text, taken apart: attributes of the mount, what kind of bind it is, how it
+//! propagates, and what is the filesystem's own.
 //!
-//! The names are those of OCI runtime-spec 1.2, `config.md`, "Linux mount options", a subset: an option that is not known here is refused, because
-//! what it was meant to forbid would be allowed.
+//! The names are those of OCI runtime-spec 1.2, `config.md`, "Linux mount options", a subset: an option that
+//! is not known here is refused, because what it was meant to forbid would be allowed.
 
 use berth_shim_proto::launch::Propagation;
 use berth_sys::mount::attr;
@@ -25,7 +25,8 @@ const ATTRIBUTES: [(&str, u64, u64); 11] = [
     ("relatime", 0, attr::ATIME_MASK),
 ];
 
-/// Options that the filesystem itself takes, with a value: proc(5), tmpfs(5), Documentation/filesystems/devpts.rst.
+/// Options that the filesystem itself takes, with a value: proc(5), tmpfs(5),
+/// Documentation/filesystems/devpts.rst.
 const WITH_VALUE: [(&str, &[&str]); 2] = [
     ("tmpfs", &["mode", "size", "nr_inodes", "uid", "gid"]),
     ("devpts", &["mode", "ptmxmode", "uid", "gid"]),

@@ -1,7 +1,7 @@
 //! RunPodSandbox.
 //!
-//! The steps build on each other, and each has its undoing in [`super::stop::release`], which goes by what is there and so serves a
-//! failure here, a stop, and a daemon that finds the remains of a crash.
+//! The steps build on each other, and each has its undoing in [`super::stop::release`], which goes by what is
+//! there and so serves a failure here, a stop, and a daemon that finds the remains of a crash.
 
 use super::creations::Creations;
 use super::etc_files::{self, Contents};
@@ -32,8 +32,8 @@ use std::time::Duration;
 /// The host's name: proc_sys_kernel(5).
 pub(crate) const HOSTNAME_FILE: &str = "/proc/sys/kernel/hostname";
 
-/// The pod's tmpfs, which bounds what its containers can write to `/dev/shm` and to the shared files of `/etc`, in memory that is charged to
-/// the writer. 64 MiB is what other runtimes give `/dev/shm`.
+/// The pod's tmpfs, which bounds what its containers can write to `/dev/shm` and to the shared files of
+/// `/etc`, in memory that is charged to the writer. 64 MiB is what other runtimes give `/dev/shm`.
 const TMPFS_SIZE: &str = "65536k";
 
 /// Makes a sandbox. It is READY and visible on return; on an error nothing of it is left.
@@ -78,7 +78,8 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
         Err(error) => {
             if let Err(left) = stop::release(node, &sandbox).and_then(|()| stop::remove_files(node, &sandbox))
             {
-                // The first error is what the caller has to know; what is left is found again at the next start.
+                // The first error is what the caller has to know; what is left is found again at the next
+                // start.
                 tracing::warn!(sandbox = %sandbox.id, error = %crate::chain(&left), "a failed sandbox left something");
             }
             Err(error)
@@ -137,8 +138,9 @@ pub(super) fn hostname(config: &Config) -> std::io::Result<String> {
     Ok(std::fs::read_to_string(HOSTNAME_FILE)?.trim_end().to_owned())
 }
 
-/// Mounts the pod's tmpfs. One mount holds all that containers of the pod can write to in the runtime directory: each mount of the host makes
-/// the start of every container slower, whose mount namespace begins as a copy of the host's.
+/// Mounts the pod's tmpfs. One mount holds all that containers of the pod can write to in the runtime
+/// directory: each mount of the host makes the start of every container slower, whose mount namespace begins
+/// as a copy of the host's.
 fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> {
     let path = files.tmpfs();
     let failed = || SandboxError::file("mount the pod's tmpfs on", &path);
@@ -166,7 +168,8 @@ fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> 
     if has_shm { make(&files.shm(), 0o1777) } else { Ok(()) }
 }
 
-/// Makes process 1 of the pod's pid namespace, in a cgroup of its own below the pod's, and pins the namespace.
+/// Makes process 1 of the pod's pid namespace, in a cgroup of its own below the pod's, and pins the
+/// namespace.
 fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxError> {
     // It has nothing to lose, and hears no other signal.
     let ending = Ending { signal: SIGKILL, grace: Duration::ZERO, before: None };
@@ -194,8 +197,8 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
     Ok(process)
 }
 
-/// The profile of a pod's own process: the default, so that no container gets at an unconfined process through it. A pod that is not to be confined
-/// goes without if need be.
+/// The profile of a pod's own process: the default, so that no container gets at an unconfined process
+/// through it. A pod that is not to be confined goes without if need be.
 fn apparmor_profile(node: &Node, config: &Config) -> Result<Option<&'static str>, SandboxError> {
     match node.default_apparmor_profile.name() {
         Err(_) if config.privileged || config.apparmor == Profile::Unconfined => Ok(None),

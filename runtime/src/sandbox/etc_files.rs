@@ -1,7 +1,7 @@
 //! The files for `/etc` that the containers of a pod share: `hostname`, `hosts`, `resolv.conf`.
 //!
-//! The kubelet brings its own `/etc/hosts` as a mount, which wins; this one is for everybody else. Pure text functions, and one that
-//! writes.
+//! The kubelet brings its own `/etc/hosts` as a mount, which wins; this one is for everybody else. Pure text
+//! functions, and one that writes.
 
 use super::SandboxError;
 use berth_model::layout::SandboxFiles;

@@ -47,7 +47,8 @@ impl PodProcess {
     /// The process of a record, if it is still that one. What cannot be found out counts as that it is.
     fn find(record: ProcessRecord) -> Option<Self> {
         const ESRCH: i32 = 3;
-        // The descriptor first: while it is held, the number cannot become another process's between the two looks.
+        // The descriptor first: while it is held, the number cannot become another process's between the two
+        // looks.
         let pidfd = match process::open_pidfd(record.pid) {
             Ok(pidfd) => Some(pidfd),
             Err(error) if error.raw_os_error() == Some(ESRCH) => return None,
@@ -105,7 +106,8 @@ pub(crate) struct Sandbox {
     stopping: tokio::sync::Mutex<()>,
     /// The network was given back; set by Stop.
     torn_down: Mutex<bool>,
-    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may be readable another time.
+    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may
+    /// be readable another time.
     keeps_record: bool,
 }
 
@@ -122,7 +124,8 @@ impl Sandbox {
         self.created_at_unix_ns
     }
 
-    /// Its hostname; the host's with the host's network. Never read from the file that its containers can write.
+    /// Its hostname; the host's with the host's network. Never read from the file that its containers can
+    /// write.
     pub(crate) fn hostname(&self) -> std::io::Result<String> {
         if self.hostname.is_empty() { create::hostname(&self.config) } else { Ok(self.hostname.clone()) }
     }

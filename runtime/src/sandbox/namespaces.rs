@@ -1,8 +1,8 @@
 //! The namespaces of a sandbox: made on a thread of their own, pinned as files, held by no process.
 //!
-//! The thread goes into new namespaces, sets them up from inside, pins them and ends. Kernel parameters are written there too,
-//! because `/proc/sys` shows a thread its own namespaces. Whatever fails is undone from the outside by [`unpin`], which needs the
-//! files only.
+//! The thread goes into new namespaces, sets them up from inside, pins them and ends. Kernel parameters are
+//! written there too, because `/proc/sys` shows a thread its own namespaces. Whatever fails is undone from
+//! the outside by [`unpin`], which needs the files only.
 
 use super::SandboxError;
 use berth_model::layout::SandboxFiles;
@@ -74,7 +74,8 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attachment>, Sand
             Some(bridge.attach(wanted.sandbox_id, &mut inside, own.as_fd()).map_err(SandboxError::Network)?);
     }
     for (name, value) in wanted.sysctls {
-        // Names were checked at the edge: letters, digits, dots, underscores and dashes, of namespaces that the pod owns.
+        // Names were checked at the edge: letters, digits, dots, underscores and dashes, of namespaces that
+        // the pod owns.
         let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
         std::fs::write(&path, value).map_err(|source| SandboxError::Sysctl {
             name: name.clone(),
@@ -114,7 +115,8 @@ pub(super) fn unpin(files: &SandboxFiles) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Whether every namespace of `kinds` is pinned still. One of which that cannot be found out counts as pinned.
+/// Whether every namespace of `kinds` is pinned still. One of which that cannot be found out counts as
+/// pinned.
 pub(super) fn all_pinned(files: &SandboxFiles, kinds: &[Kind]) -> bool {
     kinds.iter().all(|kind| {
         let path = files.namespace(kind.file_name());

@@ -1,6 +1,7 @@
 //! StopPodSandbox and RemovePodSandbox, and giving back what a sandbox holds.
 //!
-//! Everything here may be done twice, and goes by what is there: a stop that failed half-way is finished by the next.
+//! Everything here may be done twice, and goes by what is there: a stop that failed half-way is finished by
+//! the next.
 
 use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
@@ -96,8 +97,9 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     let had_network = namespaces::all_pinned(&sandbox.files, &[berth_sys::ns::Kind::Network]);
     namespaces::unpin(&sandbox.files)?;
     if sandbox.config.namespaces.network != NamespaceMode::Node {
-        // The kernel takes the interfaces away with the namespace, on its own time, once its last user is gone. Without a
-        // pinned namespace there is no knowing whether it is, so the interface is removed by hand.
+        // The kernel takes the interfaces away with the namespace, on its own time, once its last user is
+        // gone. Without a pinned namespace there is no knowing whether it is, so the interface is removed by
+        // hand.
         let given_back = if had_network && !used {
             node.bridge.release(sandbox.id.as_str())
         } else {
@@ -124,7 +126,8 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
         }
         cgroup.remove(CGROUP_BUSY)?;
     } else {
-        // For cAdvisor to see, whichever daemon made it, and no unit. Who has put a process in there does not keep the pod.
+        // For cAdvisor to see, whichever daemon made it, and no unit. Who has put a process in there does not
+        // keep the pod.
         let shown = Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, id)?;
         if let Err(error) = shown.remove(CGROUP_BUSY) {
             tracing::warn!(sandbox = id, error = %crate::chain(&error), "the cgroup that cAdvisor found the pod by is left");

@@ -1,8 +1,8 @@
 //! Sizes of writable layers, counted a part at a time.
 //!
-//! Who writes into a layer decides how large and how deep its tree is, and counting must hold up nobody: neither the call for statistics nor
-//! those for other containers. So a count that takes long goes on with the next call, and until it is complete the one before is told; the
-//! first is told as far as it has come.
+//! Who writes into a layer decides how large and how deep its tree is, and counting must hold up nobody:
+//! neither the call for statistics nor those for other containers. So a count that takes long goes on with
+//! the next call, and until it is complete the one before is told; the first is told as far as it has come.
 
 use berth_sys::beneath::{Root, Usage, Walk};
 use std::collections::HashMap;
@@ -10,7 +10,8 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a size counts as known. Counting costs more than all other numbers together, and the kubelet asks every ten seconds.
+/// How long a size counts as known. Counting costs more than all other numbers together, and the kubelet asks
+/// every ten seconds.
 const AGE: Duration = Duration::from_secs(10);
 
 /// How long is counted for all containers together, within each [`WINDOW`].
@@ -45,8 +46,8 @@ struct Layer {
 }
 
 impl LayerSizes {
-    /// The size of the layer of the container `id`, whose directory is `upper`. `now` is the time, in nanoseconds since the epoch. Blocking,
-    /// for about [`SHARE`] at most.
+    /// The size of the layer of the container `id`, whose directory is `upper`. `now` is the time, in
+    /// nanoseconds since the epoch. Blocking, for about [`SHARE`] at most.
     pub(super) fn of(&self, id: &str, upper: &Path, now: impl Fn() -> i64) -> LayerSize {
         let (known, walk) = {
             let mut layers = self.lock();

@@ -27,7 +27,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) struct Sample {
     pub(crate) at_unix_ns: i64,
     pub(crate) stats: Stats,
-    /// Processor time per second since the sample before, in billionths of a processor; nothing for the first.
+    /// Processor time per second since the sample before, in billionths of a processor; nothing for the
+    /// first.
     pub(crate) nanocores: Option<u64>,
 }
 
@@ -79,7 +80,8 @@ impl Samples {
         Sample { at_unix_ns, stats, nanocores }
     }
 
-    /// Nanocores between this sample and the last; two samples closer than a tenth of a second give the rate of before.
+    /// Nanocores between this sample and the last; two samples closer than a tenth of a second give the rate
+    /// of before.
     fn rate(&self, id: &str, now: i64, usage_ns: u64) -> Option<u64> {
         let mut samples = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(last) = samples.get(id).copied() else {

@@ -1,7 +1,8 @@
 //! What went through the network namespaces of pods, counted by the kernel.
 //!
-//! A namespace is looked at from inside: one thread, which is made for a list of them and ends after it, goes from one into the next by the
-//! files that pin them. No thread that serves anything else changes its namespace, and no socket keeps a namespace alive beyond the look.
+//! A namespace is looked at from inside: one thread, which is made for a list of them and ends after it, goes
+//! from one into the next by the files that pin them. No thread that serves anything else changes its
+//! namespace, and no socket keeps a namespace alive beyond the look.
 
 use berth_network::Netlink;
 use berth_network::interfaces::{self, InterfaceCounters};
@@ -35,7 +36,8 @@ impl Traffic {
     }
 }
 
-/// The traffic of the namespaces that these files pin, in their order; nothing for one that is gone or has no network. Blocking.
+/// The traffic of the namespaces that these files pin, in their order; nothing for one that is gone or has no
+/// network. Blocking.
 pub(crate) fn of_namespaces(files: &[PathBuf]) -> Vec<Option<Traffic>> {
     if files.is_empty() {
         return Vec::new();

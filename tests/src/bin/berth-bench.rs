@@ -1,9 +1,10 @@
 //! `make bench`: the same CRI calls on several runtimes in one run, side by side.
 //!
-//! Called as `berth-bench NAME SOCKET DAEMON_PID [NAME SOCKET DAEMON_PID]...`; `scripts/bench` starts the runtimes. Each
-//! has the image [`IMAGE`], is idle, and is driven by nobody else. The runtimes take turns round by round, so that what
-//! the machine does besides meets them alike. Times are those of one client on the socket; memory is the proportional set
-//! size of `proc_pid_smaps(5)`, in which a page that n processes share counts 1/n for each.
+//! Called as `berth-bench NAME SOCKET DAEMON_PID [NAME SOCKET DAEMON_PID]...`; `scripts/bench` starts the
+//! runtimes. Each has the image [`IMAGE`], is idle, and is driven by nobody else. The runtimes take turns
+//! round by round, so that what the machine does besides meets them alike. Times are those of one client on
+//! the socket; memory is the proportional set size of `proc_pid_smaps(5)`, in which a page that n processes
+//! share counts 1/n for each.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -31,7 +32,8 @@ const IMAGE: &str = "localhost/berth/demo:latest";
 /// Rounds of one pod per runtime.
 const ROUNDS: usize = 30;
 
-/// Rounds before those, whose times do not count: caches are cold, and a runtime may set things up on first use.
+/// Rounds before those, whose times do not count: caches are cold, and a runtime may set things up on first
+/// use.
 const WARM_UP: usize = 3;
 
 /// Execs in each round's container.
@@ -44,7 +46,8 @@ const AT_A_TIME: usize = 8;
 /// Lists of all containers' stats, with the crowd there.
 const LISTS: usize = 10;
 
-/// What a container writes to its log for the throughput: so many times a file of so many lines of a hundred bytes.
+/// What a container writes to its log for the throughput: so many times a file of so many lines of a hundred
+/// bytes.
 const LOG_FILES: u64 = 20;
 const LOG_FILE_LINES: u64 = 100_000;
 const LOG_LINE_BYTES: u64 = 100;
@@ -266,7 +269,8 @@ impl Runtime {
     }
 }
 
-/// What a kubelet asks for when the pod's manifest says nothing: a pid namespace for each container, the rest shared.
+/// What a kubelet asks for when the pod's manifest says nothing: a pid namespace for each container, the rest
+/// shared.
 fn namespaces() -> NamespaceOption {
     NamespaceOption { pid: NamespaceMode::Container.into(), ..NamespaceOption::default() }
 }
@@ -276,8 +280,8 @@ fn sleeping() -> Vec<String> {
     vec!["sleep".to_owned(), "1000000".to_owned()]
 }
 
-/// Between the two times that the container wrote to standard error, before and after its lines: seconds since the boot,
-/// with two decimals (`proc_uptime(5)`). An error when a line is missing.
+/// Between the two times that the container wrote to standard error, before and after its lines: seconds
+/// since the boot, with two decimals (`proc_uptime(5)`). An error when a line is missing.
 fn log_time(path: &Path) -> Result<Duration> {
     let mut times = Vec::new();
     let mut lines = 0;
@@ -337,8 +341,8 @@ async fn start_pod(
     Ok((Pod { sandbox, container }, [run, create, start]))
 }
 
-/// StopContainer without grace, StopPodSandbox, RemovePodSandbox, and how long each took. The container is removed in
-/// between, untimed, as a kubelet does.
+/// StopContainer without grace, StopPodSandbox, RemovePodSandbox, and how long each took. The container is
+/// removed in between, untimed, as a kubelet does.
 async fn end_pod(client: &mut RuntimeServiceClient<Channel>, pod: &Pod) -> Result<[Duration; 3]> {
     let request = StopContainerRequest { container_id: pod.container.clone(), timeout: 0 };
     let (_, container) = timed(client.stop_container(request)).await.context("StopContainer")?;
@@ -381,8 +385,8 @@ where
     Ok(done)
 }
 
-/// The memory of what the runtime keeps for these pods beside the programs in the containers, in bytes: the processes
-/// whose children those programs are (shims), and what runs in the sandboxes' own cgroups (pause).
+/// The memory of what the runtime keeps for these pods beside the programs in the containers, in bytes: the
+/// processes whose children those programs are (shims), and what runs in the sandboxes' own cgroups (pause).
 fn own_bytes(pods: &[Pod]) -> Result<u64> {
     let mut own = BTreeSet::new();
     for entry in fs::read_dir("/proc").context("listing processes")? {
@@ -416,7 +420,8 @@ fn pss_bytes(pid: u32) -> Result<u64> {
     Ok(kib * 1024)
 }
 
-/// A row per measurement, a column per runtime, and how many times the first one's time or memory the last one takes.
+/// A row per measurement, a column per runtime, and how many times the first one's time or memory the last
+/// one takes.
 fn table(runtimes: &[Runtime]) -> String {
     let mut text = format!("{:<46}", format!("median of {ROUNDS} (95 of 100 within)"));
     for runtime in runtimes {

@@ -1,4 +1,5 @@
-//! The manifests go, and so do the pods: in their own time if that is less than they are given, and without a trace.
+//! The manifests go, and so do the pods: in their own time if that is less than they are given, and without a
+//! trace.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
@@ -8,7 +9,8 @@ use crate::harness::tests;
 
 tests![pods_end_when_their_manifests_go, nothing_is_left_of_them];
 
-/// What ends by itself may, in the order that belongs to it; what does not is killed when its time is over, and not before.
+/// What ends by itself may, in the order that belongs to it; what does not is killed when its time is over,
+/// and not before.
 fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
     let lines_before = node.evidence("order")?.lines().count();
     node.kubelet.delete_pods()?;

@@ -11,8 +11,8 @@ tests![
     by_connections_a_container_is_restarted,
 ];
 
-/// Nothing else is asked before the startup probe succeeds; readiness comes and goes without a restart; a liveness probe that
-/// fails restarts the container, and the new instance begins anew.
+/// Nothing else is asked before the startup probe succeeds; readiness comes and goes without a restart; a
+/// liveness probe that fails restarts the container, and the new instance begins anew.
 fn over_http_a_container_starts_is_ready_and_is_restarted(node: &Node<'_>) -> Result<()> {
     soon("the startup probe asks more than once", || {
         Ok((probed(node, "web", "Startup", "failed")? >= 2).then_some(()))

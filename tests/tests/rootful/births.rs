@@ -1,5 +1,5 @@
-//! What a process is in the instant in which others can see it, and what those others can make of it: a container with
-//! `CAP_SYS_PTRACE` stops each birth in its pid namespace, looks at it, and speaks for it.
+//! What a process is in the instant in which others can see it, and what those others can make of it: a
+//! container with `CAP_SYS_PTRACE` stops each birth in its pid namespace, looks at it, and speaks for it.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -102,8 +102,8 @@ fn what_is_born_in_a_shared_pid_namespace_is_its_program_from_the_first_moment()
     })
 }
 
-/// A debug container comes into the pid namespace of a container that traces; commands into a container that does, and whose program is
-/// under a filter.
+/// A debug container comes into the pid namespace of a container that traces; commands into a container that
+/// does, and whose program is under a filter.
 #[test]
 fn what_is_born_beside_a_target_is_its_program_from_the_first_moment() -> Result<()> {
     const TIMES: usize = 30;
@@ -129,7 +129,8 @@ fn what_is_born_beside_a_target_is_its_program_from_the_first_moment() -> Result
     })
 }
 
-/// A container whose profile lets it trace whatever there is, unconfined processes too: it gets at nothing that is not confined as it is.
+/// A container whose profile lets it trace whatever there is, unconfined processes too: it gets at nothing
+/// that is not confined as it is.
 #[test]
 fn a_confined_tracer_gets_at_nothing_that_is_confined_otherwise() -> Result<()> {
     const TIMES: usize = 10;

@@ -15,8 +15,8 @@ fn pods_that_come_and_go_leave_nothing() -> Result<()> {
     let each = repeats(PODS)? / AT_ONCE;
     ensure!(each >= 4, "with fewer pods, some are of no kind: {each}");
     rootful(|daemon| {
-        // The first pod is not counted: what it makes on a host, a bridge and its rules, stays for the others, and so does the
-        // daemon's connection to systemd, which its container needs.
+        // The first pod is not counted: what it makes on a host, a bridge and its rules, stays for the
+        // others, and so does the daemon's connection to systemd, which its container needs.
         let first = daemon.pod("first")?;
         first.idle("main")?;
         first.remove()?;

@@ -166,7 +166,8 @@ fn statuses_follow_the_life_of_a_container() -> Result<()> {
         assert_eq!((ended.exit_code, ended.reason.as_str()), (3, "Error"));
         assert_eq!(pod.run_container(shell("good", "exit 0"))?.status.reason, "Completed");
         let killed = pod.run_container(shell("killed", "kill -9 $$"))?.status;
-        // Process 1 of a namespace does not take signals from inside that it does not handle, not even this one.
+        // Process 1 of a namespace does not take signals from inside that it does not handle, not even this
+        // one.
         assert_eq!((killed.exit_code, killed.reason.as_str()), (0, "Completed"));
         Ok(())
     })

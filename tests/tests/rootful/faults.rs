@@ -1,5 +1,6 @@
-//! Faults of the daemon, its shims and the machine: killed at every moment of a pod's making, nowhere to write logs, process ids that come
-//! again, processes that hide, no descriptors left. Afterwards: what is told is true, what was asked can be asked again, and nothing is left.
+//! Faults of the daemon, its shims and the machine: killed at every moment of a pod's making, nowhere to
+//! write logs, process ids that come again, processes that hide, no descriptors left. Afterwards: what is
+//! told is true, what was asked can be asked again, and nothing is left.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +25,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SIGKILL, kill};
 use nix::unistd::Pid;
 
-/// A daemon answers this soon after its start, and a request that was cut off is answered anew, on a machine that is busy with other tests.
+/// A daemon answers this soon after its start, and a request that was cut off is answered anew, on a machine
+/// that is busy with other tests.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 fn is_alive(pid: i32) -> bool {
@@ -252,8 +254,8 @@ fn a_log_that_has_no_room_blocks_nobody_and_says_how_much_it_lost() -> Result<()
     })
 }
 
-/// A process with this very number, as the kernel gives it out anew some time after its owner has ended: proc(5),
-/// `/proc/sys/kernel/ns_last_pid`.
+/// A process with this very number, as the kernel gives it out anew some time after its owner has ended:
+/// proc(5), `/proc/sys/kernel/ns_last_pid`.
 fn decoy(pid: i32) -> Option<Child> {
     for _ in 0..100 {
         fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
@@ -388,7 +390,8 @@ fn a_daemon_without_descriptors_waits_and_goes_on_when_it_has_some_again() -> Re
         // Only the soft one, which a process may raise again.
         let limit = format!("--nofile={}:", held + MORE);
         daemon.host().run("prlimit", &["--pid", &pid.to_string(), &limit])?;
-        // Those that are not accepted any more wait in the socket's queue, and then in connect(2): not on this thread.
+        // Those that are not accepted any more wait in the socket's queue, and then in connect(2): not on
+        // this thread.
         let socket = daemon.socket();
         let connecting: Vec<_> = (0..CONNECTIONS)
             .map(|_| {

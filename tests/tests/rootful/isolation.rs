@@ -9,7 +9,8 @@ use berth_tests::daemon::{Setup, rootful, rootful_with};
 use berth_tests::pod::{container, idle, security, words};
 use berth_tests::program::output;
 
-/// The capabilities that images are written for: Docker's and containerd's default set, by number (capability.h).
+/// The capabilities that images are written for: Docker's and containerd's default set, by number
+/// (capability.h).
 const DEFAULT: [u32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
 
 fn mask(numbers: &[u32]) -> u64 {
@@ -367,7 +368,8 @@ fn a_device_may_lie_outside_of_dev_and_in_what_is_mounted() -> Result<()> {
     })
 }
 
-/// What Docker's own default profile looks like: an allow list with rules that hold for some capabilities, architectures and kernels.
+/// What Docker's own default profile looks like: an allow list with rules that hold for some capabilities,
+/// architectures and kernels.
 #[test]
 fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
     rootful(|daemon| {
@@ -378,7 +380,8 @@ fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
             profile_type: v1::security_profile::ProfileType::Localhost.into(),
             localhost_ref: file.to_string_lossy().into_owned(),
         };
-        // By number where a shell has no word for it: unshare(2) is for CAP_SYS_ADMIN, and so is what else the profile says of it.
+        // By number where a shell has no word for it: unshare(2) is for CAP_SYS_ADMIN, and so is what else
+        // the profile says of it.
         let script = "mkdir /tmp/a && echo made; hostname x 2>&1 | grep -o 'not permitted\\|not implemented'; \
             hostname; grep Seccomp: /proc/self/status; chroot / true && echo rooted; sync && echo synced";
         let seen = |caps: &[&str]| {
@@ -408,7 +411,8 @@ fn limits_of(limits: &str, name: &str) -> Result<(String, String)> {
 #[test]
 fn resource_limits_of_a_program_do_not_depend_on_how_the_daemon_was_started() -> Result<()> {
     rootful(|daemon| {
-        // What a unit file or a shell might have said. Only the hard ones bind, and only a daemon that may not raise them.
+        // What a unit file or a shell might have said. Only the hard ones bind, and only a daemon that may
+        // not raise them.
         let daemon_has =
             ["--nofile=4321:", "--core=0:", "--stack=1048576:", "--memlock=65536:", "--nproc=5000:"];
         let pid = daemon.pid()?.to_string();
@@ -513,7 +517,8 @@ fn resource_limits_can_be_configured() -> Result<()> {
 fn nothing_of_the_daemon_is_open_in_a_container() -> Result<()> {
     rootful(|daemon| {
         let main = daemon.pod("fds")?.idle("main")?;
-        // What a shell or ls opens for itself is in the container; what the daemon or the shim left open would not be.
+        // What a shell or ls opens for itself is in the container; what the daemon or the shim left open
+        // would not be.
         for (what, process) in [("the program", "1"), ("exec", "$$")] {
             let open = main.sh(&format!(
                 "for fd in /proc/{process}/fd/*; do echo -n \"${{fd##*/}} \"; readlink $fd || echo; done"
@@ -539,8 +544,9 @@ fn host_mounts() -> Result<std::collections::BTreeSet<String>> {
     Ok(points.filter(|point| !point.contains("berth-test-")).map(str::to_owned).collect())
 }
 
-/// Where the daemon's own root is not that of its mount namespace, a container could be left in a namespace that begins with the
-/// host's files: its own processes below a root that they can climb out of, and processes of exec right in the host.
+/// Where the daemon's own root is not that of its mount namespace, a container could be left in a namespace
+/// that begins with the host's files: its own processes below a root that they can climb out of, and
+/// processes of exec right in the host.
 #[test]
 fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Result<()> {
     rootful_with(Setup { chroot: true, ..Setup::default() }, |daemon| {
@@ -552,7 +558,8 @@ fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Res
         assert_eq!(mounts, main.sh("cat /proc/1/mountinfo")?, "the main process and exec are in one tree");
         let root: Vec<&str> = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/")).collect();
         ensure!(root.len() == 1 && root[0].contains(" - overlay "), "one root, the container's: {root:?}");
-        // Whoever joins the namespace from outside begins at its root, wherever the container's processes have theirs.
+        // Whoever joins the namespace from outside begins at its root, wherever the container's processes
+        // have theirs.
         let pid = main.pid()?;
         let joined = Command::new("nsenter")
             .arg(format!("--mount=/proc/{pid}/ns/mnt"))

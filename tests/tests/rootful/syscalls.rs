@@ -1,5 +1,5 @@
-//! The filter of system calls, asked by programs of a few instructions: one call each, by each of the kernel's interfaces. x86-64 only,
-//! for that is what the instructions are of.
+//! The filter of system calls, asked by programs of a few instructions: one call each, by each of the
+//! kernel's interfaces. x86-64 only, for that is what the instructions are of.
 #![cfg(target_arch = "x86_64")]
 
 use std::collections::BTreeMap;
@@ -27,7 +27,8 @@ const X32: u32 = 0x4000_0000;
 const EPERM: i32 = 1;
 const ENOSYS: i32 = 38;
 
-/// A static ELF program that makes one call with three arguments, the others 0, and ends with the error's number, or 0.
+/// A static ELF program that makes one call with three arguments, the others 0, and ends with the error's
+/// number, or 0.
 fn program(interface: Interface, number: u32, arguments: [u32; 3]) -> Vec<u8> {
     const ADDRESS: u64 = 0x40_0000;
     const HEADERS: u16 = 64 + 56;
@@ -64,8 +65,8 @@ fn program(interface: Interface, number: u32, arguments: [u32; 3]) -> Vec<u8> {
     file
 }
 
-/// Calls under RuntimeDefault for a container with the usual capabilities: name, interface, number, arguments, the error that it has to
-/// give, 0 for none.
+/// Calls under RuntimeDefault for a container with the usual capabilities: name, interface, number,
+/// arguments, the error that it has to give, 0 for none.
 const CALLS: &[(&str, Interface, u32, [u32; 3], i32)] = &[
     ("getpid", Long, 39, [0; 3], 0),
     ("socket(AF_INET)", Long, 41, [2, 1, 0], 0),

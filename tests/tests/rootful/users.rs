@@ -85,7 +85,8 @@ fn an_images_user_is_resolved_by_its_own_files_and_never_becomes_root_by_mistake
     })
 }
 
-/// Accounts of hostile images: numbers as names, numbers that do not fit, lines that are none, and what is no file of accounts at all.
+/// Accounts of hostile images: numbers as names, numbers that do not fit, lines that are none, and what is no
+/// file of accounts at all.
 const HOSTILE_ACCOUNTS: [(&str, &str, &str); 3] = [
     (
         "numbers as names",
@@ -104,7 +105,8 @@ const HOSTILE_ACCOUNTS: [(&str, &str, &str); 3] = [
     ),
 ];
 
-/// CVE-2016-3697, CVE-2024-40635, CVE-2026-46680, CVE-2026-30892: no text but the number 0 and a name that is there becomes root.
+/// CVE-2016-3697, CVE-2024-40635, CVE-2026-46680, CVE-2026-30892: no text but the number 0 and a name that is
+/// there becomes root.
 #[test]
 fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result<()> {
     const USERS: [&str; 30] = [
@@ -163,7 +165,8 @@ fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result
                 match &found {
                     Ok(ids) => {
                         let uid: i64 = ids.split(',').next().unwrap_or_default().parse()?;
-                        // A name is one as long as nobody is told a number for it. Digits are none, with a sign or without.
+                        // A name is one as long as nobody is told a number for it. Digits are none, with a
+                        // sign or without.
                         let unsigned = user.trim_start_matches(['-', '+']);
                         let digits = unsigned.bytes().all(|byte| byte.is_ascii_digit());
                         let named =

@@ -91,8 +91,8 @@ impl<'a> Made<'a> {
         (status.state() == ContainerState::ContainerExited && CANNOT_RUN.contains(&code)).then_some(code)
     }
 
-    /// Removes everything again. What cannot be removed is told, and what it needs is left with it: the logs of a
-    /// pod that is still there may say why.
+    /// Removes everything again. What cannot be removed is told, and what it needs is left with it: the logs
+    /// of a pod that is still there may say why.
     pub(super) async fn undo(&mut self) {
         while let Some(step) = self.steps.pop() {
             let undone = match step {

@@ -1,8 +1,9 @@
-//! Watches a running container to its end: shows its output, stops it when asked to, and learns its exit code.
+//! Watches a running container to its end: shows its output, stops it when asked to, and learns its exit
+//! code.
 //!
-//! The first interrupt stops the container, the second kills it; the command goes on to wait, so that the exit code
-//! is always the program's own. The daemon may be restarted meanwhile: the container does not notice, and the
-//! command waits for the daemon's return.
+//! The first interrupt stops the container, the second kills it; the command goes on to wait, so that the
+//! exit code is always the program's own. The daemon may be restarted meanwhile: the container does not
+//! notice, and the command waits for the daemon's return.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -24,8 +25,8 @@ const GRACE_SECONDS: i64 = 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(4);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a daemon may be away before we stop waiting for it. A restart takes less than a second; a minute leaves
-/// room for an upgrade.
+/// How long a daemon may be away before we stop waiting for it. A restart takes less than a second; a minute
+/// leaves room for an upgrade.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Shows the output until the container has ended, and stops it when asked to.

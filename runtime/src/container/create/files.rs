@@ -34,7 +34,8 @@ pub(super) fn make_directories(files: &ContainerFiles, lower_dirs: &[PathBuf]) -
     make(&files.rootfs(), 0o700)
 }
 
-/// An overlay shows its upper directory's mode and owner as those of its root, so the image's have to be put there.
+/// An overlay shows its upper directory's mode and owner as those of its root, so the image's have to be put
+/// there.
 fn copy_mode_and_owner(from: &Path, to: &Path) -> Result<(), ContainerError> {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(from).map_err(ContainerError::file("look at", from))?;

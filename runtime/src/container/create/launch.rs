@@ -12,7 +12,8 @@ use crate::shim_client::ShimClient;
 use berth_model::record::ProcessRecord;
 use std::sync::Arc;
 
-/// Starts the shim, lets it make the container, records it, and makes it visible by `show`, which says whether it is wanted still.
+/// Starts the shim, lets it make the container, records it, and makes it visible by `show`, which says
+/// whether it is wanted still.
 pub(super) async fn launch(
     node: &Arc<Node>,
     kind: Kind,

@@ -1,9 +1,10 @@
 //! CreateContainer: everything up to the exec of the program.
 //!
-//! Step by step: `resolve` looks up what the request names, `spec` says what the container is, `cgroup` keeps the limits and devices that
-//! the finished spec has, `plan` says what the shim does, `launch` lets it. Up to `launch` all of it is on a blocking thread. On success the
-//! record is written last: it is what makes the container exist. On failure everything is taken back (`files`); what a crash leaves
-//! half-way is found by the next start, by the missing record.
+//! Step by step: `resolve` looks up what the request names, `spec` says what the container is, `cgroup` keeps
+//! the limits and devices that the finished spec has, `plan` says what the shim does, `launch` lets it. Up to
+//! `launch` all of it is on a blocking thread. On success the record is written last: it is what makes the
+//! container exist. On failure everything is taken back (`files`); what a crash leaves half-way is found by
+//! the next start, by the missing record.
 
 mod cgroup;
 mod files;
@@ -39,7 +40,8 @@ pub(crate) async fn create(
 ) -> Result<Arc<Container>, ContainerError> {
     let stopped = ContainerError::SandboxNotReady { id: sandbox.id().clone() };
     let Some(creation) = sandbox.begin_creation().map(Arc::new) else { return Err(stopped) };
-    // In a task of its own, which takes back what it has made whenever it comes to its end: a path of the host may hang.
+    // In a task of its own, which takes back what it has made whenever it comes to its end: a path of the
+    // host may hang.
     let making = tokio::spawn(make(node, sandbox, config, creation.clone()));
     tokio::select! {
         made = making => made.map_err(|_| ContainerError::Stopping)?,

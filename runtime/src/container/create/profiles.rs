@@ -13,7 +13,8 @@ use std::path::Path;
 /// The largest seccomp profile that is read. Docker's default has 14 KiB.
 const MAX_PROFILE_BYTES: u64 = 1024 * 1024;
 
-/// The name of Berth's own profile, if the container gets it. A kernel that enforces `AppArmor` without it makes no such container.
+/// The name of Berth's own profile, if the container gets it. A kernel that enforces `AppArmor` without it
+/// makes no such container.
 pub(super) fn default_apparmor_profile(
     node: &Node,
     config: &Config,

@@ -9,8 +9,8 @@ use berth_model::container::{Config, Device, Metadata, Mount, Propagation};
 use berth_model::limit::{MAX_DEVICES, MAX_MOUNTS};
 use berth_model::sandbox;
 
-/// Command, arguments and environment together, in bytes with their NULs. The kernel takes a quarter of the stack's limit, 2 MiB mostly,
-/// and needs some of it for pointers.
+/// Command, arguments and environment together, in bytes with their NULs. The kernel takes a quarter of the
+/// stack's limit, 2 MiB mostly, and needs some of it for pointers.
 const MAX_COMMAND_BYTES: usize = 1 << 20;
 
 /// Annotations that ask for CDI devices, from before there was a field for them.

@@ -1,10 +1,11 @@
-//! The place of a value in a request, what is said about a value that is refused, and checks that several messages need.
+//! The place of a value in a request, what is said about a value that is refused, and checks that several
+//! messages need.
 
 use berth_model::limit::{MAX_NAME_BYTES, MAX_PATH_BYTES};
 use std::fmt;
 
-/// The longest piece of a refused value that a message repeats, in characters. A message travels in HTTP/2 trailers, which some stacks
-/// limit to 8 KiB.
+/// The longest piece of a refused value that a message repeats, in characters. A message travels in HTTP/2
+/// trailers, which some stacks limit to 8 KiB.
 const QUOTED_CHARS: usize = 128;
 
 /// The longest id that is looked at; ours have 64 characters, a UUID has 36.
@@ -94,7 +95,8 @@ impl fmt::Display for Field<'_> {
     }
 }
 
-/// `text` for a message: in quotes, short, and with everything escaped that could move a cursor or start a line.
+/// `text` for a message: in quotes, short, and with everything escaped that could move a cursor or start a
+/// line.
 pub(super) fn quoted(text: &str) -> String {
     match text.char_indices().nth(QUOTED_CHARS) {
         Some((end, _)) => format!("{:?}...", text.get(..end).unwrap_or_default()),
@@ -187,8 +189,9 @@ fn forward(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// An absolute path in a container that is not its root, without `..`: those that stay inside are resolved by the text, as other runtimes
-/// do; one that leads out of the root is refused. A path without `..` stays as it is.
+/// An absolute path in a container that is not its root, without `..`: those that stay inside are resolved by
+/// the text, as other runtimes do; one that leads out of the root is refused. A path without `..` stays as it
+/// is.
 pub(super) fn inside(field: &Field<'_>, text: String) -> Result<String, Rejected> {
     absolute(field, &text)?;
     let mut parts = Vec::new();

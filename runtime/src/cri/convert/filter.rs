@@ -1,4 +1,5 @@
-//! Filters of the list calls. All that is set must match; an id is matched by its beginning; nothing set matches everything.
+//! Filters of the list calls. All that is set must match; an id is matched by its beginning; nothing set
+//! matches everything.
 
 use berth_cri::v1;
 use berth_model::state::{ContainerState, SandboxState};

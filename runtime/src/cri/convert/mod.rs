@@ -1,16 +1,19 @@
 //! CRI messages into plain data, checked, and back.
 //!
-//! Pure: no I/O, no clock. A message goes in, and either the plain data of `berth-model` comes out or a [`Rejected`] that names the field.
-//! What comes out can be relied on: paths are absolute or relative as said and have no `..`, enums are known, numbers are in range, and
-//! everything is bounded. What the request asks for and this runtime does not do is refused in words, never ignored, if ignoring it would
-//! leave a pod less confined or less limited than it was meant to be.
+//! Pure: no I/O, no clock. A message goes in, and either the plain data of `berth-model` comes out or a
+//! [`Rejected`] that names the field. What comes out can be relied on: paths are absolute or relative as said
+//! and have no `..`, enums are known, numbers are in range, and everything is bounded. What the request asks
+//! for and this runtime does not do is refused in words, never ignored, if ignoring it would leave a pod less
+//! confined or less limited than it was meant to be.
 //!
-//! Left to others: whether the things named exist (images, users, host paths, profiles), and what the image adds.
+//! Left to others: whether the things named exist (images, users, host paths, profiles), and what the image
+//! adds.
 //!
-//! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and `linux.resources` of a sandbox (for information; the
-//! kubelet limits the pod's cgroup), user, groups, read-only root and profiles of a sandbox (they are for a process of the sandbox's own,
-//! and nothing of the pod's runs in one), `selinux_relabel` (Berth labels nothing). Annotations
-//! are kept and not read, those for CDI devices excepted: bandwidth, block I/O and RDT classes are wishes to parts that a node may not have.
+//! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and `linux.resources` of a
+//! sandbox (for information; the kubelet limits the pod's cgroup), user, groups, read-only root and profiles
+//! of a sandbox (they are for a process of the sandbox's own, and nothing of the pod's runs in one),
+//! `selinux_relabel` (Berth labels nothing). Annotations are kept and not read, those for CDI devices
+//! excepted: bandwidth, block I/O and RDT classes are wishes to parts that a node may not have.
 
 mod container;
 mod field;

@@ -20,7 +20,8 @@ const MAX_FILE_NAME_BYTES: usize = 255;
 /// The period in microseconds, and the least quota: kernel/sched/core.c, 1 ms to 1 s.
 const CPU_PERIOD_US: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
 
-/// Shares: kernel/sched/sched.h, `MIN_SHARES` and `MAX_SHARES`. The kernel takes others and moves them to the nearer end.
+/// Shares: kernel/sched/sched.h, `MIN_SHARES` and `MAX_SHARES`. The kernel takes others and moves them to the
+/// nearer end.
 const MAX_CPU_SHARES: i64 = 262_144;
 
 /// proc_pid_oom_score_adj(5).
@@ -38,8 +39,8 @@ pub fn resources(field: &Field<'_>, message: &v1::LinuxContainerResources) -> Re
 
 /// The limits of `current` with those changed that an `UpdateContainerResourcesRequest` sets.
 ///
-/// `oom_score_adj` stays: it is the process's since its start. If only the memory limit is set, the limit of memory and swap together moves
-/// by the same amount, so that the swap stays what it was.
+/// `oom_score_adj` stays: it is the process's since its start. If only the memory limit is set, the limit of
+/// memory and swap together moves by the same amount, so that the swap stays what it was.
 ///
 /// # Errors
 /// [`Rejected`], with the first field that is wrong, alone or together with what it does not change.

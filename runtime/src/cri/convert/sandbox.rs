@@ -11,11 +11,12 @@ use prost::Message;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// The largest `PodSandboxConfig` or `ContainerConfig`, in bytes on the wire. As JSON in a record it can become six times as long (each
-/// byte as `\u0001`), and a record is read up to 64 MiB.
+/// The largest `PodSandboxConfig` or `ContainerConfig`, in bytes on the wire. As JSON in a record it can
+/// become six times as long (each byte as `\u0001`), and a record is read up to 64 MiB.
 pub(super) const MAX_CONFIG_BYTES: usize = 8 << 20;
 
-/// Labels together, annotations together: bytes of keys and values. Kubernetes stores at most 256 KiB of annotations with an object.
+/// Labels together, annotations together: bytes of keys and values. Kubernetes stores at most 256 KiB of
+/// annotations with an object.
 const MAX_LABELS_BYTES: usize = 1 << 20;
 
 /// Port mappings: one for each number there is.

@@ -1,4 +1,5 @@
-//! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into [`berth_model::security`].
+//! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into
+//! [`berth_model::security`].
 
 use super::SeLinux;
 use super::field::{self, Field, Rejected, absolute_forward, at_most, inside, quoted};
@@ -8,7 +9,8 @@ use berth_model::sandbox;
 use berth_model::security::{ContainerSecurity, NamespaceMode, Namespaces, Profile, User};
 use berth_sys::credentials::{CAPABILITIES, capability_number};
 
-/// The largest uid or gid: runc's and Kubernetes' limit. The kernel has one bit more, and keeps the very last number to itself.
+/// The largest uid or gid: runc's and Kubernetes' limit. The kernel has one bit more, and keeps the very last
+/// number to itself.
 const MAX_UID: u32 = i32::MAX.cast_unsigned();
 
 /// The most supplementary groups: `NGROUPS_MAX` of <linux/limits.h>.
@@ -45,8 +47,9 @@ pub(super) fn sandbox_namespaces(
 
 /// The namespaces of a container in a sandbox that has `sandbox`.
 ///
-/// Network and IPC are the sandbox's, and a message that says otherwise is refused. No message is none that says otherwise. Process ids "of
-/// the pod" are those that the sandbox has: its shared ones, the host's, or, where every container has its own, the container's own.
+/// Network and IPC are the sandbox's, and a message that says otherwise is refused. No message is none that
+/// says otherwise. Process ids "of the pod" are those that the sandbox has: its shared ones, the host's, or,
+/// where every container has its own, the container's own.
 fn container_namespaces(
     field: &Field<'_>,
     message: Option<&v1::NamespaceOption>,
@@ -143,8 +146,8 @@ pub fn namespace_options(namespaces: &Namespaces) -> v1::NamespaceOption {
     }
 }
 
-/// The AppArmor profile of a sandbox, if its security context asks for nothing that it must not. The rest of it is about a process of the
-/// sandbox's own, which has less than any that could be asked for.
+/// The AppArmor profile of a sandbox, if its security context asks for nothing that it must not. The rest of
+/// it is about a process of the sandbox's own, which has less than any that could be asked for.
 pub(super) fn sandbox_apparmor(
     field: &Field<'_>,
     message: &v1::LinuxSandboxSecurityContext,
@@ -200,7 +203,8 @@ pub(super) fn container_security(
     })
 }
 
-/// Options of any kind are taken where SELinux is off: the kernel enforces none of them, and pods for all kinds of nodes have them.
+/// Options of any kind are taken where SELinux is off: the kernel enforces none of them, and pods for all
+/// kinds of nodes have them.
 fn check_selinux(
     field: &Field<'_>,
     message: Option<&v1::SeLinuxOption>,
@@ -234,7 +238,8 @@ fn seccomp(
     Ok(profile)
 }
 
-/// The message wins over the string of old. Neither means the runtime's own profile, where the kernel has `AppArmor`.
+/// The message wins over the string of old. Neither means the runtime's own profile, where the kernel has
+/// `AppArmor`.
 fn apparmor(
     parent: &Field<'_>,
     message: Option<&v1::SecurityProfile>,
@@ -342,7 +347,8 @@ fn user_number(field: &Field<'_>, number: i64) -> Result<u32, Rejected> {
         .ok_or_else(|| field.invalid(format!("{number} is not between 0 and {MAX_UID}")))
 }
 
-/// A name, or a number in digits, for the passwd file of the image. A colon would end the name and begin a group.
+/// A name, or a number in digits, for the passwd file of the image. A colon would end the name and begin a
+/// group.
 fn user_name(field: &Field<'_>, text: &str) -> Result<String, Rejected> {
     field::name(field, text)?;
     if text.contains(':') || text.chars().any(char::is_whitespace) {
@@ -365,7 +371,8 @@ pub(super) fn uid_of_digits(text: &str) -> Option<u32> {
 
 /// Names without `CAP_`, upper case, each once, or `ALL`.
 ///
-/// A name that is not known is refused in each list: adding it cannot be done, and not taking it away would leave what was meant to go.
+/// A name that is not known is refused in each list: adding it cannot be done, and not taking it away would
+/// leave what was meant to go.
 fn capabilities(field: &Field<'_>, names: &[String]) -> Result<Vec<String>, Rejected> {
     at_most(field, names.len(), MAX_CAPABILITIES)?;
     let mut known: Vec<String> = Vec::new();
@@ -651,7 +658,8 @@ mod tests {
     #[test]
     fn a_container_has_the_namespaces_of_its_sandbox() {
         use NamespaceMode::{Container, Node, Pod, Target};
-        // Of the sandbox: network, pid, ipc. Of the message: the same as numbers, and the target. Then the pid mode that comes out.
+        // Of the sandbox: network, pid, ipc. Of the message: the same as numbers, and the target. Then the
+        // pid mode that comes out.
         type Case = ([NamespaceMode; 3], [i32; 3], &'static str, Option<NamespaceMode>);
         let cases: &[Case] = &[
             ([Pod, Pod, Pod], [0, 0, 0], "", Some(Pod)),

@@ -3,12 +3,13 @@
 use super::field::{Field, Rejected};
 use berth_cri::v1::Signal;
 
-/// The first and last real-time signal as glibc counts them; it keeps 32 and 33 to itself. musl's first is 35, but names in pods and
-/// images follow glibc.
+/// The first and last real-time signal as glibc counts them; it keeps 32 and 33 to itself. musl's first is
+/// 35, but names in pods and images follow glibc.
 const FIRST_REAL_TIME: i32 = 34;
 const LAST_REAL_TIME: i32 = 64;
 
-/// The signals before the real-time ones: signal(7), the numbers of x86 and Arm. Of two names for a number the first is given back.
+/// The signals before the real-time ones: signal(7), the numbers of x86 and Arm. Of two names for a number
+/// the first is given back.
 const NUMBERS: [(Signal, i32); 34] = [
     (Signal::Sighup, 1),
     (Signal::Sigint, 2),

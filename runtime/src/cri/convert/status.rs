@@ -33,7 +33,8 @@ pub struct ContainerView<'a> {
     pub sandbox_id: &'a SandboxId,
     /// What was asked for, with the resources of the last update.
     pub config: &'a container::Config,
-    /// The id of its image, `sha256:...`, byte for byte as `Image.id`: the kubelet's garbage collection compares the two.
+    /// The id of its image, `sha256:...`, byte for byte as `Image.id`: the kubelet's garbage collection
+    /// compares the two.
     pub image_id: &'a str,
     /// A name of its image; empty if it has none.
     pub image_name: &'a str,
@@ -101,8 +102,8 @@ pub fn sandbox_status(view: &SandboxView<'_>) -> v1::PodSandboxStatus {
     }
 }
 
-/// An empty address in a message that is there means "on the host's network"; said of another sandbox, it makes the kubelet replace it, again
-/// and again. One without addresses therefore has no message.
+/// An empty address in a message that is there means "on the host's network"; said of another sandbox, it
+/// makes the kubelet replace it, again and again. One without addresses therefore has no message.
 fn sandbox_network(view: &SandboxView<'_>) -> Option<v1::PodSandboxNetworkStatus> {
     if view.config.namespaces.network == NamespaceMode::Node {
         return Some(v1::PodSandboxNetworkStatus::default());

@@ -1,6 +1,6 @@
 # Every target says what it does; a failure says what to do. `make` alone lists them.
 #
-#   BERTH_TOOLS  folder to keep built tools in between runs (.cache/tools)
+#   BERTH_TOOLS  directory to keep built tools in between runs (.cache/tools)
 
 SHELL := /bin/sh
 MUSL := $(shell uname -m)-unknown-linux-musl

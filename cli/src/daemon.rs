@@ -276,8 +276,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_missing_daemon_is_told_in_words() {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("berth.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("berth.sock");
         assert!(
             matches!(Daemon::connect(&socket).await, Err(ConnectError::NoSocket(path)) if path == socket)
         );
@@ -285,7 +285,7 @@ mod tests {
         assert!(
             matches!(Daemon::connect(&socket).await, Err(ConnectError::NobodyListens(path)) if path == socket)
         );
-        let far = folder.path().join("x".repeat(200));
+        let far = directory.path().join("x".repeat(200));
         assert!(matches!(Daemon::connect(&far).await, Err(ConnectError::Connect { .. })));
     }
 

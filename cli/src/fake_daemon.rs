@@ -69,23 +69,23 @@ impl Berth for Script {
     }
 }
 
-/// A connected fake. It ends with the test's runtime, and its socket with the folder.
+/// A connected fake. It ends with the test's runtime, and its socket with the directory.
 #[derive(Debug)]
 pub(crate) struct FakeDaemon {
     /// The connection.
     pub(crate) daemon: Daemon,
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
 }
 
 impl FakeDaemon {
     /// Starts a fake on a socket of its own and connects to it.
     pub(crate) async fn start(script: Script) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let socket: PathBuf = folder.path().join("berth.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let socket: PathBuf = directory.path().join("berth.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let service = BerthServer::new(script).max_decoding_message_size(berth_cri::MAX_MESSAGE_BYTES);
         let server = tonic::transport::Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
-        Self { daemon: Daemon::connect(&socket).await.unwrap(), _folder: folder }
+        Self { daemon: Daemon::connect(&socket).await.unwrap(), _directory: directory }
     }
 }

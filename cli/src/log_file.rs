@@ -240,11 +240,11 @@ mod tests {
     }
 
     fn log_of(entries: &[&str]) -> (tempfile::TempDir, PathBuf) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.log");
         let text: String = entries.iter().map(|entry| format!("{HEAD} {entry}\n")).collect();
         fs::write(&path, text).unwrap();
-        (folder, path)
+        (directory, path)
     }
 
     fn append(path: &Path, text: &str) {
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_whole_log_is_read_in_order() {
-        let (_folder, path) = log_of(&["F one", "P two", "F three"]);
+        let (_directory, path) = log_of(&["F one", "P two", "F three"]);
         assert_eq!(collect(&mut LogFile::open(&path, None).unwrap()), ["F one", "P two", "F three"]);
     }
 
@@ -268,7 +268,7 @@ mod tests {
             (1000, &["F one", "P two", "P two", "F two", "F three"][..]),
             (u64::MAX, &["F one", "P two", "P two", "F two", "F three"][..]),
         ] {
-            let (_folder, path) = log_of(&entries);
+            let (_directory, path) = log_of(&entries);
             assert_eq!(collect(&mut LogFile::open(&path, Some(lines)).unwrap()), expected, "{lines}");
         }
     }
@@ -279,15 +279,15 @@ mod tests {
         for (lines, expected) in
             [(0, &[][..]), (1, &["P three", "P three"][..]), (2, &["F two", "P three", "P three"][..])]
         {
-            let (_folder, path) = log_of(&entries);
+            let (_directory, path) = log_of(&entries);
             assert_eq!(collect(&mut LogFile::open(&path, Some(lines)).unwrap()), expected, "{lines}");
         }
     }
 
     #[test]
     fn the_last_lines_of_odd_files_are_found() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.log");
         let long = "x".repeat(3 * 4096);
         for (text, lines, expected) in [
             (String::new(), 3, vec![]),
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn entries_that_come_later_are_read_later() {
-        let (_folder, path) = log_of(&["F one"]);
+        let (_directory, path) = log_of(&["F one"]);
         let mut log = LogFile::open(&path, None).unwrap();
         assert_eq!(collect(&mut log), ["F one"]);
         assert!(collect(&mut log).is_empty());
@@ -316,7 +316,7 @@ mod tests {
     fn what_comes_after_the_opening_is_not_present() {
         for (lines, expected) in [(None, &["F one", "F two"][..]), (Some(1), &["F two"][..]), (Some(0), &[])]
         {
-            let (_folder, path) = log_of(&["F one", "F two"]);
+            let (_directory, path) = log_of(&["F one", "F two"]);
             let mut log = LogFile::open(&path, lines).unwrap();
             append(&path, &format!("{HEAD} F three\n"));
             let mut entries = Vec::new();
@@ -333,10 +333,10 @@ mod tests {
 
     #[test]
     fn a_rotated_log_loses_nothing_and_repeats_nothing() {
-        let (folder, path) = log_of(&["F one"]);
+        let (directory, path) = log_of(&["F one"]);
         let mut log = LogFile::open(&path, None).unwrap();
         assert_eq!(collect(&mut log), ["F one"]);
-        let old = folder.path().join("a.log.1");
+        let old = directory.path().join("a.log.1");
         fs::rename(&path, &old).unwrap();
         append(&old, &format!("{HEAD} F two\n"));
         assert_eq!(collect(&mut log), ["F two"], "the old file is still read while there is no new one");
@@ -349,8 +349,8 @@ mod tests {
 
     #[test]
     fn a_file_without_line_feeds_does_not_fill_the_memory() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.log");
         fs::write(&path, vec![b'x'; 2 * MAX_ENTRY_BYTES + 7 * BLOCK_BYTES]).unwrap();
         let mut log = LogFile::open(&path, None).unwrap();
         let mut lengths = Vec::new();

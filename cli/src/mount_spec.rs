@@ -9,7 +9,7 @@ use berth_cri::v1::MountPropagation;
 /// A path of the host to show in a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MountSpec {
-    /// Path on the host, perhaps relative to the current folder.
+    /// Path on the host, perhaps relative to the current directory.
     pub(crate) source: PathBuf,
     /// Absolute path in the container.
     pub(crate) target: String,

@@ -28,10 +28,10 @@ pub(crate) const NAMESPACE: &str = "default";
 pub(crate) const DEFAULT_CONTAINER: &str = "main";
 
 /// Annotation of a pod that says where its logs are, on those that the command made; `berth rm` removes them.
-pub(crate) const LOG_FOLDER_ANNOTATION: &str = "berth.log-folder";
+pub(crate) const LOG_DIRECTORY_ANNOTATION: &str = "berth.log-folder";
 
-/// Files and folders of the kernel that tell of the host or change it: what Kubernetes hides for the default
-/// `procMount` (pod.spec.containers.securityContext).
+/// Files and directories of the kernel that tell of the host or change it: what Kubernetes hides for the
+/// default `procMount` (pod.spec.containers.securityContext).
 const MASKED_PATHS: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
@@ -74,8 +74,8 @@ pub(crate) struct PodPlan {
     pub(crate) uid: String,
     /// Whose network.
     pub(crate) network: Network,
-    /// Absolute path of the folder for logs, of this pod alone.
-    pub(crate) log_folder: String,
+    /// Absolute path of the directory for logs, of this pod alone.
+    pub(crate) log_directory: String,
 }
 
 /// What a container takes over from the pod that it goes into.
@@ -108,25 +108,25 @@ pub(crate) struct ContainerPlan {
     pub(crate) cpu_quota_us: Option<i64>,
 }
 
-/// Folder for the logs of one pod.
-pub(crate) fn log_folder(below: &Path, pod_name: &str, uid: &str) -> PathBuf {
+/// Directory for the logs of one pod.
+pub(crate) fn log_directory(below: &Path, pod_name: &str, uid: &str) -> PathBuf {
     below.join(format!("{pod_name}_{uid}"))
 }
 
-/// The log folder of a pod that the command made, if it is one.
+/// The log directory of a pod that the command made, if it is one.
 ///
-/// Trusts the annotation only when it names a folder that belongs to this pod by its last part, so that an
-/// annotation of other origin cannot have any folder removed.
-pub(crate) fn log_folder_of(
+/// Trusts the annotation only when it names a directory that belongs to this pod by its last part, so that an
+/// annotation of other origin cannot have any directory removed.
+pub(crate) fn log_directory_of(
     metadata: Option<&PodSandboxMetadata>,
     annotations: &BTreeMap<String, String>,
 ) -> Option<PathBuf> {
     let metadata = metadata?;
-    let folder = Path::new(annotations.get(LOG_FOLDER_ANNOTATION)?);
-    let below = folder.parent()?;
-    let plain = folder.is_absolute() && folder.components().all(|part| part.as_os_str() != "..");
-    let owned = !metadata.uid.is_empty() && log_folder(below, &metadata.name, &metadata.uid) == folder;
-    if plain && owned { Some(folder.to_owned()) } else { None }
+    let directory = Path::new(annotations.get(LOG_DIRECTORY_ANNOTATION)?);
+    let below = directory.parent()?;
+    let plain = directory.is_absolute() && directory.components().all(|part| part.as_os_str() != "..");
+    let owned = !metadata.uid.is_empty() && log_directory(below, &metadata.name, &metadata.uid) == directory;
+    if plain && owned { Some(directory.to_owned()) } else { None }
 }
 
 fn namespaces(network: NamespaceMode, ipc: NamespaceMode) -> NamespaceOption {
@@ -164,10 +164,12 @@ pub(crate) fn home_of(status: &PodSandboxStatus) -> Home {
 
 /// What is known of the configuration of a pod that is there already. The daemon has the whole of it.
 pub(crate) fn known_config(status: &PodSandboxStatus) -> PodSandboxConfig {
-    let log_folder = log_folder_of(status.metadata.as_ref(), &status.annotations);
+    let log_directory = log_directory_of(status.metadata.as_ref(), &status.annotations);
     PodSandboxConfig {
         metadata: status.metadata.clone(),
-        log_directory: log_folder.map(|folder| folder.to_string_lossy().into_owned()).unwrap_or_default(),
+        log_directory: log_directory
+            .map(|directory| directory.to_string_lossy().into_owned())
+            .unwrap_or_default(),
         labels: status.labels.clone(),
         annotations: status.annotations.clone(),
         ..PodSandboxConfig::default()
@@ -199,9 +201,9 @@ pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
             attempt: 0,
         }),
         hostname,
-        log_directory: pod.log_folder.clone(),
+        log_directory: pod.log_directory.clone(),
         labels,
-        annotations: [(LOG_FOLDER_ANNOTATION.to_owned(), pod.log_folder.clone())].into(),
+        annotations: [(LOG_DIRECTORY_ANNOTATION.to_owned(), pod.log_directory.clone())].into(),
         linux: Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
                 namespace_options: Some(namespaces),
@@ -287,7 +289,7 @@ mod tests {
     use super::*;
 
     fn pod(network: Network) -> PodPlan {
-        PodPlan { name: "web".into(), uid: "u-1".into(), network, log_folder: "/logs/web_u-1".into() }
+        PodPlan { name: "web".into(), uid: "u-1".into(), network, log_directory: "/logs/web_u-1".into() }
     }
 
     fn container() -> ContainerPlan {
@@ -393,16 +395,16 @@ mod tests {
     }
 
     #[test]
-    fn the_log_folder_of_an_own_pod_is_known_again() {
+    fn the_log_directory_of_an_own_pod_is_known_again() {
         let config = sandbox_config(&pod(Network::Pod));
-        let found = log_folder_of(config.metadata.as_ref(), &config.annotations);
+        let found = log_directory_of(config.metadata.as_ref(), &config.annotations);
         assert_eq!(found.as_deref(), Some(Path::new("/logs/web_u-1")));
     }
 
     #[test]
-    fn no_foreign_folder_passes_for_a_log_folder() {
+    fn no_foreign_directory_passes_for_a_log_directory() {
         let metadata = sandbox_config(&pod(Network::Pod)).metadata.unwrap();
-        for folder in [
+        for directory in [
             "",
             "/",
             "/etc",
@@ -412,13 +414,13 @@ mod tests {
             "/logs/web_u-2",
             "/logs/web_u-1/x",
         ] {
-            let annotations = [(LOG_FOLDER_ANNOTATION.to_owned(), folder.to_owned())].into();
-            assert_eq!(log_folder_of(Some(&metadata), &annotations), None, "{folder}");
+            let annotations = [(LOG_DIRECTORY_ANNOTATION.to_owned(), directory.to_owned())].into();
+            assert_eq!(log_directory_of(Some(&metadata), &annotations), None, "{directory}");
         }
-        assert_eq!(log_folder_of(Some(&metadata), &BTreeMap::new()), None);
-        let annotations = [(LOG_FOLDER_ANNOTATION.to_owned(), "/logs/_".to_owned())].into();
+        assert_eq!(log_directory_of(Some(&metadata), &BTreeMap::new()), None);
+        let annotations = [(LOG_DIRECTORY_ANNOTATION.to_owned(), "/logs/_".to_owned())].into();
         assert_eq!(
-            log_folder_of(Some(&PodSandboxMetadata::default()), &annotations),
+            log_directory_of(Some(&PodSandboxMetadata::default()), &annotations),
             None,
             "no name and no uid"
         );

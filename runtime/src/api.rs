@@ -127,7 +127,7 @@ fn open(path: &Path) -> Result<ImportSource, CallError> {
     }
     if !metadata.is_file() {
         return Err(CallError::Argument(format!(
-            "start.path: {} is neither a file nor a folder",
+            "start.path: {} is neither a file nor a directory",
             path.display()
         )));
     }

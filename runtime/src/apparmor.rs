@@ -56,12 +56,12 @@ profile berth-default flags=(attach_disconnected, mediate_deleted) {
 /// What AppArmor is to ask the profile about: that of version 3.0, which is what other runtimes' profiles are
 /// written for. Without it newer kernels also ask about user namespaces, message queues and io_uring, and
 /// take silence for a no, which breaks what makes sandboxes of its own in a container (browsers, builders of
-/// images); whether it may is the seccomp profile's to say. The file comes with the parser, below its folder
-/// (apparmor.d(5), "Feature ABI").
+/// images); whether it may is the seccomp profile's to say. The file comes with the parser, below its
+/// directory (apparmor.d(5), "Feature ABI").
 const ABI: &str = "abi/3.0";
 
-/// The parser's folder, which it looks in for [`ABI`].
-const PARSERS_FOLDER: &str = "/etc/apparmor.d";
+/// The parser's directory, which it looks in for [`ABI`].
+const PARSERS_DIRECTORY: &str = "/etc/apparmor.d";
 
 /// Where the kernel says whether it enforces.
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
@@ -202,8 +202,8 @@ impl DefaultProfile {
 pub(crate) fn load_default() -> Result<(), AppArmorError> {
     let program = PARSERS.iter().map(Path::new).find(|path| path.exists()).ok_or(AppArmorError::NoParser)?;
     let run = |source| AppArmorError::Run { program: program.to_owned(), source };
-    // apparmor_parser(8): no cache, since that is a folder of the distribution's.
-    let text = default_text(Path::new(PARSERS_FOLDER));
+    // apparmor_parser(8): no cache, since that is a directory of the distribution's.
+    let text = default_text(Path::new(PARSERS_DIRECTORY));
     let parser = Run {
         program,
         arguments: &["--replace", "--skip-cache", "--quiet"],
@@ -223,8 +223,12 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
 
 /// The default profile as the parser is to read it. A parser without the file is older than it, and knows of
 /// nothing newer.
-fn default_text(folder: &Path) -> String {
-    if folder.join(ABI).exists() { format!("abi <{ABI}>,\n{DEFAULT_TEXT}") } else { DEFAULT_TEXT.to_owned() }
+fn default_text(directory: &Path) -> String {
+    if directory.join(ABI).exists() {
+        format!("abi <{ABI}>,\n{DEFAULT_TEXT}")
+    } else {
+        DEFAULT_TEXT.to_owned()
+    }
 }
 
 /// Whether the kernel has a profile of this name.
@@ -287,8 +291,8 @@ mod tests {
 
     #[test]
     fn a_list_that_cannot_be_read_is_an_error_and_not_an_absent_profile() {
-        let folder = tempfile::tempdir().unwrap();
-        let list = folder.path().join("profiles");
+        let directory = tempfile::tempdir().unwrap();
+        let list = directory.path().join("profiles");
         assert!(matches!(is_listed(&list, "a"), Err(AppArmorError::List { .. })));
         std::fs::write(&list, "a (enforce)\n").unwrap();
         assert!(is_listed(&list, "a").unwrap());
@@ -319,23 +323,23 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_counts_as_enforced() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("enabled");
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("enabled");
         assert!(!says_enabled(&file), "a kernel without it");
         for (text, expected) in [("Y\n", true), ("N\n", false)] {
             std::fs::write(&file, text).unwrap();
             assert_eq!(says_enabled(&file), expected);
         }
-        assert!(says_enabled(folder.path()), "a folder cannot be read");
+        assert!(says_enabled(directory.path()), "a directory cannot be read");
     }
 
     #[test]
     fn the_default_profile_is_silent_about_what_is_newer_than_it() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(default_text(folder.path()), DEFAULT_TEXT);
-        std::fs::create_dir(folder.path().join("abi")).unwrap();
-        std::fs::write(folder.path().join(ABI), "").unwrap();
-        assert_eq!(default_text(folder.path()), format!("abi <abi/3.0>,\n{DEFAULT_TEXT}"));
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(default_text(directory.path()), DEFAULT_TEXT);
+        std::fs::create_dir(directory.path().join("abi")).unwrap();
+        std::fs::write(directory.path().join(ABI), "").unwrap();
+        assert_eq!(default_text(directory.path()), format!("abi <abi/3.0>,\n{DEFAULT_TEXT}"));
     }
 
     #[test]

@@ -94,7 +94,7 @@ pub(crate) enum ListenError {
         /// Where.
         path: PathBuf,
     },
-    /// The file or its folder.
+    /// The file or its directory.
     #[error(transparent)]
     File(#[from] FileError),
 }
@@ -107,7 +107,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ListenEr
 #[derive(Debug)]
 struct Bound {
     listener: UnixListener,
-    /// The folder, if it was made for the socket.
+    /// The directory, if it was made for the socket.
     made: Option<PathBuf>,
     /// Device and inode of the file.
     identity: (u64, u64),
@@ -117,7 +117,7 @@ struct Bound {
 #[derive(Debug)]
 pub(crate) struct Socket {
     path: PathBuf,
-    /// The folder, if it was made for the socket.
+    /// The directory, if it was made for the socket.
     made: Option<PathBuf>,
     /// Device and inode of the file, so that only our own is removed.
     identity: (u64, u64),
@@ -125,7 +125,7 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Stops listening and takes away the file, and the folder if it was made for it and is empty.
+    /// Stops listening and takes away the file, and the directory if it was made for it and is empty.
     pub(crate) fn close(self) {
         self.task.abort();
         if identity(&self.path).is_ok_and(|found| found == self.identity) {
@@ -172,19 +172,19 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
             Knock::Served => return Err(ListenError::Taken { path: path.to_owned() }),
         },
     }
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let made = if folder.is_dir() {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let made = if directory.is_dir() {
         None
     } else {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o755)
-            .create(folder)
-            .map_err(file("make", folder))?;
+            .create(directory)
+            .map_err(file("make", directory))?;
         // The daemon's umask may have taken more away.
-        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))
-            .map_err(file("open to others", folder))?;
-        Some(folder.to_owned())
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
+            .map_err(file("open to others", directory))?;
+        Some(directory.to_owned())
     };
     let listener = listener::bind(path, MODE)?;
     let identity = identity(path).map_err(file("look at", path))?;
@@ -250,7 +250,7 @@ async fn answer(node: Arc<Node>, request: Request<Incoming>) -> Result<Response<
     Ok(response)
 }
 
-/// With "overlay" for the driver, cAdvisor would look for the writable layer in a folder `diff` of the
+/// With "overlay" for the driver, cAdvisor would look for the writable layer in a directory `diff` of the
 /// container's root, as CRI-O's storage has it, and give up all figures of a container where that is not. A
 /// name that it does not know makes it leave the disk alone.
 fn info(node: &Node) -> Value {
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_is_for_root_and_its_folder_is_made() {
+    fn the_socket_is_for_root_and_its_directory_is_made() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("crio/crio.sock");
         let bound = listening(&path).unwrap();

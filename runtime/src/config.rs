@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 /// Where the configuration is read from when no flag says otherwise. An absent file is an empty one.
 pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
 
-/// The folders of mirror rules that are used when the configuration names none, in this order: Berth's, then
-/// those that a node which ran containerd has.
+/// The directories of mirror rules that are used when the configuration names none, in this order: Berth's,
+/// then those that a node which ran containerd has.
 const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
 
 /// The keys and sections that take effect as soon as they are read; the others when the daemon starts.
@@ -64,7 +64,7 @@ pub struct Written {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WrittenRegistry {
-    /// The folder of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of
+    /// The directory of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of
     /// `/etc/berth/certs.d` and `/etc/containerd/certs.d`.
     pub config_path: Option<PathBuf>,
     /// Hosts of token services outside of their registry's domain that may be sent credentials.
@@ -523,11 +523,11 @@ fn network(check: &mut Check, written: &WrittenNetwork) -> Option<BridgeConfig> 
 /// in `<file>.d`.
 ///
 /// # Errors
-/// When the folder cannot be listed.
+/// When the directory cannot be listed.
 pub fn files(file: &Path) -> std::io::Result<Vec<PathBuf>> {
-    let mut folder = file.as_os_str().to_owned();
-    folder.push(".d");
-    let mut more: Vec<PathBuf> = match std::fs::read_dir(&folder) {
+    let mut directory = file.as_os_str().to_owned();
+    directory.push(".d");
+    let mut more: Vec<PathBuf> = match std::fs::read_dir(&directory) {
         Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(error),

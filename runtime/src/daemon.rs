@@ -48,10 +48,10 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// Why the daemon cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// A file or folder of its own.
+    /// A file or directory of its own.
     #[error(transparent)]
     File(#[from] FileError),
-    /// A folder of its own cannot be written to.
+    /// A directory of its own cannot be written to.
     #[error(
         "{path} is on a read-only file system: mount it writable, or give berthd another --root and --state"
     )]
@@ -133,7 +133,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let root_lock = layout.root().join("berthd.lock");
     let opened = File::options().create(true).truncate(false).write(true).open(&root_lock);
     let _root = take(opened.map_err(file("open", &root_lock))?, layout.root()).await?;
-    // The folder itself: it may be full, and then the daemon is needed all the more.
+    // The directory itself: it may be full, and then the daemon is needed all the more.
     let _state =
         take(File::open(layout.state()).map_err(file("open", layout.state()))?, layout.state()).await?;
     make_private(layout.state())?;
@@ -225,7 +225,7 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
 }
 
 fn prepare(layout: &Layout) -> Result<(), DaemonError> {
-    let folders = [
+    let directories = [
         layout.root().to_owned(),
         layout.state().to_owned(),
         layout.sandboxes(),
@@ -236,10 +236,10 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
         layout.sandbox_states(),
         layout.container_states(),
     ];
-    for path in folders {
+    for path in directories {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(file("make", &path))?;
     }
-    // Nobody but root may get through, also into folders that an older version made: images hold setuid
+    // Nobody but root may get through, also into directories that an older version made: images hold setuid
     // programs.
     for path in [layout.root(), layout.state()] {
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
@@ -253,7 +253,7 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
 /// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which has
 /// the lock until the exec closes it (flock(2): a lock belongs to the open file, which children share). So
 /// one that is taken is asked for again for a while.
-async fn take(lock: File, folder: &Path) -> Result<File, DaemonError> {
+async fn take(lock: File, directory: &Path) -> Result<File, DaemonError> {
     let end = tokio::time::Instant::now() + LOCK_PATIENCE;
     loop {
         match lock.try_lock() {
@@ -262,9 +262,9 @@ async fn take(lock: File, folder: &Path) -> Result<File, DaemonError> {
                 tokio::time::sleep(LOCK_PAUSE).await;
             }
             Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(DaemonError::Taken { path: folder.to_owned() });
+                return Err(DaemonError::Taken { path: directory.to_owned() });
             }
-            Err(std::fs::TryLockError::Error(source)) => return Err(file("lock", folder)(source)),
+            Err(std::fs::TryLockError::Error(source)) => return Err(file("lock", directory)(source)),
         }
     }
 }

@@ -65,8 +65,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_socket_takes_the_place_of_one_that_nobody_serves() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("socket");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
         assert!(
             matches!(knock(&path).await, Knock::Unserved(error) if error.kind() == io::ErrorKind::NotFound)
         );
@@ -79,8 +79,8 @@ mod tests {
         assert!(matches!(knock(&path).await, Knock::Served));
         let (stream, _) = listener.accept().await.unwrap();
         assert!(is_root(&stream), "tests run as root");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
-        let absent = bind(&folder.path().join("absent/socket"), 0o600).unwrap_err();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing else is left");
+        let absent = bind(&directory.path().join("absent/socket"), 0o600).unwrap_err();
         assert_eq!(absent.action, "listen on");
     }
 }

@@ -23,10 +23,10 @@ struct Arguments {
     /// The configuration file; files in FILE.d/*.toml are read after it.
     #[arg(long, value_name = "FILE", default_value = config::DEFAULT_FILE)]
     config: PathBuf,
-    /// Folder for images, records and writable layers.
+    /// Directory for images, records and writable layers.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Folder for what a reboot takes away: namespaces, sockets.
+    /// Directory for what a reboot takes away: namespaces, sockets.
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// The socket to serve on.

@@ -211,8 +211,8 @@ impl Node {
     /// The images that containers were made from; `None` if there are containers, or may be, that this daemon
     /// does not know: their images are not known either.
     pub(crate) fn images_in_use(&self) -> InUse {
-        for folder in [self.layout.containers(), self.layout.container_states()] {
-            for entry in std::fs::read_dir(&folder).ok()? {
+        for directory in [self.layout.containers(), self.layout.container_states()] {
+            for entry in std::fs::read_dir(&directory).ok()? {
                 let entry = entry.ok()?;
                 if !self.is_known_container(&entry.file_name()) && may_exist(&entry.path()) {
                     return None;
@@ -223,7 +223,7 @@ impl Node {
         self.registry.containers().iter().map(|container| container.image_digest()).collect()
     }
 
-    /// Whether something in a folder of containers is one that is known, or that is being made and has a
+    /// Whether something in a directory of containers is one that is known, or that is being made and has a
     /// lease on its image.
     fn is_known_container(&self, name: &OsStr) -> bool {
         let Some(name) = name.to_str() else { return false };
@@ -238,7 +238,7 @@ impl Node {
     }
 }
 
-/// Whether a path is there, or cannot be looked at: a container that goes leaves its folders before it is
+/// Whether a path is there, or cannot be looked at: a container that goes leaves its directories before it is
 /// forgotten.
 fn may_exist(path: &Path) -> bool {
     !std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)

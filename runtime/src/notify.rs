@@ -239,10 +239,10 @@ mod tests {
 
     #[test]
     fn a_manager_behind_a_path_or_an_abstract_name_is_told() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let name = format!("berth-notify-{}", std::process::id());
         for manager in [
-            UnixDatagram::bind(folder.path().join("notify")).unwrap(),
+            UnixDatagram::bind(directory.path().join("notify")).unwrap(),
             UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap(),
         ] {
             let notifier = notifier(&manager, None);
@@ -296,8 +296,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_watchdog_hears_nothing_from_a_probe_that_fails_or_hangs() {
-        let folder = tempfile::tempdir().unwrap();
-        let manager = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let manager = UnixDatagram::bind(directory.path().join("notify")).unwrap();
         // 40 ms: a probe has 10, and another comes after 20.
         let notifier = notifier(&manager, Some("40000"));
         let probes = AtomicUsize::new(0);
@@ -330,8 +330,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_probe_that_failed_is_tried_again_soon() {
-        let folder = tempfile::tempdir().unwrap();
-        let manager = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let manager = UnixDatagram::bind(directory.path().join("notify")).unwrap();
         let notifier = notifier(&manager, Some("2000000"));
         let times = std::sync::Mutex::new(Vec::new());
         let probe = || async {
@@ -353,8 +353,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_socket_where_nobody_answers_is_not_alive() {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("berth.sock");
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("berth.sock");
         assert!(matches!(ask_the_daemon(&socket).await, Err(ProbeError::Connect(_))));
     }
 }

@@ -303,8 +303,8 @@ pub(crate) fn mend<T: Serialize>(
             let reason = fault.as_ref().map_or_else(|| "it is gone".to_owned(), |fault| crate::chain(fault));
             tracing::error!(kind, id, reason, "a record is lost; it is written again from its copy");
             set_aside(layout, kind, id, &files.record);
-            let folder = files.record.parent().unwrap_or(Path::new("/"));
-            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+            let directory = files.record.parent().unwrap_or(Path::new("/"));
+            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
             let written = made.map_err(|source| files.failed(source)).and_then(|()| files.write(content));
             if let Err(error) = written {
                 tracing::warn!(kind, id, error = %crate::chain(&error), "the record could not be written again");
@@ -371,8 +371,8 @@ mod tests {
         ContainerRecord { image_id: image_id.to_owned(), ..ContainerRecord::default() }
     }
 
-    fn files(folder: &Path) -> RecordFiles {
-        RecordFiles { record: folder.join("record"), copy: folder.join("copy") }
+    fn files(directory: &Path) -> RecordFiles {
+        RecordFiles { record: directory.join("record"), copy: directory.join("copy") }
     }
 
     fn found(files: &RecordFiles) -> (String, String) {
@@ -419,8 +419,8 @@ mod tests {
             (None, None, "absent", ""),
         ];
         for (record, copy, content, health) in cases {
-            let folder = tempfile::tempdir().unwrap();
-            let files = files(folder.path());
+            let directory = tempfile::tempdir().unwrap();
+            let files = files(directory.path());
             for (path, bytes) in [(&files.record, record), (&files.copy, copy)] {
                 match bytes {
                     Some(UNREADABLE) => std::fs::create_dir(path).unwrap(),
@@ -442,14 +442,14 @@ mod tests {
 
     #[test]
     fn both_files_are_written_and_a_copy_that_would_be_old_goes() {
-        let folder = tempfile::tempdir().unwrap();
-        let files = files(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let files = files(directory.path());
         files.write(&content("one")).unwrap();
         assert_eq!(found(&files), ("one".to_owned(), "Good".to_owned()));
         drop(files.prepare(&content("dropped")).unwrap());
         assert_eq!(found(&files), ("one".to_owned(), "Good".to_owned()));
         // Where the copy's partial file would be is a directory.
-        std::fs::create_dir(folder.path().join("copy.partial")).unwrap();
+        std::fs::create_dir(directory.path().join("copy.partial")).unwrap();
         files.write(&content("two")).unwrap();
         assert_eq!(found(&files), ("two".to_owned(), "NoCopy".to_owned()));
         files.remove_copy().unwrap();

@@ -191,9 +191,9 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_whatever_was_there_before() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut progress = Progress::create(folder.path()).unwrap();
-        let file = File::open(folder.path().join(FILE)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut progress = Progress::create(directory.path()).unwrap();
+        let file = File::open(directory.path().join(FILE)).unwrap();
         let seen = |begun, done, mistakes: &str| Seen { begun, done, mistakes: mistakes.to_owned() };
         assert_eq!(read(&file).unwrap(), seen(0, 0, ""));
         progress.begin();

@@ -31,8 +31,8 @@ mod tests {
 
     #[test]
     fn it_is_on_when_the_kernel_has_its_filesystem_and_when_nobody_knows() {
-        let folder = tempfile::tempdir().unwrap();
-        let list = folder.path().join("filesystems");
+        let directory = tempfile::tempdir().unwrap();
+        let list = directory.path().join("filesystems");
         assert!(is_listed(&list), "unknown is not off");
         for (text, expected) in [
             ("nodev\tsysfs\nnodev\tselinuxfs\n\text4\n", true),

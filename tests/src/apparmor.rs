@@ -83,7 +83,7 @@ impl PolicyNamespace {
     /// When the kernel refuses, as when there is one of that name.
     pub fn create(name: &'static str) -> Result<Self> {
         let namespace = Self { name };
-        fs::create_dir(namespace.folder()).context("making a namespace of policy")?;
+        fs::create_dir(namespace.directory()).context("making a namespace of policy")?;
         Ok(namespace)
     }
 
@@ -96,13 +96,13 @@ impl PolicyNamespace {
             .with_context(|| format!("removing the profile {profile} of {}", self.name))
     }
 
-    fn folder(&self) -> PathBuf {
+    fn directory(&self) -> PathBuf {
         Path::new(KERNEL).join("policy/namespaces").join(self.name)
     }
 }
 
 impl Drop for PolicyNamespace {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(self.folder());
+        let _ = fs::remove_dir(self.directory());
     }
 }

@@ -197,12 +197,13 @@ fn files(daemon: &Daemon) -> Vec<String> {
     found
 }
 
-fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(folder).into_iter().flatten().filter_map(std::result::Result::ok) {
+fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().filter_map(std::result::Result::ok) {
         found.push(entry.path());
         // The content of layers is the image's, and much.
-        let is_layers = entry.file_name() == "layers" || folder.ends_with("layers");
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !(is_layers && folder.ends_with("layers")) {
+        let is_layers = entry.file_name() == "layers" || directory.ends_with("layers");
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !(is_layers && directory.ends_with("layers"))
+        {
             walk(&entry.path(), found);
         }
     }

@@ -78,8 +78,8 @@ impl Cgroup {
     /// Makes the cgroup `name` below the root of every hierarchy.
     ///
     /// # Errors
-    /// When no hierarchy is mounted or a folder cannot be made; a cgroup of that name that is there already
-    /// is an error too, for it may be someone else's.
+    /// When no hierarchy is mounted or a directory cannot be made; a cgroup of that name that is there
+    /// already is an error too, for it may be someone else's.
     pub fn create(name: &str) -> Result<Self> {
         let mountinfo = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
         let (hierarchies, unified) = hierarchies(&mountinfo);
@@ -87,9 +87,9 @@ impl Cgroup {
             bail!("no cgroup hierarchy is mounted");
         }
         let cgroup = Self { name: name.to_owned(), hierarchies, unified, driver: Driver::Cgroupfs };
-        for folder in cgroup.folders() {
+        for directory in cgroup.directories() {
             if cgroup.unified
-                && let Some(root) = folder.parent()
+                && let Some(root) = directory.parent()
             {
                 // Controllers that the kernel does not have make the whole write fail, so one at a time; what
                 // is missing shows when a limit is read.
@@ -97,10 +97,10 @@ impl Cgroup {
                     let _ = fs::write(root.join("cgroup.subtree_control"), controller);
                 }
             }
-            fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
+            fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
             if cgroup.unified {
                 for controller in CONTROLLERS.split(' ') {
-                    let _ = fs::write(folder.join("cgroup.subtree_control"), controller);
+                    let _ = fs::write(directory.join("cgroup.subtree_control"), controller);
                 }
             }
         }
@@ -152,11 +152,11 @@ impl Cgroup {
         Ok(Self { name: String::new(), hierarchies, unified, driver: Driver::Cgroupfs })
     }
 
-    /// The folder of this cgroup in the hierarchy that has `controller`.
+    /// The directory of this cgroup in the hierarchy that has `controller`.
     ///
     /// # Errors
     /// When there is no such hierarchy.
-    pub fn folder(&self, controller: &str) -> Result<PathBuf> {
+    pub fn directory(&self, controller: &str) -> Result<PathBuf> {
         let hierarchy = self
             .hierarchies
             .iter()
@@ -203,8 +203,8 @@ impl Cgroup {
     #[must_use]
     pub fn below(&self, part: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
-        for folder in self.folders() {
-            walk(&folder, &mut |path| {
+        for directory in self.directories() {
+            walk(&directory, &mut |path| {
                 if path.file_name().is_some_and(|name| name.to_string_lossy().contains(part)) {
                     found.push(path.to_owned());
                 }
@@ -219,7 +219,7 @@ impl Cgroup {
     /// When there is no such cgroup, or it has no such file.
     pub fn read(&self, controller: &str, id: &str, file: &str) -> Result<String> {
         let mut found = None;
-        walk(&self.folder(controller)?, &mut |path| {
+        walk(&self.directory(controller)?, &mut |path| {
             if path.file_name().is_some_and(|name| name.to_string_lossy().contains(id)) {
                 found.get_or_insert(path.join(file));
             }
@@ -240,12 +240,12 @@ impl Cgroup {
     /// For the machine's own root.
     pub fn end_everything(&self) {
         assert!(!self.name.is_empty(), "the machine's own processes are not the test's");
-        for folder in self.folders() {
-            walk(&folder, &mut end_processes);
+        for directory in self.directories() {
+            walk(&directory, &mut end_processes);
         }
     }
 
-    fn folders(&self) -> Vec<PathBuf> {
+    fn directories(&self) -> Vec<PathBuf> {
         self.hierarchies.iter().map(|hierarchy| hierarchy.mount.join(&self.name)).collect()
     }
 }
@@ -262,13 +262,14 @@ impl Drop for Cgroup {
         }
         // A process that is killed leaves its cgroup a moment later, and only an empty cgroup can go.
         for _ in 0..100 {
-            let left: Vec<PathBuf> = self.folders().into_iter().filter(|folder| folder.exists()).collect();
+            let left: Vec<PathBuf> =
+                self.directories().into_iter().filter(|directory| directory.exists()).collect();
             if left.is_empty() {
                 return;
             }
-            for folder in left {
+            for directory in left {
                 let mut depth_first = Vec::new();
-                walk(&folder, &mut |path| depth_first.push(path.to_owned()));
+                walk(&directory, &mut |path| depth_first.push(path.to_owned()));
                 for path in depth_first.iter().rev() {
                     end_processes(path);
                     let _ = fs::remove_dir(path);
@@ -287,11 +288,11 @@ fn end_processes(cgroup: &Path) {
     }
 }
 
-/// Calls `visit` with `folder` and every folder below it, parents first. What vanishes meanwhile is passed
-/// over.
-fn walk(folder: &Path, visit: &mut impl FnMut(&Path)) {
-    visit(folder);
-    let entries: io::Result<Vec<_>> = fs::read_dir(folder).and_then(Iterator::collect);
+/// Calls `visit` with `directory` and every directory below it, parents first. What vanishes meanwhile is
+/// passed over.
+fn walk(directory: &Path, visit: &mut impl FnMut(&Path)) {
+    visit(directory);
+    let entries: io::Result<Vec<_>> = fs::read_dir(directory).and_then(Iterator::collect);
     for entry in entries.unwrap_or_default() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             walk(&entry.path(), visit);

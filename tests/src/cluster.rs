@@ -7,7 +7,7 @@
 //! `openssl` makes for this one cluster.
 //!
 //! A kubelet insists on `/var/lib/kubelet` and `/var/log/containers`; they are removed on drop if they were
-//! not there before. Everything else lies in the daemon's folder, cgroup and host, and goes with them.
+//! not there before. Everything else lies in the daemon's directory, cgroup and host, and goes with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -39,7 +39,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 /// Time for a server to serve after its start (the API server takes about ten seconds), and to end.
 const START_OR_END: Duration = Duration::from_secs(120);
 
-/// Folders that a kubelet makes on the machine whatever its configuration says.
+/// Directories that a kubelet makes on the machine whatever its configuration says.
 const UNAVOIDABLE: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
 
 /// How much of each log a failed test shows.
@@ -139,7 +139,7 @@ impl<'a> Cluster<'a> {
     /// When a program is missing (the message says how to build it), a file cannot be written, or a server
     /// does not answer in time (the message ends with the servers' last lines).
     pub fn start(daemon: &'a Daemon) -> Result<Self> {
-        let dir = daemon.folder("cluster")?;
+        let dir = daemon.directory("cluster")?;
         make_certificates(&dir)?;
         write_kubeconfigs(&dir)?;
         give_an_address(daemon)?;
@@ -296,7 +296,7 @@ impl<'a> Cluster<'a> {
     fn kubectl_command(&self) -> Result<Command> {
         let mut command = self.daemon.host().command(peers::directory("kubernetes")?.join("kubectl"));
         command.env("KUBECONFIG", self.dir.join("admin.kubeconfig"));
-        // Its cache of what the API server offers would go into the home folder.
+        // Its cache of what the API server offers would go into the home directory.
         command.env("KUBECACHEDIR", self.dir.join("kubectl-cache"));
         Ok(command)
     }
@@ -394,12 +394,12 @@ impl<'a> Cluster<'a> {
         Ok(found)
     }
 
-    /// The folders of pods that the kubelet still keeps (their volumes, their logs), and the links to their
-    /// logs that it makes for log collectors.
+    /// The directories of pods that the kubelet still keeps (their volumes, their logs), and the links to
+    /// their logs that it makes for log collectors.
     #[must_use]
     pub fn pod_files(&self) -> Vec<PathBuf> {
-        let entries = |folder: &Path| {
-            let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+        let entries = |directory: &Path| {
+            let entries = fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok);
             entries.map(|entry| entry.path()).collect::<Vec<_>>()
         };
         let links = entries(Path::new("/var/log/containers")).into_iter();
@@ -455,8 +455,8 @@ impl Drop for Cluster<'_> {
                 let _ = server.process.wait();
             }
         }
-        for folder in &self.made {
-            let _ = fs::remove_dir_all(folder);
+        for directory in &self.made {
+            let _ = fs::remove_dir_all(directory);
         }
     }
 }

@@ -60,7 +60,7 @@ impl Client {
         self.tokio.block_on(call).map(Response::into_inner)
     }
 
-    /// Brings the image in this archive or layout folder into the store.
+    /// Brings the image in this archive or layout directory into the store.
     ///
     /// # Errors
     /// The daemon's refusal.

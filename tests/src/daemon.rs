@@ -1,7 +1,7 @@
-//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with folders, a network and a cgroup
+//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with directories, a network and a cgroup
 //! that nobody else has.
 //!
-//! The programs are those of the folder that `BERTH_BIN_DIR` names, else of `dist/` in the repository; its
+//! The programs are those of the directory that `BERTH_BIN_DIR` names, else of `dist/` in the repository; its
 //! cgroup driver is the one that `BERTH_TEST_CGROUP_DRIVER` names ([`Driver::of_the_environment`]). Whatever
 //! becomes of the test, all that the daemon and its containers made goes when the value is dropped:
 //! processes, mounts, network, cgroups, files.
@@ -97,11 +97,11 @@ impl Daemon {
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
     pub fn start(setup: Setup) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("berth-test-").tempdir().context("making a folder")?;
+        let dir = tempfile::Builder::new().prefix("berth-test-").tempdir().context("making a directory")?;
         let name = dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
         let cgroup = Cgroup::create_by(Driver::of_the_environment()?, &name)?;
         let host = Host::create(dir.path().join("netns"))?;
-        fs::create_dir(dir.path().join("certs.d")).context("making a folder for mirror rules")?;
+        fs::create_dir(dir.path().join("certs.d")).context("making a directory for mirror rules")?;
         // A name of this test only, of at most 15 characters.
         let bridge = format!("bt{}", name.trim_start_matches("berth-test-"));
         let configuration = format!(
@@ -114,7 +114,7 @@ impl Daemon {
         let client = Client::new(&dir.path().join("berth.sock"))?;
         let chroot = setup.chroot.then(|| dir.path().join("chroot"));
         if let Some(chroot) = &chroot {
-            fs::create_dir(chroot).context("making a folder for the chroot")?;
+            fs::create_dir(chroot).context("making a directory for the chroot")?;
         }
         let daemon =
             Self { process: Mutex::new(None), client, cgroup, host, chroot, launcher: setup.launcher, dir };
@@ -142,7 +142,7 @@ impl Daemon {
         self.start_from(&programs()?)
     }
 
-    /// [`start_again`](Self::start_again) with the programs of another folder than usual.
+    /// [`start_again`](Self::start_again) with the programs of another directory than usual.
     ///
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
@@ -287,7 +287,7 @@ impl Daemon {
         &self.cgroup
     }
 
-    /// The folder with everything that it, its pods and the test keep.
+    /// The directory with everything that it, its pods and the test keep.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -311,17 +311,17 @@ impl Daemon {
         self.dir.path().join("berth.sock")
     }
 
-    /// The folder that the folders of pods' logs are in.
+    /// The directory that the directories of pods' logs are in.
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.dir.path().join("logs")
     }
 
-    /// Makes the folder `name` for a test's own files, and returns its path.
+    /// Makes the directory `name` for a test's own files, and returns its path.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn folder(&self, name: &str) -> Result<PathBuf> {
+    pub fn directory(&self, name: &str) -> Result<PathBuf> {
         let path = self.dir.path().join(name);
         fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(path)
@@ -332,12 +332,12 @@ impl Daemon {
     /// # Errors
     /// When they cannot be written.
     pub fn mirror(&self, host: &str, rules: &str) -> Result<()> {
-        let folder = self.folder(&format!("certs.d/{host}"))?;
-        fs::write(folder.join("hosts.toml"), rules).context("writing the mirror rules")
+        let directory = self.directory(&format!("certs.d/{host}"))?;
+        fs::write(directory.join("hosts.toml"), rules).context("writing the mirror rules")
     }
 
     /// The request for a pod of this name, as a kubelet would write it: own network and IPC, RuntimeDefault
-    /// for seccomp, a log folder of its own.
+    /// for seccomp, a log directory of its own.
     #[must_use]
     pub fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
         v1::PodSandboxConfig {
@@ -441,14 +441,14 @@ pub fn own_namespaces() -> v1::NamespaceOption {
     v1::NamespaceOption { pid: v1::NamespaceMode::Container.into(), ..Default::default() }
 }
 
-/// The folder with the built programs.
+/// The directory with the built programs.
 ///
 /// # Errors
 /// When it is not there.
 pub fn programs() -> Result<PathBuf> {
-    let folder = match std::env::var_os("BERTH_BIN_DIR") {
-        Some(folder) => PathBuf::from(folder),
+    let directory = match std::env::var_os("BERTH_BIN_DIR") {
+        Some(directory) => PathBuf::from(directory),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist"),
     };
-    folder.canonicalize().with_context(|| format!("no {}: run make build", folder.display()))
+    directory.canonicalize().with_context(|| format!("no {}: run make build", directory.display()))
 }

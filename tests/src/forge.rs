@@ -147,7 +147,7 @@ impl Image {
         Sealed { blobs, digest: sha256(&manifest), manifest, id }
     }
 
-    /// Writes an OCI image layout to the folder `dir`, with this name for the image.
+    /// Writes an OCI image layout to the directory `dir`, with this name for the image.
     ///
     /// # Errors
     /// When a file cannot be written.

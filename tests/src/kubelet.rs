@@ -1,10 +1,10 @@
 //! A real kubelet on static pods: the fixture of `tests/kubelet.rs` and of `tests/node`.
 //!
 //! Its binary comes from `scripts/build-peer kubelet` (or the path in `KUBELET`), its configuration from
-//! `tests/kubelet/config.yaml`. It runs without an API server, in folders and a port of its own, and below a
-//! cgroup of its own or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on
-//! `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root folder over itself: these
-//! are undone on drop, and the folders removed if they were not there before.
+//! `tests/kubelet/config.yaml`. It runs without an API server, in directories and a port of its own, and
+//! below a cgroup of its own or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on
+//! `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root directory over itself:
+//! these are undone on drop, and the directories removed if they were not there before.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -37,13 +37,13 @@ const ANSWER: Duration = Duration::from_secs(60);
 /// Time for the kubelet to serve its API after its start (it takes about one second), and to end.
 const START_OR_END: Duration = Duration::from_secs(60);
 
-/// Folders that a kubelet makes on the host whatever its configuration says.
+/// Directories that a kubelet makes on the host whatever its configuration says.
 const UNAVOIDABLE: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
 
 /// Where a kubelet is to run.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
-    /// The folder of everything that it keeps.
+    /// The directory of everything that it keeps.
     pub dir: &'a Path,
     /// The runtime's CRI socket.
     pub socket: &'a Path,
@@ -236,8 +236,8 @@ pub enum Instance {
 impl Kubelet {
     /// Starts a kubelet and waits for its API.
     ///
-    /// Its folder gets the folders `manifests` (for pods), `logs`, and `evidence` (for the pods to leave
-    /// files in).
+    /// Its directory gets the directories `manifests` (for pods), `logs`, and `evidence` (for the pods to
+    /// leave files in).
     ///
     /// # Errors
     /// When the binary is missing (the message says how to build it), a file cannot be written, or the API
@@ -245,8 +245,8 @@ impl Kubelet {
     pub fn start(place: Place<'_>) -> Result<Self> {
         let Place { dir, host, driver, .. } = place;
         let program = program()?;
-        for folder in ["manifests", "logs", "evidence", "settings"] {
-            fs::create_dir_all(dir.join(folder)).with_context(|| format!("making {folder}"))?;
+        for directory in ["manifests", "logs", "evidence", "settings"] {
+            fs::create_dir_all(dir.join(directory)).with_context(|| format!("making {directory}"))?;
         }
         let port = match host {
             Some(host) => host.inside(free_port)?,
@@ -356,15 +356,15 @@ impl Kubelet {
         &self.cgroup
     }
 
-    /// The folder that the pods have as `/evidence`.
+    /// The directory that the pods have as `/evidence`.
     #[must_use]
     pub fn evidence(&self) -> PathBuf {
         self.dir.join("evidence")
     }
 
-    /// The folders of pods that the kubelet still keeps: their volumes.
+    /// The directories of pods that the kubelet still keeps: their volumes.
     #[must_use]
-    pub fn pod_folders(&self) -> Vec<PathBuf> {
+    pub fn pod_directories(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.dir.join("root/pods")).into_iter().flatten();
         entries.filter_map(Result::ok).map(|entry| entry.path()).collect()
     }
@@ -391,9 +391,10 @@ impl Kubelet {
     /// # Errors
     /// When one cannot be removed.
     pub fn delete_pods(&self) -> Result<()> {
-        let manifests = fs::read_dir(self.dir.join("manifests")).context("reading the manifests' folder")?;
+        let manifests =
+            fs::read_dir(self.dir.join("manifests")).context("reading the manifests' directory")?;
         for manifest in manifests {
-            fs::remove_file(manifest.context("reading the manifests' folder")?.path())
+            fs::remove_file(manifest.context("reading the manifests' directory")?.path())
                 .context("removing a manifest")?;
         }
         Ok(())
@@ -463,9 +464,9 @@ impl Kubelet {
         self.get(&format!("/containerLogs/default/{}/{container}{query}", full_name(pod)))
     }
 
-    /// The folder of a container's log files, where the kubelet rotates them.
+    /// The directory of a container's log files, where the kubelet rotates them.
     #[must_use]
-    pub fn log_folder(&self, pod: &Pod, container: &str) -> PathBuf {
+    pub fn log_directory(&self, pod: &Pod, container: &str) -> PathBuf {
         self.dir.join(format!("logs/default_{}_{}/{container}", pod.name, pod.uid))
     }
 
@@ -510,15 +511,15 @@ impl Drop for Kubelet {
             let _ = self.process().kill();
             let _ = self.process().wait();
         }
-        // Volumes of pods that a failed test left, then the root folder itself.
+        // Volumes of pods that a failed test left, then the root directory itself.
         let root = self.dir.join("root");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let below = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
         for mount in below.filter(|mount| mount.starts_with(&root)).collect::<Vec<_>>().into_iter().rev() {
             let _ = umount2(mount, MntFlags::MNT_DETACH);
         }
-        for folder in &self.made {
-            let _ = fs::remove_dir_all(folder);
+        for directory in &self.made {
+            let _ = fs::remove_dir_all(directory);
         }
         if self.driver == Driver::Systemd {
             // With whatever a failed test left in it.

@@ -72,13 +72,13 @@ impl PodCgroup<'_> {
     /// # Errors
     /// When the pod's cgroup has none whose name gives this id.
     pub fn container(&self, id: &str) -> Result<Self> {
-        let folder = self.folder("memory")?;
-        let entries = fs::read_dir(&folder).with_context(|| format!("reading {}", folder.display()))?;
+        let directory = self.directory("memory")?;
+        let entries = fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut names = names.filter(|name| id_of(self.kubelet.driver(), name) == Some(id));
         match names.next() {
             Some(name) => Ok(Self { kubelet: self.kubelet, path: self.path.join(name) }),
-            None => bail!("{} has no cgroup of the container {id}", folder.display()),
+            None => bail!("{} has no cgroup of the container {id}", directory.display()),
         }
     }
 
@@ -123,17 +123,17 @@ impl PodCgroup<'_> {
     /// # Errors
     /// When it cannot be read.
     pub fn read(&self, controller: &str, file: &str) -> Result<String> {
-        let path = self.folder(controller)?.join(file);
+        let path = self.directory(controller)?.join(file);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         Ok(text.trim_end().to_owned())
     }
 
-    /// Its folder in the hierarchy of a controller.
+    /// Its directory in the hierarchy of a controller.
     ///
     /// # Errors
     /// When no hierarchy has the controller.
-    pub fn folder(&self, controller: &str) -> Result<PathBuf> {
-        Ok(self.kubelet.cgroup().folder(controller)?.join(&self.path))
+    pub fn directory(&self, controller: &str) -> Result<PathBuf> {
+        Ok(self.kubelet.cgroup().directory(controller)?.join(&self.path))
     }
 
     /// Its path below the kubelet's own cgroup.

@@ -42,8 +42,8 @@ const PODS: [&str; 9] =
 /// A program that does nothing until it is asked to end.
 const IDLE: &str = "[sh, -c, 'trap exit TERM; sleep 1000000 & wait']";
 
-/// A seccomp profile (runtime-spec, "Seccomp") by which folders cannot be made.
-const NO_FOLDERS: &str = r#"{
+/// A seccomp profile (runtime-spec, "Seccomp") by which directories cannot be made.
+const NO_DIRECTORIES: &str = r#"{
     "defaultAction": "SCMP_ACT_ALLOW",
     "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1 }]
 }"#;
@@ -103,7 +103,7 @@ pub fn on_a_node(test: impl FnOnce(&Node<'_>) -> Result<()>) -> Result<()> {
 
 impl<'a> Node<'a> {
     fn start(runtime: Runtime<'a>) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("berth-node-").tempdir().context("making a folder")?;
+        let dir = tempfile::Builder::new().prefix("berth-node-").tempdir().context("making a directory")?;
         let (socket, host, driver) = match &runtime {
             Runtime::Private(daemon) => (daemon.socket(), Some(daemon.host()), Driver::Cgroupfs),
             Runtime::Installed { .. } => (INSTALLED_SOCKET.into(), None, Driver::Systemd),
@@ -120,8 +120,9 @@ impl<'a> Node<'a> {
             None => output(Command::new("ip").args(address))?,
         };
         let profiles = dir.path().join("root/seccomp");
-        fs::create_dir_all(&profiles).context("making a folder for seccomp profiles")?;
-        fs::write(profiles.join("no-folders.json"), NO_FOLDERS).context("writing a seccomp profile")?;
+        fs::create_dir_all(&profiles).context("making a directory for seccomp profiles")?;
+        fs::write(profiles.join("no-directories.json"), NO_DIRECTORIES)
+            .context("writing a seccomp profile")?;
         let kubelet = Kubelet::start(Place {
             dir: dir.path(),
             socket: &socket,
@@ -139,7 +140,7 @@ impl<'a> Node<'a> {
     fn run_pods(&self) -> Result<()> {
         let evidence = self.kubelet.evidence();
         let tree = evidence.join("tree");
-        fs::create_dir(&tree).context("making a folder for a volume")?;
+        fs::create_dir(&tree).context("making a directory for a volume")?;
         // Not every machine's file systems pass mounts on as systemd's do.
         for flags in [MsFlags::MS_BIND, MsFlags::MS_SHARED] {
             mount(Some(&tree), &tree, None::<&str>, flags, None::<&str>).context("mounting a volume")?;
@@ -285,14 +286,14 @@ impl<'a> Node<'a> {
         let old_program = program(old)?;
         self.anew(|| match &self.runtime {
             Runtime::Private(daemon) => {
-                let folder = self.dir.path().join("other-build");
-                fs::create_dir(&folder).context("making a folder for the other build")?;
+                let directory = self.dir.path().join("other-build");
+                fs::create_dir(&directory).context("making a directory for the other build")?;
                 for name in ["berthd", "berth-shim"] {
-                    fs::copy(programs()?.join(name), folder.join(name))
+                    fs::copy(programs()?.join(name), directory.join(name))
                         .with_context(|| format!("copying {name}"))?;
                 }
                 daemon.stop()?;
-                daemon.start_from(&folder)
+                daemon.start_from(&directory)
             }
             Runtime::Installed { .. } => {
                 let package =
@@ -371,14 +372,14 @@ impl<'a> Node<'a> {
                 .filter(|path| !classes.iter().any(|class| path.ends_with(class)))
                 .map(|path| path.display().to_string()),
         );
-        found.extend(self.kubelet.pod_folders().iter().map(|path| path.display().to_string()));
+        found.extend(self.kubelet.pod_directories().iter().map(|path| path.display().to_string()));
         let mounts = mounts_below(&state).into_iter();
         found.extend(mounts.map(|path| path.display().to_string()));
         Ok(found)
     }
 
     /// The last lines of the kubelet. The whole logs of it and of the daemon, and the pods as they are, are
-    /// left in the folder `node` of `target/test-logs`, or of the folder that `BERTH_TEST_LOGS` names.
+    /// left in the directory `node` of `target/test-logs`, or of the directory that `BERTH_TEST_LOGS` names.
     #[must_use]
     pub fn last_words(&self) -> String {
         let logs = BTreeMap::from([

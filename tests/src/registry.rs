@@ -27,22 +27,22 @@ pub struct Registry<'host> {
 }
 
 impl<'host> Registry<'host> {
-    /// Starts one on this port of the daemon's host, with its data in the daemon's folder.
+    /// Starts one on this port of the daemon's host, with its data in the daemon's directory.
     ///
     /// # Errors
     /// When the program is missing (the message says what to install), or does not answer in time.
     pub fn start(daemon: &'host Daemon, port: u16) -> Result<Self> {
         ensure!(Path::new(PROGRAM).exists(), "no {PROGRAM}: apt-get install docker-registry");
-        let folder = daemon.folder(&format!("registry-{port}"))?;
-        let data = folder.join("data");
+        let directory = daemon.directory(&format!("registry-{port}"))?;
+        let data = directory.join("data");
         let address = format!("127.0.0.1:{port}");
         let configuration = format!(
             "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{address}\"}}\n",
             data.display()
         );
-        let file = folder.join("config.yml");
+        let file = directory.join("config.yml");
         fs::write(&file, configuration).context("configuring the registry")?;
-        let log = fs::File::create(folder.join("log")).context("the registry's log")?;
+        let log = fs::File::create(directory.join("log")).context("the registry's log")?;
         let host = daemon.host();
         let process = host
             .command(PROGRAM)

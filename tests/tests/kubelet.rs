@@ -2,8 +2,8 @@
 //! restart of a container, to its end.
 //!
 //! One pod and one test, because every step looks at what the steps before left. With the feature `peer` the
-//! same runs on containerd: what fails there is a mistake of the test. The daemon is that of the folder that
-//! `BERTH_BIN_DIR` names, else of `dist/`.
+//! same runs on containerd: what fails there is a mistake of the test. The daemon is that of the directory
+//! that `BERTH_BIN_DIR` names, else of `dist/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ const ABSENCES: [Duration; 2] = [Duration::ZERO, Duration::from_secs(3)];
 trait Runtime {
     /// Its CRI socket.
     fn socket(&self) -> &Path;
-    /// The folder that everything it keeps is below.
+    /// The directory that everything it keeps is below.
     fn dir(&self) -> &Path;
     /// The host's ends of the links into pods, one a line.
     fn pod_links(&self) -> Result<String>;
@@ -52,7 +52,7 @@ fn a_static_pod_lives_survives_a_crash_of_the_daemon_and_ends() -> Result<()> {
 #[cfg(feature = "peer")]
 #[test]
 fn the_same_pod_lives_and_ends_on_containerd() -> Result<()> {
-    let dir = tempfile::tempdir().context("making a folder for containerd")?;
+    let dir = tempfile::tempdir().context("making a directory for containerd")?;
     let dir = dir.path().join("containerd");
     let bridge = format!("ctd{}", std::process::id());
     let mut peer = Peer { containerd: berth_tests::peer::Containerd::start(&dir, &bridge)?, dir, bridge };
@@ -60,7 +60,7 @@ fn the_same_pod_lives_and_ends_on_containerd() -> Result<()> {
 }
 
 fn run(runtime: &mut dyn Runtime) -> Result<()> {
-    let dir = tempfile::tempdir().context("making a folder for the kubelet")?;
+    let dir = tempfile::tempdir().context("making a directory for the kubelet")?;
     let kubelet = Kubelet::start(Place {
         dir: dir.path(),
         socket: runtime.socket(),
@@ -215,7 +215,7 @@ fn leaves_nothing(
     within(SOON, "no cgroup of the pod is left", || {
         Ok(kubelet.cgroup().below(&pod.uid).is_empty().then_some(()))
     })?;
-    within(SOON, "the pod's volumes are gone", || Ok(kubelet.pod_folders().is_empty().then_some(())))?;
+    within(SOON, "the pod's volumes are gone", || Ok(kubelet.pod_directories().is_empty().then_some(())))?;
     let mut mounts = mounts_below(runtime.dir());
     mounts.retain(|mount| !mounts_before.contains(mount));
     ensure!(mounts.is_empty(), "nothing is left mounted: {mounts:?}");

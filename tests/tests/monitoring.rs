@@ -2,7 +2,7 @@
 //! that it can learn it.
 //!
 //! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to tell it. Each
-//! kubelet is alone on the machine: it has folders there that it shares with others. Who makes cgroups is
+//! kubelet is alone on the machine: it has directories there that it shares with others. Who makes cgroups is
 //! what `BERTH_TEST_CGROUP_DRIVER` says.
 
 use std::path::Path;
@@ -55,18 +55,18 @@ fn a_plain_kubelet_whose_cadvisor_is_answered_knows_everything() -> Result<()> {
     rootful(|daemon| {
         let _removed = Removed(Path::new(CRIO));
         daemon.stop()?;
-        let folder = daemon.folder("berth.toml.d")?;
-        std::fs::write(folder.join("compat.toml"), "[compat]\ncadvisor = true\n")
+        let directory = daemon.directory("berth.toml.d")?;
+        std::fs::write(directory.join("compat.toml"), "[compat]\ncadvisor = true\n")
             .context("writing the configuration")?;
         daemon.start_again()?;
         on_a_kubelet(daemon, None, Known::All)?;
         daemon.stop()?;
-        ensure!(!Path::new(CRIO).exists(), "the daemon takes the folder away that it made");
+        ensure!(!Path::new(CRIO).exists(), "the daemon takes the directory away that it made");
         daemon.start_again()
     })
 }
 
-/// A folder of the host that is to go with the test, whatever becomes of that.
+/// A directory of the host that is to go with the test, whatever becomes of that.
 struct Removed(&'static Path);
 
 impl Drop for Removed {
@@ -78,7 +78,7 @@ impl Drop for Removed {
 
 fn on_a_kubelet(daemon: &Daemon, settings: Option<&str>, known: Known) -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let dir = tempfile::tempdir().context("making a folder for the kubelet")?;
+    let dir = tempfile::tempdir().context("making a directory for the kubelet")?;
     let kubelet = Kubelet::start(Place {
         dir: dir.path(),
         socket: &daemon.socket(),

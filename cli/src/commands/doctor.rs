@@ -24,7 +24,8 @@ pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
             take_over(&mut daemon, info);
             findings
         }
-        // Where its folders are is not known then; those of a daemon without a configuration are looked at.
+        // Where its directories are is not known then; those of a daemon without a configuration are looked
+        // at.
         Err(error) => vec![finding(Grade::Broken, "berthd", one_line(&error))],
     };
     let mut findings = look(Path::new("/"), &daemon);
@@ -123,7 +124,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_missing_daemon_is_broken() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(ask(&folder.path().join("berth.sock")).await.is_err());
+        let directory = tempfile::tempdir().unwrap();
+        assert!(ask(&directory.path().join("berth.sock")).await.is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! `berth import`: brings in images from an archive or a folder.
+//! `berth import`: brings in images from an archive or a directory.
 //!
 //! The daemon reads the file itself: it runs on this machine. For one that sees other files than we do, or
 //! for an archive on standard input, the bytes are sent over the socket.
@@ -29,7 +29,7 @@ const CHUNKS_UNDERWAY: usize = 2;
 /// Why an import did not work.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ImportError {
-    /// The archive or folder cannot be read.
+    /// The archive or directory cannot be read.
     #[error("read {path}")]
     Read {
         /// The path as it was given.
@@ -38,9 +38,9 @@ pub(crate) enum ImportError {
         #[source]
         source: io::Error,
     },
-    /// A folder cannot be sent as an archive.
+    /// A directory cannot be sent as an archive.
     #[error("{0} is a directory, and only an archive can be uploaded; pack it with tar, or omit --upload")]
-    Folder(PathBuf),
+    Directory(PathBuf),
     /// The protocol has text for paths, and this one is none.
     #[error("the path {0} is not UTF-8 and cannot be sent to the daemon; use --upload")]
     PathEncoding(PathBuf),
@@ -111,7 +111,7 @@ async fn source_of(args: &ImportArgs) -> Result<(Source, Option<Archive>), Impor
     let file = File::open(path).await.map_err(failed)?;
     let metadata = file.metadata().await.map_err(failed)?;
     if metadata.is_dir() {
-        return Err(ImportError::Folder(path.to_owned()));
+        return Err(ImportError::Directory(path.to_owned()));
     }
     Ok((Source::Upload(ImportUpload { size_bytes: metadata.len() }), Some(Box::new(file))))
 }
@@ -169,8 +169,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_upload_is_cut_into_chunks_and_complete() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.tar");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.tar");
         let bytes: Vec<u8> = (0..2 * MAX_CHUNK_BYTES + 5).map(|at| (at % 251).to_le_bytes()[0]).collect();
         std::fs::write(&path, &bytes).unwrap();
         let (source, archive) = source_of(&args(&path, true)).await.unwrap();
@@ -197,7 +197,7 @@ mod tests {
     async fn sources_that_cannot_be_sent_are_refused() {
         let missing = source_of(&args(Path::new("/nonexistent"), false)).await;
         assert!(matches!(missing, Err(ImportError::Read { .. })));
-        assert!(matches!(source_of(&args(Path::new("/etc"), true)).await, Err(ImportError::Folder(_))));
+        assert!(matches!(source_of(&args(Path::new("/etc"), true)).await, Err(ImportError::Directory(_))));
     }
 
     fn events() -> Vec<Result<ImportEvent, Status>> {

@@ -13,7 +13,7 @@ use crate::args::RmArgs;
 use crate::daemon::Daemon;
 use crate::error::Error;
 use crate::names::{Inventory, Target, pod_name};
-use crate::run_plan::log_folder_of;
+use crate::run_plan::log_directory_of;
 
 use super::stop::{report, runs};
 
@@ -26,7 +26,7 @@ pub(crate) enum RemoveError {
     /// The pod is gone, its logs are not.
     #[error("remove logs {path}")]
     Logs {
-        /// Folder of the logs.
+        /// Directory of the logs.
         path: PathBuf,
         /// What the system says.
         #[source]
@@ -59,12 +59,12 @@ async fn remove_one(daemon: &Daemon, inventory: &Inventory, name: &str, force: b
     }
 }
 
-fn log_folder(pod: &PodSandbox) -> Option<PathBuf> {
-    log_folder_of(pod.metadata.as_ref(), &pod.annotations)
+fn log_directory(pod: &PodSandbox) -> Option<PathBuf> {
+    log_directory_of(pod.metadata.as_ref(), &pod.annotations)
 }
 
 fn is_own(pod: &PodSandbox) -> bool {
-    log_folder(pod).is_some()
+    log_directory(pod).is_some()
 }
 
 async fn remove_container(
@@ -79,9 +79,9 @@ async fn remove_container(
     }
     let log = PathBuf::from(daemon.container_status(&container.id).await?.log_path);
     daemon.remove_container(&container.id).await?;
-    match pod.and_then(log_folder) {
-        // Nothing but a file right in the pod's own folder.
-        Some(folder) if log.parent() == Some(&folder) => Ok(remove_logs(&log, fs::remove_file(&log))?),
+    match pod.and_then(log_directory) {
+        // Nothing but a file right in the pod's own directory.
+        Some(directory) if log.parent() == Some(&directory) => Ok(remove_logs(&log, fs::remove_file(&log))?),
         _ => Ok(()),
     }
 }
@@ -97,8 +97,8 @@ async fn remove_pod(
     }
     daemon.stop_pod(&pod.id).await?;
     daemon.remove_pod(&pod.id).await?;
-    match log_folder(pod) {
-        Some(folder) => Ok(remove_logs(&folder, fs::remove_dir_all(&folder))?),
+    match log_directory(pod) {
+        Some(directory) => Ok(remove_logs(&directory, fs::remove_dir_all(&directory))?),
         None => Ok(()),
     }
 }
@@ -119,13 +119,13 @@ mod tests {
 
     #[test]
     fn logs_that_are_gone_are_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.log");
         fs::write(&path, "x").unwrap();
         for _ in 0..2 {
             remove_logs(&path, fs::remove_file(&path)).unwrap();
         }
-        let error = remove_logs(folder.path(), fs::remove_file(folder.path())).unwrap_err();
-        assert!(matches!(error, RemoveError::Logs { path, .. } if path == folder.path()));
+        let error = remove_logs(directory.path(), fs::remove_file(directory.path())).unwrap_err();
+        assert!(matches!(error, RemoveError::Logs { path, .. } if path == directory.path()));
     }
 }

@@ -63,10 +63,10 @@ pub(crate) enum RunError {
     /// CRI has text for paths, and this one is none.
     #[error("the path {0} is not UTF-8 and cannot be sent to the daemon")]
     PathEncoding(PathBuf),
-    /// The folder for logs cannot be made.
+    /// The directory for logs cannot be made.
     #[error("create the log directory {path}; choose another with --log-dir")]
-    LogFolder {
-        /// The folder.
+    LogDirectory {
+        /// The directory.
         path: PathBuf,
         /// What the system says.
         #[source]
@@ -167,7 +167,7 @@ async fn start(made: &mut Made<'_>, pod: Pod, container: ContainerPlan) -> Resul
     let (pod_id, config, home) = match pod {
         Pod::New(plan) => {
             let config = run_plan::sandbox_config(&plan);
-            made.log_folder(Path::new(&plan.log_folder))?;
+            made.log_directory(Path::new(&plan.log_directory))?;
             (made.pod(&plan.name, config.clone()).await?, config, plan.home())
         }
         Pod::Existing(status) => {
@@ -185,10 +185,10 @@ async fn new_pod(daemon: &Daemon, args: &RunArgs, image: &str) -> Result<PodPlan
     let name = args.name.clone().unwrap_or_else(|| pod_names::from_image(image, &uid));
     check_name_is_free(daemon, &name).await?;
     let log_dir = std::path::absolute(&args.log_dir);
-    let log_dir = log_dir.map_err(|source| RunError::LogFolder { path: args.log_dir.clone(), source })?;
-    let log_folder = utf8(&run_plan::log_folder(&log_dir, &name, &uid))?;
+    let log_dir = log_dir.map_err(|source| RunError::LogDirectory { path: args.log_dir.clone(), source })?;
+    let log_directory = utf8(&run_plan::log_directory(&log_dir, &name, &uid))?;
     let network = if args.host_network { Network::Host } else { Network::Pod };
-    Ok(PodPlan { name, uid, network, log_folder })
+    Ok(PodPlan { name, uid, network, log_directory })
 }
 
 /// Finds a pod for another container, which has to be the only one of its name there.
@@ -213,7 +213,7 @@ async fn check_name_is_free(daemon: &Daemon, name: &str) -> Result<(), Error> {
     if taken { Err(RunError::NameTaken(name.to_owned()).into()) } else { Ok(()) }
 }
 
-/// The daemon has another working folder than we, and would make a folder where a source is missing.
+/// The daemon has another working directory than we, and would make a directory where a source is missing.
 fn absolute_mount(mount: &MountSpec) -> Result<MountSpec, RunError> {
     let failed = |source| RunError::MountSource { path: mount.source.clone(), source };
     let source = fs::canonicalize(&mount.source).map_err(failed)?;

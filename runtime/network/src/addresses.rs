@@ -1,8 +1,8 @@
 //! Which sandbox owns which address: one small file per address.
 //!
 //! ```text
-//! <folder>/10.88.0.2             content: the sandbox id, nothing else
-//! <folder>/fd62:6572:7468::2     the same
+//! <directory>/10.88.0.2             content: the sandbox id, nothing else
+//! <directory>/fd62:6572:7468::2     the same
 //! ```
 //!
 //! The name is the claim: it is made with `O_EXCL`, so that even two processes cannot give out an address
@@ -16,7 +16,7 @@
 //! balancers may still hold connections and neighbour entries of its last owner. After a restart the circle
 //! goes on behind the newest record.
 //!
-//! One daemon owns the folder; who else may write there is the permission bits' business (0700).
+//! One daemon owns the directory; who else may write there is the permission bits' business (0700).
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -68,7 +68,7 @@ impl Range {
 /// Why addresses could not be given out or taken back.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file or folder of the store could not be used.
+    /// A file or directory of the store could not be used.
     #[error("cannot {operation} {}", path.display())]
     File {
         /// What was to be done.
@@ -106,7 +106,7 @@ pub enum Error {
 /// The addresses of one bridge and their owners.
 #[derive(Debug)]
 pub struct AddressStore {
-    folder: PathBuf,
+    directory: PathBuf,
     ranges: Vec<Range>,
     state: Mutex<State>,
 }
@@ -121,20 +121,21 @@ struct State {
 }
 
 impl AddressStore {
-    /// Opens the store, making the folder where it is absent. Records outside the ranges (of an earlier
+    /// Opens the store, making the directory where it is absent. Records outside the ranges (of an earlier
     /// configuration) stay until their sandboxes go. Files whose names are not addresses are left alone.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn open(folder: &Path, ranges: &[Range]) -> Result<Self, Error> {
+    pub fn open(directory: &Path, ranges: &[Range]) -> Result<Self, Error> {
         let fail = |operation, path: &Path, source| Error::File { operation, path: path.to_owned(), source };
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
-        made.map_err(|source| fail("make the folder", folder, source))?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.map_err(|source| fail("make the directory", directory, source))?;
         let (mut owners, mut unread) = (BTreeMap::new(), BTreeSet::new());
         let mut newest: Vec<Option<(SystemTime, IpAddr)>> = vec![None; ranges.len()];
-        let entries = fs::read_dir(folder).map_err(|source| fail("list the folder", folder, source))?;
+        let entries =
+            fs::read_dir(directory).map_err(|source| fail("list the directory", directory, source))?;
         for entry in entries {
-            let entry = entry.map_err(|source| fail("list the folder", folder, source))?;
+            let entry = entry.map_err(|source| fail("list the directory", directory, source))?;
             let Some(address) = entry.file_name().to_str().and_then(canonical_address) else { continue };
             let path = entry.path();
             let (owner, written) = match read_owner(&path) {
@@ -163,7 +164,7 @@ impl AddressStore {
             .map(|(range, newest)| newest.map_or(range.first(), |(_, address)| range.after(address)))
             .collect();
         let state = Mutex::new(State { owners, unread, cursors });
-        Ok(Self { folder: folder.to_owned(), ranges: ranges.to_vec(), state })
+        Ok(Self { directory: directory.to_owned(), ranges: ranges.to_vec(), state })
     }
 
     /// Gives a sandbox one address of each range, in the order of the ranges. Either all are taken or none.
@@ -272,7 +273,7 @@ impl AddressStore {
             }
             let path = self.path(*address);
             // In one step, over what is there and of nobody.
-            let partial = self.folder.join(format!("{address}.partial"));
+            let partial = self.directory.join(format!("{address}.partial"));
             let written = write_owner(&partial, sandbox_id).and_then(|()| fs::rename(&partial, &path));
             written.map_err(|source| Error::File { operation: "write the record", path, source })?;
             state.owners.insert(*address, sandbox_id.to_owned());
@@ -301,14 +302,16 @@ impl AddressStore {
         self.lock().owners.len()
     }
 
-    /// Removes the folder of a store in which nothing is taken.
+    /// Removes the directory of a store in which nothing is taken.
     ///
     /// # Errors
-    /// [`Error::File`], also when the folder holds something else.
+    /// [`Error::File`], also when the directory holds something else.
     pub fn remove(self) -> Result<(), Error> {
-        match fs::remove_dir(&self.folder) {
+        match fs::remove_dir(&self.directory) {
             Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(Error::File { operation: "remove the folder", path: self.folder, source }),
+            Err(source) => {
+                Err(Error::File { operation: "remove the directory", path: self.directory, source })
+            }
             Ok(()) => Ok(()),
         }
     }
@@ -395,7 +398,7 @@ impl AddressStore {
     }
 
     fn path(&self, address: IpAddr) -> PathBuf {
-        self.folder.join(address.to_string())
+        self.directory.join(address.to_string())
     }
 }
 
@@ -443,18 +446,21 @@ mod tests {
         format!("{number:064x}")
     }
 
-    fn files(folder: &Path) -> BTreeSet<String> {
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    fn files(directory: &Path) -> BTreeSet<String> {
+        fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
     }
 
     #[test]
     fn a_record_that_was_lost_is_made_again_and_one_that_cannot_be_read_keeps_its_address() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let [lost, flipped, taken] = [2, 3, 4].map(|last| IpAddr::from([10, 0, 0, last]));
-        fs::write(folder.path().join(flipped.to_string()), id(99)).unwrap();
-        fs::write(folder.path().join(taken.to_string()), id(8)).unwrap();
-        fs::create_dir(folder.path().join("10.0.0.5")).unwrap();
-        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        fs::write(directory.path().join(flipped.to_string()), id(99)).unwrap();
+        fs::write(directory.path().join(taken.to_string()), id(8)).unwrap();
+        fs::create_dir(directory.path().join("10.0.0.5")).unwrap();
+        let store = AddressStore::open(directory.path(), &[SMALL]).unwrap();
         assert_eq!(store.unread(), [IpAddr::from([10, 0, 0, 5])]);
         let known = |owner: &str| [id(7), id(8)].contains(&owner.to_owned());
         assert_eq!(store.restore(&id(7), &[lost, flipped, taken], known).unwrap(), [lost, flipped]);
@@ -462,7 +468,7 @@ mod tests {
         let living = [id(7), id(8)];
         let living: HashSet<&str> = living.iter().map(String::as_str).collect();
         assert!(store.dead(&living).is_empty() && store.reconcile(&living).unwrap().is_empty());
-        let again = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        let again = AddressStore::open(directory.path(), &[SMALL]).unwrap();
         assert_eq!((again.of(&id(7)), again.of(&id(8))), (vec![lost, flipped], vec![taken]));
         // One address is left, since nobody knows whose the unreadable one is.
         assert_eq!(again.allocate(&id(10)).unwrap(), [IpAddr::from([10, 0, 0, 6])]);
@@ -475,21 +481,21 @@ mod tests {
 
     #[test]
     fn each_sandbox_gets_one_address_of_each_family_and_gives_both_back() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = AddressStore::open(folder.path(), &[SMALL, WIDE]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(directory.path(), &[SMALL, WIDE]).unwrap();
         let addresses = store.allocate(&id(1)).unwrap();
         assert_eq!(addresses, ["10.0.0.2", "fd00::2"].map(|text| text.parse::<IpAddr>().unwrap()));
-        assert_eq!(fs::read_to_string(folder.path().join("fd00::2")).unwrap(), id(1));
+        assert_eq!(fs::read_to_string(directory.path().join("fd00::2")).unwrap(), id(1));
         assert_eq!(store.of(&id(1)), addresses);
         assert_eq!(store.free(&id(1)).unwrap(), addresses);
         assert_eq!(store.free(&id(1)).unwrap(), Vec::<IpAddr>::new());
-        assert!(files(folder.path()).is_empty());
+        assert!(files(directory.path()).is_empty());
     }
 
     #[test]
     fn a_freed_address_rests_until_the_circle_comes_round() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(directory.path(), &[SMALL]).unwrap();
         let mut seen = Vec::new();
         for number in 0..6 {
             seen.push(store.allocate(&id(number)).unwrap()[0].to_string());
@@ -500,22 +506,22 @@ mod tests {
 
     #[test]
     fn when_one_family_is_exhausted_nothing_of_the_other_is_kept() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = AddressStore::open(folder.path(), &[WIDE, SMALL]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(directory.path(), &[WIDE, SMALL]).unwrap();
         for number in 0..5 {
             store.allocate(&id(number)).unwrap();
         }
         let error = store.allocate(&id(5)).unwrap_err();
         assert!(matches!(error, Error::Exhausted { taken: 5, .. }), "{error}");
-        assert_eq!(files(folder.path()).len(), 10);
+        assert_eq!(files(directory.path()).len(), 10);
         store.free(&id(3)).unwrap();
         assert_eq!(store.allocate(&id(5)).unwrap()[1].to_string(), "10.0.0.5");
     }
 
     #[test]
     fn a_sandbox_cannot_take_a_second_pair() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(directory.path(), &[SMALL]).unwrap();
         store.allocate(&id(1)).unwrap();
         assert!(matches!(store.allocate(&id(1)), Err(Error::Owned { .. })));
         assert_eq!(store.taken(), 1);
@@ -523,19 +529,19 @@ mod tests {
 
     #[test]
     fn odd_ids_touch_no_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(directory.path(), &[SMALL]).unwrap();
         for text in ["", " ", "../../../../etc", "0123456789\0", "0123456789ABCDEF", &"a".repeat(1 << 20)] {
             assert!(matches!(store.allocate(text), Err(Error::SandboxId { .. })));
             assert_eq!(store.free(text).unwrap(), Vec::<IpAddr>::new());
         }
-        assert!(files(folder.path()).is_empty());
+        assert!(files(directory.path()).is_empty());
     }
 
     #[test]
     fn crash_leftovers_are_collected_and_strangers_left_alone() {
-        let folder = tempfile::tempdir().unwrap();
-        let put = |name: &str, content: &[u8]| fs::write(folder.path().join(name), content).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let put = |name: &str, content: &[u8]| fs::write(directory.path().join(name), content).unwrap();
         put("10.0.0.2", b"");
         put("10.0.0.3", b"\xff\xfe");
         put("10.0.0.4", &[b'a'; 1 << 16]);
@@ -543,8 +549,8 @@ mod tests {
         put("10.9.9.9", id(8).as_bytes());
         put("10.0.0.02", id(9).as_bytes());
         put("notes", b"keep me");
-        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
-        let left: Vec<String> = files(folder.path()).into_iter().collect();
+        let store = AddressStore::open(directory.path(), &[SMALL]).unwrap();
+        let left: Vec<String> = files(directory.path()).into_iter().collect();
         assert_eq!(left, ["10.0.0.02", "10.0.0.5", "10.9.9.9", "notes"]);
         // Behind the newest record of the range.
         assert_eq!(store.allocate(&id(1)).unwrap()[0].to_string(), "10.0.0.6");
@@ -556,27 +562,27 @@ mod tests {
 
     #[test]
     fn a_store_opened_again_knows_its_owners() {
-        let folder = tempfile::tempdir().unwrap();
-        let before = AddressStore::open(folder.path(), &[SMALL, WIDE]).unwrap().allocate(&id(1)).unwrap();
-        let store = AddressStore::open(folder.path(), &[SMALL, WIDE]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let before = AddressStore::open(directory.path(), &[SMALL, WIDE]).unwrap().allocate(&id(1)).unwrap();
+        let store = AddressStore::open(directory.path(), &[SMALL, WIDE]).unwrap();
         assert_eq!(store.of(&id(1)), before);
         assert!(!store.allocate(&id(2)).unwrap().iter().any(|address| before.contains(address)));
     }
 
     #[test]
     fn a_file_that_appeared_behind_the_stores_back_is_not_given_out() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
-        fs::write(folder.path().join("10.0.0.2"), id(9)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let store = AddressStore::open(directory.path(), &[SMALL]).unwrap();
+        fs::write(directory.path().join("10.0.0.2"), id(9)).unwrap();
         assert_eq!(store.allocate(&id(1)).unwrap()[0].to_string(), "10.0.0.3");
         assert_eq!(store.of(&id(9)).len(), 1);
     }
 
     #[test]
     fn eight_threads_never_share_an_address() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let range = Range::Ipv4(Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 1, 254));
-        let store = AddressStore::open(folder.path(), &[range, WIDE]).unwrap();
+        let store = AddressStore::open(directory.path(), &[range, WIDE]).unwrap();
         let all: Vec<IpAddr> = std::thread::scope(|scope| {
             let store = &store;
             let workers: Vec<_> = (0..8)
@@ -598,7 +604,7 @@ mod tests {
         });
         assert_eq!(all.len(), 8 * 30 * 2);
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
-        assert_eq!(files(folder.path()).len(), all.len());
+        assert_eq!(files(directory.path()).len(), all.len());
     }
 
     #[derive(Debug, Clone)]
@@ -622,8 +628,8 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn disk_memory_and_model_agree_after_any_steps(steps in proptest::collection::vec(step(), 1..60)) {
-            let folder = tempfile::tempdir().unwrap();
-            let mut store = AddressStore::open(folder.path(), &[SMALL]).unwrap();
+            let directory = tempfile::tempdir().unwrap();
+            let mut store = AddressStore::open(directory.path(), &[SMALL]).unwrap();
             let mut model: BTreeMap<usize, IpAddr> = BTreeMap::new();
             for step in steps {
                 match step {
@@ -641,7 +647,7 @@ mod tests {
                         let freed = store.free(&id(number)).unwrap();
                         prop_assert_eq!(freed, model.remove(&number).into_iter().collect::<Vec<_>>());
                     }
-                    Step::Restart => store = AddressStore::open(folder.path(), &[SMALL]).unwrap(),
+                    Step::Restart => store = AddressStore::open(directory.path(), &[SMALL]).unwrap(),
                     Step::Reconcile(living) => {
                         let names: Vec<String> = living.iter().map(|number| id(*number)).collect();
                         store.reconcile(&names.iter().map(String::as_str).collect()).unwrap();
@@ -649,7 +655,7 @@ mod tests {
                     }
                 }
                 let expected: BTreeSet<String> = model.values().map(IpAddr::to_string).collect();
-                prop_assert_eq!(files(folder.path()), expected);
+                prop_assert_eq!(files(directory.path()), expected);
                 prop_assert_eq!(store.taken(), model.len());
             }
         }

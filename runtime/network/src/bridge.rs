@@ -293,16 +293,16 @@ impl Bridge {
     ///
     /// # Errors
     /// As there.
-    pub fn set_up(config: BridgeConfig, address_folder: &Path) -> Result<Self, Error> {
-        Self::set_up_for(config, address_folder, &BTreeMap::new())
+    pub fn set_up(config: BridgeConfig, address_directory: &Path) -> Result<Self, Error> {
+        Self::set_up_for(config, address_directory, &BTreeMap::new())
     }
 
     /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes over what is
     /// there already. To be called on a thread in the node's network namespace. Runs `nft` once.
     ///
-    /// `address_folder` is the parent of the bridge's own folder of address records,
-    /// `<address_folder>/<bridge name>`. `sandboxes` are those of the caller that may have an interface, each
-    /// with the addresses that it is known to use: records that were lost are made again.
+    /// `address_directory` is the parent of the bridge's own directory of address records,
+    /// `<address_directory>/<bridge name>`. `sandboxes` are those of the caller that may have an interface,
+    /// each with the addresses that it is known to use: records that were lost are made again.
     ///
     /// # Errors
     /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`], [`Error::SubnetTaken`],
@@ -310,7 +310,7 @@ impl Bridge {
     /// before the failure stays; another set-up goes on from there.
     pub fn set_up_for(
         mut config: BridgeConfig,
-        address_folder: &Path,
+        address_directory: &Path,
         sandboxes: &BTreeMap<String, Vec<IpAddr>>,
     ) -> Result<Self, Error> {
         config.ipv6 = config.ipv6.filter(|_| forwarding::has_ipv6());
@@ -320,8 +320,9 @@ impl Bridge {
             let (first, last) = subnet.pods();
             Range::Ipv6(first, last)
         }));
-        let folder = address_folder.join(config.name.as_str());
-        let addresses = AddressStore::open(&folder, &ranges).map_err(|source| Error::Addresses { source })?;
+        let directory = address_directory.join(config.name.as_str());
+        let addresses =
+            AddressStore::open(&directory, &ranges).map_err(|source| Error::Addresses { source })?;
         let removers = (0..REMOVERS).map(|_| Netlink::open().map(Mutex::new)).collect::<Result<_, _>>();
         let bridge = Self {
             config,
@@ -605,8 +606,8 @@ impl Bridge {
         self.addresses.unread()
     }
 
-    /// Removes the bridge, the firewall tables and the folder of address records. The forwarding sysctls stay
-    /// as they are: others may have come to rely on them. Runs `nft` once.
+    /// Removes the bridge, the firewall tables and the directory of address records. The forwarding sysctls
+    /// stay as they are: others may have come to rely on them. Runs `nft` once.
     ///
     /// # Errors
     /// [`Error::InUse`], and then nothing was removed; else the first failure, after everything was tried.
@@ -618,8 +619,8 @@ impl Bridge {
         let link = self.remove_link(self.config.name.as_str()).map_err(node);
         let firewall =
             nft::apply(&masquerade::removal(&self.config.name)).map_err(|source| Error::Firewall { source });
-        let folder = self.addresses.remove().map_err(|source| Error::Addresses { source });
-        link.and(firewall).and(folder)
+        let directory = self.addresses.remove().map_err(|source| Error::Addresses { source });
+        link.and(firewall).and(directory)
     }
 
     /// The configuration in use; without IPv6 on a host that has none.

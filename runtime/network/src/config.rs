@@ -308,8 +308,8 @@ impl Mtu {
 /// The settings of one bridge network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BridgeConfig {
-    /// Name of the bridge interface; the firewall tables and the address folder are named after it. Default
-    /// `berth0`.
+    /// Name of the bridge interface; the firewall tables and the address directory are named after it.
+    /// Default `berth0`.
     pub name: BridgeName,
     /// IPv4 network of the pods. Default `10.88.0.0/16`.
     pub ipv4: Ipv4Subnet,

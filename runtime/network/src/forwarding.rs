@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// `net.ipv4.ip_forward` (kernel documentation, networking/ip-sysctl).
 const IPV4_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
-/// One folder for each interface, and `all` and `default`.
+/// One directory for each interface, and `all` and `default`.
 const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf";
 
 /// Which address families a function is about.
@@ -97,9 +97,9 @@ pub fn ignore_router_advertisements(interface: &str) -> Result<(), Error> {
 }
 
 fn keep_router_advertisements() -> Result<(), Error> {
-    let folder = Path::new(IPV6_CONF);
-    let fail = |source| Error::Read { path: folder.to_owned(), source };
-    for entry in fs::read_dir(folder).map_err(fail)? {
+    let directory = Path::new(IPV6_CONF);
+    let fail = |source| Error::Read { path: directory.to_owned(), source };
+    for entry in fs::read_dir(directory).map_err(fail)? {
         let entry = entry.map_err(fail)?;
         // `all` has no effect by itself, and `default` would let every later interface take advertisements.
         if entry.file_name() == "all" || entry.file_name() == "default" {

@@ -63,10 +63,10 @@ impl Namespace {
     }
 }
 
-/// A node: its namespace, its bridge, the folder of its address records.
+/// A node: its namespace, its bridge, the directory of its address records.
 struct Node {
     namespace: Namespace,
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     bridge: Bridge,
 }
 
@@ -77,13 +77,13 @@ impl Node {
 
     fn with(config: BridgeConfig) -> Self {
         let namespace = Namespace::new();
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         namespace.command("ip link set lo up");
         // A new namespace takes over the machine's IPv4 settings, whatever they are
         // (net.core.devconf_inherit_init_net).
         namespace.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0")).unwrap();
-        let bridge = namespace.run(|| Bridge::set_up(config, folder.path())).unwrap();
-        Self { namespace, folder, bridge }
+        let bridge = namespace.run(|| Bridge::set_up(config, directory.path())).unwrap();
+        Self { namespace, directory, bridge }
     }
 
     fn attach(&self, number: u32) -> Pod {
@@ -98,8 +98,8 @@ impl Node {
     }
 
     fn records(&self) -> Vec<String> {
-        let folder = self.folder.path().join(self.bridge.config().name.as_str());
-        let mut names: Vec<String> = fs::read_dir(folder)
+        let directory = self.directory.path().join(self.bridge.config().name.as_str());
+        let mut names: Vec<String> = fs::read_dir(directory)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
@@ -257,8 +257,8 @@ fn a_host_that_lives_on_router_advertisements_keeps_them() {
     namespace.command("ip link add up0 type bridge");
     namespace.command("ip link add odd0 type bridge");
     namespace.run(|| fs::write("/proc/sys/net/ipv6/conf/odd0/accept_ra", "0")).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    namespace.run(|| Bridge::set_up(BridgeConfig::default(), directory.path())).unwrap();
     let accept_ra = |name: &str| {
         let path = format!("/proc/sys/net/ipv6/conf/{name}/accept_ra");
         namespace.run(|| fs::read_to_string(path)).unwrap().trim().to_owned()
@@ -511,7 +511,8 @@ fn setting_up_again_keeps_living_pods_and_their_addresses() {
     // Not those of one link only: the kernel adds them whenever it likes.
     let addresses = || node.namespace.command("ip -o addr show scope global");
     let before = addresses();
-    let again = node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), node.folder.path())).unwrap();
+    let again =
+        node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), node.directory.path())).unwrap();
     assert_eq!(addresses(), before);
     assert_eq!(again.addresses_of(&pod.id), pod.attachment.addresses);
     talk(&node.namespace, &pod.namespace, pod.address(0));
@@ -523,16 +524,16 @@ fn setting_up_again_keeps_living_pods_and_their_addresses() {
 fn another_subnet_takes_the_place_of_the_old_gateway_address() {
     let node = Node::new();
     let other = BridgeConfig { ipv4: "10.77.0.0/24".parse().unwrap(), ipv6: None, ..BridgeConfig::default() };
-    node.namespace.run(|| Bridge::set_up(other, node.folder.path())).unwrap();
+    node.namespace.run(|| Bridge::set_up(other, node.directory.path())).unwrap();
     let shown = node.namespace.command("ip addr show berth0");
     assert!(shown.contains("10.77.0.1/24") && !shown.contains("10.88") && !shown.contains("fd62"), "{shown}");
 }
 
 #[test]
 fn what_belongs_to_others_is_not_taken_over() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let namespace = Namespace::new();
-    let set_up = || namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap_err();
+    let set_up = || namespace.run(|| Bridge::set_up(BridgeConfig::default(), directory.path())).unwrap_err();
     namespace.command("ip link add berth0 type bridge");
     assert!(matches!(set_up(), Error::BridgeTaken { .. }));
     namespace.command("ip link delete berth0");
@@ -575,7 +576,7 @@ fn a_bridge_with_pods_of_somebody_else_is_refused_and_left_as_it_is() {
     assert!(!node.namespace.command("ip address").contains("10.77."));
     talk(&node.namespace, &pod.namespace, pod.address(0));
     // Its own daemon comes back to it; and when the pod has gone, so may the other.
-    node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), node.folder.path())).unwrap();
+    node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), node.directory.path())).unwrap();
     node.bridge.detach(&pod.id).unwrap();
     node.namespace.run(|| Bridge::set_up(BridgeConfig::default(), other.path())).unwrap();
 }
@@ -587,13 +588,13 @@ fn a_pod_whose_address_records_are_lost_gets_them_back_from_its_daemon() {
     let addresses =
         |pod: &Pod| pod.attachment.addresses.iter().map(|found| found.address).collect::<Vec<_>>();
     let known: BTreeMap<_, _> = pods.iter().map(|pod| (pod.id.clone(), addresses(pod))).collect();
-    let folder = node.folder.path().join("berth0");
+    let directory = node.directory.path().join("berth0");
     // One record is emptied, one names nobody, the others are gone.
-    fs::remove_dir_all(&folder).unwrap();
-    fs::create_dir(&folder).unwrap();
-    fs::write(folder.join(pods[0].address(0).to_string()), "").unwrap();
-    fs::write(folder.join(pods[1].address(0).to_string()), id(77)).unwrap();
-    let set_up = || Bridge::set_up_for(BridgeConfig::default(), node.folder.path(), &known);
+    fs::remove_dir_all(&directory).unwrap();
+    fs::create_dir(&directory).unwrap();
+    fs::write(directory.join(pods[0].address(0).to_string()), "").unwrap();
+    fs::write(directory.join(pods[1].address(0).to_string()), id(77)).unwrap();
+    let set_up = || Bridge::set_up_for(BridgeConfig::default(), node.directory.path(), &known);
     let bridge = node.namespace.run(set_up).unwrap();
     bridge.reconcile(known.keys().map(String::as_str)).unwrap();
     for pod in &pods {
@@ -612,7 +613,7 @@ fn two_bridges_on_one_node_keep_out_of_each_others_way() {
         ipv6: Some("fd00:77::/64".parse().unwrap()),
         ..BridgeConfig::default()
     };
-    let other = node.namespace.run(|| Bridge::set_up(config, node.folder.path())).unwrap();
+    let other = node.namespace.run(|| Bridge::set_up(config, node.directory.path())).unwrap();
     let pod = node.attach(1);
     let stranger = Namespace::new();
     let mut inside = stranger.run(open_in_pod).unwrap();
@@ -627,18 +628,18 @@ fn two_bridges_on_one_node_keep_out_of_each_others_way() {
 
 #[test]
 fn tear_down_removes_everything_once_nobody_is_left() {
-    let Node { namespace, folder, bridge } = Node::new();
+    let Node { namespace, directory, bridge } = Node::new();
     let pod = Namespace::new();
     let mut inside = pod.run(open_in_pod).unwrap();
     bridge.attach(&id(1), &mut inside, pod.0.as_fd()).unwrap();
     assert!(matches!(namespace.run(|| bridge.tear_down()), Err(Error::InUse { addresses: 2 })));
-    let bridge = namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap();
+    let bridge = namespace.run(|| Bridge::set_up(BridgeConfig::default(), directory.path())).unwrap();
     talk(&namespace, &pod, "10.88.0.2".parse().unwrap());
     bridge.detach(&id(1)).unwrap();
     namespace.run(|| bridge.tear_down()).unwrap();
     assert_eq!(namespace.command("nft list ruleset"), "");
     assert_eq!(namespace.command("ip -o link show").lines().count(), 1);
-    assert!(!Path::new(&folder.path().join("berth0")).exists());
+    assert!(!Path::new(&directory.path().join("berth0")).exists());
 }
 
 #[test]
@@ -647,9 +648,9 @@ fn on_a_host_without_ipv6_pods_have_ipv4_only_and_no_ipv6_frame_passes() {
     for name in ["all", "default"] {
         namespace.run(|| fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1")).unwrap();
     }
-    let folder = tempfile::tempdir().unwrap();
-    let bridge = namespace.run(|| Bridge::set_up(BridgeConfig::default(), folder.path())).unwrap();
-    let node = Node { namespace, folder, bridge };
+    let directory = tempfile::tempdir().unwrap();
+    let bridge = namespace.run(|| Bridge::set_up(BridgeConfig::default(), directory.path())).unwrap();
+    let node = Node { namespace, directory, bridge };
     let (first, second) = (node.attach(1), node.attach(2));
     assert_eq!(first.attachment.addresses.len(), 1);
     talk(&first.namespace, &second.namespace, second.address(0));

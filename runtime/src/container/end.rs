@@ -164,13 +164,13 @@ mod tests {
         }
     }
 
-    /// A container of which nothing is there but its two folders, of which `durable` may be missing too.
-    fn container(folder: &Path, durable: bool) -> Arc<Container> {
+    /// A container of which nothing is there but its two directories, of which `durable` may be missing too.
+    fn container(directory: &Path, durable: bool) -> Arc<Container> {
         use berth_cgroup::{Cgroup, Driver, Hierarchy, Parent};
         use berth_model::layout::Layout;
         use berth_model::record::ContainerRecord;
         let record = ContainerRecord::default();
-        let files = Layout::new(folder.join("root"), folder.join("state")).container(&record.id);
+        let files = Layout::new(directory.join("root"), directory.join("state")).container(&record.id);
         std::fs::create_dir_all(&files.state).unwrap();
         if durable {
             std::fs::create_dir_all(&files.durable).unwrap();
@@ -202,10 +202,10 @@ mod tests {
     #[test]
     fn an_end_is_told_before_the_cgroup_is_empty() {
         use berth_cgroup::{Cgroup, Driver, Hierarchy, Parent};
-        let folder = tempfile::tempdir().unwrap();
-        let hierarchy = Hierarchy::Unified { mount: folder.path().join("cgroup") };
+        let directory = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy::Unified { mount: directory.path().join("cgroup") };
         let parent = Parent::named(Driver::Cgroupfs, "/pod").unwrap();
-        let mut ended = container(folder.path(), true);
+        let mut ended = container(directory.path(), true);
         let cgroup = Cgroup::open(&hierarchy, &parent, ended.id().as_str()).unwrap();
         let directory = cgroup.unified_dir().unwrap();
         std::fs::create_dir_all(&directory).unwrap();
@@ -229,13 +229,13 @@ mod tests {
     #[test]
     fn an_end_that_was_told_is_kept_where_there_is_room() {
         for durable in [true, false] {
-            let folder = tempfile::tempdir().unwrap();
-            let ended = container(folder.path(), durable);
+            let directory = tempfile::tempdir().unwrap();
+            let ended = container(directory.path(), durable);
             settle(&ended, Some(SEVEN), None);
             assert_eq!(seen(&ended), (7, ExitReason::Error));
             // Which the next daemon finds.
             assert!(
-                matches!(look(&container(folder.path(), false)), Evidence::Told(record) if record == SEVEN)
+                matches!(look(&container(directory.path(), false)), Evidence::Told(record) if record == SEVEN)
             );
             assert_eq!(ended.files.exit_record().exists(), durable);
             assert_eq!(ended.files.exit_record_copy().exists(), !durable);
@@ -244,9 +244,9 @@ mod tests {
 
     #[test]
     fn an_end_that_cannot_be_read_is_not_made_up_for_good() {
-        let folder = tempfile::tempdir().unwrap();
-        let ended = container(folder.path(), true);
-        let (path, aside) = (ended.files.exit_record(), folder.path().join("aside"));
+        let directory = tempfile::tempdir().unwrap();
+        let ended = container(directory.path(), true);
+        let (path, aside) = (ended.files.exit_record(), directory.path().join("aside"));
         std::fs::write(&aside, exit_record::encode(&SEVEN)).unwrap();
         // Reading it fails, and says nothing about what is there.
         std::fs::create_dir(&path).unwrap();
@@ -256,13 +256,15 @@ mod tests {
         assert!(!ended.files.exit_record_copy().exists(), "nothing was written that would count later");
         std::fs::remove_dir(&path).unwrap();
         std::fs::rename(&aside, &path).unwrap();
-        assert!(matches!(look(&container(folder.path(), true)), Evidence::Told(record) if record == SEVEN));
+        assert!(
+            matches!(look(&container(directory.path(), true)), Evidence::Told(record) if record == SEVEN)
+        );
     }
 
     #[test]
     fn an_end_that_nobody_saw_is_written_down_as_that() {
-        let folder = tempfile::tempdir().unwrap();
-        let ended = container(folder.path(), true);
+        let directory = tempfile::tempdir().unwrap();
+        let ended = container(directory.path(), true);
         assert!(matches!(look(&ended), Evidence::Nothing));
         settle(&ended, None, None);
         assert_eq!(seen(&ended), (EXIT_CODE_LOST, ExitReason::Unknown));

@@ -449,9 +449,9 @@ mod tests {
             let found = resolve_devices(&[asked(&path, "/dev/mine", "rw")]).unwrap();
             assert_eq!((found[0].kind, found[0].major, found[0].minor), (DeviceKind::Char, 1, 3), "{name}");
         }
-        let folder = place.path().display().to_string();
+        let directory = place.path().display().to_string();
         assert!(matches!(
-            resolve_devices(&[asked(&folder, "/dev/x", "rw")]),
+            resolve_devices(&[asked(&directory, "/dev/x", "rw")]),
             Err(DeviceError::Outside { .. })
         ));
     }
@@ -480,7 +480,7 @@ mod tests {
             ("/dev/zero", vec![dev.clone()], false),
             ("/dev/dri/null", vec![dev.clone(), empty.clone()], false),
             ("/dev/dri/null", vec![empty.clone(), mount(Path::new(DEV), "/dev/dri")], true),
-            // A link of the mounted folder leads nowhere but below it.
+            // A link of the mounted directory leads nowhere but below it.
             ("/dev/dri/link", vec![empty.clone()], false),
             ("/dev/dri", vec![mount(Path::new("/dev/null"), "/dev/dri")], true),
             ("/dev/dri", vec![mount(Path::new("/dev/zero"), "/dev/dri")], false),

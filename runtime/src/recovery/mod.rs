@@ -50,7 +50,7 @@ const RESERVED_DESCRIPTORS: u64 = 20;
 /// Why the daemon cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RecoveryError {
-    /// One of the daemon's own folders.
+    /// One of the daemon's own directories.
     #[error("list {path}")]
     List {
         /// Which.
@@ -67,7 +67,7 @@ pub enum RecoveryError {
 /// Brings back what was. What is to be done when the socket is there is in the result.
 ///
 /// # Errors
-/// When the daemon's own folders cannot be read; a single object is never a reason.
+/// When the daemon's own directories cannot be read; a single object is never a reason.
 pub(crate) async fn run(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
     let reading = node.clone();
     let remains =
@@ -228,9 +228,9 @@ fn set_aside(node: &Node, durable: &Path) {
     }
 }
 
-/// The names in a folder that are ids.
-fn ids<T: FromStr + Ord>(folder: &Path, patience: &Patience) -> Result<BTreeSet<T>, RecoveryError> {
-    Ok(names(folder, patience)?.iter().filter_map(|name| name.parse().ok()).collect())
+/// The names in a directory that are ids.
+fn ids<T: FromStr + Ord>(directory: &Path, patience: &Patience) -> Result<BTreeSet<T>, RecoveryError> {
+    Ok(names(directory, patience)?.iter().filter_map(|name| name.parse().ok()).collect())
 }
 
 fn names(path: &Path, patience: &Patience) -> Result<Vec<String>, RecoveryError> {

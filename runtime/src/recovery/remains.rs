@@ -34,8 +34,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// What is to be cleared away, and what is to be tried again.
 #[derive(Debug)]
 pub(crate) struct Remains {
-    /// Durable folders of what was never finished.
-    folders: Vec<PathBuf>,
+    /// Durable directories of what was never finished.
+    directories: Vec<PathBuf>,
     container_states: Vec<PathBuf>,
     sandbox_states: Vec<PathBuf>,
     /// Names of cgroups below the daemon's own parent.
@@ -49,20 +49,24 @@ pub(crate) struct Remains {
 impl Remains {
     /// Looks what there is that the registry does not know. Blocking.
     pub(super) fn find(node: &Node, patience: &Patience) -> Result<Self, RecoveryError> {
-        let unknown = |folder: &Path| -> Result<Vec<PathBuf>, RecoveryError> {
-            let names = names(folder, patience)?;
-            Ok(names.iter().filter(|name| !node.registry.has(name)).map(|name| folder.join(name)).collect())
+        let unknown = |directory: &Path| -> Result<Vec<PathBuf>, RecoveryError> {
+            let names = names(directory, patience)?;
+            Ok(names
+                .iter()
+                .filter(|name| !node.registry.has(name))
+                .map(|name| directory.join(name))
+                .collect())
         };
         let layout = &node.layout;
-        // What is no id in the durable folders is not of this daemon.
+        // What is no id in the durable directories is not of this daemon.
         let is_id = |path: &PathBuf| {
             path.file_name()
                 .and_then(|name| name.to_str())
                 .is_some_and(|name| name.parse::<ContainerId>().is_ok())
         };
-        let mut folders = unknown(&layout.containers())?;
-        folders.extend(unknown(&layout.sandboxes())?);
-        folders.retain(is_id);
+        let mut directories = unknown(&layout.containers())?;
+        directories.extend(unknown(&layout.sandboxes())?);
+        directories.retain(is_id);
         let cgroups = berth_cgroup::leftovers(&node.hierarchy, &node.default_cgroup_parent);
         let cgroups = cgroups.unwrap_or_else(|error| {
             tracing::warn!(error = %crate::chain(&error), "could not look for cgroups that belong to nothing");
@@ -84,7 +88,7 @@ impl Remains {
             matches!(container.state(), ContainerState::Exited(_)) && container.cgroup().is_there()
         });
         Ok(Self {
-            folders,
+            directories,
             container_states: unknown(&layout.container_states())?,
             sandbox_states: unknown(&layout.sandbox_states())?,
             cgroups: cgroups
@@ -151,7 +155,7 @@ impl Remains {
         for path in &self.sandbox_states {
             remove_sandbox_state(path);
         }
-        for path in self.folders.iter().filter(|path| !is_kept(path)) {
+        for path in self.directories.iter().filter(|path| !is_kept(path)) {
             if let Err(error) = trash::discard(&node.layout, path) {
                 tracing::warn!(path = %path.display(), %error, "could not remove what was never finished");
             }
@@ -182,7 +186,7 @@ async fn end_shim(state: &Path) -> bool {
 
 fn remove_sandbox_state(path: &Path) {
     for kind in [ns::Kind::Network, ns::Kind::Ipc, ns::Kind::Uts, ns::Kind::Pid] {
-        // Absent is the rule here; what fails is seen when the folder cannot be removed.
+        // Absent is the rule here; what fails is seen when the directory cannot be removed.
         let _ = ns::unpin(&path.join(kind.file_name()));
     }
     let _ = berth_sys::mount::detach(&path.join("shm"));

@@ -1,7 +1,7 @@
 //! Containers whose sandbox has no record any more: they get one that a kubelet can list, stop and remove.
 //!
-//! What it says comes from the containers' own records and from the runtime folder. It is NotReady: a kubelet
-//! makes another for the pod, and ends this one with all that is in it.
+//! What it says comes from the containers' own records and from the runtime directory. It is NotReady: a
+//! kubelet makes another for the pod, and ends this one with all that is in it.
 
 use super::{Sandbox, recover};
 use crate::container::Container;

@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_device_of_a_folder_is_that_of_the_mount_on_top() {
+    fn the_device_of_a_directory_is_that_of_the_mount_on_top() {
         let mounts = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n\
             2 1 8:2 / /var rw shared:1 - xfs /dev/sdb1 rw\n\
             3 1 8:3 / /var/lib/berth rw - ext4 /dev/sdc1 rw\n\

@@ -143,14 +143,15 @@ mod tests {
 
     #[test]
     fn links_are_not_followed_and_names_of_one_inode_count_once() {
-        let folder = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/", folder.path().join("out")).unwrap();
-        std::fs::create_dir(folder.path().join("d")).unwrap();
-        std::fs::write(folder.path().join("d/file"), vec![1; 10_000]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/", directory.path().join("out")).unwrap();
+        std::fs::create_dir(directory.path().join("d")).unwrap();
+        std::fs::write(directory.path().join("d/file"), vec![1; 10_000]).unwrap();
         for name in 0..10 {
-            std::fs::hard_link(folder.path().join("d/file"), folder.path().join(name.to_string())).unwrap();
+            std::fs::hard_link(directory.path().join("d/file"), directory.path().join(name.to_string()))
+                .unwrap();
         }
-        let usage = counted(folder.path());
+        let usage = counted(directory.path());
         assert_eq!(usage.inodes, 3);
         assert!((10_000..100_000).contains(&usage.bytes), "{usage:?}");
     }
@@ -164,8 +165,8 @@ mod tests {
     fn a_deep_tree_is_counted_to_its_end() {
         const DEPTH: u64 = 10_000;
         // In memory, where such a tree is made and removed quickly.
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let top = Root::open(folder.path()).unwrap().open_dir(Path::new(".")).unwrap();
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let top = Root::open(directory.path()).unwrap().open_dir(Path::new(".")).unwrap();
         let name = OsStr::new("d");
         let mut dir: Option<Dir> = None;
         for _ in 0..DEPTH {
@@ -175,16 +176,16 @@ mod tests {
             dir = Some(next);
         }
         // A path of it would be longer than PATH_MAX, and a recursion deeper than the stack.
-        let usage = counted(folder.path());
+        let usage = counted(directory.path());
         top.remove_all(name).unwrap();
         assert_eq!(usage.inodes, DEPTH);
     }
 
     #[test]
     fn a_large_tree_holds_up_no_call() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         for outer in 0..200 {
-            let path = folder.path().join(outer.to_string());
+            let path = directory.path().join(outer.to_string());
             std::fs::create_dir(&path).unwrap();
             for inner in 0..100 {
                 std::fs::create_dir(path.join(inner.to_string())).unwrap();
@@ -198,7 +199,7 @@ mod tests {
         loop {
             busy();
             let begin = Instant::now();
-            let usage = sized(&sizes, folder.path());
+            let usage = sized(&sizes, directory.path());
             assert!(begin.elapsed() < LEAST + Duration::from_millis(500), "{:?}", begin.elapsed());
             assert!(usage.inodes >= last.inodes, "a first count only grows");
             last = usage;
@@ -209,7 +210,7 @@ mod tests {
         }
         assert_eq!(last.inodes, 200 * 101);
         assert!(calls > 1, "it took {calls} calls");
-        assert_eq!(sized(&sizes, folder.path()), last, "then it is known for a while");
+        assert_eq!(sized(&sizes, directory.path()), last, "then it is known for a while");
         sizes.forget("c");
         assert!(sizes.lock().is_empty());
     }

@@ -60,7 +60,7 @@ struct Runtime {
     name: String,
     daemon_pid: u32,
     client: RuntimeServiceClient<Channel>,
-    /// For the log folders of the pods.
+    /// For the log directories of the pods.
     logs: tempfile::TempDir,
     found: Found,
 }
@@ -144,7 +144,7 @@ impl Runtime {
             name: name.to_owned(),
             daemon_pid: pid.parse().with_context(|| format!("{pid:?} is no process id"))?,
             client: RuntimeServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
-            logs: tempfile::tempdir().context("making a folder for logs")?,
+            logs: tempfile::tempdir().context("making a directory for logs")?,
             found: Found::default(),
         })
     }

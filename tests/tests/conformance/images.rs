@@ -29,14 +29,14 @@ impl Layers {
     /// Builds those that are missing, and reads them.
     fn build() -> Result<Self> {
         let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let folder = tests.join(LAYERS);
+        let directory = tests.join(LAYERS);
         let status = Command::new(tests.join("conformance/build-layers"))
-            .arg(&folder)
+            .arg(&directory)
             .status()
             .context("running build-layers")?;
         ensure!(status.success(), "tests/conformance/build-layers failed; the lines above say why");
         let layer = |name: &str| -> Result<Layer> {
-            let path = folder.join(name);
+            let path = directory.join(name);
             Ok(Layer::of_tar(fs::read(&path).with_context(|| format!("reading {}", path.display()))?))
         };
         Ok(Self {

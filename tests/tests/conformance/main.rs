@@ -129,7 +129,7 @@ impl Critest<'_> {
         let output = self.logs.join(format!("{}.log", self.pass));
         let log = File::create(&output).context("making the log")?;
         // For log files, volumes and seccomp profiles of the specs.
-        let temporary = self.daemon.folder(&format!("critest-{}", self.pass))?;
+        let temporary = self.daemon.directory(&format!("critest-{}", self.pass))?;
         let report = self.logs.join(format!("{}.json", self.pass));
         let _ = fs::remove_file(&report);
         let mut command = self.command(&report, focus)?;

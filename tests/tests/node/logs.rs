@@ -68,10 +68,10 @@ fn number(line: &str) -> Result<usize> {
 /// time to its name.
 fn files(node: &Node<'_>, pod: &str) -> Result<Vec<PathBuf>> {
     let pod = node.kubelet.pod(pod)?;
-    let folder = node.kubelet.log_folder(&pod, "main");
-    let entries = fs::read_dir(&folder).with_context(|| format!("reading {}", folder.display()))?;
+    let directory = node.kubelet.log_directory(&pod, "main");
+    let entries = fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?;
     let mut files: Vec<PathBuf> =
-        entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>().context("reading the log folder")?;
+        entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>().context("reading the log directory")?;
     files.retain(|path| path.extension().is_none_or(|end| end != "tmp"));
     // `0.log` comes first in the alphabet and last in time.
     files.sort();

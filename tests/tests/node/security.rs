@@ -133,8 +133,8 @@ fn system_calls_are_filtered_as_the_profile_says(node: &Node<'_>) -> Result<()> 
     // New namespaces are refused by the default profile to those without CAP_SYS_ADMIN.
     run("unconfined", "unshare -U true")?;
     refused(run("default", "unshare -U true"), "Operation not permitted")?;
-    run("default", "mkdir /tmp/folder")?;
-    refused(run("own", "mkdir /tmp/folder"), "Operation not permitted")
+    run("default", "mkdir /tmp/directory")?;
+    refused(run("own", "mkdir /tmp/directory"), "Operation not permitted")
 }
 
 /// What tells of the kernel or the machine is covered or cannot be written.
@@ -149,10 +149,10 @@ fn proc_is_masked(node: &Node<'_>) -> Result<()> {
         let masked = run(&format!("stat -c %t:%T {file}"))?;
         ensure!(masked == "1:3\n", "{file} is the device {masked:?}, not null");
     }
-    for folder in ["/sys/firmware", "/proc/scsi"] {
-        if fs::metadata(folder).is_ok() {
-            let inside = run(&format!("ls {folder}"))?;
-            ensure!(inside.is_empty(), "{folder} has {inside:?}");
+    for directory in ["/sys/firmware", "/proc/scsi"] {
+        if fs::metadata(directory).is_ok() {
+            let inside = run(&format!("ls {directory}"))?;
+            ensure!(inside.is_empty(), "{directory} has {inside:?}");
         }
     }
     for file in ["/proc/sys/kernel/domainname", "/proc/sysrq-trigger", "/sys/power/state"] {

@@ -9,15 +9,15 @@ use nix::mount::{MsFlags, mount};
 use crate::harness::tests;
 
 tests![
-    an_empty_folder_is_shared_whole_and_in_parts,
-    a_folder_in_memory_has_its_size,
-    folders_and_files_of_the_host_are_there,
+    an_empty_directory_is_shared_whole_and_in_parts,
+    a_directory_in_memory_has_its_size,
+    directories_and_files_of_the_host_are_there,
     what_is_to_be_read_only_is,
     mounts_pass_from_the_host_and_to_it,
     the_pods_own_fields_are_files,
 ];
 
-fn an_empty_folder_is_shared_whole_and_in_parts(node: &Node<'_>) -> Result<()> {
+fn an_empty_directory_is_shared_whole_and_in_parts(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
     let name = &node.kubelet.pod("volumes")?.name;
     run(node, "writer", "cp /etc/hostname /disk/whole")?;
@@ -35,7 +35,7 @@ fn an_empty_folder_is_shared_whole_and_in_parts(node: &Node<'_>) -> Result<()> {
 }
 
 /// It is a tmpfs of its limit's size, and the same for both containers.
-fn a_folder_in_memory_has_its_size(node: &Node<'_>) -> Result<()> {
+fn a_directory_in_memory_has_its_size(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
     let size = run(node, "writer", "df -k /memory")?;
     let line = size.lines().last().unwrap_or_default();
@@ -48,10 +48,10 @@ fn a_folder_in_memory_has_its_size(node: &Node<'_>) -> Result<()> {
     run(node, "reader", "rm /memory/fits /memory/too-much").map(drop)
 }
 
-fn folders_and_files_of_the_host_are_there(node: &Node<'_>) -> Result<()> {
+fn directories_and_files_of_the_host_are_there(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
-    run(node, "writer", "touch /folder/written")?;
-    node.evidence("folder/written")?;
+    run(node, "writer", "touch /directory/written")?;
+    node.evidence("directory/written")?;
     let file = run(node, "writer", "cat /etc/file")?;
     ensure!(file == "a file of the node\n", "the file of the node says {file:?}");
     Ok(())
@@ -76,9 +76,10 @@ fn what_is_to_be_read_only_is(node: &Node<'_>) -> Result<()> {
 fn mounts_pass_from_the_host_and_to_it(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
     let tree = node.kubelet.evidence().join("tree");
-    // The kubelet and this test share a mount namespace, and the folder is on a mount that passes things on.
+    // The kubelet and this test share a mount namespace, and the directory is on a mount that passes things
+    // on.
     let from_host = tree.join("from-host");
-    fs::create_dir(&from_host).context("making a folder")?;
+    fs::create_dir(&from_host).context("making a directory")?;
     mount(Some("tmpfs"), &from_host, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))
         .context("mounting")?;
     fs::write(from_host.join("file"), "mounted later\n").context("writing a file")?;

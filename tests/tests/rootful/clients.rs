@@ -38,13 +38,13 @@ print("served")
 
 /// A Python that has grpcio, in an environment of its own below `target/`; or why there is none.
 fn python() -> Result<Result<PathBuf, String>> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(GRPCIO.replace("==", "-"));
-    let python = folder.join("bin/python");
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(GRPCIO.replace("==", "-"));
+    let python = directory.join("bin/python");
     if has_grpc(&python) {
         return Ok(Ok(python));
     }
     let step = |command: &mut Command| output(command).map_err(|error| format!("{error:#}"));
-    let made = step(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder)).and_then(|_| {
+    let made = step(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory)).and_then(|_| {
         let pip =
             ["-m", "pip", "install", "--quiet", "--only-binary=:all:", "--disable-pip-version-check", GRPCIO];
         step(Command::new(&python).args(pip))

@@ -22,7 +22,7 @@ fn says(daemon: &Daemon, arguments: &[&str]) -> Result<String> {
 #[test]
 fn run_passes_on_streams_and_exit_code_and_removes_the_pod() -> Result<()> {
     rootful(|daemon| {
-        let logs = daemon.folder("logs")?.to_string_lossy().into_owned();
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
         let script = "echo out; echo err >&2; hostname; exit 7";
         let output = run(daemon, &["run", "--name", "job", "--log-dir", &logs, IMAGE, "sh", "-c", script])?;
         assert_eq!(output.status.code(), Some(7), "{output:?}");
@@ -43,7 +43,7 @@ fn run_passes_on_streams_and_exit_code_and_removes_the_pod() -> Result<()> {
 #[test]
 fn a_detached_pod_is_listed_read_entered_stopped_and_removed() -> Result<()> {
     rootful(|daemon| {
-        let logs = daemon.folder("logs")?.to_string_lossy().into_owned();
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
         let script =
             "trap 'echo bye; exit 0' TERM; i=0; while true; do i=$((i + 1)); echo line $i; sleep 0.05; done";
         let id = says(

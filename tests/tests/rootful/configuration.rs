@@ -11,7 +11,7 @@ use serde_json::Value;
 /// Reads the configuration anew with `text` in a further file, and waits for the line in the log that says
 /// `outcome`.
 fn reload(daemon: &Daemon, text: &str, outcome: &str) -> Result<String> {
-    let more = daemon.folder("berth.toml.d")?;
+    let more = daemon.directory("berth.toml.d")?;
     fs::write(more.join("more.toml"), text).context("writing the configuration")?;
     let before = daemon.log()?.len();
     daemon.reload()?;
@@ -52,8 +52,8 @@ fn new_values_count_for_new_containers_and_running_ones_are_left_alone() -> Resu
 #[test]
 fn the_rules_of_registries_and_the_space_for_images_change_too() -> Result<()> {
     rootful(|daemon| {
-        let rules = daemon.folder("other-certs.d")?;
-        let refused = daemon.folder("other-certs.d/registry.test")?.join("hosts.toml");
+        let rules = daemon.directory("other-certs.d")?;
+        let refused = daemon.directory("other-certs.d/registry.test")?.join("hosts.toml");
         fs::write(refused, "server = 7\n").context("writing rules that are wrong")?;
         let text = format!("[registry]\nconfig_path = '{}'\n[image]\nmin_free_bytes = 1\n", rules.display());
         reload(daemon, &text, "changed=\"registry, image\"")?;

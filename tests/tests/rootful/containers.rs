@@ -43,7 +43,7 @@ fn arguments_environment_and_directory_are_those_of_the_request() -> Result<()> 
 fn a_working_directory_that_is_missing_is_made_for_the_user() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("cwd")?;
-        let given = daemon.folder("volume")?;
+        let given = daemon.directory("volume")?;
         std::os::unix::fs::symlink("/srv/absent", given.join("link"))?;
         for (directory, shown) in
             [("/new/er", "/new/er"), ("/volume/link/x", "/srv/absent/x"), ("/www/a", "/www/a")]
@@ -63,14 +63,14 @@ fn a_working_directory_that_is_missing_is_made_for_the_user() -> Result<()> {
 #[test]
 fn what_the_request_leaves_out_comes_from_the_image() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("image")?;
+        let directory = daemon.directory("image")?;
         Image::demo()?
             .with("Entrypoint", json!(["echo", "entry"]))
             .with("Cmd", json!(["of", "image"]))
             .with("WorkingDir", json!("/made/for/this"))
             .with("Env", json!(["PATH=/bin", "FROM=image", "BOTH=image"]))
-            .write_layout(&folder, "localhost/entry:latest")?;
-        daemon.client().import(&folder)?;
+            .write_layout(&directory, "localhost/entry:latest")?;
+        daemon.client().import(&directory)?;
         let pod = daemon.pod("web")?;
         let run = |name: &str, command: &[&str], args: &[&str]| -> Result<String> {
             let mut config = container(name, command);
@@ -91,9 +91,9 @@ fn what_the_request_leaves_out_comes_from_the_image() -> Result<()> {
 #[test]
 fn an_image_without_a_command_needs_one() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("image")?;
-        Image::demo()?.with("Cmd", json!(null)).write_layout(&folder, "localhost/none:latest")?;
-        daemon.client().import(&folder)?;
+        let directory = daemon.directory("image")?;
+        Image::demo()?.with("Cmd", json!(null)).write_layout(&directory, "localhost/none:latest")?;
+        daemon.client().import(&directory)?;
         let mut config = container("main", &[]);
         config.image = Some(image_spec("localhost/none"));
         let refused = daemon.pod("web")?.create(config).err().context("refused")?;
@@ -106,10 +106,10 @@ fn an_image_without_a_command_needs_one() -> Result<()> {
 #[test]
 fn a_program_that_cannot_be_started_is_told_with_the_code_of_a_shell() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("image")?;
+        let directory = daemon.directory("image")?;
         let layer = Layer::of_files(&[("plain", b"not a program, and not executable")]);
-        Image::demo()?.on_top(layer).write_layout(&folder, "localhost/plain:latest")?;
-        daemon.client().import(&folder)?;
+        Image::demo()?.on_top(layer).write_layout(&directory, "localhost/plain:latest")?;
+        daemon.client().import(&directory)?;
         let pod = daemon.pod("web")?;
         for (command, code) in
             [("no-such-program", 127), ("/no/such/program", 127), ("/plain", 126), ("/etc", 126)]
@@ -199,9 +199,9 @@ fn a_container_that_is_killed_from_outside_has_the_code_of_its_signal() -> Resul
 #[test]
 fn volumes_are_writable_or_not_as_asked_down_to_what_is_mounted_in_them() -> Result<()> {
     rootful(|daemon| {
-        let given = daemon.folder("volume")?;
+        let given = daemon.directory("volume")?;
         fs::write(given.join("file"), "from the host\n")?;
-        let inner = daemon.folder("volume/inner")?;
+        let inner = daemon.directory("volume/inner")?;
         nix::mount::mount(Some("inner"), &inner, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)?;
         let pod = daemon.pod("web")?;
         let seen = pod.script(
@@ -229,21 +229,21 @@ fn volumes_are_writable_or_not_as_asked_down_to_what_is_mounted_in_them() -> Res
 #[test]
 fn mounts_are_reported_and_a_file_of_the_kubelets_wins_over_ours() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("volume")?;
+        let directory = daemon.directory("volume")?;
         for (name, content) in [("hosts", "1.2.3.4 kubelet\n"), ("termination-log", "")] {
-            fs::write(folder.join(name), content)?;
-            fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o666))?;
+            fs::write(directory.join(name), content)?;
+            fs::set_permissions(directory.join(name), fs::Permissions::from_mode(0o666))?;
         }
         let mounts = vec![
-            volume(&folder.join("hosts"), "/etc/hosts"),
-            volume(&folder.join("termination-log"), "/dev/termination-log"),
+            volume(&directory.join("hosts"), "/etc/hosts"),
+            volume(&directory.join("termination-log"), "/dev/termination-log"),
         ];
         let mut config = shell("main", "cat /etc/hosts; echo because > /dev/termination-log; exit 2");
         config.mounts = mounts.clone();
         let ended = daemon.pod("web")?.run_container(config)?;
         assert_eq!(ended.stdout, "1.2.3.4 kubelet\n");
         assert_eq!(ended.status.mounts, mounts);
-        assert_eq!(fs::read_to_string(folder.join("termination-log"))?, "because\n");
+        assert_eq!(fs::read_to_string(directory.join("termination-log"))?, "because\n");
         Ok(())
     })
 }
@@ -324,7 +324,7 @@ fn a_container_is_made_again_under_the_next_attempt_while_the_first_is_kept() ->
 fn a_read_only_root_is_one() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("web")?;
-        let given = daemon.folder("volume")?;
+        let given = daemon.directory("volume")?;
         let seen = pod.script(
             "for f in /x /etc/x /tmp/x; do touch $f 2>/dev/null && echo wrote $f; done\n\
              echo x 2>/dev/null > /etc/resolv.conf && echo wrote resolv.conf\n\

@@ -23,53 +23,53 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::json;
 use tonic::Code;
 
-/// A folder of the host that nobody was given: all that is in it has to stay as it is.
+/// A directory of the host that nobody was given: all that is in it has to stay as it is.
 struct Canary {
-    folder: PathBuf,
+    directory: PathBuf,
     before: Vec<String>,
 }
 
 impl Canary {
-    /// Makes it, with a file or folder of every name that a runtime writes to in a root.
+    /// Makes it, with a file or directory of every name that a runtime writes to in a root.
     fn new(daemon: &Daemon) -> Result<Self> {
-        let folder = daemon.folder("canary")?;
+        let directory = daemon.directory("canary")?;
         for name in ["hosts", "hostname", "resolv.conf", "mtab", "passwd", "group", "null", "console", "ptmx"]
         {
-            fs::write(folder.join(name), format!("the host's {name}\n"))?;
+            fs::write(directory.join(name), format!("the host's {name}\n"))?;
         }
         for name in ["pts", "shm", "mqueue", "sys", "fs", "self"] {
-            fs::create_dir(folder.join(name))?;
+            fs::create_dir(directory.join(name))?;
         }
-        let before = listing(&folder)?;
-        Ok(Self { folder, before })
+        let before = listing(&directory)?;
+        Ok(Self { directory, before })
     }
 
     /// Its path, as links of containers name it.
     fn path(&self) -> Result<&str> {
-        self.folder.to_str().context("a path that is text")
+        self.directory.to_str().context("a path that is text")
     }
 
     /// Looks whether anything was made, changed, opened for writing or mounted in it.
     fn is_untouched(&self) -> Result<()> {
-        let now = listing(&self.folder)?;
+        let now = listing(&self.directory)?;
         ensure!(now == self.before, "the host was changed: {:?}, before {:?}", now, self.before);
-        ensure!(mounts_below(&self.folder).is_empty(), "something is mounted on the host");
+        ensure!(mounts_below(&self.directory).is_empty(), "something is mounted on the host");
         Ok(())
     }
 }
 
-/// Everything in a folder: path, inode, links, mode, owner, times, content.
-fn listing(folder: &Path) -> Result<Vec<String>> {
+/// Everything in a directory: path, inode, links, mode, owner, times, content.
+fn listing(directory: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
-    let mut folders = vec![folder.to_owned()];
-    while let Some(folder) = folders.pop() {
-        let its = fs::metadata(&folder)?;
-        found.push(format!("{} {:o} {}.{}", folder.display(), its.mode(), its.mtime(), its.mtime_nsec()));
-        for entry in fs::read_dir(&folder)? {
+    let mut directories = vec![directory.to_owned()];
+    while let Some(directory) = directories.pop() {
+        let its = fs::metadata(&directory)?;
+        found.push(format!("{} {:o} {}.{}", directory.display(), its.mode(), its.mtime(), its.mtime_nsec()));
+        for entry in fs::read_dir(&directory)? {
             let path = entry?.path();
             let its = fs::symlink_metadata(&path)?;
             if its.is_dir() {
-                folders.push(path);
+                directories.push(path);
                 continue;
             }
             let content =
@@ -137,8 +137,8 @@ fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce(&Pace) -> Res
     })
 }
 
-/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which somebody exchanges a folder and
-/// a link to the host while they are made. 2,000 of them.
+/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which somebody exchanges a directory
+/// and a link to the host while they are made. 2,000 of them.
 #[test]
 fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_lead_to_the_host() -> Result<()>
 {
@@ -146,17 +146,17 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
     const PLACES: u32 = 80;
     rootful(|daemon| {
         let canary = Canary::new(daemon)?;
-        let given = daemon.folder("given")?;
+        let given = daemon.directory("given")?;
         fs::write(given.join("file"), "given\n")?;
         let pod = daemon.pod("race")?;
         let mut made = 0;
         // Read from the root, and from where the link lies.
         for (turn, target) in [canary.path()?.to_owned(), climbing(canary.path()?)].iter().enumerate() {
-            let shared = daemon.folder(&format!("shared-{turn}"))?;
-            let (folder, link) = (shared.join("turn"), shared.join("link"));
-            fs::create_dir(&folder)?;
+            let shared = daemon.directory(&format!("shared-{turn}"))?;
+            let (directory, link) = (shared.join("turn"), shared.join("link"));
+            fs::create_dir(&directory)?;
             symlink(target, &link)?;
-            while_exchanging(&folder, &link, |pace| {
+            while_exchanging(&directory, &link, |pace| {
                 for number in 0..CONTAINERS {
                     let mut config = idle("main");
                     config.metadata.get_or_insert_default().attempt = number;
@@ -201,12 +201,12 @@ fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Re
     const MASKS: usize = 200;
     rootful(|daemon| {
         let canary = Canary::new(daemon)?;
-        let shared = daemon.folder("dev")?;
+        let shared = daemon.directory("dev")?;
         // What is exchanged, and what is there at first.
         let names = ["null", "console", "ptmx", "pts"];
-        let other = daemon.folder("dev/other")?;
+        let other = daemon.directory("dev/other")?;
         for name in names {
-            symlink(canary.folder.join(name), other.join(name))?;
+            symlink(canary.directory.join(name), other.join(name))?;
         }
         for name in ["null", "console", "ptmx"] {
             fs::write(shared.join(name), "")?;
@@ -269,7 +269,7 @@ fn a_root_with_links_files_and_pipes_in_place_of_what_belongs_there_leads_nowher
         for place in PLACES_OF_A_ROOT {
             let name = place.rsplit('/').next().unwrap_or(place);
             let target =
-                if canary.folder.join(name).exists() { format!("{host}/{name}") } else { host.clone() };
+                if canary.directory.join(name).exists() { format!("{host}/{name}") } else { host.clone() };
             let up = climbing(&target);
             let gone = format!("{}.wh.{name}", place.strip_suffix(name).unwrap_or_default());
             for (form, path, entry) in [
@@ -278,7 +278,7 @@ fn a_root_with_links_files_and_pipes_in_place_of_what_belongs_there_leads_nowher
                 ("circle", place, Entry::Link(name)),
                 ("file", place, Entry::File(b"of the image\n")),
                 ("pipe", place, Entry::Fifo),
-                ("folder", place, Entry::Directory),
+                ("directory", place, Entry::Directory),
                 ("gap", gone.as_str(), Entry::File(b"")),
             ] {
                 // What does not belong there is refused by name; everything else runs as if it were not
@@ -287,15 +287,17 @@ fn a_root_with_links_files_and_pipes_in_place_of_what_belongs_there_leads_nowher
                     (*place, form),
                     ("proc" | "sys" | "dev", "link" | "climbing link" | "circle" | "file" | "pipe")
                         | ("etc", "circle" | "file" | "pipe")
-                        | ("etc/hosts" | "etc/hostname" | "etc/resolv.conf", "circle" | "folder")
-                        | ("etc/passwd" | "etc/group", "circle" | "pipe" | "folder")
+                        | ("etc/hosts" | "etc/hostname" | "etc/resolv.conf", "circle" | "directory")
+                        | ("etc/passwd" | "etc/group", "circle" | "pipe" | "directory")
                 );
                 number += 1;
                 let what = format!("/{place} is a {form}");
                 let image = format!("localhost/roots:r{number}");
-                let folder = daemon.folder(&format!("layout-{number}"))?;
-                Image::demo()?.on_top(Layer::of_entries(&[(path, entry)])).write_layout(&folder, &image)?;
-                daemon.client().import(&folder).with_context(|| what.clone())?;
+                let directory = daemon.directory(&format!("layout-{number}"))?;
+                Image::demo()?
+                    .on_top(Layer::of_entries(&[(path, entry)]))
+                    .write_layout(&directory, &image)?;
+                daemon.client().import(&directory).with_context(|| what.clone())?;
                 let mut config = shell(&format!("c{number}"), VIEW);
                 config.image = Some(image_spec(&image));
                 config.tty = number % 2 == 0;
@@ -338,7 +340,7 @@ const PLACES_OF_A_ROOT: &[&str] = &[
     "run",
 ];
 
-/// A link from a folder of the container's root to a path of the host.
+/// A link from a directory of the container's root to a path of the host.
 fn climbing(path: &str) -> String {
     format!("{}{}", "../".repeat(12), path.trim_start_matches('/'))
 }
@@ -414,15 +416,15 @@ fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> R
 fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() -> Result<()> {
     const EXECS: usize = 200;
     rootful(|daemon| {
-        let folder = programs()?;
+        let directory = programs()?;
         let hashes = || -> Result<Vec<String>> {
             ["berthd", "berth-shim", "berth"]
                 .iter()
-                .map(|name| Ok(sha256(&fs::read(folder.join(name))?)))
+                .map(|name| Ok(sha256(&fs::read(directory.join(name))?)))
                 .collect()
         };
         let before = hashes()?;
-        let shared = daemon.folder("shared")?;
+        let shared = daemon.directory("shared")?;
         fs::write(shared.join("evil"), "#!/proc/self/exe\n")?;
         fs::set_permissions(shared.join("evil"), fs::Permissions::from_mode(0o755))?;
         let pod = daemon.pod("write")?;
@@ -560,7 +562,7 @@ fn devices_stay_closed_for_program_and_exec_when_the_daemon_starts_anew_or_limit
 #[test]
 fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -> Result<()> {
     rootful(|daemon| {
-        // Not by the folder of the test itself.
+        // Not by the directory of the test itself.
         fs::set_permissions(daemon.dir(), fs::Permissions::from_mode(0o755))?;
         let pod = daemon.pod("closed")?;
         let main = pod.idle("main")?;
@@ -586,7 +588,7 @@ fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -
             );
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         };
-        // The folder that systemd makes for root and state may be entered; nothing in it.
+        // The directory that systemd makes for root and state may be entered; nothing in it.
         assert_eq!(nobody(&format!("{look}; true"))?, "");
         assert_eq!(
             nobody(&format!(
@@ -663,7 +665,7 @@ fn annotations_and_an_images_labels_order_nothing_and_stay_where_they_are() -> R
             ORDERS.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
         let ports: serde_json::Map<String, serde_json::Value> =
             (1..=65_535).map(|port| (format!("{port}/tcp"), json!({}))).collect();
-        let folder = daemon.folder("labelled")?;
+        let directory = daemon.directory("labelled")?;
         Image::demo()?
             .with("Labels", json!(labels))
             .with("ExposedPorts", json!(ports))
@@ -671,8 +673,8 @@ fn annotations_and_an_images_labels_order_nothing_and_stay_where_they_are() -> R
             .with("Shell", json!(["/bin/false", "-c"]))
             .with("OnBuild", json!(["RUN touch /x"]))
             .with("Healthcheck", json!({"Test": ["CMD-SHELL", "touch /x"], "Interval": 1}))
-            .write_layout(&folder, "localhost/labelled:1")?;
-        daemon.client().import(&folder)?;
+            .write_layout(&directory, "localhost/labelled:1")?;
+        daemon.client().import(&directory)?;
         let mut config = daemon.pod_config("same");
         config.log_directory.push_str("-labelled");
         config.annotations.clone_from(&orders);
@@ -698,19 +700,19 @@ fn annotations_and_an_images_labels_order_nothing_and_stay_where_they_are() -> R
         config.annotations.insert("cdi.k8s.io/device".to_owned(), "vendor.com/class=all".to_owned());
         assert_eq!(pod.create(config).err().map(|refused| refused.code()), Some(Code::Unimplemented));
         // So many ports are more than a configuration may have.
-        let folder = daemon.folder("ports")?;
+        let directory = daemon.directory("ports")?;
         let ports: serde_json::Map<String, serde_json::Value> =
             (0..400_000).map(|port| (format!("{port}/tcp"), json!({}))).collect();
-        Image::demo()?.with("ExposedPorts", json!(ports)).write_layout(&folder, "localhost/ports:1")?;
-        let refused = daemon.client().import(&folder).err().context("too long a configuration")?;
+        Image::demo()?.with("ExposedPorts", json!(ports)).write_layout(&directory, "localhost/ports:1")?;
+        let refused = daemon.client().import(&directory).err().context("too long a configuration")?;
         ensure!(refused.message().contains("4 MiB"), "{refused}");
         for (number, signal) in
             ["SIGNOTHING", "-9", "0", "99999999999", "kill; touch /x", "SIGKILL\n"].iter().enumerate()
         {
-            let (folder, name) =
-                (daemon.folder(&format!("signal-{number}"))?, format!("localhost/signal:{number}"));
-            Image::demo()?.with("StopSignal", json!(signal)).write_layout(&folder, &name)?;
-            daemon.client().import(&folder)?;
+            let (directory, name) =
+                (daemon.directory(&format!("signal-{number}"))?, format!("localhost/signal:{number}"));
+            Image::demo()?.with("StopSignal", json!(signal)).write_layout(&directory, &name)?;
+            daemon.client().import(&directory)?;
             let mut config = idle(&format!("signal-{number}"));
             config.image = Some(image_spec(&name));
             // Refused in words, or taken as if it were not there: it ends at the usual signal.

@@ -153,7 +153,7 @@ fn a_daemon_killed_at_any_moment_of_a_pods_making_leaves_nothing_in_the_way() ->
 #[test]
 fn thirty_pods_of_which_twenty_end_in_all_ways_while_the_daemon_is_away() -> Result<()> {
     rootful(|daemon| {
-        let shared = daemon.folder("shared")?;
+        let shared = daemon.directory("shared")?;
         let mut containers = Vec::new();
         for number in 0..30_i32 {
             let mut config = shell(
@@ -216,11 +216,11 @@ fn thirty_pods_of_which_twenty_end_in_all_ways_while_the_daemon_is_away() -> Res
 #[test]
 fn a_log_that_has_no_room_blocks_nobody_and_says_how_much_it_lost() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("logs/full")?;
-        mount(Some("logs"), &folder, Some("tmpfs"), MsFlags::empty(), Some("size=256k"))
+        let directory = daemon.directory("logs/full")?;
+        mount(Some("logs"), &directory, Some("tmpfs"), MsFlags::empty(), Some("size=256k"))
             .context("mounting a small disk")?;
         let pod = daemon.pod("full")?;
-        let shared = daemon.folder("shared")?;
+        let shared = daemon.directory("shared")?;
         let mut config = shell(
             "main",
             "seq 1 300000; seq 1 100000 >&2; touch /shared/done; while [ ! -e /shared/go ]; do sleep 0.05; done; echo after; exit 3",
@@ -249,7 +249,7 @@ fn a_log_that_has_no_room_blocks_nobody_and_says_how_much_it_lost() -> Result<()
         for (index, line) in log::text(&entries, "stdout").lines().enumerate() {
             assert_eq!(line.parse::<usize>().ok(), Some(index + 1));
         }
-        ensure!(mounts_below(&folder).len() == 1);
+        ensure!(mounts_below(&directory).len() == 1);
         Ok(())
     })
 }
@@ -381,7 +381,7 @@ fn a_daemon_without_descriptors_waits_and_goes_on_when_it_has_some_again() -> Re
     const MORE: usize = 20;
     const CONNECTIONS: usize = 300;
     rootful(|daemon| {
-        let shared = daemon.folder("shared")?;
+        let shared = daemon.directory("shared")?;
         let mut config = shell("main", "while [ ! -e /shared/go ]; do sleep 0.05; done; exit 7");
         config.mounts = vec![volume(&shared, "/shared")];
         let main = daemon.pod("few")?.start(config)?;

@@ -23,9 +23,9 @@ const APP: &str = "localhost/app:1";
 const LOOK: &str = "cat /note && ls /bin | wc -l";
 
 fn import_app(daemon: &Daemon) -> Result<()> {
-    let folder = daemon.folder("app")?;
-    Image::demo()?.on_top(Layer::of_files(&[("note", b"noted\n")])).write_layout(&folder, APP)?;
-    daemon.client().import(&folder)?;
+    let directory = daemon.directory("app")?;
+    Image::demo()?.on_top(Layer::of_files(&[("note", b"noted\n")])).write_layout(&directory, APP)?;
+    daemon.client().import(&directory)?;
     Ok(())
 }
 
@@ -40,35 +40,35 @@ fn idle_app(pod: &Pod) -> Result<(Container, String)> {
     Ok((main, seen))
 }
 
-fn names(folder: &Path) -> Result<Vec<String>> {
+fn names(directory: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in folder.read_dir().with_context(|| format!("listing {}", folder.display()))? {
+    for entry in directory.read_dir().with_context(|| format!("listing {}", directory.display()))? {
         names.push(entry?.file_name().to_string_lossy().into_owned());
     }
     names.sort();
     Ok(names)
 }
 
-/// What is listed in the store's folders, but for what is on its way out.
+/// What is listed in the store's directories, but for what is on its way out.
 fn layers(daemon: &Daemon) -> Result<Vec<String>> {
     let mut names = names(&daemon.root().join("layers"))?;
     names.retain(|name| !name.ends_with(".partial"));
     Ok(names)
 }
 
-/// The files of this name below one of the store's folders.
-fn files(daemon: &Daemon, folder: &str, name: &str) -> Result<Vec<PathBuf>> {
-    let folder = daemon.root().join(folder);
-    let files = names(&folder)?.into_iter().map(|entry| folder.join(entry).join(name));
+/// The files of this name below one of the store's directories.
+fn files(daemon: &Daemon, directory: &str, name: &str) -> Result<Vec<PathBuf>> {
+    let directory = daemon.root().join(directory);
+    let files = names(&directory)?.into_iter().map(|entry| directory.join(entry).join(name));
     Ok(files.filter(|file| file.exists()).collect())
 }
 
 /// Makes the daemon look for layers that nobody needs, as it does when an image is removed and when a
 /// container is.
 fn remove_something_else(daemon: &Daemon, pod: &Pod) -> Result<()> {
-    let folder = daemon.folder("else")?;
-    Image::demo()?.on_top(Layer::of_files(&[("else", b"x")])).write_layout(&folder, "localhost/else:1")?;
-    daemon.client().import(&folder)?;
+    let directory = daemon.directory("else")?;
+    Image::demo()?.on_top(Layer::of_files(&[("else", b"x")])).write_layout(&directory, "localhost/else:1")?;
+    daemon.client().import(&directory)?;
     let mut config = shell("else", "true");
     config.image = Some(image_spec("localhost/else:1"));
     let other = pod.start(config)?;
@@ -92,8 +92,8 @@ fn a_file_that_cannot_be_read_at_the_start_costs_no_container_anything() -> Resu
         let pod = daemon.pod("web")?;
         let (main, seen) = idle_app(&pod)?;
         let before = layers(daemon)?;
-        for (folder, name) in [("layers", "layer.json"), ("images", "record.json"), ("images", "config")] {
-            let unread = files(daemon, folder, name)?;
+        for (directory, name) in [("layers", "layer.json"), ("images", "record.json"), ("images", "config")] {
+            let unread = files(daemon, directory, name)?;
             daemon.kill()?;
             for file in &unread {
                 // To read a directory is an error that says nothing about the file (read(2), EISDIR).
@@ -102,7 +102,7 @@ fn a_file_that_cannot_be_read_at_the_start_costs_no_container_anything() -> Resu
             }
             daemon.start_again()?;
             assert_eq!(main.sh(LOOK)?, seen, "{name}");
-            if folder == "layers" {
+            if directory == "layers" {
                 // The image can be used: the record is needed for other images only.
                 let other = pod.start(of_app("other", "cat /note"))?;
                 assert_eq!(other.ended()?.stdout, "noted\n");
@@ -163,8 +163,8 @@ fn a_damaged_record_costs_no_container_anything_and_an_import_mends_it() -> Resu
         import_app(daemon)?;
         let pod = daemon.pod("web")?;
         let (main, seen) = idle_app(&pod)?;
-        for (folder, name) in [("layers", "layer.json"), ("images", "record.json")] {
-            let damaged = files(daemon, folder, name)?;
+        for (directory, name) in [("layers", "layer.json"), ("images", "record.json")] {
+            let damaged = files(daemon, directory, name)?;
             daemon.kill()?;
             for file in &damaged {
                 let mut bytes = fs::read(file)?;
@@ -274,8 +274,8 @@ fn layers_stay_under_a_container_whose_record_cannot_be_read() -> Result<()> {
         let (main, seen) = idle_app(&pod)?;
         daemon.kill()?;
         let mut aside = Vec::new();
-        for folder in [daemon.root(), daemon.state()] {
-            let record = folder.join("containers").join(&main.id).join("record");
+        for directory in [daemon.root(), daemon.state()] {
+            let record = directory.join("containers").join(&main.id).join("record");
             if record.exists() {
                 fs::rename(&record, record.with_extension("aside"))?;
                 fs::create_dir(&record)?;
@@ -304,8 +304,8 @@ fn what_cannot_be_deleted_keeps_the_daemon_from_nothing() -> Result<()> {
     rootful(|daemon| {
         import_app(daemon)?;
         // A tree with a mount in it cannot be deleted (unlinkat(2), EBUSY).
-        let stuck = |folder: PathBuf| -> Result<()> {
-            let place = folder.join("mounted");
+        let stuck = |directory: PathBuf| -> Result<()> {
+            let place = directory.join("mounted");
             fs::create_dir_all(&place)?;
             Ok(mount(Some("stuck"), &place, Some("tmpfs"), MsFlags::empty(), None::<&str>)?)
         };
@@ -315,8 +315,8 @@ fn what_cannot_be_deleted_keeps_the_daemon_from_nothing() -> Result<()> {
         daemon.client().remove_image_of(APP)?;
         assert_eq!((daemon.client().image(APP)?, layers(daemon)?.len()), (None, 1));
         daemon.kill()?;
-        for folder in ["layers/x.0.partial", "images/x.1.partial", "trash/x.2"] {
-            stuck(daemon.root().join(folder))?;
+        for directory in ["layers/x.0.partial", "images/x.1.partial", "trash/x.2"] {
+            stuck(daemon.root().join(directory))?;
         }
         fs::create_dir_all(daemon.root().join("trash/y.3/deep/deeper"))?;
         daemon.start_again()?;

@@ -11,13 +11,13 @@ fn every_form_of_an_image_can_be_imported_and_run() -> Result<()> {
     rootful(|daemon| {
         let client = daemon.client();
         let note = |text: &str| Layer::of_files(&[("note", text.as_bytes())]);
-        let folder = daemon.folder("layout")?;
+        let directory = daemon.directory("layout")?;
         let of_layout =
-            Image::demo()?.on_top(note("layout")).write_layout(&folder, "localhost/form:layout")?;
+            Image::demo()?.on_top(note("layout")).write_layout(&directory, "localhost/form:layout")?;
         let archive = daemon.dir().join("docker.tar");
         let of_archive =
             Image::demo()?.on_top(note("docker")).write_docker_archive(&archive, "localhost/form:docker")?;
-        for (path, name, sealed) in [(&folder, "layout", of_layout), (&archive, "docker", of_archive)] {
+        for (path, name, sealed) in [(&directory, "layout", of_layout), (&archive, "docker", of_archive)] {
             let imported = client.import(path)?;
             let imported = imported.first().context("one image")?;
             assert_eq!(imported.id, sealed.id, "{name}");
@@ -39,10 +39,10 @@ fn every_form_of_an_image_can_be_imported_and_run() -> Result<()> {
 fn an_image_is_found_by_every_name_and_gone_under_all_of_them() -> Result<()> {
     rootful(|daemon| {
         let client = daemon.client();
-        for (folder, name) in [("one", "localhost/app:one"), ("two", "localhost/app:two")] {
-            let folder = daemon.folder(folder)?;
-            Image::demo()?.with("Labels", json!({"of": "app"})).write_layout(&folder, name)?;
-            client.import(&folder)?;
+        for (directory, name) in [("one", "localhost/app:one"), ("two", "localhost/app:two")] {
+            let directory = daemon.directory(directory)?;
+            Image::demo()?.with("Labels", json!({"of": "app"})).write_layout(&directory, name)?;
+            client.import(&directory)?;
         }
         let image = client.image("localhost/app:one")?.context("the first name")?;
         let mut tags = image.repo_tags.clone();
@@ -69,10 +69,10 @@ fn removing_and_importing_again_leaves_no_byte_too_many() -> Result<()> {
     rootful(|daemon| {
         let client = daemon.client();
         let census = berth_tests::census::Census::take(daemon)?;
-        let folder = daemon.folder("layout")?;
-        Image::demo()?.on_top(Layer::of_files(&[("x", b"y")])).write_layout(&folder, "localhost/x:1")?;
+        let directory = daemon.directory("layout")?;
+        Image::demo()?.on_top(Layer::of_files(&[("x", b"y")])).write_layout(&directory, "localhost/x:1")?;
         for _ in 0..3 {
-            client.import(&folder)?;
+            client.import(&directory)?;
             client.remove_image_of("localhost/x:1")?;
         }
         census.stays(daemon)

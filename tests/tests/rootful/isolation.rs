@@ -146,12 +146,12 @@ fn seccomp_is_on_by_default_in_exec_too_and_off_only_when_asked() -> Result<()> 
 fn a_profile_of_the_nodes_is_loaded_and_a_bad_one_refused() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("seccomp")?;
-        let folder = daemon.folder("profiles")?;
+        let directory = daemon.directory("profiles")?;
         let profile = |name: &str, text: &str| -> Result<v1::SecurityProfile> {
-            fs::write(folder.join(name), text)?;
+            fs::write(directory.join(name), text)?;
             Ok(v1::SecurityProfile {
                 profile_type: v1::security_profile::ProfileType::Localhost.into(),
-                localhost_ref: folder.join(name).to_string_lossy().into_owned(),
+                localhost_ref: directory.join(name).to_string_lossy().into_owned(),
             })
         };
         let no_mkdir = profile(
@@ -164,7 +164,7 @@ fn a_profile_of_the_nodes_is_loaded_and_a_bad_one_refused() -> Result<()> {
         })?;
         assert!(seen.contains("Permission denied") && seen.ends_with("touched\n"), "{seen}");
         let mut bad = vec![profile("not-json", "{")?, profile("empty", "")?];
-        for path in [folder.clone(), folder.join("no-such-file")] {
+        for path in [directory.clone(), directory.join("no-such-file")] {
             bad.push(v1::SecurityProfile {
                 profile_type: v1::security_profile::ProfileType::Localhost.into(),
                 localhost_ref: path.to_string_lossy().into_owned(),
@@ -336,7 +336,7 @@ fn a_privileged_container_has_the_devices_that_the_host_has_by_then() -> Result<
 fn a_device_may_lie_outside_of_dev_and_in_what_is_mounted() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("devices")?;
-        let node = daemon.folder("nodes")?.join("null");
+        let node = daemon.directory("nodes")?.join("null");
         output(Command::new("mknod").arg(&node).args(["c", "1", "3"]))?;
         let node = node.to_string_lossy().into_owned();
         let device = |container_path: &str, host_path: &str| v1::Device {
@@ -374,7 +374,7 @@ fn a_device_may_lie_outside_of_dev_and_in_what_is_mounted() -> Result<()> {
 fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("seccomp")?;
-        let file = daemon.folder("profiles")?.join("docker.json");
+        let file = daemon.directory("profiles")?.join("docker.json");
         fs::write(&file, include_str!("seccomp-in-dockers-form.json"))?;
         let profile = v1::SecurityProfile {
             profile_type: v1::security_profile::ProfileType::Localhost.into(),

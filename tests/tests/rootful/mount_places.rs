@@ -12,9 +12,9 @@ use berth_tests::pod::{idle, shell, volume};
 #[test]
 fn nothing_is_mounted_in_proc_by_its_name_or_through_a_link_of_a_volume() -> Result<()> {
     rootful(|daemon| {
-        let given = daemon.folder("given")?;
+        let given = daemon.directory("given")?;
         fs::write(given.join("file"), "given\n")?;
-        let shared = daemon.folder("shared")?;
+        let shared = daemon.directory("shared")?;
         for (name, target) in [
             ("proc", "/proc"),
             ("self", "/proc/self"),
@@ -28,28 +28,28 @@ fn nothing_is_mounted_in_proc_by_its_name_or_through_a_link_of_a_volume() -> Res
             symlink(target, shared.join(name))?;
         }
         // Whoever shares a volume with a container can have written these.
-        let (folder, file) = (given.clone(), given.join("file"));
+        let (directory, file) = (given.clone(), given.join("file"));
         let pod = daemon.pod("places")?;
         let mut number = 0;
         for (source, place) in [
-            (&folder, "/proc"),
-            (&folder, "/proc/sys"),
-            (&folder, "/proc/self"),
+            (&directory, "/proc"),
+            (&directory, "/proc/sys"),
+            (&directory, "/proc/self"),
             (&file, "/proc/version"),
             (&file, "/proc/sysrq-trigger"),
             (&file, "/proc/1/attr/current"),
-            (&folder, "/proc/absent"),
-            (&folder, "/volume/proc"),
-            (&folder, "/volume/self"),
-            (&folder, "/volume/climbing"),
+            (&directory, "/proc/absent"),
+            (&directory, "/volume/proc"),
+            (&directory, "/volume/self"),
+            (&directory, "/volume/climbing"),
             (&file, "/volume/attr"),
             (&file, "/volume/sysrq"),
             // A place that is allowed, but only by its own name.
             (&file, "/volume/cpuinfo"),
-            (&folder, "/volume/dev"),
-            (&folder, "/volume/pts"),
+            (&directory, "/volume/dev"),
+            (&directory, "/volume/pts"),
             (&file, "/volume/dev/null"),
-            (&folder, "/volume/proc/sys"),
+            (&directory, "/volume/proc/sys"),
         ] {
             number += 1;
             let mut config = idle(&format!("c{number}"));
@@ -69,7 +69,7 @@ fn nothing_is_mounted_in_proc_by_its_name_or_through_a_link_of_a_volume() -> Res
 #[test]
 fn a_link_in_a_dev_of_the_host_that_was_asked_for_can_be_mounted_through() -> Result<()> {
     rootful(|daemon| {
-        let given = daemon.folder("given")?.join("file");
+        let given = daemon.directory("given")?.join("file");
         fs::write(&given, "given\n")?;
         let name = format!("/dev/berth-test-{}", std::process::id());
         let target = format!("{name}.target");
@@ -90,7 +90,7 @@ fn a_link_in_a_dev_of_the_host_that_was_asked_for_can_be_mounted_through() -> Re
 #[test]
 fn what_tools_replace_in_proc_can_be_replaced() -> Result<()> {
     rootful(|daemon| {
-        let given = daemon.folder("given")?;
+        let given = daemon.directory("given")?;
         fs::write(given.join("file"), "given\n")?;
         let pod = daemon.pod("lxcfs")?;
         let mut config =

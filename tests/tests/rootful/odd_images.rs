@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 /// Writes an image layout with this configuration and manifest, whose `config` is filled in, and imports it.
 fn import_odd(daemon: &Daemon, name: &str, config: &str, mut manifest: Value) -> Result<()> {
-    let folder = daemon.folder(name)?;
-    let blobs = folder.join("blobs/sha256");
+    let directory = daemon.directory(name)?;
+    let blobs = directory.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
     let put = |bytes: &[u8]| {
         let digest = sha256(bytes);
@@ -34,21 +34,21 @@ fn import_odd(daemon: &Daemon, name: &str, config: &str, mut manifest: Value) ->
             "annotations": {"org.opencontainers.image.ref.name": format!("localhost/odd:{name}")},
         }],
     });
-    fs::write(folder.join("index.json"), index.to_string())?;
-    daemon.client().import(&folder)?;
+    fs::write(directory.join("index.json"), index.to_string())?;
+    daemon.client().import(&directory)?;
     Ok(())
 }
 
 /// The demo image's programs, as one file.
 fn busybox(daemon: &Daemon) -> Result<std::path::PathBuf> {
-    let folder = daemon.folder("tools")?;
+    let directory = daemon.directory("tools")?;
     let layer = Image::demo()?.layers.pop().context("the demo image's layer")?;
-    let archive = folder.join("layer");
+    let archive = directory.join("layer");
     fs::write(&archive, layer.bytes)?;
     let status =
-        Command::new("tar").arg("-C").arg(&folder).arg("-xf").arg(&archive).arg("bin/busybox").status()?;
+        Command::new("tar").arg("-C").arg(&directory).arg("-xf").arg(&archive).arg("bin/busybox").status()?;
     ensure!(status.success(), "tar ended with {status}");
-    Ok(folder.join("bin"))
+    Ok(directory.join("bin"))
 }
 
 #[test]
@@ -77,11 +77,11 @@ fn an_image_without_layers_runs_the_program_of_a_mount() -> Result<()> {
 #[test]
 fn volumes_of_any_spelling_are_writable() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("volumes")?;
+        let directory = daemon.directory("volumes")?;
         Image::demo()?
             .with("Volumes", json!({"data": null, "../srv/x/": {}, "/a/../b//c": {}, ".": {}, "/": {}}))
-            .write_layout(&folder, "localhost/odd:volumes")?;
-        daemon.client().import(&folder)?;
+            .write_layout(&directory, "localhost/odd:volumes")?;
+        daemon.client().import(&directory)?;
         let mut config = container(
             "volumes",
             &["sh", "-c", "touch /data/f /srv/x/f /b/c/f && echo made; touch /f || echo refused"],
@@ -114,12 +114,13 @@ fn text_of_images_and_requests_leaves_escaped() -> Result<()> {
     const HOSTILE: &str = "x\u{202e}y\u{2028}z\nERROR forged\u{1b}[2J";
     rootful(|daemon| {
         let client = daemon.client();
-        let folder = daemon.folder("hostile")?;
+        let directory = daemon.directory("hostile")?;
         let path = format!("{HOSTILE}/../up");
         Image::demo()?
             .on_top(Layer::of_files(&[(&path, b"")]))
-            .write_layout(&folder, "localhost/odd:hostile")?;
-        let mut told = vec![client.import(&folder).err().context("the image is taken")?.message().to_owned()];
+            .write_layout(&directory, "localhost/odd:hostile")?;
+        let mut told =
+            vec![client.import(&directory).err().context("the image is taken")?.message().to_owned()];
         let mut config = container("hostile", &["true"]);
         config.image = Some(image_spec(&format!("localhost/{HOSTILE}")));
         config.working_dir = HOSTILE.to_owned();

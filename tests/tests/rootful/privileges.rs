@@ -19,7 +19,7 @@ fn filtered_by(profile: v1::SecurityProfile, mut config: v1::ContainerConfig) ->
 }
 
 fn profile_file(daemon: &Daemon, text: &str) -> Result<v1::SecurityProfile> {
-    let path = daemon.folder("profiles")?.join("profile.json");
+    let path = daemon.directory("profiles")?.join("profile.json");
     fs::write(&path, text).context("writing a profile")?;
     Ok(v1::SecurityProfile {
         profile_type: v1::security_profile::ProfileType::Localhost.into(),

@@ -43,7 +43,7 @@ fn what_runs_goes_on_with_the_same_process_and_no_line_of_its_log_is_lost() -> R
 fn ends_while_the_daemon_is_away_are_told_truly() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("web")?;
-        let given = daemon.folder("volume")?;
+        let given = daemon.directory("volume")?;
         let waiting = |name: &str, then: &str| {
             let mut config = shell(name, &format!("while [ ! -e /volume/go ]; do sleep 0.05; done; {then}"));
             config.mounts = vec![volume(&given, "/volume")];

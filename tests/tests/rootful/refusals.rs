@@ -89,11 +89,11 @@ fn pods_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<()> {
 fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("web")?;
-        let folder = daemon.folder("files")?;
-        fs::write(folder.join("file"), "")?;
-        let dir = folder.to_string_lossy().into_owned();
-        let file = folder.join("file").to_string_lossy().into_owned();
-        // The log's folder is a file, so that no log can be in it.
+        let directory = daemon.directory("files")?;
+        fs::write(directory.join("file"), "")?;
+        let dir = directory.to_string_lossy().into_owned();
+        let file = directory.join("file").to_string_lossy().into_owned();
+        // The log's directory is a file, so that no log can be in it.
         fs::write(daemon.logs().join("web/blocked"), "")?;
         pod.idle("first")?.remove()?;
         let census = Census::take(daemon)?;
@@ -245,12 +245,12 @@ fn a_full_disk_is_told_leaves_nothing_and_is_survived() -> Result<()> {
         pod.idle("first")?.remove()?;
         let census = Census::take(daemon)?;
         let images = client.images()?;
-        let folder = daemon.folder("big")?;
+        let directory = daemon.directory("big")?;
         let content = vec![7; 40 << 20];
         Image::demo()?
             .on_top(Layer::of_files(&[("big", &content)]))
-            .write_layout(&folder, "localhost/big:1")?;
-        let refused = client.import(&folder).err().context("it does not fit")?;
+            .write_layout(&directory, "localhost/big:1")?;
+        let refused = client.import(&directory).err().context("it does not fit")?;
         assert!(refused.message().contains("space") || refused.message().contains("full"), "{refused}");
         assert_eq!(client.images()?, images);
         census.stays(daemon).context("after the import")?;
@@ -288,17 +288,17 @@ fn a_disk_that_has_to_stay_free_is_told_with_the_key_that_says_so() -> Result<()
         ..Setup::default()
     };
     rootful_with(setup, |daemon| {
-        let folder = daemon.folder("next")?;
+        let directory = daemon.directory("next")?;
         Image::demo()?
             .on_top(Layer::of_files(&[("file", &[7; 3 << 20])]))
-            .write_layout(&folder, "localhost/next:1")?;
+            .write_layout(&directory, "localhost/next:1")?;
         fs::write(daemon.root().join("filler"), vec![0; 10 << 20])?;
-        let refused = daemon.client().import(&folder).err().context("it is not let in")?;
+        let refused = daemon.client().import(&directory).err().context("it is not let in")?;
         for words in ["no space left", "are free", "16 MiB have to stay free", "lower image.min_free_bytes"] {
             assert!(refused.message().contains(words), "{words}: {refused}");
         }
         fs::remove_file(daemon.root().join("filler"))?;
-        daemon.client().import(&folder)?;
+        daemon.client().import(&directory)?;
         Ok(())
     })
 }
@@ -328,10 +328,10 @@ fn images_that_say_what_cannot_be_are_refused_by_what_they_say_and_leave_nothing
         let mut number = 0;
         let mut import = |image: Image| -> Result<_> {
             number += 1;
-            let folder = daemon.folder(&format!("image-{number}"))?;
+            let directory = daemon.directory(&format!("image-{number}"))?;
             let name = format!("localhost/odd:{number}");
-            image.write_layout(&folder, &name)?;
-            Ok((client.import(&folder), name))
+            image.write_layout(&directory, &name)?;
+            Ok((client.import(&directory), name))
         };
         for (words, image) in cases {
             let (imported, name) = import(image)?;

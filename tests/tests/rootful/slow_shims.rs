@@ -111,9 +111,10 @@ fn freeze(daemon: &Daemon, container: &Container, frozen: bool) -> Result<()> {
         (false, true) => ("freezer.state", "FROZEN"),
         (false, false) => ("freezer.state", "THAWED"),
     };
-    let folders = daemon.cgroup().below(&container.id);
-    let folder = folders.iter().find(|folder| folder.join(file).exists()).context("a freezer")?;
-    Ok(fs::write(folder.join(file), word)?)
+    let directories = daemon.cgroup().below(&container.id);
+    let directory =
+        directories.iter().find(|directory| directory.join(file).exists()).context("a freezer")?;
+    Ok(fs::write(directory.join(file), word)?)
 }
 
 #[test]
@@ -220,15 +221,15 @@ fn a_daemon_that_dies_in_a_start_leaves_no_doubt_behind() -> Result<()> {
 #[test]
 fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_that_ends() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("hanging")?;
-        let Some(hanging) = Hanging::mount(&folder)? else {
+        let directory = daemon.directory("hanging")?;
+        let Some(hanging) = Hanging::mount(&directory)? else {
             skip("slow_shims::the_cgroup_of_a_removed_container", "no FUSE here");
             return Ok(());
         };
         // In a pid namespace of its own, the container's end would wait for all its processes.
         let pod = daemon.pod_of(sharing_pod(daemon.pod_config("web")))?;
         let mut config = sharing(idle("main"));
-        config.mounts = vec![volume(&folder, "/volume")];
+        config.mounts = vec![volume(&directory, "/volume")];
         let main = pod.start(config)?;
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| main.exec(&["cat", "/volume/name"]));
@@ -284,8 +285,8 @@ fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_remo
         census_pod.idle("first")?;
         census_pod.remove()?;
         let census = Census::take(daemon)?;
-        let folder = daemon.folder("hung")?;
-        let Some(hung) = Hung::mount(&folder)? else {
+        let directory = daemon.directory("hung")?;
+        let Some(hung) = Hung::mount(&directory)? else {
             skip("slow_shims::hung", "no FUSE here");
             return Ok(());
         };
@@ -294,7 +295,7 @@ fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_remo
         std::thread::scope(|scope| -> Result<()> {
             let creation = scope.spawn(|| {
                 let mut config = idle("hangs");
-                config.mounts = vec![volume(&folder.join("file"), "/volume")];
+                config.mounts = vec![volume(&directory.join("file"), "/volume")];
                 pod.create(config)
             });
             sleep(Duration::from_secs(1));
@@ -320,14 +321,14 @@ fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_remo
 #[test]
 fn a_creation_that_its_client_gave_up_holds_its_name_until_it_is_done_or_undone() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("hung")?;
-        let Some(hung) = Hung::mount(&folder)? else {
+        let directory = daemon.directory("hung")?;
+        let Some(hung) = Hung::mount(&directory)? else {
             skip("slow_shims::given_up", "no FUSE here");
             return Ok(());
         };
         let (pod, client) = (daemon.pod("web")?, daemon.client());
         let mut config = idle("main");
-        config.mounts = vec![volume(&folder.join("file"), "/volume")];
+        config.mounts = vec![volume(&directory.join("file"), "/volume")];
         let request = v1::CreateContainerRequest {
             pod_sandbox_id: pod.id.clone(),
             config: Some(config),

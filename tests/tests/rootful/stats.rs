@@ -65,8 +65,8 @@ fn send(server: &Pod, client: &Pod) -> Result<()> {
 /// Starts the daemon anew with more lines of configuration.
 fn configure(daemon: &Daemon, text: &str) -> Result<()> {
     daemon.stop()?;
-    let folder = daemon.folder("berth.toml.d")?;
-    fs::write(folder.join("more.toml"), text).context("writing the configuration")?;
+    let directory = daemon.directory("berth.toml.d")?;
+    fs::write(directory.join("more.toml"), text).context("writing the configuration")?;
     daemon.start_again()
 }
 
@@ -413,7 +413,10 @@ fn cadvisor_is_told_whose_a_cgroup_is() -> Result<()> {
     rootful(|daemon| {
         let socket = answer_cadvisor(daemon)?;
         assert_eq!(fs::metadata(&socket)?.permissions().mode() & 0o777, 0o600);
-        assert_eq!(fs::metadata(socket.parent().context("a folder")?)?.permissions().mode() & 0o777, 0o755);
+        assert_eq!(
+            fs::metadata(socket.parent().context("a directory")?)?.permissions().mode() & 0o777,
+            0o755
+        );
         let (status, info) = get(&socket, "/info")?;
         assert_eq!(status, 200);
         assert_eq!(info["storage_root"], daemon.root().display().to_string());
@@ -461,7 +464,7 @@ fn cadvisor_is_told_whose_a_cgroup_is() -> Result<()> {
         assert_eq!(get(&socket, &format!("/containers/{}", pod.id))?.0, 404);
         assert_eq!(get(&socket, &format!("/containers/{}", main.id))?.0, 404);
         daemon.stop()?;
-        assert!(!socket.exists() && !socket.parent().context("a folder")?.exists());
+        assert!(!socket.exists() && !socket.parent().context("a directory")?.exists());
         daemon.start_again()
     })
 }
@@ -565,7 +568,7 @@ fn the_socket_of_a_daemon_that_crashed_is_replaced_and_one_that_another_serves_i
         assert!(!daemon.cgroup().below(&format!("crio-{}.scope", pod.id)).is_empty(), "it is made again");
 
         daemon.stop()?;
-        fs::create_dir_all(socket.parent().context("a folder")?)?;
+        fs::create_dir_all(socket.parent().context("a directory")?)?;
         let other = UnixListener::bind(&socket)?;
         daemon.start_again()?;
         assert!(daemon.last_words().contains("another program answers"), "{}", daemon.last_words());

@@ -98,11 +98,11 @@ fn stopping_again_or_something_unknown_is_no_mistake() -> Result<()> {
 #[test]
 fn the_stop_signal_is_the_requests_or_the_images() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("image")?;
+        let directory = daemon.directory("image")?;
         berth_tests::forge::Image::demo()?
             .with("StopSignal", serde_json::json!("SIGUSR1"))
-            .write_layout(&folder, "localhost/signal:latest")?;
-        daemon.client().import(&folder)?;
+            .write_layout(&directory, "localhost/signal:latest")?;
+        daemon.client().import(&directory)?;
         let pod = daemon.pod("stop")?;
         let script = "for s in TERM USR1 QUIT; do trap \"echo $s; exit 0\" $s; done; echo ready; while true; do sleep 0.1; done";
         let said = |name: &str, image: bool, signal: v1::Signal| -> Result<String> {

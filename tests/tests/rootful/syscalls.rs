@@ -125,9 +125,9 @@ const CALLS: &[(&str, Interface, u32, [u32; 3], i32)] = &[
 #[test]
 fn the_default_filter_answers_by_every_interface_of_the_kernel_for_program_and_exec() -> Result<()> {
     rootful(|daemon| {
-        let folder = daemon.folder("calls")?;
+        let directory = daemon.directory("calls")?;
         for (number, (_, interface, call, arguments, _)) in CALLS.iter().enumerate() {
-            let path = folder.join(format!("{number:02}"));
+            let path = directory.join(format!("{number:02}"));
             fs::write(&path, program(*interface, *call, *arguments))?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         }
@@ -135,7 +135,7 @@ fn the_default_filter_answers_by_every_interface_of_the_kernel_for_program_and_e
         let pod = daemon.pod("calls")?;
         let answers = |filtered: bool| -> Result<[BTreeMap<usize, i32>; 2]> {
             let with = |mut config: v1::ContainerConfig| {
-                config.mounts = vec![v1::Mount { readonly: true, ..volume(&folder, "/calls") }];
+                config.mounts = vec![v1::Mount { readonly: true, ..volume(&directory, "/calls") }];
                 if !filtered {
                     security(&mut config).seccomp = None;
                 }

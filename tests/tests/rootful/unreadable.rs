@@ -158,7 +158,7 @@ fn a_pod_and_a_container_whose_records_are_lost_with_their_copies_have_owners_th
             let pid = main.pid()?;
             daemon.kill()?;
             let [(pods_record, pods_copy), (record, copy)] = records(daemon, &pod, &main);
-            fs::remove_dir_all(pods_record.parent().context("a folder")?)?;
+            fs::remove_dir_all(pods_record.parent().context("a directory")?)?;
             fs::remove_file(pods_copy)?;
             fs::write(&record, "torn")?;
             fs::remove_file(copy)?;
@@ -305,23 +305,23 @@ fn lost_address_records_do_not_keep_the_daemon_from_starting_and_no_address_is_g
             .read_dir()?
             .map(|entry| Ok(entry?.path()))
             .collect::<Result<_>>()?;
-        let [folder] = bridges.as_slice() else { anyhow::bail!("{bridges:?}") };
+        let [directory] = bridges.as_slice() else { anyhow::bail!("{bridges:?}") };
         for emptied in [true, false] {
             daemon.kill()?;
-            for entry in folder.read_dir()? {
+            for entry in directory.read_dir()? {
                 let path = entry?.path();
                 if emptied { fs::write(path, "")? } else { fs::remove_file(path)? }
             }
             daemon.start_again()?;
             assert_eq!(main.sh("echo alive")?, "alive\n");
             assert_eq!(pod.ip()?, ip);
-            assert_eq!(fs::read_to_string(folder.join(&ip))?, pod.id);
+            assert_eq!(fs::read_to_string(directory.join(&ip))?, pod.id);
         }
         let other = daemon.pod("other")?;
         ensure!(other.ip()? != ip);
         other.remove()?;
         pod.remove()?;
-        ensure!(folder.read_dir()?.next().is_none(), "all addresses are given back");
+        ensure!(directory.read_dir()?.next().is_none(), "all addresses are given back");
         Ok(())
     })
 }

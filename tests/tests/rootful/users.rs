@@ -13,9 +13,9 @@ const IDENTITY: &str = "id -u; id -g; id -G";
 /// Imports the demo image with this `User`, and returns a name for it.
 fn image_of_user(daemon: &Daemon, number: usize, user: &str) -> Result<String> {
     let name = format!("localhost/users:u{number}");
-    let folder = daemon.folder(&format!("users-{number}"))?;
-    Image::demo()?.with("User", json!(user)).write_layout(&folder, &name)?;
-    daemon.client().import(&folder)?;
+    let directory = daemon.directory(&format!("users-{number}"))?;
+    Image::demo()?.with("User", json!(user)).write_layout(&directory, &name)?;
+    daemon.client().import(&directory)?;
     Ok(name)
 }
 
@@ -149,12 +149,12 @@ fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result
                 Layer::of_files(&[("etc/passwd", passwd.as_bytes()), ("etc/group", group.as_bytes())]);
             for (number, user) in USERS.iter().enumerate() {
                 let name = format!("localhost/accounts:{table}-{number}");
-                let folder = daemon.folder(&format!("accounts-{table}-{number}"))?;
+                let directory = daemon.directory(&format!("accounts-{table}-{number}"))?;
                 Image::demo()?
                     .with("User", json!(user))
                     .on_top(accounts.clone())
-                    .write_layout(&folder, &name)?;
-                daemon.client().import(&folder)?;
+                    .write_layout(&directory, &name)?;
+                daemon.client().import(&directory)?;
                 let image = daemon.client().image(&name)?.context("the image")?;
                 let told = image.uid.map(|uid| uid.value);
                 let found = identity(&pod, &format!("c{table}-{number}"), |config| {
@@ -305,7 +305,7 @@ fn masks_hide_the_accounts_from_the_program_and_not_from_berth() -> Result<()> {
         security(&mut config).run_as_username = "demo".to_owned();
         security(&mut config).masked_paths = words(&["/etc/passwd", "/etc/group"]);
         assert_eq!(pod.run_container(config)?.stdout, "1000\n1000\n1000 50\n0\n");
-        // With the whole folder hidden the names are gone for the program only.
+        // With the whole directory hidden the names are gone for the program only.
         let mut config = shell("hidden", &format!("{IDENTITY}; ls -A /etc | wc -l"));
         security(&mut config).run_as_username = "demo".to_owned();
         security(&mut config).masked_paths = words(&["/etc"]);
@@ -317,7 +317,7 @@ fn masks_hide_the_accounts_from_the_program_and_not_from_berth() -> Result<()> {
 #[test]
 fn a_volumes_accounts_are_the_containers() -> Result<()> {
     rootful(|daemon| {
-        let accounts = daemon.folder("accounts")?.join("passwd");
+        let accounts = daemon.directory("accounts")?.join("passwd");
         std::fs::write(&accounts, "volume:x:4242:4343::/volume:/bin/sh\n")?;
         let mut config = shell("main", &format!("{IDENTITY}; echo $HOME"));
         security(&mut config).run_as_username = "volume".to_owned();

@@ -21,7 +21,7 @@ const CANNOT_RUN: [u8; 2] = [126, 127];
 
 /// One thing that was made.
 enum Step {
-    LogFolder(PathBuf),
+    LogDirectory(PathBuf),
     Pod(String),
     /// In a pod that was there before; otherwise the pod's end is the container's too.
     Container(String),
@@ -39,11 +39,11 @@ impl<'a> Made<'a> {
         Self { daemon, steps: Vec::new() }
     }
 
-    /// Makes a pod's own folder for logs. What a program writes may be secret: not everybody may look in.
-    pub(super) fn log_folder(&mut self, folder: &Path) -> Result<(), RunError> {
-        let made = DirBuilder::new().recursive(true).mode(0o750).create(folder);
-        made.map_err(|source| RunError::LogFolder { path: folder.to_owned(), source })?;
-        self.steps.push(Step::LogFolder(folder.to_owned()));
+    /// Makes a pod's own directory for logs. What a program writes may be secret: not everybody may look in.
+    pub(super) fn log_directory(&mut self, directory: &Path) -> Result<(), RunError> {
+        let made = DirBuilder::new().recursive(true).mode(0o750).create(directory);
+        made.map_err(|source| RunError::LogDirectory { path: directory.to_owned(), source })?;
+        self.steps.push(Step::LogDirectory(directory.to_owned()));
         Ok(())
     }
 
@@ -96,8 +96,8 @@ impl<'a> Made<'a> {
     pub(super) async fn undo(&mut self) {
         while let Some(step) = self.steps.pop() {
             let undone = match step {
-                Step::LogFolder(folder) => {
-                    remove_logs(&folder, fs::remove_dir_all(&folder)).map_err(Error::from)
+                Step::LogDirectory(directory) => {
+                    remove_logs(&directory, fs::remove_dir_all(&directory)).map_err(Error::from)
                 }
                 Step::Pod(id) => self.undo_pod(&id).await,
                 Step::Container(id) => self.undo_container(&id).await,
@@ -128,24 +128,24 @@ mod tests {
     use crate::fake_daemon::{FakeDaemon, Script};
 
     #[tokio::test]
-    async fn a_log_folder_is_made_for_few_eyes_and_undone() {
+    async fn a_log_directory_is_made_for_few_eyes_and_undone() {
         use std::os::unix::fs::PermissionsExt;
         let fake = FakeDaemon::start(Script::default()).await;
         let below = tempfile::tempdir().unwrap();
-        let folder = below.path().join("a/b");
+        let directory = below.path().join("a/b");
         let mut made = Made::nothing(&fake.daemon);
-        made.log_folder(&folder).unwrap();
-        assert_eq!(fs::metadata(&folder).unwrap().permissions().mode() & 0o027, 0);
-        fs::write(folder.join("main.log"), "x").unwrap();
+        made.log_directory(&directory).unwrap();
+        assert_eq!(fs::metadata(&directory).unwrap().permissions().mode() & 0o027, 0);
+        fs::write(directory.join("main.log"), "x").unwrap();
         made.undo().await;
-        assert!(!folder.exists());
+        assert!(!directory.exists());
     }
 
     #[tokio::test]
-    async fn a_log_folder_that_cannot_be_made_names_the_way_out() {
+    async fn a_log_directory_that_cannot_be_made_names_the_way_out() {
         let fake = FakeDaemon::start(Script::default()).await;
         let mut made = Made::nothing(&fake.daemon);
-        let error = made.log_folder(Path::new("/proc/none/x")).unwrap_err();
+        let error = made.log_directory(Path::new("/proc/none/x")).unwrap_err();
         assert!(error.to_string().contains("--log-dir"), "{error}");
         assert!(made.steps.is_empty());
     }
@@ -153,12 +153,12 @@ mod tests {
     #[tokio::test]
     async fn the_logs_of_a_pod_that_cannot_be_removed_stay() {
         let fake = FakeDaemon::start(Script::default()).await;
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let mut made = Made::nothing(&fake.daemon);
-        made.log_folder(folder.path()).unwrap();
+        made.log_directory(directory.path()).unwrap();
         // The fake has no CRI, so every call about the pod fails.
         made.steps.push(Step::Pod("p".into()));
         made.undo().await;
-        assert!(folder.path().exists());
+        assert!(directory.path().exists());
     }
 }

@@ -312,6 +312,7 @@ calls! { runtime:
     update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
     reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
     exec_sync(ExecSyncRequest) -> ExecSyncResponse;
+    attach(AttachRequest) -> AttachResponse;
     exec(ExecRequest) -> ExecResponse;
     port_forward(PortForwardRequest) -> PortForwardResponse;
 }

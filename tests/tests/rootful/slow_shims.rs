@@ -79,7 +79,10 @@ fn a_shim_that_drains_while_the_daemon_starts_tells_the_code_that_it_saw() -> Re
     rootful(|daemon| {
         let pod = daemon.pod("web")?;
         for _ in 0..3 {
-            let main = pod.start(shell("main", "trap 'exit 7' TERM; while :; do sleep 0.05; done"))?;
+            let script = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.05; done";
+            let main = pod.start(shell("main", script))?;
+            // Process 1 is not told of a signal that it does not catch yet.
+            main.says("ready")?;
             let pid = main.pid()?;
             // Somebody outside of the container holds its output open.
             let held = fs::File::options().write(true).open(format!("/proc/{pid}/fd/1"))?;

@@ -174,6 +174,8 @@ async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
     let (mut is_over, mut patience, mut allowance) = (false, DRAIN, DRAIN_BYTES);
     loop {
         buffer.reserve(READ_BYTES);
+        // Looked at each time: output that never stops would always come first below.
+        is_over = is_over || *ended.borrow();
         let read = if is_over {
             let start = Instant::now();
             let read = tokio::time::timeout(patience, from.read_buf(&mut buffer)).await;

@@ -277,6 +277,7 @@ where
         tracing::debug!("a client did not open the streams of its command");
         return connection.close().await;
     };
+    let error = error.without_input();
     let size = resize.map(|stream| {
         let (sender, size) = watch::channel(None);
         tokio::spawn(follow_sizes(stream.incoming, sender));
@@ -304,15 +305,16 @@ where
     if let Some(outcome) = outcome {
         let say = async {
             for end in ends {
-                end.finish().await?;
+                // One that the client has reset needs no end.
+                let _ = end.finish().await;
             }
             if let Some(status) = status(version, &outcome) {
-                error.outgoing.send(status).await?;
+                error.send(status).await?;
             }
-            error.outgoing.finish().await
+            error.finish().await
         };
-        // A client that stopped reading is not waited for beyond this.
-        if matches!(tokio::time::timeout(LINGER, say).await, Ok(Ok(()))) {
+        // The client may read what is left as slowly as it read while the program ran.
+        if matches!(tokio::time::timeout(IDLE, say).await, Ok(Ok(()))) {
             // It closes when it has read the status; a connection that is closed before may take the status
             // along.
             let _ = tokio::time::timeout(LINGER, connection.closed()).await;

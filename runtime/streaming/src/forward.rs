@@ -150,7 +150,7 @@ async fn give_up_late(halves: &mut HashMap<Request, Half>) {
         let Some(Half { part, port, stream, .. }) = halves.remove(&request) else { continue };
         if part == Part::Error {
             fail(
-                &stream,
+                &stream.outgoing,
                 &format!("forward port {port}: no data stream was opened within {STREAMS_WITHIN:?}"),
             )
             .await;
@@ -160,29 +160,35 @@ async fn give_up_late(halves: &mut HashMap<Request, Half>) {
 }
 
 /// Says on an error stream why there is no connection.
-async fn fail(error: &Stream, text: &str) {
+async fn fail(error: &Outgoing, text: &str) {
     // Whether anybody hears it does not matter.
-    if error.outgoing.send(Bytes::copy_from_slice(text.as_bytes())).await.is_ok() {
-        let _ = error.outgoing.finish().await;
+    if error.send(Bytes::copy_from_slice(text.as_bytes())).await.is_ok() {
+        let _ = error.finish().await;
     }
 }
 
 async fn forward(pair: Pair, connect: Connect) {
     let Pair { port, error, data } = pair;
     let Stream { incoming, outgoing, .. } = data;
-    let result = match connect(port).await {
-        Ok(connection) => {
-            let (from, to) = connection.into_split();
-            match tokio::try_join!(upload(incoming, to), download(from, outgoing.clone())) {
-                Ok(_) => Ok(()),
-                Err(failed) => Err(format!("forward port {port}: {failed}")),
-            }
+    // Data on an error stream is nobody's.
+    let error = error.without_input();
+    let (data, both) = (outgoing.clone(), outgoing.clone());
+    let connected = async {
+        let (from, to) = connect(port).await?.into_split();
+        match tokio::try_join!(upload(incoming, to), download(from, both)) {
+            Ok(_) => Ok(()),
+            Err(failed) => Err(format!("forward port {port}: {failed}")),
         }
-        Err(text) => Err(text),
+    };
+    // A client that resets its stream is not waited for by the pod's side, which may never say anything again.
+    let result = tokio::select! {
+        biased;
+        result = connected => result,
+        () = data.was_reset() => Ok(()),
     };
     match result {
         Ok(()) => {
-            let _ = error.outgoing.finish().await;
+            let _ = error.finish().await;
         }
         Err(text) => {
             tracing::debug!(port, error = text, "a forwarded connection failed");
@@ -190,7 +196,7 @@ async fn forward(pair: Pair, connect: Connect) {
         }
     }
     outgoing.reset(ResetStatus::Cancel).await;
-    error.outgoing.reset(ResetStatus::Cancel).await;
+    error.reset(ResetStatus::Cancel).await;
 }
 
 /// From the client to the port; its end is passed on.
@@ -326,6 +332,41 @@ mod tests {
         }
         let _data = open(&mut client, &[("streamType", "data"), ("port", "80"), id]).await;
         assert_eq!(all_of(&mut error).await, b"connected");
+    }
+
+    #[tokio::test]
+    async fn a_reset_ends_a_connection_whose_other_side_says_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (mut client, _server) = served(connects()).await;
+        let (mut error, data) = pair(&mut client, port, "0").await;
+        let (mut silent, _) = listener.accept().await.unwrap();
+        data.outgoing.reset(ResetStatus::Cancel).await;
+        assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0, "the pod's side is closed");
+        assert!(all_of(&mut error).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn streams_that_were_reset_count_for_as_long_as_they_are_held() {
+        let (mut client, _server) = served(Arc::new(|_| Box::pin(async { Err(String::new()) }))).await;
+        // Halves of pairs, which wait for the others.
+        let mut halves = Vec::new();
+        for number in 1..MAX_STREAMS {
+            let id = number.to_string();
+            halves.push(
+                open(&mut client, &[("streamType", "error"), ("port", "80"), ("requestID", &id)]).await,
+            );
+        }
+        // The server has seen all of them when it has answered what comes behind them.
+        assert!(all_of(&mut open(&mut client, &[]).await).await.is_empty());
+        for half in halves {
+            half.outgoing.reset(ResetStatus::Cancel).await;
+        }
+        let error = |id| [("streamType", "error"), ("port", "80"), ("requestID", id)];
+        let _last = open(&mut client, &error("last")).await;
+        let mut refused = open(&mut client, &error("beyond")).await;
+        let soon = tokio::time::timeout(STREAMS_WITHIN / 2, refused.incoming.receive()).await;
+        assert_eq!(soon, Ok(None));
     }
 
     #[tokio::test(start_paused = true)]

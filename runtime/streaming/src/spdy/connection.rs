@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -48,7 +48,7 @@ pub enum Role {
 /// What a peer may take.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Streams that are open at the same time. More are refused with RST_STREAM.
+    /// Streams of the peer that this end holds at the same time. More are refused with RST_STREAM.
     pub streams: usize,
     /// How long a connection lives without a frame in either direction.
     pub idle: Duration,
@@ -76,6 +76,8 @@ struct Entry {
     incoming: Option<mpsc::Sender<Bytes>>,
     /// Whether this end has finished.
     finished: bool,
+    /// Whether the peer has reset it.
+    reset: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -164,8 +166,16 @@ impl Connection {
         });
         let encoder = Encoder::new()?;
         let writer = tokio::spawn(write(to, encoder, orders, shared.clone()));
-        let reading =
-            Reader { opened, commands: commands.clone(), shared: shared.clone(), role, limits, hangup };
+        let permits = Arc::new(Semaphore::new(limits.streams));
+        let reading = Reader {
+            opened,
+            commands: commands.clone(),
+            shared: shared.clone(),
+            role,
+            limits,
+            permits,
+            hangup,
+        };
         let reader = tokio::spawn(reading.run(from));
         Ok(Self { accepted, commands, shared, next_id: 1, reader, writer })
     }
@@ -182,7 +192,7 @@ impl Connection {
     pub async fn open(&mut self, headers: &Headers) -> Result<Stream, Closed> {
         let id = self.next_id;
         self.next_id += 2;
-        let stream = new_stream(id, headers.clone(), &self.commands, &self.shared, false);
+        let stream = new_stream(id, headers.clone(), &self.commands, &self.shared, false, None);
         self.commands
             .send(Command::Open { stream: id, headers: headers.clone() })
             .await
@@ -225,11 +235,15 @@ fn new_stream(
     commands: &mpsc::Sender<Command>,
     shared: &Arc<Shared>,
     peer_finished: bool,
+    permit: Option<OwnedSemaphorePermit>,
 ) -> Stream {
     let (sender, data) = mpsc::channel(QUEUE);
     let incoming = (!peer_finished).then_some(sender);
-    shared.streams().insert(id, Entry { incoming, finished: false });
-    let outgoing = Outgoing { id, commands: commands.clone(), shared: shared.clone() };
+    let (reset, was_reset) = watch::channel(false);
+    shared.streams().insert(id, Entry { incoming, finished: false, reset });
+    let held = Arc::new(permit);
+    let outgoing =
+        Outgoing { id, commands: commands.clone(), shared: shared.clone(), was_reset, _held: held };
     Stream { headers, incoming: Incoming(data), outgoing }
 }
 
@@ -242,6 +256,14 @@ pub struct Stream {
     pub incoming: Incoming,
     /// Data to the peer.
     pub outgoing: Outgoing,
+}
+
+impl Stream {
+    /// The half that is written; whatever the peer sends is thrown away from now on.
+    #[must_use]
+    pub fn without_input(self) -> Outgoing {
+        self.outgoing
+    }
 }
 
 /// The half of a stream that is read.
@@ -261,6 +283,9 @@ pub struct Outgoing {
     id: u32,
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
+    was_reset: watch::Receiver<bool>,
+    /// What the peer may have is counted by what its owner holds, not by what the peer says is over.
+    _held: Arc<Option<OwnedSemaphorePermit>>,
 }
 
 impl Outgoing {
@@ -268,6 +293,13 @@ impl Outgoing {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Resolves when the peer has reset the stream; never, when that ends in another way.
+    pub async fn was_reset(&self) {
+        if self.was_reset.clone().wait_for(|reset| *reset).await.is_err() {
+            std::future::pending().await
+        }
     }
 
     /// Accepts the stream, as a server.
@@ -322,6 +354,7 @@ struct Reader {
     shared: Arc<Shared>,
     role: Role,
     limits: Limits,
+    permits: Arc<Semaphore>,
     hangup: Option<Hangup>,
 }
 
@@ -372,7 +405,9 @@ impl Reader {
                 Ok(true)
             }
             Frame::Reset { stream, .. } => {
-                self.shared.streams().remove(&stream);
+                if let Some(entry) = self.shared.streams().remove(&stream) {
+                    entry.reset.send_replace(true);
+                }
                 Ok(true)
             }
             Frame::SynReply { stream, last, .. } | Frame::Headers { stream, last, .. } => {
@@ -400,10 +435,10 @@ impl Reader {
             return Err(ProtocolError::StreamId(id));
         }
         self.shared.last_stream.store(id, Ordering::Relaxed);
-        if self.shared.streams().len() >= self.limits.streams {
+        let Ok(permit) = self.permits.clone().try_acquire_owned() else {
             return self.order(Command::Reset { stream: id, status: ResetStatus::RefusedStream }).await;
-        }
-        let stream = new_stream(id, headers, &self.commands, &self.shared, peer_finished);
+        };
+        let stream = new_stream(id, headers, &self.commands, &self.shared, peer_finished, Some(permit));
         if self.opened.try_send(stream).is_err() {
             // Nobody accepts streams any more, or as many wait as may be open.
             self.shared.streams().remove(&id);
@@ -574,6 +609,9 @@ mod tests {
         }
         accepted[0].outgoing.reset(ResetStatus::Cancel).await;
         assert_eq!(open[0].incoming.receive().await, None);
+        let mut refused = client.open(&Headers::default()).await.unwrap();
+        assert_eq!(refused.incoming.receive().await, None, "its owner holds it still");
+        drop(accepted.remove(0));
         client.open(&Headers::default()).await.unwrap();
         assert!(server.accept().await.is_some());
     }

@@ -19,7 +19,7 @@ use crate::procfs::{self, Target};
 use crate::rootfs;
 use crate::user::{self, Resolved};
 use berth_shim_proto::control::{Created, Failed};
-use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace, Process};
+use berth_shim_proto::launch::{Cgroup, Launch, Namespaces, PidNamespace, Process};
 use berth_sys::beneath::Root;
 use berth_sys::process::SingleThreaded;
 use berth_sys::{file, ns, process, socket, tty};
@@ -109,21 +109,7 @@ fn prepare_main(
     let profile = Profile::find(&launch.process.apparmor_profile)?;
 
     let namespaces = &launch.namespaces;
-    for (path, kind) in [
-        (&namespaces.network, ns::Kind::Network),
-        (&namespaces.ipc, ns::Kind::Ipc),
-        (&namespaces.uts, ns::Kind::Uts),
-    ] {
-        if !path.is_empty() {
-            let file = ns::open(host_path(path)).step("open the namespace", host_path(path).display())?;
-            ns::join(file.as_fd(), kind.flag()).step("join the namespace", host_path(path).display())?;
-        }
-    }
-    // After the cgroup was joined: a cgroup namespace is rooted where its maker is, cgroup_namespaces(7).
-    // After the network namespace was joined: sysfs shows the one of its mounter.
-    if namespaces.own_cgroup {
-        ns::unshare(ns::CGROUP).step("make a cgroup namespace", "")?;
-    }
+    enter(namespaces)?;
 
     let procfs = match (&namespaces.pid, target) {
         (Some(PidNamespace::Join(path)), _) => {
@@ -306,6 +292,24 @@ fn go_on_inside(
             process::exit_now(0)
         }
     }
+}
+
+/// Joins the pinned namespaces, all but the pid namespace, and makes a cgroup namespace if there is to be one.
+/// For a process that has joined its cgroup: a cgroup namespace is rooted where its maker is,
+/// cgroup_namespaces(7).
+pub(crate) fn enter(namespaces: &Namespaces) -> Result<(), Failed> {
+    for (path, kind) in [
+        (&namespaces.network, ns::Kind::Network),
+        (&namespaces.ipc, ns::Kind::Ipc),
+        (&namespaces.uts, ns::Kind::Uts),
+    ] {
+        if !path.is_empty() {
+            let file = ns::open(host_path(path)).step("open the namespace", host_path(path).display())?;
+            ns::join(file.as_fd(), kind.flag()).step("join the namespace", host_path(path).display())?;
+        }
+    }
+    // After the network namespace was joined: sysfs shows the one of its mounter.
+    if namespaces.own_cgroup { ns::unshare(ns::CGROUP).step("make a cgroup namespace", "") } else { Ok(()) }
 }
 
 fn join_for_children(namespace: BorrowedFd<'_>) -> Result<(), Failed> {

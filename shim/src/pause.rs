@@ -2,7 +2,8 @@
 //! nothing else.
 //!
 //! `berth-shim pause` makes it and ends: a child in a new pid and mount namespace whose root is an empty
-//! read-only tmpfs, without capabilities, without descriptors, which lives until it is killed. The daemon
+//! read-only tmpfs, in the pod's other namespaces, without capabilities, without descriptors, under a filter
+//! for what it does, which lives until it is killed. The daemon
 //! sends `launch::Pause` as one frame and is answered with `Failed`, or with `Created` and two descriptors:
 //! the pid namespace, and a procfs of it as a detached mount, made while the process is alone in there
 //! ([`crate::procfs`]).
@@ -64,7 +65,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
             drop(own);
             let made = begin(request).and_then(|(procfs, profile)| {
                 // Confined first: the parent may take the word for the deed.
-                confine(profile)?;
+                confine(profile, &request.seccomp_filter)?;
                 socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).step("hand over the procfs", "")
             });
             if let Err(failed) = made {
@@ -112,6 +113,7 @@ const SIGKILL: i32 = 9;
 /// with the way into its profile.
 fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     crate::init::begin(&request.cgroup)?;
+    crate::init::enter(&request.namespaces)?;
     let profile = Profile::find(&request.apparmor_profile)?.map(Profile::open_current).transpose()?;
     let procfs = FsContext::open(c"proc")
         .and_then(|procfs| procfs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC))
@@ -120,7 +122,7 @@ fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
 }
 
 /// Takes everything away that somebody in the pod could gain by getting at this process.
-fn confine(profile: Option<Way>) -> Result<(), Failed> {
+fn confine(profile: Option<Way>, filter: &[u8]) -> Result<(), Failed> {
     process::new_session().step("make a session", "")?;
     process::set_name(c"berth-pause").step("name the process", "")?;
     crate::rootfs::enter_empty_root()?;
@@ -129,7 +131,8 @@ fn confine(profile: Option<Way>) -> Result<(), Failed> {
     credentials::limit_bounding_set(0).step("drop the capabilities", "")?;
     credentials::clear_ambient_set().step("drop the capabilities", "")?;
     process::set_no_new_privileges().step("set no_new_privs", "")?;
-    credentials::set_capabilities(0, 0, 0).step("drop the capabilities", "")
+    credentials::set_capabilities(0, 0, 0).step("drop the capabilities", "")?;
+    process::install_seccomp(filter, 0).step("install the seccomp filter", "")
 }
 
 fn reap_for_ever() -> ! {

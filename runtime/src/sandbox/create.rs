@@ -23,7 +23,9 @@ use berth_shim_proto::launch;
 use berth_sys::mount::{self, FsContext, attr};
 use berth_sys::ns::{self, Kind};
 use berth_sys::process::SIGKILL;
+use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSyscall};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -175,9 +177,24 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
     let ending = Ending { signal: SIGKILL, grace: Duration::ZERO, before: None };
     let (cgroup, holder) =
         node.make_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str(), &Limits::default(), ending)?;
+    let host = &sandbox.config.namespaces;
+    let pinned = |kind: Kind, mode: NamespaceMode| match mode {
+        NamespaceMode::Node => Vec::new(),
+        _ => sandbox.files.namespace(kind.file_name()).into_os_string().into_vec(),
+    };
+    let filter = node.filters.get(&reaping()).map_err(SandboxError::Seccomp)?;
     let request = launch::Pause {
         cgroup: crate::container::cgroup_plan(&cgroup),
         apparmor_profile: apparmor_profile(node, &sandbox.config)?.unwrap_or_default().to_owned(),
+        namespaces: launch::Namespaces {
+            network: pinned(Kind::Network, host.network),
+            ipc: pinned(Kind::Ipc, host.ipc),
+            // Made with the network namespace.
+            uts: pinned(Kind::Uts, host.network),
+            own_cgroup: true,
+            ..launch::Namespaces::default()
+        },
+        seccomp_filter: filter.bytes.clone(),
     };
     let Pause { created, pid_namespace, procfs } =
         node.shim.spawn_pause(&request).map_err(SandboxError::Process)?;
@@ -195,6 +212,15 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
         return Err(error);
     }
     Ok(process)
+}
+
+/// A seccomp profile of what a pod's own process does.
+fn reaping() -> LinuxSeccomp {
+    let mut rule = LinuxSyscall::default();
+    rule.set_names(launch::REAPING.map(str::to_owned).into()).set_action(LinuxSeccompAction::ScmpActAllow);
+    let mut profile = LinuxSeccomp::default();
+    profile.set_default_action(LinuxSeccompAction::ScmpActErrno).set_syscalls(Some(vec![rule]));
+    profile
 }
 
 /// The profile of a pod's own process: the default, so that no container gets at an unconfined process

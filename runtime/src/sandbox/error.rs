@@ -7,6 +7,7 @@ use crate::record_files::WriteError;
 use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::SandboxId;
+use berth_seccomp::CompileError;
 use std::io;
 use std::path::Path;
 
@@ -66,6 +67,9 @@ pub(crate) enum SandboxError {
     /// The AppArmor profile of the pod's own process.
     #[error("confine the pod's first process")]
     AppArmor(#[source] NotLoaded),
+    /// The seccomp filter of the pod's own process.
+    #[error("make the filter of the pod's first process")]
+    Seccomp(#[source] CompileError),
     /// The pod's own process.
     #[error("make the pod's first process")]
     Process(#[source] ShimError),

@@ -134,6 +134,26 @@ fn in_own(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
 
 /// What is called under a filter before the program begins is what the daemon asks the filter for, and no
 /// more: any other call would end the process.
+/// Whoever may trace it gets at nothing that the pod does not have.
+#[test]
+fn the_first_process_of_a_pod_is_in_its_namespaces_and_under_a_filter() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("first")))?;
+        let mut tracer = sharing(idle("tracer"));
+        security(&mut tracer).capabilities =
+            Some(v1::Capability { add_capabilities: words(&["SYS_PTRACE"]), ..Default::default() });
+        let main = pod.start(tracer)?;
+        let said = main.sh("for kind in net ipc uts; do \
+             [ $(readlink /proc/1/ns/$kind) = $(readlink /proc/self/ns/$kind) ] && echo $kind; done; \
+             grep -e ^NoNewPrivs: -e ^Seccomp: /proc/1/status; readlink /proc/1/ns/cgroup")?;
+        let (common, cgroup) = said.trim_end().rsplit_once('\n').context("a cgroup namespace")?;
+        assert_eq!(common, "net\nipc\nuts\nNoNewPrivs:\t1\nSeccomp:\t2");
+        let hosts = fs::read_link("/proc/self/ns/cgroup")?;
+        ensure!(cgroup.starts_with("cgroup:[") && Some(cgroup) != hosts.to_str(), "{cgroup}");
+        Ok(())
+    })
+}
+
 #[test]
 fn a_filter_that_just_admits_entering_is_in_force_before_it() -> Result<()> {
     // The first lines are those of the list of the plan, `ENTERING`; the others are a static busybox's.

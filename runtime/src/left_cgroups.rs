@@ -1,8 +1,9 @@
 //! Cgroups of what is gone, in which a process could not be killed: removed as soon as that has ended.
 //!
 //! A process in an uninterruptible wait (a network file system whose server is away) dies when that ends,
-//! which may take hours. Until then its cgroup is kept in mind here, and tried again. What is left when the
-//! daemon ends, the next start looks for.
+//! which may take hours. Until then its cgroup is kept in mind here, and tried again. When the daemon ends
+//! first, the next start finds those below the daemon's own cgroup parent; those below a pod's are left to
+//! whoever made the pod's, as a kubelet does.
 
 use berth_cgroup::Cgroup;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

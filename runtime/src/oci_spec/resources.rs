@@ -106,6 +106,7 @@ fn refuse_unsupported(resources: &LinuxResources) -> Result<(), SpecError> {
         ("cpu.realtimeRuntime", cpu.realtime_runtime().is_some()),
         ("cpu.realtimePeriod", cpu.realtime_period().is_some()),
         ("memory.reservation", memory.reservation().is_some()),
+        ("memory.kernel", memory.kernel().is_some()),
         ("memory.kernelTCP", memory.kernel_tcp().is_some()),
         ("memory.swappiness", memory.swappiness().is_some()),
         ("memory.disableOOMKiller", memory.disable_oom_killer().is_some()),

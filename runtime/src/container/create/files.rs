@@ -58,7 +58,8 @@ pub(super) fn write_files(container: &Container, spec: &Spec) -> Result<(), Cont
         .map_err(|source| ContainerError::Record { id: container.id().clone(), source })
 }
 
-/// Takes back what was made. What cannot be taken back is logged, and found again at the next start.
+/// Takes back what was made. What cannot be taken back is logged; files are found again at the next start,
+/// and the cgroup is tried again.
 pub(super) fn undo(node: &Node, made: &Made) {
     if let Some(cgroup) = &made.cgroup
         && let Err(error) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))

@@ -23,6 +23,8 @@ pub(super) async fn launch(
 ) -> Result<Arc<Container>, ContainerError> {
     let Prepared { mut record, files, cgroup, holder, target, mut spec, plan } = prepared;
     let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
+    // Not owned by the block: the reservation of the name in it lasts until everything is taken back.
+    let mut show = Some(show);
     let result = async {
         let shim = Arc::new(match kind {
             Kind::Shim => ShimClient::spawn(&node.shim, &files.state)?,
@@ -60,7 +62,7 @@ pub(super) async fn launch(
             shim.discard().await;
             return Err(error);
         }
-        if !show(&container) {
+        if !show.take().is_some_and(|show| show(&container)) {
             shim.discard().await;
             return Err(ContainerError::SandboxNotReady { id: container.sandbox_id().clone() });
         }

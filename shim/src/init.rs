@@ -294,8 +294,8 @@ fn go_on_inside(
     }
 }
 
-/// Joins the pinned namespaces, all but the pid namespace, and makes a cgroup namespace if there is to be one.
-/// For a process that has joined its cgroup: a cgroup namespace is rooted where its maker is,
+/// Joins the pinned namespaces, all but the pid namespace, and makes a cgroup namespace if there is to be
+/// one. For a process that has joined its cgroup: a cgroup namespace is rooted where its maker is,
 /// cgroup_namespaces(7).
 pub(crate) fn enter(namespaces: &Namespaces) -> Result<(), Failed> {
     for (path, kind) in [

@@ -270,8 +270,8 @@ pub struct Pause {
     pub seccomp_filter: Vec<u8>,
 }
 
-/// What process 1 of a pod's own pid namespace calls once it is confined. Each is of use on descriptors, memory
-/// and children that the process has already, so a tracer gains nothing by them.
+/// What process 1 of a pod's own pid namespace calls once it is confined. Each is of use on descriptors,
+/// memory and children that the process has already, so a tracer gains nothing by them.
 pub const REAPING: [&str; 27] = [
     "brk",
     "clock_nanosleep",

@@ -1,7 +1,8 @@
 //! A command with its streams: what exec and attach have in common, whatever carries it.
 //!
 //! The sub-protocols are those of Kubernetes' remote command: `channel.k8s.io` and `v2` to `v4` of it over
-//! SPDY, in which each stream has a header `streamType`; over WebSocket, messages whose first byte is a channel.
+//! SPDY, in which each stream has a header `streamType`; over WebSocket, messages whose first byte is a
+//! channel.
 //!
 //! | version | on the error stream |
 //! |---|---|

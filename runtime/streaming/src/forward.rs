@@ -180,7 +180,8 @@ async fn forward(pair: Pair, connect: Connect) {
             Err(failed) => Err(format!("forward port {port}: {failed}")),
         }
     };
-    // A client that resets its stream is not waited for by the pod's side, which may never say anything again.
+    // A client that resets its stream is not waited for by the pod's side, which may never say anything
+    // again.
     let result = tokio::select! {
         biased;
         result = connected => result,

@@ -5,8 +5,9 @@
 //! first, the next start finds those below the daemon's own cgroup parent; those below a pod's are left to
 //! whoever made the pod's, as a kubelet does.
 
+use crate::lock;
 use berth_cgroup::Cgroup;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// How soon the cgroups are tried again, and how rarely in the end.
@@ -64,9 +65,4 @@ fn try_all(left: &Mutex<Vec<Cgroup>>) -> bool {
     let mut left = lock(left);
     left.retain(|cgroup| !gone.iter().any(|gone| gone.path() == cgroup.path()));
     left.is_empty()
-}
-
-fn lock(left: &Mutex<Vec<Cgroup>>) -> MutexGuard<'_, Vec<Cgroup>> {
-    // Each change is one push or retain, so a panic elsewhere leaves it whole.
-    left.lock().unwrap_or_else(PoisonError::into_inner)
 }

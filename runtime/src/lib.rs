@@ -42,6 +42,13 @@ mod trash;
 mod unanswered;
 mod usage;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks a mutex whose value is whole at every moment: a panic elsewhere leaves it usable.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// An error with all its causes, as one line: what a person needs who sees nothing else.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

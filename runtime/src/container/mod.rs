@@ -34,6 +34,7 @@ pub(crate) mod update;
 pub(crate) use error::ContainerError;
 
 use crate::events::{self, ContainerChange, Event};
+use crate::lock;
 use crate::record_files::RecordFiles;
 use crate::registry::Name;
 use crate::shim_client::ShimClient;
@@ -46,7 +47,7 @@ use berth_model::state::{ContainerEvent, ContainerState, Refused, container_afte
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -240,11 +241,6 @@ impl Container {
     fn record_files(&self) -> RecordFiles {
         RecordFiles { record: self.files.record(), copy: self.files.record_copy() }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every value in these locks is replaced as a whole, so a panic elsewhere leaves it whole.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn bytes(path: &Path) -> Vec<u8> {

@@ -23,6 +23,7 @@ pub(crate) use creations::Creation;
 pub(crate) use error::SandboxError;
 
 use crate::events::{self, Event, SandboxChange};
+use crate::lock;
 use crate::record_files::RecordFiles;
 use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
@@ -33,7 +34,7 @@ use berth_model::state::{SandboxEvent, SandboxState, sandbox_after};
 use berth_sys::process;
 use creations::Creations;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 /// Process 1 of a pod that shares its pid namespace.
 #[derive(Debug)]
@@ -201,9 +202,4 @@ impl Sandbox {
         let id = || self.id.clone();
         self.record_files().write(&self.record()).map_err(|source| SandboxError::Record { id: id(), source })
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every value in these locks is replaced as a whole, so a panic elsewhere leaves it whole.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,7 +2,7 @@
 //! its messages.
 
 use crate::chain;
-use crate::cri::status::{CallError, failed};
+use crate::cri::error::{CallError, failed};
 use crate::node::Node;
 use berth_api::v1::{self, import_event, import_request, import_start, pull_event};
 use berth_image::{Credentials, Image, ImportSource, LayerPhase, LayerProgress, Progress, Reference, Secret};

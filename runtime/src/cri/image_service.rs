@@ -1,210 +1,32 @@
-//! `runtime.v1.ImageService`.
+//! `runtime.v1.ImageService`: its calls, which are in [`super::image`].
 
-use super::convert::{self, ImageView};
-use super::info;
-use super::status::{CallError, failed};
-use crate::node::{Node, unix_ns};
+use super::table::service;
+use crate::node::Node;
 use berth_cri::v1;
-use berth_image::{Credentials, Image, NoProgress, Reference, Secret};
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use tonic::{Request, Response, Status};
 
-/// The service. Pulls run in the caller's task, so that a client that goes away cancels its pull; everything
-/// else that changes something runs in a task of its own and ends whatever the client does.
+/// The service.
 #[derive(Debug, Clone)]
 pub(crate) struct ImageService {
-    node: Arc<Node>,
+    pub(super) node: Arc<Node>,
+}
+
+service! {
+    impl v1::image_service_server::ImageService as ImageService;
+    calls {
+        ListImages: list_images(ListImagesRequest) -> ListImagesResponse;
+        ImageStatus: image_status(ImageStatusRequest) -> ImageStatusResponse;
+        PullImage: pull_image(PullImageRequest) -> PullImageResponse, await;
+        RemoveImage: remove_image(RemoveImageRequest) -> RemoveImageResponse, await;
+        ImageFsInfo: image_fs_info(ImageFsInfoRequest) -> ImageFsInfoResponse;
+    }
+    streams {
+        StreamImages: stream_images(StreamImagesRequest) -> StreamImagesStream = StreamImagesResponse;
+    }
 }
 
 impl ImageService {
     pub(crate) fn new(node: Arc<Node>) -> Self {
         Self { node }
-    }
-
-    async fn pull(&self, request: v1::PullImageRequest) -> Result<v1::PullImageResponse, CallError> {
-        let spec = request.image.ok_or(CallError::Missing("image"))?;
-        let reference = Reference::parse(&spec.image)?;
-        let credentials = credentials(request.auth, reference.domain())?;
-        let image = self.node.images.pull(&reference, &credentials, Arc::new(NoProgress)).await?;
-        tracing::info!(image = spec.image, id = %image.id(), "pulled");
-        Ok(v1::PullImageResponse { image_ref: image.id().to_string() })
-    }
-
-    fn image_status(&self, request: v1::ImageStatusRequest) -> Result<v1::ImageStatusResponse, CallError> {
-        let spec = request.image.ok_or(CallError::Missing("image"))?;
-        // Absent is an answer, not an error.
-        let Some(image) = self.node.images.find(&spec.image) else {
-            return Ok(v1::ImageStatusResponse::default());
-        };
-        let info = if request.verbose { info::image(&image) } else { BTreeMap::new() };
-        Ok(v1::ImageStatusResponse { image: Some(message(&image)), info })
-    }
-
-    async fn remove(&self, request: v1::RemoveImageRequest) -> Result<v1::RemoveImageResponse, CallError> {
-        let spec = request.image.ok_or(CallError::Missing("image"))?;
-        let node = self.node.clone();
-        let removed = tokio::spawn(async move {
-            let users = node.clone();
-            let removed = node.images.remove(&spec.image, move || users.images_in_use()).await?;
-            if removed {
-                tracing::info!(image = spec.image, "removed");
-            }
-            Ok::<_, CallError>(())
-        });
-        removed.await.map_err(|_| CallError::Stopping)??;
-        Ok(v1::RemoveImageResponse {})
-    }
-
-    fn fs_info(&self) -> v1::ImageFsInfoResponse {
-        let usage = self.node.images.usage();
-        let filesystem = v1::FilesystemUsage {
-            timestamp: unix_ns(),
-            // A directory that exists, because the kubelet looks up the disk that it is on.
-            fs_id: Some(v1::FilesystemIdentifier {
-                mountpoint: self.node.layout.root().display().to_string(),
-            }),
-            used_bytes: Some(v1::UInt64Value { value: usage.bytes }),
-            inodes_used: Some(v1::UInt64Value { value: usage.inodes }),
-        };
-        v1::ImageFsInfoResponse {
-            image_filesystems: vec![filesystem.clone()],
-            container_filesystems: vec![filesystem],
-        }
-    }
-}
-
-/// `Image`, the same bytes whatever call asks for it.
-fn message(image: &Image) -> v1::Image {
-    let id = image.id().to_string();
-    convert::image(&ImageView {
-        id: &id,
-        repo_tags: image.repo_tags(),
-        repo_digests: image.repo_digests(),
-        size_bytes: image.size_bytes(),
-        user: image.user(),
-        annotations: &BTreeMap::new(),
-    })
-}
-
-/// `AuthConfig`: user and password, else an identity token, else `auth`. Given for another host they are not
-/// used at all.
-fn credentials(auth: Option<v1::AuthConfig>, domain: &str) -> Result<Credentials, CallError> {
-    let Some(auth) = auth else { return Ok(Credentials::Anonymous) };
-    if !auth.server_address.is_empty() && host_of(&auth.server_address) != domain {
-        return Ok(Credentials::Anonymous);
-    }
-    if !auth.username.is_empty() {
-        return Ok(Credentials::Basic { username: auth.username, password: Secret::new(auth.password) });
-    }
-    if !auth.identity_token.is_empty() {
-        return Ok(Credentials::IdentityToken(Secret::new(auth.identity_token)));
-    }
-    if !auth.auth.is_empty() {
-        return Credentials::from_auth_field(&auth.auth)
-            .map_err(|_| CallError::Auth("auth.auth: not base64 of user:password"));
-    }
-    if !auth.registry_token.is_empty() {
-        return Ok(Credentials::RegistryToken(Secret::new(auth.registry_token)));
-    }
-    Ok(Credentials::Anonymous)
-}
-
-/// The host in `https://host/v1/`, `host`, or docker's name for its own registry.
-fn host_of(address: &str) -> &str {
-    let rest = address.split_once("://").map_or(address, |(_, rest)| rest);
-    match rest.split('/').next().unwrap_or(rest) {
-        "index.docker.io" | "registry-1.docker.io" => "docker.io",
-        host => host,
-    }
-}
-
-#[tonic::async_trait]
-impl v1::image_service_server::ImageService for ImageService {
-    async fn list_images(
-        &self,
-        request: Request<v1::ListImagesRequest>,
-    ) -> Result<Response<v1::ListImagesResponse>, Status> {
-        let wanted = request.into_inner().filter.and_then(|filter| filter.image).map(|spec| spec.image);
-        let images = match wanted.filter(|text| !text.is_empty()) {
-            Some(text) => self.node.images.find(&text).into_iter().collect(),
-            None => self.node.images.list(),
-        };
-        Ok(Response::new(v1::ListImagesResponse { images: images.iter().map(message).collect() }))
-    }
-
-    type StreamImagesStream = super::runtime_service::Items<v1::StreamImagesResponse>;
-
-    async fn stream_images(
-        &self,
-        request: Request<v1::StreamImagesRequest>,
-    ) -> Result<Response<Self::StreamImagesStream>, Status> {
-        let listed = self
-            .list_images(Request::new(v1::ListImagesRequest { filter: request.into_inner().filter }))
-            .await?;
-        let images = listed.into_inner().images;
-        Ok(super::runtime_service::pages(images, |images| v1::StreamImagesResponse { images }))
-    }
-
-    async fn image_status(
-        &self,
-        request: Request<v1::ImageStatusRequest>,
-    ) -> Result<Response<v1::ImageStatusResponse>, Status> {
-        let answer = ImageService::image_status(self, request.into_inner());
-        answer.map(Response::new).map_err(|error| failed("ImageStatus", &error))
-    }
-
-    async fn pull_image(
-        &self,
-        request: Request<v1::PullImageRequest>,
-    ) -> Result<Response<v1::PullImageResponse>, Status> {
-        self.pull(request.into_inner()).await.map(Response::new).map_err(|error| failed("PullImage", &error))
-    }
-
-    async fn remove_image(
-        &self,
-        request: Request<v1::RemoveImageRequest>,
-    ) -> Result<Response<v1::RemoveImageResponse>, Status> {
-        self.remove(request.into_inner())
-            .await
-            .map(Response::new)
-            .map_err(|error| failed("RemoveImage", &error))
-    }
-
-    async fn image_fs_info(
-        &self,
-        _request: Request<v1::ImageFsInfoRequest>,
-    ) -> Result<Response<v1::ImageFsInfoResponse>, Status> {
-        Ok(Response::new(self.fs_info()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn credentials_for_another_host_are_not_used() {
-        let auth = |server: &str| {
-            Some(v1::AuthConfig {
-                username: "ann".to_owned(),
-                password: "secret".to_owned(),
-                server_address: server.to_owned(),
-                ..v1::AuthConfig::default()
-            })
-        };
-        for server in ["", "r.example", "https://r.example", "http://r.example/v2/"] {
-            assert!(
-                matches!(credentials(auth(server), "r.example"), Ok(Credentials::Basic { .. })),
-                "{server}"
-            );
-        }
-        for server in ["other.example", "https://r.example.evil", "r.example:5000"] {
-            assert!(matches!(credentials(auth(server), "r.example"), Ok(Credentials::Anonymous)), "{server}");
-        }
-        assert!(matches!(
-            credentials(auth("https://index.docker.io/v1/"), "docker.io"),
-            Ok(Credentials::Basic { .. })
-        ));
     }
 }

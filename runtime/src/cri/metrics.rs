@@ -10,6 +10,9 @@
 //! by `id`, their cgroup; the network of pods by `name`, which has the pod's uid and attempt in it; figures
 //! of a pod's cgroup are told once for each cgroup, and not at all for one that pods share.
 
+use super::error::CallError;
+use super::pages::{Items, METRICS_PAGE, pages};
+use super::runtime_service::RuntimeService;
 use super::stats::value;
 use crate::cadvisor;
 use crate::container::Container;
@@ -116,8 +119,38 @@ kinds! {
     LAST_SEEN = gauge "container_last_seen" [] "When it was last looked at, in seconds since 1970.";
 }
 
-/// Of `ListMetricDescriptors`.
-pub(super) fn descriptors() -> Vec<v1::MetricDescriptor> {
+impl RuntimeService {
+    pub(super) fn list_metric_descriptors(
+        &self,
+        _request: v1::ListMetricDescriptorsRequest,
+    ) -> Result<v1::ListMetricDescriptorsResponse, CallError> {
+        Ok(v1::ListMetricDescriptorsResponse { descriptors: descriptors() })
+    }
+
+    pub(super) async fn list_pod_sandbox_metrics(
+        &self,
+        _request: v1::ListPodSandboxMetricsRequest,
+    ) -> Result<v1::ListPodSandboxMetricsResponse, CallError> {
+        Ok(v1::ListPodSandboxMetricsResponse { pod_metrics: self.metrics_of_pods().await? })
+    }
+
+    pub(super) async fn stream_pod_sandbox_metrics(
+        &self,
+        _request: v1::StreamPodSandboxMetricsRequest,
+    ) -> Result<Items<v1::StreamPodSandboxMetricsResponse>, CallError> {
+        let pods = self.metrics_of_pods().await?;
+        pages(METRICS_PAGE, &pods, |pod_sandbox_metrics| v1::StreamPodSandboxMetricsResponse {
+            pod_sandbox_metrics,
+        })
+    }
+
+    async fn metrics_of_pods(&self) -> Result<Vec<v1::PodSandboxMetrics>, CallError> {
+        let sandboxes = self.node.registry.sandboxes();
+        self.blocking(move |node, samples| of_pods(node, samples, sandboxes)).await
+    }
+}
+
+fn descriptors() -> Vec<v1::MetricDescriptor> {
     KINDS
         .iter()
         .map(|kind| v1::MetricDescriptor {
@@ -129,11 +162,7 @@ pub(super) fn descriptors() -> Vec<v1::MetricDescriptor> {
 }
 
 /// The metrics of these pods, as far as they are ready. Blocking.
-pub(super) fn of_pods(
-    node: &Node,
-    samples: &Samples,
-    sandboxes: Vec<Arc<Sandbox>>,
-) -> Vec<v1::PodSandboxMetrics> {
+fn of_pods(node: &Node, samples: &Samples, sandboxes: Vec<Arc<Sandbox>>) -> Vec<v1::PodSandboxMetrics> {
     let mut disk = Disk::new(node);
     let mut told = HashSet::new();
     let mut pods = pod::count(node, sandboxes);

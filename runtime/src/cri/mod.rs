@@ -1,18 +1,28 @@
 //! The CRI edge: the only module that names CRI messages.
 //!
+//! - `runtime_service`, `image_service`: the two services, as tables (`table`) of their calls;
+//! - `runtime`, `sandbox`, `container`, `exec`, `image`, `stats`, `metrics`: the calls, by the object that
+//!   they are about, each under its name in the CRI; `not_offered`: those that are refused;
 //! - `convert`: messages into plain data, checked, and back;
-//! - `runtime_service`, `image_service`: the two services, one method a call;
-//! - `stats`, `metrics`: numbers of containers and pods as CRI messages;
+//! - `pages`: lists as streams;
 //! - `info`: the verbose JSON that node tools read;
-//! - `status`: errors as gRPC codes, the one place for that.
+//! - `error`: errors as gRPC codes, the one place for that.
 
+mod container;
 pub mod convert;
+pub(crate) mod error;
+mod exec;
+mod image;
 mod image_service;
 mod info;
 mod metrics;
+mod not_offered;
+mod pages;
+mod runtime;
 mod runtime_service;
+mod sandbox;
 mod stats;
-pub(crate) mod status;
+mod table;
 
 pub(crate) use image_service::ImageService;
 pub(crate) use runtime_service::RuntimeService;

@@ -1,14 +1,95 @@
-//! What containers and pods use as CRI messages: `ContainerStats` and `PodSandboxStats`.
+//! Calls about what containers and pods use, and their messages: `ContainerStats` and `PodSandboxStats`.
 
+use super::convert::{ContainerFilter, SandboxFilter};
+use super::error::CallError;
+use super::pages::{Items, PAGE, pages};
+use super::runtime_service::RuntimeService;
+use super::sandbox::view;
 use crate::node::Node;
 use crate::usage::pod::PodUsage;
-use crate::usage::{ContainerUsage, LayerSize, Sample, Traffic};
+use crate::usage::{ContainerUsage, LayerSize, Sample, Samples, Traffic};
 use berth_cgroup::MemoryStats;
 use berth_cri::v1;
 use berth_network::interfaces::InterfaceCounters;
 
+impl RuntimeService {
+    pub(super) async fn container_stats(
+        &self,
+        request: v1::ContainerStatsRequest,
+    ) -> Result<v1::ContainerStatsResponse, CallError> {
+        let container = self.container(&request.container_id)?;
+        let usage = self.blocking(move |_, samples| samples.container(&container)).await??;
+        Ok(v1::ContainerStatsResponse { stats: Some(message(&self.node, &usage)) })
+    }
+
+    pub(super) async fn list_container_stats(
+        &self,
+        request: v1::ListContainerStatsRequest,
+    ) -> Result<v1::ListContainerStatsResponse, CallError> {
+        Ok(v1::ListContainerStatsResponse { stats: self.stats_of_containers(request.filter).await? })
+    }
+
+    pub(super) async fn stream_container_stats(
+        &self,
+        request: v1::StreamContainerStatsRequest,
+    ) -> Result<Items<v1::StreamContainerStatsResponse>, CallError> {
+        let stats = self.stats_of_containers(request.filter).await?;
+        pages(PAGE, &stats, |container_stats| v1::StreamContainerStatsResponse { container_stats })
+    }
+
+    pub(super) async fn pod_sandbox_stats(
+        &self,
+        request: v1::PodSandboxStatsRequest,
+    ) -> Result<v1::PodSandboxStatsResponse, CallError> {
+        let sandbox = self.sandbox(&request.pod_sandbox_id)?;
+        let usage = self.blocking(move |node, samples| samples.pods(node, vec![sandbox])).await?;
+        Ok(v1::PodSandboxStatsResponse { stats: usage.first().map(|usage| pod_message(&self.node, usage)) })
+    }
+
+    pub(super) async fn list_pod_sandbox_stats(
+        &self,
+        request: v1::ListPodSandboxStatsRequest,
+    ) -> Result<v1::ListPodSandboxStatsResponse, CallError> {
+        Ok(v1::ListPodSandboxStatsResponse { stats: self.stats_of_pods(request.filter).await? })
+    }
+
+    pub(super) async fn stream_pod_sandbox_stats(
+        &self,
+        request: v1::StreamPodSandboxStatsRequest,
+    ) -> Result<Items<v1::StreamPodSandboxStatsResponse>, CallError> {
+        let stats = self.stats_of_pods(request.filter).await?;
+        pages(PAGE, &stats, |pod_sandbox_stats| v1::StreamPodSandboxStatsResponse { pod_sandbox_stats })
+    }
+
+    async fn stats_of_containers(
+        &self,
+        filter: Option<v1::ContainerStatsFilter>,
+    ) -> Result<Vec<v1::ContainerStats>, CallError> {
+        let containers = self.containers(&ContainerFilter::of_stats(filter));
+        let look = move |node: &Node, samples: &Samples| {
+            // One that vanishes or cannot be read does not spoil the list.
+            let usages = containers.iter().filter_map(|container| samples.container(container).ok());
+            usages.map(|usage| message(node, &usage)).collect()
+        };
+        self.blocking(look).await
+    }
+
+    async fn stats_of_pods(
+        &self,
+        filter: Option<v1::PodSandboxStatsFilter>,
+    ) -> Result<Vec<v1::PodSandboxStats>, CallError> {
+        let filter = SandboxFilter::of_stats(filter);
+        let mut sandboxes = self.node.registry.sandboxes();
+        sandboxes.retain(|sandbox| filter.matches(&view(sandbox)));
+        let look = move |node: &Node, samples: &Samples| {
+            samples.pods(node, sandboxes).iter().map(|usage| pod_message(node, usage)).collect()
+        };
+        self.blocking(look).await
+    }
+}
+
 /// The numbers of one container.
-pub(super) fn container(node: &Node, usage: &ContainerUsage) -> v1::ContainerStats {
+fn message(node: &Node, usage: &ContainerUsage) -> v1::ContainerStats {
     let config = usage.container.config();
     let mut message = v1::ContainerStats {
         attributes: Some(v1::ContainerAttributes {
@@ -34,9 +115,9 @@ pub(super) fn container(node: &Node, usage: &ContainerUsage) -> v1::ContainerSta
 }
 
 /// The numbers of one pod.
-pub(super) fn pod(node: &Node, usage: &PodUsage) -> v1::PodSandboxStats {
+fn pod_message(node: &Node, usage: &PodUsage) -> v1::PodSandboxStats {
     let mut linux = v1::LinuxPodSandboxStats {
-        containers: usage.containers.iter().map(|usage| container(node, usage)).collect(),
+        containers: usage.containers.iter().map(|usage| message(node, usage)).collect(),
         network: usage.traffic.as_ref().map(|traffic| network(usage.at_unix_ns, traffic)),
         ..v1::LinuxPodSandboxStats::default()
     };

@@ -1,0 +1,39 @@
+//! Calls that Berth does not offer yet.
+
+use super::error::CallError;
+use super::pages::Items;
+use super::runtime_service::RuntimeService;
+use berth_cri::v1;
+
+const CHECKPOINT: CallError = CallError::NotOffered("checkpoint and restore are not offered yet");
+const EVENTS: CallError = CallError::NotOffered("container events are not offered yet; lists are");
+
+impl RuntimeService {
+    pub(super) fn checkpoint_container(
+        &self,
+        _request: v1::CheckpointContainerRequest,
+    ) -> Result<v1::CheckpointContainerResponse, CallError> {
+        Err(CHECKPOINT)
+    }
+
+    pub(super) fn checkpoint_pod(
+        &self,
+        _request: v1::CheckpointPodRequest,
+    ) -> Result<v1::CheckpointPodResponse, CallError> {
+        Err(CHECKPOINT)
+    }
+
+    pub(super) fn restore_pod(
+        &self,
+        _request: v1::RestorePodRequest,
+    ) -> Result<v1::RestorePodResponse, CallError> {
+        Err(CHECKPOINT)
+    }
+
+    pub(super) fn get_container_events(
+        &self,
+        _request: v1::GetEventsRequest,
+    ) -> Result<Items<v1::ContainerEventResponse>, CallError> {
+        Err(EVENTS)
+    }
+}

@@ -8,6 +8,7 @@ use crate::log_stream::LogStreamError;
 use crate::names::NameError;
 use crate::output::OutputError;
 use crate::pull::PullError;
+use crate::table::printable;
 
 /// Exit code of a command that failed, where the code says nothing else.
 pub(crate) const FAILURE: u8 = 1;
@@ -82,5 +83,31 @@ impl Error {
             _ => return false,
         };
         error.0.kind() == std::io::ErrorKind::BrokenPipe
+    }
+
+    /// The error and its causes on one line. Texts from the daemon may hold anything; a terminal must not act
+    /// on it.
+    pub(crate) fn one_line(&self) -> String {
+        let mut line = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            line.push_str(": ");
+            line.push_str(&error.to_string());
+            cause = error.source();
+        }
+        printable(line.trim_end())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::Status;
+
+    #[test]
+    fn an_error_is_one_line_whatever_the_daemon_says() {
+        let refusal = Status::internal("no\nsuch\u{1b}[31m thing\n").into();
+        let error = Error::from(CallError { act: "pull x".into(), refusal });
+        assert_eq!(error.one_line(), "pull x: no?such?[31m thing");
     }
 }

@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<ExitCode> {
     runtime.shutdown_background();
     Ok(outcome.unwrap_or_else(|error| {
         if !error.reader_is_gone() {
-            output::remark(one_line(&error));
+            output::remark(error.one_line());
         }
         error.exit_code(runs_a_program)
     }))
@@ -97,32 +97,4 @@ fn refuse_command_line(error: &clap::Error) -> ExitCode {
         return ExitCode::from(BERTH_FAILED);
     }
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(BERTH_FAILED))
-}
-
-/// An error and its causes on one line. Texts from the daemon may hold anything; a terminal must not act on
-/// it.
-fn one_line(error: &Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    table::printable(line.trim_end())
-}
-
-#[cfg(test)]
-mod tests {
-    use tonic::Status;
-
-    use super::*;
-    use crate::daemon::CallError;
-
-    #[test]
-    fn an_error_is_one_line_whatever_the_daemon_says() {
-        let refusal = Status::internal("no\nsuch\u{1b}[31m thing\n").into();
-        let error = Error::from(CallError { act: "pull x".into(), refusal });
-        assert_eq!(one_line(&error), "pull x: no?such?[31m thing");
-    }
 }

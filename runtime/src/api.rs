@@ -241,8 +241,8 @@ fn info(node: &Node) -> v1::InfoResponse {
         root: node.layout.root().display().to_string(),
         state: node.layout.state().display().to_string(),
         cgroup: Some(v1::CgroupInfo {
-            driver: node.cgroup_driver.to_string(),
-            version: if node.hierarchy.is_unified() { 2 } else { 1 },
+            driver: node.cgroups.driver.to_string(),
+            version: if node.cgroups.hierarchy.is_unified() { 2 } else { 1 },
         }),
         network: Some(v1::NetworkInfo {
             kind: "bridge".to_owned(),

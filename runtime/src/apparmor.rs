@@ -8,10 +8,11 @@
 //!
 //! Putting a process under a profile is the shim's.
 
+use crate::lock;
 use berth_sys::program::Run;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// The profile of containers that ask for the runtime's own.
@@ -174,7 +175,7 @@ impl DefaultProfile {
         if !self.enforced {
             return Ok(None);
         }
-        let mut was_loaded = self.was_loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut was_loaded = lock(&self.was_loaded);
         // Where the list cannot be read, the shim finds out.
         if !*was_loaded || !is_loaded().unwrap_or(true) {
             *was_loaded = false;

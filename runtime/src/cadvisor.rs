@@ -48,9 +48,6 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
-/// Where cAdvisor looks; it cannot be told another place.
-pub(crate) const SOCKET: &str = "/var/run/crio/crio.sock";
-
 /// Connections at a time. A cAdvisor has one for each cgroup that it looks at just then.
 const MAX_CONNECTIONS: usize = 32;
 
@@ -386,7 +383,7 @@ pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let Some(_making) = sandbox.begin_creation() else { return };
     let (making, pod) = (node.clone(), sandbox.clone());
     let made = tokio::task::spawn_blocking(move || {
-        Cgroup::create_empty(&making.hierarchy, pod.cgroup_parent(), pod.id().as_str())
+        Cgroup::create_empty(&making.cgroups.hierarchy, pod.cgroup_parent(), pod.id().as_str())
     });
     match made.await {
         Ok(Err(berth_cgroup::Error::AlreadyExists { .. })) | Ok(Ok(_)) | Err(_) => {}

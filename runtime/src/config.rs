@@ -19,6 +19,9 @@ pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
 /// then those that a node which ran containerd has.
 const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
 
+/// Where the cAdvisor of a kubelet looks; it cannot be told another place.
+const CADVISOR_SOCKET: &str = "/var/run/crio/crio.sock";
+
 /// The keys and sections that take effect as soon as they are read; the others when the daemon starts.
 const AT_ONCE: [&str; 4] = ["log", "registry", "image", "container"];
 
@@ -307,7 +310,7 @@ impl Config {
         let (cgroup_driver, cgroup_parent) = cgroup(&mut check, &written.cgroup);
         let cadvisor_socket = check.absolute(
             "compat.cadvisor_socket",
-            written.compat.cadvisor_socket.unwrap_or_else(|| crate::cadvisor::SOCKET.into()),
+            written.compat.cadvisor_socket.unwrap_or_else(|| CADVISOR_SOCKET.into()),
         );
         let streaming = streaming(&mut check, written.streaming);
         let rlimits = rlimits::check(&written.container.rlimits).unwrap_or_else(|mistakes| {

@@ -1,13 +1,13 @@
 //! The daemon as a whole: opening everything, serving, ending.
 
 use crate::apparmor::DefaultProfile;
+use crate::cgroups::Cgroups;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
 use crate::file_error::FileError;
 use crate::handlers::Handlers;
 use crate::housekeeping;
-use crate::left_cgroups::LeftCgroups;
 use crate::node::Node;
 use crate::notify::{self, Notifier};
 use crate::oci_spec::HostFacts;
@@ -18,7 +18,6 @@ use crate::reload_request::Progress;
 use crate::selinux;
 use crate::shim_client::ShimProgram;
 use crate::streaming::{Streaming, StreamingError};
-use crate::unanswered::Unanswered;
 use crate::{api, apparmor, cadvisor, server};
 use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
 use berth_checkup::{Finding, Grade};
@@ -147,7 +146,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let config = node.config();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"), socket = %config.socket.display(),
-        cgroup = if node.hierarchy.is_unified() { 2 } else { 1 }, cgroup_driver = %node.cgroup_driver, bridge = %node.bridge.config().name, "berthd serves"
+        cgroup = if node.cgroups.hierarchy.is_unified() { 2 } else { 1 }, cgroup_driver = %node.cgroups.driver, bridge = %node.bridge.config().name, "berthd serves"
     );
     let streaming = Streaming::start(&config.streaming)?;
     let services = server::Services {
@@ -320,12 +319,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     Ok(Node {
         layout,
         default_apparmor_profile,
-        hierarchy,
-        cgroup_driver,
-        default_cgroup_parent,
-        systemd,
-        unanswered: Unanswered::default(),
-        left_cgroups: LeftCgroups::default(),
+        cgroups: Cgroups::new(hierarchy, default_cgroup_parent, systemd, config.root.clone()),
         handlers: Handlers::own(),
         shim,
         bridge: Arc::new(bridge),
@@ -349,7 +343,7 @@ async fn tell_what_the_node_lacks(node: &Arc<Node>) {
         root: node.layout.root().to_owned(),
         state: node.layout.state().to_owned(),
         socket: config.socket.clone(),
-        cgroup_driver: node.cgroup_driver.to_string(),
+        cgroup_driver: node.cgroups.driver.to_string(),
         min_free_bytes: images.min_free_bytes,
         min_free_percent: images.min_free_percent,
         cadvisor_socket: config.cadvisor_socket.clone(),

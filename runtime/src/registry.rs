@@ -4,39 +4,12 @@
 //! name, by a [`Reservation`]. All locks here are held for a look-up and no longer.
 
 use crate::container::Container;
+use crate::lock;
+use crate::names::{Name, NameTaken};
 use crate::sandbox::Sandbox;
 use berth_model::id::{ContainerId, SandboxId};
-use berth_model::{container, sandbox};
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// The identity that must be unique.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) enum Name {
-    /// Of a sandbox.
-    Sandbox(sandbox::Metadata),
-    /// Of a container in its sandbox.
-    Container(SandboxId, container::Metadata),
-}
-
-impl std::fmt::Display for Name {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Sandbox(metadata) => write!(f, "pod {metadata}"),
-            Self::Container(sandbox, metadata) => {
-                write!(f, "container {} (attempt {}) in sandbox {sandbox}", metadata.name, metadata.attempt)
-            }
-        }
-    }
-}
-
-/// The name belongs to another object.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{name} exists already, as {owner}")]
-pub(crate) struct NameTaken {
-    name: String,
-    owner: String,
-}
+use std::sync::{Arc, Mutex};
 
 /// What a text that should name an object finds.
 #[derive(Debug)]
@@ -85,11 +58,6 @@ impl Drop for Reservation {
             lock(&self.inner).names.remove(&name);
         }
     }
-}
-
-fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
-    // Every change under this lock is one insert or remove, so a panic elsewhere leaves it whole.
-    inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Registry {
@@ -248,11 +216,12 @@ fn one<'a, T: Clone + 'a>(mut found: impl Iterator<Item = &'a T>) -> Found<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use berth_model::sandbox::Metadata;
 
     #[test]
     fn a_name_is_free_again_when_its_making_failed() {
         let registry = Registry::default();
-        let name = Name::Sandbox(sandbox::Metadata { name: "a".to_owned(), ..sandbox::Metadata::default() });
+        let name = Name::Sandbox(Metadata { name: "a".to_owned(), ..Metadata::default() });
         let reservation = registry.reserve(name.clone(), "first").unwrap();
         assert!(registry.is_being_made("first") && !registry.is_being_made("second"));
         let taken = registry.reserve(name.clone(), "second").unwrap_err();
@@ -264,7 +233,7 @@ mod tests {
     #[test]
     fn a_name_that_was_taken_anew_is_not_freed_by_its_old_owner() {
         let registry = Registry::default();
-        let name = Name::Sandbox(sandbox::Metadata::default());
+        let name = Name::Sandbox(Metadata::default());
         let reservation = registry.reserve(name.clone(), "new").unwrap();
         lock(&registry.0).give_back(&name, "old");
         assert!(registry.reserve(name.clone(), "third").is_err());

@@ -5,6 +5,7 @@
 //! every waiter gets [`ShimError::Lost`], and [`ShimClient::ended`] resolves. Every call has a deadline: a
 //! shim that hangs hurts its own container only.
 
+use crate::lock;
 use berth_model::layout::SHIM_SOCKET;
 use berth_shim_proto::control::{
     ExecRequest, Phase, Reply, Request, SignalExec, reply::Answer, request::Call,
@@ -20,7 +21,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -246,7 +247,7 @@ struct Sent {
 
 /// Takes the request out of its slot: to send it, or to take it back. `None` when the other was first.
 fn take(slot: &Slot) -> Option<Outgoing> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+    lock(slot).take()
 }
 
 /// Takes a request back when it is dropped, unless it was sent; nobody waits for its answer then.
@@ -714,10 +715,6 @@ async fn reap(pid: i32) {
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_secs(10));
     }
-}
-
-fn lock(pending: &Pending) -> std::sync::MutexGuard<'_, HashMap<u64, oneshot::Sender<Answer>>> {
-    pending.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where the shim's program is looked for when the configuration does not say: beside the daemon's own, then

@@ -21,7 +21,7 @@ use crate::connection::{Connection, Incoming};
 use crate::exit::{drop_reservation, unix_ns, write_record};
 use crate::failure::{Step, from_io, refused};
 use crate::handshake;
-use crate::init::host_path;
+use crate::host_path::host_path;
 use crate::launch::{self, Container, Exec, Making, Stage};
 use crate::stdio::Output;
 use berth_shim_proto::control::{

@@ -1,5 +1,6 @@
 //! The end of a container: was it the OOM killer, and the record of it on disk.
 
+use crate::host_path::host_path;
 use berth_shim_proto::exit_record::{ExitRecord, encode};
 use berth_shim_proto::launch::Cgroup;
 use std::fs::File;
@@ -38,7 +39,7 @@ impl OomCounter {
         if cgroup.oom_file.is_empty() {
             return Ok(None);
         }
-        let path = crate::init::host_path(&cgroup.oom_file);
+        let path = host_path(&cgroup.oom_file);
         let file = File::open(path)?;
         let key = cgroup.oom_key.clone().into_bytes();
         let above = if path.ends_with(TELLS_OF_CHANGES) { above(path, &key) } else { None };
@@ -108,11 +109,11 @@ pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     const SIGKILL: i32 = 9;
     if !cgroup.unified_dir.is_empty() {
         // Linux 5.14. What cannot be killed here is killed by the daemon.
-        let _ = std::fs::write(crate::init::host_path(&cgroup.unified_dir).join("cgroup.kill"), "1");
+        let _ = std::fs::write(host_path(&cgroup.unified_dir).join("cgroup.kill"), "1");
         return;
     }
     let Some(tasks) = cgroup.tasks_files.first() else { return };
-    let list = crate::init::host_path(tasks).with_file_name("cgroup.procs");
+    let list = host_path(tasks).with_file_name("cgroup.procs");
     let processes = std::fs::read_to_string(list).unwrap_or_default();
     for pid in processes.lines().filter_map(|line| line.parse().ok()) {
         // By descriptor; whoever has the number when it is opened is in the list still, or has ended.

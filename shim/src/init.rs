@@ -14,6 +14,7 @@ use crate::apparmor::{Profile, Way};
 use crate::execute::{self, Privileges, Program};
 use crate::failure::{Step, refused};
 use crate::handshake::{self, ChildEnd};
+use crate::host_path::host_path;
 use crate::inheritance;
 use crate::procfs::{self, Target};
 use crate::rootfs;
@@ -23,11 +24,10 @@ use berth_shim_proto::launch::{Cgroup, Launch, Namespaces, PidNamespace, Process
 use berth_sys::beneath::Root;
 use berth_sys::process::SingleThreaded;
 use berth_sys::{file, ns, process, socket, tty};
-use std::ffi::{CString, OsStr};
+use std::ffi::CString;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
@@ -49,11 +49,6 @@ impl Stdio {
     fn all(&self) -> [BorrowedFd<'_>; 3] {
         [self.input.as_fd(), self.output.as_fd(), self.error.as_fd()]
     }
-}
-
-/// A host path of the plan.
-pub(crate) fn host_path(bytes: &[u8]) -> &Path {
-    Path::new(OsStr::from_bytes(bytes))
 }
 
 /// The main process. Never returns: it becomes the program, or reports why not and ends.

@@ -20,6 +20,7 @@ mod execute;
 mod exit;
 mod failure;
 mod handshake;
+mod host_path;
 mod inheritance;
 mod init;
 mod launch;

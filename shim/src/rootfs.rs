@@ -6,7 +6,7 @@
 //! the container.
 
 use crate::failure::{Step, from_io, refused, shown};
-use crate::init::host_path;
+use crate::host_path::host_path;
 use crate::mount_place;
 use crate::user::Accounts;
 use berth_shim_proto::control::Failed;

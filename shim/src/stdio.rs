@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::SystemTime;
 
 use crate::failure::Step;
+use crate::host_path::host_path;
 
 /// Bytes read at a time: what a pipe holds by default, pipe(7). The buffer lives only while there is
 /// something to read.
@@ -48,8 +49,7 @@ impl Output {
         if launch.log_directory.is_empty() || launch.log_name.is_empty() {
             return Ok(None);
         }
-        let path =
-            crate::init::host_path(&launch.log_directory).join(crate::init::host_path(&launch.log_name));
+        let path = host_path(&launch.log_directory).join(host_path(&launch.log_name));
         LogFile::open(&launch.log_directory, &launch.log_name).step("open the log", path.display()).map(Some)
     }
 

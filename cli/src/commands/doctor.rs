@@ -9,7 +9,7 @@ use berth_cri::v1::{RuntimeCondition, StatusRequest};
 
 use crate::daemon::{Daemon, answer};
 use crate::error::{Error, FAILURE};
-use crate::{one_line, output, table};
+use crate::{output, table};
 
 /// Looks at the node and at its daemon, and prints a line for each finding. The exit code says whether
 /// something is broken.
@@ -26,7 +26,7 @@ pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
         }
         // Where its directories are is not known then; those of a daemon without a configuration are looked
         // at.
-        Err(error) => vec![finding(Grade::Broken, "berthd", one_line(&error))],
+        Err(error) => vec![finding(Grade::Broken, "berthd", error.one_line())],
     };
     let mut findings = look(Path::new("/"), &daemon);
     findings.extend(of_daemon);

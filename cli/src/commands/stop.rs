@@ -7,7 +7,7 @@ use crate::args::StopArgs;
 use crate::daemon::Daemon;
 use crate::error::Error;
 use crate::names::{Inventory, Target};
-use crate::{one_line, output};
+use crate::output;
 
 /// Stops everything that was named, all at once, and prints each name that was.
 ///
@@ -67,7 +67,7 @@ pub(super) fn report(names: &[String], outcomes: Vec<Result<(), Error>>) -> Resu
         1 => failures.pop().map_or(Ok(()), Err),
         failed => {
             for error in &failures {
-                output::remark(one_line(error));
+                output::remark(error.one_line());
             }
             Err(Error::Partly { failed, all })
         }

@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use crate::{Error, control_file};
+use crate::{Driver, Error, control_file};
 
 /// The controllers whose limits Berth sets or whose files it needs to end and count processes. On v1 a
 /// container's cgroup must exist in each of their hierarchies that is mounted, and a named parent must too:
@@ -222,6 +222,20 @@ fn parse_membership(bytes: &[u8]) -> Vec<String> {
         controllers.extend(names.split(',').filter(|name| !name.is_empty()).map(str::to_owned));
     }
     controllers
+}
+
+impl Driver {
+    /// The driver that fits this node: systemd where it runs as process 1 (sd_booted(3):
+    /// `/run/systemd/system` exists) on cgroup v2. On v1 the cgroupfs driver serves: there systemd keeps its
+    /// own hierarchy and lets others use the controllers.
+    #[must_use]
+    pub fn detect(hierarchy: &Hierarchy) -> Self {
+        if hierarchy.is_unified() && Path::new("/run/systemd/system").is_dir() {
+            Self::Systemd
+        } else {
+            Self::Cgroupfs
+        }
+    }
 }
 
 #[cfg(test)]

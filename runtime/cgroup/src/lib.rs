@@ -25,9 +25,11 @@
 
 #![forbid(unsafe_code)]
 
+mod apply;
 mod cgroup;
 mod control_file;
 mod devices;
+mod driver;
 mod error;
 mod hierarchy;
 mod kill;
@@ -41,10 +43,11 @@ mod unit;
 
 pub use cgroup::{Cgroup, Scope, leftovers};
 pub use devices::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
+pub use driver::Driver;
 pub use error::Error;
 pub use hierarchy::{Hierarchy, LegacyMount};
 pub use limits::{Ceiling, HugepageLimit, Limits, Note, cpu_weight};
-pub use name::{Driver, Naming, Parent};
+pub use name::{Naming, Parent};
 pub use oom::{OomSource, parse_oom_kills};
 pub use stats::{
     CpuStats, Detail, DeviceIo, MemoryStats, Pressure, PressureLine, Stats, SwapStats, stats_of_parent,

@@ -1,16 +1,13 @@
 //! Resource limits: what they mean, and how they are written to the control files of v1 and v2.
 //!
 //! [`Limits`] follows the CRI message `LinuxContainerResources`, with its sentinels made explicit. Turning it
-//! into writes is a pure function ([`plan`]); carrying the writes out, and taking them back when one is
-//! refused, is [`Cgroup::apply`] and [`Cgroup::update`].
+//! into writes is a pure function ([`plan`]); `apply` carries the writes out.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 
-use crate::cgroup::{Place, Unit};
+use crate::Error;
 use crate::unit::{self, Property};
-use crate::{Cgroup, Error, control_file};
 
 /// The longest value taken for one `unified` entry; the longest real ones are `io.max` lines of about 100
 /// bytes.
@@ -135,40 +132,40 @@ pub fn cpu_weight(shares: u64) -> u64 {
 
 /// What decides about a step, beside the limits.
 #[derive(Debug, Clone, Copy)]
-enum Version {
+pub(crate) enum Version {
     V1,
     V2,
 }
 
 /// What has to be known of a live cgroup to change it. A new one has the kernel's defaults: no limits.
 #[derive(Debug, Clone, Default)]
-struct Present {
+pub(crate) struct Present {
     /// v1 `memory.memsw.limit_in_bytes`; nothing when not limited or not accounted.
-    memory_and_swap_bytes: Option<u64>,
+    pub(crate) memory_and_swap_bytes: Option<u64>,
     /// v2 `memory.max`; nothing when not limited.
-    memory_bytes: Option<u64>,
+    pub(crate) memory_bytes: Option<u64>,
     /// v2 `cpu.max`, first word.
-    cpu_quota: Option<String>,
+    pub(crate) cpu_quota: Option<String>,
     /// v2 `cpu.max`, second word.
-    cpu_period_us: Option<u64>,
+    pub(crate) cpu_period_us: Option<u64>,
 }
 
 /// One write.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Step {
-    limit: &'static str,
-    controller: &'static str,
-    file: String,
-    value: String,
-    if_missing: IfMissing,
+pub(crate) struct Step {
+    pub(crate) limit: &'static str,
+    pub(crate) controller: &'static str,
+    pub(crate) file: String,
+    pub(crate) value: String,
+    pub(crate) if_missing: IfMissing,
     /// A step that the kernel may refuse with `EINVAL` until the next one is done; both are then tried the
     /// other way round.
-    swaps_with_next: bool,
+    pub(crate) swaps_with_next: bool,
 }
 
 /// What to do when the control file is not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum IfMissing {
+pub(crate) enum IfMissing {
     Fail,
     Skip,
     Tell(Note),
@@ -179,7 +176,7 @@ fn step(limit: &'static str, controller: &'static str, file: &str, value: String
 }
 
 /// The writes for `limits`, in an order that the kernel accepts from the state `present`.
-fn plan(version: Version, limits: &Limits, present: &Present) -> Result<Vec<Step>, Error> {
+pub(crate) fn plan(version: Version, limits: &Limits, present: &Present) -> Result<Vec<Step>, Error> {
     let mut steps = Vec::new();
     let set = |value: Option<u64>| value.filter(|&value| value != 0);
     let set_ceiling = |value: Option<Ceiling>| value.filter(|&value| value != Ceiling::At(0));
@@ -400,192 +397,14 @@ pub(crate) fn properties(limits: &Limits) -> Result<Vec<Property>, Error> {
     Ok(properties_of(&steps, &Present::default()))
 }
 
-fn properties_of(steps: &[Step], present: &Present) -> Vec<Property> {
+pub(crate) fn properties_of(steps: &[Step], present: &Present) -> Vec<Property> {
     let files = steps.iter().map(|step| (step.file.as_str(), step.value.as_str()));
     unit::of_files(files, present.cpu_period_us)
 }
 
-impl Cgroup {
-    /// Sets the limits of a cgroup that was just made and has no process yet. After an error, remove it.
-    ///
-    /// # Errors
-    /// [`Error::InvalidLimit`]; [`Error::ControllerMissing`] for a limit that this machine cannot keep;
-    /// [`Error::Write`] with file and value.
-    pub fn apply(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
-        let steps = plan(self.version(), limits, &Present::default())?;
-        let mut notes = Vec::new();
-        self.carry_out(&steps, &mut notes, &mut None)?;
-        Ok(notes)
-    }
-
-    /// Changes the limits of a cgroup with running processes: all of them, or, when the kernel refuses one,
-    /// none.
-    ///
-    /// A memory limit below what is in use is refused. v1 tries to free memory and refuses by itself; v2
-    /// would kill, so there memory is reclaimed first (`memory.reclaim`, Linux 5.19) and the limit set only
-    /// if that was enough.
-    ///
-    /// For a scope systemd is told then, so that it does not put the earlier values back one day; when it
-    /// does not answer (within 30 s), the update has failed like any other.
-    ///
-    /// # Errors
-    /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier limits are then
-    /// in force again, or it is [`Error::NotRolledBack`].
-    pub fn update(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
-        let present = self.present()?;
-        let steps = plan(self.version(), limits, &present)?;
-        if let (Place::Unified(_), Some(Ceiling::At(bytes @ 1..))) = (&self.place, limits.memory_limit_bytes)
-        {
-            self.make_room(bytes)?;
-        }
-        let mut notes = Vec::new();
-        let mut done = Some(Vec::new());
-        let changed = self.carry_out(&steps, &mut notes, &mut done).and_then(|()| match &self.unit {
-            Some(unit) => self.tell(unit, &steps, &present),
-            None => Ok(()),
-        });
-        let Err(error) = changed else { return Ok(notes) };
-        let mut failures = Vec::new();
-        for (file, earlier) in done.into_iter().flatten().rev() {
-            failures.extend(control_file::write(&file, &earlier).err());
-        }
-        if failures.is_empty() {
-            Err(error)
-        } else {
-            Err(Error::NotRolledBack { source: Box::new(error), failures })
-        }
-    }
-
-    /// Tells systemd what the files got, and writes them once more: systemd has just written them too,
-    /// rounded.
-    fn tell(&self, unit: &Unit, steps: &[Step], present: &Present) -> Result<(), Error> {
-        let properties = properties_of(steps, present);
-        if properties.is_empty() {
-            return Ok(());
-        }
-        let fail = |source| Error::Unit { action: "change", unit: unit.name.clone(), source };
-        unit.systemd.set(&unit.name, properties).map_err(fail)?;
-        // What is to be told was told the first time.
-        self.carry_out(steps, &mut Vec::new(), &mut None)
-    }
-
-    fn version(&self) -> Version {
-        match self.place {
-            Place::Unified(_) => Version::V2,
-            Place::Legacy(_) => Version::V1,
-        }
-    }
-
-    /// Reads what [`plan`] has to know.
-    fn present(&self) -> Result<Present, Error> {
-        let Some(memory) = self.dir_of("memory") else { return Ok(Present::default()) };
-        match &self.place {
-            Place::Legacy(_) => Ok(Present {
-                memory_and_swap_bytes: control_file::read_number(
-                    &memory.join("memory.memsw.limit_in_bytes"),
-                )?,
-                ..Present::default()
-            }),
-            Place::Unified(dir) => {
-                let cpu_max = control_file::read_if_there(&dir.join("cpu.max"))?.unwrap_or_default();
-                let mut words = cpu_max.split(u8::is_ascii_whitespace).map(String::from_utf8_lossy);
-                let quota = words.next().unwrap_or_default().into_owned();
-                let period = words.next().and_then(|period| period.parse().ok());
-                Ok(Present {
-                    memory_bytes: control_file::read_number(&memory.join("memory.max"))?,
-                    cpu_quota: Some(quota).filter(|quota| !quota.is_empty()),
-                    cpu_period_us: period,
-                    ..Present::default()
-                })
-            }
-        }
-    }
-
-    /// v2 only: sees to it that a memory limit of `bytes` will not make the kernel kill.
-    fn make_room(&self, bytes: u64) -> Result<(), Error> {
-        let Place::Unified(dir) = &self.place else { return Ok(()) };
-        let usage = || Ok(control_file::read_number(&dir.join("memory.current"))?.unwrap_or(0));
-        let excess = usage()?.saturating_sub(bytes);
-        if excess == 0 {
-            return Ok(());
-        }
-        // EAGAIN says that less than that could be freed, ENOENT that the kernel is older: the second look
-        // decides.
-        let _ = control_file::write_value(&dir.join("memory.reclaim"), &excess.to_string());
-        let usage_bytes = usage()?;
-        if usage_bytes > bytes {
-            return Err(Error::LimitBelowUsage { path: dir.clone(), limit_bytes: bytes, usage_bytes });
-        }
-        Ok(())
-    }
-
-    /// Writes the steps. With `done`, earlier values are read first and kept there, in order.
-    fn carry_out(
-        &self,
-        steps: &[Step],
-        notes: &mut Vec<Note>,
-        done: &mut Option<Vec<(PathBuf, String)>>,
-    ) -> Result<(), Error> {
-        let mut steps = steps.iter();
-        while let Some(step) = steps.next() {
-            let result = self.write_step(step, notes, done);
-            match result {
-                Err(Error::Write { ref source, .. })
-                    if step.swaps_with_next && source.kind() == std::io::ErrorKind::InvalidInput =>
-                {
-                    let Some(next) = steps.next() else { return result };
-                    self.write_step(next, notes, done)?;
-                    self.write_step(step, notes, done)?;
-                }
-                other => other?,
-            }
-        }
-        Ok(())
-    }
-
-    fn write_step(
-        &self,
-        step: &Step,
-        notes: &mut Vec<Note>,
-        done: &mut Option<Vec<(PathBuf, String)>>,
-    ) -> Result<(), Error> {
-        let missing = |notes: &mut Vec<Note>, dir: PathBuf| match step.if_missing {
-            IfMissing::Skip => Ok(()),
-            IfMissing::Tell(note) => {
-                notes.push(note);
-                Ok(())
-            }
-            IfMissing::Fail => {
-                Err(Error::ControllerMissing { limit: step.limit, controller: step.controller, path: dir })
-            }
-        };
-        let Some(dir) = self.dir_of(step.controller) else { return missing(notes, self.main_dir()) };
-        let path = dir.join(&step.file);
-        let earlier = match done {
-            Some(_) => control_file::read_if_there(&path)?,
-            None => None,
-        };
-        match control_file::write_value(&path, &step.value) {
-            Ok(()) => {
-                if let (Some(done), Some(earlier)) = (done, earlier) {
-                    done.push((path, String::from_utf8_lossy(earlier.trim_ascii()).into_owned()));
-                }
-                Ok(())
-            }
-            Err(source) if source.kind() == std::io::ErrorKind::NotFound && step.controller != "unified" => {
-                missing(notes, dir.to_path_buf())
-            }
-            Err(source) => Err(Error::Write { path, value: step.value.clone(), source }),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
-    use crate::{Driver, Hierarchy, LegacyMount, Parent};
 
     fn planned(version: Version, limits: &Limits, present: &Present) -> Vec<(String, String)> {
         let steps = plan(version, limits, present).unwrap();
@@ -809,64 +628,5 @@ mod tests {
         }
         assert!(plan(Version::V2, &unified("cgroup.max.depth"), &Present::default()).is_ok());
         assert!(plan(Version::V1, &unified("memory.high"), &Present::default()).is_err());
-    }
-
-    /// A v1 cgroup of plain files.
-    fn fake(files: &[(&str, &str)]) -> (tempfile::TempDir, Cgroup) {
-        let root = tempfile::tempdir().unwrap();
-        let controllers = ["cpu", "memory", "pids"].map(str::to_owned).to_vec();
-        let mounts = vec![LegacyMount { path: root.path().to_path_buf(), controllers }];
-        let cgroup = Cgroup::create(
-            &Hierarchy::Legacy { mounts },
-            &Parent::named(Driver::Cgroupfs, "/").unwrap(),
-            "c",
-        )
-        .unwrap();
-        for (file, value) in files {
-            fs::write(root.path().join("c").join(file), value).unwrap();
-        }
-        (root, cgroup)
-    }
-
-    #[test]
-    fn missing_controllers_are_errors_except_where_nothing_is_lost() {
-        let (_root, cgroup) = fake(&[("memory.limit_in_bytes", "")]);
-        let memory = Limits { memory_limit_bytes: Some(Ceiling::At(1 << 20)), ..Limits::default() };
-        assert_eq!(cgroup.apply(&memory).unwrap(), [Note::NoSwapAccounting]);
-        let huge = |limit_bytes| Limits {
-            hugepages: vec![HugepageLimit { page_size: "2MB".into(), limit_bytes }],
-            ..Limits::default()
-        };
-        assert_eq!(cgroup.apply(&huge(0)).unwrap(), []);
-        let error = cgroup.apply(&huge(1)).unwrap_err();
-        assert!(matches!(error, Error::ControllerMissing { limit: "hugepages", controller: "hugetlb", .. }));
-        let error =
-            cgroup.apply(&Limits { pids_limit: Some(Ceiling::At(1)), ..Limits::default() }).unwrap_err();
-        assert!(matches!(error, Error::ControllerMissing { limit: "pids_limit", .. }));
-    }
-
-    #[test]
-    fn a_refused_update_puts_the_earlier_values_back() {
-        let (root, cgroup) = fake(&[
-            ("cpu.shares", "1024\n"),
-            ("cpu.cfs_quota_us", "-1\n"),
-            ("memory.limit_in_bytes", "500\n"),
-            ("memory.memsw.limit_in_bytes", "500\n"),
-        ]);
-        let limits = Limits {
-            cpu_shares: Some(2),
-            memory_limit_bytes: Some(Ceiling::At(900)),
-            pids_limit: Some(Ceiling::At(7)),
-            ..Limits::default()
-        };
-        assert!(matches!(cgroup.update(&limits), Err(Error::ControllerMissing { .. })));
-        for (file, value) in
-            [("cpu.shares", "1024"), ("memory.limit_in_bytes", "500"), ("memory.memsw.limit_in_bytes", "500")]
-        {
-            assert!(
-                fs::read_to_string(root.path().join("c").join(file)).unwrap().starts_with(value),
-                "{file}"
-            );
-        }
     }
 }

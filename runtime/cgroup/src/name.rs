@@ -10,42 +10,7 @@
 //! Kubelet cuts the id out again: a last element that ends in `.scope` gives what follows its last dash, any
 //! other is the id itself (`extractIDFromCgroupPath`). So an id must have no dash with systemd.
 
-use std::fmt;
-use std::path::Path;
-
-use crate::{Error, Hierarchy};
-
-/// Who arranges the cgroups of this node: CRI `LinuxRuntimeConfiguration.cgroup_driver`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Driver {
-    /// Directories are made and removed directly.
-    Cgroupfs,
-    /// Parents are slices and leaves are scopes, made by systemd, which is process 1.
-    Systemd,
-}
-
-impl Driver {
-    /// The driver that fits this node: systemd where it runs as process 1 (sd_booted(3):
-    /// `/run/systemd/system` exists) on cgroup v2. On v1 the cgroupfs driver serves: there systemd keeps its
-    /// own hierarchy and lets others use the controllers.
-    #[must_use]
-    pub fn detect(hierarchy: &Hierarchy) -> Self {
-        if hierarchy.is_unified() && Path::new("/run/systemd/system").is_dir() {
-            Self::Systemd
-        } else {
-            Self::Cgroupfs
-        }
-    }
-}
-
-impl fmt::Display for Driver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Cgroupfs => f.write_str("cgroupfs"),
-            Self::Systemd => f.write_str("systemd"),
-        }
-    }
-}
+use crate::{Driver, Error};
 
 /// The longest path taken for a parent. `PATH_MAX` less room for the mount point, the id and a file name.
 const MAX_PARENT_BYTES: usize = 3072;

@@ -41,9 +41,9 @@ use nix::errno::Errno;
 use crate::addresses::{self, AddressStore, Range};
 use crate::config::{BridgeConfig, InterfaceAddress};
 use crate::forwarding::{self, Families};
-use crate::guard::{self, Family};
+use crate::guard::{self, Family, Port};
 use crate::identity::{self, MacAddress};
-use crate::masquerade::{self, Port};
+use crate::masquerade;
 use crate::netlink::{self, Link, Netlink, Request};
 use crate::nft;
 

@@ -13,7 +13,6 @@ use std::net::IpAddr;
 use netlink_packet_core::NLM_F_CREATE;
 use nix::errno::Errno;
 
-use crate::masquerade::Port;
 use crate::netlink::{Error, Netlink, Request};
 
 /// The set of ports and the IPv4 addresses that they may send from: `ifname . ipv4_addr`.
@@ -23,6 +22,15 @@ pub const IPV6_SENDERS: &str = "ipv6_senders";
 /// The set of ports and the IPv6 addresses that they may advertise: the same elements as in [`IPV6_SENDERS`],
 /// as an integer of 128 bits, because `nft` 1.0.6 has no name for the field of the advertisement.
 pub const IPV6_TARGETS: &str = "ipv6_targets";
+
+/// A pod's port on the bridge and the addresses that it may use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    /// The host end of the pod's veth pair ([`crate::identity::host_interface`]).
+    pub interface: String,
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+}
 
 /// The families of tables that are used here, by their number (`NFPROTO_*`, `linux/netfilter.h`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -21,20 +21,12 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use crate::config::{BridgeName, Ipv4Subnet, Ipv6Subnet};
-use crate::{guard, identity};
+use crate::guard::{self, Port};
+use crate::identity;
 
 /// Name of both tables of a bridge.
 pub fn table(bridge: &BridgeName) -> String {
     format!("berth-{bridge}")
-}
-
-/// A pod's port on the bridge and the addresses that it may use.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Port {
-    /// The host end of the pod's veth pair ([`identity::host_interface`]).
-    pub interface: String,
-    /// The pod's addresses.
-    pub addresses: Vec<IpAddr>,
 }
 
 /// A script that puts both tables in place, whatever was there under their names, with the given pods in the

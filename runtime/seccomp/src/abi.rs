@@ -1,4 +1,5 @@
-//! The system call interfaces that a filter may meet: their audit architectures and numbers.
+//! The system call interfaces that a filter may meet: their audit architectures and numbers, and what the
+//! kernel takes for a filter.
 
 use std::str::FromStr;
 
@@ -16,6 +17,9 @@ pub(crate) enum Abi {
 
 /// What marks an x32 call: `__X32_SYSCALL_BIT`, <asm/unistd.h>.
 pub(crate) const X32_BIT: u32 = 0x4000_0000;
+
+/// `BPF_MAXINSNS`, <linux/bpf_common.h>.
+pub(crate) const MAX_INSTRUCTIONS: usize = 4096;
 
 /// `AUDIT_ARCH_*`, <linux/audit.h>.
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;

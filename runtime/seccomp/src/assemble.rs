@@ -10,11 +10,8 @@
 //! allowed the kernel (since 5.11) evaluates the filter once and remembers it.
 
 use crate::CompileError;
-use crate::abi::{Abi, X32_BIT};
+use crate::abi::{Abi, MAX_INSTRUCTIONS, X32_BIT};
 use crate::lower::{Comparison, Condition, Decision, Lowered, Rule, Table, ret};
-
-/// `BPF_MAXINSNS`, <linux/bpf_common.h>.
-pub(crate) const MAX_INSTRUCTIONS: usize = 4096;
 
 /// Codes of classic BPF: <linux/bpf_common.h>, Documentation/networking/filter.rst.
 pub(crate) mod code {

@@ -8,8 +8,7 @@ use oci_spec::runtime::{
 };
 
 use crate::CompileError;
-use crate::abi::{Abi, X32_BIT};
-use crate::assemble::MAX_INSTRUCTIONS;
+use crate::abi::{Abi, MAX_INSTRUCTIONS, X32_BIT};
 
 /// `SECCOMP_RET_*` of <linux/seccomp.h>, seccomp(2).
 pub(crate) mod ret {

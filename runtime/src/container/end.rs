@@ -112,7 +112,7 @@ fn lost(container: &Container) -> ExitRecord {
         exit_code: EXIT_CODE_LOST,
         lost: true,
         started_at_unix_ns,
-        finished_at_unix_ns: crate::node::unix_ns(),
+        finished_at_unix_ns: crate::clock::unix_ns(),
         ..ExitRecord::default()
     }
 }

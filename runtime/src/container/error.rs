@@ -1,9 +1,9 @@
 //! Why something with a container failed.
 
+use crate::cgroups::MakeCgroup;
 use crate::file_error::FileError;
-use crate::node::MakeCgroup;
+use crate::names::NameTaken;
 use crate::record_files::WriteError;
-use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::{ContainerId, SandboxId};
 use std::io;

@@ -85,7 +85,7 @@ fn record(id: &ContainerId, spec: Option<&Spec>) -> ContainerRecord {
             .or_else(|| id.as_str().parse().ok())
             .unwrap_or_else(|| SandboxId::from_bytes([0; 32])),
         config,
-        created_at_unix_ns: crate::node::unix_ns(),
+        created_at_unix_ns: crate::clock::unix_ns(),
         cgroup: cgroup.to_owned(),
         ..ContainerRecord::default()
     }

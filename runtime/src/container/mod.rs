@@ -35,8 +35,8 @@ pub(crate) use error::ContainerError;
 
 use crate::events::{self, ContainerChange, Event};
 use crate::lock;
+use crate::names::Name;
 use crate::record_files::RecordFiles;
-use crate::registry::Name;
 use crate::shim_client::ShimClient;
 use berth_cgroup::Cgroup;
 use berth_model::container::{Config, Resources};

@@ -76,10 +76,10 @@ pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) 
 fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, ContainerError> {
     // From the path, not the configuration: the daemon that made it may have had another.
     let parent = match record.cgroup.as_str() {
-        "" => node.default_cgroup_parent.clone(),
+        "" => node.cgroups.default_parent.clone(),
         path => Parent::of(path)?,
     };
-    Ok(node.open_cgroup(&parent, record.id.as_str())?)
+    Ok(node.cgroups.open(&parent, record.id.as_str())?)
 }
 
 /// Ends what is left in the cgroup of a container that has ended, and removes that. Blocking.

@@ -37,7 +37,7 @@ fn remove_files(node: &Node, container: &Container) -> Result<(), ContainerError
     // What ended while no daemon was there may not have been cleaned up after yet.
     end::clean(container);
     if container.cgroup.is_there() {
-        node.left_cgroups.keep(&container.cgroup);
+        node.cgroups.keep_left(&container.cgroup);
     }
     let (files, records) = (&container.files, container.record_files());
     records.remove_copy().map_err(ContainerError::file("remove", &records.copy))?;

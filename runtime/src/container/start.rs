@@ -111,7 +111,7 @@ async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerE
         Err(error) => {
             tracing::error!(container = %id, error = %crate::chain(&error), "it cannot be ended, and is told as running");
             // What becomes known later is told then: `follow` goes on.
-            lock(&container.presumed_since_unix_ns).get_or_insert_with(crate::node::unix_ns);
+            lock(&container.presumed_since_unix_ns).get_or_insert_with(crate::clock::unix_ns);
             super::follow::ask_on(container);
             Err(ContainerError::StartUnknown { id, seconds })
         }
@@ -120,7 +120,7 @@ async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerE
 
 fn note_start(container: &Container) {
     let path = container.files.started();
-    if let Err(error) = std::fs::write(&path, crate::node::unix_ns().to_string()) {
+    if let Err(error) = std::fs::write(&path, crate::clock::unix_ns().to_string()) {
         tracing::warn!(path = %path.display(), %error, "could not write down that the container is started");
     }
 }

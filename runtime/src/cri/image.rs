@@ -7,7 +7,7 @@ use super::image_service::ImageService;
 use super::info;
 use super::pages::{Items, PAGE, pages};
 use super::runtime_service::apart;
-use crate::node::unix_ns;
+use crate::clock::unix_ns;
 use berth_cri::v1;
 use berth_image::{Credentials, Image, NoProgress, Reference, Secret};
 use std::collections::BTreeMap;

@@ -15,8 +15,9 @@ use super::pages::{Items, METRICS_PAGE, pages};
 use super::runtime_service::RuntimeService;
 use super::stats::value;
 use crate::cadvisor;
+use crate::clock::unix_ns;
 use crate::container::Container;
-use crate::node::{Node, unix_ns};
+use crate::node::Node;
 use crate::sandbox::Sandbox;
 use crate::usage::disk::Disk;
 use crate::usage::pod::{self, Counted};
@@ -192,7 +193,7 @@ fn of_pod(
         && told.insert(cgroup.to_owned())
         && let Some(used) = pod::usage_of_pod(node, sandbox, Detail::All, std::iter::empty())
     {
-        metrics.put_usage(&used, node.hierarchy.is_unified());
+        metrics.put_usage(&used, node.cgroups.hierarchy.is_unified());
     }
     let mut metrics = metrics.done;
     if let Some(traffic) = &pod.traffic {
@@ -237,7 +238,7 @@ fn of_container(
         &pod.name,
         &record.config.metadata.name,
     ]);
-    let unified = node.hierarchy.is_unified();
+    let unified = node.cgroups.hierarchy.is_unified();
     metrics.put_usage(&used, unified);
 
     let limits = container.resources();

@@ -52,7 +52,7 @@ impl RuntimeService {
         &self,
         _request: v1::RuntimeConfigRequest,
     ) -> Result<v1::RuntimeConfigResponse, CallError> {
-        let driver = match self.node.cgroup_driver {
+        let driver = match self.node.cgroups.driver {
             berth_cgroup::Driver::Cgroupfs => v1::CgroupDriver::Cgroupfs,
             berth_cgroup::Driver::Systemd => v1::CgroupDriver::Systemd,
         };

@@ -67,7 +67,7 @@ impl Remains {
         let mut directories = unknown(&layout.containers())?;
         directories.extend(unknown(&layout.sandboxes())?);
         directories.retain(is_id);
-        let cgroups = berth_cgroup::leftovers(&node.hierarchy, &node.default_cgroup_parent);
+        let cgroups = berth_cgroup::leftovers(&node.cgroups.hierarchy, &node.cgroups.default_parent);
         let cgroups = cgroups.unwrap_or_else(|error| {
             tracing::warn!(error = %crate::chain(&error), "could not look for cgroups that belong to nothing");
             Default::default()
@@ -136,12 +136,12 @@ impl Remains {
             container::recover::clean(&container);
         }
         for name in self.cgroups.iter().filter(|name| !kept.contains(name)) {
-            let gone = node.open_cgroup(&node.default_cgroup_parent, name).and_then(|cgroup| {
-                if node.is_anothers(&cgroup) {
+            let gone = node.cgroups.open(&node.cgroups.default_parent, name).and_then(|cgroup| {
+                if node.cgroups.is_anothers(&cgroup) {
                     return Ok(());
                 }
                 let gone = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE));
-                gone.inspect_err(|_| node.left_cgroups.keep(&cgroup))
+                gone.inspect_err(|_| node.cgroups.keep_left(&cgroup))
             });
             if let Err(error) = gone {
                 tracing::warn!(cgroup = name, error = %crate::chain(&error), "could not remove a cgroup that belongs to nothing; it is tried again");

@@ -7,9 +7,11 @@ use super::creations::Creations;
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, Wanted};
 use super::{PodProcess, Sandbox, SandboxError, stop};
+use crate::clock::unix_ns;
 use crate::events::SandboxChange;
-use crate::node::{Node, random_bytes, unix_ns};
-use crate::registry::Name;
+use crate::names::Name;
+use crate::node::Node;
+use crate::random::random_bytes;
 use crate::shim_client::Pause;
 use crate::{cadvisor, host_directory};
 use berth_cgroup::{Ending, Limits};
@@ -54,8 +56,8 @@ pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbo
 }
 
 fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxError> {
-    let parent = node.cgroup_parent(&config.cgroup_parent)?;
-    if !parent.is_ours() && !node.has_cgroup(&parent) {
+    let parent = node.cgroups.parent(&config.cgroup_parent)?;
+    if !parent.is_ours() && !node.cgroups.has(&parent) {
         return Err(SandboxError::NoCgroupParent { parent: config.cgroup_parent });
     }
     let files = node.layout.sandbox(&id);
@@ -175,8 +177,13 @@ fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> 
 fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxError> {
     // It has nothing to lose, and hears no other signal.
     let ending = Ending { signal: SIGKILL, grace: Duration::ZERO, before: None };
-    let (cgroup, holder) =
-        node.make_cgroup(&sandbox.cgroup_parent, sandbox.id.as_str(), &Limits::default(), ending)?;
+    let (cgroup, holder) = node.cgroups.make(
+        &node.shim,
+        &sandbox.cgroup_parent,
+        sandbox.id.as_str(),
+        &Limits::default(),
+        ending,
+    )?;
     let host = &sandbox.config.namespaces;
     let pinned = |kind: Kind, mode: NamespaceMode| match mode {
         NamespaceMode::Node => Vec::new(),

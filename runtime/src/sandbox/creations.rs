@@ -5,7 +5,8 @@
 //! forbid it: it is either among the containers that the stop ends, or it is told to give up and takes back
 //! what it has made.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::lock;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -60,15 +61,9 @@ impl Creations {
         if tokio::time::timeout(limit, over).await.is_ok() {
             return false;
         }
-        let _alone = self.0.lock();
+        let _alone = lock(&self.0.finishing);
         self.0.standing.send_modify(|standing| standing.given_up = true);
         self.0.standing.borrow().under_way > 0
-    }
-}
-
-impl Inner {
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.finishing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -86,7 +81,7 @@ impl Creation {
 
     /// Makes the container visible by `show`, or returns `false` when it is too late for that.
     pub(crate) fn finish(&self, show: impl FnOnce()) -> bool {
-        let _alone = self.0.lock();
+        let _alone = lock(&self.0.finishing);
         if self.is_given_up() {
             return false;
         }

@@ -1,10 +1,10 @@
 //! Why something with a sandbox failed.
 
 use crate::apparmor::NotLoaded;
+use crate::cgroups::MakeCgroup;
 use crate::file_error::FileError;
-use crate::node::MakeCgroup;
+use crate::names::NameTaken;
 use crate::record_files::WriteError;
-use crate::registry::NameTaken;
 use crate::shim_client::ShimError;
 use berth_model::id::SandboxId;
 use berth_seccomp::CompileError;

@@ -34,10 +34,10 @@ pub(crate) fn make(
     let cgroup_parent = records
         .iter()
         .find_map(|record| Parent::of(&record.cgroup).ok().filter(|_| !record.cgroup.is_empty()))
-        .unwrap_or_else(|| node.default_cgroup_parent.clone());
+        .unwrap_or_else(|| node.cgroups.default_parent.clone());
     let own_pid = berth_sys::ns::is_pinned(&files.namespace(Kind::Pid.file_name())).unwrap_or(true);
     let mut config = config(id, &records, own_pid);
-    if cgroup_parent.path() != node.default_cgroup_parent.path() {
+    if cgroup_parent.path() != node.cgroups.default_parent.path() {
         config.cgroup_parent = named(&cgroup_parent);
     }
     let record = SandboxRecord {

@@ -46,7 +46,7 @@ pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Resul
     if !record.shared_in_tmpfs {
         files.shared = Shared::Beside;
     }
-    let cgroup_parent = node.recorded_cgroup_parent(&record.config.cgroup_parent)?;
+    let cgroup_parent = node.cgroups.recorded_parent(&record.config.cgroup_parent)?;
     let same_boot = record.boot_id == node.boot_id;
     let process = record.process.filter(|_| same_boot).and_then(PodProcess::find);
     let mut needed = Vec::new();

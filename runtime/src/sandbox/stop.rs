@@ -119,7 +119,7 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     }
     let id = sandbox.id.as_str();
     if sandbox.config.namespaces.pid == NamespaceMode::Pod {
-        let cgroup = node.open_cgroup(&sandbox.cgroup_parent, id)?;
+        let cgroup = node.cgroups.open(&sandbox.cgroup_parent, id)?;
         if process.is_none() {
             // Nobody knows which it was: its record was lost, or this is done for the second time.
             cgroup.kill(CGROUP_BUSY)?;
@@ -128,7 +128,7 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     } else {
         // For cAdvisor to see, whichever daemon made it, and no unit. Who has put a process in there does not
         // keep the pod.
-        let shown = Cgroup::open(&node.hierarchy, &sandbox.cgroup_parent, id)?;
+        let shown = Cgroup::open(&node.cgroups.hierarchy, &sandbox.cgroup_parent, id)?;
         if let Err(error) = shown.remove(CGROUP_BUSY) {
             tracing::warn!(sandbox = id, error = %crate::chain(&error), "the cgroup that cAdvisor found the pod by is left");
         }

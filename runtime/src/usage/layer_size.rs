@@ -4,10 +4,11 @@
 //! neither the call for statistics nor those for other containers. So a count that takes long goes on with
 //! the next call, and until it is complete the one before is told; the first is told as far as it has come.
 
+use crate::lock;
 use berth_sys::beneath::{Root, Usage, Walk};
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How long a size counts as known. Counting costs more than all other numbers together, and the kubelet asks
@@ -50,7 +51,7 @@ impl LayerSizes {
     /// nanoseconds since the epoch. Blocking, for about [`SHARE`] at most.
     pub(super) fn of(&self, id: &str, upper: &Path, now: impl Fn() -> i64) -> LayerSize {
         let (known, walk) = {
-            let mut layers = self.lock();
+            let mut layers = lock(&self.layers);
             let layer = layers.entry(id.to_owned()).or_default();
             match layer.known {
                 Some((at, size)) if at.elapsed() < AGE => return size,
@@ -69,7 +70,7 @@ impl LayerSizes {
         };
         let is_complete = self.count(&mut walk);
         let counted = LayerSize { at_unix_ns: now(), usage: walk.usage() };
-        let mut layers = self.lock();
+        let mut layers = lock(&self.layers);
         let Some(layer) = layers.get_mut(id) else { return counted };
         if is_complete {
             layer.known = Some((Instant::now(), counted));
@@ -81,7 +82,7 @@ impl LayerSizes {
 
     /// Forgets a container that is gone.
     pub(super) fn forget(&self, id: &str) {
-        self.lock().remove(id);
+        lock(&self.layers).remove(id);
     }
 
     /// Goes on for as long as there is time left. Whether there is nothing more to count.
@@ -97,7 +98,7 @@ impl LayerSizes {
                 Ok(false) | Err(_) => break true,
             }
         };
-        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut window = lock(&self.window);
         if let Some((_, spent)) = &mut *window {
             *spent += begin.elapsed();
         }
@@ -106,16 +107,12 @@ impl LayerSizes {
 
     /// How long may be counted now.
     fn share(&self, now: Instant) -> Duration {
-        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut window = lock(&self.window);
         let (begin, spent) = window.get_or_insert((now, Duration::ZERO));
         if now.duration_since(*begin) >= WINDOW {
             (*begin, *spent) = (now, Duration::ZERO);
         }
         SHARE.saturating_sub(*spent).max(LEAST)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Layer>> {
-        self.layers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -134,7 +131,7 @@ mod tests {
         let sizes = LayerSizes::default();
         loop {
             let usage = sized(&sizes, upper);
-            if sizes.lock()["c"].known.is_some() {
+            if lock(&sizes.layers)["c"].known.is_some() {
                 return usage;
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -204,7 +201,7 @@ mod tests {
             assert!(usage.inodes >= last.inodes, "a first count only grows");
             last = usage;
             calls += 1;
-            if sizes.lock()["c"].known.is_some() {
+            if lock(&sizes.layers)["c"].known.is_some() {
                 break;
             }
         }
@@ -212,6 +209,6 @@ mod tests {
         assert!(calls > 1, "it took {calls} calls");
         assert_eq!(sized(&sizes, directory.path()), last, "then it is known for a while");
         sizes.forget("c");
-        assert!(sizes.lock().is_empty());
+        assert!(lock(&sizes.layers).is_empty());
     }
 }

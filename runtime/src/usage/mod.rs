@@ -15,12 +15,13 @@ mod traffic;
 pub(crate) use layer_size::LayerSize;
 pub(crate) use traffic::Traffic;
 
+use crate::clock::unix_ns;
 use crate::container::Container;
-use crate::node::unix_ns;
+use crate::lock;
 use berth_cgroup::{Detail, Stats};
 use layer_size::LayerSizes;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// What the cgroup of a container or pod says at one moment.
 #[derive(Debug, Clone)]
@@ -83,7 +84,7 @@ impl Samples {
     /// Nanocores between this sample and the last; two samples closer than a tenth of a second give the rate
     /// of before.
     fn rate(&self, id: &str, now: i64, usage_ns: u64) -> Option<u64> {
-        let mut samples = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut samples = lock(&self.cpu);
         let Some(last) = samples.get(id).copied() else {
             samples.insert(id.to_owned(), CpuSample { at_unix_ns: now, usage_ns, nanocores: None });
             return None;
@@ -106,7 +107,7 @@ impl Samples {
     /// Forgets what is known of a container or pod that is gone.
     pub(crate) fn forget(&self, id: &str) {
         self.layers.forget(id);
-        self.cpu.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        lock(&self.cpu).remove(id);
     }
 }
 

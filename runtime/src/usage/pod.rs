@@ -8,8 +8,9 @@
 
 use super::traffic::{self, Traffic};
 use super::{ContainerUsage, Sample, Samples};
+use crate::clock::unix_ns;
 use crate::container::Container;
-use crate::node::{Node, unix_ns};
+use crate::node::Node;
 use crate::sandbox::Sandbox;
 use berth_cgroup::{Cgroup, CpuStats, Detail, MemoryStats, Stats, stats_of_parent};
 use berth_model::id::SandboxId;
@@ -88,10 +89,10 @@ pub(crate) fn usage_of_pod(
 ) -> Option<Stats> {
     let parent = sandbox.cgroup_parent();
     if !shares_cgroup(sandbox) {
-        return stats_of_parent(&node.hierarchy, parent, detail).ok().flatten();
+        return stats_of_parent(&node.cgroups.hierarchy, parent, detail).ok().flatten();
     }
     let own_process = sandbox.pid().and_then(|_| {
-        let cgroup = Cgroup::open(&node.hierarchy, parent, sandbox.id().as_str()).ok()?;
+        let cgroup = Cgroup::open(&node.cgroups.hierarchy, parent, sandbox.id().as_str()).ok()?;
         cgroup.stats(detail).ok().flatten()
     });
     of_containers.chain(own_process).reduce(sum)

@@ -103,7 +103,7 @@ impl<'a> Made<'a> {
                 Step::Container(id) => self.undo_container(&id).await,
             };
             if let Err(error) = undone {
-                output::remark(crate::one_line(&error));
+                output::remark(error.one_line());
                 return;
             }
         }

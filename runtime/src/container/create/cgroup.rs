@@ -17,7 +17,8 @@ pub(super) fn make(
     let Subject { node, sandbox, id, config, .. } = *subject;
     let (limits, devices) = oci_spec::of_cgroup(spec)?;
     let ending = shutdown::ending(config, stop_signal, sandbox.id().as_str());
-    let (cgroup, holder) = node.make_cgroup(sandbox.cgroup_parent(), id.as_str(), &limits, ending)?;
+    let (cgroup, holder) =
+        node.cgroups.make(&node.shim, sandbox.cgroup_parent(), id.as_str(), &limits, ending)?;
     let cgroup = made.insert(cgroup);
     cgroup.set_devices(&devices)?;
     Ok((cgroup.clone(), holder))

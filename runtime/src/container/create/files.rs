@@ -65,7 +65,7 @@ pub(super) fn undo(node: &Node, made: &Made) {
         && let Err(error) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))
     {
         tracing::warn!(error = %crate::chain(&error), "the cgroup of a container that failed is left; it is tried again");
-        node.left_cgroups.keep(cgroup);
+        node.cgroups.keep_left(cgroup);
     }
     // A copy without a record would say that the record was lost.
     let _ = std::fs::remove_file(made.files.record_copy());

@@ -16,9 +16,11 @@ mod spec;
 
 use super::target::Target;
 use super::{Container, ContainerError, follow};
+use crate::clock::unix_ns;
 use crate::events::ContainerChange;
-use crate::node::{Node, random_bytes, unix_ns};
-use crate::registry::Name;
+use crate::names::Name;
+use crate::node::Node;
+use crate::random::random_bytes;
 use crate::sandbox::{Creation, Sandbox};
 use crate::shim_client::Holder;
 use ::oci_spec::runtime::Spec;
@@ -128,7 +130,7 @@ fn prepare_from(
     if creation.is_given_up() {
         return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
     }
-    let planned = Cgroup::planned(&node.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
+    let planned = Cgroup::planned(&node.cgroups.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
     let subject = spec::Subject { node, sandbox, image: lease.image(), id: &id, config: &config };
     let spec = spec::build(&subject, &resolved, &made.files, &planned)?;
 

@@ -61,7 +61,7 @@ pub(super) fn build(
 
 /// Its directory in each v1 hierarchy, by the name that the hierarchy has below `/sys/fs/cgroup`.
 fn cgroup_directories(node: &Node, cgroup: &Cgroup) -> Vec<CgroupDirectory> {
-    let berth_cgroup::Hierarchy::Legacy { mounts } = &node.hierarchy else { return Vec::new() };
+    let berth_cgroup::Hierarchy::Legacy { mounts } = &node.cgroups.hierarchy else { return Vec::new() };
     let directories: Vec<&Path> = cgroup.directories().collect();
     mounts
         .iter()

@@ -2,10 +2,9 @@
 //! matches everything.
 
 use berth_cri::v1;
-use berth_model::state::{ContainerState, SandboxState};
 use std::collections::BTreeMap;
 
-use super::{ContainerView, SandboxView};
+use super::status::{ContainerView, SandboxView, container_state, sandbox_state};
 
 /// `PodSandboxFilter`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -89,27 +88,11 @@ fn has_labels(labels: &BTreeMap<String, String>, asked: &BTreeMap<String, String
     asked.iter().all(|(key, value)| labels.get(key) == Some(value))
 }
 
-/// The number of a sandbox's state.
-pub(super) fn sandbox_state(state: SandboxState) -> v1::PodSandboxState {
-    match state {
-        SandboxState::Ready => v1::PodSandboxState::SandboxReady,
-        SandboxState::NotReady => v1::PodSandboxState::SandboxNotready,
-    }
-}
-
-/// The number of a container's state.
-pub(super) fn container_state(state: &ContainerState) -> v1::ContainerState {
-    match state {
-        ContainerState::Created => v1::ContainerState::ContainerCreated,
-        ContainerState::Running { .. } => v1::ContainerState::ContainerRunning,
-        ContainerState::Exited(_) => v1::ContainerState::ContainerExited,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use berth_model::id::{ContainerId, SandboxId};
+    use berth_model::state::{ContainerState, SandboxState};
     use berth_model::{container, sandbox};
 
     fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {

@@ -32,21 +32,12 @@ pub use filter::{ContainerFilter, SandboxFilter};
 pub use image::{ImageUser, ImageView, image, image_user};
 pub use resources::{resources, resources_message, updated_resources};
 pub use sandbox::{port_protocol, sandbox_config};
-pub use security::namespace_options;
+pub use security::{SeLinux, namespace_options};
 pub use signal::{signal_message, signal_number};
 pub use status::{
     ContainerView, SandboxView, container, container_metadata, container_mounts, container_status, sandbox,
     sandbox_metadata, sandbox_status,
 };
-
-/// Whether the node's kernel has SELinux on. Where it is off, options for it ask for nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SeLinux {
-    /// Off, or not there.
-    Off,
-    /// Enforcing or permissive.
-    On,
-}
 
 #[cfg(test)]
 mod tests {

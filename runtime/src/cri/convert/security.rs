@@ -1,13 +1,21 @@
 //! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into
 //! [`berth_model::security`].
 
-use super::SeLinux;
 use super::field::{self, Field, Rejected, absolute_forward, at_most, inside, quoted};
 use berth_cri::v1;
 use berth_cri::v1::security_profile::ProfileType;
 use berth_model::sandbox;
 use berth_model::security::{ContainerSecurity, NamespaceMode, Namespaces, Profile, User};
 use berth_sys::credentials::{CAPABILITIES, capability_number};
+
+/// Whether the node's kernel has SELinux on. Where it is off, options for it ask for nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SeLinux {
+    /// Off, or not there.
+    Off,
+    /// Enforcing or permissive.
+    On,
+}
 
 /// The largest uid or gid: runc's and Kubernetes' limit. The kernel has one bit more, and keeps the very last
 /// number to itself.

@@ -1,6 +1,5 @@
 //! Sandboxes and containers for lists and statuses.
 
-use super::filter::{container_state, sandbox_state};
 use super::{namespace_options, resources_message, signal_message};
 use berth_cri::v1;
 use berth_model::container;
@@ -212,6 +211,23 @@ fn image_spec(view: &ContainerView<'_>, text: &str) -> v1::ImageSpec {
 
 fn first_set<'a>(texts: &[&'a str]) -> &'a str {
     texts.iter().copied().find(|text| !text.is_empty()).unwrap_or_default()
+}
+
+/// The number of a sandbox's state.
+pub(super) fn sandbox_state(state: SandboxState) -> v1::PodSandboxState {
+    match state {
+        SandboxState::Ready => v1::PodSandboxState::SandboxReady,
+        SandboxState::NotReady => v1::PodSandboxState::SandboxNotready,
+    }
+}
+
+/// The number of a container's state.
+pub(super) fn container_state(state: &ContainerState) -> v1::ContainerState {
+    match state {
+        ContainerState::Created => v1::ContainerState::ContainerCreated,
+        ContainerState::Running { .. } => v1::ContainerState::ContainerRunning,
+        ContainerState::Exited(_) => v1::ContainerState::ContainerExited,
+    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! Processes that systemd was asked to make a scope of, and did not answer for.
 
+use crate::lock;
 use crate::shim_client::Holder;
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How long a call may be on its way once systemd answers again.
@@ -21,7 +22,7 @@ impl Unanswered {
     /// Keeps the number of a process, which ends.
     pub(crate) fn keep(&self, holder: Holder) {
         holder.end();
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(&self.0);
         kept.push_back((Instant::now(), holder));
         if kept.len() > MOST {
             kept.pop_front();
@@ -30,7 +31,7 @@ impl Unanswered {
 
     /// Takes to know that systemd answers: numbers that were kept long enough are given back.
     pub(crate) fn systemd_answers(&self) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(&self.0);
         kept.retain(|(since, _)| since.elapsed() < ON_ITS_WAY);
     }
 }

@@ -1,0 +1,171 @@
+//! The node's cgroups: who arranges them, and how one is made, found again and told from another daemon's.
+
+mod left;
+mod unanswered;
+
+use crate::shim_client::{Holder, ShimError, ShimProgram};
+use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
+use berth_sys::xattr;
+use left::LeftCgroups;
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::Duration;
+use unanswered::Unanswered;
+
+/// How long a cgroup that could not be limited may take to go.
+const CGROUP_GONE: Duration = Duration::from_secs(10);
+
+/// The extended attribute of a cgroup that names the root of the daemon that made it. `trusted`: a
+/// container's root may not change it.
+const OWNER: &CStr = c"trusted.berth.root";
+
+/// Why there is no cgroup.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MakeCgroup {
+    /// It could not be made or limited.
+    #[error(transparent)]
+    Cgroup(#[from] berth_cgroup::Error),
+    /// There is no process to put into it.
+    #[error(transparent)]
+    Holder(#[from] ShimError),
+}
+
+/// What cgroups are made with.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    pub(crate) hierarchy: Hierarchy,
+    pub(crate) driver: Driver,
+    /// Where pods go that name no parent cgroup.
+    pub(crate) default_parent: Parent,
+    /// With the systemd driver.
+    systemd: Option<Systemd>,
+    unanswered: Unanswered,
+    left: LeftCgroups,
+    /// The daemon's root, by which it knows its own.
+    root: PathBuf,
+}
+
+impl Cgroups {
+    pub(crate) fn new(
+        hierarchy: Hierarchy,
+        default_parent: Parent,
+        systemd: Option<Systemd>,
+        root: PathBuf,
+    ) -> Self {
+        let driver = if systemd.is_some() { Driver::Systemd } else { Driver::Cgroupfs };
+        let (unanswered, left) = (Unanswered::default(), LeftCgroups::default());
+        Self { hierarchy, driver, default_parent, systemd, unanswered, left, root }
+    }
+
+    /// Tries again, in the background, to end what is in `cgroup` and to remove it, until that is done.
+    pub(crate) fn keep_left(&self, cgroup: &Cgroup) {
+        self.left.keep(cgroup);
+    }
+
+    /// The parent cgroup of a pod: the one that it names, or the daemon's own.
+    pub(crate) fn parent(&self, named: &str) -> Result<Parent, berth_cgroup::Error> {
+        if named.is_empty() {
+            Ok(self.default_parent.clone())
+        } else {
+            Ok(Parent::named(self.driver, named)?.with_naming(self.default_parent.naming()))
+        }
+    }
+
+    /// The parent cgroup of a pod of the daemon before this one, which may have had the other driver.
+    pub(crate) fn recorded_parent(&self, named: &str) -> Result<Parent, berth_cgroup::Error> {
+        if named.is_empty() {
+            Ok(self.default_parent.clone())
+        } else {
+            let parent = Parent::named(Parent::form_of(named), named)?;
+            Ok(parent.with_naming(self.default_parent.naming()))
+        }
+    }
+
+    /// Makes the cgroup of `id` with its limits in force. `ending` is for the systemd driver. With that
+    /// driver there is a process in it, which does nothing and goes when the second value is dropped: that
+    /// has to wait until the process that the cgroup is for is in it. Blocking.
+    pub(crate) fn make(
+        &self,
+        shim: &ShimProgram,
+        parent: &Parent,
+        id: &str,
+        limits: &Limits,
+        ending: Ending<'_>,
+    ) -> Result<(Cgroup, Option<Holder>), MakeCgroup> {
+        let (cgroup, holder) = match &self.systemd {
+            None => (Cgroup::create(&self.hierarchy, parent, id)?, None),
+            Some(systemd) => {
+                let holder = shim.spawn_holder()?;
+                let scope = Scope { process: holder.pid(), limits, ending };
+                match Cgroup::create_scope(&self.hierarchy, systemd, parent, id, &scope) {
+                    Ok(cgroup) => {
+                        self.unanswered.systemd_answers();
+                        (cgroup, Some(holder))
+                    }
+                    Err(error) => {
+                        if matches!(error, berth_cgroup::Error::Unit { source: SystemdError::Silent, .. }) {
+                            self.unanswered.keep(holder);
+                        }
+                        return Err(error.into());
+                    }
+                }
+            }
+        };
+        if parent.path() == self.default_parent.path() {
+            self.mark(&cgroup);
+        }
+        match cgroup.apply(limits) {
+            Ok(notes) => {
+                for note in notes {
+                    tracing::warn!(id, %note, "a limit could not be set as asked");
+                }
+                Ok((cgroup, holder))
+            }
+            Err(error) => {
+                drop(holder);
+                if let Err(left) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE)) {
+                    tracing::warn!(id, error = %crate::chain(&left), "a cgroup that failed is left; it is tried again");
+                    self.left.keep(&cgroup);
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Writes onto a cgroup whose it is: below the daemons' own parent, which another one may have too, each
+    /// takes away what is nobody's.
+    fn mark(&self, cgroup: &Cgroup) {
+        for directory in cgroup.directories() {
+            let marked = File::open(directory)
+                .and_then(|file| xattr::set(file.as_fd(), OWNER, self.root.as_os_str().as_bytes()));
+            if let Err(error) = marked {
+                // Without it, only the protection from a daemon with the same parent is missing.
+                tracing::debug!(path = %directory.display(), %error, "could not mark a cgroup");
+            }
+        }
+    }
+
+    /// Whether another daemon has made a cgroup.
+    pub(crate) fn is_anothers(&self, cgroup: &Cgroup) -> bool {
+        let own = self.root.as_os_str().as_bytes();
+        cgroup.directories().any(|directory| {
+            let owner = File::open(directory).and_then(|file| xattr::get(file.as_fd(), OWNER));
+            owner.is_ok_and(|owner| owner.is_some_and(|owner| owner != own))
+        })
+    }
+
+    /// The cgroup of `id` as it may be there still. Nothing of it being there is no error.
+    pub(crate) fn open(&self, parent: &Parent, id: &str) -> Result<Cgroup, berth_cgroup::Error> {
+        Ok(Cgroup::open(&self.hierarchy, parent, id)?.with_systemd(self.systemd.as_ref()))
+    }
+
+    /// Whether a cgroup that a pod names is there, as far as the memory controller says (or the only
+    /// hierarchy).
+    pub(crate) fn has(&self, parent: &Parent) -> bool {
+        let Some(mount) = self.hierarchy.mount_of("memory") else { return false };
+        mount.join(parent.path().trim_start_matches('/')).is_dir()
+    }
+}

@@ -1,0 +1,32 @@
+//! Names of sandboxes and containers: what must be unique about them besides their ids.
+
+use berth_model::id::SandboxId;
+use berth_model::{container, sandbox};
+
+/// The identity that must be unique.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Name {
+    /// Of a sandbox.
+    Sandbox(sandbox::Metadata),
+    /// Of a container in its sandbox.
+    Container(SandboxId, container::Metadata),
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sandbox(metadata) => write!(f, "pod {metadata}"),
+            Self::Container(sandbox, metadata) => {
+                write!(f, "container {} (attempt {}) in sandbox {sandbox}", metadata.name, metadata.attempt)
+            }
+        }
+    }
+}
+
+/// The name belongs to another object.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{name} exists already, as {owner}")]
+pub(crate) struct NameTaken {
+    pub(crate) name: String,
+    pub(crate) owner: String,
+}

@@ -12,7 +12,7 @@
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
 //! | a program that cannot be started, an image that cannot be had | `Unknown` |
 //! | too many streaming requests that wait for their clients | `ResourceExhausted` |
-//! | the daemon is ending, a shim that cannot be reached | `Unavailable` |
+//! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet | `Unavailable` |
 //! | anything else | `Internal` |
 //!
 //! Messages carry the whole chain of causes: they end up in a pod's events, in front of somebody who has
@@ -25,6 +25,7 @@ use crate::chain;
 use crate::container::ContainerError;
 use crate::sandbox::SandboxError;
 use crate::shim_client::ShimError;
+use crate::streaming::UrlError;
 use berth_image::reference::ParseReferenceError;
 use berth_image::{ImportError, PullError, StoreError};
 use berth_streaming::tokens::TokenError;
@@ -65,7 +66,7 @@ pub(crate) enum CallError {
     #[error(transparent)]
     Stats(#[from] berth_cgroup::Error),
     #[error(transparent)]
-    Token(#[from] TokenError),
+    Url(#[from] UrlError),
     #[error("the pull was cancelled")]
     Cancelled,
     #[error("the daemon is stopping")]
@@ -115,9 +116,9 @@ fn code(error: &CallError) -> Code {
             _ => Code::Unknown,
         },
         CallError::Import(_) => Code::FailedPrecondition,
-        CallError::Stopping => Code::Unavailable,
-        CallError::Token(TokenError::TooMany) => Code::ResourceExhausted,
-        CallError::Token(TokenError::Random(_)) => Code::Internal,
+        CallError::Stopping | CallError::Url(UrlError::NotListening { .. }) => Code::Unavailable,
+        CallError::Url(UrlError::Token(TokenError::TooMany)) => Code::ResourceExhausted,
+        CallError::Url(UrlError::Token(TokenError::Random(_))) => Code::Internal,
         CallError::Cancelled => Code::Cancelled,
         CallError::Store(_) | CallError::Stats(_) | CallError::File { .. } => Code::Internal,
     }

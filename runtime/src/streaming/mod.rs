@@ -12,6 +12,7 @@ mod port_forward;
 
 use crate::config::StreamingConfig;
 use crate::container::Container;
+use crate::lock;
 use crate::sandbox::Sandbox;
 use berth_streaming::command::Wanted;
 use berth_streaming::server::Server;
@@ -19,7 +20,8 @@ use berth_streaming::tokens::{Endpoint, Task, TokenError};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
@@ -31,18 +33,13 @@ use tokio_rustls::rustls::{self, ServerConfig};
 /// Connections that wait to be accepted. The kernel takes the smaller of this and `net.core.somaxconn`.
 const BACKLOG: u32 = 1024;
 
+/// How soon an address that cannot be listened on is tried again, and how rarely in the end.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
 /// Why there is no streaming server.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamingError {
-    /// The address cannot be listened on.
-    #[error("listen on streaming.address {address}")]
-    Listen {
-        /// As configured.
-        address: SocketAddr,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// A certificate or a key cannot be read.
     #[error("read {path}")]
     Pem {
@@ -57,12 +54,29 @@ pub enum StreamingError {
     Tls(#[source] rustls::Error),
 }
 
+/// Why there is no URL.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UrlError {
+    /// Nobody listens there yet.
+    #[error("the streaming server cannot listen on streaming.address {address}, and tries again: {error}")]
+    NotListening {
+        /// As configured.
+        address: SocketAddr,
+        /// Why, the last time.
+        error: String,
+    },
+    /// There is no token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+}
+
 /// The server. It ends when this is dropped; what runs on its connections goes on until the daemon ends.
 #[derive(Debug)]
 pub(crate) struct Streaming {
     server: Arc<Server>,
-    /// What every URL begins with: `http://127.0.0.1:40123`.
-    base: String,
+    address: SocketAddr,
+    /// What every URL begins with, `http://127.0.0.1:40123`, or why there are none.
+    base: Arc<Mutex<Result<String, String>>>,
     task: JoinHandle<()>,
 }
 
@@ -73,43 +87,39 @@ impl Drop for Streaming {
 }
 
 impl Streaming {
-    /// Begins to listen.
+    /// Begins to listen. An address that is in use, or that the node does not have yet, is tried again in the
+    /// background: pods do not need it.
     ///
     /// # Errors
     /// [`StreamingError`].
     pub(crate) fn start(config: &StreamingConfig) -> Result<Self, StreamingError> {
-        let failed = |source| StreamingError::Listen { address: config.address, source };
         let tls = match &config.tls {
             Some(tls) => Some(acceptor(&tls.certificate, &tls.key)?),
             None => None,
         };
-        let listener = listen(config.address).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
-        let server = Arc::new(Server::default());
-        let (scheme, task) = match tls {
-            Some(acceptor) => {
-                let secure = move |stream| acceptor.accept(stream);
-                ("https", tokio::spawn(server.clone().serve(listener, secure)))
-            }
-            None => {
-                let plain = |stream| std::future::ready(Ok(stream));
-                ("http", tokio::spawn(server.clone().serve(listener, plain)))
-            }
-        };
-        tracing::info!(%address, scheme, "streaming server listens");
-        Ok(Self { server, base: format!("{scheme}://{address}"), task })
+        let (server, address) = (Arc::new(Server::default()), config.address);
+        let first = listen(address);
+        let base = Arc::new(Mutex::new(Err(String::from("it has just begun"))));
+        if let Err(error) = &first {
+            tracing::error!(%address, %error, "cannot listen on streaming.address; exec and port forwarding fail until a later try succeeds");
+            *lock(&base) = Err(error.to_string());
+        } else if let Ok(listener) = &first {
+            note(listener, tls.is_some(), &base);
+        }
+        let task = tokio::spawn(serve(server.clone(), address, first, tls, base.clone()));
+        Ok(Self { server, address, base, task })
     }
 
     /// A URL for a client that runs `command` in a container.
     ///
     /// # Errors
-    /// [`TokenError`].
+    /// [`UrlError`].
     pub(crate) fn exec(
         &self,
         container: Arc<Container>,
         command: Vec<String>,
         wanted: Wanted,
-    ) -> Result<String, TokenError> {
+    ) -> Result<String, UrlError> {
         let run = Box::new(move |session| exec::run(container, command, wanted, session));
         self.url(Endpoint::Exec, Task::Command(wanted, run))
     }
@@ -117,15 +127,67 @@ impl Streaming {
     /// A URL for a client that connects to ports of a sandbox.
     ///
     /// # Errors
-    /// [`TokenError`].
-    pub(crate) fn port_forward(&self, sandbox: Arc<Sandbox>) -> Result<String, TokenError> {
+    /// [`UrlError`].
+    pub(crate) fn port_forward(&self, sandbox: Arc<Sandbox>) -> Result<String, UrlError> {
         let connect = Arc::new(move |port| port_forward::connect(sandbox.clone(), port));
         self.url(Endpoint::PortForward, Task::Forward(connect))
     }
 
-    fn url(&self, endpoint: Endpoint, task: Task) -> Result<String, TokenError> {
+    fn url(&self, endpoint: Endpoint, task: Task) -> Result<String, UrlError> {
+        let base = lock(&self.base)
+            .clone()
+            .map_err(|error| UrlError::NotListening { address: self.address, error })?;
         let token = self.server.tokens().insert(endpoint, task)?;
-        Ok(format!("{}/{}/{token}", self.base, endpoint.name()))
+        Ok(format!("{base}/{}/{token}", endpoint.name()))
+    }
+}
+
+/// Notes that URLs can be given out.
+fn note(listener: &TcpListener, tls: bool, base: &Mutex<Result<String, String>>) {
+    let scheme = if tls { "https" } else { "http" };
+    *lock(base) = match listener.local_addr() {
+        Ok(address) => {
+            tracing::info!(%address, scheme, "streaming server listens");
+            Ok(format!("{scheme}://{address}"))
+        }
+        Err(error) => Err(error.to_string()),
+    };
+}
+
+/// Serves as soon as the address can be listened on.
+async fn serve(
+    server: Arc<Server>,
+    address: SocketAddr,
+    first: io::Result<TcpListener>,
+    tls: Option<TlsAcceptor>,
+    base: Arc<Mutex<Result<String, String>>>,
+) {
+    let mut pause = FIRST_PAUSE;
+    let mut listener = first.ok();
+    let listener = loop {
+        if let Some(listener) = listener {
+            break listener;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+        listener = match listen(address) {
+            Ok(listener) => {
+                note(&listener, tls.is_some(), &base);
+                Some(listener)
+            }
+            Err(error) => {
+                *lock(&base) = Err(error.to_string());
+                None
+            }
+        };
+    };
+    match tls {
+        Some(acceptor) => {
+            server.serve(listener, move |stream| acceptor.accept(stream)).await;
+        }
+        None => {
+            server.serve(listener, |stream| std::future::ready(Ok(stream))).await;
+        }
     }
 }
 

@@ -35,6 +35,7 @@ mod shim;
 mod slow_shims;
 mod stats;
 mod stop;
+mod stream_faults;
 mod streams;
 mod syscalls;
 mod targets;

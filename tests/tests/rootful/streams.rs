@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tonic::Code;
 
 /// A request for a command with all three streams.
-fn piped(container: &Container, command: &[&str]) -> v1::ExecRequest {
+pub(crate) fn piped(container: &Container, command: &[&str]) -> v1::ExecRequest {
     v1::ExecRequest {
         container_id: container.id.clone(),
         cmd: words(command),

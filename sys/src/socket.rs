@@ -1,5 +1,5 @@
 //! Unix sockets with descriptors: pairs, listening below a directory whatever the length of its path,
-//! `SCM_RIGHTS`.
+//! `SCM_RIGHTS`. And whether a TCP peer answers.
 
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
@@ -147,6 +147,36 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     Ok((message.bytes, descriptors))
 }
 
+/// For how long the peer of a TCP connection has acknowledged nothing, while something has been sent to it
+/// that is to be acknowledged: data, or a probe whether it has room; `TCP_INFO` of tcp(7). Nothing when it
+/// owes no answer.
+///
+/// # Errors
+/// `EOPNOTSUPP` for a socket that is not TCP's.
+pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<Option<Duration>> {
+    let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
+    let size = size_of::<libc::tcp_info>();
+    let mut length = libc::socklen_t::try_from(size).unwrap_or(libc::socklen_t::MAX);
+    // SAFETY: `info` has room for `length` bytes, both live through the call, and the kernel writes no more
+    // than `length`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is made of integers only, all of which were zero before the kernel wrote.
+    let info = unsafe { info.assume_init() };
+    let owes = info.tcpi_unacked > 0 || info.tcpi_probes > 0 || info.tcpi_retransmits > 0;
+    Ok(owes.then(|| Duration::from_millis(info.tcpi_last_ack_recv.into())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,6 +220,20 @@ mod tests {
         let error = receive(left.as_fd(), &mut [0; 1]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         drop(right);
+    }
+
+    #[test]
+    fn a_peer_that_has_everything_owes_nothing() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        io::Write::write_all(&mut near, b"x").unwrap();
+        io::Read::read_exact(&mut far, &mut [0]).unwrap();
+        while unacknowledged(near.as_fd()).unwrap().is_some() {
+            std::thread::yield_now();
+        }
+        let (left, _right) = stream_pair().unwrap();
+        assert!(unacknowledged(left.as_fd()).is_err());
     }
 
     #[test]

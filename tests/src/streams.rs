@@ -94,7 +94,7 @@ impl Client {
             let _inside = tokio.enter();
             let stream = tokio::net::TcpStream::from_std(stream)?;
             let limits = Limits { streams: 1000, idle: Duration::from_secs(3600) };
-            Connection::new(stream, Role::Client, limits, None)?
+            Connection::new(stream, Role::Client, limits, None)
         };
         Ok(Self { tokio, connection })
     }

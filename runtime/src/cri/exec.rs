@@ -52,7 +52,8 @@ impl RuntimeService {
         if sandbox.state() != SandboxState::Ready {
             return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() }.into());
         }
-        Ok(v1::PortForwardResponse { url: self.streaming.port_forward(sandbox)? })
+        let ports = request.port.iter().filter_map(|port| u16::try_from(*port).ok()).collect();
+        Ok(v1::PortForwardResponse { url: self.streaming.port_forward(sandbox, ports)? })
     }
 }
 

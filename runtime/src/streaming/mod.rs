@@ -17,6 +17,7 @@ use crate::sandbox::Sandbox;
 use berth_streaming::command::Wanted;
 use berth_streaming::server::Server;
 use berth_streaming::tokens::{Endpoint, Task, TokenError};
+use berth_sys::socket;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -124,13 +125,13 @@ impl Streaming {
         self.url(Endpoint::Exec, Task::Command(wanted, run))
     }
 
-    /// A URL for a client that connects to ports of a sandbox.
+    /// A URL for a client that connects to ports of a sandbox: to any, or to `ports` if it cannot say which.
     ///
     /// # Errors
     /// [`UrlError`].
-    pub(crate) fn port_forward(&self, sandbox: Arc<Sandbox>) -> Result<String, UrlError> {
+    pub(crate) fn port_forward(&self, sandbox: Arc<Sandbox>, ports: Vec<u16>) -> Result<String, UrlError> {
         let connect = Arc::new(move |port| port_forward::connect(sandbox.clone(), port));
-        self.url(Endpoint::PortForward, Task::Forward(connect))
+        self.url(Endpoint::PortForward, Task::Forward(connect, ports))
     }
 
     fn url(&self, endpoint: Endpoint, task: Task) -> Result<String, UrlError> {
@@ -183,10 +184,10 @@ async fn serve(
     };
     match tls {
         Some(acceptor) => {
-            server.serve(listener, move |stream| acceptor.accept(stream)).await;
+            server.serve(listener, move |stream| acceptor.accept(stream), socket::unacknowledged).await;
         }
         None => {
-            server.serve(listener, |stream| std::future::ready(Ok(stream))).await;
+            server.serve(listener, |stream| std::future::ready(Ok(stream)), socket::unacknowledged).await;
         }
     }
 }

@@ -9,6 +9,7 @@
 //! | 1 to 3 | nothing after success, else plain text |
 //! | 4, 5 | a JSON object in the form of `metav1.Status`, always |
 
+use crate::budget;
 use crate::hangup::Hangup;
 use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
 use crate::spdy::{Connection, Limits, ResetStatus, Stream};
@@ -17,7 +18,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use std::pin::Pin;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 /// The streams that a request is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -73,16 +74,16 @@ pub type Run = Box<dyn FnOnce(Session) -> BoxFuture<Outcome> + Send>;
 
 /// Standard input, as it comes from the client.
 #[derive(Debug)]
-pub struct Input(mpsc::Receiver<Bytes>);
+pub struct Input(budget::Receiver);
 
 impl Input {
-    pub(crate) fn new(data: mpsc::Receiver<Bytes>) -> Self {
+    pub(crate) fn new(data: budget::Receiver) -> Self {
         Self(data)
     }
 
     /// The next bytes; `None` at the end of the input.
     pub async fn receive(&mut self) -> Option<Bytes> {
-        self.0.recv().await
+        self.0.receive().await
     }
 }
 
@@ -272,12 +273,13 @@ where
 {
     // Five streams at most; a client may open some that are refused.
     let limits = Limits { streams: 8, idle: IDLE };
-    let Ok(mut connection) = Connection::new(io, Role::Server, limits, hangup) else { return };
+    let mut connection = Connection::new(io, Role::Server, limits, hangup);
     let collected = tokio::time::timeout(STREAMS_WITHIN, collect(&mut connection, wanted, version)).await;
     let Ok(Some(Streams { error: Some(error), stdin, stdout, stderr, resize })) = collected else {
         tracing::debug!("a client did not open the streams of its command");
         return connection.close().await;
     };
+    connection.accept_no_more();
     let error = error.without_input();
     let size = resize.map(|stream| {
         let (sender, size) = watch::channel(None);
@@ -292,16 +294,9 @@ where
         stderr: stderr.map(|stream| Output(Way::Spdy(stream.outgoing))),
         size,
     };
-    let gone = connection.closed();
-    let refuse_more = async {
-        while let Some(stream) = connection.accept().await {
-            stream.outgoing.reset(ResetStatus::RefusedStream).await;
-        }
-    };
     let outcome = tokio::select! {
         outcome = run(session) => Some(outcome),
-        () = gone => None,
-        () = refuse_more => None,
+        () = connection.closed() => None,
     };
     if let Some(outcome) = outcome {
         let say = async {
@@ -410,7 +405,7 @@ mod tests {
         let (near, far) = duplex(1024);
         let server = tokio::spawn(over_spdy(far, None, ALL, Version::V4, echo()));
         let limits = Limits { streams: 100, idle: IDLE };
-        let mut client = Connection::new(near, Role::Client, limits, None).unwrap();
+        let mut client = Connection::new(near, Role::Client, limits, None);
         let mut stderr = open(&mut client, "stderr").await;
         let mut unwanted = open(&mut client, "resize").await;
         let stdin = open(&mut client, "stdin").await;
@@ -440,7 +435,7 @@ mod tests {
         let wanted = Wanted { stdout: true, ..Wanted::default() };
         let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
         let limits = Limits { streams: 100, idle: IDLE };
-        let mut client = Connection::new(near, Role::Client, limits, None).unwrap();
+        let mut client = Connection::new(near, Role::Client, limits, None);
         let (_out, _error) = (open(&mut client, "stdout").await, open(&mut client, "error").await);
         drop(client);
         assert!(ended.await.is_err());
@@ -454,7 +449,7 @@ mod tests {
         let start = tokio::time::Instant::now();
         let server = tokio::spawn(over_spdy(far, None, ALL, Version::V4, run));
         let limits = Limits { streams: 100, idle: IDLE };
-        let mut client = Connection::new(near, Role::Client, limits, None).unwrap();
+        let mut client = Connection::new(near, Role::Client, limits, None);
         let _error = open(&mut client, "error").await;
         server.await.unwrap();
         assert!(start.elapsed() >= STREAMS_WITHIN);

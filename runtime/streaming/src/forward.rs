@@ -14,7 +14,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinSet;
@@ -61,7 +61,7 @@ where
     T: AsyncRead + AsyncWrite + Send + 'static,
 {
     let limits = Limits { streams: MAX_STREAMS, idle: IDLE };
-    let Ok(mut connection) = Connection::new(io, Role::Server, limits, hangup) else { return };
+    let mut connection = Connection::new(io, Role::Server, limits, hangup);
     let mut halves: HashMap<Request, Half> = HashMap::new();
     let mut forwards = JoinSet::new();
     loop {
@@ -211,15 +211,21 @@ async fn upload(mut from: Incoming, mut to: OwnedWriteHalf) -> io::Result<()> {
 }
 
 /// From the port to the client; its end is passed on.
-async fn download(mut from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
+async fn download(from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
     let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-    let mut buffer = BytesMut::new();
     loop {
-        buffer.reserve(READ_BYTES);
-        if from.read_buf(&mut buffer).await? == 0 {
-            return to.finish().await.map_err(gone);
+        // No room is kept for a connection on which nothing comes.
+        from.readable().await?;
+        let mut buffer = BytesMut::with_capacity(READ_BYTES);
+        match from.try_read_buf(&mut buffer) {
+            Ok(0) => return to.finish().await.map_err(gone),
+            Ok(length) if length < READ_BYTES / 4 => {
+                to.send(Bytes::copy_from_slice(&buffer)).await.map_err(gone)?;
+            }
+            Ok(_) => to.send(buffer.freeze()).await.map_err(gone)?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
-        to.send(buffer.split().freeze()).await.map_err(gone)?;
     }
 }
 
@@ -227,14 +233,14 @@ async fn download(mut from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::spdy::Headers;
-    use tokio::io::duplex;
+    use tokio::io::{AsyncReadExt, duplex};
     use tokio::net::TcpListener;
 
     async fn served(connect: Connect) -> (Connection, tokio::task::JoinHandle<()>) {
         let (near, far) = duplex(64 * 1024);
         let server = tokio::spawn(over_spdy(far, None, connect));
         let limits = Limits { streams: 100, idle: IDLE };
-        (Connection::new(near, Role::Client, limits, None).unwrap(), server)
+        (Connection::new(near, Role::Client, limits, None), server)
     }
 
     async fn open(client: &mut Connection, headers: &[(&str, &str)]) -> Stream {

@@ -7,7 +7,7 @@
 //! after the data.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -22,6 +22,22 @@ impl Hangup {
     /// When its descriptor cannot be duplicated.
     pub fn of(socket: &TcpStream) -> io::Result<Self> {
         socket.as_fd().try_clone_to_owned().map(|copy| Self(copy.into()))
+    }
+
+    /// The socket.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    /// Another one for the same socket.
+    pub(crate) fn again(&self) -> Option<Self> {
+        self.0.try_clone().ok().map(Self)
+    }
+
+    /// Ends the connection in both directions, for whoever uses it.
+    pub(crate) fn shut_down(&self) {
+        // One that is over already is what is wanted.
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 
     /// Resolves when the peer has shut down its side of the connection, or it was reset: `EPOLLRDHUP` of

@@ -9,10 +9,15 @@
 //!  command  exec and attach: streams, sizes, status           -> spdy, or websocket
 //!  forward  port forwarding: pairs of streams, connections    -> spdy, also in a websocket
 //! ```
+//! What one client can make the server hold is bounded by `budget`; `hangup` and `vanished` notice that it
+//! is gone, and `activity` that it is silent.
+//!
 //! Nothing of the daemon is in here: it hands over what runs a command on streams ([`command::Run`]) and
 //! what connects to a port ([`forward::Connect`]).
 #![forbid(unsafe_code)]
 
+mod activity;
+mod budget;
 pub mod command;
 pub mod forward;
 pub mod hangup;
@@ -20,6 +25,7 @@ pub mod server;
 pub mod spdy;
 pub mod tokens;
 mod upgrade;
+pub mod vanished;
 mod websocket;
 
 use std::time::Duration;

@@ -8,6 +8,8 @@
 use crate::hangup::Hangup;
 use crate::tokens::{Endpoint, Task, Tokens};
 use crate::upgrade::{self, Protocol, Refused, Upgrade};
+use crate::vanished::{self, Unacknowledged};
+use crate::websocket::MAX_PORTS;
 use crate::{command, forward, websocket};
 use bytes::Bytes;
 use http_body_util::Full;
@@ -47,7 +49,7 @@ const MAX_HEADERS: usize = 64;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// When a peer is asked whether it is there, how often, and how many times without an answer: tcp(7). Half
-/// a minute for one that has lost its network.
+/// a minute for one that has lost its network while nothing is sent; [`vanished`] is for the others.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 3;
@@ -101,8 +103,12 @@ impl Server {
     }
 
     /// Accepts connections for ever. `secure` makes each one ready to be read, by TLS or not at all.
-    pub async fn serve<T, S, F>(self: Arc<Self>, listener: TcpListener, secure: S)
-    where
+    pub async fn serve<T, S, F>(
+        self: Arc<Self>,
+        listener: TcpListener,
+        secure: S,
+        unacknowledged: Unacknowledged,
+    ) where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         S: Fn(TcpStream) -> F,
         F: Future<Output = io::Result<T>> + Send + 'static,
@@ -125,7 +131,7 @@ impl Server {
                     .with_retries(KEEPALIVE_RETRIES),
             );
             let hangup = Hangup::of(&stream).ok();
-            self.admit(secure(stream), hangup);
+            self.admit(secure(stream), hangup, unacknowledged);
         }
     }
 
@@ -134,6 +140,7 @@ impl Server {
         self: &Arc<Self>,
         secured: impl Future<Output = io::Result<T>> + Send + 'static,
         hangup: Option<Hangup>,
+        unacknowledged: Unacknowledged,
     ) where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -146,7 +153,7 @@ impl Server {
             let _leaving = leaving;
             let request = async {
                 let Ok(io) = secured.await else { return };
-                server.answer(io, hangup).await;
+                server.answer(io, hangup, unacknowledged).await;
             };
             // Whoever broke it off knows; who took too long is let go.
             let _ = tokio::time::timeout(REQUEST, request).await;
@@ -160,14 +167,14 @@ impl Server {
     }
 
     /// Reads one request and answers it. An upgraded connection goes on in a task of its own.
-    async fn answer<T>(self: Arc<Self>, io: T, hangup: Option<Hangup>)
+    async fn answer<T>(self: Arc<Self>, io: T, hangup: Option<Hangup>, unacknowledged: Unacknowledged)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let hangup = Mutex::new(hangup);
         let service = service_fn(|request| {
             let hangup = hangup.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let response = self.respond(request, hangup);
+            let response = self.respond(request, hangup, unacknowledged);
             async { Ok::<_, Infallible>(response) }
         });
         // Not without keep-alive: hyper would add "close" to the answer 101, and Go's client would then
@@ -184,7 +191,12 @@ impl Server {
         }
     }
 
-    fn respond(&self, mut request: Request<Incoming>, hangup: Option<Hangup>) -> Response<Full<Bytes>> {
+    fn respond(
+        &self,
+        mut request: Request<Incoming>,
+        hangup: Option<Hangup>,
+        unacknowledged: Unacknowledged,
+    ) -> Response<Full<Bytes>> {
         let upgrade = match self.judge(&request) {
             Ok(upgrade) => upgrade,
             Err(refused) => return refusal(refused),
@@ -194,7 +206,11 @@ impl Server {
         tokio::spawn(async move {
             let _permit = permit;
             if let Ok(upgraded) = upgraded.await {
-                run(TokioIo::new(upgraded), hangup, protocol, task).await;
+                let watched = hangup.as_ref().and_then(Hangup::again);
+                tokio::select! {
+                    () = run(TokioIo::new(upgraded), hangup, protocol, task) => {}
+                    () = vanished::watch(watched, unacknowledged) => {}
+                }
             }
         });
         let mut response = Response::new(Full::default());
@@ -218,12 +234,34 @@ impl Server {
         }
         // A request that is refused for its form does not use the token up.
         let upgrade = upgrade::negotiate(endpoint, request.method(), request.headers())?;
+        let ports = match upgrade.protocol {
+            Protocol::ForwardOverChannels(_) => self.ports(token, request.uri().query())?,
+            _ => Vec::new(),
+        };
         let permit = self.connections.clone().try_acquire_owned().map_err(|_| {
             let text = format!("{MAX_CONNECTIONS} streaming connections are open already");
             refused(StatusCode::SERVICE_UNAVAILABLE, &text)
         })?;
-        let task = self.tokens.take(endpoint, token).ok_or_else(unknown)?;
+        let task = match self.tokens.take(endpoint, token).ok_or_else(unknown)? {
+            Task::Forward(connect, _) => Task::Forward(connect, ports),
+            command @ Task::Command(..) => command,
+        };
         Ok((upgrade, task, permit))
+    }
+
+    /// The ports to forward on channels, which have to be known before.
+    fn ports(&self, token: &str, query: Option<&str>) -> Result<Vec<u16>, Refused> {
+        let asked = self.tokens.ports(token);
+        if (1..=MAX_PORTS).contains(&asked.len()) {
+            return Ok(asked);
+        }
+        websocket::ports_of_query(query.unwrap_or_default()).ok_or_else(|| {
+            let text = format!(
+                "this sub-protocol needs 1 to {MAX_PORTS} ports, in PortForwardRequest.port or in the query: \
+                 ?port=80"
+            );
+            Refused { status: StatusCode::BAD_REQUEST, text, headers: Box::default() }
+        })
     }
 }
 
@@ -248,15 +286,18 @@ where
         (Protocol::CommandOverWebSocket(protocol), Task::Command(wanted, run)) => {
             websocket::command(io, hangup, wanted, protocol, run).await;
         }
-        (Protocol::ForwardOverSpdy, Task::Forward(connect)) => {
+        (Protocol::ForwardOverSpdy, Task::Forward(connect, _)) => {
             forward::over_spdy(io, hangup, connect).await;
         }
-        (Protocol::ForwardOverWebSocket, Task::Forward(connect)) => {
+        (Protocol::ForwardOverChannels(base64), Task::Forward(connect, ports)) => {
+            websocket::forward(io, hangup, base64, ports, connect).await;
+        }
+        (Protocol::ForwardOverWebSocket, Task::Forward(connect, _)) => {
             let (near, far) = tokio::io::duplex(64 * 1024);
             tokio::join!(websocket::tunnel(io, near), forward::over_spdy(far, hangup, connect));
         }
         // An endpoint has protocols and tasks of one kind only.
-        (_, Task::Command(..) | Task::Forward(_)) => {}
+        (_, Task::Command(..) | Task::Forward(..)) => {}
     }
 }
 
@@ -271,7 +312,7 @@ mod tests {
     async fn served() -> (Arc<Server>, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (server, address) = (Arc::new(Server::default()), listener.local_addr().unwrap());
-        tokio::spawn(server.clone().serve(listener, async |stream| Ok(stream)));
+        tokio::spawn(server.clone().serve(listener, async |stream| Ok(stream), |_| Ok(None)));
         (server, address)
     }
 
@@ -341,7 +382,7 @@ mod tests {
     async fn a_request_that_never_ends_is_let_go() {
         let (near, far) = tokio::io::duplex(1024);
         let server = Arc::new(Server::default());
-        server.admit(async { Ok(far) }, None);
+        server.admit(async { Ok(far) }, None, |_| Ok(None));
         let (mut from, mut to) = tokio::io::split(near);
         let trickle = tokio::spawn(async move {
             while to.write_all(b"G").await.is_ok() {

@@ -48,15 +48,15 @@ impl Endpoint {
 pub enum Task {
     /// Run a command on its streams.
     Command(Wanted, Run),
-    /// Connect to ports for it.
-    Forward(Connect),
+    /// Connect to ports for it: to any, or to these for a client that names none itself.
+    Forward(Connect, Vec<u16>),
 }
 
 impl std::fmt::Debug for Task {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Command(wanted, _) => f.debug_tuple("Command").field(wanted).finish(),
-            Self::Forward(_) => f.write_str("Forward"),
+            Self::Forward(_, ports) => f.debug_tuple("Forward").field(ports).finish(),
         }
     }
 }
@@ -122,6 +122,14 @@ impl Tokens {
         self.current().get(token).is_some_and(|pending| pending.endpoint == endpoint)
     }
 
+    /// The ports that were asked for with the token.
+    pub(crate) fn ports(&self, token: &str) -> Vec<u16> {
+        match self.current().get(token) {
+            Some(Pending { task: Task::Forward(_, ports), .. }) => ports.clone(),
+            _ => Vec::new(),
+        }
+    }
+
     /// Uses the token up.
     pub(crate) fn take(&self, endpoint: Endpoint, token: &str) -> Option<Task> {
         let mut pending = self.current();
@@ -138,7 +146,7 @@ mod tests {
     use std::sync::Arc;
 
     fn task() -> Task {
-        Task::Forward(Arc::new(|_| Box::pin(async { Err(String::new()) })))
+        Task::Forward(Arc::new(|_| Box::pin(async { Err(String::new()) })), Vec::new())
     }
 
     #[tokio::test(start_paused = true)]

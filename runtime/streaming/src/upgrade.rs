@@ -26,6 +26,8 @@ pub(crate) enum Protocol {
     CommandOverWebSocket(websocket::Protocol),
     ForwardOverSpdy,
     ForwardOverWebSocket,
+    /// Whether it is in base64.
+    ForwardOverChannels(bool),
 }
 
 /// A request that can be served.
@@ -104,7 +106,11 @@ fn over_websocket(endpoint: Endpoint, method: &Method, headers: &HeaderMap) -> R
         offered.push("");
     }
     let known: Vec<(&str, Protocol)> = match endpoint {
-        Endpoint::PortForward => vec![(websocket::TUNNEL, Protocol::ForwardOverWebSocket)],
+        Endpoint::PortForward => websocket::FOR_PORTS
+            .iter()
+            .map(|(name, base64)| (*name, Protocol::ForwardOverChannels(*base64)))
+            .chain([(websocket::TUNNEL, Protocol::ForwardOverWebSocket)])
+            .collect(),
         Endpoint::Exec | Endpoint::Attach => websocket::FOR_COMMANDS
             .iter()
             .map(|(name, protocol)| (*name, Protocol::CommandOverWebSocket(*protocol)))
@@ -200,6 +206,11 @@ mod tests {
         let tunnel = headers(&[UP, TO_WS, KEY, V13, (WS_PROTOCOL, "SPDY/3.1+portforward.k8s.io")]);
         let upgrade = negotiate(Endpoint::PortForward, &Method::GET, &tunnel).unwrap();
         assert_eq!(upgrade.protocol, Protocol::ForwardOverWebSocket);
+        for (name, base64) in [("v4.channel.k8s.io", false), ("v4.base64.channel.k8s.io", true)] {
+            let channels = headers(&[UP, TO_WS, KEY, V13, (WS_PROTOCOL, name)]);
+            let upgrade = negotiate(Endpoint::PortForward, &Method::GET, &channels).unwrap();
+            assert_eq!(upgrade.protocol, Protocol::ForwardOverChannels(base64));
+        }
     }
 
     #[test]
@@ -223,6 +234,7 @@ mod tests {
             status(Endpoint::Exec, &get, &[UP, TO_WS, V13, ("sec-websocket-key", "short")]).status,
             400
         );
-        assert_eq!(status(Endpoint::PortForward, &get, &[UP, TO_WS, KEY, V13]).status, 403);
+        let unknown = [UP, TO_WS, KEY, V13, (WS_PROTOCOL, "v5.channel.k8s.io")];
+        assert_eq!(status(Endpoint::PortForward, &get, &unknown).status, 403);
     }
 }

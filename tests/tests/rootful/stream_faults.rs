@@ -1,11 +1,159 @@
 //! What streaming clients do that no good one does, and a server that cannot listen.
 
-use crate::streams::piped;
+use crate::streams::{forward_url, piped};
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::daemon::{SOON, Setup, rootful_with};
-use berth_tests::deadline::within;
-use berth_tests::streams::Command;
+use berth_cri::v1;
+use berth_streaming::spdy::{Encoder, Headers};
+use berth_tests::daemon::{Daemon, SOON, Setup, rootful, rootful_with};
+use berth_tests::deadline::{patience, within};
+use berth_tests::pod::shell;
+use berth_tests::streams::{Command, ask, dial};
+use bytes::BytesMut;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
 use tonic::Code;
+
+/// The resident memory of the daemon in KiB that is its own.
+fn resident(daemon: &Daemon) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()?))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
+    Ok(line.split_whitespace().next().context("no number")?.parse()?)
+}
+
+#[test]
+fn what_a_hostile_client_sends_and_nobody_reads_takes_little_memory() -> Result<()> {
+    const STREAMS: u32 = 1000;
+    rootful(|daemon| {
+        let pod = daemon.pod("streams")?;
+        // The first connection makes what all of them use.
+        let main = pod.idle("main")?;
+        Command::start(daemon, piped(&main, &["true"]))?.finished()?;
+        let before = resident(daemon)?;
+        let mut clients = Vec::new();
+        for _ in 0..4 {
+            let url = forward_url(daemon, &pod.id)?;
+            let (mut stream, path) = dial(daemon, &url)?;
+            ensure!(ask(&mut stream, path, "portforward.k8s.io")?.starts_with("HTTP/1.1 101 "), "no upgrade");
+            // Data streams whose error streams never come: nobody reads them.
+            let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+            for number in 0..STREAMS {
+                let (port, id) = ("80", number.to_string());
+                let headers = Headers::of(&[("streamType", "data"), ("port", port), ("requestID", &id)]);
+                encoder.syn_stream(2 * number + 1, &headers, &mut bytes);
+            }
+            stream.write_all(&bytes)?;
+            // Until the server takes no more.
+            stream.set_nonblocking(true)?;
+            let mut sent = 0_u64;
+            let mut full = None;
+            for number in (0..STREAMS).cycle() {
+                bytes.clear();
+                Encoder::data(2 * number + 1, 16 * 1024, false, &mut bytes);
+                bytes.resize(bytes.len() + 16 * 1024, 7);
+                let mut rest = &bytes[..];
+                while !rest.is_empty() {
+                    match stream.write(rest) {
+                        Ok(length) => {
+                            rest = &rest[length..];
+                            full = None;
+                        }
+                        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                            let since = *full.get_or_insert_with(Instant::now);
+                            if since.elapsed() > Duration::from_secs(1) {
+                                break;
+                            }
+                            std::thread::sleep(Duration::from_millis(5));
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                sent += 16;
+                if full.is_some() {
+                    break;
+                }
+                ensure!(sent < 512 * 1024, "the server takes whatever comes");
+            }
+            clients.push(stream);
+        }
+        let more = resident(daemon)?.saturating_sub(before) / 4;
+        // A budget of 1 MiB, 4 KiB for each stream, and what the allocator keeps.
+        ensure!(more < 8 * 1024, "a client makes the daemon hold {more} KiB");
+        // And others are served.
+        assert_eq!(Command::start(daemon, piped(&main, &["true"]))?.finished()?.code(), Some(0));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_client_whose_machine_vanishes_while_output_comes_takes_its_program_along() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("streams")?.idle("main")?;
+        let mut command = Command::start(daemon, piped(&main, &["sh", "-c", "echo up; exec yes 4321"]))?;
+        command.hear("4321\n4321")?;
+        // Nothing arrives any more, and nobody says so.
+        daemon.host().run("ip", &["link", "set", "lo", "down"])?;
+        within(2 * SOON, "the program is gone", || {
+            Ok((!main.sh("ps -o args")?.contains("yes 4321")).then_some(()))
+        })?;
+        Ok(())
+    })
+}
+
+#[test]
+fn ports_are_forwarded_on_the_channels_of_a_websocket() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("ports")?;
+        let main = pod.start(shell("main", "nc -ll -p 8080 -e cat & sleep 1000 & wait"))?;
+        within(SOON, "it listens", || Ok(main.sh("netstat -ltn")?.contains(":8080 ").then_some(())))?;
+        let url = |port: Vec<i32>| -> Result<String> {
+            let request = v1::PortForwardRequest { pod_sandbox_id: pod.id.clone(), port };
+            Ok(daemon.client().port_forward(request)?.url)
+        };
+        let ask = |url: &str| -> Result<TcpStream> {
+            let (mut stream, path) = dial(daemon, url)?;
+            stream.set_read_timeout(Some(patience(SOON)))?;
+            let request = format!(
+                "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                 Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                 Sec-WebSocket-Protocol: v4.channel.k8s.io\r\n\r\n"
+            );
+            stream.write_all(request.as_bytes())?;
+            Ok(stream)
+        };
+        for url in [url(vec![8080, 9])?, format!("{}?port=8080&port=9", url(vec![])?)] {
+            let mut stream = ask(&url)?;
+            // A masked frame on channel 0, with a mask of zeros.
+            let hello = [&[0x82, 0x80 | 6, 0, 0, 0, 0, 0][..], b"hello"].concat();
+            stream.write_all(&hello)?;
+            let mut heard = Vec::new();
+            let has = |heard: &[u8], part: &[u8]| heard.windows(part.len()).any(|window| window == part);
+            // Both ports on all four channels, the echo, and why the second one failed.
+            let (first, second) = (8080_u16.to_le_bytes(), 9_u16.to_le_bytes());
+            let parts: Vec<Vec<u8>> = vec![
+                b"101 Switching Protocols".to_vec(),
+                [&[0x82, 3, 0][..], &first].concat(),
+                [&[0x82, 3, 1][..], &first].concat(),
+                [&[0x82, 3, 2][..], &second].concat(),
+                [&[0x82, 3, 3][..], &second].concat(),
+                [&[0x82, 6, 0][..], b"hello"].concat(),
+                b"port 9 in sandbox".to_vec(),
+            ];
+            let mut buffer = [0; 4096];
+            while !parts.iter().all(|part| has(&heard, part)) {
+                let length = stream.read(&mut buffer).context("waiting for the rest")?;
+                ensure!(length > 0, "closed after {}", String::from_utf8_lossy(&heard));
+                heard.extend_from_slice(&buffer[..length]);
+            }
+        }
+        let mut stream = ask(&url(vec![])?)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("?port=80"), "{answer}");
+        Ok(())
+    })
+}
 
 #[test]
 fn an_address_in_use_delays_streams_and_nothing_else() -> Result<()> {

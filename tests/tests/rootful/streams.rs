@@ -26,7 +26,7 @@ pub(crate) fn piped(container: &Container, command: &[&str]) -> v1::ExecRequest 
 }
 
 /// A request for a command with a terminal.
-fn interactive(container: &Container, command: &[&str]) -> v1::ExecRequest {
+pub(crate) fn interactive(container: &Container, command: &[&str]) -> v1::ExecRequest {
     v1::ExecRequest { tty: true, stderr: false, ..piped(container, command) }
 }
 
@@ -223,7 +223,7 @@ fn settled(daemon: &Daemon) -> Result<usize> {
     })
 }
 
-fn forward_url(daemon: &Daemon, sandbox: &str) -> Result<String> {
+pub(crate) fn forward_url(daemon: &Daemon, sandbox: &str) -> Result<String> {
     let request = v1::PortForwardRequest { pod_sandbox_id: sandbox.to_owned(), port: vec![8080] };
     Ok(daemon.client().port_forward(request)?.url)
 }

@@ -6,29 +6,31 @@
 //!                    -> data        -> Stream::receive              ^
 //!                                                                   Stream::send, finish, reset, reply
 //! ```
-//! Data waits for its reader in a short queue. When that is full the reader task waits, and with it the
-//! whole connection: SPDY's flow control is not used by the clients of the CRI, so TCP is what slows the
-//! peer down. A peer that goes away meanwhile is noticed by [`Hangup`].
+//! Data waits for its reader in a short queue, and all queues of a connection share a budget. When
+//! either is full the reader task waits, and with it the whole connection: SPDY's flow control is not used by
+//! the clients of the CRI, so TCP is what slows the peer down. A peer that goes away meanwhile is noticed by
+//! [`Hangup`].
 
 use super::frame::{Decoder, Encoder, Frame, MAX_DATA_BYTES, ResetStatus};
 use super::{Headers, ProtocolError};
+use crate::activity::Activity;
+use crate::budget::{self, Budget};
 use crate::hangup::Hangup;
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
-/// Bytes read at a time. A queue of data holds [`QUEUE`] pieces of at most this size.
+/// Bytes read at a time while more are there than [`IDLE_READ_BYTES`].
 const READ_BYTES: usize = 16 * 1024;
 
-/// Pieces of data that wait for the reader of a stream.
-const QUEUE: usize = 16;
+/// What a connection on which little is said reads at a time, and keeps room for.
+const IDLE_READ_BYTES: usize = 1024;
 
 /// Commands that wait for the writer task.
 const COMMANDS: usize = 16;
@@ -73,7 +75,7 @@ enum Command {
 #[derive(Debug)]
 struct Entry {
     /// Until the peer has finished.
-    incoming: Option<mpsc::Sender<Bytes>>,
+    incoming: Option<budget::Sender>,
     /// Whether this end has finished.
     finished: bool,
     /// Whether the peer has reset it.
@@ -85,9 +87,9 @@ struct Shared {
     streams: Mutex<HashMap<u32, Entry>>,
     /// The largest id that the peer has opened.
     last_stream: AtomicU32,
-    /// Milliseconds from `start` to the last frame that was written.
-    written: AtomicU64,
-    start: Instant,
+    activity: Activity,
+    /// What all streams may hold of the peer's data.
+    budget: Budget,
     /// Whether the connection is over.
     closed: watch::Sender<bool>,
 }
@@ -123,15 +125,6 @@ impl Shared {
             }
         }
     }
-
-    fn idle_since(&self) -> Instant {
-        self.start + Duration::from_millis(self.written.load(Ordering::Relaxed))
-    }
-
-    fn note_write(&self) {
-        let millis = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.written.store(millis, Ordering::Relaxed);
-    }
 }
 
 /// A connection. Dropping it closes it at once.
@@ -147,10 +140,7 @@ pub struct Connection {
 
 impl Connection {
     /// Begins to read and write `io`. `hangup` tells when the peer is gone while nothing is read.
-    ///
-    /// # Errors
-    /// When zlib does not take the dictionary.
-    pub fn new<T>(io: T, role: Role, limits: Limits, hangup: Option<Hangup>) -> io::Result<Self>
+    pub fn new<T>(io: T, role: Role, limits: Limits, hangup: Option<Hangup>) -> Self
     where
         T: AsyncRead + AsyncWrite + Send + 'static,
     {
@@ -160,12 +150,11 @@ impl Connection {
         let shared = Arc::new(Shared {
             streams: Mutex::default(),
             last_stream: AtomicU32::new(0),
-            written: AtomicU64::new(0),
-            start: Instant::now(),
+            activity: Activity::default(),
+            budget: Budget::default(),
             closed: watch::Sender::new(false),
         });
-        let encoder = Encoder::new()?;
-        let writer = tokio::spawn(write(to, encoder, orders, shared.clone()));
+        let writer = tokio::spawn(write(to, orders, shared.clone()));
         let permits = Arc::new(Semaphore::new(limits.streams));
         let reading = Reader {
             opened,
@@ -177,12 +166,17 @@ impl Connection {
             hangup,
         };
         let reader = tokio::spawn(reading.run(from));
-        Ok(Self { accepted, commands, shared, next_id: 1, reader, writer })
+        Self { accepted, commands, shared, next_id: 1, reader, writer }
     }
 
     /// The next stream that the peer opens; `None` when the connection is over.
     pub async fn accept(&mut self) -> Option<Stream> {
         self.accepted.recv().await
+    }
+
+    /// Refuses all streams that the peer opens from now on, and gives up what it takes to read their headers.
+    pub fn accept_no_more(&mut self) {
+        self.accepted.close();
     }
 
     /// Opens a stream, as a client.
@@ -237,7 +231,7 @@ fn new_stream(
     peer_finished: bool,
     permit: Option<OwnedSemaphorePermit>,
 ) -> Stream {
-    let (sender, data) = mpsc::channel(QUEUE);
+    let (sender, data) = shared.budget.queue();
     let incoming = (!peer_finished).then_some(sender);
     let (reset, was_reset) = watch::channel(false);
     shared.streams().insert(id, Entry { incoming, finished: false, reset });
@@ -268,12 +262,12 @@ impl Stream {
 
 /// The half of a stream that is read.
 #[derive(Debug)]
-pub struct Incoming(pub(crate) mpsc::Receiver<Bytes>);
+pub struct Incoming(pub(crate) budget::Receiver);
 
 impl Incoming {
     /// The next data; `None` when the peer has finished or reset the stream, or the connection is over.
     pub async fn receive(&mut self) -> Option<Bytes> {
-        self.0.recv().await
+        self.0.receive().await
     }
 }
 
@@ -371,20 +365,32 @@ impl Reader {
     /// Reads to the end of the connection.
     async fn read<T: AsyncRead>(&self, io: &mut ReadHalf<T>) -> Result<(), ProtocolError> {
         let (mut decoder, mut buffer) = (Decoder::default(), BytesMut::new());
-        let mut heard = Instant::now();
+        let (mut room, mut accepts) = (IDLE_READ_BYTES, true);
         loop {
-            buffer.reserve(READ_BYTES);
-            let end = heard.max(self.shared.idle_since()) + self.limits.idle;
-            match tokio::time::timeout_at(end, io.read_buf(&mut buffer)).await {
-                Ok(Ok(0) | Err(_)) => return Ok(()),
-                Ok(Ok(_)) => heard = Instant::now(),
-                Err(_) if heard.max(self.shared.idle_since()) + self.limits.idle > Instant::now() => continue,
-                Err(_) => return Ok(()),
+            buffer.reserve(room);
+            let capacity = buffer.capacity();
+            tokio::select! {
+                biased;
+                () = self.opened.closed(), if accepts => {
+                    decoder.forget_headers();
+                    accepts = false;
+                    continue;
+                }
+                read = io.read_buf(&mut buffer) => match read {
+                    Ok(0) | Err(_) => return Ok(()),
+                    Ok(_) => self.shared.activity.note(),
+                },
+                () = self.shared.activity.ends(self.limits.idle) => return Ok(()),
             }
+            let filled = buffer.len() == capacity;
             while let Some(frame) = decoder.next(&mut buffer)? {
                 if !self.handle(frame).await? {
                     return Ok(());
                 }
+            }
+            room = if filled { READ_BYTES } else { IDLE_READ_BYTES };
+            if buffer.is_empty() && !filled {
+                buffer = BytesMut::new();
             }
         }
     }
@@ -456,7 +462,7 @@ impl Reader {
             Some(Some(incoming)) => Ok(self
                 .unless_gone(async {
                     // Nobody reads it any more: it is thrown away.
-                    let _ = incoming.send(bytes).await;
+                    let _ = incoming.send(&bytes).await;
                 })
                 .await),
             // It said that it had finished.
@@ -492,11 +498,10 @@ impl Reader {
 
 async fn write<T: AsyncWrite>(
     mut io: WriteHalf<T>,
-    mut encoder: Encoder,
     mut commands: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
 ) {
-    let mut head = BytesMut::new();
+    let (mut encoder, mut head) = (Encoder::default(), BytesMut::new());
     while let Some(command) = commands.recv().await {
         let closing = matches!(command, Command::Close { .. });
         let written = write_one(&mut io, &mut encoder, command, &mut head).await;
@@ -506,7 +511,7 @@ async fn write<T: AsyncWrite>(
             Ok(()) => io.flush().await,
             Err(error) => Err(error),
         };
-        shared.note_write();
+        shared.activity.note();
         if closing || flushed.is_err() {
             break;
         }
@@ -525,8 +530,8 @@ async fn write_one<T: AsyncWrite>(
     head.clear();
     let mut body = Bytes::new();
     match command {
-        Command::Open { stream, headers } => encoder.syn_stream(stream, &headers, head)?,
-        Command::Reply { stream } => encoder.syn_reply(stream, head)?,
+        Command::Open { stream, headers } => encoder.syn_stream(stream, &headers, head),
+        Command::Reply { stream } => encoder.syn_reply(stream, head),
         Command::Reset { stream, status } => Encoder::reset(stream, status, head),
         Command::Pong(id) => Encoder::ping(id, head),
         Command::Close { last_stream } => Encoder::go_away(last_stream, head),
@@ -542,21 +547,22 @@ async fn write_one<T: AsyncWrite>(
 mod tests {
     use super::*;
     use tokio::io::{DuplexStream, duplex};
+    use tokio::time::Instant;
 
     const LIMITS: Limits = Limits { streams: 4, idle: Duration::from_secs(60) };
 
     fn pair() -> (Connection, Connection) {
         let (client, server) = duplex(64 * 1024);
         (
-            Connection::new(client, Role::Client, LIMITS, None).unwrap(),
-            Connection::new(server, Role::Server, LIMITS, None).unwrap(),
+            Connection::new(client, Role::Client, LIMITS, None),
+            Connection::new(server, Role::Server, LIMITS, None),
         )
     }
 
     /// A server and the raw bytes of its client.
     fn raw() -> (DuplexStream, Connection) {
         let (client, server) = duplex(64 * 1024);
-        (client, Connection::new(server, Role::Server, LIMITS, None).unwrap())
+        (client, Connection::new(server, Role::Server, LIMITS, None))
     }
 
     async fn frames(io: &mut DuplexStream) -> Vec<Frame> {
@@ -620,9 +626,9 @@ mod tests {
     async fn ids_that_are_even_or_go_down_end_the_connection() {
         for ids in [&[2][..], &[1, 1], &[5, 3], &[0x7fff_fffe]] {
             let (mut client, mut server) = raw();
-            let (mut encoder, mut bytes) = (Encoder::new().unwrap(), BytesMut::new());
+            let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
             for id in ids {
-                encoder.syn_stream(*id, &Headers::default(), &mut bytes).unwrap();
+                encoder.syn_stream(*id, &Headers::default(), &mut bytes);
             }
             client.write_all(&bytes).await.unwrap();
             assert_eq!(frames(&mut client).await.last(), Some(&Frame::GoAway), "{ids:?}");
@@ -672,7 +678,70 @@ mod tests {
         let all = 64 * 1024 * 1024;
         let sending = near.outgoing.send(Bytes::from(vec![0; all]));
         assert!(tokio::time::timeout(Duration::from_millis(300), sending).await.is_err());
-        // Queued, on the wire, and in the two tasks.
-        assert!(far.incoming.0.len() <= QUEUE);
+        drop(client);
+        let mut held = 0;
+        let mut far = far;
+        while let Some(bytes) = far.incoming.receive().await {
+            held += bytes.len();
+        }
+        assert!(held <= budget::QUEUE * READ_BYTES, "{held}");
+    }
+
+    const WIRE: usize = 64 * 1024;
+
+    /// How many pieces of this length a server takes on 1,000 streams that nobody reads, and no more.
+    async fn taken(length: usize) -> usize {
+        const STREAMS: u32 = 1000;
+        let (mut client, server) = duplex(WIRE);
+        let limits = Limits { streams: 1000, idle: LIMITS.idle };
+        let _server = Connection::new(server, Role::Server, limits, None);
+        let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+        for stream in 0..STREAMS {
+            encoder.syn_stream(2 * stream + 1, &Headers::default(), &mut bytes);
+        }
+        client.write_all(&bytes).await.unwrap();
+        let mut taken = 0;
+        for stream in (0..STREAMS).cycle() {
+            bytes.clear();
+            Encoder::data(2 * stream + 1, length, false, &mut bytes);
+            bytes.resize(bytes.len() + length, 0);
+            if tokio::time::timeout(LIMITS.idle / 2, client.write_all(&bytes)).await.is_err() {
+                break;
+            }
+            taken += 1;
+        }
+        taken
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_streams_together_hold_a_bounded_amount() {
+        let bytes = taken(READ_BYTES).await * READ_BYTES;
+        let most = budget::CONNECTION_BYTES;
+        assert!((most / 2..most + 2 * WIRE).contains(&bytes), "{bytes}");
+        // Small ones cost what it takes to keep them.
+        let pieces = taken(1).await;
+        assert!((1000..(most + 2 * WIRE) / 64).contains(&pieces), "{pieces}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_accepts_no_more_refuses_streams_without_reading_their_headers() {
+        let (mut client, mut server) = raw();
+        let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+        encoder.syn_stream(1, &Headers::default(), &mut bytes);
+        client.write_all(&bytes).await.unwrap();
+        let stream = server.accept().await.unwrap();
+        server.accept_no_more();
+        // Not a header block at all.
+        client.write_all(&[0x80, 3, 0, 1, 0, 0, 0, 11, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 7]).await.unwrap();
+        bytes.clear();
+        Encoder::data(1, 1, true, &mut bytes);
+        client.write_all(&[&bytes[..], b"x"].concat()).await.unwrap();
+        let mut incoming = stream.incoming;
+        assert_eq!(incoming.receive().await.unwrap(), "x");
+        client.shutdown().await.unwrap();
+        server.closed().await;
+        server.close().await;
+        let refused = Frame::Reset { stream: 3, status: ResetStatus::RefusedStream as u32 };
+        assert_eq!(frames(&mut client).await.first(), Some(&refused));
     }
 }

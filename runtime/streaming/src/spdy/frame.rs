@@ -10,10 +10,9 @@
 use super::ProtocolError;
 use super::header_block::{Deflater, Headers, Inflater};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use std::io;
 
-/// The longest body of a control frame, in bytes.
-pub const MAX_CONTROL_BYTES: usize = 16 * 1024;
+/// The longest body of a control frame, in bytes. Clients of the CRI send less than 200.
+pub const MAX_CONTROL_BYTES: usize = 4 * 1024;
 
 /// The longest body of a data frame that is written, in bytes; the wire has room for 2^24 - 1.
 pub const MAX_DATA_BYTES: usize = 64 * 1024;
@@ -104,9 +103,10 @@ pub enum Frame {
 }
 
 /// Reads frames from bytes as they arrive.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
-    inflater: Inflater,
+    /// Nothing when header blocks are not read any more.
+    inflater: Option<Inflater>,
     /// The data frame that is being read.
     data: Option<DataFrame>,
 }
@@ -118,7 +118,23 @@ struct DataFrame {
     last: bool,
 }
 
+impl Default for Decoder {
+    fn default() -> Self {
+        Self { inflater: Some(Inflater::default()), data: None }
+    }
+}
+
 impl Decoder {
+    /// Reads no header blocks any more: they count as empty. What it takes to decompress them, 40 KiB, is
+    /// given back.
+    pub fn forget_headers(&mut self) {
+        self.inflater = None;
+    }
+
+    fn headers(&mut self, block: &[u8]) -> Result<Headers, ProtocolError> {
+        self.inflater.as_mut().map_or_else(|| Ok(Headers::default()), |inflater| inflater.read(block))
+    }
+
     /// Takes the next frame, or piece of data, off the front of `buffer`; `None` when more bytes are
     /// needed. `buffer` never has to hold more than 8 bytes and [`MAX_CONTROL_BYTES`].
     ///
@@ -180,7 +196,7 @@ impl Decoder {
                     return Err(malformed);
                 }
                 body.advance(6);
-                let headers = self.inflater.read(&body)?;
+                let headers = self.headers(&body)?;
                 Ok(Frame::SynStream {
                     stream,
                     headers,
@@ -195,7 +211,7 @@ impl Decoder {
                     return Err(malformed);
                 }
                 let stream = stream_id(&mut body).ok_or(malformed)?;
-                let headers = self.inflater.read(&body)?;
+                let headers = self.headers(&body)?;
                 Ok(match kind {
                     HEADERS => Frame::Headers { stream, headers, last },
                     _ => Frame::SynReply { stream, headers, last },
@@ -244,44 +260,28 @@ fn exactly_one_number(body: &mut Bytes) -> Option<u32> {
 }
 
 /// Writes frames as bytes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Encoder {
     deflater: Deflater,
 }
 
 impl Encoder {
-    /// The encoder at the start of a connection.
-    ///
-    /// # Errors
-    /// When zlib does not take the dictionary.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { deflater: Deflater::new()? })
-    }
-
     /// SYN_STREAM.
-    ///
-    /// # Errors
-    /// When zlib fails.
-    pub fn syn_stream(&mut self, stream: u32, headers: &Headers, to: &mut BytesMut) -> io::Result<()> {
-        let block = self.deflater.write(headers)?;
+    pub fn syn_stream(&mut self, stream: u32, headers: &Headers, to: &mut BytesMut) {
+        let block = self.deflater.write(headers);
         control(to, SYN_STREAM, 10 + block.len());
         to.put_u32(stream);
         to.put_u32(0);
         to.put_u16(0);
         to.put_slice(&block);
-        Ok(())
     }
 
     /// SYN_REPLY without headers.
-    ///
-    /// # Errors
-    /// When zlib fails.
-    pub fn syn_reply(&mut self, stream: u32, to: &mut BytesMut) -> io::Result<()> {
-        let block = self.deflater.write(&Headers::default())?;
+    pub fn syn_reply(&mut self, stream: u32, to: &mut BytesMut) {
+        let block = self.deflater.write(&Headers::default());
         control(to, SYN_REPLY, 4 + block.len());
         to.put_u32(stream);
         to.put_slice(&block);
-        Ok(())
     }
 
     /// RST_STREAM.
@@ -360,10 +360,10 @@ mod tests {
     }
 
     fn written() -> Vec<u8> {
-        let (mut encoder, mut to) = (Encoder::new().unwrap(), BytesMut::new());
-        encoder.syn_stream(1, &Headers::of(&[("streamType", "error")]), &mut to).unwrap();
-        encoder.syn_stream(3, &Headers::of(&[("streamType", "stdin"), ("x", "y")]), &mut to).unwrap();
-        encoder.syn_reply(1, &mut to).unwrap();
+        let (mut encoder, mut to) = (Encoder::default(), BytesMut::new());
+        encoder.syn_stream(1, &Headers::of(&[("streamType", "error")]), &mut to);
+        encoder.syn_stream(3, &Headers::of(&[("streamType", "stdin"), ("x", "y")]), &mut to);
+        encoder.syn_reply(1, &mut to);
         Encoder::data(3, 5, false, &mut to);
         to.put_slice(b"hello");
         Encoder::data(1, 0, true, &mut to);

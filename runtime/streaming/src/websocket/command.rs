@@ -1,0 +1,257 @@
+//! Commands over WebSocket: exec and attach.
+//!
+//! The channels: 0 standard input, 1 standard output, 2 standard error, 3 the status, 4 sizes of the
+//! terminal. The server begins with an empty message on the lowest channel that it writes, as Kubernetes' own
+//! server does to say that it is ready.
+
+use super::{Channel, Protocol, Said, accepted, begin, decode, next};
+use crate::LINGER;
+use crate::activity::Activity;
+use crate::budget::{self, Budget};
+use crate::command::{Input, Outcome, Output, Run, Session, Size, Sizes, Wanted, status};
+use crate::hangup::{self, Hangup};
+use futures_util::stream::SplitStream;
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio_tungstenite::WebSocketStream;
+
+const STDIN: u8 = 0;
+const STDOUT: u8 = 1;
+const STDERR: u8 = 2;
+const ERROR: u8 = 3;
+const RESIZE: u8 = 4;
+
+/// Reads what the client sends, until it goes away or says what cannot be.
+struct Reader {
+    protocol: Protocol,
+    stdin: Option<budget::Sender>,
+    sizes: Option<watch::Sender<Option<Size>>>,
+    parsed: Sizes,
+    hangup: Option<Hangup>,
+    activity: Arc<Activity>,
+}
+
+impl Reader {
+    async fn run<T>(mut self, mut messages: SplitStream<WebSocketStream<T>>)
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        while let Some(message) = next(&mut messages, &self.activity).await {
+            let Ok(said) = decode(self.protocol, message) else { return };
+            match said {
+                Said::Data { channel: STDIN, bytes } if !bytes.is_empty() => {
+                    let Some(stdin) = &self.stdin else { continue };
+                    tokio::select! {
+                        biased;
+                        // Nobody reads it any more: it is thrown away.
+                        _ = stdin.send(&bytes) => {}
+                        () = hangup::of(self.hangup.as_ref()) => return,
+                    }
+                }
+                Said::Data { channel: RESIZE, bytes } => {
+                    if let Some(sizes) = &self.sizes {
+                        match self.parsed.push(&bytes) {
+                            Ok(Some(size)) => drop(sizes.send_replace(Some(size))),
+                            Ok(None) => {}
+                            Err(_) => return,
+                        }
+                    }
+                }
+                Said::End { channel: STDIN } => self.stdin = None,
+                Said::Data { .. } | Said::End { .. } | Said::Nothing => {}
+            }
+        }
+    }
+}
+
+/// Serves one command over a WebSocket whose handshake is done.
+pub(crate) async fn command<T>(io: T, hangup: Option<Hangup>, wanted: Wanted, protocol: Protocol, run: Run)
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let activity = Arc::new(Activity::default());
+    let (messages, writer, stream) = begin(accepted(io).await, activity.clone());
+    let channel = |number| Channel { messages: messages.clone(), number, base64: protocol.base64 };
+    let (stdin, input) = Budget::default().queue();
+    let (sizes, size) = watch::channel(None);
+    let reader = Reader {
+        protocol,
+        stdin: wanted.stdin.then_some(stdin),
+        sizes: wanted.terminal.then_some(sizes),
+        parsed: Sizes::default(),
+        hangup,
+        activity,
+    };
+    let mut reader = tokio::spawn(reader.run(stream));
+    let session = Session {
+        stdin: wanted.stdin.then(|| Input::new(input)),
+        stdout: wanted.stdout.then(|| Output::over_websocket(channel(STDOUT))),
+        stderr: wanted.stderr.then(|| Output::over_websocket(channel(STDERR))),
+        size: wanted.terminal.then_some(size),
+    };
+    let lowest = if wanted.stdout {
+        STDOUT
+    } else if wanted.stderr {
+        STDERR
+    } else {
+        ERROR
+    };
+    let served = async {
+        channel(lowest).send(&[]).await.ok()?;
+        Some(run(session).await)
+    };
+    let outcome: Option<Outcome> = tokio::select! {
+        outcome = served => outcome,
+        _ = &mut reader => None,
+    };
+    if let Some(status) = outcome.as_ref().and_then(|outcome| status(protocol.version, outcome)) {
+        let error = channel(ERROR);
+        let _ = tokio::time::timeout(LINGER, error.send(&status)).await;
+    }
+    // The writer says goodbye when nothing is to be sent any more, and the client answers that.
+    drop(messages);
+    let abort = writer.abort_handle();
+    let goodbye = async {
+        let _ = writer.await;
+        if outcome.is_some() {
+            let _ = (&mut reader).await;
+        }
+    };
+    let _ = tokio::time::timeout(LINGER, goodbye).await;
+    abort.abort();
+    reader.abort();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{CLOSE, FOR_COMMANDS, MAX_MESSAGE_BYTES};
+    use super::*;
+    use crate::IDLE;
+    use crate::command::Version;
+    use futures_util::{SinkExt, StreamExt};
+    use proptest::prelude::*;
+    use std::time::Duration;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::time::Instant;
+    use tokio_tungstenite::tungstenite::Message;
+    use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+    use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
+
+    fn protocol(name: &str) -> Protocol {
+        FOR_COMMANDS.iter().find(|(found, _)| *found == name).unwrap().1
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_of_a_client_end_in_time(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let (mut near, far) = duplex(64 * 1024);
+                let run: Run = Box::new(|mut session| Box::pin(async move {
+                    while session.stdin.as_mut().unwrap().receive().await.is_some() {}
+                    Outcome::Exited(0)
+                }));
+                let wanted = Wanted { stdin: true, ..Wanted::default() };
+                let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
+                near.write_all(&bytes).await.unwrap();
+                near.shutdown().await.unwrap();
+                let mut answer = Vec::new();
+                near.read_to_end(&mut answer).await.unwrap();
+                server.await.unwrap();
+            });
+        }
+    }
+
+    async fn client(io: DuplexStream) -> WebSocketStream<DuplexStream> {
+        WebSocketStream::from_raw_socket(io, Role::Client, None).await
+    }
+
+    #[tokio::test]
+    async fn a_command_ends_with_its_status_and_a_normal_close() {
+        let (near, far) = duplex(64 * 1024);
+        let run: Run = Box::new(|mut session| {
+            Box::pin(async move {
+                let mut stdin = session.stdin.take().unwrap();
+                let mut length = 0;
+                while let Some(bytes) = stdin.receive().await {
+                    length += bytes.len();
+                }
+                let size = session.size.unwrap().borrow().unwrap();
+                let text = format!("{length} {}x{}", size.width, size.height);
+                session.stdout.unwrap().send(text.into()).await.unwrap();
+                Outcome::Exited(0)
+            })
+        });
+        let wanted = Wanted { stdin: true, stdout: true, stderr: false, terminal: true };
+        let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
+        let mut client = client(near).await;
+        let size = [&[RESIZE], br#"{"Width":80,"Height":24}"#.as_slice()].concat();
+        for message in [vec![STDIN, b'a', b'b'], size, vec![STDIN, b'c'], vec![CLOSE, STDIN]] {
+            client.send(Message::binary(message)).await.unwrap();
+        }
+        let mut seen = Vec::new();
+        while let Some(Ok(message)) = client.next().await {
+            seen.push(message);
+        }
+        let success = status(Version::V5, &Outcome::Exited(0)).unwrap();
+        let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+        assert_eq!(
+            seen,
+            [
+                Message::binary(vec![STDOUT]),
+                Message::binary([&[STDOUT], b"3 80x24".as_slice()].concat()),
+                Message::binary([&[ERROR], success.as_ref()].concat()),
+                Message::Close(Some(normal)),
+            ]
+        );
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_too_long_ends_the_connection() {
+        let (near, far) = duplex(64 * 1024);
+        let run: Run = Box::new(|_| Box::pin(std::future::pending()));
+        let wanted = Wanted { stdin: true, ..Wanted::default() };
+        let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
+        let mut client = client(near).await;
+        let long = Message::binary(vec![STDIN; MAX_MESSAGE_BYTES + 1]);
+        let _ = client.send(long).await;
+        server.await.unwrap();
+    }
+
+    /// What a client hears of a program that runs for ever, with this said all the time.
+    async fn lives(said: Option<&'static str>) -> Duration {
+        let (near, far) = duplex(64 * 1024);
+        let run: Run = Box::new(move |session| {
+            Box::pin(async move {
+                loop {
+                    tokio::time::sleep(IDLE / 3).await;
+                    if let Some(said) = said {
+                        session.stdout.as_ref().unwrap().send(said.into()).await.unwrap();
+                    }
+                    if said.is_none() {
+                        std::future::pending::<()>().await;
+                    }
+                }
+            })
+        });
+        let wanted = Wanted { stdout: true, ..Wanted::default() };
+        let start = Instant::now();
+        let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
+        let mut client = client(near).await;
+        let hearing = async { while client.next().await.is_some_and(|message| message.is_ok()) {} };
+        let _ = tokio::time::timeout(3 * IDLE, hearing).await;
+        let lived = start.elapsed();
+        drop(client);
+        server.await.unwrap();
+        lived
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_command_that_only_writes_is_not_idle_and_one_that_is_silent_is() {
+        assert!(lives(Some("x")).await >= 3 * IDLE);
+        let silent = lives(None).await;
+        assert!((IDLE..2 * IDLE).contains(&silent), "{silent:?}");
+    }
+}

@@ -1,0 +1,272 @@
+//! Port forwarding on the channels of a WebSocket: `v4.channel.k8s.io` and `v4.base64.channel.k8s.io`.
+//!
+//! The ports are those of the CRI's request, or of the query (`?port=80,81` or `?ports=80`) when that has
+//! none. Each has one connection, which is made at once, and two channels: 2n for data and 2n + 1 for why it
+//! failed. The server begins both with the port, two bytes with the lower one first. There is no way to end
+//! one direction. The WebSocket is closed when all connections have ended.
+
+use super::{Channel, Protocol, Said, accepted, begin, decode, next};
+use crate::LINGER;
+use crate::activity::Activity;
+use crate::budget::{Budget, Receiver, Sender};
+use crate::command::Version;
+use crate::forward::Connect;
+use crate::hangup::{self, Hangup};
+use crate::spdy::connection::Closed;
+use bytes::BytesMut;
+use std::io;
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::task::JoinSet;
+
+/// The most ports of one WebSocket: in base64 a channel is one character.
+pub(crate) const MAX_PORTS: usize = 32;
+
+/// Bytes read at a time from a forwarded connection.
+const READ_BYTES: usize = 32 * 1024;
+
+/// The ports that a query names; `None` when it names none, too many, or what is none.
+pub(crate) fn ports_of_query(query: &str) -> Option<Vec<u16>> {
+    let values =
+        query.split('&').filter_map(|pair| pair.strip_prefix("port=").or(pair.strip_prefix("ports=")));
+    let ports: Option<Vec<u16>> = values
+        .flat_map(|value| value.split(',').flat_map(|value| value.split("%2C")))
+        .map(|port| {
+            // "+80" is a number to `parse`.
+            let port: u16 = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
+            (port != 0).then_some(port)
+        })
+        .collect();
+    ports.filter(|ports| (1..=MAX_PORTS).contains(&ports.len()))
+}
+
+/// Forwards these ports, [`MAX_PORTS`] at most, until all connections have ended or the client goes away.
+pub(crate) async fn forward<T>(io: T, hangup: Option<Hangup>, base64: bool, ports: Vec<u16>, connect: Connect)
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let activity = Arc::new(Activity::default());
+    let (messages, writer, mut stream) = begin(accepted(io).await, activity.clone());
+    let (budget, mut inputs, mut forwards) = (Budget::default(), Vec::new(), JoinSet::new());
+    for (port, number) in ports.into_iter().zip((0_u8..).step_by(2)) {
+        let (sender, input) = budget.queue();
+        inputs.push(sender);
+        let channel = |number| Channel { messages: messages.clone(), number, base64 };
+        let (data, error) = (channel(number), channel(number + 1));
+        let connect = connect.clone();
+        forwards.spawn(async move {
+            if let Err(text) = one(port, &connect, input, &data, &error).await {
+                tracing::debug!(port, error = text, "a forwarded connection failed");
+                // Whether anybody hears it does not matter.
+                let _ = error.send(text.as_bytes()).await;
+            }
+        });
+    }
+    drop(messages);
+    let reading = async {
+        let protocol = Protocol { version: Version::V4, base64 };
+        while let Some(message) = next(&mut stream, &activity).await {
+            if !deliver(decode(protocol, message).ok(), &inputs, hangup.as_ref()).await {
+                return;
+            }
+        }
+    };
+    let all = async { while forwards.join_next().await.is_some() {} };
+    tokio::select! {
+        () = reading => {}
+        () = all => {
+            // The writer says goodbye, and the client answers that.
+            let abort = writer.abort_handle();
+            let goodbye = async {
+                let _ = writer.await;
+                while next(&mut stream, &activity).await.is_some() {}
+            };
+            let _ = tokio::time::timeout(LINGER, goodbye).await;
+            abort.abort();
+            return;
+        }
+    }
+    writer.abort();
+}
+
+/// Passes on what a client said; `false` when that was nonsense, or it is gone.
+async fn deliver(said: Option<Said>, inputs: &[Sender], hangup: Option<&Hangup>) -> bool {
+    match said {
+        Some(Said::Data { channel, bytes }) if channel.is_multiple_of(2) => {
+            let Some(input) = inputs.get(usize::from(channel / 2)) else { return true };
+            tokio::select! {
+                biased;
+                // A connection that has ended reads no more: it is thrown away.
+                _ = input.send(&bytes) => true,
+                () = hangup::of(hangup) => false,
+            }
+        }
+        // Nobody reads what comes on a channel for errors.
+        Some(_) => true,
+        None => false,
+    }
+}
+
+/// One connection, to its end.
+async fn one(
+    port: u16,
+    connect: &Connect,
+    input: Receiver,
+    data: &Channel,
+    error: &Channel,
+) -> Result<(), String> {
+    let named = port.to_le_bytes();
+    if data.send(&named).await.is_err() || error.send(&named).await.is_err() {
+        return Ok(());
+    }
+    let (from, to) = connect(port).await?.into_split();
+    // The client cannot say that it has finished: the end of the other direction is the end.
+    let failed = tokio::select! {
+        failed = upload(input, to) => failed,
+        ended = download(from, data) => ended,
+    };
+    failed.map_err(|failed| format!("forward port {port}: {failed}"))
+}
+
+/// From the client to the port; resolves only when that fails.
+async fn upload(mut from: Receiver, mut to: OwnedWriteHalf) -> io::Result<()> {
+    while let Some(bytes) = from.receive().await {
+        to.write_all(&bytes).await?;
+    }
+    std::future::pending().await
+}
+
+/// From the port to the client.
+async fn download(from: OwnedReadHalf, to: &Channel) -> io::Result<()> {
+    loop {
+        from.readable().await?;
+        let mut buffer = BytesMut::with_capacity(READ_BYTES);
+        match from.try_read_buf(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(_) => to.send(&buffer).await.map_err(|Closed| io::Error::from(io::ErrorKind::BrokenPipe))?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use futures_util::{SinkExt, StreamExt};
+    use tokio::io::{AsyncReadExt, DuplexStream, duplex};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio_tungstenite::WebSocketStream;
+    use tokio_tungstenite::tungstenite::Message;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+
+    fn connects() -> Connect {
+        Arc::new(|port| {
+            Box::pin(async move {
+                TcpStream::connect(("127.0.0.1", port)).await.map_err(|error| format!("port {port}: {error}"))
+            })
+        })
+    }
+
+    async fn served(
+        base64: bool,
+        ports: Vec<u16>,
+    ) -> (WebSocketStream<DuplexStream>, tokio::task::JoinHandle<()>) {
+        let (near, far) = duplex(64 * 1024);
+        let server = tokio::spawn(forward(far, None, base64, ports, connects()));
+        (WebSocketStream::from_raw_socket(near, Role::Client, None).await, server)
+    }
+
+    /// A port whose connections answer with what was sent, up to a newline, and end then.
+    async fn answers() -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut text = Vec::new();
+                    while !text.ends_with(b"\n") && socket.read_buf(&mut text).await.unwrap() > 0 {}
+                    socket.write_all(&text).await.unwrap();
+                });
+            }
+        });
+        port
+    }
+
+    #[test]
+    fn a_query_names_ports_or_is_refused() {
+        for (query, ports) in [
+            ("port=80", Some(vec![80])),
+            ("port=80,81&x=y&port=82", Some(vec![80, 81, 82])),
+            ("ports=80%2C443", Some(vec![80, 443])),
+            ("", None),
+            ("port=", None),
+            ("port=0", None),
+            ("port=+80", None),
+            ("port=80,", None),
+            ("port=65536", None),
+            ("port=80&port=http", None),
+        ] {
+            assert_eq!(ports_of_query(query), ports, "{query}");
+        }
+        let many = vec!["1"; MAX_PORTS + 1].join(",");
+        assert_eq!(ports_of_query(&format!("port={many}")), None);
+    }
+
+    #[tokio::test]
+    async fn each_port_has_two_channels_that_begin_with_it() {
+        for base64 in [false, true] {
+            let (good, bad) = (answers().await, 1);
+            let (mut client, server) = served(base64, vec![bad, good]).await;
+            let said = super::super::encode(2, base64, b"hello\n");
+            client.send(said).await.unwrap();
+            let mut heard = vec![Vec::new(); 4];
+            let protocol = Protocol { version: Version::V4, base64 };
+            while let Some(Ok(message)) = client.next().await {
+                if let Ok(Said::Data { channel, bytes }) = decode(protocol, message) {
+                    heard[usize::from(channel)].extend_from_slice(&bytes);
+                }
+            }
+            assert_eq!((&heard[0], &heard[3]), (&bad.to_le_bytes().to_vec(), &good.to_le_bytes().to_vec()));
+            assert_eq!(heard[2], [&good.to_le_bytes()[..], b"hello\n"].concat());
+            assert!(heard[1].starts_with(&[&bad.to_le_bytes()[..], b"port 1: "].concat()), "{heard:?}");
+            server.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_goes_away_or_says_nonsense_ends_its_connections() {
+        for nonsense in [None, Some(Message::text("!")), Some(Message::text("0a"))] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let (mut client, server) = served(true, vec![listener.local_addr().unwrap().port()]).await;
+            let (mut silent, _) = listener.accept().await.unwrap();
+            match nonsense {
+                Some(message) => client.send(message).await.unwrap(),
+                None => drop(client.close(None).await),
+            }
+            assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0, "the pod's side is closed");
+            drop(client);
+            server.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn channels_that_are_not_there_are_ignored() {
+        let (mut client, server) = served(false, vec![answers().await]).await;
+        for message in [vec![], vec![1, b'x'], vec![2, b'x'], vec![255, 0], vec![0, b'y', b'\n']] {
+            client.send(Message::Binary(Bytes::from(message))).await.unwrap();
+        }
+        let mut data = Vec::new();
+        while let Some(Ok(message)) = client.next().await {
+            if let Message::Binary(bytes) = message
+                && bytes[0] == 0
+            {
+                data.extend_from_slice(&bytes[1..]);
+            }
+        }
+        assert_eq!(&data[2..], b"y\n");
+        server.await.unwrap();
+    }
+}

@@ -67,7 +67,7 @@ demo-programs:
 
 test: build images
 	@scripts/install-needs test
-	@scripts/build-peer crictl kubelet
+	@scripts/build-peer crictl streams kubelet kubelet-previous
 	@scripts/run-tests unit rootful kubelet node
 
 test-unit:
@@ -76,12 +76,12 @@ test-unit:
 
 test-rootful: build images
 	@scripts/install-needs test
-	@scripts/build-peer crictl
+	@scripts/build-peer crictl streams
 	@scripts/run-tests rootful
 
 test-kubelet: build images
 	@scripts/install-needs test
-	@scripts/build-peer kubelet
+	@scripts/build-peer kubelet kubelet-previous
 	@scripts/run-tests kubelet
 
 test-node: build images

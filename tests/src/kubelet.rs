@@ -55,6 +55,8 @@ pub struct Place<'a> {
     /// Who makes its cgroups: itself, below a cgroup of its own, so that no one else's pods are touched; or
     /// systemd, as slices below the machine's real `kubepods.slice`.
     pub driver: Driver,
+    /// Which of them, by its name at `scripts/build-peer`.
+    pub peer: &'a str,
     /// A file of `tests/kubelet` with settings that win over those of `config.yaml`, if any.
     pub settings: Option<&'a str>,
 }
@@ -244,7 +246,7 @@ impl Kubelet {
     /// does not answer in time (the message ends with the kubelet's last lines).
     pub fn start(place: Place<'_>) -> Result<Self> {
         let Place { dir, host, driver, .. } = place;
-        let program = program()?;
+        let program = program(place.peer)?;
         for directory in ["manifests", "logs", "evidence", "settings"] {
             fs::create_dir_all(dir.join(directory)).with_context(|| format!("making {directory}"))?;
         }
@@ -535,11 +537,11 @@ fn full_name(name: &str) -> String {
 }
 
 /// The kubelet to use: `KUBELET`, else the one that `scripts/build-peer` made.
-fn program() -> Result<PathBuf> {
+fn program(peer: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("KUBELET") {
         return Ok(path.into());
     }
-    Ok(peers::directory("kubelet")?.join("kubelet"))
+    Ok(peers::directory(peer)?.join("kubelet"))
 }
 
 /// A file of `tests/kubelet` with its `@WORDS@` filled in.

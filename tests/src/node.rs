@@ -124,6 +124,7 @@ impl<'a> Node<'a> {
         fs::write(profiles.join("no-directories.json"), NO_DIRECTORIES)
             .context("writing a seccomp profile")?;
         let kubelet = Kubelet::start(Place {
+            peer: "kubelet",
             dir: dir.path(),
             socket: &socket,
             host,

@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -46,7 +47,13 @@ trait Runtime {
 
 #[test]
 fn a_static_pod_lives_survives_a_crash_of_the_daemon_and_ends() -> Result<()> {
-    rootful(|daemon| run(&mut Berth { daemon, socket: daemon.socket() }))
+    rootful(|daemon| run("kubelet", &mut Berth { daemon, socket: daemon.socket() }))
+}
+
+/// A node's runtime and its kubelet are upgraded one after the other, in either order.
+#[test]
+fn a_kubelet_one_minor_version_older_does_the_same() -> Result<()> {
+    rootful(|daemon| run("kubelet-previous", &mut Berth { daemon, socket: daemon.socket() }))
 }
 
 #[cfg(feature = "peer")]
@@ -56,12 +63,16 @@ fn the_same_pod_lives_and_ends_on_containerd() -> Result<()> {
     let dir = dir.path().join("containerd");
     let bridge = format!("ctd{}", std::process::id());
     let mut peer = Peer { containerd: berth_tests::peer::Containerd::start(&dir, &bridge)?, dir, bridge };
-    run(&mut peer)
+    run("kubelet", &mut peer)
 }
 
-fn run(runtime: &mut dyn Runtime) -> Result<()> {
+fn run(peer: &str, runtime: &mut dyn Runtime) -> Result<()> {
+    // A kubelet has directories of the machine, so there is one at a time.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir().context("making a directory for the kubelet")?;
     let kubelet = Kubelet::start(Place {
+        peer,
         dir: dir.path(),
         socket: runtime.socket(),
         host: None,

@@ -80,6 +80,7 @@ fn on_a_kubelet(daemon: &Daemon, settings: Option<&str>, known: Known) -> Result
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir().context("making a directory for the kubelet")?;
     let kubelet = Kubelet::start(Place {
+        peer: "kubelet",
         dir: dir.path(),
         socket: &daemon.socket(),
         host: Some(daemon.host()),

@@ -4,6 +4,7 @@
 mod apparmor;
 mod births;
 mod census;
+mod client_go;
 mod clients;
 mod command;
 mod configuration;

@@ -232,9 +232,8 @@ fn usage(node: &Node) -> v1::UsageResponse {
 }
 
 fn info(node: &Node) -> v1::InfoResponse {
-    let network = node.bridge.config();
+    let network = node.network.description();
     let config = node.config();
-    let subnets = [Some(network.ipv4.to_string()), network.ipv6.map(|subnet| subnet.to_string())];
     v1::InfoResponse {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
@@ -245,9 +244,9 @@ fn info(node: &Node) -> v1::InfoResponse {
             version: if node.cgroups.hierarchy.is_unified() { 2 } else { 1 },
         }),
         network: Some(v1::NetworkInfo {
-            kind: "bridge".to_owned(),
-            name: network.name.to_string(),
-            subnets: subnets.into_iter().flatten().collect(),
+            kind: network.kind.to_owned(),
+            name: network.name,
+            subnets: network.subnets,
         }),
         min_free_bytes: config.images.min_free_bytes,
         min_free_percent: config.images.min_free_percent.into(),

@@ -8,6 +8,7 @@ use crate::cri::{ImageService, RuntimeService};
 use crate::file_error::FileError;
 use crate::handlers::Handlers;
 use crate::housekeeping;
+use crate::network::{Network, NetworkError};
 use crate::node::Node;
 use crate::notify::{self, Notifier};
 use crate::oci_spec::HostFacts;
@@ -23,7 +24,6 @@ use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
 use berth_checkup::{Finding, Grade};
 use berth_image::Store;
 use berth_model::layout::Layout;
-use berth_network::Bridge;
 use berth_sys::mount::{self, Propagation};
 use berth_sys::process::{self, RLIMIT_NOFILE};
 use std::fs::File;
@@ -88,8 +88,8 @@ pub enum DaemonError {
     #[error("start the thread that talks to systemd")]
     Systemd(#[source] io::Error),
     /// The network.
-    #[error("set up the bridge network")]
-    Network(#[source] berth_network::bridge::Error),
+    #[error("set up the pods' network")]
+    Network(#[source] NetworkError),
     /// The host.
     #[error("find out about the host: {what}")]
     Host {
@@ -146,7 +146,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let config = node.config();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"), socket = %config.socket.display(),
-        cgroup = if node.cgroups.hierarchy.is_unified() { 2 } else { 1 }, cgroup_driver = %node.cgroups.driver, bridge = %node.bridge.config().name, "berthd serves"
+        cgroup = if node.cgroups.hierarchy.is_unified() { 2 } else { 1 }, cgroup_driver = %node.cgroups.driver, network = node.network.description().name, "berthd is serving"
     );
     let streaming = Streaming::start(&config.streaming)?;
     let services = server::Services {
@@ -297,15 +297,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     };
     let images = Store::open(layout.root(), config.images.clone()).map_err(DaemonError::Images)?;
     let known = recovery::known_addresses(&layout);
-    let bridge = Bridge::set_up_for(config.network.clone(), &layout.network(), &known)
-        .map_err(DaemonError::Network)?;
-    let unread = bridge.unread_addresses();
-    if !unread.is_empty() {
-        tracing::warn!(
-            ?unread,
-            "the records of these addresses cannot be read; they stay taken until the next start"
-        );
-    }
+    let network = Network::set_up(&config, &layout, &known).map_err(DaemonError::Network)?;
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(host("the boot id"))?;
     let facts = HostFacts {
         bounding: berth_sys::credentials::bounding_set().map_err(host("the capabilities"))?,
@@ -322,14 +314,13 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         cgroups: Cgroups::new(hierarchy, default_cgroup_parent, systemd, config.root.clone()),
         handlers: Handlers::own(),
         shim,
-        bridge: Arc::new(bridge),
+        network,
         images,
         filters: berth_seccomp::Cache::new(),
         registry: Registry::default(),
         output_room: OutputRoom::default(),
         boot_id: boot_id.trim().to_owned(),
         facts,
-        network: std::sync::Mutex::new(Ok(())),
         said: std::sync::Mutex::default(),
         config: std::sync::Mutex::new(Arc::new(config)),
     })
@@ -372,8 +363,8 @@ async fn keep_alive(notifier: Arc<Notifier>, node: Arc<Node>) {
 fn status(node: &Node) -> String {
     let (pods, containers) = (node.registry.sandboxes().len(), node.registry.containers().len());
     let mut text = format!("serving {pods} pods, {containers} containers");
-    if let Err(broken) = node.network() {
-        text.push_str(&format!("; network: {broken}"));
+    if let Err(broken) = node.network.state() {
+        text.push_str(&format!("; network: {}", broken.message));
     }
     let faults = node.images.faults();
     if let Some(first) = faults.first() {
@@ -409,21 +400,13 @@ fn default_parent(config: &Config, driver: Driver) -> Result<Parent, DaemonError
     Ok(parent.with_naming(naming))
 }
 
-/// Looks after the network: somebody may flush the firewall or take the bridge down under running pods.
+/// Looks after the network for as long as the daemon serves.
 async fn watch_network(node: Arc<Node>) {
     loop {
         tokio::time::sleep(NETWORK_LOOK).await;
         let looking = node.clone();
-        // Netlink and, for a repair, a program: both block.
-        let looked = tokio::task::spawn_blocking(move || {
-            let Err(broken) = looking.bridge.ready() else { return Ok(()) };
-            tracing::warn!(error = %crate::chain(&broken), "the network is not whole; repairing it");
-            looking.bridge.repair().map_err(|error| crate::chain(&error))
-        })
-        .await;
-        if let Ok(result) = looked {
-            node.set_network(result);
-        }
+        // Netlink and, for a repair, a program: both block. A panic in there is a bug that is logged.
+        let _ = tokio::task::spawn_blocking(move || looking.network.look()).await;
     }
 }
 

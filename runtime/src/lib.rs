@@ -25,6 +25,7 @@ mod http2;
 mod listener;
 pub mod log;
 mod names;
+mod network;
 mod node;
 mod notify;
 pub mod oci_spec;

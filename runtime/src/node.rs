@@ -6,12 +6,12 @@ use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::handlers::Handlers;
 use crate::lock;
+use crate::network::Network;
 use crate::oci_spec::HostFacts;
 use crate::registry::{Found, Registry};
 use crate::shim_client::ShimProgram;
 use berth_image::{InUse, Store};
 use berth_model::layout::Layout;
-use berth_network::Bridge;
 use berth_seccomp::Cache;
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -30,7 +30,7 @@ pub(crate) struct Node {
     pub(crate) cgroups: Cgroups,
     pub(crate) handlers: Handlers,
     pub(crate) shim: ShimProgram,
-    pub(crate) bridge: Arc<Bridge>,
+    pub(crate) network: Network,
     pub(crate) images: Store,
     pub(crate) filters: Cache,
     pub(crate) registry: Registry,
@@ -39,8 +39,6 @@ pub(crate) struct Node {
     pub(crate) boot_id: String,
     pub(crate) facts: HostFacts,
     pub(crate) default_apparmor_profile: DefaultProfile,
-    /// Whether the network was whole when it was last looked at; if not, why.
-    pub(crate) network: Mutex<Result<(), String>>,
     /// Notes that were said already. They are about privileges and limits that the daemon lacks, so there are
     /// few.
     pub(crate) said: Mutex<HashSet<String>>,
@@ -63,15 +61,6 @@ impl Node {
     pub(crate) fn is_new(&self, note: &str) -> bool {
         let mut said = lock(&self.said);
         said.len() < MAX_SAID && said.insert(note.to_owned())
-    }
-
-    /// Whether the network was whole when it was last looked at; if not, why.
-    pub(crate) fn network(&self) -> Result<(), String> {
-        lock(&self.network).clone()
-    }
-
-    pub(crate) fn set_network(&self, state: Result<(), String>) {
-        *lock(&self.network) = state;
     }
 
     /// The images that containers were made from; `None` if there are containers, or may be, that this daemon

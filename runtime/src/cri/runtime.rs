@@ -27,7 +27,7 @@ impl RuntimeService {
             reason: state.as_ref().err().map(|(reason, _)| (*reason).to_owned()).unwrap_or_default(),
             message: state.err().map(|(_, message)| message).unwrap_or_default(),
         };
-        let network = self.node.network().map_err(|message| ("NetworkPluginNotReady", message));
+        let network = self.node.network.state().map_err(|broken| (broken.reason, broken.message));
         let handler = |handler: &Handler| v1::RuntimeHandler {
             name: handler.name.clone(),
             features: Some(v1::RuntimeHandlerFeatures {
@@ -66,10 +66,7 @@ impl RuntimeService {
     ) -> Result<v1::UpdateRuntimeConfigResponse, CallError> {
         let network = request.runtime_config.and_then(|config| config.network_config);
         if let Some(cidr) = network.map(|network| network.pod_cidr).filter(|cidr| !cidr.is_empty()) {
-            tracing::info!(
-                cidr, ipv4 = %self.node.bridge.config().ipv4,
-                "the kubelet names a pod network; the built-in bridge keeps the one of the configuration"
-            );
+            self.node.network.take_pod_cidr(&cidr);
         }
         Ok(v1::UpdateRuntimeConfigResponse {})
     }

@@ -7,13 +7,14 @@
 
 use super::{RecoveryError, names, unread};
 use crate::container::{self, Container};
+use crate::network::Dead;
 use crate::node::Node;
 use crate::record_files::Patience;
 use crate::shim_client::{ConnectError, ShimClient};
 use crate::trash;
 use berth_model::id::ContainerId;
 use berth_model::state::ContainerState;
-use berth_network::Dead;
+
 use berth_sys::ns;
 use futures_util::StreamExt;
 use std::path::{Path, PathBuf};
@@ -40,7 +41,7 @@ pub(crate) struct Remains {
     sandbox_states: Vec<PathBuf>,
     /// Names of cgroups below the daemon's own parent.
     cgroups: Vec<String>,
-    network: Dead,
+    network: Option<Dead>,
     /// Containers that ended while there was no daemon: their cgroups may be there.
     ended: Vec<Arc<Container>>,
     room: Arc<Semaphore>,
@@ -79,9 +80,8 @@ impl Remains {
             .map(|sandbox| sandbox.id().to_string())
             .chain(node.registry.unread())
             .collect();
-        let network = node.bridge.dead(living.iter().map(String::as_str)).unwrap_or_else(|error| {
-            tracing::warn!(error = %crate::chain(&error), "could not look for interfaces that belong to nothing");
-            Dead::default()
+        let network = node.network.dead(living.iter().map(String::as_str)).inspect_err(|error| {
+            tracing::warn!(error = %crate::chain(error), "could not look for interfaces that belong to nothing");
         });
         let mut ended = node.registry.containers();
         ended.retain(|container| {
@@ -95,7 +95,7 @@ impl Remains {
                 .into_iter()
                 .filter(|name| name.parse::<ContainerId>().is_ok() && !node.registry.has(name))
                 .collect(),
-            network,
+            network: network.ok(),
             ended,
             room: Arc::new(Semaphore::new(0)),
         })
@@ -160,7 +160,9 @@ impl Remains {
                 tracing::warn!(path = %path.display(), %error, "could not remove what was never finished");
             }
         }
-        if let Err(error) = node.bridge.remove_dead(&self.network) {
+        if let Some(dead) = &self.network
+            && let Err(error) = node.network.remove_dead(dead)
+        {
             tracing::warn!(error = %crate::chain(&error), "could not free the addresses that belong to nothing");
         }
     }

@@ -5,11 +5,12 @@
 
 use super::creations::Creations;
 use super::etc_files::{self, Contents};
-use super::namespaces::{self, Wanted};
+use super::namespaces::{self, PodNetwork, Wanted};
 use super::{PodProcess, Sandbox, SandboxError, stop};
 use crate::clock::unix_ns;
 use crate::events::SandboxChange;
 use crate::names::Name;
+use crate::network::Attached;
 use crate::node::Node;
 use crate::random::random_bytes;
 use crate::shim_client::Pause;
@@ -101,16 +102,14 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
             .map_err(|(path, source)| SandboxError::file("make the log directory", &path)(source))?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
-    let attachment = namespaces::make(&Wanted {
-        files: &files,
-        sandbox_id: sandbox.id.as_str(),
-        network: (!host_network).then_some(node.bridge.as_ref()),
+    let attached = namespaces::make(&Wanted {
+        sandbox,
+        network: if host_network { PodNetwork::Node } else { PodNetwork::Own(&node.network) },
         ipc: config.namespaces.ipc != NamespaceMode::Node,
         hostname: (!host_network).then_some(sandbox.hostname.as_str()),
-        sysctls: &config.sysctls,
     })?;
     let addresses: Vec<String> =
-        attachment.iter().flat_map(|got| &got.addresses).map(|address| address.address.to_string()).collect();
+        attached.iter().flat_map(Attached::addresses).map(ToString::to_string).collect();
     mount_tmpfs(&files, config.namespaces.ipc != NamespaceMode::Node)?;
     let contents = Contents {
         hostname: &sandbox.hostname,

@@ -4,6 +4,7 @@ use crate::apparmor::NotLoaded;
 use crate::cgroups::MakeCgroup;
 use crate::file_error::FileError;
 use crate::names::NameTaken;
+use crate::network::NetworkError;
 use crate::record_files::WriteError;
 use crate::shim_client::ShimError;
 use berth_model::id::SandboxId;
@@ -45,7 +46,7 @@ pub(crate) enum SandboxError {
     },
     /// The network.
     #[error("set up the network")]
-    Network(#[source] berth_network::bridge::Error),
+    Network(#[source] NetworkError),
     /// The network was not given back.
     #[error("tear down the network of sandbox {id}")]
     NetworkLeft {
@@ -53,7 +54,7 @@ pub(crate) enum SandboxError {
         id: SandboxId,
         /// Why.
         #[source]
-        source: berth_network::bridge::Error,
+        source: NetworkError,
     },
     /// The cgroup.
     #[error(transparent)]

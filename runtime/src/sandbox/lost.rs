@@ -45,12 +45,7 @@ pub(crate) fn make(
         config,
         created_at_unix_ns: records.iter().map(|record| record.created_at_unix_ns).min().unwrap_or(1),
         boot_id: node.boot_id.clone(),
-        addresses: node
-            .bridge
-            .addresses_of(id.as_str())
-            .iter()
-            .map(|found| found.address.to_string())
-            .collect(),
+        addresses: node.network.addresses_of(id).iter().map(ToString::to_string).collect(),
         ..SandboxRecord::default()
     };
     let sandbox = recover::of_record(record, files, cgroup_parent, None, false, keeps_record);

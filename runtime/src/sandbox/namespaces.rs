@@ -4,12 +4,11 @@
 //! written there too, because `/proc/sys` shows a thread its own namespaces. Whatever fails is undone from
 //! the outside by [`unpin`], which needs the files only.
 
-use super::SandboxError;
+use super::{Sandbox, SandboxError};
+use crate::network::{Attached, Network};
 use berth_model::layout::SandboxFiles;
-use berth_network::{Attachment, Bridge};
 use berth_sys::mount;
 use berth_sys::ns::{self, Kind};
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
@@ -17,14 +16,19 @@ use std::path::PathBuf;
 
 /// What to make.
 pub(super) struct Wanted<'a> {
-    pub(super) files: &'a SandboxFiles,
-    pub(super) sandbox_id: &'a str,
-    /// A network namespace, attached to this bridge.
-    pub(super) network: Option<&'a Bridge>,
+    pub(super) sandbox: &'a Sandbox,
+    pub(super) network: PodNetwork<'a>,
     pub(super) ipc: bool,
     /// A UTS namespace with this hostname.
     pub(super) hostname: Option<&'a str>,
-    pub(super) sysctls: &'a BTreeMap<String, String>,
+}
+
+/// Which network a pod is in.
+pub(super) enum PodNetwork<'a> {
+    /// The node's.
+    Node,
+    /// A namespace, attached to this network.
+    Own(&'a Network),
 }
 
 /// The kinds that can be pinned.
@@ -32,11 +36,11 @@ const KINDS: [Kind; 4] = [Kind::Network, Kind::Ipc, Kind::Uts, Kind::Pid];
 
 /// Makes and pins them. Blocking.
 ///
-/// On an error some may be pinned and the network attached; the caller calls [`unpin`] and `Bridge::detach`.
-pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attachment>, SandboxError> {
+/// On an error some may be pinned and the network attached; the caller calls `Network::detach`.
+pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attached>, SandboxError> {
     let mut flags = 0;
     for (kind, asked) in [
-        (Kind::Network, wanted.network.is_some()),
+        (Kind::Network, matches!(wanted.network, PodNetwork::Own(_))),
         (Kind::Ipc, wanted.ipc),
         (Kind::Uts, wanted.hostname.is_some()),
     ] {
@@ -44,17 +48,17 @@ pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attachment>, SandboxErr
             flags |= kind.flag();
         }
     }
-    if flags == 0 && wanted.sysctls.is_empty() {
+    if flags == 0 && wanted.sandbox.config.sysctls.is_empty() {
         return Ok(None);
     }
     ns::on_own_thread("sandbox", || make_here(wanted, flags))
         .map_err(SandboxError::namespace("make a thread"))?
 }
 
-fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attachment>, SandboxError> {
+fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, SandboxError> {
     ns::unshare(flags).map_err(SandboxError::namespace("make namespaces"))?;
     let pin = |kind: Kind| {
-        let path = wanted.files.namespace(kind.file_name());
+        let path = wanted.sandbox.files.namespace(kind.file_name());
         ns::pin_own(kind, &path).map_err(SandboxError::file("pin the namespace", &path))
     };
     if let Some(hostname) = wanted.hostname {
@@ -64,16 +68,12 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attachment>, Sand
     if wanted.ipc {
         pin(Kind::Ipc)?;
     }
-    let mut attachment = None;
-    if let Some(bridge) = wanted.network {
+    let mut attached = None;
+    if let PodNetwork::Own(network) = wanted.network {
         pin(Kind::Network)?;
-        let mut inside = berth_network::bridge::open_in_pod().map_err(SandboxError::Network)?;
-        let own =
-            ns::open_own(Kind::Network).map_err(SandboxError::namespace("open the network namespace"))?;
-        attachment =
-            Some(bridge.attach(wanted.sandbox_id, &mut inside, own.as_fd()).map_err(SandboxError::Network)?);
+        attached = Some(network.attach(wanted.sandbox).map_err(SandboxError::Network)?);
     }
-    for (name, value) in wanted.sysctls {
+    for (name, value) in &wanted.sandbox.config.sysctls {
         // Names were checked at the edge: letters, digits, dots, underscores and dashes, of namespaces that
         // the pod owns.
         let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
@@ -83,7 +83,7 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attachment>, Sand
             source,
         })?;
     }
-    Ok(attachment)
+    Ok(attached)
 }
 
 /// Keeps the procfs of the pod's pid namespace, a detached mount, where the shims of its containers clone it.

@@ -6,6 +6,7 @@
 use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
 use crate::events::SandboxChange;
+use crate::network::Namespace;
 use crate::node::Node;
 use crate::trash;
 use berth_cgroup::Cgroup;
@@ -94,18 +95,17 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     if let Some(process) = &process {
         process.kill();
     }
-    let had_network = namespaces::all_pinned(&sandbox.files, &[berth_sys::ns::Kind::Network]);
-    namespaces::unpin(&sandbox.files)?;
-    if sandbox.config.namespaces.network != NamespaceMode::Node {
-        // The kernel takes the interfaces away with the namespace, on its own time, once its last user is
-        // gone. Without a pinned namespace there is no knowing whether it is, so the interface is removed by
-        // hand.
-        let given_back = if had_network && !used {
-            node.bridge.release(sandbox.id.as_str())
-        } else {
-            node.bridge.detach(sandbox.id.as_str())
+    let unpin = || namespaces::unpin(&sandbox.files);
+    if sandbox.config.namespaces.network == NamespaceMode::Node {
+        unpin()?;
+    } else {
+        let is_pinned = namespaces::all_pinned(&sandbox.files, &[berth_sys::ns::Kind::Network]);
+        let namespace = match (is_pinned, used) {
+            (true, false) => Namespace::Unused,
+            (true, true) => Namespace::Used,
+            (false, _) => Namespace::Gone,
         };
-        given_back.map_err(|source| SandboxError::NetworkLeft { id: sandbox.id.clone(), source })?;
+        node.network.detach(sandbox, namespace, unpin)?;
     }
     let tmpfs = sandbox.files.tmpfs();
     match mount::detach(&tmpfs) {

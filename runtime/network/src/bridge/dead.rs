@@ -1,0 +1,82 @@
+//! What is left of sandboxes that are gone.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+
+use super::{Bridge, Error, lock, node};
+use crate::guard::{self, Port};
+use crate::{identity, masquerade};
+
+/// What [`Bridge::reconcile`] found and removed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Reconciled {
+    /// Addresses whose owners are dead.
+    pub addresses: Vec<IpAddr>,
+    /// Host interfaces whose sandboxes are dead.
+    pub interfaces: Vec<String>,
+}
+
+/// What there is of sandboxes that are dead: [`Bridge::dead`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Dead {
+    /// Host interfaces.
+    interfaces: Vec<String>,
+    /// Addresses by their owners.
+    owners: BTreeMap<String, Vec<IpAddr>>,
+}
+
+impl Bridge {
+    /// Removes interfaces and frees addresses of all sandboxes that are not among the living. Sandboxes that
+    /// are being made must be among them, so this is for the start, or under whatever keeps new ones from
+    /// being made.
+    ///
+    /// # Errors
+    /// The first failure; the rest was tried.
+    pub fn reconcile<'a>(&self, living: impl IntoIterator<Item = &'a str>) -> Result<Reconciled, Error> {
+        self.remove_dead(&self.dead(living)?)
+    }
+
+    /// What there is of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a later time,
+    /// when there may be new ones.
+    ///
+    /// # Errors
+    /// [`Error::Node`].
+    pub fn dead<'a>(&self, living: impl IntoIterator<Item = &'a str>) -> Result<Dead, Error> {
+        let living: HashSet<&str> = living.into_iter().collect();
+        let kept: HashSet<String> =
+            living.iter().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
+        let links = self.pod_links(&mut lock(&self.node))?;
+        let interfaces = links.into_iter().map(|link| link.name).filter(|name| !kept.contains(name));
+        Ok(Dead { interfaces: interfaces.collect(), owners: self.addresses.dead(&living) })
+    }
+
+    /// Removes the interfaces, the leave and the addresses of dead sandboxes.
+    ///
+    /// # Errors
+    /// The first failure; the rest was tried.
+    pub fn remove_dead(&self, dead: &Dead) -> Result<Reconciled, Error> {
+        let mut result = Reconciled::default();
+        let mut failure = None;
+        for interface in &dead.interfaces {
+            match self.remove_link(interface) {
+                Ok(()) => result.interfaces.push(interface.clone()),
+                Err(error) => failure = failure.or(Some(node(error))),
+            }
+        }
+        let table = masquerade::table(&self.config.name);
+        for (id, addresses) in &dead.owners {
+            // Without a valid owner it was never let through the firewall.
+            if let Some(interface) = identity::host_interface(&self.config.name, id) {
+                let port = Port { interface, addresses: addresses.clone() };
+                if let Err(source) = guard::dismiss(&mut lock(&self.netfilter), &table, &port) {
+                    failure = failure.or(Some(Error::Guard { sandbox_id: id.clone(), source }));
+                }
+            }
+            match self.addresses.free_of(id, addresses) {
+                Ok(addresses) => result.addresses.extend(addresses),
+                Err(source) => failure = failure.or(Some(Error::Addresses { source })),
+            }
+        }
+        failure.map_or(Ok(result), Err)
+    }
+}

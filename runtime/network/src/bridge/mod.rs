@@ -1,0 +1,248 @@
+//! The driver of the bridge network: one bridge on the node, one veth pair for each pod.
+//!
+//! ```text
+//! node                                              pod's network namespace
+//!   berth0  10.88.0.1/16  fd62:6572:7468::1/64
+//!     └─ bv1a20123456789  <---------------------->  eth0  10.88.0.2/16  fd62:6572:7468::2/64
+//!                                                   default routes via the two gateways
+//! ```
+//!
+//! Attaching takes four exchanges with the kernel: one lets the pod's addresses through the firewall; one
+//! makes the pair whole (peer named and placed in the pod's namespace, host end up and a port of the bridge);
+//! two in the pod bring its interfaces up and find the number of `eth0`, and set addresses and routes. What a
+//! sandbox owns is found again from its id: the interface by its derived name, the addresses in their store.
+//!
+//! Calls block and may come from many threads at once. Requests on the node take turns on one socket, which
+//! costs nothing: the kernel serialises them under one lock (`rtnl_mutex`) anyway.
+//!
+//! Assumed: the caller is root in the network namespace of the node (`CAP_NET_ADMIN`), creates the pods'
+//! namespaces, and lets no two daemons use one bridge name. Left to others: host ports, and rules of other
+//! firewalls that stop forwarded packets.
+//!
+//! Set up in `set_up`, kept whole in `repair`; a pod comes and goes in `attach`, what is left of others goes
+//! in `dead`; requests to the kernel are in `links`.
+
+mod attach;
+mod dead;
+mod links;
+mod repair;
+mod set_up;
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+
+use crate::addresses::{self, AddressStore};
+use crate::config::{BridgeConfig, InterfaceAddress};
+use crate::forwarding::{self, Families};
+use crate::identity::{self, MacAddress};
+use crate::netlink::{self, Link, Netlink};
+use crate::nft;
+use links::{delete_link, list_links};
+
+pub use attach::{Attachment, POD_INTERFACE, open_in_pod};
+pub use dead::{Dead, Reconciled};
+pub use repair::NotReady;
+
+/// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace period, tens of
+/// milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c): nobody who makes interfaces
+/// should wait for that, and several that are deleted at the same time share one period. Eight is what a
+/// daemon stops at once.
+const REMOVERS: usize = 8;
+
+/// Why something could not be done with the network.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refused to change or show links, addresses or routes on the node.
+    #[error("the node's network could not be changed")]
+    Node {
+        /// The request and the reason.
+        #[source]
+        source: netlink::Error,
+    },
+    /// The same in a pod's namespace.
+    #[error("the network of sandbox {sandbox_id} could not be set up")]
+    Pod {
+        /// The sandbox.
+        sandbox_id: String,
+        /// The request and the reason.
+        #[source]
+        source: netlink::Error,
+    },
+    /// The veth pair of a sandbox could not be made or removed.
+    #[error("interface {interface} of sandbox {sandbox_id}")]
+    Interface {
+        /// The sandbox.
+        sandbox_id: String,
+        /// The host end.
+        interface: String,
+        /// The request and the reason.
+        #[source]
+        source: netlink::Error,
+    },
+    /// The firewall could not be told which addresses the sandbox may use; `ENOENT` when it was flushed and
+    /// not yet repaired.
+    #[error("the addresses of sandbox {sandbox_id} could not be let through the firewall or taken out of it")]
+    Guard {
+        /// The sandbox.
+        sandbox_id: String,
+        /// The request and the reason.
+        #[source]
+        source: netlink::Error,
+    },
+    /// An interface with the host end's name exists: left behind by a sandbox with the same id, or with one
+    /// that begins with the same ten digits.
+    #[error("interface {interface} for sandbox {sandbox_id} exists already")]
+    InterfaceTaken {
+        /// The sandbox.
+        sandbox_id: String,
+        /// The name.
+        interface: String,
+    },
+    /// An interface has the bridge's name, but was not made here.
+    #[error("interface {name} exists and is not a bridge of Berth's (its MAC address is not {expected})")]
+    BridgeTaken {
+        /// The bridge's name.
+        name: String,
+        /// The MAC address that a bridge of ours has.
+        expected: MacAddress,
+    },
+    /// The bridge has pods that have no addresses here.
+    #[error(
+        "interface {interface} of bridge {name} is that of a pod with no address recorded here: another berthd uses the bridge, or \
+         the records were removed under its pods; set network.bridge and network.ipv4 for this one, or remove the pod's interface"
+    )]
+    BridgeShared {
+        /// The bridge's name.
+        name: String,
+        /// One of them.
+        interface: String,
+    },
+    /// Another interface of the node has an address in the pods' subnet.
+    #[error(
+        "interface {interface} of the node has {address}, which lies in the pods' subnet; choose another subnet"
+    )]
+    SubnetTaken {
+        /// The interface.
+        interface: String,
+        /// Its address.
+        address: IpAddr,
+    },
+    /// The address store failed.
+    #[error("the addresses could not be looked after")]
+    Addresses {
+        /// What it said.
+        #[source]
+        source: addresses::Error,
+    },
+    /// The firewall rules could not be put in place or removed.
+    #[error("the firewall rules could not be changed")]
+    Firewall {
+        /// What nft said.
+        #[source]
+        source: nft::Error,
+    },
+    /// A sysctl could not be read or set.
+    #[error("the host could not be made to forward packets safely")]
+    Forwarding {
+        /// Which and why.
+        #[source]
+        source: forwarding::Error,
+    },
+    /// Pods still have addresses.
+    #[error("the bridge is in use: {addresses} addresses are taken")]
+    InUse {
+        /// How many.
+        addresses: usize,
+    },
+    /// Undoing a half-done step failed too.
+    #[error("a step failed, and what it left could not be undone ({undo})")]
+    Undo {
+        /// What failed first.
+        #[source]
+        first: Box<Error>,
+        /// What failed in the undoing.
+        undo: Box<Error>,
+    },
+}
+
+/// A bridge network that is set up.
+#[derive(Debug)]
+pub struct Bridge {
+    /// As given, except that `ipv6` is `None` on a host without IPv6.
+    config: BridgeConfig,
+    addresses: AddressStore,
+    /// rtnetlink in the node's namespace.
+    node: Mutex<Netlink>,
+    /// More of the same for deleting interfaces, see [`REMOVERS`].
+    removers: Vec<Mutex<Netlink>>,
+    /// Which of them is next.
+    next_remover: AtomicUsize,
+    /// The packet filter of the node's namespace.
+    netfilter: Mutex<Netlink>,
+    /// Interface number of the bridge.
+    index: AtomicU32,
+}
+
+impl Bridge {
+    /// Addresses that stay taken because their records could not be read.
+    pub fn unread_addresses(&self) -> Vec<IpAddr> {
+        self.addresses.unread()
+    }
+
+    /// The configuration in use; without IPv6 on a host that has none.
+    pub fn config(&self) -> &BridgeConfig {
+        &self.config
+    }
+
+    fn families(&self) -> Families {
+        if self.config.ipv6.is_some() { Families::Both } else { Families::Ipv4 }
+    }
+
+    /// Deletes an interface of the node; absent is fine.
+    fn remove_link(&self, interface: &str) -> Result<(), netlink::Error> {
+        // In turn; the vector is never empty, and the stand-in would only be slow.
+        let turn = self.next_remover.fetch_add(1, Ordering::Relaxed) % REMOVERS;
+        let remover = self.removers.get(turn).unwrap_or(&self.node);
+        match lock(remover).request(&[delete_link(interface)]) {
+            Err(error) if error.errno() != Some(Errno::ENODEV) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn host_interface(&self, sandbox_id: &str) -> Result<String, Error> {
+        identity::host_interface(&self.config.name, sandbox_id).ok_or_else(|| Error::Addresses {
+            source: addresses::Error::SandboxId { text: sandbox_id.to_owned() },
+        })
+    }
+
+    fn with_prefix(&self, address: IpAddr) -> InterfaceAddress {
+        let prefix = match address {
+            IpAddr::V4(_) => self.config.ipv4.prefix(),
+            // An IPv6 address of an earlier configuration may outlive its subnet here; a host route is true
+            // of any address.
+            IpAddr::V6(_) => self.config.ipv6.map_or(128, |subnet| subnet.prefix()),
+        };
+        InterfaceAddress { address, prefix }
+    }
+
+    /// The host ends of this bridge's pods.
+    fn pod_links(&self, netlink: &mut Netlink) -> Result<Vec<Link>, Error> {
+        let prefix = identity::host_interface_prefix(&self.config.name);
+        let mut links = list_links(netlink).map_err(node)?;
+        links.retain(|link| link.name.starts_with(&prefix));
+        Ok(links)
+    }
+}
+
+/// A panic leaves the socket usable: answers to the interrupted request carry an old sequence number and are
+/// skipped.
+fn lock(netlink: &Mutex<Netlink>) -> MutexGuard<'_, Netlink> {
+    netlink.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn node(source: netlink::Error) -> Error {
+    Error::Node { source }
+}

@@ -1,0 +1,133 @@
+//! Making the bridge, or taking over one that is there; taking it down.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, AtomicUsize};
+use std::time::{Duration, Instant};
+
+use super::{Bridge, Error, REMOVERS, lock, node};
+use crate::addresses::{AddressStore, Range};
+use crate::config::BridgeConfig;
+use crate::netlink::Netlink;
+use crate::{forwarding, identity, masquerade, nft};
+
+/// How long the kernel may take to remove the links of pods that have gone, and how often to look. It ends
+/// namespaces many at a time.
+const GOING: Duration = Duration::from_secs(10);
+const GOING_PAUSE: Duration = Duration::from_millis(20);
+
+impl Bridge {
+    /// [`Bridge::set_up_for`] no sandboxes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_up(config: BridgeConfig, address_directory: &Path) -> Result<Self, Error> {
+        Self::set_up_for(config, address_directory, &BTreeMap::new())
+    }
+
+    /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes over what is
+    /// there already. To be called on a thread in the node's network namespace. Runs `nft` once.
+    ///
+    /// `address_directory` is the parent of the bridge's own directory of address records,
+    /// `<address_directory>/<bridge name>`. `sandboxes` are those of the caller that may have an interface,
+    /// each with the addresses that it is known to use: records that were lost are made again.
+    ///
+    /// # Errors
+    /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`], [`Error::SubnetTaken`],
+    /// [`Error::Node`], [`Error::Addresses`], [`Error::Firewall`], [`Error::Forwarding`]. What was made
+    /// before the failure stays; another set-up goes on from there.
+    pub fn set_up_for(
+        mut config: BridgeConfig,
+        address_directory: &Path,
+        sandboxes: &BTreeMap<String, Vec<IpAddr>>,
+    ) -> Result<Self, Error> {
+        config.ipv6 = config.ipv6.filter(|_| forwarding::has_ipv6());
+        let (first, last) = config.ipv4.pods();
+        let mut ranges = vec![Range::Ipv4(first, last)];
+        ranges.extend(config.ipv6.map(|subnet| {
+            let (first, last) = subnet.pods();
+            Range::Ipv6(first, last)
+        }));
+        let directory = address_directory.join(config.name.as_str());
+        let addresses =
+            AddressStore::open(&directory, &ranges).map_err(|source| Error::Addresses { source })?;
+        let removers = (0..REMOVERS).map(|_| Netlink::open().map(Mutex::new)).collect::<Result<_, _>>();
+        let bridge = Self {
+            config,
+            addresses,
+            node: Mutex::new(Netlink::open().map_err(node)?),
+            removers: removers.map_err(node)?,
+            next_remover: AtomicUsize::new(0),
+            netfilter: Mutex::new(Netlink::open_netfilter().map_err(node)?),
+            index: AtomicU32::new(0),
+        };
+        bridge.restore_addresses(sandboxes)?;
+        bridge.refuse_strangers(sandboxes)?;
+        bridge.repair()?;
+        Ok(bridge)
+    }
+
+    /// Makes the address records of sandboxes again that have an interface and lack them.
+    fn restore_addresses(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+        if sandboxes.is_empty() {
+            return Ok(());
+        }
+        let links = self.pod_links(&mut lock(&self.node))?;
+        let links: HashSet<&str> = links.iter().map(|link| link.name.as_str()).collect();
+        for (id, addresses) in sandboxes {
+            let interface = self.host_interface(id)?;
+            if links.contains(interface.as_str()) {
+                let known = |owner: &str| sandboxes.contains_key(owner);
+                self.addresses.restore(id, addresses, known).map_err(|source| Error::Addresses { source })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a bridge with pods when there is no record of any, and none of them is the caller's: a second
+    /// daemon would give their addresses away once more. The links of pods that have gone just now are waited
+    /// for.
+    fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+        let own: HashSet<String> =
+            sandboxes.keys().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
+        let end = Instant::now() + GOING;
+        loop {
+            if self.addresses.taken() > 0 {
+                return Ok(());
+            }
+            let links = self.pod_links(&mut lock(&self.node))?;
+            if links.iter().any(|link| own.contains(&link.name)) {
+                return Ok(());
+            }
+            match links.into_iter().next() {
+                None => return Ok(()),
+                Some(link) if Instant::now() >= end => {
+                    return Err(Error::BridgeShared {
+                        name: self.config.name.to_string(),
+                        interface: link.name,
+                    });
+                }
+                Some(_) => std::thread::sleep(GOING_PAUSE),
+            }
+        }
+    }
+
+    /// Removes the bridge, the firewall tables and the directory of address records. The forwarding sysctls
+    /// stay as they are: others may have come to rely on them. Runs `nft` once.
+    ///
+    /// # Errors
+    /// [`Error::InUse`], and then nothing was removed; else the first failure, after everything was tried.
+    pub fn tear_down(self) -> Result<(), Error> {
+        let taken = self.addresses.taken();
+        if taken != 0 {
+            return Err(Error::InUse { addresses: taken });
+        }
+        let link = self.remove_link(self.config.name.as_str()).map_err(node);
+        let firewall =
+            nft::apply(&masquerade::removal(&self.config.name)).map_err(|source| Error::Firewall { source });
+        let directory = self.addresses.remove().map_err(|source| Error::Addresses { source });
+        link.and(firewall).and(directory)
+    }
+}

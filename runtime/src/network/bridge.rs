@@ -1,0 +1,67 @@
+//! The built-in bridge as a network of pods.
+
+use super::{Attached, Description, Interface, Namespace, NetworkError, NotReady};
+use crate::chain;
+use crate::config::Config;
+use crate::sandbox::Sandbox;
+use berth_model::layout::Layout;
+use berth_network::Bridge;
+use berth_network::bridge::{POD_INTERFACE, open_in_pod};
+use berth_sys::ns::{self, Kind};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+
+pub(super) fn set_up(
+    config: &Config,
+    layout: &Layout,
+    known: &BTreeMap<String, Vec<IpAddr>>,
+) -> Result<Bridge, NetworkError> {
+    let bridge = Bridge::set_up_for(config.network.clone(), &layout.network(), known)?;
+    let unread = bridge.unread_addresses();
+    if !unread.is_empty() {
+        tracing::warn!(
+            ?unread,
+            "the records of these addresses cannot be read; they stay taken until the next start"
+        );
+    }
+    Ok(bridge)
+}
+
+pub(super) fn attach(bridge: &Bridge, sandbox: &Sandbox) -> Result<Attached, NetworkError> {
+    let mut inside = open_in_pod()?;
+    let own = ns::open_own(Kind::Network).map_err(NetworkError::Namespace)?;
+    let attachment = bridge.attach(sandbox.id().as_str(), &mut inside, own.as_fd())?;
+    let addresses = attachment.addresses.iter().map(|address| address.address).collect();
+    Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(POD_INTERFACE), addresses }] })
+}
+
+/// The namespace has been unpinned.
+///
+/// The kernel takes the interfaces away with the namespace, on its own time, once its last user is gone.
+/// Where there is no knowing whether it is, the interface is removed by hand.
+pub(super) fn detach(bridge: &Bridge, sandbox: &Sandbox, namespace: Namespace) -> Result<(), NetworkError> {
+    let id = sandbox.id().as_str();
+    match namespace {
+        Namespace::Unused => bridge.release(id)?,
+        Namespace::Used | Namespace::Gone => bridge.detach(id)?,
+    }
+    Ok(())
+}
+
+pub(super) fn look(bridge: &Bridge) -> Result<(), NotReady> {
+    let Err(broken) = bridge.ready() else { return Ok(()) };
+    tracing::warn!(error = %chain(&broken), "the network is damaged; repairing it");
+    bridge.repair().map_err(|error| NotReady { reason: "NetworkPluginNotReady", message: chain(&error) })
+}
+
+pub(super) fn description(bridge: &Bridge) -> Description {
+    let config = bridge.config();
+    let subnets = [Some(config.ipv4.to_string()), config.ipv6.map(|subnet| subnet.to_string())];
+    Description {
+        kind: "bridge",
+        name: config.name.to_string(),
+        subnets: subnets.into_iter().flatten().collect(),
+    }
+}

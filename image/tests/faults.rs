@@ -90,7 +90,7 @@ fn rewrite(file: &Path, from: &str, to: &str) {
 
 fn read_through(store: &Store, name: &str, file: &str) -> Vec<u8> {
     let image = store.find(name).unwrap();
-    let lower = store.lower_dirs(&image).unwrap();
+    let lower = directories(store.stored_layers(&image)).unwrap();
     lower.iter().find_map(|dir| fs::read(dir.join(file)).ok()).unwrap()
 }
 
@@ -214,14 +214,14 @@ async fn a_flipped_bit_in_the_record_of_a_layer_costs_nothing_and_a_pull_mends_i
         store.collect(containers_of(&[pair.one.config])).await.unwrap();
         assert_eq!(kept(dir.path()), before, "{directory}/{file}");
         assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{directory}/{file}");
-        let mounted = store.lower_dirs(&store.find("one:v").unwrap()).unwrap();
+        let mounted = directories(store.stored_layers(&store.find("one:v").unwrap())).unwrap();
 
         // Another image on these layers is not held up, and the pull of the same one mends what is left.
         pair.import_two(&store).await;
         assert_eq!(read_through(&store, "two:v", "d/middle"), b"m", "{directory}/{file}");
         pair.import_one(&store).await;
         assert_eq!(store.faults(), [""; 0], "{directory}/{file}");
-        assert_eq!(store.lower_dirs(&store.find("one:v").unwrap()).unwrap(), mounted);
+        assert_eq!(directories(store.stored_layers(&store.find("one:v").unwrap())).unwrap(), mounted);
         // What a container has mounted stays, under another name, over a restart and until the container
         // goes.
         let replaced = || kept(dir.path()).iter().filter(|name| name.ends_with(".replaced")).count();
@@ -358,7 +358,7 @@ async fn a_lease_keeps_the_layers_of_an_image_that_is_removed() {
     assert!(store.lease("two:v").is_none());
     let lease = store.lease("one:v").unwrap();
     let second = store.lease(&pair.one.config.to_string()).unwrap();
-    let lower = lease.lower_dirs().unwrap();
+    let lower = directories(lease.stored_layers()).unwrap();
     assert!(store.remove("one:v", nobody).await.unwrap());
     assert!(store.lease("one:v").is_none() && store.list().is_empty());
     // Pulled again and removed again, under the same lease.
@@ -366,7 +366,7 @@ async fn a_lease_keeps_the_layers_of_an_image_that_is_removed() {
     assert!(store.remove("one:v", nobody).await.unwrap());
     drop(second);
     store.collect(nobody).await.unwrap();
-    assert_eq!(lease.lower_dirs().unwrap(), lower);
+    assert_eq!(directories(lease.stored_layers()).unwrap(), lower);
     assert_eq!(
         fs::read(lower[0].join("d/one")).or_else(|_| fs::read(lower[1].join("d/one"))).unwrap(),
         b"one"
@@ -382,7 +382,7 @@ async fn what_cannot_be_deleted_keeps_nobody_from_anything() {
     {
         let store = store(dir.path());
         pair.import_one(&store).await;
-        let layer = store.lower_dirs(&store.find("one:v").unwrap()).unwrap().pop().unwrap();
+        let layer = directories(store.stored_layers(&store.find("one:v").unwrap())).unwrap().pop().unwrap();
         let _mounted = InTheWay::mount(dir.path(), &layer.join("mounted"));
         // The image is not listed any more, and that is what was asked for.
         assert!(store.remove("one:v", nobody).await.unwrap());
@@ -416,7 +416,7 @@ async fn no_name_of_something_on_its_way_out_comes_again() {
     let store = store(dir.path());
     // Before anything is swept.
     let imported = import(&store, &image, "x:v").await;
-    let tree = store.lower_dirs(&imported).unwrap().pop().unwrap();
+    let tree = directories(store.stored_layers(&imported)).unwrap().pop().unwrap();
     assert_eq!(names(&tree), ["file"]);
     soon("they are deleted", || names(&dir.path().join("layers")).len() == 1);
     assert_eq!(names(&tree), ["file"]);

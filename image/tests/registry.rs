@@ -60,7 +60,7 @@ async fn every_packing_and_family_gives_the_same_tree() {
         assert_eq!((pulled.user(), pulled.config().stop_signal.as_str()), ("1000:5", "SIGINT"));
         assert_eq!(pulled.config().volumes, ["/v"]);
         assert!(pulled.size_bytes() > 200_000);
-        trees.insert(describe_overlay(&store.lower_dirs(&pulled).unwrap(), dir.path()));
+        trees.insert(describe_overlay(&directories(store.stored_layers(&pulled)).unwrap(), dir.path()));
     }
     assert_eq!(trees.len(), 1, "{trees:#?}");
     let tree = trees.first().unwrap();

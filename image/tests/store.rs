@@ -55,13 +55,13 @@ async fn layers_go_with_the_last_image_that_needs_them() {
     let image = store.find("one:v").unwrap();
     assert!(store.remove(&one.config.to_string(), containers_of(&[one.config])).await.unwrap());
     assert!(store.list().is_empty() && store.find("one:v").is_none());
-    assert_eq!(store.lower_dirs(&image).unwrap().len(), 3);
+    assert_eq!(directories(store.stored_layers(&image)).unwrap().len(), 3);
     drop(store);
     let store = support::store(dir.path());
     store.collect(containers_of(&[one.config])).await.unwrap();
-    assert_eq!(store.lower_dirs(&image).unwrap().len(), 3);
+    assert_eq!(directories(store.stored_layers(&image)).unwrap().len(), 3);
     store.collect(nobody).await.unwrap();
-    assert!(matches!(store.lower_dirs(&image), Err(StoreError::File { .. })));
+    assert!(matches!(directories(store.stored_layers(&image)), Err(StoreError::File { .. })));
     assert_empty(dir.path());
     assert_eq!(store.usage(), berth_image::Usage::default());
 }
@@ -320,7 +320,7 @@ async fn the_same_layer_twice_is_mounted_once() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir.path().join("store"));
     let imported = import(&store, &image, "x:v").await.unwrap();
-    let tree = describe_overlay(&store.lower_dirs(&imported).unwrap(), dir.path());
+    let tree = describe_overlay(&directories(store.stored_layers(&imported)).unwrap(), dir.path());
     assert!(tree.contains("|d/f|f|"), "{tree}");
 }
 
@@ -469,7 +469,7 @@ async fn images_without_layers_have_an_empty_root_and_outlive_a_restart() {
         assert_eq!(images[0].id(), id, "{config}");
         let again = store(&root);
         let image = again.find("odd:v").unwrap();
-        let lower = again.lower_dirs(&image).unwrap();
+        let lower = directories(again.stored_layers(&image)).unwrap();
         assert_eq!(lower.len(), 1);
         assert_eq!(fs::read_dir(&lower[0]).unwrap().count(), 0);
         again.remove("odd:v", nobody).await.unwrap();

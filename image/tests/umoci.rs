@@ -31,7 +31,7 @@ async fn a_nasty_image_is_the_tree_that_umoci_makes() {
 
     let store = store(&dir.path().join("store"));
     let images = store.import(ImportSource::Directory(layout), None, quiet()).await.unwrap();
-    let lower = store.lower_dirs(&images[0]).unwrap();
+    let lower = directories(store.stored_layers(&images[0])).unwrap();
     let ours = without_unknown_times(&describe_overlay(&lower, dir.path()));
     let theirs = without_unknown_times(&describe(&bundle.join("rootfs")));
     let difference: Vec<String> = ours

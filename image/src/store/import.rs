@@ -19,8 +19,8 @@ use berth_sys::beneath::Root;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
+use super::assemble::{Reporter, acquire_all, finish};
 use super::commit::{ContentError, Names, NewImage};
-use super::pull::{Reporter, acquire_all, finish};
 use super::staging::Fetch;
 use super::{Inner, StoreError};
 use crate::document::Descriptor;

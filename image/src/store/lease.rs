@@ -4,11 +4,10 @@
 //! that the image is in use. A lease does: an image that is removed meanwhile leaves the lists, and its
 //! layers stay.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::record::Lower;
-use super::{Inner, StoreError};
+use super::{Inner, StoreError, StoredLayer};
 use crate::Image;
 
 /// An image whose layers stay as long as this lives.
@@ -37,12 +36,12 @@ impl Lease {
         &self.image
     }
 
-    /// The lower directories for an overlay mount, top first.
+    /// What a root filesystem of the image is made from, top first.
     ///
     /// # Errors
     /// [`StoreError`] if a layer is not on disk.
-    pub fn lower_dirs(&self) -> Result<Vec<PathBuf>, StoreError> {
-        self.inner.lower_dirs(&self.lower)
+    pub fn stored_layers(&self) -> Result<Vec<StoredLayer>, StoreError> {
+        self.inner.stored_layers(&self.lower)
     }
 }
 

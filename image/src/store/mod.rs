@@ -8,6 +8,7 @@
 //! are shared by diff id; `collect` says when one goes, `load` and `fault` what becomes of what cannot be
 //! read.
 
+mod assemble;
 mod collect;
 mod commit;
 mod fault;
@@ -17,6 +18,7 @@ mod load;
 mod pull;
 mod record;
 mod staging;
+mod stored_layer;
 mod sweep;
 
 use std::collections::{BTreeMap, HashMap};
@@ -42,6 +44,7 @@ pub use import::{ImportError, ImportSource};
 pub use lease::Lease;
 pub use pull::PullError;
 pub use record::RecordError;
+pub use stored_layer::StoredLayer;
 
 use collect::{Reach, Waiting};
 use load::{Held, Tree};
@@ -386,17 +389,17 @@ impl Store {
         self.inner.state().faults()
     }
 
-    /// The lower directories for an overlay mount, top first.
+    /// What a root filesystem of the image is made from, top first.
     ///
     /// # Errors
     /// [`StoreError`] if a layer is not on disk.
-    pub fn lower_dirs(&self, image: &Image) -> Result<Vec<PathBuf>, StoreError> {
+    pub fn stored_layers(&self, image: &Image) -> Result<Vec<StoredLayer>, StoreError> {
         let lower = {
             let state = self.inner.state();
             let listed = state.images.get(&image.id).map(|listed| &listed.record);
             listed.or_else(|| state.removed.get(&image.id)).map(|record| record.lower.clone())
         };
-        self.inner.lower_dirs(&lower.ok_or_else(|| missing(&self.inner.image_path(image.id)))?)
+        self.inner.stored_layers(&lower.ok_or_else(|| missing(&self.inner.image_path(image.id)))?)
     }
 
     /// Bytes and inodes that images take. No disk access.
@@ -466,13 +469,13 @@ impl Inner {
         self.root.join("images").join(format!("{}{REMOVED}", id.hex()))
     }
 
-    fn lower_dirs(&self, lower: &[Lower]) -> Result<Vec<PathBuf>, StoreError> {
+    fn stored_layers(&self, lower: &[Lower]) -> Result<Vec<StoredLayer>, StoreError> {
         lower
             .iter()
             .map(|lower| {
                 let path = self.tree_path(*lower).join("fs");
                 match fs::metadata(&path) {
-                    Ok(found) if found.is_dir() => Ok(path),
+                    Ok(found) if found.is_dir() => Ok(StoredLayer::Directory(path)),
                     Ok(_) => Err(missing(&path)),
                     Err(error) => Err(file_error("find", &path)(error)),
                 }

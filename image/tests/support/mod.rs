@@ -19,7 +19,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_image::{Digest, InUse, NoProgress, Progress, Store, StoreError, StoreOptions};
+use berth_image::{Digest, InUse, NoProgress, Progress, Store, StoreError, StoreOptions, StoredLayer};
 
 // The rule of the rootful tests: what did not run is counted as that.
 #[path = "../../../tests/src/skip.rs"]
@@ -494,6 +494,11 @@ impl Canary {
 /// name.
 pub fn describe(dir: &Path) -> String {
     describe_with(dir, &format!("cd '{}'", dir.display()))
+}
+
+/// Layers that are all directories.
+pub fn directories(layers: Result<Vec<StoredLayer>, StoreError>) -> Result<Vec<PathBuf>, StoreError> {
+    Ok(layers?.into_iter().map(|StoredLayer::Directory(path)| path).collect())
 }
 
 /// The same for an overlay of these lower directories, top first, mounted read-only in a mount namespace of

@@ -9,6 +9,7 @@ mod privileges;
 
 pub use privileges::{capability_bits, rlimit_number};
 
+use berth_image::StoredLayer;
 use berth_model::id::ContainerId;
 use berth_model::security;
 use berth_shim_proto::launch::mount::{Bind, Filesystem, Source};
@@ -42,7 +43,7 @@ pub struct Extra<'a> {
     /// Who the image wants it to run as, unless the request says.
     pub image_user: &'a str,
     /// The image's layers, topmost first.
-    pub lower_dirs: &'a [PathBuf],
+    pub layers: &'a [StoredLayer],
     /// The writable layer.
     pub upper_dir: &'a Path,
     /// Overlay's work directory.
@@ -162,7 +163,7 @@ pub fn launch(spec: &Spec, extra: &Extra<'_>) -> Result<Launch, PlanError> {
     Ok(Launch {
         container_id: extra.container_id.to_string(),
         rootfs: Rootfs {
-            lower_dirs: extra.lower_dirs.iter().map(|path| bytes(path)).collect(),
+            lower_dirs: extra.layers.iter().map(|StoredLayer::Directory(path)| bytes(path)).collect(),
             upper_dir: bytes(extra.upper_dir),
             work_dir: bytes(extra.work_dir),
             mount_point: absolute("root.path", root.path())?,

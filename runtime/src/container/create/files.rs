@@ -5,9 +5,10 @@ use crate::node::Node;
 use crate::trash;
 use ::oci_spec::runtime::Spec;
 use berth_cgroup::Cgroup;
+use berth_image::StoredLayer;
 use berth_model::layout::ContainerFiles;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 /// How long the cgroup of a container that failed may take to go.
@@ -20,14 +21,14 @@ pub(super) struct Made {
 }
 
 /// The directories of a container; the image's top layer says what its root is like.
-pub(super) fn make_directories(files: &ContainerFiles, lower_dirs: &[PathBuf]) -> Result<(), ContainerError> {
+pub(super) fn make_directories(files: &ContainerFiles, layers: &[StoredLayer]) -> Result<(), ContainerError> {
     let make = |path: &Path, mode: u32| {
         std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("make", path))
     };
     make(&files.durable, 0o700)?;
     make(&files.state, 0o700)?;
     make(&files.upper(), 0o755)?;
-    if let Some(top) = lower_dirs.first() {
+    if let Some(StoredLayer::Directory(top)) = layers.first() {
         copy_mode_and_owner(top, &files.upper())?;
     }
     make(&files.work(), 0o700)?;

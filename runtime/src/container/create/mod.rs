@@ -134,7 +134,7 @@ fn prepare_from(
     let subject = spec::Subject { node, sandbox, image: lease.image(), id: &id, config: &config };
     let spec = spec::build(&subject, &resolved, &made.files, &planned)?;
 
-    files::make_directories(&made.files, &resolved.lower_dirs)?;
+    files::make_directories(&made.files, &resolved.layers)?;
     let (cgroup, holder) = cgroup::make(&subject, &spec, resolved.stop_signal, &mut made.cgroup)?;
     let (plan, log_path) = plan::launch(&subject, &spec, &resolved, &made.files, &cgroup)?;
     let image = lease.image();

@@ -38,7 +38,7 @@ pub(super) fn launch(
             container_id: id,
             user: &config.security.user,
             image_user: image.user(),
-            lower_dirs: &resolved.lower_dirs,
+            layers: &resolved.layers,
             upper_dir: &files.upper(),
             work_dir: &files.work(),
             volumes: &resolved.volumes,

@@ -7,15 +7,14 @@ use crate::node::Node;
 use crate::oci_spec::{ResolvedDevice, ResolvedMount, devices, mounts, stop_signal::stop_signal};
 use crate::sandbox::Sandbox;
 use ::oci_spec::runtime::LinuxSeccomp;
-use berth_image::{Image, Lease};
+use berth_image::{Image, Lease, StoredLayer};
 use berth_model::container::Config;
 use berth_model::limit::MAX_NAME_BYTES;
-use std::path::PathBuf;
 
 /// What was found for a request.
 pub(super) struct Resolved {
-    /// The trees of the image's layers, the top one first; at least one.
-    pub(super) lower_dirs: Vec<PathBuf>,
+    /// The image's layers, the top one first; at least one.
+    pub(super) layers: Vec<StoredLayer>,
     pub(super) stop_signal: i32,
     pub(super) target: Option<Target>,
     pub(super) mounts: Vec<ResolvedMount>,
@@ -36,9 +35,10 @@ pub(super) fn resolve(
     config: &Config,
 ) -> Result<Resolved, ContainerError> {
     let image = lease.image();
-    let lower_dirs =
-        lease.lower_dirs().map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
-    if lower_dirs.is_empty() {
+    let layers = lease
+        .stored_layers()
+        .map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
+    if layers.is_empty() {
         let reason = "it has no layers, and so nothing to run".to_owned();
         return Err(ContainerError::ImageConfig { image: config.image.clone(), reason });
     }
@@ -63,7 +63,7 @@ pub(super) fn resolve(
     profiles::check_apparmor(node, config)?;
     let seccomp = profiles::seccomp_profile(node, config)?;
     Ok(Resolved {
-        lower_dirs,
+        layers,
         stop_signal,
         target,
         mounts,

@@ -7,12 +7,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::daemon::DEFAULT_SOCKET;
 use crate::mount_spec::MountSpec;
 use crate::run_plan::DEFAULT_CONTAINER;
 use crate::user_spec::UserSpec;
 use crate::{env_spec, pod_name, quantity};
 
+use berth_api::DEFAULT_SOCKET;
 use berth_cri::v1::KeyValue;
 
 /// Manage pods and containers on this machine through berthd.

@@ -24,9 +24,6 @@ use tonic::{Code, Response, Status};
 
 use crate::names::{Inventory, short_id};
 
-/// Where the daemon listens unless it is told otherwise.
-pub(crate) const DEFAULT_SOCKET: &str = "/run/berth/berth.sock";
-
 /// Why there is no connection to the daemon.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {

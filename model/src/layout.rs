@@ -257,9 +257,6 @@ impl ContainerFiles {
     }
 }
 
-/// The name of a shim's socket in its container's runtime directory.
-pub const SHIM_SOCKET: &str = "shim.sock";
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -97,7 +97,8 @@ pub(crate) enum ListenError {
 }
 
 fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ListenError {
-    FileError::of(action, path)
+    let error = FileError::of(action, path);
+    move |source| error(source).into()
 }
 
 /// A socket that is open and served by nobody yet.

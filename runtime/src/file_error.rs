@@ -17,9 +17,9 @@ pub struct FileError {
 }
 
 impl FileError {
-    /// For `map_err`: the system's error becomes one of `E` about this act and path.
-    pub(crate) fn of<E: From<Self>>(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> E {
+    /// For `map_err`: the system's error with this act and path.
+    pub(crate) fn of(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| E::from(Self { action, path, source })
+        move |source| Self { action, path, source }
     }
 }

@@ -10,6 +10,7 @@
 //! what was wrong that time, and is empty if nothing was.
 
 use berth_sys::process;
+use berth_sys::process::SIGHUP;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -115,7 +116,6 @@ pub enum ReloadError {
 /// # Errors
 /// [`ReloadError`].
 pub fn reload(pid: i32) -> Result<(), ReloadError> {
-    const SIGHUP: i32 = 1;
     let ask = |action| move |source| ReloadError::Ask { action, pid, source };
     let pidfd = process::open_pidfd(pid).map_err(ask("get hold"))?;
     let file = find(pid).map_err(ask("look at the files"))?.ok_or(ReloadError::NoDaemon { pid })?;

@@ -62,7 +62,7 @@ pub(crate) async fn serve(
         return Err(ServeError::Served { path: path.to_owned() });
     }
     let parent = path.parent().unwrap_or(Path::new("/"));
-    std::fs::create_dir_all(parent).map_err(FileError::of::<ServeError>("make", parent))?;
+    std::fs::create_dir_all(parent).map_err(FileError::of("make", parent))?;
     let listener = listener::bind(path, MODE)?;
     listening();
     let connections = UnixListenerStream::new(listener).then(async |connection| {

@@ -6,13 +6,13 @@
 //! shim that hangs hurts its own container only.
 
 use crate::lock;
-use berth_model::layout::SHIM_SOCKET;
 use berth_shim_proto::control::{
     ExecRequest, Phase, Reply, Request, SignalExec, reply::Answer, request::Call,
 };
 use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::{self, Launch};
+use berth_sys::errno::ECONNREFUSED;
 use berth_sys::{process, socket};
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -305,12 +305,11 @@ impl ShimClient {
     /// # Errors
     /// [`ConnectError`].
     pub(crate) fn connect(state_directory: &Path) -> Result<Self, ConnectError> {
-        const ECONNREFUSED: i32 = 111;
         let directory = File::open(state_directory).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => ConnectError::NoSocket,
             _ => ConnectError::NotNow(error),
         })?;
-        let socket = socket::connect_below(directory.as_fd(), SHIM_SOCKET).map_err(|error| {
+        let socket = socket::connect_below(directory.as_fd(), berth_shim_proto::SOCKET).map_err(|error| {
             match (error.kind(), error.raw_os_error()) {
                 (io::ErrorKind::NotFound, _) => ConnectError::NoSocket,
                 (_, Some(ECONNREFUSED)) => ConnectError::Gone,

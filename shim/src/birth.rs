@@ -16,10 +16,9 @@ use crate::failure::refused;
 use crate::handshake::{self, Report, ShimEnd};
 use berth_shim_proto::control::{Created, Failed};
 use berth_sys::process;
+use berth_sys::process::SIGKILL;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
-
-const SIGKILL: i32 = 9;
 
 /// How long a main process may take from the word to go on until it is its program. The daemon waits a little
 /// longer, and its caller for little more than that.

@@ -24,20 +24,18 @@ use crate::handshake;
 use crate::host_path::host_path;
 use crate::launch::{self, Container, Exec, Making, Stage};
 use crate::stdio::Output;
+use berth_shim_proto::SOCKET;
 use berth_shim_proto::control::{
     Ended, ExecRequest, Failed, Phase, Reply, Request, Started, VERSION, reply::Answer, request::Call,
 };
 use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::launch::{Launch, PidNamespace};
 use berth_sys::poll::{ChildSignals, Poll};
-use berth_sys::process::{self, Child, Ended as ProcessEnded};
+use berth_sys::process::{self, Child, Ended as ProcessEnded, SIGKILL};
 use berth_sys::socket;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant, SystemTime};
-
-/// The name of the socket in the container's state directory.
-const SOCKET: &str = "shim.sock";
 
 /// How long after the end of the main process its output may take to end: somebody outside of the container
 /// can hold the pipe open.
@@ -52,17 +50,8 @@ const MAX_CONNECTIONS: usize = 4;
 /// What a container exits with whose program could not be started: as shells and docker say it, POSIX "Exit
 /// Status for Commands".
 fn start_failure_code(failed: &Failed) -> i32 {
-    const ENOENT: i32 = 2;
-    const ENOEXEC: i32 = 8;
-    const EACCES: i32 = 13;
-    match (failed.step.as_str(), failed.errno) {
-        (crate::execute::EXECUTE, ENOENT) => 127,
-        (crate::execute::EXECUTE, EACCES | ENOEXEC) => 126,
-        _ => 128,
-    }
+    failed.shell_code().unwrap_or(128)
 }
-
-const SIGKILL: i32 = 9;
 
 const TOKEN_CHILDREN: u64 = 0;
 const TOKEN_LISTENER: u64 = 1;

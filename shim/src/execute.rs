@@ -8,21 +8,16 @@ use crate::apparmor::{Profile, Way};
 use crate::failure::{Step, from_io, refused, shown};
 use crate::handshake::ChildEnd;
 use crate::user::Resolved;
-use berth_shim_proto::control::Failed;
-use berth_shim_proto::launch::Process;
+use berth_shim_proto::control::{EXECUTE, Failed};
+use berth_shim_proto::launch::{DEFAULT_PATH, Process};
 use berth_sys::beneath::{self, Root};
 use berth_sys::credentials;
+use berth_sys::errno::ENOENT;
 use berth_sys::process::{self, CloseRange};
 use std::ffi::{CString, OsStr};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-
-/// The search path of a process whose environment has none; the same as execvp(3)'s in glibc.
-const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// The step that is exec itself.
-pub(crate) const EXECUTE: &str = "execute";
 
 /// The program with everything that exec needs, converted before privileges go so that memory errors come
 /// early.
@@ -51,8 +46,12 @@ impl Program {
         let candidates = if name.contains(&b'/') {
             vec![text(name)?]
         } else {
-            let path =
-                process.env.iter().rev().find_map(|pair| pair.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH);
+            let path = process
+                .env
+                .iter()
+                .rev()
+                .find_map(|pair| pair.strip_prefix(b"PATH="))
+                .unwrap_or(DEFAULT_PATH.as_bytes());
             path.split(|byte| *byte == b':')
                 // An empty element means the working directory to a shell; that is a trap, not a feature.
                 .filter(|directory| !directory.is_empty())
@@ -88,9 +87,6 @@ impl Program {
         }
     }
 }
-
-/// errno(3), the same number on every Linux architecture.
-const ENOENT: i32 = 2;
 
 /// Sets what the request says of a process and has nothing to do with privileges: limits, mask, score.
 ///

@@ -3,6 +3,7 @@
 use crate::host_path::host_path;
 use berth_shim_proto::exit_record::{ExitRecord, encode};
 use berth_shim_proto::launch::Cgroup;
+use berth_sys::process::SIGKILL;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -106,7 +107,6 @@ fn count(file: &[u8], key: &[u8]) -> u64 {
 /// main process has ended: they would hold its output open, and nobody else stops them soon. The daemon looks
 /// again.
 pub(crate) fn end_the_rest(cgroup: &Cgroup) {
-    const SIGKILL: i32 = 9;
     if !cgroup.unified_dir.is_empty() {
         // Linux 5.14. What cannot be killed here is killed by the daemon.
         let _ = std::fs::write(host_path(&cgroup.unified_dir).join("cgroup.kill"), "1");

@@ -9,6 +9,7 @@
 
 use crate::failure::Step;
 use berth_shim_proto::control::Failed;
+use berth_sys::errno::EINVAL;
 use berth_sys::{process, scheduling};
 use std::io;
 
@@ -64,8 +65,6 @@ fn where_allowed(result: io::Result<()>) -> io::Result<()> {
 
 /// A kernel that does not know of something has nothing of it to pass on.
 fn where_known(result: io::Result<()>) -> io::Result<()> {
-    /// errno(3), the same number on every Linux architecture.
-    const EINVAL: i32 = 22;
     match result {
         Err(error) if error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(EINVAL) => {
             Ok(())

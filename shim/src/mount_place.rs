@@ -9,6 +9,7 @@ use crate::failure::{Step, from_io, refused, shown};
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::{Mount, REPLACEABLE_IN_PROC};
 use berth_sys::beneath::{self, Root};
+use berth_sys::errno::ELOOP;
 use berth_sys::mount::{self, Filesystem};
 use std::ffi::OsStr;
 use std::io;
@@ -18,9 +19,6 @@ use std::path::Path;
 
 /// The inode of the root of a procfs: `PROC_ROOT_INO` of the kernel's <linux/proc_fs.h>.
 const PROC_ROOT_INODE: u64 = 1;
-
-/// errno(3), the same number on every Linux architecture.
-const ELOOP: i32 = 40;
 
 const STEP: &str = "find the place for the mount";
 

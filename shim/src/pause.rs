@@ -15,6 +15,7 @@ use berth_shim_proto::frame;
 use berth_shim_proto::launch::Pause;
 use berth_sys::mount::{FsContext, attr};
 use berth_sys::poll::{ChildSignals, Poll};
+use berth_sys::process::SIGKILL;
 use berth_sys::process::{self, Cloned, CloseRange, namespace};
 use berth_sys::{credentials, ns, socket};
 use std::io;
@@ -106,8 +107,6 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
         }
     }
 }
-
-const SIGKILL: i32 = 9;
 
 /// What comes first in the process; and the procfs of its pid namespace, of which it is the only inhabitant,
 /// with the way into its profile.

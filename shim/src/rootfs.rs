@@ -14,6 +14,7 @@ use berth_shim_proto::launch::{
     Device, Launch, Mount, Propagation, Rootfs, mount::Filesystem, mount::Source,
 };
 use berth_sys::beneath::{self, FileType, Node, Root};
+use berth_sys::errno::{EINVAL, ELOOP};
 use berth_sys::mount::{self, FsContext, attr};
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
@@ -181,10 +182,6 @@ fn mount_overlay(rootfs: &Rootfs) -> Result<OwnedFd, Failed> {
         Err(failed) => Err(failed),
     }
 }
-
-/// `EINVAL` and `ELOOP` of errno(3).
-const EINVAL: i32 = 22;
-const ELOOP: i32 = 40;
 
 fn new_overlay(rootfs: &Rootfs) -> Result<OwnedFd, Failed> {
     const STEP: &str = "mount the root";

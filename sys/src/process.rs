@@ -193,6 +193,9 @@ pub const SIGKILL: i32 = libc::SIGKILL;
 /// Asks a process to end: signal(7).
 pub const SIGTERM: i32 = libc::SIGTERM;
 
+/// Tells a daemon to read its configuration again: daemon(7).
+pub const SIGHUP: i32 = libc::SIGHUP;
+
 /// Sends `signal` to the process group `group`: `kill(2)` with a negative pid.
 ///
 /// # Errors

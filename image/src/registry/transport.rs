@@ -23,6 +23,7 @@ use url::Url;
 
 use super::hosts::{TlsSettings, is_loopback};
 use super::reach;
+use berth_sys::errno::{EMFILE, ENFILE, ENOMEM};
 
 /// Headers of a response together.
 const MAX_HEADERS: u32 = 64 * 1024;
@@ -98,9 +99,6 @@ fn roots_of(found: CertificateResult) -> Result<RootCertStore, TlsError> {
 
 /// Whether the process, or the machine, has no descriptors or no memory left.
 fn is_exhausted(error: &io::Error) -> bool {
-    const ENOMEM: i32 = 12;
-    const ENFILE: i32 = 23;
-    const EMFILE: i32 = 24;
     matches!(error.raw_os_error(), Some(ENOMEM | ENFILE | EMFILE))
 }
 

@@ -18,6 +18,12 @@ pub mod v1 {
     include!("generated/berth.v1.rs");
 }
 
+/// The name of the daemon's socket in its runtime directory.
+pub const SOCKET_NAME: &str = "berth.sock";
+
+/// Where the socket is if neither the daemon nor its client is told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/berth/berth.sock";
+
 /// The largest piece of an archive in one `ImportRequest`, in bytes.
 ///
 /// Large enough that the call's own cost is nothing beside the copy, small enough that a slow daemon holds

@@ -178,6 +178,25 @@ pub struct Failed {
     pub detail: String,
 }
 
+/// The step that is exec itself.
+pub const EXECUTE: &str = "execute";
+
+impl Failed {
+    /// What a shell returns for a command that it cannot start: 127 not found, 126 not executable (POSIX,
+    /// "Command Search and Execution").
+    #[must_use]
+    pub fn shell_code(&self) -> Option<i32> {
+        const ENOENT: i32 = 2;
+        const ENOEXEC: i32 = 8;
+        const EACCES: i32 = 13;
+        match (self.step.as_str(), self.errno) {
+            (EXECUTE, ENOENT) => Some(127),
+            (EXECUTE, ENOEXEC | EACCES) => Some(126),
+            _ => None,
+        }
+    }
+}
+
 impl std::fmt::Display for Failed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "failed to {}", self.step)?;

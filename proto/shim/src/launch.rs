@@ -112,6 +112,10 @@ pub struct Mount {
     pub no_symlinks: bool,
 }
 
+/// The search path of a process whose environment has none: the one that Docker images are built for, and
+/// that of execvp(3) in glibc.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// What may be mounted over in `/proc`, as with runc: the files that lxcfs replaces by those of the
 /// container's own limits, and two that tools for checkpoints and for FIPS mode write or replace.
 pub const REPLACEABLE_IN_PROC: [&str; 10] = [

@@ -13,3 +13,6 @@ pub mod control;
 pub mod exit_record;
 pub mod frame;
 pub mod launch;
+
+/// The name of a shim's socket in its container's runtime directory.
+pub const SOCKET: &str = "shim.sock";

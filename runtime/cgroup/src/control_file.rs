@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::Error;
+use berth_sys::errno::ENODEV;
 
 /// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most 4,194,304
 /// pids (`kernel.pid_max`, proc(5)).
@@ -60,7 +61,6 @@ pub(crate) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 
 /// Whether the error says that the file, or its cgroup, is not there.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
-    const ENODEV: i32 = 19;
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ENODEV)
 }
 

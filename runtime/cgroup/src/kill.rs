@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use berth_sys::errno::{EOPNOTSUPP, ESRCH};
 use berth_sys::process;
 
 use crate::cgroup::Place;
@@ -20,10 +21,6 @@ use crate::{Cgroup, Error, control_file};
 /// looking costs nothing.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
-
-const ESRCH: i32 = 3;
-/// What a threaded v2 cgroup answers to a read of `cgroup.procs`.
-const EOPNOTSUPP: i32 = 95;
 
 impl Cgroup {
     /// The pids of all processes in this cgroup and below it, as this process's pid namespace numbers them.

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, Hierarchy, Parent, control_file, parse_oom_kills};
+use berth_sys::errno::EOPNOTSUPP;
 
 /// Devices whose reads and writes are reported. A cgroup has a line for each that it ever used; a node with
 /// more disks than this has its figures elsewhere.
@@ -396,7 +397,6 @@ fn memory_stats(usage_bytes: u64, limit_bytes: Option<u64>, stat: &[u8], keys: &
 
 /// A pressure file, or nothing where the kernel keeps none (`EOPNOTSUPP` when it is switched off, psi=0).
 fn pressure(dir: &Path, file: &str) -> Result<Option<Pressure>, Error> {
-    const EOPNOTSUPP: i32 = 95;
     match control_file::read_bytes(&dir.join(file)) {
         Ok(bytes) => Ok(parse_pressure(&bytes)),
         Err(error) if control_file::is_gone(&error) || error.raw_os_error() == Some(EOPNOTSUPP) => Ok(None),

@@ -185,6 +185,7 @@ impl From<MakeCgroup> for ContainerError {
 
 impl ContainerError {
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        FileError::of(action, path)
+        let error = FileError::of(action, path);
+        move |source| error(source).into()
     }
 }

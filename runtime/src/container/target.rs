@@ -7,15 +7,12 @@ use crate::sandbox::Sandbox;
 use crate::shim_client;
 use berth_model::container::Config;
 use berth_model::security::NamespaceMode;
+use berth_sys::errno::{ENOENT, ESRCH};
 use berth_sys::identity::Identified;
 use berth_sys::ns::Kind;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-
-/// errno(3).
-const ENOENT: i32 = 2;
-const ESRCH: i32 = 3;
 
 /// The main process of the target, held.
 #[derive(Debug)]

@@ -29,6 +29,7 @@ use crate::streaming::UrlError;
 use berth_image::reference::ParseReferenceError;
 use berth_image::{ImportError, PullError, StoreError};
 use berth_streaming::tokens::TokenError;
+use berth_sys::errno::{EINVAL, ERANGE};
 use tonic::{Code, Status};
 
 /// The longest message. It travels in HTTP/2 trailers, which some stacks limit to 8 KiB, escaped.
@@ -173,8 +174,6 @@ fn container(error: &ContainerError) -> Code {
 
 /// Whether the kernel refused a limit for what it says, such as a processor that the machine has not.
 fn is_bad_value(error: &std::io::Error) -> bool {
-    const EINVAL: i32 = 22;
-    const ERANGE: i32 = 34;
     matches!(error.raw_os_error(), Some(EINVAL | ERANGE))
 }
 
@@ -184,7 +183,7 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
     let mut message = chain(error);
     if let CallError::Container(container) = error
         && let ContainerError::Shim(ShimError::Failed(failed)) = &**container
-        && let Some(conventional) = shell_code(failed)
+        && let Some(conventional) = failed.shell_code()
     {
         message.push_str(&format!(" (a shell would say {conventional})"));
     }
@@ -212,19 +211,6 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
         _ => tracing::warn!(call, %code, error = message, "call failed"),
     }
     Status::new(code, message)
-}
-
-/// What a shell returns for a command that it cannot start: 127 not found, 126 not executable (POSIX,
-/// "Command Search and Execution").
-fn shell_code(failed: &crate::shim_client::Failed) -> Option<i32> {
-    const ENOENT: i32 = 2;
-    const ENOEXEC: i32 = 8;
-    const EACCES: i32 = 13;
-    match (failed.step.as_str(), failed.errno) {
-        ("execute", ENOENT) => Some(127),
-        ("execute", ENOEXEC | EACCES) => Some(126),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

@@ -5,11 +5,8 @@
 //! into a file of lines (CVE-2022-4318).
 
 use super::{Inputs, SpecError};
+use berth_shim_proto::launch::DEFAULT_PATH;
 use std::collections::HashMap;
-
-/// The search path of a container whose image and request name none; the one that Docker images are built
-/// for.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The longest argument or variable: `MAX_ARG_STRLEN` of execve(2) is 32 pages of 4 KiB, with the final NUL.
 pub(super) const MAX_TEXT_BYTES: usize = 128 * 1024 - 1;
@@ -43,9 +40,6 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError
         }
     }
     for (name, value) in &inputs.config.envs {
-        if name.is_empty() || name.contains(['=', '\0']) {
-            return Err(SpecError::VariableName(name.clone()));
-        }
         check(REQUEST, value)?;
         variables.set(name, value);
     }

@@ -119,9 +119,6 @@ pub enum SpecError {
         /// The text.
         text: String,
     },
-    /// `KeyValue.key` that cannot name a variable.
-    #[error("envs: {0:?} is not the name of a variable")]
-    VariableName(String),
     /// One argument or variable is too long for execve(2).
     #[error(
         "{origin} has a text of {length} bytes, more than the {} that a program can be given",
@@ -158,9 +155,6 @@ pub enum SpecError {
     /// A mount on the root itself.
     #[error("mounts: container_path {0:?} is the root of the container")]
     MountOnRoot(String),
-    /// `Mount.recursive_read_only` without `readonly`, or with propagation: the CRI forbids both.
-    #[error("mounts: {0:?}: recursive_read_only needs readonly and private propagation")]
-    RecursiveReadOnly(String),
     /// A `Volumes` key of the image that is no path inside the container.
     #[error("the image's Volumes: {0:?} is not a path in the container")]
     Volume(String),

@@ -235,9 +235,9 @@ fn asked_mount(resolved: &ResolvedMount) -> Result<Mount, SpecError> {
         Propagation::HostToContainer => "rslave",
         Propagation::Bidirectional => "rshared",
     };
+    // The edge takes recursive_read_only with readonly and private propagation only.
     let mode = match (asked.recursive_read_only, asked.readonly) {
-        (true, true) if asked.propagation == Propagation::Private => "rro",
-        (true, _) => return Err(SpecError::RecursiveReadOnly(asked.container_path.clone())),
+        (true, _) => "rro",
         (false, true) => "ro",
         (false, false) => "rw",
     };

@@ -22,6 +22,7 @@ use berth_model::record::ProcessRecord;
 use berth_model::sandbox::Config;
 use berth_model::security::{NamespaceMode, Profile};
 use berth_model::state::SandboxState;
+use berth_seccomp::{CompileError, Filter};
 use berth_shim_proto::launch;
 use berth_sys::mount::{self, FsContext, attr};
 use berth_sys::ns::{self, Kind};
@@ -31,7 +32,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 /// The host's name: proc_sys_kernel(5).
@@ -188,7 +189,7 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
         NamespaceMode::Node => Vec::new(),
         _ => sandbox.files.namespace(kind.file_name()).into_os_string().into_vec(),
     };
-    let filter = node.filters.get(&reaping()).map_err(SandboxError::Seccomp)?;
+    let filter = reaping_filter().map_err(SandboxError::Seccomp)?;
     let request = launch::Pause {
         cgroup: crate::container::cgroup_plan(&cgroup),
         apparmor_profile: apparmor_profile(node, &sandbox.config)?.unwrap_or_default().to_owned(),
@@ -218,6 +219,16 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
         return Err(error);
     }
     Ok(process)
+}
+
+/// The filter of a pod's own process: the same for all, and made once.
+fn reaping_filter() -> Result<&'static Filter, CompileError> {
+    static FILTER: OnceLock<Filter> = OnceLock::new();
+    if let Some(filter) = FILTER.get() {
+        return Ok(filter);
+    }
+    let filter = berth_seccomp::compile(&reaping())?;
+    Ok(FILTER.get_or_init(|| filter))
 }
 
 /// A seccomp profile of what a pod's own process does.

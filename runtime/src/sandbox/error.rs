@@ -108,7 +108,8 @@ impl From<MakeCgroup> for SandboxError {
 
 impl SandboxError {
     pub(super) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        FileError::of(action, path)
+        let error = FileError::of(action, path);
+        move |source| error(source).into()
     }
 
     pub(super) fn namespace(action: &'static str) -> impl FnOnce(io::Error) -> Self {

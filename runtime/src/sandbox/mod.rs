@@ -31,6 +31,7 @@ use berth_model::layout::{SandboxFiles, Shared};
 use berth_model::record::{ProcessRecord, SandboxRecord};
 use berth_model::sandbox::Config;
 use berth_model::state::{SandboxEvent, SandboxState, sandbox_after};
+use berth_sys::errno::ESRCH;
 use berth_sys::process;
 use creations::Creations;
 use std::os::fd::{AsFd, OwnedFd};
@@ -47,7 +48,6 @@ struct PodProcess {
 impl PodProcess {
     /// The process of a record, if it is still that one. What cannot be found out counts as that it is.
     fn find(record: ProcessRecord) -> Option<Self> {
-        const ESRCH: i32 = 3;
         // The descriptor first: while it is held, the number cannot become another process's between the two
         // looks.
         let pidfd = match process::open_pidfd(record.pid) {

@@ -67,10 +67,17 @@ async fn make(
     // Its layers stay, whoever removes it, until the registry says that a container uses it.
     let image = node.images.lease(&config.image).map(Arc::new);
     let image = image.ok_or_else(|| ContainerError::NoImage { image: config.image.clone() })?;
-    let (preparing, within, leased, stop) = (node.clone(), sandbox.clone(), image.clone(), creation.clone());
+    let order = Order {
+        node: node.clone(),
+        sandbox: sandbox.clone(),
+        lease: image.clone(),
+        id,
+        config,
+        creation: creation.clone(),
+    };
     let making = async {
-        let prepare = move || prepare(&preparing, &within, &leased, id, config, &stop);
-        let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|_| ContainerError::Stopping)??;
+        let prepared = tokio::task::spawn_blocking(move || order.prepare());
+        let prepared = prepared.await.map_err(|_| ContainerError::Stopping)??;
         let show = |container: &Arc<Container>| {
             creation.finish(|| node.registry.add_container(container.clone(), reservation))
         };
@@ -103,53 +110,53 @@ struct Prepared {
     plan: Launch,
 }
 
-fn prepare(
-    node: &Node,
-    sandbox: &Sandbox,
-    lease: &Lease,
+/// What is to be made of what.
+struct Order {
+    node: Arc<Node>,
+    sandbox: Arc<Sandbox>,
+    lease: Arc<Lease>,
     id: ContainerId,
     config: Config,
-    creation: &Creation,
-) -> Result<Prepared, ContainerError> {
-    let mut made = Made { files: node.layout.container(&id), cgroup: None };
-    prepare_from(node, sandbox, lease, id, config, creation, &mut made)
-        .inspect_err(|_| files::undo(node, &made))
+    creation: Arc<Creation>,
 }
 
-fn prepare_from(
-    node: &Node,
-    sandbox: &Sandbox,
-    lease: &Lease,
-    id: ContainerId,
-    config: Config,
-    creation: &Creation,
-    made: &mut Made,
-) -> Result<Prepared, ContainerError> {
-    let resolved = resolve::resolve(node, sandbox, lease, &config)?;
-    // What comes before this looks at paths of the host, which may hang.
-    if creation.is_given_up() {
-        return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
+impl Order {
+    /// Makes everything that the shim is handed; on an error nothing of it is left. Blocking.
+    fn prepare(self) -> Result<Prepared, ContainerError> {
+        let node = self.node.clone();
+        let mut made = Made { files: node.layout.container(&self.id), cgroup: None };
+        self.prepare_in(&mut made).inspect_err(|_| files::undo(&node, &made))
     }
-    let planned = Cgroup::planned(&node.cgroups.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
-    let subject = spec::Subject { node, sandbox, image: lease.image(), id: &id, config: &config };
-    let spec = spec::build(&subject, &resolved, &made.files, &planned)?;
 
-    files::make_directories(&made.files, &resolved.layers)?;
-    let (cgroup, holder) = cgroup::make(&subject, &spec, resolved.stop_signal, &mut made.cgroup)?;
-    let (plan, log_path) = plan::launch(&subject, &spec, &resolved, &made.files, &cgroup)?;
-    let image = lease.image();
-    let record = ContainerRecord {
-        sandbox_id: sandbox.id().clone(),
-        image_id: image.id().to_string(),
-        image_name: image.repo_tags().first().cloned().unwrap_or_default(),
-        image_ref: image.repo_digests().first().cloned().unwrap_or_default(),
-        created_at_unix_ns: unix_ns(),
-        stop_signal: resolved.stop_signal,
-        log_path,
-        cgroup: cgroup.path().to_owned(),
-        id,
-        config,
-        ..ContainerRecord::default()
-    };
-    Ok(Prepared { record, files: made.files.clone(), cgroup, holder, target: resolved.target, spec, plan })
+    fn prepare_in(self, made: &mut Made) -> Result<Prepared, ContainerError> {
+        let Self { node, sandbox, lease, id, config, creation } = self;
+        let resolved = resolve::resolve(&node, &sandbox, &lease, &config)?;
+        // What comes before this looks at paths of the host, which may hang.
+        if creation.is_given_up() {
+            return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
+        }
+        let planned = Cgroup::planned(&node.cgroups.hierarchy, sandbox.cgroup_parent(), id.as_str())?;
+        let image = lease.image();
+        let subject = spec::Subject { node: &node, sandbox: &sandbox, image, id: &id, config: &config };
+        let spec = spec::build(&subject, &resolved, &made.files, &planned)?;
+
+        files::make_directories(&made.files, &resolved.layers)?;
+        let (cgroup, holder) = cgroup::make(&subject, &spec, resolved.stop_signal, &mut made.cgroup)?;
+        let (plan, log_path) = plan::launch(&subject, &spec, &resolved, &made.files, &cgroup)?;
+        let record = ContainerRecord {
+            sandbox_id: sandbox.id().clone(),
+            image_id: image.id().to_string(),
+            image_name: image.repo_tags().first().cloned().unwrap_or_default(),
+            image_ref: image.repo_digests().first().cloned().unwrap_or_default(),
+            created_at_unix_ns: unix_ns(),
+            stop_signal: resolved.stop_signal,
+            log_path,
+            cgroup: cgroup.path().to_owned(),
+            id,
+            config,
+            ..ContainerRecord::default()
+        };
+        let files = made.files.clone();
+        Ok(Prepared { record, files, cgroup, holder, target: resolved.target, spec, plan })
+    }
 }

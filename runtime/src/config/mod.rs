@@ -4,13 +4,19 @@
 //! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags; later ones
 //! win, key by key. Unknown keys are errors. All mistakes are reported at once, each with its key.
 
-use crate::rlimits::{self, WrittenRlimits};
+mod written;
+
+use crate::rlimits;
 use berth_cgroup::{Driver, Parent};
 use berth_network::config::{BridgeConfig, BridgeName, Mtu};
 use oci_spec::runtime::PosixRlimit;
-use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+
+pub use written::{
+    Written, WrittenCgroup, WrittenCompat, WrittenContainer, WrittenImage, WrittenNetwork, WrittenRegistry,
+    WrittenStreaming,
+};
 
 /// Where the configuration is read from when no flag says otherwise. An absent file is an empty one.
 pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
@@ -21,188 +27,6 @@ const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd
 
 /// Where the cAdvisor of a kubelet looks; it cannot be told another place.
 const CADVISOR_SOCKET: &str = "/var/run/crio/crio.sock";
-
-/// The keys and sections that take effect as soon as they are read; the others when the daemon starts.
-const AT_ONCE: [&str; 4] = ["log", "registry", "image", "container"];
-
-/// What was written. Every key is optional.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Written {
-    /// Durable files. Default `/var/lib/berth`.
-    pub root: Option<PathBuf>,
-    /// Files that a reboot takes away. Default `/run/berth`.
-    pub state: Option<PathBuf>,
-    /// The socket. Default `berth.sock` in `state`.
-    pub socket: Option<PathBuf>,
-    /// The shim's program. Default: beside the daemon's, then `/usr/libexec/berth/berth-shim`.
-    pub shim: Option<PathBuf>,
-    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter of the tracing crate. Default
-    /// `info`.
-    pub log: Option<String>,
-    /// Registries.
-    #[serde(default)]
-    pub registry: WrittenRegistry,
-    /// Images.
-    #[serde(default)]
-    pub image: WrittenImage,
-    /// The built-in network.
-    #[serde(default)]
-    pub network: WrittenNetwork,
-    /// Cgroups.
-    #[serde(default)]
-    pub cgroup: WrittenCgroup,
-    /// For programs that know other runtimes only.
-    #[serde(default)]
-    pub compat: WrittenCompat,
-    /// What every container gets.
-    #[serde(default)]
-    pub container: WrittenContainer,
-    /// Exec and port forwarding.
-    #[serde(default)]
-    pub streaming: WrittenStreaming,
-}
-
-/// `[registry]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WrittenRegistry {
-    /// The directory of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of
-    /// `/etc/berth/certs.d` and `/etc/containerd/certs.d`.
-    pub config_path: Option<PathBuf>,
-    /// Hosts of token services outside of their registry's domain that may be sent credentials.
-    pub trusted_token_hosts: Option<Vec<String>>,
-}
-
-/// `[image]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WrittenImage {
-    /// Layers fetched and unpacked at the same time. Default 3.
-    pub layers_at_once: Option<usize>,
-    /// The most that an image may have, unpacked, in bytes. Default 64 GiB.
-    pub max_image_bytes: Option<u64>,
-    /// What unpacking leaves free, in bytes. Default 1 GiB.
-    pub min_free_bytes: Option<u64>,
-    /// What unpacking leaves free, in percent of the filesystem. Default 5.
-    pub min_free_percent: Option<u8>,
-}
-
-/// `[network]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WrittenNetwork {
-    /// The bridge's name, at most 15 characters. Default `berth0`.
-    pub bridge: Option<String>,
-    /// The pods' IPv4 network. Default `10.88.0.0/16`.
-    pub ipv4: Option<String>,
-    /// The pods' IPv6 network, or `off`. Default `fd62:6572:7468::/64`, where the host has IPv6.
-    pub ipv6: Option<String>,
-    /// MTU. Default: the kernel's.
-    pub mtu: Option<u32>,
-    /// Whether Berth may make the host forward packets. Default true.
-    pub forwarding: Option<bool>,
-}
-
-/// `[cgroup]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WrittenCgroup {
-    /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has, else systemd
-    /// where it is process 1 on cgroup v2, else cgroupfs.
-    pub driver: Option<String>,
-    /// Where pods go that name no parent. Default `/berth`, with the systemd driver `berth.slice`.
-    pub parent: Option<String>,
-}
-
-/// `[streaming]`: where the clients of exec and port forwarding connect.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WrittenStreaming {
-    /// Address and port, 0 for any. Default `127.0.0.1:0`. One that is not a loopback address needs TLS.
-    pub address: Option<SocketAddr>,
-    /// The file of the server's certificate chain, PEM. With `tls_key`.
-    pub tls_certificate: Option<PathBuf>,
-    /// The file of its private key, PEM.
-    pub tls_key: Option<PathBuf>,
-}
-
-/// `[container]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WrittenContainer {
-    /// Resource limits of the programs in containers, by name, in place of the defaults of [`rlimits`].
-    #[serde(default)]
-    pub rlimits: WrittenRlimits,
-}
-
-/// `[compat]`: what Berth does for programs that know other runtimes only.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WrittenCompat {
-    /// Whether the cAdvisor in a kubelet is told whose a cgroup is, as CRI-O would tell it. Default false.
-    pub cadvisor: Option<bool>,
-    /// The socket for that. Default `/var/run/crio/crio.sock`, the only one that a cAdvisor knows.
-    pub cadvisor_socket: Option<PathBuf>,
-}
-
-impl Written {
-    /// Reads one file's text.
-    ///
-    /// # Errors
-    /// What is wrong with it, with line and column.
-    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
-        toml::from_str(text)
-    }
-
-    /// The keys of `self`, and where it has none those of `earlier`.
-    #[must_use]
-    pub fn over(self, earlier: Self) -> Self {
-        Self {
-            root: self.root.or(earlier.root),
-            state: self.state.or(earlier.state),
-            socket: self.socket.or(earlier.socket),
-            shim: self.shim.or(earlier.shim),
-            log: self.log.or(earlier.log),
-            registry: WrittenRegistry {
-                config_path: self.registry.config_path.or(earlier.registry.config_path),
-                trusted_token_hosts: self
-                    .registry
-                    .trusted_token_hosts
-                    .or(earlier.registry.trusted_token_hosts),
-            },
-            image: WrittenImage {
-                layers_at_once: self.image.layers_at_once.or(earlier.image.layers_at_once),
-                max_image_bytes: self.image.max_image_bytes.or(earlier.image.max_image_bytes),
-                min_free_bytes: self.image.min_free_bytes.or(earlier.image.min_free_bytes),
-                min_free_percent: self.image.min_free_percent.or(earlier.image.min_free_percent),
-            },
-            network: WrittenNetwork {
-                bridge: self.network.bridge.or(earlier.network.bridge),
-                ipv4: self.network.ipv4.or(earlier.network.ipv4),
-                ipv6: self.network.ipv6.or(earlier.network.ipv6),
-                mtu: self.network.mtu.or(earlier.network.mtu),
-                forwarding: self.network.forwarding.or(earlier.network.forwarding),
-            },
-            cgroup: WrittenCgroup {
-                driver: self.cgroup.driver.or(earlier.cgroup.driver),
-                parent: self.cgroup.parent.or(earlier.cgroup.parent),
-            },
-            compat: WrittenCompat {
-                cadvisor: self.compat.cadvisor.or(earlier.compat.cadvisor),
-                cadvisor_socket: self.compat.cadvisor_socket.or(earlier.compat.cadvisor_socket),
-            },
-            container: WrittenContainer {
-                rlimits: earlier.container.rlimits.into_iter().chain(self.container.rlimits).collect(),
-            },
-            streaming: WrittenStreaming {
-                address: self.streaming.address.or(earlier.streaming.address),
-                tls_certificate: self.streaming.tls_certificate.or(earlier.streaming.tls_certificate),
-                tls_key: self.streaming.tls_key.or(earlier.streaming.tls_key),
-            },
-        }
-    }
-}
 
 /// What is used.
 #[derive(Debug, Clone)]
@@ -293,7 +117,8 @@ impl Config {
         if root == state {
             check.0.push(Mistake { key: "state", reason: "it is the same directory as root".to_owned() });
         }
-        let socket = check.absolute("socket", written.socket.unwrap_or_else(|| state.join("berth.sock")));
+        let socket =
+            check.absolute("socket", written.socket.unwrap_or_else(|| state.join(berth_api::SOCKET_NAME)));
         let shim = match written.shim.or_else(crate::shim_client::default_program) {
             Some(path) => check.absolute("shim", path),
             None => {
@@ -340,31 +165,17 @@ impl Config {
     /// have to wait for the next start.
     #[must_use]
     pub fn taking_over(&self, newer: Self) -> (Self, Vec<&'static str>) {
-        let waiting: Vec<&'static str> =
-            self.differences(&newer).into_iter().filter(|key| !AT_ONCE.contains(key)).collect();
+        let wanted = newer.written();
+        // These take effect as soon as they are read.
         let config = Self { log: newer.log, images: newer.images, rlimits: newer.rlimits, ..self.clone() };
+        let waiting = config.written().differences(&wanted);
         (config, waiting)
     }
 
     /// The keys whose values differ.
     #[must_use]
     pub fn differences(&self, other: &Self) -> Vec<&'static str> {
-        let (one, other) = (self.written(), other.written());
-        let differs = [
-            ("root", one.root != other.root),
-            ("state", one.state != other.state),
-            ("socket", one.socket != other.socket),
-            ("shim", one.shim != other.shim),
-            ("log", one.log != other.log),
-            ("registry", one.registry != other.registry),
-            ("image", one.image != other.image),
-            ("network", one.network != other.network),
-            ("cgroup", one.cgroup != other.cgroup),
-            ("compat", one.compat != other.compat),
-            ("container", one.container != other.container),
-            ("streaming", one.streaming != other.streaming),
-        ];
-        differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
+        self.written().differences(&other.written())
     }
 
     /// As it would be written, with every default in it.

@@ -1,0 +1,171 @@
+//! The configuration as it is written: files, and flags over them.
+
+use crate::rlimits::WrittenRlimits;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// A part of the configuration that may come from several places.
+trait Layered: Sized {
+    /// The keys of `self`, and where it has none those of `earlier`.
+    #[must_use]
+    fn over(self, earlier: Self) -> Self;
+}
+
+impl<T> Layered for Option<T> {
+    fn over(self, earlier: Self) -> Self {
+        self.or(earlier)
+    }
+}
+
+impl Layered for WrittenRlimits {
+    fn over(self, earlier: Self) -> Self {
+        earlier.into_iter().chain(self).collect()
+    }
+}
+
+/// Structs of keys, all of them optional, and what can be said of all keys without naming one.
+macro_rules! written {
+    ($($(#[$meta:meta])* $name:ident { $($(#[$key_meta:meta])* $key:ident: $type:ty,)* })*) => {
+        $($(#[$meta])*
+        #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct $name {
+            $($(#[$key_meta])* pub $key: $type,)*
+        }
+
+        impl Layered for $name {
+            fn over(self, earlier: Self) -> Self {
+                Self { $($key: self.$key.over(earlier.$key),)* }
+            }
+        }
+
+        impl $name {
+            /// The keys and sections of this one whose values differ.
+            #[must_use]
+            pub fn differences(&self, other: &Self) -> Vec<&'static str> {
+                [$((stringify!($key), self.$key != other.$key)),*]
+                    .into_iter()
+                    .filter(|(_, differs)| *differs)
+                    .map(|(key, _)| key)
+                    .collect()
+            }
+        })*
+    };
+}
+
+written! {
+    /// What was written. Every key is optional.
+    Written {
+        /// Durable files. Default `/var/lib/berth`.
+        root: Option<PathBuf>,
+        /// Files that a reboot takes away. Default `/run/berth`.
+        state: Option<PathBuf>,
+        /// The socket. Default `berth.sock` in `state`.
+        socket: Option<PathBuf>,
+        /// The shim's program. Default: beside the daemon's, then `/usr/libexec/berth/berth-shim`.
+        shim: Option<PathBuf>,
+        /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter of the tracing crate.
+        /// Default `info`.
+        log: Option<String>,
+        /// Registries.
+        registry: WrittenRegistry,
+        /// Images.
+        image: WrittenImage,
+        /// The built-in network.
+        network: WrittenNetwork,
+        /// Cgroups.
+        cgroup: WrittenCgroup,
+        /// For programs that know other runtimes only.
+        compat: WrittenCompat,
+        /// What every container gets.
+        container: WrittenContainer,
+        /// Exec and port forwarding.
+        streaming: WrittenStreaming,
+    }
+
+    /// `[registry]`.
+    WrittenRegistry {
+        /// The directory of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of
+        /// `/etc/berth/certs.d` and `/etc/containerd/certs.d`.
+        config_path: Option<PathBuf>,
+        /// Hosts of token services outside of their registry's domain that may be sent credentials.
+        trusted_token_hosts: Option<Vec<String>>,
+    }
+
+    /// `[image]`.
+    WrittenImage {
+        /// Layers fetched and unpacked at the same time. Default 3.
+        layers_at_once: Option<usize>,
+        /// The most that an image may have, unpacked, in bytes. Default 64 GiB.
+        max_image_bytes: Option<u64>,
+        /// What unpacking leaves free, in bytes. Default 1 GiB.
+        min_free_bytes: Option<u64>,
+        /// What unpacking leaves free, in percent of the filesystem. Default 5.
+        min_free_percent: Option<u8>,
+    }
+
+    /// `[network]`.
+    WrittenNetwork {
+        /// The bridge's name, at most 15 characters. Default `berth0`.
+        bridge: Option<String>,
+        /// The pods' IPv4 network. Default `10.88.0.0/16`.
+        ipv4: Option<String>,
+        /// The pods' IPv6 network, or `off`. Default `fd62:6572:7468::/64`, where the host has IPv6.
+        ipv6: Option<String>,
+        /// MTU. Default: the kernel's.
+        mtu: Option<u32>,
+        /// Whether Berth may make the host forward packets. Default true.
+        forwarding: Option<bool>,
+    }
+
+    /// `[cgroup]`.
+    WrittenCgroup {
+        /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has, else systemd
+        /// where it is process 1 on cgroup v2, else cgroupfs.
+        driver: Option<String>,
+        /// Where pods go that name no parent. Default `/berth`, with the systemd driver `berth.slice`.
+        parent: Option<String>,
+    }
+
+    /// `[streaming]`: where the clients of exec and port forwarding connect.
+    WrittenStreaming {
+        /// Address and port, 0 for any. Default `127.0.0.1:0`. One that is not a loopback address needs TLS.
+        address: Option<SocketAddr>,
+        /// The file of the server's certificate chain, PEM. With `tls_key`.
+        tls_certificate: Option<PathBuf>,
+        /// The file of its private key, PEM.
+        tls_key: Option<PathBuf>,
+    }
+
+    /// `[container]`.
+    WrittenContainer {
+        /// Resource limits of the programs in containers, by name, in place of the defaults of [`rlimits`].
+        rlimits: WrittenRlimits,
+    }
+
+    /// `[compat]`: what Berth does for programs that know other runtimes only.
+    WrittenCompat {
+        /// Whether the cAdvisor in a kubelet is told whose a cgroup is, as CRI-O would tell it. Default
+        /// false.
+        cadvisor: Option<bool>,
+        /// The socket for that. Default `/var/run/crio/crio.sock`, the only one that a cAdvisor knows.
+        cadvisor_socket: Option<PathBuf>,
+    }
+}
+
+impl Written {
+    /// Reads one file's text.
+    ///
+    /// # Errors
+    /// What is wrong with it, with line and column.
+    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    /// The keys of `self`, and where it has none those of `earlier`.
+    #[must_use]
+    pub fn over(self, earlier: Self) -> Self {
+        Layered::over(self, earlier)
+    }
+}

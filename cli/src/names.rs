@@ -25,7 +25,7 @@ pub(crate) enum NameError {
     UnknownInPod {
         /// Name of the pod.
         pod: String,
-        /// What was asked for.
+        /// The name of the container.
         container: String,
         /// Names of its containers.
         candidates: Vec<String>,
@@ -33,7 +33,7 @@ pub(crate) enum NameError {
     /// More than one thing could be meant.
     #[error("`{name}` matches more than one: {}; use a longer name or id", listed(.candidates))]
     Ambiguous {
-        /// What was asked for.
+        /// The requested name.
         name: String,
         /// What it could be.
         candidates: Vec<String>,

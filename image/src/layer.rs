@@ -42,7 +42,7 @@ pub enum LayerError {
     DigestMismatch {
         /// By the manifest.
         expected: Digest,
-        /// What came.
+        /// The digest of what was received.
         actual: Digest,
     },
     /// The right compressed bytes, but not the tar archive that the configuration names.
@@ -50,7 +50,7 @@ pub enum LayerError {
     DiffIdMismatch {
         /// By the configuration.
         expected: Digest,
-        /// What came.
+        /// The digest of what was received.
         actual: Digest,
     },
     /// Uncompressed bytes beyond what an image may have.
@@ -69,10 +69,10 @@ pub enum LayerError {
     #[error("transfer was cancelled")]
     Abandoned,
     /// Not a layer, or a hostile one.
-    #[error("unpack the layer")]
+    #[error("cannot unpack the layer")]
     Unpack(#[from] UnpackError),
     /// The compressed stream could not be read.
-    #[error("read the layer")]
+    #[error("cannot read the layer")]
     Read(#[source] io::Error),
 }
 
@@ -81,7 +81,7 @@ pub enum LayerError {
 pub enum Shortage {
     /// Of room.
     #[error(
-        "a layer of {} (as packed) is wanted, {} are free, and {} have to stay free: make room, or lower {key}",
+        "a layer of {} (compressed) does not fit: {} are free, and {} have to stay free; free some space, or lower {key}",
         mebibytes(*.wanted), mebibytes(*.free), mebibytes(*.reserved)
     )]
     Bytes {

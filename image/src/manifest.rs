@@ -96,7 +96,7 @@ pub enum ManifestError {
     TooLong {
         /// Of what.
         what: &'static str,
-        /// How many.
+        /// The number of entries.
         count: usize,
         /// The most.
         most: usize,

@@ -55,11 +55,11 @@ pub enum PatchError {
         path: String,
     },
     /// The filesystem said no.
-    #[error("correct '{path}'")]
+    #[error("cannot patch '{path}'")]
     File {
         /// Path in the image, escaped.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },

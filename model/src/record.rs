@@ -100,7 +100,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<Decoded<T>, RecordErr
 pub struct SandboxRecord {
     /// Its id.
     pub id: SandboxId,
-    /// What was asked for.
+    /// The requested configuration.
     pub config: sandbox::Config,
     /// Nanoseconds since the epoch.
     pub created_at_unix_ns: i64,

@@ -91,7 +91,7 @@ async fn pull(
     tokio::select! {
         image = node.images.pull(&reference, &credentials, Arc::new(Reports(events))) => {
             let image = image?;
-            tracing::info!(image = request.image, id = %image.id(), "pulled");
+            tracing::info!(image = request.image, id = %image.id(), "image pulled");
             Ok(image.id().to_string())
         }
         // Dropping the pull ends it.
@@ -178,7 +178,7 @@ async fn import(node: &Node, mut requests: Streaming<v1::ImportRequest>) -> Resu
     let source = source(node, &start, &mut requests).await?;
     let images = node.images.import(source, name.as_ref(), Arc::new(Quiet)).await?;
     for image in &images {
-        tracing::info!(id = %image.id(), names = ?image.repo_tags(), "imported");
+        tracing::info!(id = %image.id(), names = ?image.repo_tags(), "image imported");
     }
     Ok(images)
 }

@@ -85,32 +85,32 @@ const PARSERS: [&str; 3] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser"
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AppArmorError {
     /// Not installed.
-    #[error("there is no apparmor_parser; install the package apparmor")]
+    #[error("apparmor_parser is not installed: install the package apparmor")]
     NoParser,
     /// The program did not run.
-    #[error("run {program}")]
+    #[error("cannot run {program}")]
     Run {
-        /// Which.
+        /// The program.
         program: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// It did not end.
-    #[error("apparmor_parser did not end within {PARSER_LIMIT:?}")]
+    #[error("apparmor_parser did not finish within {PARSER_LIMIT:?}")]
     Late,
     /// It refused.
-    #[error("apparmor_parser: {complaint}")]
+    #[error("apparmor_parser failed: {complaint}")]
     Refused {
         /// Its words.
         complaint: String,
     },
     /// The kernel's list.
-    #[error("read {path}")]
+    #[error("cannot read {path}")]
     List {
         /// Where it is.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -120,7 +120,7 @@ pub(crate) enum AppArmorError {
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the kernel enforces AppArmor, and the profile {DEFAULT_PROFILE} of RuntimeDefault cannot be loaded; \
-     mend this on the node, no restart is needed"
+     fix this on the node; no restart is needed"
 )]
 pub(crate) struct NotLoaded(#[source] AppArmorError);
 
@@ -134,7 +134,7 @@ fn says_enabled(path: &Path) -> bool {
         Ok(text) => text.starts_with(b"Y"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
         Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "cannot tell whether AppArmor is enforced; it counts as enforced");
+            tracing::warn!(path = %path.display(), %error, "cannot tell whether AppArmor is enabled; assuming that it is");
             true
         }
     }
@@ -153,7 +153,7 @@ impl DefaultProfile {
     pub(crate) fn new(enforced: bool) -> Self {
         let profile = Self { enforced, was_loaded: Mutex::new(false) };
         if let Err(error) = profile.name() {
-            tracing::error!(error = %crate::chain(&error), "containers that would have it are refused until then");
+            tracing::error!(error = %crate::chain(&error), "containers with the default AppArmor profile are refused until this is fixed");
         }
         profile
     }
@@ -186,7 +186,7 @@ impl DefaultProfile {
                 }
                 tracing::warn!(
                     error = %crate::chain(&failed),
-                    "cannot load the AppArmor profile {DEFAULT_PROFILE}; an earlier version of it is used"
+                    "cannot load the AppArmor profile {DEFAULT_PROFILE}; using an earlier version of it"
                 );
             }
             *was_loaded = true;

@@ -80,15 +80,17 @@ const POD_UID: &str = "io.kubernetes.pod.uid";
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ListenError {
     /// Another runtime does already.
-    #[error("another program answers on {path}; a CRI-O on this node, or another berthd with this option")]
+    #[error(
+        "another program is listening on {path}: CRI-O, or another berthd with compat.cadvisor; stop it, or turn the option off here"
+    )]
     Taken {
-        /// Where.
+        /// The file or directory.
         path: PathBuf,
     },
     /// Something that nobody left there by a crash.
-    #[error("{path} is there and is no socket")]
+    #[error("{path} exists and is not a socket")]
     NoSocket {
-        /// Where.
+        /// The file or directory.
         path: PathBuf,
     },
     /// The file or its directory.
@@ -159,14 +161,14 @@ pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
 async fn listen(path: &Path) -> Result<Bound, ListenError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(file("look at", path)(error)),
+        Err(error) => return Err(file("examine", path)(error)),
         Ok(found) if !found.file_type().is_socket() => {
             return Err(ListenError::NoSocket { path: path.to_owned() });
         }
         Ok(_) => match listener::knock(path).await {
             // unix(7): refused is what a socket file without a listener says, whoever left it.
             Knock::Unserved(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            Knock::Unserved(error) => return Err(file("try", path)(error)),
+            Knock::Unserved(error) => return Err(file("connect to", path)(error)),
             Knock::Served => return Err(ListenError::Taken { path: path.to_owned() }),
         },
     }
@@ -178,14 +180,14 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
             .recursive(true)
             .mode(0o755)
             .create(directory)
-            .map_err(file("make", directory))?;
+            .map_err(file("create", directory))?;
         // The daemon's umask may have taken more away.
         std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
-            .map_err(file("open to others", directory))?;
+            .map_err(file("set the mode of", directory))?;
         Some(directory.to_owned())
     };
     let listener = listener::bind(path, MODE)?;
-    let identity = identity(path).map_err(file("look at", path))?;
+    let identity = identity(path).map_err(file("examine", path))?;
     Ok(Bound { listener, made, identity })
 }
 
@@ -203,7 +205,7 @@ async fn serve(listener: UnixListener, node: Arc<Node>) {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::debug!(%error, "a connection of cAdvisor could not be accepted");
+                tracing::debug!(%error, "cannot accept a connection from cAdvisor");
                 tokio::time::sleep(listener::ACCEPT_AGAIN).await;
                 continue;
             }

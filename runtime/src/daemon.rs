@@ -55,7 +55,7 @@ pub enum DaemonError {
         "{path} is on a read-only file system: mount it writable, or give berthd another --root and --state"
     )]
     ReadOnly {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
     },
     /// The kernel lacks what containers are made with: the mount API by descriptor, pidfds, cgroup.kill.
@@ -71,10 +71,10 @@ pub enum DaemonError {
         path: PathBuf,
     },
     /// The images.
-    #[error("open the image store")]
+    #[error("cannot open the image store")]
     Images(#[source] berth_image::StoreError),
     /// The cgroups.
-    #[error("find the cgroup hierarchies")]
+    #[error("cannot find the cgroup hierarchies")]
     Cgroups(#[source] berth_cgroup::Error),
     /// The driver that was named does not work here.
     #[error(
@@ -85,28 +85,28 @@ pub enum DaemonError {
     #[error("the systemd cgroup driver needs systemd as process 1; set [cgroup] driver to cgroupfs")]
     NoSystemd,
     /// The thread that talks to systemd.
-    #[error("start the thread that talks to systemd")]
+    #[error("cannot start the thread that talks to systemd")]
     Systemd(#[source] io::Error),
     /// The network.
-    #[error("set up the pods' network")]
+    #[error("cannot set up the pods' network")]
     Network(#[source] NetworkError),
     /// The host.
-    #[error("find out about the host: {what}")]
+    #[error("cannot find out {what}")]
     Host {
         /// What could not be found out.
         what: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The objects of the daemon before.
-    #[error("recover")]
+    #[error("cannot recover the pods of the previous daemon")]
     Recovery(#[from] RecoveryError),
     /// The streaming server.
     #[error(transparent)]
     Streaming(#[from] StreamingError),
     /// The socket.
-    #[error("serve")]
+    #[error("cannot serve")]
     Serve(#[source] server::ServeError),
 }
 
@@ -137,10 +137,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
         take(File::open(layout.state()).map_err(file("open", layout.state()))?, layout.state()).await?;
     make_private(layout.state())?;
     let node = tokio::task::spawn_blocking(move || open(config, layout)).await.map_err(|error| {
-        DaemonError::Host { what: "the start was interrupted", source: io::Error::other(error) }
+        DaemonError::Host { what: "how the start went", source: io::Error::other(error) }
     })??;
     let node = Arc::new(node);
-    notifier.status("looking for the pods of the daemon before");
+    notifier.status("recovering the pods of the previous daemon");
     let remains = recovery::run(&node).await?;
     let watcher = tokio::spawn(watch_network(node.clone()));
     let config = node.config();
@@ -158,7 +158,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let telling = node.clone();
     tokio::spawn(async move { tell_what_the_node_lacks(&telling).await });
     let progress =
-        Progress::create(node.layout.state()).map_err(file("make a file in", node.layout.state()))?;
+        Progress::create(node.layout.state()).map_err(file("create a file in", node.layout.state()))?;
     let alive = tokio::spawn(keep_alive(notifier.clone(), node.clone()));
     let mut reloads = None;
     let listening = || {
@@ -183,7 +183,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     if let Some(reloads) = reloads {
         reloads.abort();
     }
-    tracing::info!("berthd ends; pods go on");
+    tracing::info!("berthd is stopping; pods keep running");
     if node.registry.is_empty() {
         // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no
         // harm.
@@ -198,7 +198,7 @@ fn raise_descriptor_limit() {
     let raised =
         process::rlimit(RLIMIT_NOFILE).and_then(|(_, hard)| process::set_rlimit(RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
-        tracing::warn!(%error, "could not raise the limit of open files");
+        tracing::warn!(%error, "cannot raise the limit on open files");
     }
 }
 
@@ -236,13 +236,17 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
         layout.container_states(),
     ];
     for path in directories {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(file("make", &path))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)
+            .map_err(file("create", &path))?;
     }
     // Nobody but root may get through, also into directories that an older version made: images hold setuid
     // programs.
     for path in [layout.root(), layout.state()] {
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
-            .map_err(file("close", path))?;
+            .map_err(file("set the mode of", path))?;
     }
     Ok(())
 }
@@ -271,8 +275,8 @@ async fn take(lock: File, directory: &Path) -> Result<File, DaemonError> {
 /// Makes the runtime state a mount of its own that travels nowhere: namespaces pinned and memory mounted in
 /// it would otherwise be copied into every mount namespace that gets the host's mounts, and stay there.
 fn make_private(state: &Path) -> Result<(), DaemonError> {
-    if !is_mount_point(state).map_err(file("look at", state))? {
-        mount::bind(state, state).map_err(file("mount onto itself", state))?;
+    if !is_mount_point(state).map_err(file("examine", state))? {
+        mount::bind(state, state).map_err(file("bind-mount onto itself", state))?;
     }
     mount::set_propagation(state, Propagation::Private, false).map_err(file("make private", state))
 }
@@ -429,7 +433,7 @@ mod tests {
 
     #[test]
     fn a_read_only_root_is_told_with_what_to_do() {
-        let error = file("make", Path::new("/var/lib/berth"))(io::ErrorKind::ReadOnlyFilesystem.into());
+        let error = file("create", Path::new("/var/lib/berth"))(io::ErrorKind::ReadOnlyFilesystem.into());
         assert!(error.to_string().contains("/var/lib/berth is on a read-only file system"), "{error}");
     }
 }

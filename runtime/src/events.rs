@@ -46,21 +46,21 @@ pub(crate) enum ContainerChange<'a> {
 pub(crate) fn tell(event: Event<'_>) {
     match event {
         Event::Sandbox { id, pod, change } => match change {
-            SandboxChange::Ready => tracing::info!(sandbox = %id, %pod, "sandbox is ready"),
-            SandboxChange::NotReady => tracing::debug!(sandbox = %id, %pod, "sandbox is not ready any more"),
-            SandboxChange::Stopped => tracing::info!(sandbox = %id, %pod, "sandbox is stopped"),
-            SandboxChange::Removed => tracing::info!(sandbox = %id, %pod, "sandbox is removed"),
+            SandboxChange::Ready => tracing::info!(sandbox = %id, %pod, "sandbox ready"),
+            SandboxChange::NotReady => tracing::debug!(sandbox = %id, %pod, "sandbox not ready"),
+            SandboxChange::Stopped => tracing::info!(sandbox = %id, %pod, "sandbox stopped"),
+            SandboxChange::Removed => tracing::info!(sandbox = %id, %pod, "sandbox removed"),
         },
         Event::Container { id, sandbox, name, change } => match change {
             ContainerChange::Created => {
-                tracing::info!(container = %id, name, %sandbox, "container is created");
+                tracing::info!(container = %id, name, %sandbox, "container created");
             }
-            ContainerChange::Started => tracing::info!(container = %id, name, "container runs"),
+            ContainerChange::Started => tracing::info!(container = %id, name, "container started"),
             ContainerChange::Ended(exit) => {
                 let (code, reason) = (exit.code, exit.reason.as_str());
-                tracing::info!(container = %id, code, reason, "container has ended");
+                tracing::info!(container = %id, code, reason, "container ended");
             }
-            ContainerChange::Removed => tracing::info!(container = %id, name, "container is removed"),
+            ContainerChange::Removed => tracing::info!(container = %id, name, "container removed"),
         },
     }
 }

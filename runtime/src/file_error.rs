@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 /// An act on a file that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{action} {path}")]
+#[error("cannot {action} {path}")]
 pub struct FileError {
     /// The failed act, as `read`.
     pub action: &'static str,
-    /// On what.
+    /// The file or directory.
     pub path: PathBuf,
-    /// Why.
+    /// The cause.
     #[source]
     pub source: io::Error,
 }

@@ -18,7 +18,7 @@ pub(crate) fn begin(node: &Arc<Node>) {
     let emptying = node.clone();
     tokio::task::spawn_blocking(move || {
         if let Err(error) = trash::empty(&emptying.layout) {
-            tracing::warn!(%error, "could not empty the trash");
+            tracing::warn!(%error, "cannot empty the trash");
         }
     });
     node.images.sweep();

@@ -28,7 +28,7 @@ pub(crate) fn bind(path: &Path, mode: u32) -> Result<UnixListener, FileError> {
     let listener = UnixListener::bind(&temporary).map_err(FileError::of("listen on", &temporary))?;
     std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(mode))
         .map_err(FileError::of("set the mode of", &temporary))?;
-    std::fs::rename(&temporary, path).map_err(FileError::of("put in its place", path))?;
+    std::fs::rename(&temporary, path).map_err(FileError::of("rename the new socket to", path))?;
     Ok(listener)
 }
 

@@ -118,7 +118,7 @@ fn read(arguments: &Arguments) -> anyhow::Result<Config> {
     };
     Config::check(flags.over(written)).map_err(|mistakes| {
         let lines: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
-        anyhow::anyhow!("the configuration is wrong:\n  {}", lines.join("\n  "))
+        anyhow::anyhow!("the configuration is invalid:\n  {}", lines.join("\n  "))
     })
 }
 

@@ -25,7 +25,7 @@ impl std::fmt::Display for Name {
 
 /// The name belongs to another object.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{name} exists already, as {owner}")]
+#[error("{name} already exists, as {owner}")]
 pub(crate) struct NameTaken {
     pub(crate) name: String,
     pub(crate) owner: String,

@@ -49,7 +49,7 @@ impl Notifier {
         let manager = match address(&name).and_then(|address| Ok((socket()?, address))) {
             Ok(manager) => Some(manager),
             Err(error) => {
-                tracing::warn!(socket = %name.display(), %error, "the service manager will not be told anything");
+                tracing::warn!(socket = %name.display(), %error, "cannot reach the service manager; it will get no notifications");
                 None
             }
         };
@@ -70,7 +70,7 @@ impl Notifier {
 
     /// The configuration is being read anew; [`ready`](Self::ready) says that it was.
     pub(crate) fn reloading(&self) {
-        self.send("RELOADING=1\nSTATUS=reading the configuration anew\n");
+        self.send("RELOADING=1\nSTATUS=reloading the configuration\n");
     }
 
     /// The daemon ends on purpose.
@@ -101,7 +101,7 @@ impl Notifier {
                 }
                 // Not told anything, the manager ends the daemon and starts another; pods do not notice.
                 Err(error) => {
-                    tracing::error!(error = %crate::chain(&error), "the daemon does not answer itself");
+                    tracing::error!(error = %crate::chain(&error), "the daemon does not answer its own requests");
                     (pause, limit) = again(watchdog);
                 }
             }
@@ -111,7 +111,7 @@ impl Notifier {
     fn send(&self, text: &str) {
         let Some((socket, address)) = &self.manager else { return };
         if let Err(error) = socket.send_to_addr(text.as_bytes(), address) {
-            tracing::warn!(%error, "could not tell the service manager");
+            tracing::warn!(%error, "cannot notify the service manager");
         }
     }
 }
@@ -163,12 +163,12 @@ fn status_line(text: &str) -> String {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProbeError {
     /// Nobody accepts.
-    #[error("connect to the own socket")]
+    #[error("cannot connect to the daemon's own socket")]
     Connect(#[source] tonic::transport::Error),
     /// A call.
-    #[error("{call}")]
+    #[error("{call} failed")]
     Call {
-        /// Which.
+        /// The call.
         call: &'static str,
         /// What was answered.
         #[source]

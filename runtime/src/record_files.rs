@@ -40,27 +40,27 @@ pub(crate) struct RecordFiles {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Fault {
     /// It cannot be read now.
-    #[error("read {path}")]
+    #[error("cannot read {path}")]
     Unread {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// Its content is not known, or damaged.
-    #[error("understand {path}")]
+    #[error("cannot parse {path}")]
     Content {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: RecordError,
     },
     /// It is whole, and another object's.
-    #[error("{path} is the record of another object")]
+    #[error("{path} is the record of a different object")]
     Another {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
     },
 }
@@ -90,7 +90,7 @@ pub(crate) enum Found<T> {
     Absent,
     /// The record is of no use, and there is no copy that is.
     Unusable {
-        /// Why.
+        /// What is wrong with it.
         fault: Fault,
         /// Whether it is proven damaged. If not, another time or another version may be able to read it.
         damaged: bool,
@@ -225,7 +225,7 @@ impl RecordFiles {
     /// Writes the copy. One that cannot be written is removed: an old one would be worse than none.
     pub(crate) fn write_copy(&self, bytes: &[u8]) {
         if let Err(error) = atomic_file::write(&self.copy, bytes) {
-            tracing::debug!(path = %self.copy.display(), %error, "no copy of a record");
+            tracing::debug!(path = %self.copy.display(), %error, "cannot copy a record");
             let _ = std::fs::remove_file(&self.copy);
         }
     }
@@ -253,11 +253,11 @@ pub(crate) enum WriteError {
     #[error(transparent)]
     Content(#[from] RecordError),
     /// The file.
-    #[error("write {path}")]
+    #[error("cannot write {path}")]
     File {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -301,17 +301,17 @@ pub(crate) fn mend<T: Serialize>(
         }
         Health::Lost(fault) => {
             let reason = fault.as_ref().map_or_else(|| "it is gone".to_owned(), |fault| crate::chain(fault));
-            tracing::error!(kind, id, reason, "a record is lost; it is written again from its copy");
+            tracing::error!(kind, id, reason, "a record is lost; restoring it from its copy");
             set_aside(layout, kind, id, &files.record);
             let directory = files.record.parent().unwrap_or(Path::new("/"));
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
             let written = made.map_err(|source| files.failed(source)).and_then(|()| files.write(content));
             if let Err(error) = written {
-                tracing::warn!(kind, id, error = %crate::chain(&error), "the record could not be written again");
+                tracing::warn!(kind, id, error = %crate::chain(&error), "cannot restore a record");
             }
         }
         Health::Unread(fault) => {
-            tracing::error!(kind, id, reason = %crate::chain(fault), "a record cannot be read; its copy is used");
+            tracing::error!(kind, id, reason = %crate::chain(fault), "cannot read a record; using its copy");
         }
         Health::Newer(version) => {
             tracing::warn!(
@@ -319,7 +319,7 @@ pub(crate) fn mend<T: Serialize>(
                 id,
                 version,
                 known = record::VERSION,
-                "a record is of a newer version; it is served as far as it is known, and left as it is"
+                "a record was written by a newer version; using what is understood of it and leaving the file alone"
             );
         }
     }
@@ -330,7 +330,7 @@ pub(crate) fn set_aside(layout: &Layout, kind: &str, id: &str, record: &Path) {
     let target = layout.quarantine().join(format!("{id}.{kind}"));
     match std::fs::rename(record, &target) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %record.display(), %error, "could not set a damaged record aside");
+            tracing::warn!(path = %record.display(), %error, "cannot set a damaged record aside");
         }
         _ => {}
     }

@@ -111,7 +111,7 @@ impl Registry {
     fn adopt(&self, name: Name, id: &str) {
         match self.reserve(name, id) {
             Ok(mut reservation) => reservation.name = None,
-            Err(taken) => tracing::error!(id, error = %taken, "two objects have one name"),
+            Err(taken) => tracing::error!(id, error = %taken, "two objects have the same name"),
         }
         lock(&self.0).unread.remove(id);
     }

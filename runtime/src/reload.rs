@@ -55,13 +55,13 @@ pub(crate) async fn serve(
             }
             Ok(Err(mistakes)) => {
                 tracing::error!(
-                    "{mistakes}; nothing was changed, and the earlier configuration stays in force"
+                    "{mistakes}; nothing was changed, and the previous configuration stays in force"
                 );
                 mistakes
             }
             Err(error) => {
-                tracing::error!(%error, "reading the configuration was broken off");
-                format!("reading the configuration was broken off: {error}")
+                tracing::error!(%error, "reloading the configuration was interrupted");
+                format!("reloading the configuration was interrupted: {error}")
             }
         };
         progress.finish(&mistakes);
@@ -76,13 +76,13 @@ fn take_over(node: &Node, read: Config, set_log: &SetLog) {
     let changed = before.differences(&config);
     node.set_config(config);
     match changed.as_slice() {
-        [] => tracing::info!("the configuration was read anew; nothing changed"),
-        keys => tracing::info!(changed = keys.join(", "), "the configuration was read anew"),
+        [] => tracing::info!("configuration reloaded; nothing changed"),
+        keys => tracing::info!(changed = keys.join(", "), "configuration reloaded"),
     }
     if !waiting.is_empty() {
         tracing::warn!(
             keys = waiting.join(", "),
-            "other values take effect when berthd is started again; until then the earlier ones are in force"
+            "some changes take effect when berthd is restarted; until then the previous values are in force"
         );
     }
 }

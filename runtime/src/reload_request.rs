@@ -63,7 +63,7 @@ impl Progress {
 
     fn tell(&self) {
         if let Err(error) = self.write() {
-            tracing::warn!(%error, "cannot tell who asked that the configuration was read");
+            tracing::warn!(%error, "cannot report that the configuration was reloaded");
         }
     }
 
@@ -80,30 +80,30 @@ pub enum ReloadError {
     #[error("{0}")]
     Mistakes(String),
     /// The process is not one that can be asked.
-    #[error("process {pid} is no berthd that can be told to reload")]
+    #[error("process {pid} is not a berthd that can reload its configuration")]
     NoDaemon {
         /// Its number.
         pid: i32,
     },
     /// It could not be asked.
-    #[error("{action} of process {pid}")]
+    #[error("cannot {action} process {pid}")]
     Ask {
         /// What failed.
         action: &'static str,
         /// Its number.
         pid: i32,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// It has ended.
-    #[error("process {pid} ended before it had read its configuration")]
+    #[error("process {pid} ended before it reloaded its configuration")]
     Ended {
         /// Its number.
         pid: i32,
     },
     /// It did not answer.
-    #[error("process {pid} has not read its configuration within {LIMIT:?}")]
+    #[error("process {pid} did not reload its configuration within {LIMIT:?}")]
     Late {
         /// Its number.
         pid: i32,
@@ -117,13 +117,13 @@ pub enum ReloadError {
 /// [`ReloadError`].
 pub fn reload(pid: i32) -> Result<(), ReloadError> {
     let ask = |action| move |source| ReloadError::Ask { action, pid, source };
-    let pidfd = process::open_pidfd(pid).map_err(ask("get hold"))?;
-    let file = find(pid).map_err(ask("look at the files"))?.ok_or(ReloadError::NoDaemon { pid })?;
-    let begun = read(&file).map_err(ask("read the progress"))?.begun;
+    let pidfd = process::open_pidfd(pid).map_err(ask("open"))?;
+    let file = find(pid).map_err(ask("find the progress file of"))?.ok_or(ReloadError::NoDaemon { pid })?;
+    let begun = read(&file).map_err(ask("read the progress of"))?.begun;
     process::signal_pidfd(pidfd.as_fd(), SIGHUP).map_err(ask("signal"))?;
     let deadline = Instant::now() + LIMIT;
     loop {
-        let seen = read(&file).map_err(ask("read the progress"))?;
+        let seen = read(&file).map_err(ask("read the progress of"))?;
         // One that had begun already may have read the files before they were changed.
         if seen.done > begun {
             return if seen.mistakes.is_empty() { Ok(()) } else { Err(ReloadError::Mistakes(seen.mistakes)) };

@@ -72,7 +72,7 @@ pub fn check(written: &WrittenRlimits) -> Result<Vec<PosixRlimit>, Vec<String>> 
     for name in written.keys() {
         if !CONFIGURABLE.iter().any(|(known, ..)| known == name) {
             let names: Vec<&str> = CONFIGURABLE.iter().map(|(name, ..)| *name).collect();
-            mistakes.push(format!("{name:?} is none of {}", names.join(", ")));
+            mistakes.push(format!("{name:?} is not one of {}", names.join(", ")));
         }
     }
     let mut limits = Vec::new();
@@ -184,7 +184,7 @@ mod tests {
         for name in ["fsize", "NOFILE", "", "RLIMIT_CORE"] {
             let written = WrittenRlimits::from([(name.to_owned(), WrittenRlimit::Number(1))]);
             let mistakes = check(&written).unwrap_err().concat();
-            assert!(mistakes.contains("is none of core, memlock"), "{name}: {mistakes}");
+            assert!(mistakes.contains("is not one of core, memlock"), "{name}: {mistakes}");
         }
     }
 

@@ -19,7 +19,7 @@ fn is_listed(filesystems: &Path) -> bool {
     match std::fs::read_to_string(filesystems) {
         Ok(text) => text.lines().any(|line| line.split_whitespace().last() == Some("selinuxfs")),
         Err(error) => {
-            tracing::warn!(path = %filesystems.display(), %error, "cannot tell whether SELinux is on; it counts as on");
+            tracing::warn!(path = %filesystems.display(), %error, "cannot tell whether SELinux is enabled; assuming that it is");
             true
         }
     }

@@ -29,13 +29,13 @@ pub enum ServeError {
     #[error(transparent)]
     Listen(#[from] FileError),
     /// Somebody else listens on the socket.
-    #[error("another process serves {path}; end it, or give this one its own --socket")]
+    #[error("another process is listening on {path}; stop it, or give this one its own --socket")]
     Served {
-        /// Where.
+        /// The file or directory.
         path: PathBuf,
     },
     /// The server.
-    #[error("the server ended")]
+    #[error("the server failed")]
     Server(#[source] tonic::transport::Error),
 }
 
@@ -62,7 +62,7 @@ pub(crate) async fn serve(
         return Err(ServeError::Served { path: path.to_owned() });
     }
     let parent = path.parent().unwrap_or(Path::new("/"));
-    std::fs::create_dir_all(parent).map_err(FileError::of("make", parent))?;
+    std::fs::create_dir_all(parent).map_err(FileError::of("create", parent))?;
     let listener = listener::bind(path, MODE)?;
     listening();
     let connections = UnixListenerStream::new(listener).then(async |connection| {

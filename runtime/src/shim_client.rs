@@ -49,25 +49,27 @@ pub(crate) enum ShimError {
     #[error("{0}")]
     Failed(Failed),
     /// It is gone, or never was there.
-    #[error("the container's shim is gone")]
+    #[error("the container's shim has ended")]
     Lost,
     /// It does not answer.
     #[error("the container's shim does not answer")]
     Silent,
     /// It is of a version that knows less.
-    #[error("the container was started by an older version of Berth that cannot do this; start it again")]
+    #[error(
+        "the container was started by an older version of Berth, which cannot do this; restart the container"
+    )]
     Older,
     /// It cannot be started.
-    #[error("start a shim: {action}")]
+    #[error("cannot start a shim: cannot {action}")]
     Start {
         /// Which part.
         action: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The request is too long for one message.
-    #[error("the request is too long for the shim")]
+    #[error("the request is too large for the shim")]
     TooLong(#[source] frame::FrameError),
 }
 
@@ -75,14 +77,14 @@ pub(crate) enum ShimError {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     /// Nobody listens on its socket any more: it has ended.
-    #[error("the container's shim is gone")]
+    #[error("the container's shim has ended")]
     Gone,
     /// There is no socket.
     #[error("the container's shim has no socket")]
     NoSocket,
     /// That says nothing about the shim: no descriptors, or it has not taken the connections that wait
     /// already.
-    #[error("connect to the container's shim")]
+    #[error("cannot connect to the container's shim")]
     NotNow(#[source] io::Error),
 }
 
@@ -109,8 +111,9 @@ impl ShimProgram {
     fn spawn(&self, mode: &str, passed: &[BorrowedFd<'_>]) -> Result<i32, ShimError> {
         let start = |action| move |source| ShimError::Start { action, source };
         let path = CString::new(format!("/proc/self/fd/{}", self.program.as_raw_fd()))
-            .map_err(|_| start("name it")(io::ErrorKind::InvalidInput.into()))?;
-        let mode = CString::new(mode).map_err(|_| start("name it")(io::ErrorKind::InvalidInput.into()))?;
+            .map_err(|_| start("set its name")(io::ErrorKind::InvalidInput.into()))?;
+        let mode =
+            CString::new(mode).map_err(|_| start("set its name")(io::ErrorKind::InvalidInput.into()))?;
         let args = [c"berth-shim".to_owned(), mode];
         let null = self.null.as_fd();
         let descriptors: Vec<BorrowedFd<'_>> =
@@ -126,7 +129,7 @@ impl ShimProgram {
     /// [`ShimError::Start`].
     pub(crate) fn spawn_holder(&self) -> Result<Holder, ShimError> {
         let start = |action| move |source| ShimError::Start { action, source };
-        let (word, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
+        let (word, theirs) = socket::stream_pair().map_err(start("create a socket"))?;
         let pid = self.spawn("hold", &[theirs.as_fd()])?;
         Ok(Holder { pid, word: Some(word) })
     }
@@ -137,15 +140,15 @@ impl ShimProgram {
     /// [`ShimError::Failed`] with the step that failed.
     pub(crate) fn spawn_pause(&self, request: &launch::Pause) -> Result<Pause, ShimError> {
         let start = |action| move |source| ShimError::Start { action, source };
-        let (ours, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
+        let (ours, theirs) = socket::stream_pair().map_err(start("create a socket"))?;
         let request = frame::encode(request).map_err(ShimError::TooLong)?;
-        socket::send(ours.as_fd(), &request, &[]).map_err(start("tell it what to do"))?;
+        socket::send(ours.as_fd(), &request, &[]).map_err(start("send it the plan"))?;
         let pid = self.spawn("pause", &[theirs.as_fd()])?;
         drop(theirs);
         let reply = read_one(ours.as_fd());
         // It has ended, or ends as soon as it has said its word.
         let _ = process::wait_for(pid);
-        let (reply, descriptors) = reply.map_err(start("hear from it"))?.ok_or(ShimError::Lost)?;
+        let (reply, descriptors) = reply.map_err(start("get its answer"))?.ok_or(ShimError::Lost)?;
         let mut descriptors = descriptors.into_iter();
         match (reply.answer, descriptors.next(), descriptors.next()) {
             (Some(Answer::Created(created)), Some(pid_namespace), Some(procfs)) => {
@@ -294,7 +297,7 @@ impl ShimClient {
     /// [`ShimError::Start`].
     pub(crate) fn spawn(program: &ShimProgram, state_directory: &Path) -> Result<Self, ShimError> {
         let start = |action| move |source| ShimError::Start { action, source };
-        let (ours, theirs) = socket::stream_pair().map_err(start("make a socket"))?;
+        let (ours, theirs) = socket::stream_pair().map_err(start("create a socket"))?;
         let directory = File::open(state_directory).map_err(start("open its directory"))?;
         let pid = program.spawn("container", &[theirs.as_fd(), directory.as_fd()])?;
         Self::new(ours, Some(pid)).map_err(start("watch its socket"))

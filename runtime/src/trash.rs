@@ -55,7 +55,7 @@ fn delete(trash: &Path, name: &str) {
         // Somebody else deleted it: the one who threw it away, or the start of the daemon.
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %trash.join(name).display(), %error, "could not delete; the next start tries again");
+        tracing::warn!(path = %trash.join(name).display(), %error, "cannot delete; trying again at the next start");
     }
 }
 

@@ -362,7 +362,7 @@ impl Shim {
         let id = request.id;
         let asker = Asker { connection: token, request_id: id };
         let result = match request.call {
-            None => Err(refused("understand the request", "a call that this shim does not know")),
+            None => Err(refused("handle the request", "this shim does not know the call")),
             Some(Call::Create(launch)) => self.create(*launch, descriptors, asker).map(|()| None),
             Some(Call::Start(())) => self.start(asker).map(|()| None),
             Some(Call::Exec(exec)) => self.exec(&exec, descriptors, asker).map(|()| None),
@@ -388,7 +388,7 @@ impl Shim {
 
     fn create(&mut self, launch: Launch, descriptors: Vec<OwnedFd>, asker: Asker) -> Result<(), Failed> {
         if !matches!(self.state, State::Empty) {
-            return Err(refused("prepare the container", "this shim has one already"));
+            return Err(refused("prepare the container", "this shim already has one"));
         }
         let making = launch::create(launch, descriptors)?;
         if let Err(error) = self.watch(&making.birth, TOKEN_MAIN) {
@@ -411,7 +411,7 @@ impl Shim {
             }
             other => {
                 self.state = other;
-                Err(refused("start the container", "it does not wait for its start"))
+                Err(refused("start the container", "it is not waiting to be started"))
             }
         }
     }

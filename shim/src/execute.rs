@@ -81,7 +81,7 @@ impl Program {
                 detail: if self.candidates.len() == 1 {
                     self.name.clone()
                 } else {
-                    format!("{}: not in the search path", self.name)
+                    format!("{}: not found in PATH", self.name)
                 },
             },
         }
@@ -109,7 +109,7 @@ fn set_oom_score(score: i32, notes: &mut Vec<String>) -> Result<(), Failed> {
     match std::fs::write(FILE, score.to_string()) {
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             let own = std::fs::read_to_string(FILE).step("read", FILE)?;
-            notes.push(format!("oom_score_adj {score} is below the own one and was kept at {}", own.trim()));
+            notes.push(format!("oom_score_adj {score} needs CAP_SYS_RESOURCE; kept at {}", own.trim()));
             Ok(())
         }
         result => result.step("set the oom score", score),
@@ -177,7 +177,7 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
 /// a volume could put a link in the place of a directory between its making and its giving away, and the user
 /// would get what the link leads to.
 fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
-    const STEP: &str = "make the working directory";
+    const STEP: &str = "create the working directory";
     let root = Root::open(Path::new("/")).step(STEP, "/")?;
     root.make_dir_all_with(path.strip_prefix("/").unwrap_or(path), |missing| {
         if missing.obstacle.is_some() {

@@ -6,7 +6,7 @@ use std::io;
 
 /// Names the step that an operation was, for the daemon.
 pub(crate) trait Step<T> {
-    /// `step` goes on the words "failed to"; `about` is a path or name, empty for none.
+    /// `step` follows the word "cannot"; `about` is a path or name, empty for none.
     fn step(self, step: &str, about: impl Display) -> Result<T, Failed>;
 }
 

@@ -178,7 +178,7 @@ impl ShimEnd {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // A child killed in between resets it: an end like another, of which its words tell.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, Vec::new()),
-                other => other.step("hear from the container's process", "")?,
+                other => other.step("get an answer from the container's process", "")?,
             };
             match buffer.get(..length).and_then(<[u8]>::split_first) {
                 Some((b'P', part)) if self.parts.len() <= MAX_REPORT => self.parts.extend_from_slice(part),

@@ -164,7 +164,7 @@ fn prepare_main(
 /// A session of its own: signals of a terminal reach it and nobody else, and the shim signals an exec as a
 /// whole.
 fn lead_session(has_terminal: bool) -> Result<(), Failed> {
-    process::new_session().step("make a session", "")?;
+    process::new_session().step("create a session", "")?;
     if has_terminal {
         tty::make_controlling(std::io::stdin().as_fd()).step("open a terminal", "")?;
     }
@@ -304,7 +304,7 @@ pub(crate) fn enter(namespaces: &Namespaces) -> Result<(), Failed> {
         }
     }
     // After the network namespace was joined: sysfs shows the one of its mounter.
-    if namespaces.own_cgroup { ns::unshare(ns::CGROUP).step("make a cgroup namespace", "") } else { Ok(()) }
+    if namespaces.own_cgroup { ns::unshare(ns::CGROUP).step("create a cgroup namespace", "") } else { Ok(()) }
 }
 
 fn join_for_children(namespace: BorrowedFd<'_>) -> Result<(), Failed> {
@@ -323,7 +323,7 @@ fn place(stdio: Stdio, user: &Resolved) -> Result<(), Failed> {
 
 fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> {
     let file = std::fs::File::from(descriptor.try_clone_to_owned().step("copy a descriptor", "")?);
-    let metadata = file.metadata().step("look at a standard stream", "")?;
+    let metadata = file.metadata().step("examine a standard stream", "")?;
     // Only what was made for this container: /dev/null belongs to the host.
     if metadata.file_type().is_fifo() && metadata.uid() != user.uid {
         std::os::unix::fs::fchown(&file, Some(user.uid), None).step("give away a standard stream", "")?;

@@ -78,10 +78,10 @@ pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Making
         let (child, shim) = pipes(launch.stdin)?;
         (Some(child), Some(shim))
     };
-    let (end, mut child_end) = handshake::pair(true).step("make a socket", "")?;
+    let (end, mut child_end) = handshake::pair(true).step("create a socket", "")?;
     let unified = open_unified(&launch.cgroup)?;
     let pid = match process::clone_process(pid_flags | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
-        .step("make a process", "")?
+        .step("create a process", "")?
     {
         Cloned::Child => {
             // The shim's ends must not live on in the child: an end of a stream would never come.
@@ -209,7 +209,9 @@ pub(crate) fn exec(
     const STEP: &str = "exec in the container";
     let mut descriptors = descriptors.into_iter();
     let streams = if request.terminal {
-        let taker = descriptors.next().ok_or_else(|| refused(STEP, "nobody wants its terminal"))?;
+        let taker = descriptors
+            .next()
+            .ok_or_else(|| refused(STEP, "no descriptor for the terminal came with the request"))?;
         ExecStreams::Terminal(taker)
     } else {
         let (Some(output), Some(error)) = (descriptors.next(), descriptors.next()) else {
@@ -228,7 +230,7 @@ pub(crate) fn exec(
         groups: container.created.groups.clone(),
         home: container.created.home.clone(),
     };
-    let (end, mut child_end) = handshake::pair(false).step("make a pipe", "")?;
+    let (end, mut child_end) = handshake::pair(false).step("create a pipe", "")?;
     match clone_into(container).step(STEP, "")? {
         Cloned::Child => {
             drop(end);
@@ -301,7 +303,7 @@ fn open_null() -> Result<OwnedFd, Failed> {
 }
 
 fn pipes(stdin: bool) -> Result<(Stdio, ShimStreams), Failed> {
-    const STEP: &str = "make a pipe";
+    const STEP: &str = "create a pipe";
     let (output_read, output) = file::pipe().step(STEP, "")?;
     let (error_read, error) = file::pipe().step(STEP, "")?;
     let (input, input_write) = if stdin {

@@ -20,7 +20,7 @@ use std::path::Path;
 /// The inode of the root of a procfs: `PROC_ROOT_INO` of the kernel's <linux/proc_fs.h>.
 const PROC_ROOT_INODE: u64 = 1;
 
-const STEP: &str = "find the place for the mount";
+const STEP: &str = "find the mount point";
 
 /// Checks `place`, to which the path of `mount` has led below `root`, and returns the place to mount on.
 /// `source` is what a bind mounts.

@@ -56,11 +56,11 @@ const MAX_TEXT: usize = 16 * 1024;
 
 /// The process, its pid namespace, and a procfs of that.
 fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
-    const STEP: &str = "make the pod's first process";
+    const STEP: &str = "create the pod's first process";
     let unified = crate::launch::open_unified(&request.cgroup)?;
-    let (own, other) = socket::packet_pair().step("make a socket", "")?;
+    let (own, other) = socket::packet_pair().step("create a socket", "")?;
     match process::clone_process(namespace::PID | namespace::MOUNT, unified.as_ref().map(AsFd::as_fd))
-        .step("make a process", "")?
+        .step("create a process", "")?
     {
         Cloned::Child => {
             drop(own);
@@ -85,7 +85,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
         Cloned::Parent { pid, .. } => {
             drop(other);
             let mut buffer = vec![0; MAX_TEXT];
-            let heard = socket::receive(own.as_fd(), &mut buffer).step("hear from the process", "");
+            let heard = socket::receive(own.as_fd(), &mut buffer).step("get an answer from the process", "");
             let made = heard.and_then(|(length, descriptors)| {
                 let Some(procfs) = descriptors.into_iter().next() else {
                     let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
@@ -116,13 +116,13 @@ fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     let profile = Profile::find(&request.apparmor_profile)?.map(Profile::open_current).transpose()?;
     let procfs = FsContext::open(c"proc")
         .and_then(|procfs| procfs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC))
-        .step("make the pod's procfs", "")?;
+        .step("create the pod's procfs", "")?;
     Ok((procfs, profile))
 }
 
 /// Takes everything away that somebody in the pod could gain by getting at this process.
 fn confine(profile: Option<Way>, filter: &[u8]) -> Result<(), Failed> {
-    process::new_session().step("make a session", "")?;
+    process::new_session().step("create a session", "")?;
     process::set_name(c"berth-pause").step("name the process", "")?;
     crate::rootfs::enter_empty_root()?;
     // Mounting is over, and the credentials have not changed yet.

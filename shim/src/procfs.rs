@@ -63,8 +63,8 @@ impl Target {
     /// filesystem that the target serves, so it has [`LOOK`], and ends with this process.
     pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
         const STEP: &str = "take the target's procfs";
-        let (own, other) = socket::packet_pair().step("make a socket", "")?;
-        let pid = match process::clone_process(0, None).step("make a process", "")? {
+        let (own, other) = socket::packet_pair().step("create a socket", "")?;
+        let pid = match process::clone_process(0, None).step("create a process", "")? {
             Cloned::Child => {
                 drop(own);
                 let guarded = process::end_with_parent().step("guard the process", "");
@@ -94,7 +94,7 @@ impl Target {
     }
 
     fn clone_procfs(&self) -> Result<OwnedFd, Failed> {
-        const STEP: &str = "look at the target's /proc";
+        const STEP: &str = "examine the target's /proc";
         let number = ns::number(self.pid_namespace()).step(STEP, "pid namespace")?;
         ns::join(self.process.as_fd(), ns::MOUNT).step("join the target's mount namespace", "")?;
         let root = Root::open(Path::new("/")).step(STEP, "/")?;
@@ -110,7 +110,10 @@ pub(crate) fn pinned(path: &Path) -> Result<OwnedFd, Failed> {
     let place =
         Root::open(path).step(STEP, path.display())?.resolve(Path::new("")).step(STEP, path.display())?;
     if !mount::is_procfs(place.as_fd()).step(STEP, path.display())? {
-        return Err(refused(STEP, format!("{} is none: the pod has to be made again", path.display())));
+        return Err(refused(
+            STEP,
+            format!("{} is not a procfs: the pod has to be recreated", path.display()),
+        ));
     }
     mount::clone_tree(place.as_fd(), Path::new(""), false).step(STEP, path.display())
 }

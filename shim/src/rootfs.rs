@@ -250,7 +250,7 @@ fn attach(
     let path = shown(&mount.target);
     let is_directory = match &source {
         Some(source) => {
-            beneath::stat_fd(source.as_fd()).step("look at the mount source", &path)?.file_type
+            beneath::stat_fd(source.as_fd()).step("examine the mount source", &path)?.file_type
                 == FileType::Directory
         }
         None => true,
@@ -305,15 +305,15 @@ const CLONED_FLAGS: u64 = attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEX
 /// A directory is mounted on a directory, anything else on anything else: mount(2), `ENOTDIR`. The kernel
 /// would not say which is which.
 fn check_kind(root: &Root, target: &[u8], source_is_directory: bool) -> Result<(), Failed> {
-    let Some(place) = if_present(root, target, "find the place for the mount")? else { return Ok(()) };
+    let Some(place) = if_present(root, target, "find the mount point")? else { return Ok(()) };
     let about = shown(target);
-    let found = beneath::stat_fd(place.as_fd()).step("look at the place for the mount", &about)?.file_type;
+    let found = beneath::stat_fd(place.as_fd()).step("examine the mount point", &about)?.file_type;
     match (source_is_directory, found == FileType::Directory) {
         (true, false) => {
-            Err(refused("mount", format!("{about}: the source is a directory, and the place is none")))
+            Err(refused("mount", format!("{about}: the source is a directory and the mount point is not")))
         }
         (false, true) => {
-            Err(refused("mount", format!("{about}: the source is no directory, and the place is one")))
+            Err(refused("mount", format!("{about}: the source is not a directory and the mount point is")))
         }
         _ => Ok(()),
     }
@@ -347,7 +347,7 @@ fn new_filesystem(filesystem: &Filesystem, attributes: u64, path: &str) -> Resul
 
 /// Resolves the place for a mount, and makes it when absent: a directory for a directory, else an empty file.
 fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> Result<OwnedFd, Failed> {
-    const STEP: &str = "find the place for the mount";
+    const STEP: &str = "find the mount point";
     let about = shown(path);
     let relative = relative(path);
     if no_symlinks {
@@ -370,7 +370,7 @@ fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> R
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         found => return found.step(STEP, about),
     }
-    make_file(root, relative).step("make the place for the mount", &about)?;
+    make_file(root, relative).step("create the mount point", &about)?;
     root.resolve(relative).step(STEP, about)
 }
 
@@ -405,7 +405,7 @@ fn relative(path: &[u8]) -> &Path {
 /// A volume of the image: a directory of the writable layer like others, but with a mount of its own in a
 /// root that is made read-only, so that it keeps its content and takes writes.
 fn keep_writable(root: &Root, path: &[u8], read_only: bool) -> Result<(), Failed> {
-    const STEP: &str = "make the image's volume";
+    const STEP: &str = "create the image's volume";
     let about = shown(path);
     let directory = root.make_dir_all(relative(path), 0o755).step(STEP, &about)?;
     if read_only {
@@ -422,14 +422,14 @@ fn make_dev_links(root: &Root) -> Result<(), Failed> {
         match dev.make_symlink(OsStr::new(target), OsStr::new(name)) {
             // A mount of the request below /dev took the name.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            result => result.step("make the link", format!("/dev/{name}"))?,
+            result => result.step("create the link", format!("/dev/{name}"))?,
         }
     }
     Ok(())
 }
 
 fn make_device(root: &Root, device: &Device) -> Result<(), Failed> {
-    const STEP: &str = "make the device";
+    const STEP: &str = "create the device";
     let about = shown(&device.path);
     let path = relative(&device.path);
     let name = path.file_name().ok_or_else(|| refused(STEP, &about))?;

@@ -108,7 +108,7 @@ impl Output {
 
     pub(crate) fn reopen_log(&mut self) -> Result<(), Failed> {
         match &mut self.log {
-            Some(log) => log.reopen().step("open the log anew", ""),
+            Some(log) => log.reopen().step("reopen the log", ""),
             None => Ok(()),
         }
     }

@@ -82,7 +82,10 @@ fn number(text: &[u8]) -> Result<Option<u32>, Failed> {
         return Ok(None);
     }
     if digits.len() < text.len() {
-        return Err(refused(STEP, format!("{} has a sign; a name cannot look like that", shown(text))));
+        return Err(refused(
+            STEP,
+            format!("{} has a sign, which neither an id nor a name can have", shown(text)),
+        ));
     }
     let value =
         std::str::from_utf8(text).ok().filter(|text| text.len() <= 10).and_then(|text| text.parse().ok());

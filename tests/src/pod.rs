@@ -22,7 +22,7 @@ pub struct Pod {
     client: Client,
     /// Its id.
     pub id: String,
-    /// What was asked for.
+    /// The requested configuration.
     pub config: v1::PodSandboxConfig,
     scripts: AtomicU32,
 }

@@ -37,28 +37,28 @@ const DOCKER_HUB: &str = "registry-1.docker.io";
 #[non_exhaustive]
 pub enum HostsError {
     /// The file is there and cannot be read.
-    #[error("read {path}", path = path.display())]
+    #[error("cannot read {path}", path = path.display())]
     Read {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// Something is wrong in the file.
-    #[error("{path}", path = path.display())]
+    #[error("{path} cannot be used", path = path.display())]
     File {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// What.
+        /// The mistake.
         #[source]
         source: Box<HostsError>,
     },
     /// A FIFO, a device or the like.
-    #[error("it is not a plain file")]
+    #[error("not a regular file")]
     NotPlain,
     /// Above 1 MiB.
-    #[error("it is larger than 1 MiB")]
+    #[error("larger than 1 MiB")]
     TooLarge,
     /// Not TOML.
     #[error("line {line} is not TOML: {reason}")]

@@ -144,18 +144,18 @@ pub enum RegistryError {
     DigestMismatch {
         /// Asked for.
         expected: Digest,
-        /// What came.
+        /// The digest of what was received.
         actual: Digest,
     },
     /// The configuration of hosts.
-    #[error("configuration of registry hosts")]
+    #[error("the configuration of registry hosts cannot be used")]
     Hosts(#[from] HostsError),
     /// Certificates, or the HTTP client.
-    #[error("set up the connection to {host}")]
+    #[error("cannot set up the connection to {host}")]
     Tls {
         /// Which host.
         host: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: TlsError,
     },
@@ -526,7 +526,11 @@ impl Session {
             Fault::Status { retry_after: Some(wait), .. } => (*wait).max(doubled),
             _ => doubled,
         };
-        tracing::debug!(error = &error as &dyn std::error::Error, tries, "will try again");
+        tracing::debug!(
+            error = &error as &dyn std::error::Error,
+            tries,
+            "registry request failed; trying again"
+        );
         tokio::time::sleep(wait + jitter(doubled)).await;
         Ok(())
     }

@@ -36,22 +36,22 @@ const MAX_HEADER_COUNT: usize = 256;
 #[non_exhaustive]
 pub enum TlsError {
     /// A certificate or key file cannot be read.
-    #[error("read {path}", path = path.display())]
+    #[error("cannot read {path}", path = path.display())]
     Read {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: pem::Error,
     },
     /// A certificate or key cannot be used.
-    #[error("use the certificates")]
+    #[error("cannot use the certificates")]
     Rejected(#[source] rustls::Error),
     /// The system's certificates cannot be read now.
-    #[error("read the system's certificates")]
+    #[error("cannot read the system's certificates")]
     Roots(#[source] rustls_native_certs::Error),
     /// The HTTP library.
-    #[error("set up HTTP")]
+    #[error("cannot set up HTTP")]
     Http(#[source] reqwest::Error),
 }
 
@@ -89,7 +89,7 @@ fn roots_of(found: CertificateResult) -> Result<RootCertStore, TlsError> {
         }
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "part of the system's certificates cannot be read"
+            "cannot read some of the system's certificates"
         );
     }
     let mut roots = RootCertStore::empty();

@@ -148,7 +148,7 @@ impl Inner {
                 Ok(()) => {
                     tracing::warn!(
                         image = name,
-                        "set aside in quarantine: it cannot be used, and no container uses it"
+                        "set aside in quarantine: it is unusable, and no container uses it"
                     );
                     self.state().held.remove(&name);
                 }
@@ -286,6 +286,6 @@ impl State {
 fn complain(error: &StoreError) {
     tracing::warn!(
         error = error as &dyn std::error::Error,
-        "could not remove a part of an image that is not needed"
+        "cannot remove a part of an image that is no longer needed"
     );
 }

@@ -33,34 +33,34 @@ use crate::{Digest, Image};
 #[non_exhaustive]
 pub enum ContentError {
     /// A manifest or a configuration.
-    #[error("read the image's description")]
+    #[error("cannot use the image's description")]
     Manifest(#[from] ManifestError),
     /// A manifest or configuration with other bytes than its digest says.
     #[error("content is {actual}, not {expected}")]
     DigestMismatch {
         /// By whoever pointed at it.
         expected: Digest,
-        /// What came.
+        /// The digest of what was received.
         actual: Digest,
     },
     /// A layer.
-    #[error("layer {diff_id}")]
+    #[error("layer {diff_id} cannot be used")]
     Layer {
         /// Diff id.
         diff_id: Digest,
-        /// Why.
+        /// The cause.
         #[source]
         source: LayerError,
     },
     /// An archive of images that is packed.
-    #[error("unpack the archive")]
+    #[error("cannot unpack the archive")]
     Archive(#[source] LayerError),
     /// Layers that do not fit together.
-    #[error("put layer {diff_id} on the layers below it")]
+    #[error("layer {diff_id} does not fit onto the layers below it")]
     Patch {
         /// Diff id.
         diff_id: Digest,
-        /// Why.
+        /// The cause.
         #[source]
         source: PatchError,
     },
@@ -330,10 +330,7 @@ fn mend_manifest(inner: &Inner, id: Digest, raw_manifest: &[u8]) {
         .map_err(|source| StoreError::Record { path, source })
         .and_then(|()| save_record(inner, &record));
     if let Err(error) = written {
-        tracing::warn!(
-            error = &error as &dyn std::error::Error,
-            "could not write the manifest of an image again"
-        );
+        tracing::warn!(error = &error as &dyn std::error::Error, "cannot restore the manifest of an image");
         return;
     }
     if let Some(known) = inner.state().images.get_mut(&id) {
@@ -495,7 +492,7 @@ fn take_over(inner: &Inner, id: Digest, tags: &[String]) {
         {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "could not take a tag out of the record of the image that had it"
+                "cannot remove a tag from the record of the image that had it"
             );
         }
     }

@@ -62,19 +62,19 @@ pub enum ImportSource {
 #[non_exhaustive]
 pub enum ImportError {
     /// The directory or file could not be read.
-    #[error("read {what}")]
+    #[error("cannot read {what}")]
     Read {
         /// Member or file, escaped.
         what: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The tar file is damaged.
-    #[error("read the archive")]
+    #[error("cannot read the archive")]
     Archive(#[source] ArchiveError),
     /// A member's path.
-    #[error("member '{name}' of the archive")]
+    #[error("member '{name}' of the archive is invalid")]
     Member {
         /// Escaped.
         name: String,
@@ -95,7 +95,7 @@ pub enum ImportError {
     #[error("archive lists too many entries")]
     TooLong,
     /// `manifest.json` is not what docker writes.
-    #[error("manifest.json is not that of a docker archive")]
+    #[error("manifest.json was not written by docker save")]
     DockerManifest(#[source] serde_json::Error),
     /// A name was given, but there are several images.
     #[error("a name was given for an archive of {0} images")]

@@ -136,7 +136,7 @@ impl Inner {
         {
             for (path, name) in self.list_directory(directory, &mut state.replaced, lower)? {
                 let Ok(id) = Digest::from_hex(&name) else {
-                    tracing::warn!(path = %path.display(), "ignoring a file that is not the image store's");
+                    tracing::warn!(path = %path.display(), "ignoring a file that does not belong to the image store");
                     continue;
                 };
                 let tree = load_tree(&path);
@@ -150,7 +150,7 @@ impl Inner {
         for (path, name) in self.list_directory("images", &mut BTreeMap::new(), Lower::Layer)? {
             let hex = name.strip_suffix(REMOVED).unwrap_or(&name);
             let Ok(id) = Digest::from_hex(hex) else {
-                tracing::warn!(path = %path.display(), "ignoring a file that is not the image store's");
+                tracing::warn!(path = %path.display(), "ignoring a file that does not belong to the image store");
                 continue;
             };
             match load_image(&path, id, hex != name, &state.trees) {
@@ -262,7 +262,7 @@ impl Inner {
         for entry in fs::read_dir(&path).map_err(file_error("list", &path))? {
             let entry = entry.map_err(file_error("list", &path))?;
             let Ok(name) = entry.file_name().into_string() else {
-                tracing::warn!(path = %entry.path().display(), "ignoring a file that is not the image store's");
+                tracing::warn!(path = %entry.path().display(), "ignoring a file that does not belong to the image store");
                 continue;
             };
             let Some((stem, kind)) = name.rsplit_once('.') else {

@@ -99,22 +99,22 @@ impl Default for StoreOptions {
 #[non_exhaustive]
 pub enum StoreError {
     /// A file operation failed.
-    #[error("{operation} {path}", path = path.display())]
+    #[error("cannot {operation} {path}", path = path.display())]
     File {
         /// The failed act.
         operation: &'static str,
-        /// On what.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// A record could not be read or written.
-    #[error("record {path}", path = path.display())]
+    #[error("cannot use the record {path}", path = path.display())]
     Record {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: RecordError,
     },
@@ -125,7 +125,7 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// The registry client could not be set up.
-    #[error("set up the registry client")]
+    #[error("cannot set up the registry client")]
     Registry(#[source] registry::RegistryError),
     /// The thread that did the work ended without a result.
     #[error("the image store operation was cancelled")]

@@ -23,13 +23,13 @@ pub enum PullError {
     /// No registry host has it.
     #[error("{reference} was not found")]
     NotFound {
-        /// What was asked for.
+        /// The image reference.
         reference: String,
     },
     /// The registry wants other credentials, or any.
     #[error("not authorised to pull {reference}")]
     Unauthorized {
-        /// What was asked for.
+        /// The image reference.
         reference: String,
         /// What was refused.
         #[source]
@@ -46,18 +46,18 @@ pub enum PullError {
         source: RegistryError,
     },
     /// The registry answered something that makes no sense.
-    #[error("pull {reference}")]
+    #[error("cannot pull {reference}")]
     Registry {
-        /// What was asked for.
+        /// The image reference.
         reference: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: RegistryError,
     },
     /// Bytes came that are not those of the digest that they were asked by.
     #[error("content of {reference} does not match its digest")]
     DigestMismatch {
-        /// What was asked for.
+        /// The image reference.
         reference: String,
         /// Which content.
         #[source]
@@ -66,7 +66,7 @@ pub enum PullError {
     /// The disk is full, or would go below the floor that must stay free.
     #[error("no space left for {reference}")]
     DiskFull {
-        /// What was asked for.
+        /// The image reference.
         reference: String,
         /// Where it ended.
         #[source]
@@ -75,9 +75,9 @@ pub enum PullError {
     /// The image is broken, hostile or not for this machine.
     #[error("image {reference} cannot be used")]
     Content {
-        /// What was asked for.
+        /// The image reference.
         reference: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: ContentError,
     },

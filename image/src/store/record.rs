@@ -43,13 +43,13 @@ const MAX_RECORD: u64 = 256 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// The file could not be read or written.
-    #[error("access the record")]
+    #[error("cannot access the record")]
     Access(#[source] io::Error),
     /// Not a record at all.
-    #[error("record is not readable")]
+    #[error("record is malformed")]
     Form(#[source] serde_json::Error),
     /// The checksum does not hold.
-    #[error("record is torn")]
+    #[error("record is incomplete")]
     Torn,
     /// Written by another version.
     #[error("record has version {0}, which this version of Berth does not know")]

@@ -106,10 +106,7 @@ impl Drop for Staged {
             let _removing = removing;
             if let Err(error) = remove_tree(&path) {
                 // Not lost: the next start removes it.
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "could not remove an unfinished layer"
-                );
+                tracing::warn!(error = &error as &dyn std::error::Error, "cannot remove an unfinished layer");
             }
         };
         // The last holder may be a future that was dropped on an async thread, where a large removal would
@@ -259,7 +256,7 @@ fn stage(
     if made.is_err()
         && let Err(error) = remove_tree(&path)
     {
-        tracing::warn!(error = &error as &dyn std::error::Error, "could not remove an unfinished layer");
+        tracing::warn!(error = &error as &dyn std::error::Error, "cannot remove an unfinished layer");
     }
     let (record, summary) = made?;
     Ok(Arc::new(Staged { path, record, summary, committed: AtomicBool::new(false), removals }))

@@ -63,7 +63,7 @@ impl Sweeper {
                     && synced.insert(directory.to_owned())
                     && let Err(error) = sync_dir(directory)
                 {
-                    tracing::warn!(path = %directory.display(), %error, "could not sync");
+                    tracing::warn!(path = %directory.display(), %error, "cannot sync");
                 }
                 delete(&path);
             }
@@ -79,7 +79,7 @@ fn delete(path: &Path) {
     if let Err(error) = remove_tree(path) {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "could not delete what is left of an image; the next start tries again"
+            "cannot delete the remains of an image; trying again at the next start"
         );
     }
 }

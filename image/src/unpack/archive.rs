@@ -71,7 +71,7 @@ pub(crate) enum Piece {
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     /// The stream below failed.
-    #[error("read the archive")]
+    #[error("cannot read the archive")]
     Read(#[source] io::Error),
     /// The stream ended inside a header or inside content.
     #[error("archive is cut off")]

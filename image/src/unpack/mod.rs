@@ -95,7 +95,7 @@ pub struct LowerLink {
 #[non_exhaustive]
 pub enum UnpackError {
     /// The archive itself is bad, or the stream below it failed.
-    #[error("entry {number} of the archive")]
+    #[error("entry {number} of the archive is invalid")]
     Archive {
         /// Counted from 1.
         number: u64,
@@ -104,7 +104,7 @@ pub enum UnpackError {
         source: ArchiveError,
     },
     /// The path of an entry, or the target of a hard link.
-    #[error("entry '{path}'")]
+    #[error("entry '{path}' is invalid")]
     Path {
         /// As written, escaped.
         path: String,
@@ -113,7 +113,7 @@ pub enum UnpackError {
         source: PathError,
     },
     /// A whiteout.
-    #[error("entry '{path}'")]
+    #[error("entry '{path}' is invalid")]
     Whiteout {
         /// As written, escaped.
         path: String,
@@ -126,7 +126,7 @@ pub enum UnpackError {
     Refused {
         /// As written, escaped.
         path: String,
-        /// Why.
+        /// Why it is refused.
         reason: Refusal,
     },
     /// More than ten million inodes.
@@ -136,13 +136,13 @@ pub enum UnpackError {
     #[error("layer has too many directories without an entry or links to lower layers")]
     TooManyOpenQuestions,
     /// The filesystem said no.
-    #[error("{operation} '{path}'")]
+    #[error("cannot {operation} '{path}'")]
     File {
         /// The failed act.
         operation: &'static str,
         /// Entry, escaped.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -382,7 +382,7 @@ impl<'a> Tree<'a> {
             opened => opened.map_err(file_error("open the directory of", entry_path))?,
         };
         let stat =
-            beneath::stat_fd(dir.as_fd()).map_err(file_error("look at the directory of", entry_path))?;
+            beneath::stat_fd(dir.as_fd()).map_err(file_error("examine the directory of", entry_path))?;
         Ok(OpenDir { path: parent.to_owned(), dir, modified: stat.modified })
     }
 
@@ -480,7 +480,7 @@ impl<'a> Tree<'a> {
         let new = match dir.make_dir(name, 0o700) {
             Ok(()) => true,
             Err(error) if is(&error, io::ErrorKind::AlreadyExists) => {
-                let there = dir.stat(name).map_err(failed("look at"))?;
+                let there = dir.stat(name).map_err(failed("examine"))?;
                 if there.file_type == FileType::Directory {
                     false
                 } else {
@@ -498,7 +498,7 @@ impl<'a> Tree<'a> {
             // The whiteout hid a lower directory of that name; the new one must go on doing so.
             xattr::set(made.as_fd(), OPAQUE_XATTR, b"y").map_err(failed("make opaque"))?;
         }
-        let identity = beneath::stat_fd(made.as_fd()).map_err(failed("look at"))?.identity;
+        let identity = beneath::stat_fd(made.as_fd()).map_err(failed("examine"))?.identity;
         self.implicit.remove(&identity);
         describe(made.as_fd(), entry)?;
         if new {
@@ -526,7 +526,7 @@ impl<'a> Tree<'a> {
             Ok(from) => match from.stat(target_name) {
                 Ok(stat) => Some((from, stat)),
                 Err(error) if absent(&error) => None,
-                Err(error) => return Err(failed("look at the target of")(error)),
+                Err(error) => return Err(failed("examine the target of")(error)),
             },
             Err(error) if absent(&error) => None,
             Err(error) => return Err(failed("open the target's directory of")(error)),
@@ -578,14 +578,14 @@ impl<'a> Tree<'a> {
                     .map_err(failed("create the whiteout"))?;
                 self.count(0);
             }
-            Err(error) => return Err(failed("look at")(error)),
+            Err(error) => return Err(failed("examine")(error)),
         }
         Ok(Keep::Yes)
     }
 
     fn make_opaque(&mut self, open: &OpenDir, entry: &Entry) -> Result<Keep, UnpackError> {
         let failed = |operation| file_error(operation, &entry.path);
-        let identity = beneath::stat_fd(open.dir.as_fd()).map_err(failed("look at"))?.identity;
+        let identity = beneath::stat_fd(open.dir.as_fd()).map_err(failed("examine"))?.identity;
         if identity == self.root_identity {
             // Overlayfs does not read the attribute on the root of a layer: the mount leaves the lower layers
             // out.

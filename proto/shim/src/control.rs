@@ -167,7 +167,7 @@ pub struct Ended {
 /// Something that was not done.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Failed {
-    /// Which step, in words that go on "failed to …".
+    /// The step that failed, in words that follow "cannot".
     #[prost(string, tag = "1")]
     pub step: String,
     /// The kernel's error number; 0 when it was no system call that failed.
@@ -199,7 +199,7 @@ impl Failed {
 
 impl std::fmt::Display for Failed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "failed to {}", self.step)?;
+        write!(f, "cannot {}", self.step)?;
         if !self.detail.is_empty() {
             write!(f, ": {}", self.detail)?;
         }

@@ -20,9 +20,9 @@ pub enum Error {
         controller: String,
     },
     /// A parent path that is not absolute, not normal, or of the other driver.
-    #[error("the cgroup parent {parent:?} is not usable with the {driver} driver: {reason}")]
+    #[error("the cgroup parent {parent:?} cannot be used with the {driver} driver: {reason}")]
     InvalidParent {
-        /// As given.
+        /// The value that is refused.
         parent: String,
         /// The driver in use.
         driver: Driver,
@@ -30,9 +30,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// An id that cannot be the name of a cgroup.
-    #[error("the cgroup name {id:?} is not usable: {reason}")]
+    #[error("the cgroup name {id:?} cannot be used: {reason}")]
     InvalidId {
-        /// As given.
+        /// The value that is refused.
         id: String,
         /// What is wrong with it.
         reason: &'static str,
@@ -51,13 +51,13 @@ pub enum Error {
         parent: String,
     },
     /// systemd did not do something with a unit.
-    #[error("{action} the unit {unit}")]
+    #[error("cannot {action} the unit {unit}")]
     Unit {
         /// The failed act.
         action: &'static str,
-        /// On what.
+        /// The unit.
         unit: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: SystemdError,
     },
@@ -72,7 +72,7 @@ pub enum Error {
     Create {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -81,7 +81,7 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -119,7 +119,7 @@ pub enum Error {
     InvalidLimit {
         /// The limit as [`crate::Limits`] names it.
         limit: &'static str,
-        /// As given.
+        /// The value that is refused.
         value: String,
         /// What is wrong with it.
         reason: &'static str,
@@ -137,7 +137,7 @@ pub enum Error {
         usage_bytes: u64,
     },
     /// An update failed, and so did putting the earlier values back.
-    #[error("the limits are half changed: {} earlier values could not be restored", failures.len())]
+    #[error("the limits are only partly changed: {} earlier values cannot be restored", failures.len())]
     NotRolledBack {
         /// Why the update failed.
         #[source]
@@ -150,7 +150,7 @@ pub enum Error {
     DeviceFilter {
         /// The cgroup.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -161,7 +161,7 @@ pub enum Error {
         pid: i32,
         /// The cgroup.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -170,7 +170,7 @@ pub enum Error {
     StillPopulated {
         /// The cgroup.
         path: PathBuf,
-        /// How many.
+        /// The number of processes.
         left: usize,
         /// How long was waited.
         waited_ms: u128,

@@ -49,25 +49,25 @@ const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 #[non_exhaustive]
 pub enum SystemdError {
     /// The system bus does not answer.
-    #[error("connect to systemd over D-Bus")]
+    #[error("cannot connect to systemd over D-Bus")]
     Connect(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// systemd refused, or the connection ended.
-    #[error("{method}")]
+    #[error("{method} failed")]
     Call {
         /// The method of `org.freedesktop.systemd1.Manager`.
         method: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The job was not done.
-    #[error("systemd's job for it ended as {result:?}")]
+    #[error("the job of systemd ended as {result:?}")]
     Job {
         /// As in the signal `JobRemoved`: `canceled`, `timeout`, `failed`, `dependency`, `skipped`.
         result: String,
     },
     /// No answer in time.
-    #[error("systemd does not answer within {} s", LIMIT.as_secs())]
+    #[error("systemd did not answer within {} s", LIMIT.as_secs())]
     Silent,
     /// The thread that talks to systemd is gone.
     #[error("the thread that talks to systemd has ended")]

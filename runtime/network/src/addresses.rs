@@ -80,7 +80,7 @@ pub enum Error {
         source: io::Error,
     },
     /// All addresses of a family are taken.
-    #[error("no address is left from {} on: {taken} are taken", first)]
+    #[error("no address is left from {} on: {taken} are allocated", first)]
     Exhausted {
         /// First address of the range.
         first: IpAddr,
@@ -88,7 +88,7 @@ pub enum Error {
         taken: usize,
     },
     /// The sandbox has addresses already.
-    #[error("sandbox {sandbox_id} has the address {address} already")]
+    #[error("sandbox {sandbox_id} already has the address {address}")]
     Owned {
         /// The sandbox.
         sandbox_id: String,
@@ -98,7 +98,7 @@ pub enum Error {
     /// Not a sandbox id ([`identity::is_sandbox_id`]).
     #[error("{text:?} is not a sandbox id")]
     SandboxId {
-        /// The text as given.
+        /// The text that is refused.
         text: String,
     },
 }

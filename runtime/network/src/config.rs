@@ -28,15 +28,15 @@ pub enum Error {
         name: String,
     },
     /// Not `address/prefix`.
-    #[error("subnet {text:?} is not of the form address/prefix")]
+    #[error("subnet {text:?} does not have the form address/prefix")]
     SubnetForm {
-        /// The text as given.
+        /// The text that is refused.
         text: String,
     },
     /// A prefix outside the range in which there is room for a gateway and pods.
     #[error("subnet {text:?}: the prefix must be from {shortest} to {longest}")]
     SubnetPrefix {
-        /// The text as given.
+        /// The text that is refused.
         text: String,
         /// Smallest prefix accepted.
         shortest: u8,
@@ -44,15 +44,15 @@ pub enum Error {
         longest: u8,
     },
     /// Bits are set to the right of the prefix: probably an address was meant to be a network.
-    #[error("subnet {text:?} has bits set behind its prefix")]
+    #[error("subnet {text:?} has bits set after its prefix")]
     SubnetHostBits {
-        /// The text as given.
+        /// The text that is refused.
         text: String,
     },
     /// Loopback, link-local, multicast or reserved space.
-    #[error("subnet {text:?} lies in address space that cannot be given to pods")]
+    #[error("subnet {text:?} is in address space that pods cannot use")]
     SubnetReserved {
-        /// The text as given.
+        /// The text that is refused.
         text: String,
     },
     /// Not a usable MTU.

@@ -24,7 +24,7 @@ const MAX_MESSAGE: u64 = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The program is in none of the system's directories.
-    #[error("no nft program in /usr/sbin, /sbin, /usr/bin or /bin; install the package nftables")]
+    #[error("nft is not installed in /usr/sbin, /sbin, /usr/bin or /bin: install the package nftables")]
     Missing,
     /// The program could not be started or spoken to.
     #[error("cannot run {}", program.display())]
@@ -36,13 +36,13 @@ pub enum Error {
         source: io::Error,
     },
     /// The program did not end in time and was killed.
-    #[error("{} did not end within {} s", program.display(), DEADLINE.as_secs())]
+    #[error("{} did not finish within {} s", program.display(), DEADLINE.as_secs())]
     Timeout {
         /// The program.
         program: PathBuf,
     },
     /// The program ended with an error. The message is its own, cut at 4 KiB.
-    #[error("{} ended with {status}: {message}", program.display())]
+    #[error("{} failed with {status}: {message}", program.display())]
     Failed {
         /// The program.
         program: PathBuf,

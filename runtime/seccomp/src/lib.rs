@@ -58,7 +58,7 @@ pub enum CompileError {
     /// An errno that the kernel would change, or that would change the action.
     #[error("the seccomp errno {errno} is above {most}")]
     ErrnoTooLarge {
-        /// As given.
+        /// The value that is refused.
         errno: u32,
         /// The largest for this action.
         most: u32,
@@ -71,7 +71,7 @@ pub enum CompileError {
     ArgumentIndex {
         /// The first name of the rule.
         syscall: String,
-        /// As given.
+        /// The value that is refused.
         index: usize,
     },
     /// The kernel takes no longer programs: `BPF_MAXINSNS`, <linux/bpf_common.h>.

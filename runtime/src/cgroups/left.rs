@@ -60,7 +60,7 @@ fn try_all(left: &Mutex<Vec<Cgroup>>) -> bool {
         .filter(|cgroup| cgroup.kill(ATTEMPT).and_then(|()| cgroup.remove(ATTEMPT)).is_ok())
         .collect();
     for cgroup in &gone {
-        tracing::info!(cgroup = cgroup.path(), "a cgroup that had been left was removed");
+        tracing::info!(cgroup = cgroup.path(), "removed an orphaned cgroup");
     }
     let mut left = lock(left);
     left.retain(|cgroup| !gone.iter().any(|gone| gone.path() == cgroup.path()));

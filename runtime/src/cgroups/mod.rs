@@ -120,14 +120,14 @@ impl Cgroups {
         match cgroup.apply(limits) {
             Ok(notes) => {
                 for note in notes {
-                    tracing::warn!(id, %note, "a limit could not be set as asked");
+                    tracing::warn!(id, %note, "cannot set a limit as requested");
                 }
                 Ok((cgroup, holder))
             }
             Err(error) => {
                 drop(holder);
                 if let Err(left) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE)) {
-                    tracing::warn!(id, error = %crate::chain(&left), "a cgroup that failed is left; it is tried again");
+                    tracing::warn!(id, error = %crate::chain(&left), "cannot remove a cgroup that could not be set up; trying again");
                     self.left.keep(&cgroup);
                 }
                 Err(error.into())
@@ -143,7 +143,7 @@ impl Cgroups {
                 .and_then(|file| xattr::set(file.as_fd(), OWNER, self.root.as_os_str().as_bytes()));
             if let Err(error) = marked {
                 // Without it, only the protection from a daemon with the same parent is missing.
-                tracing::debug!(path = %directory.display(), %error, "could not mark a cgroup");
+                tracing::debug!(path = %directory.display(), %error, "cannot mark a cgroup");
             }
         }
     }

@@ -115,7 +115,10 @@ impl Config {
         let root = check.absolute("root", written.root.unwrap_or_else(|| "/var/lib/berth".into()));
         let state = check.absolute("state", written.state.unwrap_or_else(|| "/run/berth".into()));
         if root == state {
-            check.0.push(Mistake { key: "state", reason: "it is the same directory as root".to_owned() });
+            check.0.push(Mistake {
+                key: "state",
+                reason: "it must not be the same directory as root".to_owned(),
+            });
         }
         let socket =
             check.absolute("socket", written.socket.unwrap_or_else(|| state.join(berth_api::SOCKET_NAME)));
@@ -123,7 +126,7 @@ impl Config {
             Some(path) => check.absolute("shim", path),
             None => {
                 let reason =
-                    "no berth-shim lies beside berthd or in /usr/libexec/berth; name its path".to_owned();
+                    "berth-shim is neither beside berthd nor in /usr/libexec/berth; set its path".to_owned();
                 check.0.push(Mistake { key: "shim", reason });
                 PathBuf::new()
             }
@@ -263,7 +266,9 @@ fn streaming(check: &mut Check, written: WrittenStreaming) -> StreamingConfig {
         }
     };
     if address.ip().is_unspecified() {
-        let reason = "name the one address that clients are to connect to".to_owned();
+        let reason =
+            "an unspecified address cannot be put into URLs; name the address that clients connect to"
+                .to_owned();
         check.0.push(Mistake { key: "streaming.address", reason });
     } else if !address.ip().is_loopback() && tls.is_none() {
         let reason = format!(
@@ -284,14 +289,14 @@ fn images(check: &mut Check, registry: WrittenRegistry, image: &WrittenImage) ->
     if !(1..=64).contains(&layers_at_once) {
         check.0.push(Mistake {
             key: "image.layers_at_once",
-            reason: format!("{layers_at_once} is not from 1 to 64"),
+            reason: format!("{layers_at_once} is not between 1 and 64"),
         });
     }
     let min_free_percent = image.min_free_percent.unwrap_or(defaults.min_free_percent);
     if min_free_percent > 90 {
         check.0.push(Mistake {
             key: "image.min_free_percent",
-            reason: format!("{min_free_percent} is over 90"),
+            reason: format!("{min_free_percent} is above 90"),
         });
     }
     berth_image::StoreOptions {

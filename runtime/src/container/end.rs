@@ -49,7 +49,7 @@ fn read(path: &Path) -> Evidence {
         Ok(_) => match exit_record::decode(&bytes) {
             Ok(record) => Evidence::Told(record),
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "the exit record is damaged");
+                tracing::warn!(path = %path.display(), %error, "the exit record of a container is damaged");
                 Evidence::Nothing
             }
         },
@@ -87,7 +87,7 @@ pub(super) fn clean(container: &Container) {
     }
     let gone = container.cgroup.kill(CGROUP_GONE).and_then(|()| container.cgroup.remove(CGROUP_GONE));
     if let Err(error) = gone {
-        tracing::warn!(container = %container.id(), error = %crate::chain(&error), "the cgroup could not be removed");
+        tracing::warn!(container = %container.id(), error = %crate::chain(&error), "cannot remove the cgroup of a container");
     }
 }
 
@@ -100,7 +100,7 @@ fn keep(container: &Container, record: &ExitRecord) {
     let bytes = exit_record::encode(record);
     let Err(error) = crate::atomic_file::write(&path, &bytes) else { return };
     let kept = crate::atomic_file::write(&copy, &bytes).is_ok();
-    tracing::warn!(path = %path.display(), %error, kept, "could not write the exit record");
+    tracing::warn!(path = %path.display(), %error, kept, "cannot write the exit record of a container");
 }
 
 fn lost(container: &Container) -> ExitRecord {
@@ -124,7 +124,7 @@ pub(super) fn exit(record: &ExitRecord) -> Exit {
     } else if record.oom_killed {
         (ExitReason::OomKilled, String::new())
     } else if record.lost {
-        (ExitReason::Unknown, "its shim was lost, so nobody saw it end".to_owned())
+        (ExitReason::Unknown, "its shim was lost, so how it ended is not known".to_owned())
     } else if record.exit_code == 0 {
         (ExitReason::Completed, String::new())
     } else {

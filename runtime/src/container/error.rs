@@ -18,34 +18,34 @@ pub(crate) enum ContainerError {
     /// Its sandbox was stopped.
     #[error("sandbox {id} is not ready")]
     SandboxNotReady {
-        /// Which.
+        /// The sandbox.
         id: SandboxId,
     },
     /// Its sandbox was made with a handler that this daemon does not have.
-    #[error("there is no runtime handler {name:?}, which the sandbox was made with")]
+    #[error("the sandbox was created with the runtime handler {name:?}, which is not configured any more")]
     NoHandler {
         /// Of `RunPodSandboxRequest.runtime_handler`.
         name: String,
     },
     /// Its image is not here.
-    #[error("image {image} is not present")]
+    #[error("image {image} is not on this node")]
     NoImage {
-        /// As asked.
+        /// The name in the request.
         image: String,
     },
     /// The image store.
-    #[error("find the layers of image {image}")]
+    #[error("cannot find the layers of image {image}")]
     Image {
-        /// As asked.
+        /// The name in the request.
         image: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: berth_image::StoreError,
     },
     /// The image says something that cannot be.
     #[error("image {image}: {reason}")]
     ImageConfig {
-        /// As asked.
+        /// The name in the request.
         image: String,
         /// What is wrong with it.
         reason: String,
@@ -55,11 +55,11 @@ pub(crate) enum ContainerError {
         "config.linux.security_context.namespace_options.target_id: container {target} is not a running container of this sandbox"
     )]
     NoTarget {
-        /// As asked.
+        /// The `target_id` of the request.
         target: String,
     },
     /// No random bytes.
-    #[error("make an id")]
+    #[error("cannot generate an id")]
     Id(#[source] io::Error),
     /// What was asked for cannot be.
     #[error(transparent)]
@@ -99,73 +99,73 @@ pub(crate) enum ContainerError {
     /// It is in a state in which that cannot be.
     #[error("container {id} is {state}")]
     WrongState {
-        /// Which.
+        /// The container.
         id: ContainerId,
         /// The word for its state.
         state: &'static str,
     },
     /// Its start did not come to an end in its time, and it was killed.
-    #[error("container {id} was not started within {seconds} s, and was killed")]
+    #[error("container {id} did not start within {seconds} s, and was killed")]
     StartTimeout {
-        /// Which.
+        /// The container.
         id: ContainerId,
         /// The time.
         seconds: u64,
     },
     /// Its start did not come to an end in its time, and it could not be killed either.
     #[error(
-        "container {id} was not started within {seconds} s, and could not be killed: it may run still, and is told as running until that is known"
+        "container {id} did not start within {seconds} s, and could not be killed: it may be running, and is reported as running until that is known"
     )]
     StartUnknown {
-        /// Which.
+        /// The container.
         id: ContainerId,
         /// The time.
         seconds: u64,
     },
     /// Nobody can talk to its shim now.
-    #[error("the shim of container {id} cannot be reached now; try again")]
+    #[error("cannot reach the shim of container {id} at the moment; try again")]
     ShimUnreached {
-        /// Which.
+        /// The container.
         id: ContainerId,
     },
     /// Something else is being done with it.
-    #[error("container {id} is being changed, and that does not come to an end; try again")]
+    #[error("another change of container {id} is taking too long; try again")]
     Busy {
-        /// Which.
+        /// The container.
         id: ContainerId,
     },
     /// Its record is not to be written.
     #[error(
-        "container {id} cannot be changed: its record is of a newer version of berthd, or could not be read; it can be stopped and removed"
+        "container {id} cannot be changed, because its record was written by a newer berthd or could not be read; it can be stopped and removed"
     )]
     RecordKept {
-        /// Which.
+        /// The container.
         id: ContainerId,
     },
     /// It ended, and the command in it too.
-    #[error("container {id} ended while the command ran in it")]
+    #[error("container {id} ended while the command was running in it")]
     EndedUnderExec {
-        /// Which.
+        /// The container.
         id: ContainerId,
     },
     /// It was to end and did not.
-    #[error("container {id} does not end, though it was killed; try again")]
+    #[error("container {id} was killed but has not ended; try again")]
     DoesNotEnd {
-        /// Which.
+        /// The container.
         id: ContainerId,
     },
     /// A program did not end in its time, and was killed.
-    #[error("the command did not end within {seconds} s")]
+    #[error("the command did not finish within {seconds} s")]
     ExecTimeout {
         /// The time.
         seconds: u64,
     },
     /// The record.
-    #[error("record container {id}")]
+    #[error("cannot write the record of container {id}")]
     Record {
-        /// Which.
+        /// The container.
         id: ContainerId,
-        /// Why.
+        /// The cause.
         #[source]
         source: WriteError,
     },

@@ -84,7 +84,7 @@ fn reader() -> Result<(pipe::Receiver, OwnedFd), ContainerError> {
         berth_sys::file::set_nonblocking(std::os::fd::AsFd::as_fd(&read))?;
         Ok((pipe::Receiver::from_owned_fd(read)?, write))
     };
-    open().map_err(ContainerError::file("make", std::path::Path::new("a pipe")))
+    open().map_err(ContainerError::file("create", std::path::Path::new("a pipe")))
 }
 
 /// Reads a stream to its end.

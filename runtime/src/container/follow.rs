@@ -92,7 +92,7 @@ impl Following {
                             said = true;
                             tracing::warn!(
                                 container = %self.container.id(), reason, state = self.container.state().name(),
-                                "the container's shim cannot be reached; it is tried on, and the container is told as it was"
+                                "cannot reach the container's shim; trying again, and reporting the last known state"
                             );
                         }
                         if self.pause(pause).await.is_none() {
@@ -115,7 +115,7 @@ impl Following {
                             said = true;
                             tracing::warn!(
                                 container = %self.container.id(), state = self.container.state().name(),
-                                "the container's shim does not answer; it is asked on, and the container is told as it was"
+                                "the container's shim does not answer; asking again, and reporting the last known state"
                             );
                         }
                         continue;
@@ -202,7 +202,7 @@ impl Following {
                 Some(Evidence::Nothing) => break (None, None),
                 Some(Evidence::Unread(error)) if begun.elapsed() >= UNREAD => break (None, Some(error)),
                 Some(Evidence::Unread(error)) => {
-                    tracing::warn!(container = %self.container.id(), %error, "its exit record cannot be read; trying again");
+                    tracing::warn!(container = %self.container.id(), %error, "cannot read the exit record of a container; trying again");
                     tokio::time::sleep(UNREAD / 10).await;
                 }
                 // The daemon stops.

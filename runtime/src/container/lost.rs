@@ -46,13 +46,13 @@ pub(crate) fn make(
     let container = recover::of_record(node, record(id, spec.as_ref()), keeps_record)?;
     if !keeps_record {
         let written = std::fs::create_dir_all(&files.durable)
-            .map_err(ContainerError::file("make", &files.durable))
+            .map_err(ContainerError::file("create", &files.durable))
             .and_then(|()| {
                 let failed = |source| ContainerError::Record { id: id.clone(), source };
                 container.record_files().write(&container.record).map_err(failed)
             });
         if let Err(error) = written {
-            tracing::warn!(container = %id, error = %crate::chain(&error), "its record could not be written");
+            tracing::warn!(container = %id, error = %crate::chain(&error), "cannot write the restored record of a container");
         }
     }
     Ok(Arc::new(container))

@@ -23,7 +23,7 @@ pub(crate) enum Recovered {
     Remains,
     /// There is a record that is of no use.
     Unusable {
-        /// Why.
+        /// What is wrong with it.
         fault: Fault,
         /// Whether it is proven damaged.
         damaged: bool,

@@ -105,11 +105,11 @@ async fn ask_how_it_is(container: &Arc<Container>, shim: &ShimClient) -> Result<
 /// Makes it definite that the program does not run.
 async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerError> {
     let (id, seconds) = (container.id().clone(), START.as_secs());
-    tracing::warn!(container = %id, seconds, "the shim does not say whether the program was started; the container is ended");
+    tracing::warn!(container = %id, seconds, "the shim does not report whether the program started; killing the container");
     match stop::kill_all(container).await {
         Ok(()) => Err(ContainerError::StartTimeout { id, seconds }),
         Err(error) => {
-            tracing::error!(container = %id, error = %crate::chain(&error), "it cannot be ended, and is told as running");
+            tracing::error!(container = %id, error = %crate::chain(&error), "cannot kill the container; reporting it as running");
             // What becomes known later is told then: `follow` goes on.
             lock(&container.presumed_since_unix_ns).get_or_insert_with(crate::clock::unix_ns);
             super::follow::ask_on(container);
@@ -121,7 +121,7 @@ async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerE
 fn note_start(container: &Container) {
     let path = container.files.started();
     if let Err(error) = std::fs::write(&path, crate::clock::unix_ns().to_string()) {
-        tracing::warn!(path = %path.display(), %error, "could not write down that the container is started");
+        tracing::warn!(path = %path.display(), %error, "cannot record that the container was started");
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) fn verified_target(
     let record = container.record().process.ok_or_else(none)?;
     let failed = |error: io::Error| match error.raw_os_error() {
         Some(ESRCH | ENOENT) => none(),
-        _ => ContainerError::file("look at", &PathBuf::from(format!("/proc/{}", record.pid)))(error),
+        _ => ContainerError::file("examine", &PathBuf::from(format!("/proc/{}", record.pid)))(error),
     };
     let process = Identified::find(record.pid, record.start_time).map_err(failed)?;
     let namespace = process.namespace(Kind::Pid).map_err(failed)?;

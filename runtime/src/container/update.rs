@@ -43,7 +43,7 @@ fn update(container: &Container, next: Resources) -> Result<(), ContainerError> 
     if let Err(error) = record.commit() {
         tracing::error!(
             container = %container.id(), path = %files.record.display(), %error,
-            "the new limits are in force and could not be recorded; after a restart the old ones will be told"
+            "the new limits are in force but cannot be recorded; after a restart berthd will report the old ones"
         );
     }
     Ok(())

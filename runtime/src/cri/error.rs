@@ -44,7 +44,7 @@ pub(crate) enum CallError {
     Missing(&'static str),
     #[error("{kind} {id:?} not found")]
     NotFound { kind: &'static str, id: String },
-    #[error("{kind} id {id:?} is the beginning of more than one")]
+    #[error("{kind} id {id:?} matches more than one {kind}")]
     Ambiguous { kind: &'static str, id: String },
     #[error("{0}")]
     NotOffered(&'static str),
@@ -72,7 +72,7 @@ pub(crate) enum CallError {
     Cancelled,
     #[error("the daemon is stopping")]
     Stopping,
-    #[error("{action}")]
+    #[error("cannot {action}")]
     File {
         action: &'static str,
         #[source]
@@ -185,7 +185,7 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
         && let ContainerError::Shim(ShimError::Failed(failed)) = &**container
         && let Some(conventional) = failed.shell_code()
     {
-        message.push_str(&format!(" (a shell would say {conventional})"));
+        message.push_str(&format!(" (exit code {conventional} in a shell)"));
     }
     if let CallError::Pull(pull) = error
         && matches!(**pull, PullError::Unreachable { .. })

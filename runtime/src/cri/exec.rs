@@ -47,7 +47,7 @@ impl RuntimeService {
     ) -> Result<v1::PortForwardResponse, CallError> {
         let sandbox = self.sandbox(&request.pod_sandbox_id)?;
         if let Some(port) = request.port.iter().find(|port| !(1..=65535).contains(*port)) {
-            return Err(CallError::Argument(format!("port {port} is not from 1 to 65535")));
+            return Err(CallError::Argument(format!("port {port} is not between 1 and 65535")));
         }
         if sandbox.state() != SandboxState::Ready {
             return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() }.into());
@@ -61,12 +61,12 @@ impl RuntimeService {
 fn wanted_streams(stdin: bool, stdout: bool, stderr: bool, terminal: bool) -> Result<Wanted, CallError> {
     if terminal && stderr {
         return Err(CallError::Argument(
-            "tty and stderr exclude each other: a terminal has one output".into(),
+            "tty and stderr are mutually exclusive: a terminal has only one output".into(),
         ));
     }
     if !(stdin || stdout || stderr) {
         return Err(CallError::Argument(
-            "at least one of stdin, stdout and stderr has to be asked for".into(),
+            "at least one of stdin, stdout and stderr has to be requested".into(),
         ));
     }
     Ok(Wanted { stdin, stdout, stderr, terminal })

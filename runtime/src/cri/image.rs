@@ -50,7 +50,7 @@ impl ImageService {
         let reference = Reference::parse(&spec.image)?;
         let credentials = credentials(request.auth, reference.domain())?;
         let image = self.node.images.pull(&reference, &credentials, Arc::new(NoProgress)).await?;
-        tracing::info!(image = spec.image, id = %image.id(), "pulled");
+        tracing::info!(image = spec.image, id = %image.id(), "image pulled");
         Ok(v1::PullImageResponse { image_ref: image.id().to_string() })
     }
 
@@ -63,7 +63,7 @@ impl ImageService {
         apart(async move {
             let users = node.clone();
             if node.images.remove(&spec.image, move || users.images_in_use()).await? {
-                tracing::info!(image = spec.image, "removed");
+                tracing::info!(image = spec.image, "image removed");
             }
             Ok(())
         })

@@ -42,7 +42,7 @@ const REFUSED_BLOCK: u8 = 0x80;
 pub(super) enum Refused {
     #[error("a header block has more than {MAX_BLOCK} bytes, or more than {MAX_CONTINUATIONS} continuations")]
     Block,
-    #[error("its frames are not in order: {0}")]
+    #[error("its frames are out of order: {0}")]
     Frames(&'static str),
     #[error(transparent)]
     Headers(#[from] BadBlock),

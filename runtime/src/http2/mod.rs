@@ -82,7 +82,7 @@ impl<S> Connection<S> {
             tracing::warn!(
                 pid,
                 stream,
-                "refused a client's request: its headers have more than {MAX_HEADER_LIST} bytes"
+                "refused a request: its headers have more than {MAX_HEADER_LIST} bytes"
             );
         }
     }
@@ -92,14 +92,18 @@ impl<S> Connection<S> {
         let (pid, end) = (self.pid, self.frames.end());
         self.resets.watch(sent, |reset| match (reset, end) {
             (Reset::Stream { stream, code }, _) => tracing::warn!(
-                pid, stream, code,
-                "refused a client's request: its headers or frames are not valid (log level h2=debug has details)"
+                pid,
+                stream,
+                code,
+                "refused a request: its headers or frames are invalid (log level h2=debug has details)"
             ),
             (Reset::Connection { code }, Some(why)) => {
-                tracing::warn!(pid, code, "closed a client's connection: {why}");
+                tracing::warn!(pid, code, "closed a connection: {why}");
             }
             (Reset::Connection { code }, None) => tracing::warn!(
-                pid, code, "closed a client's connection: its frames are not valid (log level h2=debug has details)"
+                pid,
+                code,
+                "closed a connection: its frames are invalid (log level h2=debug has details)"
             ),
         });
     }

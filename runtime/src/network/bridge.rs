@@ -23,7 +23,7 @@ pub(super) fn set_up(
     if !unread.is_empty() {
         tracing::warn!(
             ?unread,
-            "the records of these addresses cannot be read; they stay taken until the next start"
+            "cannot read the records of these addresses; they stay allocated until the next start"
         );
     }
     Ok(bridge)

@@ -9,6 +9,6 @@ pub enum NetworkError {
     #[error(transparent)]
     Bridge(#[from] berth_network::bridge::Error),
     /// The pod's namespace, from inside.
-    #[error("open the pod's network namespace")]
+    #[error("cannot open the pod's network namespace")]
     Namespace(#[source] io::Error),
 }

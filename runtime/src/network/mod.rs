@@ -174,7 +174,7 @@ impl Network {
         match &self.kind {
             Kind::Bridge(bridge) => tracing::info!(
                 cidr, ipv4 = %bridge.config().ipv4,
-                "the pod network that the kubelet names is not used: the built-in bridge keeps the configured one"
+                "ignoring the pod CIDR of the kubelet: the built-in bridge uses the configured subnet"
             ),
         }
     }

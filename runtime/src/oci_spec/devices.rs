@@ -60,7 +60,7 @@ pub struct ResolvedDevice {
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// It is not there, or cannot be looked at.
-    #[error("devices: look at {path:?}")]
+    #[error("devices: cannot look up {path:?}")]
     Look {
         /// What was looked at.
         path: PathBuf,
@@ -80,10 +80,10 @@ pub enum DeviceError {
     #[error("devices: {0:?} is not a device")]
     NotADevice(String),
     /// `Device.container_path` that no node can have.
-    #[error("devices: container_path {0:?} is not a place for a device")]
+    #[error("devices: container_path {0:?} cannot be the path of a device")]
     ContainerPath(String),
     /// `Device.permissions` with something else than `r`, `w` and `m`.
-    #[error("devices: permissions {0:?} are not of \"rwm\"")]
+    #[error("devices: permissions {0:?} are not some of r, w and m")]
     Permissions(String),
     /// Something is mounted at or above `container_path`, and has no such device.
     #[error("devices: {path:?} is at or below the mount {mount:?}, where there is no such device")]
@@ -94,7 +94,7 @@ pub enum DeviceError {
         mount: String,
     },
     /// More than [`MAX_DEVICES`], or directories with far too many entries.
-    #[error("devices: too many of them, or below {0:?}")]
+    #[error("devices: more than Berth accepts below {0:?}")]
     TooMany(PathBuf),
 }
 

@@ -50,7 +50,7 @@ const HOST_SHM: &str = "/dev/shm";
 pub struct Inputs<'a> {
     /// The container's id.
     pub container_id: &'a ContainerId,
-    /// What was asked for.
+    /// The requested configuration.
     pub config: &'a container::Config,
     /// Where its files lie.
     pub files: &'a ContainerFiles,
@@ -121,7 +121,7 @@ pub enum SpecError {
     },
     /// One argument or variable is too long for execve(2).
     #[error(
-        "{origin} has a text of {length} bytes, more than the {} that a program can be given",
+        "{origin} has an entry of {length} bytes, and a program can be passed at most {}",
         environment::MAX_TEXT_BYTES
     )]
     TextTooLong {
@@ -131,7 +131,10 @@ pub enum SpecError {
         length: usize,
     },
     /// Arguments and environment are too long in sum.
-    #[error("arguments and environment have {length} bytes, more than {}", environment::MAX_TOTAL_BYTES)]
+    #[error(
+        "arguments and environment have {length} bytes, and at most {} are accepted",
+        environment::MAX_TOTAL_BYTES
+    )]
     TooMuchText {
         /// Their length in bytes.
         length: usize,
@@ -145,7 +148,7 @@ pub enum SpecError {
         path: String,
     },
     /// A path that the kernel would not take.
-    #[error("{origin}: a path of {length} bytes is too long")]
+    #[error("{origin}: the path is too long ({length} bytes)")]
     PathTooLong {
         /// Where it is from.
         origin: &'static str,
@@ -153,15 +156,15 @@ pub enum SpecError {
         length: usize,
     },
     /// A mount on the root itself.
-    #[error("mounts: container_path {0:?} is the root of the container")]
+    #[error("mounts: container_path {0:?} is the root directory of the container")]
     MountOnRoot(String),
     /// A `Volumes` key of the image that is no path inside the container.
     #[error("the image's Volumes: {0:?} is not a path in the container")]
     Volume(String),
     /// Too many mounts.
-    #[error("{found} mounts and volumes, more than {MAX_MOUNTS}")]
+    #[error("{found} mounts and volumes, and at most {MAX_MOUNTS} are accepted")]
     TooManyMounts {
-        /// How many.
+        /// The number of mounts and volumes.
         found: usize,
     },
     /// Not the name of a capability.
@@ -185,29 +188,29 @@ pub enum SpecError {
     #[error("namespace_options.target_id: no container to share the pid namespace with")]
     NoTarget,
     /// [`NamespaceMode::Pod`] in a sandbox that was made without a pid namespace to share.
-    #[error("namespace_options.pid: the sandbox was made without a shared pid namespace")]
+    #[error("namespace_options.pid: the sandbox was created without a shared pid namespace")]
     NoSharedPid,
     /// A namespace mode that its kind does not have.
-    #[error("namespace_options.{kind}: {mode:?} is not possible")]
+    #[error("namespace_options.{kind}: the mode {mode:?} is not supported")]
     NamespaceMode {
         /// Which namespace.
         kind: &'static str,
-        /// What was asked for.
+        /// The requested mode.
         mode: NamespaceMode,
     },
     /// A profile was named on a kernel that enforces none.
-    #[error("apparmor: profile {0:?} on a kernel without AppArmor")]
+    #[error("apparmor: the profile {0:?} cannot be applied, because AppArmor is not enabled")]
     NoAppArmor(String),
     /// The kernel enforces AppArmor, and Berth's own profile is not in it.
     #[error("apparmor: the kernel enforces AppArmor, and the profile of RuntimeDefault is not loaded")]
     NoDefaultAppArmor,
     /// Not the name of a loaded profile, whatever is loaded.
-    #[error("apparmor: {0:?} cannot be a profile")]
+    #[error("apparmor: {0:?} is not the name of a profile")]
     AppArmorProfile(String),
     /// A property of the spec that the cgroup would not keep.
     #[error("linux.resources.{property}: cannot be applied")]
     Unsupported {
-        /// Which.
+        /// The property of the spec.
         property: &'static str,
     },
     /// A limit that does not fit the spec.

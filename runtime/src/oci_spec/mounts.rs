@@ -24,7 +24,7 @@ const OF_THE_KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 /// A mount asked for, with its source looked up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedMount {
-    /// As asked.
+    /// The mount or device of the request.
     pub asked: Asked,
     /// The source on the host: absolute, without links.
     pub source: PathBuf,
@@ -46,7 +46,7 @@ pub enum SourceError {
     #[error("mounts: host_path {0:?} is not absolute")]
     Relative(String),
     /// It cannot be looked up.
-    #[error("mounts: look up {path:?}")]
+    #[error("mounts: cannot look up {path:?}")]
     Look {
         /// The path.
         path: String,
@@ -55,7 +55,7 @@ pub enum SourceError {
         source: io::Error,
     },
     /// It is absent and cannot be made.
-    #[error("mounts: make the directory {path:?}")]
+    #[error("mounts: cannot create the directory {path:?}")]
     Make {
         /// The path.
         path: PathBuf,
@@ -64,7 +64,7 @@ pub enum SourceError {
         source: io::Error,
     },
     /// The table of mounts cannot be read.
-    #[error("read {MOUNTINFO}")]
+    #[error("cannot read {MOUNTINFO}")]
     Table(#[source] io::Error),
     /// Propagation from the host needs a mount that takes part in it.
     #[error("mounts: {path:?} is on a mount that is not {needed}")]

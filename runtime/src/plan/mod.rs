@@ -98,20 +98,20 @@ pub enum PlanError {
     #[error("the spec has two {0} namespaces")]
     TwoNamespaces(LinuxNamespaceType),
     /// A namespace that can only be joined, without a path, or one that can only be made, with one.
-    #[error("the spec's {0} namespace cannot be made like this")]
+    #[error("the spec's {0} namespace is not one that can be created or joined like this")]
     Namespace(LinuxNamespaceType),
     /// A filesystem that is not mounted anew in containers.
-    #[error("mount on {destination:?}: {kind:?} is not a filesystem for containers")]
+    #[error("mount on {destination:?}: the filesystem type {kind:?} is not supported")]
     Filesystem {
-        /// Where.
+        /// The mount point.
         destination: PathBuf,
         /// Its type.
         kind: String,
     },
     /// An option of a mount.
-    #[error("mount on {destination:?}")]
+    #[error("cannot mount on {destination:?}")]
     MountOption {
-        /// Where.
+        /// The mount point.
         destination: PathBuf,
         /// What is wrong.
         #[source]
@@ -133,10 +133,12 @@ pub enum PlanError {
         path: PathBuf,
     },
     /// A device with numbers that no device has, or that is neither a character nor a block device.
-    #[error("device {0:?} is none that can be made")]
+    #[error(
+        "device {0:?} cannot be created: it is neither a character nor a block device with a valid number"
+    )]
     Device(PathBuf),
     /// A profile in the spec and no filter, or a filter and no profile.
-    #[error("the seccomp filter does not belong to the spec")]
+    #[error("the seccomp filter does not match the spec")]
     Seccomp,
     /// A user name of the request that the shim would read as two.
     #[error("run_as_username: {0:?} is not a name")]

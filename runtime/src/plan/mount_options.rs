@@ -45,7 +45,7 @@ pub enum OptionError {
     #[error("option {0:?} is for bind mounts only")]
     OnlyForBinds(String),
     /// Both that and its opposite.
-    #[error("option {0:?} goes against an earlier one")]
+    #[error("option {0:?} contradicts an earlier one")]
     Contradicts(String),
 }
 

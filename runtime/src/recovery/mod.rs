@@ -51,11 +51,11 @@ const RESERVED_DESCRIPTORS: u64 = 20;
 #[derive(Debug, thiserror::Error)]
 pub enum RecoveryError {
     /// One of the daemon's own directories.
-    #[error("list {path}")]
+    #[error("cannot list {path}")]
     List {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -147,7 +147,7 @@ fn container_of(node: &Arc<Node>, id: &ContainerId, patience: &Patience) -> Verd
             !damaged
         }
         Err(error) => {
-            tracing::error!(container = %id, error = %crate::chain(&error), "a container cannot be made of its record");
+            tracing::error!(container = %id, error = %crate::chain(&error), "cannot restore a container from its record");
             true
         }
     };
@@ -158,7 +158,7 @@ fn container_of(node: &Arc<Node>, id: &ContainerId, patience: &Patience) -> Verd
         match lost::make(node, id, keeps_record) {
             Ok(container) => return Verdict::Is(container),
             Err(error) => {
-                tracing::error!(container = %id, error = %crate::chain(&error), "a container that runs has no owner")
+                tracing::error!(container = %id, error = %crate::chain(&error), "a running container has no usable record")
             }
         }
         return Verdict::Unread;
@@ -183,7 +183,7 @@ fn sandbox_of(node: &Arc<Node>, id: &SandboxId, patience: &Patience) -> Verdict<
             Some(!damaged)
         }
         Err(error) => {
-            tracing::error!(sandbox = %id, error = %crate::chain(&error), "a sandbox cannot be made of its record");
+            tracing::error!(sandbox = %id, error = %crate::chain(&error), "cannot restore a sandbox from its record");
             Some(true)
         }
     };
@@ -206,13 +206,13 @@ fn sandbox_of(node: &Arc<Node>, id: &SandboxId, patience: &Patience) -> Verdict<
 fn say(kind: &'static str, id: &str, fault: &Fault, damaged: bool) {
     let error = crate::chain(fault);
     if damaged {
-        tracing::error!(kind, id, error, "a record is damaged, and there is no copy of it");
+        tracing::error!(kind, id, error, "a record is damaged and has no copy");
     } else {
         tracing::error!(
             kind,
             id,
             error,
-            "a record cannot be read, and there is no copy of it; it is left as it is and tried again"
+            "cannot read a record, which has no copy; leaving it alone and trying again"
         );
     }
 }
@@ -220,11 +220,11 @@ fn say(kind: &'static str, id: &str, fault: &Fault, damaged: bool) {
 /// Puts what is proven damaged where a person can look at it.
 fn set_aside(node: &Node, durable: &Path) {
     let target = node.layout.quarantine().join(durable.file_name().unwrap_or_default());
-    tracing::error!(path = %durable.display(), quarantine = %target.display(), "it is set aside");
+    tracing::error!(path = %durable.display(), quarantine = %target.display(), "set aside in quarantine");
     if let Err(error) = std::fs::rename(durable, &target)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %durable.display(), %error, "could not set it aside");
+        tracing::warn!(path = %durable.display(), %error, "cannot set it aside");
     }
 }
 

@@ -70,7 +70,7 @@ impl Remains {
         directories.retain(is_id);
         let cgroups = berth_cgroup::leftovers(&node.cgroups.hierarchy, &node.cgroups.default_parent);
         let cgroups = cgroups.unwrap_or_else(|error| {
-            tracing::warn!(error = %crate::chain(&error), "could not look for cgroups that belong to nothing");
+            tracing::warn!(error = %crate::chain(&error), "cannot look for orphaned cgroups");
             Default::default()
         });
         let living: Vec<String> = node
@@ -81,7 +81,7 @@ impl Remains {
             .chain(node.registry.unread())
             .collect();
         let network = node.network.dead(living.iter().map(String::as_str)).inspect_err(|error| {
-            tracing::warn!(error = %crate::chain(error), "could not look for interfaces that belong to nothing");
+            tracing::warn!(error = %crate::chain(error), "cannot look for orphaned interfaces");
         });
         let mut ended = node.registry.containers();
         ended.retain(|container| {
@@ -144,12 +144,12 @@ impl Remains {
                 gone.inspect_err(|_| node.cgroups.keep_left(&cgroup))
             });
             if let Err(error) = gone {
-                tracing::warn!(cgroup = name, error = %crate::chain(&error), "could not remove a cgroup that belongs to nothing; it is tried again");
+                tracing::warn!(cgroup = name, error = %crate::chain(&error), "cannot remove an orphaned cgroup; trying again");
             }
         }
         for path in self.container_states.iter().filter(|path| !is_kept(path)) {
             if let Err(error) = std::fs::remove_dir_all(path) {
-                tracing::warn!(path = %path.display(), %error, "could not remove the remains of a container");
+                tracing::warn!(path = %path.display(), %error, "cannot remove the remains of a container");
             }
         }
         for path in &self.sandbox_states {
@@ -157,13 +157,13 @@ impl Remains {
         }
         for path in self.directories.iter().filter(|path| !is_kept(path)) {
             if let Err(error) = trash::discard(&node.layout, path) {
-                tracing::warn!(path = %path.display(), %error, "could not remove what was never finished");
+                tracing::warn!(path = %path.display(), %error, "cannot remove an unfinished container or sandbox");
             }
         }
         if let Some(dead) = &self.network
             && let Err(error) = node.network.remove_dead(dead)
         {
-            tracing::warn!(error = %crate::chain(&error), "could not free the addresses that belong to nothing");
+            tracing::warn!(error = %crate::chain(&error), "cannot free orphaned addresses");
         }
     }
 }
@@ -179,7 +179,7 @@ async fn end_shim(state: &Path) -> bool {
             Err(ConnectError::Gone | ConnectError::NoSocket) => return true,
             Err(ConnectError::NotNow(_)) if attempt < ATTEMPTS => tokio::time::sleep(PAUSE).await,
             Err(ConnectError::NotNow(error)) => {
-                tracing::warn!(path = %state.display(), %error, "could not end a shim that belongs to nothing");
+                tracing::warn!(path = %state.display(), %error, "cannot end an orphaned shim");
             }
         }
     }
@@ -193,6 +193,6 @@ fn remove_sandbox_state(path: &Path) {
     }
     let _ = berth_sys::mount::detach(&path.join("shm"));
     if let Err(error) = std::fs::remove_dir_all(path) {
-        tracing::warn!(path = %path.display(), %error, "could not remove the remains of a sandbox");
+        tracing::warn!(path = %path.display(), %error, "cannot remove the remains of a sandbox");
     }
 }

@@ -86,7 +86,7 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
             {
                 // The first error is what the caller has to know; what is left is found again at the next
                 // start.
-                tracing::warn!(sandbox = %sandbox.id, error = %crate::chain(&left), "a failed sandbox left something");
+                tracing::warn!(sandbox = %sandbox.id, error = %crate::chain(&left), "cannot clean up after a sandbox that could not be created");
             }
             Err(error)
         }
@@ -100,7 +100,7 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     if !config.log_directory.is_empty() {
         // The kubelet has made it; others rely on the runtime.
         host_directory::make_missing(Path::new(&config.log_directory))
-            .map_err(|(path, source)| SandboxError::file("make the log directory", &path)(source))?;
+            .map_err(|(path, source)| SandboxError::file("create the log directory", &path)(source))?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
     let attached = namespaces::make(&Wanted {
@@ -129,7 +129,7 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
 
 fn make_directories(files: &SandboxFiles) -> Result<(), SandboxError> {
     for path in [&files.durable, &files.state] {
-        std::fs::DirBuilder::new().mode(0o700).create(path).map_err(SandboxError::file("make", path))?;
+        std::fs::DirBuilder::new().mode(0o700).create(path).map_err(SandboxError::file("create", path))?;
     }
     Ok(())
 }
@@ -166,7 +166,7 @@ fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> 
             .mode(mode)
             .create(path)
             .and_then(|()| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)))
-            .map_err(SandboxError::file("make", path))
+            .map_err(SandboxError::file("create", path))
     };
     make(&files.etc_directory(), 0o700)?;
     if has_shm { make(&files.shm(), 0o1777) } else { Ok(()) }

@@ -19,40 +19,40 @@ pub(crate) enum SandboxError {
     #[error(transparent)]
     NameTaken(#[from] NameTaken),
     /// No random bytes.
-    #[error("make an id")]
+    #[error("cannot generate an id")]
     Id(#[source] io::Error),
     /// A file.
     #[error(transparent)]
     File(#[from] FileError),
     /// A namespace.
-    #[error("{action}")]
+    #[error("cannot {action}")]
     Namespace {
         /// The failed act.
         action: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// A kernel parameter.
-    #[error("set the sysctl {name} to {value}")]
+    #[error("cannot set the sysctl {name} to {value}")]
     Sysctl {
         /// With dots.
         name: String,
-        /// As asked.
+        /// The value in the request.
         value: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The network.
-    #[error("set up the network")]
+    #[error("cannot set up the network")]
     Network(#[source] NetworkError),
     /// The network was not given back.
-    #[error("tear down the network of sandbox {id}")]
+    #[error("cannot tear down the network of sandbox {id}")]
     NetworkLeft {
-        /// Which.
+        /// The sandbox.
         id: SandboxId,
-        /// Why.
+        /// The cause.
         #[source]
         source: NetworkError,
     },
@@ -62,31 +62,31 @@ pub(crate) enum SandboxError {
     /// The cgroup parent that the request names is not there.
     #[error("the cgroup parent {parent} does not exist")]
     NoCgroupParent {
-        /// As asked.
+        /// The parent in the request.
         parent: String,
     },
     /// The AppArmor profile of the pod's own process.
-    #[error("confine the pod's first process")]
+    #[error("cannot confine the pod's first process")]
     AppArmor(#[source] NotLoaded),
     /// The seccomp filter of the pod's own process.
-    #[error("make the filter of the pod's first process")]
+    #[error("cannot build the seccomp filter of the pod's first process")]
     Seccomp(#[source] CompileError),
     /// The pod's own process.
-    #[error("make the pod's first process")]
+    #[error("cannot create the pod's first process")]
     Process(#[source] ShimError),
     /// The record.
-    #[error("record sandbox {id}")]
+    #[error("cannot write the record of sandbox {id}")]
     Record {
-        /// Which.
+        /// The sandbox.
         id: SandboxId,
-        /// Why.
+        /// The cause.
         #[source]
         source: WriteError,
     },
     /// Containers that could not be ended.
-    #[error("stop the containers of sandbox {id}")]
+    #[error("cannot stop the containers of sandbox {id}")]
     Containers {
-        /// Which.
+        /// The sandbox.
         id: SandboxId,
         /// The first of them.
         #[source]

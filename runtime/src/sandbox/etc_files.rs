@@ -62,7 +62,7 @@ pub(super) fn write(files: &SandboxFiles, contents: &Contents<'_>) -> Result<(),
         std::fs::write(&path, bytes).map_err(SandboxError::file("write", &path))?;
         // The daemon's umask is strict; containers run as anybody.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644))
-            .map_err(SandboxError::file("open up", &path))?;
+            .map_err(SandboxError::file("set the mode of", &path))?;
     }
     Ok(())
 }

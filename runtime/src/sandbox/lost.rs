@@ -51,13 +51,13 @@ pub(crate) fn make(
     let sandbox = recover::of_record(record, files, cgroup_parent, None, false, keeps_record);
     tracing::error!(
         sandbox = %id, pod = %sandbox.config.metadata, containers = containers.len(),
-        "a sandbox has no record that can be read; it is made again from its containers, and is not ready"
+        "cannot read the record of a sandbox; restoring it from its containers, not ready"
     );
     if let Err(error) = std::fs::create_dir_all(&sandbox.files.durable)
-        .map_err(super::SandboxError::file("make", &sandbox.files.durable))
+        .map_err(super::SandboxError::file("create", &sandbox.files.durable))
         .and_then(|()| sandbox.write_record())
     {
-        tracing::warn!(sandbox = %id, error = %crate::chain(&error), "its record could not be written");
+        tracing::warn!(sandbox = %id, error = %crate::chain(&error), "cannot write the restored record of a sandbox");
     }
     Arc::new(sandbox)
 }

@@ -54,7 +54,7 @@ impl PodProcess {
             Ok(pidfd) => Some(pidfd),
             Err(error) if error.raw_os_error() == Some(ESRCH) => return None,
             Err(error) => {
-                tracing::warn!(pid = record.pid, %error, "a pod's first process is watched by its number");
+                tracing::warn!(pid = record.pid, %error, "cannot open a pod's first process; watching it by its pid");
                 None
             }
         };

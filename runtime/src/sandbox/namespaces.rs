@@ -52,11 +52,11 @@ pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attached>, SandboxError
         return Ok(None);
     }
     ns::on_own_thread("sandbox", || make_here(wanted, flags))
-        .map_err(SandboxError::namespace("make a thread"))?
+        .map_err(SandboxError::namespace("start a thread"))?
 }
 
 fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, SandboxError> {
-    ns::unshare(flags).map_err(SandboxError::namespace("make namespaces"))?;
+    ns::unshare(flags).map_err(SandboxError::namespace("create namespaces"))?;
     let pin = |kind: Kind| {
         let path = wanted.sandbox.files.namespace(kind.file_name());
         ns::pin_own(kind, &path).map_err(SandboxError::file("pin the namespace", &path))
@@ -121,7 +121,7 @@ pub(super) fn all_pinned(files: &SandboxFiles, kinds: &[Kind]) -> bool {
     kinds.iter().all(|kind| {
         let path = files.namespace(kind.file_name());
         ns::is_pinned(&path).unwrap_or_else(|error| {
-            tracing::warn!(path = %path.display(), %error, "cannot look at a pinned namespace");
+            tracing::warn!(path = %path.display(), %error, "cannot examine a pinned namespace");
             true
         })
     })

@@ -23,7 +23,7 @@ pub(crate) enum Recovered {
     Remains,
     /// There is a record that is of no use.
     Unusable {
-        /// Why.
+        /// What is wrong with it.
         fault: Fault,
         /// Whether it is proven damaged.
         damaged: bool,
@@ -67,7 +67,7 @@ pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Resul
     record_files::mend(&node.layout, "sandbox", id.as_str(), &record_files, &health, &record);
     let sandbox = of_record(record, files, cgroup_parent, process, whole, kept);
     if !whole && !*lock(&sandbox.torn_down) {
-        tracing::warn!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox has lost what it needs and is not ready");
+        tracing::warn!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is not ready: its namespaces or first process are gone");
     }
     Ok(Recovered::Sandbox(Arc::new(sandbox)))
 }

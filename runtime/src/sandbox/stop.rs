@@ -34,7 +34,7 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     if given_up {
         tracing::warn!(
             sandbox = %sandbox.id, pod = %sandbox.config.metadata,
-            "the sandbox is stopped while a container is being made in it and hangs; what that made is taken back when it goes on"
+            "stopping a sandbox in which the creation of a container hangs; what that creates is removed when it continues"
         );
     }
     let (node, sandbox) = (node.clone(), sandbox.clone());
@@ -130,7 +130,7 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
         // keep the pod.
         let shown = Cgroup::open(&node.cgroups.hierarchy, &sandbox.cgroup_parent, id)?;
         if let Err(error) = shown.remove(CGROUP_BUSY) {
-            tracing::warn!(sandbox = id, error = %crate::chain(&error), "the cgroup that cAdvisor found the pod by is left");
+            tracing::warn!(sandbox = id, error = %crate::chain(&error), "cannot remove the cgroup by which cAdvisor finds the pod");
         }
     }
     Ok(())

@@ -52,7 +52,7 @@ pub(super) fn run(
             Ok(code) => Outcome::Exited(code),
             Err(error) => {
                 let text = crate::chain(&error);
-                tracing::debug!(container = %container.id(), error = text, "a streamed command failed");
+                tracing::debug!(container = %container.id(), error = text, "streamed command failed");
                 Outcome::Failed(text)
             }
         }
@@ -73,7 +73,7 @@ async fn on_pipes(
     let (stderr, stderr_end) = output(session.stderr)?;
     let (stdin, stdin_end) = match session.stdin {
         Some(input) => {
-            let failed = file("make", "a pipe");
+            let failed = file("create", "a pipe");
             let (read, write) = berth_sys::file::pipe().map_err(failed)?;
             berth_sys::file::set_nonblocking(write.as_fd()).map_err(failed)?;
             (Some((input, pipe::Sender::from_owned_fd(write).map_err(failed)?)), Some(read))
@@ -160,7 +160,7 @@ fn output(wanted: Option<Output>) -> Result<(Option<Source>, OwnedFd), Container
         let null = File::options().write(true).open("/dev/null").map_err(file("open", "/dev/null"))?;
         return Ok((None, null.into()));
     };
-    let failed = file("make", "a pipe");
+    let failed = file("create", "a pipe");
     let (read, write) = berth_sys::file::pipe().map_err(failed)?;
     berth_sys::file::set_nonblocking(read.as_fd()).map_err(failed)?;
     Ok((Some((pipe::Receiver::from_owned_fd(read).map_err(failed)?, Some(output))), write))

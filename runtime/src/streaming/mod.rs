@@ -42,16 +42,16 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum StreamingError {
     /// A certificate or a key cannot be read.
-    #[error("read {path}")]
+    #[error("cannot read {path}")]
     Pem {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: rustls::pki_types::pem::Error,
     },
     /// The certificate and the key cannot be used.
-    #[error("use streaming.tls_certificate with streaming.tls_key")]
+    #[error("cannot use streaming.tls_certificate with streaming.tls_key")]
     Tls(#[source] rustls::Error),
 }
 
@@ -148,7 +148,7 @@ fn note(listener: &TcpListener, tls: bool, base: &Mutex<Result<String, String>>)
     let scheme = if tls { "https" } else { "http" };
     *lock(base) = match listener.local_addr() {
         Ok(address) => {
-            tracing::info!(%address, scheme, "streaming server listens");
+            tracing::info!(%address, scheme, "streaming server is listening");
             Ok(format!("{scheme}://{address}"))
         }
         Err(error) => Err(error.to_string()),

@@ -44,7 +44,7 @@ pub(crate) fn of_namespaces(files: &[PathBuf]) -> Vec<Option<Traffic>> {
     }
     let look = || files.iter().map(|file| of_namespace(file)).collect();
     ns::on_own_thread("traffic", look).unwrap_or_else(|error| {
-        tracing::warn!(%error, "no thread could be made to count the traffic of pods");
+        tracing::warn!(%error, "cannot start a thread to count the traffic of pods");
         vec![None; files.len()]
     })
 }

@@ -276,7 +276,7 @@ where
     let mut connection = Connection::new(io, Role::Server, limits, hangup);
     let collected = tokio::time::timeout(STREAMS_WITHIN, collect(&mut connection, wanted, version)).await;
     let Ok(Some(Streams { error: Some(error), stdin, stdout, stderr, resize })) = collected else {
-        tracing::debug!("a client did not open the streams of its command");
+        tracing::debug!("client did not open the streams of its command");
         return connection.close().await;
     };
     connection.accept_no_more();

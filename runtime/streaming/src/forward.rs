@@ -192,7 +192,7 @@ async fn forward(pair: Pair, connect: Connect) {
             let _ = error.finish().await;
         }
         Err(text) => {
-            tracing::debug!(port, error = text, "a forwarded connection failed");
+            tracing::debug!(port, error = text, "forwarded connection failed");
             fail(&error, &text).await;
         }
     }

@@ -117,7 +117,7 @@ impl Server {
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    tracing::debug!(%error, "a streaming connection could not be accepted");
+                    tracing::debug!(%error, "cannot accept a streaming connection");
                     tokio::time::sleep(PAUSE).await;
                     continue;
                 }
@@ -187,7 +187,7 @@ impl Server {
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
         if let Err(error) = connection.await {
-            tracing::debug!(%error, "a streaming request could not be read");
+            tracing::debug!(%error, "cannot read a streaming request");
         }
     }
 

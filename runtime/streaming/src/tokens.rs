@@ -65,10 +65,10 @@ impl std::fmt::Debug for Task {
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
     /// [`MAX_PENDING`] wait already.
-    #[error("{MAX_PENDING} streaming requests wait for their clients already")]
+    #[error("too many streaming requests: {MAX_PENDING} are already waiting for their clients")]
     TooMany,
     /// The kernel gives no random bytes.
-    #[error("make a token")]
+    #[error("cannot generate a token")]
     Random(#[source] getrandom::Error),
 }
 

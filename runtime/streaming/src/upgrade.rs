@@ -134,7 +134,7 @@ fn chosen(offered: &[&str], known: &[(&'static str, Protocol)]) -> Result<(&'sta
     let names: Vec<&str> = known.iter().map(|(name, _)| *name).filter(|name| !name.is_empty()).collect();
     let mut refused = refused(
         StatusCode::FORBIDDEN,
-        format!("none of the sub-protocols of the request is known; these are: {}", names.join(", ")),
+        format!("the request names no supported sub-protocol; supported are: {}", names.join(", ")),
     );
     for name in names {
         if let Ok(value) = HeaderValue::from_str(name) {

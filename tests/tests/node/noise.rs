@@ -46,7 +46,7 @@ fn the_kubelet_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
 /// What the node lacks is said once in each life of the daemon, of which there are several.
 fn the_daemon_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
     let log = node.daemon_log()?;
-    let lives: Vec<&str> = log.split(" berthd serves ").collect();
+    let lives: Vec<&str> = log.split(" berthd is serving ").collect();
     ensure!(lives.len() > 1, "each life begins with that line: {:?}", log.lines().next());
     for life in lives {
         repeats(
@@ -54,7 +54,7 @@ fn the_daemon_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
             daemon_complaint,
             &[
                 ("/no/such/program", "it is to be refused"),
-                ("the command did not end within", "one is to take longer than it may"),
+                ("the command did not finish within", "one is to take longer than it may"),
             ],
         )?;
     }

@@ -74,7 +74,7 @@ fn what_needs_a_restart_is_named_and_waits() -> Result<()> {
     rootful(|daemon| {
         let bridge = in_force(daemon, "/network/bridge")?;
         let text = "log = 'warn'\n[network]\nbridge = 'other0'\n[cgroup]\nparent = '/other'\n";
-        let said = reload(daemon, text, "when berthd is started again")?;
+        let said = reload(daemon, text, "when berthd is restarted")?;
         ensure!(said.contains("keys=\"network, cgroup\""), "{said}");
         assert_eq!(in_force(daemon, "/network/bridge")?, bridge);
         assert_eq!(in_force(daemon, "/log")?, "warn");

@@ -190,7 +190,7 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
             ("privileged", secure(|context| context.privileged = true)),
             ("masked_paths[1]", secure(|context| context.masked_paths = words(&["/proc/kcore", "//"]))),
             ("/etc/passwd: the source is a directory", mount("/etc/passwd", &dir)),
-            ("/etc: the source is no directory", mount("/etc", &file)),
+            ("/etc: the source is not a directory", mount("/etc", &file)),
             (
                 "memory limit is too low",
                 Box::new(|config| {
@@ -318,7 +318,10 @@ fn images_that_say_what_cannot_be_are_refused_by_what_they_say_and_leave_nothing
             (0..30).map(|number| format!("E{number}={}", "x".repeat(100_000))).collect();
         let far = format!("/{}", "a".repeat(5000));
         let cases: Vec<(&str, Image)> = vec![
-            ("WorkingDir: a path of 200000 bytes", Image::demo()?.with("WorkingDir", long(200_000))),
+            (
+                "WorkingDir: the path is too long (200000 bytes)",
+                Image::demo()?.with("WorkingDir", long(200_000)),
+            ),
             ("WorkingDir: \"www\" is not an absolute path", Image::demo()?.with("WorkingDir", json!("www"))),
             ("User has 1000000 bytes", Image::demo()?.with("User", json!("a".repeat(1_000_000)))),
             ("StopSignal \"SIGNOPE\" is not a signal", Image::demo()?.with("StopSignal", json!("SIGNOPE"))),

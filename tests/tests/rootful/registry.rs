@@ -121,7 +121,7 @@ fn rules_that_are_garbage_are_told_with_their_file_and_hold_nobody_up() -> Resul
         fs::remove_file(&file)?;
         nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRUSR)?;
         let message = refused(daemon, "registry.example/app:v1")?.message().to_owned();
-        assert!(message.contains(&path) && message.contains("not a plain file"), "{message}");
+        assert!(message.contains(&path) && message.contains("not a regular file"), "{message}");
         Ok(())
     })
 }

@@ -571,7 +571,7 @@ fn the_socket_of_a_daemon_that_crashed_is_replaced_and_one_that_another_serves_i
         fs::create_dir_all(socket.parent().context("a directory")?)?;
         let other = UnixListener::bind(&socket)?;
         daemon.start_again()?;
-        assert!(daemon.last_words().contains("another program answers"), "{}", daemon.last_words());
+        assert!(daemon.last_words().contains("another program is listening"), "{}", daemon.last_words());
         let same = UnixStream::connect(&socket)?;
         assert!(other.accept().is_ok());
         drop(same);

@@ -174,7 +174,7 @@ fn an_address_in_use_delays_streams_and_nothing_else() -> Result<()> {
         ensure!(daemon.log()?.contains("cannot listen on streaming.address"), "it is not in the log");
         assert_eq!(main.sh("echo served")?, "served\n");
         drop(listener);
-        within(SOON, "the streaming server listens", || Ok(daemon.client().exec(request.clone()).ok()))?;
+        within(SOON, "the streaming server is listening", || Ok(daemon.client().exec(request.clone()).ok()))?;
         assert_eq!(Command::start(daemon, request)?.finished()?.code(), Some(0));
         Ok(())
     })

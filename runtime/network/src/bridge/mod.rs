@@ -56,14 +56,14 @@ const REMOVERS: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel refused to change or show links, addresses or routes on the node.
-    #[error("the node's network could not be changed")]
+    #[error("cannot change the node's network")]
     Node {
         /// The request and the reason.
         #[source]
         source: netlink::Error,
     },
     /// The same in a pod's namespace.
-    #[error("the network of sandbox {sandbox_id} could not be set up")]
+    #[error("cannot set up the network of sandbox {sandbox_id}")]
     Pod {
         /// The sandbox.
         sandbox_id: String,
@@ -72,7 +72,7 @@ pub enum Error {
         source: netlink::Error,
     },
     /// The veth pair of a sandbox could not be made or removed.
-    #[error("interface {interface} of sandbox {sandbox_id}")]
+    #[error("cannot create or remove interface {interface} of sandbox {sandbox_id}")]
     Interface {
         /// The sandbox.
         sandbox_id: String,
@@ -84,7 +84,7 @@ pub enum Error {
     },
     /// The firewall could not be told which addresses the sandbox may use; `ENOENT` when it was flushed and
     /// not yet repaired.
-    #[error("the addresses of sandbox {sandbox_id} could not be let through the firewall or taken out of it")]
+    #[error("cannot change the firewall sets for the addresses of sandbox {sandbox_id}")]
     Guard {
         /// The sandbox.
         sandbox_id: String,
@@ -94,7 +94,7 @@ pub enum Error {
     },
     /// An interface with the host end's name exists: left behind by a sandbox with the same id, or with one
     /// that begins with the same ten digits.
-    #[error("interface {interface} for sandbox {sandbox_id} exists already")]
+    #[error("interface {interface} for sandbox {sandbox_id} already exists")]
     InterfaceTaken {
         /// The sandbox.
         sandbox_id: String,
@@ -102,7 +102,9 @@ pub enum Error {
         interface: String,
     },
     /// An interface has the bridge's name, but was not made here.
-    #[error("interface {name} exists and is not a bridge of Berth's (its MAC address is not {expected})")]
+    #[error(
+        "interface {name} exists and was not created by Berth (its MAC address is not {expected}); remove it or set network.bridge"
+    )]
     BridgeTaken {
         /// The bridge's name.
         name: String,
@@ -111,8 +113,8 @@ pub enum Error {
     },
     /// The bridge has pods that have no addresses here.
     #[error(
-        "interface {interface} of bridge {name} is that of a pod with no address recorded here: another berthd uses the bridge, or \
-         the records were removed under its pods; set network.bridge and network.ipv4 for this one, or remove the pod's interface"
+        "interface {interface} of bridge {name} belongs to a pod without an address record here: another berthd uses the bridge, or \
+         the records were deleted; set network.bridge and network.ipv4 for this one, or remove the interface"
     )]
     BridgeShared {
         /// The bridge's name.
@@ -122,7 +124,7 @@ pub enum Error {
     },
     /// Another interface of the node has an address in the pods' subnet.
     #[error(
-        "interface {interface} of the node has {address}, which lies in the pods' subnet; choose another subnet"
+        "interface {interface} of the node has {address}, which is in the pod subnet; set network.ipv4 or network.ipv6 to another subnet"
     )]
     SubnetTaken {
         /// The interface.
@@ -131,34 +133,34 @@ pub enum Error {
         address: IpAddr,
     },
     /// The address store failed.
-    #[error("the addresses could not be looked after")]
+    #[error("cannot record pod addresses")]
     Addresses {
         /// What it said.
         #[source]
         source: addresses::Error,
     },
     /// The firewall rules could not be put in place or removed.
-    #[error("the firewall rules could not be changed")]
+    #[error("cannot change the firewall rules")]
     Firewall {
         /// What nft said.
         #[source]
         source: nft::Error,
     },
     /// A sysctl could not be read or set.
-    #[error("the host could not be made to forward packets safely")]
+    #[error("cannot set up packet forwarding on the host")]
     Forwarding {
         /// Which and why.
         #[source]
         source: forwarding::Error,
     },
     /// Pods still have addresses.
-    #[error("the bridge is in use: {addresses} addresses are taken")]
+    #[error("the bridge is in use: {addresses} addresses are allocated")]
     InUse {
-        /// How many.
+        /// The number of allocated addresses.
         addresses: usize,
     },
     /// Undoing a half-done step failed too.
-    #[error("a step failed, and what it left could not be undone ({undo})")]
+    #[error("a step failed and could not be undone ({undo})")]
     Undo {
         /// What failed first.
         #[source]

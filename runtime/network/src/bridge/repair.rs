@@ -28,7 +28,7 @@ pub enum NotReady {
         name: String,
     },
     /// The bridge is there but not up, or is not the one that new pods would be attached to.
-    #[error("the bridge {name} is down or was made anew")]
+    #[error("the bridge {name} is down or was recreated")]
     BridgeChanged {
         /// Its name.
         name: String,
@@ -43,16 +43,16 @@ pub enum NotReady {
     #[error("the host does not forward packets")]
     ForwardingOff,
     /// The state could not be asked for.
-    #[error("the state of the network could not be asked for")]
+    #[error("cannot query the state of the network")]
     Netlink {
-        /// Why.
+        /// The cause.
         #[source]
         source: netlink::Error,
     },
     /// A sysctl could not be read.
-    #[error("the state of forwarding could not be read")]
+    #[error("cannot read the state of forwarding")]
     Forwarding {
-        /// Why.
+        /// The cause.
         #[source]
         source: forwarding::Error,
     },

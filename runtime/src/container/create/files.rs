@@ -23,7 +23,7 @@ pub(super) struct Made {
 /// The directories of a container; the image's top layer says what its root is like.
 pub(super) fn make_directories(files: &ContainerFiles, layers: &[StoredLayer]) -> Result<(), ContainerError> {
     let make = |path: &Path, mode: u32| {
-        std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("make", path))
+        std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("create", path))
     };
     make(&files.durable, 0o700)?;
     make(&files.state, 0o700)?;
@@ -39,7 +39,7 @@ pub(super) fn make_directories(files: &ContainerFiles, layers: &[StoredLayer]) -
 /// there.
 fn copy_mode_and_owner(from: &Path, to: &Path) -> Result<(), ContainerError> {
     use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(from).map_err(ContainerError::file("look at", from))?;
+    let metadata = std::fs::metadata(from).map_err(ContainerError::file("examine", from))?;
     // In this order: a change of owner takes set-user-id bits away.
     std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()))
         .and_then(|()| std::fs::set_permissions(to, metadata.permissions()))
@@ -65,17 +65,17 @@ pub(super) fn undo(node: &Node, made: &Made) {
     if let Some(cgroup) = &made.cgroup
         && let Err(error) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE))
     {
-        tracing::warn!(error = %crate::chain(&error), "the cgroup of a container that failed is left; it is tried again");
+        tracing::warn!(error = %crate::chain(&error), "cannot remove the cgroup of a container that could not be created; trying again");
         node.cgroups.keep_left(cgroup);
     }
     // A copy without a record would say that the record was lost.
     let _ = std::fs::remove_file(made.files.record_copy());
     if let Err(error) = trash::discard(&node.layout, &made.files.durable) {
-        tracing::warn!(path = %made.files.durable.display(), %error, "files of a container that failed are left");
+        tracing::warn!(path = %made.files.durable.display(), %error, "cannot remove the files of a container that could not be created");
     }
     match std::fs::remove_dir_all(&made.files.state) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!(path = %made.files.state.display(), %error, "files of a container that failed are left");
+            tracing::warn!(path = %made.files.state.display(), %error, "cannot remove the files of a container that could not be created");
         }
         _ => {}
     }

@@ -48,9 +48,9 @@ pub(super) async fn launch(
         };
         for note in &created.notes {
             if node.is_new(note) {
-                tracing::warn!(note, "done in a weaker way, for this container and others like it");
+                tracing::warn!(note, "applied with a weaker setting, for this container and others like it");
             } else {
-                tracing::debug!(container = %record.id, note, "done in a weaker way");
+                tracing::debug!(container = %record.id, note, "applied with a weaker setting");
             }
         }
         record.process = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });

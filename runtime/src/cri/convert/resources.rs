@@ -215,7 +215,7 @@ fn hugepage_limits(field: &Field<'_>, limits: &[v1::HugepageLimit]) -> Result<Ve
                 .invalid(format!("{} is not a size like 2MB", quoted(&limit.page_size))));
         }
         if !seen.insert(limit.page_size.as_str()) {
-            return Err(entry.of("page_size").invalid("it is there twice"));
+            return Err(entry.of("page_size").invalid("it is given twice"));
         }
     }
     Ok(limits.iter().map(|limit| (limit.page_size.clone(), limit.limit)).collect())

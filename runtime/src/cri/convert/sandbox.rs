@@ -232,7 +232,7 @@ fn sysctls(
         let dotted = sysctl::name(&entry, &name, namespaces)?;
         sysctl::check_value(&entry, &value)?;
         if checked.insert(dotted, value).is_some() {
-            return Err(entry.invalid("it is there twice, with dots and with slashes"));
+            return Err(entry.invalid("it is given twice, with dots and with slashes"));
         }
     }
     Ok(checked)

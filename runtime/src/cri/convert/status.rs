@@ -13,7 +13,7 @@ use berth_model::state::{ContainerState, SandboxState};
 pub struct SandboxView<'a> {
     /// Its id.
     pub id: &'a SandboxId,
-    /// What was asked for.
+    /// The requested configuration.
     pub config: &'a sandbox::Config,
     /// Nanoseconds since the epoch, more than 0: the kubelet drops the status otherwise.
     pub created_at_unix_ns: i64,

@@ -73,7 +73,7 @@ pub enum Frame {
     Reset {
         /// Its id.
         stream: u32,
-        /// Why.
+        /// The status code.
         status: u32,
     },
     /// To be answered with the same id.

@@ -1,11 +1,14 @@
-//! What happens to sandboxes and containers: each change passes here once, when it happens. The log is what
-//! listens.
+//! What happens to sandboxes and containers: each change passes here once, when it happens, and those of one
+//! object in the order in which they happen. The log is what listens.
+//!
+//! What is told can be seen: an object is in the lists when it is told to be created or ready, and a program
+//! that has ended was told to be started before, however short its life.
 //!
 //! What a daemon only learns, such as how it finds what the daemon before it has left, is no event.
 
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::sandbox::Metadata;
-use berth_model::state::Exit;
+use berth_model::state::{Exit, SandboxEvent};
 
 /// A change of one object.
 #[derive(Debug, Clone, Copy)]
@@ -21,8 +24,8 @@ pub(crate) enum Event<'a> {
 pub(crate) enum SandboxChange {
     /// It was made.
     Ready,
-    /// It takes no containers any more, and is about to end.
-    NotReady,
+    /// It takes no containers any more: it is being stopped, or its first process has ended.
+    NotReady(SandboxEvent),
     /// Everything that it held was given back.
     Stopped,
     /// It is gone.
@@ -47,7 +50,12 @@ pub(crate) fn tell(event: Event<'_>) {
     match event {
         Event::Sandbox { id, pod, change } => match change {
             SandboxChange::Ready => tracing::info!(sandbox = %id, %pod, "sandbox ready"),
-            SandboxChange::NotReady => tracing::debug!(sandbox = %id, %pod, "sandbox not ready"),
+            SandboxChange::NotReady(SandboxEvent::Stopped) => {
+                tracing::debug!(sandbox = %id, %pod, "sandbox not ready: it is being stopped");
+            }
+            SandboxChange::NotReady(SandboxEvent::ProcessEnded) => {
+                tracing::warn!(sandbox = %id, %pod, "sandbox not ready: its first process ended");
+            }
             SandboxChange::Stopped => tracing::info!(sandbox = %id, %pod, "sandbox stopped"),
             SandboxChange::Removed => tracing::info!(sandbox = %id, %pod, "sandbox removed"),
         },
@@ -62,5 +70,72 @@ pub(crate) fn tell(event: Event<'_>) {
             }
             ContainerChange::Removed => tracing::info!(container = %id, name, "container removed"),
         },
+    }
+}
+
+/// For tests: what is told, in its order.
+#[cfg(test)]
+pub(crate) mod heard {
+    use std::sync::{Arc, Mutex};
+    use tracing::field::{Field, Visit};
+    use tracing::span::{Attributes, Id, Record};
+    use tracing::{Dispatch, Event, Metadata, Subscriber};
+
+    type BeforeHearing = Box<dyn Fn(&str) + Send + Sync>;
+
+    /// Hears what the threads say on which it is the dispatch. `before` runs first, in the telling thread.
+    #[derive(Clone)]
+    pub(crate) struct Heard(Arc<(Mutex<Vec<String>>, BeforeHearing)>);
+
+    impl Heard {
+        pub(crate) fn new(before: impl Fn(&str) + Send + Sync + 'static) -> Self {
+            Self(Arc::new((Mutex::default(), Box::new(before))))
+        }
+
+        pub(crate) fn dispatch(&self) -> Dispatch {
+            Dispatch::new(self.clone())
+        }
+
+        pub(crate) fn all(&self) -> Vec<String> {
+            self.0.0.lock().unwrap().clone()
+        }
+    }
+
+    struct Message(String);
+
+    impl Visit for Message {
+        fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+            if field.name() == "message" {
+                self.0 = format!("{value:?}");
+            }
+        }
+    }
+
+    impl Subscriber for Heard {
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _: &Attributes<'_>) -> Id {
+            Id::from_u64(1)
+        }
+
+        fn record(&self, _: &Id, _: &Record<'_>) {}
+
+        fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+        fn event(&self, event: &Event<'_>) {
+            if event.metadata().target() != "berth_runtime::events" {
+                return;
+            }
+            let mut message = Message(String::new());
+            event.record(&mut message);
+            (self.0.1)(&message.0);
+            self.0.0.lock().unwrap().push(message.0);
+        }
+
+        fn enter(&self, _: &Id) {}
+
+        fn exit(&self, _: &Id) {}
     }
 }

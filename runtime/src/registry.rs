@@ -145,16 +145,20 @@ impl Registry {
         inner.sandboxes.is_empty() && inner.containers.is_empty() && inner.unread.is_empty()
     }
 
-    pub(crate) fn remove_sandbox(&self, sandbox: &Sandbox) {
+    /// Whether it was there still.
+    pub(crate) fn remove_sandbox(&self, sandbox: &Sandbox) -> bool {
         let mut inner = lock(&self.0);
-        inner.sandboxes.remove(sandbox.id());
+        let was_there = inner.sandboxes.remove(sandbox.id()).is_some();
         inner.give_back(&Name::Sandbox(sandbox.config().metadata.clone()), sandbox.id().as_str());
+        was_there
     }
 
-    pub(crate) fn remove_container(&self, container: &Container) {
+    /// The same for a container.
+    pub(crate) fn remove_container(&self, container: &Container) -> bool {
         let mut inner = lock(&self.0);
-        inner.containers.remove(container.id());
+        let was_there = inner.containers.remove(container.id()).is_some();
         inner.give_back(&container.name(), container.id().as_str());
+        was_there
     }
 
     /// By id, or by an unambiguous beginning of one.

@@ -33,6 +33,7 @@ pub(crate) mod update;
 
 pub(crate) use error::ContainerError;
 
+use crate::clock::unix_ns;
 use crate::events::{self, ContainerChange, Event};
 use crate::lock;
 use crate::names::Name;
@@ -62,6 +63,8 @@ pub(crate) struct Container {
     state: watch::Sender<ContainerState>,
     /// It has ended, and what is left in its cgroup is being ended.
     clearing: watch::Sender<bool>,
+    /// Held while it changes and while that is told, so that changes are told in their order.
+    telling: Mutex<()>,
     /// Since when it is taken to run, while its shim has not said whether it does. What may run is told as
     /// running: told as anything else, a kubelet would start another beside it.
     presumed_since_unix_ns: Mutex<Option<i64>>,
@@ -88,6 +91,7 @@ impl Container {
             resources: Mutex::new(record.config.resources.clone()),
             state: watch::Sender::new(ContainerState::Created),
             clearing: watch::Sender::new(false),
+            telling: Mutex::default(),
             presumed_since_unix_ns: Mutex::default(),
             process: Mutex::new(record.process),
             shim: Mutex::default(),
@@ -190,15 +194,49 @@ impl Container {
 
     /// Moves the state on, as something happens.
     fn apply(&self, event: ContainerEvent) -> Result<(), Refused> {
-        if self.learn(event.clone())? {
-            self.tell(match &event {
-                ContainerEvent::Started { .. } => ContainerChange::Started,
-                ContainerEvent::Ended(exit) => ContainerChange::Ended(exit),
-            });
+        let _in_order = lock(&self.telling);
+        let was_seen_running = !matches!(self.state(), ContainerState::Created);
+        if !self.learn(event.clone())? {
+            return Ok(());
+        }
+        match &event {
+            ContainerEvent::Started { .. } if was_seen_running => {}
+            ContainerEvent::Started { .. } => self.tell(ContainerChange::Started),
+            ContainerEvent::Ended(exit) => {
+                // Its end came before the answer to its start.
+                if !was_seen_running && exit.started_at_unix_ns != 0 {
+                    self.tell(ContainerChange::Started);
+                }
+                self.tell(ContainerChange::Ended(exit));
+            }
         }
         Ok(())
     }
 
+    /// Takes it to run from now on, until its shim says whether it does.
+    fn presume(&self) {
+        let _in_order = lock(&self.telling);
+        let was_seen_running = !matches!(self.state(), ContainerState::Created);
+        lock(&self.presumed_since_unix_ns).get_or_insert_with(unix_ns);
+        if !was_seen_running {
+            self.tell(ContainerChange::Started);
+        }
+    }
+
+    /// Makes it visible by `show`.
+    fn appear(&self, show: impl FnOnce()) {
+        let _in_order = lock(&self.telling);
+        show();
+        self.tell(ContainerChange::Created);
+    }
+
+    /// It is not visible any more.
+    fn disappeared(&self) {
+        let _in_order = lock(&self.telling);
+        self.tell(ContainerChange::Removed);
+    }
+
+    /// To be called with `telling` held.
     fn tell(&self, change: ContainerChange<'_>) {
         events::tell(Event::Container {
             id: self.id(),
@@ -255,5 +293,113 @@ pub(crate) fn cgroup_plan(cgroup: &Cgroup) -> berth_shim_proto::launch::Cgroup {
         unified_dir: cgroup.unified_dir().map(|path| bytes(&path)).unwrap_or_default(),
         oom_file: oom.as_ref().map(|source| bytes(&source.file)).unwrap_or_default(),
         oom_key: oom.map(|source| source.key.to_owned()).unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::heard::Heard;
+    use berth_cgroup::{Driver, Hierarchy, Parent};
+    use berth_model::layout::Layout;
+    use berth_model::state::{Exit, ExitReason};
+    use std::sync::atomic::AtomicBool;
+    use tracing::dispatcher::with_default;
+
+    /// How often the other thread is let go first by what is told first, which it uses unless it has to wait.
+    const TURNS: usize = 10_000;
+
+    fn container() -> Container {
+        let record = ContainerRecord::default();
+        let files = Layout::new("/nowhere/root".into(), "/nowhere/state".into()).container(&record.id);
+        let parent = Parent::named(Driver::Cgroupfs, "/nowhere").unwrap();
+        let hierarchy = Hierarchy::Legacy { mounts: Vec::new() };
+        let cgroup = Cgroup::open(&hierarchy, &parent, record.id.as_str()).unwrap();
+        Container::new(record, files, cgroup)
+    }
+
+    fn started() -> ContainerEvent {
+        ContainerEvent::Started { at_unix_ns: 1 }
+    }
+
+    fn ended(started_at_unix_ns: i64) -> ContainerEvent {
+        let (reason, message) = (ExitReason::Completed, String::new());
+        ContainerEvent::Ended(Exit { code: 0, started_at_unix_ns, finished_at_unix_ns: 2, reason, message })
+    }
+
+    /// What is told while `first` happens and, on another thread, `second` as soon as `is_time`.
+    fn told_by(
+        first: impl FnOnce(&Container),
+        is_time: impl Fn(&Container) -> bool + Send + Sync,
+        second: impl FnOnce(&Container) + Send,
+    ) -> Vec<String> {
+        let first_told = AtomicBool::new(true);
+        let heard = Heard::new(move |_| {
+            if first_told.swap(false, Ordering::AcqRel) {
+                (0..TURNS).for_each(|_| std::thread::yield_now());
+            }
+        });
+        let container = container();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_time(&container) {
+                    std::thread::yield_now();
+                }
+                with_default(&heard.dispatch(), || second(&container));
+            });
+            with_default(&heard.dispatch(), || first(&container));
+        });
+        heard.all()
+    }
+
+    #[test]
+    fn an_end_is_told_after_the_start_that_it_comes_upon() {
+        let told = told_by(
+            |container| container.apply(started()).unwrap(),
+            Container::is_running,
+            |container| container.apply(ended(1)).unwrap(),
+        );
+        assert_eq!(told, ["container started", "container ended"]);
+    }
+
+    #[test]
+    fn a_container_is_told_to_be_created_when_it_can_be_seen_and_before_anything_else() {
+        let visible = AtomicBool::new(false);
+        let told = told_by(
+            |container| container.appear(|| visible.store(true, Ordering::Release)),
+            |_| visible.load(Ordering::Acquire),
+            |container| {
+                container.apply(started()).unwrap();
+                container.apply(ended(1)).unwrap();
+                container.disappeared();
+            },
+        );
+        assert_eq!(told, ["container created", "container started", "container ended", "container removed"]);
+    }
+
+    #[test]
+    fn each_change_is_told_once_whatever_comes_first() {
+        type Step = fn(&Container);
+        let start: Step = |container| drop(container.apply(started()));
+        let end: Step = |container| drop(container.apply(ended(1)));
+        let fail: Step = |container| drop(container.apply(ended(0)));
+        let presume: Step = Container::presume;
+        let both = &["container started", "container ended"][..];
+        let cases: [(&[Step], &[&str]); 6] = [
+            (&[start, start, end, end], both),
+            // The answer to the start comes after the end.
+            (&[end, start], both),
+            (&[fail, start, end], &["container ended"]),
+            // A start without an answer.
+            (&[presume, presume, start, end], both),
+            (&[presume, end], both),
+            (&[presume, fail], both),
+        ];
+        for (number, (steps, expected)) in cases.into_iter().enumerate() {
+            let heard = Heard::new(|_| ());
+            let container = container();
+            with_default(&heard.dispatch(), || steps.iter().for_each(|step| step(&container)));
+            assert_eq!(heard.all(), expected, "case {number}");
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! RemoveContainer: kills what runs, takes the files away. The log stays: it is the kubelet's.
 
 use super::{Container, ContainerError, end, stop};
-use crate::events::ContainerChange;
 use crate::node::Node;
 use crate::trash;
 use berth_model::state::ContainerState;
@@ -25,9 +24,11 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
     tokio::task::spawn_blocking(move || remove_files(&removing, &files_of))
         .await
         .map_err(|_| ContainerError::Stopping)??;
-    node.registry.remove_container(container);
+    // Another removal may have been first.
+    if node.registry.remove_container(container) {
+        container.disappeared();
+    }
     node.collect_images();
-    container.tell(ContainerChange::Removed);
     Ok(())
 }
 

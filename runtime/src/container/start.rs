@@ -3,7 +3,7 @@
 //! A caller who is told that the start failed makes another container beside this one. So nobody is told that
 //! as long as the program may run still: a start without an answer is made definite, by ending the container.
 
-use super::{Container, ContainerError, lock, stop};
+use super::{Container, ContainerError, stop};
 use crate::shim_client::{START, ShimClient, ShimError};
 use berth_model::state::{ContainerEvent, ContainerState};
 use std::sync::Arc;
@@ -111,7 +111,7 @@ async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerE
         Err(error) => {
             tracing::error!(container = %id, error = %crate::chain(&error), "cannot kill the container; reporting it as running");
             // What becomes known later is told then: `follow` goes on.
-            lock(&container.presumed_since_unix_ns).get_or_insert_with(crate::clock::unix_ns);
+            container.presume();
             super::follow::ask_on(container);
             Err(ContainerError::StartUnknown { id, seconds })
         }

@@ -118,7 +118,7 @@ fn read(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
     sandbox_ids.extend(node.registry.containers().iter().map(|container| container.sandbox_id().clone()));
     for id in &sandbox_ids {
         match sandbox_of(node, id, &patience) {
-            Verdict::Is(sandbox) => node.registry.adopt_sandbox(sandbox),
+            Verdict::Is(sandbox) => sandbox::recover::adopt(node, sandbox),
             Verdict::Unread => node.registry.keep_unread(id.as_str()),
             Verdict::Nothing => {}
         }

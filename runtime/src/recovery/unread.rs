@@ -4,6 +4,7 @@ use super::{Verdict, container_of, sandbox_of};
 use crate::container::follow;
 use crate::node::Node;
 use crate::record_files::Patience;
+use crate::sandbox;
 use berth_model::state::ContainerState;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +48,7 @@ fn try_one(node: &Arc<Node>, id: &str) {
                 if !node.registry.has(sandbox.as_str())
                     && let Verdict::Is(found) = sandbox_of(node, &sandbox, &patience)
                 {
-                    node.registry.adopt_sandbox(found);
+                    sandbox::recover::adopt(node, found);
                 }
                 false
             }
@@ -57,7 +58,7 @@ fn try_one(node: &Arc<Node>, id: &str) {
     } else {
         match sandbox_of(node, &sandbox, &patience) {
             Verdict::Is(found) => {
-                node.registry.adopt_sandbox(found);
+                sandbox::recover::adopt(node, found);
                 false
             }
             Verdict::Unread => false,

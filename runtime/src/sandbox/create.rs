@@ -6,9 +6,8 @@
 use super::creations::Creations;
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, PodNetwork, Wanted};
-use super::{PodProcess, Sandbox, SandboxError, stop};
+use super::{PodProcess, Sandbox, SandboxError, stop, watch};
 use crate::clock::unix_ns;
-use crate::events::SandboxChange;
 use crate::names::Name;
 use crate::network::Attached;
 use crate::node::Node;
@@ -51,9 +50,9 @@ pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbo
         .await
         .map_err(|_| SandboxError::Stopping)??;
     let sandbox = Arc::new(sandbox);
-    node.registry.add_sandbox(sandbox.clone(), reservation);
+    sandbox.appear(|| node.registry.add_sandbox(sandbox.clone(), reservation));
+    watch::watch(&sandbox);
     cadvisor::show(&node, &sandbox).await;
-    sandbox.tell(SandboxChange::Ready);
     Ok(sandbox)
 }
 
@@ -70,6 +69,7 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
         addresses: Vec::new(),
         cgroup_parent: parent,
         state: Mutex::new(SandboxState::Ready),
+        telling: Mutex::default(),
         process: Mutex::new(None),
         creations: Creations::default(),
         stopping: tokio::sync::Mutex::default(),

@@ -18,6 +18,7 @@ pub(crate) mod lost;
 mod namespaces;
 pub(crate) mod recover;
 pub(crate) mod stop;
+mod watch;
 
 pub(crate) use creations::Creation;
 pub(crate) use error::SandboxError;
@@ -101,6 +102,8 @@ pub(crate) struct Sandbox {
     files: SandboxFiles,
     cgroup_parent: Parent,
     state: Mutex<SandboxState>,
+    /// Held while it changes and while that is told, so that changes are told in their order.
+    telling: Mutex<()>,
     process: Mutex<Option<PodProcess>>,
     creations: Creations,
     /// Stops, one at a time.
@@ -158,16 +161,31 @@ impl Sandbox {
 
     /// Moves the state on.
     fn apply(&self, event: SandboxEvent) {
+        let _in_order = lock(&self.telling);
         let changed = {
             let mut state = lock(&self.state);
             let next = sandbox_after(*state, event);
             std::mem::replace(&mut *state, next) != next
         };
         if changed {
-            self.tell(SandboxChange::NotReady);
+            self.tell(SandboxChange::NotReady(event));
         }
     }
 
+    /// Makes it visible by `show`.
+    fn appear(&self, show: impl FnOnce()) {
+        let _in_order = lock(&self.telling);
+        show();
+        self.tell(SandboxChange::Ready);
+    }
+
+    /// Everything that it held was given back, or it is not visible any more.
+    fn is_over(&self, change: SandboxChange) {
+        let _in_order = lock(&self.telling);
+        self.tell(change);
+    }
+
+    /// To be called with `telling` held.
     fn tell(&self, change: SandboxChange) {
         events::tell(Event::Sandbox { id: &self.id, pod: &self.config.metadata, change });
     }

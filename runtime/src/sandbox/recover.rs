@@ -1,7 +1,7 @@
 //! Sandboxes of the daemon before this one.
 
 use super::creations::Creations;
-use super::{PodProcess, Sandbox, SandboxError, lock, namespaces};
+use super::{PodProcess, Sandbox, SandboxError, lock, namespaces, watch};
 use crate::node::Node;
 use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
 use berth_cgroup::Parent;
@@ -86,6 +86,12 @@ pub(crate) fn addresses(layout: &Layout, id: &SandboxId, patience: &Patience) ->
     }
 }
 
+/// Makes a sandbox of the daemon before this one visible.
+pub(crate) fn adopt(node: &Node, sandbox: Arc<Sandbox>) {
+    watch::watch(&sandbox);
+    node.registry.adopt_sandbox(sandbox);
+}
+
 /// The sandbox of a record.
 pub(super) fn of_record(
     record: SandboxRecord,
@@ -105,6 +111,7 @@ pub(super) fn of_record(
         files,
         cgroup_parent,
         state: Mutex::new(if ready { SandboxState::Ready } else { SandboxState::NotReady }),
+        telling: Mutex::default(),
         process: Mutex::new(process),
         creations: Creations::default(),
         stopping: tokio::sync::Mutex::default(),

@@ -41,9 +41,8 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     tokio::task::spawn_blocking(move || {
         give_back(&node, &sandbox, given_up)?;
         *lock(&sandbox.torn_down) = true;
-        sandbox.write_record()?;
-        sandbox.tell(SandboxChange::Stopped);
-        Ok(())
+        sandbox.is_over(SandboxChange::Stopped);
+        sandbox.write_record()
     })
     .await
     .map_err(|_| SandboxError::Stopping)?
@@ -79,8 +78,10 @@ pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(
     tokio::task::spawn_blocking(move || remove_files(&removing, &files_of))
         .await
         .map_err(|_| SandboxError::Stopping)??;
-    node.registry.remove_sandbox(sandbox);
-    sandbox.tell(SandboxChange::Removed);
+    // Another removal may have been first.
+    if node.registry.remove_sandbox(sandbox) {
+        sandbox.is_over(SandboxChange::Removed);
+    }
     Ok(())
 }
 

@@ -17,7 +17,6 @@ mod spec;
 use super::target::Target;
 use super::{Container, ContainerError, follow};
 use crate::clock::unix_ns;
-use crate::events::ContainerChange;
 use crate::names::Name;
 use crate::node::Node;
 use crate::random::random_bytes;
@@ -79,7 +78,8 @@ async fn make(
         let prepared = tokio::task::spawn_blocking(move || order.prepare());
         let prepared = prepared.await.map_err(|_| ContainerError::Stopping)??;
         let show = |container: &Arc<Container>| {
-            creation.finish(|| node.registry.add_container(container.clone(), reservation))
+            creation
+                .finish(|| container.appear(|| node.registry.add_container(container.clone(), reservation)))
         };
         launch::launch(&node, kind, prepared, &creation, show).await
     };
@@ -94,7 +94,6 @@ async fn make(
     };
     drop(image);
     follow::watch(&container);
-    container.tell(ContainerChange::Created);
     Ok(container)
 }
 

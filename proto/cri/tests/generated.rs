@@ -12,14 +12,14 @@ const GENERATED_FILE: &str = "runtime.v1.rs";
 /// Messages whose `Debug` is written by hand, in `src/redacted.rs`, because they carry secrets.
 const WITHOUT_DEBUG: [&str; 2] = ["runtime.v1.AuthConfig", "runtime.v1.KeyValue"];
 
-fn generate_into(folder: &Path) {
+fn generate_into(directory: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let descriptors = protox::compile([PROTO_FILE], [root]).expect("the proto file compiles");
     tonic_prost_build::configure()
         .btree_map(".")
         .skip_debug(WITHOUT_DEBUG)
         .emit_rerun_if_changed(false)
-        .out_dir(folder)
+        .out_dir(directory)
         .compile_fds(descriptors)
         .expect("code is generated from a compiled descriptor");
 }
@@ -30,15 +30,16 @@ fn committed_code_is_what_the_proto_file_generates() {
     if env::var_os("BERTH_REGENERATE").is_some() {
         generate_into(&committed);
     }
-    let fresh = tempfile::tempdir().expect("a temporary folder can be made");
+    let fresh = tempfile::tempdir().expect("a temporary directory can be made");
     generate_into(fresh.path());
-    let names = |folder: &Path| -> Vec<_> {
-        let entries = fs::read_dir(folder).expect("the folder of generated code can be listed");
-        entries.map(|entry| entry.expect("a folder entry can be read").file_name()).collect()
+    let names = |directory: &Path| -> Vec<_> {
+        let entries = fs::read_dir(directory).expect("the directory of generated code can be listed");
+        entries.map(|entry| entry.expect("a directory entry can be read").file_name()).collect()
     };
     assert_eq!(names(fresh.path()), [GENERATED_FILE], "the proto file has one package");
     assert_eq!(names(&committed), [GENERATED_FILE], "nothing else lies beside the generated code");
-    let read = |folder: &Path| fs::read_to_string(folder.join(GENERATED_FILE)).expect("the code can be read");
+    let read =
+        |directory: &Path| fs::read_to_string(directory.join(GENERATED_FILE)).expect("the code can be read");
     // Not assert_eq: on a difference it would print both files whole.
     assert!(
         read(fresh.path()) == read(&committed),

@@ -17,7 +17,7 @@ const PACKAGE: &str = "runtime.v1.";
 
 fn compiled() -> DescriptorPool {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut compiler = protox::Compiler::new([root]).expect("the folder of the proto file is there");
+    let mut compiler = protox::Compiler::new([root]).expect("the directory of the proto file is there");
     compiler.open_file("runtime/v1/api.proto").expect("the proto file compiles");
     compiler.descriptor_pool()
 }

@@ -31,7 +31,7 @@ pub mod import_start {
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Source {
         /// Absolute path, as the daemon sees it, of an archive (OCI layout or docker-archive in a tar,
-        /// possibly compressed) or of a folder with an OCI layout.
+        /// possibly compressed) or of a directory with an OCI layout.
         #[prost(string, tag = "1")]
         Path(::prost::alloc::string::String),
         /// The archive follows in chunks.
@@ -215,10 +215,10 @@ pub struct InfoResponse {
     /// Its process, in its own pid namespace.
     #[prost(uint32, tag = "2")]
     pub pid: u32,
-    /// Folder of what outlives a reboot: images, records.
+    /// Directory of what outlives a reboot: images, records.
     #[prost(string, tag = "3")]
     pub root: ::prost::alloc::string::String,
-    /// Folder of what does not: namespaces, mounts, sockets.
+    /// Directory of what does not: namespaces, mounts, sockets.
     #[prost(string, tag = "4")]
     pub state: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "5")]
@@ -397,7 +397,7 @@ pub mod berth_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Brings images from an archive or a folder into the store, without a registry. The first request
+        /// Brings images from an archive or a directory into the store, without a registry. The first request
         /// says where the bytes are; if it announces an upload, the requests after it carry the archive in
         /// order, and the caller closes its side at the end. The last event names the images. When a request
         /// is missing, out of turn or names a relative path the call fails with INVALID_ARGUMENT; when the
@@ -505,7 +505,7 @@ pub mod berth_server {
             >
             + std::marker::Send
             + 'static;
-        /// Brings images from an archive or a folder into the store, without a registry. The first request
+        /// Brings images from an archive or a directory into the store, without a registry. The first request
         /// says where the bytes are; if it announces an upload, the requests after it carry the archive in
         /// order, and the caller closes its side at the end. The last event names the images. When a request
         /// is missing, out of turn or names a relative path the call fails with INVALID_ARGUMENT; when the

@@ -301,7 +301,7 @@ pub struct PodSandboxConfig {
     /// Host name inside; empty to keep the host's, as pods on the host's network do.
     #[prost(string, tag = "2")]
     pub hostname: ::prost::alloc::string::String,
-    /// Absolute path of the folder for the logs of the pod's containers. Empty for no logs.
+    /// Absolute path of the directory for the logs of the pod's containers. Empty for no logs.
     #[prost(string, tag = "3")]
     pub log_directory: ::prost::alloc::string::String,
     /// What resolv.conf says. Absent: the host's file is copied. Present and empty: the file is
@@ -973,7 +973,7 @@ pub struct Mount {
     /// Mount the contents of this image; it must be on the node, and readonly must be set.
     #[prost(message, optional, tag = "9")]
     pub image: ::core::option::Option<ImageSpec>,
-    /// A folder of the image to mount instead of its root.
+    /// A directory of the image to mount instead of its root.
     #[prost(string, tag = "10")]
     pub image_sub_path: ::prost::alloc::string::String,
     /// More options for the mount. An unknown one is an error.
@@ -985,7 +985,7 @@ pub struct Mount {
 pub struct Device {
     #[prost(string, tag = "1")]
     pub container_path: ::prost::alloc::string::String,
-    /// A device node, or a folder to take every device from.
+    /// A device node, or a directory to take every device from.
     #[prost(string, tag = "2")]
     pub host_path: ::prost::alloc::string::String,
     /// Any of r (read), w (write), m (make the node).
@@ -1691,7 +1691,7 @@ pub struct FilesystemUsage {
 /// A filesystem.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FilesystemIdentifier {
-    /// A folder of the node that lies on it. The kubelet looks there for the disk.
+    /// A directory of the node that lies on it. The kubelet looks there for the disk.
     #[prost(string, tag = "1")]
     pub mountpoint: ::prost::alloc::string::String,
 }
@@ -1812,7 +1812,7 @@ pub struct CheckpointContainerResponse {}
 pub struct CheckpointPodRequest {
     #[prost(string, tag = "1")]
     pub pod_sandbox_id: ::prost::alloc::string::String,
-    /// An empty folder that the caller owns. Nothing is written outside it.
+    /// An empty directory that the caller owns. Nothing is written outside it.
     #[prost(string, tag = "2")]
     pub output_path: ::prost::alloc::string::String,
     /// Exactly the running containers that are meant, each once.

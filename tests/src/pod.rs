@@ -147,6 +147,19 @@ impl Pod {
         self.client.sandbox(&self.id)
     }
 
+    /// The process id of its first process, as the host numbers it.
+    ///
+    /// # Errors
+    /// The daemon's refusal, and when it has none.
+    pub fn first_process(&self) -> Result<i32> {
+        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: true };
+        let info = self.client.pod_sandbox_status(request)?.info;
+        let text = info.get("info").context("the verbose status has no info")?;
+        let details: serde_json::Value = serde_json::from_str(text).context("reading the info")?;
+        let pid = details.pointer("/pid").and_then(serde_json::Value::as_i64);
+        Ok(pid.filter(|pid| *pid > 1).context("no first process")?.try_into()?)
+    }
+
     /// Its first address.
     ///
     /// # Errors

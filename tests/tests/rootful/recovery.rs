@@ -9,7 +9,7 @@ use berth_cri::v1;
 use berth_tests::census::Census;
 use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::within;
-use berth_tests::pod::{idle, limit, shell, volume};
+use berth_tests::pod::{idle, limit, sharing_pod, shell, volume};
 use nix::sys::signal::{SIGKILL, kill};
 use nix::unistd::Pid;
 
@@ -166,6 +166,30 @@ fn what_a_crash_leaves_half_made_is_gone_after_the_next_start() -> Result<()> {
                 client.remove_sandbox(&sandbox.id)?;
             }
             census.stays(daemon).with_context(|| format!("in round {round}"))?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_end_of_a_pods_first_process_is_in_the_log_when_it_comes_and_once() -> Result<()> {
+    const TOLD: &str = "sandbox not ready: its first process ended";
+    rootful(|daemon| {
+        let told = || Ok::<_, anyhow::Error>(daemon.log()?.matches(TOLD).count());
+        // One that this daemon made, and one that it found.
+        for (restart, earlier) in [(false, 0), (true, 1)] {
+            let pod = daemon.pod_of(sharing_pod(daemon.pod_config(&format!("web-{restart}"))))?;
+            if restart {
+                daemon.kill()?;
+                daemon.start_again()?;
+            }
+            assert_eq!(told()?, earlier);
+            kill(Pid::from_raw(pod.first_process()?), SIGKILL)?;
+            within(SOON, "it is in the log", || Ok((told()? > earlier).then_some(())))?;
+            assert_eq!(pod.status()?.state(), v1::PodSandboxState::SandboxNotready);
+            pod.stop()?;
+            pod.remove()?;
+            assert_eq!(told()?, earlier + 1);
         }
         Ok(())
     })

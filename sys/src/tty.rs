@@ -1,7 +1,9 @@
 //! Pseudo-terminals: pty(7).
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::sys::termios::{self, SetArg, Termios};
 
 /// Whether `file` is on a devpts. Any filesystem can have a file that looks like a `ptmx` and answers an
 /// `ioctl` with what it likes, but says itself what it is.
@@ -88,22 +90,93 @@ pub fn set_size(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> io::Result
     Ok(())
 }
 
+/// The size of a terminal in characters, columns first: `TIOCGWINSZ`.
+///
+/// # Errors
+/// `ENOTTY` when it is not one.
+pub fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes a struct winsize through the pointer, which lives over the call.
+    if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((size.ws_col, size.ws_row))
+}
+
+/// A terminal in raw mode: what is typed is passed on as it is, unechoed, at once and without signals:
+/// `cfmakeraw`, termios(3). Dropping this gives the terminal the settings that it had before.
+#[derive(Debug)]
+pub struct RawMode {
+    terminal: OwnedFd,
+    before: Termios,
+}
+
+impl RawMode {
+    /// Puts a terminal into raw mode.
+    ///
+    /// # Errors
+    /// `ENOTTY` when it is not one; `EIO` when the caller is in the background and nothing will bring it
+    /// back.
+    pub fn enter(terminal: BorrowedFd<'_>) -> io::Result<Self> {
+        let raw = Self { terminal: terminal.try_clone_to_owned()?, before: termios::tcgetattr(terminal)? };
+        raw.apply()?;
+        Ok(raw)
+    }
+
+    /// Sets raw mode once more: a shell changes the settings while its job is stopped.
+    ///
+    /// # Errors
+    /// As tcsetattr(3).
+    pub fn apply(&self) -> io::Result<()> {
+        let mut raw = self.before.clone();
+        termios::cfmakeraw(&mut raw);
+        // Without waiting for output, which a person may have stopped.
+        Ok(termios::tcsetattr(self.terminal.as_fd(), SetArg::TCSANOW, &raw)?)
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        // A terminal that is gone has no settings.
+        let _ = termios::tcsetattr(self.terminal.as_fd(), SetArg::TCSANOW, &self.before);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::termios::LocalFlags;
     use std::io::{Read, Write};
-    use std::os::fd::AsFd;
 
     #[test]
     fn both_ends_of_a_terminal_talk() {
         let controller = std::fs::OpenOptions::new().read(true).write(true).open("/dev/ptmx").unwrap();
         let terminal = open_other_end(controller.as_fd()).unwrap();
         set_size(terminal.as_fd(), 80, 25).unwrap();
+        assert_eq!(size(controller.as_fd()).unwrap(), (80, 25));
         std::fs::File::from(terminal).write_all(b"hi\n").unwrap();
         // The kernel may hand the line over in parts.
         let mut line = [0; 4];
         (&controller).read_exact(&mut line).unwrap();
         assert_eq!(&line, b"hi\r\n");
+    }
+
+    #[test]
+    fn raw_mode_ends_with_its_owner_even_in_a_panic() {
+        let controller = std::fs::OpenOptions::new().read(true).write(true).open("/dev/ptmx").unwrap();
+        let terminal = open_other_end(controller.as_fd()).unwrap();
+        let flags = || termios::tcgetattr(terminal.as_fd()).unwrap().local_flags;
+        let before = flags();
+        assert!(before.contains(LocalFlags::ECHO | LocalFlags::ICANON | LocalFlags::ISIG));
+        let panicked = std::panic::catch_unwind(|| {
+            let _raw = RawMode::enter(terminal.as_fd()).unwrap();
+            assert!(!flags().intersects(LocalFlags::ECHO | LocalFlags::ICANON | LocalFlags::ISIG));
+            std::panic::resume_unwind(Box::new(()));
+        });
+        assert!(panicked.is_err());
+        assert_eq!(flags(), before);
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(RawMode::enter(file.as_fd()).is_err());
     }
 
     #[test]
@@ -114,5 +187,6 @@ mod tests {
         assert!(is_devpts(terminals.as_fd()).unwrap());
         assert!(open_other_end(file.as_fd()).is_err());
         assert!(set_size(file.as_fd(), 1, 1).is_err());
+        assert!(size(file.as_fd()).is_err());
     }
 }

@@ -53,10 +53,20 @@ pub(super) fn run(
             Err(error) => {
                 let text = crate::chain(&error);
                 tracing::debug!(container = %container.id(), error = text, "streamed command failed");
-                Outcome::Failed(text)
+                match shell_code(&error) {
+                    Some(code) => Outcome::NotRun { text, code },
+                    None => Outcome::Failed(text),
+                }
             }
         }
     })
+}
+
+fn shell_code(error: &ContainerError) -> Option<i32> {
+    match error {
+        ContainerError::Shim(ShimError::Failed(failed)) => failed.shell_code(),
+        _ => None,
+    }
 }
 
 fn file(action: &'static str, name: &'static str) -> impl Fn(io::Error) -> ContainerError + Copy {

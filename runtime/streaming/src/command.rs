@@ -47,6 +47,14 @@ pub struct Size {
 pub enum Outcome {
     /// With this exit code.
     Exited(i32),
+    /// Its program is not there or cannot be run. Why, in words for the client, and the exit code that a
+    /// shell has for that: 127 or 126.
+    NotRun {
+        /// Why.
+        text: String,
+        /// What a shell exits with.
+        code: i32,
+    },
     /// It could not be run, or its end is not known. In words, for the client.
     Failed(String),
 }
@@ -132,6 +140,9 @@ pub(crate) const OVER_SPDY: [(&str, Version); 4] = [
     ("channel.k8s.io", Version::V1),
 ];
 
+/// The reason of the cause that has a shell's exit code. Ours; Kubernetes' clients print the message.
+const SHELL_CODE: &str = "ShellExitCode";
+
 /// What is said on the error stream; `None` for nothing.
 pub(crate) fn status(version: Version, outcome: &Outcome) -> Option<Bytes> {
     const NON_ZERO: &str = "command terminated with non-zero exit code";
@@ -139,7 +150,7 @@ pub(crate) fn status(version: Version, outcome: &Outcome) -> Option<Bytes> {
         return match outcome {
             Outcome::Exited(0) => None,
             Outcome::Exited(code) => Some(format!("{NON_ZERO}: {code}").into()),
-            Outcome::Failed(text) => Some(text.clone().into()),
+            Outcome::NotRun { text, .. } | Outcome::Failed(text) => Some(text.clone().into()),
         };
     }
     let status = match outcome {
@@ -151,16 +162,44 @@ pub(crate) fn status(version: Version, outcome: &Outcome) -> Option<Bytes> {
             "reason": "NonZeroExitCode",
             "details": { "causes": [{ "reason": "ExitCode", "message": code.to_string() }] },
         }),
-        Outcome::Failed(text) => serde_json::json!({
-            "metadata": {},
-            "status": "Failure",
-            "message": format!("Internal error occurred: {text}"),
-            "reason": "InternalError",
-            "details": { "causes": [{ "message": text }] },
-            "code": 500,
-        }),
+        Outcome::NotRun { text, code } => {
+            failure(text, &[serde_json::json!({ "reason": SHELL_CODE, "message": code.to_string() })])
+        }
+        Outcome::Failed(text) => failure(text, &[]),
     };
     Some(status.to_string().into())
+}
+
+/// The status of a command that failed by itself, with more causes than its message.
+fn failure(text: &str, more: &[serde_json::Value]) -> serde_json::Value {
+    let causes = [&[serde_json::json!({ "message": text })], more].concat();
+    serde_json::json!({
+        "metadata": {},
+        "status": "Failure",
+        "message": format!("Internal error occurred: {text}"),
+        "reason": "InternalError",
+        "details": { "causes": causes },
+        "code": 500,
+    })
+}
+
+/// The outcome in a status of version 4 or 5, if it has one. For clients: the reverse of [`status`].
+pub(crate) fn outcome(status: &[u8]) -> Option<Outcome> {
+    let status: serde_json::Value = serde_json::from_slice(status).ok()?;
+    if status["status"] == "Success" {
+        return Some(Outcome::Exited(0));
+    }
+    let causes = status["details"]["causes"].as_array().map_or(&[][..], Vec::as_slice);
+    let cause = |reason: &str| causes.iter().find(|cause| cause["reason"] == reason)?["message"].as_str();
+    if status["reason"] == "NonZeroExitCode" {
+        return Some(Outcome::Exited(cause("ExitCode")?.parse().ok()?));
+    }
+    let said = causes.iter().filter(|cause| cause["reason"].is_null()).find_map(|it| it["message"].as_str());
+    let text = said.or(status["message"].as_str())?.to_owned();
+    Some(match cause(SHELL_CODE).and_then(|code| code.parse().ok()) {
+        Some(code) => Outcome::NotRun { text, code },
+        None => Outcome::Failed(text),
+    })
 }
 
 /// The sizes in a resize stream: JSON objects one after the other, cut anywhere.
@@ -343,6 +382,25 @@ mod tests {
         for version in [Version::V1, Version::V2, Version::V3] {
             assert_eq!(status(version, &Outcome::Exited(0)), None);
             assert!(status(version, &Outcome::Exited(3)).unwrap().ends_with(b": 3"));
+        }
+    }
+
+    #[test]
+    fn a_status_is_read_as_it_was_written() {
+        for written in [
+            Outcome::Exited(0),
+            Outcome::Exited(137),
+            Outcome::NotRun { text: "no file".to_owned(), code: 127 },
+            Outcome::Failed("the shim is gone".to_owned()),
+        ] {
+            assert_eq!(outcome(&status(Version::V4, &written).unwrap()), Some(written));
+        }
+        // Of another server, without causes.
+        let other =
+            br#"{"status":"Failure","message":"Internal error occurred: x","reason":"InternalError"}"#;
+        assert_eq!(outcome(other), Some(Outcome::Failed("Internal error occurred: x".to_owned())));
+        for no_status in [&b""[..], b"{", b"{}", br#"{"status":"Failure","reason":"NonZeroExitCode"}"#] {
+            assert_eq!(outcome(no_status), None);
         }
     }
 

@@ -11,6 +11,7 @@
 //! ```
 //! What one client can make the server hold is bounded by `budget`; `hangup` and `vanished` notice that it
 //! is gone, and `activity` that it is silent.
+//! `client` is the other end of a URL, over SPDY.
 //!
 //! Nothing of the daemon is in here: it hands over what runs a command on streams ([`command::Run`]) and
 //! what connects to a port ([`forward::Connect`]).
@@ -18,6 +19,7 @@
 
 mod activity;
 mod budget;
+pub mod client;
 pub mod command;
 pub mod forward;
 pub mod hangup;

@@ -15,9 +15,9 @@ use hyper::header::{
 use hyper::{Method, StatusCode};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
+pub(crate) const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 const ACCEPTED_VERSIONS: HeaderName = HeaderName::from_static("x-accepted-stream-protocol-versions");
-const SPDY: &str = "SPDY/3.1";
+pub(crate) const SPDY: &str = "SPDY/3.1";
 
 /// What a connection is from the answer on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

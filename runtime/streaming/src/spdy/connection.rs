@@ -63,12 +63,27 @@ pub struct Closed;
 
 #[derive(Debug)]
 enum Command {
-    Open { stream: u32, headers: Headers },
-    Reply { stream: u32 },
-    Data { stream: u32, bytes: Bytes, last: bool },
-    Reset { stream: u32, status: ResetStatus },
-    Pong(u32),
-    Close { last_stream: u32 },
+    Open {
+        stream: u32,
+        headers: Headers,
+    },
+    Reply {
+        stream: u32,
+    },
+    Data {
+        stream: u32,
+        bytes: Bytes,
+        last: bool,
+    },
+    Reset {
+        stream: u32,
+        status: ResetStatus,
+    },
+    /// Of the peer, sent back, or a client's own.
+    Ping(u32),
+    Close {
+        last_stream: u32,
+    },
 }
 
 /// An open stream, as the two tasks and its owner see it.
@@ -200,6 +215,22 @@ impl Connection {
         async move {
             // The sender is gone only with the connection.
             let _ = closed.wait_for(|closed| *closed).await;
+        }
+    }
+
+    /// Sends a ping after each `pause`, as a client, for as long as the connection lives: a server closes
+    /// those on which nothing is said.
+    pub fn keep_alive(&self, pause: Duration) -> impl Future<Output = ()> + Send + use<> {
+        // Not a strong sender: the writer must not live for the pings.
+        let commands = self.commands.downgrade();
+        async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                let Some(commands) = commands.upgrade() else { return };
+                if commands.send(Command::Ping(1)).await.is_err() {
+                    return;
+                }
+            }
         }
     }
 
@@ -425,7 +456,7 @@ impl Reader {
             // Clients of the CRI count up in odd numbers, as the ids of their streams do. An even one
             // answers a ping of ours, of which there are none.
             Frame::Ping(id) if id.is_multiple_of(2) != (self.role == Role::Server) => {
-                self.order(Command::Pong(id)).await
+                self.order(Command::Ping(id)).await
             }
             // The peer opens no more streams; what is open goes on.
             Frame::Ping(_) | Frame::GoAway | Frame::Ignored => Ok(true),
@@ -533,7 +564,7 @@ async fn write_one<T: AsyncWrite>(
         Command::Open { stream, headers } => encoder.syn_stream(stream, &headers, head),
         Command::Reply { stream } => encoder.syn_reply(stream, head),
         Command::Reset { stream, status } => Encoder::reset(stream, status, head),
-        Command::Pong(id) => Encoder::ping(id, head),
+        Command::Ping(id) => Encoder::ping(id, head),
         Command::Close { last_stream } => Encoder::go_away(last_stream, head),
         Command::Data { stream, bytes, last } => {
             Encoder::data(stream, bytes.len(), last, head);
@@ -668,6 +699,16 @@ mod tests {
         assert!(server.accept().await.is_none());
         assert_eq!(start.elapsed(), LIMITS.idle);
         drop(client);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_kept_alive_outlives_the_limit() {
+        let (client, mut server) = pair();
+        let keep_alive = tokio::spawn(client.keep_alive(LIMITS.idle / 3));
+        let closed = tokio::time::timeout(LIMITS.idle * 5, server.accept()).await;
+        assert!(closed.is_err(), "{closed:?}");
+        drop(client);
+        keep_alive.await.unwrap();
     }
 
     #[tokio::test]

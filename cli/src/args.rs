@@ -7,10 +7,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::detach_keys::DetachKeys;
 use crate::mount_spec::MountSpec;
+use crate::port_spec::PortSpec;
 use crate::run_plan::DEFAULT_CONTAINER;
 use crate::user_spec::UserSpec;
-use crate::{env_spec, pod_name, quantity};
+use crate::{detach_keys, env_spec, pod_name, quantity};
 
 use berth_api::DEFAULT_SOCKET;
 use berth_cri::v1::KeyValue;
@@ -46,8 +48,24 @@ pub(crate) enum Command {
     Pods(PodsArgs),
     /// Show the output of a container.
     Logs(LogsArgs),
-    /// Run a program in a running container; the exit code is the program's, or 125 if Berth failed.
+    /// Run a program in a running container.
+    ///
+    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be run, or 127
+    /// if it is not found. The program ends with this command: when it is interrupted, or its terminal or
+    /// the reader of its output goes away. It has the container's environment, working directory and user.
+    #[command(override_usage = "berth exec [OPTIONS] CONTAINER CMD...")]
     Exec(ExecArgs),
+    /// Join the input, output and terminal of a running container's program.
+    ///
+    /// Shows what it writes from now on; `berth logs` has what it wrote before. Ctrl-C on the container's own
+    /// terminal is the program's; the keys to detach leave it running, as any other end of this command does.
+    /// When the container ends, so does this command, with its exit code.
+    Attach(AttachArgs),
+    /// Forward ports of this machine's loopback addresses to a pod.
+    ///
+    /// Listens on 127.0.0.1 and ::1 until it is ended, and prints a line for each address. A pod's ports need
+    /// not be published for this, and servers on the pod's own loopback are reached, too.
+    PortForward(PortForwardArgs),
     /// Stop containers, or all containers in pods.
     Stop(StopArgs),
     /// Remove pods or containers, and the logs of pods made by `berth run`.
@@ -115,12 +133,15 @@ pub(crate) struct RunArgs {
     /// Run in the background and print the container id.
     #[arg(short, long)]
     pub(crate) detach: bool,
-    /// Not supported: the program gets no input.
-    #[arg(short, long, hide = true)]
+    /// Pass standard input on to the program. Only with this or --tty can it be attached to.
+    #[arg(short, long)]
     pub(crate) interactive: bool,
-    /// Not supported: the program gets no terminal.
-    #[arg(short, long, hide = true)]
+    /// Give the program a terminal.
+    #[arg(short, long)]
     pub(crate) tty: bool,
+    /// Keys that detach from the program, such as ctrl-p,ctrl-q or ctrl-@,x; empty for none.
+    #[arg(long, value_name = "KEYS", default_value = detach_keys::DEFAULT)]
+    pub(crate) detach_keys: DetachKeys,
     /// The image, pulled if missing, and arguments for its entry point (or the program, if it has none) that
     /// replace the image's own.
     // One argument, not two: everything after the image belongs to the program, even what looks like an
@@ -191,20 +212,43 @@ pub(crate) struct LogsArgs {
 /// What `berth exec` takes.
 #[derive(Debug, Args)]
 pub(crate) struct ExecArgs {
+    /// Pass standard input on to the program.
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the program a terminal.
+    #[arg(short, long)]
+    pub(crate) tty: bool,
     /// Kill the program after this many seconds [default: never].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) timeout: Option<u32>,
-    /// Not supported: the program gets no input.
-    #[arg(short, long, hide = true)]
-    pub(crate) interactive: bool,
-    /// Not supported: the program gets no terminal.
-    #[arg(short, long, hide = true)]
-    pub(crate) tty: bool,
     /// The container: an id or unique prefix, the name of its pod, or POD/CONTAINER.
     pub(crate) container: String,
     /// The program and its arguments.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
+}
+
+/// What `berth attach` takes.
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Pass no input on.
+    #[arg(long)]
+    pub(crate) no_stdin: bool,
+    /// Keys that detach, such as ctrl-p,ctrl-q or ctrl-@,x; empty for none.
+    #[arg(long, value_name = "KEYS", default_value = detach_keys::DEFAULT)]
+    pub(crate) detach_keys: DetachKeys,
+    /// The container: an id or unique prefix, the name of its pod, or POD/CONTAINER.
+    pub(crate) container: String,
+}
+
+/// What `berth port-forward` takes.
+#[derive(Debug, Args)]
+pub(crate) struct PortForwardArgs {
+    /// The pod, or one of its containers.
+    pub(crate) pod: String,
+    /// Port here and port in the pod; REMOTE alone is the same here, :REMOTE any free port.
+    #[arg(required = true, value_name = "[LOCAL:]REMOTE")]
+    pub(crate) ports: Vec<PortSpec>,
 }
 
 /// What `berth stop` takes.
@@ -221,7 +265,7 @@ pub(crate) struct StopArgs {
 /// What `berth rm` takes.
 #[derive(Debug, Args)]
 pub(crate) struct RmArgs {
-    /// Kill running containers.
+    /// Kill running containers. Takes whole names and ids, or four figures of an id or more.
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Containers or pods.
@@ -232,6 +276,9 @@ pub(crate) struct RmArgs {
 /// What `berth rmi` takes.
 #[derive(Debug, Args)]
 pub(crate) struct RmiArgs {
+    /// Remove images that containers were made from, too; those run on, and keep the layers.
+    #[arg(short, long)]
+    pub(crate) force: bool,
     /// Images, by name or id.
     #[arg(required = true, value_name = "IMAGE")]
     pub(crate) images: Vec<String>,
@@ -279,7 +326,7 @@ pub(crate) fn runs_a_program(arguments: impl Iterator<Item = OsString>) -> bool 
         match argument.to_str() {
             Some("--socket") => drop(arguments.next()),
             Some(option) if option.starts_with('-') => {}
-            command => return matches!(command, Some("run" | "exec")),
+            command => return matches!(command, Some("run" | "exec" | "attach")),
         }
     }
     false
@@ -339,7 +386,7 @@ mod tests {
         let Command::Exec(args) = parse("berth exec -it web sh").unwrap().command else { panic!("not exec") };
         assert!(args.interactive && args.tty);
         let args = run("berth run -it image");
-        assert!(args.interactive && args.tty, "so that it can be refused in words");
+        assert!(args.interactive && args.tty);
         let args = run("berth run -d -e A=b -m 1Mi -u 5 -v /a:/b image");
         assert!(args.detach && args.envs.len() == 1 && args.user.is_some() && args.mounts.len() == 1);
     }
@@ -376,7 +423,9 @@ mod tests {
     #[test]
     fn commands_that_run_a_program_are_known_by_their_first_word() {
         let says = |line: &str| runs_a_program(line.split_whitespace().map(OsString::from));
-        for line in ["berth run", "berth exec x", "berth --socket /s run", "berth --socket=/s exec"] {
+        for line in
+            ["berth run", "berth exec x", "berth --socket /s run", "berth --socket=/s exec", "berth attach"]
+        {
             assert!(says(line), "{line}");
         }
         for line in ["berth", "berth ps run", "berth --socket run ps", "berth --socket", "berth rm exec"] {

@@ -18,6 +18,7 @@ use berth_cri::v1::{
     RemovePodSandboxRequest, StopContainerRequest, StopPodSandboxRequest,
 };
 use hyper_util::rt::TokioIo;
+use serde_json::Value;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
@@ -180,6 +181,18 @@ impl Daemon {
         let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
         let response = answer(act.as_str(), self.runtime.clone().container_status(request)).await?;
         response.status.ok_or_else(|| empty_answer(act))
+    }
+
+    /// What the daemon says of a container beyond CRI: its process id, and what was asked for.
+    ///
+    /// # Errors
+    /// When the call fails, or the container is gone.
+    pub(crate) async fn container_details(&self, id: &str) -> Result<Value, CallError> {
+        let act = format!("inspect container {}", short_id(id));
+        let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
+        let response = answer(act.as_str(), self.runtime.clone().container_status(request)).await?;
+        let details = response.info.get("info").and_then(|text| serde_json::from_str(text).ok());
+        details.ok_or_else(|| empty_answer(act))
     }
 
     /// What is known of a pod.

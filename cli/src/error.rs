@@ -2,12 +2,13 @@
 
 use std::process::ExitCode;
 
-use crate::commands::{exec, import, pull, rm, run};
+use crate::commands::{attach, exec, images, import, port_forward, pull, rm, run};
 use crate::daemon::{CallError, ConnectError};
 use crate::log_stream::LogStreamError;
 use crate::names::NameError;
 use crate::output::OutputError;
 use crate::pull::PullError;
+use crate::remote::RemoteError;
 use crate::table::printable;
 
 /// Exit code of a command that failed, where the code says nothing else.
@@ -44,12 +45,17 @@ pub(crate) enum Error {
     #[error(transparent)]
     Exec(#[from] exec::ExecError),
     #[error(transparent)]
+    Attach(#[from] attach::AttachError),
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    #[error(transparent)]
+    PortForward(#[from] port_forward::PortForwardError),
+    #[error(transparent)]
     Import(#[from] import::ImportError),
     #[error(transparent)]
+    Image(#[from] images::ImageError),
+    #[error(transparent)]
     Remove(#[from] rm::RemoveError),
-    /// Input or a terminal was asked for.
-    #[error("-i and -t are not supported: the program gets no input and no terminal")]
-    Interactive,
     /// Several things were asked for, and some failed; each has been told.
     #[error("{failed} of {all} failed")]
     Partly { failed: usize, all: usize },
@@ -69,6 +75,7 @@ impl Error {
     pub(crate) fn exit_code(&self, runs_a_program: bool) -> ExitCode {
         let code = match self {
             Self::Run(run::RunError::NotStarted { exit_code: Some(code), .. }) => *code,
+            Self::Exec(exec::ExecError::NotRun { code, .. }) => u8::try_from(*code).unwrap_or(BERTH_FAILED),
             _ if self.reader_is_gone() => READER_GONE,
             _ if runs_a_program => BERTH_FAILED,
             _ => FAILURE,

@@ -1,4 +1,8 @@
-//! Ctrl-C and SIGTERM, counted instead of fatal: for the time in which something has to be undone at the end.
+//! The signals that ask the command to end, counted instead of fatal: for the time in which something has to
+//! be undone at the end.
+//!
+//! SIGHUP is among them: it comes when the terminal or the connection goes away. A signal that was ignored
+//! when the command started stays ignored, as nohup(1) and shells' background jobs want it.
 
 use std::future::Future;
 use std::io;
@@ -8,16 +12,35 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// The signals that ask us to end.
 #[derive(Debug)]
 pub(crate) struct Interrupts {
-    interrupt: Signal,
-    terminate: Signal,
+    listening: [Option<Signal>; 4],
     /// How many have come.
     count: u32,
 }
+
+/// In the order of [`Interrupts::listening`].
+const KINDS: [fn() -> SignalKind; 4] =
+    [SignalKind::interrupt, SignalKind::terminate, SignalKind::hangup, SignalKind::quit];
 
 /// Two interrupts came while something had to be waited for.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted; `berth ps -a` shows what is left, `berth rm -f` removes it")]
 pub(crate) struct GivenUp;
+
+/// One of the signals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Interrupt {
+    /// How many have come, with this one.
+    pub(crate) count: u32,
+    /// Its number.
+    number: i32,
+}
+
+impl Interrupt {
+    /// The exit code of a program that it has ended, as shells have it.
+    pub(crate) fn exit_code(self) -> u8 {
+        u8::try_from(128 + self.number).unwrap_or(u8::MAX)
+    }
+}
 
 impl Interrupts {
     /// Listens from now on; the signals end the process no longer.
@@ -25,18 +48,27 @@ impl Interrupts {
     /// # Errors
     /// When the handlers cannot be installed.
     pub(crate) fn listen() -> io::Result<Self> {
-        let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        Ok(Self { interrupt, terminate, count: 0 })
+        let ignored = ignored(&std::fs::read_to_string("/proc/self/status")?);
+        let mut listening = [const { None }; 4];
+        for (place, kind) in listening.iter_mut().zip(KINDS) {
+            if ignored & (1 << (kind().as_raw_value() - 1)) == 0 {
+                *place = Some(signal(kind())?);
+            }
+        }
+        Ok(Self { listening, count: 0 })
     }
 
-    /// Waits for the next one and returns how many have come. May be dropped and called again.
-    pub(crate) async fn next(&mut self) -> u32 {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
+    /// Waits for the next one. May be dropped and called again.
+    pub(crate) async fn next(&mut self) -> Interrupt {
+        let [interrupt, terminate, hangup, quit] = &mut self.listening;
+        let number = tokio::select! {
+            () = receive(interrupt) => SignalKind::interrupt(),
+            () = receive(terminate) => SignalKind::terminate(),
+            () = receive(hangup) => SignalKind::hangup(),
+            () = receive(quit) => SignalKind::quit(),
+        };
         self.count += 1;
-        self.count
+        Interrupt { count: self.count, number: number.as_raw_value() }
     }
 
     /// How many have come.
@@ -53,8 +85,41 @@ impl Interrupts {
         loop {
             tokio::select! {
                 done = &mut work => return Ok(done),
-                count = self.next() => if count >= 2 { return Err(GivenUp) },
+                interrupt = self.next() => if interrupt.count >= 2 { return Err(GivenUp) },
             }
+        }
+    }
+}
+
+async fn receive(signal: &mut Option<Signal>) {
+    match signal {
+        // Never `None`: the runtime's end is ours too.
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// The signals that are ignored, one bit each, from the text of `/proc/self/status`.
+fn ignored(status: &str) -> u64 {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_signals_are_read() {
+        assert_eq!(ignored("Name:\tx\nSigBlk:\t0000000000000001\nSigIgn:\t0000000000001005\n"), 0x1005);
+        assert_eq!(ignored("Name:\tx\n"), 0);
+        assert_eq!(ignored("SigIgn:\tlots\n"), 0);
+    }
+
+    #[test]
+    fn a_signal_is_told_as_shells_do() {
+        for (kind, code) in KINDS.iter().zip([130, 143, 129, 131]) {
+            assert_eq!(Interrupt { count: 1, number: kind().as_raw_value() }.exit_code(), code);
         }
     }
 }

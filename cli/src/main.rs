@@ -1,8 +1,8 @@
 //! The `berth` command: a person's way to a running berthd.
 //!
 //! A client of the daemon's socket and nothing else: it speaks CRI, as a kubelet does, and Berth's own
-//! service for what CRI has no call for. It keeps no state. The one thing it reads beside the socket is the
-//! log files, whose paths the daemon tells.
+//! service for what CRI has no call for; streams go over the URLs that the daemon answers with. It keeps no
+//! state. The one thing it reads beside is the log files, whose paths the daemon tells.
 //!
 //! `args` says what can be written, `commands` what it does; the other modules have one subject each.
 #![forbid(unsafe_code)]
@@ -11,6 +11,8 @@ mod args;
 mod clock;
 mod commands;
 mod daemon;
+mod detach_keys;
+mod ending;
 mod env_spec;
 mod error;
 #[cfg(test)]
@@ -23,11 +25,15 @@ mod mount_spec;
 mod names;
 mod output;
 mod pod_name;
+mod port_spec;
 mod progress;
 mod pull;
 mod quantity;
+mod relay;
+mod remote;
 mod run_plan;
 mod table;
+mod terminal;
 mod user_spec;
 
 use std::process::ExitCode;
@@ -36,7 +42,8 @@ use clap::Parser;
 
 use crate::args::{Cli, Command};
 use crate::commands::{
-    doctor, exec, images, import, info, inspect, logs, ps, pull as pull_command, rm, run, stats, stop,
+    attach, doctor, exec, images, import, info, inspect, logs, port_forward, ps, pull as pull_command, rm,
+    run, stats, stop,
 };
 use crate::daemon::Daemon;
 use crate::error::{BERTH_FAILED, Error};
@@ -48,7 +55,7 @@ fn main() -> anyhow::Result<ExitCode> {
     };
     // One thread: a command waits for the daemon most of the time. Following a log has a thread of its own.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let runs_a_program = matches!(cli.command, Command::Run(_) | Command::Exec(_));
+    let runs_a_program = matches!(cli.command, Command::Run(_) | Command::Exec(_) | Command::Attach(_));
     let outcome = runtime.block_on(perform(cli));
     // Not dropped: that would wait for a thread that may be writing to a reader who never reads.
     runtime.shutdown_background();
@@ -71,10 +78,12 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
     match cli.command {
         Command::Run(args) => return run::run(daemon, *args).await,
         Command::Exec(args) => return exec::exec(daemon, args).await,
+        Command::Attach(args) => return attach::attach(daemon, args).await,
         Command::Pull(args) => pull_command::pull(daemon, args).await?,
         Command::Ps(args) => ps::containers(daemon, &args).await?,
         Command::Pods(args) => ps::pods(daemon, &args).await?,
         Command::Logs(args) => logs::logs(daemon, args).await?,
+        Command::PortForward(args) => port_forward::port_forward(daemon, &args).await?,
         Command::Stop(args) => stop::stop(daemon, &args).await?,
         Command::Rm(args) => rm::remove(daemon, &args).await?,
         Command::Images => images::list(daemon).await?,

@@ -11,6 +11,9 @@ use berth_cri::v1::{Container, PodSandbox};
 /// How many figures of an id are shown: as many as other tools show.
 pub(crate) const SHORT_ID: usize = 12;
 
+/// How many figures of an id it takes to remove something by force.
+const CERTAIN_ID: usize = 4;
+
 /// How many candidates an error lists; more do not help to choose.
 const MOST_CANDIDATES: usize = 8;
 
@@ -30,6 +33,11 @@ pub(crate) enum NameError {
         /// Names of its containers.
         candidates: Vec<String>,
     },
+    /// One thing begins so, but a slip of the finger may have meant another.
+    #[error(
+        "`{0}` is too little of an id to remove something by force; give {CERTAIN_ID} figures of it or more"
+    )]
+    TooShort(String),
     /// More than one thing could be meant.
     #[error("`{name}` matches more than one: {}; use a longer name or id", listed(.candidates))]
     Ambiguous {
@@ -43,7 +51,8 @@ pub(crate) enum NameError {
     EmptyPod(String),
 }
 
-fn listed(candidates: &[String]) -> String {
+/// Names in a sentence, not too many.
+pub(crate) fn listed(candidates: &[String]) -> String {
     let more = candidates.len().saturating_sub(MOST_CANDIDATES);
     let shown = candidates.iter().take(MOST_CANDIDATES).cloned().collect::<Vec<_>>().join(", ");
     match more {
@@ -106,6 +115,21 @@ impl Inventory {
                 self.only(name, &candidates)?.ok_or_else(|| NameError::EmptyPod(pod_name(pod).to_owned()))
             }
         }
+    }
+
+    /// [`Inventory::target`] for what cannot be undone: a name or an id as a whole, or more of an id than one
+    /// types by mistake.
+    ///
+    /// # Errors
+    /// When there is none, or more than one, or too little of an id is given.
+    pub(crate) fn certain_target(&self, name: &str) -> Result<Target<'_>, NameError> {
+        let target = self.target(name)?;
+        let (id, is_named) = match target {
+            Target::Container(container) => (&container.id, name.contains('/')),
+            Target::Pod(pod) => (&pod.id, pod_name(pod) == name),
+        };
+        let is_certain = is_named || id == name || name.len() >= CERTAIN_ID;
+        if is_certain { Ok(target) } else { Err(NameError::TooShort(name.to_owned())) }
     }
 
     /// Finds the pod or container that `name` means.
@@ -310,6 +334,30 @@ mod tests {
         ] {
             assert_eq!(found(name).as_deref(), Ok(id), "{name}");
         }
+    }
+
+    #[test]
+    fn force_takes_more_than_a_slip_of_the_finger() {
+        let known = inventory();
+        let certain = |name: &str| {
+            known.certain_target(name).map(|target| match target {
+                Target::Container(container) => container.id.clone(),
+                Target::Pod(pod) => pod.id.clone(),
+            })
+        };
+        for (name, id) in [("c", "c"), ("p1", "p1"), ("abc", "p6"), ("job", "p7"), ("web/app", "c1ab")] {
+            assert_eq!(certain(name).as_deref(), Ok(id), "{name}");
+        }
+        let mut long = inventory();
+        long.pods.push(pod("4711af", "default", "long", 1));
+        for name in ["4", "47", "471"] {
+            assert_eq!(long.certain_target(name), Err(NameError::TooShort(name.into())), "{name}");
+            assert!(long.target(name).is_ok());
+        }
+        assert_eq!(long.certain_target("4711"), long.target("4711af"));
+        assert_eq!(certain("c1b"), Err(NameError::TooShort("c1b".into())));
+        assert!(matches!(certain("c1"), Err(NameError::Ambiguous { .. })));
+        assert_eq!(certain("zz"), Err(NameError::Unknown("zz".into())));
     }
 
     #[test]

@@ -33,7 +33,8 @@ pub(crate) fn line(text: impl Display) -> Result<(), OutputError> {
 ///
 /// # Errors
 /// When they cannot be written.
-pub(crate) fn bytes(stream: Stream, bytes: &[u8]) -> Result<(), OutputError> {
+pub(crate) fn bytes(stream: Stream, bytes: impl AsRef<[u8]>) -> Result<(), OutputError> {
+    let bytes = bytes.as_ref();
     let written = match stream {
         Stream::Stdout => {
             let mut stdout = io::stdout().lock();

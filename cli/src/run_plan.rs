@@ -106,6 +106,10 @@ pub(crate) struct ContainerPlan {
     pub(crate) memory_limit_bytes: Option<i64>,
     /// Limit of processor time per [`CPU_PERIOD`].
     pub(crate) cpu_quota_us: Option<i64>,
+    /// The program gets input, to the end of the first that is passed on.
+    pub(crate) stdin: bool,
+    /// The program gets a terminal.
+    pub(crate) terminal: bool,
 }
 
 /// Directory for the logs of one pod.
@@ -251,6 +255,9 @@ pub(crate) fn container_config(home: Home, container: ContainerPlan) -> Containe
         envs: container.envs,
         mounts: container.mounts.into_iter().map(mount).collect(),
         labels,
+        stdin: container.stdin,
+        stdin_once: container.stdin && !container.terminal,
+        tty: container.terminal,
         linux: Some(LinuxContainerConfig {
             resources: Some(resources(container.memory_limit_bytes, container.cpu_quota_us)),
             security_context: Some(security_context),
@@ -303,6 +310,8 @@ mod tests {
             user: None,
             memory_limit_bytes: None,
             cpu_quota_us: None,
+            stdin: false,
+            terminal: false,
         }
     }
 

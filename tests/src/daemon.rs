@@ -376,14 +376,14 @@ impl Daemon {
         Ok(Pod::run(self.client(), config)?)
     }
 
-    /// The `berth` command, for this daemon.
+    /// The `berth` command, for this daemon and on its host: the streaming server is on loopback there.
     ///
     /// # Errors
     /// When it was not built.
     pub fn berth(&self) -> Result<Command> {
         let program = programs()?.join("berth");
         ensure!(program.exists(), "no {}: run make build", program.display());
-        let mut command = Command::new(program);
+        let mut command = self.host.command(program);
         command.env("BERTH_SOCKET", self.socket()).stdin(Stdio::null());
         Ok(command)
     }

@@ -24,4 +24,5 @@ pub mod registry;
 pub mod repeats;
 pub mod skip;
 pub mod streams;
+pub mod terminal;
 pub mod tracer;

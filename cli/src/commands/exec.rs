@@ -1,44 +1,112 @@
-//! `berth exec`: runs a program in a running container to its end.
+//! `berth exec`: runs a program in a running container, with our input, output and terminal.
 
+use std::io;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use berth_cri::v1::{ContainerState, ExecSyncRequest};
+use berth_cri::v1::{ContainerState, ExecRequest};
+use berth_streaming::command::{Outcome, Wanted};
 
 use crate::args::ExecArgs;
 use crate::daemon::{Daemon, answer};
 use crate::error::Error;
-use crate::log_line::Stream;
-use crate::output;
+use crate::interrupts::Interrupts;
+use crate::relay::{Ended, relay};
+use crate::remote;
+use crate::terminal::Terminal;
 
-/// Why a program is not run at all.
+/// Why a program was not run, or not to its end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExecError {
     /// There is no process to join.
     #[error("container `{0}` is not running")]
     NotRunning(String),
+    /// The program is not there, or cannot be run.
+    #[error("run a program in {container}: {text}")]
+    NotRun {
+        /// In which container.
+        container: String,
+        /// What the daemon says.
+        text: String,
+        /// What a shell exits with.
+        code: i32,
+    },
+    /// It failed in another way.
+    #[error("run a program in {container}: {text}")]
+    Failed {
+        /// In which container.
+        container: String,
+        /// What the daemon says.
+        text: String,
+    },
+    /// The connection broke before the program's end.
+    #[error("lost the connection to the program in {0} before it ended; is berthd still running?")]
+    Lost(String),
+    /// It took longer than it may.
+    #[error("the program in {container} did not end within {seconds} s and was killed")]
+    TooLong {
+        /// In which container.
+        container: String,
+        /// What was allowed.
+        seconds: u32,
+    },
+    /// Signals cannot be listened to, or the terminal cannot be used.
+    #[error("use the terminal")]
+    Terminal(#[source] io::Error),
 }
 
 /// Runs a program; the exit code is the program's.
 ///
 /// # Errors
-/// When the program could not be run, or was killed for taking too long.
+/// When the program could not be run, or was killed for taking too long, or its end is not known.
 pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Error> {
-    if args.interactive || args.tty {
-        return Err(Error::Interactive);
-    }
     let inventory = daemon.inventory().await?;
     let container = inventory.container(&args.container)?;
+    let label = inventory.label(container);
     if container.state() != ContainerState::ContainerRunning {
-        return Err(ExecError::NotRunning(inventory.label(container)).into());
+        return Err(ExecError::NotRunning(label).into());
     }
-    let request = ExecSyncRequest {
+    let wanted = Wanted { stdin: args.interactive, stdout: true, stderr: !args.tty, terminal: args.tty };
+    let request = ExecRequest {
         container_id: container.id.clone(),
         cmd: args.command,
-        timeout: args.timeout.map_or(0, i64::from),
+        tty: wanted.terminal,
+        stdin: wanted.stdin,
+        stdout: wanted.stdout,
+        stderr: wanted.stderr,
     };
-    let act = format!("run a program in {}", inventory.label(container));
-    let done = answer(act, daemon.runtime.clone().exec_sync(request)).await?;
-    output::bytes(Stream::Stdout, &done.stdout)?;
-    output::bytes(Stream::Stderr, &done.stderr)?;
-    Ok(ExitCode::from(u8::try_from(done.exit_code).unwrap_or(u8::MAX)))
+    let mut interrupts = Interrupts::listen().map_err(ExecError::Terminal)?;
+    let act = format!("run a program in {label}");
+    let starting = async {
+        let url = answer(act, daemon.runtime.clone().exec(request)).await?.url;
+        Ok::<_, Error>(remote::command(&url, wanted).await?)
+    };
+    let command = tokio::select! {
+        command = starting => command?,
+        // The connection goes with us, and the program with it.
+        interrupt = interrupts.next() => return Ok(ExitCode::from(interrupt.exit_code())),
+    };
+    let terminal = Terminal::of_program(wanted).map_err(ExecError::Terminal)?;
+    let too_long = async {
+        match args.timeout {
+            Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
+            None => std::future::pending().await,
+        }
+    };
+    let ended = tokio::select! {
+        ended = relay(command, terminal, None) => ended?,
+        interrupt = interrupts.next() => return Ok(ExitCode::from(interrupt.exit_code())),
+        () = too_long => {
+            let seconds = args.timeout.unwrap_or_default();
+            return Err(ExecError::TooLong { container: label, seconds }.into());
+        }
+    };
+    match ended {
+        Ended::Program(Outcome::Exited(code)) => Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))),
+        Ended::Program(Outcome::NotRun { text, code }) => {
+            Err(ExecError::NotRun { container: label, text, code }.into())
+        }
+        Ended::Program(Outcome::Failed(text)) => Err(ExecError::Failed { container: label, text }.into()),
+        Ended::Lost | Ended::Detached => Err(ExecError::Lost(label).into()),
+    }
 }

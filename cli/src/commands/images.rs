@@ -5,7 +5,7 @@ use berth_cri::v1::{Image, ListImagesRequest, RemoveImageRequest};
 use crate::args::RmiArgs;
 use crate::daemon::{Daemon, answer, image_spec};
 use crate::error::Error;
-use crate::names::short_id;
+use crate::names::{Inventory, listed, short_id};
 use crate::output;
 use crate::quantity::bytes_text;
 use crate::table::Table;
@@ -14,6 +14,19 @@ use super::stop::report;
 
 /// What is shown for an image without a name.
 const NO_NAME: &str = "<none>";
+
+/// Why an image is still there.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImageError {
+    /// Containers were made from it.
+    #[error("image `{image}` is in use by {}; remove them first, or the image's names with --force", listed(.users))]
+    InUse {
+        /// The image as it was asked for.
+        image: String,
+        /// The containers.
+        users: Vec<String>,
+    },
+}
 
 /// Lists images, one row for each name.
 ///
@@ -46,26 +59,53 @@ fn rows_of(image: &Image) -> Vec<[String; 3]> {
 /// # Errors
 /// When an image is not there, or could not be removed; the rest is.
 pub(crate) async fn remove(daemon: &Daemon, args: &RmiArgs) -> Result<(), Error> {
+    let inventory = daemon.inventory().await?;
     let mut outcomes = Vec::with_capacity(args.images.len());
     for image in &args.images {
-        outcomes.push(remove_one(daemon, image).await);
+        outcomes.push(remove_one(daemon, &inventory, image, args.force).await);
     }
     report(&args.images, outcomes)
 }
 
-async fn remove_one(daemon: &Daemon, image: &str) -> Result<(), Error> {
+async fn remove_one(daemon: &Daemon, inventory: &Inventory, image: &str, force: bool) -> Result<(), Error> {
     // To CRI an absent image is removed already; a person who mistyped a name wants to know.
-    if daemon.image(image).await?.is_none() {
-        return Err(Error::NoImage(image.to_owned()));
+    let Some(found) = daemon.image(image).await? else { return Err(Error::NoImage(image.to_owned())) };
+    let users = users(inventory, &found.id);
+    if !force && !users.is_empty() {
+        return Err(ImageError::InUse { image: image.to_owned(), users }.into());
     }
     let request = RemoveImageRequest { image: Some(image_spec(image)) };
     answer(format!("remove image {image}"), daemon.images.clone().remove_image(request)).await?;
     Ok(())
 }
 
+/// The containers that were made from an image, as they can be asked for.
+fn users(inventory: &Inventory, image_id: &str) -> Vec<String> {
+    let using = inventory.containers.iter().filter(|container| container.image_id == image_id);
+    let mut users: Vec<_> = using.map(|container| inventory.label(container)).collect();
+    users.sort();
+    users
+}
+
 #[cfg(test)]
 mod tests {
+    use berth_cri::v1::{Container, ContainerMetadata};
+
     use super::*;
+
+    #[test]
+    fn the_users_of_an_image_are_named() {
+        let container = |name: &str, image: &str| Container {
+            metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
+            image_id: image.into(),
+            ..Container::default()
+        };
+        let containers =
+            vec![container("b", "sha256:1"), container("c", "sha256:2"), container("a", "sha256:1")];
+        let inventory = Inventory { containers, ..Inventory::default() };
+        assert_eq!(users(&inventory, "sha256:1"), ["?/a", "?/b"]);
+        assert!(users(&inventory, "sha256:3").is_empty());
+    }
 
     fn names(tags: &[&str], digests: &[&str]) -> Vec<String> {
         let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();

@@ -6,10 +6,9 @@ use berth_cri::v1::ContainerState;
 
 use crate::args::LogsArgs;
 use crate::daemon::Daemon;
+use crate::ending::wait_for_end;
 use crate::error::Error;
 use crate::log_stream::{self, Following, Selection};
-
-use super::run::watch::wait_for_end;
 
 /// Prints a container's log.
 ///

@@ -1,5 +1,6 @@
 //! The commands, one file each: what they ask the daemon and what they print.
 
+pub(crate) mod attach;
 pub(crate) mod doctor;
 pub(crate) mod exec;
 pub(crate) mod images;
@@ -7,6 +8,7 @@ pub(crate) mod import;
 pub(crate) mod info;
 pub(crate) mod inspect;
 pub(crate) mod logs;
+pub(crate) mod port_forward;
 pub(crate) mod ps;
 pub(crate) mod pull;
 pub(crate) mod rm;

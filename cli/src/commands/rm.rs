@@ -48,7 +48,8 @@ pub(crate) async fn remove(daemon: &Daemon, args: &RmArgs) -> Result<(), Error> 
 }
 
 async fn remove_one(daemon: &Daemon, inventory: &Inventory, name: &str, force: bool) -> Result<(), Error> {
-    match inventory.target(name)? {
+    let target = if force { inventory.certain_target(name)? } else { inventory.target(name)? };
+    match target {
         Target::Pod(pod) => remove_pod(daemon, inventory, pod, force).await,
         Target::Container(container) => match inventory.pod(&container.pod_sandbox_id) {
             Some(pod) if is_own(pod) && inventory.containers_of(&pod.id).count() == 1 => {

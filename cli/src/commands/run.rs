@@ -10,9 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use berth_cri::v1::{PodSandboxState, PodSandboxStatus};
+use berth_streaming::client::Command;
+use berth_streaming::command::Wanted;
 
 use crate::args::RunArgs;
 use crate::daemon::{Daemon, Refusal};
+use crate::ending::exit_code;
 use crate::error::Error;
 use crate::interrupts::{GivenUp, Interrupts};
 use crate::mount_spec::MountSpec;
@@ -23,10 +26,11 @@ use crate::pull::{Narration, pull};
 use crate::run_plan::{self, ContainerPlan, NAMESPACE, Network, PodPlan};
 
 use self::made::Made;
-use self::watch::watch;
+use self::watch::{Shared, share, watch};
+use super::attach::{self, AttachError, streams};
 
 mod made;
-pub(super) mod watch;
+mod watch;
 
 /// The reason that CRI has for a container that the kernel ended for want of memory.
 const OUT_OF_MEMORY: &str = "OOMKilled";
@@ -78,6 +82,9 @@ pub(crate) enum RunError {
     /// Signals cannot be listened to.
     #[error("listen for signals")]
     Signals(#[source] io::Error),
+    /// The terminal cannot be used.
+    #[error("use the terminal")]
+    Terminal(#[source] io::Error),
     /// The program could not be started.
     #[error("start the program")]
     NotStarted {
@@ -106,9 +113,6 @@ enum Pod {
 /// # Errors
 /// When the program could not be run, or its end not be learned.
 pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Error> {
-    if args.interactive || args.tty {
-        return Err(Error::Interactive);
-    }
     let (image, command) = args.image_and_command();
     let mounts = args.mounts.iter().map(absolute_mount).collect::<Result<Vec<_>, _>>()?;
     let pod = match &args.pod {
@@ -129,28 +133,48 @@ pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Erro
         user: args.user,
         memory_limit_bytes: args.memory_limit_bytes,
         cpu_quota_us: args.cpu_quota_us,
+        stdin: args.interactive,
+        terminal: args.tty,
     };
+    let attached =
+        (!args.detach && (args.interactive || args.tty)).then(|| streams(args.interactive, args.tty));
 
     // From here on there is something to undo. Before, a signal simply ends us; a pull is cancelled by that.
     let mut interrupts = Interrupts::listen().map_err(RunError::Signals)?;
     let mut made = Made::nothing(daemon);
-    let container_id =
-        match interrupts.shield(start(&mut made, pod, container)).await.map_err(RunError::from)? {
+    let started =
+        match interrupts.shield(start(&mut made, pod, container, attached)).await.map_err(RunError::from)? {
             Ok(_) if interrupts.count() > 0 => {
                 made.undo().await;
                 return Err(RunError::Interrupted.into());
             }
-            Ok(id) => id,
+            Ok(started) => started,
             Err(error) => {
                 made.undo().await;
                 return Err(error);
             }
         };
     if args.detach {
-        output::line(container_id)?;
+        output::line(started.id)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let ended = watch(daemon, &container_id, &mut interrupts).await;
+    let label = started.label;
+    let ended = match (started.command, attached) {
+        (Some(command), Some(wanted)) => {
+            match share(daemon, &started.id, command, wanted, args.detach_keys, &mut interrupts).await {
+                Ok(Shared::Ended(status)) => Ok(*status),
+                Ok(Shared::Detached) => {
+                    output::remark(format_args!(
+                        "detached from {label}; `berth attach {label}` joins it again, `berth rm -f {label}` removes it"
+                    ));
+                    return Ok(ExitCode::SUCCESS);
+                }
+                Ok(Shared::Lost) => return Err(AttachError::Lost(label).into()),
+                Err(error) => Err(error),
+            }
+        }
+        _ => watch(daemon, &started.id, &mut interrupts).await,
+    };
     if !args.keep {
         // With a daemon that never came back this fails, and says what is left.
         interrupts.shield(made.undo()).await.map_err(RunError::from)?;
@@ -159,11 +183,31 @@ pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Erro
     if status.reason == OUT_OF_MEMORY {
         output::remark("the container exceeded its memory limit and was killed");
     }
-    Ok(ExitCode::from(u8::try_from(status.exit_code).unwrap_or(u8::MAX)))
+    Ok(exit_code(&status))
 }
 
-/// Makes what has to be made, and starts the program. Returns the container's id.
-async fn start(made: &mut Made<'_>, pod: Pod, container: ContainerPlan) -> Result<String, Error> {
+/// A container whose program runs.
+struct Started {
+    id: String,
+    /// What it can be asked for by.
+    label: String,
+    /// Its streams, if they were wanted.
+    command: Option<Command>,
+}
+
+/// Makes what has to be made, joins the streams that are `attached`, and starts the program: in this order,
+/// so that nothing of its output is missed.
+async fn start(
+    made: &mut Made<'_>,
+    pod: Pod,
+    container: ContainerPlan,
+    attached: Option<Wanted>,
+) -> Result<Started, Error> {
+    let pod_name = match &pod {
+        Pod::New(plan) => plan.name.clone(),
+        Pod::Existing(status) => status.metadata.as_ref().map(|it| it.name.clone()).unwrap_or_default(),
+    };
+    let label = format!("{pod_name}/{}", container.name);
     let (pod_id, config, home) = match pod {
         Pod::New(plan) => {
             let config = run_plan::sandbox_config(&plan);
@@ -175,8 +219,12 @@ async fn start(made: &mut Made<'_>, pod: Pod, container: ContainerPlan) -> Resul
         }
     };
     let id = made.container(pod_id, config, run_plan::container_config(home, container)).await?;
+    let command = match attached {
+        Some(wanted) => Some(attach::connect(made.daemon(), &id, &label, wanted).await?),
+        None => None,
+    };
     made.start(&id).await?;
-    Ok(id)
+    Ok(Started { id, label, command })
 }
 
 /// Plans a new pod under a name that is free.

@@ -39,6 +39,11 @@ impl<'a> Made<'a> {
         Self { daemon, steps: Vec::new() }
     }
 
+    /// The daemon that all of it is made with.
+    pub(super) fn daemon(&self) -> &'a Daemon {
+        self.daemon
+    }
+
     /// Makes a pod's own directory for logs. What a program writes may be secret: not everybody may look in.
     pub(super) fn log_directory(&mut self, directory: &Path) -> Result<(), RunError> {
         let made = DirBuilder::new().recursive(true).mode(0o750).create(directory);

@@ -6,28 +6,25 @@
 //! notice, and the command waits for the daemon's return.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-use berth_cri::v1::{ContainerState, ContainerStatus};
+use berth_cri::v1::ContainerStatus;
+use berth_streaming::client::Command;
+use berth_streaming::command::Wanted;
 
-use crate::daemon::{CallError, Daemon};
+use crate::daemon::Daemon;
+use crate::detach_keys::DetachKeys;
+use crate::ending::{runs_on, wait_for_end};
 use crate::error::Error;
 use crate::interrupts::{GivenUp, Interrupts};
 use crate::log_stream::{Following, Selection};
 use crate::output;
+use crate::relay::{Ended, relay};
+use crate::terminal::Terminal;
 
 use super::RunError;
 
 /// What the first interrupt gives the program to end: as long as `berth stop` does.
 const GRACE_SECONDS: i64 = 10;
-
-/// Pauses between two looks at the container: short at first, for programs that end at once.
-const FIRST_PAUSE: Duration = Duration::from_millis(4);
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-
-/// How long a daemon may be away before we stop waiting for it. A restart takes less than a second; a minute
-/// leaves room for an upgrade.
-const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Shows the output until the container has ended, and stops it when asked to.
 pub(super) async fn watch(
@@ -47,7 +44,7 @@ pub(super) async fn watch(
                 log_failure = Some(failure);
                 stop_in_background(daemon, id, GRACE_SECONDS);
             }
-            count = interrupts.next() => match count {
+            interrupt = interrupts.next() => match interrupt.count {
                 1 => stop_in_background(daemon, id, GRACE_SECONDS),
                 2 => stop_in_background(daemon, id, 0),
                 _ => return Err(RunError::from(GivenUp).into()),
@@ -62,6 +59,48 @@ pub(super) async fn watch(
     Ok(status)
 }
 
+/// How a program ended that had our input, output or terminal.
+pub(super) enum Shared {
+    /// By itself, or stopped.
+    Ended(Box<ContainerStatus>),
+    /// It runs on, as was asked for.
+    Detached,
+    /// It runs on, but the connection broke.
+    Lost,
+}
+
+/// Passes the streams of a container on until it has ended, and stops it when asked to.
+pub(super) async fn share(
+    daemon: &Daemon,
+    id: &str,
+    command: Command,
+    wanted: Wanted,
+    keys: DetachKeys,
+    interrupts: &mut Interrupts,
+) -> Result<Shared, Error> {
+    let terminal = Terminal::of_program(wanted).map_err(RunError::Terminal)?;
+    let ended = {
+        let relayed = relay(command, terminal, Some(keys));
+        tokio::pin!(relayed);
+        loop {
+            tokio::select! {
+                ended = &mut relayed => break ended,
+                interrupt = interrupts.next() => match interrupt.count {
+                    1 => stop_in_background(daemon, id, GRACE_SECONDS),
+                    2 => stop_in_background(daemon, id, 0),
+                    _ => return Err(RunError::from(GivenUp).into()),
+                },
+            }
+        }
+    };
+    // When the reader of our output has gone away, the caller undoes all.
+    match ended? {
+        Ended::Detached => Ok(Shared::Detached),
+        Ended::Lost if runs_on(daemon, id).await? => Ok(Shared::Lost),
+        Ended::Program(_) | Ended::Lost => Ok(Shared::Ended(Box::new(wait_for_end(daemon, id).await?))),
+    }
+}
+
 fn stop_in_background(daemon: &Daemon, id: &str, grace_seconds: i64) {
     let (daemon, id) = (daemon.clone(), id.to_owned());
     tokio::spawn(async move {
@@ -69,34 +108,4 @@ fn stop_in_background(daemon: &Daemon, id: &str, grace_seconds: i64) {
             output::remark(format_args!("{error}: {}", error.refusal));
         }
     });
-}
-
-/// Waits until the container has ended, over restarts of the daemon.
-pub(in crate::commands) async fn wait_for_end(
-    daemon: &Daemon,
-    id: &str,
-) -> Result<ContainerStatus, CallError> {
-    let mut pause = FIRST_PAUSE;
-    let mut away_since: Option<Instant> = None;
-    loop {
-        match daemon.container_status(id).await {
-            Ok(status) => {
-                away_since = None;
-                if matches!(
-                    status.state(),
-                    ContainerState::ContainerExited | ContainerState::ContainerUnknown
-                ) {
-                    return Ok(status);
-                }
-            }
-            Err(error) if error.refusal.daemon_is_away() => {
-                if away_since.get_or_insert_with(Instant::now).elapsed() > DAEMON_PATIENCE {
-                    return Err(error);
-                }
-            }
-            Err(error) => return Err(error),
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
-    }
 }

@@ -1,0 +1,224 @@
+//! `berth port-forward`: connections to ports of this machine's loopback go to ports of a pod.
+//!
+//! Each connection asks the daemon for another URL, so that those with slow readers hold up no others, and
+//! forwarding goes on after a restart of the daemon.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use berth_cri::v1::{PodSandboxState, PortForwardRequest};
+use berth_streaming::client::Forwarded;
+use berth_streaming::spdy::connection::{Incoming, Outgoing};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+
+use crate::args::PortForwardArgs;
+use crate::daemon::{Daemon, answer};
+use crate::error::Error;
+use crate::names::{Target, pod_name};
+use crate::port_spec::PortSpec;
+use crate::{output, remote};
+
+/// Bytes read at a time from a connection.
+const READ_BYTES: usize = 32 * 1024;
+
+/// How often a free port of IPv4 is looked for that is free with IPv6, too.
+const TRIES: usize = 16;
+
+/// After a connection that could not be accepted: no descriptors are left for a moment.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// Why nothing is forwarded.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PortForwardError {
+    /// The pod has ended.
+    #[error("pod `{0}` is stopped; it listens on no ports")]
+    PodIsOver(String),
+    /// A port here cannot be had.
+    #[error("listen on {address}; choose another local port, or leave it empty for any: `:{remote}`")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// The port in the pod.
+        remote: u16,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Where connections go.
+#[derive(Debug, Clone)]
+struct Destination {
+    daemon: Daemon,
+    pod_id: String,
+    pod: String,
+    port: u16,
+}
+
+/// Listens, says where, and forwards until the command is ended.
+///
+/// # Errors
+/// When there is no such pod, or a port cannot be listened on.
+pub(crate) async fn port_forward(daemon: &Daemon, args: &PortForwardArgs) -> Result<(), Error> {
+    let inventory = daemon.inventory().await?;
+    let pod_id = match inventory.target(&args.pod)? {
+        Target::Pod(pod) => &pod.id,
+        Target::Container(container) => &container.pod_sandbox_id,
+    };
+    let pod = inventory.pod(pod_id).map_or(pod_id.as_str(), pod_name).to_owned();
+    if inventory.pod(pod_id).is_none_or(|pod| pod.state() != PodSandboxState::SandboxReady) {
+        return Err(PortForwardError::PodIsOver(pod).into());
+    }
+    let mut listeners = Vec::new();
+    for spec in &args.ports {
+        let to = Destination {
+            daemon: daemon.clone(),
+            pod_id: pod_id.clone(),
+            pod: pod.clone(),
+            port: spec.remote,
+        };
+        for listener in listen(*spec).await? {
+            listeners.push((listener, to.clone()));
+        }
+    }
+    // All of them listen, or none is announced.
+    let mut accepting = JoinSet::new();
+    for (listener, to) in listeners {
+        if let Ok(address) = listener.local_addr() {
+            output::line(format_args!("{address} -> {}:{}", to.pod, to.port))?;
+        }
+        accepting.spawn(accept(listener, to));
+    }
+    // They never end.
+    while accepting.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// Listens on both loopback addresses; only on that of IPv4 where there is no IPv6.
+async fn listen(spec: PortSpec) -> Result<Vec<TcpListener>, PortForwardError> {
+    let bind = async |address: IpAddr, port| {
+        let address = SocketAddr::new(address, port);
+        let bound = TcpListener::bind(address).await;
+        bound.map_err(|source| PortForwardError::Listen { address, remote: spec.remote, source })
+    };
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let first = bind(Ipv4Addr::LOCALHOST.into(), spec.local.unwrap_or(0)).await?;
+        let Ok(port) = first.local_addr().map(|address| address.port()) else { continue };
+        match bind(Ipv6Addr::LOCALHOST.into(), port).await {
+            Ok(second) => return Ok(vec![first, second]),
+            Err(PortForwardError::Listen { source, .. })
+                if matches!(source.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported)
+                    || source.raw_os_error() == Some(EAFNOSUPPORT) =>
+            {
+                return Ok(vec![first]);
+            }
+            Err(_) if spec.local.is_none() && tries < TRIES => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The same number on x86_64 and aarch64: errno(3).
+const EAFNOSUPPORT: i32 = 97;
+
+async fn accept(listener: TcpListener, to: Destination) {
+    loop {
+        match listener.accept().await {
+            Ok((socket, _)) => drop(tokio::spawn(serve(socket, to.clone()))),
+            Err(error) => {
+                output::remark(format_args!("accept a connection: {error}"));
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Forwards one connection, and says why when that fails.
+async fn serve(socket: TcpStream, to: Destination) {
+    // Only makes it quicker.
+    let _ = socket.set_nodelay(true);
+    let failure = match connect(&to).await {
+        Ok(forwarded) => forward(socket, forwarded).await,
+        Err(error) => Some(error.one_line()),
+    };
+    if let Some(text) = failure {
+        output::remark(format_args!(
+            "connection to {}:{}: {}",
+            to.pod,
+            to.port,
+            crate::table::printable(&text)
+        ));
+    }
+}
+
+async fn connect(to: &Destination) -> Result<Forwarded, Error> {
+    let request = PortForwardRequest { pod_sandbox_id: to.pod_id.clone(), port: vec![i32::from(to.port)] };
+    let url = answer("forward a port", to.daemon.runtime.clone().port_forward(request)).await?.url;
+    Ok(remote::forward(&url, to.port).await?)
+}
+
+/// Copies both ways until both have ended; why the pod's side failed, if it did.
+async fn forward(socket: TcpStream, forwarded: Forwarded) -> Option<String> {
+    let Forwarded { incoming, outgoing, mut ending } = forwarded;
+    let (from, to) = socket.into_split();
+    let copying = async { tokio::try_join!(upload(from, outgoing), download(incoming, to)) };
+    tokio::pin!(copying);
+    tokio::select! {
+        failure = ending.failure() => match failure {
+            Some(text) => Some(text),
+            None => {
+                // What the pod has sent before its end is still on its way.
+                let _ = copying.await;
+                None
+            }
+        },
+        // A client of ours that breaks off is its own business.
+        _ = &mut copying => None,
+    }
+}
+
+/// From the client to the pod; its end is passed on.
+async fn upload(mut from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
+    loop {
+        let mut buffer = vec![0; READ_BYTES];
+        let length = from.read(&mut buffer).await?;
+        buffer.truncate(length);
+        let sent = if length == 0 { to.finish().await } else { to.send(buffer.into()).await };
+        // The pod takes no more.
+        if length == 0 || sent.is_err() {
+            return Ok(());
+        }
+    }
+}
+
+/// From the pod to the client; its end is passed on.
+async fn download(mut from: Incoming, mut to: OwnedWriteHalf) -> io::Result<()> {
+    while let Some(bytes) = from.receive().await {
+        to.write_all(&bytes).await?;
+    }
+    to.shutdown().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_free_port_is_the_same_for_both_addresses_and_a_taken_one_is_named() {
+        let listeners = listen(PortSpec { local: None, remote: 80 }).await.unwrap();
+        let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
+        let port = addresses[0].port();
+        assert!(port != 0 && addresses.iter().all(|address| address.port() == port), "{addresses:?}");
+        assert!(addresses.iter().all(|address| address.ip().is_loopback()));
+        let taken = listen(PortSpec { local: Some(port), remote: 80 }).await.unwrap_err();
+        assert!(
+            taken.to_string().contains(&port.to_string()) && taken.to_string().contains("`:80`"),
+            "{taken}"
+        );
+    }
+}

@@ -1,0 +1,68 @@
+//! Connections to the daemon's streaming server, by the URLs that it answers with.
+//!
+//! Only who may use the daemon's socket gets a URL, and its token is the key to what it is for. The server is
+//! on this machine: on loopback, or on the address of the configuration.
+
+use std::io;
+
+use berth_streaming::client::{self, ClientError, Command, Forwarded, Target};
+use berth_streaming::command::Wanted;
+use berth_streaming::hangup::Hangup;
+use tokio::net::TcpStream;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RemoteError {
+    /// Nobody answers at the address.
+    #[error(
+        "connect to the daemon's streaming server at {address}; it is reached from the daemon's host only"
+    )]
+    Connect {
+        /// Host and port.
+        address: String,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// TLS would be needed.
+    #[error(
+        "the daemon's streaming server at {0} uses TLS, which this command does not speak; set \
+         streaming.address to a loopback address in the daemon's configuration"
+    )]
+    Secure(String),
+    /// The server, or the connection, failed.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+}
+
+/// Runs or joins the command of a URL.
+///
+/// # Errors
+/// [`RemoteError`].
+pub(crate) async fn command(url: &str, wanted: Wanted) -> Result<Command, RemoteError> {
+    let target = Target::of_url(url)?;
+    let (io, hangup) = connect(&target).await?;
+    Ok(client::command(io, Some(hangup), &target, wanted).await?)
+}
+
+/// Opens a connection to a port of the pod of a URL.
+///
+/// # Errors
+/// [`RemoteError`].
+pub(crate) async fn forward(url: &str, port: u16) -> Result<Forwarded, RemoteError> {
+    let target = Target::of_url(url)?;
+    let (io, hangup) = connect(&target).await?;
+    Ok(client::forward(io, Some(hangup), &target, port).await?)
+}
+
+async fn connect(target: &Target) -> Result<(TcpStream, Hangup), RemoteError> {
+    if target.is_secure {
+        return Err(RemoteError::Secure(target.authority.clone()));
+    }
+    let failed = |source| RemoteError::Connect { address: target.authority.clone(), source };
+    let io = TcpStream::connect(&target.authority).await.map_err(failed)?;
+    // Only makes it quicker.
+    let _ = io.set_nodelay(true);
+    let hangup = Hangup::of(&io).map_err(failed)?;
+    Ok((io, hangup))
+}

@@ -5,6 +5,7 @@
 //! process, and as long as its pidfd takes signals, everything that was looked up by its number since was its
 //! own.
 
+use crate::beneath::Root;
 use crate::ns::{self, Kind};
 use crate::process;
 use std::io::{self, Read};
@@ -45,6 +46,32 @@ impl Identified {
         // The descriptor of the process and the directory could be of two; both are of the one that still
         // lives.
         if same && found.holds_its_number() { Ok(found) } else { Err(gone()) }
+    }
+
+    /// Finds the process that has this number now.
+    ///
+    /// # Errors
+    /// `ESRCH` or `ENOENT` when there is none.
+    pub fn find_now(pid: i32) -> io::Result<Self> {
+        Self::find(pid, process::start_time(pid)?)
+    }
+
+    /// What is in one of its files in `/proc`, such as `cgroup`.
+    ///
+    /// # Errors
+    /// `ESRCH` or `ENOENT` when it has ended.
+    pub fn read(&self, name: &std::ffi::CStr) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        std::fs::File::from(self.open(name)?).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Its root directory in its mount namespace, as a boundary for paths: `/proc/<pid>/root`, proc(5).
+    ///
+    /// # Errors
+    /// `ESRCH` or `ENOENT` when it has ended; `EACCES` without the right to trace it.
+    pub fn root(&self) -> io::Result<Root> {
+        Root::from_fd(self.open(c"root")?)
     }
 
     /// A descriptor that stands for it, to keep: pidfd_open(2).
@@ -117,6 +144,18 @@ mod tests {
         assert_eq!((namespace.dev(), namespace.ino()), (own.dev(), own.ino()));
         end(&mut child);
         assert!(!found.holds_its_number() && found.namespace(Kind::Pid).is_err());
+    }
+
+    #[test]
+    fn what_is_in_proc_is_read_for_as_long_as_it_lives() {
+        let (mut child, pid, _) = sleeper();
+        let found = Identified::find_now(pid).unwrap();
+        assert!(found.read(c"status").unwrap().starts_with(b"Name:"));
+        let root = found.root().unwrap();
+        assert!(root.open_regular(std::path::Path::new("/proc/self/../../etc/passwd")).is_ok());
+        end(&mut child);
+        assert!(found.root().is_err() && found.read(c"cgroup").is_err());
+        assert!(Identified::find_now(pid).is_err());
     }
 
     #[test]

@@ -67,6 +67,19 @@ impl Dir {
         self.open_raw(name, libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL, mode).map(File::from)
     }
 
+    /// Opens the regular file `name` for writing over what is in it; a link is not followed. For a file that
+    /// something is mounted on, and that cannot be made new.
+    ///
+    /// # Errors
+    /// As openat(2); `EINVAL` if it is not a regular file.
+    pub fn open_to_overwrite(&self, name: &OsStr) -> io::Result<File> {
+        let fd = self.open_raw(name, libc::O_PATH, 0)?;
+        if stat_fd(fd.as_fd())?.file_type != FileType::Regular {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        reopen(fd.as_fd(), libc::O_WRONLY | libc::O_NOCTTY).map(File::from)
+    }
+
     /// Makes a directory.
     ///
     /// # Errors

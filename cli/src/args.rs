@@ -98,7 +98,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_parser = pod_name::check)]
     pub(crate) name: Option<String>,
     /// Run in this existing pod instead of a new one.
-    #[arg(long, value_name = "POD", conflicts_with_all = ["name", "host_network", "log_dir"])]
+    #[arg(long, value_name = "POD", conflicts_with_all = ["name", "host_network", "log_dir", "log_bytes"])]
     pub(crate) pod: Option<String>,
     /// Name of the container in its pod.
     #[arg(long, value_name = "NAME", default_value = DEFAULT_CONTAINER, value_parser = pod_name::check)]
@@ -124,6 +124,9 @@ pub(crate) struct RunArgs {
     /// Directory in which the pod's log directory is created.
     #[arg(long, value_name = "PATH", default_value = "/var/log/berth")]
     pub(crate) log_dir: PathBuf,
+    /// Size at which a log of the pod is rotated, such as 10Mi; four older files are kept. 0 for never.
+    #[arg(long = "log-size", value_name = "BYTES", default_value = "10Mi", value_parser = parse_log_size)]
+    pub(crate) log_bytes: i64,
     /// Remove the pod (or container) and its logs when it exits; this is the default.
     #[arg(long, conflicts_with_all = ["keep", "detach"])]
     pub(crate) rm: bool,
@@ -312,6 +315,10 @@ pub(crate) struct InspectArgs {
     /// Containers, pods or images.
     #[arg(required = true, value_name = "NAME")]
     pub(crate) names: Vec<String>,
+}
+
+fn parse_log_size(text: &str) -> Result<i64, quantity::QuantityError> {
+    if text == "0" { Ok(0) } else { quantity::parse_memory(text) }
 }
 
 fn parse_env(text: &str) -> Result<KeyValue, env_spec::EnvSpecError> {

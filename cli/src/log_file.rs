@@ -2,11 +2,12 @@
 //!
 //! The file belongs to the shim, which appends whole entries with one write each, and to whoever rotates it,
 //! by moving it away and asking for a new one at the same path. The reader holds the file it has open until
-//! that is read to its end, and only then looks whether another one has the name. It waits by looking again:
-//! a rotation is then no special case, and there is no limit on watches to run into.
+//! that is read to its end, and only then looks whether another one has the name. One that has become shorter
+//! is read from its beginning. It waits by looking again: a rotation is then no special case, and there is no
+//! limit on watches to run into.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -66,7 +67,11 @@ impl LogFile {
         let end = file.metadata().map_err(|source| open(path, source))?.len();
         let mut log = Self { path: path.to_owned(), file, present: end, unfinished: Vec::new() };
         if let Some(lines) = lines {
-            let start = log.seek_to_last_lines(end, lines).map_err(|source| log.read_error(source))?;
+            let start = match log.seek_to_last_lines(end, lines) {
+                // It was emptied meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+                start => start.map_err(|source| log.read_error(source))?,
+            };
             log.present -= start;
         }
         Ok(log)
@@ -98,6 +103,11 @@ impl LogFile {
         E: From<LogFileError>,
     {
         let mut any = self.read_to_end(u64::MAX, &mut each)?;
+        if self.is_cut()? {
+            self.hand_out_unfinished(&mut each)?;
+            self.rewind()?;
+            any |= self.read_to_end(u64::MAX, &mut each)?;
+        }
         // Asked before the old file is read to its end once more: what is written to it after that comes from
         // a writer that has not been told of the new one, and rotation waits for the writer.
         while let Some(successor) = self.successor()? {
@@ -151,6 +161,18 @@ impl LogFile {
         }
     }
 
+    /// Whether the file has become shorter than what was read of it: somebody has emptied it, to rotate it
+    /// without asking its writer.
+    fn is_cut(&self) -> Result<bool, LogFileError> {
+        let length = self.file.metadata().map_err(|source| self.read_error(source))?.len();
+        let read = (&self.file).stream_position().map_err(|source| self.read_error(source))?;
+        Ok(length < read)
+    }
+
+    fn rewind(&self) -> Result<(), LogFileError> {
+        (&self.file).rewind().map_err(|source| self.read_error(source))
+    }
+
     /// The file that has the log's name now, if it is not the one that is open.
     fn successor(&self) -> Result<Option<File>, LogFileError> {
         let named = match File::open(&self.path) {
@@ -168,7 +190,6 @@ impl LogFile {
     /// ends with an `F` entry, or the parts of one that has not ended yet; an entry that is not in the format
     /// is a line by itself.
     fn seek_to_last_lines(&self, end: u64, lines: u64) -> io::Result<u64> {
-        use std::io::{Seek, SeekFrom};
         let mut start = end;
         let mut lines_behind = 0;
         // Walks backwards over the entries. `start` is where the last one that was taken begins.
@@ -345,6 +366,33 @@ mod tests {
         assert_eq!(collect(&mut log), ["F three", "F four"]);
         append(&path, &format!("{HEAD} F five\n"));
         assert_eq!(collect(&mut log), ["F five"]);
+    }
+
+    #[test]
+    fn a_log_that_is_emptied_is_read_from_its_beginning() {
+        let (_directory, path) = log_of(&["F one", "F two"]);
+        let mut log = LogFile::open(&path, None).unwrap();
+        assert_eq!(collect(&mut log), ["F one", "F two"]);
+        fs::OpenOptions::new().write(true).truncate(true).open(&path).unwrap();
+        assert!(collect(&mut log).is_empty());
+        append(&path, &format!("{HEAD} F three\n"));
+        assert_eq!(collect(&mut log), ["F three"]);
+        append(&path, &format!("{HEAD} P half"));
+        assert!(collect(&mut log).is_empty());
+        fs::write(&path, format!("{HEAD} F x\n")).unwrap();
+        assert_eq!(collect(&mut log), ["P half", "F x"]);
+    }
+
+    #[test]
+    fn a_shorter_log_of_the_same_name_is_read_whole() {
+        let (directory, path) = log_of(&["F a long first line", "F two"]);
+        let mut log = LogFile::open(&path, Some(1)).unwrap();
+        assert_eq!(collect(&mut log), ["F two"]);
+        fs::remove_file(&path).unwrap();
+        let shorter = directory.path().join("new");
+        fs::write(&shorter, format!("{HEAD} F s\n")).unwrap();
+        fs::rename(&shorter, &path).unwrap();
+        assert_eq!(collect(&mut log), ["F s"]);
     }
 
     #[test]

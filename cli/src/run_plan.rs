@@ -30,6 +30,9 @@ pub(crate) const DEFAULT_CONTAINER: &str = "main";
 /// Annotation of a pod that says where its logs are, on those that the command made; `berth rm` removes them.
 pub(crate) const LOG_DIRECTORY_ANNOTATION: &str = "berth.log-folder";
 
+/// Annotation of a pod that says how large its logs may become before the daemon rotates them, in bytes.
+const LOG_BYTES_ANNOTATION: &str = "berth.log-bytes";
+
 /// Files and directories of the kernel that tell of the host or change it: what Kubernetes hides for the
 /// default `procMount` (pod.spec.containers.securityContext).
 const MASKED_PATHS: [&str; 12] = [
@@ -76,6 +79,8 @@ pub(crate) struct PodPlan {
     pub(crate) network: Network,
     /// Absolute path of the directory for logs, of this pod alone.
     pub(crate) log_directory: String,
+    /// How large a log may become before it is rotated, in bytes; 0 for any size.
+    pub(crate) log_bytes: i64,
 }
 
 /// What a container takes over from the pod that it goes into.
@@ -207,7 +212,11 @@ pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
         hostname,
         log_directory: pod.log_directory.clone(),
         labels,
-        annotations: [(LOG_DIRECTORY_ANNOTATION.to_owned(), pod.log_directory.clone())].into(),
+        annotations: [
+            (LOG_DIRECTORY_ANNOTATION.to_owned(), pod.log_directory.clone()),
+            (LOG_BYTES_ANNOTATION.to_owned(), pod.log_bytes.to_string()),
+        ]
+        .into(),
         linux: Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
                 namespace_options: Some(namespaces),
@@ -296,7 +305,13 @@ mod tests {
     use super::*;
 
     fn pod(network: Network) -> PodPlan {
-        PodPlan { name: "web".into(), uid: "u-1".into(), network, log_directory: "/logs/web_u-1".into() }
+        PodPlan {
+            name: "web".into(),
+            uid: "u-1".into(),
+            network,
+            log_directory: "/logs/web_u-1".into(),
+            log_bytes: 10 << 20,
+        }
     }
 
     fn container() -> ContainerPlan {

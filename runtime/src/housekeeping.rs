@@ -4,6 +4,7 @@
 //! Nothing here is waited for by anybody. What fails is logged, and tried again by the next start at the
 //! latest.
 
+use crate::log_rotation;
 use crate::node::Node;
 use crate::trash;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub(crate) fn begin(node: &Arc<Node>) {
     node.images.sweep();
     node.collect_images();
     tokio::spawn(look_again(node.clone()));
+    tokio::spawn(log_rotation::keep(node.clone()));
 }
 
 /// Reads again what the image store could not read, until nothing is left.

@@ -24,6 +24,7 @@ mod housekeeping;
 mod http2;
 mod listener;
 pub mod log;
+mod log_rotation;
 mod names;
 mod network;
 mod node;

@@ -82,7 +82,7 @@ async fn remove_container(
     daemon.remove_container(&container.id).await?;
     match pod.and_then(log_directory) {
         // Nothing but a file right in the pod's own directory.
-        Some(directory) if log.parent() == Some(&directory) => Ok(remove_logs(&log, fs::remove_file(&log))?),
+        Some(directory) if log.parent() == Some(&directory) => Ok(remove_log(&log)?),
         _ => Ok(()),
     }
 }
@@ -104,6 +104,22 @@ async fn remove_pod(
     }
 }
 
+/// Removes the log of one container, with the older files of it.
+pub(super) fn remove_log(log: &Path) -> Result<(), RemoveError> {
+    remove_logs(log, fs::remove_file(log))?;
+    for number in 1.. {
+        let mut rotated = log.as_os_str().to_owned();
+        rotated.push(format!(".{number}"));
+        let rotated = PathBuf::from(rotated);
+        let removed = fs::remove_file(&rotated);
+        if matches!(&removed, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+            break;
+        }
+        remove_logs(&rotated, removed)?;
+    }
+    Ok(())
+}
+
 /// The outcome of a removal; what was removed by hand before is gone, too.
 pub(super) fn remove_logs(path: &Path, removed: io::Result<()>) -> Result<(), RemoveError> {
     match removed {
@@ -117,6 +133,19 @@ pub(super) fn remove_logs(path: &Path, removed: io::Result<()>) -> Result<(), Re
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rotated_logs_go_with_the_log_and_others_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["a.log", "a.log.1", "a.log.2", "b.log", "a.logs"] {
+            fs::write(directory.path().join(name), "x").unwrap();
+        }
+        remove_log(&directory.path().join("a.log")).unwrap();
+        let mut left: Vec<_> =
+            fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["a.logs", "b.log"]);
+    }
 
     #[test]
     fn logs_that_are_gone_are_removed() {

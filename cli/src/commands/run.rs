@@ -236,7 +236,7 @@ async fn new_pod(daemon: &Daemon, args: &RunArgs, image: &str) -> Result<PodPlan
     let log_dir = log_dir.map_err(|source| RunError::LogDirectory { path: args.log_dir.clone(), source })?;
     let log_directory = utf8(&run_plan::log_directory(&log_dir, &name, &uid))?;
     let network = if args.host_network { Network::Host } else { Network::Pod };
-    Ok(PodPlan { name, uid, network, log_directory })
+    Ok(PodPlan { name, uid, network, log_directory, log_bytes: args.log_bytes })
 }
 
 /// Finds a pod for another container, which has to be the only one of its name there.

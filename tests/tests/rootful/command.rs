@@ -78,6 +78,37 @@ fn a_detached_pod_is_listed_read_entered_stopped_and_removed() -> Result<()> {
 }
 
 #[test]
+fn logs_rotate_with_nobody_watching_and_are_followed_all_the_same() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.directory("logs")?;
+        let directory = logs.to_string_lossy().into_owned();
+        let script = "i=0; while [ ! -e /tmp/end ]; do i=$((i + 1)); echo line $i; [ $((i % 50)) -gt 0 ] || sleep 0.05; done";
+        let options = ["run", "-d", "--name", "web", "--log-size", "8Ki", "--log-dir", &directory];
+        says(daemon, &[&options[..], &[IMAGE, "sh", "-c", script]].concat())?;
+        let following = daemon
+            .berth()?
+            .args(["logs", "-f", "web"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let reading = std::thread::spawn(move || following.wait_with_output());
+        let pod = within(SOON, "there is a log directory", || {
+            Ok(std::fs::read_dir(&logs)?.next().transpose()?.map(|entry| entry.path()))
+        })?;
+        within(SOON, "the log was rotated twice", || Ok(pod.join("main.log.2").exists().then_some(())))?;
+        says(daemon, &["exec", "web", "touch", "/tmp/end"])?;
+        let followed = reading.join().expect("the reader does not panic")?;
+        let followed = String::from_utf8(followed.stdout)?;
+        let lines = followed.lines().count();
+        let expected: String = (1..=lines).map(|number| format!("line {number}\n")).collect();
+        assert!(lines > 500 && followed == expected, "{lines} lines");
+        says(daemon, &["rm", "web"])?;
+        assert_eq!(std::fs::read_dir(&logs)?.count(), 0);
+        Ok(())
+    })
+}
+
+#[test]
 fn images_are_imported_listed_pulled_and_removed() -> Result<()> {
     rootful(|daemon| {
         let archive = programs()?.join("images/demo.tar").to_string_lossy().into_owned();

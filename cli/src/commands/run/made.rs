@@ -9,7 +9,7 @@ use berth_cri::v1::{
     StartContainerRequest,
 };
 
-use crate::commands::rm::remove_logs;
+use crate::commands::rm::{remove_log, remove_logs};
 use crate::daemon::{CallError, Daemon, answer};
 use crate::error::Error;
 use crate::output;
@@ -123,7 +123,7 @@ impl<'a> Made<'a> {
     async fn undo_container(&self, id: &str) -> Result<(), Error> {
         let log_path = PathBuf::from(self.daemon.container_status(id).await?.log_path);
         self.daemon.remove_container(id).await?;
-        Ok(remove_logs(&log_path, fs::remove_file(&log_path))?)
+        Ok(remove_log(&log_path)?)
     }
 }
 

@@ -5,8 +5,10 @@
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
+use crate::copy::place::Place;
 use crate::detach_keys::DetachKeys;
 use crate::mount_spec::MountSpec;
 use crate::port_spec::PortSpec;
@@ -61,6 +63,14 @@ pub(crate) enum Command {
     /// terminal is the program's; the keys to detach leave it running, as any other end of this command does.
     /// When the container ends, so does this command, with its exit code.
     Attach(AttachArgs),
+    /// Copy files from or to a running container.
+    ///
+    /// A directory that is there is copied into, else a new file or directory gets the name; DIR/. is what is
+    /// in a directory. With - a tar archive is read or written. What comes out of a container belongs to who
+    /// copies, what goes in to the container's user. Devices are left out. The container needs no tar, but
+    /// its own is used if it has one.
+    #[command(override_usage = "berth cp CONTAINER:PATH PATH|-\n       berth cp PATH|- CONTAINER:PATH")]
+    Cp(CpArgs),
     /// Forward ports of this machine's loopback addresses to a pod.
     ///
     /// Listens on 127.0.0.1 and ::1 until it is ended, and prints a line for each address. A pod's ports need
@@ -242,6 +252,17 @@ pub(crate) struct AttachArgs {
     pub(crate) detach_keys: DetachKeys,
     /// The container: an id or unique prefix, the name of its pod, or POD/CONTAINER.
     pub(crate) container: String,
+}
+
+/// What `berth cp` takes.
+#[derive(Debug, Args)]
+pub(crate) struct CpArgs {
+    /// What to copy.
+    #[arg(value_name = "FROM", value_parser = OsStringValueParser::new().try_map(Place::of))]
+    pub(crate) from: Place,
+    /// Where to.
+    #[arg(value_name = "TO", value_parser = OsStringValueParser::new().try_map(Place::of))]
+    pub(crate) to: Place,
 }
 
 /// What `berth port-forward` takes.

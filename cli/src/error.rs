@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use crate::commands::{attach, exec, images, import, port_forward, pull, rm, run};
+use crate::commands::{attach, cp, exec, images, import, port_forward, pull, rm, run};
 use crate::daemon::{CallError, ConnectError};
 use crate::log_stream::LogStreamError;
 use crate::names::NameError;
@@ -46,6 +46,8 @@ pub(crate) enum Error {
     Exec(#[from] exec::ExecError),
     #[error(transparent)]
     Attach(#[from] attach::AttachError),
+    #[error(transparent)]
+    Cp(#[from] cp::CpError),
     #[error(transparent)]
     Remote(#[from] RemoteError),
     #[error(transparent)]

@@ -10,6 +10,7 @@
 mod args;
 mod clock;
 mod commands;
+mod copy;
 mod daemon;
 mod detach_keys;
 mod ending;
@@ -42,8 +43,8 @@ use clap::Parser;
 
 use crate::args::{Cli, Command};
 use crate::commands::{
-    attach, doctor, exec, images, import, info, inspect, logs, port_forward, ps, pull as pull_command, rm,
-    run, stats, stop,
+    attach, cp, doctor, exec, images, import, info, inspect, logs, port_forward, ps, pull as pull_command,
+    rm, run, stats, stop,
 };
 use crate::daemon::Daemon;
 use crate::error::{BERTH_FAILED, Error};
@@ -83,6 +84,7 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
         Command::Ps(args) => ps::containers(daemon, &args).await?,
         Command::Pods(args) => ps::pods(daemon, &args).await?,
         Command::Logs(args) => logs::logs(daemon, args).await?,
+        Command::Cp(args) => cp::cp(daemon, args).await?,
         Command::PortForward(args) => port_forward::port_forward(daemon, &args).await?,
         Command::Stop(args) => stop::stop(daemon, &args).await?,
         Command::Rm(args) => rm::remove(daemon, &args).await?,

@@ -1,6 +1,7 @@
 //! The commands, one file each: what they ask the daemon and what they print.
 
 pub(crate) mod attach;
+pub(crate) mod cp;
 pub(crate) mod doctor;
 pub(crate) mod exec;
 pub(crate) mod images;

@@ -9,6 +9,7 @@ mod clients;
 mod command;
 mod configuration;
 mod containers;
+mod copy;
 mod crictl;
 mod daemonsets;
 mod descriptors;

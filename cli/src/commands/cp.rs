@@ -1,0 +1,522 @@
+//! `berth cp`: files between this machine and a running container.
+//!
+//! Where things are is looked up by descriptor, below the root that the container's process has in its mount
+//! namespace. The bytes go through the container's own tar where it has one, with the rights of its user;
+//! where not, they are read and written by descriptor.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use berth_cri::v1::{ContainerState, ExecRequest};
+use berth_streaming::client::{Command, Ending};
+use berth_streaming::command::{Outcome, Wanted};
+use berth_streaming::spdy::connection::Incoming;
+use berth_sys::beneath::Root;
+use berth_sys::identity::Identified;
+use tokio::sync::mpsc;
+
+use crate::args::CpArgs;
+use crate::copy::extract::{ExtractError, Rules, extract};
+use crate::copy::pack::{PackError, pack};
+use crate::copy::place::Place;
+use crate::copy::{self, Destination, PlanError, Source};
+use crate::daemon::{Daemon, answer};
+use crate::error::Error;
+use crate::{output, remote, table};
+
+/// Why nothing, or not all, was copied.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CpError {
+    /// Neither or both sides are in a container.
+    #[error(
+        "one side has to be a container: write CONTAINER:PATH for it, and ./PATH for a path here with a colon"
+    )]
+    Sides,
+    /// There is no process whose root could be looked at.
+    #[error("container `{0}` is not running; files are copied from and to running containers only")]
+    NotRunning(String),
+    /// The process cannot be found.
+    #[error("find the process of {0}; run this command as root, among the processes of the daemon's host")]
+    Process(String, #[source] io::Error),
+    /// The number that the daemon says is another's.
+    #[error("the process of {0} has ended; try again")]
+    Gone(String),
+    /// The root of this machine cannot be opened.
+    #[error("open the root directory")]
+    Root(#[source] io::Error),
+    /// An archive is not shown.
+    #[error("standard output is a terminal; send the archive to a file or a program")]
+    Terminal,
+    /// A path cannot be copied from or to.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The archive cannot be made.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// The archive cannot be written out.
+    #[error(transparent)]
+    Extract(#[from] ExtractError),
+    /// Standard input or output failed.
+    #[error("pass the archive on")]
+    Stream(#[source] io::Error),
+    /// The container's tar failed.
+    #[error("tar in {container} failed: {text}")]
+    Tar {
+        /// Where it ran.
+        container: String,
+        /// What it said.
+        text: String,
+    },
+    /// A path of the container is not UTF-8, and CRI has text for arguments.
+    #[error("the path {0} is not UTF-8 and cannot be sent to the daemon")]
+    PathEncoding(PathBuf),
+}
+
+/// What runs tar for us, and the files beside it.
+#[derive(Debug, Clone)]
+struct Inside {
+    daemon: Daemon,
+    id: String,
+    label: String,
+    /// User and group of its process.
+    owner: (u32, u32),
+    has_tar: bool,
+}
+
+/// Copies.
+///
+/// # Errors
+/// [`CpError`]; what was copied until then stays.
+pub(crate) async fn cp(daemon: &Daemon, args: CpArgs) -> Result<(), Error> {
+    let here = |path: &Path| std::path::absolute(path).map_err(CpError::Root);
+    match (args.from, args.to) {
+        (Place::Container { name, path }, to) if !matches!(to, Place::Container { .. }) => {
+            let (inside, root) = enter(daemon, &name).await?;
+            let source = copy::source(&root, &path).map_err(CpError::from)?;
+            match to {
+                Place::Here(to) => out(inside, root, path, source, &here_path(&to, here(&to)?)).await,
+                _ => out_to_stream(inside, root, path, source).await,
+            }
+        }
+        (from, Place::Container { name, path }) if !matches!(from, Place::Container { .. }) => {
+            let (inside, root) = enter(daemon, &name).await?;
+            match from {
+                Place::Here(from) => into(inside, root, here_path(&from, here(&from)?), &path).await,
+                _ => into_from_stream(inside, root, path).await,
+            }
+        }
+        _ => Err(CpError::Sides.into()),
+    }
+}
+
+/// An absolute path with the ending that means something: `absolute` leaves out a last `.`.
+fn here_path(written: &Path, absolute: PathBuf) -> PathBuf {
+    let bytes = written.as_os_str().as_bytes();
+    if bytes == b"." || bytes.ends_with(b"/.") { absolute.join(".") } else { absolute }
+}
+
+/// Finds the container, its process and that one's root.
+async fn enter(daemon: &Daemon, name: &str) -> Result<(Inside, Root), Error> {
+    let inventory = daemon.inventory().await?;
+    let container = inventory.container(name)?;
+    let label = inventory.label(container);
+    if container.state() != ContainerState::ContainerRunning {
+        return Err(CpError::NotRunning(label).into());
+    }
+    let details = daemon.container_details(&container.id).await?;
+    let pid = details.pointer("/pid").and_then(serde_json::Value::as_i64).unwrap_or(0);
+    let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or_else(|| CpError::Gone(label.clone()))?;
+    let failed = |source| CpError::Process(label.clone(), source);
+    let process = Identified::find_now(pid).map_err(failed)?;
+    // A number may be another's by now. Only processes of the container are in its cgroup.
+    let cgroup = process.read(c"cgroup").map_err(failed)?;
+    if !String::from_utf8_lossy(&cgroup).contains(&container.id) {
+        return Err(CpError::Gone(label).into());
+    }
+    let owner =
+        owner(&process.read(c"status").map_err(failed)?).ok_or_else(|| CpError::Gone(label.clone()))?;
+    let root = process.root().map_err(failed)?;
+    let mut inside =
+        Inside { daemon: daemon.clone(), id: container.id.clone(), label, owner, has_tar: false };
+    inside.has_tar = inside.has_tar().await?;
+    Ok((inside, root))
+}
+
+/// Effective user and group, as `/proc/<pid>/status` has them: proc(5).
+fn owner(status: &[u8]) -> Option<(u32, u32)> {
+    let status = std::str::from_utf8(status).ok()?;
+    let second = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    };
+    Some((second("Uid:")?, second("Gid:")?))
+}
+
+/// From the container to a path here.
+async fn out(inside: Inside, root: Root, path: PathBuf, source: Source, to: &Path) -> Result<(), Error> {
+    let here = Root::open(Path::new("/")).map_err(CpError::Root)?;
+    let Destination { into, top } = copy::destination(&here, to, &source).map_err(CpError::from)?;
+    let into = here.open_dir(&into).map_err(|error| PlanError::Look(into, error)).map_err(CpError::from)?;
+    let expected = if source.is_directory { None } else { source.name.clone() };
+    let rules = Rules { expected, top, only_file: !source.is_directory, owner: None };
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let extracting = tokio::task::spawn_blocking(move || extract(Reader::new(receiver), &into, &rules));
+    let sent = read_container(&inside, root, path, &source, sender).await;
+    let extracted = joined(extracting.await);
+    let report = match (sent, extracted) {
+        // What was written wrongly ends the reading, too.
+        (_, Err(error @ (ExtractError::Write { .. } | ExtractError::Unexpected(_)))) => {
+            return Err(CpError::from(error).into());
+        }
+        // What tar says explains an archive that is not whole.
+        (Err(error), _) => return Err(error),
+        (Ok(()), extracted) => extracted.map_err(CpError::from)?,
+    };
+    for path in report.left_out {
+        output::remark(format_args!("{path} is a device or FIFO and was left out"));
+    }
+    Ok(())
+}
+
+/// From the container to standard output, as an archive.
+async fn out_to_stream(inside: Inside, root: Root, path: PathBuf, source: Source) -> Result<(), Error> {
+    if io::stdout().is_terminal() {
+        return Err(CpError::Terminal.into());
+    }
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let writing = tokio::task::spawn_blocking(move || {
+        let mut stdout = io::stdout().lock();
+        io::copy(&mut Reader::new(receiver), &mut stdout).and_then(|_| stdout.flush())
+    });
+    let sent = read_container(&inside, root, path, &source, sender).await;
+    joined(writing.await).map_err(output::OutputError)?;
+    sent
+}
+
+/// From a path here to the container.
+async fn into(inside: Inside, root: Root, from: PathBuf, to: &Path) -> Result<(), Error> {
+    let here = Root::open(Path::new("/")).map_err(CpError::Root)?;
+    let source = copy::source(&here, &from).map_err(CpError::from)?;
+    let Destination { into, top } = copy::destination(&root, to, &source).map_err(CpError::from)?;
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let packing =
+        tokio::task::spawn_blocking(move || pack(&here, &from, top.as_deref(), Writer::new(sender)));
+    let written = write_container(&inside, root, into, receiver).await;
+    let packed = joined(packing.await);
+    match (packed, written) {
+        // Nobody reads an archive that cannot be written.
+        (Err(PackError::Write(_)), Err(error)) => return Err(error),
+        (Err(error), _) => return Err(CpError::from(error).into()),
+        (Ok(report), written) => {
+            written?;
+            for path in report.left_out {
+                let path = table::printable(&path.to_string_lossy());
+                output::remark(format_args!("{path} is a device, FIFO or socket and was left out"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// From an archive on standard input to a directory of the container.
+async fn into_from_stream(inside: Inside, root: Root, to: PathBuf) -> Result<(), Error> {
+    let (is_there, looked) = (root.open_dir(&to).is_ok(), to.clone());
+    if !is_there {
+        return Err(CpError::from(PlanError::NoDirectory(looked)).into());
+    }
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut to = Writer::new(sender);
+        io::copy(&mut io::stdin().lock(), &mut to).and_then(|_| to.flush())
+    });
+    write_container(&inside, root, to, receiver).await?;
+    joined(reading.await).map_err(|error| CpError::Stream(error).into())
+}
+
+/// Which way an archive goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    In,
+    Out,
+}
+
+/// How passing an archive on has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pumped {
+    /// All of it was taken, or as much as its reader wanted.
+    All,
+    /// Its reader has failed.
+    Unwanted,
+}
+
+/// Pieces of an archive on their way.
+type Pieces = mpsc::Sender<Vec<u8>>;
+
+/// Pieces that wait for their reader.
+const QUEUE: usize = 4;
+
+/// Bytes of a piece.
+const PIECE_BYTES: usize = 32 * 1024;
+
+/// What is kept of what tar says.
+const MAX_SAID_BYTES: usize = 4096;
+
+/// Reads a file, or what is in a directory, as an archive.
+async fn read_container(
+    inside: &Inside,
+    root: Root,
+    path: PathBuf,
+    source: &Source,
+    to: Pieces,
+) -> Result<(), Error> {
+    if !inside.has_tar {
+        let name = if source.is_directory { None } else { source.name.clone() };
+        let packing =
+            tokio::task::spawn_blocking(move || pack(&root, &path, name.as_deref(), Writer::new(to)));
+        let report = joined(packing.await).map_err(CpError::from)?;
+        for path in report.left_out {
+            let path = table::printable(&path.to_string_lossy());
+            output::remark(format_args!("{path} is a device, FIFO or socket and was left out"));
+        }
+        return Ok(());
+    }
+    let command = match (source.is_directory, path.parent(), &source.name) {
+        (false, Some(parent), Some(name)) => {
+            // A file that is reached through a link, as when it is read by descriptor. "./" for names that
+            // begin with a dash.
+            let name = Path::new(".").join(name);
+            vec!["tar".into(), "-chf".into(), "-".into(), "-C".into(), text(parent)?, text(&name)?]
+        }
+        _ => vec!["tar".into(), "-cf".into(), "-".into(), "-C".into(), text(&path)?, ".".into()],
+    };
+    let Command { stdout, stderr, ending, .. } = inside.run(command, false).await?;
+    let pump = async {
+        let Some(mut stdout) = stdout else { return Pumped::All };
+        while let Some(bytes) = stdout.receive().await {
+            if to.send(bytes.to_vec()).await.is_err() {
+                return Pumped::Unwanted;
+            }
+        }
+        Pumped::All
+    };
+    inside.finish(pump, Direction::Out, stderr, ending).await
+}
+
+/// Writes an archive to a directory.
+async fn write_container(
+    inside: &Inside,
+    root: Root,
+    into: PathBuf,
+    mut from: mpsc::Receiver<Vec<u8>>,
+) -> Result<(), Error> {
+    if !inside.has_tar {
+        let rules = Rules { expected: None, top: None, only_file: false, owner: Some(inside.owner) };
+        let into = root.open_dir(&into).map_err(|error| CpError::from(PlanError::Look(into, error)))?;
+        let extracting = tokio::task::spawn_blocking(move || extract(Reader::new(from), &into, &rules));
+        let report = joined(extracting.await).map_err(CpError::from)?;
+        for path in report.left_out {
+            output::remark(format_args!("{path} is a device or FIFO and was left out"));
+        }
+        return Ok(());
+    }
+    // Everything is given to the user of the container.
+    let command = vec!["tar".into(), "-xof".into(), "-".into(), "-C".into(), text(&into)?];
+    let Command { stdin, stderr, ending, .. } = inside.run(command, true).await?;
+    let pump = async {
+        let Some(stdin) = stdin else { return Pumped::All };
+        while let Some(bytes) = from.recv().await {
+            if stdin.send(bytes.into()).await.is_err() {
+                // It has ended, and says why.
+                return Pumped::All;
+            }
+        }
+        // It may have ended already.
+        let _ = stdin.finish().await;
+        Pumped::All
+    };
+    inside.finish(pump, Direction::In, stderr, ending).await
+}
+
+fn text(path: &Path) -> Result<String, CpError> {
+    path.to_str().map(str::to_owned).ok_or_else(|| CpError::PathEncoding(path.to_owned()))
+}
+
+impl Inside {
+    /// Whether there is a tar that can be run.
+    async fn has_tar(&self) -> Result<bool, Error> {
+        let mut command = self.run(vec!["tar".into(), "--version".into()], false).await?;
+        let (stdout, stderr) = (command.stdout.take(), command.stderr.take());
+        let (_, _, outcome) = tokio::join!(said(stdout), said(stderr), command.ending.outcome());
+        // What it answers does not matter: there is no option that every tar has for nothing.
+        Ok(matches!(outcome, Some(Outcome::Exited(_))))
+    }
+
+    async fn run(&self, cmd: Vec<String>, stdin: bool) -> Result<Command, Error> {
+        let wanted = Wanted { stdin, stdout: true, stderr: true, terminal: false };
+        let request =
+            ExecRequest { container_id: self.id.clone(), cmd, tty: false, stdin, stdout: true, stderr: true };
+        let act = format!("run tar in {}", self.label);
+        let url = answer(act, self.daemon.runtime.clone().exec(request)).await?.url;
+        Ok(remote::command(&url, wanted).await?)
+    }
+
+    /// Waits for the end of a tar while `pump` passes its archive on.
+    async fn finish(
+        &self,
+        pump: impl Future<Output = Pumped>,
+        direction: Direction,
+        stderr: Option<Incoming>,
+        mut ending: Ending,
+    ) -> Result<(), Error> {
+        let (outcome, said) = {
+            let all = async { tokio::join!(ending.outcome(), said(stderr)) };
+            let (mut all, mut pump) = (std::pin::pin!(all), std::pin::pin!(pump));
+            let (mut is_pumped, mut ended) = (false, None);
+            loop {
+                tokio::select! {
+                    all = &mut all, if ended.is_none() => ended = Some(all),
+                    pumped = &mut pump, if !is_pumped => match pumped {
+                        Pumped::All => is_pumped = true,
+                        // Who writes the files has failed, and says why.
+                        Pumped::Unwanted => return Ok(()),
+                    },
+                }
+                // One that has ended takes no more input, but its output may still be on its way.
+                if (is_pumped || direction == Direction::In)
+                    && let Some(ended) = ended.take()
+                {
+                    break ended;
+                }
+            }
+        };
+        let failed = |text: String| {
+            let text = table::printable(text.trim());
+            Err(CpError::Tar { container: self.label.clone(), text }.into())
+        };
+        match outcome {
+            Some(Outcome::Exited(0)) => Ok(()),
+            Some(Outcome::Exited(code)) => failed(format!("exit code {code}: {said}")),
+            Some(Outcome::NotRun { text, .. } | Outcome::Failed(text)) => failed(text),
+            None => failed("the connection broke".to_owned()),
+        }
+    }
+}
+
+/// The beginning of what is said on a stream, which is read to its end.
+async fn said(stream: Option<Incoming>) -> String {
+    let Some(mut stream) = stream else { return String::new() };
+    let mut said = Vec::new();
+    while let Some(bytes) = stream.receive().await {
+        said.extend_from_slice(&bytes);
+        said.truncate(MAX_SAID_BYTES);
+    }
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
+    match outcome {
+        Ok(outcome) => outcome,
+        // Nobody cancels it.
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// The receiving end of pieces, for a thread.
+struct Reader {
+    from: mpsc::Receiver<Vec<u8>>,
+    piece: io::Cursor<Vec<u8>>,
+}
+
+impl Reader {
+    fn new(from: mpsc::Receiver<Vec<u8>>) -> Self {
+        Self { from, piece: io::Cursor::default() }
+    }
+}
+
+impl Read for Reader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let length = self.piece.read(buffer)?;
+            if length > 0 || buffer.is_empty() {
+                return Ok(length);
+            }
+            match self.from.blocking_recv() {
+                Some(piece) => self.piece = io::Cursor::new(piece),
+                None => return Ok(0),
+            }
+        }
+    }
+}
+
+/// The sending end of pieces, for a thread.
+struct Writer {
+    to: Pieces,
+    piece: Vec<u8>,
+}
+
+impl Writer {
+    fn new(to: Pieces) -> Self {
+        Self { to, piece: Vec::new() }
+    }
+}
+
+impl Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.piece.extend_from_slice(bytes);
+        if self.piece.len() >= PIECE_BYTES {
+            self.flush()?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let piece = std::mem::take(&mut self.piece);
+        if piece.is_empty() {
+            return Ok(());
+        }
+        self.to.blocking_send(piece).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_owner_is_the_effective_one() {
+        let status = b"Name:\tx\nUid:\t0\t1000\t0\t0\nGid:\t1\t2\t3\t4\n";
+        assert_eq!(owner(status), Some((1000, 2)));
+        assert_eq!(owner(b"Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn a_path_here_keeps_the_ending_that_means_something() {
+        for (written, expected) in [("a/.", "/w/a/."), (".", "/w/."), ("a/", "/w/a/"), ("/a", "/a")] {
+            let absolute = Path::new("/w").join(written.trim_end_matches('.').trim_start_matches("./"));
+            let found = here_path(Path::new(written), absolute);
+            assert_eq!(
+                found.components().collect::<PathBuf>(),
+                Path::new(expected).components().collect::<PathBuf>()
+            );
+            assert_eq!(found.as_os_str().as_bytes().ends_with(b"/."), written.ends_with('.'), "{written}");
+        }
+    }
+
+    #[test]
+    fn pieces_are_what_was_written() {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let writing = std::thread::spawn(move || {
+            let mut writer = Writer::new(sender);
+            for number in 0..100_000_u32 {
+                writer.write_all(&number.to_le_bytes()).unwrap();
+            }
+            writer.flush().unwrap();
+        });
+        let mut bytes = Vec::new();
+        Reader::new(receiver).read_to_end(&mut bytes).unwrap();
+        writing.join().unwrap();
+        assert!(bytes.chunks(4).zip(0..100_000_u32).all(|(bytes, number)| bytes == number.to_le_bytes()));
+        assert_eq!(bytes.len(), 400_000);
+    }
+}

@@ -1,0 +1,188 @@
+//! Copying files between this machine and a container, as a stream in the tar format.
+//!
+//! ```text
+//!  pack     a file or directory, by descriptor      \            / extract   by descriptor
+//!  tar      of the container, through exec           > a stream <  tar       of the container
+//!  stdin    for "-"                                 /            \ stdout    for "-"
+//! ```
+//! Whatever comes out of a container may be hostile. `archive` reads it with limits, `extract` writes below
+//! one directory and nowhere else, and paths inside of a container are resolved by the kernel below the
+//! container's root: no link leads to a file of the host.
+
+pub(crate) mod archive;
+pub(crate) mod extract;
+pub(crate) mod pack;
+pub(crate) mod place;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use berth_sys::beneath::{FileType, Root, stat_fd};
+
+/// Why something cannot be copied from or to a path.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlanError {
+    /// It cannot be looked at.
+    #[error("look at {0}")]
+    Look(PathBuf, #[source] io::Error),
+    /// A device, FIFO or socket.
+    #[error("{0} is neither a file nor a directory")]
+    Kind(PathBuf),
+    /// A file is in the way of a directory.
+    #[error("{0} is not a directory")]
+    NotDirectory(PathBuf),
+    /// The directory to copy into is not there.
+    #[error("there is no directory {0}")]
+    NoDirectory(PathBuf),
+}
+
+/// What is copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Source {
+    /// Whether it is a directory.
+    pub(crate) is_directory: bool,
+    /// Only what is in the directory: its path ends with `/.`.
+    pub(crate) only_contents: bool,
+    /// Its last name; `/` has none.
+    pub(crate) name: Option<OsString>,
+}
+
+/// Where it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Destination {
+    /// The directory, which is there.
+    pub(crate) into: PathBuf,
+    /// What the file or directory is called in it; `None` for the contents of a directory.
+    pub(crate) top: Option<OsString>,
+}
+
+fn ends_with(path: &Path, end: &str) -> bool {
+    path.as_os_str().as_bytes().ends_with(end.as_bytes())
+}
+
+/// Looks at what is to be copied; a link is followed.
+///
+/// # Errors
+/// [`PlanError`].
+pub(crate) fn source(root: &Root, path: &Path) -> Result<Source, PlanError> {
+    let is_directory = match kind(root, path)?.ok_or(io::ErrorKind::NotFound) {
+        Ok(FileType::Directory) => true,
+        Ok(FileType::Regular) => false,
+        Ok(_) => return Err(PlanError::Kind(path.to_owned())),
+        Err(error) => return Err(PlanError::Look(path.to_owned(), error.into())),
+    };
+    if !is_directory && ends_with(path, "/") {
+        return Err(PlanError::NotDirectory(path.to_owned()));
+    }
+    let only_contents = is_directory && (ends_with(path, "/.") || path == Path::new("."));
+    Ok(Source { is_directory, only_contents, name: path.file_name().map(ToOwned::to_owned) })
+}
+
+/// Says where something goes that is copied to `path`, as cp(1) and podman-cp(1) have it.
+///
+/// # Errors
+/// [`PlanError`].
+pub(crate) fn destination(root: &Root, path: &Path, source: &Source) -> Result<Destination, PlanError> {
+    match kind(root, path)? {
+        Some(FileType::Directory) => {
+            let top = if source.only_contents { None } else { source.name.clone() };
+            Ok(Destination { into: path.to_owned(), top })
+        }
+        Some(_) if source.is_directory || ends_with(path, "/") => {
+            Err(PlanError::NotDirectory(path.to_owned()))
+        }
+        None if !source.is_directory && ends_with(path, "/") => Err(PlanError::NoDirectory(path.to_owned())),
+        // A directory's contents make a new directory.
+        _ => {
+            let name = path.file_name().ok_or_else(|| PlanError::NoDirectory(path.to_owned()))?;
+            let into = path.parent().unwrap_or(Path::new("")).to_owned();
+            match kind(root, &into)? {
+                Some(FileType::Directory) => Ok(Destination { into, top: Some(name.to_owned()) }),
+                Some(_) => Err(PlanError::NotDirectory(into)),
+                None => Err(PlanError::NoDirectory(into)),
+            }
+        }
+    }
+}
+
+/// What is at a path, links followed; `None` for nothing.
+fn kind(root: &Root, path: &Path) -> Result<Option<FileType>, PlanError> {
+    match root.resolve(path).and_then(|found| stat_fd(found.as_fd())) {
+        Ok(stat) => Ok(Some(stat.file_type)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(PlanError::Look(path.to_owned(), error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn tree() -> (tempfile::TempDir, Root) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        fs::create_dir_all(path.join("dir/sub")).unwrap();
+        fs::write(path.join("file"), "x").unwrap();
+        symlink("dir", path.join("to-dir")).unwrap();
+        symlink("/etc/passwd", path.join("out")).unwrap();
+        let root = Root::open(path).unwrap();
+        (directory, root)
+    }
+
+    #[test]
+    fn a_source_is_a_file_or_a_directory_or_what_is_in_it() {
+        let (_directory, root) = tree();
+        for (path, is_directory, only_contents, name) in [
+            ("/file", false, false, Some("file")),
+            ("/dir", true, false, Some("dir")),
+            ("/dir/", true, false, Some("dir")),
+            ("/to-dir", true, false, Some("to-dir")),
+            ("/dir/.", true, true, Some("dir")),
+            ("/", true, false, None),
+            ("/.", true, true, None),
+        ] {
+            let expected = Source { is_directory, only_contents, name: name.map(OsString::from) };
+            assert_eq!(source(&root, Path::new(path)).unwrap(), expected, "{path}");
+        }
+        for path in ["/none", "/out", "/file/", "/file/x"] {
+            assert!(source(&root, Path::new(path)).is_err(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_destination_is_what_cp_and_podman_make_of_it() {
+        let (_directory, root) = tree();
+        let file = Source { is_directory: false, only_contents: false, name: Some("a".into()) };
+        let tree = Source { is_directory: true, ..file.clone() };
+        let contents = Source { only_contents: true, ..tree.clone() };
+        for (source, path, expected) in [
+            (&file, "/new", Some(("/", Some("new")))),
+            (&file, "/file", Some(("/", Some("file")))),
+            (&file, "/dir", Some(("/dir", Some("a")))),
+            (&file, "/to-dir/", Some(("/to-dir/", Some("a")))),
+            (&file, "/dir/sub/new", Some(("/dir/sub", Some("new")))),
+            (&file, "/new/", None),
+            (&file, "/none/new", None),
+            (&file, "/file/", None),
+            (&file, "/file/new", None),
+            (&tree, "/new", Some(("/", Some("new")))),
+            (&tree, "/new/", Some(("/", Some("new")))),
+            (&tree, "/dir", Some(("/dir", Some("a")))),
+            (&tree, "/file", None),
+            (&contents, "/dir", Some(("/dir", None))),
+            (&contents, "/new", Some(("/", Some("new")))),
+            (&contents, "/file", None),
+        ] {
+            let found = destination(&root, Path::new(path), source).ok();
+            let expected =
+                expected.map(|(into, top)| Destination { into: into.into(), top: top.map(OsString::from) });
+            assert_eq!(found, expected, "{source:?} to {path}");
+        }
+    }
+}

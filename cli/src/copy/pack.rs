@@ -1,0 +1,228 @@
+//! Writes a file or a directory as an archive, by descriptor.
+//!
+//! Links are written as links; only the one that the path itself ends with is followed, below the root.
+//! Devices, FIFOs and sockets are left out.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use berth_sys::beneath::{Dir, FileType, Root, Stat, stat_fd};
+use tar::{Builder, EntryType, Header};
+
+/// The largest directory that is read: its names are all held at once.
+const MAX_NAMES: usize = 1_000_000;
+
+/// Why no archive is made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PackError {
+    /// A file or directory cannot be read.
+    #[error("read {0}")]
+    Read(PathBuf, #[source] io::Error),
+    /// The archive cannot be written.
+    #[error("write the archive")]
+    Write(#[source] io::Error),
+}
+
+/// What could not be written.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Report {
+    /// Paths of devices, FIFOs and sockets.
+    pub(crate) left_out: Vec<PathBuf>,
+}
+
+struct Packing<W: Write> {
+    to: Builder<W>,
+    /// Paths of files with several names, by device and inode number.
+    names: HashMap<(u64, u64), PathBuf>,
+    report: Report,
+}
+
+/// A directory that is being written.
+struct Level {
+    directory: Dir,
+    /// Its path in the archive.
+    path: PathBuf,
+    /// What is in it and not written yet, last first.
+    names: Vec<OsString>,
+}
+
+/// Writes what is at `path` below `root`; in the archive it is called `top`. Without, only what is in the
+/// directory is written, below `.`: an entry for the directory itself would change the one it is unpacked in.
+///
+/// # Errors
+/// [`PackError`].
+pub(crate) fn pack(
+    root: &Root,
+    path: &Path,
+    top: Option<&OsStr>,
+    to: impl Write,
+) -> Result<Report, PackError> {
+    let failed = |source| PackError::Read(path.to_owned(), source);
+    let stat = root.resolve(path).and_then(|found| stat_fd(found.as_fd())).map_err(failed)?;
+    let called = Path::new(top.unwrap_or(OsStr::new("."))).to_owned();
+    let mut packing = Packing { to: Builder::new(to), names: HashMap::new(), report: Report::default() };
+    if stat.file_type == FileType::Directory {
+        let directory = root.open_dir(path).map_err(failed)?;
+        if top.is_some() {
+            packing.entry(&stat, EntryType::Directory, 0, &called, io::empty())?;
+        }
+        packing.tree(directory, called)?;
+    } else {
+        let file = root.open_regular(path).map_err(failed)?;
+        let stat = stat_fd(file.as_fd()).map_err(failed)?;
+        packing.entry(&stat, EntryType::Regular, stat.size, &called, file)?;
+    }
+    let mut to = packing.to.into_inner().map_err(PackError::Write)?;
+    to.flush().map_err(PackError::Write)?;
+    Ok(packing.report)
+}
+
+impl<W: Write> Packing<W> {
+    /// Writes all that is in a directory. A stack, not recursion: trees may be of any depth.
+    fn tree(&mut self, directory: Dir, path: PathBuf) -> Result<(), PackError> {
+        let mut levels = vec![level(directory, path)?];
+        while let Some(level) = levels.last_mut() {
+            let Some(name) = level.names.pop() else {
+                levels.pop();
+                continue;
+            };
+            let path = level.path.join(&name);
+            if let Some(directory) = self.one(&level.directory, &name, &path)? {
+                levels.push(self::level(directory, path)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes one entry of a directory; a directory that is to be gone into.
+    fn one(&mut self, parent: &Dir, name: &OsStr, path: &Path) -> Result<Option<Dir>, PackError> {
+        let failed = |source| PackError::Read(path.to_owned(), source);
+        let stat = match parent.stat(name) {
+            // Removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            stat => stat.map_err(failed)?,
+        };
+        match stat.file_type {
+            FileType::Directory => {
+                let directory = parent.open_dir(name).map_err(failed)?;
+                self.entry(&stat, EntryType::Directory, 0, path, io::empty())?;
+                return Ok(Some(directory));
+            }
+            FileType::Regular => {
+                let file = parent.open_regular(name).map_err(failed)?;
+                let stat = stat_fd(file.as_fd()).map_err(failed)?;
+                match self.names.get(&stat.identity).cloned() {
+                    Some(first) => self.link(&stat, EntryType::Link, path, &first)?,
+                    None => {
+                        if stat.links > 1 {
+                            self.names.insert(stat.identity, path.to_owned());
+                        }
+                        self.entry(&stat, EntryType::Regular, stat.size, path, file)?;
+                    }
+                }
+            }
+            FileType::Symlink => {
+                let target = parent.read_link(name).map_err(failed)?;
+                self.link(&stat, EntryType::Symlink, path, Path::new(&target))?;
+            }
+            FileType::CharDevice | FileType::BlockDevice | FileType::Fifo | FileType::Socket => {
+                self.report.left_out.push(path.to_owned());
+            }
+        }
+        Ok(None)
+    }
+
+    fn entry(
+        &mut self,
+        stat: &Stat,
+        kind: EntryType,
+        size: u64,
+        path: &Path,
+        content: impl Read,
+    ) -> Result<(), PackError> {
+        let mut header = header(stat, kind, size);
+        // Exactly as many bytes as were promised, whatever becomes of the file meanwhile.
+        let content = content.chain(io::repeat(0)).take(size);
+        self.to.append_data(&mut header, path, content).map_err(PackError::Write)
+    }
+
+    fn link(&mut self, stat: &Stat, kind: EntryType, path: &Path, target: &Path) -> Result<(), PackError> {
+        self.to.append_link(&mut header(stat, kind, 0), path, target).map_err(PackError::Write)
+    }
+}
+
+fn level(directory: Dir, path: PathBuf) -> Result<Level, PackError> {
+    let mut names = directory.names(MAX_NAMES).map_err(|source| PackError::Read(path.clone(), source))?;
+    names.sort_by(|one, other| other.cmp(one));
+    Ok(Level { directory, path, names })
+}
+
+fn header(stat: &Stat, kind: EntryType, size: u64) -> Header {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_size(size);
+    header.set_mode(stat.mode);
+    header.set_uid(stat.uid.into());
+    header.set_gid(stat.gid.into());
+    header.set_mtime(u64::try_from(stat.modified.seconds).unwrap_or(0));
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::super::extract::{Rules, extract};
+    use super::*;
+
+    #[test]
+    fn what_is_packed_is_extracted_the_same() {
+        let directory = tempfile::tempdir().unwrap();
+        let from = directory.path().join("from");
+        fs::create_dir_all(from.join("sub/empty")).unwrap();
+        fs::write(from.join("sub/file"), vec![7; 100_000]).unwrap();
+        fs::hard_link(from.join("sub/file"), from.join("second")).unwrap();
+        symlink("/etc/passwd", from.join("link")).unwrap();
+        let long = "n".repeat(250);
+        fs::write(from.join(&long), "long").unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(from.join("socket")).unwrap();
+        let to = directory.path().join("to");
+        fs::create_dir(&to).unwrap();
+        let (root, into) = (Root::open(directory.path()).unwrap(), Root::open(&to).unwrap());
+        let mut bytes = Vec::new();
+        let report = pack(&root, Path::new("/from"), Some(OsStr::new("top")), &mut bytes).unwrap();
+        assert_eq!(report.left_out, [Path::new("top/socket")]);
+        let name = |text: &str| Some(OsString::from(text));
+        let rules = Rules { expected: name("top"), top: name("copy"), only_file: false, owner: None };
+        extract(&bytes[..], &into.open_dir(Path::new("")).unwrap(), &rules).unwrap();
+        let copy = to.join("copy");
+        assert_eq!(fs::read(copy.join("sub/file")).unwrap(), vec![7; 100_000]);
+        assert_eq!(fs::read(copy.join("second")).unwrap(), vec![7; 100_000]);
+        assert_eq!(fs::read(copy.join(&long)).unwrap(), b"long");
+        assert_eq!(fs::read_link(copy.join("link")).unwrap(), Path::new("/etc/passwd"));
+        assert!(copy.join("sub/empty").is_dir());
+    }
+
+    #[test]
+    fn a_link_at_the_end_of_the_path_is_followed_below_the_root_only() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("root")).unwrap();
+        fs::write(directory.path().join("secret"), "host").unwrap();
+        let root = directory.path().join("root");
+        fs::write(root.join("file"), "inside").unwrap();
+        symlink("/file", root.join("good")).unwrap();
+        symlink(directory.path().join("secret"), root.join("bad")).unwrap();
+        symlink("../secret", root.join("worse")).unwrap();
+        let root = Root::open(&root).unwrap();
+        let mut bytes = Vec::new();
+        pack(&root, Path::new("/good"), Some(OsStr::new("good")), &mut bytes).unwrap();
+        assert!(bytes.windows(6).any(|window| window == b"inside"));
+        for path in ["/bad", "/worse", "/../secret"] {
+            assert!(pack(&root, Path::new(path), Some(OsStr::new("x")), io::sink()).is_err(), "{path}");
+        }
+    }
+}

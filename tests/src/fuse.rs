@@ -2,9 +2,9 @@
 //! killed.
 //!
 //! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and says what its root is, a
-//! directory. Any other request, such as to look for a name in it, it takes and leaves without an answer: the
-//! kernel waits for that in an uninterruptible state until the session ends, where a request that no server
-//! has taken would be given up with a signal that kills.
+//! directory or a file. Any other request, such as to look for a name in it, it takes and leaves without an
+//! answer: the kernel waits for that in an uninterruptible state until the session ends, where a request that
+//! no server has taken would be given up with a signal that kills.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -33,11 +33,24 @@ impl Hanging {
     /// # Errors
     /// When the mount is refused.
     pub fn mount(path: &Path) -> Result<Option<Self>> {
+        Self::mount_as(path, 0o40755)
+    }
+
+    /// Mounts one on the file `path`, which then cannot be opened: its root is a file itself.
+    ///
+    /// # Errors
+    /// When the mount is refused.
+    pub fn mount_on_file(path: &Path) -> Result<Option<Self>> {
+        Self::mount_as(path, 0o100_644)
+    }
+
+    fn mount_as(path: &Path, mode: u32) -> Result<Option<Self>> {
         let Ok(device) = File::options().read(true).write(true).open("/dev/fuse") else { return Ok(None) };
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+        let (descriptor, kind) = (device.as_raw_fd(), mode & 0o170_000);
+        let options = format!("fd={descriptor},rootmode={kind:o},user_id=0,group_id=0,allow_other");
         mount(Some("hanging"), path, Some("fuse"), MsFlags::empty(), Some(options.as_str()))
             .with_context(|| format!("mounting a FUSE file system on {}", path.display()))?;
-        std::thread::spawn(move || serve(device));
+        std::thread::spawn(move || serve(device, mode));
         Ok(Some(Self { path: path.to_owned() }))
     }
 }
@@ -50,7 +63,7 @@ impl Drop for Hanging {
 }
 
 /// Until the session ends, which a read says.
-fn serve(mut device: File) {
+fn serve(mut device: File, mode: u32) {
     // The kernel wants room for a write of the longest kind.
     let mut request = vec![0; 256 * 1024];
     while let Ok(length) = device.read(&mut request) {
@@ -60,7 +73,7 @@ fn serve(mut device: File) {
         let number = |at: usize| header.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
         let answer = match number(4).map(u32::from_ne_bytes) {
             Some(INIT) => init(),
-            Some(GETATTR) => attributes(),
+            Some(GETATTR) => attributes(mode),
             _ => continue,
         };
         // struct fuse_out_header: length, error, and the number of the request.
@@ -82,10 +95,9 @@ fn init() -> Vec<u8> {
     answer
 }
 
-/// `struct fuse_attr_out` of a directory that is valid for an hour: 16 bytes of time, then
+/// `struct fuse_attr_out` of a file of this kind and mode, that is valid for an hour: 16 bytes of time, then
 /// `struct fuse_attr`.
-fn attributes() -> Vec<u8> {
-    const DIRECTORY: u32 = 0o40755;
+fn attributes(mode: u32) -> Vec<u8> {
     let mut answer = vec![0; 16 + 88];
     let mut put = |at: usize, bytes: &[u8]| {
         if let Some(place) = answer.get_mut(at..at + bytes.len()) {
@@ -94,7 +106,7 @@ fn attributes() -> Vec<u8> {
     };
     put(0, &3600_u64.to_ne_bytes());
     put(16, &1_u64.to_ne_bytes());
-    put(16 + 60, &DIRECTORY.to_ne_bytes());
+    put(16 + 60, &mode.to_ne_bytes());
     put(16 + 64, &2_u32.to_ne_bytes());
     answer
 }

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use crate::cgroup::{Place, Unit};
-use crate::limits::{Ceiling, IfMissing, Limits, Note, Present, Step, Version, plan, properties_of};
+use crate::limits::{
+    Ceiling, HugepageLimit, IfMissing, Limits, Note, Present, Step, Version, cpu_weight, plan, properties_of,
+};
 use crate::{Cgroup, Error, control_file};
 
 impl Cgroup {
@@ -54,6 +56,89 @@ impl Cgroup {
             Err(error)
         } else {
             Err(Error::NotRolledBack { source: Box::new(error), failures })
+        }
+    }
+
+    /// Of the limits that are set in `asked`, what the kernel has. What cannot be read, or is not there, is
+    /// as in `earlier`; so are shares where the weight of v2 is that of the earlier ones.
+    #[must_use]
+    pub fn read_back(&self, asked: &Limits, earlier: &Limits) -> Limits {
+        let number = |controller: &str, file: &str| {
+            self.dir_of(controller).and_then(|dir| control_file::read_number(&dir.join(file)).ok().flatten())
+        };
+        let text = |controller: &str, file: &str| -> Option<String> {
+            let bytes = control_file::read_if_there(&self.dir_of(controller)?.join(file)).ok()??;
+            Some(String::from_utf8_lossy(bytes.trim_ascii()).into_owned())
+        };
+        let word = |controller: &str, file: &str, at: usize| -> Option<Ceiling> {
+            ceiling(text(controller, file)?.split_ascii_whitespace().nth(at)?)
+        };
+        let (memory, swap, quota, period, shares) = match self.version() {
+            Version::V1 => (
+                word("memory", "memory.limit_in_bytes", 0),
+                word("memory", "memory.memsw.limit_in_bytes", 0),
+                word("cpu", "cpu.cfs_quota_us", 0),
+                number("cpu", "cpu.cfs_period_us"),
+                number("cpu", "cpu.shares"),
+            ),
+            Version::V2 => {
+                let memory = word("memory", "memory.max", 0);
+                let swap = match (word("memory", "memory.swap.max", 0), memory) {
+                    (Some(Ceiling::At(swap)), Some(Ceiling::At(memory))) => {
+                        Some(Ceiling::At(swap.saturating_add(memory)))
+                    }
+                    (Some(_), Some(_)) => Some(Ceiling::Unlimited),
+                    _ => None,
+                };
+                let period = match word("cpu", "cpu.max", 1) {
+                    Some(Ceiling::At(period)) => Some(period),
+                    _ => None,
+                };
+                let shares = number("cpu", "cpu.weight").map(|weight| {
+                    let known = [earlier.cpu_shares, asked.cpu_shares].into_iter().flatten();
+                    known.into_iter().find(|shares| cpu_weight(*shares) == weight).unwrap_or_else(|| {
+                        let mut shares = 2..=262_144;
+                        shares.find(|shares| cpu_weight(*shares) >= weight).unwrap_or(262_144)
+                    })
+                });
+                (memory, swap, word("cpu", "cpu.max", 0), period, shares)
+            }
+        };
+        let suffix = match self.version() {
+            Version::V1 => "limit_in_bytes",
+            Version::V2 => "max",
+        };
+        let hugepages = asked.hugepages.iter().filter_map(|page| {
+            let size = &page.page_size;
+            let before = || earlier.hugepages.iter().find(|page| page.page_size == *size).cloned();
+            match word("hugetlb", &format!("hugetlb.{size}.{suffix}"), 0) {
+                Some(Ceiling::At(limit_bytes)) => {
+                    Some(HugepageLimit { page_size: size.clone(), limit_bytes })
+                }
+                _ => before(),
+            }
+        });
+        let unified = asked.unified.keys().filter_map(|key| {
+            let value = text("unified", key).or_else(|| earlier.unified.get(key).cloned())?;
+            Some((key.clone(), value))
+        });
+        let list = |asked: &str, earlier: &str, file| match asked {
+            "" => String::new(),
+            _ => text("cpuset", file).unwrap_or_else(|| earlier.to_owned()),
+        };
+        Limits {
+            cpu_shares: asked.cpu_shares.and(shares.or(earlier.cpu_shares)),
+            cpu_quota_us: asked.cpu_quota_us.and(quota.or(earlier.cpu_quota_us)),
+            cpu_period_us: asked.cpu_period_us.and(period.or(earlier.cpu_period_us)),
+            memory_limit_bytes: asked.memory_limit_bytes.and(memory.or(earlier.memory_limit_bytes)),
+            memory_swap_limit_bytes: asked
+                .memory_swap_limit_bytes
+                .and(swap.or(earlier.memory_swap_limit_bytes)),
+            pids_limit: asked.pids_limit.and(word("pids", "pids.max", 0).or(earlier.pids_limit)),
+            cpuset_cpus: list(&asked.cpuset_cpus, &earlier.cpuset_cpus, "cpuset.cpus"),
+            cpuset_mems: list(&asked.cpuset_mems, &earlier.cpuset_mems, "cpuset.mems"),
+            hugepages: hugepages.collect(),
+            unified: unified.collect(),
         }
     }
 
@@ -178,6 +263,19 @@ impl Cgroup {
             }
             Err(source) => Err(Error::Write { path, value: step.value.clone(), source }),
         }
+    }
+}
+
+/// A limit as a control file has it: v2's `max`, v1's -1, and v1's memory without a limit, which is the
+/// greatest number of whole pages of up to 64 KiB.
+fn ceiling(word: &str) -> Option<Ceiling> {
+    const V1_UNLIMITED: u64 = i64::MAX as u64 & !0xffff;
+    match word {
+        "max" | "-1" => Some(Ceiling::Unlimited),
+        _ => match control_file::number(word.as_bytes())? {
+            V1_UNLIMITED.. => Some(Ceiling::Unlimited),
+            number => Some(Ceiling::At(number)),
+        },
     }
 }
 

@@ -360,6 +360,43 @@ pub fn leftovers(hierarchy: &Hierarchy, parent: &Parent) -> Result<BTreeSet<Stri
     Ok(names)
 }
 
+/// The most directories that [`leaves`] looks at.
+const MAX_LOOKED_AT: usize = 50_000;
+
+/// The leaves below any parent whose ids `is_id` accepts, as the hierarchy of the memory controller has them,
+/// or the only one. What is below a leaf is its container's, and not looked at.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn leaves(hierarchy: &Hierarchy, is_id: impl Fn(&str) -> bool) -> Result<Vec<(Parent, String)>, Error> {
+    let Some(mount) = hierarchy.mount_of("memory") else { return Ok(Vec::new()) };
+    let (mut found, mut next, mut looked_at) = (Vec::new(), vec![mount.to_path_buf()], 0);
+    while let Some(dir) = next.pop() {
+        let below =
+            control_file::sub_directories(&dir).map_err(|source| Error::Read { path: dir, source })?;
+        looked_at += below.len();
+        if looked_at > MAX_LOOKED_AT {
+            break;
+        }
+        for dir in below {
+            let path = dir.strip_prefix(mount).ok().and_then(Path::to_str).map(|path| format!("/{path}"));
+            // One that is no text, or no path of a cgroup of ours, is none.
+            let Some((parent, path)) = path.and_then(|path| Some((Parent::of(&path).ok()?, path))) else {
+                continue;
+            };
+            let leaf = path.rsplit('/').next().unwrap_or_default();
+            match parent.id_of(leaf).filter(|id| is_id(id)) {
+                Some(id) => {
+                    let id = id.to_owned();
+                    found.push((parent, id));
+                }
+                None => next.push(dir),
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// `path` is absolute or empty, normal, and checked by [`Parent`] and [`check_id`].
 fn below(mount: &Path, path: &str) -> PathBuf {
     mount.join(path.trim_start_matches('/'))
@@ -578,6 +615,26 @@ mod tests {
         fs::remove_dir(root.path().join("cpu/deep/berth/b")).unwrap();
         fs::write(root.path().join("cpu/deep/berth/tasks"), "").unwrap();
         assert_eq!(leftovers(&hierarchy, &ours).unwrap().into_iter().collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn leaves_are_found_below_any_parent() {
+        let (root, hierarchy) = fake_legacy(&["cpu", "memory"]);
+        for path in ["kubepods/pod1/0a", "kubepods/pod1/other", "kubepods/pod2/crio-0b.scope", "0c/0d"] {
+            fs::create_dir_all(root.path().join("memory").join(path)).unwrap();
+        }
+        for path in ["a.slice/a-b.slice/berth-0e.scope", "a.slice/0f.service/x"] {
+            fs::create_dir_all(root.path().join("memory").join(path)).unwrap();
+        }
+        fs::create_dir_all(root.path().join("cpu/kubepods/pod3/0f")).unwrap();
+        let is_id = |id: &str| id.len() == 2 && id.starts_with('0');
+        let mut found = leaves(&hierarchy, is_id).unwrap();
+        found.sort_by(|one, other| one.1.cmp(&other.1));
+        let found: Vec<_> = found.iter().map(|(parent, id)| (parent.path(), id.as_str())).collect();
+        assert_eq!(
+            found,
+            [("/kubepods/pod1", "0a"), ("/kubepods/pod2", "0b"), ("", "0c"), ("/a.slice/a-b.slice", "0e")]
+        );
     }
 
     #[test]

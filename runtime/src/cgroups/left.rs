@@ -2,8 +2,7 @@
 //!
 //! A process in an uninterruptible wait (a network file system whose server is away) dies when that ends,
 //! which may take hours. Until then its cgroup is kept in mind here, and tried again. When the daemon ends
-//! first, the next start finds those below the daemon's own cgroup parent; those below a pod's are left to
-//! whoever made the pod's, as a kubelet does.
+//! first, the next start finds it by its mark.
 
 use crate::lock;
 use berth_cgroup::Cgroup;
@@ -18,7 +17,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const ATTEMPT: Duration = Duration::from_millis(50);
 
 /// The cgroups that are there still. There are as many as the kernel has with such a process.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct LeftCgroups(Arc<Mutex<Vec<Cgroup>>>);
 
 impl LeftCgroups {
@@ -33,36 +32,65 @@ impl LeftCgroups {
         if left.len() == 1
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            runtime.spawn(try_again(self.0.clone()));
+            runtime.spawn(try_again(self.0.clone(), end));
         }
     }
 }
 
-/// Until nothing is left.
-async fn try_again(left: Arc<Mutex<Vec<Cgroup>>>) {
+/// Until nothing is left. `end` says whether a cgroup is gone; blocking.
+async fn try_again(left: Arc<Mutex<Vec<Cgroup>>>, end: fn(&Cgroup) -> bool) {
     let mut pause = FIRST_PAUSE;
     loop {
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
-        let trying = left.clone();
-        // The task fails only when the daemon stops.
-        if tokio::task::spawn_blocking(move || try_all(&trying)).await.unwrap_or(true) {
+        let trying = lock(&left).clone();
+        for cgroup in trying {
+            let path = cgroup.path().to_owned();
+            match tokio::task::spawn_blocking(move || end(&cgroup)).await {
+                Ok(true) => {
+                    tracing::info!(cgroup = path, "removed an orphaned cgroup");
+                    lock(&left).retain(|cgroup| cgroup.path() != path);
+                }
+                Ok(false) => {}
+                // A bug, which is logged. The others are tried all the same, and this one again.
+                Err(error) if error.is_panic() => {}
+                // The daemon stops.
+                Err(_) => return,
+            }
+        }
+        if lock(&left).is_empty() {
             return;
         }
     }
 }
 
-/// Whether all are gone. Blocking.
-fn try_all(left: &Mutex<Vec<Cgroup>>) -> bool {
-    let trying = lock(left).clone();
-    let gone: Vec<&Cgroup> = trying
-        .iter()
-        .filter(|cgroup| cgroup.kill(ATTEMPT).and_then(|()| cgroup.remove(ATTEMPT)).is_ok())
-        .collect();
-    for cgroup in &gone {
-        tracing::info!(cgroup = cgroup.path(), "removed an orphaned cgroup");
+fn end(cgroup: &Cgroup) -> bool {
+    cgroup.kill(ATTEMPT).and_then(|()| cgroup.remove(ATTEMPT)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_cgroup::{Driver, Hierarchy, Parent};
+
+    #[tokio::test(start_paused = true)]
+    async fn an_attempt_that_panics_stops_no_others() {
+        let hierarchy = Hierarchy::Legacy { mounts: Vec::new() };
+        let parent = Parent::named(Driver::Cgroupfs, "/pod").unwrap();
+        let cgroup = |id| Cgroup::open(&hierarchy, &parent, id).unwrap();
+        let left = Arc::new(Mutex::new(vec![cgroup("bad"), cgroup("good")]));
+        let trying = tokio::spawn(try_again(left.clone(), |cgroup| {
+            assert!(!cgroup.path().ends_with("bad"), "a bug");
+            true
+        }));
+        while lock(&left).len() > 1 {
+            tokio::time::sleep(FIRST_PAUSE).await;
+        }
+        lock(&left).push(cgroup("another"));
+        while lock(&left).len() > 1 {
+            tokio::time::sleep(FIRST_PAUSE).await;
+        }
+        assert_eq!(lock(&left)[0].path(), "/pod/bad");
+        assert!(!trying.is_finished());
     }
-    let mut left = lock(left);
-    left.retain(|cgroup| !gone.iter().any(|gone| gone.path() == cgroup.path()));
-    left.is_empty()
 }

@@ -6,12 +6,13 @@ mod unanswered;
 use crate::shim_client::{Holder, ShimError, ShimProgram};
 use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
 use berth_sys::xattr;
-use left::LeftCgroups;
+pub(crate) use left::LeftCgroups;
+use std::collections::BTreeSet;
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use unanswered::Unanswered;
 
@@ -65,6 +66,11 @@ impl Cgroups {
         self.left.keep(cgroup);
     }
 
+    /// What keeps cgroups in mind that could not be removed, for a container.
+    pub(crate) fn left(&self) -> LeftCgroups {
+        self.left.clone()
+    }
+
     /// The parent cgroup of a pod: the one that it names, or the daemon's own.
     pub(crate) fn parent(&self, named: &str) -> Result<Parent, berth_cgroup::Error> {
         if named.is_empty() {
@@ -114,9 +120,7 @@ impl Cgroups {
                 }
             }
         };
-        if parent.path() == self.default_parent.path() {
-            self.mark(&cgroup);
-        }
+        self.mark(&cgroup, parent);
         match cgroup.apply(limits) {
             Ok(notes) => {
                 for note in notes {
@@ -135,10 +139,15 @@ impl Cgroups {
         }
     }
 
-    /// Writes onto a cgroup whose it is: below the daemons' own parent, which another one may have too, each
-    /// takes away what is nobody's.
-    fn mark(&self, cgroup: &Cgroup) {
-        for directory in cgroup.directories() {
+    /// Writes onto a cgroup whose it is. Below the daemons' own parent, which another one may have too, each
+    /// takes away what is nobody's, in whichever hierarchy that is; below the parents of pods, where other
+    /// runtimes may have theirs, only what has its mark in the hierarchy where it looks.
+    fn mark(&self, cgroup: &Cgroup, parent: &Parent) {
+        let everywhere = parent.path() == self.default_parent.path();
+        let looked_at = self.hierarchy.mount_of("memory");
+        let marked =
+            |directory: &&Path| everywhere || looked_at.is_some_and(|mount| directory.starts_with(mount));
+        for directory in cgroup.directories().filter(marked) {
             let marked = File::open(directory)
                 .and_then(|file| xattr::set(file.as_fd(), OWNER, self.root.as_os_str().as_bytes()));
             if let Err(error) = marked {
@@ -150,10 +159,43 @@ impl Cgroups {
 
     /// Whether another daemon has made a cgroup.
     pub(crate) fn is_anothers(&self, cgroup: &Cgroup) -> bool {
-        let own = self.root.as_os_str().as_bytes();
-        cgroup.directories().any(|directory| {
-            let owner = File::open(directory).and_then(|file| xattr::get(file.as_fd(), OWNER));
-            owner.is_ok_and(|owner| owner.is_some_and(|owner| owner != own))
+        self.owners(cgroup).any(|owner| owner != self.mark_text())
+    }
+
+    /// The cgroups of ids that `is_unknown` says nobody has, and their parents: those below the daemon's own
+    /// parent, and those with its mark anywhere else, as below the cgroups of a kubelet's pods.
+    pub(crate) fn orphans(&self, is_unknown: impl Fn(&str) -> bool) -> Vec<(Parent, String)> {
+        let own = berth_cgroup::leftovers(&self.hierarchy, &self.default_parent).unwrap_or_else(|error| {
+            tracing::warn!(error = %crate::chain(&error), "cannot look for orphaned cgroups");
+            BTreeSet::new()
+        });
+        let elsewhere = berth_cgroup::leaves(&self.hierarchy, &is_unknown).unwrap_or_else(|error| {
+            tracing::warn!(error = %crate::chain(&error), "cannot look for orphaned cgroups below the cgroups of pods");
+            Vec::new()
+        });
+        let has_mark = |parent: &Parent, id: &str| {
+            self.open(parent, id)
+                .is_ok_and(|cgroup| self.owners(&cgroup).any(|owner| owner == self.mark_text()))
+        };
+        own.into_iter()
+            .filter(|id| is_unknown(id))
+            .map(|id| (self.default_parent.clone(), id))
+            .chain(
+                elsewhere.into_iter().filter(|(parent, id)| {
+                    parent.path() != self.default_parent.path() && has_mark(parent, id)
+                }),
+            )
+            .collect()
+    }
+
+    fn mark_text(&self) -> &[u8] {
+        self.root.as_os_str().as_bytes()
+    }
+
+    /// What the marks on a cgroup say.
+    fn owners(&self, cgroup: &Cgroup) -> impl Iterator<Item = Vec<u8>> {
+        cgroup.directories().filter_map(|directory| {
+            File::open(directory).and_then(|file| xattr::get(file.as_fd(), OWNER)).ok().flatten()
         })
     }
 

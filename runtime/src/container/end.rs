@@ -87,7 +87,8 @@ pub(super) fn clean(container: &Container) {
     }
     let gone = container.cgroup.kill(CGROUP_GONE).and_then(|()| container.cgroup.remove(CGROUP_GONE));
     if let Err(error) = gone {
-        tracing::warn!(container = %container.id(), error = %crate::chain(&error), "cannot remove the cgroup of a container");
+        tracing::warn!(container = %container.id(), error = %crate::chain(&error), "cannot remove the cgroup of a container; trying again");
+        container.left.keep(&container.cgroup);
     }
 }
 
@@ -166,6 +167,7 @@ mod tests {
 
     /// A container of which nothing is there but its two directories, of which `durable` may be missing too.
     fn container(directory: &Path, durable: bool) -> Arc<Container> {
+        use crate::cgroups::LeftCgroups;
         use berth_cgroup::{Cgroup, Driver, Hierarchy, Parent};
         use berth_model::layout::Layout;
         use berth_model::record::ContainerRecord;
@@ -178,7 +180,7 @@ mod tests {
         let hierarchy = Hierarchy::Legacy { mounts: Vec::new() };
         let parent = Parent::named(Driver::Cgroupfs, "/nowhere").unwrap();
         let cgroup = Cgroup::open(&hierarchy, &parent, record.id.as_str()).unwrap();
-        Arc::new(Container::new(record, files, cgroup))
+        Arc::new(Container::new(record, files, cgroup, LeftCgroups::default()))
     }
 
     fn seen(container: &Container) -> (i32, ExitReason) {

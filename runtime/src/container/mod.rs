@@ -33,6 +33,7 @@ pub(crate) mod update;
 
 pub(crate) use error::ContainerError;
 
+use crate::cgroups::LeftCgroups;
 use crate::clock::unix_ns;
 use crate::events::{self, ContainerChange, Event};
 use crate::lock;
@@ -59,6 +60,8 @@ pub(crate) struct Container {
     record: ContainerRecord,
     files: ContainerFiles,
     cgroup: Cgroup,
+    /// Where the cgroup goes that cannot be removed.
+    left: LeftCgroups,
     resources: Mutex<Resources>,
     state: watch::Sender<ContainerState>,
     /// It has ended, and what is left in its cgroup is being ended.
@@ -86,7 +89,7 @@ pub(crate) struct Container {
 
 impl Container {
     /// One that waits for its start, as far as its record says.
-    fn new(record: ContainerRecord, files: ContainerFiles, cgroup: Cgroup) -> Self {
+    fn new(record: ContainerRecord, files: ContainerFiles, cgroup: Cgroup, left: LeftCgroups) -> Self {
         Self {
             resources: Mutex::new(record.config.resources.clone()),
             state: watch::Sender::new(ContainerState::Created),
@@ -103,6 +106,7 @@ impl Container {
             record,
             files,
             cgroup,
+            left,
         }
     }
 
@@ -315,7 +319,7 @@ mod tests {
         let parent = Parent::named(Driver::Cgroupfs, "/nowhere").unwrap();
         let hierarchy = Hierarchy::Legacy { mounts: Vec::new() };
         let cgroup = Cgroup::open(&hierarchy, &parent, record.id.as_str()).unwrap();
-        Container::new(record, files, cgroup)
+        Container::new(record, files, cgroup, LeftCgroups::default())
     }
 
     fn started() -> ContainerEvent {

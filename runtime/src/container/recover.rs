@@ -48,7 +48,7 @@ pub(crate) fn recover(
     };
     let cgroup = open_cgroup(node, &record)?;
     record_files::mend(&node.layout, "container", id.as_str(), &record_files, &health, &record);
-    let mut container = Container::new(record, files, cgroup);
+    let mut container = Container::new(record, files, cgroup, node.cgroups.left());
     container.keeps_record = matches!(health, Health::Newer(_));
     // A daemon that writes no copies does not write this down either.
     let told_of_starts = !matches!(health, Health::NoCopy);
@@ -94,7 +94,8 @@ pub(super) fn of_record(
     keeps_record: bool,
 ) -> Result<Container, ContainerError> {
     let cgroup = open_cgroup(node, &record)?;
-    let mut container = Container::new(record.clone(), node.layout.container(&record.id), cgroup);
+    let files = node.layout.container(&record.id);
+    let mut container = Container::new(record.clone(), files, cgroup, node.cgroups.left());
     container.keeps_record = keeps_record;
     settle_what_is_known(&container, false);
     Ok(container)

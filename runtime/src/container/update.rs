@@ -2,13 +2,14 @@
 
 use super::{Container, ContainerError, lock};
 use crate::oci_spec;
+use berth_cgroup::Limits;
 use berth_model::container::Resources;
 use berth_model::state::ContainerState;
 use std::sync::Arc;
 
 /// Changes the limits of a container that has not ended to what `change` makes of those in force. When the
-/// kernel refuses one, or they cannot be recorded, all stay as they were. Once they are in force this does
-/// not fail any more.
+/// kernel refuses one, or they cannot be recorded, all stay as they were; when it refuses the way back too,
+/// what it then has is reported and recorded. Once they are in force this does not fail any more.
 pub(crate) async fn resources<E: From<ContainerError>>(
     container: &Arc<Container>,
     change: impl FnOnce(&Resources) -> Result<Resources, E>,
@@ -38,7 +39,13 @@ fn update(container: &Container, next: Resources) -> Result<(), ContainerError> 
     let record = files
         .prepare(&content)
         .map_err(|source| ContainerError::Record { id: container.id().clone(), source })?;
-    container.cgroup.update(&limits)?;
+    if let Err(error) = container.cgroup.update(&limits) {
+        if matches!(error, berth_cgroup::Error::NotRolledBack { .. }) {
+            drop(record);
+            tell_what_is_in_force(container, &limits);
+        }
+        return Err(error.into());
+    }
     *lock(&container.resources) = next;
     if let Err(error) = record.commit() {
         tracing::error!(
@@ -47,6 +54,24 @@ fn update(container: &Container, next: Resources) -> Result<(), ContainerError> 
         );
     }
     Ok(())
+}
+
+/// Some limits are those that were asked for now, and some the earlier ones: what is reported is what the
+/// kernel says. Blocking.
+fn tell_what_is_in_force(container: &Container, limits: &Limits) {
+    let earlier = oci_spec::resources(&container.resources()).and_then(|earlier| oci_spec::limits(&earlier));
+    // They were in force, so they can be limits.
+    let now = container.cgroup.read_back(limits, &earlier.unwrap_or_default());
+    let resources = oci_spec::in_force(container.resources(), now);
+    *lock(&container.resources) = resources.clone();
+    let mut content = container.record.clone();
+    content.config.resources = resources;
+    if let Err(error) = container.record_files().write(&content) {
+        tracing::error!(
+            container = %container.id(), error = %crate::chain(&error),
+            "limits are half changed, which could not be recorded; after a restart the old ones are reported"
+        );
+    }
 }
 
 /// Lets the shim write to the log path anew.

@@ -25,7 +25,7 @@ pub use capabilities::granted_capabilities;
 pub use devices::{ResolvedDevice, device_policy};
 pub use mounts::{CgroupDirectory, ResolvedMount};
 pub use process::set_user;
-pub use resources::{limits, of_cgroup, resources};
+pub use resources::{in_force, limits, of_cgroup, resources};
 
 use berth_image::ImageConfig;
 use berth_model::id::{ContainerId, SandboxId};

@@ -96,6 +96,29 @@ pub fn limits(resources: &LinuxResources) -> Result<Limits, SpecError> {
     Ok(limits)
 }
 
+/// The resources of a container whose limits are `now`. The rest is as it was.
+#[must_use]
+pub fn in_force(earlier: Resources, now: Limits) -> Resources {
+    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    let signed = |ceiling| match ceiling {
+        Some(Ceiling::At(value)) => number(value),
+        Some(Ceiling::Unlimited) => -1,
+        None => 0,
+    };
+    Resources {
+        cpu_period_us: now.cpu_period_us.map_or(0, number),
+        cpu_quota_us: signed(now.cpu_quota_us),
+        cpu_shares: now.cpu_shares.map_or(0, number),
+        memory_limit_bytes: signed(now.memory_limit_bytes),
+        memory_swap_limit_bytes: signed(now.memory_swap_limit_bytes),
+        cpuset_cpus: now.cpuset_cpus,
+        cpuset_mems: now.cpuset_mems,
+        hugepage_limits: now.hugepages.into_iter().map(|page| (page.page_size, page.limit_bytes)).collect(),
+        unified: now.unified,
+        ..earlier
+    }
+}
+
 /// Properties of the OCI runtime spec that Berth writes into no cgroup. [`resources`] never sets them.
 fn refuse_unsupported(resources: &LinuxResources) -> Result<(), SpecError> {
     let cpu = resources.cpu().clone().unwrap_or_default();

@@ -12,9 +12,9 @@ use crate::node::Node;
 use crate::record_files::Patience;
 use crate::shim_client::{ConnectError, ShimClient};
 use crate::trash;
+use berth_cgroup::Parent;
 use berth_model::id::ContainerId;
 use berth_model::state::ContainerState;
-
 use berth_sys::ns;
 use futures_util::StreamExt;
 use std::path::{Path, PathBuf};
@@ -39,8 +39,8 @@ pub(crate) struct Remains {
     directories: Vec<PathBuf>,
     container_states: Vec<PathBuf>,
     sandbox_states: Vec<PathBuf>,
-    /// Names of cgroups below the daemon's own parent.
-    cgroups: Vec<String>,
+    /// Cgroups of ids that nobody has.
+    cgroups: Vec<(Parent, String)>,
     network: Option<Dead>,
     /// Containers that ended while there was no daemon: their cgroups may be there.
     ended: Vec<Arc<Container>>,
@@ -68,11 +68,8 @@ impl Remains {
         let mut directories = unknown(&layout.containers())?;
         directories.extend(unknown(&layout.sandboxes())?);
         directories.retain(is_id);
-        let cgroups = berth_cgroup::leftovers(&node.cgroups.hierarchy, &node.cgroups.default_parent);
-        let cgroups = cgroups.unwrap_or_else(|error| {
-            tracing::warn!(error = %crate::chain(&error), "cannot look for orphaned cgroups");
-            Default::default()
-        });
+        let is_unknown = |name: &str| name.parse::<ContainerId>().is_ok() && !node.registry.has(name);
+        let cgroups = node.cgroups.orphans(is_unknown);
         let living: Vec<String> = node
             .registry
             .sandboxes()
@@ -91,10 +88,7 @@ impl Remains {
             directories,
             container_states: unknown(&layout.container_states())?,
             sandbox_states: unknown(&layout.sandbox_states())?,
-            cgroups: cgroups
-                .into_iter()
-                .filter(|name| name.parse::<ContainerId>().is_ok() && !node.registry.has(name))
-                .collect(),
+            cgroups,
             network: network.ok(),
             ended,
             room: Arc::new(Semaphore::new(0)),
@@ -135,8 +129,8 @@ impl Remains {
         for container in self.ended {
             container::recover::clean(&container);
         }
-        for name in self.cgroups.iter().filter(|name| !kept.contains(name)) {
-            let gone = node.cgroups.open(&node.cgroups.default_parent, name).and_then(|cgroup| {
+        for (parent, name) in self.cgroups.iter().filter(|(_, name)| !kept.contains(name)) {
+            let gone = node.cgroups.open(parent, name).and_then(|cgroup| {
                 if node.cgroups.is_anothers(&cgroup) {
                     return Ok(());
                 }
@@ -144,7 +138,7 @@ impl Remains {
                 gone.inspect_err(|_| node.cgroups.keep_left(&cgroup))
             });
             if let Err(error) = gone {
-                tracing::warn!(cgroup = name, error = %crate::chain(&error), "cannot remove an orphaned cgroup; trying again");
+                tracing::warn!(cgroup = name, parent = parent.path(), error = %crate::chain(&error), "cannot remove an orphaned cgroup; trying again");
             }
         }
         for path in self.container_states.iter().filter(|path| !is_kept(path)) {

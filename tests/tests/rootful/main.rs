@@ -4,6 +4,7 @@
 mod apparmor;
 mod births;
 mod census;
+mod cgroups;
 mod client_go;
 mod clients;
 mod command;

@@ -112,7 +112,11 @@ mod tests {
 
     impl Tree {
         fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("berth-beneath-{}-{name}", std::process::id()));
+            Self::below(&std::env::temp_dir(), name)
+        }
+
+        fn below(directory: &Path, name: &str) -> Self {
+            let path = directory.join(format!("berth-beneath-{}-{name}", std::process::id()));
             fs::create_dir_all(path.join("root")).unwrap();
             fs::create_dir_all(path.join("canary")).unwrap();
             fs::write(path.join("canary/secret"), "host").unwrap();
@@ -231,10 +235,11 @@ mod tests {
 
     #[test]
     fn removal_takes_a_tree_deeper_than_any_path_and_follows_nothing() {
-        let tree = Tree::new("deep");
+        // In memory: what ext4 takes to make or remove one directory grows with their number.
+        let tree = Tree::below(Path::new("/dev/shm"), "deep");
         let mut dir = tree.root().open_dir(Path::new("")).unwrap();
         let name = OsStr::new("d");
-        for level in 0..5000 {
+        for level in 0..100_000 {
             dir.make_dir(name, 0o700).unwrap();
             dir = dir.open_dir(name).unwrap();
             if level % 100 == 0 {
@@ -242,7 +247,12 @@ mod tests {
                 dir.create_file(OsStr::new("file"), 0o600).unwrap();
             }
         }
+        // Held, it keeps those above it, all of which the kernel walks with each one that is removed.
+        drop(dir);
         let top = tree.root().open_dir(Path::new("")).unwrap();
+        let mut walk = Walk::new(&top).unwrap();
+        while walk.step().unwrap() {}
+        assert_eq!(walk.usage().inodes, 100_000 + 2 * 1000);
         top.remove_all(name).unwrap();
         assert_eq!(top.names(10).unwrap(), Vec::<OsString>::new());
         assert_eq!(fs::read(tree.0.join("canary/secret")).unwrap(), b"host");

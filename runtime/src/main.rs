@@ -83,7 +83,8 @@ fn main() -> ExitCode {
     if arguments.check_config {
         return ExitCode::SUCCESS;
     }
-    match serve(config, arguments) {
+    let kept = berth_sys::process::keep_ended_children().context("set SIGCHLD to its default");
+    match kept.and_then(|()| serve(config, arguments)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tell(&format!("berthd: {error:#}"));

@@ -555,6 +555,18 @@ pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok((limit.rlim_cur, limit.rlim_max)) }
 }
 
+/// Has the kernel keep ended children until they are waited for, whatever the caller was started with: where
+/// SIGCHLD is ignored, which is inherited, their statuses are lost and `wait(2)` says `ECHILD`.
+///
+/// # Errors
+/// None in practice.
+pub fn keep_ended_children() -> io::Result<()> {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: it sets no handler.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    Ok(())
+}
+
 /// Resets every signal to its default action and unblocks all: what a fresh program expects, signal(7).
 ///
 /// # Errors

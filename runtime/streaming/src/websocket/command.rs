@@ -220,6 +220,44 @@ mod tests {
         server.await.unwrap();
     }
 
+    /// Bytes that no client sends end the connection, and with it the command.
+    #[tokio::test]
+    async fn frames_that_cannot_be_end_the_connection() {
+        let length = |bytes: u64| [&[0x82, 0xff][..], &bytes.to_be_bytes(), &[0; 4]].concat();
+        for bytes in [
+            // Not masked.
+            vec![0x82, 2, STDIN, b'x'],
+            // A reserved bit, a reserved kind, a fragmented ping, a long ping.
+            vec![0xc2, 0x81, 0, 0, 0, 0, STDIN],
+            vec![0x83, 0x81, 0, 0, 0, 0, STDIN],
+            vec![0x09, 0x80, 0, 0, 0, 0],
+            [&[0x89, 0xfe, 0, 126][..], &[0; 4 + 126]].concat(),
+            // Longer than a message may be, and than any memory.
+            length(u64::try_from(MAX_MESSAGE_BYTES).unwrap() + 1),
+            length(u64::MAX),
+            // The rest of a message that has not begun.
+            vec![0x80, 0x81, 0, 0, 0, 0, STDIN],
+            // No text, in base64 or otherwise.
+            vec![0x81, 0x81, 0, 0, 0, 0, 0xff],
+        ] {
+            let (mut near, far) = duplex(64 * 1024);
+            let (sender, ended) = tokio::sync::oneshot::channel::<()>();
+            let run: Run = Box::new(move |_| {
+                Box::pin(async move {
+                    let _sender = sender;
+                    std::future::pending().await
+                })
+            });
+            let wanted = Wanted { stdin: true, ..Wanted::default() };
+            let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
+            near.write_all(&bytes).await.unwrap();
+            assert!(ended.await.is_err(), "{bytes:?}");
+            let mut said = Vec::new();
+            near.read_to_end(&mut said).await.unwrap();
+            server.await.unwrap();
+        }
+    }
+
     /// What a client hears of a program that runs for ever, with this said all the time.
     async fn lives(said: Option<&'static str>) -> Duration {
         let (near, far) = duplex(64 * 1024);

@@ -102,7 +102,7 @@ fn limits_that_are_half_changed_are_reported_as_the_kernel_has_them() -> Result<
             drop(read_only);
             refused.err().context("the second limit was refused")
         })?;
-        ensure!(refused.message().contains("half changed"), "{refused}");
+        ensure!(refused.message().contains("partly changed"), "{refused}");
         let look = || -> Result<()> {
             let now = reported(&main)?;
             assert_eq!((now.cpu_shares, now.cpu_quota), (2048, 20_000));

@@ -7,7 +7,7 @@
 
 use crate::lock;
 use berth_shim_proto::control::{
-    ExecRequest, Phase, Reply, Request, SignalExec, reply::Answer, request::Call,
+    ExecRequest, Phase, Reply, Request, Resize, SignalExec, reply::Answer, request::Call,
 };
 use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::frame;
@@ -393,8 +393,9 @@ impl ShimClient {
         self.run(ExecRequest { args, terminal: false }, descriptors)
     }
 
-    /// Runs a program in the container on a new terminal, whose other end comes on the socket that `taker`
-    /// is the far end of.
+    /// Runs a program in the container on a new terminal. What is read from it and written to it comes on the
+    /// socket that `taker` is the far end of, as a descriptor; and what gives it a size, with a shim that has
+    /// that: with an older one the descriptor is the terminal's other end.
     ///
     /// # Errors
     /// As [`exec`](Self::exec); [`ShimError::Older`] when the container's shim is of a version that cannot
@@ -403,13 +404,17 @@ impl ShimClient {
         self: &Arc<Self>,
         args: Vec<Vec<u8>>,
         taker: OwnedFd,
-    ) -> Result<RunningExec, ShimError> {
+    ) -> Result<(RunningExec, Option<Resizer>), ShimError> {
         /// The first [`Phase::version`] that has this.
         const SINCE: u32 = 1;
-        if self.phase().await?.version < SINCE {
+        let version = self.phase().await?.version;
+        if version < SINCE {
             return Err(ShimError::Older);
         }
-        self.run(ExecRequest { args, terminal: true }, vec![taker])
+        let running = self.run(ExecRequest { args, terminal: true }, vec![taker])?;
+        let resizer =
+            (version >= RELAYS_SINCE).then(|| Resizer { client: self.clone(), request_id: running.id });
+        Ok((running, resizer))
     }
 
     fn run(
@@ -539,6 +544,24 @@ fn unexpected(_answer: Answer) -> ShimError {
     // A shim of another version could answer with what this one does not know; to the caller it is as good as
     // gone.
     ShimError::Lost
+}
+
+/// The first [`Phase::version`] in which the shim keeps what programs have open to itself.
+const RELAYS_SINCE: u32 = 2;
+
+/// What gives a terminal its size.
+#[derive(Debug)]
+pub(crate) struct Resizer {
+    client: Arc<ShimClient>,
+    request_id: u64,
+}
+
+impl Resizer {
+    /// Gives the terminal this size. One whose program has ended has no size to be set.
+    pub(crate) async fn resize(&self, columns: u16, rows: u16) {
+        let resize = Resize { request_id: self.request_id, columns: columns.into(), rows: rows.into() };
+        let _ = self.client.done(Call::Resize(resize)).await;
+    }
 }
 
 /// A program that runs in the container. When it is dropped before its end, the program is killed: nobody

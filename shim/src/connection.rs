@@ -3,7 +3,7 @@
 use berth_shim_proto::control::{Reply, Request, request::Call};
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::PidNamespace;
-use berth_sys::poll::Poll;
+use berth_sys::poll::{Interest, Poll};
 use berth_sys::socket;
 use std::collections::VecDeque;
 use std::io;
@@ -39,7 +39,7 @@ pub(crate) enum Incoming {
 impl Connection {
     pub(crate) fn new(socket: OwnedFd, token: u64, poll: &Poll) -> io::Result<Self> {
         berth_sys::file::set_nonblocking(socket.as_fd())?;
-        poll.watch(socket.as_fd(), token, false)?;
+        poll.watch(socket.as_fd(), token, Interest::Input)?;
         Ok(Self {
             socket,
             token,
@@ -127,7 +127,8 @@ impl Connection {
         }
         let watch = !self.waiting.is_empty();
         if watch != self.watching_writes {
-            if poll.change(self.socket.as_fd(), self.token, watch).is_err() {
+            let interest = if watch { Interest::InputAndRoom } else { Interest::Input };
+            if poll.change(self.socket.as_fd(), self.token, interest).is_err() {
                 return false;
             }
             self.watching_writes = watch;

@@ -34,7 +34,7 @@ use std::path::Path;
 /// What a process of exec talks to.
 pub(crate) enum ExecStreams {
     Pipes(Stdio),
-    /// A terminal that is to be made. This is where its other end is sent.
+    /// A terminal that is to be made. This is where its other end is sent to the shim.
     Terminal(OwnedFd),
 }
 

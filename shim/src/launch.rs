@@ -9,17 +9,19 @@ use crate::handshake;
 use crate::host_path::host_path;
 use crate::init::{self, ExecStreams, Stdio};
 use crate::procfs::Target;
+use crate::relay::{Ends, Way};
 use crate::stdio::{Output, ShimStreams};
 use crate::user::Resolved;
 use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
 use berth_sys::beneath::Root;
-use berth_sys::file;
 use berth_sys::process::{self, Cloned, namespace};
+use berth_sys::{file, socket};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 /// A container that is being made.
@@ -175,29 +177,18 @@ fn without_what_is_done(mut launch: Launch) -> Launch {
     launch
 }
 
-/// A program of exec: on its way, or running.
+/// The shim's side of the streams of an exec.
 #[derive(Debug)]
-pub(crate) struct Exec {
-    /// What its wake-ups bear.
-    pub(crate) token: u64,
-    /// The connection and the request to answer at its end.
-    pub(crate) connection: u64,
-    pub(crate) request_id: u64,
-    pub(crate) stage: Stage,
+pub(crate) enum Streams {
+    /// Pipes of the program, each with the daemon's that it goes on to.
+    Pipes(Vec<Ends>),
+    /// A terminal, which comes on the first; the daemon waits for its side of it on the other.
+    Terminal { handed_over: OwnedFd, taker: OwnedFd },
 }
 
-/// How far an [`Exec`] has come.
-#[derive(Debug)]
-pub(crate) enum Stage {
-    Entering(Box<Birth>),
-    /// Not reaped yet, so the number is its own.
-    Running {
-        pid: i32,
-    },
-}
-
-/// Begins to run a program in the container. `descriptors` are its standard output, error and, if there is
-/// a third, input; with a terminal, the socket on which the terminal's other end is wanted.
+/// Begins to run a program in the container. `descriptors` are the daemon's ends of its standard output,
+/// error and, if there is a third, input; with a terminal, the socket on which the daemon wants its side of
+/// that.
 ///
 /// # Errors
 /// When there is no process.
@@ -205,23 +196,29 @@ pub(crate) fn exec(
     container: &Container,
     request: &ExecRequest,
     descriptors: Vec<OwnedFd>,
-) -> Result<Birth, Failed> {
+) -> Result<(Birth, Streams), Failed> {
     const STEP: &str = "exec in the container";
     let mut descriptors = descriptors.into_iter();
-    let streams = if request.terminal {
+    let (child_streams, streams) = if request.terminal {
         let taker = descriptors
             .next()
             .ok_or_else(|| refused(STEP, "no descriptor for the terminal came with the request"))?;
-        ExecStreams::Terminal(taker)
+        let (handed_over, to_shim) = socket::packet_pair().step(STEP, "create a socket")?;
+        (ExecStreams::Terminal(to_shim), Streams::Terminal { handed_over, taker })
     } else {
         let (Some(output), Some(error)) = (descriptors.next(), descriptors.next()) else {
             return Err(refused(STEP, "no descriptors for its output"));
         };
-        let input = match descriptors.next() {
-            Some(input) => input,
-            None => open_null()?,
+        let mut pipes = Vec::new();
+        let stdio = Stdio {
+            input: match descriptors.next() {
+                Some(input) => inner(Way::In, input, &mut pipes).step(STEP, "create a pipe")?,
+                None => open_null()?,
+            },
+            output: inner(Way::Out, output, &mut pipes).step(STEP, "create a pipe")?,
+            error: inner(Way::Out, error, &mut pipes).step(STEP, "create a pipe")?,
         };
-        ExecStreams::Pipes(Stdio { input, output, error })
+        (ExecStreams::Pipes(stdio), Streams::Pipes(pipes))
     };
     let program = exec_process(&container.launch.process, request);
     let user = Resolved {
@@ -233,18 +230,34 @@ pub(crate) fn exec(
     let (end, mut child_end) = handshake::pair(false).step("create a pipe", "")?;
     match clone_into(container).step(STEP, "")? {
         Cloned::Child => {
-            drop(end);
+            drop((end, streams));
             init::run_exec(
                 &container.launch,
                 &program,
                 container.pidfd.as_fd(),
                 &user,
-                streams,
+                child_streams,
                 &mut child_end,
             )
         }
-        Cloned::Parent { pid, .. } => Ok(Birth::of_exec(end, pid)),
+        Cloned::Parent { pid, .. } => Ok((Birth::of_exec(end, pid), streams)),
     }
+}
+
+/// The program's end for the stream whose other end is `outer`: that of a pipe of its own, for a pipe, of
+/// which the other end goes to `pipes`. Anything else is a device, and is its own.
+fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> io::Result<OwnedFd> {
+    let outer = File::from(outer);
+    if !outer.metadata()?.file_type().is_fifo() {
+        return Ok(outer.into());
+    }
+    let (read, write) = file::pipe()?;
+    let (from, to, inner) = match way {
+        Way::In => (outer.into(), write, read),
+        Way::Out => (read, outer.into(), write),
+    };
+    pipes.push(Ends { way, from, to });
+    Ok(inner)
 }
 
 /// Clones a child into the container's cgroup.

@@ -27,7 +27,9 @@ mod launch;
 mod mount_place;
 mod pause;
 mod procfs;
+mod relay;
 mod rootfs;
+mod session;
 mod stdio;
 mod user;
 

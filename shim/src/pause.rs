@@ -14,7 +14,7 @@ use berth_shim_proto::control::{Created, Failed, Reply, reply::Answer};
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::Pause;
 use berth_sys::mount::{FsContext, attr};
-use berth_sys::poll::{ChildSignals, Poll};
+use berth_sys::poll::{ChildSignals, Interest, Poll};
 use berth_sys::process::SIGKILL;
 use berth_sys::process::{self, Cloned, CloseRange, namespace};
 use berth_sys::{credentials, ns, socket};
@@ -139,7 +139,7 @@ fn reap_for_ever() -> ! {
     // SIGKILL ends it.
     loop {
         if let (Ok(poll), Ok(children)) = (Poll::new(), ChildSignals::new())
-            && poll.watch(children.as_fd(), 0, false).is_ok()
+            && poll.watch(children.as_fd(), 0, Interest::Input).is_ok()
         {
             loop {
                 children.clear();

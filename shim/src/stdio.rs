@@ -3,7 +3,7 @@
 use crate::cri_log::{DEFAULT_MAX_CONTENT, LogFile, Splitter, Stream, timestamp};
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::Launch;
-use berth_sys::poll::Poll;
+use berth_sys::poll::{Interest, Poll};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -74,7 +74,7 @@ impl Output {
         let mut watched = Vec::new();
         for ((descriptor, stream, terminal), token) in sources.into_iter().zip(first_token..) {
             berth_sys::file::set_nonblocking(descriptor.as_fd())?;
-            poll.watch(descriptor.as_fd(), token, false)?;
+            poll.watch(descriptor.as_fd(), token, Interest::Input)?;
             let splitter = Splitter::new(stream, max, terminal);
             watched.push(Source { file: descriptor.into(), token, splitter });
         }

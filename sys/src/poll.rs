@@ -16,6 +16,32 @@ pub struct Ready {
     pub readable: bool,
     /// There is room to write, or an error to be found by writing.
     pub writable: bool,
+    /// There is an error, or the other end is closed: `EPOLLERR` or `EPOLLHUP`.
+    pub failed: bool,
+}
+
+/// What a descriptor is watched for. Errors and hang-ups are always told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interest {
+    /// Nothing else.
+    Failure,
+    /// Something to read.
+    Input,
+    /// Room to write.
+    Room,
+    /// Both.
+    InputAndRoom,
+}
+
+impl Interest {
+    fn flags(self) -> EpollFlags {
+        match self {
+            Self::Failure => EpollFlags::empty(),
+            Self::Input => EpollFlags::EPOLLIN,
+            Self::Room => EpollFlags::EPOLLOUT,
+            Self::InputAndRoom => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
+        }
+    }
 }
 
 /// A set of watched descriptors; level-triggered. Closing a descriptor (its last copy) ends the watch.
@@ -31,16 +57,12 @@ impl Poll {
         Ok(Self(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?))
     }
 
-    fn flags(write: bool) -> EpollFlags {
-        if write { EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN }
-    }
-
-    /// Watches `descriptor` for reading, and with `write` for writing too, under the number `token`.
+    /// Watches `descriptor` under the number `token`.
     ///
     /// # Errors
     /// `EEXIST` when it is watched already, `EPERM` for a regular file.
-    pub fn watch(&self, descriptor: BorrowedFd<'_>, token: u64, write: bool) -> io::Result<()> {
-        Ok(self.0.add(descriptor, EpollEvent::new(Self::flags(write), token))?)
+    pub fn watch(&self, descriptor: BorrowedFd<'_>, token: u64, interest: Interest) -> io::Result<()> {
+        Ok(self.0.add(descriptor, EpollEvent::new(interest.flags(), token))?)
     }
 
     /// Watches a file of the kernel for changes of its content, which come as `EPOLLPRI`, under the number
@@ -54,12 +76,12 @@ impl Poll {
         Ok(self.0.add(descriptor, EpollEvent::new(EpollFlags::EPOLLPRI, token))?)
     }
 
-    /// Changes whether a watched descriptor is watched for writing too.
+    /// Changes what a watched descriptor is watched for.
     ///
     /// # Errors
     /// `ENOENT` when it is not watched.
-    pub fn change(&self, descriptor: BorrowedFd<'_>, token: u64, write: bool) -> io::Result<()> {
-        Ok(self.0.modify(descriptor, &mut EpollEvent::new(Self::flags(write), token))?)
+    pub fn change(&self, descriptor: BorrowedFd<'_>, token: u64, interest: Interest) -> io::Result<()> {
+        Ok(self.0.modify(descriptor, &mut EpollEvent::new(interest.flags(), token))?)
     }
 
     /// Ends the watch.
@@ -97,6 +119,7 @@ impl Poll {
                     token: event.data(),
                     readable: failed || event.events().contains(EpollFlags::EPOLLIN),
                     writable: failed || event.events().contains(EpollFlags::EPOLLOUT),
+                    failed,
                 }
             })
             .collect())

@@ -703,12 +703,26 @@ pub fn is_there(pid: i32, start_time: u64) -> io::Result<bool> {
     }
 }
 
+/// The session that process `pid` is in: field 6 of proc_pid_stat(5).
+///
+/// # Errors
+/// As with [`start_time`].
+pub fn session(pid: i32) -> io::Result<i32> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
+    parse_stat(&stat, 6).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+}
+
 pub(crate) fn parse_start_time(stat: &[u8]) -> Option<u64> {
+    parse_stat(stat, 22)
+}
+
+/// A field behind the name, by the number that proc_pid_stat(5) gives it.
+fn parse_stat<T: std::str::FromStr>(stat: &[u8], field: usize) -> Option<T> {
     // The name in parentheses may hold anything, also spaces and parentheses: the fields go on after the last
-    // one.
+    // one, with number 3.
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
-    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+    rest.split_ascii_whitespace().nth(field.checked_sub(3)?)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -729,6 +743,14 @@ mod tests {
     fn own_start_time_stays_the_same() {
         let pid = i32::try_from(std::process::id()).unwrap();
         assert_eq!(start_time(pid).unwrap(), start_time(pid).unwrap());
+    }
+
+    #[test]
+    fn the_session_of_a_process_is_read() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        // SAFETY: getsid(2) takes a number.
+        assert_eq!(session(pid).unwrap(), unsafe { libc::getsid(0) });
+        assert!(session(0).is_err());
     }
 
     #[test]

@@ -5,6 +5,9 @@
 //! directory or a file. Any other request, such as to look for a name in it, it takes and leaves without an
 //! answer: the kernel waits for that in an uninterruptible state until the session ends, where a request that
 //! no server has taken would be given up with a signal that kills.
+//!
+//! One with files has every name, and answers no read: whoever reads such a file, or a page of memory that is
+//! mapped to it, waits until the session ends.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -15,8 +18,27 @@ use anyhow::{Context as _, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// Numbers of requests: `<linux/fuse.h>`.
+const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
+const OPEN: u32 = 14;
 const INIT: u32 = 26;
+
+/// Reads ahead do not wait in the kernel for their answer, so that a signal that kills ends the wait.
+const FUSE_ASYNC_READ: u32 = 1;
+
+/// Bytes that are read ahead: without any, each page is waited for.
+const READ_AHEAD: u32 = 128 * 1024;
+
+/// The number of the root, and that of every file.
+const ROOT: u64 = 1;
+const FILE: u64 = 2;
+
+/// Kinds and modes: inode(7).
+const DIRECTORY: u32 = 0o40755;
+const REGULAR: u32 = 0o100_644;
+
+/// For how long the kernel does not ask again.
+const VALID_SECONDS: u64 = 3600;
 
 /// The version of the protocol that is spoken, of Linux 4.20.
 const VERSION: [u32; 2] = [7, 28];
@@ -33,7 +55,7 @@ impl Hanging {
     /// # Errors
     /// When the mount is refused.
     pub fn mount(path: &Path) -> Result<Option<Self>> {
-        Self::mount_as(path, 0o40755)
+        Self::mount_as(path, DIRECTORY, false)
     }
 
     /// Mounts one on the file `path`, which then cannot be opened: its root is a file itself.
@@ -41,16 +63,24 @@ impl Hanging {
     /// # Errors
     /// When the mount is refused.
     pub fn mount_on_file(path: &Path) -> Result<Option<Self>> {
-        Self::mount_as(path, 0o100_644)
+        Self::mount_as(path, REGULAR, false)
     }
 
-    fn mount_as(path: &Path, mode: u32) -> Result<Option<Self>> {
+    /// As [`mount`](Self::mount), with files.
+    ///
+    /// # Errors
+    /// When the mount is refused.
+    pub fn mount_with_files(path: &Path) -> Result<Option<Self>> {
+        Self::mount_as(path, DIRECTORY, true)
+    }
+
+    fn mount_as(path: &Path, mode: u32, has_files: bool) -> Result<Option<Self>> {
         let Ok(device) = File::options().read(true).write(true).open("/dev/fuse") else { return Ok(None) };
         let (descriptor, kind) = (device.as_raw_fd(), mode & 0o170_000);
         let options = format!("fd={descriptor},rootmode={kind:o},user_id=0,group_id=0,allow_other");
         mount(Some("hanging"), path, Some("fuse"), MsFlags::empty(), Some(options.as_str()))
             .with_context(|| format!("mounting a FUSE file system on {}", path.display()))?;
-        std::thread::spawn(move || serve(device, mode));
+        std::thread::spawn(move || serve(device, mode, has_files));
         Ok(Some(Self { path: path.to_owned() }))
     }
 }
@@ -63,7 +93,7 @@ impl Drop for Hanging {
 }
 
 /// Until the session ends, which a read says.
-fn serve(mut device: File, mode: u32) {
+fn serve(mut device: File, mode: u32, has_files: bool) {
     // The kernel wants room for a write of the longest kind.
     let mut request = vec![0; 256 * 1024];
     while let Ok(length) = device.read(&mut request) {
@@ -73,7 +103,10 @@ fn serve(mut device: File, mode: u32) {
         let number = |at: usize| header.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
         let answer = match number(4).map(u32::from_ne_bytes) {
             Some(INIT) => init(),
-            Some(GETATTR) => attributes(mode),
+            Some(GETATTR) if header.get(16..24) == Some(&FILE.to_ne_bytes()) => attributes(FILE, REGULAR),
+            Some(GETATTR) => attributes(ROOT, mode),
+            Some(LOOKUP) if has_files => entry(),
+            Some(OPEN) if has_files => opened(),
             _ => continue,
         };
         // struct fuse_out_header: length, error, and the number of the request.
@@ -89,24 +122,46 @@ fn serve(mut device: File, mode: u32) {
 /// `struct fuse_init_out`, whose other members may be 0.
 fn init() -> Vec<u8> {
     let mut answer = vec![0; 64];
-    for (place, number) in answer.chunks_exact_mut(4).zip(VERSION) {
+    let [major, minor] = VERSION;
+    for (place, number) in answer.chunks_exact_mut(4).zip([major, minor, READ_AHEAD, FUSE_ASYNC_READ]) {
         place.copy_from_slice(&number.to_ne_bytes());
     }
     answer
 }
 
-/// `struct fuse_attr_out` of a file of this kind and mode, that is valid for an hour: 16 bytes of time, then
-/// `struct fuse_attr`.
-fn attributes(mode: u32) -> Vec<u8> {
-    let mut answer = vec![0; 16 + 88];
-    let mut put = |at: usize, bytes: &[u8]| {
-        if let Some(place) = answer.get_mut(at..at + bytes.len()) {
-            place.copy_from_slice(bytes);
-        }
-    };
-    put(0, &3600_u64.to_ne_bytes());
-    put(16, &1_u64.to_ne_bytes());
-    put(16 + 60, &mode.to_ne_bytes());
-    put(16 + 64, &2_u32.to_ne_bytes());
+/// `struct fuse_entry_out` of a file: 40 bytes with its number and times, then `struct fuse_attr`.
+fn entry() -> Vec<u8> {
+    let mut answer = vec![0; 40];
+    answer[..8].copy_from_slice(&FILE.to_ne_bytes());
+    answer[16..24].copy_from_slice(&VALID_SECONDS.to_ne_bytes());
+    answer[24..32].copy_from_slice(&VALID_SECONDS.to_ne_bytes());
+    answer.extend(attribute(FILE, REGULAR));
+    answer
+}
+
+/// `struct fuse_open_out`: a number, then flags, then what may be 0.
+fn opened() -> Vec<u8> {
+    /// Else the second who opens it waits for the pages that the first one wants.
+    const FOPEN_KEEP_CACHE: u32 = 1 << 1;
+    let mut answer = vec![0; 16];
+    answer[8..12].copy_from_slice(&FOPEN_KEEP_CACHE.to_ne_bytes());
+    answer
+}
+
+/// `struct fuse_attr_out`: 16 bytes of time, then `struct fuse_attr`.
+fn attributes(number: u64, mode: u32) -> Vec<u8> {
+    let mut answer = vec![0; 16];
+    answer[..8].copy_from_slice(&VALID_SECONDS.to_ne_bytes());
+    answer.extend(attribute(number, mode));
+    answer
+}
+
+/// `struct fuse_attr` of what has this number, kind and mode: 64 KiB.
+fn attribute(number: u64, mode: u32) -> [u8; 88] {
+    let mut answer = [0; 88];
+    answer[..8].copy_from_slice(&number.to_ne_bytes());
+    answer[8..16].copy_from_slice(&65536_u64.to_ne_bytes());
+    answer[60..64].copy_from_slice(&mode.to_ne_bytes());
+    answer[64..68].copy_from_slice(&2_u32.to_ne_bytes());
     answer
 }

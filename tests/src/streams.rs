@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_streaming::spdy::connection::{Incoming, Limits, Role};
-use berth_streaming::spdy::{Connection, Headers, Stream};
+use berth_streaming::spdy::{Connection, Headers, ResetStatus, Stream};
 use bytes::Bytes;
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
@@ -233,6 +233,16 @@ impl Command {
     /// When that does not come in time.
     pub fn hear(&mut self, text: &str) -> Result<String> {
         self.client.until(self.stdout.as_mut().context("no standard output")?, text)
+    }
+
+    /// Says that no more output is wanted.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn reset_output(&mut self) -> Result<()> {
+        let stream = self.stdout.take().context("no standard output")?;
+        self.client.tokio.block_on(stream.outgoing.reset(ResetStatus::Cancel));
+        Ok(())
     }
 
     /// Says that the client's terminal has this size.

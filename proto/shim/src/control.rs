@@ -12,13 +12,13 @@ pub struct Request {
     #[prost(uint64, tag = "1")]
     pub id: u64,
     /// What is asked.
-    #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub call: Option<request::Call>,
 }
 
 /// The calls of a [`Request`].
 pub mod request {
-    use super::{ExecRequest, Launch, SignalExec};
+    use super::{ExecRequest, Launch, Resize, SignalExec};
 
     /// What is asked.
     #[derive(Clone, PartialEq, prost::Oneof)]
@@ -32,8 +32,9 @@ pub mod request {
         #[prost(message, tag = "3")]
         Start(()),
         /// Run another program in it. The frame carries two or three descriptors: standard output, error,
-        /// and input. With a terminal it carries one: a stream socket, on which the other end of the
-        /// terminal comes with a byte before the program runs. Answers: `Ended`.
+        /// and input. With a terminal it carries one: a stream socket, on which a descriptor for both input
+        /// and output comes with a byte. Answer: `Ended`, once all that the program wrote has been passed on.
+        /// The program is killed when the connection ends before.
         #[prost(message, tag = "4")]
         Exec(ExecRequest),
         /// Send this signal to the main process only. Answer: `Done`.
@@ -52,6 +53,12 @@ pub mod request {
         /// connection ends.
         #[prost(message, tag = "9")]
         Discard(()),
+        /// Give the terminal of a running exec a size. Answer: `Done`. For shims of [`Phase::version`] 2 and
+        /// later.
+        ///
+        /// [`Phase::version`]: super::Phase::version
+        #[prost(message, tag = "10")]
+        Resize(Resize),
     }
 }
 
@@ -76,6 +83,20 @@ pub struct SignalExec {
     /// The signal.
     #[prost(int32, tag = "2")]
     pub signal: i32,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Resize {
+    /// The `id` of the request whose terminal it is.
+    #[prost(uint64, tag = "1")]
+    pub request_id: u64,
+    /// At most 65535.
+    #[prost(uint32, tag = "2")]
+    pub columns: u32,
+    /// At most 65535.
+    #[prost(uint32, tag = "3")]
+    pub rows: u32,
 }
 
 /// A reply, or an event when `id` is 0.
@@ -226,13 +247,15 @@ pub struct Phase {
     /// It was told to start and is not its program yet; the outcome comes as an event, `Started` or `Exited`.
     #[prost(bool, tag = "3")]
     pub starting: bool,
-    /// What the shim knows beyond the first version of this protocol: 1, terminals for exec.
+    /// What the shim knows beyond the first version of this protocol: 1, terminals for exec; 2, it keeps what
+    /// programs have open to itself and passes bytes on, and `Resize`. Before, the streams of an exec are the
+    /// program's own, and what comes on the socket is the terminal's other end.
     #[prost(uint32, tag = "4")]
     pub version: u32,
 }
 
 /// The version of this protocol, as [`Phase::version`] has it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Makes the process of an exec from the container's main one: same user, capabilities and filter, other
 /// program. With a terminal it has a `TERM`, as other runtimes give it one.

@@ -1,11 +1,15 @@
 //! Exec: a program in a container on the streams of a client.
 //!
-//! The shim starts it. Its streams are pipes that come straight to the daemon, or a terminal whose other
-//! end does. A client that goes away takes its program along: the future here is dropped, the terminal
-//! hangs up, and the program's session is killed.
+//! The shim starts it, and passes bytes on between its streams and pipes, or a socket for a terminal, that
+//! only the shim and the daemon have: whoever shares a stream with a container can be kept waiting by it. A
+//! client that goes away takes its program along: the future here is dropped, the terminal hangs up, and the
+//! program's session is killed.
+//!
+//! A client that does not want output any more, but has not gone away: a pipe is closed, and the program learns
+//! it as it would from any closed pipe. Of a terminal, what the program writes from then on is thrown away.
 
 use crate::container::{Container, ContainerError};
-use crate::shim_client::{RunningExec, ShimError};
+use crate::shim_client::{Resizer, RunningExec, ShimError};
 use berth_streaming::command::{BoxFuture, Input, Outcome, Output, Session, Size, Wanted};
 use berth_sys::{socket, tty};
 use bytes::{Bytes, BytesMut};
@@ -16,7 +20,7 @@ use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
@@ -31,8 +35,21 @@ const DRAIN: Duration = Duration::from_millis(500);
 /// How much of it is passed on: more than a pipe holds, which is what the program itself can have written.
 const DRAIN_BYTES: usize = 1024 * 1024;
 
-/// Output of the program, and where it goes if the client wants it.
-type Source = (pipe::Receiver, Option<Output>);
+/// Output of the program.
+struct Source {
+    from: pipe::Receiver,
+    /// Where it goes, if the client wants it.
+    to: Option<Output>,
+    /// What the client does not want any more is read all the same.
+    discards: bool,
+}
+
+/// Who has the terminal of a program.
+enum Terminal {
+    OfShim(Resizer),
+    /// A shim of before that: its other end is here.
+    Own(OwnedFd),
+}
 
 /// Runs `command` until it has ended; how it did.
 pub(super) fn run(
@@ -108,26 +125,30 @@ async fn on_terminal(
     let (near, far) = socket::stream_pair().map_err(failed)?;
     berth_sys::file::set_nonblocking(near.as_fd()).map_err(failed)?;
     let near = UnixStream::from_std(near.into()).map_err(failed)?;
-    let mut running = shim.exec_on_terminal(args, far).await?;
-    let controller = tokio::select! {
+    let (mut running, resizer) = shim.exec_on_terminal(args, far).await?;
+    let taken = tokio::select! {
         biased;
-        controller = take_descriptor(&near) => controller.map_err(failed)?,
+        taken = take_descriptor(&near) => taken.map_err(failed)?,
         // It cannot end before it has its terminal: it could not be started.
         ended = running.ended() => return outcome(container, ended),
     };
-    let Some(controller) = controller else { return outcome(container, running.ended().await) };
-    berth_sys::file::set_nonblocking(controller.as_fd()).map_err(failed)?;
-    let copy = |controller: &OwnedFd| controller.try_clone().map_err(failed);
-    let (reader, writer) = (copy(&controller)?, copy(&controller)?);
-    // A terminal is not a pipe, but is read and written like one.
+    let Some(taken) = taken else { return outcome(container, running.ended().await) };
+    berth_sys::file::set_nonblocking(taken.as_fd()).map_err(failed)?;
+    let copy = |taken: &OwnedFd| taken.try_clone().map_err(failed);
+    let (reader, writer) = (copy(&taken)?, copy(&taken)?);
+    // Neither a socket nor a terminal is a pipe, but they are read and written like one.
     let reader = pipe::Receiver::from_owned_fd_unchecked(reader).map_err(failed)?;
     let writer = pipe::Sender::from_owned_fd_unchecked(writer).map_err(failed)?;
+    let terminal = match resizer {
+        Some(resizer) => Terminal::OfShim(resizer),
+        None => Terminal::Own(taken),
+    };
     let (over, ended) = watch::channel(false);
-    let copying = copy_out(Some((reader, session.stdout)), ended);
+    let copying = copy_out(Some(Source { from: reader, to: session.stdout, discards: true }), ended);
     let feeding = async {
         tokio::join!(
             copy_in(session.stdin.map(|input| (input, writer))),
-            follow_size(session.size, controller)
+            follow_size(session.size, terminal)
         );
     };
     finish(container, running, over, copying, feeding).await
@@ -173,22 +194,22 @@ fn output(wanted: Option<Output>) -> Result<(Option<Source>, OwnedFd), Container
     let failed = file("create", "a pipe");
     let (read, write) = berth_sys::file::pipe().map_err(failed)?;
     berth_sys::file::set_nonblocking(read.as_fd()).map_err(failed)?;
-    Ok((Some((pipe::Receiver::from_owned_fd(read).map_err(failed)?, Some(output))), write))
+    let from = pipe::Receiver::from_owned_fd(read).map_err(failed)?;
+    Ok((Some(Source { from, to: Some(output), discards: false }), write))
 }
 
 /// Copies output to the client, to its end; after the end of the program only what is there, or comes soon.
 /// Output that the client does not want is read and thrown away.
 async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
-    let Some((mut from, to)) = stream else { return };
+    let Some(Source { from, mut to, discards }) = stream else { return };
     let mut buffer = BytesMut::new();
     let (mut is_over, mut patience, mut allowance) = (false, DRAIN, DRAIN_BYTES);
     loop {
-        buffer.reserve(READ_BYTES);
         // Looked at each time: output that never stops would always come first below.
         is_over = is_over || *ended.borrow();
         let read = if is_over {
             let start = Instant::now();
-            let read = tokio::time::timeout(patience, from.read_buf(&mut buffer)).await;
+            let read = tokio::time::timeout(patience, read(&from, &mut buffer)).await;
             // Waiting for a client that is slow does not count.
             patience = patience.saturating_sub(start.elapsed());
             let Ok(read) = read else { return };
@@ -196,7 +217,7 @@ async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
         } else {
             tokio::select! {
                 biased;
-                read = from.read_buf(&mut buffer) => read,
+                read = read(&from, &mut buffer) => read,
                 // The sender lives as long as this.
                 _ = ended.wait_for(|ended| *ended) => {
                     is_over = true;
@@ -214,11 +235,27 @@ async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
             Ok(_) => {}
         }
         let bytes = buffer.split().freeze();
-        if let Some(to) = &to
-            && to.send(bytes).await.is_err()
+        if let Some(wanted) = &to
+            && wanted.send(bytes).await.is_err()
         {
-            // The client has reset this stream. The program learns it as it would from a closed pipe.
-            return;
+            // The client has reset this stream.
+            if !discards {
+                return;
+            }
+            to = None;
+        }
+    }
+}
+
+/// Reads what is there, once something is. The buffer takes room only then: most streams are silent most of
+/// the time.
+async fn read(from: &pipe::Receiver, buffer: &mut BytesMut) -> io::Result<usize> {
+    loop {
+        from.readable().await?;
+        buffer.reserve(READ_BYTES);
+        match from.try_read_buf(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => *buffer = BytesMut::new(),
+            read => return read,
         }
     }
 }
@@ -239,13 +276,16 @@ async fn write_all(to: &mut pipe::Sender, bytes: Bytes) -> io::Result<()> {
 }
 
 /// Gives the terminal the size of the client's, whenever that changes.
-async fn follow_size(size: Option<watch::Receiver<Option<Size>>>, controller: OwnedFd) {
+async fn follow_size(size: Option<watch::Receiver<Option<Size>>>, terminal: Terminal) {
     let Some(mut size) = size else { return };
     loop {
         let current = *size.borrow_and_update();
         if let Some(Size { width, height }) = current {
-            // One whose program has ended has no size to be set.
-            let _ = tty::set_size(controller.as_fd(), width, height);
+            match &terminal {
+                Terminal::OfShim(resizer) => resizer.resize(width, height).await,
+                // One whose program has ended has no size to be set.
+                Terminal::Own(terminal) => drop(tty::set_size(terminal.as_fd(), width, height)),
+            }
         }
         if size.changed().await.is_err() {
             return;

@@ -20,6 +20,7 @@ mod faults;
 mod floods;
 mod forward;
 mod full_disk;
+mod held_streams;
 mod image_faults;
 mod images;
 mod inheritance;

@@ -167,6 +167,86 @@ fn a_client_that_vanishes_takes_its_program_along() -> Result<()> {
 }
 
 #[test]
+fn all_of_a_session_ends_with_its_client_whatever_its_process_groups() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("streams")?.idle("main")?;
+        // With job control, each job has a group of its own.
+        let script = "trap '' HUP; set -m; sleep 4321 & sleep 4322 | sleep 4323 & echo up; sleep 4324";
+        let mut command = Command::start(daemon, interactive(&main, &["sh", "-c", script]))?;
+        command.hear("up")?;
+        let groups = || -> Result<usize> {
+            let listed =
+                main.sh("for pid in /proc/[0-9]*; do cut -d' ' -f2,5 $pid/stat; done 2>/dev/null; true")?;
+            let groups = listed.lines().filter(|line| line.starts_with("(sleep)"));
+            Ok(groups.collect::<std::collections::BTreeSet<_>>().len())
+        };
+        // That of the container's own among them.
+        within(SOON, "jobs have groups of their own", || Ok((groups()? >= 4).then_some(())))?;
+        drop(command);
+        within(SOON, "nothing of it runs", || {
+            Ok((!main.sh("ps -o args")?.contains("sleep 432")).then_some(()))
+        })?;
+        Ok(())
+    })
+}
+
+#[test]
+fn programs_end_with_the_daemon_and_their_container_does_not() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("streams")?.idle("main")?;
+        let script = "echo up; sleep 4321 & sleep 4322";
+        for crash in [false, true] {
+            let (piped, terminal) =
+                (piped(&main, &["sh", "-c", script]), interactive(&main, &["sh", "-c", script]));
+            let mut commands = [Command::start(daemon, piped)?, Command::start(daemon, terminal)?];
+            for command in &mut commands {
+                command.hear("up")?;
+            }
+            let call = std::thread::spawn({
+                let main = main.clone();
+                move || main.exec_within(&["sh", "-c", "sleep 4323 & sleep 4324"], 0)
+            });
+            within(SOON, "all of them run", || {
+                Ok((main.sh("ps -o args")?.matches("sleep 432").count() >= 6).then_some(()))
+            })?;
+            if crash {
+                daemon.crash()?;
+            } else {
+                daemon.stop()?;
+                daemon.start_again()?;
+            }
+            let _ = call.join();
+            within(SOON, "none of them runs", || {
+                Ok((!main.sh("ps -o args")?.contains("sleep 432")).then_some(()))
+            })?;
+            assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn output_that_a_client_does_not_want_any_more_stops_no_program() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("streams")?.idle("main")?;
+        let script = "trap 'exit 9' PIPE; echo up; read go; head -c 1000000 /dev/zero || exit 9; exit 5";
+        // A terminal goes on without a reader; a pipe is closed.
+        for (request, codes) in [
+            (interactive(&main, &["sh", "-c", script]), [5].as_slice()),
+            (piped(&main, &["sh", "-c", script]), &[9]),
+        ] {
+            let mut command = Command::start(daemon, request)?;
+            command.hear("up")?;
+            command.reset_output()?;
+            command.say("go\n")?;
+            let code = command.finished()?.code().context("a code")?;
+            ensure!(codes.contains(&code), "{code}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn what_clients_leave_in_every_way_is_nothing() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("streams")?;

@@ -1,0 +1,335 @@
+//! Programs that run in the container besides its own: exec.
+//!
+//! ```text
+//!  Entering --its program--> Running --reaped--> Ended --its output passed on--> (answered)
+//!     \--failed or too long, answered
+//! ```
+//! A program of exec belongs to who asked for it: when that connection ends, it is killed.
+
+use super::{Asker, SIGKILL, Shim, State};
+use crate::birth::{Birth, Progress};
+use crate::failure::{Step, from_io, refused};
+use crate::launch::{self, Streams};
+use crate::relay::{self, Ends, Way};
+use crate::session;
+use berth_shim_proto::control::{Ended, ExecRequest, Failed, Resize, reply::Answer};
+use berth_shim_proto::launch::Cgroup;
+use berth_sys::process::{self, RLIMIT_NOFILE};
+use berth_sys::{socket, tty};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+/// Descriptors of the shim that streams leave for everything else: its container, its daemons, and processes
+/// on their way.
+const RESERVED_DESCRIPTORS: u64 = 64;
+
+/// What an exec takes while it is on its way, at most.
+const DESCRIPTORS_OF_ONE: usize = 16;
+
+/// A program of exec: on its way, running, or ended.
+#[derive(Debug)]
+pub(super) struct Exec {
+    /// What its wake-ups bear. Its streams are the group of this number.
+    pub(super) token: u64,
+    /// Whose end is its own, and the request to answer at its end.
+    asker: Asker,
+    pub(super) stage: Stage,
+    terminal: Option<Terminal>,
+}
+
+/// How far an [`Exec`] has come.
+#[derive(Debug)]
+pub(super) enum Stage {
+    Entering(Box<Birth>),
+    /// Not reaped yet, so the number is its own.
+    Running {
+        pid: i32,
+    },
+    /// Reaped. Its output is being passed on.
+    Ended {
+        exit_code: i32,
+    },
+}
+
+/// The terminal of an exec.
+#[derive(Debug)]
+enum Terminal {
+    /// The process makes it, and hands it over before it is its program.
+    Expected {
+        handed_over: OwnedFd,
+        /// Where the daemon waits for its side.
+        taker: OwnedFd,
+        size: Option<Resize>,
+    },
+    Open,
+}
+
+impl Exec {
+    /// Its process, while it is on its way.
+    pub(super) fn birth(&self) -> Option<&Birth> {
+        match &self.stage {
+            Stage::Entering(birth) => Some(birth),
+            Stage::Running { .. } | Stage::Ended { .. } => None,
+        }
+    }
+
+    /// Its program, until it is reaped.
+    pub(super) fn running(&self) -> Option<i32> {
+        match &self.stage {
+            Stage::Running { pid } => Some(*pid),
+            Stage::Entering(_) | Stage::Ended { .. } => None,
+        }
+    }
+}
+
+impl Shim {
+    pub(super) fn exec(
+        &mut self,
+        request: &ExecRequest,
+        descriptors: Vec<OwnedFd>,
+        asker: Asker,
+    ) -> Result<(), Failed> {
+        const STEP: &str = "exec in the container";
+        let State::Running { container, .. } = &self.state else {
+            return Err(refused(STEP, "it is not running"));
+        };
+        self.check_descriptors(STEP)?;
+        let (birth, streams) = launch::exec(container, request, descriptors)?;
+        let token = self.new_tokens(1);
+        let watched = self.watch(&birth, token).and_then(|()| match streams {
+            Streams::Pipes(pipes) => self.relay(pipes, token).map(|()| None),
+            Streams::Terminal { handed_over, taker } => {
+                Ok(Some(Terminal::Expected { handed_over, taker, size: None }))
+            }
+        });
+        match watched {
+            Ok(terminal) => {
+                let stage = Stage::Entering(Box::new(birth));
+                self.execs.push(Exec { token, asker, stage, terminal });
+                Ok(())
+            }
+            Err(error) => {
+                birth.kill();
+                self.unwatch(&birth);
+                self.relays.end(token, &self.poll);
+                Err(from_io(&error, STEP, ""))
+            }
+        }
+    }
+
+    /// Whether there are descriptors for one more exec. One too many would be missed in the middle of
+    /// something, or by a daemon that connects.
+    fn check_descriptors(&self, step: &str) -> Result<(), Failed> {
+        let (most, _) = process::rlimit(RLIMIT_NOFILE).step(step, "")?;
+        let used = self.relays.descriptors() + self.execs.len() * DESCRIPTORS_OF_ONE;
+        if u64::try_from(used).is_ok_and(|used| used + RESERVED_DESCRIPTORS <= most) {
+            return Ok(());
+        }
+        let detail = format!(
+            "the container's shim has as many streams open as its limit of {most} descriptors allows; \
+             end some of them"
+        );
+        Err(refused(step, detail))
+    }
+
+    /// Begins to pass bytes on, for the group `group`.
+    fn relay(&mut self, pipes: Vec<Ends>, group: u64) -> std::io::Result<()> {
+        pipes.into_iter().try_for_each(|ends| {
+            let token = self.new_tokens(relay::TOKENS);
+            self.relays.add(ends, group, token, &self.poll)
+        })
+    }
+
+    pub(super) fn hear_exec(&mut self, index: usize) {
+        let Some(exec) = self.execs.get_mut(index) else { return };
+        let Stage::Entering(birth) = &mut exec.stage else { return };
+        match birth.advance() {
+            Err(failed) => self.fail_exec(index, failed),
+            Ok(Progress::Executed) => {
+                if let Some(pid) = birth.process()
+                    && let Stage::Entering(birth) = std::mem::replace(&mut exec.stage, Stage::Running { pid })
+                {
+                    self.unwatch(&birth);
+                    self.open_terminal(index, pid);
+                }
+            }
+            Ok(Progress::Pending) => {}
+        }
+    }
+
+    /// Takes the terminal of an exec that is its program now, and gives the daemon one end of a socket for it.
+    fn open_terminal(&mut self, index: usize, pid: i32) {
+        let Some(exec) = self.execs.get_mut(index) else { return };
+        let group = exec.token;
+        let Some(Terminal::Expected { handed_over, taker, size }) = exec
+            .terminal
+            .replace(Terminal::Open)
+            .filter(|terminal| matches!(terminal, Terminal::Expected { .. }))
+        else {
+            exec.terminal = None;
+            return;
+        };
+        let opened = take_terminal(handed_over.as_fd(), taker.as_fd(), size)
+            .and_then(|ends| self.relay(ends.into(), group).step(TERMINAL, ""));
+        if let Err(failed) = opened {
+            let _ = session::end(pid, SIGKILL, self.cgroup());
+            self.fail_exec(index, failed);
+        }
+    }
+
+    /// Ends an exec that has not become its program.
+    pub(super) fn fail_exec(&mut self, index: usize, failed: Failed) {
+        let exec = self.execs.swap_remove(index);
+        if let Some(birth) = exec.birth() {
+            birth.kill();
+            self.unwatch(birth);
+        }
+        self.relays.end(exec.token, &self.poll);
+        self.reply(exec.asker.connection, exec.asker.request_id, Answer::Failed(failed));
+    }
+
+    /// Fails every exec that has taken too long to become its program.
+    pub(super) fn fail_late_execs(&mut self, now: Instant, failed: &Failed) {
+        for index in (0..self.execs.len()).rev() {
+            let birth = self.execs.get(index).and_then(Exec::birth);
+            if birth.is_some_and(|birth| birth.deadline() <= now) {
+                self.fail_exec(index, failed.clone());
+            }
+        }
+    }
+
+    /// A child was reaped that may be of an exec.
+    pub(super) fn exec_child_ended(&mut self, pid: i32, exit_code: i32) {
+        for index in (0..self.execs.len()).rev() {
+            let Some(exec) = self.execs.get_mut(index) else { continue };
+            match &mut exec.stage {
+                Stage::Running { pid: of_exec } if *of_exec == pid => {
+                    exec.stage = Stage::Ended { exit_code };
+                    let group = exec.token;
+                    self.relays.settle(group, &self.poll);
+                    self.answer_if_settled(group);
+                }
+                Stage::Running { .. } | Stage::Ended { .. } => {}
+                Stage::Entering(birth) => {
+                    if let Err(failed) = birth.reaped(pid) {
+                        self.fail_exec(index, failed);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tells the end of an exec once its output is passed on. What others write to its streams goes on.
+    pub(super) fn answer_if_settled(&mut self, group: u64) {
+        let Some(index) = self.execs.iter().position(|exec| exec.token == group) else { return };
+        let Some(Exec { stage: Stage::Ended { exit_code }, asker, .. }) = self.execs.get(index) else {
+            return;
+        };
+        if self.relays.is_settled(group) {
+            let (asker, answer) = (*asker, Answer::Ended(Ended { exit_code: *exit_code }));
+            self.execs.swap_remove(index);
+            self.reply(asker.connection, asker.request_id, answer);
+        }
+    }
+
+    pub(super) fn signal_exec(&self, token: u64, request_id: u64, signal: i32) -> Result<(), Failed> {
+        let asker = Asker { connection: token, request_id };
+        match self.execs.iter().find(|exec| exec.asker == asker).map(|exec| &exec.stage) {
+            Some(Stage::Running { pid }) => session::end(*pid, signal, self.cgroup())
+                .map_err(|error| from_io(&error, "signal the exec", signal)),
+            // No program is there that could act on a signal; what any signal is for is an end.
+            Some(Stage::Entering(birth)) => {
+                birth.kill();
+                Ok(())
+            }
+            Some(Stage::Ended { .. }) | None => Err(refused("signal the exec", "it has ended")),
+        }
+    }
+
+    /// Gives the terminal of an exec a size, now or as soon as it has one.
+    pub(super) fn resize_exec(&mut self, connection: u64, resize: Resize) -> Result<(), Failed> {
+        let asker = Asker { connection, request_id: resize.request_id };
+        let exec = self.execs.iter_mut().find(|exec| exec.asker == asker);
+        let exec = exec.ok_or_else(|| refused(RESIZE, "it has ended"))?;
+        match &mut exec.terminal {
+            Some(Terminal::Expected { size, .. }) => {
+                *size = Some(resize);
+                Ok(())
+            }
+            Some(Terminal::Open) => match self.relays.source(exec.token) {
+                Some(terminal) => set_size(terminal, resize),
+                None => Err(refused(RESIZE, "it is closed")),
+            },
+            None => Err(refused(RESIZE, "the program has none")),
+        }
+    }
+
+    /// Kills what a connection that has ended had asked for. Its end is found as that of other children is.
+    pub(super) fn end_execs_of(&self, connection: u64) {
+        for exec in self.execs.iter().filter(|exec| exec.asker.connection == connection) {
+            self.kill_exec(exec);
+        }
+    }
+
+    /// Ends all execs of a container that has ended: they were killed with it, or lose their container now.
+    pub(super) fn end_execs(&mut self) {
+        for exec in std::mem::take(&mut self.execs) {
+            self.kill_exec(&exec);
+            let exit_code = match exec.stage {
+                Stage::Ended { exit_code } => exit_code,
+                Stage::Entering(_) | Stage::Running { .. } => 137,
+            };
+            self.reply(exec.asker.connection, exec.asker.request_id, Answer::Ended(Ended { exit_code }));
+        }
+    }
+
+    fn kill_exec(&self, exec: &Exec) {
+        match &exec.stage {
+            Stage::Entering(birth) => birth.kill(),
+            Stage::Running { pid } => {
+                // It may have ended by itself.
+                let _ = session::end(*pid, SIGKILL, self.cgroup());
+            }
+            Stage::Ended { .. } => {}
+        }
+    }
+
+    fn cgroup(&self) -> Option<&Cgroup> {
+        self.state.launch().map(|launch| &launch.cgroup)
+    }
+}
+
+const TERMINAL: &str = "open a terminal";
+
+const RESIZE: &str = "resize the terminal";
+
+/// The flows of a terminal that has come, whose other side is sent to the daemon.
+fn take_terminal(
+    handed_over: BorrowedFd<'_>,
+    taker: BorrowedFd<'_>,
+    size: Option<Resize>,
+) -> Result<[Ends; 2], Failed> {
+    // It has executed its program, so it has sent this: nothing is waited for.
+    berth_sys::file::set_nonblocking(handed_over).step(TERMINAL, "")?;
+    let (_, descriptors) = socket::receive(handed_over, &mut [0]).step(TERMINAL, "")?;
+    let terminal = descriptors.into_iter().next().ok_or_else(|| refused(TERMINAL, "none was handed over"))?;
+    if let Some(size) = size {
+        set_size(terminal.as_fd(), size)?;
+    }
+    let (ours, theirs) = socket::stream_pair().step(TERMINAL, "")?;
+    // A daemon that does not read this has room for it all the same: it is one byte. One that is gone takes
+    // its program along by other ways.
+    berth_sys::file::set_nonblocking(taker).step(TERMINAL, "")?;
+    let _ = socket::send(taker, b"T", &[theirs.as_fd()]);
+    let copies = (terminal.try_clone().step(TERMINAL, "")?, ours.try_clone().step(TERMINAL, "")?);
+    Ok([
+        Ends { way: Way::Out, from: terminal, to: ours },
+        Ends { way: Way::In, from: copies.1, to: copies.0 },
+    ])
+}
+
+pub(super) fn set_size(terminal: BorrowedFd<'_>, Resize { columns, rows, .. }: Resize) -> Result<(), Failed> {
+    let number =
+        |number: u32| u16::try_from(number).map_err(|_| refused(RESIZE, "no terminal is that large"));
+    tty::set_size(terminal, number(columns)?, number(rows)?).step(RESIZE, "")
+}

@@ -1,0 +1,510 @@
+//! The shim's one loop: every wake-up is one variant of [`Event`], and every change of the container's state
+//! happens here, those of its main process in `main_process`, those of execs in `execs`.
+//!
+//! ```text
+//!  Empty --Create--> Preparing --ready--> Waiting --Start--> Starting --exec--> Running --ended--> Draining
+//!    |  ^---failed or too long---/           |                  \--failed, too long or killed---------^
+//!    |                                       \--Discard--> (exit, nothing recorded)
+//!    \--last connection closed--> (exit)
+//!
+//!  Draining --output at its end, or time up--> Recording --recorded, or told--> (exit)
+//! ```
+//! All from Waiting on outlive the daemon: without a connection the shim goes on, and listens. The exit
+//! record is on disk before anybody is told, unless the disk refuses it; then whoever is connected is told,
+//! and without anyone it is tried again.
+//!
+//! Nothing here waits for a process of the container: one that is on its way to its program ([`Birth`]) is
+//! heard when it says something, and killed when its time is up.
+
+mod execs;
+mod main_process;
+
+use crate::birth::Birth;
+use crate::connection::{Connection, Incoming};
+use crate::failure::{Step, refused};
+use crate::launch::{Container, Making};
+use crate::relay::Relays;
+use crate::stdio::Output;
+use berth_shim_proto::SOCKET;
+use berth_shim_proto::control::{
+    Failed, Phase, Reply, Request, Started, VERSION, reply::Answer, request::Call,
+};
+use berth_shim_proto::exit_record::ExitRecord;
+use berth_shim_proto::launch::Launch;
+use berth_sys::poll::{ChildSignals, Interest, Poll, Ready};
+use berth_sys::process::{self, Child, Ended as ProcessEnded, SIGKILL};
+use berth_sys::socket;
+use execs::Exec;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// How long after the end of the main process its output may take to end: somebody outside of the container
+/// can hold the pipe open.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// How long a last message may wait for the daemon to read it. The daemon finds the exit record without it.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// How long a client may take for what is left of the output of its program when the container is over.
+const PARTING: Duration = Duration::from_secs(10);
+
+/// Daemons that may be connected at once; one is the rule, two happen at a restart.
+const MAX_CONNECTIONS: usize = 4;
+
+const TOKEN_CHILDREN: u64 = 0;
+const TOKEN_LISTENER: u64 = 1;
+const TOKEN_OUTPUT: u64 = 2;
+const TOKEN_ERROR: u64 = 3;
+const TOKEN_OOM: u64 = 4;
+const TOKEN_MAIN: u64 = 5;
+/// Connections and execs count up from here.
+const TOKEN_FIRST: u64 = 16;
+
+/// How long after a failed attempt the exit record is written again.
+const RECORD_AGAIN: Duration = Duration::from_secs(1);
+
+/// Everything that wakes the shim.
+enum Event {
+    ChildrenEnded,
+    ConnectionWaits,
+    OutputReadable(u64),
+    OomCounterChanged,
+    MainProcessSpoke,
+    /// A connection, the process of an exec, or a stream.
+    Ready(Ready),
+    TimeOver,
+}
+
+/// A request that is answered later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Asker {
+    connection: u64,
+    request_id: u64,
+}
+
+enum State {
+    Empty,
+    Preparing { making: Box<Making>, asker: Asker },
+    Waiting { container: Box<Container>, output: Output, birth: Birth },
+    Starting { container: Box<Container>, output: Output, birth: Birth, asker: Asker },
+    Running { container: Box<Container>, output: Output, started: Started },
+    Draining { launch: Box<Launch>, output: Output, record: ExitRecord, deadline: Instant },
+    Recording { launch: Box<Launch>, record: ExitRecord, again: Instant },
+    Finished,
+}
+
+impl State {
+    /// The container, while it has a main process.
+    fn container(&self) -> Option<&Container> {
+        match self {
+            Self::Waiting { container, .. }
+            | Self::Starting { container, .. }
+            | Self::Running { container, .. } => Some(container),
+            _ => None,
+        }
+    }
+
+    /// The plan of the container, from when it has a main process.
+    fn launch(&self) -> Option<&Launch> {
+        match self {
+            Self::Draining { launch, .. } | Self::Recording { launch, .. } => Some(launch),
+            _ => self.container().map(|container| &container.launch),
+        }
+    }
+
+    /// The main process, while it is not its program.
+    fn birth(&self) -> Option<&Birth> {
+        match self {
+            Self::Preparing { making, .. } => Some(&making.birth),
+            Self::Waiting { birth, .. } | Self::Starting { birth, .. } => Some(birth),
+            _ => None,
+        }
+    }
+
+    /// When something is to be done without a wake-up.
+    fn deadline(&self) -> Option<Instant> {
+        match self {
+            Self::Preparing { making, .. } => Some(making.birth.deadline()),
+            Self::Starting { birth, .. } => Some(birth.deadline()),
+            Self::Draining { deadline, .. } => Some(*deadline),
+            Self::Recording { again, .. } => Some(*again),
+            Self::Empty | Self::Waiting { .. } | Self::Running { .. } | Self::Finished => None,
+        }
+    }
+}
+
+struct Shim {
+    poll: Poll,
+    children: ChildSignals,
+    listener: OwnedFd,
+    connections: Vec<Connection>,
+    next_token: u64,
+    state: State,
+    execs: Vec<Exec>,
+    relays: Relays,
+}
+
+/// Serves the container until it has ended: `connection` leads to the daemon, `directory` is where to listen
+/// for the next one.
+///
+/// # Errors
+/// When the shim itself cannot work: no descriptors, no epoll, the socket's name taken.
+pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
+    let (poll, children, listener) = match prepare(&directory) {
+        Ok(prepared) => prepared,
+        Err(failed) => {
+            // Without a request there is none to answer: an event. Nobody else would hear of it.
+            let reply = Reply { id: 0, answer: Some(Answer::Failed(failed)) };
+            if let Ok(bytes) = berth_shim_proto::frame::encode(&reply) {
+                socket::send(connection.as_fd(), &bytes, &[])?;
+            }
+            return Err(io::ErrorKind::Other.into());
+        }
+    };
+    drop(directory);
+    let first = Connection::new(connection, TOKEN_FIRST, &poll)?;
+    let mut shim = Shim {
+        poll,
+        children,
+        listener,
+        connections: vec![first],
+        next_token: TOKEN_FIRST + 1,
+        state: State::Empty,
+        execs: Vec::new(),
+        relays: Relays::default(),
+    };
+    while !matches!(shim.state, State::Finished) {
+        for event in shim.wait()? {
+            shim.handle(event);
+        }
+    }
+    for connection in &mut shim.connections {
+        connection.flush_before_end(&shim.poll, FAREWELL);
+    }
+    shim.pass_on_the_rest()
+}
+
+/// What a shim needs before it can serve anybody.
+fn prepare(directory: &OwnedFd) -> Result<(Poll, ChildSignals, OwnedFd), Failed> {
+    const STEP: &str = "start the container's shim";
+    process::become_subreaper().step(STEP, "adopt orphans")?;
+    let poll = Poll::new().step(STEP, "epoll")?;
+    let children = ChildSignals::new().step(STEP, "signals")?;
+    poll.watch(children.as_fd(), TOKEN_CHILDREN, Interest::Input).step(STEP, "signals")?;
+    // The first that needs room on the filesystem of the runtime state.
+    let listener = socket::listen_below(directory.as_fd(), SOCKET).step(STEP, SOCKET)?;
+    poll.watch(listener.as_fd(), TOKEN_LISTENER, Interest::Input).step(STEP, SOCKET)?;
+    Ok((poll, children, listener))
+}
+
+impl Shim {
+    fn wait(&self) -> io::Result<Vec<Event>> {
+        let deadline = self.deadline();
+        let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let mut events: Vec<Event> = self
+            .poll
+            .wait(timeout)?
+            .into_iter()
+            .map(|ready| match ready.token {
+                TOKEN_CHILDREN => Event::ChildrenEnded,
+                TOKEN_LISTENER => Event::ConnectionWaits,
+                TOKEN_OUTPUT | TOKEN_ERROR => Event::OutputReadable(ready.token),
+                TOKEN_OOM => Event::OomCounterChanged,
+                TOKEN_MAIN => Event::MainProcessSpoke,
+                _ => Event::Ready(ready),
+            })
+            .collect();
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            events.push(Event::TimeOver);
+        }
+        Ok(events)
+    }
+
+    /// The first of all deadlines.
+    fn deadline(&self) -> Option<Instant> {
+        let of_execs = self.execs.iter().filter_map(|exec| exec.birth().map(Birth::deadline));
+        of_execs.chain(self.state.deadline()).min()
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::ChildrenEnded => self.reap(),
+            Event::ConnectionWaits => self.accept(),
+            Event::OutputReadable(token) => {
+                if let State::Waiting { output, .. }
+                | State::Starting { output, .. }
+                | State::Running { output, .. }
+                | State::Draining { output, .. } = &mut self.state
+                {
+                    output.readable(token);
+                }
+                self.finish_if_drained(false);
+            }
+            Event::OomCounterChanged => self.look_at_oom_counter(),
+            Event::MainProcessSpoke => {
+                self.hear_main();
+                self.reap();
+            }
+            Event::Ready(ready) => match self.execs.iter().position(|exec| exec.token == ready.token) {
+                Some(index) => {
+                    self.hear_exec(index);
+                    self.reap();
+                }
+                None => match self.relays.ready(ready, &self.poll) {
+                    Some(group) => self.answer_if_settled(group),
+                    None => self.serve(ready.token, ready.writable),
+                },
+            },
+            Event::TimeOver => self.time_over(),
+        }
+    }
+
+    /// Acts on every deadline that is over.
+    fn time_over(&mut self) {
+        let now = Instant::now();
+        self.fail_late_execs(now, &too_long("run the program"));
+        if self.state.deadline().is_none_or(|deadline| deadline > now) {
+            return;
+        }
+        match &self.state {
+            State::Preparing { .. } => self.main_failed(too_long("prepare the container")),
+            State::Starting { .. } => self.main_failed(too_long("start the container")),
+            State::Draining { .. } => self.finish_if_drained(true),
+            State::Recording { .. } => self.record(),
+            State::Empty | State::Waiting { .. } | State::Running { .. } | State::Finished => {}
+        }
+    }
+
+    fn look_at_oom_counter(&mut self) {
+        let (State::Waiting { container, .. }
+        | State::Starting { container, .. }
+        | State::Running { container, .. }) = &mut self.state
+        else {
+            return;
+        };
+        let Some(counter) = &mut container.oom else { return };
+        if !counter.look()
+            && let Some(file) = counter.changing()
+        {
+            // It would be ready for ever. That it is not watched is what is wanted.
+            let _ = self.poll.forget(file);
+        }
+    }
+
+    fn accept(&mut self) {
+        let Ok(socket) = socket::accept(self.listener.as_fd()) else { return };
+        // The directory is root's alone; this is the second lock on the same door.
+        if !matches!(socket::peer_uid(socket.as_fd()), Ok(0)) || self.connections.len() >= MAX_CONNECTIONS {
+            return;
+        }
+        let token = self.new_tokens(1);
+        if let Ok(connection) = Connection::new(socket, token, &self.poll) {
+            self.connections.push(connection);
+            if matches!(self.state, State::Recording { .. }) {
+                self.record();
+            }
+        }
+    }
+
+    /// The first of so many tokens that no wake-up has borne.
+    fn new_tokens(&mut self, count: u64) -> u64 {
+        self.next_token += count;
+        self.next_token - count
+    }
+
+    fn serve(&mut self, token: u64, writable: bool) {
+        let Some(connection) = self.connections.iter_mut().find(|connection| connection.token() == token)
+        else {
+            return;
+        };
+        if writable && !connection.flush(&self.poll) {
+            self.close(token);
+            return;
+        }
+        match connection.read() {
+            Incoming::Requests(requests) => {
+                for (request, descriptors) in requests {
+                    self.answer(token, request, descriptors);
+                }
+            }
+            Incoming::Closed => self.close(token),
+        }
+    }
+
+    fn close(&mut self, token: u64) {
+        if let Some(index) = self.connections.iter().position(|connection| connection.token() == token) {
+            self.connections.swap_remove(index).forget(&self.poll);
+            self.end_execs_of(token);
+        }
+        self.finish_if_unwanted();
+    }
+
+    /// Ends a shim without a container and without anyone who could ask for one.
+    fn finish_if_unwanted(&mut self) {
+        if self.connections.is_empty() && matches!(self.state, State::Empty) {
+            self.state = State::Finished;
+        }
+    }
+
+    fn reply(&mut self, token: u64, id: u64, answer: Answer) {
+        let reply = Reply { id, answer: Some(answer) };
+        let Some(connection) = self.connections.iter_mut().find(|connection| connection.token() == token)
+        else {
+            return;
+        };
+        if !connection.send(&reply, &self.poll) {
+            self.close(token);
+        }
+    }
+
+    fn answer(&mut self, token: u64, request: Request, descriptors: Vec<OwnedFd>) {
+        let id = request.id;
+        let asker = Asker { connection: token, request_id: id };
+        let result = match request.call {
+            None => Err(refused("handle the request", "this shim does not know the call")),
+            Some(Call::Create(launch)) => self.create(*launch, descriptors, asker).map(|()| None),
+            Some(Call::Start(())) => self.start(asker).map(|()| None),
+            Some(Call::Exec(exec)) => self.exec(&exec, descriptors, asker).map(|()| None),
+            Some(Call::Signal(signal)) => self.signal(signal).map(|()| Some(Answer::Done(()))),
+            Some(Call::SignalExec(target)) => {
+                self.signal_exec(token, target.request_id, target.signal).map(|()| Some(Answer::Done(())))
+            }
+            Some(Call::Resize(resize)) => self.resize_exec(token, resize).map(|()| Some(Answer::Done(()))),
+            Some(Call::ReopenLog(())) => self.reopen_log().map(|()| Some(Answer::Done(()))),
+            Some(Call::State(())) => Ok(Some(Answer::State(self.phase()))),
+            Some(Call::Discard(())) => {
+                self.discard();
+                Ok(None)
+            }
+        };
+        match result {
+            Ok(Some(answer)) => self.reply(token, id, answer),
+            Ok(None) => {}
+            Err(failed) => self.reply(token, id, Answer::Failed(failed)),
+        }
+        // A start that failed has moved the state on.
+        self.finish_if_drained(false);
+    }
+
+    fn watch(&self, birth: &Birth, token: u64) -> io::Result<()> {
+        birth.sources().try_for_each(|source| self.poll.watch(source, token, Interest::Input))
+    }
+
+    /// As with [`Connection::forget`].
+    fn unwatch(&self, birth: &Birth) {
+        for source in birth.sources() {
+            let _ = self.poll.forget(source);
+        }
+    }
+
+    /// Answers a request of before.
+    fn tell(&mut self, asker: Asker, answer: Answer) {
+        if self.connections.iter().any(|connection| connection.token() == asker.connection) {
+            self.reply(asker.connection, asker.request_id, answer);
+        } else if let Answer::Started(_) = answer {
+            // Whoever is there instead has seen it starting.
+            self.tell_all(&answer);
+        }
+    }
+
+    fn tell_all(&mut self, answer: &Answer) {
+        let tokens: Vec<u64> = self.connections.iter().map(Connection::token).collect();
+        for token in tokens {
+            self.reply(token, 0, answer.clone());
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        Phase {
+            created: self.state.container().map(|container| container.created.clone()),
+            started: match &self.state {
+                State::Running { started, .. } => Some(*started),
+                _ => None,
+            },
+            starting: matches!(self.state, State::Starting { .. }),
+            version: VERSION,
+        }
+    }
+
+    /// One waiter for all children: the main process, execs, and orphans of either that became the shim's.
+    fn reap(&mut self) {
+        self.children.clear();
+        while let Some(pid) = self.ended_child() {
+            // What it said before its end is heard before it is nobody.
+            self.hear_main();
+            for index in (0..self.execs.len()).rev() {
+                self.hear_exec(index);
+            }
+            match process::reap_or_running(pid) {
+                Ok(Child::Ended(ended)) => self.child_ended(pid, ended),
+                _ => break,
+            }
+        }
+        self.finish_if_drained(false);
+    }
+
+    /// A child that has ended. A process that its maker has not named yet looks like an orphan: as long as
+    /// there may be one, only children that are known count, so that no number becomes another process's
+    /// before it is known.
+    fn ended_child(&self) -> Option<i32> {
+        let births = || self.execs.iter().filter_map(Exec::birth).chain(self.state.birth());
+        if !births().any(Birth::expects_successor) {
+            return process::ended_child(None).ok().flatten();
+        }
+        let running = self.execs.iter().filter_map(Exec::running);
+        let main = self.state.container().map(|container| container.created.pid);
+        running
+            .chain(births().flat_map(Birth::children))
+            .chain(main)
+            .find_map(|pid| process::ended_child(Some(pid)).ok().flatten())
+    }
+
+    /// A child was reaped, so its number may be another's from now on.
+    fn child_ended(&mut self, pid: i32, ended: ProcessEnded) {
+        if self.state.container().is_some_and(|container| container.created.pid == pid) {
+            self.main_ended(ended);
+            return;
+        }
+        let failed = match &mut self.state {
+            State::Preparing { making, .. } => making.birth.reaped(pid).err(),
+            State::Waiting { birth, .. } | State::Starting { birth, .. } => birth.reaped(pid).err(),
+            _ => None,
+        };
+        if let Some(failed) = failed {
+            self.main_failed(failed);
+        }
+        self.exec_child_ended(pid, ended.code());
+    }
+}
+
+impl Shim {
+    /// Passes on what programs of a container that is over have written. For everybody else this shim has
+    /// ended: nobody can connect any more, and its daemon has heard everything.
+    fn pass_on_the_rest(self) -> io::Result<()> {
+        let Self { poll, mut relays, children, listener, connections, .. } = self;
+        for connection in &connections {
+            connection.forget(&poll);
+        }
+        for descriptor in [children.as_fd(), listener.as_fd()] {
+            let _ = poll.forget(descriptor);
+        }
+        drop((listener, connections));
+        relays.settle_all(&poll);
+        let deadline = Instant::now() + PARTING;
+        while !relays.are_settled() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            for ready in poll.wait(Some(left))? {
+                relays.ready(ready, &poll);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn too_long(step: &str) -> Failed {
+    refused(step, "it takes too long, and was given up")
+}

@@ -7,7 +7,7 @@
 
 use crate::lock;
 use berth_shim_proto::control::{
-    ExecRequest, Phase, Reply, Request, Resize, SignalExec, reply::Answer, request::Call,
+    AttachRequest, ExecRequest, Phase, Reply, Request, Resize, SignalExec, reply::Answer, request::Call,
 };
 use berth_shim_proto::exit_record::ExitRecord;
 use berth_shim_proto::frame;
@@ -426,6 +426,42 @@ impl ShimClient {
         Ok(RunningExec { client: self.clone(), id, slot, answer: Some(answer) })
     }
 
+    /// Passes the container's own streams on by these pipes, from now on.
+    ///
+    /// # Errors
+    /// [`ShimError::Older`] when the container's shim is of a version that cannot do this,
+    /// [`ShimError::Failed`] when the container has ended.
+    pub(crate) async fn attach(
+        &self,
+        stdout: Option<OwnedFd>,
+        stderr: Option<OwnedFd>,
+        stdin: Option<OwnedFd>,
+    ) -> Result<(), ShimError> {
+        self.check_attach().await?;
+        let request =
+            AttachRequest { stdout: stdout.is_some(), stderr: stderr.is_some(), stdin: stdin.is_some() };
+        let descriptors = [stdout, stderr, stdin].into_iter().flatten().collect();
+        match self.call_with(Call::Attach(request), descriptors, CALL).await? {
+            Answer::Done(()) => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Whether the shim can do that.
+    ///
+    /// # Errors
+    /// [`ShimError::Older`] when it cannot.
+    pub(crate) async fn check_attach(&self) -> Result<(), ShimError> {
+        if self.phase().await?.version < RELAYS_SINCE { Err(ShimError::Older) } else { Ok(()) }
+    }
+
+    /// Gives a terminal this size: that of an exec, or [`TERMINAL_OF_CONTAINER`]. One whose program has ended
+    /// has no size to be set.
+    pub(crate) async fn resize(&self, request_id: u64, columns: u16, rows: u16) {
+        let resize = Resize { request_id, columns: columns.into(), rows: rows.into() };
+        let _ = self.done(Call::Resize(resize)).await;
+    }
+
     /// Kills an exec's session.
     async fn kill_exec(&self, id: u64) {
         // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes
@@ -546,6 +582,9 @@ fn unexpected(_answer: Answer) -> ShimError {
     ShimError::Lost
 }
 
+/// Instead of the request of an exec: the terminal of the container's own program.
+pub(crate) const TERMINAL_OF_CONTAINER: u64 = 0;
+
 /// The first [`Phase::version`] in which the shim keeps what programs have open to itself.
 const RELAYS_SINCE: u32 = 2;
 
@@ -559,8 +598,7 @@ pub(crate) struct Resizer {
 impl Resizer {
     /// Gives the terminal this size. One whose program has ended has no size to be set.
     pub(crate) async fn resize(&self, columns: u16, rows: u16) {
-        let resize = Resize { request_id: self.request_id, columns: columns.into(), rows: rows.into() };
-        let _ = self.client.done(Call::Resize(resize)).await;
+        self.client.resize(self.request_id, columns, rows).await;
     }
 }
 

@@ -82,7 +82,7 @@ impl Connection {
                 match frame::take::<Request>(&mut self.received) {
                     Ok(Some(request)) => {
                         let carries = match &request.call {
-                            Some(Call::Exec(_)) => true,
+                            Some(Call::Exec(_) | Call::Attach(_)) => true,
                             Some(Call::Create(launch)) => {
                                 matches!(launch.namespaces.pid, Some(PidNamespace::Target(())))
                             }

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod apparmor;
+mod attached;
 mod birth;
 mod connection;
 mod cri_log;

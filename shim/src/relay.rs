@@ -64,7 +64,8 @@ enum Waits {
 struct Flow {
     group: u64,
     way: Way,
-    from: File,
+    /// None for the last words of what has ended.
+    from: Option<File>,
     from_token: u64,
     to: File,
     to_token: u64,
@@ -107,7 +108,7 @@ impl Relays {
         self.flows.push(Flow {
             group,
             way,
-            from: from.into(),
+            from: Some(from.into()),
             from_token: token,
             to: to.into(),
             to_token: token + 1,
@@ -116,6 +117,34 @@ impl Relays {
             settling: None,
         });
         Ok(())
+    }
+
+    /// Passes on what was to be written to `to`, which is watched under `token`, and closes it. It does not
+    /// wait.
+    pub(crate) fn add_last_words(&mut self, to: File, token: u64, words: Vec<u8>, poll: &Poll) {
+        let settling = Some(SETTLE_BYTES);
+        let waits = Waits::Room;
+        let flow = Flow {
+            group: token,
+            way: Way::Out,
+            from: None,
+            from_token: token,
+            to,
+            to_token: token,
+            held: words,
+            waits,
+            settling,
+        };
+        if poll.change(flow.to.as_fd(), token, Interest::Room).is_ok() {
+            self.flows.push(flow);
+        } else {
+            flow.close(poll);
+        }
+    }
+
+    /// Whether there is a flow of this group.
+    pub(crate) fn has(&self, group: u64) -> bool {
+        self.flows.iter().any(|flow| flow.group == group)
     }
 
     /// How many descriptors they have.
@@ -180,7 +209,7 @@ impl Relays {
     /// Where the output of a group comes from.
     pub(crate) fn source(&self, group: u64) -> Option<BorrowedFd<'_>> {
         let found = self.flows.iter().find(|flow| flow.group == group && flow.way == Way::Out);
-        found.map(|flow| flow.from.as_fd())
+        found?.from.as_ref().map(AsFd::as_fd)
     }
 }
 
@@ -198,8 +227,9 @@ impl Flow {
                 }
                 continue;
             }
+            let Some(from) = &mut self.from else { return After::Ended };
             buffer.resize(READ_BYTES, 0);
-            match self.from.read(&mut buffer) {
+            match from.read(&mut buffer) {
                 Ok(0) => return After::Ended,
                 Ok(length) => {
                     let read = buffer.get(..length).unwrap_or_default();
@@ -238,13 +268,14 @@ impl Flow {
             return Ok(());
         }
         self.waits = waits;
+        let Some(from) = &self.from else { return Ok(()) };
         match waits {
             Waits::Input => {
                 poll.change(self.to.as_fd(), self.to_token, Interest::Failure)?;
-                poll.watch(self.from.as_fd(), self.from_token, Interest::Input)
+                poll.watch(from.as_fd(), self.from_token, Interest::Input)
             }
             Waits::Room => {
-                poll.forget(self.from.as_fd())?;
+                poll.forget(from.as_fd())?;
                 poll.change(self.to.as_fd(), self.to_token, Interest::Room)
             }
         }
@@ -252,8 +283,9 @@ impl Flow {
 
     /// Ends the watch, for which closing is not enough as long as a child that has just been made has a copy.
     fn close(self, poll: &Poll) {
-        let _ = poll.forget(self.from.as_fd());
-        let _ = poll.forget(self.to.as_fd());
+        for end in self.from.iter().chain([&self.to]) {
+            let _ = poll.forget(end.as_fd());
+        }
     }
 }
 
@@ -449,7 +481,7 @@ mod tests {
         let mut flow = Flow {
             group: GROUP,
             way: Way::Out,
-            from: File::open("/dev/zero").unwrap(),
+            from: Some(File::open("/dev/zero").unwrap()),
             from_token: 20,
             to: File::options().write(true).open("/dev/null").unwrap(),
             to_token: 21,

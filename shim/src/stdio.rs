@@ -1,12 +1,13 @@
-//! The container's output: from its pipes or terminal into the log.
+//! The container's own streams: output from its pipes or terminal into the log and to clients, and its input.
 
+use crate::attached::{Clients, LastWords};
 use crate::cri_log::{DEFAULT_MAX_CONTENT, LogFile, Splitter, Stream, timestamp};
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::Launch;
 use berth_sys::poll::{Interest, Poll};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::SystemTime;
 
 use crate::failure::Step;
@@ -24,6 +25,7 @@ const READS_IN_A_ROW: usize = 16;
 struct Source {
     file: File,
     token: u64,
+    stream: Stream,
     splitter: Splitter,
 }
 
@@ -32,8 +34,11 @@ struct Source {
 pub(crate) struct Output {
     sources: Vec<Source>,
     log: Option<LogFile>,
-    /// The write end of standard input, kept open for as long as the container runs.
-    _input: Option<OwnedFd>,
+    clients: Clients,
+    has_terminal: bool,
+    /// The write end of standard input, kept open for as long as the container runs, unless it is closed when
+    /// the first client leaves.
+    input: Option<OwnedFd>,
 }
 
 /// The ends that the shim keeps of a container's streams.
@@ -65,6 +70,7 @@ impl Output {
             Ok(0) | Err(_) => DEFAULT_MAX_CONTENT,
             Ok(bytes) => bytes,
         };
+        let has_terminal = matches!(streams, ShimStreams::Terminal(_));
         let (sources, input) = match streams {
             ShimStreams::Pipes { input, output, error } => {
                 (vec![(output, Stream::Stdout, false), (error, Stream::Stderr, false)], input)
@@ -76,19 +82,61 @@ impl Output {
             berth_sys::file::set_nonblocking(descriptor.as_fd())?;
             poll.watch(descriptor.as_fd(), token, Interest::Input)?;
             let splitter = Splitter::new(stream, max, terminal);
-            watched.push(Source { file: descriptor.into(), token, splitter });
+            watched.push(Source { file: descriptor.into(), token, stream, splitter });
         }
-        Ok(Self { sources: watched, log, _input: input })
+        Ok(Self { sources: watched, log, clients: Clients::default(), has_terminal, input })
     }
 
-    /// Something can be read from the stream of this token.
-    pub(crate) fn readable(&mut self, token: u64) {
-        let Some(index) = self.sources.iter().position(|source| source.token == token) else { return };
+    /// Something can be read from the stream of this token. What clients still have to be told when it is
+    /// over.
+    pub(crate) fn readable(&mut self, token: u64, poll: &Poll) -> Vec<LastWords> {
+        let Some(index) = self.sources.iter().position(|source| source.token == token) else {
+            return Vec::new();
+        };
         if let Some(source) = self.sources.get_mut(index)
-            && read_some(source, self.log.as_mut(), READS_IN_A_ROW) == After::Ended
+            && read_some(source, self.log.as_mut(), &mut self.clients, poll, READS_IN_A_ROW) == After::Ended
         {
-            self.sources.remove(index);
+            let stream = self.sources.remove(index).stream;
+            return self.clients.end(stream, poll);
         }
+        Vec::new()
+    }
+
+    /// Passes a stream on to a client as well, from now on.
+    ///
+    /// # Errors
+    /// When the kernel cannot watch its pipe.
+    pub(crate) fn attach(&mut self, stream: Stream, to: OwnedFd, token: u64, poll: &Poll) -> io::Result<()> {
+        if self.sources.iter().any(|source| source.stream == stream) {
+            return self.clients.add(stream, to, self.has_terminal, token, poll);
+        }
+        // It is over, as the client sees by its end.
+        Ok(())
+    }
+
+    /// A client has closed its pipe, if there is one with this token.
+    pub(crate) fn leave(&mut self, token: u64, poll: &Poll) -> bool {
+        self.clients.leave(token, poll)
+    }
+
+    /// How many descriptors its clients take.
+    pub(crate) fn descriptors_of_clients(&self) -> usize {
+        self.clients.len()
+    }
+
+    /// Where input goes: `None` when the container has none, or it is closed.
+    pub(crate) fn input(&self) -> Option<BorrowedFd<'_>> {
+        self.input.as_ref().map(AsFd::as_fd).or_else(|| self.terminal())
+    }
+
+    /// Closes the input, which is no terminal's.
+    pub(crate) fn close_input(&mut self) {
+        self.input = None;
+    }
+
+    /// The terminal, if it has one, and that is open.
+    pub(crate) fn terminal(&self) -> Option<BorrowedFd<'_>> {
+        self.sources.first().filter(|_| self.has_terminal).map(|source| source.file.as_fd())
     }
 
     /// Every stream has come to its end.
@@ -97,13 +145,17 @@ impl Output {
     }
 
     /// Takes what is there now and gives up the rest: somebody outside of the container holds a stream open.
-    pub(crate) fn cut(&mut self) {
+    pub(crate) fn cut(&mut self, poll: &Poll) -> Vec<LastWords> {
+        let mut untold = Vec::new();
         for mut source in std::mem::take(&mut self.sources) {
             // Not for ever, whoever writes: a pipe's full buffer is in these reads.
-            if read_some(&mut source, self.log.as_mut(), READS_IN_A_ROW) != After::Ended {
+            let (log, clients) = (self.log.as_mut(), &mut self.clients);
+            if read_some(&mut source, log, clients, poll, READS_IN_A_ROW) != After::Ended {
                 end_of(&mut source, self.log.as_mut());
             }
+            untold.extend(self.clients.end(source.stream, poll));
         }
+        untold
     }
 
     pub(crate) fn reopen_log(&mut self) -> Result<(), Failed> {
@@ -125,7 +177,13 @@ enum After {
     Ended,
 }
 
-fn read_some(source: &mut Source, mut log: Option<&mut LogFile>, reads: usize) -> After {
+fn read_some(
+    source: &mut Source,
+    mut log: Option<&mut LogFile>,
+    clients: &mut Clients,
+    poll: &Poll,
+    reads: usize,
+) -> After {
     let mut buffer = vec![0; READ_BYTES];
     let mut entries = Vec::new();
     for _ in 0..reads {
@@ -140,6 +198,7 @@ fn read_some(source: &mut Source, mut log: Option<&mut LogFile>, reads: usize) -
                 {
                     log.write(&entries);
                 }
+                clients.pass(source.stream, buffer.get(..length).unwrap_or_default(), poll);
                 if length < READ_BYTES {
                     // Most likely empty now; if not, the poll says so again.
                     return After::Open;

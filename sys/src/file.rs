@@ -149,6 +149,18 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
 }
 
+/// Doubles what a pipe holds, up to `most` bytes: `F_SETPIPE_SZ` of fcntl(2). Whether it holds more now.
+#[must_use]
+pub fn enlarge_pipe(pipe: BorrowedFd<'_>, most: i32) -> bool {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let enlarge = || {
+        let larger = fcntl(pipe, FcntlArg::F_GETPIPE_SZ)?.checked_mul(2).filter(|larger| *larger <= most);
+        larger.map(|larger| fcntl(pipe, FcntlArg::F_SETPIPE_SZ(larger))).transpose()
+    };
+    // It may be no pipe, or there is no more to be had.
+    matches!(enlarge(), Ok(Some(_)))
+}
+
 /// Makes reads and writes return `EAGAIN` instead of waiting: `O_NONBLOCK`.
 ///
 /// # Errors
@@ -206,6 +218,24 @@ pub fn next_data(file: impl AsFd, from: u64) -> io::Result<Option<(u64, u64)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_is_enlarged_so_far() {
+        let (_read, write) = pipe().unwrap();
+        set_nonblocking(write.as_fd()).unwrap();
+        let mut write = std::fs::File::from(write);
+        let mut fill = || {
+            let mut filled = 0;
+            while let Ok(length) = write.write(&[0; 4096]) {
+                filled += length;
+            }
+            (filled, write.as_fd().try_clone_to_owned().unwrap())
+        };
+        let (first, pipe) = fill();
+        assert!(enlarge_pipe(pipe.as_fd(), 1 << 17) && !enlarge_pipe(pipe.as_fd(), 1 << 17));
+        assert_eq!(fill().0, first);
+        assert!(!enlarge_pipe(std::fs::File::open("/dev/null").unwrap().as_fd(), 1 << 20));
+    }
 
     #[test]
     fn names_change_places() {

@@ -211,6 +211,31 @@ impl Command {
         Self::connect(daemon, &url, &request)
     }
 
+    /// Attaches to a container: Attach, and the connection.
+    ///
+    /// # Errors
+    /// When the daemon refuses.
+    pub fn attach(daemon: &Daemon, request: berth_cri::v1::AttachRequest) -> Result<Self> {
+        let url = daemon.client().attach(request.clone())?.url;
+        Self::attach_at(daemon, &url, &request)
+    }
+
+    /// Connects to a URL of Attach and opens the streams of the request.
+    ///
+    /// # Errors
+    /// When the server refuses.
+    pub fn attach_at(daemon: &Daemon, url: &str, request: &berth_cri::v1::AttachRequest) -> Result<Self> {
+        let streams = berth_cri::v1::ExecRequest {
+            container_id: request.container_id.clone(),
+            cmd: Vec::new(),
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        };
+        Self::connect(daemon, url, &streams)
+    }
+
     /// Sends standard input.
     ///
     /// # Errors

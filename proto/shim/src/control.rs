@@ -12,13 +12,13 @@ pub struct Request {
     #[prost(uint64, tag = "1")]
     pub id: u64,
     /// What is asked.
-    #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub call: Option<request::Call>,
 }
 
 /// The calls of a [`Request`].
 pub mod request {
-    use super::{ExecRequest, Launch, Resize, SignalExec};
+    use super::{AttachRequest, ExecRequest, Launch, Resize, SignalExec};
 
     /// What is asked.
     #[derive(Clone, PartialEq, prost::Oneof)]
@@ -53,12 +53,19 @@ pub mod request {
         /// connection ends.
         #[prost(message, tag = "9")]
         Discard(()),
-        /// Give the terminal of a running exec a size. Answer: `Done`. For shims of [`Phase::version`] 2 and
+        /// Give a terminal a size. Answer: `Done`. For shims of [`Phase::version`] 2 and
         /// later.
         ///
         /// [`Phase::version`]: super::Phase::version
         #[prost(message, tag = "10")]
         Resize(Resize),
+        /// Pass the streams of the container's own program on, from now on. The frame carries a pipe for each
+        /// one that is wanted: standard output, error, and input. Answer: `Done`. An output that ends is
+        /// closed; the client leaves by closing all of them. For shims of [`Phase::version`] 2 and later.
+        ///
+        /// [`Phase::version`]: super::Phase::version
+        #[prost(message, tag = "11")]
+        Attach(AttachRequest),
     }
 }
 
@@ -85,10 +92,24 @@ pub struct SignalExec {
     pub signal: i32,
 }
 
+/// Which streams of the container's program are wanted.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct AttachRequest {
+    /// Standard output; of a terminal, all output.
+    #[prost(bool, tag = "1")]
+    pub stdout: bool,
+    /// Standard error.
+    #[prost(bool, tag = "2")]
+    pub stderr: bool,
+    /// Standard input.
+    #[prost(bool, tag = "3")]
+    pub stdin: bool,
+}
+
 /// The size of a terminal, in characters.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct Resize {
-    /// The `id` of the request whose terminal it is.
+    /// The `id` of the exec whose terminal it is; 0 for the container's own.
     #[prost(uint64, tag = "1")]
     pub request_id: u64,
     /// At most 65535.
@@ -248,8 +269,8 @@ pub struct Phase {
     #[prost(bool, tag = "3")]
     pub starting: bool,
     /// What the shim knows beyond the first version of this protocol: 1, terminals for exec; 2, it keeps what
-    /// programs have open to itself and passes bytes on, and `Resize`. Before, the streams of an exec are the
-    /// program's own, and what comes on the socket is the terminal's other end.
+    /// programs have open to itself and passes bytes on, `Resize` and `Attach`. Before, the streams of an
+    /// exec are the program's own, and what comes on the socket is the terminal's other end.
     #[prost(uint32, tag = "4")]
     pub version: u32,
 }

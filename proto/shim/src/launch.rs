@@ -47,6 +47,10 @@ pub struct Launch {
     /// Whether standard input is a pipe that stays open (`ContainerConfig.stdin`); else it is `/dev/null`.
     #[prost(bool, tag = "12")]
     pub stdin: bool,
+    /// Whether that is closed when the first client that was attached to it leaves
+    /// (`ContainerConfig.stdin_once`); never for a terminal.
+    #[prost(bool, tag = "16")]
+    pub stdin_once: bool,
     /// Inside: directories that are made when absent, and stay writable when the root is read-only.
     #[prost(bytes = "vec", repeated, tag = "15")]
     pub volumes: Vec<Vec<u8>>,

@@ -1,7 +1,7 @@
 //! ExecSync: a program in a running container, its output and its exit code.
 //!
-//! The shim starts it; its output comes here by pipes that the program does not have. Each stream is kept up to
-//! [`MAX_OUTPUT`] and read to its end all the same, so that a program is never stopped by a full pipe.
+//! The shim starts it; its output comes here by pipes that the program does not have. Each stream is kept up
+//! to [`MAX_OUTPUT`] and read to its end all the same, so that a program is never stopped by a full pipe.
 
 use super::output_room::{Kept, OutputRoom};
 use super::{Container, ContainerError};

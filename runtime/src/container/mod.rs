@@ -196,6 +196,16 @@ impl Container {
         }
     }
 
+    /// The shim of a container that waits for its start, or runs.
+    pub(crate) fn live_shim(&self) -> Result<Arc<ShimClient>, ContainerError> {
+        match self.state() {
+            ContainerState::Created => {
+                self.shim().ok_or_else(|| ContainerError::ShimUnreached { id: self.id().clone() })
+            }
+            _ => self.running_shim(),
+        }
+    }
+
     /// Moves the state on, as something happens.
     fn apply(&self, event: ContainerEvent) -> Result<(), Refused> {
         let _in_order = lock(&self.telling);

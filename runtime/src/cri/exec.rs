@@ -37,8 +37,11 @@ impl RuntimeService {
         Ok(v1::ExecResponse { url: self.streaming.exec(container, request.cmd, wanted)? })
     }
 
-    pub(super) fn attach(&self, _request: v1::AttachRequest) -> Result<v1::AttachResponse, CallError> {
-        Err(CallError::NotOffered("attach is not offered yet; exec is"))
+    pub(super) async fn attach(&self, request: v1::AttachRequest) -> Result<v1::AttachResponse, CallError> {
+        let container = self.container(&request.container_id)?;
+        let wanted = wanted_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
+        container.live_shim()?.check_attach().await.map_err(ContainerError::from)?;
+        Ok(v1::AttachResponse { url: self.streaming.attach(container, wanted)? })
     }
 
     pub(super) fn port_forward(

@@ -56,7 +56,7 @@ service! {
         // `exec`
         ExecSync: exec_sync(ExecSyncRequest) -> ExecSyncResponse, await;
         Exec: exec(ExecRequest) -> ExecResponse;
-        Attach: attach(AttachRequest) -> AttachResponse;
+        Attach: attach(AttachRequest) -> AttachResponse, await;
         PortForward: port_forward(PortForwardRequest) -> PortForwardResponse;
 
         // `stats`

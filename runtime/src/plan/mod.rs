@@ -56,6 +56,8 @@ pub struct Extra<'a> {
     pub exit_record: &'a Path,
     /// Standard input stays open.
     pub stdin: bool,
+    /// That is closed when the first client that was attached to it leaves.
+    pub stdin_once: bool,
     /// How the process gets into its cgroup.
     pub cgroup: &'a Cgroup,
     /// The compiled profile of the spec; there exactly when the spec has one.
@@ -184,6 +186,7 @@ pub fn launch(spec: &Spec, extra: &Extra<'_>) -> Result<Launch, PlanError> {
         log_name: bytes(log_name),
         exit_record_path: bytes(extra.exit_record),
         stdin: extra.stdin,
+        stdin_once: extra.stdin_once,
         max_log_line_bytes: 0,
     })
 }

@@ -30,6 +30,7 @@ fn plan_of(spec: &Spec, fixture: &Fixture) -> Result<Launch, PlanError> {
             log: Some((Path::new("/var/log/pods/x"), Path::new("main/0.log"))),
             exit_record: Path::new("/exit"),
             stdin: fixture.config.stdin,
+            stdin_once: fixture.config.stdin_once,
             cgroup: &Cgroup { unified_dir: b"/sys/fs/cgroup/x".to_vec(), ..Cgroup::default() },
             seccomp: spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref()).map(|_| filter),
             pid_namespace: match fixture.target {
@@ -663,6 +664,7 @@ fn a_filter_belongs_to_a_profile_and_a_profile_to_a_filter() {
                 log: None,
                 exit_record: Path::new("/e"),
                 stdin: false,
+                stdin_once: false,
                 cgroup: &cgroup,
                 seccomp: program.map(|program| Filter { program, flags: 0, entry: &[] }),
                 pid_namespace: PidPath::Target,

@@ -5,14 +5,16 @@
 //! client that goes away takes its program along: the future here is dropped, the terminal hangs up, and the
 //! program's session is killed.
 //!
-//! A client that does not want output any more, but has not gone away: a pipe is closed, and the program learns
-//! it as it would from any closed pipe. Of a terminal, what the program writes from then on is thrown away.
+//! When a client does not want output any more but has not gone away, a pipe is closed, and the program
+//! learns it as it would from any closed pipe; of a terminal, what the program writes from then on is
+//! thrown away.
 
+use super::pipes;
 use crate::container::{Container, ContainerError};
 use crate::shim_client::{Resizer, RunningExec, ShimError};
 use berth_streaming::command::{BoxFuture, Input, Outcome, Output, Session, Size, Wanted};
 use berth_sys::{socket, tty};
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,14 +22,11 @@ use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::Instant;
-
-/// Bytes read at a time.
-const READ_BYTES: usize = 32 * 1024;
 
 /// How long after the program's end more of its output is waited for, which what it left behind may write.
 const DRAIN: Duration = Duration::from_millis(500);
@@ -100,10 +99,8 @@ async fn on_pipes(
     let (stderr, stderr_end) = output(session.stderr)?;
     let (stdin, stdin_end) = match session.stdin {
         Some(input) => {
-            let failed = file("create", "a pipe");
-            let (read, write) = berth_sys::file::pipe().map_err(failed)?;
-            berth_sys::file::set_nonblocking(write.as_fd()).map_err(failed)?;
-            (Some((input, pipe::Sender::from_owned_fd(write).map_err(failed)?)), Some(read))
+            let (write, read) = pipes::input().map_err(file("create", "a pipe"))?;
+            (Some((input, write)), Some(read))
         }
         None => (None, None),
     };
@@ -112,7 +109,7 @@ async fn on_pipes(
     let copying = async {
         tokio::join!(copy_out(stdout, ended.clone()), copy_out(stderr, ended));
     };
-    finish(container, running, over, copying, copy_in(stdin)).await
+    finish(container, running, over, copying, feed(stdin)).await
 }
 
 async fn on_terminal(
@@ -146,10 +143,7 @@ async fn on_terminal(
     let (over, ended) = watch::channel(false);
     let copying = copy_out(Some(Source { from: reader, to: session.stdout, discards: true }), ended);
     let feeding = async {
-        tokio::join!(
-            copy_in(session.stdin.map(|input| (input, writer))),
-            follow_size(session.size, terminal)
-        );
+        tokio::join!(feed(session.stdin.map(|input| (input, writer))), follow_size(session.size, terminal));
     };
     finish(container, running, over, copying, feeding).await
 }
@@ -191,10 +185,7 @@ fn output(wanted: Option<Output>) -> Result<(Option<Source>, OwnedFd), Container
         let null = File::options().write(true).open("/dev/null").map_err(file("open", "/dev/null"))?;
         return Ok((None, null.into()));
     };
-    let failed = file("create", "a pipe");
-    let (read, write) = berth_sys::file::pipe().map_err(failed)?;
-    berth_sys::file::set_nonblocking(read.as_fd()).map_err(failed)?;
-    let from = pipe::Receiver::from_owned_fd(read).map_err(failed)?;
+    let (from, write) = pipes::output().map_err(file("create", "a pipe"))?;
     Ok((Some(Source { from, to: Some(output), discards: false }), write))
 }
 
@@ -209,7 +200,7 @@ async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
         is_over = is_over || *ended.borrow();
         let read = if is_over {
             let start = Instant::now();
-            let read = tokio::time::timeout(patience, read(&from, &mut buffer)).await;
+            let read = tokio::time::timeout(patience, pipes::read(&from, &mut buffer)).await;
             // Waiting for a client that is slow does not count.
             patience = patience.saturating_sub(start.elapsed());
             let Ok(read) = read else { return };
@@ -217,7 +208,7 @@ async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
         } else {
             tokio::select! {
                 biased;
-                read = read(&from, &mut buffer) => read,
+                read = pipes::read(&from, &mut buffer) => read,
                 // The sender lives as long as this.
                 _ = ended.wait_for(|ended| *ended) => {
                     is_over = true;
@@ -247,32 +238,10 @@ async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
     }
 }
 
-/// Reads what is there, once something is. The buffer takes room only then: most streams are silent most of
-/// the time.
-async fn read(from: &pipe::Receiver, buffer: &mut BytesMut) -> io::Result<usize> {
-    loop {
-        from.readable().await?;
-        buffer.reserve(READ_BYTES);
-        match from.try_read_buf(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => *buffer = BytesMut::new(),
-            read => return read,
-        }
+async fn feed(stdin: Option<(Input, pipe::Sender)>) {
+    if let Some((from, to)) = stdin {
+        pipes::copy_in(from, to).await;
     }
-}
-
-/// Copies the client's input to the program; its end is passed on by closing the pipe.
-async fn copy_in(stream: Option<(Input, pipe::Sender)>) {
-    let Some((mut from, mut to)) = stream else { return };
-    while let Some(bytes) = from.receive().await {
-        if write_all(&mut to, bytes).await.is_err() {
-            // Nobody reads it any more.
-            return;
-        }
-    }
-}
-
-async fn write_all(to: &mut pipe::Sender, bytes: Bytes) -> io::Result<()> {
-    to.write_all(&bytes).await
 }
 
 /// Gives the terminal the size of the client's, whenever that changes.

@@ -1,13 +1,16 @@
-//! The streaming server of the daemon: what Exec and PortForward answer with, and what is done when the
-//! client comes.
+//! The streaming server of the daemon: what Exec, Attach and PortForward answer with, and what is done when
+//! the client comes.
 //!
 //! - `exec`: a program in a container on the client's streams;
+//! - `attach`: those of the container's own program;
 //! - `port_forward`: connections into the network of a sandbox.
 //!
 //! The wire is `berth_streaming`'s. It listens on the loopback interface unless the configuration says
 //! otherwise; the URL's token is what lets a client in.
 
+mod attach;
 mod exec;
+mod pipes;
 mod port_forward;
 
 use crate::config::StreamingConfig;
@@ -123,6 +126,15 @@ impl Streaming {
     ) -> Result<String, UrlError> {
         let run = Box::new(move |session| exec::run(container, command, wanted, session));
         self.url(Endpoint::Exec, Task::Command(wanted, run))
+    }
+
+    /// A URL for a client that attaches to a container.
+    ///
+    /// # Errors
+    /// [`UrlError`].
+    pub(crate) fn attach(&self, container: Arc<Container>, wanted: Wanted) -> Result<String, UrlError> {
+        let run = Box::new(move |session| attach::run(container, session));
+        self.url(Endpoint::Attach, Task::Command(wanted, run))
     }
 
     /// A URL for a client that connects to ports of a sandbox: to any, or to `ports` if it cannot say which.

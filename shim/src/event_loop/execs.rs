@@ -117,11 +117,17 @@ impl Shim {
         }
     }
 
-    /// Whether there are descriptors for one more exec. One too many would be missed in the middle of
-    /// something, or by a daemon that connects.
-    fn check_descriptors(&self, step: &str) -> Result<(), Failed> {
+    /// Whether there are descriptors for one more exec or client. One too many would be missed in the
+    /// middle of something, or by a daemon that connects.
+    pub(super) fn check_descriptors(&self, step: &str) -> Result<(), Failed> {
         let (most, _) = process::rlimit(RLIMIT_NOFILE).step(step, "")?;
-        let used = self.relays.descriptors() + self.execs.len() * DESCRIPTORS_OF_ONE;
+        let of_clients = match &self.state {
+            State::Waiting { output, .. }
+            | State::Starting { output, .. }
+            | State::Running { output, .. } => output.descriptors_of_clients(),
+            _ => 0,
+        };
+        let used = self.relays.descriptors() + self.execs.len() * DESCRIPTORS_OF_ONE + of_clients;
         if u64::try_from(used).is_ok_and(|used| used + RESERVED_DESCRIPTORS <= most) {
             return Ok(());
         }
@@ -157,7 +163,8 @@ impl Shim {
         }
     }
 
-    /// Takes the terminal of an exec that is its program now, and gives the daemon one end of a socket for it.
+    /// Takes the terminal of an exec that is its program now, and gives the daemon one end of a socket for
+    /// it.
     fn open_terminal(&mut self, index: usize, pid: i32) {
         let Some(exec) = self.execs.get_mut(index) else { return };
         let group = exec.token;

@@ -111,6 +111,7 @@ impl Shim {
         match std::mem::replace(&mut self.state, State::Empty) {
             State::Starting { container, output, birth, asker } => {
                 self.unwatch(&birth);
+                drop(birth);
                 let started = Started { at_unix_ns: unix_ns(SystemTime::now()) };
                 self.state = State::Running { container, output, started };
                 self.tell(asker, Answer::Started(started));
@@ -223,13 +224,15 @@ impl Shim {
 
     /// Goes on to record the end as soon as the output is complete, or at once when `now`.
     pub(super) fn finish_if_drained(&mut self, now: bool) {
-        let State::Draining { output, record, .. } = &mut self.state else { return };
+        let State::Draining { output, .. } = &mut self.state else { return };
         if !output.ended() {
             if !now {
                 return;
             }
-            output.cut();
+            let untold = output.cut(&self.poll);
+            self.say_last_words(untold);
         }
+        let State::Draining { output, record, .. } = &mut self.state else { return };
         record.log_bytes_lost = output.lost_bytes();
         // Execs of a container that has ended were killed with it, or lose their container now.
         self.end_execs();

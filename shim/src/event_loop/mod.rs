@@ -1,5 +1,6 @@
 //! The shim's one loop: every wake-up is one variant of [`Event`], and every change of the container's state
-//! happens here, those of its main process in `main_process`, those of execs in `execs`.
+//! happens here, those of its main process in `main_process`, those of execs in `execs`, those of clients
+//! that are attached in `attach`.
 //!
 //! ```text
 //!  Empty --Create--> Preparing --ready--> Waiting --Start--> Starting --exec--> Running --ended--> Draining
@@ -16,6 +17,7 @@
 //! Nothing here waits for a process of the container: one that is on its way to its program ([`Birth`]) is
 //! heard when it says something, and killed when its time is up.
 
+mod attach;
 mod execs;
 mod main_process;
 
@@ -105,6 +107,17 @@ impl State {
         }
     }
 
+    /// The container's streams, until they are drained.
+    fn output_mut(&mut self) -> Option<&mut Output> {
+        match self {
+            Self::Waiting { output, .. }
+            | Self::Starting { output, .. }
+            | Self::Running { output, .. }
+            | Self::Draining { output, .. } => Some(output),
+            _ => None,
+        }
+    }
+
     /// The plan of the container, from when it has a main process.
     fn launch(&self) -> Option<&Launch> {
         match self {
@@ -143,6 +156,8 @@ struct Shim {
     state: State,
     execs: Vec<Exec>,
     relays: Relays,
+    /// The flows of clients to the container's input.
+    inputs: Vec<u64>,
 }
 
 /// Serves the container until it has ended: `connection` leads to the daemon, `directory` is where to listen
@@ -173,6 +188,7 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
         state: State::Empty,
         execs: Vec::new(),
         relays: Relays::default(),
+        inputs: Vec::new(),
     };
     while !matches!(shim.state, State::Finished) {
         for event in shim.wait()? {
@@ -232,12 +248,9 @@ impl Shim {
             Event::ChildrenEnded => self.reap(),
             Event::ConnectionWaits => self.accept(),
             Event::OutputReadable(token) => {
-                if let State::Waiting { output, .. }
-                | State::Starting { output, .. }
-                | State::Running { output, .. }
-                | State::Draining { output, .. } = &mut self.state
-                {
-                    output.readable(token);
+                if let Some(output) = self.state.output_mut() {
+                    let untold = output.readable(token, &self.poll);
+                    self.say_last_words(untold);
                 }
                 self.finish_if_drained(false);
             }
@@ -252,7 +265,11 @@ impl Shim {
                     self.reap();
                 }
                 None => match self.relays.ready(ready, &self.poll) {
-                    Some(group) => self.answer_if_settled(group),
+                    Some(group) => {
+                        self.answer_if_settled(group);
+                        self.look_after_input();
+                    }
+                    None if self.client_left(ready.token) => {}
                     None => self.serve(ready.token, ready.writable),
                 },
             },
@@ -370,7 +387,12 @@ impl Shim {
             Some(Call::SignalExec(target)) => {
                 self.signal_exec(token, target.request_id, target.signal).map(|()| Some(Answer::Done(())))
             }
-            Some(Call::Resize(resize)) => self.resize_exec(token, resize).map(|()| Some(Answer::Done(()))),
+            Some(Call::Resize(resize)) => match resize.request_id {
+                0 => self.resize_main(resize),
+                _ => self.resize_exec(token, resize),
+            }
+            .map(|()| Some(Answer::Done(()))),
+            Some(Call::Attach(attach)) => self.attach(attach, descriptors).map(|()| Some(Answer::Done(()))),
             Some(Call::ReopenLog(())) => self.reopen_log().map(|()| Some(Answer::Done(()))),
             Some(Call::State(())) => Ok(Some(Answer::State(self.phase()))),
             Some(Call::Discard(())) => {

@@ -1,10 +1,11 @@
 //! A real `crictl`, built by `scripts/build-peer`.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::deadline::within;
 use berth_tests::forge::Image;
@@ -19,11 +20,26 @@ struct Crictl<'daemon> {
 }
 
 impl Crictl<'_> {
-    fn run(&self, arguments: &[&str]) -> Result<String> {
+    fn command(&self, arguments: &[&str]) -> Command {
         let endpoint = format!("unix://{}", self.daemon.socket().display());
         let mut command = Command::new(&self.program);
         command.args(["--runtime-endpoint", &endpoint, "--image-endpoint", &endpoint]).args(arguments);
-        Ok(output(&mut command)?.trim_end().to_owned())
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<String> {
+        Ok(output(&mut self.command(arguments))?.trim_end().to_owned())
+    }
+
+    /// With this input, in the network of the daemon's host.
+    fn run_with(&self, input: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.daemon.host().inside(|| Ok(command.spawn()?))?;
+        child.stdin.take().context("its input")?.write_all(input.as_bytes())?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
     }
 }
 
@@ -62,6 +78,20 @@ fn crictl_takes_a_pod_from_the_pull_to_the_end() -> Result<()> {
             Ok((crictl.run(&["logs", &main])? == "hello from web").then_some(()))
         })?;
         assert!(crictl.run(&["stats", &main])?.contains("main"));
+        for transport in ["spdy", "websocket"] {
+            let listening = json!({
+                "metadata": {"name": format!("listening-{transport}")}, "image": {"image": image}, "linux": {},
+                "log_path": "listening.log", "stdin": true, "stdin_once": true,
+                "command": ["sh", "-c", "cat; echo over"],
+            });
+            let file = daemon.dir().join("listening.json");
+            fs::write(&file, listening.to_string())?;
+            let listening = crictl.run(&["create", &pod, &file.to_string_lossy(), &pod_file])?;
+            crictl.run(&["start", &listening])?;
+            let attached =
+                crictl.run_with("hello", &["attach", "--stdin", "--transport", transport, &listening])?;
+            assert_eq!(attached, "helloover", "{transport}");
+        }
         let inspected: serde_json::Value = serde_json::from_str(&crictl.run(&["inspect", &main])?)?;
         assert_eq!(inspected.pointer("/status/state").context("a state")?, "CONTAINER_RUNNING");
         crictl.run(&["inspectp", &pod])?;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod apparmor;
+mod attach;
 mod births;
 mod census;
 mod cgroups;

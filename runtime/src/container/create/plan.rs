@@ -45,6 +45,7 @@ pub(super) fn launch(
             log: has_log.then_some((sandbox_log, Path::new(&config.log_path))),
             exit_record: &files.exit_record(),
             stdin: config.stdin,
+            stdin_once: config.stdin_once,
             cgroup: &cgroup_plan(cgroup),
             seccomp: filter.as_ref().map(|filter| plan::Filter {
                 program: &filter.bytes,

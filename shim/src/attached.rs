@@ -1,0 +1,246 @@
+//! Clients that are attached to the output of the container.
+//!
+//! Each gets what is written from now on, beside the log, and none is waited for: what a client has not read
+//! waits in its pipe. That is enlarged as far as [`MOST_BYTES`] once it is full, and when it is full again,
+//! output is left out for this client. It is told how much was, in a line of its own, where that would have
+//! been.
+
+use crate::cri_log::Stream;
+use berth_sys::file;
+use berth_sys::poll::{Interest, Poll};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+/// What a client may have unread of one stream. A client has more on its way: in the daemon and in sockets.
+const MOST_BYTES: i32 = 4 * 1024 * 1024;
+
+/// A client and one of the streams that it gets.
+#[derive(Debug)]
+struct Attached {
+    stream: Stream,
+    to: File,
+    token: u64,
+    /// The container has a terminal, where lines end differently.
+    terminal: bool,
+    /// Bytes left out since the client was last told.
+    left_out: u64,
+}
+
+/// What a client still has to be told when a stream is over.
+#[derive(Debug)]
+pub(crate) struct LastWords {
+    pub(crate) to: File,
+    pub(crate) token: u64,
+    pub(crate) words: Vec<u8>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(crate) struct Clients(Vec<Attached>);
+
+impl Clients {
+    /// Adds a client's pipe. When the client closes it, there is a wake-up with `token`.
+    ///
+    /// # Errors
+    /// When the kernel cannot watch it.
+    pub(crate) fn add(
+        &mut self,
+        stream: Stream,
+        to: OwnedFd,
+        terminal: bool,
+        token: u64,
+        poll: &Poll,
+    ) -> io::Result<()> {
+        file::set_nonblocking(to.as_fd())?;
+        poll.watch(to.as_fd(), token, Interest::Failure)?;
+        self.0.push(Attached { stream, to: to.into(), token, terminal, left_out: 0 });
+        Ok(())
+    }
+
+    /// How many pipes there are.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Gives `bytes` of a stream to everybody who gets that.
+    pub(crate) fn pass(&mut self, stream: Stream, bytes: &[u8], poll: &Poll) {
+        let gone = self.0.extract_if(.., |client| client.stream == stream && client.pass(bytes).is_err());
+        gone.for_each(|client| client.close(poll));
+    }
+
+    /// Forgets the client with this token, if there is one, which has closed its pipe.
+    pub(crate) fn leave(&mut self, token: u64, poll: &Poll) -> bool {
+        let Some(index) = self.0.iter().position(|client| client.token == token) else { return false };
+        self.0.swap_remove(index).close(poll);
+        true
+    }
+
+    /// Ends a stream for everybody who gets it. What they have not read stays in their pipes.
+    pub(crate) fn end(&mut self, stream: Stream, poll: &Poll) -> Vec<LastWords> {
+        let (mut untold, all) = (Vec::new(), self.0.extract_if(.., |client| client.stream == stream));
+        for client in all {
+            if client.left_out == 0 {
+                client.close(poll);
+            } else {
+                let words = client.notice();
+                untold.push(LastWords { to: client.to, token: client.token, words });
+            }
+        }
+        untold
+    }
+}
+
+impl Attached {
+    /// # Errors
+    /// When the client has closed its pipe.
+    fn pass(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        if self.left_out > 0 {
+            // Whole or not at all, being short: pipe(7), `PIPE_BUF`.
+            match self.to.write(&self.notice()) {
+                Ok(_) => self.left_out = 0,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.leave_out(bytes);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        while !bytes.is_empty() {
+            match self.to.write(bytes) {
+                Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !file::enlarge_pipe(self.to.as_fd(), MOST_BYTES) {
+                        self.leave_out(bytes);
+                        return Ok(());
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn leave_out(&mut self, bytes: &[u8]) {
+        self.left_out = self.left_out.saturating_add(bytes.len().try_into().unwrap_or(u64::MAX));
+    }
+
+    fn notice(&self) -> Vec<u8> {
+        let end = if self.terminal { "\r\n" } else { "\n" };
+        format!("{end}[berth: {} bytes left out here, which were not read in time]{end}", self.left_out)
+            .into_bytes()
+    }
+
+    /// As with [`crate::connection::Connection::forget`].
+    fn close(self, poll: &Poll) {
+        let _ = poll.forget(self.to.as_fd());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::time::Duration;
+
+    const MOST: usize = MOST_BYTES as usize;
+
+    fn pipe() -> (File, OwnedFd) {
+        let (read, write) = file::pipe().unwrap();
+        file::set_nonblocking(read.as_fd()).unwrap();
+        (read.into(), write)
+    }
+
+    fn read(from: &mut File) -> Vec<u8> {
+        let mut all = Vec::new();
+        let ended = from.read_to_end(&mut all);
+        assert!(ended.is_ok() || ended.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
+        all
+    }
+
+    #[test]
+    fn everybody_gets_the_stream_that_was_asked_for_from_then_on() {
+        let (poll, mut clients) = (Poll::new().unwrap(), Clients::default());
+        let ((mut first, end), (mut second, other_end), (mut error, error_end)) = (pipe(), pipe(), pipe());
+        clients.add(Stream::Stdout, end, false, 1, &poll).unwrap();
+        clients.pass(Stream::Stdout, b"one ", &poll);
+        clients.add(Stream::Stdout, other_end, false, 2, &poll).unwrap();
+        clients.add(Stream::Stderr, error_end, false, 3, &poll).unwrap();
+        clients.pass(Stream::Stdout, b"two", &poll);
+        clients.pass(Stream::Stderr, b"err", &poll);
+        assert_eq!((read(&mut first), read(&mut second)), (b"one two".to_vec(), b"two".to_vec()));
+        assert_eq!(read(&mut error), b"err");
+        assert!(clients.end(Stream::Stdout, &poll).is_empty());
+        assert_eq!((first.read(&mut [0]).unwrap(), clients.len()), (0, 1));
+    }
+
+    #[test]
+    fn one_that_leaves_is_noticed_and_hurts_nobody() {
+        let (poll, mut clients) = (Poll::new().unwrap(), Clients::default());
+        let ((first, end), (mut second, other_end)) = (pipe(), pipe());
+        clients.add(Stream::Stdout, end, false, 1, &poll).unwrap();
+        clients.add(Stream::Stdout, other_end, false, 2, &poll).unwrap();
+        assert!(poll.wait(Some(Duration::ZERO)).unwrap().is_empty());
+        drop(first);
+        let tokens: Vec<u64> = poll.wait(None).unwrap().iter().map(|ready| ready.token).collect();
+        assert_eq!(tokens, [1]);
+        assert!(clients.leave(1, &poll) && !clients.leave(1, &poll));
+        clients.pass(Stream::Stdout, b"x", &poll);
+        assert_eq!(read(&mut second), b"x");
+        // Also when it is written to first.
+        drop(second);
+        clients.pass(Stream::Stdout, b"x", &poll);
+        assert_eq!(clients.len(), 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_left_out_counted_and_told() {
+        for terminal in [false, true] {
+            let (poll, mut clients) = (Poll::new().unwrap(), Clients::default());
+            let (mut slow, end) = pipe();
+            clients.add(Stream::Stdout, end, terminal, 1, &poll).unwrap();
+            let (mut written, block) = (0, [b'x'; 50_000]);
+            while written < 2 * MOST {
+                clients.pass(Stream::Stdout, &block, &poll);
+                written += block.len();
+            }
+            let mut all = read(&mut slow);
+            // Without the privilege to enlarge it further: 1 MiB, pipe(7), and not every page of it is full.
+            assert!((900_000..=MOST).contains(&all.len()), "{}", all.len());
+            clients.pass(Stream::Stdout, b"again", &poll);
+            all.extend(read(&mut slow));
+            let all = String::from_utf8(all).unwrap();
+            let line = if terminal { "\r\n" } else { "\n" };
+            let end = format!(" bytes left out here, which were not read in time]{line}");
+            assert!(all.ends_with(&format!("{end}again")), "{}", &all[all.len() - 100..]);
+            // A first word of it may have found room behind the last bytes.
+            let begin = format!("{line}[berth: ");
+            let counts = all.split(&begin).skip(1);
+            let left_out: usize =
+                counts.map(|rest| rest.split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
+            assert_eq!(all.matches('x').count() + left_out, written);
+        }
+    }
+
+    #[test]
+    fn one_that_was_not_told_by_the_end_is_told_then() {
+        let (poll, mut clients) = (Poll::new().unwrap(), Clients::default());
+        let (mut slow, end) = pipe();
+        clients.add(Stream::Stdout, end, false, 1, &poll).unwrap();
+        clients.pass(Stream::Stdout, &vec![b'x'; 2 * MOST], &poll);
+        let mut last = clients.end(Stream::Stdout, &poll);
+        let LastWords { to, token, words } = last.pop().unwrap();
+        assert!(last.is_empty() && String::from_utf8(words.clone()).unwrap().contains("left out"));
+        let mut relays = crate::relay::Relays::default();
+        relays.add_last_words(to, token, words.clone(), &poll);
+        assert!(!relays.are_settled());
+        let mut all = read(&mut slow);
+        for ready in poll.wait(None).unwrap() {
+            relays.ready(ready, &poll);
+        }
+        all.extend(read(&mut slow));
+        assert!(all.ends_with(&words) && relays.are_settled());
+        assert_eq!((slow.read(&mut [0]).unwrap(), relays.descriptors()), (0, 0));
+    }
+}

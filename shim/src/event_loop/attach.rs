@@ -1,0 +1,86 @@
+//! Clients that attach to the container's own streams.
+//!
+//! Output goes to them beside the log ([`crate::attached`]), their input to the container's by flows
+//! ([`crate::relay`]). They may come from when the container waits for its start, in any number, and what
+//! they type is taken as it comes.
+
+use super::execs::set_size;
+use super::{Shim, State};
+use crate::attached::LastWords;
+use crate::cri_log::Stream;
+use crate::failure::{Step, refused};
+use crate::relay::{self, Ends, Way};
+use crate::stdio::Output;
+use berth_shim_proto::control::{AttachRequest, Failed, Resize};
+use std::os::fd::OwnedFd;
+
+const ATTACH: &str = "attach to the container";
+
+impl State {
+    /// The streams of a container that has not ended.
+    fn live_output(&mut self) -> Option<&mut Output> {
+        if matches!(self, Self::Draining { .. }) { None } else { self.output_mut() }
+    }
+}
+
+impl Shim {
+    pub(super) fn attach(&mut self, request: AttachRequest, descriptors: Vec<OwnedFd>) -> Result<(), Failed> {
+        self.check_descriptors(ATTACH)?;
+        let token = self.new_tokens(2 + relay::TOKENS);
+        let output = self.state.live_output().ok_or_else(|| refused(ATTACH, "it is not running"))?;
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next().ok_or_else(|| refused(ATTACH, "a descriptor is missing"));
+        for (wanted, stream, token) in
+            [(request.stdout, Stream::Stdout, token), (request.stderr, Stream::Stderr, token + 1)]
+        {
+            if wanted {
+                output.attach(stream, next()?, token, &self.poll).step(ATTACH, "")?;
+            }
+        }
+        // Without an input, the client's is closed.
+        if request.stdin
+            && let (from, Some(input)) = (next()?, output.input())
+        {
+            let to = input.try_clone_to_owned().step(ATTACH, "")?;
+            let token = token + 2;
+            self.relays.add(Ends { way: Way::In, from, to }, token, token, &self.poll).step(ATTACH, "")?;
+            self.inputs.push(token);
+        }
+        Ok(())
+    }
+
+    /// Gives the container's terminal a size.
+    pub(super) fn resize_main(&mut self, resize: Resize) -> Result<(), Failed> {
+        const STEP: &str = "resize the terminal";
+        let output = self.state.live_output().ok_or_else(|| refused(STEP, "the container is not running"))?;
+        set_size(output.terminal().ok_or_else(|| refused(STEP, "the container has none"))?, resize)
+    }
+
+    /// A client has closed one of its pipes, if that is what a wake-up was for.
+    pub(super) fn client_left(&mut self, token: u64) -> bool {
+        // Also while output is drained: it would be told again and again.
+        self.state.output_mut().is_some_and(|output| output.leave(token, &self.poll))
+    }
+
+    /// Closes the container's input once a client has left that was attached to it, where that is wanted.
+    pub(super) fn look_after_input(&mut self) {
+        let attached = self.inputs.len();
+        self.inputs.retain(|group| self.relays.has(*group));
+        let is_once = self.state.launch().is_some_and(|launch| launch.stdin_once && !launch.process.terminal);
+        if self.inputs.len() < attached
+            && is_once
+            && let Some(output) = self.state.live_output()
+        {
+            output.close_input();
+            for group in std::mem::take(&mut self.inputs) {
+                self.relays.end(group, &self.poll);
+            }
+        }
+    }
+
+    pub(super) fn say_last_words(&mut self, untold: Vec<LastWords>) {
+        for LastWords { to, token, words } in untold {
+            self.relays.add_last_words(to, token, words, &self.poll);
+        }
+    }
+}

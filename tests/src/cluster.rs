@@ -293,7 +293,11 @@ impl<'a> Cluster<'a> {
             .map(drop)
     }
 
-    fn kubectl_command(&self) -> Result<Command> {
+    /// A kubectl that knows the cluster.
+    ///
+    /// # Errors
+    /// When it has not been built.
+    pub fn kubectl_command(&self) -> Result<Command> {
         let mut command = self.daemon.host().command(peers::directory("kubernetes")?.join("kubectl"));
         command.env("KUBECONFIG", self.dir.join("admin.kubeconfig"));
         // Its cache of what the API server offers would go into the home directory.

@@ -5,6 +5,8 @@
 //! API server, from `kubectl` and from the pods themselves; only at the end is the daemon asked what it still
 //! has.
 
+mod streams;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -43,6 +45,7 @@ fn workloads_come_and_go(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     a_deployment_is_scaled_and_rolled_over(cluster, daemon).context("the deployment")?;
     settings_are_files_and_environment(cluster).context("the ConfigMap and the Secret")?;
     limits_change_in_place(cluster, daemon).context("the resized pod")?;
+    streams::commands_reach_into_a_pod(cluster, daemon).context("kubectl's commands")?;
     a_job_completes(cluster).context("the Job")?;
     jobs_of_a_cron_job_come_and_go(cluster).context("the CronJob")?;
     a_daemon_set_serves_on_the_node(cluster).context("the DaemonSet")?;

@@ -313,6 +313,7 @@ calls! { runtime:
     reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
     exec_sync(ExecSyncRequest) -> ExecSyncResponse;
     attach(AttachRequest) -> AttachResponse;
+    checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse;
     exec(ExecRequest) -> ExecResponse;
     port_forward(PortForwardRequest) -> PortForwardResponse;
 }

@@ -171,10 +171,10 @@ fn the_runtime_says_what_it_is_and_that_it_is_well() -> Result<()> {
 fn calls_that_are_not_offered_say_so() -> Result<()> {
     rootful(|daemon| {
         let main = daemon.pod("web")?.idle("main")?;
-        let request = v1::AttachRequest { container_id: main.id, stdout: true, ..Default::default() };
-        let refused = daemon.client().attach(request).err().context("not offered")?;
+        let request = v1::CheckpointContainerRequest { container_id: main.id, ..Default::default() };
+        let refused = daemon.client().checkpoint_container(request).err().context("not offered")?;
         assert_eq!(refused.code(), Code::Unimplemented);
-        assert!(refused.message().contains("attach is not offered"), "{refused}");
+        assert!(refused.message().contains("checkpoint and restore are not offered"), "{refused}");
         Ok(())
     })
 }

@@ -11,6 +11,7 @@ use crate::node::Node;
 use crate::sandbox::Sandbox;
 use berth_model::state::ContainerState;
 use berth_sys::beneath::{Dir, FileType, Root};
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::Path;
@@ -19,6 +20,10 @@ use std::time::Duration;
 
 /// On a sandbox: how many bytes a log of its containers may have.
 const ANNOTATION: &str = "berth.log-bytes";
+
+/// On every sandbox of a kubelet: where it has the pod from (Kubernetes, `pkg/kubelet/types`,
+/// `ConfigSourceAnnotationKey`). A pod's author can neither remove nor set it.
+const OF_A_KUBELET: &str = "kubernetes.io/config.source";
 
 /// The least that is taken from it: a log of less would be rotated all the time.
 const LEAST_BYTES: u64 = 4096;
@@ -34,7 +39,7 @@ pub(crate) async fn keep(node: Arc<Node>) {
     loop {
         tokio::time::sleep(LOOK).await;
         for sandbox in node.registry.sandboxes() {
-            let Some(limit) = limit(&sandbox) else { continue };
+            let Some(limit) = limit(&sandbox.config().annotations) else { continue };
             for container in node.registry.containers_of(sandbox.id()) {
                 look_after(&sandbox, &container, limit).await;
             }
@@ -42,8 +47,13 @@ pub(crate) async fn keep(node: Arc<Node>) {
     }
 }
 
-fn limit(sandbox: &Sandbox) -> Option<u64> {
-    let bytes = sandbox.config().annotations.get(ANNOTATION)?.parse::<u64>().ok()?;
+/// The limit of a sandbox that asks for one. One of a kubelet never does: its annotations are the pod
+/// author's, and its logs the kubelet's to rotate.
+fn limit(annotations: &BTreeMap<String, String>) -> Option<u64> {
+    if annotations.contains_key(OF_A_KUBELET) {
+        return None;
+    }
+    let bytes = annotations.get(ANNOTATION)?.parse::<u64>().ok()?;
     (bytes > 0).then_some(bytes.max(LEAST_BYTES))
 }
 
@@ -101,6 +111,15 @@ fn rotate(directory: &Dir, name: &OsStr) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::fs;
+
+    #[test]
+    fn annotations_of_pods_of_a_kubelet_ask_for_nothing() {
+        let mut annotations = BTreeMap::from([(ANNOTATION.to_owned(), "1".to_owned())]);
+        assert_eq!(limit(&annotations), Some(LEAST_BYTES));
+        annotations.insert(OF_A_KUBELET.to_owned(), "api".to_owned());
+        assert_eq!(limit(&annotations), None);
+        assert_eq!(limit(&BTreeMap::from([(ANNOTATION.to_owned(), "0".to_owned())])), None);
+    }
 
     #[test]
     fn a_log_that_is_too_large_is_moved_and_the_oldest_goes() {

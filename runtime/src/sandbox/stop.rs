@@ -41,8 +41,13 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     tokio::task::spawn_blocking(move || {
         give_back(&node, &sandbox, given_up)?;
         *lock(&sandbox.torn_down) = true;
+        if let Err(error) = sandbox.write_record() {
+            // The next stop does all of this again, and writes it down.
+            *lock(&sandbox.torn_down) = false;
+            return Err(error);
+        }
         sandbox.is_over(SandboxChange::Stopped);
-        sandbox.write_record()
+        Ok(())
     })
     .await
     .map_err(|_| SandboxError::Stopping)?

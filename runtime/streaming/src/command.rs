@@ -346,10 +346,15 @@ where
             if let Some(status) = status(version, &outcome) {
                 error.send(status).await?;
             }
-            error.finish().await
+            error.finish().await?;
+            connection.written().await
         };
         // The client may read what is left as slowly as it read while the program ran.
-        if matches!(tokio::time::timeout(IDLE, say).await, Ok(Ok(()))) {
+        let said = tokio::select! {
+            said = tokio::time::timeout(IDLE, say) => matches!(said, Ok(Ok(()))),
+            () = connection.closed() => false,
+        };
+        if said {
             // It closes when it has read the status; a connection that is closed before may take the status
             // along.
             let _ = tokio::time::timeout(LINGER, connection.closed()).await;
@@ -476,6 +481,33 @@ mod tests {
         assert_eq!(all_of(&mut stderr).await, b"done");
         assert_eq!(all_of(&mut error).await, status(Version::V4, &Outcome::Exited(3)).unwrap());
         assert_eq!(unwanted.incoming.receive().await, None);
+        client.close().await;
+        server.await.unwrap();
+    }
+
+    /// A pager that is left alone on its first page.
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_pauses_at_the_end_gets_all_output_and_the_status() {
+        let (near, far) = duplex(1024);
+        // It fits into what waits for the writer: the program ends at once.
+        let output = Bytes::from(vec![b'x'; 300_000]);
+        let (sent, ended) = (output.clone(), tokio::sync::oneshot::channel::<()>());
+        let run: Run = Box::new(move |session| {
+            Box::pin(async move {
+                session.stdout.unwrap().send(sent).await.unwrap();
+                drop(ended.0);
+                Outcome::Exited(3)
+            })
+        });
+        let wanted = Wanted { stdout: true, ..Wanted::default() };
+        let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
+        let limits = Limits { streams: 100, idle: IDLE };
+        let mut client = Connection::new(near, Role::Client, limits, None);
+        let (mut stdout, mut error) = (open(&mut client, "stdout").await, open(&mut client, "error").await);
+        assert!(ended.1.await.is_err());
+        tokio::time::sleep(10 * LINGER).await;
+        assert_eq!(all_of(&mut stdout).await, output);
+        assert_eq!(all_of(&mut error).await, status(Version::V4, &Outcome::Exited(3)).unwrap());
         client.close().await;
         server.await.unwrap();
     }

@@ -38,5 +38,5 @@ pub const STREAMS_WITHIN: Duration = Duration::from_secs(30);
 /// How long a connection lives on which nothing is said. Kubernetes' own server has the same.
 pub const IDLE: Duration = Duration::from_secs(4 * 3600);
 
-/// How long a client may take to read what is left, and to close, once its command has ended.
+/// How long a client may take to close, once everything that its command said has been written.
 pub const LINGER: Duration = Duration::from_secs(10);

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 /// Bytes read at a time while more are there than [`IDLE_READ_BYTES`].
@@ -81,6 +81,8 @@ enum Command {
     },
     /// Of the peer, sent back, or a client's own.
     Ping(u32),
+    /// Sends nothing; answered when everything before it has been written.
+    Flush(oneshot::Sender<()>),
     Close {
         last_stream: u32,
     },
@@ -216,6 +218,16 @@ impl Connection {
             // The sender is gone only with the connection.
             let _ = closed.wait_for(|closed| *closed).await;
         }
+    }
+
+    /// Waits until everything that was sent before has been written, however slowly the peer reads.
+    ///
+    /// # Errors
+    /// [`Closed`] when it cannot be written any more.
+    pub async fn written(&self) -> Result<(), Closed> {
+        let (done, written) = oneshot::channel();
+        self.commands.send(Command::Flush(done)).await.map_err(|_| Closed)?;
+        written.await.map_err(|_| Closed)
     }
 
     /// Sends a ping after each `pause`, as a client, for as long as the connection lives: a server closes
@@ -565,6 +577,11 @@ async fn write_one<T: AsyncWrite>(
         Command::Reply { stream } => encoder.syn_reply(stream, head),
         Command::Reset { stream, status } => Encoder::reset(stream, status, head),
         Command::Ping(id) => Encoder::ping(id, head),
+        Command::Flush(done) => {
+            io.flush().await?;
+            // Whoever asked may have given up.
+            let _ = done.send(());
+        }
         Command::Close { last_stream } => Encoder::go_away(last_stream, head),
         Command::Data { stream, bytes, last } => {
             Encoder::data(stream, bytes.len(), last, head);

@@ -5,11 +5,11 @@
 //! server does to say that it is ready.
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
-use crate::LINGER;
 use crate::activity::Activity;
 use crate::budget::{self, Budget};
 use crate::command::{Input, Outcome, Output, Run, Session, Size, Sizes, Wanted, status};
 use crate::hangup::{self, Hangup};
+use crate::{IDLE, LINGER};
 use futures_util::stream::SplitStream;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -105,20 +105,30 @@ where
         outcome = served => outcome,
         _ = &mut reader => None,
     };
-    if let Some(status) = outcome.as_ref().and_then(|outcome| status(protocol.version, outcome)) {
-        let error = channel(ERROR);
-        let _ = tokio::time::timeout(LINGER, error.send(&status)).await;
-    }
-    // The writer says goodbye when nothing is to be sent any more, and the client answers that.
-    drop(messages);
     let abort = writer.abort_handle();
-    let goodbye = async {
-        let _ = writer.await;
-        if outcome.is_some() {
-            let _ = (&mut reader).await;
+    if let Some(outcome) = outcome {
+        let error = channel(ERROR);
+        let say = async {
+            if let Some(status) = status(protocol.version, &outcome) {
+                // The writer is gone only with the client.
+                let _ = error.send(&status).await;
+            }
+            // The writer says goodbye when nothing is to be sent any more, and the client answers that.
+            drop((error, messages));
+            let _ = writer.await;
+        };
+        // The client may read what is left as slowly as it read while the program ran.
+        let said = tokio::select! {
+            said = tokio::time::timeout(IDLE, say) => said.is_ok(),
+            _ = &mut reader => false,
+        };
+        if said {
+            let _ = tokio::time::timeout(LINGER, &mut reader).await;
         }
-    };
-    let _ = tokio::time::timeout(LINGER, goodbye).await;
+    } else {
+        drop(messages);
+        let _ = tokio::time::timeout(LINGER, writer).await;
+    }
     abort.abort();
     reader.abort();
 }
@@ -127,7 +137,6 @@ where
 mod tests {
     use super::super::{CLOSE, FOR_COMMANDS, MAX_MESSAGE_BYTES};
     use super::*;
-    use crate::IDLE;
     use crate::command::Version;
     use futures_util::{SinkExt, StreamExt};
     use proptest::prelude::*;
@@ -205,6 +214,40 @@ mod tests {
                 Message::Close(Some(normal)),
             ]
         );
+        server.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_pauses_at_the_end_gets_all_output_and_the_status() {
+        let (near, far) = duplex(1024);
+        const PIECES: usize = 16;
+        let (sender, ended) = tokio::sync::oneshot::channel::<()>();
+        let run: Run = Box::new(move |session| {
+            Box::pin(async move {
+                // They fit into what waits for the writer, and leave no room for the status.
+                let stdout = session.stdout.unwrap();
+                for _ in 0..PIECES {
+                    stdout.send(vec![b'x'; 32 * 1024].into()).await.unwrap();
+                }
+                drop(sender);
+                Outcome::Exited(3)
+            })
+        });
+        let wanted = Wanted { stdout: true, ..Wanted::default() };
+        let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
+        let mut client = client(near).await;
+        assert!(ended.await.is_err());
+        tokio::time::sleep(10 * LINGER).await;
+        let (mut length, mut said) = (0, Vec::new());
+        while let Some(Ok(message)) = client.next().await {
+            match decode(protocol("v5.channel.k8s.io"), message).unwrap() {
+                Said::Data { channel: STDOUT, bytes } => length += bytes.len(),
+                Said::Data { channel: ERROR, bytes } => said.extend_from_slice(&bytes),
+                _ => {}
+            }
+        }
+        assert_eq!(length, PIECES * 32 * 1024);
+        assert_eq!(said, status(Version::V5, &Outcome::Exited(3)).unwrap());
         server.await.unwrap();
     }
 

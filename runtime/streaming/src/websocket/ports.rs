@@ -6,15 +6,16 @@
 //! one direction. The WebSocket is closed when all connections have ended.
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
-use crate::LINGER;
 use crate::activity::Activity;
 use crate::budget::{Budget, Receiver, Sender};
 use crate::command::Version;
 use crate::forward::Connect;
 use crate::hangup::{self, Hangup};
 use crate::spdy::connection::Closed;
+use crate::{IDLE, LINGER};
 use bytes::BytesMut;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -73,21 +74,22 @@ where
         }
     };
     let all = async { while forwards.join_next().await.is_some() {} };
-    tokio::select! {
-        () = reading => {}
-        () = all => {
-            // The writer says goodbye, and the client answers that.
-            let abort = writer.abort_handle();
-            let goodbye = async {
-                let _ = writer.await;
-                while next(&mut stream, &activity).await.is_some() {}
-            };
-            let _ = tokio::time::timeout(LINGER, goodbye).await;
-            abort.abort();
-            return;
-        }
+    let mut reading = pin!(reading);
+    let abort = writer.abort_handle();
+    let said = async {
+        all.await;
+        // The writer says goodbye behind what is left, which the client may read as slowly as all before.
+        tokio::time::timeout(IDLE, writer).await.is_ok()
+    };
+    let said = tokio::select! {
+        () = &mut reading => false,
+        said = said => said,
+    };
+    if said {
+        // The client answers the goodbye.
+        let _ = tokio::time::timeout(LINGER, reading).await;
     }
-    writer.abort();
+    abort.abort();
 }
 
 /// Passes on what a client said; `false` when that was nonsense, or it is gone.
@@ -234,6 +236,30 @@ mod tests {
             assert!(heard[1].starts_with(&[&bad.to_le_bytes()[..], b"port 1: "].concat()), "{heard:?}");
             server.await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_pauses_at_the_end_gets_everything() {
+        // What waits for the writer holds this, but the client's side of the connection does not.
+        const LENGTH: usize = 300_000;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (mut client, server) = served(false, vec![listener.local_addr().unwrap().port()]).await;
+        let (mut socket, _) = listener.accept().await.unwrap();
+        socket.write_all(&vec![b'x'; LENGTH]).await.unwrap();
+        socket.shutdown().await.unwrap();
+        assert_eq!(socket.read(&mut [0]).await.unwrap(), 0, "it has been read to its end");
+        tokio::time::pause();
+        tokio::time::sleep(10 * LINGER).await;
+        let mut length = 0;
+        while let Some(Ok(message)) = client.next().await {
+            if let Message::Binary(bytes) = message
+                && bytes[0] == 0
+            {
+                length += bytes.len() - 1;
+            }
+        }
+        assert_eq!(length, 2 + LENGTH);
+        server.await.unwrap();
     }
 
     #[tokio::test]

@@ -175,9 +175,11 @@ async fn forward(pair: Pair, connect: Connect) {
     let (data, both) = (outgoing.clone(), outgoing.clone());
     let connected = async {
         let (from, to) = connect(port).await?.into_split();
-        match tokio::try_join!(upload(incoming, to), download(from, both)) {
-            Ok(_) => Ok(()),
-            Err(failed) => Err(format!("forward port {port}: {failed}")),
+        // A port that reads no more may have answered all the same: that is passed on before it is said.
+        let uploading = async { Ok(upload(incoming, to).await) };
+        match tokio::try_join!(uploading, download(from, both)) {
+            Ok((Ok(()), ())) => Ok(()),
+            Ok((Err(failed), ())) | Err(failed) => Err(format!("forward port {port}: {failed}")),
         }
     };
     // A client that resets its stream is not waited for by the pod's side, which may never say anything
@@ -351,6 +353,33 @@ mod tests {
         data.outgoing.reset(ResetStatus::Cancel).await;
         assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0, "the pod's side is closed");
         assert!(all_of(&mut error).await.is_empty());
+    }
+
+    /// A server that refuses a request before it has read all of it.
+    #[tokio::test]
+    async fn an_answer_arrives_although_the_request_cannot_be_written() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (mut client, _server) = served(Arc::new(move |_| {
+            Box::pin(async move {
+                let mut socket = TcpStream::connect(address).await.unwrap();
+                // Whatever is written from now on fails.
+                socket.shutdown().await.unwrap();
+                Ok(socket)
+            })
+        }))
+        .await;
+        let (mut error, mut data) = pair(&mut client, 80, "0").await;
+        let (mut socket, _) = listener.accept().await.unwrap();
+        data.outgoing.send(Bytes::from_static(b"request")).await.unwrap();
+        // The server has had turns to write it, and has not given the connection up.
+        for _ in 0..10 {
+            assert!(all_of(&mut open(&mut client, &[]).await).await.is_empty());
+        }
+        socket.write_all(b"answer").await.unwrap();
+        drop(socket);
+        assert_eq!(all_of(&mut data).await, b"answer");
+        assert!(String::from_utf8(all_of(&mut error).await).unwrap().starts_with("forward port 80: "));
     }
 
     #[tokio::test]

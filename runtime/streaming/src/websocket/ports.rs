@@ -123,12 +123,14 @@ async fn one(
         return Ok(());
     }
     let (from, to) = connect(port).await?.into_split();
-    // The client cannot say that it has finished: the end of the other direction is the end.
-    let failed = tokio::select! {
-        failed = upload(input, to) => failed,
-        ended = download(from, data) => ended,
+    // The client cannot say that it has finished: the end of the other direction is the end. A port that
+    // reads no more may have answered all the same.
+    let mut downloading = pin!(download(from, data));
+    let ended = tokio::select! {
+        failed = upload(input, to) => downloading.await.and(failed),
+        ended = &mut downloading => ended,
     };
-    failed.map_err(|failed| format!("forward port {port}: {failed}"))
+    ended.map_err(|failed| format!("forward port {port}: {failed}"))
 }
 
 /// From the client to the port; resolves only when that fails.

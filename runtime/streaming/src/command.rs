@@ -334,8 +334,10 @@ where
         size,
     };
     let outcome = tokio::select! {
-        outcome = run(session) => Some(outcome),
+        // First: the command must not take a connection that breaks for the end of its input.
+        biased;
         () = connection.closed() => None,
+        outcome = run(session) => Some(outcome),
     };
     if let Some(outcome) = outcome {
         let say = async {
@@ -510,6 +512,33 @@ mod tests {
         assert_eq!(all_of(&mut error).await, status(Version::V4, &Outcome::Exited(3)).unwrap());
         client.close().await;
         server.await.unwrap();
+    }
+
+    /// Some programs act on what they have read once their input ends.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_connection_that_breaks_is_not_the_end_of_the_input() {
+        for _ in 0..100 {
+            let (near, far) = duplex(1024);
+            let (sender, input_ended) = tokio::sync::oneshot::channel::<()>();
+            let run: Run = Box::new(move |mut session| {
+                Box::pin(async move {
+                    while session.stdin.as_mut().unwrap().receive().await.is_some() {}
+                    let _ = sender.send(());
+                    Outcome::Exited(0)
+                })
+            });
+            let wanted = Wanted { stdin: true, ..Wanted::default() };
+            let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
+            let limits = Limits { streams: 100, idle: IDLE };
+            let mut client = Connection::new(near, Role::Client, limits, None);
+            let (stdin, mut error) = (open(&mut client, "stdin").await, open(&mut client, "error").await);
+            stdin.outgoing.send(Bytes::from_static(b"half a file")).await.unwrap();
+            assert!(client.written().await.is_ok());
+            drop(client);
+            assert!(input_ended.await.is_err());
+            assert!(all_of(&mut error).await.is_empty());
+            server.await.unwrap();
+        }
     }
 
     #[tokio::test]

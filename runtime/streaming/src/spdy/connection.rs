@@ -117,8 +117,9 @@ impl Shared {
     }
 
     fn close(&self) {
-        self.streams().clear();
+        // First, so that whoever sees its input end can tell that from an end that the peer sent.
         self.closed.send_replace(true);
+        self.streams().clear();
     }
 
     /// Notes that this end has sent its last data.

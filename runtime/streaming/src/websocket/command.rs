@@ -33,12 +33,13 @@ struct Reader {
 }
 
 impl Reader {
-    async fn run<T>(mut self, mut messages: SplitStream<WebSocketStream<T>>)
+    /// Handed back, so that the input does not end before its end can be told from that of the connection.
+    async fn run<T>(mut self, mut messages: SplitStream<WebSocketStream<T>>) -> Self
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
         while let Some(message) = next(&mut messages, &self.activity).await {
-            let Ok(said) = decode(self.protocol, message) else { return };
+            let Ok(said) = decode(self.protocol, message) else { break };
             match said {
                 Said::Data { channel: STDIN, bytes } if !bytes.is_empty() => {
                     let Some(stdin) = &self.stdin else { continue };
@@ -46,7 +47,7 @@ impl Reader {
                         biased;
                         // Nobody reads it any more: it is thrown away.
                         _ = stdin.send(&bytes) => {}
-                        () = hangup::of(self.hangup.as_ref()) => return,
+                        () = hangup::of(self.hangup.as_ref()) => break,
                     }
                 }
                 Said::Data { channel: RESIZE, bytes } => {
@@ -54,7 +55,7 @@ impl Reader {
                         match self.parsed.push(&bytes) {
                             Ok(Some(size)) => drop(sizes.send_replace(Some(size))),
                             Ok(None) => {}
-                            Err(_) => return,
+                            Err(_) => break,
                         }
                     }
                 }
@@ -62,6 +63,7 @@ impl Reader {
                 Said::Data { .. } | Said::End { .. } | Said::Nothing => {}
             }
         }
+        self
     }
 }
 
@@ -102,8 +104,10 @@ where
         Some(run(session).await)
     };
     let outcome: Option<Outcome> = tokio::select! {
-        outcome = served => outcome,
+        // First: the command must not take a connection that breaks for the end of its input.
+        biased;
         _ = &mut reader => None,
+        outcome = served => outcome,
     };
     let abort = writer.abort_handle();
     if let Some(outcome) = outcome {
@@ -248,6 +252,27 @@ mod tests {
         }
         assert_eq!(length, PIECES * 32 * 1024);
         assert_eq!(said, status(Version::V5, &Outcome::Exited(3)).unwrap());
+        server.await.unwrap();
+    }
+
+    /// Some programs act on what they have read once their input ends.
+    #[tokio::test]
+    async fn a_connection_that_breaks_is_not_the_end_of_the_input() {
+        let (near, far) = duplex(64 * 1024);
+        let (sender, input_ended) = tokio::sync::oneshot::channel::<()>();
+        let run: Run = Box::new(move |mut session| {
+            Box::pin(async move {
+                while session.stdin.as_mut().unwrap().receive().await.is_some() {}
+                let _ = sender.send(());
+                Outcome::Exited(0)
+            })
+        });
+        let wanted = Wanted { stdin: true, ..Wanted::default() };
+        let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
+        let mut client = client(near).await;
+        client.send(Message::binary(vec![STDIN, b'x'])).await.unwrap();
+        drop(client);
+        assert!(input_ended.await.is_err());
         server.await.unwrap();
     }
 

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::args::CpArgs;
 use crate::copy::extract::{ExtractError, Rules, extract};
-use crate::copy::pack::{PackError, pack};
+use crate::copy::pack::{Modes, PackError, pack};
 use crate::copy::place::Place;
 use crate::copy::{self, Destination, PlanError, Source};
 use crate::daemon::{Daemon, answer};
@@ -200,8 +200,9 @@ async fn into(inside: Inside, root: Root, from: PathBuf, to: &Path) -> Result<()
     let source = copy::source(&here, &from).map_err(CpError::from)?;
     let Destination { into, top } = copy::destination(&root, to, &source).map_err(CpError::from)?;
     let (sender, receiver) = mpsc::channel(QUEUE);
-    let packing =
-        tokio::task::spawn_blocking(move || pack(&here, &from, top.as_deref(), Writer::new(sender)));
+    let packing = tokio::task::spawn_blocking(move || {
+        pack(&here, &from, top.as_deref(), Modes::Plain, Writer::new(sender))
+    });
     let written = write_container(&inside, root, into, receiver).await;
     let packed = joined(packing.await);
     match (packed, written) {
@@ -272,8 +273,9 @@ async fn read_container(
 ) -> Result<(), Error> {
     if !inside.has_tar {
         let name = if source.is_directory { None } else { source.name.clone() };
-        let packing =
-            tokio::task::spawn_blocking(move || pack(&root, &path, name.as_deref(), Writer::new(to)));
+        let packing = tokio::task::spawn_blocking(move || {
+            pack(&root, &path, name.as_deref(), Modes::Whole, Writer::new(to))
+        });
         let report = joined(packing.await).map_err(CpError::from)?;
         for path in report.left_out {
             let path = table::printable(&path.to_string_lossy());
@@ -348,8 +350,10 @@ impl Inside {
         let mut command = self.run(vec!["tar".into(), "--version".into()], false).await?;
         let (stdout, stderr) = (command.stdout.take(), command.stderr.take());
         let (_, _, outcome) = tokio::join!(said(stdout), said(stderr), command.ending.outcome());
-        // What it answers does not matter: there is no option that every tar has for nothing.
-        Ok(matches!(outcome, Some(Outcome::Exited(_))))
+        is_there(outcome).map_err(|text| {
+            let text = table::printable(text.trim());
+            CpError::Tar { container: self.label.clone(), text }.into()
+        })
     }
 
     async fn run(&self, cmd: Vec<String>, stdin: bool) -> Result<Command, Error> {
@@ -400,6 +404,20 @@ impl Inside {
             Some(Outcome::NotRun { text, .. } | Outcome::Failed(text)) => failed(text),
             None => failed("the connection broke".to_owned()),
         }
+    }
+}
+
+/// Whether the program that has this outcome is there. What it answered does not matter: there is no option
+/// that every tar has for nothing. There is none only when it cannot be run, which 126 and 127 say, too.
+///
+/// # Errors
+/// When it is not known.
+fn is_there(outcome: Option<Outcome>) -> Result<bool, String> {
+    match outcome {
+        Some(Outcome::Exited(126 | 127) | Outcome::NotRun { .. }) => Ok(false),
+        Some(Outcome::Exited(_)) => Ok(true),
+        Some(Outcome::Failed(text)) => Err(text),
+        None => Err("the connection broke".to_owned()),
     }
 }
 
@@ -488,6 +506,22 @@ mod tests {
         let status = b"Name:\tx\nUid:\t0\t1000\t0\t0\nGid:\t1\t2\t3\t4\n";
         assert_eq!(owner(status), Some((1000, 2)));
         assert_eq!(owner(b"Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn a_tar_that_cannot_be_run_is_none_and_other_failures_are_errors() {
+        let not_run = Outcome::NotRun { text: "no such file".to_owned(), code: 127 };
+        for (outcome, expected) in [
+            (Some(Outcome::Exited(0)), Ok(true)),
+            (Some(Outcome::Exited(1)), Ok(true)),
+            (Some(Outcome::Exited(126)), Ok(false)),
+            (Some(Outcome::Exited(127)), Ok(false)),
+            (Some(not_run), Ok(false)),
+            (Some(Outcome::Failed("no memory".to_owned())), Err("no memory".to_owned())),
+            (None, Err("the connection broke".to_owned())),
+        ] {
+            assert_eq!(is_there(outcome), expected);
+        }
     }
 
     #[test]

@@ -109,8 +109,8 @@ impl<R: Read> Archive<R> {
             EntryType::Char | EntryType::Block | EntryType::Fifo => Kind::Special,
             _ => return Err(malformed("an entry has an unknown type, such as sparse files have")),
         };
-        let size = extension.size.unwrap_or(size);
-        // Only files have content; what others say of theirs is stepped over.
+        // Only files have content, whatever size others say: tar(1) writes none for them.
+        let size = if kind == Kind::File { extension.size.unwrap_or(size) } else { 0 };
         (self.content, self.padding) = (size, padding(size));
         let mode = header.mode().map_err(|_| malformed("a mode is no number"))? & 0o7777;
         let modified = header.mtime().ok().and_then(|time| i64::try_from(time).ok()).unwrap_or(0);
@@ -296,6 +296,23 @@ mod tests {
             b"22 GNU.sparse.major=1\n",
         ] {
             assert!(Extension::default().take_records(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn only_files_have_content() {
+        for (kind, name) in
+            [(EntryType::Directory, "d/"), (EntryType::Symlink, "l"), (EntryType::Regular, "old/")]
+        {
+            let mut sized = header(kind, 600);
+            sized.set_path(name).unwrap();
+            sized.set_link_name("target").unwrap();
+            sized.set_cksum();
+            let file = header(EntryType::Regular, 0);
+            let bytes = [&sized.as_bytes()[..], file.as_bytes()].concat();
+            let found = entries(&bytes).unwrap();
+            assert_eq!(found.len(), 2, "{found:?}");
+            assert_eq!(found[1].0.kind, Kind::File);
         }
     }
 

@@ -241,8 +241,16 @@ impl Extraction<'_> {
     }
 }
 
-/// Removes what has the name, unless it is a directory.
+/// Removes a file or link that has the name. Devices, FIFOs and sockets are kept: the system may need them.
 fn make_way(parent: &Dir, name: &OsStr) -> io::Result<()> {
+    match parent.stat(name).map(|stat| stat.file_type) {
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Ok(FileType::Regular | FileType::Symlink | FileType::Directory) => {}
+        Ok(_) => {
+            return Err(error(io::ErrorKind::AlreadyExists, "a device, FIFO or socket is in its place"));
+        }
+        Err(error) => return Err(error),
+    }
     match parent.unlink(name) {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(()),
         done => done,
@@ -365,6 +373,20 @@ mod tests {
         assert_eq!(fs::read(new.join("deep/er/file")).unwrap(), b"x");
         assert_eq!(fs::metadata(&new).unwrap().mtime(), 1_000_000);
         assert!(!new.join("device").exists() && !new.join("fifo").exists());
+    }
+
+    #[test]
+    fn a_socket_is_not_replaced_by_a_file_or_link() {
+        let (directory, into) = place();
+        let socket = directory.path().join("into/socket");
+        std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let before = fs::symlink_metadata(&socket).unwrap().ino();
+        for kind in [EntryType::Regular, EntryType::Symlink] {
+            let bytes = archive(&[(kind, "socket", "x")]);
+            let error = extract(&bytes[..], &into, &rules(None, None)).unwrap_err();
+            assert!(matches!(error, ExtractError::Write { .. }), "{error:?}");
+            assert_eq!(fs::symlink_metadata(&socket).unwrap().ino(), before);
+        }
     }
 
     #[test]

@@ -94,6 +94,8 @@ pub(crate) fn destination(root: &Root, path: &Path, source: &Source) -> Result<D
         Some(_) if source.is_directory || ends_with(path, "/") => {
             Err(PlanError::NotDirectory(path.to_owned()))
         }
+        // It would be replaced by a file, and /dev/null is needed as it is.
+        Some(kind) if kind != FileType::Regular => Err(PlanError::Kind(path.to_owned())),
         None if !source.is_directory && ends_with(path, "/") => Err(PlanError::NoDirectory(path.to_owned())),
         // A directory's contents make a new directory.
         _ => {
@@ -131,6 +133,8 @@ mod tests {
         fs::write(path.join("file"), "x").unwrap();
         symlink("dir", path.join("to-dir")).unwrap();
         symlink("/etc/passwd", path.join("out")).unwrap();
+        symlink("socket", path.join("to-socket")).unwrap();
+        std::os::unix::net::UnixListener::bind(path.join("socket")).unwrap();
         let root = Root::open(path).unwrap();
         (directory, root)
     }
@@ -166,6 +170,9 @@ mod tests {
             (&file, "/file", Some(("/", Some("file")))),
             (&file, "/dir", Some(("/dir", Some("a")))),
             (&file, "/to-dir/", Some(("/to-dir/", Some("a")))),
+            (&file, "/socket", None),
+            (&file, "/to-socket", None),
+            (&file, "/out", Some(("/", Some("out")))),
             (&file, "/dir/sub/new", Some(("/dir/sub", Some("new")))),
             (&file, "/new/", None),
             (&file, "/none/new", None),

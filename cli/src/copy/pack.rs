@@ -33,8 +33,18 @@ pub(crate) struct Report {
     pub(crate) left_out: Vec<PathBuf>,
 }
 
+/// Which bits of modes are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Modes {
+    /// All of them.
+    Whole,
+    /// Without set-user-id and its like: the files get another owner.
+    Plain,
+}
+
 struct Packing<W: Write> {
     to: Builder<W>,
+    modes: Modes,
     /// Paths of files with several names, by device and inode number.
     names: HashMap<(u64, u64), PathBuf>,
     report: Report,
@@ -58,12 +68,14 @@ pub(crate) fn pack(
     root: &Root,
     path: &Path,
     top: Option<&OsStr>,
+    modes: Modes,
     to: impl Write,
 ) -> Result<Report, PackError> {
     let failed = |source| PackError::Read(path.to_owned(), source);
     let stat = root.resolve(path).and_then(|found| stat_fd(found.as_fd())).map_err(failed)?;
     let called = Path::new(top.unwrap_or(OsStr::new("."))).to_owned();
-    let mut packing = Packing { to: Builder::new(to), names: HashMap::new(), report: Report::default() };
+    let mut packing =
+        Packing { to: Builder::new(to), modes, names: HashMap::new(), report: Report::default() };
     if stat.file_type == FileType::Directory {
         let directory = root.open_dir(path).map_err(failed)?;
         if top.is_some() {
@@ -143,14 +155,15 @@ impl<W: Write> Packing<W> {
         path: &Path,
         content: impl Read,
     ) -> Result<(), PackError> {
-        let mut header = header(stat, kind, size);
+        let mut header = header(stat, kind, size, self.modes);
         // Exactly as many bytes as were promised, whatever becomes of the file meanwhile.
         let content = content.chain(io::repeat(0)).take(size);
         self.to.append_data(&mut header, path, content).map_err(PackError::Write)
     }
 
     fn link(&mut self, stat: &Stat, kind: EntryType, path: &Path, target: &Path) -> Result<(), PackError> {
-        self.to.append_link(&mut header(stat, kind, 0), path, target).map_err(PackError::Write)
+        let mut header = header(stat, kind, 0, self.modes);
+        self.to.append_link(&mut header, path, target).map_err(PackError::Write)
     }
 }
 
@@ -160,11 +173,14 @@ fn level(directory: Dir, path: PathBuf) -> Result<Level, PackError> {
     Ok(Level { directory, path, names })
 }
 
-fn header(stat: &Stat, kind: EntryType, size: u64) -> Header {
+fn header(stat: &Stat, kind: EntryType, size: u64, modes: Modes) -> Header {
     let mut header = Header::new_gnu();
     header.set_entry_type(kind);
     header.set_size(size);
-    header.set_mode(stat.mode);
+    header.set_mode(match modes {
+        Modes::Whole => stat.mode,
+        Modes::Plain => stat.mode & 0o777,
+    });
     header.set_uid(stat.uid.into());
     header.set_gid(stat.gid.into());
     header.set_mtime(u64::try_from(stat.modified.seconds).unwrap_or(0));
@@ -174,8 +190,9 @@ fn header(stat: &Stat, kind: EntryType, size: u64) -> Header {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
+    use super::super::archive::Archive;
     use super::super::extract::{Rules, extract};
     use super::*;
 
@@ -194,7 +211,8 @@ mod tests {
         fs::create_dir(&to).unwrap();
         let (root, into) = (Root::open(directory.path()).unwrap(), Root::open(&to).unwrap());
         let mut bytes = Vec::new();
-        let report = pack(&root, Path::new("/from"), Some(OsStr::new("top")), &mut bytes).unwrap();
+        let report =
+            pack(&root, Path::new("/from"), Some(OsStr::new("top")), Modes::Plain, &mut bytes).unwrap();
         assert_eq!(report.left_out, [Path::new("top/socket")]);
         let name = |text: &str| Some(OsString::from(text));
         let rules = Rules { expected: name("top"), top: name("copy"), only_file: false, owner: None };
@@ -205,6 +223,21 @@ mod tests {
         assert_eq!(fs::read(copy.join(&long)).unwrap(), b"long");
         assert_eq!(fs::read_link(copy.join("link")).unwrap(), Path::new("/etc/passwd"));
         assert!(copy.join("sub/empty").is_dir());
+    }
+
+    #[test]
+    fn plain_modes_set_no_user_or_group() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        fs::write(&path, "x").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).unwrap();
+        let root = Root::open(directory.path()).unwrap();
+        for (modes, expected) in [(Modes::Whole, 0o6755), (Modes::Plain, 0o755)] {
+            let mut bytes = Vec::new();
+            pack(&root, Path::new("/file"), Some(OsStr::new("x")), modes, &mut bytes).unwrap();
+            let entry = Archive::new(&bytes[..]).next().unwrap().unwrap();
+            assert_eq!(entry.mode, expected, "{modes:?}");
+        }
     }
 
     #[test]
@@ -219,10 +252,11 @@ mod tests {
         symlink("../secret", root.join("worse")).unwrap();
         let root = Root::open(&root).unwrap();
         let mut bytes = Vec::new();
-        pack(&root, Path::new("/good"), Some(OsStr::new("good")), &mut bytes).unwrap();
+        pack(&root, Path::new("/good"), Some(OsStr::new("good")), Modes::Plain, &mut bytes).unwrap();
         assert!(bytes.windows(6).any(|window| window == b"inside"));
         for path in ["/bad", "/worse", "/../secret"] {
-            assert!(pack(&root, Path::new(path), Some(OsStr::new("x")), io::sink()).is_err(), "{path}");
+            let packed = pack(&root, Path::new(path), Some(OsStr::new("x")), Modes::Plain, io::sink());
+            assert!(packed.is_err(), "{path}");
         }
     }
 }

@@ -70,6 +70,9 @@ fn files_and_directories_go_both_ways() -> Result<()> {
             copies(daemon, &path("tree/-dash"), &inside("/tmp/new/sub"))?;
             copies(daemon, &path("tree/-dash"), &inside("/tmp/new/sub/big"))?;
             assert_eq!(container.sh("cat /tmp/file /tmp/new/sub/-dash /tmp/new/sub/big")?, "dashdashdash");
+            // Not over a device.
+            assert!(!cp(daemon, &path("tree/-dash"), &inside("/dev/null"))?.status.success());
+            container.sh("test -c /dev/null")?;
             container.sh("ln -s /tmp/file /tmp/to-file; chmod 6755 /tmp/file")?;
             copies(daemon, &inside("/tmp/to-file"), &path(name))?;
             assert_eq!(fs::read(here.join(name))?, b"dash");

@@ -7,7 +7,6 @@ use std::io;
 
 use berth_streaming::client::{self, ClientError, Command, Forwarded, Target};
 use berth_streaming::command::Wanted;
-use berth_streaming::hangup::Hangup;
 use tokio::net::TcpStream;
 
 /// Why there is no connection.
@@ -41,8 +40,8 @@ pub(crate) enum RemoteError {
 /// [`RemoteError`].
 pub(crate) async fn command(url: &str, wanted: Wanted) -> Result<Command, RemoteError> {
     let target = Target::of_url(url)?;
-    let (io, hangup) = connect(&target).await?;
-    Ok(client::command(io, Some(hangup), &target, wanted).await?)
+    let io = connect(&target).await?;
+    Ok(client::command(io, None, &target, wanted).await?)
 }
 
 /// Opens a connection to a port of the pod of a URL.
@@ -51,11 +50,13 @@ pub(crate) async fn command(url: &str, wanted: Wanted) -> Result<Command, Remote
 /// [`RemoteError`].
 pub(crate) async fn forward(url: &str, port: u16) -> Result<Forwarded, RemoteError> {
     let target = Target::of_url(url)?;
-    let (io, hangup) = connect(&target).await?;
-    Ok(client::forward(io, Some(hangup), &target, port).await?)
+    let io = connect(&target).await?;
+    Ok(client::forward(io, None, &target, port).await?)
 }
 
-async fn connect(target: &Target) -> Result<(TcpStream, Hangup), RemoteError> {
+/// Connects. The end of the server's side is not watched for beside the reading: it may come before all is
+/// read, and what was sent before it is wanted.
+async fn connect(target: &Target) -> Result<TcpStream, RemoteError> {
     if target.is_secure {
         return Err(RemoteError::Secure(target.authority.clone()));
     }
@@ -63,6 +64,5 @@ async fn connect(target: &Target) -> Result<(TcpStream, Hangup), RemoteError> {
     let io = TcpStream::connect(&target.authority).await.map_err(failed)?;
     // Only makes it quicker.
     let _ = io.set_nodelay(true);
-    let hangup = Hangup::of(&io).map_err(failed)?;
-    Ok((io, hangup))
+    Ok(io)
 }

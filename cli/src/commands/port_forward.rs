@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use berth_cri::v1::{PodSandboxState, PortForwardRequest};
 use berth_streaming::client::Forwarded;
 use berth_streaming::spdy::connection::{Incoming, Outgoing};
+use futures_util::{FutureExt, TryFutureExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -58,7 +59,7 @@ struct Destination {
     port: u16,
 }
 
-/// Listens, says where, and forwards until the command is ended.
+/// Listens, says where, and forwards until interrupted.
 ///
 /// # Errors
 /// When there is no such pod, or a port cannot be listened on.
@@ -166,19 +167,27 @@ async fn connect(to: &Destination) -> Result<Forwarded, Error> {
 async fn forward(socket: TcpStream, forwarded: Forwarded) -> Option<String> {
     let Forwarded { incoming, outgoing, mut ending } = forwarded;
     let (from, to) = socket.into_split();
-    let copying = async { tokio::try_join!(upload(from, outgoing), download(incoming, to)) };
-    tokio::pin!(copying);
+    let uploading = upload(from, outgoing).map_err(drop);
+    let downloading = download(incoming, to).map_err(drop).shared();
+    let both = (uploading, downloading.clone());
+    let copying = async { tokio::try_join!(both.0, both.1) };
+    let failure = ending.failure();
+    tokio::pin!(copying, failure);
     tokio::select! {
-        failure = ending.failure() => match failure {
-            Some(text) => Some(text),
-            None => {
-                // What the pod has sent before its end is still on its way.
-                let _ = copying.await;
-                None
+        failure = &mut failure => {
+            // What the pod has sent before its end is still on its way.
+            match failure {
+                Some(_) => _ = downloading.await,
+                None => _ = copying.await,
             }
+            failure
+        }
+        copied = &mut copying => match copied {
+            // The connection is dropped with us. What we have sent last is with the pod when its side ends.
+            Ok(_) => failure.await,
+            // A client of ours that breaks off is its own business.
+            Err(_) => None,
         },
-        // A client of ours that breaks off is its own business.
-        _ = &mut copying => None,
     }
 }
 

@@ -36,6 +36,9 @@ pub(crate) enum Error {
     Log(#[from] LogStreamError),
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// Input for a program cannot be read.
+    #[error("read standard input")]
+    Input(#[source] std::io::Error),
     #[error(transparent)]
     Pull(#[from] PullError),
     #[error(transparent)]

@@ -5,15 +5,18 @@
 //! not keep a signal from ending us. Nothing is held beyond short queues; a slow end slows the other down.
 
 use std::convert::Infallible;
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::AsFd;
 use std::thread;
 
 use berth_streaming::client::{Command, Resize};
 use berth_streaming::command::Outcome;
 use berth_streaming::spdy::connection::{Incoming, Outgoing};
+use berth_sys::poll::{Interest, Poll};
 use tokio::sync::mpsc;
 
 use crate::detach_keys::{DetachKeys, Typed, Watcher};
+use crate::error::Error;
 use crate::log_line::Stream;
 use crate::output::{self, OutputError};
 use crate::terminal::Terminal;
@@ -38,15 +41,17 @@ pub(crate) enum Ended {
 }
 
 /// Passes everything on until an end, or until this is dropped. The connection is closed then, which ends a
-/// program that was started by it, and our terminal is what it was before.
+/// program that was started by it, and our terminal is what it was before. Keys to detach are typed: input
+/// that does not come from a terminal in raw mode may have any bytes.
 ///
 /// # Errors
-/// When our output cannot be written.
+/// When our output cannot be written, or our input not be read.
 pub(crate) async fn relay(
     command: Command,
     mut terminal: Option<Terminal>,
     keys: Option<DetachKeys>,
-) -> Result<Ended, OutputError> {
+) -> Result<Ended, Error> {
+    let keys = keys.filter(|_| terminal.as_ref().is_some_and(Terminal::is_raw));
     let Command { stdin, stdout, stderr, resize, mut ending } = command;
     let program = async {
         tokio::try_join!(copy_out(stdout, Stream::Stdout), copy_out(stderr, Stream::Stderr))?;
@@ -55,7 +60,10 @@ pub(crate) async fn relay(
     let ended = tokio::select! {
         biased;
         outcome = program => outcome?.map_or(Ended::Lost, Ended::Program),
-        () = copy_in(stdin, keys) => Ended::Detached,
+        detached = copy_in(stdin, keys) => {
+            detached.map_err(Error::Input)?;
+            Ended::Detached
+        }
         never = follow_size(terminal.as_mut(), resize) => match never {},
     };
     drop(terminal);
@@ -67,11 +75,15 @@ pub(crate) async fn relay(
 }
 
 /// Sends standard input, to its end. Returns when the keys to detach are typed, and only then.
-async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) {
+///
+/// # Errors
+/// When it cannot be read: what was sent is not all of it.
+async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) -> io::Result<()> {
     if let Some(to) = to {
         let mut watcher = keys.map(Watcher::new);
         let mut input = read_input();
         while let Some(bytes) = input.recv().await {
+            let bytes = bytes?;
             let (bytes, detach) = match watcher.as_mut().map(|watcher| watcher.take(&bytes)) {
                 None => (bytes, false),
                 Some(Typed::Input(bytes)) => (bytes, false),
@@ -80,7 +92,7 @@ async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) {
             // A program that takes no more input goes on without it.
             let sent = to.send(bytes.into()).await;
             if detach {
-                return;
+                return Ok(());
             }
             if sent.is_err() {
                 return std::future::pending().await;
@@ -94,26 +106,47 @@ async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) {
     std::future::pending().await
 }
 
-/// Reads standard input in a thread, to its end. One that cannot be read has ended.
-fn read_input() -> mpsc::Receiver<Bytes> {
+/// Reads standard input in a thread, to its end or an error.
+fn read_input() -> mpsc::Receiver<io::Result<Bytes>> {
     let (sender, receiver) = mpsc::channel(QUEUE);
     thread::spawn(move || {
+        let is_terminal = io::stdin().is_terminal();
         let mut buffer = vec![0; READ_BYTES];
         loop {
-            match io::stdin().lock().read(&mut buffer) {
-                Ok(0) => return,
-                Ok(length) => {
-                    let bytes = buffer.get(..length).unwrap_or_default().to_vec();
-                    if sender.blocking_send(bytes).is_err() {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return,
+            let piece = match read_piece(&mut io::stdin().lock(), &mut buffer) {
+                Ok([]) => return,
+                Ok(piece) => Ok(piece.to_vec()),
+                // A terminal that is gone.
+                Err(error) if is_terminal && error.raw_os_error() == Some(EIO) => return,
+                Err(error) => Err(error),
+            };
+            let is_last = piece.is_err();
+            if sender.blocking_send(piece).is_err() || is_last {
+                return;
             }
         }
     });
     receiver
+}
+
+/// The same number on x86_64 and aarch64: errno(3).
+const EIO: i32 = 5;
+
+/// What comes next; nothing at the end. Waits for it, even if another holder of the descriptor has made it
+/// non-blocking.
+fn read_piece<'a>(from: &mut (impl Read + AsFd), buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+    loop {
+        match from.read(buffer) {
+            Ok(length) => return Ok(buffer.get(..length).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let poll = Poll::new()?;
+                poll.watch(from.as_fd(), 0, Interest::Input)?;
+                poll.wait(None)?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Writes what comes to one of our streams, to its end.
@@ -164,4 +197,35 @@ async fn follow_size(terminal: Option<&mut Terminal>, resize: Option<Resize>) ->
         }
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn input_that_does_not_block_is_waited_for() {
+        let (mut near, mut far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let mut buffer = [0; 16];
+        assert_eq!(near.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let reading = thread::spawn(move || {
+            let first = read_piece(&mut near, &mut buffer).map(<[u8]>::to_vec);
+            (first, read_piece(&mut near, &mut buffer).map(<[u8]>::to_vec))
+        });
+        far.write_all(b"late").unwrap();
+        drop(far);
+        let (first, end) = reading.join().unwrap();
+        assert_eq!((first.unwrap().as_slice(), end.unwrap().as_slice()), (&b"late"[..], &b""[..]));
+    }
+
+    #[test]
+    fn input_that_cannot_be_read_is_no_end() {
+        let error = read_piece(&mut File::open("/").unwrap(), &mut [0; 16]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::IsADirectory);
+    }
 }

@@ -43,6 +43,11 @@ impl Terminal {
         Ok(Some(Self { raw, resized, continued }))
     }
 
+    /// Whether somebody types on it: standard input is a terminal in raw mode.
+    pub(crate) fn is_raw(&self) -> bool {
+        self.raw.is_some()
+    }
+
     /// The size of the terminal now; `None` without one.
     pub(crate) fn size() -> Option<Size> {
         let of = |terminal: BorrowedFd<'_>| match tty::size(terminal) {

@@ -182,6 +182,16 @@ fn streams_of_exec_are_apart_binary_and_whole() -> Result<()> {
         assert_eq!(output.stdout.len(), LENGTH);
         assert!(Sha256::digest(&output.stdout) == sum, "the bytes are others");
         main.sh("rm /tmp/all")?;
+        // Input that cannot be read is not taken for an empty one.
+        let mut command = berth(daemon, &["exec", "-i", "web", "cat"])?;
+        let output = command.stdin(fs::File::open("/")?).output()?;
+        assert_eq!(output.status.code(), Some(125), "{output:?}");
+        // Bytes that are no keys, since nobody types them, do not detach: ctrl-p, ctrl-q.
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
+        let run = ["run", "-i", "--name", "job", "--log-dir", &logs, berth_tests::daemon::IMAGE, "cat"];
+        let mut child = berth(daemon, &run)?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        child.stdin.take().context("stdin")?.write_all(b"a\x10\x11b")?;
+        assert_eq!(child.wait_with_output()?.stdout, b"a\x10\x11b");
         Ok(())
     })
 }

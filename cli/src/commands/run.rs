@@ -83,7 +83,7 @@ pub(crate) enum RunError {
     #[error("listen for signals")]
     Signals(#[source] io::Error),
     /// The terminal cannot be used.
-    #[error("use the terminal")]
+    #[error("cannot set up the terminal")]
     Terminal(#[source] io::Error),
     /// The program could not be started.
     #[error("start the program")]
@@ -236,7 +236,13 @@ async fn new_pod(daemon: &Daemon, args: &RunArgs, image: &str) -> Result<PodPlan
     let log_dir = log_dir.map_err(|source| RunError::LogDirectory { path: args.log_dir.clone(), source })?;
     let log_directory = utf8(&run_plan::log_directory(&log_dir, &name, &uid))?;
     let network = if args.host_network { Network::Host } else { Network::Pod };
-    Ok(PodPlan { name, uid, network, log_directory, log_bytes: args.log_bytes })
+    Ok(PodPlan { name, uid, network, log_directory, log_bytes: log_bytes(args) })
+}
+
+/// When a log is rotated: not while this command shows it, which would miss what the oldest file had.
+fn log_bytes(args: &RunArgs) -> i64 {
+    let shows_the_log = !(args.detach || args.interactive || args.tty);
+    if shows_the_log { 0 } else { args.log_bytes }
 }
 
 /// Finds a pod for another container, which has to be the only one of its name there.
@@ -277,6 +283,8 @@ fn utf8(path: &Path) -> Result<String, RunError> {
 mod tests {
     use std::os::unix::ffi::OsStringExt;
 
+    use clap::Parser;
+
     use super::*;
 
     #[test]
@@ -287,6 +295,22 @@ mod tests {
         let mount: MountSpec = "/proc/self/../../etc:/x:ro".parse().unwrap();
         let mount = absolute_mount(&mount).unwrap();
         assert_eq!((mount.source.as_path(), mount.readonly), (Path::new("/etc"), true));
+    }
+
+    #[test]
+    fn a_log_that_is_shown_is_not_rotated() {
+        for (options, expected) in [
+            (&["--log-size=8Ki"][..], 0),
+            (&["--keep"], 0),
+            (&["-d", "--log-size=8Ki"], 8192),
+            (&["-i", "--log-size=8Ki"], 8192),
+            (&["-t", "--log-size=8Ki"], 8192),
+        ] {
+            let words = [&["berth", "run"], options, &["image"]].concat();
+            let cli = crate::args::Cli::try_parse_from(words).unwrap();
+            let crate::args::Command::Run(args) = cli.command else { panic!("{options:?}") };
+            assert_eq!(log_bytes(&args), expected, "{options:?}");
+        }
     }
 
     #[test]

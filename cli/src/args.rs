@@ -65,15 +65,15 @@ pub(crate) enum Command {
     Attach(AttachArgs),
     /// Copy files from or to a running container.
     ///
-    /// A directory that is there is copied into, else a new file or directory gets the name; DIR/. is what is
-    /// in a directory. With - a tar archive is read or written. What comes out of a container belongs to who
-    /// copies, what goes in to the container's user. Devices are left out. The container needs no tar, but
-    /// its own is used if it has one.
+    /// If TO is an existing directory, FROM is copied into it; otherwise TO is the new name. DIR/. means the
+    /// contents of DIR. With - a tar archive is read or written. Files copied out are owned by the caller,
+    /// files copied in by the container's user. Devices are left out. The container needs no tar, but its own
+    /// is used if it has one.
     #[command(override_usage = "berth cp CONTAINER:PATH PATH|-\n       berth cp PATH|- CONTAINER:PATH")]
     Cp(CpArgs),
     /// Forward ports of this machine's loopback addresses to a pod.
     ///
-    /// Listens on 127.0.0.1 and ::1 until it is ended, and prints a line for each address. A pod's ports need
+    /// Listens on 127.0.0.1 and ::1 until interrupted, and prints a line for each address. A pod's ports need
     /// not be published for this, and servers on the pod's own loopback are reached, too.
     PortForward(PortForwardArgs),
     /// Stop containers, or all containers in pods.
@@ -134,7 +134,8 @@ pub(crate) struct RunArgs {
     /// Directory in which the pod's log directory is created.
     #[arg(long, value_name = "PATH", default_value = "/var/log/berth")]
     pub(crate) log_dir: PathBuf,
-    /// Size at which a log of the pod is rotated, such as 10Mi; four older files are kept. 0 for never.
+    /// Size at which a log of the pod is rotated, such as 10Mi; four older files are kept. 0 for never. A log
+    /// that this command shows is not rotated.
     #[arg(long = "log-size", value_name = "BYTES", default_value = "10Mi", value_parser = parse_log_size)]
     pub(crate) log_bytes: i64,
     /// Remove the pod (or container) and its logs when it exits; this is the default.
@@ -152,7 +153,8 @@ pub(crate) struct RunArgs {
     /// Give the program a terminal.
     #[arg(short, long)]
     pub(crate) tty: bool,
-    /// Keys that detach from the program, such as ctrl-p,ctrl-q or ctrl-@,x; empty for none.
+    /// Keys that detach from the program when typed on its terminal, such as ctrl-p,ctrl-q or ctrl-@,x; empty
+    /// for none.
     #[arg(long, value_name = "KEYS", default_value = detach_keys::DEFAULT)]
     pub(crate) detach_keys: DetachKeys,
     /// The image, pulled if missing, and arguments for its entry point (or the program, if it has none) that
@@ -289,7 +291,7 @@ pub(crate) struct StopArgs {
 /// What `berth rm` takes.
 #[derive(Debug, Args)]
 pub(crate) struct RmArgs {
-    /// Kill running containers. Takes whole names and ids, or four figures of an id or more.
+    /// Kill running containers. Takes whole names and ids, or at least four characters of an id.
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Containers or pods.

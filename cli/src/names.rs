@@ -34,9 +34,7 @@ pub(crate) enum NameError {
         candidates: Vec<String>,
     },
     /// One thing begins so, but a slip of the finger may have meant another.
-    #[error(
-        "`{0}` is too little of an id to remove something by force; give {CERTAIN_ID} figures of it or more"
-    )]
+    #[error("id prefix `{0}` is too short for --force; give at least {CERTAIN_ID} characters")]
     TooShort(String),
     /// More than one thing could be meant.
     #[error("`{name}` matches more than one: {}; use a longer name or id", listed(.candidates))]
@@ -121,7 +119,7 @@ impl Inventory {
     /// types by mistake.
     ///
     /// # Errors
-    /// When there is none, or more than one, or too little of an id is given.
+    /// When there is none, or more than one, or too short a prefix of an id is given.
     pub(crate) fn certain_target(&self, name: &str) -> Result<Target<'_>, NameError> {
         let target = self.target(name)?;
         let (id, is_named) = match target {

@@ -33,10 +33,10 @@ pub(crate) enum AttachError {
         text: String,
     },
     /// The connection broke, and the container goes on.
-    #[error("lost the connection to {0}, which runs on; `berth attach {0}` joins it again")]
+    #[error("lost the connection to {0}, which keeps running; `berth attach {0}` joins it again")]
     Lost(String),
     /// Signals cannot be listened to, or the terminal cannot be used.
-    #[error("use the terminal")]
+    #[error("cannot set up the terminal")]
     Terminal(#[source] io::Error),
 }
 
@@ -69,7 +69,7 @@ pub(crate) async fn attach(daemon: &Daemon, args: AttachArgs) -> Result<ExitCode
         }
         Ended::Lost => Err(AttachError::Lost(label).into()),
         Ended::Detached => {
-            output::remark(format_args!("detached from {label}, which runs on"));
+            output::remark(format_args!("detached from {label}, which keeps running"));
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -51,7 +51,7 @@ pub(crate) enum ExecError {
         seconds: u32,
     },
     /// Signals cannot be listened to, or the terminal cannot be used.
-    #[error("use the terminal")]
+    #[error("cannot set up the terminal")]
     Terminal(#[source] io::Error),
 }
 

@@ -140,7 +140,7 @@ written! {
 
     /// `[container]`.
     WrittenContainer {
-        /// Resource limits of the programs in containers, by name, in place of the defaults of [`rlimits`].
+        /// Resource limits of the programs in containers, by name, in place of the defaults of `rlimits.rs`.
         rlimits: WrittenRlimits,
     }
 

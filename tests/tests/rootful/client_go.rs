@@ -93,7 +93,8 @@ fn a_terminal_has_its_size_and_its_program_the_exit_code() -> Result<()> {
     rootful(|daemon| {
         let main = daemon.pod("kubectl")?.idle("main")?;
         for transport in TRANSPORTS {
-            let script = "while ! stty size | grep -qx '33 111'; do sleep 0.05; done
+            // Before it has a size, stty complains.
+            let script = "while ! stty size 2>/dev/null | grep -qx '33 111'; do sleep 0.05; done
                 echo sized; read line; echo heard $line; exit 5";
             let url = url(&main, daemon, &["sh", "-c", script], true)?;
             let mut child = streams(daemon, &["run", transport, &url, "111x33"])?;

@@ -324,7 +324,7 @@ fn place(stdio: Stdio, user: &Resolved) -> Result<(), Failed> {
 fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> {
     let file = std::fs::File::from(descriptor.try_clone_to_owned().step("copy a descriptor", "")?);
     let metadata = file.metadata().step("examine a standard stream", "")?;
-    // Only what was made for this container: /dev/null belongs to the host.
+    // The null device is everybody's, whoever they are.
     if metadata.file_type().is_fifo() && metadata.uid() != user.uid {
         std::os::unix::fs::fchown(&file, Some(user.uid), None).step("give away a standard stream", "")?;
     }

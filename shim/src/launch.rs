@@ -8,6 +8,7 @@ use crate::failure::{Step, refused};
 use crate::handshake;
 use crate::host_path::host_path;
 use crate::init::{self, ExecStreams, Stdio};
+use crate::null_device;
 use crate::procfs::Target;
 use crate::relay::{Ends, Way};
 use crate::stdio::{Output, ShimStreams};
@@ -212,11 +213,11 @@ pub(crate) fn exec(
         let mut pipes = Vec::new();
         let stdio = Stdio {
             input: match descriptors.next() {
-                Some(input) => inner(Way::In, input, &mut pipes).step(STEP, "create a pipe")?,
-                None => open_null()?,
+                Some(input) => inner(Way::In, input, &mut pipes)?,
+                None => null_device::open()?,
             },
-            output: inner(Way::Out, output, &mut pipes).step(STEP, "create a pipe")?,
-            error: inner(Way::Out, error, &mut pipes).step(STEP, "create a pipe")?,
+            output: inner(Way::Out, output, &mut pipes)?,
+            error: inner(Way::Out, error, &mut pipes)?,
         };
         (ExecStreams::Pipes(stdio), Streams::Pipes(pipes))
     };
@@ -245,13 +246,14 @@ pub(crate) fn exec(
 }
 
 /// The program's end for the stream whose other end is `outer`: that of a pipe of its own, for a pipe, of
-/// which the other end goes to `pipes`. Anything else is a device, and is its own.
-fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> io::Result<OwnedFd> {
+/// which the other end goes to `pipes`. Anything else is the host's null device, and stands for ours.
+fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> Result<OwnedFd, Failed> {
+    const STEP: &str = "create a pipe";
     let outer = File::from(outer);
-    if !outer.metadata()?.file_type().is_fifo() {
-        return Ok(outer.into());
+    if !outer.metadata().step(STEP, "")?.file_type().is_fifo() {
+        return null_device::open();
     }
-    let (read, write) = file::pipe()?;
+    let (read, write) = file::pipe().step(STEP, "")?;
     let (from, to, inner) = match way {
         Way::In => (outer.into(), write, read),
         Way::Out => (read, outer.into(), write),
@@ -311,10 +313,6 @@ pub(crate) fn open_unified(cgroup: &Cgroup) -> Result<Option<OwnedFd>, Failed> {
     File::open(path).step("open the cgroup", path.display()).map(|file| Some(file.into()))
 }
 
-fn open_null() -> Result<OwnedFd, Failed> {
-    File::open("/dev/null").step("open", "/dev/null").map(OwnedFd::from)
-}
-
 fn pipes(stdin: bool) -> Result<(Stdio, ShimStreams), Failed> {
     const STEP: &str = "create a pipe";
     let (output_read, output) = file::pipe().step(STEP, "")?;
@@ -323,7 +321,7 @@ fn pipes(stdin: bool) -> Result<(Stdio, ShimStreams), Failed> {
         let (read, write) = file::pipe().step(STEP, "")?;
         (read, Some(write))
     } else {
-        (open_null()?, None)
+        (null_device::open()?, None)
     };
     Ok((
         Stdio { input, output, error },

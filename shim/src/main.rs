@@ -26,6 +26,7 @@ mod inheritance;
 mod init;
 mod launch;
 mod mount_place;
+mod null_device;
 mod pause;
 mod procfs;
 mod relay;

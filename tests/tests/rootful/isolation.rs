@@ -1,6 +1,7 @@
 //! What a container may not do: capabilities, seccomp, paths, devices.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -8,6 +9,7 @@ use berth_cri::v1;
 use berth_tests::daemon::{Setup, rootful, rootful_with};
 use berth_tests::pod::{container, idle, security, words};
 use berth_tests::program::output;
+use berth_tests::streams;
 
 /// The capabilities that images are written for: Docker's and containerd's default set, by number
 /// (capability.h).
@@ -532,6 +534,32 @@ fn nothing_of_the_daemon_is_open_in_a_container() -> Result<()> {
                     "{what}: {open}"
                 );
             }
+        }
+        Ok(())
+    })
+}
+
+/// Whoever has a descriptor of an inode can change its mode, and with the capability its owner.
+#[test]
+fn no_stream_of_a_container_is_a_file_of_the_host() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("streams")?.idle("main")?;
+        let look = |file: &str| format!("stat -L -c '%d %t:%T' {file}");
+        let unwanted = v1::ExecRequest {
+            container_id: main.id.clone(),
+            cmd: words(&["sh", "-c", &format!("exec 3>&1; {} >&2", look("/proc/self/fd/3"))]),
+            stderr: true,
+            ..Default::default()
+        };
+        let unwanted = streams::Command::start(daemon, unwanted)?.finished()?;
+        for (what, found) in [
+            ("input of the program", main.sh(&look("/proc/1/fd/0"))?),
+            ("input of an exec", main.sh(&look("/proc/$$/fd/0"))?),
+            ("output of an exec", unwanted.stderr),
+        ] {
+            let (device, null) = found.trim().split_once(' ').with_context(|| format!("{what}: {found}"))?;
+            assert_eq!(null, "1:3", "{what} is the null device");
+            assert_ne!(device.parse::<u64>()?, fs::metadata("/dev/null")?.dev(), "{what} is the host's");
         }
         Ok(())
     })

@@ -1,0 +1,45 @@
+//! The null device that a program gets for a stream that is not wanted.
+//!
+//! It lies in a file system that nothing else is in. A descriptor of the host's `/dev/null` would be one of
+//! an inode of the host, whose mode and owner its holder could change for everybody: `chmod /proc/self/fd/0`.
+
+use crate::failure::Step;
+use berth_shim_proto::control::Failed;
+use berth_sys::beneath::{Node, Root};
+use berth_sys::file;
+use berth_sys::mount::{FsContext, attr};
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::OnceLock;
+
+const STEP: &str = "make the null device";
+
+/// Where it lies in its file system, as links to open files show it.
+const PLACE: &str = "dev/null";
+
+/// A descriptor of it, for reading and writing. There is one device for all programs of the container.
+pub(crate) fn open() -> Result<OwnedFd, Failed> {
+    static OPENED: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(opened) = OPENED.get() {
+        return opened.try_clone().step(STEP, "");
+    }
+    let made = make()?;
+    let opened = made.try_clone().step(STEP, "")?;
+    // There is one thread; nobody was faster.
+    let _ = OPENED.set(made);
+    Ok(opened)
+}
+
+fn make() -> Result<OwnedFd, Failed> {
+    let context = FsContext::open(c"tmpfs").step(STEP, "tmpfs")?;
+    // The mount goes with the last file that is open in it.
+    let mount = context.mount(attr::NOSUID | attr::NOEXEC).step(STEP, "tmpfs")?;
+    let root = Root::from_fd(mount).step(STEP, "tmpfs")?;
+    let directory = root.make_dir_all(Path::new("dev"), 0o755).step(STEP, "dev")?;
+    let name = OsStr::new("null");
+    directory.make_node(name, Node::CharDevice(1, 3), 0o666).step(STEP, PLACE)?;
+    // The mode that mknod was given lost the umask's bits.
+    directory.chmod(name, 0o666).step(STEP, PLACE)?;
+    root.open_with(Path::new(PLACE), file::READ_WRITE).step(STEP, PLACE)
+}

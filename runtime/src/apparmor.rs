@@ -77,7 +77,7 @@ const MAX_PROFILES_BYTES: u64 = 16 << 20;
 const PARSER_LIMIT: Duration = Duration::from_secs(30);
 
 /// The most that is kept of what the parser says.
-const MAX_COMPLAINT_BYTES: u64 = 4096;
+const MAX_COMPLAINT_BYTES: usize = 4096;
 
 const PARSERS: [&str; 3] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser", "/usr/bin/apparmor_parser"];
 
@@ -208,8 +208,10 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
     let parser = Run {
         program,
         arguments: &["--replace", "--skip-cache", "--quiet"],
+        environment: &[],
         stdin: text.as_bytes(),
         deadline: PARSER_LIMIT,
+        max_output: 0,
         max_message: MAX_COMPLAINT_BYTES,
     };
     let ended = parser.to_end().map_err(run)?.ok_or(AppArmorError::Late)?;

@@ -1,24 +1,23 @@
 //! Running a program of the system to its end.
 //!
-//! It gets nothing of the caller's but a text on its standard input, has a process group, a deadline and a
-//! bound on what it may say, and nothing of its group is left when it has ended. Takes threads, unlike the
-//! rest of this crate.
+//! It gets nothing of the caller's but its arguments, an environment and a text on its standard input. It is
+//! the leader of a process group, has a deadline and a bound on what is kept of its output, and nothing of
+//! its group is left when it has ended.
 
 use crate::process;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often a running program is looked at.
-const POLL: Duration = Duration::from_millis(2);
-
-/// How long what was said may take to be read after the end. Longer only if a process that has left the group
-/// holds the pipe.
+/// How long its streams are read after its end, and how long a killed program may take to be gone. The
+/// streams stay open longer only if a process that has left the group holds them, and a killed program stays
+/// only if it sleeps in the kernel.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What is run.
@@ -28,13 +27,16 @@ pub struct Run<'a, A> {
     pub program: &'a Path,
     /// Without the program's name.
     pub arguments: &'a [A],
+    /// All of its environment.
+    pub environment: &'a [(&'a str, &'a OsStr)],
     /// All of its standard input.
     pub stdin: &'a [u8],
     /// From the start to the end.
     pub deadline: Duration,
-    /// Bytes kept of what it writes to standard error; the rest is read and dropped. Standard output goes
-    /// nowhere.
-    pub max_message: u64,
+    /// Bytes kept of its standard output; the rest is read and dropped.
+    pub max_output: usize,
+    /// Bytes kept of its standard error; the rest is read and dropped.
+    pub max_message: usize,
 }
 
 /// How a program ended.
@@ -42,74 +44,192 @@ pub struct Run<'a, A> {
 pub struct Ended {
     /// Its status.
     pub status: ExitStatus,
+    /// What it wrote to standard output.
+    pub output: Vec<u8>,
     /// What it wrote to standard error.
     pub message: Vec<u8>,
 }
 
 impl<A: AsRef<OsStr>> Run<'_, A> {
-    /// Runs it, in the root directory and without an environment. `None` when it did not end in time; it was
-    /// killed then. Blocking.
+    /// Runs it in the root directory. `None` when it did not end in time; it was killed then. Blocking, at
+    /// most a few seconds longer than the deadline.
     ///
     /// # Errors
     /// When it cannot be started or waited for.
     pub fn to_end(&self) -> io::Result<Option<Ended>> {
-        let end = Instant::now() + self.deadline;
+        let deadline = Instant::now() + self.deadline;
         let mut child = Command::new(self.program)
             .args(self.arguments)
             .env_clear()
+            .envs(self.environment.iter().copied())
             .current_dir("/")
             .process_group(0)
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
-        let conversation = self.converse(&mut child);
-        let in_time = conversation.as_ref().is_ok_and(|_| has_ended(&child, end));
+        let conversation = self.converse(&mut child, deadline);
+        let in_time = conversation.as_ref().is_ok_and(|conversation| conversation.ended);
         // Before it is reaped, which is what lets its number become another's.
-        if let Ok(group) = i32::try_from(child.id()) {
-            let _ = process::signal_group(group, process::SIGKILL);
+        kill_group(&child);
+        let mut conversation = match conversation {
+            Ok(conversation) => conversation,
+            Err(error) => {
+                thread::Builder::new().spawn(move || child.wait())?;
+                return Err(error);
+            }
+        };
+        let soon = Instant::now() + LAST_WORDS;
+        conversation.go_on(soon, |conversation| conversation.ended && conversation.is_over())?;
+        if !conversation.ended {
+            // It sleeps in the kernel, and is gone when that lets it go.
+            thread::Builder::new().spawn(move || child.wait())?;
+            return Ok(None);
         }
         let status = child.wait()?;
-        let message = conversation?.recv_timeout(LAST_WORDS).unwrap_or_default();
-        Ok(in_time.then_some(Ended { status, message }))
+        let Conversation { output, message, .. } = conversation;
+        Ok(in_time.then_some(Ended { status, output: output.kept, message: message.kept }))
     }
 
-    /// On threads, so that a program that reads nothing or says too much cannot hold this one beyond the
-    /// deadline. They end when the pipes close.
-    fn converse(&self, child: &mut Child) -> io::Result<Receiver<Vec<u8>>> {
-        if let Some(mut stdin) = child.stdin.take() {
-            let text = self.stdin.to_owned();
+    /// Talks with it until it has ended or its time is over.
+    fn converse<'run>(&'run self, child: &mut Child, deadline: Instant) -> io::Result<Conversation<'run>> {
+        let number = i32::try_from(child.id()).map_err(io::Error::other)?;
+        let mut conversation = Conversation {
+            process: process::open_pidfd(number)?,
+            ended: false,
+            input: child.stdin.take().map(|stdin| nonblocking(stdin.into())).transpose()?,
+            unwritten: self.stdin,
+            output: Reader::new(child.stdout.take().map(Into::into), self.max_output)?,
+            message: Reader::new(child.stderr.take().map(Into::into), self.max_message)?,
+        };
+        conversation.go_on(deadline, |conversation| conversation.ended)?;
+        Ok(conversation)
+    }
+}
+
+fn kill_group(child: &Child) {
+    if let Ok(group) = i32::try_from(child.id()) {
+        let _ = process::signal_group(group, process::SIGKILL);
+    }
+}
+
+/// A running program and its streams.
+struct Conversation<'run> {
+    process: OwnedFd,
+    ended: bool,
+    /// None when all is written or the program has closed its end.
+    input: Option<std::fs::File>,
+    unwritten: &'run [u8],
+    output: Reader,
+    message: Reader,
+}
+
+impl Conversation<'_> {
+    /// Both of its output streams are closed.
+    fn is_over(&self) -> bool {
+        self.output.stream.is_none() && self.message.stream.is_none()
+    }
+
+    /// Reads, writes and watches for its end until `done`, or until the deadline.
+    fn go_on(&mut self, deadline: Instant, done: impl Fn(&Self) -> bool) -> io::Result<()> {
+        while !done(self) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            let [process, input, output, message] = self.ready(left)?;
+            self.ended |= process;
+            if input {
+                self.write();
+            }
+            if output {
+                self.output.read();
+            }
+            if message {
+                self.message.read();
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until something can be done, and says with which of process, input, output and message.
+    fn ready(&self, left: Duration) -> io::Result<[bool; 4]> {
+        let process = (!self.ended).then(|| self.process.as_fd());
+        let input = self.input.as_ref().map(AsFd::as_fd);
+        let output = self.output.stream.as_ref().map(AsFd::as_fd);
+        let message = self.message.stream.as_ref().map(AsFd::as_fd);
+        let (indices, mut watched): (Vec<_>, Vec<_>) = [process, input, output, message]
+            .into_iter()
+            .enumerate()
+            .filter_map(|(index, descriptor)| {
+                let interest = if index == 1 { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+                descriptor.map(|descriptor| (index, PollFd::new(descriptor, interest)))
+            })
+            .unzip();
+        // Up to the next millisecond, so that a rest of less does not spin.
+        let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+        match poll(&mut watched, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut ready = [false; 4];
+        for (index, watched) in indices.into_iter().zip(watched) {
+            ready[index] = watched.any().unwrap_or(true);
+        }
+        Ok(ready)
+    }
+
+    fn write(&mut self) {
+        let Some(input) = &mut self.input else { return };
+        match input.write(self.unwritten) {
+            Ok(written) => self.unwritten = &self.unwritten[written..],
+            Err(error) if is_passing(&error) => {}
             // A program that stops reading early says why in its message and status.
-            thread::Builder::new().spawn(move || stdin.write_all(&text).unwrap_or_default())?;
+            Err(_) => self.unwritten = &[],
         }
-        let (said, message) = mpsc::channel();
-        if let Some(stderr) = child.stderr.take() {
-            let most = self.max_message;
-            thread::Builder::new().spawn(move || said.send(read(stderr, most)).unwrap_or_default())?;
+        if self.unwritten.is_empty() {
+            self.input = None;
         }
-        Ok(message)
     }
 }
 
-fn read(mut stderr: ChildStderr, most: u64) -> Vec<u8> {
-    let mut message = Vec::new();
-    let kept = stderr.by_ref().take(most).read_to_end(&mut message);
-    // A full pipe would stop the program.
-    kept.and_then(|_| io::copy(&mut stderr, &mut io::sink())).unwrap_or_default();
-    message
+/// What a program writes to one of its streams.
+struct Reader {
+    /// None when it is closed.
+    stream: Option<std::fs::File>,
+    kept: Vec<u8>,
+    most: usize,
 }
 
-/// Waits without reaping it; no, when the time is over.
-fn has_ended(child: &Child, end: Instant) -> bool {
-    let Ok(pid) = i32::try_from(child.id()) else { return false };
-    loop {
-        match process::ended_child(Some(pid)) {
-            Ok(None) if Instant::now() < end => thread::sleep(POLL),
-            Ok(None) => return false,
-            // An error here comes again, and is told, when it is waited for.
-            Ok(Some(_)) | Err(_) => return true,
+impl Reader {
+    fn new(stream: Option<OwnedFd>, most: usize) -> io::Result<Self> {
+        Ok(Self { stream: stream.map(nonblocking).transpose()?, kept: Vec::new(), most })
+    }
+
+    /// Reads once. A full pipe would stop the program, so what is too much is read as well.
+    fn read(&mut self) {
+        let Some(stream) = &mut self.stream else { return };
+        let mut buffer = [0; 16 << 10];
+        match stream.read(&mut buffer) {
+            Ok(0) => self.stream = None,
+            Ok(length) => {
+                let room = self.most.saturating_sub(self.kept.len());
+                self.kept.extend_from_slice(&buffer[..length.min(room)]);
+            }
+            Err(error) if is_passing(&error) => {}
+            Err(_) => self.stream = None,
         }
     }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+fn nonblocking(stream: OwnedFd) -> io::Result<std::fs::File> {
+    let stream = std::fs::File::from(stream);
+    crate::file::set_nonblocking(stream.as_fd())?;
+    Ok(stream)
 }
 
 #[cfg(test)]
@@ -119,11 +239,17 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(30);
 
     fn shell(script: &str, deadline: Duration) -> Option<Ended> {
-        let arguments = ["-c", script];
-        let stdin = b"input\n";
-        Run { program: Path::new("/bin/sh"), arguments: &arguments, stdin, deadline, max_message: 4096 }
-            .to_end()
-            .unwrap()
+        Run {
+            program: Path::new("/bin/sh"),
+            arguments: &["-c", script],
+            environment: &[("PATH", "/usr/bin:/bin".as_ref())],
+            stdin: b"input\n",
+            deadline,
+            max_output: 1024,
+            max_message: 4096,
+        }
+        .to_end()
+        .unwrap()
     }
 
     fn runs(pid: &str) -> bool {
@@ -132,15 +258,36 @@ mod tests {
     }
 
     #[test]
-    fn the_input_arrives_and_the_environment_does_not() {
-        let ended = shell("read line && [ \"$line\" = input ] && [ -z \"$HOME$CARGO\" ]", PATIENCE).unwrap();
+    fn the_input_and_the_environment_arrive_and_nothing_else() {
+        let ended = shell("read line; echo \"$line\"; env | grep -v -e ^PWD= -e ^_=", PATIENCE).unwrap();
         assert!(ended.status.success());
+        let output = String::from_utf8(ended.output).unwrap();
+        let mut lines: Vec<&str> = output.lines().filter(|line| !line.starts_with("SHLVL=")).collect();
+        lines.sort_unstable();
+        assert_eq!(lines, ["PATH=/usr/bin:/bin", "input"]);
     }
 
     #[test]
-    fn what_it_says_is_kept_up_to_a_bound() {
-        let ended = shell("head -c 1000000 /dev/zero | tr '\\0' x >&2; exit 3", PATIENCE).unwrap();
+    fn both_outputs_are_kept_up_to_a_bound() {
+        let script = "head -c 1000000 /dev/zero | tr '\\0' x >&2; head -c 1000000 /dev/zero; exit 3";
+        let ended = shell(script, PATIENCE).unwrap();
         assert_eq!((ended.status.code(), ended.message.len()), (Some(3), 4096));
+        assert_eq!(ended.output, [0; 1024]);
+    }
+
+    #[test]
+    fn an_input_that_is_not_read_holds_nothing_up() {
+        let stdin = vec![b'x'; 1 << 20];
+        let run = Run {
+            program: Path::new("/bin/sh"),
+            arguments: &["-c", "echo done"],
+            environment: &[],
+            stdin: &stdin,
+            deadline: PATIENCE,
+            max_output: 1024,
+            max_message: 0,
+        };
+        assert_eq!(run.to_end().unwrap().unwrap().output, b"done\n");
     }
 
     #[test]
@@ -151,16 +298,35 @@ mod tests {
         // Killed already, it may take a moment to be gone.
         while runs(left.trim()) {
             assert!(begin.elapsed() < PATIENCE, "{left} goes on");
-            thread::sleep(POLL);
+            thread::sleep(Duration::from_millis(2));
         }
         assert!(shell("sleep 1000 & wait", Duration::from_millis(50)).is_none());
         assert!(begin.elapsed() < PATIENCE);
     }
 
     #[test]
+    fn one_that_has_left_its_group_cannot_hold_the_result_back() {
+        let script = "trap 'echo $!; echo result; exit' USR1
+            setsid sh -c \"kill -USR1 $$; exec sleep 1000\" &
+            wait";
+        let ended = shell(script, PATIENCE).unwrap();
+        let output = String::from_utf8(ended.output).unwrap();
+        let Some((pid, "result\n")) = output.split_once('\n') else { panic!("{output}") };
+        process::signal_pidfd(process::open_pidfd(pid.parse().unwrap()).unwrap().as_fd(), process::SIGKILL)
+            .unwrap();
+    }
+
+    #[test]
     fn one_that_is_not_there_is_an_error() {
-        let program = Path::new("/nonexistent/program");
-        let run = Run { program, arguments: &["-v"], stdin: b"", deadline: PATIENCE, max_message: 0 };
+        let run = Run {
+            program: Path::new("/nonexistent/program"),
+            arguments: &["-v"],
+            environment: &[],
+            stdin: b"",
+            deadline: PATIENCE,
+            max_output: 0,
+            max_message: 0,
+        };
         assert_eq!(run.to_end().unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

@@ -18,7 +18,7 @@ const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Most bytes kept of what the program says about an error.
-const MAX_MESSAGE: u64 = 4096;
+const MAX_MESSAGE: usize = 4096;
 
 /// Why the firewall could not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -81,12 +81,20 @@ fn run_program(
     script: &str,
     deadline: Duration,
 ) -> Result<(), Error> {
-    let run = Run { program, arguments, stdin: script.as_bytes(), deadline, max_message: MAX_MESSAGE };
+    let run = Run {
+        program,
+        arguments,
+        environment: &[],
+        stdin: script.as_bytes(),
+        deadline,
+        max_output: 0,
+        max_message: MAX_MESSAGE,
+    };
     let ended = run.to_end().map_err(|source| Error::Run { program: program.to_owned(), source })?;
     match ended {
         None => Err(Error::Timeout { program: program.to_owned() }),
         Some(Ended { status, .. }) if status.success() => Ok(()),
-        Some(Ended { status, message }) => {
+        Some(Ended { status, message, .. }) => {
             let message = String::from_utf8_lossy(&message).trim_end().to_owned();
             Err(Error::Failed { program: program.to_owned(), status, message })
         }

@@ -183,11 +183,11 @@ fn is_crio(leaf: &str) -> bool {
     leaf.starts_with(CRIO_PREFIX) && leaf.ends_with(SCOPE)
 }
 
-/// Whether the cgroup at `path` is a unit of systemd's: a scope in a slice. A directory may be called a scope
-/// outside of one.
+/// Whether the cgroup at `path` is a unit of systemd's: a scope in a slice that is where its name says. Any
+/// other directory may be called the same, such as one that a container has made in its own cgroup.
 pub(crate) fn is_unit(path: &str) -> bool {
     let (parent, leaf) = path.rsplit_once('/').unwrap_or(("", path));
-    leaf.ends_with(SCOPE) && (parent.is_empty() || parent.ends_with(SLICE))
+    leaf.ends_with(SCOPE) && (parent.is_empty() || slice_path(parent).is_ok_and(|slice| slice == parent))
 }
 
 fn invalid(driver: Driver, parent: &str, reason: &'static str) -> Error {
@@ -387,6 +387,7 @@ mod tests {
             ("/berth-0a.scope", "", Driver::Systemd),
             ("/a.slice/crio-0a.scope", "/a.slice", Driver::Systemd),
             ("/kubepods/pod1/crio-0a.scope", "/kubepods/pod1", Driver::Cgroupfs),
+            ("/berth/0a/b.slice/crio-0a.scope", "/berth/0a/b.slice", Driver::Cgroupfs),
         ] {
             let found = Parent::of(path).unwrap();
             assert_eq!((found.path(), found.driver()), (parent, driver), "{path}");
@@ -394,6 +395,20 @@ mod tests {
         }
         assert!(Parent::of("relative/0a").is_err());
         assert!(Parent::of("/../0a").is_err());
+    }
+
+    #[test]
+    fn a_scope_that_is_not_where_systemd_has_its_slice_is_no_unit() {
+        for (path, expected) in [
+            ("/a.slice/a-b.slice/berth-0a.scope", true),
+            ("/berth-0a.scope", true),
+            ("/a.slice/a-b.slice/0a", false),
+            ("/a-b.slice/berth-0a.scope", false),
+            ("/a.slice/berth-0b.scope/a.slice/berth-0a.scope", false),
+            ("/kubepods/pod1/0b/a.slice/berth-0a.scope", false),
+        ] {
+            assert_eq!(is_unit(path), expected, "{path}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod unanswered;
 
 use crate::shim_client::{Holder, ShimError, ShimProgram};
 use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
+use berth_model::id::ContainerId;
 use berth_sys::xattr;
 pub(crate) use left::LeftCgroups;
 use std::collections::BTreeSet;
@@ -162,29 +163,34 @@ impl Cgroups {
         self.owners(cgroup).any(|owner| owner != self.mark_text())
     }
 
-    /// The cgroups of ids that `is_unknown` says nobody has, and their parents: those below the daemon's own
-    /// parent, and those with its mark anywhere else, as below the cgroups of a kubelet's pods.
-    pub(crate) fn orphans(&self, is_unknown: impl Fn(&str) -> bool) -> Vec<(Parent, String)> {
+    /// The cgroups of ids that `is_known` denies, and their parents: those below the daemon's own parent, and
+    /// those with its mark anywhere else, as below the cgroups of a kubelet's pods.
+    pub(crate) fn orphans(&self, is_known: impl Fn(&str) -> bool) -> Vec<(Parent, String)> {
+        let is_id = |name: &str| name.parse::<ContainerId>().is_ok();
         let own = berth_cgroup::leftovers(&self.hierarchy, &self.default_parent).unwrap_or_else(|error| {
             tracing::warn!(error = %crate::chain(&error), "cannot look for orphaned cgroups");
             BTreeSet::new()
         });
-        let elsewhere = berth_cgroup::leaves(&self.hierarchy, &is_unknown).unwrap_or_else(|error| {
+        let elsewhere = berth_cgroup::leaves(&self.hierarchy, is_id).unwrap_or_else(|error| {
             tracing::warn!(error = %crate::chain(&error), "cannot look for orphaned cgroups below the cgroups of pods");
-            Vec::new()
+            berth_cgroup::Leaves::default()
         });
+        if elsewhere.is_cut {
+            tracing::warn!("there are too many cgroups to look for orphaned ones in all of them");
+        }
         let has_mark = |parent: &Parent, id: &str| {
             self.open(parent, id)
                 .is_ok_and(|cgroup| self.owners(&cgroup).any(|owner| owner == self.mark_text()))
         };
         own.into_iter()
-            .filter(|id| is_unknown(id))
+            .filter(|id| is_id(id))
             .map(|id| (self.default_parent.clone(), id))
             .chain(
-                elsewhere.into_iter().filter(|(parent, id)| {
+                elsewhere.found.into_iter().filter(|(parent, id)| {
                     parent.path() != self.default_parent.path() && has_mark(parent, id)
                 }),
             )
+            .filter(|(_, id)| !is_known(id))
             .collect()
     }
 

@@ -68,8 +68,7 @@ impl Remains {
         let mut directories = unknown(&layout.containers())?;
         directories.extend(unknown(&layout.sandboxes())?);
         directories.retain(is_id);
-        let is_unknown = |name: &str| name.parse::<ContainerId>().is_ok() && !node.registry.has(name);
-        let cgroups = node.cgroups.orphans(is_unknown);
+        let cgroups = node.cgroups.orphans(|id| node.registry.has(id));
         let living: Vec<String> = node
             .registry
             .sandboxes()

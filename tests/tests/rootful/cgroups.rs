@@ -12,7 +12,9 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use tonic::Code;
 
 const MIB: i64 = 1 << 20;
@@ -34,6 +36,15 @@ impl ReadOnly {
 impl Drop for ReadOnly {
     fn drop(&mut self) {
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// An empty directory, removed also after a failure.
+struct Made(PathBuf);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
     }
 }
 
@@ -155,6 +166,48 @@ fn cgroups_of_what_nobody_knows_any_more_go_below_the_cgroups_of_pods_too() -> R
         stays.remove()?;
         fs::remove_dir(strangers)?;
         Ok(())
+    })
+}
+
+#[test]
+fn what_a_container_makes_in_its_cgroup_is_not_taken_for_a_container() -> Result<()> {
+    rootful(|daemon| {
+        let name = format!("berth-test-forged{}", std::process::id());
+        let parent = Cgroup::create_by(Driver::of_the_environment()?, &name)?;
+        let mut config = daemon.pod_config("lost");
+        config.linux.get_or_insert_default().cgroup_parent = parent.path();
+        let lost = daemon.pod_of(config.clone())?;
+        config.metadata.get_or_insert_default().name = "stays".to_owned();
+        let main = daemon.pod_of(config)?.idle("main")?;
+        // One that may mount cgroups, and has all that root may have, could do this.
+        let memory = parent.directory("memory")?;
+        let own = parent.below(&main.id).into_iter().find(|found| found.starts_with(&memory));
+        let forged = own.context("the container's cgroup")?.join("6".repeat(64));
+        fs::create_dir(&forged)?;
+        let _forged = Made(forged.clone());
+        let mark = |path: &Path| -> Result<bool> {
+            let mut setfattr = Command::new("setfattr");
+            setfattr.args(["--name", "trusted.berth.root", "--value"]).arg(daemon.root()).arg(path);
+            match setfattr.status() {
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+                other => Ok(other?.success()),
+            }
+        };
+        if !mark(&forged)? {
+            skip("cgroups::what_a_container_makes_in_its_cgroup", "no setfattr here");
+            return Ok(());
+        }
+        daemon.kill()?;
+        fs::remove_dir_all(daemon.root().join("sandboxes").join(&lost.id)).context("removing a record")?;
+        let state = daemon.state().join("sandboxes").join(&lost.id);
+        fs::remove_file(state.join("record")).context("and its copy")?;
+        daemon.start_again()?;
+        // What belongs to no record has been cleared away, cgroups first.
+        within(SOON, "what is left of the lost pod is gone", || Ok((!state.exists()).then_some(())))?;
+        ensure!(parent.below(&lost.id).is_empty(), "the cgroup of the lost pod is there");
+        ensure!(forged.is_dir(), "a cgroup that a container had made was removed");
+        fs::remove_dir(&forged)?;
+        main.status().map_err(Into::into).map(|_| ())
     })
 }
 

@@ -11,7 +11,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -151,10 +150,8 @@ fn is_all_sound(inner: &Inner, id: Digest) -> bool {
 
 /// Enters an image into the store. Blocking. After an error nothing of it is left.
 pub(super) fn commit(inner: &Inner, new: NewImage) -> Result<Image, ContentError> {
-    if new.layers.iter().any(|layer| layer.staged.is_some()) {
-        // Most of what is to be written goes to the disk here, while others may have the lock.
-        sync(inner)?;
-    }
+    // Most of what is to be written goes to the disk here, while others may have the lock.
+    sync_layers(inner, &new)?;
     let _disk = inner.disk();
     let mut way = Way::default();
     let result = commit_locked(inner, &new, &mut way);
@@ -170,10 +167,11 @@ pub(super) fn commit(inner: &Inner, new: NewImage) -> Result<Image, ContentError
     result
 }
 
-/// Makes everything that was written durable.
-fn sync(inner: &Inner) -> Result<(), StoreError> {
-    let root = fs::File::open(&inner.root).map_err(file_error("open", &inner.root))?;
-    berth_sys::file::sync_filesystem(root.as_fd()).map_err(file_error("sync", &inner.root))
+/// Makes the layers durable that are not in the store yet.
+fn sync_layers(inner: &Inner, new: &NewImage) -> Result<(), StoreError> {
+    let staged = new.layers.iter().filter_map(|layer| layer.staged.as_ref());
+    let begun = staged.filter(|staged| !staged.is_committed()).map(|staged| staged.begun).min();
+    begun.map_or(Ok(()), |begun| inner.durable.sync(begun))
 }
 
 /// How far a commit came.
@@ -191,6 +189,7 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
         mend_manifest(inner, id, &new.raw_manifest);
         return name_listed(inner, id, &new.names)?.ok_or(StoreError::BrokenOff.into());
     }
+    let begun = inner.durable.now();
     let (lower, patches) = stack(inner, new, &mut way.pending)?;
     if lower.len() > MAX_LAYERS {
         return Err(ContentError::TooManyLayers(lower.len()));
@@ -226,7 +225,7 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
         write_image(&partial, &record, new)?;
     }
 
-    sync(inner)?;
+    inner.durable.sync(begun)?;
     for layer in &new.layers {
         if let Some(staged) = &layer.staged {
             enter_layer(inner, layer.diff_id, staged, &mut way.entered)?;

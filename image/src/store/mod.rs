@@ -11,6 +11,7 @@
 mod assemble;
 mod collect;
 mod commit;
+mod durable;
 mod fault;
 mod import;
 mod lease;
@@ -47,6 +48,7 @@ pub use record::RecordError;
 pub use stored_layer::StoredLayer;
 
 use collect::{Reach, Waiting};
+use durable::Durable;
 use load::{Held, Tree};
 use record::{ImageRecord, Lower};
 use staging::{Removals, Slot};
@@ -174,6 +176,7 @@ struct Inner {
     waiting: Waiting,
     /// Goes into the names of what is half made or on its way out, so that none comes twice.
     counter: AtomicU64,
+    durable: Durable,
     /// Locked as long as the store is open.
     _lock: File,
 }
@@ -255,6 +258,7 @@ impl Store {
             sweeper: Sweeper::default(),
             waiting: Waiting::default(),
             counter: AtomicU64::new(0),
+            durable: Durable::of(root)?,
             _lock: lock,
         };
         let state = inner.load()?;

@@ -19,6 +19,7 @@ use berth_sys::beneath::Root;
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, Semaphore, oneshot, watch};
 
+use super::durable::Since;
 use super::record::{self, LayerRecord, Lower, OpenQuestions};
 use super::{ContentError, Inner, Pin, StoreError, file_error, make_private_dir, remove_tree};
 use crate::Digest;
@@ -50,6 +51,7 @@ pub(super) struct Staged {
     path: PathBuf,
     pub(super) record: LayerRecord,
     pub(super) summary: Summary,
+    pub(super) begun: Since,
     /// Moved into the store; nothing to clean up.
     committed: AtomicBool,
     removals: Removals,
@@ -170,14 +172,14 @@ pub(super) async fn acquire<F: Fetch>(
     let moved = if guard.is_some() { Arc::clone(&slot.moved) } else { Arc::default() };
     let input = Turns::new(input, Arc::clone(&inner.policy().permits), Handle::current(), moved);
     let path = inner.partial_path(&inner.tree_path(Lower::Layer(diff_id)));
-    let (budget, removals) = (Arc::clone(budget), inner.removals.clone());
+    let (budget, removals, begun) = (Arc::clone(budget), inner.removals.clone(), inner.durable.now());
     let (result_sender, result) = oneshot::channel();
     // Not one of the runtime's threads for blocking work: those are limited, and a slow registry must not use
     // them up.
     std::thread::Builder::new()
         .name("layer".to_owned())
         .spawn(move || {
-            let staged = stage(input, content, path, &budget, removals);
+            let staged = stage(input, content, path, &budget, removals, begun);
             if let (Ok(staged), Some(guard)) = (&staged, &mut guard) {
                 **guard = Arc::downgrade(staged);
             }
@@ -251,6 +253,7 @@ fn stage(
     path: PathBuf,
     budget: &Arc<Budget>,
     removals: Removals,
+    begun: Since,
 ) -> Result<Arc<Staged>, ContentError> {
     let made = unpack_into(input, content, &path, budget);
     if made.is_err()
@@ -259,7 +262,7 @@ fn stage(
         tracing::warn!(error = &error as &dyn std::error::Error, "cannot remove an unfinished layer");
     }
     let (record, summary) = made?;
-    Ok(Arc::new(Staged { path, record, summary, committed: AtomicBool::new(false), removals }))
+    Ok(Arc::new(Staged { path, record, summary, begun, committed: AtomicBool::new(false), removals }))
 }
 
 fn unpack_into(

@@ -82,8 +82,8 @@ impl Directory {
         &self.path
     }
 
-    /// The configuration of the first file by name, as it is now. One that cannot be used is an error, even if
-    /// a later file could be: its author meant it to come first, and it may be half written.
+    /// The configuration of the first file by name, as it is now. One that cannot be used is an error, even
+    /// if a later file could be: its author meant it to come first, and it may be half written.
     ///
     /// # Errors
     /// [`DirectoryError`], naming the file.

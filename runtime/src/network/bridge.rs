@@ -3,7 +3,7 @@
 use super::{Attached, Description, Interface, Namespace, NetworkError, NotReady};
 use crate::chain;
 use crate::config::Config;
-use crate::sandbox::Sandbox;
+use berth_model::id::SandboxId;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
 use berth_network::bridge::{POD_INTERFACE, open_in_pod};
@@ -29,10 +29,10 @@ pub(super) fn set_up(
     Ok(bridge)
 }
 
-pub(super) fn attach(bridge: &Bridge, sandbox: &Sandbox) -> Result<Attached, NetworkError> {
+pub(super) fn attach(bridge: &Bridge, sandbox: &SandboxId) -> Result<Attached, NetworkError> {
     let mut inside = open_in_pod()?;
     let own = ns::open_own(Kind::Network).map_err(NetworkError::Namespace)?;
-    let attachment = bridge.attach(sandbox.id().as_str(), &mut inside, own.as_fd())?;
+    let attachment = bridge.attach(sandbox.as_str(), &mut inside, own.as_fd())?;
     let addresses = attachment.addresses.iter().map(|address| address.address).collect();
     Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(POD_INTERFACE), addresses }] })
 }
@@ -41,11 +41,14 @@ pub(super) fn attach(bridge: &Bridge, sandbox: &Sandbox) -> Result<Attached, Net
 ///
 /// The kernel takes the interfaces away with the namespace, on its own time, once its last user is gone.
 /// Where there is no knowing whether it is, the interface is removed by hand.
-pub(super) fn detach(bridge: &Bridge, sandbox: &Sandbox, namespace: Namespace) -> Result<(), NetworkError> {
-    let id = sandbox.id().as_str();
+pub(super) fn release(
+    bridge: &Bridge,
+    sandbox: &SandboxId,
+    namespace: Namespace,
+) -> Result<(), NetworkError> {
     match namespace {
-        Namespace::Unused => bridge.release(id)?,
-        Namespace::Used | Namespace::Gone => bridge.detach(id)?,
+        Namespace::Unused => bridge.release(sandbox.as_str())?,
+        Namespace::Used | Namespace::Gone => bridge.detach(sandbox.as_str())?,
     }
     Ok(())
 }

@@ -3,8 +3,8 @@
 //! Nothing outside this module knows which kind it is. What a kind has to do:
 //!
 //! - *attach*: in a pod's new namespace, make interfaces and say which addresses they have;
-//! - *detach*: give back what a pod has, from the sandbox alone, so that it can be done by another daemon,
-//!   for the second time, and with the namespace gone;
+//! - *release*: give back what a pod has, once its namespace is let go of, from its id alone, so that it can
+//!   be done by another daemon, for the second time, and with the namespace gone;
 //! - *dead*: find and remove what belongs to sandboxes that are not there;
 //! - *look*: say whether pods can be attached and if not, why; repair or read again what can be.
 //!
@@ -16,7 +16,6 @@ mod error;
 
 use crate::config::Config;
 use crate::lock;
-use crate::sandbox::{Sandbox, SandboxError};
 use berth_model::id::SandboxId;
 use berth_model::layout::Layout;
 use berth_network::Bridge;
@@ -107,27 +106,17 @@ impl Network {
     /// Gives a sandbox its interfaces. Called on a thread in its new network namespace, which is pinned
     /// already; whatever has to run outside is given the node's namespace by the kind. On an error the
     /// sandbox may own something, and has to be detached. Blocking.
-    pub(crate) fn attach(&self, sandbox: &Sandbox) -> Result<Attached, NetworkError> {
+    pub(crate) fn attach(&self, sandbox: &SandboxId) -> Result<Attached, NetworkError> {
         match &self.kind {
             Kind::Bridge(bridge) => bridge::attach(bridge, sandbox),
         }
     }
 
-    /// Gives back what a sandbox has. `unpin` lets go of its pinned namespaces; the kind does it at the
-    /// moment that suits it, and on success has done it. May be repeated. Blocking.
-    pub(crate) fn detach(
-        &self,
-        sandbox: &Sandbox,
-        namespace: Namespace,
-        unpin: impl FnOnce() -> Result<(), SandboxError>,
-    ) -> Result<(), SandboxError> {
-        let detached = match &self.kind {
-            Kind::Bridge(bridge) => {
-                unpin()?;
-                bridge::detach(bridge, sandbox, namespace)
-            }
-        };
-        detached.map_err(|source| SandboxError::NetworkLeft { id: sandbox.id().clone(), source })
+    /// Gives back what a sandbox has, once its namespaces are unpinned. May be repeated. Blocking.
+    pub(crate) fn release(&self, sandbox: &SandboxId, namespace: Namespace) -> Result<(), NetworkError> {
+        match &self.kind {
+            Kind::Bridge(bridge) => bridge::release(bridge, sandbox, namespace),
+        }
     }
 
     /// The addresses that a sandbox has, as far as that is known without its record; the main one first.

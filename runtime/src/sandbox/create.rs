@@ -6,7 +6,7 @@
 use super::creations::Creations;
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, PodNetwork, Wanted};
-use super::{PodProcess, Sandbox, SandboxError, stop, watch};
+use super::{PodProcess, Sandbox, SandboxError, hostname, stop, watch};
 use crate::clock::unix_ns;
 use crate::names::Name;
 use crate::network::Attached;
@@ -33,9 +33,6 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
-
-/// The host's name: proc_sys_kernel(5).
-pub(crate) const HOSTNAME_FILE: &str = "/proc/sys/kernel/hostname";
 
 /// The pod's tmpfs, which bounds what its containers can write to `/dev/shm` and to the shared files of
 /// `/etc`, in memory that is charged to the writer. 64 MiB is what other runtimes give `/dev/shm`.
@@ -65,7 +62,8 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
     let mut sandbox = Sandbox {
         created_at_unix_ns: unix_ns(),
         boot_id: node.boot_id.clone(),
-        hostname: hostname(&config).map_err(SandboxError::file("read", Path::new(HOSTNAME_FILE)))?,
+        hostname: hostname::of(&config)
+            .map_err(SandboxError::file("read", Path::new(hostname::HOST_FILE)))?,
         addresses: Vec::new(),
         cgroup_parent: parent,
         state: Mutex::new(SandboxState::Ready),
@@ -132,14 +130,6 @@ fn make_directories(files: &SandboxFiles) -> Result<(), SandboxError> {
         std::fs::DirBuilder::new().mode(0o700).create(path).map_err(SandboxError::file("create", path))?;
     }
     Ok(())
-}
-
-/// The hostname that a pod gets: the one asked for, or the host's.
-pub(super) fn hostname(config: &Config) -> std::io::Result<String> {
-    if !config.hostname.is_empty() && config.namespaces.network != NamespaceMode::Node {
-        return Ok(config.hostname.clone());
-    }
-    Ok(std::fs::read_to_string(HOSTNAME_FILE)?.trim_end().to_owned())
 }
 
 /// Mounts the pod's tmpfs. One mount holds all that containers of the pod can write to in the runtime

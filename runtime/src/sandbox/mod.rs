@@ -14,6 +14,7 @@ pub(crate) mod create;
 mod creations;
 mod error;
 mod etc_files;
+pub(crate) mod hostname;
 pub(crate) mod lost;
 mod namespaces;
 pub(crate) mod recover;
@@ -131,7 +132,7 @@ impl Sandbox {
     /// Its hostname; the host's with the host's network. Never read from the file that its containers can
     /// write.
     pub(crate) fn hostname(&self) -> std::io::Result<String> {
-        if self.hostname.is_empty() { create::hostname(&self.config) } else { Ok(self.hostname.clone()) }
+        if self.hostname.is_empty() { hostname::of(&self.config) } else { Ok(self.hostname.clone()) }
     }
 
     /// The primary address first; empty with the host's network.

@@ -36,7 +36,7 @@ const KINDS: [Kind; 4] = [Kind::Network, Kind::Ipc, Kind::Uts, Kind::Pid];
 
 /// Makes and pins them. Blocking.
 ///
-/// On an error some may be pinned and the network attached; the caller calls `Network::detach`.
+/// On an error some may be pinned and the network attached; the caller calls `Network::release`.
 pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attached>, SandboxError> {
     let mut flags = 0;
     for (kind, asked) in [
@@ -71,7 +71,7 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, Sandbo
     let mut attached = None;
     if let PodNetwork::Own(network) = wanted.network {
         pin(Kind::Network)?;
-        attached = Some(network.attach(wanted.sandbox).map_err(SandboxError::Network)?);
+        attached = Some(network.attach(&wanted.sandbox.id).map_err(SandboxError::Network)?);
     }
     for (name, value) in &wanted.sandbox.config.sysctls {
         // Names were checked at the edge: letters, digits, dots, underscores and dashes, of namespaces that

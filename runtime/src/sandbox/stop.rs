@@ -13,6 +13,7 @@ use berth_cgroup::Cgroup;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxEvent;
 use berth_sys::mount;
+use berth_sys::ns::Kind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -101,17 +102,16 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     if let Some(process) = &process {
         process.kill();
     }
-    let unpin = || namespaces::unpin(&sandbox.files);
-    if sandbox.config.namespaces.network == NamespaceMode::Node {
-        unpin()?;
-    } else {
-        let is_pinned = namespaces::all_pinned(&sandbox.files, &[berth_sys::ns::Kind::Network]);
-        let namespace = match (is_pinned, used) {
-            (true, false) => Namespace::Unused,
-            (true, true) => Namespace::Used,
-            (false, _) => Namespace::Gone,
-        };
-        node.network.detach(sandbox, namespace, unpin)?;
+    let namespace = match namespaces::all_pinned(&sandbox.files, &[Kind::Network]) {
+        true if used => Namespace::Used,
+        true => Namespace::Unused,
+        false => Namespace::Gone,
+    };
+    namespaces::unpin(&sandbox.files)?;
+    if sandbox.config.namespaces.network != NamespaceMode::Node {
+        node.network
+            .release(&sandbox.id, namespace)
+            .map_err(|source| SandboxError::NetworkLeft { id: sandbox.id.clone(), source })?;
     }
     let tmpfs = sandbox.files.tmpfs();
     match mount::detach(&tmpfs) {

@@ -6,7 +6,7 @@ use crate::container::target::Target;
 use crate::node::Node;
 use crate::oci_spec::{self, CgroupDirectory, Inputs};
 use crate::sandbox::Sandbox;
-use crate::sandbox::create::HOSTNAME_FILE;
+use crate::sandbox::hostname;
 use ::oci_spec::runtime::Spec;
 use berth_cgroup::Cgroup;
 use berth_image::Image;
@@ -34,7 +34,8 @@ pub(super) fn build(
 ) -> Result<Spec, ContainerError> {
     let Subject { node, sandbox, image, id, config } = *subject;
     let target_namespace = resolved.target.as_ref().map(Target::namespace_path);
-    let hostname = sandbox.hostname().map_err(ContainerError::file("read", Path::new(HOSTNAME_FILE)))?;
+    let hostname =
+        sandbox.hostname().map_err(ContainerError::file("read", Path::new(hostname::HOST_FILE)))?;
     let inputs = Inputs {
         container_id: id,
         config,

@@ -58,14 +58,14 @@ fn configuration(node: &Path, name: &str) -> String {
         Ok(plugins) => plugins,
         Err(error) => {
             return format!(
-                "{path} is no CNI configuration ({error}): mend or remove it; Berth does not use it"
+                "{path} is not a CNI configuration ({error}): fix or remove it; Berth does not use it"
             );
         }
     };
     if let Some(plugin) = plugins.iter().find(|plugin| !is_name(plugin)) {
         let plugin = plugin.escape_debug();
         return format!(
-            "{path} names a CNI plugin \"{plugin}\", which no program can be called: mend or remove it"
+            "{path} names a CNI plugin \"{plugin}\", which cannot be the name of a program: fix or remove it"
         );
     }
     let is_missing = |plugin: &&String| {
@@ -75,13 +75,12 @@ fn configuration(node: &Path, name: &str) -> String {
     missing.dedup();
     if !missing.is_empty() {
         return format!(
-            "{path} needs CNI plugins that are not in /opt/cni/bin: {}; a runtime that uses it makes no pod: install them (many are in the \
-             package containernetworking-plugins), or remove the file; Berth does not use it, pods are on Berth's own bridge",
+            "{path} needs CNI plugins that are not in /opt/cni/bin: {}; a runtime that uses it cannot create pods: install them (many are in the package containernetworking-plugins), or remove the file; Berth does not use it, its pods are on its own bridge",
             missing.join(", ")
         );
     }
     format!(
-        "{path} is not used: pods are on Berth's own bridge, and reach those of other nodes only by routes that you set"
+        "{path} is not used: pods are on Berth's own bridge, and reach pods on other nodes only by routes that you add"
     )
 }
 
@@ -89,7 +88,7 @@ fn configuration(node: &Path, name: &str) -> String {
 fn plugins(path: &Path) -> io::Result<Vec<String>> {
     // Opening a pipe would wait for whoever writes to it.
     if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other("it is no file"));
+        return Err(io::Error::other("it is not a regular file"));
     }
     let mut text = Vec::new();
     File::open(path)?.take(LARGEST_BYTES + 1).read_to_end(&mut text)?;
@@ -143,7 +142,7 @@ mod tests {
             (list, Some(r#"{"plugins": [{}]}"#), Note, "network", "missing field `type`"),
             (list, Some(r#"{"plugins": 7}"#), Note, "network", "invalid type"),
             ("etc/cni/net.d/a\nb.json", Some("x"), Note, "network", "net.d/a\\nb.json is no"),
-            ("etc/cni/net.d/c.json/file", Some(""), Note, "network", "it is no file"),
+            ("etc/cni/net.d/c.json/file", Some(""), Note, "network", "it is not a regular file"),
         ]);
         let large = format!("{{\"type\": \"{}\"}}", "x".repeat(1 << 20));
         each_is_named(&[(conf, Some(&large), Note, "network", "larger than 1 MiB")]);

@@ -30,7 +30,7 @@ pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
             Ok(space) if is_root => findings.push(root(path, daemon, space)),
             Ok(space) => findings.extend(state(path, space)),
             Err(error) => {
-                let text = format!("{} cannot be looked at: {error}", path.display());
+                let text = format!("cannot look up {}: {error}", path.display());
                 findings.push(finding(Grade::Broken, "disk", text));
             }
         }
@@ -57,7 +57,7 @@ fn root(path: &Path, daemon: &Daemon, (bytes, free, inodes, inodes_free): Space)
     let shown = path.display();
     if free < floor {
         let text = format!(
-            "{shown} has {} MiB free, and images leave {} MiB: none can be pulled; make room, or lower {key}",
+            "{shown} has {} MiB free, and {} MiB must stay free, so no image can be pulled: free some space, or lower {key}",
             free >> 20,
             floor >> 20
         );
@@ -76,12 +76,12 @@ fn state(path: &Path, (_, free, inodes, inodes_free): Space) -> Option<Finding> 
     let shown = path.display();
     let text = if free < STATE_BYTES {
         format!(
-            "{shown} has {} KiB free, too little for pods: make room, or give the tmpfs a larger size=",
+            "{shown} has {} KiB free, too little for pods: free some space, or mount the tmpfs with a larger size=",
             free >> 10
         )
     } else if inodes > 0 && inodes_free < STATE_INODES {
         format!(
-            "{shown} has {inodes_free} inodes left, too few for pods: make room, or give the tmpfs a larger nr_inodes="
+            "{shown} has {inodes_free} inodes left, too few for pods: remove files, or mount the tmpfs with a larger nr_inodes="
         )
     } else {
         return None;

@@ -28,7 +28,7 @@ fn has_program(node: &Path, name: &str) -> bool {
 
 fn kernel(node: &Path) -> Finding {
     let Some(release) = text(node, "proc/sys/kernel/osrelease") else {
-        return finding(Grade::Broken, "kernel", "its version cannot be read: mount /proc");
+        return finding(Grade::Broken, "kernel", "cannot read its version: mount /proc");
     };
     match version(&release) {
         Some(version) if version >= OLDEST_KERNEL => finding(Grade::Good, "kernel", release),
@@ -51,9 +51,9 @@ fn version(release: &str) -> Option<(u32, u32)> {
 fn overlay(node: &Path) -> Finding {
     let known = text(node, "proc/filesystems").unwrap_or_default();
     if known.lines().any(|line| line.split_whitespace().last() == Some("overlay")) {
-        finding(Grade::Good, "overlay", "the kernel has it")
+        finding(Grade::Good, "overlay", "available")
     } else {
-        finding(Grade::Note, "overlay", "not loaded yet; if pods fail with it: modprobe overlay")
+        finding(Grade::Note, "overlay", "not loaded yet; if pods cannot be created: modprobe overlay")
     }
 }
 
@@ -66,7 +66,7 @@ fn cgroups(node: &Path) -> Finding {
         }
         let missing = missing.join(", ");
         let text = format!(
-            "version 2 without {missing}: take cgroup_disable= and v1 options from the kernel's command line"
+            "version 2 without {missing}: remove cgroup_disable= and v1 options from the kernel's command line"
         );
         return finding(Grade::Broken, "cgroups", text);
     }
@@ -74,8 +74,7 @@ fn cgroups(node: &Path) -> Finding {
         // systemd's hybrid layout has version 2 beside it, without controllers: it counts as version 1.
         let hybrid = if node.join("sys/fs/cgroup/unified").is_dir() { " (hybrid)" } else { "" };
         let text = format!(
-            "version 1{hybrid}: works, with the cgroupfs driver only, and a newer kubelet wants failCgroupV1: false; \
-             for version 2 boot with systemd.unified_cgroup_hierarchy=1"
+            "version 1{hybrid}: works, but only with the cgroupfs driver, and newer kubelets need failCgroupV1: false; for version 2, boot with systemd.unified_cgroup_hierarchy=1"
         );
         return finding(Grade::Note, "cgroups", text);
     }
@@ -84,9 +83,9 @@ fn cgroups(node: &Path) -> Finding {
 
 fn nft(node: &Path) -> Finding {
     if has_program(node, "nft") {
-        finding(Grade::Good, "firewall", "nft is there")
+        finding(Grade::Good, "firewall", "nft is installed")
     } else {
-        finding(Grade::Broken, "firewall", "there is no nft: install the package nftables")
+        finding(Grade::Broken, "firewall", "nft is not installed: install the package nftables")
     }
 }
 
@@ -96,7 +95,7 @@ fn forwarding(node: &Path) -> Finding {
         Some(_) => finding(
             Grade::Broken,
             "forwarding",
-            "off, so pods reach nothing outside: start berthd, or sysctl -w net.ipv4.ip_forward=1",
+            "off, so pods cannot reach other hosts: start berthd, or sysctl -w net.ipv4.ip_forward=1",
         ),
         None => finding(Grade::Broken, "forwarding", "cannot be read: mount /proc"),
     }
@@ -108,17 +107,17 @@ fn forwarding(node: &Path) -> Finding {
 fn bridge_filter(node: &Path) -> Finding {
     match text(node, "proc/sys/net/bridge/bridge-nf-call-iptables").as_deref() {
         Some("1") => {
-            finding(Grade::Good, "services", "the firewall sees what pods of this node say to each other")
+            finding(Grade::Good, "services", "the firewall sees the traffic between pods on this node")
         }
         Some(_) => finding(
             Grade::Note,
             "services",
-            "a pod may not reach a Service of its own node: sysctl -w net.bridge.bridge-nf-call-iptables=1",
+            "pods may not reach Services with pods on this node: sysctl -w net.bridge.bridge-nf-call-iptables=1",
         ),
         None => finding(
             Grade::Note,
             "services",
-            "a pod may not reach a Service of its own node: modprobe br_netfilter",
+            "pods may not reach Services with pods on this node: modprobe br_netfilter",
         ),
     }
 }
@@ -127,11 +126,11 @@ fn apparmor(node: &Path) -> Finding {
     let enabled =
         text(node, "sys/module/apparmor/parameters/enabled").is_some_and(|text| text.starts_with('Y'));
     match (enabled, has_program(node, "apparmor_parser")) {
-        (true, true) => finding(Grade::Good, "apparmor", "on, with its parser"),
+        (true, true) => finding(Grade::Good, "apparmor", "enabled, and apparmor_parser is installed"),
         (true, false) => finding(
             Grade::Broken,
             "apparmor",
-            "on, and containers are refused because their profile cannot be loaded: install the package apparmor",
+            "enabled, but the default profile cannot be loaded, so containers are refused: install the package apparmor",
         ),
         (false, _) => {
             finding(Grade::Good, "apparmor", "not in this kernel; pods that name a profile are refused")
@@ -145,9 +144,9 @@ fn programs_in_memory(node: &Path) -> Finding {
         Some("2") => finding(
             Grade::Note,
             "memfd",
-            "vm.memfd_noexec is 2: the shim runs from a read-only tmpfs instead of a sealed file, and programs in pods cannot run from memory",
+            "vm.memfd_noexec is 2: the shim runs from a read-only tmpfs instead of a memory file, and pods cannot execute memory files",
         ),
-        _ => finding(Grade::Good, "memfd", "programs in memory can run"),
+        _ => finding(Grade::Good, "memfd", "memory files can be executed"),
     }
 }
 

@@ -34,7 +34,7 @@ fn endpoint(configuration: &str, flags: &str, daemon: &Daemon) -> Finding {
         return finding(Grade::Good, "kubelet", "is configured to use Berth");
     }
     let text = format!(
-        "{place} is {found}, so this kubelet uses another runtime: set unix://{} and restart kubelet",
+        "{place} is {found}, so this kubelet uses another runtime: set unix://{} and restart the kubelet",
         daemon.socket.display()
     );
     finding(Grade::Note, "kubelet", text)
@@ -54,7 +54,7 @@ fn driver(configuration: &str, daemon: &Daemon) -> Option<Finding> {
     }
     let text = format!(
         "its cgroupDriver is {found} and Berth's is {own}: a kubelet before 1.31 cannot create pods with that, a newer one asks Berth and uses \
-         the answer; set cgroupDriver: {own} in /{CONFIGURATION} and restart kubelet"
+         the answer; set cgroupDriver: {own} in /{CONFIGURATION} and restart the kubelet"
     );
     Some(finding(Grade::Note, "kubelet", text))
 }

@@ -23,7 +23,7 @@ pub(crate) fn look(node: &Path, daemon: &Daemon) -> impl Iterator<Item = Finding
             format!("{name} serves /{path}: kubeadm finds it too; pass --cri-socket {endpoint}, or stop and disable {name}")
         } else {
             format!(
-                "/{path} is left over from {name}, which does not run: kubeadm finds it all the same; remove the file, or pass \
+                "/{path} is left over from {name}, which is not running, but kubeadm finds it: remove the file, or pass \
                  --cri-socket {endpoint}"
             )
         };

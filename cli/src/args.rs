@@ -57,7 +57,7 @@ pub(crate) enum Command {
     /// the reader of its output goes away. It has the container's environment, working directory and user.
     #[command(override_usage = "berth exec [OPTIONS] CONTAINER CMD...")]
     Exec(ExecArgs),
-    /// Join the input, output and terminal of a running container's program.
+    /// Attach to the input, output and terminal of a running container.
     ///
     /// Shows what it writes from now on; `berth logs` has what it wrote before. Ctrl-C on the container's own
     /// terminal is the program's; the keys to detach leave it running, as any other end of this command does.
@@ -101,7 +101,7 @@ pub(crate) enum Command {
     Doctor,
 }
 
-/// What `berth run` takes.
+/// Arguments of `berth run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// Name and hostname of the pod [default: from the image].
@@ -147,10 +147,10 @@ pub(crate) struct RunArgs {
     /// Run in the background and print the container id.
     #[arg(short, long)]
     pub(crate) detach: bool,
-    /// Pass standard input on to the program. Only with this or --tty can it be attached to.
+    /// Pass on standard input to the program; without this, `berth attach` cannot either.
     #[arg(short, long)]
     pub(crate) interactive: bool,
-    /// Give the program a terminal.
+    /// Allocate a terminal for the program.
     #[arg(short, long)]
     pub(crate) tty: bool,
     /// Keys that detach from the program when typed on its terminal, such as ctrl-p,ctrl-q or ctrl-@,x; empty
@@ -173,7 +173,7 @@ impl RunArgs {
     }
 }
 
-/// What `berth pull` takes.
+/// Arguments of `berth pull`.
 #[derive(Debug, Args)]
 pub(crate) struct PullArgs {
     /// The image.
@@ -189,7 +189,7 @@ pub(crate) struct PullArgs {
     pub(crate) quiet: bool,
 }
 
-/// What `berth ps` takes.
+/// Arguments of `berth ps`.
 #[derive(Debug, Args)]
 pub(crate) struct PsArgs {
     /// Include exited containers, and pods without containers.
@@ -200,7 +200,7 @@ pub(crate) struct PsArgs {
     pub(crate) quiet: bool,
 }
 
-/// What `berth pods` takes.
+/// Arguments of `berth pods`.
 #[derive(Debug, Args)]
 pub(crate) struct PodsArgs {
     /// Print only full ids.
@@ -208,7 +208,7 @@ pub(crate) struct PodsArgs {
     pub(crate) quiet: bool,
 }
 
-/// What `berth logs` takes.
+/// Arguments of `berth logs`.
 #[derive(Debug, Args)]
 pub(crate) struct LogsArgs {
     /// Follow the output until the container exits.
@@ -224,13 +224,13 @@ pub(crate) struct LogsArgs {
     pub(crate) container: String,
 }
 
-/// What `berth exec` takes.
+/// Arguments of `berth exec`.
 #[derive(Debug, Args)]
 pub(crate) struct ExecArgs {
-    /// Pass standard input on to the program.
+    /// Pass on standard input to the program.
     #[arg(short, long)]
     pub(crate) interactive: bool,
-    /// Give the program a terminal.
+    /// Allocate a terminal for the program.
     #[arg(short, long)]
     pub(crate) tty: bool,
     /// Kill the program after this many seconds [default: never].
@@ -243,10 +243,10 @@ pub(crate) struct ExecArgs {
     pub(crate) command: Vec<String>,
 }
 
-/// What `berth attach` takes.
+/// Arguments of `berth attach`.
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
-    /// Pass no input on.
+    /// Do not pass on standard input.
     #[arg(long)]
     pub(crate) no_stdin: bool,
     /// Keys that detach, such as ctrl-p,ctrl-q or ctrl-@,x; empty for none.
@@ -256,7 +256,7 @@ pub(crate) struct AttachArgs {
     pub(crate) container: String,
 }
 
-/// What `berth cp` takes.
+/// Arguments of `berth cp`.
 #[derive(Debug, Args)]
 pub(crate) struct CpArgs {
     /// What to copy.
@@ -267,17 +267,17 @@ pub(crate) struct CpArgs {
     pub(crate) to: Place,
 }
 
-/// What `berth port-forward` takes.
+/// Arguments of `berth port-forward`.
 #[derive(Debug, Args)]
 pub(crate) struct PortForwardArgs {
     /// The pod, or one of its containers.
     pub(crate) pod: String,
-    /// Port here and port in the pod; REMOTE alone is the same here, :REMOTE any free port.
+    /// Local port and port in the pod; REMOTE alone uses the same local port, :REMOTE any free one.
     #[arg(required = true, value_name = "[LOCAL:]REMOTE")]
     pub(crate) ports: Vec<PortSpec>,
 }
 
-/// What `berth stop` takes.
+/// Arguments of `berth stop`.
 #[derive(Debug, Args)]
 pub(crate) struct StopArgs {
     /// Seconds to wait after the stop signal before killing.
@@ -288,7 +288,7 @@ pub(crate) struct StopArgs {
     pub(crate) names: Vec<String>,
 }
 
-/// What `berth rm` takes.
+/// Arguments of `berth rm`.
 #[derive(Debug, Args)]
 pub(crate) struct RmArgs {
     /// Kill running containers. Takes whole names and ids, or at least four characters of an id.
@@ -299,10 +299,10 @@ pub(crate) struct RmArgs {
     pub(crate) names: Vec<String>,
 }
 
-/// What `berth rmi` takes.
+/// Arguments of `berth rmi`.
 #[derive(Debug, Args)]
 pub(crate) struct RmiArgs {
-    /// Remove images that containers were made from, too; those run on, and keep the layers.
+    /// Also remove images that containers use; the containers keep running, and keep the layers.
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Images, by name or id.
@@ -310,13 +310,13 @@ pub(crate) struct RmiArgs {
     pub(crate) images: Vec<String>,
 }
 
-/// What `berth import` takes.
+/// Arguments of `berth import`.
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
     /// Name for the image, instead of those in the archive.
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// Send the archive to the daemon, which may not see this file system.
+    /// Upload the archive, for a daemon that cannot read this file system.
     #[arg(long)]
     pub(crate) upload: bool,
     /// An archive, a directory with an OCI layout, or - for an archive on standard input.
@@ -324,7 +324,7 @@ pub(crate) struct ImportArgs {
     pub(crate) source: PathBuf,
 }
 
-/// What `berth stats` takes.
+/// Arguments of `berth stats`.
 #[derive(Debug, Args)]
 pub(crate) struct StatsArgs {
     /// Containers or pods [default: all].
@@ -332,7 +332,7 @@ pub(crate) struct StatsArgs {
     pub(crate) names: Vec<String>,
 }
 
-/// What `berth inspect` takes.
+/// Arguments of `berth inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// Containers, pods or images.

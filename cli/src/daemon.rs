@@ -1,6 +1,6 @@
 //! The connection to the daemon, and the calls that more than one command makes.
 //!
-//! One connection over the Unix socket carries CRI's two services and Berth's own. A refused call becomes a
+//! One connection over the Unix socket carries CRI's two services and Berth's own. A failed call becomes a
 //! [`CallError`] that says what was tried; commands add nothing to it.
 
 use std::error::Error as _;
@@ -31,14 +31,14 @@ pub(crate) enum ConnectError {
     /// There is no socket at the path.
     #[error("no socket at {0}: is berthd running? Start it, or set its socket with --socket or BERTH_SOCKET")]
     NoSocket(PathBuf),
-    /// The socket is there, and nobody behind it.
+    /// No process is listening on the socket.
     #[error("nothing is listening on {0}: is berthd running? Start it")]
-    NobodyListens(PathBuf),
+    NotListening(PathBuf),
     /// The caller may not use the socket.
     #[error("no permission to use {0}: run this command as root, for example with sudo")]
     Denied(PathBuf),
     /// Something else.
-    #[error("connect to {path}")]
+    #[error("cannot connect to {path}")]
     Connect {
         /// Path of the socket.
         path: PathBuf,
@@ -47,7 +47,7 @@ pub(crate) enum ConnectError {
         source: io::Error,
     },
     /// A connection was made and did not become one for calls.
-    #[error("talk to the daemon on {path}: is it berthd's socket?")]
+    #[error("cannot talk to a daemon on {path}; is it berthd's socket?")]
     Handshake {
         /// Path of the socket.
         path: PathBuf,
@@ -59,22 +59,22 @@ pub(crate) enum ConnectError {
 
 /// A call that did not succeed.
 #[derive(Debug, thiserror::Error)]
-#[error("{act}")]
+#[error("cannot {act}")]
 pub(crate) struct CallError {
-    /// What was tried, like "stop container 0123456789ab".
+    /// What was tried, such as "stop container 0123456789ab".
     pub(crate) act: String,
     /// What the daemon says.
     #[source]
     pub(crate) refusal: Refusal,
 }
 
-/// The daemon's answer to a call that did not succeed, in its words.
+/// The daemon's answer to a call that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct Refusal {
     /// The kind of failure.
     pub(crate) code: Code,
-    /// The daemon's sentence, or what is known without one.
+    /// The daemon's message, or a description of the code.
     message: String,
     /// Whether the answer was lost, and not given.
     lost: bool,
@@ -104,7 +104,7 @@ impl From<Status> for Refusal {
     }
 }
 
-/// Waits for the answer to a call, and puts `act` before what the daemon says against it.
+/// Waits for the answer to a call; an error begins with "cannot `act`".
 ///
 /// # Errors
 /// When the call did not succeed.
@@ -272,7 +272,7 @@ fn connect_error(socket: &Path, source: io::Error) -> ConnectError {
     let path = socket.to_owned();
     match source.kind() {
         io::ErrorKind::NotFound => ConnectError::NoSocket(path),
-        io::ErrorKind::ConnectionRefused => ConnectError::NobodyListens(path),
+        io::ErrorKind::ConnectionRefused => ConnectError::NotListening(path),
         io::ErrorKind::PermissionDenied => ConnectError::Denied(path),
         _ => ConnectError::Connect { path, source },
     }
@@ -293,7 +293,7 @@ mod tests {
         );
         drop(UnixListener::bind(&socket).unwrap());
         assert!(
-            matches!(Daemon::connect(&socket).await, Err(ConnectError::NobodyListens(path)) if path == socket)
+            matches!(Daemon::connect(&socket).await, Err(ConnectError::NotListening(path)) if path == socket)
         );
         let far = directory.path().join("x".repeat(200));
         assert!(matches!(Daemon::connect(&far).await, Err(ConnectError::Connect { .. })));

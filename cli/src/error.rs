@@ -1,4 +1,4 @@
-//! How a command fails, and the exit code that tells.
+//! How a command fails, and its exit code.
 
 use std::process::ExitCode;
 
@@ -22,7 +22,7 @@ pub(crate) const BERTH_FAILED: u8 = 125;
 /// to programs that leave it alone.
 pub(crate) const READER_GONE: u8 = 128 + 13;
 
-/// Why a command did not do what it was asked. A variant without words of its own is that of the module it
+/// Why a command failed. A transparent variant is the error of the module it
 /// names.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -37,7 +37,7 @@ pub(crate) enum Error {
     #[error(transparent)]
     Output(#[from] OutputError),
     /// Input for a program cannot be read.
-    #[error("read standard input")]
+    #[error("cannot read standard input")]
     Input(#[source] std::io::Error),
     #[error(transparent)]
     Pull(#[from] PullError),
@@ -61,7 +61,7 @@ pub(crate) enum Error {
     Image(#[from] images::ImageError),
     #[error(transparent)]
     Remove(#[from] rm::RemoveError),
-    /// Several things were asked for, and some failed; each has been told.
+    /// Several things were asked for, and some failed; each failure was printed.
     #[error("{failed} of {all} failed")]
     Partly { failed: usize, all: usize },
     /// No container is meant by the name, since there is no such image either.
@@ -120,6 +120,6 @@ mod tests {
     fn an_error_is_one_line_whatever_the_daemon_says() {
         let refusal = Status::internal("no\nsuch\u{1b}[31m thing\n").into();
         let error = Error::from(CallError { act: "pull x".into(), refusal });
-        assert_eq!(error.one_line(), "pull x: no?such?[31m thing");
+        assert_eq!(error.one_line(), "cannot pull x: no?such?[31m thing");
     }
 }

@@ -26,7 +26,7 @@ const MAX_ENTRY_BYTES: usize = 4 << 20;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LogFileError {
     /// The file cannot be opened.
-    #[error("open log {path}")]
+    #[error("cannot open the log {path}")]
     Open {
         /// Path of the log.
         path: PathBuf,
@@ -35,7 +35,7 @@ pub(crate) enum LogFileError {
         source: io::Error,
     },
     /// The file cannot be read or looked up any more.
-    #[error("read log {path}")]
+    #[error("cannot read the log {path}")]
     Read {
         /// Path of the log.
         path: PathBuf,

@@ -10,7 +10,7 @@ use crate::log_line::Stream;
 
 /// Writing failed.
 #[derive(Debug, thiserror::Error)]
-#[error("write the output")]
+#[error("cannot write the output")]
 pub(crate) struct OutputError(#[source] pub(crate) io::Error);
 
 /// Writes text to standard output as it is.

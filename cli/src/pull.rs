@@ -30,14 +30,14 @@ pub(crate) enum Narration {
     Silent,
 }
 
-/// Why a pull did not bring an image.
+/// Why a pull failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PullError {
     /// The daemon refused or failed.
     #[error(transparent)]
     Call(#[from] CallError),
     /// The daemon ended the call well without naming an image.
-    #[error("pull {0}: the daemon did not name the image it pulled")]
+    #[error("cannot pull {0}: the daemon did not name the image it pulled")]
     NoImage(String),
 }
 

@@ -12,20 +12,19 @@ use tokio::net::TcpStream;
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RemoteError {
-    /// Nobody answers at the address.
+    /// The address cannot be reached.
     #[error(
-        "connect to the daemon's streaming server at {address}; it is reached from the daemon's host only"
+        "cannot connect to the daemon's streaming server at {address}: {error}; run this command on the daemon's host"
     )]
     Connect {
         /// Host and port.
         address: String,
         /// What the system says.
-        #[source]
-        source: io::Error,
+        error: io::Error,
     },
     /// TLS would be needed.
     #[error(
-        "the daemon's streaming server at {0} uses TLS, which this command does not speak; set \
+        "the daemon's streaming server at {0} uses TLS, which this command does not support; set \
          streaming.address to a loopback address in the daemon's configuration"
     )]
     Secure(String),
@@ -60,7 +59,7 @@ async fn connect(target: &Target) -> Result<TcpStream, RemoteError> {
     if target.is_secure {
         return Err(RemoteError::Secure(target.authority.clone()));
     }
-    let failed = |source| RemoteError::Connect { address: target.authority.clone(), source };
+    let failed = |error| RemoteError::Connect { address: target.authority.clone(), error };
     let io = TcpStream::connect(&target.authority).await.map_err(failed)?;
     // Only makes it quicker.
     let _ = io.set_nodelay(true);

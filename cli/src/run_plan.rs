@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use berth_cri::labels;
 use berth_cri::v1::security_profile::ProfileType;
 use berth_cri::v1::{
     ContainerConfig, ContainerMetadata, ImageSpec, Int64Value, KeyValue, LinuxContainerConfig,
@@ -52,12 +53,6 @@ const MASKED_PATHS: [&str; 12] = [
 
 /// Those that may be read only, for the same.
 const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
-
-/// Labels by which crictl and others show the names of pods and containers, as a kubelet sets them.
-const POD_NAME_LABEL: &str = "io.kubernetes.pod.name";
-const POD_NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
-const POD_UID_LABEL: &str = "io.kubernetes.pod.uid";
-const CONTAINER_NAME_LABEL: &str = "io.kubernetes.container.name";
 
 /// Whose network a pod uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,7 +185,7 @@ fn default_seccomp() -> SecurityProfile {
 }
 
 fn pod_labels(name: &str, namespace: &str, uid: &str) -> BTreeMap<String, String> {
-    [(POD_NAME_LABEL, name), (POD_NAMESPACE_LABEL, namespace), (POD_UID_LABEL, uid)]
+    [(labels::POD_NAME, name), (labels::POD_NAMESPACE, namespace), (labels::POD_UID, uid)]
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into()
 }
@@ -232,7 +227,7 @@ pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
 /// The container to ask for. Wants the sources of the mounts to be UTF-8, as CRI does.
 pub(crate) fn container_config(home: Home, container: ContainerPlan) -> ContainerConfig {
     let Home { namespaces, mut labels } = home;
-    labels.insert(CONTAINER_NAME_LABEL.into(), container.name.clone());
+    labels.insert(labels::CONTAINER_NAME.into(), container.name.clone());
     let mut security_context = LinuxContainerSecurityContext {
         namespace_options: Some(namespaces),
         seccomp: Some(default_seccomp()),
@@ -413,7 +408,7 @@ mod tests {
         let joined = container_config(home_of(&status), plan);
         let options = security(&joined).namespace_options.clone().unwrap();
         assert_eq!((options.network(), options.pid()), (NamespaceMode::Node, NamespaceMode::Container));
-        assert_eq!(joined.labels.get(POD_UID_LABEL).map(String::as_str), Some("u-1"));
+        assert_eq!(joined.labels.get(labels::POD_UID).map(String::as_str), Some("u-1"));
         assert_eq!(joined.log_path, "client.log");
         assert_eq!(known_config(&status).log_directory, "/logs/web_u-1");
     }

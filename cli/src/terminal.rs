@@ -30,12 +30,12 @@ impl Terminal {
             return Ok(None);
         }
         let (resized, continued) =
-            (signal(SignalKind::window_change())?, signal(SignalKind::from_raw(SIGCONT))?);
+            (signal(SignalKind::window_change())?, signal(SignalKind::from_raw(tty::SIGCONT))?);
         let stdin = io::stdin();
         let raw = match (wanted.stdin, stdin.is_terminal()) {
             (true, true) => Some(RawMode::enter(stdin.as_fd())?),
             (true, false) => {
-                output::remark("standard input is not a terminal; the program gets one that nobody types on");
+                output::remark("standard input is not a terminal; the program's terminal gets no input");
                 None
             }
             (false, _) => None,
@@ -72,6 +72,3 @@ impl Terminal {
         }
     }
 }
-
-/// The same number on x86_64 and aarch64: signal(7).
-const SIGCONT: i32 = 18;

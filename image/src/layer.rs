@@ -54,7 +54,7 @@ pub enum LayerError {
         actual: Digest,
     },
     /// Uncompressed bytes beyond what an image may have.
-    #[error("image has more uncompressed bytes than the limit of {limit}")]
+    #[error("image exceeds the limit of {limit} uncompressed bytes")]
     TooLarge {
         /// For all layers of the image together.
         limit: u64,
@@ -81,7 +81,7 @@ pub enum LayerError {
 pub enum Shortage {
     /// Of room.
     #[error(
-        "a layer of {} (compressed) does not fit: {} are free, and {} have to stay free; free some space, or lower {key}",
+        "a layer of {} (compressed) does not fit: {} are free, and {} must stay free; free some space, or lower {key}",
         mebibytes(*.wanted), mebibytes(*.free), mebibytes(*.reserved)
     )]
     Bytes {
@@ -96,7 +96,7 @@ pub enum Shortage {
     },
     /// Of inodes: many small files fill a disk that has bytes left.
     #[error(
-        "{free} inodes are free, and {reserved} have to stay free: remove files, or lower image.min_free_percent"
+        "{free} inodes are free, and {reserved} must stay free: remove files, or lower image.min_free_percent"
     )]
     Inodes {
         /// Inodes that were free when the layer was refused.

@@ -89,10 +89,10 @@ pub enum ManifestError {
     #[error("document is ambiguous: its fields belong to two media types")]
     Confused,
     /// A type that is no image: an artifact, schema 1, a Helm chart.
-    #[error("type '{0}' is not an image")]
+    #[error("media type '{0}' is not an image")]
     UnknownType(String),
     /// More than 500 layers, or more than 10,000 entries of an index.
-    #[error("it lists {count} {what}; the limit is {most}")]
+    #[error("document lists {count} {what}; the limit is {most}")]
     TooLong {
         /// Of what.
         what: &'static str,
@@ -105,7 +105,7 @@ pub enum ManifestError {
     #[error("indexes are nested too deeply")]
     TooDeep,
     /// A digest that is not sha256.
-    #[error("bad digest in the document")]
+    #[error("invalid digest in the document")]
     Digest(#[from] ParseDigestError),
     /// Bytes that are no text where an image says how it is to be run.
     #[error("{0} of the configuration is not UTF-8")]

@@ -24,7 +24,7 @@ const PIECE: usize = 64 * 1024;
 
 /// The reader is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the reader is gone")]
+#[error("the reader has ended")]
 pub(crate) struct ReaderGone;
 
 /// The writer went away without saying that all was sent.

@@ -138,13 +138,14 @@ fn open(path: &Path) -> Result<ImportSource, CallError> {
 async fn upload(node: &Node, requests: &mut Streaming<v1::ImportRequest>) -> Result<File, CallError> {
     let failed = |action| move |source| CallError::File { action, source };
     let mut file =
-        berth_sys::file::unnamed(&node.layout.trash()).map_err(failed("make a file for the upload"))?;
+        berth_sys::file::unnamed(&node.layout.trash()).map_err(failed("create a file for the upload"))?;
     let mut total = 0_u64;
     while let Some(request) = requests.next().await {
-        let request = request
-            .map_err(|status| CallError::Argument(format!("the upload broke off: {}", status.message())))?;
+        let request = request.map_err(|status| {
+            CallError::Argument(format!("the upload was interrupted: {}", status.message()))
+        })?;
         let Some(import_request::Step::Chunk(chunk)) = request.step else {
-            return Err(CallError::Argument("step: a chunk was expected".to_owned()));
+            return Err(CallError::Argument("step: not a chunk".to_owned()));
         };
         if chunk.len() > berth_api::MAX_CHUNK_BYTES {
             return Err(CallError::Argument(format!(
@@ -166,13 +167,11 @@ async fn upload(node: &Node, requests: &mut Streaming<v1::ImportRequest>) -> Res
 }
 
 async fn import(node: &Node, mut requests: Streaming<v1::ImportRequest>) -> Result<Vec<Image>, CallError> {
-    let first = requests
-        .next()
-        .await
-        .transpose()
-        .map_err(|status| CallError::Argument(format!("the request broke off: {}", status.message())))?;
+    let first = requests.next().await.transpose().map_err(|status| {
+        CallError::Argument(format!("the request was interrupted: {}", status.message()))
+    })?;
     let Some(import_request::Step::Start(start)) = first.and_then(|request| request.step) else {
-        return Err(CallError::Argument("step: the first request has to be a start".to_owned()));
+        return Err(CallError::Argument("step: the first request must be a start".to_owned()));
     };
     let name = if start.name.is_empty() { None } else { Some(Reference::parse(&start.name)?) };
     let source = source(node, &start, &mut requests).await?;

@@ -28,6 +28,7 @@ use crate::node::Node;
 use crate::registry::Found;
 use crate::sandbox::Sandbox;
 use berth_cgroup::Cgroup;
+use berth_cri::labels::{CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID};
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::security::NamespaceMode;
 use berth_model::{container, sandbox};
@@ -70,18 +71,12 @@ const MODE: u32 = 0o600;
 /// The name that says "this is the pod itself" to cAdvisor and kubelet.
 const POD: &str = "POD";
 
-/// kubelet's labels, which are where kubelet finds the names for its metrics (`pkg/kubelet/types/labels.go`).
-const CONTAINER_NAME: &str = "io.kubernetes.container.name";
-const POD_NAME: &str = "io.kubernetes.pod.name";
-const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
-const POD_UID: &str = "io.kubernetes.pod.uid";
-
 /// Why nobody listens.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ListenError {
     /// Another runtime does already.
     #[error(
-        "another program is listening on {path}: CRI-O, or another berthd with compat.cadvisor; stop it, or turn the option off here"
+        "another program is listening on {path}: CRI-O, or another berthd with compat.cadvisor; stop it, or turn this option off"
     )]
     Taken {
         /// The file or directory.
@@ -143,14 +138,14 @@ pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
     let path = config.cadvisor_socket.as_deref()?;
     match listen(path).await {
         Ok(Bound { listener, made, identity }) => {
-            tracing::info!(socket = %path.display(), "cAdvisor is answered");
+            tracing::info!(socket = %path.display(), "serving cAdvisor");
             let task = tokio::spawn(serve(listener, node.clone()));
             Some(Socket { path: path.to_owned(), made, identity, task })
         }
         Err(error) => {
             tracing::warn!(
                 error = %crate::chain(&error),
-                "cAdvisor cannot be answered: metrics of this node will lack the names of pods and containers"
+                "cannot serve cAdvisor: metrics of this node will lack the names of pods and containers"
             );
             None
         }
@@ -236,11 +231,11 @@ async fn answer(node: Arc<Node>, request: Request<Incoming>) -> Result<Response<
         (&Method::GET, path) => match path.strip_prefix("/containers/") {
             Some(id) => match described(&node, id).await {
                 Some(body) => (StatusCode::OK, body),
-                None => (StatusCode::NOT_FOUND, json!({ "error": "there is no such container" })),
+                None => (StatusCode::NOT_FOUND, json!({ "error": "no such container" })),
             },
-            None => (StatusCode::NOT_FOUND, json!({ "error": "there are /info and /containers/<id>" })),
+            None => (StatusCode::NOT_FOUND, json!({ "error": "only /info and /containers/<id> exist" })),
         },
-        _ => (StatusCode::METHOD_NOT_ALLOWED, json!({ "error": "only GET is answered" })),
+        _ => (StatusCode::METHOD_NOT_ALLOWED, json!({ "error": "only GET is supported" })),
     };
     let mut response = Response::new(Full::new(Bytes::from(body.to_string())));
     *response.status_mut() = status;
@@ -391,7 +386,7 @@ pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     match made.await {
         Ok(Err(berth_cgroup::Error::AlreadyExists { .. })) | Ok(Ok(_)) | Err(_) => {}
         Ok(Err(error)) => tracing::warn!(
-            sandbox = %sandbox.id(), error = %crate::chain(&error), "cAdvisor will not find the network of this pod"
+            sandbox = %sandbox.id(), error = %crate::chain(&error), "cAdvisor cannot find the network of this pod"
         ),
     }
 }

@@ -91,7 +91,7 @@ pub enum DaemonError {
     #[error("cannot set up the pods' network")]
     Network(#[source] NetworkError),
     /// The host.
-    #[error("cannot find out {what}")]
+    #[error("cannot determine {what}")]
     Host {
         /// What could not be found out.
         what: &'static str,

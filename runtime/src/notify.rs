@@ -75,7 +75,7 @@ impl Notifier {
 
     /// The daemon ends on purpose.
     pub(crate) fn stopping(&self) {
-        self.send("STOPPING=1\nSTATUS=ending; pods go on\n");
+        self.send("STOPPING=1\nSTATUS=stopping; pods keep running\n");
     }
 
     /// Tells the watchdog that the daemon is alive, as long as it is: whenever half of the watchdog's time is

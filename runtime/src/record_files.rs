@@ -319,7 +319,7 @@ pub(crate) fn mend<T: Serialize>(
                 id,
                 version,
                 known = record::VERSION,
-                "a record was written by a newer version; using what is understood of it and leaving the file alone"
+                "a record was written by a newer version; using the parts that this version knows, and leaving the file alone"
             );
         }
     }
@@ -330,7 +330,7 @@ pub(crate) fn set_aside(layout: &Layout, kind: &str, id: &str, record: &Path) {
     let target = layout.quarantine().join(format!("{id}.{kind}"));
     match std::fs::rename(record, &target) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %record.display(), %error, "cannot set a damaged record aside");
+            tracing::warn!(path = %record.display(), %error, "cannot move a damaged record to quarantine");
         }
         _ => {}
     }

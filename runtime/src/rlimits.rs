@@ -79,7 +79,7 @@ pub fn check(written: &WrittenRlimits) -> Result<Vec<PosixRlimit>, Vec<String>> 
     for (name, kind, soft, hard) in CONFIGURABLE {
         match written.get(name).map_or(Ok((soft, hard)), read) {
             Ok((soft, hard)) if kind == PosixRlimitType::RlimitNofile && soft.max(hard) > MOST_FILES => {
-                mistakes.push(format!("{name}: {} is over {MOST_FILES}", soft.max(hard)));
+                mistakes.push(format!("{name}: {} exceeds {MOST_FILES}", soft.max(hard)));
             }
             Ok((soft, hard)) => limits.push(limit(kind, soft, hard)),
             Err(reason) => mistakes.push(format!("{name}: {reason}")),
@@ -118,7 +118,7 @@ fn read(written: &WrittenRlimit) -> Result<(u64, u64), String> {
         }
     };
     if soft > hard {
-        Err(format!("the soft limit {soft} is over the hard one, {hard}"))
+        Err(format!("the soft limit {soft} exceeds the hard limit {hard}"))
     } else {
         Ok((soft, hard))
     }
@@ -174,9 +174,9 @@ mod tests {
             ("nofile", "-1", "neither a number"),
             ("nofile", " 1", "neither a number"),
             ("nofile", "18446744073709551616", "neither a number"),
-            ("nofile", "unlimited", "over 2147483647"),
-            ("nofile", "2:1", "over the hard one"),
-            ("core", "unlimited:1", "over the hard one"),
+            ("nofile", "unlimited", "exceeds 2147483647"),
+            ("nofile", "2:1", "exceeds the hard limit"),
+            ("core", "unlimited:1", "exceeds the hard limit"),
         ] {
             let mistakes = checked(name, WrittenRlimit::Text(text.to_owned())).unwrap_err();
             assert!(mistakes.concat().contains(words), "{text:?}: {mistakes:?}");

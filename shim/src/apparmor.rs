@@ -115,7 +115,7 @@ fn check(mut file: &File, name: &str) -> Result<(), Failed> {
     Err(refused(
         STEP,
         format!(
-            "{name}: it was removed from the kernel after it was set, and {} is in its place; make the container again",
+            "{name}: it was removed from the kernel after it was set, and {} is in its place; recreate the container",
             String::from_utf8_lossy(label).trim_end()
         ),
     ))

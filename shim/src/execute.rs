@@ -142,9 +142,8 @@ fn set_rlimit(resource: u32, soft: u64, hard: u64, notes: &mut Vec<String>) -> R
             let (_, own_hard) = process::rlimit(resource).step("read the resource limit", resource)?;
             let (soft, hard) = (soft.min(own_hard), hard.min(own_hard));
             let name = usize::try_from(resource).ok().and_then(|number| RLIMITS.get(number)).unwrap_or(&"?");
-            notes.push(format!(
-                "the resource limit {name} was lowered to {own_hard}, what the daemon has itself"
-            ));
+            notes
+                .push(format!("the resource limit {name} was lowered to {own_hard}, the daemon's own limit"));
             process::set_rlimit(resource, soft, hard).step("set the resource limit", resource)
         }
         result => result.step("set the resource limit", resource),
@@ -168,7 +167,7 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
     // "(unreachable)".
     let real = std::env::current_dir().step(STEP, path.display())?;
     if !real.is_absolute() {
-        return Err(refused(STEP, format!("{} lies outside of the container", path.display())));
+        return Err(refused(STEP, format!("{} is outside the container", path.display())));
     }
     Ok(())
 }

@@ -133,7 +133,7 @@ impl ChildEnd {
         terminal: Option<BorrowedFd<'_>>,
     ) -> Result<(), Failed> {
         const STEP: &str = "report to the shim";
-        let socket = self.report.take().ok_or_else(|| refused(STEP, "it was done before"))?;
+        let socket = self.report.take().ok_or_else(|| refused(STEP, "it has already reported"))?;
         let report = created.encode_to_vec();
         let mut rest = report.as_slice();
         while let Some((part, after)) =
@@ -182,15 +182,15 @@ impl ShimEnd {
             };
             match buffer.get(..length).and_then(<[u8]>::split_first) {
                 Some((b'P', part)) if self.parts.len() <= MAX_REPORT => self.parts.extend_from_slice(part),
-                Some((b'P', _)) => return Err(refused(STEP, "its report has no end")),
+                Some((b'P', _)) => return Err(refused(STEP, "its report is truncated")),
                 Some((b'R', part)) => {
                     self.parts.extend_from_slice(part);
                     let created = Created::decode(std::mem::take(&mut self.parts).as_slice())
-                        .map_err(|_| refused(STEP, "its report is torn"))?;
+                        .map_err(|_| refused(STEP, "its report is truncated"))?;
                     self.report = None;
                     return Ok(Some(Report { created, terminal: descriptors.into_iter().next() }));
                 }
-                Some(_) => return Err(refused(STEP, "its report is torn")),
+                Some(_) => return Err(refused(STEP, "its report is truncated")),
                 None => {
                     self.report = None;
                     return Ok(None);
@@ -209,7 +209,7 @@ impl ShimEnd {
                 Ok(0) => return Some(Some(decode_failure(&self.said))),
                 // Ours says less.
                 Ok(length) if self.said.len() + length > MAX_FAILURE => {
-                    return Some(Some(refused(STEP, "it said too much")));
+                    return Some(Some(refused(STEP, "its report is too long")));
                 }
                 Ok(length) => self.said.extend_from_slice(buffer.get(..length).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -228,7 +228,7 @@ impl ShimEnd {
 }
 
 fn decode_failure(body: &[u8]) -> Failed {
-    bounded(Failed::decode(body).unwrap_or_else(|_| refused(STEP, "its report is torn")))
+    bounded(Failed::decode(body).unwrap_or_else(|_| refused(STEP, "its report is truncated")))
 }
 
 /// A failure as it may be shown: not too long, and without characters that a log or a terminal would take for

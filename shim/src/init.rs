@@ -326,7 +326,8 @@ fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> 
     let metadata = file.metadata().step("examine a standard stream", "")?;
     // The null device is everybody's, whoever they are.
     if metadata.file_type().is_fifo() && metadata.uid() != user.uid {
-        std::os::unix::fs::fchown(&file, Some(user.uid), None).step("give away a standard stream", "")?;
+        std::os::unix::fs::fchown(&file, Some(user.uid), None)
+            .step("change the owner of a standard stream", "")?;
     }
     Ok(())
 }

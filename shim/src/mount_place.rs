@@ -46,7 +46,10 @@ pub(crate) fn checked(
         Filesystem::Proc if REPLACEABLE_IN_PROC.iter().any(|path| path.as_bytes() == mount.target) => {}
         Filesystem::Proc => {
             let allowed = REPLACEABLE_IN_PROC.join(", ");
-            return Err(refused(STEP, format!("{about} lies in /proc, where only {allowed} can be mounted")));
+            return Err(refused(
+                STEP,
+                format!("{about} is in /proc, where only {allowed} can be mounted on"),
+            ));
         }
         Filesystem::Memory if !lies_in("dev")? => return Ok(place),
         // A request that mounts the host's /dev gets its links with it, and nothing is made in there.

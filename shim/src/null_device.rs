@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::OnceLock;
 
-const STEP: &str = "make the null device";
+const STEP: &str = "create the null device";
 
 /// Where it lies in its file system, as links to open files show it.
 const PLACE: &str = "dev/null";

@@ -45,7 +45,7 @@ fn read_request(connection: &OwnedFd) -> Result<Pause, Failed> {
             return Ok(request);
         }
         match socket::receive(connection.as_fd(), &mut buffer).step(STEP, "")? {
-            (0, _) => return Err(refused(STEP, "it is cut short")),
+            (0, _) => return Err(refused(STEP, "it is truncated")),
             (length, _) => received.extend_from_slice(buffer.get(..length).unwrap_or_default()),
         }
     }
@@ -123,7 +123,7 @@ fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
 /// Takes everything away that somebody in the pod could gain by getting at this process.
 fn confine(profile: Option<Way>, filter: &[u8]) -> Result<(), Failed> {
     process::new_session().step("create a session", "")?;
-    process::set_name(c"berth-pause").step("name the process", "")?;
+    process::set_name(c"berth-pause").step("set the name of the process", "")?;
     crate::rootfs::enter_empty_root()?;
     // Mounting is over, and the credentials have not changed yet.
     profile.map_or(Ok(()), Way::enter)?;

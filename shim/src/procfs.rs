@@ -110,10 +110,7 @@ pub(crate) fn pinned(path: &Path) -> Result<OwnedFd, Failed> {
     let place =
         Root::open(path).step(STEP, path.display())?.resolve(Path::new("")).step(STEP, path.display())?;
     if !mount::is_procfs(place.as_fd()).step(STEP, path.display())? {
-        return Err(refused(
-            STEP,
-            format!("{} is not a procfs: the pod has to be recreated", path.display()),
-        ));
+        return Err(refused(STEP, format!("{} is not a procfs: recreate the pod", path.display())));
     }
     mount::clone_tree(place.as_fd(), Path::new(""), false).step(STEP, path.display())
 }

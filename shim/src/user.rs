@@ -54,7 +54,7 @@ fn read(root: &Root, name: &str) -> Result<Vec<u8>, Failed> {
     };
     let metadata = file.metadata().step(STEP, name)?;
     if !metadata.is_file() || metadata.len() > MAX_FILE {
-        return Err(refused(STEP, format!("/{name} is not a plain file of at most {MAX_FILE} bytes")));
+        return Err(refused(STEP, format!("/{name} is not a regular file of at most {MAX_FILE} bytes")));
     }
     let mut bytes = Vec::new();
     file.take(MAX_FILE).read_to_end(&mut bytes).step(STEP, name)?;

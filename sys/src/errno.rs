@@ -1,6 +1,6 @@
 //! Error numbers that decide something where `io::ErrorKind` has no name for them: errno(3).
 
 pub use libc::{
-    EACCES, ECONNREFUSED, EINVAL, ELOOP, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM, EOPNOTSUPP, ERANGE,
-    ESRCH,
+    EACCES, EAFNOSUPPORT, ECONNREFUSED, EINVAL, ELOOP, EMFILE, ENFILE, ENODEV, ENOENT, ENOEXEC, ENOMEM,
+    EOPNOTSUPP, ERANGE, ESRCH,
 };

@@ -5,6 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::sys::termios::{self, SetArg, Termios};
 
+/// The signal of a process that continues after a stop, when another may have changed its terminal.
+pub use libc::SIGCONT;
+
 /// Whether `file` is on a devpts. Any filesystem can have a file that looks like a `ptmx` and answers an
 /// `ioctl` with what it likes, but says itself what it is.
 ///

@@ -18,14 +18,14 @@ use crate::relay::{Ended, relay};
 use crate::remote;
 use crate::terminal::Terminal;
 
-/// Why a container is not attached to, or not any more.
+/// Why attaching to a container failed or ended early.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AttachError {
-    /// Its program does not run.
+    /// It is not running.
     #[error("container `{0}` is not running; `berth logs {0}` shows what it wrote")]
     NotRunning(String),
     /// The streams failed.
-    #[error("attach to {container}: {text}")]
+    #[error("cannot attach to {container}: {text}")]
     Failed {
         /// The container.
         container: String,

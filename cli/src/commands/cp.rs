@@ -30,20 +30,20 @@ use crate::{output, remote, table};
 pub(crate) enum CpError {
     /// Neither or both sides are in a container.
     #[error(
-        "one side has to be a container: write CONTAINER:PATH for it, and ./PATH for a path here with a colon"
+        "one side must be a container: write CONTAINER:PATH for it, and ./PATH for a local path with a colon"
     )]
     Sides,
     /// There is no process whose root could be looked at.
     #[error("container `{0}` is not running; files are copied from and to running containers only")]
     NotRunning(String),
     /// The process cannot be found.
-    #[error("find the process of {0}; run this command as root, among the processes of the daemon's host")]
-    Process(String, #[source] io::Error),
+    #[error("cannot find the process of {0}: {1}; run this command as root, in the daemon's pid namespace")]
+    Process(String, io::Error),
     /// The number that the daemon says is another's.
     #[error("the process of {0} has ended; try again")]
     Gone(String),
     /// The root of this machine cannot be opened.
-    #[error("open the root directory")]
+    #[error("cannot open the root directory")]
     Root(#[source] io::Error),
     /// An archive is not shown.
     #[error("standard output is a terminal; send the archive to a file or a program")]
@@ -58,7 +58,7 @@ pub(crate) enum CpError {
     #[error(transparent)]
     Extract(#[from] ExtractError),
     /// Standard input or output failed.
-    #[error("pass the archive on")]
+    #[error("cannot pass on the archive")]
     Stream(#[source] io::Error),
     /// The container's tar failed.
     #[error("tar in {container} failed: {text}")]
@@ -127,7 +127,7 @@ async fn enter(daemon: &Daemon, name: &str) -> Result<(Inside, Root), Error> {
     let details = daemon.container_details(&container.id).await?;
     let pid = details.pointer("/pid").and_then(serde_json::Value::as_i64).unwrap_or(0);
     let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or_else(|| CpError::Gone(label.clone()))?;
-    let failed = |source| CpError::Process(label.clone(), source);
+    let failed = |error| CpError::Process(label.clone(), error);
     let process = Identified::find_now(pid).map_err(failed)?;
     // A number may be another's by now. Only processes of the container are in its cgroup.
     let cgroup = process.read(c"cgroup").map_err(failed)?;
@@ -174,7 +174,7 @@ async fn out(inside: Inside, root: Root, path: PathBuf, source: Source, to: &Pat
         (Ok(()), extracted) => extracted.map_err(CpError::from)?,
     };
     for path in report.left_out {
-        output::remark(format_args!("{path} is a device or FIFO and was left out"));
+        output::remark(format_args!("skipped {path}: it is a device or FIFO"));
     }
     Ok(())
 }
@@ -213,7 +213,7 @@ async fn into(inside: Inside, root: Root, from: PathBuf, to: &Path) -> Result<()
             written?;
             for path in report.left_out {
                 let path = table::printable(&path.to_string_lossy());
-                output::remark(format_args!("{path} is a device, FIFO or socket and was left out"));
+                output::remark(format_args!("skipped {path}: it is a device, FIFO or socket"));
             }
         }
     }
@@ -279,7 +279,7 @@ async fn read_container(
         let report = joined(packing.await).map_err(CpError::from)?;
         for path in report.left_out {
             let path = table::printable(&path.to_string_lossy());
-            output::remark(format_args!("{path} is a device, FIFO or socket and was left out"));
+            output::remark(format_args!("skipped {path}: it is a device, FIFO or socket"));
         }
         return Ok(());
     }
@@ -318,7 +318,7 @@ async fn write_container(
         let extracting = tokio::task::spawn_blocking(move || extract(Reader::new(from), &into, &rules));
         let report = joined(extracting.await).map_err(CpError::from)?;
         for path in report.left_out {
-            output::remark(format_args!("{path} is a device or FIFO and was left out"));
+            output::remark(format_args!("skipped {path}: it is a device or FIFO"));
         }
         return Ok(());
     }
@@ -402,7 +402,7 @@ impl Inside {
             Some(Outcome::Exited(0)) => Ok(()),
             Some(Outcome::Exited(code)) => failed(format!("exit code {code}: {said}")),
             Some(Outcome::NotRun { text, .. } | Outcome::Failed(text)) => failed(text),
-            None => failed("the connection broke".to_owned()),
+            None => failed("the connection was lost".to_owned()),
         }
     }
 }
@@ -417,7 +417,7 @@ fn is_there(outcome: Option<Outcome>) -> Result<bool, String> {
         Some(Outcome::Exited(126 | 127) | Outcome::NotRun { .. }) => Ok(false),
         Some(Outcome::Exited(_)) => Ok(true),
         Some(Outcome::Failed(text)) => Err(text),
-        None => Err("the connection broke".to_owned()),
+        None => Err("the connection was lost".to_owned()),
     }
 }
 
@@ -518,7 +518,7 @@ mod tests {
             (Some(Outcome::Exited(127)), Ok(false)),
             (Some(not_run), Ok(false)),
             (Some(Outcome::Failed("no memory".to_owned())), Err("no memory".to_owned())),
-            (None, Err("the connection broke".to_owned())),
+            (None, Err("the connection was lost".to_owned())),
         ] {
             assert_eq!(is_there(outcome), expected);
         }

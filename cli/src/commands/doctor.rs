@@ -59,11 +59,11 @@ fn judge(socket: &Path, info: &InfoResponse, conditions: Vec<RuntimeCondition>) 
     findings.push(finding(
         Grade::Good,
         "driver",
-        format!("{driver}; a kubelet with another cgroupDriver has to be given this one"),
+        format!("{driver}; the kubelet's cgroupDriver must be the same"),
     ));
     findings.extend(conditions.into_iter().filter(|condition| !condition.status).map(|condition| {
         let text = format!(
-            "{} is false: {} {}; the daemon's log says more",
+            "{} is false: {} {}; see the daemon's log",
             condition.r#type, condition.reason, condition.message
         );
         finding(Grade::Broken, "berthd", text)

@@ -18,11 +18,11 @@ use crate::terminal::Terminal;
 /// Why a program was not run, or not to its end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExecError {
-    /// There is no process to join.
+    /// The container is not running.
     #[error("container `{0}` is not running")]
     NotRunning(String),
     /// The program is not there, or cannot be run.
-    #[error("run a program in {container}: {text}")]
+    #[error("cannot run the program in {container}: {text}")]
     NotRun {
         /// In which container.
         container: String,
@@ -32,7 +32,7 @@ pub(crate) enum ExecError {
         code: i32,
     },
     /// It failed in another way.
-    #[error("run a program in {container}: {text}")]
+    #[error("cannot run the program in {container}: {text}")]
     Failed {
         /// In which container.
         container: String,
@@ -76,7 +76,7 @@ pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Er
         stderr: wanted.stderr,
     };
     let mut interrupts = Interrupts::listen().map_err(ExecError::Terminal)?;
-    let act = format!("run a program in {label}");
+    let act = format!("run the program in {label}");
     let starting = async {
         let url = answer(act, daemon.runtime.clone().exec(request)).await?.url;
         Ok::<_, Error>(remote::command(&url, wanted).await?)

@@ -30,7 +30,7 @@ const CHUNKS_UNDERWAY: usize = 2;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ImportError {
     /// The archive or directory cannot be read.
-    #[error("read {path}")]
+    #[error("cannot read {path}")]
     Read {
         /// The path as it was given.
         path: PathBuf,
@@ -45,7 +45,7 @@ pub(crate) enum ImportError {
     #[error("the path {0} is not UTF-8 and cannot be sent to the daemon; use --upload")]
     PathEncoding(PathBuf),
     /// The daemon ended the call well without naming an image.
-    #[error("import {0}: the daemon found no image in it")]
+    #[error("cannot import {0}: the daemon found no image in it")]
     NoImage(PathBuf),
 }
 

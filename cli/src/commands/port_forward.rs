@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use berth_cri::v1::{PodSandboxState, PortForwardRequest};
 use berth_streaming::client::Forwarded;
 use berth_streaming::spdy::connection::{Incoming, Outgoing};
+use berth_sys::errno::EAFNOSUPPORT;
 use futures_util::{FutureExt, TryFutureExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -35,18 +36,17 @@ const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PortForwardError {
     /// The pod has ended.
-    #[error("pod `{0}` is stopped; it listens on no ports")]
+    #[error("cannot forward ports to pod `{0}`: it is stopped")]
     PodIsOver(String),
     /// A port here cannot be had.
-    #[error("listen on {address}; choose another local port, or leave it empty for any: `:{remote}`")]
+    #[error("cannot listen on {address}: {error}; choose another local port, or any with `:{remote}`")]
     Listen {
         /// Where.
         address: SocketAddr,
         /// The port in the pod.
         remote: u16,
         /// What the system says.
-        #[source]
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -103,7 +103,7 @@ async fn listen(spec: PortSpec) -> Result<Vec<TcpListener>, PortForwardError> {
     let bind = async |address: IpAddr, port| {
         let address = SocketAddr::new(address, port);
         let bound = TcpListener::bind(address).await;
-        bound.map_err(|source| PortForwardError::Listen { address, remote: spec.remote, source })
+        bound.map_err(|error| PortForwardError::Listen { address, remote: spec.remote, error })
     };
     let mut tries = 0;
     loop {
@@ -112,9 +112,9 @@ async fn listen(spec: PortSpec) -> Result<Vec<TcpListener>, PortForwardError> {
         let Ok(port) = first.local_addr().map(|address| address.port()) else { continue };
         match bind(Ipv6Addr::LOCALHOST.into(), port).await {
             Ok(second) => return Ok(vec![first, second]),
-            Err(PortForwardError::Listen { source, .. })
-                if matches!(source.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported)
-                    || source.raw_os_error() == Some(EAFNOSUPPORT) =>
+            Err(PortForwardError::Listen { error, .. })
+                if matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported)
+                    || error.raw_os_error() == Some(EAFNOSUPPORT) =>
             {
                 return Ok(vec![first]);
             }
@@ -124,15 +124,12 @@ async fn listen(spec: PortSpec) -> Result<Vec<TcpListener>, PortForwardError> {
     }
 }
 
-/// The same number on x86_64 and aarch64: errno(3).
-const EAFNOSUPPORT: i32 = 97;
-
 async fn accept(listener: TcpListener, to: Destination) {
     loop {
         match listener.accept().await {
             Ok((socket, _)) => drop(tokio::spawn(serve(socket, to.clone()))),
             Err(error) => {
-                output::remark(format_args!("accept a connection: {error}"));
+                output::remark(format_args!("cannot accept a connection: {error}"));
                 tokio::time::sleep(PAUSE).await;
             }
         }
@@ -149,7 +146,7 @@ async fn serve(socket: TcpStream, to: Destination) {
     };
     if let Some(text) = failure {
         output::remark(format_args!(
-            "connection to {}:{}: {}",
+            "cannot forward a connection to {}:{}: {}",
             to.pod,
             to.port,
             crate::table::printable(&text)
@@ -159,7 +156,7 @@ async fn serve(socket: TcpStream, to: Destination) {
 
 async fn connect(to: &Destination) -> Result<Forwarded, Error> {
     let request = PortForwardRequest { pod_sandbox_id: to.pod_id.clone(), port: vec![i32::from(to.port)] };
-    let url = answer("forward a port", to.daemon.runtime.clone().port_forward(request)).await?.url;
+    let url = answer("forward the port", to.daemon.runtime.clone().port_forward(request)).await?.url;
     Ok(remote::forward(&url, to.port).await?)
 }
 

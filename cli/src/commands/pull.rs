@@ -15,7 +15,7 @@ const MAX_PASSWORD_BYTES: u64 = 64 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PasswordError {
     /// Standard input fails.
-    #[error("read the password from standard input")]
+    #[error("cannot read the password from standard input")]
     Read(#[source] io::Error),
     /// Standard input ends before the first character.
     #[error("no password on standard input")]

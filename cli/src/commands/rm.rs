@@ -20,11 +20,11 @@ use super::stop::{report, runs};
 /// Why something is still there.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RemoveError {
-    /// It runs, and force was not asked for.
+    /// It is running, and force was not asked for.
     #[error("`{0}` is running; stop it first, or remove it with -f")]
     Runs(String),
     /// The pod is gone, its logs are not.
-    #[error("remove logs {path}")]
+    #[error("cannot remove the logs in {path}")]
     Logs {
         /// Directory of the logs.
         path: PathBuf,

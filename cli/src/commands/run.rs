@@ -32,7 +32,7 @@ use super::attach::{self, AttachError, streams};
 mod made;
 mod watch;
 
-/// The reason that CRI has for a container that the kernel ended for want of memory.
+/// The CRI's reason for a container that the OOM killer ended.
 const OUT_OF_MEMORY: &str = "OOMKilled";
 
 /// Why a program did not run to its end.
@@ -56,7 +56,7 @@ pub(crate) enum RunError {
     #[error("pod `{0}` already exists; remove it with `berth rm {0}`, or choose another --name")]
     NameTaken(String),
     /// The source of a mount is not there, or cannot be seen.
-    #[error("mount {path}")]
+    #[error("cannot mount {path}")]
     MountSource {
         /// The path as it was given.
         path: PathBuf,
@@ -67,26 +67,25 @@ pub(crate) enum RunError {
     /// CRI has text for paths, and this one is none.
     #[error("the path {0} is not UTF-8 and cannot be sent to the daemon")]
     PathEncoding(PathBuf),
-    /// The directory for logs cannot be made.
-    #[error("create the log directory {path}; choose another with --log-dir")]
+    /// The directory for logs cannot be created.
+    #[error("cannot create the log directory {path}: {error}; choose another with --log-dir")]
     LogDirectory {
         /// The directory.
         path: PathBuf,
         /// What the system says.
-        #[source]
-        source: io::Error,
+        error: io::Error,
     },
     /// The kernel gives no random number for the pod's id.
-    #[error("read a random number from /proc")]
+    #[error("cannot read a random number from /proc")]
     Random(#[source] io::Error),
     /// Signals cannot be listened to.
-    #[error("listen for signals")]
+    #[error("cannot listen for signals")]
     Signals(#[source] io::Error),
     /// The terminal cannot be used.
     #[error("cannot set up the terminal")]
     Terminal(#[source] io::Error),
     /// The program could not be started.
-    #[error("start the program")]
+    #[error("cannot start the program")]
     NotStarted {
         /// The exit code, if it says why.
         exit_code: Option<u8>,
@@ -233,7 +232,7 @@ async fn new_pod(daemon: &Daemon, args: &RunArgs, image: &str) -> Result<PodPlan
     let name = args.name.clone().unwrap_or_else(|| pod_names::from_image(image, &uid));
     check_name_is_free(daemon, &name).await?;
     let log_dir = std::path::absolute(&args.log_dir);
-    let log_dir = log_dir.map_err(|source| RunError::LogDirectory { path: args.log_dir.clone(), source })?;
+    let log_dir = log_dir.map_err(|error| RunError::LogDirectory { path: args.log_dir.clone(), error })?;
     let log_directory = utf8(&run_plan::log_directory(&log_dir, &name, &uid))?;
     let network = if args.host_network { Network::Host } else { Network::Pod };
     Ok(PodPlan { name, uid, network, log_directory, log_bytes: log_bytes(args) })

@@ -109,7 +109,9 @@ fn wanted_ids(inventory: &Inventory, names: &[String]) -> Result<Option<Vec<Stri
 async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
     let request = ListContainerStatsRequest::default();
     let mut stats =
-        answer("measure containers", daemon.runtime.clone().list_container_stats(request)).await?.stats;
+        answer("get the statistics of containers", daemon.runtime.clone().list_container_stats(request))
+            .await?
+            .stats;
     stats.retain(|stats| stats.cpu.is_some() || stats.memory.is_some());
     stats.sort_by(|one, other| id(one).cmp(id(other)));
     Ok(stats)
@@ -119,11 +121,14 @@ async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
 /// cannot tell.
 async fn networks(daemon: &Daemon) -> Result<Vec<(String, NetworkInterfaceUsage)>, CallError> {
     let request = ListPodSandboxStatsRequest::default();
-    let pods = match answer("measure pods", daemon.runtime.clone().list_pod_sandbox_stats(request)).await {
-        Ok(answer) => answer.stats,
-        Err(error) if error.refusal.code == Code::Unimplemented => Vec::new(),
-        Err(error) => return Err(error),
-    };
+    let pods =
+        match answer("get the statistics of pods", daemon.runtime.clone().list_pod_sandbox_stats(request))
+            .await
+        {
+            Ok(answer) => answer.stats,
+            Err(error) if error.refusal.code == Code::Unimplemented => Vec::new(),
+            Err(error) => return Err(error),
+        };
     let mut networks = Vec::new();
     for pod in pods {
         let (Some(attributes), Some(network)) = (pod.attributes, pod.linux.and_then(|linux| linux.network))
@@ -139,7 +144,7 @@ async fn networks(daemon: &Daemon) -> Result<Vec<(String, NetworkInterfaceUsage)
 
 /// Berth's own memory, if the daemon can tell.
 async fn own_usage(daemon: &Daemon) -> Result<Option<UsageResponse>, CallError> {
-    match answer("measure the daemon", daemon.own.clone().usage(UsageRequest {})).await {
+    match answer("get the memory use of the daemon", daemon.own.clone().usage(UsageRequest {})).await {
         Ok(usage) => Ok(Some(usage)),
         Err(error) if error.refusal.code == Code::Unimplemented => Ok(None),
         Err(error) => Err(error),

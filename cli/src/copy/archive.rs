@@ -63,7 +63,7 @@ struct Extension {
 }
 
 fn malformed(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("this is not a tar archive: {what}"))
+    io::Error::new(io::ErrorKind::InvalidData, format!("invalid or unsupported tar archive: {what}"))
 }
 
 impl<R: Read> Archive<R> {
@@ -81,7 +81,7 @@ impl<R: Read> Archive<R> {
         loop {
             self.copy_content(&mut io::sink())?;
             let Some(header) = self.header()? else { return Ok(None) };
-            let size = header.entry_size().map_err(|_| malformed("a size is no number"))?;
+            let size = header.entry_size().map_err(|_| malformed("malformed size"))?;
             match header.entry_type() {
                 EntryType::XHeader => extension.take_records(&self.extension(size)?)?,
                 // Of all entries that follow: nothing in them is used.
@@ -97,7 +97,7 @@ impl<R: Read> Archive<R> {
         let path = extension.path.unwrap_or_else(|| header.path_bytes().into_owned());
         let link = || {
             let link = extension.link.or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned));
-            link.ok_or_else(|| malformed("a link leads nowhere"))
+            link.ok_or_else(|| malformed("link without a target"))
         };
         let kind = match header.entry_type() {
             // Before ustar a directory was a file whose name ends with a slash.
@@ -107,12 +107,12 @@ impl<R: Read> Archive<R> {
             EntryType::Symlink => Kind::Symlink(link()?),
             EntryType::Link => Kind::HardLink(link()?),
             EntryType::Char | EntryType::Block | EntryType::Fifo => Kind::Special,
-            _ => return Err(malformed("an entry has an unknown type, such as sparse files have")),
+            _ => return Err(malformed("unsupported entry type, such as a sparse file")),
         };
         // Only files have content, whatever size others say: tar(1) writes none for them.
         let size = if kind == Kind::File { extension.size.unwrap_or(size) } else { 0 };
         (self.content, self.padding) = (size, padding(size));
-        let mode = header.mode().map_err(|_| malformed("a mode is no number"))? & 0o7777;
+        let mode = header.mode().map_err(|_| malformed("malformed mode"))? & 0o7777;
         let modified = header.mtime().ok().and_then(|time| i64::try_from(time).ok()).unwrap_or(0);
         Ok(Entry { path, kind, mode, modified })
     }
@@ -155,7 +155,7 @@ impl<R: Read> Archive<R> {
             while filled < BLOCK {
                 match self.from.read(block.get_mut(filled..).unwrap_or_default()) {
                     Ok(0) if filled == 0 => return Ok(None),
-                    Ok(0) => return Err(malformed("it ends within a header")),
+                    Ok(0) => return Err(malformed("truncated header")),
                     Ok(length) => filled += length,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => return Err(error),
@@ -163,11 +163,11 @@ impl<R: Read> Archive<R> {
             }
             if block.iter().any(|byte| *byte != 0) {
                 let header = Header::from_byte_slice(&block).clone();
-                let sum = header.cksum().map_err(|_| malformed("a checksum is no number"))?;
+                let sum = header.cksum().map_err(|_| malformed("malformed checksum"))?;
                 return if sum == checksum(&block) {
                     Ok(Some(header))
                 } else {
-                    Err(malformed("a checksum differs"))
+                    Err(malformed("header checksum mismatch"))
                 };
             }
         }
@@ -205,7 +205,7 @@ impl Extension {
     /// Reads records of the form `LENGTH KEY=VALUE\n`, whose length counts all of it. A value may have any
     /// bytes.
     fn take_records(&mut self, mut records: &[u8]) -> io::Result<()> {
-        let wrong = || malformed("a PAX record is malformed");
+        let wrong = || malformed("malformed PAX record");
         while !records.is_empty() {
             let digits =
                 records.iter().position(|byte| *byte == b' ').filter(|at| *at < 20).ok_or_else(wrong)?;
@@ -224,7 +224,7 @@ impl Extension {
                     self.size = Some(size.ok_or_else(wrong)?);
                 }
                 Some(key) if key.starts_with(b"GNU.sparse") => {
-                    return Err(malformed("it has sparse files, which are not understood"));
+                    return Err(malformed("sparse files are not supported"));
                 }
                 _ => {}
             }

@@ -37,13 +37,13 @@ pub(crate) struct Rules {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExtractError {
     /// The stream cannot be read, or is no archive.
-    #[error("read the archive")]
+    #[error("cannot read the archive")]
     Read(#[source] io::Error),
     /// An entry is not what was asked for.
-    #[error("the archive has an entry that was not asked for: {0}")]
+    #[error("the archive has an unexpected entry: {0}")]
     Unexpected(String),
     /// An entry cannot be written.
-    #[error("write {path}")]
+    #[error("cannot write {path}")]
     Write {
         /// Its path in the archive.
         path: String,
@@ -191,7 +191,8 @@ impl Extraction<'_> {
 
     /// Makes `name` another name of a file that was made before.
     fn link(&mut self, parent: &Dir, name: &OsStr, mut target: Vec<OsString>) -> io::Result<()> {
-        let wrong = || error(io::ErrorKind::InvalidData, "its hard link leads to no file of the archive");
+        let wrong =
+            || error(io::ErrorKind::InvalidData, "it is a hard link to a file that is not in the archive");
         let target_name = target.pop().ok_or_else(wrong)?;
         self.walk(target)?;
         let (_, from) = self.last.as_ref().ok_or_else(wrong)?;
@@ -247,7 +248,7 @@ fn make_way(parent: &Dir, name: &OsStr) -> io::Result<()> {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(()),
         Ok(FileType::Regular | FileType::Symlink | FileType::Directory) => {}
         Ok(_) => {
-            return Err(error(io::ErrorKind::AlreadyExists, "a device, FIFO or socket is in its place"));
+            return Err(error(io::ErrorKind::AlreadyExists, "a device, FIFO or socket is in the way"));
         }
         Err(error) => return Err(error),
     }

@@ -26,7 +26,7 @@ use berth_sys::beneath::{FileType, Root, stat_fd};
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PlanError {
     /// It cannot be looked at.
-    #[error("look at {0}")]
+    #[error("cannot look up {0}")]
     Look(PathBuf, #[source] io::Error),
     /// A device, FIFO or socket.
     #[error("{0} is neither a file nor a directory")]
@@ -35,7 +35,7 @@ pub(crate) enum PlanError {
     #[error("{0} is not a directory")]
     NotDirectory(PathBuf),
     /// The directory to copy into is not there.
-    #[error("there is no directory {0}")]
+    #[error("directory {0} does not exist")]
     NoDirectory(PathBuf),
 }
 

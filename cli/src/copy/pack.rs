@@ -19,10 +19,10 @@ const MAX_NAMES: usize = 1_000_000;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PackError {
     /// A file or directory cannot be read.
-    #[error("read {0}")]
+    #[error("cannot read {0}")]
     Read(PathBuf, #[source] io::Error),
     /// The archive cannot be written.
-    #[error("write the archive")]
+    #[error("cannot write the archive")]
     Write(#[source] io::Error),
 }
 

@@ -32,7 +32,7 @@ const MAX_TOKEN_BODY: usize = 1 << 20;
 #[non_exhaustive]
 pub enum AuthError {
     /// The challenge is missing, malformed, or of no known scheme.
-    #[error("registry offers no supported way to authenticate")]
+    #[error("registry offers no supported authentication scheme")]
     Challenge,
     /// Basic authentication is wanted, and there is no user and password for this host.
     #[error("registry requires a user name and a password")]

@@ -69,7 +69,7 @@ pub enum HostsError {
         reason: String,
     },
     /// A key has a value of another type than it takes, or one that makes no sense.
-    #[error("bad value of '{key}'")]
+    #[error("invalid value of '{key}'")]
     Value {
         /// Which key.
         key: String,

@@ -159,8 +159,8 @@ pub enum RegistryError {
         #[source]
         source: TlsError,
     },
-    /// The receiver of the bytes does not want more. Never leaves this crate's pull.
-    #[error("the receiver stopped")]
+    /// The reader of the bytes wants no more. Never leaves this crate's pull.
+    #[error("the reader of the content has stopped")]
     Unwanted,
 }
 
@@ -169,16 +169,16 @@ pub enum RegistryError {
 #[non_exhaustive]
 pub enum Fault {
     /// Below HTTP: name, connection, TLS, or a body that was cut.
-    #[error("transport failed")]
+    #[error("connection failed")]
     Transport(#[source] reqwest::Error),
     /// No headers in time.
-    #[error("no answer in time")]
+    #[error("timed out waiting for an answer")]
     Timeout,
     /// The body came too slowly.
     #[error("transfer stalled")]
     Stalled,
     /// The body ended early.
-    #[error("transfer was cut off")]
+    #[error("connection closed before the end of the content")]
     Cut,
     /// A status that says "try again": 408, 429, 5xx.
     #[error("status {status}")]
@@ -189,7 +189,7 @@ pub enum Fault {
         retry_after: Option<Duration>,
     },
     /// The answer to a request for a range is for another one.
-    #[error("answer is for another range")]
+    #[error("answer covers a different range")]
     WrongRange,
 }
 

@@ -168,7 +168,7 @@ fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("the host has no address that may be connected to")]
+#[error("the host has no allowed address")]
 struct NoAllowedAddress;
 
 /// The system's resolver, `getaddrinfo(3)`, behind a guard for names that a registry chose.

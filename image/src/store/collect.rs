@@ -60,7 +60,7 @@ impl Inner {
             // It is gone, and comes back at worst if the power fails now.
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "the removal of an image may not be durable"
+                "the removal of an image may not survive a crash"
             );
         }
         Ok(())
@@ -105,7 +105,7 @@ impl Inner {
             .find(|target| fs::symlink_metadata(target).is_err_and(|e| e.kind() == io::ErrorKind::NotFound));
         match fs::rename(path, free.unwrap_or(directory)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(file_error("set aside", path)(error))
+                Err(file_error("move to quarantine", path)(error))
             }
             _ => Ok(()),
         }
@@ -148,7 +148,7 @@ impl Inner {
                 Ok(()) => {
                     tracing::warn!(
                         image = name,
-                        "set aside in quarantine: it is unusable, and no container uses it"
+                        "moved to quarantine: it is unusable, and no container uses it"
                     );
                     self.state().held.remove(&name);
                 }
@@ -270,7 +270,7 @@ impl State {
     /// What cannot be used as it is, and what to do: a line for each.
     pub(super) fn faults(&self) -> Vec<String> {
         let way_out = |fault: &Fault| match fault {
-            Fault::Unread(_) => "it is tried again, and a pull of the image replaces it",
+            Fault::Unread(_) => "it is read again later; pulling the image again replaces it",
             Fault::Foreign(_) => "install that version, or pull the image again",
             Fault::Damaged(_) => "pull the image again",
         };
@@ -284,8 +284,5 @@ impl State {
 }
 
 fn complain(error: &StoreError) {
-    tracing::warn!(
-        error = error as &dyn std::error::Error,
-        "cannot remove a part of an image that is no longer needed"
-    );
+    tracing::warn!(error = error as &dyn std::error::Error, "cannot remove a part of a removed image");
 }

@@ -32,7 +32,7 @@ use crate::{Digest, Image};
 #[non_exhaustive]
 pub enum ContentError {
     /// A manifest or a configuration.
-    #[error("cannot use the image's description")]
+    #[error("invalid manifest or configuration")]
     Manifest(#[from] ManifestError),
     /// A manifest or configuration with other bytes than its digest says.
     #[error("content is {actual}, not {expected}")]
@@ -54,8 +54,8 @@ pub enum ContentError {
     /// An archive of images that is packed.
     #[error("cannot unpack the archive")]
     Archive(#[source] LayerError),
-    /// Layers that do not fit together.
-    #[error("layer {diff_id} does not fit onto the layers below it")]
+    /// A layer and those below it contradict each other.
+    #[error("cannot apply layer {diff_id} to the layers below it")]
     Patch {
         /// Diff id.
         diff_id: Digest,

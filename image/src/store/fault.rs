@@ -54,7 +54,7 @@ impl std::fmt::Display for Fault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Unread(why) => write!(f, "cannot be read now: {why}"),
-            Self::Foreign(why) => write!(f, "is of another version of Berth: {why}"),
+            Self::Foreign(why) => write!(f, "was written by another version of Berth: {why}"),
             Self::Damaged(why) => write!(f, "is damaged: {why}"),
         }
     }

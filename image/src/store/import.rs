@@ -92,13 +92,13 @@ pub enum ImportError {
     #[error("'{0}' is missing")]
     Missing(String),
     /// A list that ought to be bounded is not.
-    #[error("archive lists too many entries")]
+    #[error("archive has too many entries")]
     TooLong,
     /// `manifest.json` is not what docker writes.
     #[error("manifest.json was not written by docker save")]
     DockerManifest(#[source] serde_json::Error),
     /// A name was given, but there are several images.
-    #[error("a name was given for an archive of {0} images")]
+    #[error("cannot name the image: the archive has {0} images")]
     AmbiguousName(usize),
     /// The disk is full, or would go below the floor that must stay free.
     #[error("no space left for the image")]

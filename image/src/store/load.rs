@@ -364,7 +364,7 @@ fn load_image(path: &Path, id: Digest, removed: bool, trees: &BTreeMap<Lower, Tr
     let configuration = match manifest::parse_config(&raw_config, record.layers.len()) {
         Ok(configuration) if configuration.diff_ids == record.layers => configuration,
         Ok(_) => {
-            let fault = Fault::Damaged("its record has other layers than its configuration".to_owned());
+            let fault = Fault::Damaged("its record and its configuration list different layers".to_owned());
             return held(fault, Some(record), None);
         }
         Err(error) => {

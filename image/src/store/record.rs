@@ -52,10 +52,10 @@ pub enum RecordError {
     #[error("record is incomplete")]
     Torn,
     /// Written by another version.
-    #[error("record has version {0}, which this version of Berth does not know")]
+    #[error("record version {0} is not supported by this version of Berth")]
     Version(u32),
     /// The checksum holds, so the content is what somebody wrote; this version does not understand it.
-    #[error("record has content that this version of Berth does not know")]
+    #[error("record has content that this version of Berth does not support")]
     Content(#[source] serde_json::Error),
     /// Above 256 MiB.
     #[error("record is too long")]

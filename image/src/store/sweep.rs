@@ -79,7 +79,7 @@ fn delete(path: &Path) {
     if let Err(error) = remove_tree(path) {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
-            "cannot delete the remains of an image; trying again at the next start"
+            "cannot delete what is left of an image; trying again at the next start"
         );
     }
 }

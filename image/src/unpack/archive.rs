@@ -74,13 +74,13 @@ pub enum ArchiveError {
     #[error("cannot read the archive")]
     Read(#[source] io::Error),
     /// The stream ended inside a header or inside content.
-    #[error("archive is cut off")]
+    #[error("archive is truncated")]
     Truncated,
     /// A header's checksum does not hold.
     #[error("header checksum does not match")]
     Checksum,
     /// A number in a header is none, or is out of range.
-    #[error("bad {0} in a header")]
+    #[error("invalid {0} in a header")]
     Field(&'static str),
     /// A type that image layers do not have.
     #[error("entry type '{}' is not supported", char::from(*.0).escape_default())]
@@ -89,7 +89,7 @@ pub enum ArchiveError {
     #[error("extension header is too long")]
     ExtensionTooLong,
     /// Two extension headers of one kind before an entry, or one before the end.
-    #[error("extension header does not belong to one entry")]
+    #[error("extension header without an entry, or two for the same entry")]
     StrayExtension,
     /// A PAX and a GNU extension that give one entry different names.
     #[error("two extension headers disagree about a name")]

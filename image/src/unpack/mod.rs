@@ -155,7 +155,7 @@ pub enum Refusal {
     #[error("the root is not a directory")]
     RootNotDirectory,
     /// A device 0:0 is how overlayfs writes a whiteout.
-    #[error("character device 0:0 would be a forged whiteout")]
+    #[error("character device 0:0 would be read as a whiteout")]
     ForgedWhiteout,
     /// Numbers beyond 12 and 20 bits would be cut.
     #[error("device number is out of range")]
@@ -167,13 +167,13 @@ pub enum Refusal {
     #[error("hard link to a whiteout")]
     LinkToWhiteout,
     /// A symbolic link with no target, or one above 4095 bytes, or with a NUL.
-    #[error("bad target of a symbolic link")]
+    #[error("invalid target of a symbolic link")]
     LinkTarget,
     /// Whiteouts are empty files; AUFS made them hard links to each other.
     #[error("a whiteout is not a regular file")]
     WhiteoutType,
     /// A path leads through something that is no directory.
-    #[error("a file is where a directory is needed")]
+    #[error("a parent is not a directory")]
     FileInTheWay,
 }
 

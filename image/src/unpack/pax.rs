@@ -57,13 +57,13 @@ pub(crate) struct SparseRecords {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PaxError {
     /// The length is missing, not decimal, or points outside the block.
-    #[error("a PAX record has a bad length")]
+    #[error("a PAX record has an invalid length")]
     Length,
     /// No `=`, an empty key, a NUL in the key or in a name, or no newline at the end.
     #[error("a PAX record is malformed")]
     Record,
     /// A number or a time is not one.
-    #[error("a PAX record has a bad value")]
+    #[error("a PAX record has an invalid value")]
     Value,
     /// Records of a sparse file.
     #[error(transparent)]

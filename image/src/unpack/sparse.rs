@@ -24,17 +24,17 @@ pub(crate) struct Segment {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SparseError {
     /// Neither 0.0, 0.1 nor 1.0, or records that do not make one of them.
-    #[error("a sparse file is of an unknown form")]
+    #[error("unknown sparse file format")]
     Form,
     /// On something that has no content, or together with the other form.
-    #[error("a sparse map belongs to something that cannot be sparse")]
+    #[error("a sparse map for something that is not a regular file")]
     Misplaced,
     /// Not numbers, overlapping, out of order, beyond the end of the file, or not for the bytes that the
     /// archive has.
-    #[error("a sparse map does not fit its file")]
+    #[error("a sparse map does not match its file")]
     Map,
     /// More than 65,536 parts.
-    #[error("a sparse map has more than {MAX_SEGMENTS} parts")]
+    #[error("a sparse map has more than {MAX_SEGMENTS} segments")]
     TooLong,
 }
 

@@ -30,7 +30,7 @@ pub(crate) enum Name<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WhiteoutError {
     /// Nothing, `.` or `..` after the prefix: would hide the directory itself or its parent.
-    #[error("a whiteout names no entry")]
+    #[error("a whiteout without the name of an entry")]
     NoTarget,
     /// `.wh.` in a component that is not the last.
     #[error("a whiteout is used as a directory")]

@@ -8,6 +8,7 @@
 //! same message always encodes to the same bytes.
 #![forbid(unsafe_code)]
 
+pub mod labels;
 mod redacted;
 
 /// Package `runtime.v1`: every message, and one module each for the clients and servers of the two services.

@@ -176,13 +176,13 @@ impl Cgroup {
 fn check(rules: &[DeviceRule]) -> Result<(), Error> {
     let invalid = |value, reason| Err(Error::InvalidLimit { limit: "devices", value, reason });
     if rules.len() > MAX_RULES {
-        return invalid(rules.len().to_string(), "there are more than 1024 rules");
+        return invalid(rules.len().to_string(), "more than 1024 rules");
     }
     for rule in rules {
         if rule.major.is_some_and(|major| major > MAX_MAJOR)
             || rule.minor.is_some_and(|minor| minor > MAX_MINOR)
         {
-            return invalid(v1_line(rule), "there is no such device number");
+            return invalid(v1_line(rule), "invalid device number");
         }
     }
     Ok(())

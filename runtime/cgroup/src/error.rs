@@ -166,7 +166,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Processes were left when the time was up.
-    #[error("{left} processes of the cgroup {path:?} are still there after {waited_ms} ms")]
+    #[error("{left} processes of the cgroup {path:?} have not ended after {waited_ms} ms")]
     StillPopulated {
         /// The cgroup.
         path: PathBuf,

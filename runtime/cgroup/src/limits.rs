@@ -98,7 +98,7 @@ pub enum Note {
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoSwapAccounting => f.write_str("the kernel does not account swap; only memory is limited"),
+            Self::NoSwapAccounting => f.write_str("swap accounting is not available; only memory is limited"),
         }
     }
 }
@@ -226,7 +226,7 @@ pub(crate) fn plan(version: Version, limits: &Limits, present: &Present) -> Resu
             return Err(Error::InvalidLimit {
                 limit,
                 value: list.clone(),
-                reason: "it is not a list like 0-3,7",
+                reason: "it is not a list such as 0-3,7",
             });
         }
         steps.push(step(limit, "cpuset", file, list.clone()));
@@ -260,7 +260,7 @@ fn plan_memory(
             return Err(Error::InvalidLimit {
                 limit: "memory_swap_limit_bytes",
                 value: swap.v2(),
-                reason: "it is memory and swap together, and below the memory limit",
+                reason: "memory and swap together are less than the memory limit",
             });
         }
     }
@@ -307,7 +307,7 @@ fn plan_memory(
                         return Err(Error::InvalidLimit {
                             limit: "memory_swap_limit_bytes",
                             value: total.to_string(),
-                            reason: "it is memory and swap together, and below the memory limit",
+                            reason: "memory and swap together are less than the memory limit",
                         });
                     }
                 },
@@ -315,7 +315,7 @@ fn plan_memory(
                     return Err(Error::InvalidLimit {
                         limit: "memory_swap_limit_bytes",
                         value: total.to_string(),
-                        reason: "it is memory and swap together, and memory is not limited",
+                        reason: "it limits memory and swap together, but memory has no limit",
                     });
                 }
                 (None, _) => match memory {
@@ -370,7 +370,7 @@ fn plan_unified(
     for (key, value) in unified {
         let invalid = |reason| Error::InvalidLimit { limit: "unified", value: key.clone(), reason };
         if matches!(version, Version::V1) {
-            return Err(invalid("there is no such file on cgroup v1"));
+            return Err(invalid("cgroup v1 has no such file"));
         }
         if !key.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'))
             || key.starts_with('.')
@@ -384,7 +384,7 @@ fn plan_unified(
             return Err(invalid("it is not a limit"));
         }
         if value.len() > MAX_UNIFIED_VALUE_BYTES || value.contains('\0') {
-            return Err(invalid("its value is too long or has a NUL in it"));
+            return Err(invalid("its value is too long or contains a NUL byte"));
         }
         steps.push(step("unified", "unified", key, value.clone()));
     }

@@ -204,12 +204,12 @@ fn normal(driver: Driver, parent: &str) -> Result<String, Error> {
         return invalid("it is too long");
     }
     if parent.contains(['\0', '\n']) {
-        return invalid("it has a NUL or a line end in it");
+        return invalid("it contains a NUL byte or newline");
     }
     let mut path = String::with_capacity(parent.len());
     for element in parent.split('/').filter(|element| !element.is_empty()) {
         if element == "." || element == ".." {
-            return invalid("it has a '.' or '..' element");
+            return invalid("it contains a '.' or '..' element");
         }
         if element.len() > MAX_NAME_BYTES {
             return invalid("an element is longer than 255 bytes");
@@ -240,10 +240,10 @@ fn slice_path(parent: &str) -> Result<String, Error> {
         .bytes()
         .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b':' | b'-' | b'_' | b'.' | b'\\'))
     {
-        return refuse("the name of a slice has letters, digits, and : - _ . \\ only");
+        return refuse("the name of a slice may contain only letters, digits, and : - _ . \\");
     }
     if stem.is_empty() || stem.starts_with('-') || stem.ends_with('-') || stem.contains("--") {
-        return refuse("a dash in the name of a slice stands between two parts");
+        return refuse("a dash in the name of a slice must be between two parts");
     }
     let mut expanded = String::new();
     for (at, _) in stem.match_indices('-').chain([(stem.len(), "")]) {
@@ -262,15 +262,15 @@ pub(crate) fn check_id(parent: &Parent, id: &str) -> Result<(), Error> {
     let reason = if id.is_empty() {
         "it is empty"
     } else if id == "." || id == ".." {
-        "it means another directory"
+        "it refers to another directory"
     } else if id.contains(['/', '\0', '\n']) {
-        "it has a slash, a NUL or a line end in it"
+        "it contains a slash, NUL byte or newline"
     } else if parent.leaf(id).len() > MAX_NAME_BYTES {
         "it is longer than 255 bytes"
     } else if (parent.driver == Driver::Systemd || parent.naming == Naming::Crio)
         && !id.bytes().all(|byte| byte.is_ascii_alphanumeric())
     {
-        "the id in a scope's name has letters and digits only"
+        "the id in a scope's name may contain only letters and digits"
     } else {
         return Ok(());
     };

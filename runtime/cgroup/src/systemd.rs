@@ -61,7 +61,7 @@ pub enum SystemdError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The job was not done.
-    #[error("the job of systemd ended as {result:?}")]
+    #[error("systemd's job ended with {result:?}")]
     Job {
         /// As in the signal `JobRemoved`: `canceled`, `timeout`, `failed`, `dependency`, `skipped`.
         result: String,

@@ -80,7 +80,7 @@ pub enum Error {
         source: io::Error,
     },
     /// All addresses of a family are taken.
-    #[error("no address is left from {} on: {taken} are allocated", first)]
+    #[error("no free address from {} on: {taken} are allocated", first)]
     Exhausted {
         /// First address of the range.
         first: IpAddr,
@@ -129,7 +129,7 @@ impl AddressStore {
     pub fn open(directory: &Path, ranges: &[Range]) -> Result<Self, Error> {
         let fail = |operation, path: &Path, source| Error::File { operation, path: path.to_owned(), source };
         let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-        made.map_err(|source| fail("make the directory", directory, source))?;
+        made.map_err(|source| fail("create the directory", directory, source))?;
         let (mut owners, mut unread) = (BTreeMap::new(), BTreeSet::new());
         let mut newest: Vec<Option<(SystemTime, IpAddr)>> = vec![None; ranges.len()];
         let entries =
@@ -359,7 +359,7 @@ impl AddressStore {
                 let read = read_owner(&path).map_err(|source| fail("read the record", source))?;
                 return Ok(read.map(|(owner, _)| owner).unwrap_or_default());
             }
-            Err(source) => return Err(fail("make the record", source)),
+            Err(source) => return Err(fail("create the record", source)),
         };
         file.write_all(sandbox_id.as_bytes()).map_err(|source| {
             // The write's failure (a full disk) is the one to report; a broken record is removed at the next

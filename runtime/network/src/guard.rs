@@ -80,7 +80,7 @@ pub(crate) fn table_exists(netfilter: &mut Netlink, family: Family, table: &str)
 /// # Errors
 /// What the kernel said; `ENOENT` when the firewall was flushed. Nothing is changed then.
 pub(crate) fn admit(netfilter: &mut Netlink, table: &str, port: &Port) -> Result<(), Error> {
-    let messages = elements("let the pod use its addresses", NEW_ELEMENT, NLM_F_CREATE, table, port);
+    let messages = elements("allow the pod its addresses", NEW_ELEMENT, NLM_F_CREATE, table, port);
     transact(netfilter, messages)
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn admit(netfilter: &mut Netlink, table: &str, port: &Port) -> Result
 /// # Errors
 /// What the kernel said.
 pub(crate) fn dismiss(netfilter: &mut Netlink, table: &str, port: &Port) -> Result<(), Error> {
-    let messages = || elements("take back the pod's use of its addresses", DELETE_ELEMENT, 0, table, port);
+    let messages = || elements("revoke the pod's addresses", DELETE_ELEMENT, 0, table, port);
     match transact(netfilter, messages()) {
         Err(error) if error.errno() == Some(Errno::ENOENT) => {}
         outcome => return outcome,

@@ -27,7 +27,7 @@ use oci_spec::runtime::LinuxSeccomp;
 
 pub use cache::Cache;
 pub use default_profile::default_profile;
-pub use parse::{Circumstances, ParseError, parse_profile};
+pub use parse::{Circumstances, MAX_PROFILE_BYTES, ParseError, parse_profile};
 
 /// A filter, ready for `seccomp(SECCOMP_SET_MODE_FILTER)`: seccomp(2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +64,7 @@ pub enum CompileError {
         most: u32,
     },
     /// A rule for no system call: an error by the runtime-spec.
-    #[error("a seccomp rule names no system call")]
+    #[error("a seccomp rule does not name a system call")]
     NoNames,
     /// There are six arguments, counted from 0.
     #[error("a seccomp rule for {syscall} has an argument with index {index}, above 5")]

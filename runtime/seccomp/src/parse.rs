@@ -11,20 +11,17 @@ use serde_json::Value;
 
 use crate::abi::Abi;
 
-/// The largest file taken. Docker's default profile has 15 KiB; a list of all system calls with conditions
+/// The largest profile that is parsed, in bytes. Docker's default profile has 15 KiB; a list of all system calls with conditions
 /// stays far below this.
-const MAX_BYTES: usize = 1024 * 1024;
+pub const MAX_PROFILE_BYTES: usize = 1024 * 1024;
 
 /// Why a profile cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseError {
     /// More than a profile can reasonably have.
-    #[error("the seccomp profile has {bytes} bytes, more than 1 MiB")]
-    TooLarge {
-        /// Its size.
-        bytes: usize,
-    },
+    #[error("the seccomp profile is larger than 1 MiB")]
+    TooLarge,
     /// Not JSON, or not of the form.
     #[error("the seccomp profile is not an OCI seccomp object")]
     Malformed {
@@ -39,7 +36,7 @@ pub enum ParseError {
         name: String,
     },
     /// `minKernel` that is not a version.
-    #[error("the seccomp profile has a minKernel that is not like 4.8: {text:?}")]
+    #[error("the seccomp profile has an invalid minKernel (expected a version such as 4.8): {text:?}")]
     Kernel {
         /// As written.
         text: String,
@@ -189,8 +186,8 @@ fn errno(name: Option<String>, number: Option<u32>) -> Result<Option<u32>, Parse
 /// # Errors
 /// See [`ParseError`].
 pub fn parse_profile(bytes: &[u8], circumstances: &Circumstances<'_>) -> Result<LinuxSeccomp, ParseError> {
-    if bytes.len() > MAX_BYTES {
-        return Err(ParseError::TooLarge { bytes: bytes.len() });
+    if bytes.len() > MAX_PROFILE_BYTES {
+        return Err(ParseError::TooLarge);
     }
     let malformed = |source| ParseError::Malformed { source };
     let plain = with_names(bytes).map_err(malformed)?;
@@ -371,8 +368,8 @@ mod tests {
             Err(ParseError::Malformed { .. })
         ));
         assert!(matches!(
-            parse_profile(&vec![b' '; MAX_BYTES + 1], &Circumstances::default()),
-            Err(ParseError::TooLarge { .. })
+            parse_profile(&vec![b' '; MAX_PROFILE_BYTES + 1], &Circumstances::default()),
+            Err(ParseError::TooLarge)
         ));
     }
 }

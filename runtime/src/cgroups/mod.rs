@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use unanswered::Unanswered;
 
-/// How long a cgroup that could not be limited may take to go.
-const CGROUP_GONE: Duration = Duration::from_secs(10);
+/// How long a cgroup may take to be empty after a kill, and to be removed.
+pub(crate) const CGROUP_GONE: Duration = Duration::from_secs(10);
 
 /// The extended attribute of a cgroup that names the root of the daemon that made it. `trusted`: a
 /// container's root may not change it.

@@ -257,11 +257,11 @@ fn streaming(check: &mut Check, written: WrittenStreaming) -> StreamingConfig {
         }),
         (None, None) => None,
         (Some(_), None) => {
-            check.0.push(Mistake { key: "streaming.tls_key", reason: "it is missing".to_owned() });
+            check.0.push(Mistake { key: "streaming.tls_key", reason: "missing".to_owned() });
             None
         }
         (None, Some(_)) => {
-            check.0.push(Mistake { key: "streaming.tls_certificate", reason: "it is missing".to_owned() });
+            check.0.push(Mistake { key: "streaming.tls_certificate", reason: "missing".to_owned() });
             None
         }
     };
@@ -272,7 +272,7 @@ fn streaming(check: &mut Check, written: WrittenStreaming) -> StreamingConfig {
         check.0.push(Mistake { key: "streaming.address", reason });
     } else if !address.ip().is_loopback() && tls.is_none() {
         let reason = format!(
-            "{address} can be reached by other machines; set streaming.tls_certificate and streaming.tls_key, or a loopback address"
+            "{address} is reachable from other machines; set streaming.tls_certificate and streaming.tls_key, or use a loopback address"
         );
         check.0.push(Mistake { key: "streaming.address", reason });
     }

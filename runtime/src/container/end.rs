@@ -2,6 +2,7 @@
 //! that everybody sees.
 
 use super::{Container, lock};
+use crate::cgroups::CGROUP_GONE;
 use crate::record_files::may_pass;
 use berth_model::state::{ContainerEvent, ContainerState, Exit, ExitReason};
 use berth_shim_proto::exit_record::{self, ExitRecord, MAX_BYTES};
@@ -14,10 +15,7 @@ use std::time::Duration;
 /// The code of a container whose end nobody saw: containerd's.
 const EXIT_CODE_LOST: i32 = 255;
 
-/// How long the cgroup may take to be empty after a kill, and to be removed.
-const CGROUP_GONE: Duration = Duration::from_secs(10);
-
-/// How long both take together, and a bit.
+/// Somewhat longer than [`CGROUP_GONE`] for the kill and the removal together.
 pub(super) const CLEARED: Duration = Duration::from_secs(25);
 
 /// What is known of an end.

@@ -22,7 +22,7 @@ pub(crate) enum ContainerError {
         id: SandboxId,
     },
     /// Its sandbox was made with a handler that this daemon does not have.
-    #[error("the sandbox was created with the runtime handler {name:?}, which is not configured any more")]
+    #[error("the sandbox was created with the runtime handler {name:?}, which is no longer configured")]
     NoHandler {
         /// Of `RunPodSandboxRequest.runtime_handler`.
         name: String,
@@ -136,7 +136,7 @@ pub(crate) enum ContainerError {
     },
     /// Its record is not to be written.
     #[error(
-        "container {id} cannot be changed, because its record was written by a newer berthd or could not be read; it can be stopped and removed"
+        "cannot change container {id}: its record was written by a newer berthd or could not be read; it can be stopped and removed"
     )]
     RecordKept {
         /// The container.

@@ -161,7 +161,7 @@ impl Following {
         {
             self.permit = room.clone().try_acquire_owned().ok();
             if self.permit.is_none() {
-                return Reached::NotNow("there are no file descriptors for it".to_owned());
+                return Reached::NotNow("out of file descriptors".to_owned());
             }
         }
         match ShimClient::connect(&self.container.files.state) {

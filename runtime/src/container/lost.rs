@@ -8,6 +8,7 @@ use super::{Container, ContainerError, recover};
 use crate::node::Node;
 use crate::shim_client::{ConnectError, ShimClient};
 use ::oci_spec::runtime::Spec;
+use berth_cri::labels::{CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID};
 use berth_model::container::{Config, Metadata};
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::layout::ContainerFiles;
@@ -15,13 +16,12 @@ use berth_model::record::ContainerRecord;
 use berth_model::security::NamespaceMode;
 use std::sync::Arc;
 
-/// The annotations of [`crate::oci_spec`], and kubelet's labels that say the same
-/// (`pkg/kubelet/types/labels.go`).
+/// The annotations of [`crate::oci_spec`], and the kubelet's labels that say the same.
 const LABELS: [(&str, &str); 4] = [
-    ("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
-    ("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"),
-    ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"),
-    ("io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"),
+    ("io.kubernetes.cri.container-name", CONTAINER_NAME),
+    ("io.kubernetes.cri.sandbox-name", POD_NAME),
+    ("io.kubernetes.cri.sandbox-namespace", POD_NAMESPACE),
+    ("io.kubernetes.cri.sandbox-uid", POD_UID),
 ];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 

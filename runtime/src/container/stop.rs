@@ -99,7 +99,7 @@ pub(super) async fn kill_all(container: &Arc<Container>) -> Result<(), Container
     }
     // None of its processes is left, and the one that ought to say so does not.
     if let Some(shim) = container.shim() {
-        tracing::warn!(container = %container.id(), "the container's shim hangs; killing it");
+        tracing::warn!(container = %container.id(), "the container's shim does not answer; killing it");
         shim.kill();
         if tokio::time::timeout(TOLD, container.exited()).await.is_ok() {
             return Ok(());

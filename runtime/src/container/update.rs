@@ -69,7 +69,7 @@ fn tell_what_is_in_force(container: &Container, limits: &Limits) {
     if let Err(error) = container.record_files().write(&content) {
         tracing::error!(
             container = %container.id(), error = %crate::chain(&error),
-            "limits are half changed, which could not be recorded; after a restart the old ones are reported"
+            "the limits are partly changed, which cannot be recorded; after a restart berthd will report the old ones"
         );
     }
 }

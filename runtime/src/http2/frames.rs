@@ -42,7 +42,7 @@ const REFUSED_BLOCK: u8 = 0x80;
 pub(super) enum Refused {
     #[error("a header block has more than {MAX_BLOCK} bytes, or more than {MAX_CONTINUATIONS} continuations")]
     Block,
-    #[error("its frames are out of order: {0}")]
+    #[error("invalid frame sequence: {0}")]
     Frames(&'static str),
     #[error(transparent)]
     Headers(#[from] BadBlock),
@@ -196,7 +196,7 @@ impl Frames {
                 .as_ref()
                 .is_none_or(|block| head.kind == CONTINUATION && head.stream == block.stream);
             if !of_the_block {
-                return self.refuse(head.stream, Refused::Frames("another frame comes amid a header block"));
+                return self.refuse(head.stream, Refused::Frames("another frame inside a header block"));
             }
             if self.block.is_none() && !head.has_headers() {
                 self.output.append(&mut self.seen);
@@ -204,11 +204,11 @@ impl Frames {
                 return;
             }
             if head.kind == CONTINUATION && self.block.is_none() {
-                return self
-                    .refuse(head.stream, Refused::Frames("a continuation comes without a header block"));
+                return self.refuse(head.stream, Refused::Frames("a continuation without a header block"));
             }
             if head.length > FRAME {
-                return self.refuse(head.stream, Refused::Frames("a frame is larger than was announced"));
+                return self
+                    .refuse(head.stream, Refused::Frames("a frame is larger than the announced maximum"));
             }
             self.place = Place::Part(head.length);
             if head.length > 0 {

@@ -83,7 +83,7 @@ pub enum DeviceError {
     #[error("devices: container_path {0:?} cannot be the path of a device")]
     ContainerPath(String),
     /// `Device.permissions` with something else than `r`, `w` and `m`.
-    #[error("devices: permissions {0:?} are not some of r, w and m")]
+    #[error("devices: permissions {0:?} are not a combination of r, w and m")]
     Permissions(String),
     /// Something is mounted at or above `container_path`, and has no such device.
     #[error("devices: {path:?} is at or below the mount {mount:?}, where there is no such device")]

@@ -120,10 +120,7 @@ pub enum SpecError {
         text: String,
     },
     /// One argument or variable is too long for execve(2).
-    #[error(
-        "{origin} has an entry of {length} bytes, and a program can be passed at most {}",
-        environment::MAX_TEXT_BYTES
-    )]
+    #[error("{origin} has an entry of {length} bytes; the kernel's limit is {}", environment::MAX_TEXT_BYTES)]
     TextTooLong {
         /// Where it is from.
         origin: &'static str,
@@ -131,10 +128,7 @@ pub enum SpecError {
         length: usize,
     },
     /// Arguments and environment are too long in sum.
-    #[error(
-        "arguments and environment have {length} bytes, and at most {} are accepted",
-        environment::MAX_TOTAL_BYTES
-    )]
+    #[error("arguments and environment have {length} bytes; the limit is {}", environment::MAX_TOTAL_BYTES)]
     TooMuchText {
         /// Their length in bytes.
         length: usize,
@@ -162,7 +156,7 @@ pub enum SpecError {
     #[error("the image's Volumes: {0:?} is not a path in the container")]
     Volume(String),
     /// Too many mounts.
-    #[error("{found} mounts and volumes, and at most {MAX_MOUNTS} are accepted")]
+    #[error("{found} mounts and volumes; the limit is {MAX_MOUNTS}")]
     TooManyMounts {
         /// The number of mounts and volumes.
         found: usize,
@@ -181,9 +175,6 @@ pub enum SpecError {
     /// `Device.container_path` where something is mounted that has no such node.
     #[error("devices: {0:?} is at or below a mount, which has no such device")]
     DeviceOnMount(PathBuf),
-    /// A number out of proc(5)'s range.
-    #[error("oom_score_adj: {0} is not between -1000 and 1000")]
-    OomScore(i64),
     /// [`NamespaceMode::Target`] and nobody said which.
     #[error("namespace_options.target_id: no container to share the pid namespace with")]
     NoTarget,
@@ -208,7 +199,7 @@ pub enum SpecError {
     #[error("apparmor: {0:?} is not the name of a profile")]
     AppArmorProfile(String),
     /// A property of the spec that the cgroup would not keep.
-    #[error("linux.resources.{property}: cannot be applied")]
+    #[error("cannot apply linux.resources.{property}")]
     Unsupported {
         /// The property of the spec.
         property: &'static str,

@@ -42,9 +42,6 @@ pub struct CgroupDirectory {
 /// A mount of the request whose source cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// `Mount.host_path` is not absolute.
-    #[error("mounts: host_path {0:?} is not absolute")]
-    Relative(String),
     /// It cannot be looked up.
     #[error("mounts: cannot look up {path:?}")]
     Look {
@@ -92,9 +89,6 @@ pub fn resolve_mounts(mounts: &[Asked]) -> Result<Vec<ResolvedMount>, SourceErro
     let mut resolved = Vec::with_capacity(mounts.len());
     for asked in mounts {
         let path = Path::new(&asked.host_path);
-        if !path.is_absolute() {
-            return Err(SourceError::Relative(asked.host_path.clone()));
-        }
         let source = match std::fs::canonicalize(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 host_directory::make_missing(path)
@@ -438,6 +432,5 @@ mod tests {
         assert!(matches!(source("file/below"), Err(SourceError::Look { .. })));
         assert!(matches!(source("dangling"), Err(SourceError::Make { .. })));
         assert!(matches!(source("n\0ul"), Err(SourceError::Look { .. })));
-        assert!(matches!(resolve_mounts(&[asked(Path::new("a"))]), Err(SourceError::Relative(_))));
     }
 }

@@ -19,11 +19,6 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
     let (args, env) = (args(inputs)?, environment::of_container(inputs)?);
     environment::check_total(&args, &env)?;
 
-    let score = config.resources.oom_score_adj;
-    if !(-1000..=1000).contains(&score) {
-        return Err(SpecError::OomScore(score));
-    }
-
     let mut process = Process::default();
     process
         .set_terminal(Some(config.tty))
@@ -35,7 +30,7 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
         .set_rlimits(Some(inputs.rlimits.to_vec()))
         .set_no_new_privileges(Some(security.no_new_privileges))
         .set_apparmor_profile(apparmor_profile(inputs)?)
-        .set_oom_score_adj(i32::try_from(score).ok());
+        .set_oom_score_adj(i32::try_from(config.resources.oom_score_adj).ok());
     Ok(process)
 }
 

@@ -786,22 +786,6 @@ fn the_cgroup_keeps_what_the_finished_spec_says() {
 }
 
 #[test]
-fn scores_out_of_range_are_refused() {
-    for (score, fine) in
-        [(-1000, true), (0, true), (1000, true), (-1001, false), (1001, false), (i64::MIN, false)]
-    {
-        let fixture = Fixture::new().with(|fixture| fixture.config.resources.oom_score_adj = score);
-        match fixture.build() {
-            Ok(spec) => {
-                assert_eq!(spec.process().clone().unwrap().oom_score_adj().map(i64::from), Some(score))
-            }
-            Err(error) => assert_eq!(error, SpecError::OomScore(score)),
-        }
-        assert_eq!(fixture.build().is_ok(), fine, "{score}");
-    }
-}
-
-#[test]
 fn apparmor_profiles_are_exact_or_refused() {
     let named = |name: &str| Profile::Localhost(name.to_owned());
     let default = Some("berth-default");

@@ -100,7 +100,7 @@ pub enum PlanError {
     #[error("the spec has two {0} namespaces")]
     TwoNamespaces(LinuxNamespaceType),
     /// A namespace that can only be joined, without a path, or one that can only be made, with one.
-    #[error("the spec's {0} namespace is not one that can be created or joined like this")]
+    #[error("the spec's {0} namespace cannot be created or joined as given")]
     Namespace(LinuxNamespaceType),
     /// A filesystem that is not mounted anew in containers.
     #[error("mount on {destination:?}: the filesystem type {kind:?} is not supported")]

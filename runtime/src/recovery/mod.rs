@@ -220,11 +220,11 @@ fn say(kind: &'static str, id: &str, fault: &Fault, damaged: bool) {
 /// Puts what is proven damaged where a person can look at it.
 fn set_aside(node: &Node, durable: &Path) {
     let target = node.layout.quarantine().join(durable.file_name().unwrap_or_default());
-    tracing::error!(path = %durable.display(), quarantine = %target.display(), "set aside in quarantine");
+    tracing::error!(path = %durable.display(), quarantine = %target.display(), "moving a damaged record to quarantine");
     if let Err(error) = std::fs::rename(durable, &target)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %durable.display(), %error, "cannot set it aside");
+        tracing::warn!(path = %durable.display(), %error, "cannot move a damaged record to quarantine");
     }
 }
 

@@ -7,6 +7,7 @@ use super::{Sandbox, recover};
 use crate::container::Container;
 use crate::node::Node;
 use berth_cgroup::{Driver, Parent};
+use berth_cri::labels::{POD_NAME, POD_NAMESPACE, POD_UID};
 use berth_model::id::SandboxId;
 use berth_model::record::{ContainerRecord, SandboxRecord};
 use berth_model::sandbox::{Config, Metadata};
@@ -15,11 +16,6 @@ use berth_sys::ns::Kind;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-
-/// kubelet's labels of containers, by which it knows their pod (`pkg/kubelet/types/labels.go`).
-const POD_NAME: &str = "io.kubernetes.pod.name";
-const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
-const POD_UID: &str = "io.kubernetes.pod.uid";
 
 /// Makes the sandbox `id` of what its containers say, of which there is one at least. `keeps_record` when its
 /// record is there and may be readable another time. Blocking.

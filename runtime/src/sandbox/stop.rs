@@ -35,7 +35,7 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     if given_up {
         tracing::warn!(
             sandbox = %sandbox.id, pod = %sandbox.config.metadata,
-            "stopping a sandbox in which the creation of a container hangs; what that creates is removed when it continues"
+            "stopping a sandbox in which the creation of a container hangs; what it creates is removed when it continues"
         );
     }
     let (node, sandbox) = (node.clone(), sandbox.clone());

@@ -21,7 +21,7 @@ pub(super) fn watch(sandbox: &Arc<Sandbox>) {
     let sandbox = Arc::downgrade(sandbox);
     runtime.spawn(async move {
         if let Err(error) = ended(pidfd).await {
-            tracing::debug!(%error, "cannot wait for a pod's first process; looking at it every second");
+            tracing::debug!(%error, "cannot wait for a pod's first process; polling it every second");
             look(&sandbox).await;
         }
         if let Some(sandbox) = sandbox.upgrade() {

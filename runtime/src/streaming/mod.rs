@@ -62,7 +62,7 @@ pub enum StreamingError {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UrlError {
     /// Nobody listens there yet.
-    #[error("the streaming server cannot listen on streaming.address {address}, and tries again: {error}")]
+    #[error("the streaming server cannot listen on streaming.address {address}: {error}; trying again")]
     NotListening {
         /// As configured.
         address: SocketAddr,
@@ -103,9 +103,9 @@ impl Streaming {
         };
         let (server, address) = (Arc::new(Server::default()), config.address);
         let first = listen(address);
-        let base = Arc::new(Mutex::new(Err(String::from("it has just begun"))));
+        let base = Arc::new(Mutex::new(Err(String::from("it is starting"))));
         if let Err(error) = &first {
-            tracing::error!(%address, %error, "cannot listen on streaming.address; exec and port forwarding fail until a later try succeeds");
+            tracing::error!(%address, %error, "cannot listen on streaming.address; exec, attach and port forwarding fail until a later attempt succeeds");
             *lock(&base) = Err(error.to_string());
         } else if let Ok(listener) = &first {
             note(listener, tls.is_some(), &base);

@@ -34,7 +34,7 @@ pub enum ClientError {
     #[error("{0} is not the URL of a streaming server")]
     Url(String),
     /// The connection broke before the answer, or the answer is no HTTP.
-    #[error("ask the streaming server")]
+    #[error("cannot send the request to the streaming server")]
     Http(#[source] hyper::Error),
     /// It takes too long.
     #[error("the streaming server does not answer")]
@@ -48,7 +48,7 @@ pub enum ClientError {
         text: String,
     },
     /// The connection broke after the answer.
-    #[error("open the streams")]
+    #[error("cannot open the streams")]
     Streams(#[from] Closed),
 }
 
@@ -121,7 +121,7 @@ async fn refused(answer: Response<hyper::body::Incoming>) -> ClientError {
     let body = Limited::new(answer.into_body(), MAX_REFUSAL_BYTES).collect();
     let text = match tokio::time::timeout(ANSWER, body).await {
         Ok(Ok(body)) => String::from_utf8_lossy(&body.to_bytes()).trim().to_owned(),
-        _ => "(without words)".to_owned(),
+        _ => "(no message)".to_owned(),
     };
     ClientError::Refused { status, text }
 }

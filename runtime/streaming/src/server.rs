@@ -221,11 +221,10 @@ impl Server {
 
     fn judge(&self, request: &Request<Incoming>) -> Result<(Upgrade, Task, OwnedSemaphorePermit), Refused> {
         let refused = |status, text: &str| Refused { status, text: text.to_owned(), headers: Box::default() };
-        let unknown =
-            || refused(StatusCode::NOT_FOUND, "there is no such URL, or it was used, or is too old");
+        let unknown = || refused(StatusCode::NOT_FOUND, "unknown URL, or one that was used or has expired");
         let (endpoint, token) = Endpoint::of_path(request.uri().path()).ok_or_else(unknown)?;
         if !matches!(*request.method(), Method::GET | Method::POST) {
-            let mut refused = refused(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST are answered");
+            let mut refused = refused(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST are supported");
             refused.headers.insert(ALLOW, HeaderValue::from_static("GET, POST"));
             return Err(refused);
         }
@@ -239,7 +238,7 @@ impl Server {
             _ => Vec::new(),
         };
         let permit = self.connections.clone().try_acquire_owned().map_err(|_| {
-            let text = format!("{MAX_CONNECTIONS} streaming connections are open already");
+            let text = format!("too many streaming connections: {MAX_CONNECTIONS} are open");
             refused(StatusCode::SERVICE_UNAVAILABLE, &text)
         })?;
         let task = match self.tokens.take(endpoint, token).ok_or_else(unknown)? {

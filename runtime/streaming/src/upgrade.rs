@@ -64,7 +64,7 @@ pub(crate) fn negotiate(
     } else if asks_for("websocket") {
         over_websocket(endpoint, method, headers)
     } else {
-        let text = format!("this is no request to upgrade to {SPDY} or WebSocket");
+        let text = format!("not a request to upgrade to {SPDY} or WebSocket");
         Err(refused(StatusCode::BAD_REQUEST, text))
     }
 }
@@ -89,7 +89,7 @@ fn spdy(endpoint: Endpoint, headers: &HeaderMap) -> Result<Upgrade, Refused> {
 
 fn over_websocket(endpoint: Endpoint, method: &Method, headers: &HeaderMap) -> Result<Upgrade, Refused> {
     if method != Method::GET {
-        return Err(refused(StatusCode::METHOD_NOT_ALLOWED, "a WebSocket is asked for by GET"));
+        return Err(refused(StatusCode::METHOD_NOT_ALLOWED, "a WebSocket handshake must use GET"));
     }
     if headers.get(SEC_WEBSOCKET_VERSION).map(HeaderValue::as_bytes) != Some(b"13") {
         let mut refused = refused(StatusCode::UPGRADE_REQUIRED, "WebSocket version 13 is required");
@@ -99,7 +99,7 @@ fn over_websocket(endpoint: Endpoint, method: &Method, headers: &HeaderMap) -> R
     let key = headers.get(SEC_WEBSOCKET_KEY).filter(|key| key.len() == 24);
     let accept = key.map(|key| HeaderValue::from_str(&derive_accept_key(key.as_bytes())));
     let Some(Ok(accept)) = accept else {
-        return Err(refused(StatusCode::BAD_REQUEST, "the header Sec-WebSocket-Key is not a key"));
+        return Err(refused(StatusCode::BAD_REQUEST, "the header Sec-WebSocket-Key is invalid"));
     };
     let mut offered: Vec<&str> = listed(headers, &SEC_WEBSOCKET_PROTOCOL).collect();
     if offered.is_empty() {
@@ -134,7 +134,7 @@ fn chosen(offered: &[&str], known: &[(&'static str, Protocol)]) -> Result<(&'sta
     let names: Vec<&str> = known.iter().map(|(name, _)| *name).filter(|name| !name.is_empty()).collect();
     let mut refused = refused(
         StatusCode::FORBIDDEN,
-        format!("the request names no supported sub-protocol; supported are: {}", names.join(", ")),
+        format!("no supported sub-protocol requested; supported are: {}", names.join(", ")),
     );
     for name in names {
         if let Ok(value) = HeaderValue::from_str(name) {

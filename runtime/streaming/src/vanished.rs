@@ -49,7 +49,7 @@ pub(crate) async fn watch(peer: Option<Hangup>, unacknowledged: Unacknowledged) 
     while let Some(peer) = &peer {
         tokio::time::sleep(EVERY).await;
         if unacknowledged(peer.socket()).is_ok_and(|silent| owing.look(Instant::now(), silent)) {
-            tracing::debug!("a streaming client does not answer any more");
+            tracing::debug!("a streaming client no longer answers");
             peer.shut_down();
             break;
         }

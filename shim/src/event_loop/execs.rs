@@ -133,7 +133,7 @@ impl Shim {
         }
         let detail = format!(
             "the container's shim has as many streams open as its limit of {most} descriptors allows; \
-             end some of them"
+             close some of them"
         );
         Err(refused(step, detail))
     }
@@ -243,13 +243,13 @@ impl Shim {
         let asker = Asker { connection: token, request_id };
         match self.execs.iter().find(|exec| exec.asker == asker).map(|exec| &exec.stage) {
             Some(Stage::Running { pid }) => session::end(*pid, signal, self.cgroup())
-                .map_err(|error| from_io(&error, "signal the exec", signal)),
+                .map_err(|error| from_io(&error, "signal the program", signal)),
             // No program is there that could act on a signal; what any signal is for is an end.
             Some(Stage::Entering(birth)) => {
                 birth.kill();
                 Ok(())
             }
-            Some(Stage::Ended { .. }) | None => Err(refused("signal the exec", "it has ended")),
+            Some(Stage::Ended { .. }) | None => Err(refused("signal the program", "it has ended")),
         }
     }
 
@@ -319,7 +319,10 @@ fn take_terminal(
     // It has executed its program, so it has sent this: nothing is waited for.
     berth_sys::file::set_nonblocking(handed_over).step(TERMINAL, "")?;
     let (_, descriptors) = socket::receive(handed_over, &mut [0]).step(TERMINAL, "")?;
-    let terminal = descriptors.into_iter().next().ok_or_else(|| refused(TERMINAL, "none was handed over"))?;
+    let terminal = descriptors
+        .into_iter()
+        .next()
+        .ok_or_else(|| refused(TERMINAL, "no descriptor came with the request"))?;
     if let Some(size) = size {
         set_size(terminal.as_fd(), size)?;
     }
@@ -336,7 +339,6 @@ fn take_terminal(
 }
 
 pub(super) fn set_size(terminal: BorrowedFd<'_>, Resize { columns, rows, .. }: Resize) -> Result<(), Failed> {
-    let number =
-        |number: u32| u16::try_from(number).map_err(|_| refused(RESIZE, "no terminal is that large"));
+    let number = |number: u32| u16::try_from(number).map_err(|_| refused(RESIZE, "the size is out of range"));
     tty::set_size(terminal, number(columns)?, number(rows)?).step(RESIZE, "")
 }

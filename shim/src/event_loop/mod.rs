@@ -379,7 +379,7 @@ impl Shim {
         let id = request.id;
         let asker = Asker { connection: token, request_id: id };
         let result = match request.call {
-            None => Err(refused("handle the request", "this shim does not know the call")),
+            None => Err(refused("handle the request", "this shim does not support the call")),
             Some(Call::Create(launch)) => self.create(*launch, descriptors, asker).map(|()| None),
             Some(Call::Start(())) => self.start(asker).map(|()| None),
             Some(Call::Exec(exec)) => self.exec(&exec, descriptors, asker).map(|()| None),
@@ -528,5 +528,5 @@ impl Shim {
 }
 
 fn too_long(step: &str) -> Failed {
-    refused(step, "it takes too long, and was given up")
+    refused(step, "it took too long")
 }

@@ -64,7 +64,7 @@ fn the_rules_of_registries_and_the_space_for_images_change_too() -> Result<()> {
             .client()
             .pull_image(v1::PullImageRequest { image: Some(image), ..Default::default() })
             .expect_err("the rules of this registry are wrong");
-        ensure!(error.to_string().contains("bad value of 'server'"), "the new rules are asked: {error}");
+        ensure!(error.to_string().contains("invalid value of 'server'"), "the new rules are asked: {error}");
         Ok(())
     })
 }

@@ -132,7 +132,7 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
             ),
             ("container_path", mount("relative", "/tmp")),
             ("container_path", mount("/", "/tmp")),
-            ("out of the container's root", mount("/data/../../etc", "/tmp")),
+            ("outside the container's root", mount("/data/../../etc", "/tmp")),
             ("host_path", mount("/data", "relative")),
             ("/bin/busybox/x", mount("/bin/busybox/x", &file)),
             ("working_dir", Box::new(|config| config.working_dir = "relative".to_owned())),

@@ -108,9 +108,9 @@ fn rules_that_are_garbage_are_told_with_their_file_and_hold_nobody_up() -> Resul
         let cases = [
             ("\u{0}\u{1}", "line 1 is not TOML"),
             ("server = \"https://a\"\nhost = [\n", "line 2 is not TOML"),
-            ("server = 5", "bad value of 'server'"),
-            ("server = \"ftp://a\"", "bad value of 'ftp://a'"),
-            ("[host.\"::::\"]\n", "bad value of '::::'"),
+            ("server = 5", "invalid value of 'server'"),
+            ("server = \"ftp://a\"", "invalid value of 'ftp://a'"),
+            ("[host.\"::::\"]\n", "invalid value of '::::'"),
         ];
         let long = "# x\n".repeat(300_000);
         for (rules, words) in cases.into_iter().chain([(long.as_str(), "larger than 1 MiB")]) {

@@ -47,7 +47,7 @@ impl<'a> Made<'a> {
     /// Makes a pod's own directory for logs. What a program writes may be secret: not everybody may look in.
     pub(super) fn log_directory(&mut self, directory: &Path) -> Result<(), RunError> {
         let made = DirBuilder::new().recursive(true).mode(0o750).create(directory);
-        made.map_err(|source| RunError::LogDirectory { path: directory.to_owned(), source })?;
+        made.map_err(|error| RunError::LogDirectory { path: directory.to_owned(), error })?;
         self.steps.push(Step::LogDirectory(directory.to_owned()));
         Ok(())
     }
@@ -55,7 +55,7 @@ impl<'a> Made<'a> {
     /// Makes a pod and returns its id.
     pub(super) async fn pod(&mut self, name: &str, config: PodSandboxConfig) -> Result<String, CallError> {
         let request = RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
-        let act = format!("make pod {name}");
+        let act = format!("create pod {name}");
         let id = answer(act, self.daemon.runtime.clone().run_pod_sandbox(request)).await?.pod_sandbox_id;
         self.steps.push(Step::Pod(id.clone()));
         Ok(id)
@@ -70,7 +70,8 @@ impl<'a> Made<'a> {
     ) -> Result<String, CallError> {
         let (config, sandbox_config) = (Some(config), Some(sandbox_config));
         let request = CreateContainerRequest { pod_sandbox_id, config, sandbox_config };
-        let call = answer("make the container", self.daemon.runtime.clone().create_container(request)).await;
+        let call =
+            answer("create the container", self.daemon.runtime.clone().create_container(request)).await;
         let id = call?.container_id;
         if !self.steps.iter().any(|step| matches!(step, Step::Pod(_))) {
             self.steps.push(Step::Container(id.clone()));

@@ -212,13 +212,13 @@ impl Bridge {
         let addresses = attachment
             .addresses
             .iter()
-            .map(|address| add_address("give the pod an address", index, *address));
+            .map(|address| add_address("assign the pod an address", index, *address));
         let gateways = attachment.addresses.iter().filter_map(|address| match address.address {
             IpAddr::V4(_) => Some(IpAddr::V4(self.config.ipv4.gateway())),
             IpAddr::V6(_) => self.config.ipv6.map(|subnet| IpAddr::V6(subnet.gateway())),
         });
         let routes =
-            gateways.map(|gateway| add_default_route("give the pod a default route", index, gateway));
+            gateways.map(|gateway| add_default_route("add a default route to the pod", index, gateway));
         inside.request(&addresses.chain(routes).collect::<Vec<_>>()).map(drop)
     }
 }

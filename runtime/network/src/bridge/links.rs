@@ -119,7 +119,7 @@ pub(super) fn add_address(operation: &'static str, index: u32, address: Interfac
 
 pub(super) fn delete_address(index: u32, address: InterfaceAddress) -> Request {
     let message = RouteNetlinkMessage::DelAddress(address_message(index, address));
-    Request::route("take an old address from the bridge", 0, &message)
+    Request::route("remove an old address from the bridge", 0, &message)
 }
 
 pub(super) fn add_default_route(operation: &'static str, index: u32, gateway: IpAddr) -> Request {

@@ -164,7 +164,7 @@ impl Bridge {
         }
         let requests: Vec<Request> = wanted
             .iter()
-            .map(|address| add_address("give the bridge its address", index, *address))
+            .map(|address| add_address("assign the bridge its address", index, *address))
             .collect();
         netlink.request(&requests).map(drop).map_err(node)
     }

@@ -1,5 +1,6 @@
 //! What a container has on the disk: made, written, and taken back when it does not come to be.
 
+use crate::cgroups::CGROUP_GONE;
 use crate::container::{Container, ContainerError};
 use crate::node::Node;
 use crate::trash;
@@ -9,10 +10,6 @@ use berth_image::StoredLayer;
 use berth_model::layout::ContainerFiles;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::time::Duration;
-
-/// How long the cgroup of a container that failed may take to go.
-const CGROUP_GONE: Duration = Duration::from_secs(10);
 
 /// What there is to take back.
 pub(super) struct Made {

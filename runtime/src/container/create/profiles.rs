@@ -7,11 +7,8 @@ use crate::oci_spec;
 use ::oci_spec::runtime::LinuxSeccomp;
 use berth_model::container::Config;
 use berth_model::security::Profile;
-use berth_seccomp::Circumstances;
+use berth_seccomp::{Circumstances, MAX_PROFILE_BYTES};
 use std::path::Path;
-
-/// The largest seccomp profile that is read. Docker's default has 14 KiB.
-const MAX_PROFILE_BYTES: u64 = 1024 * 1024;
 
 /// The name of Berth's own profile, if the container gets it. A kernel that enforces `AppArmor` without it
 /// makes no such container.
@@ -66,18 +63,16 @@ pub(super) fn seccomp_profile(node: &Node, config: &Config) -> Result<Option<Lin
     }
 }
 
+/// The bytes of a profile; of one that is too large, enough for the parser to refuse it.
 fn read_profile(path: &Path) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
     use std::os::unix::fs::OpenOptionsExt;
     let file =
         std::fs::File::options().read(true).custom_flags(berth_sys::file::READ_NONBLOCKING).open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a plain file"));
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"));
     }
     let mut text = Vec::new();
-    file.take(MAX_PROFILE_BYTES + 1).read_to_end(&mut text)?;
-    if text.len() as u64 > MAX_PROFILE_BYTES {
-        return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, "longer than 1 MiB"));
-    }
+    file.take(MAX_PROFILE_BYTES as u64 + 1).read_to_end(&mut text)?;
     Ok(text)
 }

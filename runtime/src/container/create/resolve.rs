@@ -39,7 +39,7 @@ pub(super) fn resolve(
         .stored_layers()
         .map_err(|source| ContainerError::Image { image: config.image.clone(), source })?;
     if layers.is_empty() {
-        let reason = "it has no layers, and so nothing to run".to_owned();
+        let reason = "it has no layers, so there is nothing to run".to_owned();
         return Err(ContainerError::ImageConfig { image: config.image.clone(), reason });
     }
     let stop_signal = effective_stop_signal(config, image)?;
@@ -90,6 +90,6 @@ fn check_user(config: &Config, image: &Image) -> Result<(), ContainerError> {
     if length <= MAX_NAME_BYTES {
         return Ok(());
     }
-    let reason = format!("its User has {length} bytes, and at most {MAX_NAME_BYTES} are accepted");
+    let reason = format!("its User has {length} bytes; the limit is {MAX_NAME_BYTES}");
     Err(ContainerError::ImageConfig { image: config.image.clone(), reason })
 }

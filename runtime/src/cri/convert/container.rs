@@ -76,14 +76,14 @@ pub fn container_config(
 }
 
 fn metadata(field: &Field<'_>, message: Option<v1::ContainerMetadata>) -> Result<Metadata, Rejected> {
-    let v1::ContainerMetadata { name, attempt } = message.ok_or_else(|| field.invalid("it is missing"))?;
+    let v1::ContainerMetadata { name, attempt } = message.ok_or_else(|| field.invalid("missing"))?;
     field::name(&field.of("name"), &name)?;
     Ok(Metadata { name, attempt })
 }
 
 /// The image, and what the user called it.
 fn image(field: &Field<'_>, message: Option<v1::ImageSpec>) -> Result<(String, String), Rejected> {
-    let message = message.ok_or_else(|| field.invalid("it is missing"))?;
+    let message = message.ok_or_else(|| field.invalid("missing"))?;
     field::name(&field.of("image"), &message.image)?;
     if !message.user_specified_image.is_empty() {
         field::name(&field.of("user_specified_image"), &message.user_specified_image)?;
@@ -102,7 +102,7 @@ fn check_command_size(
     let bytes = words + environment;
     if bytes > MAX_COMMAND_BYTES {
         return Err(field.invalid(format!(
-            "command, args and envs have {bytes} bytes, and at most {MAX_COMMAND_BYTES} are accepted"
+            "command, args and envs have {bytes} bytes; the limit is {MAX_COMMAND_BYTES}"
         )));
     }
     Ok(())
@@ -122,7 +122,9 @@ fn environment(field: &Field<'_>, envs: Vec<v1::KeyValue>) -> Result<Vec<(String
         .map(|(index, v1::KeyValue { key, value })| {
             let entry = field.at(index);
             if key.is_empty() || key.contains(['=', '\0']) {
-                return Err(entry.of("key").invalid(format!("{} is not a variable's name", quoted(&key))));
+                return Err(entry
+                    .of("key")
+                    .invalid(format!("{} is not the name of a variable", quoted(&key))));
             }
             let value = String::from_utf8(value)
                 .map_err(|_| entry.of("value").not_offered("values that are not UTF-8 are"))?;
@@ -156,16 +158,16 @@ fn mount(field: &Field<'_>, message: v1::Mount) -> Result<Mount, Rejected> {
         Err(_) => {
             return Err(field
                 .of("propagation")
-                .invalid(format!("there is no propagation with the number {}", message.propagation)));
+                .invalid(format!("unknown propagation {}", message.propagation)));
         }
     };
     if message.recursive_read_only {
         let entry = field.of("recursive_read_only");
         if !message.readonly {
-            return Err(entry.invalid("it needs readonly"));
+            return Err(entry.invalid("requires readonly"));
         }
         if propagation != Propagation::Private {
-            return Err(entry.invalid("it needs private propagation"));
+            return Err(entry.invalid("requires private propagation"));
         }
     }
     Ok(Mount {
@@ -190,7 +192,7 @@ fn device(field: &Field<'_>, message: v1::Device) -> Result<Device, Rejected> {
     no_longer_than(&entry, &permissions, "rwm".len())?;
     let once = |letter: char| permissions.matches(letter).count() == 1;
     if permissions.is_empty() || !permissions.chars().all(|letter| "rwm".contains(letter) && once(letter)) {
-        return Err(entry.invalid(format!("{} is not some of r, w and m", quoted(&permissions))));
+        return Err(entry.invalid(format!("{} is not a combination of r, w and m", quoted(&permissions))));
     }
     Ok(Device { container_path, host_path, permissions })
 }

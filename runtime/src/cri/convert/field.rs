@@ -107,7 +107,7 @@ pub(super) fn quoted(text: &str) -> String {
 /// At most `most` elements.
 pub(super) fn at_most(field: &Field<'_>, count: usize, most: usize) -> Result<(), Rejected> {
     if count > most {
-        return Err(field.invalid(format!("{count} entries, and at most {most} are accepted")));
+        return Err(field.invalid(format!("{count} entries; the limit is {most}")));
     }
     Ok(())
 }
@@ -115,7 +115,7 @@ pub(super) fn at_most(field: &Field<'_>, count: usize, most: usize) -> Result<()
 /// At most `most` bytes.
 pub(super) fn no_longer_than(field: &Field<'_>, text: &str, most: usize) -> Result<(), Rejected> {
     if text.len() > most {
-        return Err(field.invalid(format!("{} bytes, and at most {most} are accepted", text.len())));
+        return Err(field.invalid(format!("{} bytes; the limit is {most}", text.len())));
     }
     Ok(())
 }
@@ -123,7 +123,7 @@ pub(super) fn no_longer_than(field: &Field<'_>, text: &str, most: usize) -> Resu
 /// No NUL, which ends a string for the kernel.
 pub(super) fn no_nul(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     if text.contains('\0') {
-        return Err(field.invalid("it contains a NUL"));
+        return Err(field.invalid("contains a NUL byte"));
     }
     Ok(())
 }
@@ -131,11 +131,11 @@ pub(super) fn no_nul(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
 /// A name: there, not too long, and nothing in it that could break a line of a log.
 pub(super) fn name(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     if text.is_empty() {
-        return Err(field.invalid("it is empty"));
+        return Err(field.invalid("empty"));
     }
     no_longer_than(field, text, MAX_NAME_BYTES)?;
     if text.chars().any(char::is_control) {
-        return Err(field.invalid("it contains a control character"));
+        return Err(field.invalid("contains a control character"));
     }
     Ok(())
 }
@@ -144,7 +144,7 @@ pub(super) fn name(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
 pub(super) fn id(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     no_longer_than(field, text, MAX_ID_BYTES)?;
     if text.chars().any(char::is_control) {
-        return Err(field.invalid("it contains a control character"));
+        return Err(field.invalid("contains a control character"));
     }
     Ok(())
 }
@@ -177,7 +177,7 @@ pub(super) fn relative_file(field: &Field<'_>, text: &str) -> Result<(), Rejecte
     }
     forward(field, text)?;
     match text.rsplit('/').next() {
-        None | Some("" | ".") => Err(field.invalid(format!("{} names no file", quoted(text)))),
+        None | Some("" | ".") => Err(field.invalid(format!("{} does not name a file", quoted(text)))),
         Some(_) => Ok(()),
     }
 }
@@ -199,7 +199,7 @@ pub(super) fn inside(field: &Field<'_>, text: String) -> Result<String, Rejected
         match part {
             "" | "." => {}
             ".." if parts.pop().is_none() => {
-                return Err(field.invalid(format!("{} leads out of the container's root", quoted(&text))));
+                return Err(field.invalid(format!("{} leads outside the container's root", quoted(&text))));
             }
             ".." => {}
             part => parts.push(part),
@@ -222,7 +222,7 @@ mod tests {
         let third = mounts.at(2);
         assert_eq!(third.of("host_path").to_string(), "config.mounts[2].host_path");
         assert_eq!(config.of(map).key("a\"b\n").to_string(), r#"config.sysctls["a\"b\n"]"#);
-        assert_eq!(config.of("image").invalid("it is missing").to_string(), "config.image: it is missing");
+        assert_eq!(config.of("image").invalid("missing").to_string(), "config.image: missing");
         assert_eq!(
             mounts.not_offered("mounts of images are").to_string(),
             "config.mounts: mounts of images are not supported"

@@ -122,7 +122,7 @@ fn fields(field: &Field<'_>, message: &v1::LinuxContainerResources) -> Result<Re
     if quota < -1 || (1..*CPU_PERIOD_US.start()).contains(&quota) {
         return Err(field
             .of("cpu_quota")
-            .invalid(format!("{quota} is neither -1 for no limit nor at least {}", CPU_PERIOD_US.start())));
+            .invalid(format!("{quota} is neither -1 (no limit) nor at least {}", CPU_PERIOD_US.start())));
     }
     if !(0..=MAX_CPU_SHARES).contains(&message.cpu_shares) {
         return Err(out_of_range(&field.of("cpu_shares"), message.cpu_shares, &0, &MAX_CPU_SHARES));
@@ -132,7 +132,7 @@ fn fields(field: &Field<'_>, message: &v1::LinuxContainerResources) -> Result<Re
         ("memory_swap_limit_in_bytes", message.memory_swap_limit_in_bytes),
     ] {
         if value < -1 {
-            return Err(field.of(name).invalid(format!("{value} is neither -1 for no limit nor a size")));
+            return Err(field.of(name).invalid(format!("{value} is neither -1 (no limit) nor a size")));
         }
     }
     if !OOM_SCORE_ADJ.contains(&message.oom_score_adj) {
@@ -164,7 +164,7 @@ fn check_together(field: &Field<'_>, resources: &Resources) -> Result<(), Reject
     let (memory, together) = (resources.memory_limit_bytes, resources.memory_swap_limit_bytes);
     let entry = field.of("memory_swap_limit_in_bytes");
     if together > 0 && memory <= 0 {
-        return Err(entry.invalid("it limits memory and swap together, and memory has no limit"));
+        return Err(entry.invalid("limits memory and swap together, but memory has no limit"));
     }
     if together > 0 && together < memory {
         return Err(entry.invalid(format!("{together} is less than the memory limit, {memory}")));
@@ -192,7 +192,7 @@ fn cpu_list(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
         None => number(text).is_some(),
     };
     if !text.split(',').all(range) {
-        return Err(field.invalid(format!("{} is not a list like 0-3,7", quoted(text))));
+        return Err(field.invalid(format!("{} is not a list such as 0-3,7", quoted(text))));
     }
     Ok(())
 }
@@ -212,10 +212,10 @@ fn hugepage_limits(field: &Field<'_>, limits: &[v1::HugepageLimit]) -> Result<Ve
         if !plain {
             return Err(entry
                 .of("page_size")
-                .invalid(format!("{} is not a size like 2MB", quoted(&limit.page_size))));
+                .invalid(format!("{} is not a size such as 2MB", quoted(&limit.page_size))));
         }
         if !seen.insert(limit.page_size.as_str()) {
-            return Err(entry.of("page_size").invalid("it is given twice"));
+            return Err(entry.of("page_size").invalid("given twice"));
         }
     }
     Ok(limits.iter().map(|limit| (limit.page_size.clone(), limit.limit)).collect())
@@ -237,7 +237,7 @@ fn unified(
             plain(controller) && controller != "cgroup" && name.split('.').all(plain)
         });
         if !is_control_file {
-            return Err(entry.invalid("it is not a control file like memory.high"));
+            return Err(entry.invalid("not a control file such as memory.high"));
         }
         no_longer_than(&entry, value, MAX_VALUE_BYTES)?;
         no_nul(&entry, value)?;

@@ -44,7 +44,7 @@ pub fn sandbox_config(
     let field = Field::root("config");
     if handlers.find(runtime_handler).is_none() {
         return Err(Field::root("runtime_handler")
-            .invalid(format!("there is no handler {}", quoted(runtime_handler))));
+            .invalid(format!("unknown runtime handler {}", quoted(runtime_handler))));
     }
     fits_a_record(&field, &message)?;
     let linux = message.linux.unwrap_or_default();
@@ -77,13 +77,13 @@ pub fn sandbox_config(
 pub(super) fn fits_a_record(field: &Field<'_>, message: &impl Message) -> Result<(), Rejected> {
     let bytes = message.encoded_len();
     if bytes > MAX_CONFIG_BYTES {
-        return Err(field.invalid(format!("{bytes} bytes, and at most {MAX_CONFIG_BYTES} are accepted")));
+        return Err(field.invalid(format!("{bytes} bytes; the limit is {MAX_CONFIG_BYTES}")));
     }
     Ok(())
 }
 
 fn metadata(field: &Field<'_>, message: Option<v1::PodSandboxMetadata>) -> Result<Metadata, Rejected> {
-    let message = message.ok_or_else(|| field.invalid("it is missing"))?;
+    let message = message.ok_or_else(|| field.invalid("missing"))?;
     // The kubelet drops a status in which one of the three is empty.
     field::name(&field.of("name"), &message.name)?;
     field::name(&field.of("uid"), &message.uid)?;
@@ -118,10 +118,10 @@ fn cgroup_parent(field: &Field<'_>, text: String) -> Result<String, Rejected> {
     let text = optional_directory(field, text)?;
     // It shows in lines of /proc/<pid>/cgroup and becomes names of directories.
     if text.chars().any(char::is_control) {
-        return Err(field.invalid("it contains a control character"));
+        return Err(field.invalid("contains a control character"));
     }
     if text.split('/').any(|component| component.len() > MAX_COMPONENT_BYTES) {
-        return Err(field.invalid(format!("it has a component of more than {MAX_COMPONENT_BYTES} bytes")));
+        return Err(field.invalid(format!("a component has more than {MAX_COMPONENT_BYTES} bytes")));
     }
     Ok(text)
 }
@@ -136,7 +136,7 @@ fn dns(field: &Field<'_>, message: v1::DnsConfig) -> Result<Dns, Rejected> {
             field::name(&entry_field, entry)?;
             // One word, or it would begin another entry or another line of resolv.conf.
             if entry.chars().any(char::is_whitespace) {
-                return Err(entry_field.invalid(format!("{} is not one word", quoted(entry))));
+                return Err(entry_field.invalid(format!("{} contains whitespace", quoted(entry))));
             }
         }
     }
@@ -174,9 +174,8 @@ fn port_mapping(
     let port = |name: &str, number: i32| {
         u16::try_from(number).map_err(|_| field.of(name).invalid(format!("{number} is not a port")))
     };
-    let protocol = v1::Protocol::try_from(mapping.protocol).map_err(|_| {
-        field.of("protocol").invalid(format!("there is no protocol with the number {}", mapping.protocol))
-    })?;
+    let protocol = v1::Protocol::try_from(mapping.protocol)
+        .map_err(|_| field.of("protocol").invalid(format!("unknown protocol {}", mapping.protocol)))?;
     let container_port = port("container_port", mapping.container_port)?;
     let host_port = port("host_port", mapping.host_port)?;
     // A pod on the host's network has its ports there already, and Kubernetes fills them all in.
@@ -211,7 +210,7 @@ pub(super) fn labels(
 ) -> Result<BTreeMap<String, String>, Rejected> {
     let bytes: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     if bytes > MAX_LABELS_BYTES {
-        return Err(field.invalid(format!("{bytes} bytes, and at most {MAX_LABELS_BYTES} are accepted")));
+        return Err(field.invalid(format!("{bytes} bytes; the limit is {MAX_LABELS_BYTES}")));
     }
     for key in labels.keys() {
         no_longer_than(&field.key(key), key, MAX_NAME_BYTES)?;
@@ -232,7 +231,7 @@ fn sysctls(
         let dotted = sysctl::name(&entry, &name, namespaces)?;
         sysctl::check_value(&entry, &value)?;
         if checked.insert(dotted, value).is_some() {
-            return Err(entry.invalid("it is given twice, with dots and with slashes"));
+            return Err(entry.invalid("given twice, with dots and with slashes"));
         }
     }
     Ok(checked)

@@ -70,7 +70,7 @@ fn container_namespaces(
     {
         let entry = field.of(name);
         if pod_or_node(&entry, asked)? != theirs {
-            return Err(entry.invalid("it differs from the sandbox's"));
+            return Err(entry.invalid("differs from the sandbox's"));
         }
     }
     let entry = field.of("pid");
@@ -78,11 +78,11 @@ fn container_namespaces(
         NamespaceMode::Pod => (sandbox.pid, String::new()),
         NamespaceMode::Container => (NamespaceMode::Container, String::new()),
         NamespaceMode::Node if sandbox.pid == NamespaceMode::Node => (NamespaceMode::Node, String::new()),
-        NamespaceMode::Node => return Err(entry.invalid("the host's process ids are not the sandbox's")),
+        NamespaceMode::Node => return Err(entry.invalid("the sandbox is not in the host's pid namespace")),
         NamespaceMode::Target => {
             let target = field.of("target_id");
             if message.target_id.is_empty() {
-                return Err(target.invalid("it is empty, and pid asks for a target"));
+                return Err(target.invalid("required, because pid is TARGET"));
             }
             field::id(&target, &message.target_id)?;
             (NamespaceMode::Target, message.target_id.clone())
@@ -96,7 +96,7 @@ fn container_namespaces(
 
 fn no_target(field: &Field<'_>, message: &v1::NamespaceOption) -> Result<(), Rejected> {
     if !message.target_id.is_empty() {
-        return Err(field.of("target_id").invalid("pid does not ask for a target"));
+        return Err(field.of("target_id").invalid("set, but pid is not TARGET"));
     }
     Ok(())
 }
@@ -107,7 +107,7 @@ fn mode(field: &Field<'_>, number: i32) -> Result<NamespaceMode, Rejected> {
         Ok(v1::NamespaceMode::Container) => Ok(NamespaceMode::Container),
         Ok(v1::NamespaceMode::Node) => Ok(NamespaceMode::Node),
         Ok(v1::NamespaceMode::Target) => Ok(NamespaceMode::Target),
-        Err(_) => Err(field.invalid(format!("there is no namespace mode with the number {number}"))),
+        Err(_) => Err(field.invalid(format!("unknown namespace mode {number}"))),
     }
 }
 
@@ -115,7 +115,7 @@ fn pod_or_node(field: &Field<'_>, number: i32) -> Result<NamespaceMode, Rejected
     match mode(field, number)? {
         mode @ (NamespaceMode::Pod | NamespaceMode::Node) => Ok(mode),
         NamespaceMode::Container | NamespaceMode::Target => {
-            Err(field.invalid("this namespace is the pod's or the node's"))
+            Err(field.invalid("the mode must be POD or NODE"))
         }
     }
 }
@@ -220,7 +220,7 @@ fn check_selinux(
 ) -> Result<(), Rejected> {
     match message {
         Some(options) if selinux == SeLinux::On && *options != v1::SeLinuxOption::default() => {
-            Err(field.not_offered("this kernel has SELinux on, and SELinux options are"))
+            Err(field.not_offered("SELinux is enabled, and its options are"))
         }
         _ => Ok(()),
     }
@@ -279,11 +279,11 @@ fn profile(field: &Field<'_>, message: &v1::SecurityProfile) -> Result<Profile, 
         Err(_) => {
             return Err(field
                 .of("profile_type")
-                .invalid(format!("there is no profile type with the number {}", message.profile_type)));
+                .invalid(format!("unknown profile type {}", message.profile_type)));
         }
     };
     if !message.localhost_ref.is_empty() {
-        return Err(field.of("localhost_ref").invalid("it is set, and the profile type is not Localhost"));
+        return Err(field.of("localhost_ref").invalid("set, but the profile type is not Localhost"));
     }
     Ok(profile)
 }
@@ -303,7 +303,7 @@ fn old_profile(field: &Field<'_>, text: &str) -> Result<Option<Profile>, Rejecte
 
 fn localhost(field: &Field<'_>, name: &str) -> Result<Profile, Rejected> {
     if name.is_empty() {
-        return Err(field.invalid("it names no profile"));
+        return Err(field.invalid("does not name a profile"));
     }
     Ok(Profile::Localhost(name.to_owned()))
 }
@@ -319,13 +319,13 @@ fn user(field: &Field<'_>, message: &v1::LinuxContainerSecurityContext) -> Resul
         text => Some(user_name(&field.of("run_as_username"), text)?),
     };
     if by_number.is_some() && by_name.is_some() {
-        return Err(field.of("run_as_username").invalid("run_as_user is set too"));
+        return Err(field.of("run_as_username").invalid("run_as_user is set as well"));
     }
     let user = by_number.or(by_name);
     let group_field = field.of("run_as_group");
     let group = message.run_as_group.map(|value| user_number(&group_field, value.value)).transpose()?;
     if group.is_some() && user.is_none() {
-        return Err(group_field.invalid("it is set, and neither run_as_user nor run_as_username is"));
+        return Err(group_field.invalid("requires run_as_user or run_as_username"));
     }
     let groups_field = field.of("supplemental_groups");
     at_most(&groups_field, message.supplemental_groups.len(), MAX_GROUPS)?;
@@ -340,9 +340,7 @@ fn user(field: &Field<'_>, message: &v1::LinuxContainerSecurityContext) -> Resul
         Ok(v1::SupplementalGroupsPolicy::Merge) => true,
         Ok(v1::SupplementalGroupsPolicy::Strict) => false,
         Err(_) => {
-            return Err(field
-                .of("supplemental_groups_policy")
-                .invalid(format!("there is no policy with the number {policy}")));
+            return Err(field.of("supplemental_groups_policy").invalid(format!("unknown policy {policy}")));
         }
     };
     Ok(User { user, group, supplementary_groups, merge_groups })
@@ -390,7 +388,7 @@ fn capabilities(field: &Field<'_>, names: &[String]) -> Result<Vec<String>, Reje
         } else {
             capability_number(text)
                 .and_then(|number| CAPABILITIES.get(usize::try_from(number).ok()?).copied())
-                .ok_or_else(|| field.at(index).invalid(format!("there is no capability {}", quoted(text))))?
+                .ok_or_else(|| field.at(index).invalid(format!("unknown capability {}", quoted(text))))?
         };
         if !known.iter().any(|other| other == name) {
             known.push(name.to_owned());

@@ -52,8 +52,7 @@ const NUMBERS: [(Signal, i32); 34] = [
 /// # Errors
 /// [`Rejected`] when the CRI has no such signal.
 pub fn signal_number(field: &Field<'_>, message: i32) -> Result<Option<i32>, Rejected> {
-    let signal = Signal::try_from(message)
-        .map_err(|_| field.invalid(format!("there is no signal with the number {message} in the CRI")))?;
+    let signal = Signal::try_from(message).map_err(|_| field.invalid(format!("unknown signal {message}")))?;
     if signal == Signal::RuntimeDefault {
         return Ok(None);
     }

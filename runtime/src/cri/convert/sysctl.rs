@@ -26,12 +26,12 @@ pub(super) fn name(field: &Field<'_>, text: &str, namespaces: &Namespaces) -> Re
     if components.len() < 2 || !components.iter().all(plain) {
         return Err(field.invalid(format!("{} is not the name of a kernel parameter", quoted(text))));
     }
-    let ours =
-        |mode: NamespaceMode, namespace: &str| match mode {
-            NamespaceMode::Pod => Ok(()),
-            _ => Err(field
-                .invalid(format!("it is the host's, because the pod uses the host's {namespace} namespace"))),
-        };
+    let ours = |mode: NamespaceMode, namespace: &str| match mode {
+        NamespaceMode::Pod => Ok(()),
+        _ => Err(field.invalid(format!(
+            "it belongs to the host, because the pod uses the host's {namespace} namespace"
+        ))),
+    };
     match components.as_slice() {
         ["net", ..] => ours(namespaces.network, "network")?,
         ["fs", "mqueue", _] => ours(namespaces.ipc, "IPC")?,
@@ -43,7 +43,7 @@ pub(super) fn name(field: &Field<'_>, text: &str, namespaces: &Namespaces) -> Re
         {
             ours(namespaces.ipc, "IPC")?;
         }
-        _ => return Err(field.invalid("it belongs to no namespace that a pod can have, but to the host")),
+        _ => return Err(field.invalid("it is not namespaced, and belongs to the host")),
     }
     Ok(components.join("."))
 }

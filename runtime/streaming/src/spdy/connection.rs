@@ -399,7 +399,7 @@ struct Reader {
 impl Reader {
     async fn run<T: AsyncRead>(self, mut io: ReadHalf<T>) {
         if let Err(error) = self.read(&mut io).await {
-            tracing::debug!(%error, "a SPDY connection was given up");
+            tracing::debug!(%error, "closed a broken SPDY connection");
             let last_stream = self.shared.last_stream.load(Ordering::Relaxed);
             let _ = tokio::time::timeout(CLOSE, self.commands.send(Command::Close { last_stream })).await;
         }

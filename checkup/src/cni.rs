@@ -86,7 +86,7 @@ fn configuration(node: &Path, name: &str) -> String {
 
 /// The plugins that a configuration names, in its order.
 fn plugins(path: &Path) -> io::Result<Vec<String>> {
-    // Opening a pipe would wait for whoever writes to it.
+    // Opening a pipe would wait for a writer.
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
@@ -136,7 +136,7 @@ mod tests {
             (conf, Some(r#"{"type": ".."}"#), Note, "network", r#"plugin "..""#),
             (conf, Some(r#"{"type": ""}"#), Note, "network", r#"plugin """#),
             (conf, Some(r#"{"type": "a\nb"}"#), Note, "network", r#"plugin "a\nb""#),
-            (conf, Some(""), Note, "network", "is no CNI configuration (EOF"),
+            (conf, Some(""), Note, "network", "is not a CNI configuration (EOF"),
             (conf, Some("{}"), Note, "network", "it names no plugin"),
             (list, Some(r#"{"plugins": []}"#), Note, "network", "it names no plugin"),
             (list, Some(r#"{"plugins": [{}]}"#), Note, "network", "missing field `type`"),

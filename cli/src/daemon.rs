@@ -135,7 +135,7 @@ impl Daemon {
     /// # Errors
     /// When there is no daemon at the path, or it may not be used.
     pub(crate) async fn connect(socket: &Path) -> Result<Self, ConnectError> {
-        // Tried first by itself, because a failure inside the channel loses its kind on the way.
+        // Tried first on its own, because a failure inside the channel loses its kind on the way.
         UnixStream::connect(socket).await.map_err(|source| connect_error(socket, source))?;
         let path = socket.to_owned();
         let connector = tower::service_fn(move |_| {

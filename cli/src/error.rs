@@ -88,7 +88,7 @@ impl Error {
         ExitCode::from(code)
     }
 
-    /// Whether the cause is that nobody reads our output any more, so that there is nobody to tell.
+    /// Whether our output has lost its reader, so that the error cannot be shown either.
     pub(crate) fn reader_is_gone(&self) -> bool {
         let error = match self {
             Self::Output(error) | Self::Log(LogStreamError::Write(error)) => error,

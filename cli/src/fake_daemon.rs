@@ -1,6 +1,6 @@
 //! A daemon for tests that serves Berth's own service over a real socket, with answers made up beforehand.
 //!
-//! It knows nothing of pods and images; calls to CRI find nobody there.
+//! It knows nothing of pods and images; calls to the CRI are not implemented.
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -78,7 +78,7 @@ pub(crate) struct FakeDaemon {
 }
 
 impl FakeDaemon {
-    /// Starts a fake on a socket of its own and connects to it.
+    /// Starts a fake on its own socket and connects to it.
     pub(crate) async fn start(script: Script) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket: PathBuf = directory.path().join("berth.sock");

@@ -1,6 +1,6 @@
 //! Reads a container's log file: all of it, its last lines, or on and on while it grows and is rotated.
 //!
-//! The file belongs to the shim, which appends whole entries with one write each, and to whoever rotates it,
+//! The file belongs to the shim, which appends whole entries with one write each, and to its rotator,
 //! by moving it away and asking for a new one at the same path. The reader holds the file it has open until
 //! that is read to its end, and only then looks whether another one has the name. One that has become shorter
 //! is read from its beginning. It waits by looking again: a rotation is then no special case, and there is no
@@ -18,7 +18,7 @@ const BLOCK_BYTES: usize = 64 * 1024;
 
 /// The longest entry that is waited for, in bytes.
 ///
-/// Berth's shim cuts lines at 16 KiB and other runtimes can be told to cut them at any length; a file without
+/// Berth's shim cuts lines at 16 KiB and other runtimes may cut them at any length; a file without
 /// line feeds is no log, and must not fill the memory. What is longer is handed on in pieces.
 const MAX_ENTRY_BYTES: usize = 4 << 20;
 
@@ -109,7 +109,7 @@ impl LogFile {
             any |= self.read_to_end(u64::MAX, &mut each)?;
         }
         // Asked before the old file is read to its end once more: what is written to it after that comes from
-        // a writer that has not been told of the new one, and rotation waits for the writer.
+        // a writer that does not know of the new one, and rotation waits for the writer.
         while let Some(successor) = self.successor()? {
             any |= self.read_to_end(u64::MAX, &mut each)?;
             self.hand_out_unfinished(&mut each)?;
@@ -119,7 +119,7 @@ impl LogFile {
         Ok(any)
     }
 
-    /// Hands out what is left of an entry without a line feed. For when nobody writes any more.
+    /// Hands out what is left of an entry without a line feed. For a log that is no longer written.
     ///
     /// # Errors
     /// When `each` fails.
@@ -161,7 +161,7 @@ impl LogFile {
         }
     }
 
-    /// Whether the file has become shorter than what was read of it: somebody has emptied it, to rotate it
+    /// Whether the file has become shorter than what was read of it: it was truncated, to rotate it
     /// without asking its writer.
     fn is_cut(&self) -> Result<bool, LogFileError> {
         let length = self.file.metadata().map_err(|source| self.read_error(source))?.len();
@@ -188,7 +188,7 @@ impl LogFile {
 
     /// Moves to the start of the last `lines` lines before `end`, and returns where that is. A line is what
     /// ends with an `F` entry, or the parts of one that has not ended yet; an entry that is not in the format
-    /// is a line by itself.
+    /// is a line on its own.
     fn seek_to_last_lines(&self, end: u64, lines: u64) -> io::Result<u64> {
         let mut start = end;
         let mut lines_behind = 0;

@@ -1,6 +1,6 @@
 //! Brings a container's log to the terminal: its standard output to ours, its standard error to ours.
 //!
-//! Following runs on a thread of its own, because a reader of our output that is slow
+//! Following runs on its own thread, because a reader of our output that is slow
 //! (`berth run app | less`) must not keep us from hearing Ctrl-C.
 
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ pub(crate) enum LogStreamError {
     /// The log cannot be read.
     #[error(transparent)]
     Read(#[from] LogFileError),
-    /// Nobody takes our output any more.
+    /// Our output has no reader.
     #[error(transparent)]
     Write(#[from] OutputError),
 }
@@ -74,7 +74,7 @@ impl Following {
         match (&mut self.thread).await {
             Ok(Err(error)) => error,
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // It ends by itself only with an error, and nobody cancels it.
+            // It ends only with an error, and is never cancelled.
             Ok(Ok(())) | Err(_) => std::future::pending().await,
         }
     }
@@ -88,7 +88,7 @@ impl Following {
         match self.thread.await {
             Ok(outcome) => outcome,
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Nobody cancels it.
+            // It is never cancelled.
             Err(_) => Ok(()),
         }
     }

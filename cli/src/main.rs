@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Ok(cli) => cli,
         Err(error) => return Ok(refuse_command_line(&error)),
     };
-    // One thread: a command waits for the daemon most of the time. Following a log has a thread of its own.
+    // One thread: a command waits for the daemon most of the time. Following a log has its own thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let runs_a_program = matches!(cli.command, Command::Run(_) | Command::Exec(_) | Command::Attach(_));
     let outcome = runtime.block_on(perform(cli));
@@ -102,7 +102,7 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
 
 /// Prints what is wrong with the command line, or the help that was asked for.
 fn refuse_command_line(error: &clap::Error) -> ExitCode {
-    // Only fails when nobody reads it.
+    // Fails only when there is no reader.
     let _unheard = error.print();
     if error.use_stderr() && args::runs_a_program(std::env::args_os()) {
         return ExitCode::from(BERTH_FAILED);

@@ -1,7 +1,7 @@
 //! Finds what a person means: a pod or container by id, start of an id, pod name, or `pod/container`.
 //!
 //! A whole id wins, then a name, then the start of an id. Where a name has been used again (the next attempt
-//! of a container, a pod made anew) the newest bearer is meant. What still leaves a choice is an error that
+//! of a container, a recreated pod) the newest one is meant. What still leaves a choice is an error that
 //! lists it. Pure functions over what the daemon listed.
 
 use std::collections::BTreeMap;

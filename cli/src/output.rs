@@ -47,7 +47,7 @@ pub(crate) fn bytes(stream: Stream, bytes: impl AsRef<[u8]>) -> Result<(), Outpu
 
 /// Tells the person something that is not the result, as a line on standard error.
 ///
-/// Cannot fail: there is nobody left to tell.
+/// Errors are ignored: there is no other place to report them.
 pub(crate) fn remark(text: impl Display) {
     let _unheard = writeln!(io::stderr().lock(), "berth: {text}");
 }

@@ -18,7 +18,7 @@ const SUFFIX_DIGITS: usize = 6;
 )]
 pub(crate) struct PodNameError(String);
 
-/// Checks a name that somebody chose.
+/// Checks a name that a user chose.
 ///
 /// # Errors
 /// When it is no DNS label.

@@ -1,4 +1,4 @@
-//! Shows how far a transfer has come: a bar per layer on a terminal, nothing where nobody watches.
+//! Shows how far a transfer has come: a bar per layer on a terminal, nothing without a terminal.
 //!
 //! Bars go to standard error and are wiped at the end, so that the result on standard output stands alone.
 

@@ -21,7 +21,7 @@ pub(crate) struct Credentials {
     pub(crate) password: String,
 }
 
-/// How much of a pull is told on standard error.
+/// How much of a pull is shown on standard error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Narration {
     /// Bars while it runs, and a line when it is done.

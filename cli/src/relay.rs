@@ -1,4 +1,4 @@
-//! Between a program in a container and whoever started the command: input, output, the terminal's size, and
+//! Between a program in a container and the command's caller: input, output, the terminal's size, and
 //! the keys that detach.
 //!
 //! Reading and writing our own streams blocks, so each has a thread: a reader of ours that does not read must
@@ -179,7 +179,7 @@ fn finished(written: Result<Result<(), OutputError>, tokio::task::JoinError>) ->
     match written {
         Ok(written) => written,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        // Nobody cancels it.
+        // It is never cancelled.
         Err(_) => Ok(()),
     }
 }

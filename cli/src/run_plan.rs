@@ -2,7 +2,7 @@
 //! it.
 //!
 //! Pure functions. Where CRI leaves a choice to its caller, the container gets what Kubernetes gives to one
-//! that asks for nothing: the default seccomp filter, a pid namespace of its own, and the usual paths of
+//! that asks for nothing: the default seccomp filter, its own pid namespace, and the usual paths of
 //! /proc and /sys hidden or read-only. Those lists have to be sent: an empty list in CRI means that nothing
 //! is hidden.
 
@@ -154,9 +154,9 @@ impl PodPlan {
     }
 }
 
-/// What the containers of a pod take over that is there already, whoever made it.
+/// What the containers of a pod take over that is there already, however it was created.
 ///
-/// Network and IPC have to be the pod's; of process ids the container gets a namespace of its own in any pod.
+/// Network and IPC have to be the pod's; of process ids the container gets its own namespace in any pod.
 pub(crate) fn home_of(status: &PodSandboxStatus) -> Home {
     let linux = status.linux.as_ref();
     let options = linux.and_then(|linux| linux.namespaces.as_ref()?.options.clone()).unwrap_or_default();

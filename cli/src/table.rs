@@ -4,7 +4,7 @@
 //! A cell never breaks the rows: control characters in it are shown as `?`, since names and labels come from
 //! outside and could otherwise move the cursor of a terminal.
 
-/// Between two columns: wide enough to be told from a space in a cell.
+/// Between two columns: wide enough to be distinct from a space in a cell.
 const GAP: &str = "   ";
 
 /// A heading and rows of as many cells.

@@ -43,7 +43,7 @@ impl Terminal {
         Ok(Some(Self { raw, resized, continued }))
     }
 
-    /// Whether somebody types on it: standard input is a terminal in raw mode.
+    /// Whether it takes input: standard input is a terminal in raw mode.
     pub(crate) fn is_raw(&self) -> bool {
         self.raw.is_some()
     }

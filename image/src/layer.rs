@@ -1,7 +1,7 @@
 //! One layer's bytes -> its tree: digest, decompression, diff id, unpacking, in one pass.
 //!
-//! Nothing is kept of the compressed bytes. The compression is told by the first bytes, not by the media
-//! type, as other runtimes do: types in the field are often wrong, and both digests are checked anyway.
+//! Nothing is kept of the compressed bytes. The compression is recognised by the first bytes, not by the
+//! media type, as other runtimes do: types in the field are often wrong, and both digests are checked anyway.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::pipe::Abandoned;
 use crate::turns::LayerInput;
 use crate::unpack::{self, Summary, UnpackError};
 
-/// Largest zstd window: 128 MiB. Encoders stay at 8 MiB unless told `--long`; the format allows 3.75 TiB (RFC
+/// Largest zstd window: 128 MiB. Encoders stay at 8 MiB without `--long`; the format allows 3.75 TiB (RFC
 /// 8878, section 3.1.1.1.2).
 const MAX_ZSTD_WINDOW_LOG: u32 = 27;
 
@@ -85,7 +85,7 @@ pub enum Shortage {
         mebibytes(*.wanted), mebibytes(*.free), mebibytes(*.reserved)
     )]
     Bytes {
-        /// Bytes of the layer as it is fetched; 0 where nobody said. Unpacked it takes more.
+        /// Bytes of the layer as it is fetched; 0 if unknown. Unpacked it takes more.
         wanted: u64,
         /// Bytes that were free when it was refused.
         free: u64,

@@ -564,7 +564,7 @@ mod tests {
             let bad = byte(bad);
             assert!(parse_config(&bad, 1).is_err(), "{}", bad.escape_ascii());
         }
-        // A replacement character that somebody wrote is a character.
+        // A replacement character that was in the text is kept.
         let written = config("\"Env\":[\"A=\u{fffd}\"]", "");
         assert!(parse_config(&written, 1).is_ok());
     }

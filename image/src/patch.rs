@@ -3,10 +3,10 @@
 //! Layers are unpacked by themselves and shared by diff id. When an image is put together, some need a small
 //! layer of corrections, stacked directly above them and kept under the chain id of everything up to there:
 //!
-//! - a directory without an entry of its own must show the lower layer's owner, mode, time and attributes,
+//! - a directory without its own entry must show the lower layer's owner, mode, time and attributes,
 //!   not the default ones;
 //! - a hard link to a file of a lower layer becomes two names of one copy of that file;
-//! - a directory without an entry of its own, where the lower layers have a symbolic link (`lib/x` over
+//! - a directory without its own entry, where the lower layers have a symbolic link (`lib/x` over
 //!   `lib -> usr/lib`): the link stays, and what the layer has below moves to where the link leads.
 //!
 //! A patch has nothing else but these and the directories that lead to them. Names of a lower file other than
@@ -245,7 +245,7 @@ impl<'a> Planner<'a, '_> {
         Ok(())
     }
 
-    /// `path` is a directory of the layer that nobody asked for, over a link: brings the link back, and the
+    /// `path` is an implicit directory of the layer, over a link: brings the link back, and the
     /// content to where it leads.
     fn move_content(&mut self, path: &Path, link: Found) -> Result<(), PatchError> {
         let failed = file_error(path);

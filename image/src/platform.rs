@@ -33,7 +33,7 @@ pub(crate) fn host() -> String {
     format!("linux/{}", host_architecture())
 }
 
-/// How an image for this platform fits; `None` = not at all. Empty texts are those that nobody wrote.
+/// How an image for this platform fits; `None` = not at all. Absent texts are empty.
 pub(crate) fn fit(os: &str, architecture: &str, variant: &str) -> Option<Fit> {
     fit_on(host_architecture(), os, architecture, variant)
 }

@@ -1,8 +1,8 @@
-//! Who unpacks when: layers of all pulls share the processor and the disk, and nobody holds a share while
+//! Who unpacks when: layers of all pulls share the processor and the disk, and none holds a share while
 //! waiting for the network.
 //!
 //! A thread has a permit only while there are bytes to work on. So a registry that is slow, or means to be,
-//! keeps a thread and a connection of its own pull, and nothing that another pull needs. Whoever has bytes
+//! keeps a thread and a connection of that pull, and nothing that another pull needs. A pull that has bytes
 //! without end gives the permit back now and then: permits go in the order in which they were asked for.
 
 use std::io::{self, Read};
@@ -30,7 +30,7 @@ pub(crate) trait LayerInput: Read {
     fn hurry(&mut self, _within: Duration) {}
 }
 
-/// Input that takes turns with that of others. Must be read on a thread of its own.
+/// Input that takes turns with that of others. Must be read on its own thread.
 pub(crate) struct Turns<R> {
     input: R,
     permits: Arc<Semaphore>,
@@ -87,7 +87,7 @@ impl<R: LayerInput> LayerInput for Turns<R> {
 mod tests {
     use super::*;
 
-    /// Never ready before it is told.
+    /// Never ready before it is woken.
     struct Slow(std::sync::mpsc::Receiver<u8>, Option<u8>);
 
     impl Read for Slow {

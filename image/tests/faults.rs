@@ -307,7 +307,7 @@ async fn a_damaged_image_is_not_listed_its_layers_stay_in_use_and_a_pull_brings_
             store.collect(containers_of(&[id])).await.unwrap();
             assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{name}");
         }
-        // Nobody uses it: it is set aside, and takes no room.
+        // It is unused: it goes to quarantine, and takes no room.
         damage(&image);
         let store = store(dir.path());
         store.collect(nobody).await.unwrap();

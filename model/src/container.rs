@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 pub struct Metadata {
     /// The name in the pod.
     pub name: String,
-    /// Raised by the kubelet each time that it makes the container anew.
+    /// Raised by the kubelet each time it recreates the container.
     pub attempt: u32,
 }
 

@@ -13,7 +13,7 @@ pub struct Metadata {
     pub uid: String,
     /// The pod's namespace.
     pub namespace: String,
-    /// Raised by the kubelet each time that it makes the sandbox anew.
+    /// Raised by the kubelet each time it recreates the sandbox.
     pub attempt: u32,
 }
 

@@ -36,7 +36,7 @@ pub enum ExitReason {
     OomKilled,
     /// Its program could not be started.
     StartError,
-    /// Nobody knows: its shim was lost.
+    /// Unknown: its shim was lost.
     Unknown,
 }
 

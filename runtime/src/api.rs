@@ -34,7 +34,7 @@ impl Service {
     }
 }
 
-/// Sends the reports of a pull to whoever asked for it. The channel has no bound, but there is one message
+/// Sends the progress of a pull to its client. The channel has no bound, but there is one message
 /// for each piece of each layer at most, and a reader that has gone ends the pull.
 struct Reports(mpsc::UnboundedSender<Result<v1::PullEvent, Status>>);
 

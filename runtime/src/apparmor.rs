@@ -4,7 +4,7 @@
 //! `apparmor_parser` (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce
 //! AppArmor, nothing here is asked. Where it does and the profile cannot be loaded, no container is made that
 //! would have it: loading is tried again with each, so that an installed parser is enough. So it is when
-//! somebody has removed it from the kernel.
+//! it was removed from the kernel.
 //!
 //! Putting a process under a profile is the shim's.
 
@@ -81,7 +81,7 @@ const MAX_COMPLAINT_BYTES: usize = 4096;
 
 const PARSERS: [&str; 3] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser", "/usr/bin/apparmor_parser"];
 
-/// Why AppArmor could not be asked or told.
+/// Why AppArmor could not be queried or changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AppArmorError {
     /// Not installed.
@@ -313,7 +313,7 @@ mod tests {
         assert_eq!(profile.name_by(|| panic!("it is there"), there).unwrap(), Some(DEFAULT_PROFILE));
         let unknown = || Err(AppArmorError::NoParser);
         assert_eq!(profile.name_by(|| panic!("it was loaded"), unknown).unwrap(), Some(DEFAULT_PROFILE));
-        // Somebody has removed it.
+        // It was removed.
         assert!(profile.name_by(fails, gone).is_err());
         assert!(profile.name_by(fails, unknown).is_err());
         assert_eq!(profile.name_by(|| Ok(()), gone).unwrap(), Some(DEFAULT_PROFILE));

@@ -47,7 +47,7 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        // It may have taken its place, or never have come to exist; an error of either was told.
+        // It may have taken its place, or never have come to exist; an error of either was reported.
         let _ = std::fs::remove_file(&self.partial);
     }
 }

@@ -12,9 +12,9 @@
 //! ```
 //!
 //! It asks for each cgroup whose name begins with `crio` and has an id in it. So with this option containers'
-//! cgroups are called `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with a network of its own gets
+//! cgroups are called `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with its own network gets
 //! an empty cgroup named after the sandbox, [`show`]: network is counted for the "container" whose label
-//! `io.kubernetes.container.name` is `POD`, in the network namespace of the pid that is told for it, and
+//! `io.kubernetes.container.name` is `POD`, in the network namespace of its pid, and
 //! kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
 //!
 //! Nothing else of CRI-O is here, and nothing here can keep the daemon from serving pods: what fails is said
@@ -71,7 +71,7 @@ const MODE: u32 = 0o600;
 /// The name that says "this is the pod itself" to cAdvisor and kubelet.
 const POD: &str = "POD";
 
-/// Why nobody listens.
+/// Why the socket is not served.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ListenError {
     /// Another runtime does already.
@@ -82,7 +82,7 @@ pub(crate) enum ListenError {
         /// The file or directory.
         path: PathBuf,
     },
-    /// Something that nobody left there by a crash.
+    /// Something other than the socket of a crashed daemon.
     #[error("{path} exists and is not a socket")]
     NoSocket {
         /// The file or directory.
@@ -98,7 +98,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ListenEr
     move |source| error(source).into()
 }
 
-/// A socket that is open and served by nobody yet.
+/// A socket that is open and not served yet.
 #[derive(Debug)]
 struct Bound {
     listener: UnixListener,
@@ -152,7 +152,7 @@ pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
     }
 }
 
-/// Makes the socket, over one that nobody listens on any more.
+/// Makes the socket, in place of one that has no listener.
 async fn listen(path: &Path) -> Result<Bound, ListenError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -161,7 +161,7 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
             return Err(ListenError::NoSocket { path: path.to_owned() });
         }
         Ok(_) => match listener::knock(path).await {
-            // unix(7): refused is what a socket file without a listener says, whoever left it.
+            // unix(7): refused is what a socket file without a listener says, regardless of who left it.
             Knock::Unserved(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             Knock::Unserved(error) => return Err(file("connect to", path)(error)),
             Knock::Served => return Err(ListenError::Taken { path: path.to_owned() }),
@@ -219,7 +219,7 @@ async fn serve(listener: UnixListener, node: Arc<Node>) {
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD)
                 .serve_connection(TokioIo::new(stream), service);
-            // Whoever broke it off knows; who took too long is let go.
+            // A peer that disconnected knows; one that took too long is disconnected.
             let _ = tokio::time::timeout(CONNECTION, connection).await;
         });
     }
@@ -367,7 +367,7 @@ pub(crate) fn pod_name(pod: &sandbox::Metadata) -> String {
 }
 
 /// Makes the empty cgroup by which cAdvisor finds the pod, if it is asked for and not there: after the pod is
-/// in the registry, so that the question that follows has an answer. A pod with a process of its own has such
+/// in the registry, so that the question that follows has an answer. A pod with its own process has such
 /// a cgroup, and on the host's network there is nothing to find.
 pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let namespaces = &sandbox.config().namespaces;

@@ -37,10 +37,11 @@ use std::time::Duration;
 /// Major and minor number of the oldest kernel that will do.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
-/// How often the network is looked at and, when somebody broke it, repaired.
+/// How often the network is checked, and repaired if needed.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
-/// How long the lock of a root or state may be held by somebody who is about to end, and how often to look.
+/// How long the lock of a root or state may be held by a process that is about to end, and how often to
+/// check.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
@@ -50,7 +51,7 @@ pub enum DaemonError {
     /// A file or directory of its own.
     #[error(transparent)]
     File(#[from] FileError),
-    /// A directory of its own cannot be written to.
+    /// Its own directory cannot be written to.
     #[error(
         "{path} is on a read-only file system: mount it writable, or give berthd another --root and --state"
     )]
@@ -242,7 +243,7 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
             .create(&path)
             .map_err(file("create", &path))?;
     }
-    // Nobody but root may get through, also into directories that an older version made: images hold setuid
+    // Only root may get through, also into directories that an older version made: images hold setuid
     // programs.
     for path in [layout.root(), layout.state()] {
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
@@ -272,7 +273,7 @@ async fn take(lock: File, directory: &Path) -> Result<File, DaemonError> {
     }
 }
 
-/// Makes the runtime state a mount of its own that travels nowhere: namespaces pinned and memory mounted in
+/// Makes the runtime state a separate, private mount: namespaces pinned and memory mounted in
 /// it would otherwise be copied into every mount namespace that gets the host's mounts, and stay there.
 fn make_private(state: &Path) -> Result<(), DaemonError> {
     if !is_mount_point(state).map_err(file("examine", state))? {
@@ -330,7 +331,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     })
 }
 
-/// Logs what `berth doctor` would say, so that it is known also where nobody asks.
+/// Logs what `berth doctor` would say, so that it is known without being asked for.
 async fn tell_what_the_node_lacks(node: &Arc<Node>) {
     let config = node.config();
     let images = &config.images;

@@ -1,8 +1,8 @@
 //! What happens to sandboxes and containers: each change passes here once, when it happens, and those of one
 //! object in the order in which they happen. The log is what listens.
 //!
-//! What is told can be seen: an object is in the lists when it is told to be created or ready, and a program
-//! that has ended was told to be started before, however short its life.
+//! What an event says can be seen: an object is in the lists when it is reported as created or ready, and a
+//! program that has ended was reported as started before, however short its life.
 //!
 //! What a daemon only learns, such as how it finds what the daemon before it has left, is no event.
 
@@ -45,7 +45,7 @@ pub(crate) enum ContainerChange<'a> {
     Removed,
 }
 
-/// Tells everybody who listens.
+/// Notifies all observers.
 pub(crate) fn tell(event: Event<'_>) {
     match event {
         Event::Sandbox { id, pod, change } => match change {
@@ -73,7 +73,7 @@ pub(crate) fn tell(event: Event<'_>) {
     }
 }
 
-/// For tests: what is told, in its order.
+/// For tests: the events, in order.
 #[cfg(test)]
 pub(crate) mod heard {
     use std::sync::{Arc, Mutex};

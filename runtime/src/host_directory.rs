@@ -5,7 +5,7 @@ use berth_sys::{host_path, ns, process};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Makes `path` and its parents where they are absent, searchable by everybody (mode 0755): they are the
+/// Makes `path` and its parents where they are absent, searchable by all (mode 0755): they are the
 /// pods', and the daemon's strict umask is for its own files.
 ///
 /// Containers may own a directory on the way. Links that are there are followed, as the CRI asks for

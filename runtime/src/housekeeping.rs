@@ -1,7 +1,7 @@
 //! What can wait until the daemon serves: deleting what was thrown away before, and reading again what could
 //! not be read.
 //!
-//! Nothing here is waited for by anybody. What fails is logged, and tried again by the next start at the
+//! Nothing waits for this. What fails is logged, and tried again by the next start at the
 //! latest.
 
 use crate::log_rotation;

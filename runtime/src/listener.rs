@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 
-/// How long somebody who listens may take to take a connection.
+/// How long a listener may take to accept a connection.
 const ANSWER: Duration = Duration::from_secs(1);
 
 /// How long to wait when a connection cannot be accepted: without descriptors the next try fails like the
@@ -32,16 +32,16 @@ pub(crate) fn bind(path: &Path, mode: u32) -> Result<UnixListener, FileError> {
     Ok(listener)
 }
 
-/// What is found when somebody knocks on a socket.
+/// The outcome of an attempt to connect to a socket.
 #[derive(Debug)]
 pub(crate) enum Knock {
-    /// Somebody listens, though there may be no room for more.
+    /// There is a listener, though its backlog may be full.
     Served,
-    /// Nobody does: `ECONNREFUSED` for a file that a crash has left.
+    /// There is none: `ECONNREFUSED` for a file that a crash has left.
     Unserved(io::Error),
 }
 
-/// Whether somebody listens on the socket at `path`.
+/// Whether a process listens on the socket at `path`.
 pub(crate) async fn knock(path: &Path) -> Knock {
     match tokio::time::timeout(ANSWER, UnixStream::connect(path)).await {
         Ok(Err(error)) => Knock::Unserved(error),

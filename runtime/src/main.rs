@@ -142,7 +142,7 @@ fn serve(config: Config, arguments: Arguments) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
         let mut hangup = signal(SignalKind::hangup()).context("wait for SIGHUP")?;
-        // One more that waits is enough: it is read after whatever made somebody ask for it.
+        // One more that waits is enough: the files are read after the change that it is about.
         let (want, wanted) = tokio::sync::mpsc::channel(1);
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {

@@ -1,7 +1,8 @@
-//! What the service manager is told: that the daemon serves, what it does, that it is alive, that it ends.
+//! Notifications for the service manager: that the daemon serves, what it does, that it is alive, that it
+//! ends.
 //!
 //! The protocol of sd_notify(3): datagrams of `NAME=value` lines to the socket that `NOTIFY_SOCKET` names, a
-//! path or, behind an `@`, an abstract name. Without the variable nobody wants to know, and nothing is sent.
+//! path or, behind an `@`, an abstract name. Without the variable nothing is sent.
 //! Nothing here can keep the daemon from serving: a datagram that cannot be sent is logged and forgotten.
 //!
 //! Shims and programs of the daemon get no environment, so none of them can speak in its name.
@@ -68,7 +69,7 @@ impl Notifier {
         self.send(&format!("READY=1\n{}", status_line(status)));
     }
 
-    /// The configuration is being read anew; [`ready`](Self::ready) says that it was.
+    /// The configuration is being reloaded; [`ready`](Self::ready) says that it was.
     pub(crate) fn reloading(&self) {
         self.send("RELOADING=1\nSTATUS=reloading the configuration\n");
     }
@@ -99,7 +100,7 @@ impl Notifier {
                     self.send(&format!("WATCHDOG=1\n{}", status_line(&status)));
                     (pause, limit) = first;
                 }
-                // Not told anything, the manager ends the daemon and starts another; pods do not notice.
+                // Without a notification, the manager ends the daemon and starts another; pods do not notice.
                 Err(error) => {
                     tracing::error!(error = %crate::chain(&error), "the daemon does not answer its own requests");
                     (pause, limit) = again(watchdog);
@@ -162,7 +163,7 @@ fn status_line(text: &str) -> String {
 /// Why the daemon does not count as alive.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProbeError {
-    /// Nobody accepts.
+    /// The connection is not accepted.
     #[error("cannot connect to the daemon's own socket")]
     Connect(#[source] tonic::transport::Error),
     /// A call.

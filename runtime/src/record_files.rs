@@ -7,8 +7,8 @@
 //! The record is written first and the copy second; the copy is removed first and the record second. So a
 //! copy without a record means that the record was lost, never that the object was half made or half removed.
 //!
-//! "Cannot be read" has three meanings, which are told apart: nothing is there; what is there is proven
-//! damaged (its checksum); nobody knows (an error of the disk, no descriptor, no memory, a newer version).
+//! "Cannot be read" has three meanings, which are distinguished: nothing is there; what is there is proven
+//! damaged (its checksum); unknown (an error of the disk, no descriptor, no memory, a newer version).
 //! Only the second is ever written over.
 
 use crate::atomic_file;
@@ -66,7 +66,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    /// Whether the file is proven to be of no use to anybody, this version or another.
+    /// Whether the file is proven to be useless to this version and any other.
     fn is_damage(&self) -> bool {
         match self {
             Self::Unread { .. } => false,

@@ -33,7 +33,7 @@ struct Inner {
 
 impl Inner {
     /// Frees a name, unless it is another object's by now: of two removals at once the later one finds the
-    /// name taken anew.
+    /// name taken again.
     fn give_back(&mut self, name: &Name, owner: &str) {
         if self.names.get(name).is_some_and(|found| found == owner) {
             self.names.remove(name);

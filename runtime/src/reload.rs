@@ -1,4 +1,4 @@
-//! The configuration read anew while pods run: on SIGHUP, which `berthd --reload` and with it
+//! The configuration, reloaded while pods run: on SIGHUP, which `berthd --reload` and with it
 //! `systemctl reload berthd` sends ([`crate::reload_request`]).
 //!
 //! What new work goes by takes effect at once: images, registries, resource limits of new containers, the
@@ -19,7 +19,7 @@ pub type Read = Arc<dyn Fn() -> Result<Config, String> + Send + Sync>;
 /// Puts another filter ([`Config::log`]) into force.
 pub type SetLog = Box<dyn Fn(&str) + Send + Sync>;
 
-/// What the program of a daemon gives to it so that it can be told to read its configuration anew.
+/// What the daemon needs to reload its configuration.
 pub struct Reload {
     /// A message for each time that it is to.
     pub wanted: mpsc::Receiver<()>,
@@ -35,7 +35,7 @@ impl fmt::Debug for Reload {
     }
 }
 
-/// Reads anew whenever it is told to. Ends with the sender of [`Reload::wanted`]. `status` is what the
+/// Reloads on each request. Ends with the sender of [`Reload::wanted`]. `status` is what the
 /// service manager shows afterwards.
 pub(crate) async fn serve(
     node: Arc<Node>,

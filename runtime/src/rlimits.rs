@@ -21,7 +21,7 @@ const MOST_FILES: u64 = i32::MAX.unsigned_abs() as u64;
 /// Those that can be configured, by name: soft and hard.
 ///
 /// Open files: what systemd gives to services, containerd and CRI-O among them. A higher soft limit breaks
-/// programs that use select(2) or close every possible descriptor; whoever needs more raises it up to the
+/// programs that use select(2) or close every possible descriptor; programs that need more raise it up to the
 /// hard one. Processes and dumps of core: what the unit files of both runtimes say. The number of processes
 /// is counted for a user on the whole node, so that containers of one number would starve each other;
 /// `pids.max` is what limits them. The rest: the kernel's own.

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 
-/// How long calls may go on after the daemon was told to end. Pods do not depend on it.
+/// How long calls may go on after the daemon was asked to stop. Pods do not depend on it.
 const LAST_CALLS: Duration = Duration::from_secs(3);
 
 /// The mode of the socket's file.
@@ -28,7 +28,7 @@ pub enum ServeError {
     /// The socket's file.
     #[error(transparent)]
     Listen(#[from] FileError),
-    /// Somebody else listens on the socket.
+    /// Another process listens on the socket.
     #[error("another process is listening on {path}; stop it, or give this one its own --socket")]
     Served {
         /// The file or directory.
@@ -107,10 +107,10 @@ pub(crate) async fn serve(
     };
     let result = tokio::select! {
         result = server => result.map_err(ServeError::Server),
-        // A pull or a command that still runs; whoever waits for it sees the connection end and asks again.
+        // A pull or a command that still runs; its client sees the connection end and retries.
         () = ending => Ok(()),
     };
-    // A client that sees no file knows at once that nobody listens.
+    // A client that sees no file knows at once that there is no daemon.
     let _ = std::fs::remove_file(path);
     result
 }

@@ -1,7 +1,7 @@
 //! The daemon's end of a shim: starting one, finding one again, and talking to it.
 //!
 //! Messages are those of `berth_shim_proto`; they stop here. One task for each connection sends frames whole,
-//! whatever becomes of who asked, and hands replies to whoever waits for them; when the connection ends,
+//! whatever becomes of the caller, and hands replies to those that wait for them; when the connection ends,
 //! every waiter gets [`ShimError::Lost`], and [`ShimClient::ended`] resolves. Every call has a deadline: a
 //! shim that hangs hurts its own container only.
 
@@ -76,7 +76,7 @@ pub(crate) enum ShimError {
 /// Why there is no connection to the shim of a daemon before this one.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
-    /// Nobody listens on its socket any more: it has ended.
+    /// Its socket has no listener: it has ended.
     #[error("the container's shim has ended")]
     Gone,
     /// There is no socket.
@@ -88,7 +88,7 @@ pub(crate) enum ConnectError {
     NotNow(#[source] io::Error),
 }
 
-/// The shim's program, loaded once: processes are started from this copy, which nobody can write to, so that
+/// The shim's program, loaded once: processes are started from this copy, which cannot be written to, so that
 /// neither an upgrade of the package nor a container that gets hold of its own `/proc/<pid>/exe` changes what
 /// runs.
 #[derive(Debug)]
@@ -230,8 +230,8 @@ struct Incoming {
     end: Arc<OnceLock<ExitRecord>>,
 }
 
-/// A request until it is sent. Whoever asked can take it back until then, with its descriptors: a shim that
-/// does not read holds up everything behind, and what nobody waits for any more must not pile up, nor be done
+/// A request until it is sent. The caller can take it back until then, with its descriptors: a shim that
+/// does not read holds up everything behind, and abandoned requests must not pile up, nor be done
 /// later.
 type Slot = Arc<Mutex<Option<Outgoing>>>;
 
@@ -253,7 +253,7 @@ fn take(slot: &Slot) -> Option<Outgoing> {
     lock(slot).take()
 }
 
-/// Takes a request back when it is dropped, unless it was sent; nobody waits for its answer then.
+/// Takes a request back when it is dropped, unless it was sent; its answer is dropped then.
 struct TakenBack<'a> {
     client: &'a ShimClient,
     id: u64,
@@ -324,7 +324,7 @@ impl ShimClient {
 
     fn new(socket: OwnedFd, child: Option<i32>) -> io::Result<Self> {
         berth_sys::file::set_nonblocking(socket.as_fd())?;
-        // For a socket pair that is the pid of whoever made the pair: this daemon. Then the child is the
+        // For a socket pair that is the pid of the pair's creator: this daemon. Then the child is the
         // peer.
         let pid = child.or_else(|| socket::peer_pid(socket.as_fd()).ok());
         let socket = UnixStream::from_std(socket.into())?;
@@ -478,7 +478,7 @@ impl ShimClient {
         self.done(Call::Signal(signal)).await
     }
 
-    /// Opens the log path anew.
+    /// Reopens the log path.
     ///
     /// # Errors
     /// [`ShimError::Failed`] when that failed; the old file is in use still.
@@ -508,7 +508,7 @@ impl ShimClient {
         }
     }
 
-    /// Ends a shim that does not answer, so that its container can be over: nobody will say how that ended
+    /// Ends a shim that does not answer, so that its container can be over: its exit stays unknown
     /// then.
     pub(crate) fn kill(&self) {
         let Some(pidfd) = self.pid.and_then(|pid| process::open_pidfd(pid).ok()) else { return };
@@ -602,7 +602,7 @@ impl Resizer {
     }
 }
 
-/// A program that runs in the container. When it is dropped before its end, the program is killed: nobody
+/// A program that runs in the container. When it is dropped before its end, the program is killed: no one
 /// waits for it any more.
 #[derive(Debug)]
 pub(crate) struct RunningExec {
@@ -751,7 +751,7 @@ fn receive(socket: &UnixStream, received: &mut Vec<u8>, incoming: &Incoming) -> 
             }
             Ok(Some(Reply { id, answer: Some(answer) })) => {
                 if let Some(waiter) = lock(&incoming.pending).remove(&id) {
-                    // Whoever asked may have given up.
+                    // The caller may have stopped waiting.
                     let _ = waiter.send(answer);
                 }
             }

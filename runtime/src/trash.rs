@@ -52,7 +52,7 @@ pub(crate) fn empty(layout: &Layout) -> io::Result<()> {
 fn delete(trash: &Path, name: &str) {
     let deleted = Root::open(trash).and_then(|root| root.open_dir(Path::new("."))?.remove_all(name.as_ref()));
     if let Err(error) = deleted
-        // Somebody else deleted it: the one who threw it away, or the start of the daemon.
+        // It was deleted already, by the caller or at the start of the daemon.
         && error.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!(path = %trash.join(name).display(), %error, "cannot delete; trying again at the next start");

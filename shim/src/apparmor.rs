@@ -2,10 +2,10 @@
 //! `/proc/<pid>/attr/apparmor`.
 //!
 //! ```text
-//!  exec      where nobody else lives: the profile that the next exec changes to
+//!  exec      where no other process lives: the profile that the next exec changes to
 //!  current   where others do: the profile from now on
 //! ```
-//! Whoever lives in the pid namespace may trace what is born there, as far as the profiles of the two allow
+//! Processes in the pid namespace may trace what is born there, as far as the profiles of the two allow
 //! it. So a process that goes there has its program's profile before it is born, and that profile has to let
 //! the program be executed. A profile in between would not do: the kernel lets a confined process that has
 //! no_new_privs change to no other.

@@ -2,7 +2,7 @@
 //!
 //! Each gets what is written from now on, beside the log, and none is waited for: what a client has not read
 //! waits in its pipe. That is enlarged as far as [`MOST_BYTES`] once it is full, and when it is full again,
-//! output is left out for this client. It is told how much was, in a line of its own, where that would have
+//! output is left out for this client. A line says how much, where that would have
 //! been.
 
 use crate::cri_log::Stream;
@@ -23,11 +23,11 @@ struct Attached {
     token: u64,
     /// The container has a terminal, where lines end differently.
     terminal: bool,
-    /// Bytes left out since the client was last told.
+    /// Bytes left out since the last such line.
     left_out: u64,
 }
 
-/// What a client still has to be told when a stream is over.
+/// What is still to be sent to a client when a stream is over.
 #[derive(Debug)]
 pub(crate) struct LastWords {
     pub(crate) to: File,
@@ -63,7 +63,7 @@ impl Clients {
         self.0.len()
     }
 
-    /// Gives `bytes` of a stream to everybody who gets that.
+    /// Gives `bytes` of a stream to every client that gets that.
     pub(crate) fn pass(&mut self, stream: Stream, bytes: &[u8], poll: &Poll) {
         let gone = self.0.extract_if(.., |client| client.stream == stream && client.pass(bytes).is_err());
         gone.for_each(|client| client.close(poll));
@@ -76,7 +76,7 @@ impl Clients {
         true
     }
 
-    /// Ends a stream for everybody who gets it. What they have not read stays in their pipes.
+    /// Ends a stream for every client that gets it. What they have not read stays in their pipes.
     pub(crate) fn end(&mut self, stream: Stream, poll: &Poll) -> Vec<LastWords> {
         let (mut untold, all) = (Vec::new(), self.0.extract_if(.., |client| client.stream == stream));
         for client in all {

@@ -42,9 +42,9 @@ pub(crate) struct Birth {
     process: Option<i32>,
     /// Whether the process has ever been known.
     named: bool,
-    /// Whether it is told to go on as soon as it is known.
+    /// Whether it may continue as soon as it is known.
     at_once: bool,
-    /// Whether it has been told to go on.
+    /// Whether it was let continue.
     released: bool,
     report: Option<Report>,
     deadline: Instant,
@@ -99,7 +99,7 @@ impl Birth {
         self.process
     }
 
-    /// Whether a process may be there that nobody knows yet: until then no child that is not known may be
+    /// Whether there may be a process that is not known yet: until then no child that is not known may be
     /// reaped.
     pub(crate) fn expects_successor(&self) -> bool {
         !self.named && self.maker.is_some()
@@ -184,10 +184,10 @@ impl Birth {
         Ok(())
     }
 
-    /// Kills whoever of it is there; the end is found as that of other children is.
+    /// Kills all of it that is there; the end is found as that of other children is.
     pub(crate) fn kill(&self) {
         for pid in self.children() {
-            // It may have ended by itself.
+            // It may have ended on its own.
             let _ = process::signal_child(pid, SIGKILL);
         }
     }
@@ -268,7 +268,7 @@ mod tests {
         assert!(birth.reaped(pid(&process)).is_err());
         end(process);
         end(maker);
-        // Their numbers are nobody's now.
+        // Their numbers are free now.
         birth.kill();
     }
 

@@ -155,7 +155,7 @@ impl LogFile {
         Ok(Self { directory, name, file, gap_bytes: 0, torn: false, lost_bytes: 0 })
     }
 
-    /// Opens the same path anew, after the old file was renamed. On an error the old file stays in use.
+    /// Reopens the same path, after the old file was renamed. On an error the old file stays in use.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
         self.file = open_below(&self.directory, &self.name)?;
         self.torn = false;

@@ -162,7 +162,7 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
         make_directories(path, owner)?;
         std::env::set_current_dir(path).step(STEP, path.display())?;
     }
-    // A directory descriptor left open by somebody could lead out by /proc/self/fd/N (CVE-2024-21626). The
+    // A leaked directory descriptor could lead out by /proc/self/fd/N (CVE-2024-21626). The
     // kernel's own name for a directory outside the root does not begin with a slash: getcwd(3),
     // "(unreachable)".
     let real = std::env::current_dir().step(STEP, path.display())?;
@@ -193,7 +193,7 @@ fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
 /// What a process on its way to its program has left to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Privileges {
-    /// It has what shedding takes besides what the program may. Only where nobody else is to see it.
+    /// It has what dropping them takes besides what the program may. Only where no other process can see it.
     Shedding,
     /// It is as its program will be, but for the last filter: the one in force lets through what entering
     /// takes.

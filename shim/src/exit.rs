@@ -103,8 +103,8 @@ fn count(file: &[u8], key: &[u8]) -> u64 {
         .unwrap_or(0)
 }
 
-/// Ends every process that is left in the cgroup of a container without a pid namespace of its own, when its
-/// main process has ended: they would hold its output open, and nobody else stops them soon. The daemon looks
+/// Ends every process that is left in the cgroup of a container without its own pid namespace, when its main
+/// process has ended: they would hold its output open, and nothing else stops them soon. The daemon looks
 /// again.
 pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     if !cgroup.unified_dir.is_empty() {
@@ -116,7 +116,7 @@ pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     let list = host_path(tasks).with_file_name("cgroup.procs");
     let processes = std::fs::read_to_string(list).unwrap_or_default();
     for pid in processes.lines().filter_map(|line| line.parse().ok()) {
-        // By descriptor; whoever has the number when it is opened is in the list still, or has ended.
+        // By descriptor; the process with the number is in the list still, or has ended.
         if let Ok(pidfd) = berth_sys::process::open_pidfd(pid) {
             let _ = berth_sys::process::signal_pidfd(pidfd.as_fd(), SIGKILL);
         }

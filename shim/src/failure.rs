@@ -1,4 +1,4 @@
-//! The one error of the shim: a step that failed, as the daemon is told it.
+//! The one error of the shim: a step that failed, as it is sent to the daemon.
 
 use berth_shim_proto::control::Failed;
 use std::fmt::Display;

@@ -8,14 +8,14 @@
 //! ```
 //! All are close-on-exec. A child that goes on as another process ([`crate::init`]), the *maker*, tells who
 //! that is by its own name (proc_pid_comm(5)), and ends: a name can be read as long as the process has not
-//! been reaped, and nobody but the process itself can write it.
+//! been reaped, and only the process itself can write it.
 //!
 //! # Who is believed
 //!
-//! A process that is born in a pid namespace where others live has what its maker had open, and whoever may
-//! trace it there has it too. So the maker closes the report before it makes the other, and that one has two
-//! pipes: it can be told to go on, and it can say a text of limited length about itself, after which it is
-//! killed. A pipe carries no descriptors, which a socket would: to close one that hangs, a socket that
+//! A process that is born in a pid namespace where others live has what its creator had open, and a process
+//! that may trace it there has it too. So the maker closes the report before it makes the other, and that one
+//! has two pipes: it can be let continue, and it can say a text of limited length about itself, after which
+//! it is killed. A pipe carries no descriptors, which a socket would: to close one that hangs, a socket that
 //! lingers (socket(7)) or a file of a filesystem in the container, the shim would have to wait.
 
 use crate::failure::{Step, refused};
@@ -146,12 +146,13 @@ impl ChildEnd {
         socket::send(socket.as_fd(), &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
     }
 
-    /// Waits for the word to go on. The shim's end closed instead means that nobody wants the child any more.
+    /// Waits for the word to go on. The shim's end closed instead means that the child is not wanted any
+    /// more.
     pub(crate) fn wait_for_go(&self) -> Result<(), Failed> {
         (&self.go).read_exact(&mut [0]).step("start", "the shim has ended")
     }
 
-    /// Says that a step failed. Whether anybody hears it does not matter to the child.
+    /// Says that a step failed. A failure to send it does not matter to the child.
     pub(crate) fn failed(&self, failed: &Failed) {
         // It may quote the image, and the pipe has room for so much only.
         let _ = (&self.words).write_all(&bounded(failed.clone()).encode_to_vec());

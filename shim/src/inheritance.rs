@@ -5,7 +5,7 @@
 //! plan says. What is here is the same for every process of every container, and for process 1 of a pod. What
 //! cannot be undone stays: a seccomp filter, `no_new_privs`, Landlock rules, locked secure bits,
 //! `PR_SET_MDWE` and speculation controls of the daemon's unit only take privileges away; a core scheduling
-//! cookie and an audit login id (`/proc/self/loginuid`) are for whoever gave them to the unit.
+//! cookie and an audit login id (`/proc/self/loginuid`) are up to the unit.
 
 use crate::failure::Step;
 use berth_shim_proto::control::Failed;
@@ -51,7 +51,7 @@ pub(crate) fn reset() -> Result<(), Failed> {
     where_known(scheduling::use_default_memory_failure_policy()).step(STEP, "memory failure policy")?;
     where_allowed(scheduling::flush_no_io()).step(STEP, "I/O flusher")?;
     scheduling::use_default_personality().step(STEP, "personality")?;
-    // An empty one of its own for each process that the shim starts, exec too: keys that one of them adds are
+    // Its own empty one for each process that the shim starts, exec too: keys that one of them adds are
     // not the others'.
     where_known(process::join_new_session_keyring()).step(STEP, "session keyring")
 }

@@ -3,12 +3,12 @@
 //! A flat list of steps, each with the reason for its place. One thread, no logging; a step that fails is
 //! reported to the shim and the child ends.
 //!
-//! A process in a pid namespace shows everybody there that may trace (`CAP_SYS_PTRACE`) what it has: its
-//! root, its working directory, its descriptors, its memory, and through that its privileges. So nothing of
-//! the host enters a namespace where others live. A process bound for one prepares outside until the root is
-//! the container's and the descriptors, privileges, filter and profile are the program's, reports, and only
-//! then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not believed
-//! ([`crate::handshake`]).
+//! A process in a pid namespace exposes, to every process there that may trace (`CAP_SYS_PTRACE`) what it
+//! has: its root, its working directory, its descriptors, its memory, and through that its privileges. So
+//! nothing of the host enters a namespace where others live. A process bound for one prepares outside until
+//! the root is the container's and the descriptors, privileges, filter and profile are the program's,
+//! reports, and only then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not
+//! believed ([`crate::handshake`]).
 
 use crate::apparmor::{Profile, Way};
 use crate::execute::{self, Privileges, Program};
@@ -161,7 +161,7 @@ fn prepare_main(
     }
 }
 
-/// A session of its own: signals of a terminal reach it and nobody else, and the shim signals an exec as a
+/// Its own session: signals of a terminal reach only it, and the shim signals an exec as a
 /// whole.
 fn lead_session(has_terminal: bool) -> Result<(), Failed> {
     process::new_session().step("create a session", "")?;
@@ -246,7 +246,7 @@ fn keep_only(kept: &[BorrowedFd<'_>]) -> Result<(), Failed> {
 
 /// What every child does first.
 pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
-    // Before anything of the container can see this process: nobody in there may trace it or open its files,
+    // Before the container can see this process: nothing in there may trace it or open its files,
     // /proc/<pid>/exe among them (CVE-2016-9962, CVE-2019-5736). Exec turns it on again.
     process::set_dumpable(false).step("guard the process", "")?;
     process::reset_signals().step("reset the signals", "")?;
@@ -324,7 +324,7 @@ fn place(stdio: Stdio, user: &Resolved) -> Result<(), Failed> {
 fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> {
     let file = std::fs::File::from(descriptor.try_clone_to_owned().step("copy a descriptor", "")?);
     let metadata = file.metadata().step("examine a standard stream", "")?;
-    // The null device is everybody's, whoever they are.
+    // The null device is shared.
     if metadata.file_type().is_fifo() && metadata.uid() != user.uid {
         std::os::unix::fs::fchown(&file, Some(user.uid), None)
             .step("change the owner of a standard stream", "")?;

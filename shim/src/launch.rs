@@ -245,7 +245,7 @@ pub(crate) fn exec(
     }
 }
 
-/// The program's end for the stream whose other end is `outer`: that of a pipe of its own, for a pipe, of
+/// The program's end for the stream whose other end is `outer`: that of a separate pipe, for a pipe, of
 /// which the other end goes to `pipes`. Anything else is the host's null device, and stands for ours.
 fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> Result<OwnedFd, Failed> {
     const STEP: &str = "create a pipe";

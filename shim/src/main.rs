@@ -38,7 +38,7 @@ mod user;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
-/// Wrong arguments or descriptors: nobody but the daemon starts a shim.
+/// Wrong arguments or descriptors: only the daemon starts a shim.
 const EXIT_USAGE: u8 = 64;
 /// The shim's own work failed.
 const EXIT_FAILED: u8 = 70;

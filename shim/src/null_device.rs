@@ -1,7 +1,7 @@
 //! The null device that a program gets for a stream that is not wanted.
 //!
 //! It lies in a file system that nothing else is in. A descriptor of the host's `/dev/null` would be one of
-//! an inode of the host, whose mode and owner its holder could change for everybody: `chmod /proc/self/fd/0`.
+//! an inode of the host, whose mode and owner its holder could change for all: `chmod /proc/self/fd/0`.
 
 use crate::failure::Step;
 use berth_shim_proto::control::Failed;
@@ -26,7 +26,7 @@ pub(crate) fn open() -> Result<OwnedFd, Failed> {
     }
     let made = make()?;
     let opened = made.try_clone().step(STEP, "")?;
-    // There is one thread; nobody was faster.
+    // There is only one thread, so this cannot race.
     let _ = OPENED.set(made);
     Ok(opened)
 }

@@ -99,7 +99,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
                 Ok((Created { pid, start_time, ..Created::default() }, [pid_namespace, procfs]))
             });
             if made.is_err() {
-                // It may have ended by itself; it is reaped all the same.
+                // It may have ended on its own; it is reaped all the same.
                 let _ = process::signal_child(pid, SIGKILL);
                 let _ = process::wait_for(pid);
             }
@@ -120,7 +120,7 @@ fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     Ok((procfs, profile))
 }
 
-/// Takes everything away that somebody in the pod could gain by getting at this process.
+/// Drops everything that a process in the pod could gain from this one.
 fn confine(profile: Option<Way>, filter: &[u8]) -> Result<(), Failed> {
     process::new_session().step("create a session", "")?;
     process::set_name(c"berth-pause").step("set the name of the process", "")?;

@@ -1,9 +1,9 @@
 //! The procfs of a pid namespace in which others live.
 //!
 //! A procfs shows the pid namespace of the process that began it (pid_namespaces(7)). A process that begins
-//! one in an inhabited namespace would be seen there, with the privilege that mounting takes, and whoever may
-//! trace it would have that privilege. So none is begun: a procfs that was made while nobody lived there is
-//! cloned.
+//! one in an inhabited namespace would be seen there, with the privilege that mounting takes, and a process
+//! that may trace it would have that privilege. So none is begun: a procfs that was made before any process
+//! lived there is cloned.
 //!
 //! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and mounted on
 //!   the host (`Namespaces.procfs`).
@@ -58,7 +58,7 @@ impl Target {
 
     /// Its procfs, as a detached mount.
     ///
-    /// The look into its mount namespace is another process's, which stays outside of its pid namespace:
+    /// The look into its mount namespace is another process's, which stays outside its pid namespace:
     /// joining a mount namespace changes root and working directory for good, setns(2). It may hang in a
     /// filesystem that the target serves, so it has [`LOOK`], and ends with this process.
     pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
@@ -118,7 +118,7 @@ pub(crate) fn pinned(path: &Path) -> Result<OwnedFd, Failed> {
 /// Whether `place` is the root of a procfs that shows the pid namespace of this number.
 ///
 /// Its process 1 is that of the namespace it shows, so the link to its pid namespace tells which one that is.
-/// The link is read past everything that somebody mounted over it.
+/// The link is read past everything that is mounted over it.
 fn check(place: BorrowedFd<'_>, number: u64) -> io::Result<()> {
     let is_root = mount::is_procfs(place)? && stat_fd(place)?.identity.1 == ROOT_INODE;
     if is_root {

@@ -5,17 +5,17 @@
 //!  program  <--inner pipe--  shim  <--outer pipe--  daemon      input
 //!  program  <---terminal-->  shim  <----socket--->  daemon      both
 //! ```
-//! Whoever has a pipe or a terminal open can hold its lock for as long as it likes: the kernel keeps it while
-//! it copies from or to memory, and where that is a page of a file, waits for the file. Reading, writing,
-//! closing and resizing at the other end then wait too, and cannot be killed. So what a program has never
-//! reaches the daemon. A container can stall its shim like that, which it has to itself.
+//! A process that has a pipe or a terminal open can hold its lock for as long as it likes: the kernel keeps
+//! it while it copies from or to memory, and where that is a page of a file, waits for the file. Reading,
+//! writing, closing and resizing at the other end then wait too, and cannot be killed. So what a program has
+//! never reaches the daemon. A container can stall its shim like that, which it has to itself.
 //!
 //! Bytes are copied, not spliced: to splice from pipe to pipe, the kernel takes the locks of both at once,
 //! and so would keep the daemon waiting for a container after all.
 //!
 //! A flow reads only when the bytes of before have gone out, so it holds at most what it reads at a time, and
 //! nothing while it is idle. At the end of its source it closes the other side once everything has gone out;
-//! when the other side does not take any more, it closes the source, and whoever writes there learns it as
+//! when the other side does not take any more, it closes the source, and a writer there learns it as
 //! from any closed pipe.
 
 use berth_sys::file;
@@ -30,7 +30,7 @@ const READ_BYTES: usize = 32 * 1024;
 /// Reads or writes of one flow before others get their turn.
 const TURNS: usize = 16;
 
-/// Bytes of output that are passed on after the end of its program before that is told: more than a pipe
+/// Bytes of output that are passed on after the end of its program before that is reported: more than a pipe
 /// holds, which is all that the program itself can have left. What others write goes on without an end.
 const SETTLE_BYTES: usize = 1024 * 1024;
 
@@ -56,7 +56,7 @@ pub(crate) struct Ends {
 enum Waits {
     /// Something to read; and for the other side to be closed.
     Input,
-    /// Room to write. The source is not watched: its end would be told again and again.
+    /// Room to write. The source is not watched: its end would be reported again and again.
     Room,
 }
 
@@ -72,7 +72,7 @@ struct Flow {
     /// Read and not written yet.
     held: Vec<u8>,
     waits: Waits,
-    /// Output of a program that has ended: how much more of it may follow before that is told.
+    /// Output of a program that has ended: how much more of it may follow before that is reported.
     settling: Option<usize>,
 }
 
@@ -158,7 +158,7 @@ impl Relays {
         let index = self.flows.iter().position(of)?;
         let flow = self.flows.get_mut(index)?;
         let group = flow.group;
-        // A wake-up may be from before the last change of what it waits for: room that nobody waits for.
+        // A wake-up may be from before the last change of what it waits for: room that nothing waits for.
         let is_over = ready.token == flow.to_token && ready.failed && flow.waits == Waits::Input;
         if is_over || flow.pump(poll) == After::Ended {
             self.flows.swap_remove(index).close(poll);
@@ -222,7 +222,7 @@ impl Flow {
                     Ok(length) => drop(self.held.drain(..length)),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    // Nobody reads it any more.
+                    // It is no longer read.
                     Err(_) => return After::Ended,
                 }
                 continue;
@@ -453,7 +453,7 @@ mod tests {
     fn the_last_words_of_a_program_are_passed_on_before_its_end_is_told() {
         let mut pair = Pair::new(Way::Out);
         assert!(pair.relays.is_settled(GROUP));
-        // More than goes on at once; somebody else has the pipe open still.
+        // More than is passed on at once; another process still has the pipe open.
         let mut sent = 0;
         while let written @ 1.. = pair.write(&[b'x'; 4096]).unwrap() {
             sent += written;

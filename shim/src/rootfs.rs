@@ -88,8 +88,8 @@ pub(crate) fn assemble(launch: &Launch, mut procfs: Option<OwnedFd>) -> Result<A
     for path in &launch.readonly_paths {
         make_readonly(&root, path)?;
     }
-    // Who the process runs as is told by the files that the program sees, those of a volume too, but not by a
-    // mask: that is there to keep them from the program.
+    // Who the process runs as is looked up in the files that the program sees, those of a volume too, but not
+    // by a mask: that is there to keep them from the program.
     let accounts = Accounts::read(&root)?;
     for path in &launch.masked_paths {
         covers.hide(&root, path)?;
@@ -287,7 +287,7 @@ fn attach(
             .step("set the flags of the mount", &path)?;
             let own = propagation(bind.propagation);
             // Shared stays what it was cloned as, a peer of the host's; made shared here it would be a peer
-            // of nobody.
+            // of none.
             if own != mount::Propagation::Shared {
                 mount::set_attributes(clone.as_fd(), 0, 0, Some(own), true)
                     .step("set the propagation of the mount", &path)?;
@@ -402,7 +402,7 @@ fn relative(path: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(path.get(start..).unwrap_or_default()))
 }
 
-/// A volume of the image: a directory of the writable layer like others, but with a mount of its own in a
+/// A volume of the image: a directory of the writable layer like others, but with its own mount in a
 /// root that is made read-only, so that it keeps its content and takes writes.
 fn keep_writable(root: &Root, path: &[u8], read_only: bool) -> Result<(), Failed> {
     const STEP: &str = "create the image's volume";
@@ -416,7 +416,7 @@ fn keep_writable(root: &Root, path: &[u8], read_only: bool) -> Result<(), Failed
 }
 
 fn make_dev_links(root: &Root) -> Result<(), Failed> {
-    // The tmpfs was mounted just now, so /dev is empty and nobody else's.
+    // The tmpfs was mounted just now, so /dev is empty and private.
     let dev = root.open_dir_no_links(Path::new("dev")).step("open", "/dev")?;
     for (name, target) in DEV_LINKS {
         match dev.make_symlink(OsStr::new(target), OsStr::new(name)) {

@@ -1,7 +1,7 @@
 //! A program of exec and everything in its session: setsid(2).
 //!
-//! The kernel signals a process or a group. A shell that runs jobs gives each a group of its own, so the
-//! session is looked for among the processes of the container. What has left it, by a session of its own,
+//! The kernel signals a process or a group. A shell that runs jobs gives each its own group, so the
+//! session is looked for among the processes of the container. What has left it, with its own session,
 //! stays: as with other runtimes, it is on its own from then on and ends with the container.
 
 use crate::host_path::host_path;
@@ -18,7 +18,7 @@ const ROUNDS: usize = 8;
 const MOST_CGROUPS: usize = 256;
 
 /// Signals the session that `leader` leads, a child that was not reaped; or `leader` alone, while it is not
-/// in a session of its own.
+/// in its own session.
 pub(crate) fn end(leader: i32, signal: i32, cgroup: Option<&Cgroup>) -> io::Result<()> {
     let told = process::signal_group(leader, signal).or_else(|_| process::signal_child(leader, signal));
     if signal == process::SIGKILL

@@ -87,7 +87,7 @@ impl Output {
         Ok(Self { sources: watched, log, clients: Clients::default(), has_terminal, input })
     }
 
-    /// Something can be read from the stream of this token. What clients still have to be told when it is
+    /// Something can be read from the stream of this token. What is still to be sent to clients when it is
     /// over.
     pub(crate) fn readable(&mut self, token: u64, poll: &Poll) -> Vec<LastWords> {
         let Some(index) = self.sources.iter().position(|source| source.token == token) else {
@@ -144,11 +144,11 @@ impl Output {
         self.sources.is_empty()
     }
 
-    /// Takes what is there now and gives up the rest: somebody outside of the container holds a stream open.
+    /// Takes what is there now and drops the rest: a process outside the container holds a stream open.
     pub(crate) fn cut(&mut self, poll: &Poll) -> Vec<LastWords> {
         let mut untold = Vec::new();
         for mut source in std::mem::take(&mut self.sources) {
-            // Not for ever, whoever writes: a pipe's full buffer is in these reads.
+            // Not for ever, whatever is written: a pipe's full buffer is in these reads.
             let (log, clients) = (self.log.as_mut(), &mut self.clients);
             if read_some(&mut source, log, clients, poll, READS_IN_A_ROW) != After::Ended {
                 end_of(&mut source, self.log.as_mut());

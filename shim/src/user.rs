@@ -23,7 +23,7 @@ const MAX_ID: u32 = i32::MAX.unsigned_abs();
 /// The largest passwd or group file that is read, in bytes; the same as containerd's cap.
 const MAX_FILE: u64 = 10 * 1024 * 1024;
 
-/// The longest line in one; longer ones are skipped, as they cannot name anybody.
+/// The longest line in one; longer ones are skipped, as they cannot name a user.
 const MAX_LINE: usize = 64 * 1024;
 
 /// The bytes of a container's passwd and group files, empty where it has none.
@@ -74,7 +74,7 @@ pub(crate) struct Resolved {
 
 const STEP: &str = "find the user";
 
-/// A number if the text is one. One with a sign is an error, not a name: whoever wrote it did not mean the
+/// A number if the text is one. One with a sign is an error, not a name: its author did not mean the
 /// account that an image may call so.
 fn number(text: &[u8]) -> Result<Option<u32>, Failed> {
     let digits = text.strip_prefix(b"-").or(text.strip_prefix(b"+")).unwrap_or(text);

@@ -117,7 +117,7 @@ fn number(file: BorrowedFd<'_>) -> u32 {
 fn owned(raw: libc::c_long) -> io::Result<OwnedFd> {
     let raw = RawFd::try_from(raw).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
     // SAFETY: the kernel returned `raw` as a new descriptor (close-on-exec: bpf(2) always sets it) that
-    // nobody else owns.
+    // nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 

@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 /// Makes the directories of the absolute `path` that are absent, with `mode` less the umask: `mkdirat(2)`.
 ///
 /// The mode is never set afterwards: a container could have put another directory in the place of the new
-/// one. A thread that wants exactly `mode` has a umask of its own
+/// one. A thread that wants exactly `mode` has its own umask
 /// ([`on_own_thread`](crate::ns::on_own_thread)).
 ///
 /// # Errors
@@ -52,7 +52,7 @@ fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {
         return open(dir.as_raw_fd(), &name, libc::O_NOFOLLOW);
     }
     match io::Error::last_os_error() {
-        // Somebody else made it just now, or it is a link to nothing, which the open refuses.
+        // Another process made it just now, or it is a dangling link, which the open refuses.
         error if error.raw_os_error() == Some(libc::EEXIST) => open(dir.as_raw_fd(), &name, 0),
         error => Err(error),
     }

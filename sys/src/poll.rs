@@ -20,7 +20,7 @@ pub struct Ready {
     pub failed: bool,
 }
 
-/// What a descriptor is watched for. Errors and hang-ups are always told.
+/// What a descriptor is watched for. Errors and hang-ups are always reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interest {
     /// Nothing else.

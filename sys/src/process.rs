@@ -672,7 +672,7 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
 /// A copy of `descriptor` with a number of at least `least`, close-on-exec: `F_DUPFD_CLOEXEC` of fcntl(2).
 fn copy_from(descriptor: BorrowedFd<'_>, least: RawFd) -> io::Result<OwnedFd> {
     let raw = nix::fcntl::fcntl(descriptor, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(least))?;
-    // SAFETY: fcntl returned `raw` as a new descriptor that nobody else owns.
+    // SAFETY: fcntl returned `raw` as a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 

@@ -59,7 +59,7 @@ pub fn listen_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd
 /// A non-blocking stream socket connected to `name` in `directory`. It does not wait: unix(7).
 ///
 /// # Errors
-/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nothing is listening, `EAGAIN` when somebody
+/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nothing is listening, `EAGAIN` when a process
 /// does and has not taken the connections that wait already.
 pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -124,7 +124,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]
 /// when there are more than [`MAX_DESCRIPTORS`] (none is kept then).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     // Room for as many as there can be: those that are cut off for want of room would stay open, and be
-    // nobody's.
+    // unowned.
     let mut space = nix::cmsg_space!([RawFd; KERNELS_MOST]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message =
@@ -132,7 +132,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     let mut descriptors = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel made each of these descriptors for this process in this call; nobody else
+            // SAFETY: the kernel made each of these descriptors for this process in this call; nothing else
             // owns them.
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }

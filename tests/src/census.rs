@@ -15,7 +15,7 @@ use berth_cri::v1;
 use crate::daemon::{Daemon, SOON};
 use crate::deadline::within;
 
-/// The lists that a restart of the daemon changes by itself.
+/// The lists that a restart of the daemon changes on its own.
 const OF_THE_DAEMON: [&str; 2] = ["daemon", "descriptors"];
 
 /// What is there at one moment.
@@ -68,7 +68,7 @@ impl Census {
         ]))
     }
 
-    /// The same without the daemon's own process and descriptors: for tests that start it anew.
+    /// The same without the daemon's own process and descriptors: for tests that restart it.
     #[must_use]
     pub fn without_the_daemon(mut self) -> Self {
         self.0.retain(|(kind, _)| !OF_THE_DAEMON.contains(kind));
@@ -163,7 +163,7 @@ fn all_processes() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// Processes on the daemon's host, in its cgroup, or its children; the dead among them too, for somebody has
+/// Processes on the daemon's host, in its cgroup, or its children; the dead among them too, for a process has
 /// to wait for them.
 fn processes(daemon: &Daemon) -> Result<Vec<String>> {
     let (host, cgroup) = (daemon.host().number()?, daemon.cgroup().path());

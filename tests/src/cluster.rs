@@ -83,12 +83,12 @@ pub struct Pod {
     pub uid: String,
     /// Its address; empty before it has one.
     pub address: String,
-    /// Whether its condition `Ready` is true and nobody asked for its end.
+    /// Whether its condition `Ready` is true and it is not being deleted.
     pub ready: bool,
     /// The ids of its containers by their names, without the runtime's name before them. One that has none
     /// yet is not among them.
     pub container_ids: BTreeMap<String, String>,
-    /// How often its first container was started anew.
+    /// How often its first container was restarted.
     pub restart_count: u64,
     /// Why its first container waits, if it does.
     pub waiting: String,
@@ -364,7 +364,7 @@ impl<'a> Cluster<'a> {
     /// host (shims; what runs in a pod shows by its cgroup), mounts, links, firewall rules, cgroups, and the
     /// files of the daemon.
     ///
-    /// The cgroups of kubelet's classes of service are not told: it makes them when it starts, and again when
+    /// The cgroups of the kubelet's QoS classes are left out: it makes them when it starts, and again when
     /// a pod needs them in a hierarchy where it had not.
     ///
     /// # Errors
@@ -470,7 +470,7 @@ fn manifest(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster").join(name)
 }
 
-/// The token of a caller. No secret: whoever reaches the API server may know it.
+/// The token of a caller. Not secret: anyone who can reach the API server may know it.
 fn token(caller: &str) -> String {
     format!("token-of-{caller}")
 }

@@ -22,7 +22,7 @@ use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
-/// A connection, made with the first call and made anew when it broke.
+/// A connection, made with the first call, and again when it broke.
 #[derive(Debug, Clone)]
 pub struct Client {
     tokio: Arc<Runtime>,
@@ -37,7 +37,7 @@ impl Client {
     /// # Errors
     /// When the path cannot be written as an address; nothing is connected yet.
     pub fn new(socket: &Path) -> Result<Self> {
-        // A worker keeps the connection alive while nobody calls.
+        // A worker keeps the connection alive between calls.
         let tokio = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()

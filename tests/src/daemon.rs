@@ -1,5 +1,5 @@
 //! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with directories, a network and a cgroup
-//! that nobody else has.
+//! that nothing else has.
 //!
 //! The programs are those of the directory that `BERTH_BIN_DIR` names, else of `dist/` in the repository; its
 //! cgroup driver is the one that `BERTH_TEST_CGROUP_DRIVER` names ([`Driver::of_the_environment`]). Whatever
@@ -62,8 +62,8 @@ pub struct Daemon {
     dir: TempDir,
 }
 
-/// Runs a test on a daemon with the demo image; a failure is told with the daemon's last lines. Without root
-/// the test is skipped.
+/// Runs a test on a daemon with the demo image; a failure is reported with the daemon's last lines. Without
+/// root the test is skipped.
 ///
 /// # Errors
 /// What the test returns, and when the daemon does not start.
@@ -252,7 +252,7 @@ impl Daemon {
         self.start_again()
     }
 
-    /// Tells it to read its configuration anew. It does so some time later.
+    /// Asks it to reload its configuration, which it does some time later.
     ///
     /// # Errors
     /// When it does not run.
@@ -337,7 +337,7 @@ impl Daemon {
     }
 
     /// The request for a pod of this name, as a kubelet would write it: own network and IPC, RuntimeDefault
-    /// for seccomp, a log directory of its own.
+    /// for seccomp, its own log directory.
     #[must_use]
     pub fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
         v1::PodSandboxConfig {

@@ -24,7 +24,7 @@ pub fn patience(limit: Duration) -> Duration {
 /// Looks again and again until `look` has something, for at most `limit`, with this machine's [`patience`].
 ///
 /// A look that fails is not the end: a daemon that is just starting refuses connections. The last failure is
-/// told when time runs out.
+/// reported when time runs out.
 ///
 /// # Errors
 /// When `limit` has passed; the message names `what`.

@@ -6,8 +6,8 @@
 //! answer: the kernel waits for that in an uninterruptible state until the session ends, where a request that
 //! no server has taken would be given up with a signal that kills.
 //!
-//! One with files has every name, and answers no read: whoever reads such a file, or a page of memory that is
-//! mapped to it, waits until the session ends.
+//! One with files has every name, and answers no read: a process that reads such a file, or a page of memory
+//! that is mapped to it, waits until the session ends.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};

@@ -1,4 +1,4 @@
-//! The host that a daemon under test believes to be on: a network namespace of its own, with nothing but
+//! The host that a daemon under test believes to be on: its own network namespace, with nothing but
 //! loopback in it.
 //!
 //! Bridges, addresses, firewall rules and registries of tests live there, side by side with those of other
@@ -60,7 +60,7 @@ impl Host {
     /// When `work` does.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
-            // A thread of its own, for there is no sure way back out of a namespace.
+            // A separate thread, for there is no sure way back out of a namespace.
             let thread = scope.spawn(|| {
                 let file = fs::File::open(&self.file).context("opening the network namespace")?;
                 setns(file, CloneFlags::CLONE_NEWNET).context("entering the network namespace")?;

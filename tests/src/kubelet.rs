@@ -1,8 +1,8 @@
 //! A real kubelet on static pods: the fixture of `tests/kubelet.rs` and of `tests/node`.
 //!
 //! Its binary comes from `scripts/build-peer kubelet` (or the path in `KUBELET`), its configuration from
-//! `tests/kubelet/config.yaml`. It runs without an API server, in directories and a port of its own, and
-//! below a cgroup of its own or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on
+//! `tests/kubelet/config.yaml`. It runs without an API server, with its own directories and port, and
+//! below its own cgroup or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on
 //! `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root directory over itself:
 //! these are undone on drop, and the directories removed if they were not there before.
 
@@ -52,7 +52,7 @@ pub struct Place<'a> {
     /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs one for
     /// pods on the network of the node.
     pub address: bool,
-    /// Who makes its cgroups: itself, below a cgroup of its own, so that no one else's pods are touched; or
+    /// Who makes its cgroups: itself, below its own cgroup, so that no one else's pods are touched; or
     /// systemd, as slices below the machine's real `kubepods.slice`.
     pub driver: Driver,
     /// Which of them, by its name at `scripts/build-peer`.
@@ -104,7 +104,7 @@ pub struct PodContainer {
     pub name: String,
     /// The runtime's id, without the runtime's name before it; empty before the container was made.
     pub id: String,
-    /// How often it was started anew.
+    /// How often it was restarted.
     pub restart_count: u64,
     /// Whether its readiness probe says so.
     pub ready: bool,
@@ -317,7 +317,7 @@ impl Kubelet {
     fn answers(&self) -> Result<()> {
         within(START_OR_END, "the kubelet's API answers", || {
             if let Some(status) = self.process().try_wait().context("looking after the kubelet")? {
-                // The closure cannot end the wait early; the last error is what will be told.
+                // The closure cannot end the wait early; the last error is reported.
                 bail!("the kubelet ended by itself: {status}");
             }
             self.pods().map(|_| Some(()))

@@ -81,7 +81,7 @@ pub struct Node<'a> {
     dir: tempfile::TempDir,
 }
 
-/// Runs `test` on a node of which every pod was asked for; a failure is told with the last lines of both.
+/// Runs `test` on a node of which every pod was asked for; a failure is reported with the last lines of both.
 /// Without root the test is skipped.
 ///
 /// # Errors

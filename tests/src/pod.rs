@@ -124,7 +124,7 @@ impl Pod {
         Ok(ended.stdout)
     }
 
-    /// A container that does nothing until it is told to end, for tests that look at it from outside or by
+    /// A container that does nothing until it is asked to end, for tests that look at it from outside or by
     /// exec.
     ///
     /// # Errors
@@ -370,7 +370,7 @@ pub fn shell(name: &str, script: &str) -> v1::ContainerConfig {
     container(name, &["sh", "-c", script])
 }
 
-/// The request for a container that does nothing, and ends at once when told to.
+/// The request for a container that does nothing, and ends at once on request.
 #[must_use]
 pub fn idle(name: &str) -> v1::ContainerConfig {
     shell(name, "trap 'exit 0' TERM; sleep 1000 & wait")

@@ -11,7 +11,7 @@ use std::io::Write as _;
 /// since tests of one program, and programs, write at the same time.
 ///
 /// # Panics
-/// When the file cannot be written: a skip that nobody counts would look like a pass.
+/// When the file cannot be written: a skip that is not counted would look like a pass.
 #[expect(clippy::print_stderr, reason = "without a file to count in, the person at the terminal is told")]
 pub fn skip(test: &str, reason: &str) {
     let line = format!("{test}: {}\n", reason.replace('\n', " "));

@@ -46,7 +46,7 @@ impl Finished {
 /// A connection of the daemon's own test host to the server of `url`, and the path to ask for.
 ///
 /// # Errors
-/// When nobody listens there.
+/// When nothing listens there.
 pub fn dial<'a>(daemon: &Daemon, url: &'a str) -> Result<(TcpStream, &'a str)> {
     let rest = url.strip_prefix("http://").with_context(|| format!("{url} is not http"))?;
     let (address, _) = rest.split_once('/').context("the URL has no path")?;

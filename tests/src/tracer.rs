@@ -93,7 +93,7 @@ pub fn in_container(test: &str, order: &str) -> Result<v1::ContainerConfig> {
     let security = security(&mut config);
     security.capabilities =
         Some(v1::Capability { add_capabilities: words(&["SYS_PTRACE"]), ..Default::default() });
-    // AppArmor's default profile lets nobody trace what is not confined by it.
+    // AppArmor's default profile lets no process trace what is not confined by it.
     let unconfined = || {
         let profile_type = v1::security_profile::ProfileType::Unconfined.into();
         Some(v1::SecurityProfile { profile_type, ..Default::default() })

@@ -166,7 +166,7 @@ fn limits_are_those_of_the_manifest(kubelet: &Kubelet, pod: &Pod) -> Result<()> 
 /// daemon, and new ones.
 fn containers_live_on(kubelet: &Kubelet, before: &Pod, counted: u64) -> Result<()> {
     // A hundred lines are two seconds of the container's life: enough for the kubelet to look at the runtime
-    // anew.
+    // again.
     within(SOON, "the client's log goes on", || {
         Ok((count(kubelet, &before.name, Instance::Current)? >= counted + 100).then_some(()))
     })?;

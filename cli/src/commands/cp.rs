@@ -206,7 +206,7 @@ async fn into(inside: Inside, root: Root, from: PathBuf, to: &Path) -> Result<()
     let written = write_container(&inside, root, into, receiver).await;
     let packed = joined(packing.await);
     match (packed, written) {
-        // Nobody reads an archive that cannot be written.
+        // An archive that cannot be written is not read further.
         (Err(PackError::Write(_)), Err(error)) => return Err(error),
         (Err(error), _) => return Err(CpError::from(error).into()),
         (Ok(report), written) => {
@@ -435,7 +435,7 @@ async fn said(stream: Option<Incoming>) -> String {
 fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
     match outcome {
         Ok(outcome) => outcome,
-        // Nobody cancels it.
+        // It is never cancelled.
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

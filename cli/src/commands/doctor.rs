@@ -15,7 +15,7 @@ use crate::{output, table};
 /// something is broken.
 ///
 /// # Errors
-/// When nobody reads the report; a daemon that is not there is a finding.
+/// When the report cannot be written; a missing daemon is a finding.
 pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
     let mut daemon = berth_checkup::Daemon { socket: socket.to_owned(), ..Default::default() };
     let of_daemon = match ask(socket).await {

@@ -83,7 +83,7 @@ async fn bring_in(daemon: &Daemon, args: ImportArgs) -> Result<Vec<ImportedImage
             }
         }
     };
-    // A failed read cancels the call. When the daemon refuses, the feed ends by itself, as nobody takes its
+    // A failed read cancels the call. When the daemon refuses, the feed ends, as nothing takes its
     // chunks.
     let fed_and_heard = tokio::try_join!(feed, listen);
     drop(bar);
@@ -116,7 +116,7 @@ async fn source_of(args: &ImportArgs) -> Result<(Source, Option<Archive>), Impor
     Ok((Source::Upload(ImportUpload { size_bytes: metadata.len() }), Some(Box::new(file))))
 }
 
-/// Sends the start, then the archive in chunks if there is one. Ends early when nobody listens any more: the
+/// Sends the start, then the archive in chunks if there is one. Ends early when the receiver is gone: the
 /// daemon has answered then, and the answer says why.
 async fn feed(
     start: ImportStart,

@@ -130,7 +130,7 @@ fn unless_gone<T>(status: Result<T, CallError>) -> Result<Option<T>, CallError> 
     }
 }
 
-/// The image as somebody asked for it, else by the start of its id.
+/// The image as it was requested, else the start of its id.
 fn image_text(container: &Container) -> String {
     let Some(image) = &container.image else { return short_id(&container.image_id).to_owned() };
     let asked =

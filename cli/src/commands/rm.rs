@@ -1,7 +1,7 @@
 //! `berth rm`: removes pods and containers, and the logs of pods that `berth run` made.
 //!
 //! In such a pod the last container takes the pod with it, as it came with it. The logs of other pods belong
-//! to whoever made them, and stay.
+//! to their creators, and stay.
 
 use std::fs;
 use std::io;

@@ -1,4 +1,4 @@
-//! `berth run`: one program in a pod of its own, or in one that is there, from the image to its exit code.
+//! `berth run`: one program in its own pod, or in one that is there, from the image to its exit code.
 //!
 //! What is made for it (`made`) is undone at the end, and when something fails on the way. Until the program
 //! has started, an interrupt ends the command after undoing; from then on it stops the program (`watch`),

@@ -167,7 +167,7 @@ fn rate_text(cpu: &CpuUsage, earlier: Option<&CpuUsage>) -> Option<String> {
     }
     let earlier = earlier?;
     let nanoseconds = cpu.timestamp.checked_sub(earlier.timestamp).filter(|elapsed| *elapsed > 0)?;
-    // A container that was started anew under the same id does not exist; a smaller count is a wrong count.
+    // A container is never restarted under the same id; a smaller count is a wrong count.
     let used = cpu.usage_core_nano_seconds?.value.checked_sub(earlier.usage_core_nano_seconds?.value)?;
     #[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
     Some(format!("{:.2}", used as f64 / nanoseconds as f64))

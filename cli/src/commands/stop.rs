@@ -61,7 +61,7 @@ pub(super) fn report(names: &[String], outcomes: Vec<Result<(), Error>>) -> Resu
             Err(error) => failures.push(error),
         }
     }
-    // One failure is told by whoever called; of several each is told here.
+    // A single failure is reported by the caller; of several, each is reported here.
     match failures.len() {
         0 => Ok(()),
         1 => failures.pop().map_or(Ok(()), Err),

@@ -182,7 +182,7 @@ fn share_site(a: &Url, b: &Url) -> bool {
         // A name that is a public suffix itself has no owner.
         (labels.len() > public).then(|| labels.iter().take(public + 1).map(|l| (*l).to_owned()).collect())
     };
-    // Suffixes under which anybody gets a name.
+    // Suffixes under which anyone can get a name.
     const SHARED: [&str; 6] =
         ["amazonaws.com", "azurewebsites.net", "cloudfront.net", "github.io", "herokuapp.com", "web.app"];
     match (site(a), site(b)) {

@@ -109,7 +109,7 @@ pub(crate) struct Endpoint {
     pub(crate) namespace: Option<String>,
 }
 
-/// The hosts for `domain`, in the order in which they are to be asked. Reads the configuration anew, so
+/// The hosts for `domain`, in the order in which they are to be asked. Reads the configuration again, so
 /// changes count at once.
 pub(crate) fn endpoints(config_path: Option<&Path>, domain: &str) -> Result<Vec<Endpoint>, HostsError> {
     if let Some(config_path) = config_path {
@@ -142,7 +142,7 @@ fn directory_names(domain: &str) -> Vec<String> {
 
 fn read(path: &Path) -> Result<Option<String>, HostsError> {
     let failed = |source| HostsError::Read { path: path.to_owned(), source };
-    // Without waiting for somebody to write to it, should it be a FIFO.
+    // Without waiting for a writer, should it be a FIFO.
     let file = match File::options().read(true).custom_flags(berth_sys::file::READ_NONBLOCKING).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(failed)?,
@@ -264,7 +264,8 @@ fn endpoint_at(mut endpoint: Endpoint, settings: &Table, dir: &Path) -> Result<E
     Ok(endpoint)
 }
 
-/// The registry where nothing is configured: HTTPS, but plain HTTP on loopback, where nobody listens in.
+/// The registry where nothing is configured: HTTPS, but plain HTTP on loopback, which cannot be eavesdropped
+/// on.
 fn default_server(domain: &str) -> Result<Endpoint, HostsError> {
     let host = if domain == "docker.io" { DOCKER_HUB } else { domain };
     endpoint(host, &Table::new(), domain, Path::new(""), true)

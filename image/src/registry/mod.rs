@@ -247,7 +247,7 @@ struct Host {
     guarded: Mutex<[Option<reqwest::Client>; 2]>,
     /// What this session's requests to the host carry; never shown, it is marked sensitive.
     authorization: Mutex<Option<HeaderValue>>,
-    /// Nobody could be connected to: in this session it is not asked again while there is another that may
+    /// No connection could be made: in this session it is not asked again while there is another that may
     /// know.
     is_down: AtomicBool,
 }
@@ -594,7 +594,7 @@ impl Session {
             let own = url.origin() == host.endpoint.base.origin();
             let client = if own { host.client.clone() } else { self.guarded(host, &url)? };
             let mut request = client.get(url.clone()).headers(headers.clone());
-            // The digest is of the bytes as stored: nobody may compress them once more on the way.
+            // The digest is of the bytes as stored: they must not be compressed again on the way.
             request = request.header(ACCEPT_ENCODING, "identity");
             if own {
                 for (name, value) in &host.endpoint.headers {

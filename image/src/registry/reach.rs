@@ -1,6 +1,6 @@
 //! Where a registry may send us: the addresses that a redirect or a token service may have.
 //!
-//! A registry names URLs, and whoever controls it would like to have requests made from where the node is: to
+//! A registry names URLs, and an attacker that controls it wants requests made from where the node is: to
 //! the node itself, to its metadata service, to neighbours behind the firewall. None of these requests has
 //! credentials, but asking can be enough. So:
 //!
@@ -27,7 +27,7 @@ use super::hosts::is_loopback;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Place {
     Public,
-    /// Of a network that somebody owns.
+    /// Of a private network.
     Private,
     /// This machine.
     Loopback,
@@ -76,7 +76,7 @@ fn place_of_v6(address: Ipv6Addr) -> Place {
         [0, 0, 0, 0, 0, 0, 0, 1] => Place::Loopback,
         // Unspecified; the link; multicast; Teredo.
         [0, 0, 0, 0, 0, 0, 0, 0] | [0xfe80..=0xfebf | 0xff00.., ..] | [0x2001, 0, ..] => Place::Forbidden,
-        // Unique local and the site-local ones of before; NAT64 with a prefix of somebody's own.
+        // Unique local and the site-local ones of before; NAT64 with a local prefix.
         [0xfc00..=0xfdff | 0xfec0..=0xfeff, ..] | [0x64, 0xff9b, 1, ..] => Place::Private,
         _ => Place::Public,
     }

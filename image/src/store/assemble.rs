@@ -29,7 +29,7 @@ pub(super) async fn finish(
 }
 
 /// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays of the
-/// others that nobody else needs. `try_again` says whether a layer that failed is to be fetched once more.
+/// others that nothing else needs. `try_again` says whether a layer that failed is to be fetched once more.
 pub(super) async fn acquire_all<F: Fetch>(
     inner: &Arc<Inner>,
     contents: &[LayerContent],

@@ -28,7 +28,7 @@ pub type InUse = Option<BTreeSet<Digest>>;
 pub(super) enum Reach {
     /// What removals left behind. A damaged image stays, so that pulling it again need not fetch its layers.
     Removed,
-    /// Damaged images too: somebody wants room.
+    /// Damaged images too: space is wanted.
     Damaged,
 }
 
@@ -46,7 +46,7 @@ impl Inner {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(file_error("remove", &path)(error));
             }
-            // Absent: somebody else took the directory away, and the image has gone all the same.
+            // Absent: another process removed the directory, so the image is gone.
             _ => {}
         }
         {
@@ -111,10 +111,10 @@ impl Inner {
         }
     }
 
-    /// Lets go what nobody needs. Nothing that fails here is an error of who asked. The caller holds the disk
-    /// lock.
+    /// Releases what is no longer needed. Failures here are not errors of the caller. The caller holds the
+    /// disk lock.
     pub(super) fn collect(&self, reach: Reach, in_use: impl FnOnce() -> InUse) {
-        // In this order: whoever gives up a lease has made its container known before.
+        // In this order: a lease is dropped only after its container is registered.
         let leased: BTreeSet<Digest> = self.state().leases.keys().copied().collect();
         let Some(mut used) = in_use() else {
             tracing::warn!("not all containers are known, so no layer is deleted");
@@ -170,8 +170,8 @@ impl Inner {
         let doomed: Vec<(Lower, Tree)> = {
             let mut state = self.state();
             let needed = state.needed();
-            // Under the lock that pins are taken under: whoever counts on a layer from now on finds that it
-            // is not there.
+            // Under the lock that pins are taken under: a pull that relies on a layer from now on finds that
+            // it is not there.
             let doomed = state.trees.extract_if(.., |lower, tree| {
                 let in_doubt = tree.fault().is_some_and(|fault| !fault.is_damaged());
                 is_candidate(*lower) && !needed.contains(lower) && !in_doubt
@@ -215,7 +215,7 @@ impl Inner {
         let inner = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             let _disk = inner.disk();
-            // Whoever comes from here on sees something that this one may have missed.
+            // A later caller may see something that this one missed.
             inner.waiting.0.store(false, Ordering::Release);
             inner.collect(Reach::Removed, in_use);
         });
@@ -223,7 +223,7 @@ impl Inner {
 }
 
 impl Held {
-    /// Whether the directory may be set aside: proven damaged, or removed by somebody, and used by nobody.
+    /// Whether the directory may be set aside: proven damaged or removed, and unused.
     fn is_free(&self, name: &str, reach: Reach, used: &BTreeSet<Digest>) -> bool {
         let is_reached = name.ends_with(REMOVED) || (reach == Reach::Damaged && self.fault.is_damaged());
         is_reached && !used.contains(&self.id)

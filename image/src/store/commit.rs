@@ -37,7 +37,7 @@ pub enum ContentError {
     /// A manifest or configuration with other bytes than its digest says.
     #[error("content is {actual}, not {expected}")]
     DigestMismatch {
-        /// By whoever pointed at it.
+        /// By the document that refers to it.
         expected: Digest,
         /// The digest of what was received.
         actual: Digest,
@@ -155,7 +155,7 @@ pub(super) fn commit(inner: &Inner, new: NewImage) -> Result<Image, ContentError
     let _disk = inner.disk();
     let mut way = Way::default();
     let result = commit_locked(inner, &new, &mut way);
-    // What the image did not take is let go before what nobody needs is.
+    // What the image did not take is released before the unneeded is collected.
     drop(new);
     if result.is_err() {
         for unfinished in way.pending {
@@ -429,7 +429,7 @@ fn read_summary(inner: &Inner, diff_id: Digest, path: &Path) -> Result<Summary, 
     let questions = if record.has_open_questions {
         let file = path.join("open.json");
         let read = record::read(&file);
-        // Whoever asks for the layer next gets it anew.
+        // The next pull of the layer fetches it again.
         inner.note_questions(lower, read.as_ref().err());
         read.map_err(|source| StoreError::Record { path: file, source })?
     } else {

@@ -1,7 +1,7 @@
 //! What is on disk when the store is opened.
 //!
 //! Opening reads and changes nothing but memory: half-made trees are queued for deletion, and whatever cannot
-//! be used is kept where it is, remembered with its [`Fault`], and told. An image whose layers' trees are
+//! be used is kept where it is, remembered with its [`Fault`], and reported. An image whose layers' trees are
 //! there is listed, also if the record of a layer is not readable: it was only needed while the image was put
 //! together.
 //!
@@ -234,7 +234,7 @@ impl Inner {
         read.is_ok()
     }
 
-    /// Remembers whether `open.json` was good. With an error, other images need the layer anew.
+    /// Remembers whether `open.json` was good. With an error, other images need the layer again.
     pub(super) fn note_questions(&self, lower: Lower, error: Option<&record::RecordError>) {
         let mut state = self.state();
         let Some(tree) = state.trees.get_mut(&lower) else { return };
@@ -321,7 +321,7 @@ impl State {
 /// Reads what is known of one tree.
 pub(super) fn load_tree(path: &Path) -> Tree {
     let tree = path.join("fs");
-    // An error other than absence says nothing; whoever mounts it will see.
+    // An error other than absence proves nothing; the mount will show it.
     let has_tree = match fs::symlink_metadata(&tree) {
         Ok(metadata) => metadata.is_dir(),
         Err(error) => error.kind() != io::ErrorKind::NotFound,

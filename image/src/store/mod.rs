@@ -166,7 +166,7 @@ pub struct Store {
 struct Inner {
     root: PathBuf,
     policy: Mutex<Arc<Policy>>,
-    /// Held by whoever changes what is listed, for as long as disk and memory differ.
+    /// Held while the list changes, for as long as disk and memory differ.
     disk: Mutex<()>,
     state: Mutex<State>,
     /// Who unpacks which layer right now; see `staging`.
@@ -575,7 +575,7 @@ fn remove_tree(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Image content must not be reachable for users of the machine: it has set-user-id programs that nobody
+/// Image content must not be reachable for users of the machine: it has set-user-id programs that no one
 /// maintains.
 fn make_private_dir(path: &Path) -> Result<(), StoreError> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};

@@ -54,7 +54,7 @@ pub enum RecordError {
     /// Written by another version.
     #[error("record version {0} is not supported by this version of Berth")]
     Version(u32),
-    /// The checksum holds, so the content is what somebody wrote; this version does not understand it.
+    /// The checksum holds, so the content is as written; this version does not understand it.
     #[error("record has content that this version of Berth does not support")]
     Content(#[source] serde_json::Error),
     /// Above 256 MiB.
@@ -194,7 +194,7 @@ impl OpenQuestions {
     }
 }
 
-/// Writes a record; not durable until somebody syncs.
+/// Writes a record; not durable until the next sync.
 pub(crate) fn write(path: &Path, payload: &impl Serialize) -> Result<(), RecordError> {
     let bytes = encode(payload)?;
     File::create(path).and_then(|mut file| file.write_all(&bytes)).map_err(RecordError::Access)

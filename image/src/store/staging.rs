@@ -1,13 +1,13 @@
 //! Layers on their way in: each is fetched and unpacked once, however many pulls want it.
 //!
-//! One slot per diff id. Whoever holds the slot's lock looks whether the layer is in the store or staged by
-//! somebody else, and unpacks it otherwise. The lock is owned by the blocking thread that unpacks, not by the
+//! One slot per diff id. The holder of the slot's lock checks whether the layer is in the store or staged by
+//! another pull, and unpacks it otherwise. The lock is owned by the blocking thread that unpacks, not by the
 //! future that waits for it: so it is given back only when nothing of a failed or cancelled layer is left. A
 //! staged layer lives as long as a pull holds it; then it is in the store or gone.
 //!
-//! Nobody waits for a slot while holding another slot's lock: no deadlock. A pull has permits of its own for
-//! its transfers; those for unpacking are shared, and held only while there are bytes to work on (`turns`). A
-//! slot whose holder gets next to nothing is not waited for.
+//! A slot's lock is never awaited while another's is held, so there is no deadlock. A pull has permits of its
+//! own for its transfers; those for unpacking are shared, and held only while there are bytes to work on
+//! (`turns`). A slot whose holder gets next to nothing is not waited for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,8 +30,8 @@ use crate::unpack::Summary;
 /// How long a pull waits at a time for another that fetches the same layer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What that other one has to get in this time. Otherwise the layer is fetched once more: whoever names a
-/// layer first must not be able to keep it from everybody.
+/// What that other one has to get in this time. Otherwise the layer is fetched once more: a client that names
+/// a layer first must not be able to keep it from all others.
 const LEAST_IN_PATIENCE: u64 = 1 << 20;
 
 /// How long a failed pull waits for what is left of its layers to be gone.
@@ -150,7 +150,7 @@ pub(super) async fn acquire<F: Fetch>(
     let pin = Pin::new(inner, diff_id);
     let slot = {
         let mut slots = inner.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        // A slot that nobody holds is still needed while it knows of a staged layer.
+        // An unheld slot is still needed while it knows of a staged layer.
         slots.retain(|_, slot| {
             Arc::strong_count(slot) > 1
                 || slot.staged.try_lock().map_or(true, |staged| staged.strong_count() > 0)
@@ -183,7 +183,7 @@ pub(super) async fn acquire<F: Fetch>(
             if let (Ok(staged), Some(guard)) = (&staged, &mut guard) {
                 **guard = Arc::downgrade(staged);
             }
-            // If nobody waits any more, the layer goes here and now, before the slot is free again.
+            // Without a waiter the layer is removed here, before the slot is free again.
             if let Err(unwanted) = result_sender.send(staged) {
                 drop(unwanted);
             }

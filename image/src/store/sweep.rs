@@ -1,7 +1,7 @@
 //! Deleting trees in the background.
 //!
-//! Whatever goes is first renamed to `<name>.<n>.partial`: that is the removal, for everybody who looks. The
-//! deleting itself may take minutes, and nobody waits for it, holds a lock meanwhile, or fails because of it.
+//! Whatever goes is first renamed to `<name>.<n>.partial`: that is the removal, for every observer. The
+//! deleting may take minutes; no caller waits for it, holds a lock for it, or fails because of it.
 //! What is not deleted when the process ends is deleted by the next one.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::record::sync_dir;
 use super::remove_tree;
 
-/// The queue, and whether somebody works on it. One tree at a time: deleting is work for the disk, which
+/// The queue, and whether a thread works on it. One tree at a time: deleting is work for the disk, which
 /// others use too.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Sweeper(Arc<Mutex<Queue>>);
@@ -23,7 +23,7 @@ struct Queue {
 }
 
 impl Sweeper {
-    /// Remembers what is to be deleted, once somebody calls [`Sweeper::start`].
+    /// Remembers what is to be deleted after a call of [`Sweeper::start`].
     pub(super) fn queue(&self, path: PathBuf) {
         self.lock().paths.push_back(path);
     }

@@ -1,11 +1,11 @@
 //! Tar archives: headers in, entries out, strictly.
 //!
 //! Layout of header blocks comes from the `tar` crate; the walk, PAX, GNU long names and the precedence of
-//! sizes are here, because whoever reads those differently sees other entries (security class "parser
-//! differential"). Where two readers in the field could disagree about an archive, this one refuses it:
-//! doubled extension headers, different names in both extensions, data after the end. What is accepted means
-//! what Go's `archive/tar` makes of it: links, directories and nodes have no content, whatever size they
-//! state.
+//! sizes are here, because a reader that interprets those differently sees other entries (security class
+//! "parser differential"). Where two readers in the field could disagree about an archive, this one refuses
+//! it: doubled extension headers, different names in both extensions, data after the end. What is accepted
+//! means what Go's `archive/tar` makes of it: links, directories and nodes have no content, whatever size
+//! they state.
 //!
 //! Global PAX headers are read over and ignored. Extension headers are bounded by 1 MiB each.
 
@@ -292,7 +292,7 @@ impl<R: Read> Archive<R> {
     }
 
     /// The next block that is not zeros, or `None` at the end. An archive without its closing zero blocks is
-    /// taken, as everybody does.
+    /// taken, as by others.
     fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, ArchiveError> {
         let mut block = [0_u8; BLOCK];
         match self.fill(&mut block)? {
@@ -473,7 +473,7 @@ fn one_name(header: Vec<u8>, pax: Option<Vec<u8>>, gnu: Option<Vec<u8>>) -> Resu
     }
 }
 
-/// `u32::MAX` means "leave as it is" to chown(2), so it is nobody's number.
+/// `u32::MAX` means "leave as it is" to chown(2), so it is not a valid id.
 fn owner(pax: Option<u64>, field: &[u8], name: &'static str) -> Result<u32, ArchiveError> {
     let id = match pax {
         Some(id) => id,

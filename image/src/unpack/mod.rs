@@ -71,7 +71,7 @@ pub struct Summary {
     pub inodes: u64,
     /// Directories that had to be made for a path but had no entry, from the root of the layer and without
     /// links, sorted; the root itself is the empty path. They have mode 0755, owner 0:0 and time 0 until
-    /// somebody knows better.
+    /// a lower layer says otherwise.
     pub implicit_dirs: Vec<PathBuf>,
     /// Hard links whose target is not in this layer.
     pub lower_links: Vec<LowerLink>,
@@ -605,7 +605,7 @@ impl<'a> Tree<'a> {
         if let Some(open) = self.open.take() {
             Self::leave(open, b"")?;
         }
-        // Replaced directories took implicit ones with them, and their inode numbers may be somebody else's
+        // Replaced directories took implicit ones with them, and their inode numbers may be another file's
         // by now.
         let root = self.root;
         let mut implicit: Vec<PathBuf> = self
@@ -676,7 +676,7 @@ fn make_implicit(missing: &MissingDir<'_>) -> io::Result<((u64, u64), Option<Pat
     Ok((identity, (!over_whiteout).then(|| missing.path.to_owned())))
 }
 
-/// Gives a directory the attributes of one that nobody described: a fixed time, so that the same layer is the
+/// Gives a directory the attributes of one without an entry: a fixed time, so that the same layer is the
 /// same everywhere.
 pub(crate) fn plain_directory(fd: BorrowedFd<'_>) -> io::Result<()> {
     beneath::chown(fd, 0, 0)?;

@@ -99,7 +99,7 @@ pub(crate) fn push(map: &mut VecDeque<Segment>, segment: Segment) -> Result<(), 
 }
 
 /// Reads the text of form 1.0 block by block: the number of parts, then offset and length of each, every
-/// number on a line of its own.
+/// number on its own line.
 #[derive(Debug, Default)]
 pub(crate) struct MapText {
     count: Option<u64>,

@@ -36,7 +36,7 @@ pub fn quiet() -> Arc<dyn Progress> {
     Arc::new(NoProgress)
 }
 
-/// A store in a directory of its own, without a floor of free space that a small disk could not meet.
+/// A store in its own directory, without a floor of free space that a small disk could not meet.
 pub fn store(root: &Path) -> Store {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -460,7 +460,7 @@ impl Drop for Registry {
     }
 }
 
-/// A directory beside the tree that nobody may reach, and what it looked like.
+/// A directory beside the tree that must not be reached, and what it looked like.
 pub struct Canary {
     dir: PathBuf,
     before: String,
@@ -537,7 +537,7 @@ fn describe_with(dir: &Path, enter: &str) -> String {
         .unwrap();
     assert!(!output.stdout.is_empty(), "{}: {}", dir.display(), String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    // Inode numbers mean nothing by themselves: each is named after its first path. Names that nobody can see
+    // Inode numbers mean nothing: each is named after its first path. Names that cannot be seen
     // do not count. The root's time means nothing at all.
     let mut names: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let entries = || text.lines().map(|line| line.split('|').collect::<Vec<_>>());

@@ -2,7 +2,7 @@
 //!
 //! Served on the CRI socket and used by the `berth` command. The wire is written down in
 //! `berth/v1/berth.proto`. The Rust code in `src/generated` comes from it and is committed, so that a build
-//! needs neither protoc nor a build script; `tests/generated.rs` makes it anew and compares.
+//! needs neither protoc nor a build script; `tests/generated.rs` regenerates it and compares.
 #![forbid(unsafe_code)]
 
 mod redacted;
@@ -21,7 +21,7 @@ pub mod v1 {
 /// The name of the daemon's socket in its runtime directory.
 pub const SOCKET_NAME: &str = "berth.sock";
 
-/// Where the socket is if neither the daemon nor its client is told otherwise.
+/// Where the socket is if neither the daemon nor its client is configured otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/berth/berth.sock";
 
 /// The largest piece of an archive in one `ImportRequest`, in bytes.

@@ -1,6 +1,6 @@
 //! `Debug` for the message that carries secrets, so that a logged request cannot give them away.
 //!
-//! The generator is told to leave it out. Only what helps to find a mistake is shown: which image, who asks,
+//! The generator leaves it out. Only what helps to find a mistake is shown: which image, who asks,
 //! and whether a secret was given.
 
 use std::fmt;

@@ -1,8 +1,8 @@
 //! CRI v1, the protocol between a kubelet and a container runtime: its messages, clients and servers.
 //!
 //! The wire is written down in `runtime/v1/api.proto`. The Rust code in `src/generated` comes from it and is
-//! committed, so that a build needs neither protoc nor a build script; `tests/generated.rs` makes it anew and
-//! compares, and `tests/wire.rs` holds the proto file against a table of names, numbers and types.
+//! committed, so that a build needs neither protoc nor a build script; `tests/generated.rs` regenerates it
+//! and compares, and `tests/wire.rs` holds the proto file against a table of names, numbers and types.
 //!
 //! This crate knows the shape of the messages and nothing of their meaning. Maps are `BTreeMap`s, so that the
 //! same message always encodes to the same bytes.

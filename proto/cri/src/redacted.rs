@@ -1,6 +1,6 @@
 //! `Debug` for the messages that carry secrets, so that a logged request cannot give them away.
 //!
-//! The generator is told to leave `Debug` of these types out; a message that contains one of them prints it
+//! The generator leaves out `Debug` of these types; a message that contains one of them prints it
 //! through the code here. Only what helps to find a mistake is shown: who, where, and whether a secret was
 //! given.
 

@@ -43,7 +43,7 @@ pub mod request {
         /// Send a signal to the process group of a running exec. Answer: `Done`.
         #[prost(message, tag = "6")]
         SignalExec(SignalExec),
-        /// Open the log path anew. Answer: `Done`.
+        /// Reopen the log path. Answer: `Done`.
         #[prost(message, tag = "7")]
         ReopenLog(()),
         /// Answer: `State`.
@@ -265,7 +265,8 @@ pub struct Phase {
     /// When it was started, if it was.
     #[prost(message, optional, tag = "2")]
     pub started: Option<Started>,
-    /// It was told to start and is not its program yet; the outcome comes as an event, `Started` or `Exited`.
+    /// It was asked to start and is not its program yet; the outcome comes as an event, `Started` or
+    /// `Exited`.
     #[prost(bool, tag = "3")]
     pub starting: bool,
     /// What the shim knows beyond the first version of this protocol: 1, terminals for exec; 2, it keeps what

@@ -218,7 +218,7 @@ pub struct Namespaces {
     /// The pid namespace.
     #[prost(oneof = "PidNamespace", tags = "4, 5, 6, 9")]
     pub pid: Option<PidNamespace>,
-    /// A cgroup namespace of its own, rooted at its cgroup.
+    /// Its own cgroup namespace, rooted at its cgroup.
     #[prost(bool, tag = "7")]
     pub own_cgroup: bool,
     /// Host: for [`PidNamespace::Join`], where a procfs of that namespace is mounted.
@@ -270,7 +270,7 @@ pub struct Pause {
     /// Its AppArmor profile; empty for none.
     #[prost(string, tag = "2")]
     pub apparmor_profile: String,
-    /// The pod's namespaces, in which it is too: whoever may trace it gets nothing by it. `pid` is not used.
+    /// The pod's namespaces, in which it is too: a tracer gains nothing by it. `pid` is not used.
     #[prost(message, required, tag = "3")]
     pub namespaces: Namespaces,
     /// A filter that lets [`REAPING`] through, as `Process::seccomp_filter`; never empty.
@@ -360,7 +360,7 @@ pub struct Process {
     pub entry_filter: Vec<u8>,
 }
 
-/// What the shim's child calls after it has given up its privileges outside of a pid namespace, up to its
+/// What the shim's child calls after it has given up its privileges outside a pid namespace, up to its
 /// program, each with the first arguments, which a filter can depend on.
 ///
 /// The clone is one of `CLONE_PARENT`, the ioctl a `TIOCSCTTY`.

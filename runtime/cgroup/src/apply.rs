@@ -24,11 +24,11 @@ impl Cgroup {
     /// Changes the limits of a cgroup with running processes: all of them, or, when the kernel refuses one,
     /// none.
     ///
-    /// A memory limit below what is in use is refused. v1 tries to free memory and refuses by itself; v2
+    /// A memory limit below what is in use is refused. v1 tries to free memory and refuses on its own; v2
     /// would kill, so there memory is reclaimed first (`memory.reclaim`, Linux 5.19) and the limit set only
     /// if that was enough.
     ///
-    /// For a scope systemd is told then, so that it does not put the earlier values back one day; when it
+    /// For a scope systemd is notified then, so that it does not put the earlier values back one day; when it
     /// does not answer (within 30 s), the update has failed like any other.
     ///
     /// # Errors
@@ -151,7 +151,7 @@ impl Cgroup {
         }
         let fail = |source| Error::Unit { action: "change", unit: unit.name.clone(), source };
         unit.systemd.set(&unit.name, properties).map_err(fail)?;
-        // What is to be told was told the first time.
+        // What is to be reported was reported the first time.
         self.carry_out(steps, &mut Vec::new(), &mut None)
     }
 

@@ -4,7 +4,7 @@
 //! On v2 the child is cloned straight into [`Cgroup::unified_dir`] (`CLONE_INTO_CGROUP`). On v1 the child
 //! itself, while it has one thread, writes `0` to each of [`Cgroup::join_files`], which are `tasks` files.
 //! Writing a pid, or anything to `cgroup.procs`, takes the kernel's global lock over all thread groups
-//! (`cgroup_threadgroup_rwsem`), whose writer waits for an RCU grace period when nobody took it of late; a
+//! (`cgroup_threadgroup_rwsem`), whose writer waits for an RCU grace period when it was not taken recently; a
 //! thread that moves only itself skips it. Measured on Linux 6.18, 2 cores, nine hierarchies, 50 ms between
 //! containers: 6.5 ms from outside through `cgroup.procs`, 0.2 ms from inside through `tasks`.
 
@@ -44,7 +44,7 @@ pub(crate) struct Unit {
 pub struct Cgroup {
     path: String,
     pub(crate) place: Place,
-    /// Nothing with the cgroupfs driver, and for a scope of an earlier life as long as nobody has said how to
+    /// Nothing with the cgroupfs driver, and for a scope of an earlier daemon until it is known how to
     /// reach systemd.
     pub(crate) unit: Option<Unit>,
 }
@@ -175,7 +175,7 @@ impl Cgroup {
         Ok(Self { path, place, unit: Some(Unit { name, systemd: systemd.clone() }) })
     }
 
-    /// The same cgroup, told how to reach systemd, if it is a scope: its changes and its end are then
+    /// The same cgroup with a connection to systemd, if it is a scope: its changes and its end are then
     /// systemd's too.
     #[must_use]
     pub fn with_systemd(mut self, systemd: Option<&Systemd>) -> Self {
@@ -420,7 +420,7 @@ fn below(mount: &Path, path: &str) -> PathBuf {
     mount.join(path.trim_start_matches('/'))
 }
 
-/// mkdir(2) with its two expected refusals told apart.
+/// mkdir(2) with its two expected refusals distinguished.
 fn make_directory(path: &Path) -> Result<(), Error> {
     std::fs::create_dir(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => {

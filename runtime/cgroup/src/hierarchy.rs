@@ -36,7 +36,7 @@ impl LegacyMount {
         self.controllers.iter().any(|name| NEEDED.contains(&name.as_str()))
     }
 
-    /// Whether whoever makes pods' cgroups may have left this hierarchy out. A kubelet does so with
+    /// Whether the creator of pods' cgroups may have left this hierarchy out. A kubelet does so with
     /// `devices`, which it sets no limit in (runc's `SkipDevices`, set by kubelet's cgroup manager); what a
     /// container may open is the runtime's affair.
     pub(crate) fn is_runtimes_own(&self) -> bool {

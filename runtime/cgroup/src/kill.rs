@@ -1,8 +1,8 @@
 //! Who is in a cgroup, and ending all of them.
 //!
 //! v2 has `cgroup.kill` (Linux 5.14), which cannot miss anyone. v1 has not: there the cgroup is frozen, so
-//! that nobody forks while the list is read, everybody listed gets SIGKILL, and it is thawed so that they can
-//! die; again until nobody is left. A container may have made sub-cgroups, in one hierarchy and not in
+//! that no process forks while the list is read, each on the list gets SIGKILL, and it is thawed so that they
+//! can die; and so on until none is left. A container may have made sub-cgroups, in one hierarchy and not in
 //! another, so all directories of all hierarchies are read.
 
 use std::collections::BTreeSet;
@@ -114,7 +114,7 @@ impl Cgroup {
                 Err(source) => return Err(Error::Kill { pid, path: self.main_dir(), source }),
             }
         }
-        // A pid may have gone to somebody else between the list and the pidfd. Who is on a second list with
+        // A pid may have been reused between the list and the pidfd. Who is on a second list with
         // the pidfd already held is that process.
         let still = self.processes()?;
         for (pid, pidfd) in held {
@@ -133,7 +133,7 @@ impl Cgroup {
 }
 
 /// A v1 freezer, thawed when this goes out of scope, also on the way out of an error: a frozen cgroup cannot
-/// die and would outlive its pod. With it those below, which a container may have frozen by itself.
+/// die and would outlive its pod. With it those below, which a container may have frozen on its own.
 struct Frozen<'a> {
     dir: &'a Path,
 }

@@ -214,7 +214,7 @@ async fn connect() -> Result<Bus, SystemdError> {
         .build();
     let mut ends =
         MessageStream::for_match_rule(rule, &connection, Some(JOBS_WAITING)).await.map_err(fail)?;
-    // systemd sends signals only while somebody wants them.
+    // systemd sends signals only to subscribers.
     call(&connection, "Subscribe", &()).await?;
     let (jobs, _) = broadcast::channel(JOBS_WAITING);
     let told = jobs.clone();
@@ -283,7 +283,7 @@ type Auxiliary<'a> = Vec<(&'a str, Vec<(&'a str, Variant<'a>)>)>;
 
 async fn start(bus: &Bus, unit: &str, properties: &[Property], process: u32) -> Answer {
     const METHOD: &str = "StartTransientUnit";
-    // Before the call, or the end could come before anybody listens.
+    // Before the call, or the end could come before there is a listener.
     let mut ends = bus.jobs.subscribe();
     let body = (unit, "fail", variants(properties), Auxiliary::new());
     let reply = match call(&bus.connection, METHOD, &body).await {

@@ -1,6 +1,6 @@
 //! The crate against the kernel of this machine: needs root, and works on cgroup v1 and v2.
 //!
-//! Each test has a parent cgroup of its own, `/berth-test-<pid>-<n>`, which goes away with everything in it
+//! Each test has its own parent cgroup, `/berth-test-<pid>-<n>`, which goes away with everything in it
 //! when the test ends, also by a panic. Processes are shells that put themselves into the cgroup.
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
@@ -282,7 +282,7 @@ fn a_tree_that_keeps_forking_is_killed_to_the_last() {
     let place = Place::new();
     let cgroup = place.create("bomb");
     cgroup.apply(&Limits { pids_limit: Some(Ceiling::At(300)), ..Limits::default() }).unwrap();
-    // Every process is followed by another before it ends, in a session of its own.
+    // Every process is followed by another before it ends, in its own session.
     let mut shell = Shell::start(
         &cgroup,
         "trap '' TERM INT HUP; \

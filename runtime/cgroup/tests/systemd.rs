@@ -1,7 +1,7 @@
 //! The systemd driver against the systemd of this machine: needs root, systemd as process 1, and cgroup v2.
 //! Elsewhere each test counts itself as skipped, in the file that `BERTH_SKIPS` names and in its output.
 //!
-//! Each test has a slice of its own; scopes are removed when the test ends, and the empty slice with them.
+//! Each test has its own slice; scopes are removed when the test ends, and the empty slice with them.
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
@@ -19,10 +19,10 @@ use berth_cgroup::{
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// How the scopes here end when systemd is told to end them.
+/// How the scopes here end when systemd ends them.
 const ENDING: Ending<'_> = Ending { signal: 3, grace: Duration::from_secs(7), before: Some("0ff") };
 
-/// Held alone by tests that make systemd read or execute itself anew: it writes the files of all scopes then,
+/// Held alone by tests that make systemd reload or re-execute itself: it writes the files of all scopes then,
 /// which others look at.
 static TURN: RwLock<()> = RwLock::new(());
 
@@ -331,7 +331,7 @@ fn an_update_that_systemd_refuses_changes_nothing() {
     let (cgroup, _holder) = place.make("0a5", &some_limits());
     let told = || ["MemoryMax", "TasksMax", "CPUQuotaPerSecUSec"].map(|name| property("0a5", name));
     let before = told();
-    // The kernel lets nobody in with a `pids.max` of 0, so that the files take all of this; systemd's
+    // The kernel lets no process in with a `pids.max` of 0, so that the files take all of this; systemd's
     // TasksMax begins at 1.
     let limits = Limits {
         cpu_quota_us: Some(Ceiling::At(20_000)),

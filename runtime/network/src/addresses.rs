@@ -114,7 +114,7 @@ pub struct AddressStore {
 #[derive(Debug)]
 struct State {
     owners: BTreeMap<IpAddr, String>,
-    /// Addresses whose records could not be read. They are taken, by nobody knows whom.
+    /// Addresses whose records could not be read. They are taken, by an unknown sandbox.
     unread: BTreeSet<IpAddr>,
     /// For each range, the address to try first.
     cursors: Vec<IpAddr>,
@@ -222,7 +222,7 @@ impl AddressStore {
         self.release_all(&mut state, dead)
     }
 
-    /// The addresses whose records could not be read, and whose sandboxes nobody knows.
+    /// The addresses whose records could not be read, and whose sandboxes are unknown.
     pub fn unread(&self) -> Vec<IpAddr> {
         self.lock().unread.iter().copied().collect()
     }
@@ -272,7 +272,7 @@ impl AddressStore {
                 _ => {}
             }
             let path = self.path(*address);
-            // In one step, over what is there and of nobody.
+            // In one step, over a record without an owner.
             let partial = self.directory.join(format!("{address}.partial"));
             let written = write_owner(&partial, sandbox_id).and_then(|()| fs::rename(&partial, &path));
             written.map_err(|source| Error::File { operation: "write the record", path, source })?;
@@ -347,7 +347,7 @@ impl AddressStore {
         Err(Error::Exhausted { first: range.first(), taken })
     }
 
-    /// Makes the record of an address and returns its owner: the sandbox, or whoever has a record that the
+    /// Makes the record of an address and returns its owner: the sandbox, or the owner of a record that the
     /// map does not know.
     fn claim(&self, address: IpAddr, sandbox_id: &str) -> Result<String, Error> {
         let path = self.path(address);
@@ -470,7 +470,7 @@ mod tests {
         assert!(store.dead(&living).is_empty() && store.reconcile(&living).unwrap().is_empty());
         let again = AddressStore::open(directory.path(), &[SMALL]).unwrap();
         assert_eq!((again.of(&id(7)), again.of(&id(8))), (vec![lost, flipped], vec![taken]));
-        // One address is left, since nobody knows whose the unreadable one is.
+        // One address is left, since the owner of the unreadable one is unknown.
         assert_eq!(again.allocate(&id(10)).unwrap(), [IpAddr::from([10, 0, 0, 6])]);
         assert!(matches!(again.allocate(&id(11)), Err(Error::Exhausted { .. })));
         let dead = again.dead(&HashSet::new());

@@ -101,7 +101,7 @@ fn keep_router_advertisements() -> Result<(), Error> {
     let fail = |source| Error::Read { path: directory.to_owned(), source };
     for entry in fs::read_dir(directory).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        // `all` has no effect by itself, and `default` would let every later interface take advertisements.
+        // `all` has no effect on its own, and `default` would let every later interface take advertisements.
         if entry.file_name() == "all" || entry.file_name() == "default" {
             continue;
         }

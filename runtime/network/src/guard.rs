@@ -94,7 +94,7 @@ pub(crate) fn dismiss(netfilter: &mut Netlink, table: &str, port: &Port) -> Resu
         Err(error) if error.errno() == Some(Errno::ENOENT) => {}
         outcome => return outcome,
     }
-    // One is absent, and none is removed: so each by itself.
+    // One is absent, and none is removed: so each separately.
     for message in messages() {
         match transact(netfilter, vec![message]) {
             Err(error) if error.errno() == Some(Errno::ENOENT) => {}

@@ -43,7 +43,7 @@ pub fn bridge_mac(bridge: &BridgeName) -> MacAddress {
     MacAddress([0x02, 0xbe, a, b, c, d])
 }
 
-/// The MAC address of a pod's interface, from its IPv4 address: whoever gets the address later gets the MAC
+/// The MAC address of a pod's interface, from its IPv4 address: the next pod with the address gets the MAC
 /// with it, so no neighbour cache on the node is ever wrong.
 pub fn pod_mac(address: Ipv4Addr) -> MacAddress {
     let [a, b, c, d] = address.octets();

@@ -34,8 +34,8 @@ pub struct InterfaceCounters {
     pub tx_dropped: u64,
 }
 
-/// Interfaces that are told of one namespace. A pod has a handful; one that may make interfaces could have
-/// thousands, which would keep the statistics of all the others waiting.
+/// Interfaces that are reported of one namespace. A pod has a handful; one that may make interfaces could
+/// have thousands, which would keep the statistics of all the others waiting.
 pub const MAX_INTERFACES: usize = 32;
 
 /// The counters of the interfaces, loopback included, of the namespace that the socket was opened in: at most

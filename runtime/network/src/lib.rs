@@ -18,7 +18,7 @@
 //! | [`identity`] | interface names and MAC addresses, derived rather than stored |
 //!
 //! Everything blocks and nothing changes a thread's namespaces: the caller enters a pod's network namespace
-//! on a thread of its own, calls [`bridge::open_in_pod`] there, and hands the socket over.
+//! on its own thread, calls [`bridge::open_in_pod`] there, and hands the socket over.
 //!
 //! Not here: creating and pinning network namespaces, host ports, CNI plugins, network policy.
 #![forbid(unsafe_code)]

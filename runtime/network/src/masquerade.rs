@@ -89,7 +89,7 @@ pub fn installation(
     );
     if ipv6.is_some() {
         text += "    icmpv6 type { nd-router-advert, nd-redirect } counter drop\n";
-        // 0x3fa: the ten bits of fe80::/10. A pod makes its link-local address by itself.
+        // 0x3fa: the ten bits of fe80::/10. A pod makes its link-local address on its own.
         text += &format!(
             "    icmpv6 type nd-neighbor-advert @th,64,10 != 0x3fa iifname . @th,64,128 != @{} counter drop\n",
             guard::IPV6_TARGETS

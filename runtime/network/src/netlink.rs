@@ -9,7 +9,7 @@
 //! Several requests travel in one message (RFC 3549, section 2.3.2.1); the kernel goes on after one that
 //! fails, and acks each. Requests are encoded by `netlink-packet-route`. Answers are decoded here, and only
 //! the few attributes that are used: a full decoder fails on a whole message when a newer kernel changes an
-//! attribute that nobody asked for.
+//! attribute that was not asked for.
 //!
 //! A socket belongs to the network namespace that the calling thread was in when it was opened, keeps that
 //! namespace alive until it is dropped, and works from any thread.
@@ -149,7 +149,7 @@ pub(crate) struct Reply {
 pub struct Netlink {
     socket: Socket,
     /// Sequence number of the next request. Answers carry it back, so that a leftover of an earlier, failed
-    /// conversation is told from the answer that is awaited.
+    /// conversation is distinguished from the awaited answer.
     sequence: u32,
     buffer: Vec<u8>,
 }
@@ -243,7 +243,7 @@ impl Netlink {
     }
 
     /// Sends a request for a whole table and returns the first entries of it, as many as `most` or a datagram
-    /// more. Entries that come or go meanwhile may be among them or not. What the kernel has not told yet is
+    /// more. Entries that come or go meanwhile may be among them or not. What the kernel has not sent yet is
     /// thrown away with the socket.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //! itself: one plays the node, others the pods. The machine's own network is not touched. Needs `nft` and
 //! `ip`.
 //!
-//! A namespace is entered on a thread of its own that ends with the visit, so that no other test runs in it
+//! A namespace is entered on its own thread that ends with the visit, so that no other test runs in it
 //! by accident.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot prepare its ground should fail at that line")]
@@ -589,7 +589,7 @@ fn a_pod_whose_address_records_are_lost_gets_them_back_from_its_daemon() {
         |pod: &Pod| pod.attachment.addresses.iter().map(|found| found.address).collect::<Vec<_>>();
     let known: BTreeMap<_, _> = pods.iter().map(|pod| (pod.id.clone(), addresses(pod))).collect();
     let directory = node.directory.path().join("berth0");
-    // One record is emptied, one names nobody, the others are gone.
+    // One record is emptied, one names no sandbox, the others are gone.
     fs::remove_dir_all(&directory).unwrap();
     fs::create_dir(&directory).unwrap();
     fs::write(directory.join(pods[0].address(0).to_string()), "").unwrap();
@@ -617,7 +617,7 @@ fn two_bridges_on_one_node_keep_out_of_each_others_way() {
     let pod = node.attach(1);
     let stranger = Namespace::new();
     let mut inside = stranger.run(open_in_pod).unwrap();
-    // The same id on both: interfaces are told apart by the bridge's digits.
+    // The same id on both: interfaces differ in the bridge's digits.
     let attachment = other.attach(&id(1), &mut inside, stranger.0.as_fd()).unwrap();
     talk(&node.namespace, &stranger, attachment.addresses[0].address);
     other.reconcile([]).unwrap();

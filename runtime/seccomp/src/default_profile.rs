@@ -2,7 +2,7 @@
 //!
 //! An allow list, arranged by what the calls are for. A call is on it when an ordinary program may need it
 //! and the kernel's own checks (ids, capabilities, namespaces) decide about its use; calls that need a
-//! capability are on it when the container has that capability, because then somebody decided so. Off the
+//! capability are on it when the container has that capability, because that was a decision. Off the
 //! list are calls that reach into the whole machine, that widen the kernel's attack surface without need
 //! (io_uring, userfaultfd, keyrings, AF_VSOCK and AF_ALG sockets), and relics. Every call of the tables is
 //! either on a list here or on [`REFUSED`], each with its group's reason; a test sees to it that none is
@@ -22,7 +22,7 @@ const ENOSYS: u32 = 38;
 /// is for clone3 and unshare only.
 const CLONE_NAMESPACES: u64 = 0x7e02_0000;
 
-/// Address families of socket(2). AF_ALG gives the kernel's cipher code to everybody (CVE-2026-31431 and
+/// Address families of socket(2). AF_ALG gives the kernel's cipher code to all (CVE-2026-31431 and
 /// before); AF_VSOCK reaches the hypervisor and, on a host of virtual machines, all of them, past every
 /// network policy.
 const AF_ALG: u64 = 38;
@@ -567,7 +567,7 @@ const REFUSED: [&[&str]; 5] = [
 /// had since 4.3; a 32-bit glibc does not, and needs another profile). `personality` takes five harmless
 /// values.
 ///
-/// Covers x86_64 with i386; x32 is left out, since it doubles what can be reached and nobody uses it.
+/// Covers x86_64 with i386; x32 is left out, since it doubles what can be reached and is unused.
 #[must_use]
 pub fn default_profile<'a>(capabilities: impl IntoIterator<Item = &'a str>) -> LinuxSeccomp {
     let has: BTreeSet<&str> =

@@ -43,7 +43,7 @@ pub struct Filter {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompileError {
-    /// Something that needs an agent outside of the container, which Berth does not have.
+    /// Something that needs an agent outside the container, which Berth does not have.
     #[error("seccomp notification is not supported: {feature}")]
     Notification {
         /// The field or action.
@@ -86,11 +86,11 @@ pub enum CompileError {
 ///
 /// What the runtime-spec leaves open is decided so:
 /// - Conditions of one rule must all hold, but when an argument index occurs twice in it, each condition
-///   becomes a rule of its own, as in runc and crun: any of them suffices.
+///   becomes its own rule, as in runc and crun: any of them suffices.
 /// - A rule without conditions wins over all rules with conditions for the same system call, wherever it
 ///   stands; among several without, the first. Among rules with conditions, the first that matches. A rule
 ///   whose action is the default action says nothing.
-/// - The bits of `valueTwo` outside of the mask of `SCMP_CMP_MASKED_EQ` are ignored. For 32-bit programs only
+/// - The bits of `valueTwo` outside the mask of `SCMP_CMP_MASKED_EQ` are ignored. For 32-bit programs only
 ///   the low halves of values are compared.
 /// - A name that no table knows is skipped: it belongs to another architecture, or to a newer kernel.
 /// - The machine's own architecture is always covered; calls of one that the profile does not list end the

@@ -27,7 +27,7 @@ pub(crate) mod ret {
 const EPERM: u32 = 1;
 /// The kernel cuts a larger errno down to this: `MAX_ERRNO`, <linux/err.h>.
 const MAX_ERRNO: u32 = 4095;
-/// What a tracer is told has 16 bits: `SECCOMP_RET_DATA`.
+/// What a tracer receives has 16 bits: `SECCOMP_RET_DATA`.
 const MAX_TRACE: u32 = 0xffff;
 
 const FLAG_LOG: u32 = 1 << 1;
@@ -42,7 +42,7 @@ pub(crate) enum Comparison {
     LessOrEqual(u64),
     Greater(u64),
     GreaterOrEqual(u64),
-    /// The argument and the mask are equal to the value, which has no bit outside of the mask.
+    /// The argument and the mask are equal to the value, which has no bit outside the mask.
     Masked {
         mask: u64,
         value: u64,

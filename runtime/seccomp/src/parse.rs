@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use crate::abi::Abi;
 
-/// The largest profile that is parsed, in bytes. Docker's default profile has 15 KiB; a list of all system calls with conditions
-/// stays far below this.
+/// The largest profile that is parsed, in bytes. Docker's default profile has 15 KiB; a list of all system
+/// calls with conditions stays far below this.
 pub const MAX_PROFILE_BYTES: usize = 1024 * 1024;
 
 /// Why a profile cannot be read.

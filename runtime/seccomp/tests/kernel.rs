@@ -10,7 +10,7 @@ use std::thread;
 use berth_seccomp::{compile, default_profile};
 use berth_sys::{ns, process};
 
-/// Runs on a thread of its own, under the filter for these capabilities.
+/// Runs on its own thread, under the filter for these capabilities.
 fn under_filter<T: Send + 'static>(
     capabilities: &'static [&str],
     work: impl FnOnce() -> T + Send + 'static,

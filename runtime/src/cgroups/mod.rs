@@ -1,4 +1,5 @@
-//! The node's cgroups: who arranges them, and how one is made, found again and told from another daemon's.
+//! The node's cgroups: who arranges them, and how one is made, found again, and recognised as this daemon's
+//! own.
 
 mod left;
 mod unanswered;
@@ -141,7 +142,7 @@ impl Cgroups {
     }
 
     /// Writes onto a cgroup whose it is. Below the daemons' own parent, which another one may have too, each
-    /// takes away what is nobody's, in whichever hierarchy that is; below the parents of pods, where other
+    /// removes what is orphaned, in any hierarchy; below the parents of pods, where other
     /// runtimes may have theirs, only what has its mark in the hierarchy where it looks.
     fn mark(&self, cgroup: &Cgroup, parent: &Parent) {
         let everywhere = parent.path() == self.default_parent.path();

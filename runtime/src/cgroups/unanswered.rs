@@ -12,8 +12,8 @@ const ON_ITS_WAY: Duration = Duration::from_secs(60);
 /// A bus that hangs for long must not cost a number for each pod that is asked for meanwhile.
 const MOST: usize = 256;
 
-/// The call that nobody waits for any more may reach systemd when its bus goes on, and names its process by a
-/// number, which must not be somebody else's by then: systemd would put that one into the scope. So the
+/// A call that timed out may reach systemd when its bus resumes, and names its process by a
+/// number, which must not be another process's by then: systemd would put that one into the scope. So the
 /// process is ended, but keeps its number until systemd has answered again.
 #[derive(Debug, Default)]
 pub(crate) struct Unanswered(Mutex<VecDeque<(Instant, Holder)>>);

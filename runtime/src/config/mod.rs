@@ -25,7 +25,7 @@ pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
 /// then those that a node which ran containerd has.
 const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
 
-/// Where the cAdvisor of a kubelet looks; it cannot be told another place.
+/// Where the cAdvisor of a kubelet looks; the path is fixed.
 const CADVISOR_SOCKET: &str = "/var/run/crio/crio.sock";
 
 /// What is used.
@@ -45,7 +45,7 @@ pub struct Config {
     pub images: berth_image::StoreOptions,
     /// The built-in network.
     pub network: BridgeConfig,
-    /// Who arranges cgroups; `None`: whoever the form of the parent tells, else whoever fits the node.
+    /// Who arranges cgroups; `None`: the driver whose form the parent has, else the one that fits the node.
     pub cgroup_driver: Option<Driver>,
     /// Where pods go that name no parent; `None`: the driver's default.
     pub cgroup_parent: Option<Parent>,

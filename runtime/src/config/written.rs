@@ -89,7 +89,7 @@ written! {
         /// The directory of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of
         /// `/etc/berth/certs.d` and `/etc/containerd/certs.d`.
         config_path: Option<PathBuf>,
-        /// Hosts of token services outside of their registry's domain that may be sent credentials.
+        /// Hosts of token services outside their registry's domain that may be sent credentials.
         trusted_token_hosts: Option<Vec<String>>,
     }
 
@@ -146,7 +146,7 @@ written! {
 
     /// `[compat]`: what Berth does for programs that know other runtimes only.
     WrittenCompat {
-        /// Whether the cAdvisor in a kubelet is told whose a cgroup is, as CRI-O would tell it. Default
+        /// Whether to answer the cAdvisor in a kubelet as CRI-O would. Default
         /// false.
         cadvisor: Option<bool>,
         /// The socket for that. Default `/var/run/crio/crio.sock`, the only one that a cAdvisor knows.

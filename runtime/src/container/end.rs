@@ -1,5 +1,5 @@
 //! The end of a container: from its shim's record or last message, or from the loss of its shim, to the state
-//! that everybody sees.
+//! that all observers see.
 
 use super::{Container, lock};
 use crate::cgroups::CGROUP_GONE;
@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The code of a container whose end nobody saw: containerd's.
+/// The code of a container whose end was not seen: containerd's.
 const EXIT_CODE_LOST: i32 = 255;
 
 /// Somewhat longer than [`CGROUP_GONE`] for the kill and the removal together.
@@ -56,7 +56,7 @@ fn read(path: &Path) -> Evidence {
     }
 }
 
-/// Says how it ended, to everybody, and ends whatever is left of it. Without `told` nobody knows, and
+/// Publishes how it ended, and ends whatever is left of it. Without `told` it is unknown, and
 /// `unread` says why, if there is a record that cannot be read. Blocking.
 pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unread: Option<&io::Error>) {
     // Processes that are not in a pid namespace that died with its process 1, or all of them when the shim

@@ -122,7 +122,7 @@ pub(crate) enum ContainerError {
         /// The time.
         seconds: u64,
     },
-    /// Nobody can talk to its shim now.
+    /// Its shim cannot be reached now.
     #[error("cannot reach the shim of container {id} at the moment; try again")]
     ShimUnreached {
         /// The container.

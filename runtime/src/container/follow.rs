@@ -1,9 +1,9 @@
 //! Finding the shim of a container, and following it to the end.
 //!
 //! One task for each container that has not ended. Nothing that it does not know makes it end a container: a
-//! shim that cannot be reached or does not answer is asked on, while the container is told in the state in
-//! which it was last known. Only two things say that a shim is gone: nobody listens on its socket (unix(7),
-//! `ECONNREFUSED`), or there is no socket and the container's main process is gone too.
+//! shim that cannot be reached or does not answer is asked again, while the container is reported in the
+//! state in which it was last known. Only two things say that a shim is gone: its socket has no listener
+//! (unix(7), `ECONNREFUSED`), or there is no socket and the container's main process is gone too.
 
 use super::end::{self, Evidence};
 use super::{Container, lock};
@@ -67,7 +67,7 @@ struct Following {
     /// For a connection that this daemon did not make with the shim.
     room: Option<Arc<Semaphore>>,
     permit: Option<OwnedSemaphorePermit>,
-    /// Whoever waits for what is found.
+    /// The callers that wait for the result.
     known: Option<oneshot::Sender<()>>,
 }
 
@@ -217,7 +217,7 @@ impl Following {
 
     fn tell_known(&mut self) {
         if let Some(known) = self.known.take() {
-            // Whoever waited may have given up.
+            // The caller may have stopped waiting.
             let _ = known.send(());
         }
     }
@@ -228,7 +228,7 @@ async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> 
     loop {
         let phase = shim.phase().await?;
         let under_way = phase.starting;
-        // Without: it drains. Its end is about to be recorded, and until then it is told as it was.
+        // Without: it drains. Its end is about to be recorded, and until then its last state is reported.
         let Some(created) = phase.created else { return Ok(()) };
         *lock(&container.process) = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         if let Some(started) = phase.started {

@@ -2,7 +2,7 @@
 //! remove.
 //!
 //! What is said of it comes from its OCI spec, which is there for others, and in the end from its shim.
-//! Without a spec it is put into a pod of its own.
+//! Without a spec it is put into its own pod.
 
 use super::{Container, ContainerError, recover};
 use crate::node::Node;
@@ -25,8 +25,8 @@ const LABELS: [(&str, &str); 4] = [
 ];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
-/// Whether its shim is there, as far as one can know: only that nobody listens says that it is not. Has to be
-/// called within the async runtime.
+/// Whether its shim is there, as far as can be known: only a socket without a listener says that it is not.
+/// Has to be called within the async runtime.
 pub(crate) fn may_run(files: &ContainerFiles) -> bool {
     !matches!(ShimClient::connect(&files.state), Err(ConnectError::Gone | ConnectError::NoSocket))
 }

@@ -7,13 +7,13 @@
 //! - `stop`: StopContainer;
 //! - `remove`: RemoveContainer;
 //! - `follow`: finding its shim, and waiting for its end;
-//! - `end`: what happens when it has ended, by itself or not;
+//! - `end`: what happens when it has ended, on its own or not;
 //! - `shutdown`: how it ends when the machine goes down;
 //! - `recover`: what a new daemon makes of a record;
 //! - `lost`: what it makes of a container that runs and has no record any more.
 //!
-//! The state is in a watch channel: whoever waits for the end of a container waits for that value to change.
-//! It changes through `model::state` only.
+//! The state is in a watch channel: waiting for the end of a container means waiting for that value to
+//! change. It changes through `model::state` only.
 
 pub(crate) mod create;
 mod end;
@@ -66,10 +66,10 @@ pub(crate) struct Container {
     state: watch::Sender<ContainerState>,
     /// It has ended, and what is left in its cgroup is being ended.
     clearing: watch::Sender<bool>,
-    /// Held while it changes and while that is told, so that changes are told in their order.
+    /// Held while it changes and while that is published, so that changes are published in order.
     telling: Mutex<()>,
-    /// Since when it is taken to run, while its shim has not said whether it does. What may run is told as
-    /// running: told as anything else, a kubelet would start another beside it.
+    /// Since when it is taken to run, while its shim has not said whether it does. What may run is reported
+    /// as running: otherwise a kubelet would start another beside it.
     presumed_since_unix_ns: Mutex<Option<i64>>,
     /// Its main process. That of the record, unless that was lost.
     process: Mutex<Option<ProcessRecord>>,
@@ -78,7 +78,7 @@ pub(crate) struct Container {
     operation: tokio::sync::Mutex<()>,
     /// When a stop that is under way kills; only ever moved to be earlier.
     kill_at: watch::Sender<Option<Instant>>,
-    /// Told when none of its processes is left and its shim is not to be waited for any longer.
+    /// Notified when none of its processes is left and its shim is not to be waited for any longer.
     given_up: Notify,
     /// A task waits for its end, or it has ended.
     followed: AtomicBool,
@@ -139,7 +139,7 @@ impl Container {
         lock(&self.resources).clone()
     }
 
-    /// Its state, as it is told.
+    /// Its state, as it is reported.
     pub(crate) fn state(&self) -> ContainerState {
         let state = self.state.borrow().clone();
         match (&state, *lock(&self.presumed_since_unix_ns)) {
@@ -170,7 +170,7 @@ impl Container {
         matches!(*self.state.borrow(), ContainerState::Running { .. })
     }
 
-    /// Whether nobody waits for its end yet.
+    /// Whether its end is not awaited yet.
     pub(crate) fn is_unfollowed(&self) -> bool {
         !self.followed.load(Ordering::Relaxed)
     }
@@ -299,7 +299,7 @@ fn bytes(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
 
-/// How a process gets into `cgroup`, as a shim is told it.
+/// How a process gets into `cgroup`, in the form of the plan.
 pub(crate) fn cgroup_plan(cgroup: &Cgroup) -> berth_shim_proto::launch::Cgroup {
     let oom = cgroup.oom_source();
     berth_shim_proto::launch::Cgroup {
@@ -320,7 +320,8 @@ mod tests {
     use std::sync::atomic::AtomicBool;
     use tracing::dispatcher::with_default;
 
-    /// How often the other thread is let go first by what is told first, which it uses unless it has to wait.
+    /// How often the other thread is let go first by the first notification, which it uses unless it has to
+    /// wait.
     const TURNS: usize = 10_000;
 
     fn container() -> Container {
@@ -341,7 +342,7 @@ mod tests {
         ContainerEvent::Ended(Exit { code: 0, started_at_unix_ns, finished_at_unix_ns: 2, reason, message })
     }
 
-    /// What is told while `first` happens and, on another thread, `second` as soon as `is_time`.
+    /// What is published while `first` happens and, on another thread, `second` as soon as `is_time`.
     fn told_by(
         first: impl FnOnce(&Container),
         is_time: impl Fn(&Container) -> bool + Send + Sync,

@@ -1,6 +1,6 @@
 //! The memory that the output of all commands of ExecSync may take together.
 //!
-//! Each command has a limit of its own ([`super::exec::MAX_OUTPUT`]), and anybody who may run one may run
+//! Each command has its own limit ([`super::exec::MAX_OUTPUT`]), and whoever may run one may run
 //! many. What has no room is read and thrown away, as what is over a command's own limit; nothing waits for
 //! room, or commands that hold some could wait for each other.
 
@@ -64,7 +64,7 @@ impl Kept {
         }
     }
 
-    /// Hands the bytes over. From then on they are whoever's they are.
+    /// Hands the bytes over. From then on they belong to the caller.
     pub(crate) fn into_bytes(mut self) -> Vec<u8> {
         let bytes = std::mem::take(&mut self.bytes);
         self.room.free.fetch_add(bytes.len(), Ordering::Relaxed);

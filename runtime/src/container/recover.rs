@@ -1,8 +1,8 @@
 //! Containers of the daemon before this one.
 //!
 //! A record says that there was a container; its exit record says how it ended; without one its shim is
-//! asked, by [`super::follow`], which may take as long as it takes: until then the container is told as it
-//! was last known to be.
+//! asked, by [`super::follow`], which may take as long as it takes: until then the container is reported as
+//! it was last known to be.
 
 use super::end::{self, Evidence};
 use super::{Container, ContainerError, lock};
@@ -67,7 +67,7 @@ pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) 
     let presumed = match std::fs::read_to_string(container.files.started()) {
         Ok(text) => Some(text.trim().parse().unwrap_or(created_at)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && told_of_starts => None,
-        // Nobody knows; what may run is told as running.
+        // Unknown; what may run is reported as running.
         Err(_) => Some(created_at),
     };
     *lock(&container.presumed_since_unix_ns) = presumed;

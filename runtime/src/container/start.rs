@@ -1,6 +1,6 @@
 //! StartContainer: one message to the shim, which lets the waiting process become its program.
 //!
-//! A caller who is told that the start failed makes another container beside this one. So nobody is told that
+//! A caller that gets a failed start creates another container beside this one. So no caller gets that
 //! as long as the program may run still: a start without an answer is made definite, by ending the container.
 
 use super::{Container, ContainerError, stop};
@@ -62,7 +62,7 @@ async fn begin(container: &Arc<Container>) -> Result<(), ContainerError> {
         Err(
             error @ (ShimError::Lost | ShimError::Older | ShimError::Start { .. } | ShimError::TooLong(_)),
         ) => {
-            // Without its shim it ends, and nobody may see it as created after this call.
+            // Without its shim it ends, and it must not be seen as created after this call.
             match tokio::time::timeout(SETTLED, container.exited()).await {
                 Ok(()) if was_started(container) => Ok(()),
                 Ok(()) => Err(error.into()),
@@ -110,7 +110,7 @@ async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerE
         Ok(()) => Err(ContainerError::StartTimeout { id, seconds }),
         Err(error) => {
             tracing::error!(container = %id, error = %crate::chain(&error), "cannot kill the container; reporting it as running");
-            // What becomes known later is told then: `follow` goes on.
+            // What becomes known later is reported by `follow`.
             container.presume();
             super::follow::ask_on(container);
             Err(ContainerError::StartUnknown { id, seconds })

@@ -1,7 +1,7 @@
 //! StopContainer: the stop signal to the main process, once; after the grace SIGKILL for everything.
 //!
 //! Stops may come together: the signal is sent by the first, and the shortest time counts. A stop whose
-//! caller went away goes on, because the edge runs it in a task of its own.
+//! caller went away goes on, because the edge runs it in its own task.
 
 use super::{Container, ContainerError};
 use berth_model::state::ContainerState;
@@ -25,7 +25,7 @@ pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<
     if !matches!(container.state(), ContainerState::Exited(_)) {
         end(container, grace).await?;
     }
-    // Whoever stops it gives its namespaces and its pod's cgroup back next.
+    // Its namespaces and its pod's cgroup are released next.
     container.cleared().await;
     Ok(())
 }
@@ -72,7 +72,8 @@ async fn wait_for_time(container: &Container) {
 
 async fn signal(container: &Container, signal: i32) {
     if let Some(shim) = container.shim() {
-        // It may have ended by itself meanwhile; if the shim hangs, the time passes and the cgroup is killed.
+        // It may have ended on its own meanwhile; if the shim hangs, the time passes and the cgroup is
+        // killed.
         let _ = tokio::time::timeout(SHIM, shim.signal(signal)).await;
     }
 }

@@ -53,7 +53,7 @@ pub(super) fn verified_target(
     }
     let none = || ContainerError::NoTarget { target: namespaces.target_id.clone() };
     let container = match node.registry.find_container(&namespaces.target_id) {
-        // One that waits for its start still has its privileges, and nobody may look into it.
+        // One that waits for its start still has its privileges, and must not be looked into.
         Found::One(target) if target.sandbox_id() == sandbox.id() && target.is_running() => target,
         _ => return Err(none()),
     };

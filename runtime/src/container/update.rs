@@ -74,7 +74,7 @@ fn tell_what_is_in_force(container: &Container, limits: &Limits) {
     }
 }
 
-/// Lets the shim write to the log path anew.
+/// Lets the shim reopen the log path.
 pub(crate) async fn reopen_log(container: &Arc<Container>) -> Result<(), ContainerError> {
     let state = container.state();
     match (&state, container.shim()) {

@@ -42,7 +42,7 @@ impl RuntimeService {
         request: v1::StopContainerRequest,
     ) -> Result<v1::StopContainerResponse, CallError> {
         if let Some(container) = absent_is_none(self.container(&request.container_id))? {
-            // Negative is "at once". A grace beyond a year is one that nobody waits for.
+            // Negative is "at once". A grace period beyond a year never ends in practice.
             let seconds = u64::try_from(request.timeout).unwrap_or(0).min(365 * 24 * 3600);
             let grace = Duration::from_secs(seconds);
             apart(async move { Ok(container::stop::stop(&container, grace).await?) }).await?;

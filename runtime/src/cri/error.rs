@@ -15,7 +15,7 @@
 //! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet | `Unavailable` |
 //! | anything else | `Internal` |
 //!
-//! Messages carry the whole chain of causes: they end up in a pod's events, in front of somebody who has
+//! Messages carry the whole chain of causes: they end up in a pod's events, in front of a reader who has
 //! nothing else.
 
 use std::borrow::Cow;

@@ -76,7 +76,7 @@ fn wanted_streams(stdin: bool, stdout: bool, stderr: bool, terminal: bool) -> Re
 }
 
 /// Cuts the two streams so that their message is one that clients accept; each may be as long as a message
-/// by itself. What is cut is the end of the longer one, and as little as possible.
+/// on its own. What is cut is the end of the longer one, and as little as possible.
 fn fitting(mut stdout: Vec<u8>, mut stderr: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     // Tags, lengths and the exit code take less than this.
     const ENVELOPE: usize = 64;

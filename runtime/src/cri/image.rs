@@ -1,5 +1,5 @@
 //! Calls about images. A pull runs in the caller's task, so that a client that goes away cancels it; a
-//! removal runs in a task of its own and ends whatever the client does.
+//! removal runs in its own task and ends whatever the client does.
 
 use super::convert::{self, ImageView};
 use super::error::CallError;

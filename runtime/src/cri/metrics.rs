@@ -8,7 +8,7 @@
 //!
 //! Two things of one kind with the same labels would spoil the whole answer for Prometheus. Containers differ
 //! by `id`, their cgroup; the network of pods by `name`, which has the pod's uid and attempt in it; figures
-//! of a pod's cgroup are told once for each cgroup, and not at all for one that pods share.
+//! of a pod's cgroup are reported once for each cgroup, and not at all for one that pods share.
 
 use super::error::CallError;
 use super::pages::{Items, METRICS_PAGE, pages};
@@ -35,7 +35,7 @@ const LABELS: [&str; 6] = ["id", "name", "image", "namespace", "pod", "container
 /// What cAdvisor calls the container that stands for a pod's network.
 const POD: &str = "POD";
 
-/// The period of a cpu quota, in µs, and the weight in shares that a cgroup has when nobody set them:
+/// The period of a cpu quota, in µs, and the weight in shares that a cgroup has by default:
 /// `cpu.cfs_period_us` and `cpu.shares` in Documentation/scheduler/sched-bwc.rst and sched-design-CFS.rst.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 const DEFAULT_SHARES: u64 = 1024;
@@ -298,7 +298,7 @@ impl Metrics {
         let Some(measured) = measured else { return };
         self.done.push(v1::Metric {
             name: kind.name.to_owned(),
-            // Measured now, and gone with its container: with a time of its own, Prometheus would go on
+            // Measured now, and gone with its container: with its own time, Prometheus would go on
             // showing it for minutes.
             timestamp: 0,
             metric_type: if kind.counter { v1::MetricType::Counter } else { v1::MetricType::Gauge }.into(),

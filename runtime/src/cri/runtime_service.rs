@@ -1,7 +1,7 @@
 //! `runtime.v1.RuntimeService`: its calls, and where each is.
 //!
 //! Each call converts, asks the part that owns the object, and converts back. What changes something runs in
-//! a task of its own ([`apart`]): when a client goes away its request is finished all the same, and nothing
+//! its own task ([`apart`]): when a client goes away its request is finished all the same, and nothing
 //! is left half done.
 
 use super::error::CallError;

@@ -111,7 +111,7 @@ impl Frames {
         self.end
     }
 
-    /// A stream whose headers were larger than [`MAX_HEADER_LIST`]. The server answers it, and it is told
+    /// A stream whose headers were larger than [`MAX_HEADER_LIST`]. The server answers it, and it is reset
     /// once.
     pub(super) fn take_too_large(&mut self) -> Option<u32> {
         self.too_large.take()

@@ -244,7 +244,7 @@ fn written() -> impl Strategy<Value = Written> {
         .prop_map(|(name, value, flags, refer)| Written { name, value, flags, refer })
 }
 
-/// An encoder after RFC 7541, without Huffman coding, that does whatever it is told.
+/// An encoder after RFC 7541, without Huffman coding, that encodes anything.
 #[derive(Debug)]
 struct Encoder {
     table: Vec<(Vec<u8>, Vec<u8>)>,

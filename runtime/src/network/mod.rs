@@ -143,9 +143,9 @@ impl Network {
         }
     }
 
-    /// Looks whether the network is whole, repairs it if it is not, and remembers what came of it: somebody
-    /// may flush the firewall or take the bridge down under running pods. To be called now and then.
-    /// Blocking.
+    /// Looks whether the network is whole, repairs it if it is not, and remembers the outcome: an
+    /// administrator may flush the firewall or take the bridge down under running pods. To be called now and
+    /// then. Blocking.
     pub(crate) fn look(&self) {
         let state = match &self.kind {
             Kind::Bridge(bridge) => bridge::look(bridge),

@@ -175,7 +175,7 @@ pub enum SpecError {
     /// `Device.container_path` where something is mounted that has no such node.
     #[error("devices: {0:?} is at or below a mount, which has no such device")]
     DeviceOnMount(PathBuf),
-    /// [`NamespaceMode::Target`] and nobody said which.
+    /// [`NamespaceMode::Target`] without a target.
     #[error("namespace_options.target_id: no container to share the pid namespace with")]
     NoTarget,
     /// [`NamespaceMode::Pod`] in a sandbox that was made without a pid namespace to share.

@@ -323,7 +323,7 @@ fn cgroup_mounts(inputs: &Inputs<'_>, asked: &[Mount], system: &str) -> Vec<Moun
     if inputs.host.unified_cgroups {
         return vec![filesystem(PLACE, "cgroup2", &[&flags[..], &["relatime", system]].concat())];
     }
-    // Read-only also by itself, unless something writable was asked for in it.
+    // Read-only also on its own, unless something writable was asked for in it.
     let holds_asked = asked.iter().any(|mount| is_at_or_below(mount.destination(), PLACE));
     let own = if holds_asked { "rw" } else { system };
     let mut mounts = vec![filesystem(PLACE, "tmpfs", &[&flags[..], &["mode=755", "size=64k", own]].concat())];

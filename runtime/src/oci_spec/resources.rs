@@ -1,6 +1,6 @@
 //! Limits and devices of the cgroup: `linux.resources` of the spec, from a request and for the cgroup.
 //!
-//! What the cgroup keeps is read from the finished spec, whoever has written it. What is in there and cannot
+//! What the cgroup keeps is read from the finished spec, wherever it comes from. What is in there and cannot
 //! be kept is refused.
 
 use super::SpecError;

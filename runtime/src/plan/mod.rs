@@ -27,7 +27,8 @@ use std::path::{Path, PathBuf};
 /// through a link of the image.
 const NO_SYMLINKS: [&str; 3] = ["/proc", "/sys", "/dev"];
 
-/// Filesystems that can be mounted anew: those of OCI runtime-spec "Default Filesystems" and cgroup v2.
+/// Filesystems of which new instances can be mounted: those of OCI runtime-spec "Default Filesystems" and
+/// cgroup v2.
 const FILESYSTEMS: [&str; 6] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2"];
 
 /// Permission bits of a device node without any in the spec.
@@ -102,7 +103,7 @@ pub enum PlanError {
     /// A namespace that can only be joined, without a path, or one that can only be made, with one.
     #[error("the spec's {0} namespace cannot be created or joined as given")]
     Namespace(LinuxNamespaceType),
-    /// A filesystem that is not mounted anew in containers.
+    /// A filesystem of which containers get no new instance.
     #[error("mount on {destination:?}: the filesystem type {kind:?} is not supported")]
     Filesystem {
         /// The mount point.

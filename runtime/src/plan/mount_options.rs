@@ -41,7 +41,7 @@ pub enum OptionError {
     /// Not known.
     #[error("option {0:?} is unknown")]
     Unknown(String),
-    /// A new filesystem has nobody to share mounts with.
+    /// A new filesystem has no peers to share mounts with.
     #[error("option {0:?} is for bind mounts only")]
     OnlyForBinds(String),
     /// Both that and its opposite.

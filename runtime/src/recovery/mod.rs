@@ -83,7 +83,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
         .map(|container| follow::find(container, &room))
         .collect();
     let all = futures_util::future::join_all(answers);
-    // The rest goes on without anybody waiting for it.
+    // The rest continues in the background.
     let _ = tokio::time::timeout(ANSWERS, all).await;
     if !sandboxes.is_empty() || !containers.is_empty() {
         tracing::info!(sandboxes = sandboxes.len(), containers = containers.len(), "recovered");

@@ -39,7 +39,7 @@ pub(crate) struct Remains {
     directories: Vec<PathBuf>,
     container_states: Vec<PathBuf>,
     sandbox_states: Vec<PathBuf>,
-    /// Cgroups of ids that nobody has.
+    /// Orphaned cgroups.
     cgroups: Vec<(Parent, String)>,
     network: Option<Dead>,
     /// Containers that ended while there was no daemon: their cgroups may be there.

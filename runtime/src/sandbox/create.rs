@@ -151,7 +151,7 @@ fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> 
     let target = std::fs::File::open(&path).map_err(failed())?;
     mount::attach(mounted.as_fd(), target.as_fd()).map_err(failed())?;
     let make = |path: &Path, mode: u32| {
-        // The daemon's umask is strict, and nobody else is in there yet.
+        // The daemon's umask is strict, and no other process is in there yet.
         std::fs::DirBuilder::new()
             .mode(mode)
             .create(path)
@@ -162,7 +162,7 @@ fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> 
     if has_shm { make(&files.shm(), 0o1777) } else { Ok(()) }
 }
 
-/// Makes process 1 of the pod's pid namespace, in a cgroup of its own below the pod's, and pins the
+/// Makes process 1 of the pod's pid namespace, in its own cgroup below the pod's, and pins the
 /// namespace.
 fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxError> {
     // It has nothing to lose, and hears no other signal.

@@ -2,7 +2,7 @@
 //! in it, and waits for none without limit.
 //!
 //! A creation announces itself, and becomes a container in one step under the lock that a stop takes to
-//! forbid it: it is either among the containers that the stop ends, or it is told to give up and takes back
+//! forbid it: it is either among the containers that the stop ends, or it is cancelled and takes back
 //! what it has made.
 
 use crate::lock;
@@ -51,7 +51,7 @@ impl Creations {
     }
 
     /// Lets no more begin, and waits for those under way, at most for `limit`; then tells them to give up. On
-    /// return every container that will ever be made can be seen. `true` when one was told to give up and has
+    /// return every container that will ever be made can be seen. `true` when one was cancelled and has
     /// not taken back yet what it had made.
     pub(super) async fn close(&self, limit: Duration) -> bool {
         self.0.standing.send_modify(|standing| standing.closed = true);

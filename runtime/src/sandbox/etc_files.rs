@@ -1,7 +1,7 @@
 //! The files for `/etc` that the containers of a pod share: `hostname`, `hosts`, `resolv.conf`.
 //!
-//! The kubelet brings its own `/etc/hosts` as a mount, which wins; this one is for everybody else. Pure text
-//! functions, and one that writes.
+//! The kubelet brings its own `/etc/hosts` as a mount, which wins; this one is for all other clients. Pure
+//! text functions, and one that writes.
 
 use super::SandboxError;
 use berth_model::layout::SandboxFiles;
@@ -45,7 +45,7 @@ pub(super) struct Contents<'a> {
     pub(super) host_network: bool,
 }
 
-/// Writes the three files, readable by everybody.
+/// Writes the three files, readable by all.
 pub(super) fn write(files: &SandboxFiles, contents: &Contents<'_>) -> Result<(), SandboxError> {
     let resolv = match contents.dns {
         Some(dns) => resolv_conf(dns).into_bytes(),
@@ -60,7 +60,7 @@ pub(super) fn write(files: &SandboxFiles, contents: &Contents<'_>) -> Result<(),
     for (name, bytes) in [("resolv.conf", resolv), ("hosts", hosts), ("hostname", hostname)] {
         let path = files.etc(name);
         std::fs::write(&path, bytes).map_err(SandboxError::file("write", &path))?;
-        // The daemon's umask is strict; containers run as anybody.
+        // The daemon's umask is strict; containers run as any user.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644))
             .map_err(SandboxError::file("set the mode of", &path))?;
     }

@@ -103,7 +103,7 @@ pub(crate) struct Sandbox {
     files: SandboxFiles,
     cgroup_parent: Parent,
     state: Mutex<SandboxState>,
-    /// Held while it changes and while that is told, so that changes are told in their order.
+    /// Held while it changes and while that is published, so that changes are published in order.
     telling: Mutex<()>,
     process: Mutex<Option<PodProcess>>,
     creations: Creations,
@@ -153,7 +153,7 @@ impl Sandbox {
         if self.state() == SandboxState::Ready { self.creations.begin() } else { None }
     }
 
-    /// Ready as long as nobody stopped it and its own process, if it has one, lives.
+    /// Ready until it is stopped or its own process, if it has one, ends.
     pub(crate) fn state(&self) -> SandboxState {
         let state = *lock(&self.state);
         let dead = lock(&self.process).as_ref().is_some_and(PodProcess::has_ended);

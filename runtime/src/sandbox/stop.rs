@@ -127,7 +127,7 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     if sandbox.config.namespaces.pid == NamespaceMode::Pod {
         let cgroup = node.cgroups.open(&sandbox.cgroup_parent, id)?;
         if process.is_none() {
-            // Nobody knows which it was: its record was lost, or this is done for the second time.
+            // Its cgroup is unknown: the record was lost, or this is done for the second time.
             cgroup.kill(CGROUP_BUSY)?;
         }
         cgroup.remove(CGROUP_BUSY)?;

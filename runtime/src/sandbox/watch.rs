@@ -38,7 +38,7 @@ async fn ended(pidfd: Option<io::Result<OwnedFd>>) -> io::Result<()> {
     pidfd.readable().await.map(drop)
 }
 
-/// Until the process has ended, or nobody is there whom that concerns.
+/// Until the process has ended, or the sandbox is gone.
 async fn look(sandbox: &Weak<Sandbox>) {
     while let Some(sandbox) = sandbox.upgrade() {
         if lock(&sandbox.process).as_ref().is_none_or(PodProcess::has_ended) {

@@ -1,9 +1,9 @@
 //! Exec: a program in a container on the streams of a client.
 //!
 //! The shim starts it, and passes bytes on between its streams and pipes, or a socket for a terminal, that
-//! only the shim and the daemon have: whoever shares a stream with a container can be kept waiting by it. A
-//! client that goes away takes its program along: the future here is dropped, the terminal hangs up, and the
-//! program's session is killed.
+//! only the shim and the daemon have: a process that shares a stream with a container can be kept waiting by
+//! it. A client that goes away takes its program along: the future here is dropped, the terminal hangs up,
+//! and the program's session is killed.
 //!
 //! When a client does not want output any more but has not gone away, a pipe is closed, and the program
 //! learns it as it would from any closed pipe; of a terminal, what the program writes from then on is
@@ -217,7 +217,7 @@ async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
             }
         };
         match read {
-            // A terminal that no process has open any more is told by EIO, pty(7).
+            // A terminal that no process has open any more is reported as EIO, pty(7).
             Ok(0) | Err(_) => return,
             Ok(length) if is_over => match allowance.checked_sub(length) {
                 Some(rest) => allowance = rest,

@@ -61,7 +61,7 @@ pub enum StreamingError {
 /// Why there is no URL.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UrlError {
-    /// Nobody listens there yet.
+    /// The server is not listening yet.
     #[error("the streaming server cannot listen on streaming.address {address}: {error}; trying again")]
     NotListening {
         /// As configured.

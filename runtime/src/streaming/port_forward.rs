@@ -1,7 +1,7 @@
 //! Port forwarding: connections into the network of a sandbox.
 //!
 //! A socket belongs to the network namespace of the thread that makes it, wherever it is used
-//! (network_namespaces(7)). So a thread of its own goes into the sandbox's namespace and makes a socket;
+//! (network_namespaces(7)). So a separate thread enters the sandbox's namespace and makes a socket;
 //! connecting it and all that follows is the async runtime's.
 
 use crate::sandbox::Sandbox;

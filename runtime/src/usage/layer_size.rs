@@ -1,8 +1,9 @@
 //! Sizes of writable layers, counted a part at a time.
 //!
-//! Who writes into a layer decides how large and how deep its tree is, and counting must hold up nobody:
-//! neither the call for statistics nor those for other containers. So a count that takes long goes on with
-//! the next call, and until it is complete the one before is told; the first is told as far as it has come.
+//! Who writes into a layer decides how large and how deep its tree is, and counting must not hold up any
+//! caller: neither the call for statistics nor those for other containers. So a count that takes long goes on
+//! with the next call, and until it is complete the previous one is reported; the first is reported as far as
+//! it has come.
 
 use crate::lock;
 use berth_sys::beneath::{Root, Usage, Walk};
@@ -94,7 +95,7 @@ impl LayerSizes {
                 Ok(true) if walk.usage().inodes >= MAX_INODES => break true,
                 Ok(true) if begin.elapsed() >= share => break false,
                 Ok(true) => {}
-                // Somebody moves directories about: what was counted is as good as it gets.
+                // Directories are being moved: the count so far has to do.
                 Ok(false) | Err(_) => break true,
             }
         };

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Open files of one container that are looked at to tell sockets from others. Beyond that nothing is told: a
-/// look at each takes a system call.
+/// Open files of one container that are looked at to tell sockets from others. Beyond that nothing is
+/// reported: a look at each takes a system call.
 const MAX_FILES: usize = 20_000;
 
 /// Open files of these processes, and how many of them are sockets; nothing when there are more than can be

@@ -49,7 +49,7 @@ pub(crate) fn of_namespaces(files: &[PathBuf]) -> Vec<Option<Traffic>> {
     })
 }
 
-/// To be called on a thread of its own. A pod may go at any moment, so what fails is nothing to tell.
+/// To be called on its own thread. A pod may go at any moment, so what fails is nothing to tell.
 fn of_namespace(file: &Path) -> Option<Traffic> {
     let namespace = ns::open(file).ok()?;
     ns::join(namespace.as_fd(), Kind::Network.flag()).ok()?;

@@ -1,7 +1,7 @@
-//! What a client has sent and nobody has read yet: how much of it a connection may hold.
+//! What a client has sent and is not read yet: how much of it a connection may hold.
 //!
 //! Each stream of a connection has a queue, and all of them together have one [`Budget`] of bytes. When it
-//! is used up, the connection is not read any more until somebody reads from a queue, or gives one up; TCP
+//! is used up, the connection is not read until a queue is read or dropped; TCP
 //! slows the client down then.
 
 use bytes::Bytes;
@@ -33,7 +33,7 @@ struct Piece {
     _held: OwnedSemaphorePermit,
 }
 
-/// Nobody will read the queue any more.
+/// The queue will not be read any more.
 #[derive(Debug)]
 pub(crate) struct Unread;
 

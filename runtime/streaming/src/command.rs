@@ -170,7 +170,7 @@ pub(crate) fn status(version: Version, outcome: &Outcome) -> Option<Bytes> {
     Some(status.to_string().into())
 }
 
-/// The status of a command that failed by itself, with more causes than its message.
+/// The status of a command that failed on its own, with more causes than its message.
 fn failure(text: &str, more: &[serde_json::Value]) -> serde_json::Value {
     let causes = [&[serde_json::json!({ "message": text })], more].concat();
     serde_json::json!({

@@ -161,7 +161,7 @@ async fn give_up_late(halves: &mut HashMap<Request, Half>) {
 
 /// Says on an error stream why there is no connection.
 async fn fail(error: &Outgoing, text: &str) {
-    // Whether anybody hears it does not matter.
+    // A failure to send it does not matter.
     if error.send(Bytes::copy_from_slice(text.as_bytes())).await.is_ok() {
         let _ = error.finish().await;
     }
@@ -170,7 +170,7 @@ async fn fail(error: &Outgoing, text: &str) {
 async fn forward(pair: Pair, connect: Connect) {
     let Pair { port, error, data } = pair;
     let Stream { incoming, outgoing, .. } = data;
-    // Data on an error stream is nobody's.
+    // Data on an error stream is ignored.
     let error = error.without_input();
     let (data, both) = (outgoing.clone(), outgoing.clone());
     let connected = async {
@@ -279,7 +279,7 @@ mod tests {
         tokio::spawn(async move {
             while let Ok((mut socket, _)) = listener.accept().await {
                 tokio::spawn(async move {
-                    // It answers only when the client has finished: the end has to be passed on by itself.
+                    // It answers only when the client has finished: the end has to be passed on separately.
                     let mut text = Vec::new();
                     socket.read_to_end(&mut text).await.unwrap();
                     text.reverse();

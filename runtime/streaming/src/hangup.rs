@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// Watches a socket for the peer's end, beside whoever reads it.
+/// Watches a socket for the peer's end, beside its reader.
 #[derive(Debug)]
 pub struct Hangup(std::net::TcpStream);
 
@@ -34,7 +34,7 @@ impl Hangup {
         self.0.try_clone().ok().map(Self)
     }
 
-    /// Ends the connection in both directions, for whoever uses it.
+    /// Ends the connection in both directions, for all its users.
     pub(crate) fn shut_down(&self) {
         // One that is over already is what is wanted.
         let _ = self.0.shutdown(std::net::Shutdown::Both);

@@ -155,7 +155,7 @@ impl Server {
                 let Ok(io) = secured.await else { return };
                 server.answer(io, hangup, unacknowledged).await;
             };
-            // Whoever broke it off knows; who took too long is let go.
+            // A peer that disconnected knows; one that took too long is disconnected.
             let _ = tokio::time::timeout(REQUEST, request).await;
         });
         half_open.open.insert(number, task.abort_handle());
@@ -166,7 +166,7 @@ impl Server {
         }
     }
 
-    /// Reads one request and answers it. An upgraded connection goes on in a task of its own.
+    /// Reads one request and answers it. An upgraded connection goes on in its own task.
     async fn answer<T>(self: Arc<Self>, io: T, hangup: Option<Hangup>, unacknowledged: Unacknowledged)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -390,7 +390,7 @@ mod tests {
         });
         let start = Instant::now();
         let mut answer = Vec::new();
-        // Whether it is told so is up to the HTTP library.
+        // Whether it learns so is up to the HTTP library.
         let _ = from.read_to_end(&mut answer).await;
         assert!(start.elapsed() <= REQUEST);
         trickle.await.unwrap();

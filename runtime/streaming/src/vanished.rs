@@ -21,7 +21,7 @@ const EVERY: Duration = Duration::from_secs(10);
 /// How long a peer may be silent: as long as one on which nothing is sent.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Since when a peer owes an answer. An answer that is a long time ago means nothing by itself: the kernel
+/// Since when a peer owes an answer. An answer that is a long time ago means nothing on its own: the kernel
 /// asks a peer that has no room less and less often.
 #[derive(Debug, Default)]
 struct Owing(Option<Instant>);

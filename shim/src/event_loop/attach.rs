@@ -58,7 +58,7 @@ impl Shim {
 
     /// A client has closed one of its pipes, if that is what a wake-up was for.
     pub(super) fn client_left(&mut self, token: u64) -> bool {
-        // Also while output is drained: it would be told again and again.
+        // Also while output is drained: it would be reported again and again.
         self.state.output_mut().is_some_and(|output| output.leave(token, &self.poll))
     }
 

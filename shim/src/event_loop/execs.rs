@@ -294,7 +294,7 @@ impl Shim {
         match &exec.stage {
             Stage::Entering(birth) => birth.kill(),
             Stage::Running { pid } => {
-                // It may have ended by itself.
+                // It may have ended on its own.
                 let _ = session::end(*pid, SIGKILL, self.cgroup());
             }
             Stage::Ended { .. } => {}

@@ -242,8 +242,8 @@ impl Shim {
         }
     }
 
-    /// Records the end and tells everybody of it. Room was reserved, so a full disk does not matter; what
-    /// else a disk may have leaves the message, and another attempt as long as nobody has got one.
+    /// Records the end and reports it. Room was reserved, so a full disk does not matter; what
+    /// else a disk may have leaves the message, and another attempt until one was received.
     pub(super) fn record(&mut self) {
         let State::Recording { launch, record, again } = &mut self.state else { return };
         *again = Instant::now() + RECORD_AGAIN;

@@ -8,10 +8,10 @@
 //!    |                                       \--Discard--> (exit, nothing recorded)
 //!    \--last connection closed--> (exit)
 //!
-//!  Draining --output at its end, or time up--> Recording --recorded, or told--> (exit)
+//!  Draining --output at its end, or time up--> Recording --recorded, or sent--> (exit)
 //! ```
 //! All from Waiting on outlive the daemon: without a connection the shim goes on, and listens. The exit
-//! record is on disk before anybody is told, unless the disk refuses it; then whoever is connected is told,
+//! record is on disk before it is reported, unless the disk refuses it; then connected daemons get it,
 //! and without anyone it is tried again.
 //!
 //! Nothing here waits for a process of the container: one that is on its way to its program ([`Birth`]) is
@@ -41,7 +41,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How long after the end of the main process its output may take to end: somebody outside of the container
+/// How long after the end of the main process its output may take to end: a process outside the container
 /// can hold the pipe open.
 const DRAIN: Duration = Duration::from_secs(2);
 
@@ -169,7 +169,7 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
     let (poll, children, listener) = match prepare(&directory) {
         Ok(prepared) => prepared,
         Err(failed) => {
-            // Without a request there is none to answer: an event. Nobody else would hear of it.
+            // Without a request there is none to answer, so it is sent as an event.
             let reply = Reply { id: 0, answer: Some(Answer::Failed(failed)) };
             if let Ok(bytes) = berth_shim_proto::frame::encode(&reply) {
                 socket::send(connection.as_fd(), &bytes, &[])?;
@@ -201,7 +201,7 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
     shim.pass_on_the_rest()
 }
 
-/// What a shim needs before it can serve anybody.
+/// What a shim needs before it can serve requests.
 fn prepare(directory: &OwnedFd) -> Result<(Poll, ChildSignals, OwnedFd), Failed> {
     const STEP: &str = "start the container's shim";
     process::become_subreaper().step(STEP, "adopt orphans")?;
@@ -425,7 +425,7 @@ impl Shim {
         if self.connections.iter().any(|connection| connection.token() == asker.connection) {
             self.reply(asker.connection, asker.request_id, answer);
         } else if let Answer::Started(_) = answer {
-            // Whoever is there instead has seen it starting.
+            // A later connection has seen it starting.
             self.tell_all(&answer);
         }
     }
@@ -453,7 +453,7 @@ impl Shim {
     fn reap(&mut self) {
         self.children.clear();
         while let Some(pid) = self.ended_child() {
-            // What it said before its end is heard before it is nobody.
+            // What it said before its end is read before it is dropped.
             self.hear_main();
             for index in (0..self.execs.len()).rev() {
                 self.hear_exec(index);
@@ -501,8 +501,8 @@ impl Shim {
 }
 
 impl Shim {
-    /// Passes on what programs of a container that is over have written. For everybody else this shim has
-    /// ended: nobody can connect any more, and its daemon has heard everything.
+    /// Passes on what programs of a container that is over have written. For all others this shim has
+    /// ended: no daemon can connect any more, and its own has everything.
     fn pass_on_the_rest(self) -> io::Result<()> {
         let Self { poll, mut relays, children, listener, connections, .. } = self;
         for connection in &connections {

@@ -22,7 +22,7 @@ impl Dir {
     /// Works without recursion and with two descriptors at a time, however deep the tree is, and needs no
     /// free space. Nothing is followed. An entry that cannot be removed (immutable: `EPERM`; a mount point:
     /// `EBUSY`) keeps only the directories that it is in; all else goes, and the first such error is
-    /// returned. A tree that somebody moves about meanwhile ends it with `EAGAIN`.
+    /// returned. A tree that is moved meanwhile ends it with `EAGAIN`.
     ///
     /// # Errors
     /// As unlinkat(2) and openat(2); what was removed until then stays removed.

@@ -6,7 +6,7 @@
 //! follows a link in that name. There is no fallback for kernels without openat2 (Linux 5.6): a weaker walk
 //! is a hole.
 //!
-//! `RESOLVE_IN_ROOT` answers `EAGAIN` while somebody renames directories inside the tree (openat2(2),
+//! `RESOLVE_IN_ROOT` answers `EAGAIN` while directories inside the tree are renamed (openat2(2),
 //! ERRORS); it is tried again [`MAX_TRIES`] times, then the call fails.
 //!
 //! Callers decide what to do with types, owners and modes. Errors are the kernel's errno.
@@ -67,7 +67,7 @@ fn invalid() -> io::Error {
 
 /// Makes a descriptor that a call just returned owned.
 fn owned(fd: i32) -> OwnedFd {
-    // SAFETY: every caller passes what a successful open call has just returned: open, and owned by nobody
+    // SAFETY: every caller passes what a successful open call has just returned: open, and owned by nothing
     // else.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -95,7 +95,7 @@ impl Root {
     }
 
     /// Target of the link at `path`, reached through no other link and through no mount point: what the
-    /// filesystem at the boundary has, whatever somebody mounted over it.
+    /// filesystem at the boundary has, whatever is mounted over it.
     ///
     /// # Errors
     /// As openat2(2): `EXDEV` for a mount point, `ELOOP` for a link on the way; `EINVAL` or `ENOENT` when it

@@ -1,4 +1,4 @@
-//! A look at every entry of a tree that somebody else writes, a part at a time.
+//! A walk over every entry of a tree that others write to, a part at a time.
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};

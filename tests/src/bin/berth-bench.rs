@@ -1,7 +1,7 @@
 //! `make bench`: the same CRI calls on several runtimes in one run, side by side.
 //!
 //! Called as `berth-bench NAME SOCKET DAEMON_PID [NAME SOCKET DAEMON_PID]...`; `scripts/bench` starts the
-//! runtimes. Each has the image [`IMAGE`], is idle, and is driven by nobody else. The runtimes take turns
+//! runtimes. Each has the image [`IMAGE`], is idle, and has no other load. The runtimes take turns
 //! round by round, so that what the machine does besides meets them alike. Times are those of one client on
 //! the socket; memory is the proportional set size of `proc_pid_smaps(5)`, in which a page that n processes
 //! share counts 1/n for each.
@@ -515,7 +515,7 @@ fn print(text: &str) -> Result<()> {
     std::io::stdout().write_all(text.as_bytes()).context("printing")
 }
 
-/// Tells the person at a terminal how far the run is; who cannot be told misses nothing.
+/// Shows progress at a terminal; errors are ignored.
 fn note(text: &str) {
     if !std::io::stderr().is_terminal() {
         return;

@@ -50,7 +50,7 @@ impl Kubectl<'_> {
         child.with_context(|| format!("starting kubectl {arguments:?}"))
     }
 
-    /// Output, messages and exit code of one that gets `input` and ends by itself.
+    /// Output, messages and exit code of one that gets `input` and ends on its own.
     fn run(&self, arguments: &[&str], input: Vec<u8>) -> Result<(Vec<u8>, String, Option<i32>)> {
         let mut child = self.start(arguments)?;
         let mut stdin = child.stdin.take().context("its input")?;

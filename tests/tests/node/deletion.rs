@@ -9,7 +9,7 @@ use crate::harness::tests;
 
 tests![pods_end_when_their_manifests_go, nothing_is_left_of_them];
 
-/// What ends by itself may, in the order that belongs to it; what does not is killed when its time is over,
+/// What ends on its own may, in the order that belongs to it; what does not is killed when its time is over,
 /// and not before.
 fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
     let lines_before = node.evidence("order")?.lines().count();

@@ -48,8 +48,8 @@ fn an_init_container_that_fails_is_run_again(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// It has the container's files and environment, and the container is not told to run before the hook has
-/// ended.
+/// It has the container's files and environment, and the container is not reported as running before the hook
+/// has ended.
 fn a_hook_after_the_start_runs_in_the_container(node: &Node<'_>) -> Result<()> {
     node.pod_that("hooks", "main runs", |pod| Ok(pod.container("main")?.ready))?;
     let hooks = node.evidence("hooks")?;

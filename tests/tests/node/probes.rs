@@ -12,7 +12,7 @@ tests![
 ];
 
 /// Nothing else is asked before the startup probe succeeds; readiness comes and goes without a restart; a
-/// liveness probe that fails restarts the container, and the new instance begins anew.
+/// liveness probe that fails restarts the container, and the new instance starts over.
 fn over_http_a_container_starts_is_ready_and_is_restarted(node: &Node<'_>) -> Result<()> {
     soon("the startup probe asks more than once", || {
         Ok((probed(node, "web", "Startup", "failed")? >= 2).then_some(()))
@@ -78,7 +78,7 @@ fn by_commands_a_container_is_ready_and_is_restarted(node: &Node<'_>) -> Result<
     .map(drop)
 }
 
-/// The program runs on, but nobody listens any more.
+/// The program runs on, but no longer listens.
 fn by_connections_a_container_is_restarted(node: &Node<'_>) -> Result<()> {
     node.pod_that("probes", "listener runs", |pod| Ok(pod.container("listener")?.ready))?;
     soon("listener is asked", || {

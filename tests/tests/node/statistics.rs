@@ -26,7 +26,7 @@ const PODS: [(&str, &[&str]); 4] = [
 fn the_summary_has_every_pod(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
         node.ready_pod(name)?;
-        // The kubelet looks anew every ten seconds.
+        // The kubelet looks again every ten seconds.
         soon("the summary is complete", || {
             let summary: Value =
                 serde_json::from_str(&node.kubelet.get("/stats/summary")?).context("reading the summary")?;

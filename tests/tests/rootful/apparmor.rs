@@ -203,7 +203,7 @@ fn without_the_parser_only_what_is_unconfined_starts() -> Result<()> {
     with_apparmor_and(setup, "without_the_parser_only_what_is_unconfined_starts", test)
 }
 
-/// A profile that is taken out of the kernel leaves unconfined whoever was to have it.
+/// A profile that is taken out of the kernel leaves its processes unconfined.
 #[test]
 fn a_container_whose_profile_was_removed_does_not_start() -> Result<()> {
     const NAMESPACE: &str = "berth-test-removed";

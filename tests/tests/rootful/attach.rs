@@ -27,7 +27,7 @@ fn on_terminal(container: &Container) -> v1::AttachRequest {
     v1::AttachRequest { tty: true, stderr: false, ..all(container) }
 }
 
-/// Descriptors of a container's shim: they tell whether a client is attached, which itself is told nothing.
+/// Descriptors of a container's shim: they show whether a client is attached, which itself learns nothing.
 fn held(container: &Container) -> Result<usize> {
     Ok(fs::read_dir(format!("/proc/{}/fd", container.shim_pid()?))?.count())
 }
@@ -151,7 +151,7 @@ fn input_for_one_client_ends_with_it_and_other_input_does_not() -> Result<()> {
             }
             is_running(&main)?;
         }
-        // Input that nobody reads, of a client that leaves.
+        // Unread input of a client that leaves.
         let mut config = listening("deaf", "echo up; sleep 1000");
         config.stdin_once = true;
         let deaf = pod.start(config)?;
@@ -262,7 +262,7 @@ fn a_client_that_does_not_read_holds_up_nobody_and_is_told_what_it_lost() -> Res
         holds(&main, before + OF_A_CLIENT - 1)?;
         let going = Command::attach(daemon, request)?;
         going.say("go\n")?;
-        // It ends, though nobody has read.
+        // It ends, although nothing was read.
         assert_eq!(ends(&main)?.exit_code, 5);
         for command in [deaf, going] {
             let finished = command.finished()?;

@@ -148,7 +148,7 @@ fn cgroups_of_what_nobody_knows_any_more_go_below_the_cgroups_of_pods_too() -> R
             fs::remove_dir_all(daemon.root().join(kind).join(id)).context("removing a record")?;
             fs::remove_file(daemon.state().join(kind).join(id).join("record")).context("and its copy")?;
         }
-        // Somebody else's, with a name like ours.
+        // Another program's, with a name like ours.
         let strangers = parent.directory("memory")?.join("5".repeat(64));
         fs::create_dir(&strangers)?;
         ensure!(!parent.below(&pod.id).is_empty() && !parent.below(&main.id).is_empty(), "they were there");

@@ -36,7 +36,7 @@ except grpc.RpcError as error:
 print("served")
 "#;
 
-/// A Python that has grpcio, in an environment of its own below `target/`; or why there is none.
+/// A Python that has grpcio, in its own environment below `target/`; or why there is none.
 fn python() -> Result<Result<PathBuf, String>> {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(GRPCIO.replace("==", "-"));
     let python = directory.join("bin/python");

@@ -1,4 +1,4 @@
-//! The configuration read anew under running pods.
+//! The configuration, reloaded under running pods.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use serde_json::Value;
 
-/// Reads the configuration anew with `text` in a further file, and waits for the line in the log that says
+/// Reloads the configuration with `text` in a further file, and waits for the line in the log that says
 /// `outcome`.
 fn reload(daemon: &Daemon, text: &str, outcome: &str) -> Result<String> {
     let more = daemon.directory("berth.toml.d")?;

@@ -37,7 +37,7 @@ fn calls_of_a_daemon_without_descriptors_name_them() -> Result<()> {
                 Box::new(|| Pod::run(daemon.client(), sharing_pod(daemon.pod_config("shared"))).map(drop)),
             ),
             ("ExecSync", Box::new(|| main.exec(&["true"]).map(drop))),
-            // Nobody listens there; to find that out takes a name and a connection.
+            // Nothing listens there; to find that out takes a name and a connection.
             ("PullImage", Box::new(|| daemon.client().pull("localhost:1/absent/image:v1").map(drop))),
         ];
         for (call, attempt) in &attempts {

@@ -23,7 +23,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::json;
 use tonic::Code;
 
-/// A directory of the host that nobody was given: all that is in it has to stay as it is.
+/// A directory of the host that no container was given: its contents have to stay as they are.
 struct Canary {
     directory: PathBuf,
     before: Vec<String>,
@@ -137,8 +137,8 @@ fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce(&Pace) -> Res
     })
 }
 
-/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which somebody exchanges a directory
-/// and a link to the host while they are made. 2,000 of them.
+/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which another process exchanges a
+/// directory and a link to the host while they are made. 2,000 of them.
 #[test]
 fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_lead_to_the_host() -> Result<()>
 {
@@ -193,8 +193,8 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
     })
 }
 
-/// CVE-2025-31133, CVE-2025-52565: `/dev` is a volume in which somebody exchanges `null`, `console` and the
-/// terminals for links to the host, while masks and the terminal are put in place. 2,000 masks.
+/// CVE-2025-31133, CVE-2025-52565: `/dev` is a volume in which another process exchanges `null`, `console`
+/// and the terminals for links to the host, while masks and the terminal are put in place. 2,000 masks.
 #[test]
 fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Result<()> {
     const CONTAINERS: u32 = 10;
@@ -388,7 +388,7 @@ fn exec_brings_nothing_of_the_host_into_a_container() -> Result<()> {
     })
 }
 
-/// The same for containers that are made in a pid namespace where somebody looks.
+/// The same for containers that are made in a pid namespace where another process looks.
 #[test]
 fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> Result<()> {
     const CONTAINERS: usize = 30;
@@ -558,7 +558,7 @@ fn devices_stay_closed_for_program_and_exec_when_the_daemon_starts_anew_or_limit
     })
 }
 
-/// What somebody without rights on the host, and root in a container on the host's network, can get at.
+/// What a user without rights on the host, and root in a container on the host's network, can get at.
 #[test]
 fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -> Result<()> {
     rootful(|daemon| {
@@ -621,7 +621,7 @@ fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -
              echo $state ${local%:*}; wget -O - http://127.0.0.1:$((0x${local#*:}))/exec/x 2>&1; done; true",
             |config| security(config).namespace_options = Some(hosts_network.clone()),
         )?;
-        // One listens (0A), on loopback: the streaming server, which answers nobody without a token. The
+        // One listens (0A), on loopback: the streaming server, which answers no one without a token. The
         // kernel keeps the closed connections of wget for a while, but they came after the list was read.
         let mut lines = said.lines();
         assert_eq!(

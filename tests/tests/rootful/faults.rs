@@ -1,6 +1,6 @@
 //! Faults of the daemon, its shims and the machine: killed at every moment of a pod's making, nowhere to
 //! write logs, process ids that come again, processes that hide, no descriptors left. Afterwards: what is
-//! told is true, what was asked can be asked again, and nothing is left.
+//! reported is true, requests can be repeated, and nothing is left.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,7 +25,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SIGKILL, kill};
 use nix::unistd::Pid;
 
-/// A daemon answers this soon after its start, and a request that was cut off is answered anew, on a machine
+/// A daemon answers this soon after its start, and a request that was cut off is answered again, on a machine
 /// that is busy with other tests.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
@@ -60,7 +60,7 @@ fn what_is_told_is_true(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// What a kubelet does that was cut off: it looks what there is, asks anew for what is missing, and goes on.
+/// What a kubelet does that was cut off: it lists what there is, asks again for what is missing, and goes on.
 fn go_on_with_the_pod(daemon: &Daemon) -> Result<()> {
     let client = daemon.client();
     let config = daemon.pod_config("swept");
@@ -258,7 +258,7 @@ fn a_log_that_has_no_room_blocks_nobody_and_says_how_much_it_lost() -> Result<()
     })
 }
 
-/// A process with this very number, as the kernel gives it out anew some time after its owner has ended:
+/// A process with this very number, as the kernel reuses it some time after its owner has ended:
 /// proc(5), `/proc/sys/kernel/ns_last_pid`.
 fn decoy(pid: i32) -> Option<Child> {
     for _ in 0..100 {
@@ -280,7 +280,7 @@ fn processes_that_got_the_numbers_of_a_container_and_its_shim_are_left_alone() -
         let main = pod.idle("main")?;
         let (pid, shim) = (main.pid()?, main.shim_pid()?);
         daemon.kill()?;
-        // Without an exit record, and without a cgroup: the machine was started anew.
+        // Without an exit record, and without a cgroup: the machine was restarted.
         kill(Pid::from_raw(shim), SIGKILL)?;
         kill(Pid::from_raw(pid), SIGKILL)?;
         daemon.cgroup().end_everything();
@@ -361,7 +361,7 @@ fn processes_that_hide_in_cgroups_of_their_own_or_behind_a_parent_that_left_are_
         let main = pod.start(trusted(shell("daemons", leave)))?;
         assert_eq!(main.ended()?.stdout, "left\n");
         within(SOON, "its cgroup is gone", || Ok(daemon.cgroup().below(&main.id).is_empty().then_some(())))?;
-        // It makes new ones faster than anybody can count them.
+        // It makes new ones faster than they can be counted.
         let bomb = "trap '' TERM; echo begins; i=0; while [ $i -lt 60 ]; do i=$((i + 1)); \
             (setsid sh -c 'while :; do (sleep 0.05 &); sleep 0.02; done' &); done; while :; do sleep 1; done";
         let main = pod.start(trusted(shell("bomb", bomb)))?;

@@ -27,7 +27,7 @@ fn peak(pid: i32) -> Result<u64> {
     Ok(text.trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
-/// Begins to count anew: proc(5), `clear_refs`.
+/// Resets the count: proc(5), `clear_refs`.
 fn forget_peak(pid: i32) -> Result<()> {
     fs::write(format!("/proc/{pid}/clear_refs"), "5").context("forgetting the peak")
 }
@@ -192,7 +192,7 @@ fn requests_beyond_every_measure_are_refused_by_a_code_and_in_time() -> Result<(
             }
         }
         for seconds in [i64::MAX, i64::MIN, -1] {
-            // Process 1 is not told of a signal that it does not catch yet.
+            // Process 1 does not get a signal that it does not catch yet.
             let script = "trap 'exit 0' TERM; echo ready; sleep 1000 & wait";
             let stopped = pod.start(shell(&format!("stop{seconds}"), script))?;
             stopped.says("ready")?;

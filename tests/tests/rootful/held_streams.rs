@@ -1,5 +1,5 @@
-//! Streams whose locks a container holds: whoever has the other end waits in the kernel and cannot be killed.
-//! That may be the container's own shim, and never the daemon.
+//! Streams whose locks a container holds: a process with the other end waits in the kernel and cannot be
+//! killed. That may be the container's own shim, and never the daemon.
 
 use std::process::{Child, Command as Program, Stdio};
 use std::thread;
@@ -34,7 +34,7 @@ fn waiting(daemon: &Daemon, container: &Container) -> Result<usize> {
     Ok(listed.lines().filter_map(state).filter(|state| state.starts_with('D')).count())
 }
 
-/// A process outside of the container's namespaces, but in its cgroup, that holds the size of its terminal:
+/// A process outside the container's namespaces, but in its cgroup, that holds the size of its terminal:
 /// as one inside could that has more than a shell.
 fn hold_terminal(daemon: &Daemon, container: &Container, file: &str) -> Result<Child> {
     let listed = daemon.cgroup().read("memory", &container.id, "cgroup.procs")?;

@@ -1,5 +1,5 @@
 //! Files of the image store that cannot be read, are damaged or cannot be deleted, and images that are
-//! removed while they are in use: no container loses what it stands on, and nobody waits.
+//! removed while they are in use: no container loses what it stands on, and no call waits.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ fn files(daemon: &Daemon, directory: &str, name: &str) -> Result<Vec<PathBuf>> {
     Ok(files.filter(|file| file.exists()).collect())
 }
 
-/// Makes the daemon look for layers that nobody needs, as it does when an image is removed and when a
+/// Makes the daemon look for unneeded layers, as it does when an image is removed and when a
 /// container is.
 fn remove_something_else(daemon: &Daemon, pod: &Pod) -> Result<()> {
     let directory = daemon.directory("else")?;

@@ -156,7 +156,7 @@ fn starts_containers_with(test: &str, noexec: &'static [&'static str]) -> Result
     })
 }
 
-/// A pid namespace of its own, with what `$0` says in `vm.memfd_noexec`.
+/// Its own pid namespace, with what `$0` says in `vm.memfd_noexec`.
 const SETTING: [&str; 8] = [
     "unshare",
     "--pid",

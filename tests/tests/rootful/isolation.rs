@@ -356,7 +356,7 @@ fn a_device_may_lie_outside_of_dev_and_in_what_is_mounted() -> Result<()> {
             config.devices = vec![device("/data/../dev/./mine", &node)];
         })?;
         assert_eq!(turned, expected);
-        // The host's own directory of devices, and one of them by itself.
+        // The host's own directory of devices, and one of them on its own.
         let mounted = pod.script(&read("/host/null"), |config| {
             config.mounts = vec![v1::Mount {
                 container_path: "/data/../host".to_owned(),
@@ -539,7 +539,7 @@ fn nothing_of_the_daemon_is_open_in_a_container() -> Result<()> {
     })
 }
 
-/// Whoever has a descriptor of an inode can change its mode, and with the capability its owner.
+/// The holder of a descriptor of an inode can change its mode, and with the capability its owner.
 #[test]
 fn no_stream_of_a_container_is_a_file_of_the_host() -> Result<()> {
     rootful(|daemon| {
@@ -586,8 +586,8 @@ fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Res
         assert_eq!(mounts, main.sh("cat /proc/1/mountinfo")?, "the main process and exec are in one tree");
         let root: Vec<&str> = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/")).collect();
         ensure!(root.len() == 1 && root[0].contains(" - overlay "), "one root, the container's: {root:?}");
-        // Whoever joins the namespace from outside begins at its root, wherever the container's processes
-        // have theirs.
+        // A process that joins the namespace from outside begins at its root, wherever the container's
+        // processes have theirs.
         let pid = main.pid()?;
         let joined = Command::new("nsenter")
             .arg(format!("--mount=/proc/{pid}/ns/mnt"))

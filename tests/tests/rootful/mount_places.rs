@@ -27,7 +27,7 @@ fn nothing_is_mounted_in_proc_by_its_name_or_through_a_link_of_a_volume() -> Res
         ] {
             symlink(target, shared.join(name))?;
         }
-        // Whoever shares a volume with a container can have written these.
+        // Another pod that shares the volume may have written these.
         let (directory, file) = (given.clone(), given.join("file"));
         let pod = daemon.pod("places")?;
         let mut number = 0;

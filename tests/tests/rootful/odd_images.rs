@@ -126,7 +126,7 @@ fn text_of_images_and_requests_leaves_escaped() -> Result<()> {
         config.working_dir = HOSTILE.to_owned();
         told.push(daemon.pod("pod")?.create(config).err().context("the name is taken")?.message().to_owned());
         told.push(client.pull(&format!("localhost/{HOSTILE}")).err().context("pulled")?.message().to_owned());
-        // What asks for what is not there is told to nobody but the client; the others are in the log too.
+        // What asks for what is not there is reported to the client only; the others are in the log too.
         let log = daemon.log()?;
         ensure!(log.contains("up"), "the import is not in the log:\n{log}");
         told.push(log);

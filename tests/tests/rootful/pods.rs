@@ -76,7 +76,7 @@ fn pods_reach_each_other_by_address_and_the_node_reaches_them() -> Result<()> {
 #[test]
 fn a_pod_on_the_hosts_network_has_its_links_its_name_and_no_address_of_its_own() -> Result<()> {
     rootful(|daemon| {
-        // A pod with a network of its own, so that the host has a bridge to see.
+        // A pod with its own network, so that the host has a bridge to see.
         daemon.pod("other")?;
         let mut config = daemon.pod_config("host");
         let mut namespaces = berth_tests::daemon::own_namespaces();
@@ -312,7 +312,7 @@ fn a_client_that_gives_up_does_not_leave_half_a_pod() -> Result<()> {
 /// The page of the demo image.
 const DEMO_PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/images/demo/www/index.html");
 
-/// Fetches `$URL` as soon as somebody serves it.
+/// Fetches `$URL` as soon as it is served.
 const FETCH: &str =
     "i=0; until wget -q -O - $URL; do i=$((i + 1)); [ $i -lt 100 ] || exit 1; sleep 0.1; done";
 

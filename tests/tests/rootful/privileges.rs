@@ -134,7 +134,7 @@ fn in_own(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
 
 /// What is called under a filter before the program begins is what the daemon asks the filter for, and no
 /// more: any other call would end the process.
-/// Whoever may trace it gets at nothing that the pod does not have.
+/// A tracer gets nothing from it that the pod does not have.
 #[test]
 fn the_first_process_of_a_pod_is_in_its_namespaces_and_under_a_filter() -> Result<()> {
     rootful(|daemon| {

@@ -1,5 +1,5 @@
-//! The daemon dies at any moment, and so may shims: what runs goes on, what ended is told truly, what was
-//! half made goes.
+//! The daemon dies at any moment, and so may shims: what runs goes on, what ended is reported correctly, what
+//! was half made goes.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -116,7 +116,7 @@ fn a_container_whose_shim_is_killed_is_ended_and_told_as_that() -> Result<()> {
         })?;
         assert_eq!(other.sh("echo alive")?, "alive\n");
         main.remove()?;
-        // The same while nobody looks.
+        // The same without a daemon.
         let away = pod.idle("away")?;
         let shim = away.shim_pid()?;
         daemon.kill()?;

@@ -349,7 +349,7 @@ fn images_that_say_what_cannot_be_are_refused_by_what_they_say_and_leave_nothing
         let (refused, _) = import(layers(501)?)?;
         let refused = refused.err().context("501 layers")?;
         assert!(refused.message().contains("501 layers; the limit is 500"), "{refused}");
-        // As many as there may be, and as many variables as anybody has, are none too many.
+        // As many as there may be, and as many variables as real pods have, are accepted.
         let many: Vec<String> = (0..10_000).map(|number| format!("E{number}=x")).collect();
         let (imported, name) = import(layers(500)?.with("Env", json!(many)))?;
         imported?;

@@ -170,7 +170,7 @@ fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
     })
 }
 
-/// What nobody waits for any more is taken back, as long as the shim has not read it.
+/// An abandoned request is taken back, as long as the shim has not read it.
 #[test]
 fn execs_of_a_shim_that_hangs_do_not_pile_up_in_the_daemon() -> Result<()> {
     const AT_A_TIME: usize = 40;

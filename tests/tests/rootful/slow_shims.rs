@@ -81,10 +81,10 @@ fn a_shim_that_drains_while_the_daemon_starts_tells_the_code_that_it_saw() -> Re
         for _ in 0..3 {
             let script = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.05; done";
             let main = pod.start(shell("main", script))?;
-            // Process 1 is not told of a signal that it does not catch yet.
+            // Process 1 does not get a signal that it does not catch yet.
             main.says("ready")?;
             let pid = main.pid()?;
-            // Somebody outside of the container holds its output open.
+            // A process outside the container holds its output open.
             let held = fs::File::options().write(true).open(format!("/proc/{pid}/fd/1"))?;
             daemon.kill()?;
             kill(Pid::from_raw(pid), SIGTERM)?;
@@ -130,7 +130,7 @@ fn a_start_without_an_answer_is_made_definite_before_anybody_is_told() -> Result
         let pid = main.pid()?;
         freeze(daemon, &main, true)?;
         std::thread::scope(|scope| -> Result<()> {
-            // Another one meanwhile keeps nobody from anything.
+            // Another one meanwhile holds nothing up.
             let starts = [scope.spawn(|| main.start()), scope.spawn(|| main.start())];
             for start in starts {
                 let begin = Instant::now();
@@ -229,7 +229,7 @@ fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_tha
             skip("slow_shims::the_cgroup_of_a_removed_container", "no FUSE here");
             return Ok(());
         };
-        // In a pid namespace of its own, the container's end would wait for all its processes.
+        // In its own pid namespace, the container's end would wait for all its processes.
         let pod = daemon.pod_of(sharing_pod(daemon.pod_config("web")))?;
         let mut config = sharing(idle("main"));
         config.mounts = vec![volume(&directory, "/volume")];
@@ -245,7 +245,7 @@ fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_tha
             main.ended()?;
             main.remove()?;
             ensure!(!daemon.cgroup().below(&main.id).is_empty(), "it holds a process");
-            // Which hears now that nobody will answer.
+            // Which learns now that there will be no answer.
             drop(hanging);
             within(SOON, "the cgroup is removed", || {
                 Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
@@ -257,7 +257,7 @@ fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_tha
     })
 }
 
-/// A filesystem that answers nobody, as one on the network whose server is gone: nobody reads from its
+/// A filesystem that does not answer, as one on the network whose server is gone: nothing reads from its
 /// descriptor.
 struct Hung {
     _device: fs::File,

@@ -62,7 +62,7 @@ fn send(server: &Pod, client: &Pod) -> Result<()> {
     Ok(())
 }
 
-/// Starts the daemon anew with more lines of configuration.
+/// Restarts the daemon with more lines of configuration.
 fn configure(daemon: &Daemon, text: &str) -> Result<()> {
     daemon.stop()?;
     let directory = daemon.directory("berth.toml.d")?;
@@ -85,7 +85,7 @@ fn the_traffic_of_pods_is_counted_in_their_own_network() -> Result<()> {
         assert!(expected.contains(&sent) && expected.contains(&received), "{sent} sent, {received} received");
         assert!(number(after.0.rx_bytes) > number(before.0.rx_bytes), "acknowledgements");
         assert_eq!((number(after.0.tx_errors), number(after.1.rx_errors)), (0, 0));
-        // Whoever counted went into the pods' namespaces on a thread of its own.
+        // Counting enters the pods' namespaces on a separate thread.
         let host = daemon.host().number()?;
         for thread in fs::read_dir(format!("/proc/{}/task", daemon.pid()?))? {
             let Ok(namespace) = fs::metadata(thread?.path().join("ns/net")) else { continue };
@@ -383,7 +383,7 @@ fn println_figures(figures: &[(&str, Duration)]) {
 fn ask(socket: &Path, request: &str) -> Result<(u16, String)> {
     let mut stream = UnixStream::connect(socket).context("connecting")?;
     stream.set_read_timeout(Some(patience(SOON)))?;
-    // Whoever is refused early may not take it all.
+    // A client that is refused early must not take it all.
     let _ = stream.write_all(request.as_bytes());
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer);

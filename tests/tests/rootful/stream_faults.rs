@@ -36,7 +36,7 @@ fn what_a_hostile_client_sends_and_nobody_reads_takes_little_memory() -> Result<
             let url = forward_url(daemon, &pod.id)?;
             let (mut stream, path) = dial(daemon, &url)?;
             ensure!(ask(&mut stream, path, "portforward.k8s.io")?.starts_with("HTTP/1.1 101 "), "no upgrade");
-            // Data streams whose error streams never come: nobody reads them.
+            // Data streams whose error streams never come: they are not read.
             let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
             for number in 0..STREAMS {
                 let (port, id) = ("80", number.to_string());
@@ -92,7 +92,7 @@ fn a_client_whose_machine_vanishes_while_output_comes_takes_its_program_along() 
         let main = daemon.pod("streams")?.idle("main")?;
         let mut command = Command::start(daemon, piped(&main, &["sh", "-c", "echo up; exec yes 4321"]))?;
         command.hear("4321\n4321")?;
-        // Nothing arrives any more, and nobody says so.
+        // Nothing arrives any more, without notice.
         daemon.host().run("ip", &["link", "set", "lo", "down"])?;
         within(2 * SOON, "the program is gone", || {
             Ok((!main.sh("ps -o args")?.contains("yes 4321")).then_some(()))

@@ -66,7 +66,7 @@ fn streams_and_exit_code_go_through() -> Result<()> {
         let message = missing.status["message"].to_string();
         assert!(message.contains("/no/such/program") && message.contains("no such file"), "{message}");
 
-        // Streams that are not asked for are nowhere, not somebody else's.
+        // Streams that are not asked for are absent, not another client's.
         let only = v1::ExecRequest {
             stdin: false,
             stderr: false,
@@ -170,7 +170,7 @@ fn a_client_that_vanishes_takes_its_program_along() -> Result<()> {
 fn all_of_a_session_ends_with_its_client_whatever_its_process_groups() -> Result<()> {
     rootful(|daemon| {
         let main = daemon.pod("streams")?.idle("main")?;
-        // With job control, each job has a group of its own.
+        // With job control, each job has its own group.
         let script = "trap '' HUP; set -m; sleep 4321 & sleep 4322 | sleep 4323 & echo up; sleep 4324";
         let mut command = Command::start(daemon, interactive(&main, &["sh", "-c", script]))?;
         command.hear("up")?;

@@ -99,7 +99,7 @@ fn a_command_without_a_terminal_takes_its_program_along() -> Result<()> {
         for (sent, code) in
             [(Signal::SIGTERM, 143), (Signal::SIGHUP, 129), (Signal::SIGQUIT, 131), (Signal::SIGINT, 130)]
         {
-            // It reads none of its input, and nobody reads its output.
+            // It reads none of its input, and its output is not read.
             let script = "while :; do echo something; done; sleep 4321";
             let mut command = berth(daemon, &["exec", "-i", "web", "sh", "-c", script])?;
             let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -171,7 +171,7 @@ fn streams_of_exec_are_apart_binary_and_whole() -> Result<()> {
         .take(LENGTH)
         .collect();
         let sum = Sha256::digest(&bytes);
-        // The end of the input is passed on by itself: the program answers after it.
+        // The end of the input is passed on separately: the program answers after it.
         let mut command = berth(daemon, &["exec", "-i", "web", "sh", "-c", "cat >/tmp/all; cat /tmp/all"])?;
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let mut stdin = child.stdin.take().context("stdin")?;
@@ -186,7 +186,7 @@ fn streams_of_exec_are_apart_binary_and_whole() -> Result<()> {
         let mut command = berth(daemon, &["exec", "-i", "web", "cat"])?;
         let output = command.stdin(fs::File::open("/")?).output()?;
         assert_eq!(output.status.code(), Some(125), "{output:?}");
-        // Bytes that are no keys, since nobody types them, do not detach: ctrl-p, ctrl-q.
+        // Bytes that are no keys, since they are not typed, do not detach: ctrl-p, ctrl-q.
         let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
         let run = ["run", "-i", "--name", "job", "--log-dir", &logs, berth_tests::daemon::IMAGE, "cat"];
         let mut child = berth(daemon, &run)?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -214,7 +214,7 @@ fn a_run_whose_terminal_goes_away_leaves_nothing_behind() -> Result<()> {
             ensure!(pods.status.success() && pods.stdout.is_empty(), "{sent}: {pods:?}");
             assert_eq!(fs::read_dir(&logs)?.count(), 0);
         }
-        // One that was told to ignore it goes on.
+        // One that ignores it goes on.
         let run = ["run", "--name", "job", "--log-dir", &logs, berth_tests::daemon::IMAGE, "sh", "-c"];
         let script = "echo started; while [ ! -e /tmp/end ]; do sleep 0.05; done; echo ended";
         let told = berth(daemon, &run)?;

@@ -165,7 +165,7 @@ fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result
                 match &found {
                     Ok(ids) => {
                         let uid: i64 = ids.split(',').next().unwrap_or_default().parse()?;
-                        // A name is one as long as nobody is told a number for it. Digits are none, with a
+                        // A name stays a name. Digits are not one, with a
                         // sign or without.
                         let unsigned = user.trim_start_matches(['-', '+']);
                         let digits = unsigned.bytes().all(|byte| byte.is_ascii_digit());

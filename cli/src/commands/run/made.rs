@@ -44,7 +44,8 @@ impl<'a> Made<'a> {
         self.daemon
     }
 
-    /// Makes a pod's own directory for logs. What a program writes may be secret: not everybody may look in.
+    /// Makes a pod's own directory for logs. What a program writes may be secret: other users may not look
+    /// in.
     pub(super) fn log_directory(&mut self, directory: &Path) -> Result<(), RunError> {
         let made = DirBuilder::new().recursive(true).mode(0o750).create(directory);
         made.map_err(|error| RunError::LogDirectory { path: directory.to_owned(), error })?;
@@ -97,8 +98,8 @@ impl<'a> Made<'a> {
         (status.state() == ContainerState::ContainerExited && CANNOT_RUN.contains(&code)).then_some(code)
     }
 
-    /// Removes everything again. What cannot be removed is told, and what it needs is left with it: the logs
-    /// of a pod that is still there may say why.
+    /// Removes everything again. What cannot be removed is reported, and what it needs is left with it: the
+    /// logs of a pod that is still there may say why.
     pub(super) async fn undo(&mut self) {
         while let Some(step) = self.steps.pop() {
             let undone = match step {

@@ -61,7 +61,7 @@ pub(super) async fn watch(
 
 /// How a program ended that had our input, output or terminal.
 pub(super) enum Shared {
-    /// By itself, or stopped.
+    /// On its own, or stopped.
     Ended(Box<ContainerStatus>),
     /// It runs on, as was asked for.
     Detached,

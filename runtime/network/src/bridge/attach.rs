@@ -73,7 +73,7 @@ impl Bridge {
             return Err(with_undo(error, self.free(sandbox_id)));
         }
         if let Err(error) = self.create_pair(sandbox_id, &attachment, netns) {
-            // No pair was made; one with the name, if there is one, belongs to somebody else.
+            // No pair was made; one with the name, if any, was created by another process.
             return Err(with_undo(error, self.free(sandbox_id)));
         }
         if let Err(source) = self.configure_inside(inside, &attachment) {

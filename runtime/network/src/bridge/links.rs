@@ -99,7 +99,7 @@ fn address_message(index: u32, address: InterfaceAddress) -> AddressMessage {
     match address.address {
         IpAddr::V4(ipv4) => {
             message.header.family = AddressFamily::Inet;
-            // Unlike ip(8), the kernel sets no broadcast address by itself.
+            // Unlike ip(8), the kernel sets no broadcast address on its own.
             let broadcast = u32::from(ipv4) | u32::MAX.checked_shr(address.prefix.into()).unwrap_or(0);
             message.attributes.push(AddressAttribute::Broadcast(broadcast.into()));
         }

@@ -47,7 +47,7 @@ pub use dead::{Dead, Reconciled};
 pub use repair::NotReady;
 
 /// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace period, tens of
-/// milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c): nobody who makes interfaces
+/// milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c): no one who makes interfaces
 /// should wait for that, and several that are deleted at the same time share one period. Eight is what a
 /// daemon stops at once.
 const REMOVERS: usize = 8;
@@ -82,8 +82,8 @@ pub enum Error {
         #[source]
         source: netlink::Error,
     },
-    /// The firewall could not be told which addresses the sandbox may use; `ENOENT` when it was flushed and
-    /// not yet repaired.
+    /// The addresses that the sandbox may use could not be set in the firewall; `ENOENT` when it was flushed
+    /// and not yet repaired.
     #[error("cannot change the firewall sets for the addresses of sandbox {sandbox_id}")]
     Guard {
         /// The sandbox.

@@ -1,5 +1,5 @@
-//! Whether the network is whole, and making it so: somebody may flush the firewall or take the bridge down
-//! under running pods.
+//! Whether the network is whole, and repairing it: an administrator may flush the firewall or take the bridge
+//! down under running pods.
 
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
@@ -60,7 +60,7 @@ pub enum NotReady {
 
 impl Bridge {
     /// Puts everything in place again that [`Bridge::set_up`] made, and enslaves the interfaces of living
-    /// pods again when the bridge itself had to be made anew. To be called on a thread in the node's network
+    /// pods again when the bridge itself had to be recreated. To be called on a thread in the node's network
     /// namespace. Runs `nft` once.
     ///
     /// # Errors

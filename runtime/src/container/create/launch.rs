@@ -71,7 +71,7 @@ pub(super) async fn launch(
     .await;
     if result.is_err() {
         let node = node.clone();
-        // The error is told in any case; a task that could not be run leaves what the next start takes away.
+        // The error is reported in any case; if the task cannot run, the next start cleans up.
         let _ = tokio::task::spawn_blocking(move || files::undo(&node, &made)).await;
     }
     result

@@ -41,7 +41,7 @@ pub(crate) async fn create(
 ) -> Result<Arc<Container>, ContainerError> {
     let stopped = ContainerError::SandboxNotReady { id: sandbox.id().clone() };
     let Some(creation) = sandbox.begin_creation().map(Arc::new) else { return Err(stopped) };
-    // In a task of its own, which takes back what it has made whenever it comes to its end: a path of the
+    // In its own task, which takes back what it has made whenever it comes to its end: a path of the
     // host may hang.
     let making = tokio::spawn(make(node, sandbox, config, creation.clone()));
     tokio::select! {
@@ -63,7 +63,7 @@ async fn make(
     let name = Name::Container(sandbox.id().clone(), config.metadata.clone());
     let reservation = node.registry.reserve(name, id.as_str())?;
 
-    // Its layers stay, whoever removes it, until the registry says that a container uses it.
+    // Its layers stay, even if it is removed, until the registry says that a container uses it.
     let image = node.images.lease(&config.image).map(Arc::new);
     let image = image.ok_or_else(|| ContainerError::NoImage { image: config.image.clone() })?;
     let order = Order {

@@ -140,7 +140,7 @@ pub(super) fn name(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// An id that somebody asks for; whether it exists is found out later.
+/// An id in a request; whether it exists is checked later.
 pub(super) fn id(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     no_longer_than(field, text, MAX_ID_BYTES)?;
     if text.chars().any(char::is_control) {

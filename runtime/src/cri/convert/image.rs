@@ -33,7 +33,7 @@ pub enum ImageUser<'a> {
 }
 
 /// The user in the text of `User`: what is before the first colon. Digits that are too large for a uid are a
-/// name, which no passwd file has, so that nobody takes them for a number modulo something.
+/// name, which no passwd file has, so that they are not taken for a number modulo something.
 #[must_use]
 pub fn image_user(text: &str) -> ImageUser<'_> {
     let user = text.split_once(':').map_or(text, |(user, _)| user);

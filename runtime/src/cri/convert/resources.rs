@@ -108,7 +108,7 @@ pub fn resources_message(resources: &Resources) -> v1::LinuxContainerResources {
     }
 }
 
-/// Each field by itself.
+/// Each field on its own.
 fn fields(field: &Field<'_>, message: &v1::LinuxContainerResources) -> Result<Resources, Rejected> {
     if message.cpu_period != 0 && !CPU_PERIOD_US.contains(&message.cpu_period) {
         return Err(out_of_range(

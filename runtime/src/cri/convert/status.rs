@@ -91,7 +91,7 @@ pub fn sandbox_status(view: &SandboxView<'_>) -> v1::PodSandboxStatus {
         network: sandbox_network(view),
         linux: Some(v1::LinuxPodSandboxStatus {
             namespaces: Some(v1::Namespace {
-                // The kubelet makes the sandbox anew when these are not what it asked for.
+                // The kubelet recreates the sandbox when these are not what it asked for.
                 options: Some(namespace_options(&view.config.namespaces)),
             }),
         }),

@@ -117,7 +117,7 @@ impl Shared {
     }
 
     fn close(&self) {
-        // First, so that whoever sees its input end can tell that from an end that the peer sent.
+        // First, so that a reader that sees its input end can tell that from an end that the peer sent.
         self.closed.send_replace(true);
         self.streams().clear();
     }
@@ -212,7 +212,7 @@ impl Connection {
         Ok(stream)
     }
 
-    /// Resolves when the connection is over, whoever ended it.
+    /// Resolves when the connection is over, whichever side ended it.
     pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut closed = self.shared.closed.subscribe();
         async move {
@@ -373,7 +373,7 @@ impl Outgoing {
 
     /// Gives the stream up in both directions. Does nothing when it is over.
     pub async fn reset(&self, status: ResetStatus) {
-        // Whether the peer can still be told does not matter.
+        // Whether the peer can still be reached does not matter.
         let _ = self.command(Command::Reset { stream: self.id, status }).await;
         self.shared.streams().remove(&self.id);
     }
@@ -490,7 +490,7 @@ impl Reader {
         };
         let stream = new_stream(id, headers, &self.commands, &self.shared, peer_finished, Some(permit));
         if self.opened.try_send(stream).is_err() {
-            // Nobody accepts streams any more, or as many wait as may be open.
+            // Streams are no longer accepted, or as many wait as may be open.
             self.shared.streams().remove(&id);
             return self.order(Command::Reset { stream: id, status: ResetStatus::RefusedStream }).await;
         }
@@ -505,7 +505,7 @@ impl Reader {
         match known {
             Some(Some(incoming)) => Ok(self
                 .unless_gone(async {
-                    // Nobody reads it any more: it is thrown away.
+                    // It is no longer read, so it is discarded.
                     let _ = incoming.send(&bytes).await;
                 })
                 .await),
@@ -580,7 +580,7 @@ async fn write_one<T: AsyncWrite>(
         Command::Ping(id) => Encoder::ping(id, head),
         Command::Flush(done) => {
             io.flush().await?;
-            // Whoever asked may have given up.
+            // The caller may have stopped waiting.
             let _ = done.send(());
         }
         Command::Close { last_stream } => Encoder::go_away(last_stream, head),
@@ -748,7 +748,7 @@ mod tests {
 
     const WIRE: usize = 64 * 1024;
 
-    /// How many pieces of this length a server takes on 1,000 streams that nobody reads, and no more.
+    /// How many pieces of this length a server takes on 1,000 unread streams, and no more.
     async fn taken(length: usize) -> usize {
         const STREAMS: u32 = 1000;
         let (mut client, server) = duplex(WIRE);

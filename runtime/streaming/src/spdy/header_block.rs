@@ -164,7 +164,7 @@ impl Deflater {
             block.extend_from_slice(&(!length).to_le_bytes());
             block.extend_from_slice(stored);
         }
-        // The end of a block is told as zlib's sync flush tells it, by an empty one: Go's decompressor keeps
+        // The end of a block is marked as by zlib's sync flush, by an empty one: Go's decompressor keeps
         // what it has read until then.
         block.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
         block

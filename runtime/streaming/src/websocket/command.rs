@@ -33,7 +33,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Handed back, so that the input does not end before its end can be told from that of the connection.
+    /// Handed back, so that the input does not end before its end can be distinguished from that of the
+    /// connection.
     async fn run<T>(mut self, mut messages: SplitStream<WebSocketStream<T>>) -> Self
     where
         T: AsyncRead + AsyncWrite + Unpin,
@@ -45,7 +46,7 @@ impl Reader {
                     let Some(stdin) = &self.stdin else { continue };
                     tokio::select! {
                         biased;
-                        // Nobody reads it any more: it is thrown away.
+                        // It is no longer read, so it is discarded.
                         _ = stdin.send(&bytes) => {}
                         () = hangup::of(self.hangup.as_ref()) => break,
                     }

@@ -59,7 +59,7 @@ where
         forwards.spawn(async move {
             if let Err(text) = one(port, &connect, input, &data, &error).await {
                 tracing::debug!(port, error = text, "a forwarded connection failed");
-                // Whether anybody hears it does not matter.
+                // A failure to send it does not matter.
                 let _ = error.send(text.as_bytes()).await;
             }
         });
@@ -104,7 +104,7 @@ async fn deliver(said: Option<Said>, inputs: &[Sender], hangup: Option<&Hangup>)
                 () = hangup::of(hangup) => false,
             }
         }
-        // Nobody reads what comes on a channel for errors.
+        // Input on an error channel is ignored.
         Some(_) => true,
         None => false,
     }

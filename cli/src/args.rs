@@ -1,6 +1,6 @@
 //! The command line and its help.
 //!
-//! Values are checked while they are parsed, so that a mistake is reported before anything is done.
+//! Values are checked as they are parsed, so that mistakes are reported before anything is done.
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -27,19 +27,20 @@ pub(crate) struct Cli {
     #[arg(long, global = true, env = "BERTH_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
     pub(crate) socket: PathBuf,
 
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub(crate) command: Command,
 }
 
-/// One thing to do.
+/// A subcommand.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a program in a new pod and show its output.
     ///
-    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be run, or 127
-    /// if it is not found. Ctrl-C stops the container as `berth stop` does; pressed again, it kills the
-    /// container. A kubelet that uses the same daemon removes pods it does not know, including these.
+    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be
+    /// run, or 127 if it is not found. Ctrl-C stops the container as `berth stop` does; pressed
+    /// again, it kills the container. A kubelet that uses the same daemon removes pods it did not
+    /// create, including these.
     #[command(override_usage = "berth run [OPTIONS] IMAGE [CMD]...")]
     Run(Box<RunArgs>),
     /// Pull an image from its registry.
@@ -52,29 +53,30 @@ pub(crate) enum Command {
     Logs(LogsArgs),
     /// Run a program in a running container.
     ///
-    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be run, or 127
-    /// if it is not found. The program ends with this command: when it is interrupted, or its terminal or
-    /// the reader of its output goes away. It has the container's environment, working directory and user.
+    /// The exit code is the program's, 125 if Berth itself failed, 126 if the program cannot be
+    /// run, or 127 if it is not found. The program ends with this command: when it is interrupted,
+    /// or its terminal or the reader of its output goes away. It has the container's environment,
+    /// working directory and user.
     #[command(override_usage = "berth exec [OPTIONS] CONTAINER CMD...")]
     Exec(ExecArgs),
     /// Attach to the input, output and terminal of a running container.
     ///
-    /// Shows what it writes from now on; `berth logs` has what it wrote before. Ctrl-C on the container's own
-    /// terminal is the program's; the keys to detach leave it running, as any other end of this command does.
-    /// When the container ends, so does this command, with its exit code.
+    /// Shows output from now on; `berth logs` has earlier output. Ctrl-C on the container's
+    /// terminal goes to the program; detaching, or ending this command in any other way, leaves it
+    /// running. When the container exits, this command exits with its exit code.
     Attach(AttachArgs),
     /// Copy files from or to a running container.
     ///
-    /// If TO is an existing directory, FROM is copied into it; otherwise TO is the new name. DIR/. means the
-    /// contents of DIR. With - a tar archive is read or written. Files copied out are owned by the caller,
-    /// files copied in by the container's user. Devices are left out. The container needs no tar, but its own
-    /// is used if it has one.
+    /// If TO is an existing directory, FROM is copied into it; otherwise TO is the new name. DIR/.
+    /// means the contents of DIR. With - a tar archive is read or written. Files copied out are
+    /// owned by the caller, files copied in by the container's user. Devices are skipped. The
+    /// container's tar is used if there is one, but none is needed.
     #[command(override_usage = "berth cp CONTAINER:PATH PATH|-\n       berth cp PATH|- CONTAINER:PATH")]
     Cp(CpArgs),
     /// Forward ports of this machine's loopback addresses to a pod.
     ///
-    /// Listens on 127.0.0.1 and ::1 until interrupted, and prints a line for each address. A pod's ports need
-    /// not be published for this, and servers on the pod's own loopback are reached, too.
+    /// Listens on 127.0.0.1 and ::1 until interrupted, and prints a line for each address. Ports
+    /// need not be published, and servers on the pod's loopback can be reached as well.
     PortForward(PortForwardArgs),
     /// Stop containers, or all containers in pods.
     Stop(StopArgs),
@@ -96,8 +98,8 @@ pub(crate) enum Command {
     Info,
     /// Check this node for problems that keep pods from running.
     ///
-    /// Prints a line for each finding: ok, note or BROKEN, with what to do. The exit code is 1 if something
-    /// is broken.
+    /// Prints a line for each finding: ok, note or BROKEN, with what to do. The exit code is 1 if
+    /// something is broken.
     Doctor,
 }
 
@@ -134,8 +136,8 @@ pub(crate) struct RunArgs {
     /// Directory in which the pod's log directory is created.
     #[arg(long, value_name = "PATH", default_value = "/var/log/berth")]
     pub(crate) log_dir: PathBuf,
-    /// Size at which a log of the pod is rotated, such as 10Mi; four older files are kept. 0 for never. A log
-    /// that this command shows is not rotated.
+    /// Size at which a log of the pod is rotated, such as 10Mi; four older files are kept. 0 for
+    /// never. A log that this command shows is not rotated.
     #[arg(long = "log-size", value_name = "BYTES", default_value = "10Mi", value_parser = parse_log_size)]
     pub(crate) log_bytes: i64,
     /// Remove the pod (or container) and its logs when it exits; this is the default.
@@ -153,14 +155,14 @@ pub(crate) struct RunArgs {
     /// Allocate a terminal for the program.
     #[arg(short, long)]
     pub(crate) tty: bool,
-    /// Keys that detach from the program when typed on its terminal, such as ctrl-p,ctrl-q or ctrl-@,x; empty
-    /// for none.
+    /// Keys that detach from the program when typed on its terminal, such as ctrl-p,ctrl-q or
+    /// ctrl-@,x; empty for none.
     #[arg(long, value_name = "KEYS", default_value = detach_keys::DEFAULT)]
     pub(crate) detach_keys: DetachKeys,
-    /// The image, pulled if missing, and arguments for its entry point (or the program, if it has none) that
-    /// replace the image's own.
-    // One argument, not two: everything after the image belongs to the program, even what looks like an
-    // option.
+    /// The image, pulled if missing, and arguments for its entry point (or the program, if it has
+    /// none) that replace the image's own.
+    // One argument, not two: everything after the image belongs to the program, even what looks
+    // like an option.
     #[arg(trailing_var_arg = true, required = true, value_name = "IMAGE [CMD]")]
     image_and_command: Vec<String>,
 }
@@ -348,8 +350,8 @@ fn parse_env(text: &str) -> Result<KeyValue, env_spec::EnvSpecError> {
     env_spec::parse(text, |name| std::env::var_os(name))
 }
 
-/// Whether the command line is one whose exit code is another program's, so that a mistake in it needs a code
-/// that programs do not use. For command lines that cannot be parsed.
+/// Whether the exit code of the command line is another program's, so that a mistake in it needs a
+/// code that programs do not use. For command lines that cannot be parsed.
 pub(crate) fn runs_a_program(arguments: impl Iterator<Item = OsString>) -> bool {
     let mut arguments = arguments.skip(1);
     while let Some(argument) = arguments.next() {

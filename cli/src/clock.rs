@@ -1,18 +1,19 @@
-//! Points in time as CRI has them, nanoseconds since the epoch, made readable: how long ago, and as a date.
+//! Formats CRI timestamps (nanoseconds since the epoch) as an age or a date.
 //!
-//! Pure functions of the number; reading the clock is one function of its own.
+//! Pure functions, except for the one that reads the clock.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Now, in nanoseconds since the epoch; 0 with a clock set to before it.
+/// Now, in nanoseconds since the epoch; 0 if the clock is set to before it.
 pub(crate) fn now_unix_ns() -> i64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     i64::try_from(since_epoch.as_nanos()).unwrap_or(i64::MAX)
 }
 
-/// Writes the time from `then_unix_ns` to `now_unix_ns` with one unit, like `5m`; `-` when it has no start.
+/// Formats the time from `then_unix_ns` to `now_unix_ns` with one unit, such as `5m`; `-` without a
+/// start.
 ///
-/// A start in the future counts as now: clocks get set.
+/// A start in the future counts as now: clocks can be set back.
 pub(crate) fn age_text(then_unix_ns: i64, now_unix_ns: i64) -> String {
     if then_unix_ns <= 0 {
         return "-".into();
@@ -26,7 +27,8 @@ pub(crate) fn age_text(then_unix_ns: i64, now_unix_ns: i64) -> String {
     }
 }
 
-/// Writes a point in time in UTC by RFC 3339 with nanoseconds; empty for 0, which CRI uses for "not yet".
+/// Formats a time in UTC as RFC 3339 with nanoseconds; empty for 0, which the CRI uses for "not
+/// yet".
 pub(crate) fn rfc3339(unix_ns: i64) -> String {
     if unix_ns == 0 {
         return String::new();
@@ -40,8 +42,8 @@ pub(crate) fn rfc3339(unix_ns: i64) -> String {
 
 /// Year, month and day in the Gregorian calendar of a day counted from 1970-01-01.
 ///
-/// Counts years from March, so that the leap day is the last of its year and months have a regular rhythm of
-/// 153 days in five.
+/// Counts years from March, so that the leap day is the last of its year and months have a regular
+/// rhythm of 153 days in five.
 fn date_of_day(days: i64) -> (i64, i64, i64) {
     const DAYS_IN_400_YEARS: i64 = 146_097;
     const DAYS_FROM_MARCH_OF_YEAR_0_TO_1970: i64 = 719_468;

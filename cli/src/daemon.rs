@@ -1,7 +1,7 @@
 //! The connection to the daemon, and the calls that more than one command makes.
 //!
-//! One connection over the Unix socket carries CRI's two services and Berth's own. A failed call becomes a
-//! [`CallError`] that says what was tried; commands add nothing to it.
+//! One connection over the Unix socket carries CRI's two services and Berth's own. A failed call
+//! becomes a [`CallError`] that says what was tried; commands add nothing to it.
 
 use std::error::Error as _;
 use std::future::Future;
@@ -37,7 +37,7 @@ pub(crate) enum ConnectError {
     /// The caller may not use the socket.
     #[error("no permission to use {0}: run this command as root, for example with sudo")]
     Denied(PathBuf),
-    /// Something else.
+    /// Any other error.
     #[error("cannot connect to {path}")]
     Connect {
         /// Path of the socket.
@@ -46,7 +46,7 @@ pub(crate) enum ConnectError {
         #[source]
         source: io::Error,
     },
-    /// A connection was made and did not become one for calls.
+    /// The gRPC handshake failed.
     #[error("cannot talk to a daemon on {path}; is it berthd's socket?")]
     Handshake {
         /// Path of the socket.
@@ -57,7 +57,7 @@ pub(crate) enum ConnectError {
     },
 }
 
-/// A call that did not succeed.
+/// A call that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {act}")]
 pub(crate) struct CallError {
@@ -76,12 +76,12 @@ pub(crate) struct Refusal {
     pub(crate) code: Code,
     /// The daemon's message, or a description of the code.
     message: String,
-    /// Whether the answer was lost, and not given.
+    /// Whether there was no answer because the connection was lost.
     lost: bool,
 }
 
 impl Refusal {
-    /// Whether the daemon gave no answer or said that it is not ready yet, as in a restart: a later try may
+    /// Whether the daemon gave no answer or is not ready yet, as during a restart: a retry may
     /// work.
     pub(crate) fn daemon_is_away(&self) -> bool {
         self.lost || self.code == Code::Unavailable
@@ -91,7 +91,7 @@ impl Refusal {
 impl From<Status> for Refusal {
     fn from(status: Status) -> Self {
         let code = status.code();
-        // A status with a source was made on this side, from a connection that broke.
+        // A status with a source was made on this side, from a lost connection.
         let message = match (status.source(), status.message()) {
             (Some(_), text) => {
                 format!("lost the connection to the daemon ({text}); is berthd still running?")
@@ -107,7 +107,7 @@ impl From<Status> for Refusal {
 /// Waits for the answer to a call; an error begins with "cannot `act`".
 ///
 /// # Errors
-/// When the call did not succeed.
+/// When the call failed.
 pub(crate) async fn answer<T>(
     act: impl Into<String>,
     call: impl Future<Output = Result<Response<T>, Status>>,
@@ -121,11 +121,11 @@ pub(crate) async fn answer<T>(
 /// A connected daemon. Clones share the connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Daemon {
-    /// CRI's pods and containers.
+    /// The CRI's runtime service.
     pub(crate) runtime: RuntimeServiceClient<Channel>,
-    /// CRI's images.
+    /// The CRI's image service.
     pub(crate) images: ImageServiceClient<Channel>,
-    /// What CRI has no call for.
+    /// Berth's own service.
     pub(crate) own: BerthClient<Channel>,
 }
 
@@ -142,7 +142,8 @@ impl Daemon {
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
-        // The address is never looked up; it becomes the `:authority` that CRI clients are expected to send.
+        // The address is never looked up; it becomes the `:authority` that CRI clients are expected
+        // to send.
         let channel = Endpoint::from_static("http://localhost").connect_with_connector(connector).await;
         let channel =
             channel.map_err(|source| ConnectError::Handshake { path: socket.to_owned(), source })?;
@@ -172,7 +173,7 @@ impl Daemon {
         Ok(Inventory { pods: pods.items, containers: containers.containers })
     }
 
-    /// What is known of a container, with the free-form details if `verbose`.
+    /// The status of a container, with the free-form details if `verbose`.
     ///
     /// # Errors
     /// When the call fails, or the container is gone.
@@ -183,7 +184,7 @@ impl Daemon {
         response.status.ok_or_else(|| empty_answer(act))
     }
 
-    /// What the daemon says of a container beyond CRI: its process id, and what was asked for.
+    /// The daemon's details about a container beyond the CRI: its pid, and its configuration.
     ///
     /// # Errors
     /// When the call fails, or the container is gone.
@@ -195,7 +196,7 @@ impl Daemon {
         details.ok_or_else(|| empty_answer(act))
     }
 
-    /// What is known of a pod.
+    /// The status of a pod.
     ///
     /// # Errors
     /// When the call fails, or the pod is gone.
@@ -206,17 +207,17 @@ impl Daemon {
         response.status.ok_or_else(|| empty_answer(act))
     }
 
-    /// The image that a reference leads to, if it is on the node.
+    /// The image of a reference, if it is on the node.
     ///
     /// # Errors
-    /// When the call fails; an absent image is no failure.
+    /// When the call fails; an absent image is not an error.
     pub(crate) async fn image(&self, reference: &str) -> Result<Option<Image>, CallError> {
         let request = ImageStatusRequest { image: Some(image_spec(reference)), verbose: false };
         let act = format!("inspect image {reference}");
         Ok(answer(act, self.images.clone().image_status(request)).await?.image)
     }
 
-    /// Stops a container: its stop signal, and the kill after `grace_seconds`.
+    /// Stops a container: its stop signal, then SIGKILL after `grace_seconds`.
     ///
     /// # Errors
     /// When the container did not end.
@@ -226,20 +227,20 @@ impl Daemon {
         answer(act, self.runtime.clone().stop_container(request)).await.map(|_| ())
     }
 
-    /// Removes a container, killing it if it runs.
+    /// Removes a container, killing it if it is running.
     ///
     /// # Errors
-    /// When it is still there.
+    /// When it could not be removed.
     pub(crate) async fn remove_container(&self, id: &str) -> Result<(), CallError> {
         let request = RemoveContainerRequest { container_id: id.to_owned() };
         let act = format!("remove container {}", short_id(id));
         answer(act, self.runtime.clone().remove_container(request)).await.map(|_| ())
     }
 
-    /// Ends all that runs in a pod at once, and takes its network down.
+    /// Kills everything in a pod, and takes down its network.
     ///
     /// # Errors
-    /// When something of it is left.
+    /// When part of it is left.
     pub(crate) async fn stop_pod(&self, id: &str) -> Result<(), CallError> {
         let request = StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
         answer(format!("stop pod {}", short_id(id)), self.runtime.clone().stop_pod_sandbox(request))
@@ -250,7 +251,7 @@ impl Daemon {
     /// Removes a pod and its containers.
     ///
     /// # Errors
-    /// When it is still there.
+    /// When it could not be removed.
     pub(crate) async fn remove_pod(&self, id: &str) -> Result<(), CallError> {
         let request = RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
         let act = format!("remove pod {}", short_id(id));
@@ -258,12 +259,12 @@ impl Daemon {
     }
 }
 
-/// A reference as CRI wants it.
+/// A reference as a CRI message.
 pub(crate) fn image_spec(reference: &str) -> ImageSpec {
     ImageSpec { image: reference.to_owned(), ..ImageSpec::default() }
 }
 
-/// For an answer that lacks what it is all about.
+/// The error for an empty answer.
 fn empty_answer(act: String) -> CallError {
     CallError { act, refusal: Status::internal("the daemon's answer is empty").into() }
 }

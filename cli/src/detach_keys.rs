@@ -1,17 +1,17 @@
-//! The keys that detach a terminal from its program, and finding them in what is typed.
+//! The keys that detach a terminal from its program, and their detection in the input.
 //!
-//! Written as podman and docker have them: `ctrl-p,ctrl-q`. Nothing detaches when the text is empty.
+//! Written as for podman and docker: `ctrl-p,ctrl-q`. An empty text disables detaching.
 
 use std::str::FromStr;
 
-/// What is written by default.
+/// The default.
 pub(crate) const DEFAULT: &str = "ctrl-p,ctrl-q";
 
 /// A sequence of bytes that detaches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DetachKeys(Vec<u8>);
 
-/// A text that is no sequence of keys.
+/// A text that is not a sequence of keys.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
     "`{0}` is not a key; write keys as ctrl-p,ctrl-q: single characters, or ctrl- and one of a-z @ [ \\ ] ^ _"
@@ -43,20 +43,21 @@ fn key(text: &str) -> Result<u8, DetachKeysError> {
     }
 }
 
-/// Looks for the keys in what is typed.
+/// Finds the keys in the input.
 #[derive(Debug)]
 pub(crate) struct Watcher {
     keys: Vec<u8>,
-    /// How many of them were typed last.
+    /// How many of them the input ends with.
     seen: usize,
 }
 
-/// What came of some input.
+/// The result of some input.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Typed {
-    /// It goes to the program. The first keys of the sequence are held back until it is known what follows.
+    /// It goes to the program. A partial sequence at the end is held back until it is known what
+    /// follows.
     Input(Vec<u8>),
-    /// This goes to the program, and then the keys came.
+    /// This goes to the program; the keys followed.
     Detach(Vec<u8>),
 }
 
@@ -72,8 +73,8 @@ impl Watcher {
         }
         let mut passed = Vec::with_capacity(typed.len());
         for byte in typed {
-            // On a mismatch the shortest part of what was held back goes on with which the rest begins the
-            // sequence once more.
+            // On a mismatch, the shortest prefix of the held back keys is released after which the
+            // rest begins the sequence again.
             while self.seen > 0 && self.keys.get(self.seen) != Some(byte) {
                 let before = self.seen;
                 let held = self.keys.get(..before).unwrap_or_default();
@@ -94,7 +95,7 @@ impl Watcher {
         Typed::Input(passed)
     }
 
-    /// What is held back, when the input has ended.
+    /// The keys held back, at the end of the input.
     pub(crate) fn rest(&self) -> &[u8] {
         self.keys.get(..self.seen).unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! The end of a container, waited for over restarts of the daemon, and its exit code.
+//! Waiting for the end of a container across restarts of the daemon, and its exit code.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -7,15 +7,15 @@ use berth_cri::v1::{ContainerState, ContainerStatus};
 
 use crate::daemon::{CallError, Daemon};
 
-/// Pauses between two looks at the container: short at first, for programs that end at once.
+/// Polling intervals: short at first, for programs that end at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(4);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a daemon may be away before we stop waiting for it. A restart takes less than a second; a minute
-/// leaves room for an upgrade.
+/// How long a daemon may be away before we stop waiting for it. A restart takes less than a second;
+/// a minute leaves room for an upgrade.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until the container has ended, over restarts of the daemon.
+/// Waits until the container has ended, across restarts of the daemon.
 pub(crate) async fn wait_for_end(daemon: &Daemon, id: &str) -> Result<ContainerStatus, CallError> {
     let mut pause = FIRST_PAUSE;
     let mut away_since: Option<Instant> = None;
@@ -42,7 +42,7 @@ pub(crate) async fn wait_for_end(daemon: &Daemon, id: &str) -> Result<ContainerS
     }
 }
 
-/// Whether the container runs, once the daemon is there again.
+/// Whether the container is running, once the daemon answers again.
 pub(crate) async fn runs_on(daemon: &Daemon, id: &str) -> Result<bool, CallError> {
     let since = Instant::now();
     loop {

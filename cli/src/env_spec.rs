@@ -1,5 +1,5 @@
-//! `NAME=VALUE`, the text form of an environment variable; `NAME` alone takes the value from our own
-//! environment.
+//! `NAME=VALUE`, the text form of an environment variable; `NAME` alone takes the value from our
+//! own environment.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -9,7 +9,7 @@ use berth_cri::v1::KeyValue;
 /// Why a text is not an environment variable.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum EnvSpecError {
-    /// There is no name, or a NUL in the text.
+    /// The name is missing, or the text contains a NUL byte.
     #[error("`{0}` is not an environment variable; use NAME=VALUE, or NAME to pass on your own")]
     Form(String),
     /// Our environment has no such variable.
@@ -20,7 +20,7 @@ pub(crate) enum EnvSpecError {
 /// Reads one variable. `own` looks up our own environment.
 ///
 /// # Errors
-/// When there is no name, or no value to pass on.
+/// When there is no name, or no value in our own environment.
 pub(crate) fn parse(text: &str, own: impl Fn(&str) -> Option<OsString>) -> Result<KeyValue, EnvSpecError> {
     let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
     if name.is_empty() || text.contains('\0') {

@@ -11,15 +11,15 @@ use crate::pull::PullError;
 use crate::remote::RemoteError;
 use crate::table::printable;
 
-/// Exit code of a command that failed, where the code says nothing else.
+/// Exit code of a command that failed, where no other code applies.
 pub(crate) const FAILURE: u8 = 1;
 
-/// Exit code of `run` and `exec` when Berth failed, and not the program: the custom of env(1), chroot(1) and
+/// Exit code of `run` and `exec` when Berth failed, not the program, as with env(1), chroot(1) and
 /// others.
 pub(crate) const BERTH_FAILED: u8 = 125;
 
-/// Exit code when the reader of our output has gone: as if SIGPIPE (13) had ended us, which is what it does
-/// to programs that leave it alone.
+/// Exit code when the reader of our output has gone: as if SIGPIPE (13) had ended the command, as
+/// it does by default.
 pub(crate) const READER_GONE: u8 = 128 + 13;
 
 /// Why a command failed. A transparent variant is the error of the module it
@@ -36,7 +36,7 @@ pub(crate) enum Error {
     Log(#[from] LogStreamError),
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// Input for a program cannot be read.
+    /// Standard input cannot be read.
     #[error("cannot read standard input")]
     Input(#[source] std::io::Error),
     #[error(transparent)]
@@ -64,13 +64,13 @@ pub(crate) enum Error {
     /// Several things were asked for, and some failed; each failure was printed.
     #[error("{failed} of {all} failed")]
     Partly { failed: usize, all: usize },
-    /// No container is meant by the name, since there is no such image either.
+    /// The name is neither a container's nor an image's.
     #[error("no pod, container or image named `{0}`")]
     Nothing(String),
     /// The image is not on this machine.
     #[error("no image `{0}` on this machine; `berth images` lists them")]
     NoImage(String),
-    /// The container was made without a log.
+    /// The container was created without a log.
     #[error("container `{0}` has no log: it was created without one")]
     NoLog(String),
 }
@@ -97,8 +97,8 @@ impl Error {
         error.0.kind() == std::io::ErrorKind::BrokenPipe
     }
 
-    /// The error and its causes on one line. Texts from the daemon may hold anything; a terminal must not act
-    /// on it.
+    /// The error and its causes on one line. Texts from the daemon may hold anything; a terminal
+    /// must not act on it.
     pub(crate) fn one_line(&self) -> String {
         let mut line = self.to_string();
         let mut cause = std::error::Error::source(self);

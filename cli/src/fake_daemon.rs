@@ -1,4 +1,4 @@
-//! A daemon for tests that serves Berth's own service over a real socket, with answers made up beforehand.
+//! A daemon for tests that serves Berth's own service over a real socket, with prepared answers.
 //!
 //! It knows nothing of pods and images; calls to the CRI are not implemented.
 
@@ -18,14 +18,15 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::daemon::Daemon;
 
-/// What the fake says, and what was said to it.
+/// The prepared answers, and the requests received.
 #[derive(Debug, Default)]
 pub(crate) struct Script {
     /// The events of a pull. A single error is the answer to the call itself.
     pub(crate) pull: Vec<Result<PullEvent, Status>>,
-    /// The events of an import. A single error is the answer to the call itself, before anything is read.
+    /// The events of an import. A single error is the answer to the call itself, before anything is
+    /// read.
     pub(crate) import: Vec<Result<ImportEvent, Status>>,
-    /// The pulls that were asked for.
+    /// The requested pulls.
     pub(crate) pulled: Arc<Mutex<Vec<PullRequest>>>,
     /// The requests of all imports.
     pub(crate) imported: Arc<Mutex<Vec<ImportRequest>>>,
@@ -69,7 +70,7 @@ impl Berth for Script {
     }
 }
 
-/// A connected fake. It ends with the test's runtime, and its socket with the directory.
+/// A connected fake. It ends with the test's runtime; its socket is removed with the directory.
 #[derive(Debug)]
 pub(crate) struct FakeDaemon {
     /// The connection.

@@ -1,8 +1,9 @@
-//! The signals that ask the command to end, counted instead of fatal: for the time in which something has to
-//! be undone at the end.
+//! The signals that ask the command to end, counted instead of fatal while there is something to
+//! undo at the end.
 //!
-//! SIGHUP is among them: it comes when the terminal or the connection goes away. A signal that was ignored
-//! when the command started stays ignored, as nohup(1) and shells' background jobs want it.
+//! SIGHUP is among them: it is sent when the terminal or the connection goes away. A signal that
+//! was ignored when the command started stays ignored, as nohup(1) and background jobs of shells
+//! require.
 
 use std::future::Future;
 use std::io;
@@ -13,7 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 #[derive(Debug)]
 pub(crate) struct Interrupts {
     listening: [Option<Signal>; 4],
-    /// How many have come.
+    /// How many have arrived.
     count: u32,
 }
 
@@ -21,7 +22,7 @@ pub(crate) struct Interrupts {
 const KINDS: [fn() -> SignalKind; 4] =
     [SignalKind::interrupt, SignalKind::terminate, SignalKind::hangup, SignalKind::quit];
 
-/// Two interrupts came while something had to be waited for.
+/// A second interrupt arrived during cleanup.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted; `berth ps -a` shows what is left, `berth rm -f` removes it")]
 pub(crate) struct GivenUp;
@@ -29,21 +30,21 @@ pub(crate) struct GivenUp;
 /// One of the signals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Interrupt {
-    /// How many have come, with this one.
+    /// How many have arrived, including this one.
     pub(crate) count: u32,
     /// Its number.
     number: i32,
 }
 
 impl Interrupt {
-    /// The exit code of a program that it has ended, as shells have it.
+    /// The exit code of a program killed by it, as in shells.
     pub(crate) fn exit_code(self) -> u8 {
         u8::try_from(128 + self.number).unwrap_or(u8::MAX)
     }
 }
 
 impl Interrupts {
-    /// Listens from now on; the signals end the process no longer.
+    /// Installs the handlers; the signals no longer end the process.
     ///
     /// # Errors
     /// When the handlers cannot be installed.
@@ -71,15 +72,15 @@ impl Interrupts {
         Interrupt { count: self.count, number: number.as_raw_value() }
     }
 
-    /// How many have come.
+    /// How many have arrived.
     pub(crate) fn count(&self) -> u32 {
         self.count
     }
 
-    /// Waits for work that is better not left half; a second interrupt leaves it all the same.
+    /// Waits for work that should be completed; a second interrupt abandons it.
     ///
     /// # Errors
-    /// When a second interrupt came.
+    /// On a second interrupt.
     pub(crate) async fn shield<T>(&mut self, work: impl Future<Output = T>) -> Result<T, GivenUp> {
         tokio::pin!(work);
         loop {
@@ -93,7 +94,7 @@ impl Interrupts {
 
 async fn receive(signal: &mut Option<Signal>) {
     match signal {
-        // Never `None`: the runtime's end is ours too.
+        // Never `None`: the process ends with the runtime.
         Some(signal) => drop(signal.recv().await),
         None => std::future::pending().await,
     }

@@ -1,10 +1,11 @@
-//! Reads a container's log file: all of it, its last lines, or on and on while it grows and is rotated.
+//! Reads a container's log file: all of it, its last lines, or continuously as it grows and is
+//! rotated.
 //!
-//! The file belongs to the shim, which appends whole entries with one write each, and to its rotator,
-//! by moving it away and asking for a new one at the same path. The reader holds the file it has open until
-//! that is read to its end, and only then looks whether another one has the name. One that has become shorter
-//! is read from its beginning. It waits by looking again: a rotation is then no special case, and there is no
-//! limit on watches to run into.
+//! The file belongs to the shim, which appends whole entries with one write each, and to its
+//! rotator, by moving it away and asking for a new one at the same path. The reader keeps the open
+//! file until that is read to its end, and only then checks for a new one at the path. One that has
+//! become shorter is read from its beginning. It polls: a rotation is then no special case, and
+//! there is no limit on watches to run into.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -13,16 +14,17 @@ use std::path::{Path, PathBuf};
 
 use crate::log_line::{Entry, MAX_HEAD_BYTES};
 
-/// How much is read at once, in bytes.
+/// Bytes read at a time.
 const BLOCK_BYTES: usize = 64 * 1024;
 
-/// The longest entry that is waited for, in bytes.
+/// The longest entry that is buffered, in bytes.
 ///
-/// Berth's shim cuts lines at 16 KiB and other runtimes may cut them at any length; a file without
-/// line feeds is no log, and must not fill the memory. What is longer is handed on in pieces.
+/// Berth's shim splits lines at 16 KiB and other runtimes may split them at any length; a file
+/// without line feeds is not a log, and must not fill the memory. Longer entries are passed on in
+/// pieces.
 const MAX_ENTRY_BYTES: usize = 4 << 20;
 
-/// How reading a log fails.
+/// Why a log cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LogFileError {
     /// The file cannot be opened.
@@ -34,7 +36,7 @@ pub(crate) enum LogFileError {
         #[source]
         source: io::Error,
     },
-    /// The file cannot be read or looked up any more.
+    /// The file cannot be read or looked up.
     #[error("cannot read the log {path}")]
     Read {
         /// Path of the log.
@@ -45,14 +47,14 @@ pub(crate) enum LogFileError {
     },
 }
 
-/// A log that is being read forwards.
+/// A log that is being read.
 #[derive(Debug)]
 pub(crate) struct LogFile {
     path: PathBuf,
     file: File,
-    /// How much of it was there to be read when it was opened, in bytes.
+    /// Its size when it was opened, in bytes.
     present: u64,
-    /// Bytes of an entry whose line feed has not been seen.
+    /// The beginning of an incomplete entry.
     unfinished: Vec<u8>,
 }
 
@@ -68,7 +70,7 @@ impl LogFile {
         let mut log = Self { path: path.to_owned(), file, present: end, unfinished: Vec::new() };
         if let Some(lines) = lines {
             let start = match log.seek_to_last_lines(end, lines) {
-                // It was emptied meanwhile.
+                // It was truncated meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
                 start => start.map_err(|source| log.read_error(source))?,
             };
@@ -77,8 +79,8 @@ impl LogFile {
         Ok(log)
     }
 
-    /// Hands what was there when the log was opened to `each`, as entries without their line feeds: no more
-    /// than was asked for, and an end, however fast the log grows.
+    /// Passes the entries that existed when the log was opened to `each`, without their line feeds:
+    /// no more than that, so that it ends however fast the log grows.
     ///
     /// # Errors
     /// When the file cannot be read, or `each` fails.
@@ -90,8 +92,8 @@ impl LogFile {
         self.hand_out_unfinished(&mut each)
     }
 
-    /// Hands all entries that are there now to `each`, without their line feeds, and goes over to a new file
-    /// of the name when there is one. Returns whether there was anything.
+    /// Passes all entries so far to `each`, without their line feeds, and switches to a new file
+    /// at the path if there is one. Returns whether there were any.
     ///
     /// # Errors
     /// When the file cannot be read, or `each` fails; then the entry counts as read.
@@ -108,7 +110,7 @@ impl LogFile {
             self.rewind()?;
             any |= self.read_to_end(u64::MAX, &mut each)?;
         }
-        // Asked before the old file is read to its end once more: what is written to it after that comes from
+        // Checked before the old file is read to its end again: later writes to it come from
         // a writer that does not know of the new one, and rotation waits for the writer.
         while let Some(successor) = self.successor()? {
             any |= self.read_to_end(u64::MAX, &mut each)?;
@@ -119,7 +121,7 @@ impl LogFile {
         Ok(any)
     }
 
-    /// Hands out what is left of an entry without a line feed. For a log that is no longer written.
+    /// Passes on an incomplete last entry. For a log that is no longer written.
     ///
     /// # Errors
     /// When `each` fails.
@@ -161,7 +163,7 @@ impl LogFile {
         }
     }
 
-    /// Whether the file has become shorter than what was read of it: it was truncated, to rotate it
+    /// Whether the file is shorter than what was read of it: it was truncated, to rotate it
     /// without asking its writer.
     fn is_cut(&self) -> Result<bool, LogFileError> {
         let length = self.file.metadata().map_err(|source| self.read_error(source))?.len();
@@ -173,11 +175,11 @@ impl LogFile {
         (&self.file).rewind().map_err(|source| self.read_error(source))
     }
 
-    /// The file that has the log's name now, if it is not the one that is open.
+    /// The file at the log's path, if it is not the open one.
     fn successor(&self) -> Result<Option<File>, LogFileError> {
         let named = match File::open(&self.path) {
             Ok(named) => named,
-            // Between the move and the new file, or removed for good.
+            // Between the move and the new file, or removed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(self.read_error(source)),
         };
@@ -186,13 +188,13 @@ impl LogFile {
         Ok(if same.map_err(|source| self.read_error(source))? { None } else { Some(named) })
     }
 
-    /// Moves to the start of the last `lines` lines before `end`, and returns where that is. A line is what
-    /// ends with an `F` entry, or the parts of one that has not ended yet; an entry that is not in the format
-    /// is a line on its own.
+    /// Seeks to the start of the last `lines` lines before `end`, and returns the offset. A line is
+    /// what ends with an `F` entry, or the parts of one that has not ended yet; an entry that is
+    /// not in the format counts as a line.
     fn seek_to_last_lines(&self, end: u64, lines: u64) -> io::Result<u64> {
         let mut start = end;
         let mut lines_behind = 0;
-        // Walks backwards over the entries. `start` is where the last one that was taken begins.
+        // Walks backwards over the entries. `start` is the offset of the last one counted.
         while let Some(entry) = self.start_of_entry_before(start)? {
             let ends_line = self.ends_line(entry)?;
             if start == end && !ends_line {
@@ -209,9 +211,9 @@ impl LogFile {
         (&self.file).seek(SeekFrom::Start(start))
     }
 
-    /// Where the entry begins whose line feed is the last byte before `end`; `None` at the start of the file.
+    /// The offset of the entry that ends at `end`; `None` at the start of the file.
     fn start_of_entry_before(&self, end: u64) -> io::Result<Option<u64>> {
-        // The byte before `end` is this entry's own line feed, or its last byte when nothing has ended it
+        // The byte before `end` is this entry's own line feed, or its last byte if it is incomplete
         // yet.
         let Some(mut unseen) = end.checked_sub(1) else { return Ok(None) };
         let mut block = vec![0; 4096];
@@ -415,6 +417,6 @@ mod tests {
     #[test]
     fn a_missing_log_says_which_one() {
         let error = LogFile::open(Path::new("/nonexistent/a.log"), None).unwrap_err();
-        assert_eq!(error.to_string(), "open log /nonexistent/a.log");
+        assert_eq!(error.to_string(), "cannot open the log /nonexistent/a.log");
     }
 }

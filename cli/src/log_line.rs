@@ -1,21 +1,21 @@
-//! One entry of a container's log, in the format that CRI lays down.
+//! One entry of a container's log, in the format that the CRI defines.
 //!
 //! ```text
 //! 2016-10-06T00:17:09.669794202Z stdout F The content of one line\n
 //! time                           stream tags content
 //! ```
 //!
-//! Tags are separated by `:`; the first is `F`, the entry ends a line, or `P`, the line goes on in the next
-//! entry of the same stream. The content is any bytes but a line feed. Pure parsing; reading the file is
-//! `log_file`'s.
+//! Tags are separated by `:`; the first is `F`, the entry ends a line, or `P`, the line continues
+//! in the next entry of the same stream. The content is any bytes but a line feed. Pure parsing;
+//! reading the file is `log_file`'s.
 
-/// The longest head of an entry, in bytes: everything before the content.
+/// The longest head of an entry (everything before the content), in bytes.
 ///
-/// A time with nine digits and an offset takes 35, the stream 6, and tags are one letter today; the rest is
-/// room for tags to come. No part of the format.
+/// A time with nine digits and an offset takes 35, the stream 6, and tags are one letter today; the
+/// rest leaves room for future tags. Not part of the format.
 pub(crate) const MAX_HEAD_BYTES: usize = 128;
 
-/// Which output of the program an entry comes from.
+/// The stream of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stream {
     /// Standard output.
@@ -27,9 +27,9 @@ pub(crate) enum Stream {
 /// One entry, without the line feed that ends it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Entry<'a> {
-    /// When the entry was written, as the log says it.
+    /// When the entry was written, as text.
     pub(crate) time: &'a str,
-    /// Where it comes from.
+    /// Its stream.
     pub(crate) stream: Stream,
     /// Whether the content ends a line of the program's output.
     pub(crate) ends_line: bool,
@@ -38,14 +38,14 @@ pub(crate) struct Entry<'a> {
 }
 
 impl<'a> Entry<'a> {
-    /// Takes an entry apart; `None` if it is not in the format.
+    /// Parses an entry; `None` if it is not in the format.
     ///
-    /// Wants the entry without its line feed. A cut-off content is fine, so the head of a long entry can be
-    /// read alone.
+    /// Takes the entry without its line feed. The content may be truncated, so the head of a long
+    /// entry can be parsed alone.
     pub(crate) fn parse(entry: &'a [u8]) -> Option<Self> {
         let (time, rest) = split_at_space(entry)?;
         let (stream, rest) = split_at_space(rest)?;
-        // The space before an empty content is there, but not every writer is that careful.
+        // The space before empty content belongs there, but not every writer adds it.
         let (tags, content) = split_at_space(rest).unwrap_or((rest, &[]));
         let time = std::str::from_utf8(time).ok().filter(|time| looks_like_a_time(time))?;
         let stream = match stream {
@@ -62,15 +62,15 @@ impl<'a> Entry<'a> {
     }
 }
 
-/// What is before the first space, and what is behind it. The space has to come within the head.
+/// Splits at the first space, which has to be within the head.
 fn split_at_space(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let at = bytes.iter().take(MAX_HEAD_BYTES).position(|byte| *byte == b' ')?;
     let (before, from_space) = bytes.split_at(at);
     Some((before, from_space.get(1..)?))
 }
 
-/// Whether a text has the shape of an RFC 3339 time. The value is only ever shown, so it is not checked
-/// further.
+/// Whether a text has the shape of an RFC 3339 time. The value is only displayed, so it is not
+/// checked further.
 fn looks_like_a_time(text: &str) -> bool {
     let known = |byte: u8| byte.is_ascii_digit() || b"-:.+TZ".contains(&byte);
     text.len() >= "2016-10-06T00:17:09Z".len()

@@ -1,7 +1,7 @@
-//! Brings a container's log to the terminal: its standard output to ours, its standard error to ours.
+//! Prints a container's log: its standard output to ours, its standard error to ours.
 //!
 //! Following runs on its own thread, because a reader of our output that is slow
-//! (`berth run app | less`) must not keep us from hearing Ctrl-C.
+//! (`berth run app | less`) must not delay the handling of Ctrl-C.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,14 +15,14 @@ use crate::log_file::{LogFile, LogFileError};
 use crate::log_line::{Entry, Stream};
 use crate::output::{self, OutputError};
 
-/// How long to wait before looking for new entries: short for a person, and next to nothing for the machine.
+/// How long to wait before looking for new entries: short enough for people, and cheap.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How long to wait for the log file to appear. The daemon makes it before it answers that the container
-/// started; this is for the moment of a rotation, when the name is not taken.
+/// How long to wait for the log file to appear. The daemon creates it before it reports that the
+/// container started; this is for the moment of a rotation, when there is no file at the path.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Why a log stopped coming.
+/// Why printing a log failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LogStreamError {
     /// The log cannot be read.
@@ -33,19 +33,19 @@ pub(crate) enum LogStreamError {
     Write(#[from] OutputError),
 }
 
-/// What to show of a log.
+/// What part of a log to print.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Selection {
-    /// Only this many lines from the end, and what comes after them.
+    /// Only this many lines from the end, and later ones.
     pub(crate) last_lines: Option<u64>,
     /// Print the time before each line.
     pub(crate) with_times: bool,
 }
 
-/// Prints what the log holds now.
+/// Prints the log so far.
 ///
 /// # Errors
-/// When the log cannot be read, or the output not written.
+/// When the log cannot be read, or the output cannot be written.
 pub(crate) fn print(path: &Path, selection: Selection) -> Result<(), LogStreamError> {
     let mut log = LogFile::open(path, selection.last_lines)?;
     let mut printer = Printer::new(selection);
@@ -61,7 +61,7 @@ pub(crate) struct Following {
 }
 
 impl Following {
-    /// Starts to print a log and what is added to it.
+    /// Starts to print a log as it grows.
     pub(crate) fn start(path: PathBuf, selection: Selection) -> Self {
         let ended = Arc::new(AtomicBool::new(false));
         let told_of_end = Arc::clone(&ended);
@@ -69,7 +69,7 @@ impl Following {
         Self { ended, thread }
     }
 
-    /// Waits until printing fails. Never returns while it works; may be dropped and called again.
+    /// Waits until printing fails. Never returns otherwise; may be dropped and called again.
     pub(crate) async fn failed(&mut self) -> LogStreamError {
         match (&mut self.thread).await {
             Ok(Err(error)) => error,
@@ -79,10 +79,10 @@ impl Following {
         }
     }
 
-    /// Prints what is left and ends. For when the container has ended: all it wrote is in the log then.
+    /// Prints the rest and ends. For a container that has ended: all its output is in the log.
     ///
     /// # Errors
-    /// When the log cannot be read, or the output not written.
+    /// When the log cannot be read, or the output cannot be written.
     pub(crate) async fn finish(self) -> Result<(), LogStreamError> {
         self.ended.store(true, Ordering::Release);
         match self.thread.await {
@@ -98,7 +98,7 @@ fn follow(path: &Path, selection: Selection, ended: &AtomicBool) -> Result<(), L
     let mut log = open_patiently(path, selection.last_lines, ended)?;
     let mut printer = Printer::new(selection);
     loop {
-        // Asked before reading: what was written before the end is then surely read.
+        // Checked before reading, so that everything written before the end is read.
         let last_time = ended.load(Ordering::Acquire);
         let any = log.read_available(|entry| printer.take(entry).map_err(LogStreamError::from))?;
         printer.flush()?;
@@ -128,17 +128,17 @@ fn open_patiently(path: &Path, last_lines: Option<u64>, ended: &AtomicBool) -> R
     }
 }
 
-/// Collects the content of entries and writes it in large pieces, in the order it came.
+/// Collects the content of entries and writes it in large pieces, in order.
 #[derive(Debug)]
 struct Printer {
     selection: Selection,
     stream: Stream,
     collected: Vec<u8>,
-    /// Whether the last entry of each stream left its line open; then no time goes before the next.
+    /// Whether the last entry of each stream left its line open; the next then gets no timestamp.
     line_is_open: [bool; 2],
 }
 
-/// How much is collected before it is written, in bytes.
+/// Bytes collected before a write.
 const COLLECT_BYTES: usize = 64 * 1024;
 
 impl Printer {
@@ -147,7 +147,7 @@ impl Printer {
     }
 
     fn take(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        // What is not in the format is shown as it is: a damaged log is still the best there is.
+        // Anything not in the format is printed as is: a damaged log is better than none.
         let entry = Entry::parse(bytes).unwrap_or(Entry {
             time: "",
             stream: Stream::Stdout,

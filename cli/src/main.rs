@@ -1,10 +1,11 @@
-//! The `berth` command: a person's way to a running berthd.
+//! The `berth` command: a command-line client of berthd.
 //!
-//! A client of the daemon's socket and nothing else: it speaks CRI, as a kubelet does, and Berth's own
-//! service for what CRI has no call for; streams go over the URLs that the daemon answers with. It keeps no
-//! state. The one thing it reads beside is the log files, whose paths the daemon tells.
+//! It talks to the daemon's socket only: CRI, as a kubelet does, and Berth's own service for what
+//! the CRI has no call for; streams use the URLs that the daemon returns. It keeps no state.
+//! Besides, it reads log files, whose paths the daemon reports.
 //!
-//! `args` says what can be written, `commands` what it does; the other modules have one subject each.
+//! `args` defines the command line, `commands` has the subcommands; the other modules have one
+//! subject each.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -54,11 +55,12 @@ fn main() -> anyhow::Result<ExitCode> {
         Ok(cli) => cli,
         Err(error) => return Ok(refuse_command_line(&error)),
     };
-    // One thread: a command waits for the daemon most of the time. Following a log has its own thread.
+    // One thread is enough: a command mostly waits for the daemon. Following a log has its own
+    // thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let runs_a_program = matches!(cli.command, Command::Run(_) | Command::Exec(_) | Command::Attach(_));
     let outcome = runtime.block_on(perform(cli));
-    // Not dropped: that would wait for a thread that may be writing to a reader who never reads.
+    // Not dropped: that would wait for a thread that may be writing to a stalled reader.
     runtime.shutdown_background();
     Ok(outcome.unwrap_or_else(|error| {
         if !error.reader_is_gone() {
@@ -94,13 +96,13 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
         Command::Stats(args) => stats::stats(daemon, &args).await?,
         Command::Inspect(args) => inspect::inspect(daemon, &args).await?,
         Command::Info => info::info(daemon, &cli.socket).await?,
-        // Answered above, since they want no daemon.
+        // Handled above, since they need no daemon.
         Command::Version | Command::Doctor => {}
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints what is wrong with the command line, or the help that was asked for.
+/// Prints what is wrong with the command line, or the requested help.
 fn refuse_command_line(error: &clap::Error) -> ExitCode {
     // Fails only when there is no reader.
     let _unheard = error.print();

@@ -1,31 +1,31 @@
 //! `SRC:DST[:OPTIONS]`, the text form of a mount.
 //!
-//! Pure parsing; whether the source is there is looked up by `run`.
+//! Pure parsing; `run` checks that the source exists.
 
 use std::path::{Path, PathBuf};
 
 use berth_cri::v1::MountPropagation;
 
-/// A path of the host to show in a container.
+/// A host path to mount in a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MountSpec {
-    /// Path on the host, perhaps relative to the current directory.
+    /// Path on the host; may be relative to the current directory.
     pub(crate) source: PathBuf,
     /// Absolute path in the container.
     pub(crate) target: String,
-    /// Whether the container may only read it.
+    /// Whether it is read-only.
     pub(crate) readonly: bool,
-    /// Which way later mounts travel.
+    /// Its propagation.
     pub(crate) propagation: MountPropagation,
 }
 
 /// Why a text is not a mount.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum MountSpecError {
-    /// A part is missing, empty, or one too many.
+    /// A part is missing or empty, or there are too many.
     #[error("`{0}` is not a mount; use SOURCE:TARGET or SOURCE:TARGET:OPTIONS")]
     Form(String),
-    /// The target is relative, or leads out of itself.
+    /// The target is relative, or contains `..`.
     #[error("the target `{0}` of a mount must be an absolute path without `..`")]
     Target(String),
     /// No such option.

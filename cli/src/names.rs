@@ -1,29 +1,29 @@
-//! Finds what a person means: a pod or container by id, start of an id, pod name, or `pod/container`.
+//! Resolves names: a pod or container by id, id prefix, pod name, or `pod/container`.
 //!
-//! A whole id wins, then a name, then the start of an id. Where a name has been used again (the next attempt
-//! of a container, a recreated pod) the newest one is meant. What still leaves a choice is an error that
-//! lists it. Pure functions over what the daemon listed.
+//! A full id wins, then a name, then an id prefix. If a name has been reused (the next attempt
+//! of a container, a recreated pod) the newest one is meant. Remaining ambiguity is an error that
+//! lists the candidates. Pure functions over the daemon's lists.
 
 use std::collections::BTreeMap;
 
 use berth_cri::v1::{Container, PodSandbox};
 
-/// How many figures of an id are shown: as many as other tools show.
+/// Characters of an id that are shown, as in other tools.
 pub(crate) const SHORT_ID: usize = 12;
 
-/// How many figures of an id it takes to remove something by force.
+/// Characters of an id that are required to remove something by force.
 const CERTAIN_ID: usize = 4;
 
-/// How many candidates an error lists; more do not help to choose.
+/// How many candidates an error lists.
 const MOST_CANDIDATES: usize = 8;
 
-/// Why a text does not lead to one thing.
+/// Why a name cannot be resolved.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub(crate) enum NameError {
     /// Nothing has this id or name.
     #[error("no pod or container named `{0}`; `berth ps -a` lists them")]
     Unknown(String),
-    /// The pod is there, a container of that name is not.
+    /// The pod has no container of that name.
     #[error("pod `{pod}` has no container `{container}`; it has {}", listed(.candidates))]
     UnknownInPod {
         /// Name of the pod.
@@ -33,23 +33,23 @@ pub(crate) enum NameError {
         /// Names of its containers.
         candidates: Vec<String>,
     },
-    /// One thing begins so, but a slip of the finger may have meant another.
+    /// The prefix is unique, but so short that it may be a typing error.
     #[error("id prefix `{0}` is too short for --force; give at least {CERTAIN_ID} characters")]
     TooShort(String),
-    /// More than one thing could be meant.
+    /// The name is ambiguous.
     #[error("`{name}` matches more than one: {}; use a longer name or id", listed(.candidates))]
     Ambiguous {
         /// The requested name.
         name: String,
-        /// What it could be.
+        /// The candidates.
         candidates: Vec<String>,
     },
-    /// The pod has no container to speak of.
+    /// The pod has no containers.
     #[error("pod `{0}` has no containers")]
     EmptyPod(String),
 }
 
-/// Names in a sentence, not too many.
+/// The names as a list in a sentence, shortened if long.
 pub(crate) fn listed(candidates: &[String]) -> String {
     let more = candidates.len().saturating_sub(MOST_CANDIDATES);
     let shown = candidates.iter().take(MOST_CANDIDATES).cloned().collect::<Vec<_>>().join(", ");
@@ -60,13 +60,13 @@ pub(crate) fn listed(candidates: &[String]) -> String {
     }
 }
 
-/// The first figures of an id, without the name of the hash in front of an image's.
+/// The first characters of an id, without the hash algorithm of an image's.
 pub(crate) fn short_id(id: &str) -> &str {
     let id = id.strip_prefix("sha256:").unwrap_or(id);
     id.get(..SHORT_ID).unwrap_or(id)
 }
 
-/// What a name leads to.
+/// The object of a name.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Target<'a> {
     /// A pod as a whole.
@@ -75,12 +75,12 @@ pub(crate) enum Target<'a> {
     Container(&'a Container),
 }
 
-/// All pods and containers of a daemon at one moment.
+/// A snapshot of all pods and containers of a daemon.
 #[derive(Debug, Default)]
 pub(crate) struct Inventory {
-    /// Every sandbox, dead ones too.
+    /// Every sandbox, including stopped ones.
     pub(crate) pods: Vec<PodSandbox>,
-    /// Every container, ended ones too.
+    /// Every container, including exited ones.
     pub(crate) containers: Vec<Container>,
 }
 
@@ -95,7 +95,7 @@ impl Inventory {
         self.containers.iter().filter(move |container| container.pod_sandbox_id == pod_id)
     }
 
-    /// The container's name as it can be asked for: `pod/container`.
+    /// The container's name as commands accept it: `pod/container`.
     pub(crate) fn label(&self, container: &Container) -> String {
         let pod = self.pod(&container.pod_sandbox_id).map_or("?", pod_name);
         format!("{pod}/{}", container_name(container))
@@ -115,8 +115,8 @@ impl Inventory {
         }
     }
 
-    /// [`Inventory::target`] for what cannot be undone: a name or an id as a whole, or more of an id than one
-    /// types by mistake.
+    /// [`Inventory::target`] for what cannot be undone: a full name or id, or a longer id prefix
+    /// than one types by mistake.
     ///
     /// # Errors
     /// When there is none, or more than one, or too short a prefix of an id is given.
@@ -191,7 +191,7 @@ impl Inventory {
         }
     }
 
-    /// The newest container of each pod and container name: earlier attempts lie around until they are
+    /// The newest container of each pod and container name: earlier attempts exist until they are
     /// removed.
     fn newest_of_each_name<'a>(
         &'a self,
@@ -220,7 +220,7 @@ impl Inventory {
         }
     }
 
-    /// The newest of the pods, if all are of one namespace: the others are earlier attempts of it.
+    /// The newest of the pods, if all are in one namespace: the others are earlier attempts.
     fn only_pod<'a>(
         &self,
         name: &str,
@@ -249,17 +249,17 @@ fn describe_pod(pod: &PodSandbox) -> String {
     format!("pod {} ({} in namespace {})", short_id(&pod.id), pod_name(pod), pod_namespace(pod))
 }
 
-/// The pod's own name, empty when the daemon gives none.
+/// The pod's name; empty if it has none.
 pub(crate) fn pod_name(pod: &PodSandbox) -> &str {
     pod.metadata.as_ref().map_or("", |metadata| &metadata.name)
 }
 
-/// The namespace that the pod's name belongs to.
+/// The namespace of the pod.
 pub(crate) fn pod_namespace(pod: &PodSandbox) -> &str {
     pod.metadata.as_ref().map_or("", |metadata| &metadata.namespace)
 }
 
-/// The container's name within its pod, empty when the daemon gives none.
+/// The container's name in its pod; empty if it has none.
 pub(crate) fn container_name(container: &Container) -> &str {
     container.metadata.as_ref().map_or("", |metadata| &metadata.name)
 }
@@ -282,8 +282,8 @@ mod tests {
         Container { id, pod_sandbox_id, metadata: Some(metadata), created_at, ..Default::default() }
     }
 
-    /// Pods `web` (two containers, one of them in two attempts), `job` (one container), `empty`, and `twin`
-    /// in two namespaces; the pod `abc` has the name of other things' first figures.
+    /// Pods `web` (two containers, one of them in two attempts), `job` (one container), `empty`,
+    /// and `twin` in two namespaces; the pod `abc` has the name of other things' first figures.
     fn inventory() -> Inventory {
         Inventory {
             pods: vec![

@@ -1,7 +1,7 @@
 //! What the command prints: results to standard output, remarks to standard error.
 //!
-//! The one place that writes to either. A reader that has gone away (`berth ps | head -1`) is an error like
-//! any other here; `main` ends quietly on it.
+//! The only place that writes to either. A reader that has gone away (`berth ps | head -1`) is an
+//! error like any other here; `main` ends quietly on it.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -29,7 +29,7 @@ pub(crate) fn line(text: impl Display) -> Result<(), OutputError> {
     bytes(Stream::Stdout, format!("{text}\n").as_bytes())
 }
 
-/// Writes bytes as they are, at once.
+/// Writes bytes as they are, unbuffered.
 ///
 /// # Errors
 /// When they cannot be written.
@@ -45,7 +45,7 @@ pub(crate) fn bytes(stream: Stream, bytes: impl AsRef<[u8]>) -> Result<(), Outpu
     written.map_err(OutputError)
 }
 
-/// Tells the person something that is not the result, as a line on standard error.
+/// Prints a message that is not part of the result to standard error.
 ///
 /// Errors are ignored: there is no other place to report them.
 pub(crate) fn remark(text: impl Display) {

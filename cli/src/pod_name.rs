@@ -1,14 +1,14 @@
-//! Names for the pods and containers that the command makes.
+//! Names for the pods and containers that the command creates.
 //!
-//! A pod's name serves as its host name too, so it is what Kubernetes allows for both: a DNS label (RFC
-//! 1123).
+//! A pod's name is also its hostname, so it has to be what Kubernetes allows for both: a DNS label
+//! (RFC 1123).
 
 use std::io;
 
 /// The longest DNS label, in bytes (RFC 1035, section 2.3.4).
 const MAX_NAME_BYTES: usize = 63;
 
-/// How many figures make a name unlike others.
+/// How many random characters make a name unique.
 const SUFFIX_DIGITS: usize = 6;
 
 /// Why a text cannot be the name of a pod.
@@ -21,7 +21,7 @@ pub(crate) struct PodNameError(String);
 /// Checks a name that a user chose.
 ///
 /// # Errors
-/// When it is no DNS label.
+/// When it is not a DNS label.
 pub(crate) fn check(name: &str) -> Result<String, PodNameError> {
     let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     let fits = (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(allowed);
@@ -31,7 +31,7 @@ pub(crate) fn check(name: &str) -> Result<String, PodNameError> {
     Ok(name.to_owned())
 }
 
-/// Makes a name from an image's, like `busybox-3f2a1c`; the figures are those of `unique`.
+/// Makes a name from an image's, such as `busybox-3f2a1c`, with the first characters of `unique`.
 pub(crate) fn from_image(reference: &str, unique: &str) -> String {
     let path = reference.split('@').next().unwrap_or_default();
     let last = path.rsplit('/').next().unwrap_or_default();
@@ -52,7 +52,7 @@ pub(crate) fn from_image(reference: &str, unique: &str) -> String {
 /// A random UUID, from the kernel (random(4)).
 ///
 /// # Errors
-/// When /proc is not there.
+/// When /proc is not mounted.
 pub(crate) fn random_uuid() -> io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim_end().to_owned())
 }

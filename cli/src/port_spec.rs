@@ -1,17 +1,17 @@
-//! Which port here leads to which port of a pod: `8080:80`, `80` for the same here, `:80` for any here.
+//! A forwarded port: `8080:80`, `80` for the same local port, `:80` for any local port.
 
 use std::str::FromStr;
 
-/// A port here and one in the pod.
+/// A local port and one in the pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PortSpec {
-    /// Here; `None` for one that is free.
+    /// The local port; `None` for any free one.
     pub(crate) local: Option<u16>,
-    /// In the pod. Never 0.
+    /// The port in the pod. Never 0.
     pub(crate) remote: u16,
 }
 
-/// A text that says no ports.
+/// A text that is not a port mapping.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("`{0}` is not [LOCAL:]REMOTE with ports from 1 to 65535; leave LOCAL empty for any free port")]
 pub(crate) struct PortSpecError(String);
@@ -21,7 +21,7 @@ impl FromStr for PortSpec {
 
     fn from_str(text: &str) -> Result<Self, PortSpecError> {
         let wrong = || PortSpecError(text.to_owned());
-        // "+80" is a number to `parse`.
+        // `parse` would accept "+80".
         let port = |text: &str| {
             let number = text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u16>().ok());
             number.flatten().filter(|port| *port != 0).ok_or_else(wrong)
@@ -29,7 +29,7 @@ impl FromStr for PortSpec {
         let (local, remote) = match text.split_once(':') {
             None => (Some(port(text)?), port(text)?),
             Some(("", remote)) => (None, port(remote)?),
-            // As others have it: any port.
+            // 0 means any port, as in other tools.
             Some(("0", remote)) => (None, port(remote)?),
             Some((local, remote)) => (Some(port(local)?), port(remote)?),
         };

@@ -1,6 +1,6 @@
 //! Shows how far a transfer has come: a bar per layer on a terminal, nothing without a terminal.
 //!
-//! Bars go to standard error and are wiped at the end, so that the result on standard output stands alone.
+//! Bars go to standard error and are cleared at the end, so that only the result remains.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::names::short_id;
 
-/// More bars than fit on any screen: further layers are counted, not drawn.
+/// The most bars, more than fit on any screen: further layers are counted, not drawn.
 const MOST_BARS: usize = 32;
 
 /// The bars of one pull.
@@ -31,14 +31,14 @@ impl LayerBars {
         }
     }
 
-    /// Makes a bar for each layer, so that they stand in the image's order.
+    /// Creates a bar for each layer, in the image's order.
     pub(crate) fn expect_layers(&mut self, digests: &[String]) {
         for digest in digests {
             self.bar(digest);
         }
     }
 
-    /// Moves the bar of a layer.
+    /// Updates the bar of a layer.
     pub(crate) fn show(&mut self, layer: &LayerProgress) {
         self.bytes_done.insert(layer.digest.clone(), if loads(layer.phase()) { layer.bytes_done } else { 0 });
         let Some(bar) = self.bar(&layer.digest) else { return };
@@ -52,7 +52,7 @@ impl LayerBars {
         }
     }
 
-    /// Compressed bytes that were really transferred.
+    /// Compressed bytes that were actually transferred.
     pub(crate) fn bytes_loaded(&self) -> u64 {
         self.bytes_done.values().fold(0, |sum, bytes| sum.saturating_add(*bytes))
     }
@@ -73,13 +73,14 @@ impl LayerBars {
 
 impl Drop for LayerBars {
     fn drop(&mut self) {
-        // Also after an error: its message shall not stand behind half a bar. Only fails with the terminal
-        // gone.
+        // Also after an error, so that its message does not follow half a bar. Fails only if the
+        // terminal is gone.
         let _unseen = self.screen.clear();
     }
 }
 
-/// How far an import has come: a bar when the daemon knows the archive's size, else a count of bytes.
+/// How far an import has come: a bar when the daemon knows the archive's size, else a count of
+/// bytes.
 #[derive(Debug)]
 pub(crate) struct ArchiveBar {
     bar: ProgressBar,
@@ -92,7 +93,7 @@ impl ArchiveBar {
         Self { bar: bar.with_style(styled(COUNT_TEMPLATE)) }
     }
 
-    /// Moves the bar.
+    /// Updates the bar.
     pub(crate) fn show(&self, progress: &ImportProgress) {
         if progress.bytes_total > 0 && self.bar.length() != Some(progress.bytes_total) {
             self.bar.set_style(styled(TEMPLATE));
@@ -109,14 +110,14 @@ impl Drop for ArchiveBar {
     }
 }
 
-/// What a bar looks like.
+/// The format of a bar.
 const TEMPLATE: &str = "{prefix:12} {bar:30} {bytes:>10} / {total_bytes:10} {msg}";
 
-/// What is shown where the end is not known.
+/// The format if the total is unknown.
 const COUNT_TEMPLATE: &str = "{spinner} {bytes} read";
 
 fn styled(template: &str) -> ProgressStyle {
-    // Templates are constants that a test reads, so the fallback is never seen.
+    // Templates are constants checked by a test, so the fallback is never used.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 

@@ -1,5 +1,5 @@
-//! Fetches an image: through Berth's own service, which tells how far it is, or through CRI where that is
-//! missing.
+//! Pulls an image: through Berth's own service, which reports progress, or through the CRI where
+//! that is missing.
 
 use std::time::Instant;
 
@@ -13,18 +13,18 @@ use crate::output;
 use crate::progress::LayerBars;
 use crate::quantity::bytes_text;
 
-/// Who asks the registry for the image. No `Debug`, so that the password stays out of messages.
+/// Credentials for the registry. No `Debug`, so that the password stays out of messages.
 pub(crate) struct Credentials {
-    /// Name of an account.
+    /// Account name.
     pub(crate) username: String,
-    /// Its password or access token.
+    /// Password or access token.
     pub(crate) password: String,
 }
 
 /// How much of a pull is shown on standard error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Narration {
-    /// Bars while it runs, and a line when it is done.
+    /// Progress bars, and a line when it is done.
     Full,
     /// Nothing.
     Silent,
@@ -36,15 +36,15 @@ pub(crate) enum PullError {
     /// The daemon refused or failed.
     #[error(transparent)]
     Call(#[from] CallError),
-    /// The daemon ended the call well without naming an image.
+    /// The call succeeded without naming an image.
     #[error("cannot pull {0}: the daemon did not name the image it pulled")]
     NoImage(String),
 }
 
-/// Pulls an image and returns its id. Going away cancels the pull.
+/// Pulls an image and returns its id. Dropping the future cancels the pull.
 ///
 /// # Errors
-/// When the image cannot be had.
+/// When the pull fails.
 pub(crate) async fn pull(
     daemon: &Daemon,
     image: &str,
@@ -173,8 +173,8 @@ mod tests {
         let own_words = "not here";
         let error = outcome(vec![Err(Status::unimplemented(own_words))]).await.unwrap_err();
         let PullError::Call(error) = error else { panic!("not a refused call: {error:?}") };
-        // The fake does not serve CRI either, so the second call is refused as well, and not in the script's
-        // words.
+        // The fake does not serve CRI either, so the second call is refused as well, and not in the
+        // script's words.
         assert_eq!(error.refusal.code, Code::Unimplemented);
         assert!(!error.refusal.to_string().contains(own_words), "{}", error.refusal);
     }

@@ -1,21 +1,23 @@
-//! Amounts as people write them, and back: `64Mi` of memory, `0.5` of a processor, `1.2 GB` in a table.
+//! Parses and formats amounts: `64Mi` of memory, `0.5` CPUs, `1.2 GB` in a table.
 //!
-//! Memory follows the notation of Kubernetes quantities: `Ki`, `Mi`, `Gi`, `Ti` are powers of 1024, `k`, `M`,
-//! `G`, `T` powers of 1000. Pure functions; what a limit means is the daemon's business.
+//! Memory follows the notation of Kubernetes quantities: `Ki`, `Mi`, `Gi`, `Ti` are powers of 1024,
+//! `k`, `M`, `G`, `T` powers of 1000. Pure functions; what a limit means is the daemon's business.
 
 use std::time::Duration;
 
-/// Length of the period that processor time is rationed in: the kernel's own default, 100 ms (cgroups(7),
+/// The period of the CPU quota: the kernel's default, 100 ms (cgroups(7),
 /// `cpu.max`).
 pub(crate) const CPU_PERIOD: Duration = Duration::from_millis(100);
 
-/// The shortest quota the kernel takes, 1 ms in a period: `min_cfs_quota_period` in kernel/sched/core.c.
+/// The smallest quota that the kernel accepts, 1 ms per period: `min_cfs_quota_period` in
+/// kernel/sched/core.c.
 const SHORTEST_QUOTA_US: f64 = 1000.0;
 
-/// More processors than any machine has. Keeps the product with the period far from the limits of an `i64`.
+/// More CPUs than any machine has. Keeps the product with the period far from the limits of an
+/// `i64`.
 const MOST_CPUS: f64 = 1_000_000.0;
 
-/// Suffixes of memory amounts and what they stand for, in bytes.
+/// Suffixes of memory amounts and their factors.
 const MEMORY_UNITS: [(&str, f64); 8] = [
     ("Ki", 1024.0),
     ("Mi", 1_048_576.0),
@@ -27,7 +29,7 @@ const MEMORY_UNITS: [(&str, f64); 8] = [
     ("T", 1e12),
 ];
 
-/// The largest amount of memory that is taken, 2^53 bytes: up to here a float counts every byte.
+/// The largest amount of memory that is accepted, 2^53 bytes: a float is exact up to here.
 const MOST_BYTES: f64 = 9_007_199_254_740_992.0;
 
 /// Why a text is not an amount.
@@ -38,13 +40,13 @@ pub(crate) enum QuantityError {
         "`{0}` is not an amount of memory; use bytes, or a number with Ki, Mi, Gi, k, M or G, such as 64Mi"
     )]
     Memory(String),
-    /// The amount is zero, negative, or beyond what any machine has.
+    /// The amount is zero, negative, or more than any machine has.
     #[error("`{0}` is out of range: use more than 0 and at most 8Pi")]
     MemoryRange(String),
     /// The text is not a number.
     #[error("`{0}` is not a number of CPUs; use a number such as 0.5 or 2")]
     Cpus(String),
-    /// The kernel does not ration this finely, or no machine has that many.
+    /// Below the kernel's minimum, or more than any machine has.
     #[error("`{0}` is out of range: the smallest limit is 0.01 CPUs")]
     CpusRange(String),
 }
@@ -65,7 +67,7 @@ pub(crate) fn parse_memory(text: &str) -> Result<i64, QuantityError> {
     Ok(bytes as i64)
 }
 
-/// Parses a number of processors into the quota per [`CPU_PERIOD`], in microseconds.
+/// Parses a number of CPUs into the quota per [`CPU_PERIOD`], in microseconds.
 ///
 /// # Errors
 /// When the text is not a number, or a value out of range.
@@ -79,13 +81,13 @@ pub(crate) fn parse_cpu_quota_us(text: &str) -> Result<i64, QuantityError> {
     Ok(quota_us as i64)
 }
 
-/// A plain decimal number. `f64::from_str` alone would also take `inf`, `nan`, `1e9` and signs.
+/// Parses a plain decimal number. `f64::from_str` would also accept `inf`, `nan`, `1e9` and signs.
 fn parse_decimal(text: &str) -> Option<f64> {
     let plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
     if plain { text.parse().ok() } else { None }
 }
 
-/// Writes a number of bytes for a table: three figures and a unit, in powers of 1024.
+/// Formats a number of bytes for a table: three digits and a unit, in powers of 1024.
 pub(crate) fn bytes_text(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {

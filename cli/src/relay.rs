@@ -1,8 +1,8 @@
-//! Between a program in a container and the command's caller: input, output, the terminal's size, and
-//! the keys that detach.
+//! Relays between a program in a container and the caller: input, output, the terminal's size, and
+//! the detach keys.
 //!
-//! Reading and writing our own streams blocks, so each has a thread: a reader of ours that does not read must
-//! not keep a signal from ending us. Nothing is held beyond short queues; a slow end slows the other down.
+//! Reading and writing our own streams blocks, so each has a thread: a stalled reader of our output
+//! must not delay the handling of a signal. Queues are short, so a slow end slows down the other.
 
 use std::convert::Infallible;
 use std::io::{self, IsTerminal, Read};
@@ -26,26 +26,26 @@ type Bytes = Vec<u8>;
 /// Bytes read from standard input at a time.
 const READ_BYTES: usize = 32 * 1024;
 
-/// Pieces that wait for their reader.
+/// Chunks that wait for their reader.
 const QUEUE: usize = 4;
 
-/// How it ended.
+/// How the relay ended.
 #[derive(Debug)]
 pub(crate) enum Ended {
-    /// The program has.
+    /// The program ended.
     Program(Outcome),
-    /// The connection broke before.
+    /// The connection was lost.
     Lost,
-    /// The keys to detach were typed.
+    /// The detach keys were typed.
     Detached,
 }
 
-/// Passes everything on until an end, or until this is dropped. The connection is closed then, which ends a
-/// program that was started by it, and our terminal is what it was before. Keys to detach are typed: input
-/// that does not come from a terminal in raw mode may have any bytes.
+/// Relays until an end, or until this is dropped. The connection is closed then, which ends a
+/// program that was started by it, and our terminal is restored. Detach keys only count when typed:
+/// input that does not come from a terminal in raw mode may contain any bytes.
 ///
 /// # Errors
-/// When our output cannot be written, or our input not be read.
+/// When our output cannot be written, or our input cannot be read.
 pub(crate) async fn relay(
     command: Command,
     mut terminal: Option<Terminal>,
@@ -68,16 +68,16 @@ pub(crate) async fn relay(
     };
     drop(terminal);
     if matches!(ended, Ended::Detached) {
-        // What was typed before the keys is on its way.
+        // What was typed before the keys has been sent.
         ending.close().await;
     }
     Ok(ended)
 }
 
-/// Sends standard input, to its end. Returns when the keys to detach are typed, and only then.
+/// Sends standard input, to its end. Returns only when the detach keys are typed.
 ///
 /// # Errors
-/// When it cannot be read: what was sent is not all of it.
+/// When it cannot be read to its end.
 async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) -> io::Result<()> {
     if let Some(to) = to {
         let mut watcher = keys.map(Watcher::new);
@@ -89,7 +89,7 @@ async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) -> io::Result<(
                 Some(Typed::Input(bytes)) => (bytes, false),
                 Some(Typed::Detach(bytes)) => (bytes, true),
             };
-            // A program that takes no more input goes on without it.
+            // A program that takes no more input continues without it.
             let sent = to.send(bytes.into()).await;
             if detach {
                 return Ok(());
@@ -132,8 +132,8 @@ fn read_input() -> mpsc::Receiver<io::Result<Bytes>> {
 /// The same number on x86_64 and aarch64: errno(3).
 const EIO: i32 = 5;
 
-/// What comes next; nothing at the end. Waits for it, even if another holder of the descriptor has made it
-/// non-blocking.
+/// Reads the next input; empty at the end. Blocks even if another holder of the descriptor has made
+/// it non-blocking.
 fn read_piece<'a>(from: &mut (impl Read + AsFd), buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
     loop {
         match from.read(buffer) {
@@ -149,7 +149,7 @@ fn read_piece<'a>(from: &mut (impl Read + AsFd), buffer: &'a mut [u8]) -> io::Re
     }
 }
 
-/// Writes what comes to one of our streams, to its end.
+/// Writes everything received to one of our streams.
 async fn copy_out(from: Option<Incoming>, stream: Stream) -> Result<(), OutputError> {
     let Some(mut from) = from else { return Ok(()) };
     let (sender, mut receiver) = mpsc::channel(QUEUE);
@@ -163,7 +163,7 @@ async fn copy_out(from: Option<Incoming>, stream: Stream) -> Result<(), OutputEr
     loop {
         let bytes = tokio::select! {
             bytes = from.receive() => bytes,
-            // Before the end of what comes it ends only with an error.
+            // It ends early only with an error.
             written = &mut writing => return finished(written),
         };
         let Some(bytes) = bytes else { break };
@@ -184,7 +184,7 @@ fn finished(written: Result<Result<(), OutputError>, tokio::task::JoinError>) ->
     }
 }
 
-/// Tells the program the size of our terminal, now and whenever it changes. Never returns.
+/// Sends the size of our terminal to the program, now and whenever it changes. Never returns.
 async fn follow_size(terminal: Option<&mut Terminal>, resize: Option<Resize>) -> Infallible {
     if let (Some(terminal), Some(resize)) = (terminal, resize) {
         loop {

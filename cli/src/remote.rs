@@ -1,7 +1,7 @@
-//! Connections to the daemon's streaming server, by the URLs that it answers with.
+//! Connections to the daemon's streaming server, by the URLs that the daemon returns.
 //!
-//! Only who may use the daemon's socket gets a URL, and its token is the key to what it is for. The server is
-//! on this machine: on loopback, or on the address of the configuration.
+//! Only a client of the daemon's socket gets a URL, and its token authorizes the connection. The
+//! server is on this machine: on loopback, or on the configured address.
 
 use std::io;
 
@@ -22,7 +22,7 @@ pub(crate) enum RemoteError {
         /// What the system says.
         error: io::Error,
     },
-    /// TLS would be needed.
+    /// The server uses TLS.
     #[error(
         "the daemon's streaming server at {0} uses TLS, which this command does not support; set \
          streaming.address to a loopback address in the daemon's configuration"
@@ -33,7 +33,7 @@ pub(crate) enum RemoteError {
     Client(#[from] ClientError),
 }
 
-/// Runs or joins the command of a URL.
+/// Connects to the command of a URL.
 ///
 /// # Errors
 /// [`RemoteError`].
@@ -43,7 +43,7 @@ pub(crate) async fn command(url: &str, wanted: Wanted) -> Result<Command, Remote
     Ok(client::command(io, None, &target, wanted).await?)
 }
 
-/// Opens a connection to a port of the pod of a URL.
+/// Opens a connection to a port of a pod by a URL.
 ///
 /// # Errors
 /// [`RemoteError`].
@@ -53,15 +53,15 @@ pub(crate) async fn forward(url: &str, port: u16) -> Result<Forwarded, RemoteErr
     Ok(client::forward(io, None, &target, port).await?)
 }
 
-/// Connects. The end of the server's side is not watched for beside the reading: it may come before all is
-/// read, and what was sent before it is wanted.
+/// Connects. The end of the server's side is not watched for while reading: it may come before
+/// everything is read, and the data sent before it is wanted.
 async fn connect(target: &Target) -> Result<TcpStream, RemoteError> {
     if target.is_secure {
         return Err(RemoteError::Secure(target.authority.clone()));
     }
     let failed = |error| RemoteError::Connect { address: target.authority.clone(), error };
     let io = TcpStream::connect(&target.authority).await.map_err(failed)?;
-    // Only makes it quicker.
+    // Only an optimization.
     let _ = io.set_nodelay(true);
     Ok(io)
 }

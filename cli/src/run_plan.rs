@@ -1,10 +1,10 @@
-//! From what `berth run` was asked to what CRI is asked: the configurations of a pod and of a container in
-//! it.
+//! Turns the arguments of `berth run` into CRI requests: the configurations of a pod and of a
+//! container in it.
 //!
-//! Pure functions. Where CRI leaves a choice to its caller, the container gets what Kubernetes gives to one
-//! that asks for nothing: the default seccomp filter, its own pid namespace, and the usual paths of
-//! /proc and /sys hidden or read-only. Those lists have to be sent: an empty list in CRI means that nothing
-//! is hidden.
+//! Pure functions. Where the CRI leaves a choice to its caller, the container gets the defaults of
+//! Kubernetes: the default seccomp filter, its own pid namespace, and the usual paths of /proc and
+//! /sys hidden or read-only. Those lists have to be sent: an empty list in the CRI means that
+//! nothing is hidden.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,19 +22,19 @@ use crate::mount_spec::MountSpec;
 use crate::quantity::CPU_PERIOD;
 use crate::user_spec::UserSpec;
 
-/// Namespace, in the sense of Kubernetes, of the pods that the command makes.
+/// Kubernetes namespace of the pods that the command creates.
 pub(crate) const NAMESPACE: &str = "default";
 
 /// Name of the container if none is given.
 pub(crate) const DEFAULT_CONTAINER: &str = "main";
 
-/// Annotation of a pod that says where its logs are, on those that the command made; `berth rm` removes them.
+/// Annotation with the log directory of a pod that the command created; `berth rm` removes it.
 pub(crate) const LOG_DIRECTORY_ANNOTATION: &str = "berth.log-folder";
 
-/// Annotation of a pod that says how large its logs may become before the daemon rotates them, in bytes.
+/// Annotation with the size at which the daemon rotates a pod's logs, in bytes.
 const LOG_BYTES_ANNOTATION: &str = "berth.log-bytes";
 
-/// Files and directories of the kernel that tell of the host or change it: what Kubernetes hides for the
+/// Kernel files and directories that reveal or change the host: those that Kubernetes hides for the
 /// default `procMount` (pod.spec.containers.securityContext).
 const MASKED_PATHS: [&str; 12] = [
     "/proc/acpi",
@@ -51,48 +51,48 @@ const MASKED_PATHS: [&str; 12] = [
     "/sys/firmware",
 ];
 
-/// Those that may be read only, for the same.
+/// Paths that are read-only, for the same reason.
 const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// Whose network a pod uses.
+/// The network of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Network {
-    /// One of its own.
+    /// Its own.
     Pod,
-    /// The host's, with its name.
+    /// The host's, with its hostname.
     Host,
 }
 
-/// What a pod is made of.
+/// A pod to create.
 #[derive(Debug)]
 pub(crate) struct PodPlan {
     /// Name, also the host name.
     pub(crate) name: String,
-    /// What tells it from other pods of the name.
+    /// Unique among pods of that name.
     pub(crate) uid: String,
-    /// Whose network.
+    /// Its network.
     pub(crate) network: Network,
-    /// Absolute path of the directory for logs, of this pod alone.
+    /// Absolute path of this pod's own log directory.
     pub(crate) log_directory: String,
-    /// How large a log may become before it is rotated, in bytes; 0 for any size.
+    /// Size at which a log is rotated, in bytes; 0 for never.
     pub(crate) log_bytes: i64,
 }
 
-/// What a container takes over from the pod that it goes into.
+/// What a container inherits from its pod.
 #[derive(Debug)]
 pub(crate) struct Home {
     namespaces: NamespaceOption,
     labels: BTreeMap<String, String>,
 }
 
-/// What a container is made of.
+/// A container to create.
 #[derive(Debug)]
 pub(crate) struct ContainerPlan {
     /// Name within the pod.
     pub(crate) name: String,
     /// The image's id.
     pub(crate) image_id: String,
-    /// The image as it was asked for.
+    /// The image as requested.
     pub(crate) image_name: String,
     /// Arguments in place of the image's, if any.
     pub(crate) command: Vec<String>,
@@ -100,13 +100,13 @@ pub(crate) struct ContainerPlan {
     pub(crate) envs: Vec<KeyValue>,
     /// Mounts, their sources absolute.
     pub(crate) mounts: Vec<MountSpec>,
-    /// Who the program runs as, if not as the image says.
+    /// The user, if not the image's.
     pub(crate) user: Option<UserSpec>,
-    /// Limit of memory.
+    /// Memory limit.
     pub(crate) memory_limit_bytes: Option<i64>,
-    /// Limit of processor time per [`CPU_PERIOD`].
+    /// CPU quota per [`CPU_PERIOD`].
     pub(crate) cpu_quota_us: Option<i64>,
-    /// The program gets input, to the end of the first that is passed on.
+    /// The program gets input, until the end of the first input that is attached.
     pub(crate) stdin: bool,
     /// The program gets a terminal.
     pub(crate) terminal: bool,
@@ -117,10 +117,10 @@ pub(crate) fn log_directory(below: &Path, pod_name: &str, uid: &str) -> PathBuf 
     below.join(format!("{pod_name}_{uid}"))
 }
 
-/// The log directory of a pod that the command made, if it is one.
+/// The log directory of a pod, if the command created it.
 ///
-/// Trusts the annotation only when it names a directory that belongs to this pod by its last part, so that an
-/// annotation of other origin cannot have any directory removed.
+/// Trusts the annotation only if the last component of the path belongs to this pod, so that a
+/// foreign annotation cannot have any other directory removed.
 pub(crate) fn log_directory_of(
     metadata: Option<&PodSandboxMetadata>,
     annotations: &BTreeMap<String, String>,
@@ -143,7 +143,7 @@ fn namespaces(network: NamespaceMode, ipc: NamespaceMode) -> NamespaceOption {
 }
 
 impl PodPlan {
-    /// What its containers take over.
+    /// What its containers inherit.
     pub(crate) fn home(&self) -> Home {
         let network = match self.network {
             Network::Pod => NamespaceMode::Pod,
@@ -154,9 +154,9 @@ impl PodPlan {
     }
 }
 
-/// What the containers of a pod take over that is there already, however it was created.
+/// What containers inherit from an existing pod, however it was created.
 ///
-/// Network and IPC have to be the pod's; of process ids the container gets its own namespace in any pod.
+/// Network and IPC have to be the pod's; the container always gets its own pid namespace.
 pub(crate) fn home_of(status: &PodSandboxStatus) -> Home {
     let linux = status.linux.as_ref();
     let options = linux.and_then(|linux| linux.namespaces.as_ref()?.options.clone()).unwrap_or_default();
@@ -166,7 +166,7 @@ pub(crate) fn home_of(status: &PodSandboxStatus) -> Home {
     Home { namespaces, labels: pod_labels(&metadata.name, &metadata.namespace, &metadata.uid) }
 }
 
-/// What is known of the configuration of a pod that is there already. The daemon has the whole of it.
+/// The known part of the configuration of an existing pod. The daemon has all of it.
 pub(crate) fn known_config(status: &PodSandboxStatus) -> PodSandboxConfig {
     let log_directory = log_directory_of(status.metadata.as_ref(), &status.annotations);
     PodSandboxConfig {
@@ -190,7 +190,7 @@ fn pod_labels(name: &str, namespace: &str, uid: &str) -> BTreeMap<String, String
         .into()
 }
 
-/// The sandbox to ask for.
+/// The sandbox's configuration.
 pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
     let Home { namespaces, labels } = pod.home();
     let hostname = match pod.network {
@@ -224,7 +224,7 @@ pub(crate) fn sandbox_config(pod: &PodPlan) -> PodSandboxConfig {
     }
 }
 
-/// The container to ask for. Wants the sources of the mounts to be UTF-8, as CRI does.
+/// The container's configuration. The sources of the mounts must be UTF-8, as in the CRI.
 pub(crate) fn container_config(home: Home, container: ContainerPlan) -> ContainerConfig {
     let Home { namespaces, mut labels } = home;
     labels.insert(labels::CONTAINER_NAME.into(), container.name.clone());

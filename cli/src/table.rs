@@ -1,13 +1,13 @@
-//! Text in columns, for people and for `awk`.
+//! Tables, readable by people and `awk`.
 //!
-//! Columns are as wide as their widest cell, apart by three spaces, left-aligned; the last one is not padded.
-//! A cell never breaks the rows: control characters in it are shown as `?`, since names and labels come from
-//! outside and could otherwise move the cursor of a terminal.
+//! Columns are as wide as their widest cell, separated by three spaces and left-aligned; the last
+//! one is not padded. A cell cannot break the layout: control characters are shown as `?`, since
+//! names and labels come from outside and could otherwise move the cursor of a terminal.
 
 /// Between two columns: wide enough to be distinct from a space in a cell.
 const GAP: &str = "   ";
 
-/// A heading and rows of as many cells.
+/// A heading, and rows with as many cells.
 #[derive(Debug)]
 pub(crate) struct Table<const COLUMNS: usize> {
     rows: Vec<[String; COLUMNS]>,
@@ -45,8 +45,8 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     }
 }
 
-/// The text with `?` for every character that a terminal would act on, that turns the direction of writing,
-/// or that is not seen.
+/// The text with `?` for every character that a terminal would interpret, that changes the text
+/// direction, or that is invisible.
 pub(crate) fn printable(text: &str) -> String {
     let is_shown = |character: char| {
         if character.is_ascii() {

@@ -1,4 +1,4 @@
-//! The terminal that the command runs in: raw mode for as long as a program in a container has it, and its
+//! The command's terminal: raw mode while a program in a container has it, and its
 //! size.
 
 use std::io::{self, IsTerminal};
@@ -13,18 +13,18 @@ use crate::output;
 /// The terminal, for a program that has one in its container.
 #[derive(Debug)]
 pub(crate) struct Terminal {
-    /// Given back when this is dropped, at every end of the command but SIGKILL.
+    /// Restored when this is dropped, at every end of the command but SIGKILL.
     raw: Option<RawMode>,
     resized: Signal,
     continued: Signal,
 }
 
 impl Terminal {
-    /// The terminal, for a program that has one: in raw mode from now on when what is typed goes to the
+    /// The terminal, for a program that has one: in raw mode from now on if input goes to the
     /// program.
     ///
     /// # Errors
-    /// When signals cannot be listened to, or the terminal does not take raw mode.
+    /// When signal handlers or raw mode cannot be set up.
     pub(crate) fn of_program(wanted: Wanted) -> io::Result<Option<Self>> {
         if !wanted.terminal {
             return Ok(None);
@@ -64,8 +64,8 @@ impl Terminal {
             _ = self.resized.recv() => {}
             _ = self.continued.recv() => {
                 if let Some(raw) = &self.raw {
-                    // The shell that had the terminal meanwhile has set it as it likes it. A terminal that is
-                    // gone will be noticed by its input.
+                    // The shell that had the terminal meanwhile has changed its settings. A
+                    // terminal that is gone will be noticed when reading its input.
                     let _ = raw.apply();
                 }
             }

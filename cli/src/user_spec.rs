@@ -1,11 +1,11 @@
-//! `USER[:GROUP]`, the text form of who a program runs as.
+//! `USER[:GROUP]`, the user that a program runs as.
 //!
 //! Pure parsing. Names are looked up in the image's passwd file, by the daemon.
 
-/// Who a container's program runs as, in the terms that CRI has.
+/// The user of a container's program, as the CRI represents it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum UserSpec {
-    /// By number, with a group if one is given.
+    /// By id, with a group if one is given.
     Id {
         /// User id in the container.
         uid: u32,
@@ -14,7 +14,7 @@ pub(crate) enum UserSpec {
     },
     /// By name, with a group if one is given.
     Name {
-        /// A name of the image's passwd file.
+        /// A name from the image's passwd file.
         name: String,
         /// Group id in the container.
         gid: Option<u32>,
@@ -24,10 +24,10 @@ pub(crate) enum UserSpec {
 /// Why a text is not a user.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum UserSpecError {
-    /// Empty, or with characters that no passwd file has in a name.
+    /// Empty, or with characters that a name in a passwd file cannot have.
     #[error("`{0}` is not a user; use a name or id, optionally followed by :GID")]
     User(String),
-    /// CRI has no field for the name of a group.
+    /// The CRI has no field for group names.
     #[error("`{0}` is not a group id; groups cannot be given by name")]
     Group(String),
 }
@@ -45,7 +45,7 @@ impl std::str::FromStr for UserSpec {
         if user.bytes().all(|byte| byte.is_ascii_digit()) {
             return Ok(Self::Id { uid: parse_id(user).ok_or_else(bad)?, gid });
         }
-        // A minus sign first is an option that lost its way; the rest would break a line of passwd(5).
+        // A leading minus sign is a misplaced option; the rest would break a line of passwd(5).
         let allowed = |character: char| !character.is_control() && !character.is_whitespace();
         if user.starts_with('-') || !user.chars().all(allowed) {
             return Err(bad());
@@ -54,7 +54,8 @@ impl std::str::FromStr for UserSpec {
     }
 }
 
-/// A user or group id. The highest number is left out: to the kernel it means "none" (chown(2)).
+/// Parses a user or group id. The highest number is refused: to the kernel it means "none"
+/// (chown(2)).
 fn parse_id(text: &str) -> Option<u32> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     if digits { text.parse().ok().filter(|id| *id != u32::MAX) } else { None }

@@ -183,7 +183,7 @@ impl ShimEnd {
             };
             match buffer.get(..length).and_then(<[u8]>::split_first) {
                 Some((b'P', part)) if self.parts.len() <= MAX_REPORT => self.parts.extend_from_slice(part),
-                Some((b'P', _)) => return Err(refused(STEP, "its report is truncated")),
+                Some((b'P', _)) => return Err(refused(STEP, "its report does not end")),
                 Some((b'R', part)) => {
                     self.parts.extend_from_slice(part);
                     let created = Created::decode(std::mem::take(&mut self.parts).as_slice())
@@ -330,7 +330,7 @@ mod tests {
                 }
             }
         }
-        assert!(refused.unwrap().detail.contains("no end"));
+        assert!(refused.unwrap().detail.contains("does not end"));
         for torn in [b"R\xff".as_slice(), b"X", b"N1"] {
             let (mut shim, child) = pair(true).unwrap();
             socket::send(child.report.as_ref().unwrap().as_fd(), torn, &[]).unwrap();

@@ -1,4 +1,4 @@
-//! `berth attach`: joins the streams of a container's own program, as they go on.
+//! `berth attach`: joins the streams of a container's main program.
 
 use std::io;
 use std::process::ExitCode;
@@ -32,18 +32,18 @@ pub(crate) enum AttachError {
         /// What the daemon says.
         text: String,
     },
-    /// The connection broke, and the container goes on.
+    /// The connection was lost; the container keeps running.
     #[error("lost the connection to {0}, which keeps running; `berth attach {0}` joins it again")]
     Lost(String),
-    /// Signals cannot be listened to, or the terminal cannot be used.
+    /// Signal handlers or the terminal cannot be set up.
     #[error("cannot set up the terminal")]
     Terminal(#[source] io::Error),
 }
 
-/// Passes streams on until the container ends or the keys to detach are typed.
+/// Relays streams until the container ends or the detach keys are typed.
 ///
 /// # Errors
-/// When there is no such container, or it does not run, or the connection breaks.
+/// When there is no such container, it is not running, or the connection is lost.
 pub(crate) async fn attach(daemon: &Daemon, args: AttachArgs) -> Result<ExitCode, Error> {
     let inventory = daemon.inventory().await?;
     let container = inventory.container(&args.container)?;
@@ -75,12 +75,12 @@ pub(crate) async fn attach(daemon: &Daemon, args: AttachArgs) -> Result<ExitCode
     }
 }
 
-/// The streams of a container's program that can be joined.
+/// The streams of a container's main program that can be joined.
 pub(super) fn streams(stdin: bool, terminal: bool) -> Wanted {
     Wanted { stdin, stdout: true, stderr: !terminal, terminal }
 }
 
-/// Joins the streams of a container that is called `label`.
+/// Joins the streams of the container `label`.
 ///
 /// # Errors
 /// When the daemon refuses, or cannot be reached.

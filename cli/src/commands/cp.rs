@@ -1,8 +1,8 @@
 //! `berth cp`: files between this machine and a running container.
 //!
-//! Where things are is looked up by descriptor, below the root that the container's process has in its mount
-//! namespace. The bytes go through the container's own tar where it has one, with the rights of its user;
-//! where not, they are read and written by descriptor.
+//! Paths are resolved by descriptor, below the root that the container's process has in its mount
+//! namespace. The data goes through the container's own tar if it has one, with the rights of its
+//! user; otherwise it is read and written by descriptor.
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -25,7 +25,7 @@ use crate::daemon::{Daemon, answer};
 use crate::error::Error;
 use crate::{output, remote, table};
 
-/// Why nothing, or not all, was copied.
+/// Why copying failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CpError {
     /// Neither or both sides are in a container.
@@ -33,28 +33,28 @@ pub(crate) enum CpError {
         "one side must be a container: write CONTAINER:PATH for it, and ./PATH for a local path with a colon"
     )]
     Sides,
-    /// There is no process whose root could be looked at.
+    /// The container is not running.
     #[error("container `{0}` is not running; files are copied from and to running containers only")]
     NotRunning(String),
     /// The process cannot be found.
     #[error("cannot find the process of {0}: {1}; run this command as root, in the daemon's pid namespace")]
     Process(String, io::Error),
-    /// The number that the daemon says is another's.
+    /// The pid that the daemon reported is in use by another process.
     #[error("the process of {0} has ended; try again")]
     Gone(String),
     /// The root of this machine cannot be opened.
     #[error("cannot open the root directory")]
     Root(#[source] io::Error),
-    /// An archive is not shown.
+    /// Standard output is a terminal.
     #[error("standard output is a terminal; send the archive to a file or a program")]
     Terminal,
     /// A path cannot be copied from or to.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The archive cannot be made.
+    /// The archive cannot be created.
     #[error(transparent)]
     Pack(#[from] PackError),
-    /// The archive cannot be written out.
+    /// The archive cannot be extracted.
     #[error(transparent)]
     Extract(#[from] ExtractError),
     /// Standard input or output failed.
@@ -68,12 +68,12 @@ pub(crate) enum CpError {
         /// What it said.
         text: String,
     },
-    /// A path of the container is not UTF-8, and CRI has text for arguments.
+    /// A path of the container is not UTF-8, which the CRI requires of arguments.
     #[error("the path {0} is not UTF-8 and cannot be sent to the daemon")]
     PathEncoding(PathBuf),
 }
 
-/// What runs tar for us, and the files beside it.
+/// The container, for running tar in it.
 #[derive(Debug, Clone)]
 struct Inside {
     daemon: Daemon,
@@ -87,7 +87,7 @@ struct Inside {
 /// Copies.
 ///
 /// # Errors
-/// [`CpError`]; what was copied until then stays.
+/// [`CpError`]; what was already copied stays.
 pub(crate) async fn cp(daemon: &Daemon, args: CpArgs) -> Result<(), Error> {
     let here = |path: &Path| std::path::absolute(path).map_err(CpError::Root);
     match (args.from, args.to) {
@@ -110,13 +110,13 @@ pub(crate) async fn cp(daemon: &Daemon, args: CpArgs) -> Result<(), Error> {
     }
 }
 
-/// An absolute path with the ending that means something: `absolute` leaves out a last `.`.
+/// The absolute path, with a final `.` if there was one: `absolute` drops it.
 fn here_path(written: &Path, absolute: PathBuf) -> PathBuf {
     let bytes = written.as_os_str().as_bytes();
     if bytes == b"." || bytes.ends_with(b"/.") { absolute.join(".") } else { absolute }
 }
 
-/// Finds the container, its process and that one's root.
+/// Finds the container, its process and the root of that process.
 async fn enter(daemon: &Daemon, name: &str) -> Result<(Inside, Root), Error> {
     let inventory = daemon.inventory().await?;
     let container = inventory.container(name)?;
@@ -129,7 +129,7 @@ async fn enter(daemon: &Daemon, name: &str) -> Result<(Inside, Root), Error> {
     let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or_else(|| CpError::Gone(label.clone()))?;
     let failed = |error| CpError::Process(label.clone(), error);
     let process = Identified::find_now(pid).map_err(failed)?;
-    // A number may be another's by now. Only processes of the container are in its cgroup.
+    // The pid may have been reused. Only processes of the container are in its cgroup.
     let cgroup = process.read(c"cgroup").map_err(failed)?;
     if !String::from_utf8_lossy(&cgroup).contains(&container.id) {
         return Err(CpError::Gone(label).into());
@@ -153,7 +153,7 @@ fn owner(status: &[u8]) -> Option<(u32, u32)> {
     Some((second("Uid:")?, second("Gid:")?))
 }
 
-/// From the container to a path here.
+/// From the container to a local path.
 async fn out(inside: Inside, root: Root, path: PathBuf, source: Source, to: &Path) -> Result<(), Error> {
     let here = Root::open(Path::new("/")).map_err(CpError::Root)?;
     let Destination { into, top } = copy::destination(&here, to, &source).map_err(CpError::from)?;
@@ -165,11 +165,11 @@ async fn out(inside: Inside, root: Root, path: PathBuf, source: Source, to: &Pat
     let sent = read_container(&inside, root, path, &source, sender).await;
     let extracted = joined(extracting.await);
     let report = match (sent, extracted) {
-        // What was written wrongly ends the reading, too.
+        // A failed write ends the reading, too.
         (_, Err(error @ (ExtractError::Write { .. } | ExtractError::Unexpected(_)))) => {
             return Err(CpError::from(error).into());
         }
-        // What tar says explains an archive that is not whole.
+        // The message of tar explains an incomplete archive.
         (Err(error), _) => return Err(error),
         (Ok(()), extracted) => extracted.map_err(CpError::from)?,
     };
@@ -194,7 +194,7 @@ async fn out_to_stream(inside: Inside, root: Root, path: PathBuf, source: Source
     sent
 }
 
-/// From a path here to the container.
+/// From a local path to the container.
 async fn into(inside: Inside, root: Root, from: PathBuf, to: &Path) -> Result<(), Error> {
     let here = Root::open(Path::new("/")).map_err(CpError::Root)?;
     let source = copy::source(&here, &from).map_err(CpError::from)?;
@@ -235,35 +235,35 @@ async fn into_from_stream(inside: Inside, root: Root, to: PathBuf) -> Result<(),
     joined(reading.await).map_err(|error| CpError::Stream(error).into())
 }
 
-/// Which way an archive goes.
+/// The direction of an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Direction {
     In,
     Out,
 }
 
-/// How passing an archive on has ended.
+/// How the transfer of an archive ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pumped {
-    /// All of it was taken, or as much as its reader wanted.
+    /// All of it was sent, or as much as its reader wanted.
     All,
     /// Its reader has failed.
     Unwanted,
 }
 
-/// Pieces of an archive on their way.
+/// Chunks of an archive in transit.
 type Pieces = mpsc::Sender<Vec<u8>>;
 
-/// Pieces that wait for their reader.
+/// Chunks that wait for their reader.
 const QUEUE: usize = 4;
 
-/// Bytes of a piece.
+/// Size of a chunk, in bytes.
 const PIECE_BYTES: usize = 32 * 1024;
 
-/// What is kept of what tar says.
+/// The most that is kept of tar's messages, in bytes.
 const MAX_SAID_BYTES: usize = 4096;
 
-/// Reads a file, or what is in a directory, as an archive.
+/// Reads a file, or the contents of a directory, as an archive.
 async fn read_container(
     inside: &Inside,
     root: Root,
@@ -285,8 +285,8 @@ async fn read_container(
     }
     let command = match (source.is_directory, path.parent(), &source.name) {
         (false, Some(parent), Some(name)) => {
-            // A file that is reached through a link, as when it is read by descriptor. "./" for names that
-            // begin with a dash.
+            // A file that is reached through a link, as when it is read by descriptor. "./" for
+            // names that begin with a dash.
             let name = Path::new(".").join(name);
             vec!["tar".into(), "-chf".into(), "-".into(), "-C".into(), text(parent)?, text(&name)?]
         }
@@ -322,14 +322,14 @@ async fn write_container(
         }
         return Ok(());
     }
-    // Everything is given to the user of the container.
+    // Everything is owned by the container's user.
     let command = vec!["tar".into(), "-xof".into(), "-".into(), "-C".into(), text(&into)?];
     let Command { stdin, stderr, ending, .. } = inside.run(command, true).await?;
     let pump = async {
         let Some(stdin) = stdin else { return Pumped::All };
         while let Some(bytes) = from.recv().await {
             if stdin.send(bytes.into()).await.is_err() {
-                // It has ended, and says why.
+                // It has ended, and reports why.
                 return Pumped::All;
             }
         }
@@ -345,7 +345,7 @@ fn text(path: &Path) -> Result<String, CpError> {
 }
 
 impl Inside {
-    /// Whether there is a tar that can be run.
+    /// Whether the container has a working tar.
     async fn has_tar(&self) -> Result<bool, Error> {
         let mut command = self.run(vec!["tar".into(), "--version".into()], false).await?;
         let (stdout, stderr) = (command.stdout.take(), command.stderr.take());
@@ -365,7 +365,7 @@ impl Inside {
         Ok(remote::command(&url, wanted).await?)
     }
 
-    /// Waits for the end of a tar while `pump` passes its archive on.
+    /// Waits for tar to end while `pump` transfers its archive.
     async fn finish(
         &self,
         pump: impl Future<Output = Pumped>,
@@ -382,11 +382,11 @@ impl Inside {
                     all = &mut all, if ended.is_none() => ended = Some(all),
                     pumped = &mut pump, if !is_pumped => match pumped {
                         Pumped::All => is_pumped = true,
-                        // Who writes the files has failed, and says why.
+                        // The writer of the files has failed, and reports why.
                         Pumped::Unwanted => return Ok(()),
                     },
                 }
-                // One that has ended takes no more input, but its output may still be on its way.
+                // After its end tar takes no more input, but output may still be in transit.
                 if (is_pumped || direction == Direction::In)
                     && let Some(ended) = ended.take()
                 {
@@ -407,11 +407,11 @@ impl Inside {
     }
 }
 
-/// Whether the program that has this outcome is there. What it answered does not matter: there is no option
-/// that every tar has for nothing. There is none only when it cannot be run, which 126 and 127 say, too.
+/// Whether a program with this outcome exists. Its exit code does not matter: there is no option
+/// that every tar accepts without effect. Only 126 and 127 mean that it cannot be run.
 ///
 /// # Errors
-/// When it is not known.
+/// When that is unknown.
 fn is_there(outcome: Option<Outcome>) -> Result<bool, String> {
     match outcome {
         Some(Outcome::Exited(126 | 127) | Outcome::NotRun { .. }) => Ok(false),
@@ -421,7 +421,7 @@ fn is_there(outcome: Option<Outcome>) -> Result<bool, String> {
     }
 }
 
-/// The beginning of what is said on a stream, which is read to its end.
+/// Reads a stream to its end, and returns its beginning.
 async fn said(stream: Option<Incoming>) -> String {
     let Some(mut stream) = stream else { return String::new() };
     let mut said = Vec::new();
@@ -440,7 +440,7 @@ fn joined<T>(outcome: Result<T, tokio::task::JoinError>) -> T {
     }
 }
 
-/// The receiving end of pieces, for a thread.
+/// The receiving end of the chunks, for a thread.
 struct Reader {
     from: mpsc::Receiver<Vec<u8>>,
     piece: io::Cursor<Vec<u8>>,
@@ -467,7 +467,7 @@ impl Read for Reader {
     }
 }
 
-/// The sending end of pieces, for a thread.
+/// The sending end of the chunks, for a thread.
 struct Writer {
     to: Pieces,
     piece: Vec<u8>,

@@ -11,7 +11,7 @@ use crate::daemon::{Daemon, answer};
 use crate::error::{Error, FAILURE};
 use crate::{output, table};
 
-/// Looks at the node and at its daemon, and prints a line for each finding. The exit code says whether
+/// Checks the node and its daemon, and prints a line for each finding. The exit code says whether
 /// something is broken.
 ///
 /// # Errors
@@ -24,7 +24,7 @@ pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
             take_over(&mut daemon, info);
             findings
         }
-        // Where its directories are is not known then; those of a daemon without a configuration are looked
+        // Its directories are unknown then; those of a daemon without a configuration are checked.
         // at.
         Err(error) => vec![finding(Grade::Broken, "berthd", error.one_line())],
     };
@@ -35,7 +35,7 @@ pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
     Ok(if broken { ExitCode::from(FAILURE) } else { ExitCode::SUCCESS })
 }
 
-/// What the daemon says of itself, and the conditions that a kubelet asks for.
+/// The daemon's own report, and the conditions that a kubelet asks for.
 async fn ask(socket: &Path) -> Result<(InfoResponse, Vec<RuntimeCondition>), Error> {
     let daemon = Daemon::connect(socket).await?;
     let request = StatusRequest { verbose: false };

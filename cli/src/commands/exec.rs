@@ -15,42 +15,42 @@ use crate::relay::{Ended, relay};
 use crate::remote;
 use crate::terminal::Terminal;
 
-/// Why a program was not run, or not to its end.
+/// Why a program was not run to its end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExecError {
     /// The container is not running.
     #[error("container `{0}` is not running")]
     NotRunning(String),
-    /// The program is not there, or cannot be run.
+    /// The program was not found, or cannot be run.
     #[error("cannot run the program in {container}: {text}")]
     NotRun {
-        /// In which container.
+        /// The container.
         container: String,
         /// What the daemon says.
         text: String,
-        /// What a shell exits with.
+        /// The exit code that a shell would use.
         code: i32,
     },
-    /// It failed in another way.
+    /// Any other failure.
     #[error("cannot run the program in {container}: {text}")]
     Failed {
-        /// In which container.
+        /// The container.
         container: String,
         /// What the daemon says.
         text: String,
     },
-    /// The connection broke before the program's end.
+    /// The connection was lost before the program ended.
     #[error("lost the connection to the program in {0} before it ended; is berthd still running?")]
     Lost(String),
-    /// It took longer than it may.
+    /// The program took longer than allowed.
     #[error("the program in {container} did not end within {seconds} s and was killed")]
     TooLong {
-        /// In which container.
+        /// The container.
         container: String,
-        /// What was allowed.
+        /// The limit.
         seconds: u32,
     },
-    /// Signals cannot be listened to, or the terminal cannot be used.
+    /// Signal handlers or the terminal cannot be set up.
     #[error("cannot set up the terminal")]
     Terminal(#[source] io::Error),
 }
@@ -58,7 +58,7 @@ pub(crate) enum ExecError {
 /// Runs a program; the exit code is the program's.
 ///
 /// # Errors
-/// When the program could not be run, or was killed for taking too long, or its end is not known.
+/// When the program could not be run or was killed for taking too long, or its outcome is unknown.
 pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Error> {
     let inventory = daemon.inventory().await?;
     let container = inventory.container(&args.container)?;
@@ -83,7 +83,7 @@ pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Er
     };
     let command = tokio::select! {
         command = starting => command?,
-        // The connection goes with us, and the program with it.
+        // Dropping the connection ends the program.
         interrupt = interrupts.next() => return Ok(ExitCode::from(interrupt.exit_code())),
     };
     let terminal = Terminal::of_program(wanted).map_err(ExecError::Terminal)?;

@@ -1,4 +1,4 @@
-//! `berth images` and `berth rmi`: what images there are, and fewer of them.
+//! `berth images` and `berth rmi`: lists and removes images.
 
 use berth_cri::v1::{Image, ListImagesRequest, RemoveImageRequest};
 
@@ -12,16 +12,16 @@ use crate::table::Table;
 
 use super::stop::report;
 
-/// What is shown for an image without a name.
+/// Shown for an image without a name.
 const NO_NAME: &str = "<none>";
 
-/// Why an image is still there.
+/// Why an image was not removed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ImageError {
-    /// Containers were made from it.
+    /// Containers use it.
     #[error("image `{image}` is in use by {}; remove them first, or the image's names with --force", listed(.users))]
     InUse {
-        /// The image as it was asked for.
+        /// The image as requested.
         image: String,
         /// The containers.
         users: Vec<String>,
@@ -31,7 +31,7 @@ pub(crate) enum ImageError {
 /// Lists images, one row for each name.
 ///
 /// # Errors
-/// When the daemon cannot be asked.
+/// When a call to the daemon fails.
 pub(crate) async fn list(daemon: &Daemon) -> Result<(), Error> {
     let request = ListImagesRequest::default();
     let images = answer("list images", daemon.images.clone().list_images(request)).await?.images;
@@ -54,10 +54,10 @@ fn rows_of(image: &Image) -> Vec<[String; 3]> {
     names.iter().map(|name| [name.clone(), short_id(&image.id).to_owned(), bytes_text(image.size)]).collect()
 }
 
-/// Removes images, and prints each name that was.
+/// Removes images, and prints the name of each.
 ///
 /// # Errors
-/// When an image is not there, or could not be removed; the rest is.
+/// When an image is missing or cannot be removed; the others are removed.
 pub(crate) async fn remove(daemon: &Daemon, args: &RmiArgs) -> Result<(), Error> {
     let inventory = daemon.inventory().await?;
     let mut outcomes = Vec::with_capacity(args.images.len());
@@ -68,7 +68,7 @@ pub(crate) async fn remove(daemon: &Daemon, args: &RmiArgs) -> Result<(), Error>
 }
 
 async fn remove_one(daemon: &Daemon, inventory: &Inventory, image: &str, force: bool) -> Result<(), Error> {
-    // To CRI an absent image is removed already; a person who mistyped a name wants to know.
+    // To the CRI an absent image counts as removed; a user who mistyped a name wants to know.
     let Some(found) = daemon.image(image).await? else { return Err(Error::NoImage(image.to_owned())) };
     let users = users(inventory, &found.id);
     if !force && !users.is_empty() {
@@ -79,7 +79,7 @@ async fn remove_one(daemon: &Daemon, inventory: &Inventory, image: &str, force: 
     Ok(())
 }
 
-/// The containers that were made from an image, as they can be asked for.
+/// The containers that use an image, by names that commands accept.
 fn users(inventory: &Inventory, image_id: &str) -> Vec<String> {
     let using = inventory.containers.iter().filter(|container| container.image_id == image_id);
     let mut users: Vec<_> = using.map(|container| inventory.label(container)).collect();

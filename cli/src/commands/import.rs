@@ -1,7 +1,7 @@
-//! `berth import`: brings in images from an archive or a directory.
+//! `berth import`: imports images from an archive or a directory.
 //!
-//! The daemon reads the file itself: it runs on this machine. For one that sees other files than we do, or
-//! for an archive on standard input, the bytes are sent over the socket.
+//! The daemon reads the file itself: it runs on this machine. For a daemon with a different view of
+//! the file system, or for an archive on standard input, the bytes are sent over the socket.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,28 +23,28 @@ use crate::names::short_id;
 use crate::output;
 use crate::progress::ArchiveBar;
 
-/// How many chunks wait for the daemon to take them: enough for reading and sending to overlap.
+/// Chunks that wait for the daemon: enough for reading and sending to overlap.
 const CHUNKS_UNDERWAY: usize = 2;
 
-/// Why an import did not work.
+/// Why an import failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ImportError {
     /// The archive or directory cannot be read.
     #[error("cannot read {path}")]
     Read {
-        /// The path as it was given.
+        /// The path as given.
         path: PathBuf,
         /// What the system says.
         #[source]
         source: io::Error,
     },
-    /// A directory cannot be sent as an archive.
+    /// A directory cannot be uploaded.
     #[error("{0} is a directory, and only an archive can be uploaded; pack it with tar, or omit --upload")]
     Directory(PathBuf),
-    /// The protocol has text for paths, and this one is none.
+    /// The path is not UTF-8, which the protocol requires.
     #[error("the path {0} is not UTF-8 and cannot be sent to the daemon; use --upload")]
     PathEncoding(PathBuf),
-    /// The daemon ended the call well without naming an image.
+    /// The call succeeded without naming an image.
     #[error("cannot import {0}: the daemon found no image in it")]
     NoImage(PathBuf),
 }
@@ -52,7 +52,7 @@ pub(crate) enum ImportError {
 /// Imports and prints an id and a name for each image.
 ///
 /// # Errors
-/// When the source cannot be read, or the daemon takes it for no image.
+/// When the source cannot be read, or the daemon rejects it.
 pub(crate) async fn import(daemon: &Daemon, args: ImportArgs) -> Result<(), Error> {
     let images = bring_in(daemon, args).await?;
     let lines: String = images.iter().map(line_of).collect();
@@ -94,7 +94,7 @@ async fn bring_in(daemon: &Daemon, args: ImportArgs) -> Result<Vec<ImportedImage
     Ok(images)
 }
 
-/// An archive that we send.
+/// An archive that is uploaded.
 type Archive = Box<dyn AsyncRead + Send + Unpin>;
 
 async fn source_of(args: &ImportArgs) -> Result<(Source, Option<Archive>), ImportError> {
@@ -116,8 +116,8 @@ async fn source_of(args: &ImportArgs) -> Result<(Source, Option<Archive>), Impor
     Ok((Source::Upload(ImportUpload { size_bytes: metadata.len() }), Some(Box::new(file))))
 }
 
-/// Sends the start, then the archive in chunks if there is one. Ends early when the receiver is gone: the
-/// daemon has answered then, and the answer says why.
+/// Sends the start, then the archive in chunks if there is one. Ends early when the receiver is
+/// gone: the daemon has answered then, and the answer says why.
 async fn feed(
     start: ImportStart,
     archive: Option<Archive>,
@@ -131,7 +131,7 @@ async fn feed(
     let Some(mut archive) = archive else { return Ok(()) };
     loop {
         let mut chunk = Vec::with_capacity(MAX_CHUNK_BYTES);
-        // The limit keeps the chunk from growing beyond its room.
+        // The limit keeps the chunk from growing beyond its capacity.
         let read = (&mut archive).take(MAX_CHUNK_BYTES as u64).read_to_end(&mut chunk).await;
         let length = read.map_err(|source| ImportError::Read { path: path.to_owned(), source })?;
         if length == 0 || !send(Step::Chunk(chunk)).await {

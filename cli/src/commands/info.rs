@@ -1,4 +1,4 @@
-//! `berth version` and `berth info`: who is there.
+//! `berth version` and `berth info`: versions, settings and state.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::output;
 /// Prints the version of this command, and the daemon's if one answers.
 ///
 /// # Errors
-/// When there is no daemon; our own version is printed all the same.
+/// When there is no daemon; our own version is printed anyway.
 pub(crate) async fn version(socket: &Path) -> Result<(), Error> {
     output::line(format_args!("berth   {}", env!("CARGO_PKG_VERSION")))?;
     let daemon = Daemon::connect(socket).await?;
@@ -22,10 +22,10 @@ pub(crate) async fn version(socket: &Path) -> Result<(), Error> {
     Ok(output::line(format_args!("berthd  {number} ({name}, CRI {api})"))?)
 }
 
-/// Prints what the daemon is and where it keeps things.
+/// Prints the daemon's settings and state.
 ///
 /// # Errors
-/// When the daemon cannot be asked.
+/// When a call to the daemon fails.
 pub(crate) async fn info(daemon: &Daemon, socket: &Path) -> Result<(), Error> {
     let info = answer("get information", daemon.own.clone().info(InfoRequest {})).await?;
     let request = StatusRequest { verbose: false };
@@ -33,7 +33,7 @@ pub(crate) async fn info(daemon: &Daemon, socket: &Path) -> Result<(), Error> {
     Ok(output::text(&info_text(socket, &info, &status))?)
 }
 
-/// A line for each fact: a word, spaces up to a column, the fact.
+/// A line for each fact: a label, padding, the value.
 fn info_text(socket: &Path, info: &InfoResponse, status: &StatusResponse) -> String {
     let cgroup = info.cgroup.clone().unwrap_or_default();
     let network = info.network.clone().unwrap_or_default();

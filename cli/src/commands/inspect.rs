@@ -1,8 +1,8 @@
-//! `berth inspect`: all that CRI tells of a pod, a container or an image, as JSON.
+//! `berth inspect`: everything that the CRI reports about a pod, container or image, as JSON.
 //!
-//! The names of the keys are those of the CRI messages, in the camel case that protobuf's JSON form has, so
-//! that they can be looked up in the proto file. Times are dates. The daemon's free-form details are under
-//! `info`.
+//! The names of the keys are those of the CRI messages, in the camel case that protobuf's JSON form
+//! has, so that they can be looked up in the proto file. Times are dates. The daemon's free-form
+//! details are under `info`.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ use crate::output;
 /// Prints a JSON array with an object for each name.
 ///
 /// # Errors
-/// When a name leads nowhere, or the daemon cannot be asked.
+/// When a name is unknown, or a call to the daemon fails.
 pub(crate) async fn inspect(daemon: &Daemon, args: &InspectArgs) -> Result<(), Error> {
     let inventory = daemon.inventory().await?;
     let mut objects = Vec::with_capacity(args.names.len());
@@ -62,7 +62,7 @@ async fn image_object(daemon: &Daemon, name: &str) -> Result<Value, Error> {
     Ok(json!({ "kind": "image", "status": image_status(&image), "info": details(&response.info) }))
 }
 
-/// The daemon's details: values are JSON by custom, and shown as such where they are.
+/// The daemon's details: values are usually JSON, and shown as such if they are.
 fn details(info: &BTreeMap<String, String>) -> Value {
     let parsed = |text: &String| serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone()));
     info.iter().map(|(key, value)| (key.clone(), parsed(value))).collect()

@@ -1,4 +1,4 @@
-//! `berth logs`: what a container has written, and what it goes on to write.
+//! `berth logs`: the output of a container so far, and as it is written.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::log_stream::{self, Following, Selection};
 /// Prints a container's log.
 ///
 /// # Errors
-/// When there is no such container, or it has no log, or that cannot be read.
+/// When there is no such container, it has no log, or the log cannot be read.
 pub(crate) async fn logs(daemon: &Daemon, args: LogsArgs) -> Result<(), Error> {
     let inventory = daemon.inventory().await?;
     let container = inventory.container(&args.container)?;
@@ -29,7 +29,7 @@ pub(crate) async fn logs(daemon: &Daemon, args: LogsArgs) -> Result<(), Error> {
     let mut following = Following::start(PathBuf::from(status.log_path), selection);
     tokio::select! {
         ended = wait_for_end(daemon, &container.id) => {
-            // Removed while we watched is an end too.
+            // Removal while following is an end, too.
             if let Err(error) = ended && error.refusal.code != tonic::Code::NotFound {
                 return Err(error.into());
             }

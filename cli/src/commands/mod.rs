@@ -1,4 +1,4 @@
-//! The commands, one file each: what they ask the daemon and what they print.
+//! The subcommands, one file each.
 
 pub(crate) mod attach;
 pub(crate) mod cp;

@@ -1,7 +1,7 @@
-//! `berth port-forward`: connections to ports of this machine's loopback go to ports of a pod.
+//! `berth port-forward`: forwards ports on this machine's loopback to ports of a pod.
 //!
-//! Each connection asks the daemon for another URL, so that those with slow readers hold up no others, and
-//! forwarding goes on after a restart of the daemon.
+//! Each connection gets its own URL from the daemon, so that slow readers do not hold up the
+//! others, and forwarding continues after a restart of the daemon.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -26,22 +26,22 @@ use crate::{output, remote};
 /// Bytes read at a time from a connection.
 const READ_BYTES: usize = 32 * 1024;
 
-/// How often a free port of IPv4 is looked for that is free with IPv6, too.
+/// How many free IPv4 ports are tried to find one that is free for IPv6, too.
 const TRIES: usize = 16;
 
-/// After a connection that could not be accepted: no descriptors are left for a moment.
+/// Pause after a failed accept, which usually means that descriptors have run out for a moment.
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 
-/// Why nothing is forwarded.
+/// Why forwarding failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PortForwardError {
     /// The pod has ended.
     #[error("cannot forward ports to pod `{0}`: it is stopped")]
     PodIsOver(String),
-    /// A port here cannot be had.
+    /// A local port is not available.
     #[error("cannot listen on {address}: {error}; choose another local port, or any with `:{remote}`")]
     Listen {
-        /// Where.
+        /// The local address.
         address: SocketAddr,
         /// The port in the pod.
         remote: u16,
@@ -50,7 +50,7 @@ pub(crate) enum PortForwardError {
     },
 }
 
-/// Where connections go.
+/// The destination of connections.
 #[derive(Debug, Clone)]
 struct Destination {
     daemon: Daemon,
@@ -59,7 +59,7 @@ struct Destination {
     port: u16,
 }
 
-/// Listens, says where, and forwards until interrupted.
+/// Listens, prints the addresses, and forwards until interrupted.
 ///
 /// # Errors
 /// When there is no such pod, or a port cannot be listened on.
@@ -85,7 +85,7 @@ pub(crate) async fn port_forward(daemon: &Daemon, args: &PortForwardArgs) -> Res
             listeners.push((listener, to.clone()));
         }
     }
-    // All of them listen, or none is announced.
+    // Announced only once all of them listen.
     let mut accepting = JoinSet::new();
     for (listener, to) in listeners {
         if let Ok(address) = listener.local_addr() {
@@ -136,9 +136,9 @@ async fn accept(listener: TcpListener, to: Destination) {
     }
 }
 
-/// Forwards one connection, and says why when that fails.
+/// Forwards one connection, and prints why if that fails.
 async fn serve(socket: TcpStream, to: Destination) {
-    // Only makes it quicker.
+    // Only an optimization.
     let _ = socket.set_nodelay(true);
     let failure = match connect(&to).await {
         Ok(forwarded) => forward(socket, forwarded).await,
@@ -160,7 +160,7 @@ async fn connect(to: &Destination) -> Result<Forwarded, Error> {
     Ok(remote::forward(&url, to.port).await?)
 }
 
-/// Copies both ways until both have ended; why the pod's side failed, if it did.
+/// Copies both ways until both have ended. Returns why the pod's side failed, if it did.
 async fn forward(socket: TcpStream, forwarded: Forwarded) -> Option<String> {
     let Forwarded { incoming, outgoing, mut ending } = forwarded;
     let (from, to) = socket.into_split();
@@ -172,7 +172,7 @@ async fn forward(socket: TcpStream, forwarded: Forwarded) -> Option<String> {
     tokio::pin!(copying, failure);
     tokio::select! {
         failure = &mut failure => {
-            // What the pod has sent before its end is still on its way.
+            // Data that the pod sent before its end is still in transit.
             match failure {
                 Some(_) => _ = downloading.await,
                 None => _ = copying.await,
@@ -180,9 +180,10 @@ async fn forward(socket: TcpStream, forwarded: Forwarded) -> Option<String> {
             failure
         }
         copied = &mut copying => match copied {
-            // The connection is dropped with us. What we have sent last is with the pod when its side ends.
+            // The connection closes with this function. The pod has received everything when its
+            // side ends.
             Ok(_) => failure.await,
-            // A client of ours that breaks off is its own business.
+            // A local client that disconnects is not an error.
             Err(_) => None,
         },
     }

@@ -1,4 +1,4 @@
-//! `berth ps` and `berth pods`: what there is, in a table.
+//! `berth ps` and `berth pods`: tables of containers and pods.
 
 use std::collections::HashMap;
 
@@ -17,7 +17,7 @@ use crate::table::Table;
 /// Lists containers.
 ///
 /// # Errors
-/// When the daemon cannot be asked.
+/// When a call to the daemon fails.
 pub(crate) async fn containers(daemon: &Daemon, args: &PsArgs) -> Result<(), Error> {
     let mut inventory = daemon.inventory().await?;
     inventory.containers.sort_by_key(|container| std::cmp::Reverse(container.created_at));
@@ -57,7 +57,7 @@ pub(crate) async fn containers(daemon: &Daemon, args: &PsArgs) -> Result<(), Err
 /// Lists pods.
 ///
 /// # Errors
-/// When the daemon cannot be asked.
+/// When a call to the daemon fails.
 pub(crate) async fn pods(daemon: &Daemon, args: &PodsArgs) -> Result<(), Error> {
     let mut inventory = daemon.inventory().await?;
     inventory.pods.sort_by_key(|pod| std::cmp::Reverse(pod.created_at));
@@ -121,7 +121,7 @@ async fn exit_codes<'a>(
     Ok(codes)
 }
 
-/// Things vanish between the list and the question about one of them; that is no failure.
+/// Objects may vanish between the list and the request for details; that is not an error.
 fn unless_gone<T>(status: Result<T, CallError>) -> Result<Option<T>, CallError> {
     match status {
         Ok(status) => Ok(Some(status)),
@@ -130,7 +130,7 @@ fn unless_gone<T>(status: Result<T, CallError>) -> Result<Option<T>, CallError> 
     }
 }
 
-/// The image as it was requested, else the start of its id.
+/// The image as requested, else the start of its id.
 fn image_text(container: &Container) -> String {
     let Some(image) = &container.image else { return short_id(&container.image_id).to_owned() };
     let asked =

@@ -8,13 +8,13 @@ use crate::error::Error;
 use crate::output;
 use crate::pull::{Credentials, Narration};
 
-/// The longest password that is read, in bytes: some registries give out tokens of a few KiB.
+/// The longest password, in bytes: some registries issue tokens of a few KiB.
 const MAX_PASSWORD_BYTES: u64 = 64 * 1024;
 
 /// The password could not be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PasswordError {
-    /// Standard input fails.
+    /// Standard input cannot be read.
     #[error("cannot read the password from standard input")]
     Read(#[source] io::Error),
     /// Standard input ends before the first character.
@@ -25,7 +25,7 @@ pub(crate) enum PasswordError {
 /// Pulls an image.
 ///
 /// # Errors
-/// When the image cannot be had.
+/// When the pull fails.
 pub(crate) async fn pull(daemon: &Daemon, args: PullArgs) -> Result<(), Error> {
     let credentials = match args.username {
         Some(username) => Some(Credentials { username, password: read_password(io::stdin().lock())? }),
@@ -36,7 +36,8 @@ pub(crate) async fn pull(daemon: &Daemon, args: PullArgs) -> Result<(), Error> {
     Ok(output::line(id)?)
 }
 
-/// Reads the first line. A password on the command line could be seen by every user of the machine.
+/// Reads the first line. A password on the command line would be visible to every user of the
+/// machine.
 fn read_password(input: impl BufRead) -> Result<String, PasswordError> {
     let mut line = String::new();
     input.take(MAX_PASSWORD_BYTES).read_line(&mut line).map_err(PasswordError::Read)?;

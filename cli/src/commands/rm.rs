@@ -1,6 +1,6 @@
 //! `berth rm`: removes pods and containers, and the logs of pods that `berth run` made.
 //!
-//! In such a pod the last container takes the pod with it, as it came with it. The logs of other pods belong
+//! Removing the last container of such a pod removes the pod. The logs of other pods belong
 //! to their creators, and stay.
 
 use std::fs;
@@ -17,7 +17,7 @@ use crate::run_plan::log_directory_of;
 
 use super::stop::{report, runs};
 
-/// Why something is still there.
+/// Why something was not removed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RemoveError {
     /// It is running, and force was not asked for.
@@ -34,10 +34,10 @@ pub(crate) enum RemoveError {
     },
 }
 
-/// Removes everything that was named, and prints each name that was.
+/// Removes everything that was named, and prints the name of each.
 ///
 /// # Errors
-/// When something could not be removed; the rest is.
+/// When something could not be removed; the rest was.
 pub(crate) async fn remove(daemon: &Daemon, args: &RmArgs) -> Result<(), Error> {
     let inventory = daemon.inventory().await?;
     let mut outcomes = Vec::with_capacity(args.names.len());
@@ -81,7 +81,7 @@ async fn remove_container(
     let log = PathBuf::from(daemon.container_status(&container.id).await?.log_path);
     daemon.remove_container(&container.id).await?;
     match pod.and_then(log_directory) {
-        // Nothing but a file right in the pod's own directory.
+        // Only a file directly in the pod's own directory.
         Some(directory) if log.parent() == Some(&directory) => Ok(remove_log(&log)?),
         _ => Ok(()),
     }
@@ -104,7 +104,7 @@ async fn remove_pod(
     }
 }
 
-/// Removes the log of one container, with the older files of it.
+/// Removes the log of one container, including rotated files.
 pub(super) fn remove_log(log: &Path) -> Result<(), RemoveError> {
     remove_logs(log, fs::remove_file(log))?;
     for number in 1.. {
@@ -120,7 +120,7 @@ pub(super) fn remove_log(log: &Path) -> Result<(), RemoveError> {
     Ok(())
 }
 
-/// The outcome of a removal; what was removed by hand before is gone, too.
+/// The outcome of a removal; a missing file counts as removed.
 pub(super) fn remove_logs(path: &Path, removed: io::Result<()>) -> Result<(), RemoveError> {
     match removed {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {

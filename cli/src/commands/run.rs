@@ -1,8 +1,8 @@
-//! `berth run`: one program in its own pod, or in one that is there, from the image to its exit code.
+//! `berth run`: runs a program in a new or existing pod, from the image to the exit code.
 //!
-//! What is made for it (`made`) is undone at the end, and when something fails on the way. Until the program
-//! has started, an interrupt ends the command after undoing; from then on it stops the program (`watch`),
-//! whose exit code becomes the command's.
+//! What is created for it (`made`) is removed at the end, and on failure. Until the program has
+//! started, an interrupt ends the command after that cleanup; from then on it stops the program
+//! (`watch`), whose exit code becomes the command's.
 
 use std::fs;
 use std::io;
@@ -38,13 +38,13 @@ const OUT_OF_MEMORY: &str = "OOMKilled";
 /// Why a program did not run to its end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RunError {
-    /// The name for the pod to go into is that of a container.
+    /// There is no pod of that name.
     #[error("no pod named `{0}`; `berth pods` lists them")]
     NoPod(String),
-    /// The pod takes no containers any more.
+    /// The pod is stopped.
     #[error("pod `{0}` is stopped and takes no more containers; remove it with `berth rm {0}`")]
     PodIsOver(String),
-    /// The pod has a container of the name.
+    /// The pod already has a container of that name.
     #[error("pod `{pod}` already has a container `{container}`; choose another --container")]
     ContainerNameTaken {
         /// Name of the pod.
@@ -55,16 +55,16 @@ pub(crate) enum RunError {
     /// Another pod has the name.
     #[error("pod `{0}` already exists; remove it with `berth rm {0}`, or choose another --name")]
     NameTaken(String),
-    /// The source of a mount is not there, or cannot be seen.
+    /// The source of a mount is missing or inaccessible.
     #[error("cannot mount {path}")]
     MountSource {
-        /// The path as it was given.
+        /// The path as given.
         path: PathBuf,
         /// What the system says.
         #[source]
         source: io::Error,
     },
-    /// CRI has text for paths, and this one is none.
+    /// The path is not UTF-8, which the CRI requires.
     #[error("the path {0} is not UTF-8 and cannot be sent to the daemon")]
     PathEncoding(PathBuf),
     /// The directory for logs cannot be created.
@@ -75,10 +75,10 @@ pub(crate) enum RunError {
         /// What the system says.
         error: io::Error,
     },
-    /// The kernel gives no random number for the pod's id.
+    /// No random number for the pod's name.
     #[error("cannot read a random number from /proc")]
     Random(#[source] io::Error),
-    /// Signals cannot be listened to.
+    /// Signal handlers cannot be set up.
     #[error("cannot listen for signals")]
     Signals(#[source] io::Error),
     /// The terminal cannot be used.
@@ -87,30 +87,30 @@ pub(crate) enum RunError {
     /// The program could not be started.
     #[error("cannot start the program")]
     NotStarted {
-        /// The exit code, if it says why.
+        /// The exit code, if the reason has one.
         exit_code: Option<u8>,
         /// What the daemon says.
         #[source]
         refusal: Refusal,
     },
-    /// Interrupted while the container was made.
+    /// Interrupted while the container was being created.
     #[error("interrupted before the program ran")]
     Interrupted,
-    /// Interrupted again and again.
+    /// Interrupted twice.
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
 }
 
-/// The pod that the container goes into.
+/// The pod of the container.
 enum Pod {
     New(PodPlan),
     Existing(Box<PodSandboxStatus>),
 }
 
-/// Runs a program as it was asked for; the exit code is the program's.
+/// Runs a program; the exit code is the program's.
 ///
 /// # Errors
-/// When the program could not be run, or its end not be learned.
+/// When the program could not be run, or its outcome is unknown.
 pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Error> {
     let (image, command) = args.image_and_command();
     let mounts = args.mounts.iter().map(absolute_mount).collect::<Result<Vec<_>, _>>()?;
@@ -138,7 +138,8 @@ pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Erro
     let attached =
         (!args.detach && (args.interactive || args.tty)).then(|| streams(args.interactive, args.tty));
 
-    // From here on there is something to undo. Before, a signal simply ends us; a pull is cancelled by that.
+    // From here on there is something to undo. Before, a signal simply ends the command, which
+    // cancels a pull.
     let mut interrupts = Interrupts::listen().map_err(RunError::Signals)?;
     let mut made = Made::nothing(daemon);
     let started =
@@ -175,7 +176,7 @@ pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Erro
         _ => watch(daemon, &started.id, &mut interrupts).await,
     };
     if !args.keep {
-        // With a daemon that never came back this fails, and says what is left.
+        // If the daemon has not come back, this fails and lists what is left.
         interrupts.shield(made.undo()).await.map_err(RunError::from)?;
     }
     let status = ended?;
@@ -188,14 +189,14 @@ pub(crate) async fn run(daemon: &Daemon, args: RunArgs) -> Result<ExitCode, Erro
 /// A container whose program runs.
 struct Started {
     id: String,
-    /// What it can be asked for by.
+    /// Its name, as commands accept it.
     label: String,
-    /// Its streams, if they were wanted.
+    /// Its streams, if they were requested.
     command: Option<Command>,
 }
 
-/// Makes what has to be made, joins the streams that are `attached`, and starts the program: in this order,
-/// so that nothing of its output is missed.
+/// Creates what is missing, joins the streams that are `attached`, and starts the program: in this
+/// order, so that no output is missed.
 async fn start(
     made: &mut Made<'_>,
     pod: Pod,
@@ -226,7 +227,7 @@ async fn start(
     Ok(Started { id, label, command })
 }
 
-/// Plans a new pod under a name that is free.
+/// Plans a new pod with a free name.
 async fn new_pod(daemon: &Daemon, args: &RunArgs, image: &str) -> Result<PodPlan, Error> {
     let uid = pod_names::random_uuid().map_err(RunError::Random)?;
     let name = args.name.clone().unwrap_or_else(|| pod_names::from_image(image, &uid));
@@ -238,13 +239,14 @@ async fn new_pod(daemon: &Daemon, args: &RunArgs, image: &str) -> Result<PodPlan
     Ok(PodPlan { name, uid, network, log_directory, log_bytes: log_bytes(args) })
 }
 
-/// When a log is rotated: not while this command shows it, which would miss what the oldest file had.
+/// The size at which logs are rotated: never while this command follows them, as it would miss
+/// lines.
 fn log_bytes(args: &RunArgs) -> i64 {
     let shows_the_log = !(args.detach || args.interactive || args.tty);
     if shows_the_log { 0 } else { args.log_bytes }
 }
 
-/// Finds a pod for another container, which has to be the only one of its name there.
+/// Finds a pod for another container, whose name must be free there.
 async fn existing_pod(daemon: &Daemon, name: &str, container: &str) -> Result<PodSandboxStatus, Error> {
     let inventory = daemon.inventory().await?;
     let Target::Pod(pod) = inventory.target(name)? else {
@@ -266,7 +268,7 @@ async fn check_name_is_free(daemon: &Daemon, name: &str) -> Result<(), Error> {
     if taken { Err(RunError::NameTaken(name.to_owned()).into()) } else { Ok(()) }
 }
 
-/// The daemon has another working directory than we, and would make a directory where a source is missing.
+/// The daemon has a different working directory, and would create a missing source as a directory.
 fn absolute_mount(mount: &MountSpec) -> Result<MountSpec, RunError> {
     let failed = |source| RunError::MountSource { path: mount.source.clone(), source };
     let source = fs::canonicalize(&mount.source).map_err(failed)?;
@@ -290,7 +292,7 @@ mod tests {
     fn the_source_of_a_mount_has_to_be_there() {
         let mount: MountSpec = "/nonexistent:/x".parse().unwrap();
         let error = absolute_mount(&mount).unwrap_err();
-        assert_eq!(error.to_string(), "mount /nonexistent");
+        assert_eq!(error.to_string(), "cannot mount /nonexistent");
         let mount: MountSpec = "/proc/self/../../etc:/x:ro".parse().unwrap();
         let mount = absolute_mount(&mount).unwrap();
         assert_eq!((mount.source.as_path(), mount.readonly), (Path::new("/etc"), true));

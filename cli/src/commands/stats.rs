@@ -1,4 +1,4 @@
-//! `berth stats`: what containers and the network of pods use, and what Berth itself uses for them, at one
+//! `berth stats`: resource usage of containers, pod networks and Berth itself, at one
 //! moment.
 
 use std::collections::HashMap;
@@ -19,13 +19,13 @@ use crate::output;
 use crate::quantity::bytes_text;
 use crate::table::Table;
 
-/// Between two samples of processor time, where the daemon has no rate of its own yet.
+/// Time between two samples of CPU time, when the daemon has no rate yet.
 const SAMPLE: Duration = Duration::from_millis(500);
 
 /// Prints measurements of containers, of the pods' network below, and Berth's own memory.
 ///
 /// # Errors
-/// When the daemon cannot be asked, or a name leads nowhere.
+/// When a call to the daemon fails, or a name is unknown.
 pub(crate) async fn stats(daemon: &Daemon, args: &StatsArgs) -> Result<(), Error> {
     let inventory = daemon.inventory().await?;
     let wanted = wanted_ids(&inventory, &args.names)?;
@@ -51,7 +51,7 @@ pub(crate) async fn stats(daemon: &Daemon, args: &StatsArgs) -> Result<(), Error
         let earlier = before.get(id(stats)).and_then(|earlier| earlier.cpu.as_ref());
         let label = inventory.containers.iter().find(|container| container.id == id(stats));
         let memory = stats.memory.as_ref();
-        // Without a limit there is no "free", and CRI says 0.
+        // Without a limit there is no "available", and the CRI reports 0.
         let free = memory.and_then(|memory| memory.available_bytes).filter(|free| free.value > 0);
         table.row([
             short_id(id(stats)).to_owned(),
@@ -105,7 +105,7 @@ fn wanted_ids(inventory: &Inventory, names: &[String]) -> Result<Option<Vec<Stri
     Ok(Some(ids))
 }
 
-/// Measures the containers that run, in the order of their ids.
+/// Measures the running containers, in the order of their ids.
 async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
     let request = ListContainerStatsRequest::default();
     let mut stats =
@@ -117,7 +117,7 @@ async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
     Ok(stats)
 }
 
-/// The interfaces of the pods that have a network of their own, each with its pod's id; none if the daemon
+/// The interfaces of the pods with their own network, each with its pod's id; none if the daemon
 /// cannot tell.
 async fn networks(daemon: &Daemon) -> Result<Vec<(String, NetworkInterfaceUsage)>, CallError> {
     let request = ListPodSandboxStatsRequest::default();
@@ -159,7 +159,7 @@ fn has_rate(cpu: &CpuUsage) -> bool {
     cpu.usage_nano_cores.is_some()
 }
 
-/// Processors in use, like `0.25`: the daemon's own rate, else the difference of two samples.
+/// CPUs in use, such as `0.25`: the daemon's own rate, else the difference of two samples.
 fn rate_text(cpu: &CpuUsage, earlier: Option<&CpuUsage>) -> Option<String> {
     #[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
     if let Some(rate) = cpu.usage_nano_cores {

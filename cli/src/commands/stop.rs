@@ -1,4 +1,4 @@
-//! `berth stop`: ends containers, and the pods that nothing else runs in.
+//! `berth stop`: stops containers, and pods in which nothing else runs.
 
 use berth_cri::v1::{Container, ContainerState, PodSandbox};
 use futures_util::future::join_all;
@@ -9,10 +9,10 @@ use crate::error::Error;
 use crate::names::{Inventory, Target};
 use crate::output;
 
-/// Stops everything that was named, all at once, and prints each name that was.
+/// Stops everything that was named in parallel, and prints the name of each.
 ///
 /// # Errors
-/// When something could not be stopped; the rest is.
+/// When something could not be stopped; the rest was.
 pub(crate) async fn stop(daemon: &Daemon, args: &StopArgs) -> Result<(), Error> {
     let inventory = &daemon.inventory().await?;
     let grace_seconds = i64::from(args.grace_seconds);
@@ -33,7 +33,7 @@ async fn stop_one(
     }
 }
 
-/// Gives every container its grace, then takes the pod's network down: a pod never runs again.
+/// Stops every container gracefully, then takes down the pod's network: a pod never runs again.
 async fn stop_pod(
     daemon: &Daemon,
     inventory: &Inventory,
@@ -46,12 +46,12 @@ async fn stop_pod(
     Ok(daemon.stop_pod(&pod.id).await?)
 }
 
-/// Whether there is a program to stop.
+/// Whether a program is running.
 pub(super) fn runs(container: &Container) -> bool {
     container.state() == ContainerState::ContainerRunning
 }
 
-/// Prints the names that went well and an error for each that did not.
+/// Prints the names that succeeded, and an error for each that failed.
 pub(super) fn report(names: &[String], outcomes: Vec<Result<(), Error>>) -> Result<(), Error> {
     let all = outcomes.len();
     let mut failures = Vec::new();

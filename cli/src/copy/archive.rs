@@ -1,23 +1,24 @@
-//! Reads a stream in the tar format: POSIX ustar, with PAX records and GNU's long names. Of strangers: every
-//! length has a limit, and nothing is believed but the layout.
+//! Reads a stream in the tar format: POSIX ustar, with PAX records and GNU long names. The stream
+//! is not trusted: every length has a limit.
 //!
-//! The `tar` crate has the layout of a header. Its iterator is not used: it reads names of any length into
-//! memory.
+//! The `tar` crate has the layout of a header. Its iterator is not used: it reads names of any
+//! length into memory.
 
 use std::io::{self, Read, Write};
 
 use tar::{EntryType, Header};
 
-/// Bytes of a block: headers have one, content is padded to whole ones.
+/// Size of a block, in bytes: a header is one block, content is padded to whole blocks.
 const BLOCK: usize = 512;
 
-/// The longest name in a GNU entry, or all PAX records of one file. A path has at most 4096 bytes.
+/// The limit on a name in a GNU entry, or on all PAX records of one file. A path has at most 4096
+/// bytes.
 const MAX_EXTENSION_BYTES: u64 = 1024 * 1024;
 
 /// Bytes of content copied at a time.
 const COPY_BYTES: usize = 64 * 1024;
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A file; its content follows.
@@ -26,7 +27,7 @@ pub(crate) enum Kind {
     Directory,
     /// A symbolic link to this text.
     Symlink(Vec<u8>),
-    /// Another name of the entry with this path.
+    /// A hard link to the entry with this path.
     HardLink(Vec<u8>),
     /// A device or FIFO.
     Special,
@@ -35,9 +36,9 @@ pub(crate) enum Kind {
 /// One entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// As it is written.
+    /// The path as written.
     pub(crate) path: Vec<u8>,
-    /// What it is.
+    /// Its type.
     pub(crate) kind: Kind,
     /// Permission bits, with set-user-id, set-group-id and sticky.
     pub(crate) mode: u32,
@@ -45,16 +46,16 @@ pub(crate) struct Entry {
     pub(crate) modified: i64,
 }
 
-/// A stream that is being read.
+/// An archive that is being read.
 #[derive(Debug)]
 pub(crate) struct Archive<R> {
     from: R,
-    /// What is left of the content of the current entry, and of its padding.
+    /// Bytes left of the content of the current entry, and of its padding.
     content: u64,
     padding: u64,
 }
 
-/// What the extensions before an entry say about it.
+/// The extension headers of an entry.
 #[derive(Debug, Default)]
 struct Extension {
     path: Option<Vec<u8>>,
@@ -71,11 +72,11 @@ impl<R: Read> Archive<R> {
         Self { from, content: 0, padding: 0 }
     }
 
-    /// The next entry; `None` at the end of the archive. Content of the one before that was not read is
-    /// stepped over.
+    /// The next entry; `None` at the end of the archive. Unread content of the previous entry is
+    /// skipped.
     ///
     /// # Errors
-    /// When the stream cannot be read, or is no archive.
+    /// When the stream cannot be read, or is not an archive.
     pub(crate) fn next(&mut self) -> io::Result<Option<Entry>> {
         let mut extension = Extension::default();
         loop {
@@ -84,7 +85,7 @@ impl<R: Read> Archive<R> {
             let size = header.entry_size().map_err(|_| malformed("malformed size"))?;
             match header.entry_type() {
                 EntryType::XHeader => extension.take_records(&self.extension(size)?)?,
-                // Of all entries that follow: nothing in them is used.
+                // Applies to all following entries: none of it is used.
                 EntryType::XGlobalHeader => drop(self.extension(size)?),
                 EntryType::GNULongName => extension.path = Some(until_nul(self.extension(size)?)),
                 EntryType::GNULongLink => extension.link = Some(until_nul(self.extension(size)?)),
@@ -109,7 +110,8 @@ impl<R: Read> Archive<R> {
             EntryType::Char | EntryType::Block | EntryType::Fifo => Kind::Special,
             _ => return Err(malformed("unsupported entry type, such as a sparse file")),
         };
-        // Only files have content, whatever size others say: tar(1) writes none for them.
+        // Only files have content, whatever the size field of others says: tar(1) writes none for
+        // them.
         let size = if kind == Kind::File { extension.size.unwrap_or(size) } else { 0 };
         (self.content, self.padding) = (size, padding(size));
         let mode = header.mode().map_err(|_| malformed("malformed mode"))? & 0o7777;
@@ -117,10 +119,10 @@ impl<R: Read> Archive<R> {
         Ok(Entry { path, kind, mode, modified })
     }
 
-    /// Copies the content of the current entry; only once.
+    /// Copies the content of the current entry, once.
     ///
     /// # Errors
-    /// When the stream ends before it, or `to` cannot be written.
+    /// When the stream ends early, or `to` cannot be written.
     pub(crate) fn copy_content(&mut self, to: &mut impl Write) -> io::Result<()> {
         if self.content == 0 && self.padding == 0 {
             return Ok(());
@@ -139,7 +141,7 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
-    /// Reads what is left of the stream, so that its writer can end.
+    /// Reads the rest of the stream, so that its writer can end.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -195,15 +197,15 @@ fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// The sum of all bytes, with those of the checksum itself (148 to 155) as spaces.
+/// The sum of all bytes, with the checksum field (148 to 155) as spaces.
 fn checksum(block: &[u8; BLOCK]) -> u32 {
     let sum = |(at, byte): (usize, &u8)| u32::from(if (148..156).contains(&at) { b' ' } else { *byte });
     block.iter().enumerate().map(sum).sum()
 }
 
 impl Extension {
-    /// Reads records of the form `LENGTH KEY=VALUE\n`, whose length counts all of it. A value may have any
-    /// bytes.
+    /// Reads records of the form `LENGTH KEY=VALUE\n`, where the length includes itself. A value
+    /// may have any bytes.
     fn take_records(&mut self, mut records: &[u8]) -> io::Result<()> {
         let wrong = || malformed("malformed PAX record");
         while !records.is_empty() {

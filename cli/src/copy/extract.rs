@@ -1,13 +1,14 @@
 //! Writes the entries of an archive below one directory.
 //!
-//! The archive may be hostile, and so may the directory, which a container can change meanwhile. So:
+//! The archive may be hostile, and so may the directory, which a container can change meanwhile.
+//! So:
 //!
-//! - a path is walked name by name from the directory's descriptor, and no link in it is followed;
-//! - `..` is refused, and the leading slash of an absolute path is left out;
-//! - what does not lie below the one name that was asked for is refused;
-//! - a file is made new, never written through what has its name;
-//! - a hard link leads to a file that this archive has brought, or nowhere;
-//! - devices and FIFOs are left out.
+//! - a path is walked name by name from the directory's descriptor, without following links;
+//! - `..` is refused, and the leading slash of an absolute path is dropped;
+//! - anything outside the one requested name is refused;
+//! - a file is always created, never opened through an existing name;
+//! - a hard link must lead to a file that this archive created;
+//! - devices and FIFOs are skipped.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
@@ -20,26 +21,26 @@ use berth_sys::beneath::{self, Dir, FileType, Timestamp, stat_fd};
 
 use super::archive::{Archive, Entry, Kind};
 
-/// How an archive is written.
+/// How an archive is extracted.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
-    /// The first name of every path, which is replaced by `top`; `None` for whatever there is.
+    /// The first name of every path, which is replaced by `top`; `None` for any.
     pub(crate) expected: Option<OsString>,
-    /// What that is called; `None` for the contents of a directory.
+    /// Its new name; `None` for the contents of a directory.
     pub(crate) top: Option<OsString>,
     /// Whether only one file is expected, and no directory.
     pub(crate) only_file: bool,
-    /// User and group that everything is given to; `None` for those of the caller.
+    /// Owner and group of everything; `None` for the caller's.
     pub(crate) owner: Option<(u32, u32)>,
 }
 
-/// Why an archive is not written.
+/// Why an archive cannot be extracted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExtractError {
-    /// The stream cannot be read, or is no archive.
+    /// The stream cannot be read, or is not an archive.
     #[error("cannot read the archive")]
     Read(#[source] io::Error),
-    /// An entry is not what was asked for.
+    /// An entry is outside what was requested.
     #[error("the archive has an unexpected entry: {0}")]
     Unexpected(String),
     /// An entry cannot be written.
@@ -51,12 +52,12 @@ pub(crate) enum ExtractError {
         #[source]
         source: io::Error,
     },
-    /// What was asked for is not in it.
+    /// The requested path is not in it.
     #[error("the archive is empty")]
     Empty,
 }
 
-/// What was left out.
+/// What was skipped.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Report {
     /// Paths of devices and FIFOs.
@@ -66,11 +67,11 @@ pub(crate) struct Report {
 struct Extraction<'a> {
     into: &'a Dir,
     rules: &'a Rules,
-    /// The last directory that was walked to: most entries are beside the one before.
+    /// The last directory walked to: most entries are next to the previous one.
     last: Option<(Vec<OsString>, Dir)>,
-    /// Device and inode numbers of the files that were made, for hard links.
+    /// Device and inode numbers of the created files, for hard links.
     made: HashSet<(u64, u64)>,
-    /// Directories that were made, whose times are set when everything is in them.
+    /// The created directories; their times are set at the end.
     directories: Vec<(Vec<OsString>, i64)>,
     report: Report,
 }
@@ -78,7 +79,7 @@ struct Extraction<'a> {
 /// Writes an archive below `into`, and reads its stream to the end.
 ///
 /// # Errors
-/// [`ExtractError`]; what was written until then stays.
+/// [`ExtractError`]; what was already written stays.
 pub(crate) fn extract(from: impl Read, into: &Dir, rules: &Rules) -> Result<Report, ExtractError> {
     let mut archive = Archive::new(from);
     let mut extraction = Extraction {
@@ -124,7 +125,7 @@ fn names(path: &[u8]) -> Option<Vec<OsString>> {
 }
 
 impl Extraction<'_> {
-    /// Where a path of the archive goes; empty for the directory itself.
+    /// The destination of a path in the archive; empty for the directory itself.
     fn place(&self, path: &[u8]) -> Option<Vec<OsString>> {
         let mut names = names(path)?;
         if let Some(expected) = &self.rules.expected {
@@ -148,7 +149,7 @@ impl Extraction<'_> {
         let whole = place.clone();
         let failed = |source| ExtractError::Write { path: text(&entry.path), source };
         let Some(name) = place.pop() else {
-            // The directory that everything goes into, which is there.
+            // The destination directory, which exists.
             return if entry.kind == Kind::Directory { Ok(()) } else { Err(unexpected()) };
         };
         let link = match &entry.kind {
@@ -169,7 +170,7 @@ impl Extraction<'_> {
             }
             Kind::File => {
                 let mut file = new_file(parent, &name).map_err(failed)?;
-                // What the archive fails with is not about this file.
+                // An error of the archive is not about this file.
                 archive.copy_content(&mut file).map_err(failed)?;
                 self.made.insert(finish_file(&file, entry, self.rules.owner).map_err(failed)?);
             }
@@ -189,7 +190,7 @@ impl Extraction<'_> {
         Ok(())
     }
 
-    /// Makes `name` another name of a file that was made before.
+    /// Makes `name` a hard link to a file created before.
     fn link(&mut self, parent: &Dir, name: &OsStr, mut target: Vec<OsString>) -> io::Result<()> {
         let wrong =
             || error(io::ErrorKind::InvalidData, "it is a hard link to a file that is not in the archive");
@@ -202,7 +203,7 @@ impl Extraction<'_> {
         }
         make_way(parent, name)?;
         parent.make_hard_link(name, from, &target_name)?;
-        // Who can change the directory can have put another file there meanwhile.
+        // Another process may have put a different file there meanwhile.
         if parent.stat(name)?.identity != stat.identity {
             parent.unlink(name)?;
             return Err(wrong());
@@ -210,7 +211,7 @@ impl Extraction<'_> {
         Ok(())
     }
 
-    /// Opens a directory below the first, name by name, and makes those that are missing. Follows no link.
+    /// Opens a directory below the first, name by name, creating missing ones. Follows no links.
     fn walk(&mut self, place: Vec<OsString>) -> io::Result<()> {
         if self.last.as_ref().is_some_and(|(last, _)| *last == place) {
             return Ok(());
@@ -229,7 +230,7 @@ impl Extraction<'_> {
         Ok(())
     }
 
-    /// Only for looks: one that cannot be set is left.
+    /// Best effort: errors are ignored.
     fn set_times_of_directories(&mut self) {
         for (mut place, seconds) in std::mem::take(&mut self.directories).into_iter().rev() {
             let Some(name) = place.pop() else { continue };
@@ -242,7 +243,7 @@ impl Extraction<'_> {
     }
 }
 
-/// Removes a file or link that has the name. Devices, FIFOs and sockets are kept: the system may need them.
+/// Removes an existing file or link. Devices, FIFOs and sockets are kept: the system may need them.
 fn make_way(parent: &Dir, name: &OsStr) -> io::Result<()> {
     match parent.stat(name).map(|stat| stat.file_type) {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -258,7 +259,7 @@ fn make_way(parent: &Dir, name: &OsStr) -> io::Result<()> {
     }
 }
 
-/// Makes a directory, or keeps the one that is there. Returns whether it was made.
+/// Creates a directory unless it exists. Returns whether it was created.
 fn make_directory(parent: &Dir, name: &OsStr, mode: u32, owner: Option<(u32, u32)>) -> io::Result<bool> {
     match parent.make_dir(name, 0o700) {
         Err(there) if there.kind() == io::ErrorKind::AlreadyExists => {
@@ -275,8 +276,8 @@ fn make_directory(parent: &Dir, name: &OsStr, mode: u32, owner: Option<(u32, u32
     Ok(true)
 }
 
-/// A new file in place of what has the name. A file that cannot be removed, because something is mounted on
-/// it, is emptied.
+/// A new file in place of an existing one. A file that cannot be removed, because something is
+/// mounted on it, is truncated.
 fn new_file(parent: &Dir, name: &OsStr) -> io::Result<File> {
     match make_way(parent, name) {
         Err(busy) if busy.kind() == io::ErrorKind::ResourceBusy => {
@@ -290,8 +291,8 @@ fn new_file(parent: &Dir, name: &OsStr) -> io::Result<File> {
     }
 }
 
-/// Sets owner, mode and time; device and inode number of the file. Set-user-id and its like are left out: the
-/// file has another owner than it had.
+/// Sets owner, mode and time, and returns device and inode number. Set-user-id and similar bits are
+/// dropped: the file has a new owner.
 fn finish_file(file: &File, entry: &Entry, owner: Option<(u32, u32)>) -> io::Result<(u64, u64)> {
     if let Some((uid, gid)) = owner {
         beneath::chown(file.as_fd(), uid, gid)?;

@@ -5,8 +5,8 @@
 //!  tar      of the container, through exec           > a stream <  tar       of the container
 //!  stdin    for "-"                                 /            \ stdout    for "-"
 //! ```
-//! Whatever comes out of a container may be hostile. `archive` reads it with limits, `extract` writes below
-//! one directory and nowhere else, and paths inside of a container are resolved by the kernel below the
+//! Data from a container may be hostile. `archive` reads it with limits, `extract` writes below
+//! one directory only, and paths in a container are resolved by the kernel below the
 //! container's root: no link leads to a file of the host.
 
 pub(crate) mod archive;
@@ -22,19 +22,19 @@ use std::path::{Path, PathBuf};
 
 use berth_sys::beneath::{FileType, Root, stat_fd};
 
-/// Why something cannot be copied from or to a path.
+/// Why a path cannot be copied from or to.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PlanError {
-    /// It cannot be looked at.
+    /// It cannot be looked up.
     #[error("cannot look up {0}")]
     Look(PathBuf, #[source] io::Error),
     /// A device, FIFO or socket.
     #[error("{0} is neither a file nor a directory")]
     Kind(PathBuf),
-    /// A file is in the way of a directory.
+    /// It is not a directory.
     #[error("{0} is not a directory")]
     NotDirectory(PathBuf),
-    /// The directory to copy into is not there.
+    /// The directory to copy into does not exist.
     #[error("directory {0} does not exist")]
     NoDirectory(PathBuf),
 }
@@ -44,18 +44,18 @@ pub(crate) enum PlanError {
 pub(crate) struct Source {
     /// Whether it is a directory.
     pub(crate) is_directory: bool,
-    /// Only what is in the directory: its path ends with `/.`.
+    /// Only the contents of the directory: its path ends with `/.`.
     pub(crate) only_contents: bool,
     /// Its last name; `/` has none.
     pub(crate) name: Option<OsString>,
 }
 
-/// Where it goes.
+/// The destination of a copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Destination {
-    /// The directory, which is there.
+    /// The existing directory.
     pub(crate) into: PathBuf,
-    /// What the file or directory is called in it; `None` for the contents of a directory.
+    /// The name in that directory; `None` for the contents of a directory.
     pub(crate) top: Option<OsString>,
 }
 
@@ -63,7 +63,7 @@ fn ends_with(path: &Path, end: &str) -> bool {
     path.as_os_str().as_bytes().ends_with(end.as_bytes())
 }
 
-/// Looks at what is to be copied; a link is followed.
+/// Examines the source, following a final link.
 ///
 /// # Errors
 /// [`PlanError`].
@@ -81,7 +81,7 @@ pub(crate) fn source(root: &Root, path: &Path) -> Result<Source, PlanError> {
     Ok(Source { is_directory, only_contents, name: path.file_name().map(ToOwned::to_owned) })
 }
 
-/// Says where something goes that is copied to `path`, as cp(1) and podman-cp(1) have it.
+/// The destination of a copy to `path`, by the rules of cp(1) and podman-cp(1).
 ///
 /// # Errors
 /// [`PlanError`].
@@ -97,7 +97,7 @@ pub(crate) fn destination(root: &Root, path: &Path, source: &Source) -> Result<D
         // It would be replaced by a file, and /dev/null is needed as it is.
         Some(kind) if kind != FileType::Regular => Err(PlanError::Kind(path.to_owned())),
         None if !source.is_directory && ends_with(path, "/") => Err(PlanError::NoDirectory(path.to_owned())),
-        // A directory's contents make a new directory.
+        // The contents of a directory go into a new directory.
         _ => {
             let name = path.file_name().ok_or_else(|| PlanError::NoDirectory(path.to_owned()))?;
             let into = path.parent().unwrap_or(Path::new("")).to_owned();
@@ -110,7 +110,7 @@ pub(crate) fn destination(root: &Root, path: &Path, source: &Source) -> Result<D
     }
 }
 
-/// What is at a path, links followed; `None` for nothing.
+/// The type of the file at a path, following links; `None` if there is none.
 fn kind(root: &Root, path: &Path) -> Result<Option<FileType>, PlanError> {
     match root.resolve(path).and_then(|found| stat_fd(found.as_fd())) {
         Ok(stat) => Ok(Some(stat.file_type)),

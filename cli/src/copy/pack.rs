@@ -1,7 +1,7 @@
 //! Writes a file or a directory as an archive, by descriptor.
 //!
-//! Links are written as links; only the one that the path itself ends with is followed, below the root.
-//! Devices, FIFOs and sockets are left out.
+//! Links are written as links; only one at the end of the given path is followed, below the root.
+//! Devices, FIFOs and sockets are skipped.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use berth_sys::beneath::{Dir, FileType, Root, Stat, stat_fd};
 use tar::{Builder, EntryType, Header};
 
-/// The largest directory that is read: its names are all held at once.
+/// The most entries of a directory: its names are all held at once.
 const MAX_NAMES: usize = 1_000_000;
 
-/// Why no archive is made.
+/// Why an archive cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PackError {
     /// A file or directory cannot be read.
@@ -26,19 +26,19 @@ pub(crate) enum PackError {
     Write(#[source] io::Error),
 }
 
-/// What could not be written.
+/// What was skipped.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Report {
     /// Paths of devices, FIFOs and sockets.
     pub(crate) left_out: Vec<PathBuf>,
 }
 
-/// Which bits of modes are kept.
+/// Which mode bits are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Modes {
     /// All of them.
     Whole,
-    /// Without set-user-id and its like: the files get another owner.
+    /// Without set-user-id and similar bits: the files get another owner.
     Plain,
 }
 
@@ -55,12 +55,13 @@ struct Level {
     directory: Dir,
     /// Its path in the archive.
     path: PathBuf,
-    /// What is in it and not written yet, last first.
+    /// Entries not written yet, last first.
     names: Vec<OsString>,
 }
 
-/// Writes what is at `path` below `root`; in the archive it is called `top`. Without, only what is in the
-/// directory is written, below `.`: an entry for the directory itself would change the one it is unpacked in.
+/// Writes the file or directory at `path` below `root` under the name `top`. Without it, only the
+/// contents of the directory are written, below `.`: an entry for the directory itself would change
+/// the one it is unpacked in.
 ///
 /// # Errors
 /// [`PackError`].
@@ -93,7 +94,7 @@ pub(crate) fn pack(
 }
 
 impl<W: Write> Packing<W> {
-    /// Writes all that is in a directory. A stack, not recursion: trees may be of any depth.
+    /// Writes the contents of a directory. A stack, not recursion: trees may be of any depth.
     fn tree(&mut self, directory: Dir, path: PathBuf) -> Result<(), PackError> {
         let mut levels = vec![level(directory, path)?];
         while let Some(level) = levels.last_mut() {
@@ -109,7 +110,7 @@ impl<W: Write> Packing<W> {
         Ok(())
     }
 
-    /// Writes one entry of a directory; a directory that is to be gone into.
+    /// Writes one entry of a directory; returns a directory to descend into.
     fn one(&mut self, parent: &Dir, name: &OsStr, path: &Path) -> Result<Option<Dir>, PackError> {
         let failed = |source| PackError::Read(path.to_owned(), source);
         let stat = match parent.stat(name) {
@@ -156,7 +157,7 @@ impl<W: Write> Packing<W> {
         content: impl Read,
     ) -> Result<(), PackError> {
         let mut header = header(stat, kind, size, self.modes);
-        // Exactly as many bytes as were promised, whatever becomes of the file meanwhile.
+        // Exactly as many bytes as announced, even if the file changes meanwhile.
         let content = content.chain(io::repeat(0)).take(size);
         self.to.append_data(&mut header, path, content).map_err(PackError::Write)
     }

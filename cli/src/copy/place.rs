@@ -1,20 +1,20 @@
-//! One side of a copy as it is written: `CONTAINER:PATH`, a path here, or `-` for a stream.
+//! One side of a copy as written: `CONTAINER:PATH`, a local path, or `-` for a stream.
 
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// Where files come from or go to.
+/// The source or destination of files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
     /// A path on this machine.
     Here(PathBuf),
     /// A path in a container.
     Container {
-        /// What the container is called.
+        /// The container's name.
         name: String,
-        /// From its root.
+        /// The path from its root.
         path: PathBuf,
     },
     /// An archive on standard input or output.
@@ -22,7 +22,7 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// Reads an argument. A path here that has a colon begins with `/` or `.`.
+    /// Parses an argument. A local path with a colon must begin with `/` or `.`.
     pub(crate) fn of(argument: OsString) -> Result<Self, Infallible> {
         let bytes = argument.as_bytes();
         if bytes == b"-" {

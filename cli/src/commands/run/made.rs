@@ -1,4 +1,5 @@
-//! What `berth run` makes for a program, and how it is undone: in the reverse order, as far as it came.
+//! What `berth run` creates for a program, and how it is removed: in reverse order, as far as it
+//! got.
 
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
@@ -16,18 +17,19 @@ use crate::output;
 
 use super::RunError;
 
-/// Exit codes of a program that could not be run (126) or found (127), as env(1) and shells have them.
+/// Exit codes of a program that could not be run (126) or found (127), as env(1) and shells have
+/// them.
 const CANNOT_RUN: [u8; 2] = [126, 127];
 
-/// One thing that was made.
+/// An object that was created.
 enum Step {
     LogDirectory(PathBuf),
     Pod(String),
-    /// In a pod that was there before; otherwise the pod's end is the container's too.
+    /// In an existing pod; otherwise removing the pod removes the container, too.
     Container(String),
 }
 
-/// What has been made so far.
+/// What has been created so far.
 pub(super) struct Made<'a> {
     daemon: &'a Daemon,
     steps: Vec<Step>,
@@ -39,12 +41,12 @@ impl<'a> Made<'a> {
         Self { daemon, steps: Vec::new() }
     }
 
-    /// The daemon that all of it is made with.
+    /// The daemon.
     pub(super) fn daemon(&self) -> &'a Daemon {
         self.daemon
     }
 
-    /// Makes a pod's own directory for logs. What a program writes may be secret: other users may not look
+    /// Creates a pod's directory for logs. Output may be secret: other users may not read
     /// in.
     pub(super) fn log_directory(&mut self, directory: &Path) -> Result<(), RunError> {
         let made = DirBuilder::new().recursive(true).mode(0o750).create(directory);
@@ -53,7 +55,7 @@ impl<'a> Made<'a> {
         Ok(())
     }
 
-    /// Makes a pod and returns its id.
+    /// Creates a pod and returns its id.
     pub(super) async fn pod(&mut self, name: &str, config: PodSandboxConfig) -> Result<String, CallError> {
         let request = RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
         let act = format!("create pod {name}");
@@ -62,7 +64,7 @@ impl<'a> Made<'a> {
         Ok(id)
     }
 
-    /// Makes a container and returns its id.
+    /// Creates a container and returns its id.
     pub(super) async fn container(
         &mut self,
         pod_sandbox_id: String,
@@ -98,8 +100,8 @@ impl<'a> Made<'a> {
         (status.state() == ContainerState::ContainerExited && CANNOT_RUN.contains(&code)).then_some(code)
     }
 
-    /// Removes everything again. What cannot be removed is reported, and what it needs is left with it: the
-    /// logs of a pod that is still there may say why.
+    /// Removes everything. What cannot be removed is reported and keeps what it needs: the
+    /// logs of a pod that still exists may say why.
     pub(super) async fn undo(&mut self) {
         while let Some(step) = self.steps.pop() {
             let undone = match step {
@@ -117,7 +119,7 @@ impl<'a> Made<'a> {
     }
 
     async fn undo_pod(&self, id: &str) -> Result<(), Error> {
-        // Removing stops too; stopping first makes an error say which of the two failed.
+        // Removing also stops; stopping first makes the error more precise.
         self.daemon.stop_pod(id).await?;
         Ok(self.daemon.remove_pod(id).await?)
     }

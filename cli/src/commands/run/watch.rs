@@ -1,9 +1,9 @@
-//! Watches a running container to its end: shows its output, stops it when asked to, and learns its exit
+//! Watches a running container to its end: shows its output, stops it on request, and gets its exit
 //! code.
 //!
-//! The first interrupt stops the container, the second kills it; the command goes on to wait, so that the
-//! exit code is always the program's own. The daemon may be restarted meanwhile: the container does not
-//! notice, and the command waits for the daemon's return.
+//! The first interrupt stops the container, the second kills it; the command keeps waiting, so that
+//! the exit code is always the program's own. The daemon may restart in between: the container does
+//! not notice, and the command waits for the daemon's return.
 
 use std::path::PathBuf;
 
@@ -23,10 +23,10 @@ use crate::terminal::Terminal;
 
 use super::RunError;
 
-/// What the first interrupt gives the program to end: as long as `berth stop` does.
+/// The grace period of the first interrupt: that of `berth stop`.
 const GRACE_SECONDS: i64 = 10;
 
-/// Shows the output until the container has ended, and stops it when asked to.
+/// Shows the output until the container has ended, and stops it on request.
 pub(super) async fn watch(
     daemon: &Daemon,
     id: &str,
@@ -59,17 +59,17 @@ pub(super) async fn watch(
     Ok(status)
 }
 
-/// How a program ended that had our input, output or terminal.
+/// How a program with our input, output or terminal ended.
 pub(super) enum Shared {
     /// On its own, or stopped.
     Ended(Box<ContainerStatus>),
-    /// It runs on, as was asked for.
+    /// Detached: it keeps running.
     Detached,
-    /// It runs on, but the connection broke.
+    /// It keeps running, but the connection was lost.
     Lost,
 }
 
-/// Passes the streams of a container on until it has ended, and stops it when asked to.
+/// Relays the streams of a container until it has ended, and stops it on request.
 pub(super) async fn share(
     daemon: &Daemon,
     id: &str,
@@ -93,7 +93,7 @@ pub(super) async fn share(
             }
         }
     };
-    // When the reader of our output has gone away, the caller undoes all.
+    // If the reader of our output has gone away, the caller cleans up.
     match ended? {
         Ended::Detached => Ok(Shared::Detached),
         Ended::Lost if runs_on(daemon, id).await? => Ok(Shared::Lost),

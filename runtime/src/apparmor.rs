@@ -2,11 +2,11 @@
 //!
 //! The default profile is loaded at every start, so that a new version of the daemon brings its own. It takes
 //! `apparmor_parser` (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce
-//! AppArmor, nothing here is asked. Where it does and the profile cannot be loaded, no container is made that
-//! would have it: loading is tried again with each, so that an installed parser is enough. So it is when
-//! it was removed from the kernel.
+//! AppArmor, none of this is used. Where it does and the profile cannot be loaded, containers that would have
+//! it are refused: loading is retried for each, so that installing the parser is enough. The same applies
+//! when it was removed from the kernel.
 //!
-//! Putting a process under a profile is the shim's.
+//! Putting a process under a profile is up to the shim.
 
 use crate::lock;
 use berth_sys::program::Run;
@@ -15,15 +15,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-/// The profile of containers that ask for the runtime's own.
+/// The profile of containers that ask for the runtime's default.
 pub(crate) const DEFAULT_PROFILE: &str = "berth-default";
 
-/// What it forbids is the second line of defence behind masked paths, capabilities and namespaces: to write
-/// what of `/proc` and `/sys` is the host's, to mount, and to meddle with processes outside. It allows
-/// everything else: root in the container is to work.
+/// It is the second line of defence behind masked paths, capabilities and namespaces: it forbids writing the
+/// parts of `/proc` and `/sys` that are the host's, mounting, and interfering with processes outside. It
+/// allows everything else, so that root in the container works.
 ///
 /// The language is apparmor.d(5). Deny rules win over allow rules. It includes no rule of a file of the host,
-/// so that it means the same on each; what it is silent about is a matter of [`ABI`].
+/// so that it means the same on each; what it does not mention depends on [`ABI`].
 const DEFAULT_TEXT: &str = "\
 profile berth-default flags=(attach_disconnected, mediate_deleted) {
   capability,
@@ -54,29 +54,30 @@ profile berth-default flags=(attach_disconnected, mediate_deleted) {
 }
 ";
 
-/// What AppArmor is to ask the profile about: that of version 3.0, which is what other runtimes' profiles are
-/// written for. Without it newer kernels also ask about user namespaces, message queues and io_uring, and
-/// take silence for a no, which breaks what makes sandboxes of its own in a container (browsers, builders of
-/// images); whether it may is the seccomp profile's to say. The file comes with the parser, below its
-/// directory (apparmor.d(5), "Feature ABI").
+/// The features that AppArmor mediates: those of version 3.0, which other runtimes' profiles are written for.
+/// Without it newer kernels also ask about user namespaces, message queues and io_uring, and deny what is not
+/// mentioned, which breaks programs that create sandboxes in a container (browsers, builders of images); that
+/// is up to the seccomp profile. The file comes with the parser, below its directory (apparmor.d(5), "Feature
+/// ABI").
 const ABI: &str = "abi/3.0";
 
-/// The parser's directory, which it looks in for [`ABI`].
+/// The parser's directory, in which it looks for [`ABI`].
 const PARSERS_DIRECTORY: &str = "/etc/apparmor.d";
 
-/// Where the kernel says whether it enforces.
+/// The kernel's file that says whether AppArmor is enforced.
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 
-/// Where the kernel lists what is loaded, a line each: `NAME (MODE)`. In securityfs.
+/// The kernel's list of loaded profiles, a line each: `NAME (MODE)`. In securityfs.
 const PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
 
-/// The most that is read of that list. A desktop with all of its distribution's profiles has some 10 KiB.
+/// The most that is read of that list, in bytes. A desktop with all of its distribution's profiles has some
+/// 10 KiB.
 const MAX_PROFILES_BYTES: u64 = 16 << 20;
 
 /// How long the parser may take. It takes a tenth of a second; on a machine that is just booting, more.
 const PARSER_LIMIT: Duration = Duration::from_secs(30);
 
-/// The most that is kept of what the parser says.
+/// The most that is kept of the parser's messages, in bytes.
 const MAX_COMPLAINT_BYTES: usize = 4096;
 
 const PARSERS: [&str; 3] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser", "/usr/bin/apparmor_parser"];
@@ -84,10 +85,10 @@ const PARSERS: [&str; 3] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser"
 /// Why AppArmor could not be queried or changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AppArmorError {
-    /// Not installed.
+    /// The parser is not installed.
     #[error("apparmor_parser is not installed: install the package apparmor")]
     NoParser,
-    /// The program did not run.
+    /// The parser could not be run.
     #[error("cannot run {program}")]
     Run {
         /// The program.
@@ -96,19 +97,19 @@ pub(crate) enum AppArmorError {
         #[source]
         source: io::Error,
     },
-    /// It did not end.
+    /// The parser did not end.
     #[error("apparmor_parser did not finish within {PARSER_LIMIT:?}")]
     Late,
-    /// It refused.
+    /// The parser failed.
     #[error("apparmor_parser failed: {complaint}")]
     Refused {
-        /// Its words.
+        /// Its message.
         complaint: String,
     },
-    /// The kernel's list.
+    /// The kernel's list cannot be read.
     #[error("cannot read {path}")]
     List {
-        /// Where it is.
+        /// Its path.
         path: PathBuf,
         /// The cause.
         #[source]
@@ -116,7 +117,7 @@ pub(crate) enum AppArmorError {
     },
 }
 
-/// The default profile is not in the kernel, and cannot be loaded.
+/// The default profile is not loaded, and cannot be.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the kernel enforces AppArmor, and the profile {DEFAULT_PROFILE} of RuntimeDefault cannot be loaded; \
@@ -124,7 +125,7 @@ pub(crate) enum AppArmorError {
 )]
 pub(crate) struct NotLoaded(#[source] AppArmorError);
 
-/// Whether the kernel enforces AppArmor. If that cannot be found out it counts as enforced.
+/// Whether the kernel enforces AppArmor. If that is unknown it counts as enforced.
 pub(crate) fn is_enabled() -> bool {
     says_enabled(Path::new(ENABLED))
 }
@@ -158,7 +159,7 @@ impl DefaultProfile {
         profile
     }
 
-    /// Its name when it is in the kernel, which it is made to be if need be; `None` where the kernel enforces
+    /// Its name, once it is loaded, which is done if needed; `None` where the kernel enforces
     /// no AppArmor. Blocking.
     ///
     /// # Errors
@@ -176,7 +177,7 @@ impl DefaultProfile {
             return Ok(None);
         }
         let mut was_loaded = lock(&self.was_loaded);
-        // Where the list cannot be read, the shim finds out.
+        // If the list cannot be read, the shim will find out.
         if !*was_loaded || !is_loaded().unwrap_or(true) {
             *was_loaded = false;
             if let Err(failed) = load() {
@@ -224,7 +225,7 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
     })
 }
 
-/// The default profile as the parser is to read it. A parser without the file is older than it, and knows of
+/// The text of the default profile for the parser. A parser without the file is older than it, and knows
 /// nothing newer.
 fn default_text(directory: &Path) -> String {
     if directory.join(ABI).exists() {
@@ -237,7 +238,7 @@ fn default_text(directory: &Path) -> String {
 /// Whether the kernel has a profile of this name.
 ///
 /// # Errors
-/// [`AppArmorError::List`], such as where securityfs is not mounted.
+/// [`AppArmorError::List`], for example if securityfs is not mounted.
 pub(crate) fn is_loaded(name: &str) -> Result<bool, AppArmorError> {
     is_listed(Path::new(PROFILES), name)
 }
@@ -253,7 +254,7 @@ fn is_listed(path: &Path, name: &str) -> Result<bool, AppArmorError> {
     Ok(lists(&text, name))
 }
 
-/// Names may have spaces and brackets in them; the mode, at the line's end, has not.
+/// Names may contain spaces and brackets; the mode, at the end of the line, does not.
 fn lists(text: &[u8], name: &str) -> bool {
     text.split(|byte| *byte == b'\n').any(|line| {
         let Some(rest) = line.strip_prefix(name.as_bytes()) else { return false };

@@ -1,32 +1,32 @@
-//! Files that are there whole or not at all.
+//! Files that exist completely or not at all.
 //!
 //! Without `fsync`, on purpose: records of sandboxes and containers are written in the hot path, and after a
-//! power cut no container runs any more. What a power cut tears is found by the record's checksum. (Images
-//! are another matter, and sync.)
+//! power cut no container is running. A torn record is detected by its checksum. (Images
+//! do sync.)
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Writes `bytes` as `path`, over what is there.
+/// Writes `bytes` to `path`, replacing any file there.
 ///
 /// # Errors
-/// What the write or the rename says; the old content is still there then, and no temporary file.
+/// That of the write or the rename; the old content is kept then, and no temporary file is left.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     prepare(path, bytes)?.commit()
 }
 
-/// Content that has been written beside its place, so that a full disk is known before anything has changed.
-/// Dropped, it goes.
+/// Content that was written next to its place, so that a full disk is noticed before anything has changed.
+/// Removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Pending {
     partial: PathBuf,
     path: PathBuf,
 }
 
-/// Writes `bytes` beside `path`.
+/// Writes `bytes` next to `path`.
 ///
 /// # Errors
-/// What the write says; no temporary file is left.
+/// That of the write; no temporary file is left.
 pub(crate) fn prepare(path: &Path, bytes: &[u8]) -> io::Result<Pending> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
@@ -36,10 +36,10 @@ pub(crate) fn prepare(path: &Path, bytes: &[u8]) -> io::Result<Pending> {
 }
 
 impl Pending {
-    /// Puts it in its place, over what is there.
+    /// Moves it to its place, replacing any file there.
     ///
     /// # Errors
-    /// What the rename says; the old content is still there then, and no temporary file.
+    /// That of the rename; the old content is kept then, and no temporary file is left.
     pub(crate) fn commit(self) -> io::Result<()> {
         std::fs::rename(&self.partial, &self.path)
     }
@@ -47,7 +47,7 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        // It may have taken its place, or never have come to exist; an error of either was reported.
+        // It may have been moved to its place, or never created; either error was reported.
         let _ = std::fs::remove_file(&self.partial);
     }
 }

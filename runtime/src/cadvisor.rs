@@ -1,9 +1,9 @@
 //! What a cAdvisor asks CRI-O, answered for Berth's containers: an opt-in socket (`[compat] cadvisor`).
 //!
-//! The cAdvisor inside of a kubelet knows what a cgroup is only of the runtimes that it was written for.
-//! Without one of these, everything that kubelet serves at `/metrics/cadvisor` lacks the names of pods and
-//! containers, and pods have no network figures. What it asks CRI-O is the smallest of these: HTTP/1.1 on the
-//! fixed path `/var/run/crio/crio.sock` (cAdvisor 0.56, `container/crio/client.go`), two questions:
+//! The cAdvisor in a kubelet can interpret cgroups only of the runtimes it was written for.
+//! With any other runtime, the metrics at `/metrics/cadvisor` lack the names of pods and
+//! containers, and pods have no network metrics. Its protocol for CRI-O is the smallest: HTTP/1.1 on the
+//! fixed path `/var/run/crio/crio.sock` (cAdvisor 0.56, `container/crio/client.go`), two requests:
 //!
 //! ```text
 //! GET /info               {"storage_driver", "storage_root"}
@@ -13,13 +13,13 @@
 //!
 //! It asks for each cgroup whose name begins with `crio` and has an id in it. So with this option containers'
 //! cgroups are called `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with its own network gets
-//! an empty cgroup named after the sandbox, [`show`]: network is counted for the "container" whose label
+//! an empty cgroup named after the sandbox, [`show`]: network is measured for the "container" whose label
 //! `io.kubernetes.container.name` is `POD`, in the network namespace of its pid, and
-//! kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
+//! the kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
 //!
-//! Nothing else of CRI-O is here, and nothing here can keep the daemon from serving pods: what fails is said
-//! in the log. A request is answered from memory and a few files of procfs; connections, their length and
-//! their time have limits.
+//! Nothing else of CRI-O is implemented, and nothing here can keep the daemon from serving pods: failures are
+//! logged. A request is answered from memory and a few files of procfs; connections, their length and
+//! their duration are limited.
 
 use crate::container::Container;
 use crate::file_error::FileError;
@@ -49,32 +49,32 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
-/// Connections at a time. A cAdvisor has one for each cgroup that it looks at just then.
+/// Connections at a time. A cAdvisor has one for each cgroup that it is examining.
 const MAX_CONNECTIONS: usize = 32;
 
-/// What is read of a request before its head has ended, which is 100 bytes; the least that hyper can be set
+/// The longest head of a request (real ones have 100 bytes): the least that hyper can be set
 /// to.
 const MAX_REQUEST_BYTES: usize = 8192;
 
-/// How long a connection may take to say what it wants, and in all.
+/// How long a connection may take to send its request, and in all.
 const HEAD: Duration = Duration::from_secs(5);
 const CONNECTION: Duration = Duration::from_secs(30);
 
-/// How long an answer waits for a container that is being made: its cgroup, which cAdvisor has seen, is there
-/// before the container is. cAdvisor looks again only after minutes.
+/// How long an answer waits for a container that is being created: its cgroup, which cAdvisor has seen,
+/// exists before the container is. cAdvisor looks again only after minutes.
 const BEING_MADE: Duration = Duration::from_secs(10);
 const BEING_MADE_LOOK: Duration = Duration::from_millis(10);
 
-/// The mode of the socket's file.
+/// The mode of the socket file.
 const MODE: u32 = 0o600;
 
-/// The name that says "this is the pod itself" to cAdvisor and kubelet.
+/// The container name that means "the pod itself" to cAdvisor and the kubelet.
 const POD: &str = "POD";
 
 /// Why the socket is not served.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ListenError {
-    /// Another runtime does already.
+    /// Another runtime serves it already.
     #[error(
         "another program is listening on {path}: CRI-O, or another berthd with compat.cadvisor; stop it, or turn this option off"
     )]
@@ -88,7 +88,7 @@ pub(crate) enum ListenError {
         /// The file or directory.
         path: PathBuf,
     },
-    /// The file or its directory.
+    /// An error of the file or its directory.
     #[error(transparent)]
     File(#[from] FileError),
 }
@@ -108,7 +108,7 @@ struct Bound {
     identity: (u64, u64),
 }
 
-/// The open socket. It has to be closed by [`Socket::close`] for its file to go.
+/// The open socket. [`Socket::close`] removes its file.
 #[derive(Debug)]
 pub(crate) struct Socket {
     path: PathBuf,
@@ -120,7 +120,7 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Stops listening and takes away the file, and the directory if it was made for it and is empty.
+    /// Stops listening and removes the file, and the directory if it was made for it and is empty.
     pub(crate) fn close(self) {
         self.task.abort();
         if identity(&self.path).is_ok_and(|found| found == self.identity) {
@@ -131,8 +131,8 @@ impl Socket {
     }
 }
 
-/// Begins to serve, if the configuration asks for it. A socket that cannot be had is said, and the daemon
-/// goes on without.
+/// Starts to serve, if the configuration asks for it. If the socket cannot be opened, that is logged and the
+/// daemon continues without it.
 pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
     let config = node.config();
     let path = config.cadvisor_socket.as_deref()?;
@@ -152,7 +152,7 @@ pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
     }
 }
 
-/// Makes the socket, in place of one that has no listener.
+/// Creates the socket, replacing one without a listener.
 async fn listen(path: &Path) -> Result<Bound, ListenError> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -161,7 +161,7 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
             return Err(ListenError::NoSocket { path: path.to_owned() });
         }
         Ok(_) => match listener::knock(path).await {
-            // unix(7): refused is what a socket file without a listener says, regardless of who left it.
+            // unix(7): a socket file without a listener refuses connections.
             Knock::Unserved(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             Knock::Unserved(error) => return Err(file("connect to", path)(error)),
             Knock::Served => return Err(ListenError::Taken { path: path.to_owned() }),
@@ -176,7 +176,7 @@ async fn listen(path: &Path) -> Result<Bound, ListenError> {
             .mode(0o755)
             .create(directory)
             .map_err(file("create", directory))?;
-        // The daemon's umask may have taken more away.
+        // The daemon's umask may have removed more bits.
         std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
             .map_err(file("set the mode of", directory))?;
         Some(directory.to_owned())
@@ -191,11 +191,11 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     Ok((found.dev(), found.ino()))
 }
 
-/// Accepts for ever.
+/// Accepts connections forever.
 async fn serve(listener: UnixListener, node: Arc<Node>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        // Never closed. Who comes when all are taken waits in the kernel's queue.
+        // Never closed. Without a permit, connections wait in the kernel's queue.
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -213,7 +213,7 @@ async fn serve(listener: UnixListener, node: Arc<Node>) {
             let _slot = slot;
             let service = service_fn(move |request| answer(node.clone(), request));
             let connection = http1::Builder::new()
-                // A connection for each question: an idle one would hold a slot.
+                // One request per connection: an idle one would hold a slot.
                 .keep_alive(false)
                 .max_buf_size(MAX_REQUEST_BYTES)
                 .timer(TokioTimer::new())
@@ -246,21 +246,21 @@ async fn answer(node: Arc<Node>, request: Request<Incoming>) -> Result<Response<
 }
 
 /// With "overlay" for the driver, cAdvisor would look for the writable layer in a directory `diff` of the
-/// container's root, as CRI-O's storage has it, and give up all figures of a container where that is not. A
-/// name that it does not know makes it leave the disk alone.
+/// container's root, as in CRI-O's storage, and drop all metrics of a container without it. An
+/// unknown name makes it skip the disk.
 fn info(node: &Node) -> Value {
     json!({ "storage_driver": "berth", "storage_root": node.layout.root() })
 }
 
-/// Of a container or sandbox by its whole id; waits for one that is being made.
+/// The answer for a container or sandbox by its full id; waits for one that is being created.
 async fn described(node: &Arc<Node>, id: &str) -> Option<Value> {
     let end = tokio::time::Instant::now() + BEING_MADE;
     loop {
-        // In this order: it is in the registry before it is no longer being made.
+        // In this order: it is registered before it stops being counted as in creation.
         let being_made = node.registry.is_being_made(id);
         let looking = node.clone();
         let wanted = id.to_owned();
-        // Files of procfs do not block for long, but they are files.
+        // Files of procfs do not block for long, but reading them is blocking I/O.
         let found = tokio::task::spawn_blocking(move || find(&looking, &wanted)).await.ok()?;
         if found.is_some() || !being_made || tokio::time::Instant::now() >= end {
             return found;
@@ -319,8 +319,8 @@ fn of_sandbox(node: &Node, sandbox: &Sandbox) -> Value {
     })
 }
 
-/// A process in the pod's own network namespace: of a container, since a pod has none of its own, or process
-/// 1 of a shared pid namespace. Nothing on the host's network, whose figures are not the pod's. cAdvisor asks
+/// A process in the pod's own network namespace: a container's, since a pod has none of its own, or process
+/// 1 of a shared pid namespace. None on the host's network, whose metrics are not the pod's. cAdvisor asks
 /// again while it gets none, and when the process has ended.
 fn pid_in_network(node: &Node, sandbox: &Sandbox) -> Option<i32> {
     if sandbox.config().namespaces.network == NamespaceMode::Node {
@@ -337,7 +337,7 @@ fn number(namespace: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(namespace).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// The request's labels, and those that kubelet looks for where a client that is no kubelet has left them
+/// The request's labels, and those that the kubelet looks for if a client other than a kubelet left them
 /// out.
 fn labels(given: &BTreeMap<String, String>, pod: &sandbox::Metadata, container: &str) -> Value {
     let mut labels = given.clone();
@@ -348,7 +348,7 @@ fn labels(given: &BTreeMap<String, String>, pod: &sandbox::Metadata, container: 
         labels.insert(CONTAINER_NAME.to_owned(), POD.to_owned());
     } else {
         labels.entry(CONTAINER_NAME.to_owned()).or_insert_with(|| container.to_owned());
-        // One that calls itself POD would have its network counted once more, as the pod's.
+        // A container named POD would have its network counted again, as the pod's.
         if labels.get(CONTAINER_NAME).is_some_and(|name| name == POD) {
             labels.insert(CONTAINER_NAME.to_owned(), String::new());
         }
@@ -356,18 +356,19 @@ fn labels(given: &BTreeMap<String, String>, pod: &sandbox::Metadata, container: 
     json!(labels)
 }
 
-/// What monitoring calls a container, since dockershim: `k8s_<container>_<pod>_<namespace>_<uid>_<attempt>`.
+/// The name of a container in monitoring, since dockershim:
+/// `k8s_<container>_<pod>_<namespace>_<uid>_<attempt>`.
 pub(crate) fn container_name(container: &container::Metadata, pod: &sandbox::Metadata) -> String {
     format!("k8s_{}_{}_{}_{}_{}", container.name, pod.name, pod.namespace, pod.uid, container.attempt)
 }
 
-/// What it calls a pod.
+/// The name of a pod in monitoring.
 pub(crate) fn pod_name(pod: &sandbox::Metadata) -> String {
     format!("k8s_{POD}_{}_{}_{}_{}", pod.name, pod.namespace, pod.uid, pod.attempt)
 }
 
-/// Makes the empty cgroup by which cAdvisor finds the pod, if it is asked for and not there: after the pod is
-/// in the registry, so that the question that follows has an answer. A pod with its own process has such
+/// Creates the empty cgroup by which cAdvisor finds the pod, if configured and missing: after the pod is
+/// in the registry, so that the request that follows has an answer. A pod with its own process has such
 /// a cgroup, and on the host's network there is nothing to find.
 pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let namespaces = &sandbox.config().namespaces;
@@ -377,7 +378,7 @@ pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     {
         return;
     }
-    // Held until it is made: a stop of the sandbox waits for it, and then removes it.
+    // Held until it is created: a stop of the sandbox waits for it, and then removes it.
     let Some(_making) = sandbox.begin_creation() else { return };
     let (making, pod) = (node.clone(), sandbox.clone());
     let made = tokio::task::spawn_blocking(move || {

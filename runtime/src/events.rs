@@ -1,10 +1,10 @@
-//! What happens to sandboxes and containers: each change passes here once, when it happens, and those of one
-//! object in the order in which they happen. The log is what listens.
+//! Events of sandboxes and containers: each change passes here once, when it happens, and those of one
+//! object in order. The only observer is the log.
 //!
 //! What an event says can be seen: an object is in the lists when it is reported as created or ready, and a
 //! program that has ended was reported as started before, however short its life.
 //!
-//! What a daemon only learns, such as how it finds what the daemon before it has left, is no event.
+//! State that a daemon merely discovers, such as that left by a previous daemon, is not an event.
 
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::sandbox::Metadata;
@@ -24,9 +24,9 @@ pub(crate) enum Event<'a> {
 pub(crate) enum SandboxChange {
     /// It was made.
     Ready,
-    /// It takes no containers any more: it is being stopped, or its first process has ended.
+    /// It takes no more containers: it is being stopped, or its first process has ended.
     NotReady(SandboxEvent),
-    /// Everything that it held was given back.
+    /// Everything that it held was released.
     Stopped,
     /// It is gone.
     Removed,
@@ -83,7 +83,8 @@ pub(crate) mod heard {
 
     type BeforeHearing = Box<dyn Fn(&str) + Send + Sync>;
 
-    /// Hears what the threads say on which it is the dispatch. `before` runs first, in the telling thread.
+    /// Records the events of the threads on which it is the dispatch. `before` runs first, in the same
+    /// thread.
     #[derive(Clone)]
     pub(crate) struct Heard(Arc<(Mutex<Vec<String>>, BeforeHearing)>);
 

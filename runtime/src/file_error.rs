@@ -1,13 +1,13 @@
-//! What could not be done with which file.
+//! Errors of file operations.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// An act on a file that failed.
+/// A file operation that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} {path}")]
 pub struct FileError {
-    /// The failed act, as `read`.
+    /// The operation, such as `read`.
     pub action: &'static str,
     /// The file or directory.
     pub path: PathBuf,
@@ -17,7 +17,7 @@ pub struct FileError {
 }
 
 impl FileError {
-    /// For `map_err`: the system's error with this act and path.
+    /// For `map_err`: adds operation and path to an I/O error.
     pub(crate) fn of(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self { action, path, source }

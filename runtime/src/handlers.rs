@@ -1,17 +1,17 @@
-//! Runtime handlers: the names by which a pod chooses what runs its containers
-//! (`RunPodSandboxRequest.runtime_handler`), what is behind each name, and what that can do.
+//! Runtime handlers: the names by which a pod selects its runtime
+//! (`RunPodSandboxRequest.runtime_handler`), the runtime behind each, and its features.
 
-/// What makes and runs the containers of a handler, with what it needs to be reached.
+/// The runtime of a handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Berth's own: a shim for each container.
+    /// Berth's own engine: a shim for each container.
     Shim,
 }
 
-/// What `Status` says about a handler: CRI `RuntimeHandlerFeatures`.
+/// The features of a handler in `Status`: CRI `RuntimeHandlerFeatures`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Features {
-    /// Mounts that are read-only with everything below them.
+    /// Recursively read-only mounts.
     pub recursive_read_only_mounts: bool,
     /// Pods in user namespaces.
     pub user_namespaces: bool,
@@ -20,11 +20,11 @@ pub struct Features {
 /// A handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Handler {
-    /// As a `RuntimeClass` names it; empty for the one of pods that name none.
+    /// Its name in a `RuntimeClass`; empty for the default.
     pub name: String,
-    /// What is behind it.
+    /// Its runtime.
     pub kind: Kind,
-    /// What it can do.
+    /// Its features.
     pub features: Features,
 }
 
@@ -33,7 +33,7 @@ pub struct Handler {
 pub struct Handlers(Vec<Handler>);
 
 impl Handlers {
-    /// Berth's own, as the default and by its name.
+    /// Berth's own, as the default and by name.
     #[must_use]
     pub fn own() -> Self {
         let features = Features { recursive_read_only_mounts: true, user_namespaces: false };

@@ -1,15 +1,15 @@
-//! The daemon's log: one line for each event, whatever text is in it.
+//! The daemon's log: one line for each event, whatever text it contains.
 //!
 //! Names and messages of images, registries and requests end up in log lines. Escaping them where they are
-//! logged would be forgotten once; so the whole line is escaped where it leaves the process.
+//! logged would be forgotten somewhere, so whole lines are escaped where they leave the process.
 
 use std::io::{self, IsTerminal as _, Stderr, Write};
 
 use berth_model::text::printable;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Makes a writer for each event. With `colours`, the sequences that set the colour of text stay;
-/// `tracing-subscriber` lets none of those in a field through.
+/// Creates a writer for each event. With `colours`, sequences that set the colour of text are kept;
+/// `tracing-subscriber` escapes those in fields.
 #[derive(Debug, Clone, Copy)]
 pub struct Lines {
     colours: bool,
@@ -37,7 +37,7 @@ impl<'a> MakeWriter<'a> for Lines {
     }
 }
 
-/// Writes what it is given, which is a whole event, as one line.
+/// Writes a whole event as one line.
 #[derive(Debug)]
 pub struct Line<W> {
     out: W,

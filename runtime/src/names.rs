@@ -1,9 +1,9 @@
-//! Names of sandboxes and containers: what must be unique about them besides their ids.
+//! Names of sandboxes and containers, which must be unique like their ids.
 
 use berth_model::id::SandboxId;
 use berth_model::{container, sandbox};
 
-/// The identity that must be unique.
+/// A unique name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Name {
     /// Of a sandbox.

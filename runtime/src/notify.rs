@@ -3,9 +3,9 @@
 //!
 //! The protocol of sd_notify(3): datagrams of `NAME=value` lines to the socket that `NOTIFY_SOCKET` names, a
 //! path or, behind an `@`, an abstract name. Without the variable nothing is sent.
-//! Nothing here can keep the daemon from serving: a datagram that cannot be sent is logged and forgotten.
+//! Nothing here can keep the daemon from serving: a failure to send is logged and ignored.
 //!
-//! Shims and programs of the daemon get no environment, so none of them can speak in its name.
+//! Shims and programs of the daemon get no environment, so none of them can send notifications.
 
 use berth_cri::v1;
 use berth_cri::v1::image_service_client::ImageServiceClient;
@@ -19,20 +19,20 @@ use std::path::Path;
 use std::time::Duration;
 use tonic::transport::Endpoint;
 
-/// How long a datagram may wait. The manager reads at once unless it is itself in trouble, and then we need
-/// not be.
+/// How long a datagram may wait. The manager reads at once unless it is in trouble itself, and then the
+/// daemon need not be.
 const SEND_LIMIT: Duration = Duration::from_secs(1);
 
-/// The longest pause before a probe that failed is tried again.
+/// The longest pause before a failed probe is retried.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// The most of a status line; systemd shows it in one line, and the texts of errors may be long.
+/// The longest status line; systemd shows it in one line, and error messages may be long.
 const MAX_STATUS_BYTES: usize = 200;
 
-/// An id that no object has, since ids are random; well formed, so that it is looked up.
+/// An id that no object has, since ids are random; well-formed, so that it is looked up.
 const NOBODY: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
-/// The way to the service manager, if there is one.
+/// The connection to the service manager, if there is one.
 #[derive(Debug)]
 pub(crate) struct Notifier {
     manager: Option<(UnixDatagram, SocketAddr)>,
@@ -59,7 +59,7 @@ impl Notifier {
         Self { watchdog: manager.as_ref().and(watchdog), manager }
     }
 
-    /// What the daemon does, for `systemctl status`.
+    /// A status line for `systemctl status`.
     pub(crate) fn status(&self, text: &str) {
         self.send(&status_line(text));
     }
@@ -74,21 +74,21 @@ impl Notifier {
         self.send("RELOADING=1\nSTATUS=reloading the configuration\n");
     }
 
-    /// The daemon ends on purpose.
+    /// The daemon is stopping.
     pub(crate) fn stopping(&self) {
         self.send("STOPPING=1\nSTATUS=stopping; pods keep running\n");
     }
 
-    /// Tells the watchdog that the daemon is alive, as long as it is: whenever half of the watchdog's time is
-    /// over, `probe` has to succeed, within a quarter of it. One that fails is tried again, soon enough for
-    /// the watchdog: see [`again`]. Its success is what is shown as the status. Never ends; where there is no
+    /// Notifies the watchdog while the daemon is alive: whenever half of the watchdog's time is
+    /// over, `probe` has to succeed, within a quarter of it. A failed probe is retried, soon enough for
+    /// the watchdog: see [`again`]. Its result is shown as the status. Never ends; without a
     /// watchdog it does nothing.
     pub(crate) async fn keep_alive<F>(&self, probe: impl Fn() -> F)
     where
         F: Future<Output = Result<String, ProbeError>>,
     {
         let Some(watchdog) = self.watchdog else { return std::future::pending().await };
-        // First a pause, since it is started before the socket is there.
+        // First a pause, since it is started before the socket exists.
         let first = (watchdog / 2, watchdog / 4);
         let (mut pause, mut limit) = first;
         loop {
@@ -100,7 +100,7 @@ impl Notifier {
                     self.send(&format!("WATCHDOG=1\n{}", status_line(&status)));
                     (pause, limit) = first;
                 }
-                // Without a notification, the manager ends the daemon and starts another; pods do not notice.
+                // Without a notification, the manager restarts the daemon; pods do not notice.
                 Err(error) => {
                     tracing::error!(error = %crate::chain(&error), "the daemon does not answer its own requests");
                     (pause, limit) = again(watchdog);
@@ -117,9 +117,9 @@ impl Notifier {
     }
 }
 
-/// The pause before a probe is tried again, and the time that it has then. Of the watchdog's time a half and
-/// a quarter are over when the first has failed at the latest; with a sixteenth and an eighth the second is
-/// over in time.
+/// The pause before a probe is retried, and its time limit. Of the watchdog's time a half and
+/// a quarter have passed at most when the first has failed; with a sixteenth and an eighth the second is
+/// done in time.
 fn again(watchdog: Duration) -> (Duration, Duration) {
     (AGAIN.min(watchdog / 16), watchdog / 8)
 }
@@ -150,7 +150,7 @@ fn watchdog(microseconds: Option<&OsStr>, pid: Option<&OsStr>, own_pid: u32) -> 
     number(microseconds?).filter(|microseconds| *microseconds > 0).map(Duration::from_micros)
 }
 
-/// One line of a datagram: what is in the text must not become another assignment.
+/// One line of a datagram: the text must not contain another assignment.
 fn status_line(text: &str) -> String {
     let mut end = text.len().min(MAX_STATUS_BYTES);
     while !text.is_char_boundary(end) {
@@ -160,7 +160,7 @@ fn status_line(text: &str) -> String {
     format!("STATUS={text}\n")
 }
 
-/// Why the daemon does not count as alive.
+/// Why a probe failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProbeError {
     /// The connection is not accepted.
@@ -171,21 +171,21 @@ pub(crate) enum ProbeError {
     Call {
         /// The call.
         call: &'static str,
-        /// What was answered.
+        /// The answer.
         #[source]
         source: tonic::Status,
     },
     /// No answer.
     #[error("no answer within {limit:?}")]
     Late {
-        /// The time.
+        /// The time limit.
         limit: Duration,
     },
 }
 
-/// Does what a kubelet does, as a client of the own socket: connects, lists sandboxes and containers (the
-/// registry's lock) and looks for an image (the store's). The answers are empty, so that the probe costs the
-/// same on a full node.
+/// Acts as a kubelet does, as a client of the daemon's own socket: connects, lists sandboxes and containers
+/// (the registry's lock) and looks for an image (the store's). The answers are empty, so that the probe costs
+/// the same on a full node.
 pub(crate) async fn ask_the_daemon(socket: &Path) -> Result<(), ProbeError> {
     let uri = [b"unix://", socket.as_os_str().as_bytes()].concat();
     let channel = Endpoint::from_shared(uri).map_err(ProbeError::Connect)?.connect().await;

@@ -1,4 +1,4 @@
-//! Randomness, from the kernel.
+//! Random bytes from the kernel.
 
 /// 32 random bytes, for an id.
 pub(crate) fn random_bytes() -> std::io::Result<[u8; 32]> {

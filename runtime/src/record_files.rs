@@ -1,4 +1,4 @@
-//! The record of an object and its copy: reading one of them whatever became of the other, and writing both.
+//! The record of an object and its copy: reading either of them, and writing both.
 //!
 //! ```text
 //! <root>/…/<id>/record     the record; what is not here was never finished, or is being removed
@@ -9,7 +9,7 @@
 //!
 //! "Cannot be read" has three meanings, which are distinguished: nothing is there; what is there is proven
 //! damaged (its checksum); unknown (an error of the disk, no descriptor, no memory, a newer version).
-//! Only the second is ever written over.
+//! Only the second is ever overwritten.
 
 use crate::atomic_file;
 use berth_model::layout::Layout;
@@ -23,20 +23,20 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// The first pause before a read is tried again, and the longest.
+/// The first and the longest pause between attempts to read.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// Where a record and its copy are.
+/// The paths of a record and its copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RecordFiles {
-    /// The record.
+    /// The record cannot be written.
     pub(crate) record: PathBuf,
     /// Its copy.
     pub(crate) copy: PathBuf,
 }
 
-/// Why a record file says nothing.
+/// Why a record file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Fault {
     /// It cannot be read now.
@@ -57,7 +57,7 @@ pub(crate) enum Fault {
         #[source]
         source: RecordError,
     },
-    /// It is whole, and another object's.
+    /// It is valid, but of a different object.
     #[error("{path} is the record of a different object")]
     Another {
         /// The file or directory.
@@ -76,44 +76,44 @@ impl Fault {
     }
 }
 
-/// What became of a record.
+/// The outcome of reading a record.
 #[derive(Debug)]
 pub(crate) enum Found<T> {
     /// The content, from the record or from its copy.
     Whole {
-        /// What it says.
+        /// Its content.
         content: T,
-        /// How the files are.
+        /// The state of the files.
         health: Health,
     },
     /// Neither file is there.
     Absent,
-    /// The record is of no use, and there is no copy that is.
+    /// The record cannot be used, and there is no usable copy.
     Unusable {
         /// What is wrong with it.
         fault: Fault,
-        /// Whether it is proven damaged. If not, another time or another version may be able to read it.
+        /// Whether it is proven damaged. If not, it may become readable, or is readable for another version.
         damaged: bool,
     },
 }
 
-/// How the files of a record are that could be read.
+/// The state of the files of a readable record.
 #[derive(Debug)]
 pub(crate) enum Health {
     /// Good.
     Good,
-    /// The copy is missing or is not the same: one of an earlier version of this daemon, or no room in
-    /// memory.
+    /// The copy is missing or different: written by an earlier version of this daemon, or there was no room
+    /// in memory.
     NoCopy,
     /// The record is lost or proven damaged; the content is the copy's.
     Lost(Option<Fault>),
     /// The record cannot be read now; the content is the copy's.
     Unread(Fault),
-    /// The record is of this newer version, and read as far as it is known.
+    /// The record is of this newer version, and read as far as it is understood.
     Newer(u32),
 }
 
-/// Time for trying again, shared by all reads of a start: a disk that fails everywhere must not keep the
+/// Time for retries, shared by all reads of a start: a failing disk must not delay the
 /// daemon for long.
 #[derive(Debug)]
 pub(crate) struct Patience(AtomicU64);
@@ -123,7 +123,7 @@ impl Patience {
         Self(AtomicU64::new(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)))
     }
 
-    /// Waits for `pause`, if that much is left. Blocking.
+    /// Sleeps for `pause`, if that much time is left. Blocking.
     fn wait(&self, pause: Duration) -> bool {
         let wanted = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
         let taken =
@@ -135,11 +135,11 @@ impl Patience {
     }
 }
 
-/// Does `attempt` again as long as it fails with an error that may pass and there is `patience`. That it is
-/// not there does not pass. Blocking.
+/// Retries `attempt` while it fails with a temporary error and there is `patience`. Absence is
+/// not temporary. Blocking.
 ///
 /// # Errors
-/// Those of the last attempt.
+/// That of the last attempt.
 pub(crate) fn patiently<T>(patience: &Patience, mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut pause = FIRST_PAUSE;
     loop {
@@ -152,7 +152,7 @@ pub(crate) fn patiently<T>(patience: &Patience, mut attempt: impl FnMut() -> io:
     }
 }
 
-/// Whether the same act may succeed a moment later. In doubt, yes.
+/// Whether the error may be temporary. In doubt, yes.
 pub(crate) fn may_pass(error: &io::Error) -> bool {
     !matches!(
         error.kind(),
@@ -161,7 +161,7 @@ pub(crate) fn may_pass(error: &io::Error) -> bool {
 }
 
 impl RecordFiles {
-    /// Reads the record, or its copy. `is_own` says whether the content is that of the object whose files
+    /// Reads the record, or its copy. `is_own` returns whether the content is that of the object whose files
     /// these are. Blocking.
     pub(crate) fn read<T: DeserializeOwned>(
         &self,
@@ -170,7 +170,7 @@ impl RecordFiles {
     ) -> Found<T> {
         let once = Patience::of(Duration::ZERO);
         let (mut record, mut copy) = (read(&self.record, &once, &is_own), read(&self.copy, &once, &is_own));
-        // As long as one of them can be read, there is nothing to wait for.
+        // If either can be read, there is nothing to wait for.
         if !matches!(record, Ok(Some(_))) && !matches!(copy, Ok(Some(_))) {
             for (found, path) in [(&mut record, &self.record), (&mut copy, &self.copy)] {
                 if matches!(found, Err(Fault::Unread { .. })) {
@@ -195,7 +195,7 @@ impl RecordFiles {
                 Found::Whole { content, health }
             }
             (Ok(None), Ok(None)) => Found::Absent,
-            // A copy that is there says that there was a record.
+            // An existing copy proves that there was a record.
             (Ok(None), Err(fault)) => Found::Unusable { damaged: fault.is_damage(), fault },
             (Err(fault), copy) => {
                 let damaged = fault.is_damage() && copy.err().is_none_or(|fault| fault.is_damage());
@@ -204,7 +204,7 @@ impl RecordFiles {
         }
     }
 
-    /// Writes both. Without a copy the record serves all the same. Blocking.
+    /// Writes both. A missing copy is not an error. Blocking.
     ///
     /// # Errors
     /// When the record cannot be written; then neither file has changed.
@@ -212,7 +212,7 @@ impl RecordFiles {
         self.prepare(content)?.commit().map_err(|source| self.failed(source))
     }
 
-    /// Writes the record beside its place, so that nothing but a rename is left to do.
+    /// Writes the record next to its place, so that only a rename is left to do.
     ///
     /// # Errors
     /// When that fails; nothing has changed then.
@@ -222,7 +222,7 @@ impl RecordFiles {
         Ok(Prepared { files: self, pending, bytes })
     }
 
-    /// Writes the copy. One that cannot be written is removed: an old one would be worse than none.
+    /// Writes the copy. If that fails it is removed: an old one would be worse than none.
     pub(crate) fn write_copy(&self, bytes: &[u8]) {
         if let Err(error) = atomic_file::write(&self.copy, bytes) {
             tracing::debug!(path = %self.copy.display(), %error, "cannot copy a record");
@@ -230,10 +230,10 @@ impl RecordFiles {
         }
     }
 
-    /// Takes the copy away, which comes before taking away the record.
+    /// Removes the copy, which has to come before removing the record.
     ///
     /// # Errors
-    /// What the removal says; absent is fine.
+    /// When it cannot be removed; absence is not an error.
     pub(crate) fn remove_copy(&self) -> io::Result<()> {
         match std::fs::remove_file(&self.copy) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -249,7 +249,7 @@ impl RecordFiles {
 /// Why a record was not written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WriteError {
-    /// The content is none.
+    /// The content cannot be encoded.
     #[error(transparent)]
     Content(#[from] RecordError),
     /// The file.
@@ -263,7 +263,7 @@ pub(crate) enum WriteError {
     },
 }
 
-/// A record that is ready to take its place; dropped, it leaves nothing.
+/// A record that is ready to be moved to its place; removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Prepared<'a> {
     files: &'a RecordFiles,
@@ -272,10 +272,10 @@ pub(crate) struct Prepared<'a> {
 }
 
 impl Prepared<'_> {
-    /// Puts it in its place, and writes the copy.
+    /// Moves it to its place, and writes the copy.
     ///
     /// # Errors
-    /// What the rename says; nothing has changed then.
+    /// That of the rename; nothing has changed then.
     pub(crate) fn commit(self) -> io::Result<()> {
         self.pending.commit()?;
         self.files.write_copy(&self.bytes);
@@ -283,7 +283,7 @@ impl Prepared<'_> {
     }
 }
 
-/// Does with the files of the `kind` named `id` what their health asks for, and says it. Blocking.
+/// Repairs the files of the `kind` named `id` according to their state, and logs it. Blocking.
 pub(crate) fn mend<T: Serialize>(
     layout: &Layout,
     kind: &'static str,
@@ -325,7 +325,7 @@ pub(crate) fn mend<T: Serialize>(
     }
 }
 
-/// Puts a damaged record where a person can look at it. Absent is fine.
+/// Moves a damaged record to quarantine. Absence is not an error.
 pub(crate) fn set_aside(layout: &Layout, kind: &str, id: &str, record: &Path) {
     let target = layout.quarantine().join(format!("{id}.{kind}"));
     match std::fs::rename(record, &target) {
@@ -355,7 +355,7 @@ fn read<T: DeserializeOwned>(
 
 fn bytes_of(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    // One byte more than the longest, which then is no record: its checksum cannot match.
+    // One byte more than the longest record, whose checksum then cannot match.
     File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }

@@ -1,7 +1,7 @@
 //! The sandboxes and containers that exist, by id and by name.
 //!
-//! Objects appear here when they are complete, and go when they are gone; what is being made holds only its
-//! name, by a [`Reservation`]. All locks here are held for a look-up and no longer.
+//! Objects appear here when they are complete, and disappear when they are gone; during creation they hold
+//! only their name, by a [`Reservation`]. All locks here are held for a look-up only.
 
 use crate::container::Container;
 use crate::lock;
@@ -11,14 +11,14 @@ use berth_model::id::{ContainerId, SandboxId};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
-/// What a text that should name an object finds.
+/// The result of looking up an object.
 #[derive(Debug)]
 pub(crate) enum Found<T> {
-    /// This one.
+    /// It was found.
     One(T),
-    /// None.
+    /// There is none.
     Nothing,
-    /// More than one begins like this.
+    /// The prefix is ambiguous.
     Ambiguous,
 }
 
@@ -27,13 +27,13 @@ struct Inner {
     sandboxes: HashMap<SandboxId, Arc<Sandbox>>,
     containers: HashMap<ContainerId, Arc<Container>>,
     names: HashMap<Name, String>,
-    /// Ids of objects whose records cannot be read, and of which nothing runs.
+    /// Ids of objects whose records cannot be read, and of which nothing is running.
     unread: HashSet<String>,
 }
 
 impl Inner {
-    /// Frees a name, unless it is another object's by now: of two removals at once the later one finds the
-    /// name taken again.
+    /// Frees a name, unless another object has it by now: of two concurrent removals the later one may find
+    /// the name taken again.
     fn give_back(&mut self, name: &Name, owner: &str) {
         if self.names.get(name).is_some_and(|found| found == owner) {
             self.names.remove(name);
@@ -45,7 +45,7 @@ impl Inner {
 #[derive(Debug, Default)]
 pub(crate) struct Registry(Arc<Mutex<Inner>>);
 
-/// A name that is held for an object until it goes; given back when dropped before that.
+/// A name that is held for an object until it is removed; freed when dropped before that.
 #[derive(Debug)]
 pub(crate) struct Reservation {
     inner: Arc<Mutex<Inner>>,
@@ -61,7 +61,7 @@ impl Drop for Reservation {
 }
 
 impl Registry {
-    /// Takes `name` for the object `owner`.
+    /// Reserves `name` for the object `owner`.
     ///
     /// # Errors
     /// [`NameTaken`].
@@ -94,8 +94,8 @@ impl Registry {
         lock(&self.0).containers.insert(container.id().clone(), container);
     }
 
-    /// Makes a sandbox of the daemon before this one visible. If another has its name, both are there all the
-    /// same: what exists has to have an owner, and who lists them sees both.
+    /// Makes a sandbox of a previous daemon visible. If another has its name, both are visible
+    /// nevertheless: what exists has to have an owner.
     pub(crate) fn adopt_sandbox(&self, sandbox: Arc<Sandbox>) {
         let name = Name::Sandbox(sandbox.config().metadata.clone());
         self.adopt(name, sandbox.id().as_str());
@@ -116,7 +116,7 @@ impl Registry {
         lock(&self.0).unread.remove(id);
     }
 
-    /// Remembers that there is an object whose record cannot be read.
+    /// Adds an object whose record cannot be read.
     pub(crate) fn keep_unread(&self, id: &str) {
         lock(&self.0).unread.insert(id.to_owned());
     }
@@ -126,7 +126,7 @@ impl Registry {
         lock(&self.0).unread.iter().cloned().collect()
     }
 
-    /// An object that could not be read is gone.
+    /// Forgets an object that could not be read.
     pub(crate) fn forget_unread(&self, id: &str) {
         lock(&self.0).unread.remove(id);
     }
@@ -139,13 +139,13 @@ impl Registry {
             || id.parse().is_ok_and(|id: ContainerId| inner.containers.contains_key(&id))
     }
 
-    /// Whether nothing exists.
+    /// Whether there are no objects.
     pub(crate) fn is_empty(&self) -> bool {
         let inner = lock(&self.0);
         inner.sandboxes.is_empty() && inner.containers.is_empty() && inner.unread.is_empty()
     }
 
-    /// Whether it was there still.
+    /// Returns whether it was still there.
     pub(crate) fn remove_sandbox(&self, sandbox: &Sandbox) -> bool {
         let mut inner = lock(&self.0);
         let was_there = inner.sandboxes.remove(sandbox.id()).is_some();
@@ -161,7 +161,7 @@ impl Registry {
         was_there
     }
 
-    /// By id, or by an unambiguous beginning of one.
+    /// By id, or by an unambiguous prefix of one.
     pub(crate) fn find_sandbox(&self, text: &str) -> Found<Arc<Sandbox>> {
         let inner = lock(&self.0);
         if let Ok(id) = text.parse::<SandboxId>() {
@@ -174,7 +174,7 @@ impl Registry {
             .map(|(_, sandbox)| sandbox))
     }
 
-    /// By id, or by an unambiguous beginning of one.
+    /// By id, or by an unambiguous prefix of one.
     pub(crate) fn find_container(&self, text: &str) -> Found<Arc<Container>> {
         let inner = lock(&self.0);
         if let Ok(id) = text.parse::<ContainerId>() {

@@ -1,9 +1,9 @@
 //! The configuration, reloaded while pods run: on SIGHUP, which `berthd --reload` and with it
 //! `systemctl reload berthd` sends ([`crate::reload_request`]).
 //!
-//! What new work goes by takes effect at once: images, registries, resource limits of new containers, the
-//! log. What the daemon has opened or built by its start stays as it was until the next one, and is named in
-//! the log. A configuration that is wrong changes nothing.
+//! Settings for new work take effect at once: images, registries, resource limits of new containers, the
+//! log. Anything opened or built at the start stays as it is until the next one, and is named in
+//! the log. An invalid configuration changes nothing.
 
 use crate::config::Config;
 use crate::node::Node;
@@ -13,19 +13,19 @@ use std::fmt;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
-/// Reads the files and flags of the program again; the error says everything that is wrong with them.
+/// Reads the files and flags of the program again; the error lists all mistakes.
 pub type Read = Arc<dyn Fn() -> Result<Config, String> + Send + Sync>;
 
-/// Puts another filter ([`Config::log`]) into force.
+/// Applies a new filter ([`Config::log`]).
 pub type SetLog = Box<dyn Fn(&str) + Send + Sync>;
 
 /// What the daemon needs to reload its configuration.
 pub struct Reload {
-    /// A message for each time that it is to.
+    /// A message for each request.
     pub wanted: mpsc::Receiver<()>,
-    /// How. It may block.
+    /// Reads the configuration. May block.
     pub read: Read,
-    /// Where the log's filter goes.
+    /// Sets the filter of the log.
     pub set_log: SetLog,
 }
 

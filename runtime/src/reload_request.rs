@@ -1,12 +1,12 @@
 //! `berthd --reload PID`: a running daemon reads its configuration again, and the caller learns whether it
 //! did.
 //!
-//! A signal brings no answer. So the daemon keeps a file of its runtime state open, `FILE`, and writes into
-//! it how far it has come; who may read `/proc/PID/fd` finds it there, whatever the daemon's flags and
+//! A signal has no answer. So the daemon keeps a file in its runtime state open, `FILE`, and writes its
+//! progress into it; a process that may read `/proc/PID/fd` finds it there, whatever the daemon's flags and
 //! configuration are.
 //!
-//! The file has a line with three numbers, and then a text: how many times the daemon has begun to read its
-//! configuration, the number of the last time that is done, the length of the text in bytes; the text says
+//! The file has a line with three numbers, and then a text: how many times the daemon has started to read its
+//! configuration, the number of the last completed time, the length of the text in bytes; the text says
 //! what was wrong that time, and is empty if nothing was.
 
 use berth_sys::process;
@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 /// Its name, in the runtime state.
 const FILE: &str = "reload";
 
-/// How often the file is looked at.
+/// How often the file is polled.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// How long a daemon may take. It reads some small files; the machine may be busy.
+/// How long a daemon may take. It reads a few small files, but the machine may be busy.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The daemon's side.
@@ -37,10 +37,10 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Makes the file in the runtime state.
+    /// Creates the file in the runtime state.
     ///
     /// # Errors
-    /// Those of making it.
+    /// When it cannot be created.
     pub(crate) fn create(state: &Path) -> io::Result<Self> {
         let file = File::options().write(true).create(true).truncate(true).open(state.join(FILE))?;
         let progress = Self { file, begun: 0, done: 0, mistakes: String::new() };
@@ -54,7 +54,7 @@ impl Progress {
         self.tell();
     }
 
-    /// It was read: with these mistakes, or none.
+    /// It was read, with these mistakes, or none.
     pub(crate) fn finish(&mut self, mistakes: &str) {
         self.done = self.begun;
         mistakes.clone_into(&mut self.mistakes);
@@ -73,22 +73,22 @@ impl Progress {
     }
 }
 
-/// Why a daemon has not taken its configuration over.
+/// Why a daemon did not reload its configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ReloadError {
-    /// It found mistakes and goes on with the configuration that it has.
+    /// It found mistakes and kept its configuration.
     #[error("{0}")]
     Mistakes(String),
-    /// The process is not one that can be asked.
+    /// The process is not a daemon that can reload.
     #[error("process {pid} is not a berthd that can reload its configuration")]
     NoDaemon {
         /// Its number.
         pid: i32,
     },
-    /// It could not be asked.
+    /// The request failed.
     #[error("cannot {action} process {pid}")]
     Ask {
-        /// What failed.
+        /// The operation.
         action: &'static str,
         /// Its number.
         pid: i32,
@@ -110,7 +110,7 @@ pub enum ReloadError {
     },
 }
 
-/// Has the daemon with this process id read its configuration again, and waits until the new values are in
+/// Makes the daemon with this process id reload its configuration, and waits until the new values are in
 /// force. Blocking.
 ///
 /// # Errors
@@ -124,11 +124,11 @@ pub fn reload(pid: i32) -> Result<(), ReloadError> {
     let deadline = Instant::now() + LIMIT;
     loop {
         let seen = read(&file).map_err(ask("read the progress of"))?;
-        // One that had begun already may have read the files before they were changed.
+        // A reload in progress may have read the files before they were changed.
         if seen.done > begun {
             return if seen.mistakes.is_empty() { Ok(()) } else { Err(ReloadError::Mistakes(seen.mistakes)) };
         }
-        // Signal 0 asks whether it is there.
+        // Signal 0 only checks that it exists.
         if process::signal_pidfd(pidfd.as_fd(), 0).is_err() {
             return Err(ReloadError::Ended { pid });
         }
@@ -143,7 +143,7 @@ pub fn reload(pid: i32) -> Result<(), ReloadError> {
 fn find(pid: i32) -> io::Result<Option<File>> {
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
         let link: PathBuf = entry?.path();
-        // One that is closed meanwhile is not it.
+        // One that was closed meanwhile is not the file.
         let Ok(target) = std::fs::read_link(&link) else { continue };
         if target.file_name().is_some_and(|name| name == FILE) {
             return File::open(link).map(Some);
@@ -180,7 +180,7 @@ fn parse(bytes: &[u8]) -> Option<Seen> {
     let mut numbers = std::str::from_utf8(bytes.get(..end)?).ok()?.split(' ').map(str::parse::<u64>);
     let (begun, done) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
     let length = usize::try_from(numbers.next()?.ok()?).ok()?;
-    // The text of an earlier time may have been longer.
+    // An earlier text may have been longer.
     let text = bytes.get(end + 1..)?.get(..length)?;
     Some(Seen { begun, done, mistakes: String::from_utf8_lossy(text).into_owned() })
 }

@@ -1,9 +1,9 @@
 //! The resource limits that containers start with: getrlimit(2).
 //!
-//! The CRI has no field for them. What is not set would be the daemon's own, and so depend on its unit file
-//! or on the shell that it was started from: here they are all set, to what programs meet on nodes today.
-//! `[container.rlimits]` changes those that a cgroup has no limit for. The shim lowers what the kernel does
-//! not let it have, and says so.
+//! The CRI has no field for them. Unset ones would be the daemon's own, and so depend on its unit file
+//! or on the shell that it was started from, so all are set, to what programs find on nodes today.
+//! `[container.rlimits]` changes those that cgroups do not limit. The shim lowers what the kernel does
+//! not permit, and reports that.
 
 use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType};
 use serde::{Deserialize, Serialize};
@@ -12,19 +12,19 @@ use std::collections::BTreeMap;
 /// `RLIM_INFINITY` of <asm-generic/resource.h>.
 const UNLIMITED: u64 = u64::MAX;
 
-/// What the configuration calls [`UNLIMITED`].
+/// [`UNLIMITED`] in the configuration.
 const UNLIMITED_WORD: &str = "unlimited";
 
 /// The largest `nofile`: the kernel counts descriptors in an `int`.
 const MOST_FILES: u64 = i32::MAX.unsigned_abs() as u64;
 
-/// Those that can be configured, by name: soft and hard.
+/// The configurable limits, by name: soft and hard.
 ///
-/// Open files: what systemd gives to services, containerd and CRI-O among them. A higher soft limit breaks
+/// Open files: systemd's default for services, containerd and CRI-O among them. A higher soft limit breaks
 /// programs that use select(2) or close every possible descriptor; programs that need more raise it up to the
-/// hard one. Processes and dumps of core: what the unit files of both runtimes say. The number of processes
-/// is counted for a user on the whole node, so that containers of one number would starve each other;
-/// `pids.max` is what limits them. The rest: the kernel's own.
+/// hard one. Processes and core dumps: as in the unit files of both runtimes. The number of processes
+/// is counted per user on the whole node, so that containers with the same user would starve each other;
+/// `pids.max` limits them instead. The rest: the kernel's defaults.
 const CONFIGURABLE: [(&str, PosixRlimitType, u64, u64); 9] = [
     ("core", PosixRlimitType::RlimitCore, UNLIMITED, UNLIMITED),
     ("memlock", PosixRlimitType::RlimitMemlock, 8 << 20, 8 << 20),
@@ -37,8 +37,8 @@ const CONFIGURABLE: [(&str, PosixRlimitType, u64, u64); 9] = [
     ("stack", PosixRlimitType::RlimitStack, 8 << 20, UNLIMITED),
 ];
 
-/// Those that are for cgroups to limit, or that would hit the shim's own work in the container's process.
-/// `sigpending` is in neither list: the kernel takes it from the machine's memory, and so it is the same
+/// Limits that are up to cgroups, or that would affect the shim's own work in the container's process.
+/// `sigpending` is in neither list: the kernel derives it from the machine's memory, so it is the same
 /// however the daemon is started.
 const NEVER_LIMITED: [PosixRlimitType; 6] = [
     PosixRlimitType::RlimitAs,
@@ -49,8 +49,8 @@ const NEVER_LIMITED: [PosixRlimitType; 6] = [
     PosixRlimitType::RlimitRss,
 ];
 
-/// A limit as it is written: a number, or a text of the form `SOFT:HARD`, where each is a number or
-/// `unlimited`; one alone is both.
+/// A limit as written: a number, or a text of the form `SOFT:HARD`, where each is a number or
+/// `unlimited`; a single value sets both.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum WrittenRlimit {
@@ -60,10 +60,10 @@ pub enum WrittenRlimit {
     Text(String),
 }
 
-/// Limits by name, as they are written.
+/// Limits by name, as written.
 pub type WrittenRlimits = BTreeMap<String, WrittenRlimit>;
 
-/// The limits of every container: the defaults, with what was written in place of them.
+/// The limits of every container: the defaults, overridden by the configuration.
 ///
 /// # Errors
 /// A sentence for each mistake.
@@ -89,7 +89,7 @@ pub fn check(written: &WrittenRlimits) -> Result<Vec<PosixRlimit>, Vec<String>> 
     if mistakes.is_empty() { Ok(limits) } else { Err(mistakes) }
 }
 
-/// As they would be written; without those that cannot be.
+/// In written form, without those that cannot be configured.
 #[must_use]
 pub fn written(limits: &[PosixRlimit]) -> WrittenRlimits {
     let name = |kind| CONFIGURABLE.iter().find(|(_, known, ..)| *known == kind).map(|(name, ..)| *name);

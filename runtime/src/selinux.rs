@@ -1,16 +1,16 @@
-//! Whether SELinux is on.
+//! Whether SELinux is enabled.
 //!
-//! Berth labels nothing. Where the kernel has SELinux off there is nothing to label, so a pod's
-//! `seLinuxOptions` are accepted and have no effect, as with other runtimes. Where it is on they are refused:
-//! a container without its label would be confined otherwise than asked.
+//! Berth does not label anything. Where SELinux is disabled there is nothing to label, so a pod's
+//! `seLinuxOptions` are accepted and have no effect, as with other runtimes. Where it is enabled they are
+//! refused: a container without its label would not be confined as requested.
 
 use std::path::Path;
 
-/// The filesystems that the kernel has: proc_filesystems(5).
+/// The kernel's list of filesystems: proc_filesystems(5).
 const FILESYSTEMS: &str = "/proc/filesystems";
 
-/// Whether the kernel has SELinux on, enforcing or permissive. It registers `selinuxfs` only then
-/// (security/selinux/selinuxfs.c). If the list cannot be read it counts as on.
+/// Whether SELinux is enabled, enforcing or permissive. The kernel registers `selinuxfs` only then
+/// (security/selinux/selinuxfs.c). If the list cannot be read it counts as enabled.
 pub(crate) fn is_enabled() -> bool {
     is_listed(Path::new(FILESYSTEMS))
 }

@@ -1,7 +1,7 @@
-//! Cgroups of what is gone, in which a process could not be killed: removed as soon as that has ended.
+//! Cgroups of removed objects in which a process could not be killed: removed as soon as it has ended.
 //!
 //! A process in an uninterruptible wait (a network file system whose server is away) dies when that ends,
-//! which may take hours. Until then its cgroup is kept in mind here, and tried again. When the daemon ends
+//! which may take hours. Until then its cgroup is remembered here, and retried. If the daemon ends
 //! first, the next start finds it by its mark.
 
 use crate::lock;
@@ -9,26 +9,26 @@ use berth_cgroup::Cgroup;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// How soon the cgroups are tried again, and how rarely in the end.
+/// The first and the longest pause between attempts.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// How long one attempt may take for each cgroup: it was killed long ago.
+/// How long one attempt may take for each cgroup, which was killed long ago.
 const ATTEMPT: Duration = Duration::from_millis(50);
 
-/// The cgroups that are there still. There are as many as the kernel has with such a process.
+/// The cgroups that remain. There are as many as the kernel has with such a process.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct LeftCgroups(Arc<Mutex<Vec<Cgroup>>>);
 
 impl LeftCgroups {
-    /// Tries again, in the background, to end what is in `cgroup` and to remove it, until that is done.
+    /// Retries, in the background, to kill what is in `cgroup` and to remove it, until that is done.
     pub(crate) fn keep(&self, cgroup: &Cgroup) {
         let mut left = lock(&self.0);
         if left.iter().any(|other| other.path() == cgroup.path()) {
             return;
         }
         left.push(cgroup.clone());
-        // With others, they are being tried already. Without a runtime the daemon is at its end.
+        // With others, a task is at work already. Without a runtime the daemon is stopping.
         if left.len() == 1
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
@@ -37,7 +37,7 @@ impl LeftCgroups {
     }
 }
 
-/// Until nothing is left. `end` says whether a cgroup is gone; blocking.
+/// Runs until none is left. `end` returns whether a cgroup is gone; blocking.
 async fn try_again(left: Arc<Mutex<Vec<Cgroup>>>, end: fn(&Cgroup) -> bool) {
     let mut pause = FIRST_PAUSE;
     loop {
@@ -52,9 +52,9 @@ async fn try_again(left: Arc<Mutex<Vec<Cgroup>>>, end: fn(&Cgroup) -> bool) {
                     lock(&left).retain(|cgroup| cgroup.path() != path);
                 }
                 Ok(false) => {}
-                // A bug, which is logged. The others are tried all the same, and this one again.
+                // A bug, which is logged. The others are tried nevertheless, and this one again.
                 Err(error) if error.is_panic() => {}
-                // The daemon stops.
+                // The daemon is stopping.
                 Err(_) => return,
             }
         }

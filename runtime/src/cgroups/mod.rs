@@ -25,10 +25,10 @@ pub(crate) const CGROUP_GONE: Duration = Duration::from_secs(10);
 /// container's root may not change it.
 const OWNER: &CStr = c"trusted.berth.root";
 
-/// Why there is no cgroup.
+/// Why a cgroup could not be created.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MakeCgroup {
-    /// It could not be made or limited.
+    /// It could not be created or limited.
     #[error(transparent)]
     Cgroup(#[from] berth_cgroup::Error),
     /// There is no process to put into it.
@@ -36,18 +36,18 @@ pub(crate) enum MakeCgroup {
     Holder(#[from] ShimError),
 }
 
-/// What cgroups are made with.
+/// Creates and finds cgroups.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
     pub(crate) hierarchy: Hierarchy,
     pub(crate) driver: Driver,
-    /// Where pods go that name no parent cgroup.
+    /// The parent of pods that name none.
     pub(crate) default_parent: Parent,
     /// With the systemd driver.
     systemd: Option<Systemd>,
     unanswered: Unanswered,
     left: LeftCgroups,
-    /// The daemon's root, by which it knows its own.
+    /// The daemon's root, by which it recognises its own.
     root: PathBuf,
 }
 
@@ -63,12 +63,12 @@ impl Cgroups {
         Self { hierarchy, driver, default_parent, systemd, unanswered, left, root }
     }
 
-    /// Tries again, in the background, to end what is in `cgroup` and to remove it, until that is done.
+    /// Retries, in the background, to kill what is in `cgroup` and to remove it, until that is done.
     pub(crate) fn keep_left(&self, cgroup: &Cgroup) {
         self.left.keep(cgroup);
     }
 
-    /// What keeps cgroups in mind that could not be removed, for a container.
+    /// The retries of cgroups that could not be removed, for a container.
     pub(crate) fn left(&self) -> LeftCgroups {
         self.left.clone()
     }
@@ -82,7 +82,7 @@ impl Cgroups {
         }
     }
 
-    /// The parent cgroup of a pod of the daemon before this one, which may have had the other driver.
+    /// The parent cgroup of a pod of a previous daemon, which may have used the other driver.
     pub(crate) fn recorded_parent(&self, named: &str) -> Result<Parent, berth_cgroup::Error> {
         if named.is_empty() {
             Ok(self.default_parent.clone())
@@ -92,8 +92,8 @@ impl Cgroups {
         }
     }
 
-    /// Makes the cgroup of `id` with its limits in force. `ending` is for the systemd driver. With that
-    /// driver there is a process in it, which does nothing and goes when the second value is dropped: that
+    /// Creates the cgroup of `id` with its limits in force. `ending` is for the systemd driver. With that
+    /// driver there is a process in it, which does nothing and ends when the second value is dropped: that
     /// has to wait until the process that the cgroup is for is in it. Blocking.
     pub(crate) fn make(
         &self,
@@ -141,7 +141,7 @@ impl Cgroups {
         }
     }
 
-    /// Writes onto a cgroup whose it is. Below the daemons' own parent, which another one may have too, each
+    /// Marks a cgroup as this daemon's. Below the daemons' own parent, which they may share, each
     /// removes what is orphaned, in any hierarchy; below the parents of pods, where other
     /// runtimes may have theirs, only what has its mark in the hierarchy where it looks.
     fn mark(&self, cgroup: &Cgroup, parent: &Parent) {
@@ -153,13 +153,13 @@ impl Cgroups {
             let marked = File::open(directory)
                 .and_then(|file| xattr::set(file.as_fd(), OWNER, self.root.as_os_str().as_bytes()));
             if let Err(error) = marked {
-                // Without it, only the protection from a daemon with the same parent is missing.
+                // Without the mark, only the protection from a daemon with the same parent is missing.
                 tracing::debug!(path = %directory.display(), %error, "cannot mark a cgroup");
             }
         }
     }
 
-    /// Whether another daemon has made a cgroup.
+    /// Whether another daemon created a cgroup.
     pub(crate) fn is_anothers(&self, cgroup: &Cgroup) -> bool {
         self.owners(cgroup).any(|owner| owner != self.mark_text())
     }
@@ -206,12 +206,12 @@ impl Cgroups {
         })
     }
 
-    /// The cgroup of `id` as it may be there still. Nothing of it being there is no error.
+    /// The cgroup of `id`, which may exist still. Its absence is not an error.
     pub(crate) fn open(&self, parent: &Parent, id: &str) -> Result<Cgroup, berth_cgroup::Error> {
         Ok(Cgroup::open(&self.hierarchy, parent, id)?.with_systemd(self.systemd.as_ref()))
     }
 
-    /// Whether a cgroup that a pod names is there, as far as the memory controller says (or the only
+    /// Whether a cgroup that a pod names exists, according to the memory controller (or the only
     /// hierarchy).
     pub(crate) fn has(&self, parent: &Parent) -> bool {
         let Some(mount) = self.hierarchy.mount_of("memory") else { return false };

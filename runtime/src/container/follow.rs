@@ -1,6 +1,6 @@
 //! Finding the shim of a container, and following it to the end.
 //!
-//! One task for each container that has not ended. Nothing that it does not know makes it end a container: a
+//! One task for each container that has not ended. It never ends a container for something unknown: a
 //! shim that cannot be reached or does not answer is asked again, while the container is reported in the
 //! state in which it was last known. Only two things say that a shim is gone: its socket has no listener
 //! (unix(7), `ECONNREFUSED`), or there is no socket and the container's main process is gone too.
@@ -22,21 +22,21 @@ use tokio::time::Instant;
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// How often a shim is asked whether a start that a daemon before this one asked for has come to its end.
+/// How often a shim is asked for the outcome of a start that a previous daemon requested.
 const START_LOOK: Duration = Duration::from_millis(500);
 
-/// How long an exit record that cannot be read is tried again.
+/// How long reading an exit record is retried.
 const UNREAD: Duration = Duration::from_secs(10);
 
-/// Follows a container that was made just now, with its shim.
+/// Follows a container that was just created, with its shim.
 pub(super) fn watch(container: &Arc<Container>) {
     container.followed.store(true, Ordering::Relaxed);
     let following = Following { container: container.clone(), room: None, permit: None, known: None };
     tokio::spawn(following.run(true));
 }
 
-/// Finds the shim of a container of the daemon before this one. There is `room` for so many connections.
-/// Resolves when it is known how the container is.
+/// Finds the shim of a container of a previous daemon. `room` limits the connections.
+/// Resolves when the state of the container is known.
 pub(crate) fn find(container: &Arc<Container>, room: &Arc<Semaphore>) -> oneshot::Receiver<()> {
     container.followed.store(true, Ordering::Relaxed);
     let (known, is_known) = oneshot::channel();
@@ -64,14 +64,14 @@ pub(super) fn ask_on(container: &Arc<Container>) {
 
 struct Following {
     container: Arc<Container>,
-    /// For a connection that this daemon did not make with the shim.
+    /// For a connection to a shim that this daemon did not start.
     room: Option<Arc<Semaphore>>,
     permit: Option<OwnedSemaphorePermit>,
     /// The callers that wait for the result.
     known: Option<oneshot::Sender<()>>,
 }
 
-/// What came of an attempt to reach a shim.
+/// The outcome of an attempt to reach a shim.
 enum Reached {
     Shim(ShimClient),
     Gone,
@@ -120,7 +120,7 @@ impl Following {
                         }
                         continue;
                     }
-                    // The connection ended, which the wait below sees.
+                    // The connection ended, which the wait below notices.
                     Err(_) => {}
                 }
                 if is_known {
@@ -139,7 +139,7 @@ impl Following {
                 return;
             }
             drop(shim);
-            // Without a record, the connection may have been all that ended: a shim takes only so many.
+            // Without a record, perhaps only the connection ended: a shim limits their number.
             if matches!(self.look().await, Some(Evidence::Told(_))) {
                 return self.ended().await;
             }
@@ -151,7 +151,7 @@ impl Following {
         }
     }
 
-    /// Connects to the shim, after a look whether there is an end already.
+    /// Connects to the shim, unless there is an exit record already.
     async fn reach(&mut self) -> Reached {
         if matches!(self.look().await, Some(Evidence::Told(_))) {
             return Reached::Gone;
@@ -179,7 +179,7 @@ impl Following {
         }
     }
 
-    /// Waits; `None` when nothing is left to wait for.
+    /// Waits; `None` when there is nothing left to wait for.
     async fn pause(&self, pause: Duration) -> Option<()> {
         tokio::select! {
             () = tokio::time::sleep(pause) => Some(()),
@@ -192,9 +192,9 @@ impl Following {
         tokio::task::spawn_blocking(move || end::look(&container)).await.ok()
     }
 
-    /// Tells the end of a container whose shim is gone.
+    /// Publishes the end of a container whose shim is gone.
     async fn ended(mut self) {
-        // The shim writes the record before it goes, so what is not there now will never be.
+        // The shim writes the record before it ends, so a missing record will never appear.
         let begun = Instant::now();
         let (told, unread) = loop {
             match self.look().await {
@@ -205,7 +205,7 @@ impl Following {
                     tracing::warn!(container = %self.container.id(), %error, "cannot read the exit record of a container; trying again");
                     tokio::time::sleep(UNREAD / 10).await;
                 }
-                // The daemon stops.
+                // The daemon is stopping.
                 None => return,
             }
         };
@@ -223,16 +223,17 @@ impl Following {
     }
 }
 
-/// Takes over what the shim says. Resolves when it is definite.
+/// Takes over the shim's state. Resolves when it is definite.
 async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> {
     loop {
         let phase = shim.phase().await?;
         let under_way = phase.starting;
-        // Without: it drains. Its end is about to be recorded, and until then its last state is reported.
+        // Otherwise it is draining. Its end is about to be recorded, and until then its last state is
+        // reported.
         let Some(created) = phase.created else { return Ok(()) };
         *lock(&container.process) = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         if let Some(started) = phase.started {
-            // From Created, which every recovered container is at first.
+            // From Created, the first state of every recovered container.
             let _ = container.learn(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
             return Ok(());
         }

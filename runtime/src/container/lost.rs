@@ -1,7 +1,7 @@
-//! A container that runs and has no record any more: it gets an owner that a kubelet can list, stop and
+//! A running container that has lost its record: it gets an owner that a kubelet can list, stop and
 //! remove.
 //!
-//! What is said of it comes from its OCI spec, which is there for others, and in the end from its shim.
+//! Its data comes from its OCI spec, which exists for other tools, and finally from its shim.
 //! Without a spec it is put into its own pod.
 
 use super::{Container, ContainerError, recover};
@@ -26,13 +26,13 @@ const LABELS: [(&str, &str); 4] = [
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// Whether its shim is there, as far as can be known: only a socket without a listener says that it is not.
-/// Has to be called within the async runtime.
+/// Must be called within the async runtime.
 pub(crate) fn may_run(files: &ContainerFiles) -> bool {
     !matches!(ShimClient::connect(&files.state), Err(ConnectError::Gone | ConnectError::NoSocket))
 }
 
-/// Makes the container `id` without its record. `keeps_record` when that is there and may be readable another
-/// time. Blocking.
+/// Creates the container `id` without its record. `keeps_record` if that exists and may become readable
+/// later. Blocking.
 ///
 /// # Errors
 /// When its cgroup cannot be named.
@@ -80,7 +80,7 @@ fn record(id: &ContainerId, spec: Option<&Spec>) -> ContainerRecord {
     config.security.namespaces.pid = NamespaceMode::Container;
     ContainerRecord {
         id: id.clone(),
-        // One that no other sandbox has: ids are random.
+        // Unique: ids are random.
         sandbox_id: sandbox_id
             .or_else(|| id.as_str().parse().ok())
             .unwrap_or_else(|| SandboxId::from_bytes([0; 32])),

@@ -1,16 +1,16 @@
-//! The memory that the output of all commands of ExecSync may take together.
+//! The memory that the output of all ExecSync commands may use together.
 //!
-//! Each command has its own limit ([`super::exec::MAX_OUTPUT`]), and whoever may run one may run
-//! many. What has no room is read and thrown away, as what is over a command's own limit; nothing waits for
-//! room, or commands that hold some could wait for each other.
+//! Each command has its own limit ([`super::exec::MAX_OUTPUT`]), and whoever may run one may run many. Output
+//! without room is read and discarded, as is output over a command's own limit; nothing waits for room, as
+//! commands that hold some could wait for each other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// As much as 16 commands may say that fill both their streams. Probes and hooks say some hundred bytes.
+/// As much as 16 commands that fill both their streams. Probes and hooks write some hundred bytes.
 const ALL: usize = 512 * 1024 * 1024;
 
-/// Room that is given away in parts. Clones are the same room.
+/// Room that is handed out in parts. Clones share it.
 #[derive(Debug, Clone)]
 pub(crate) struct OutputRoom {
     free: Arc<AtomicUsize>,
@@ -27,15 +27,15 @@ impl OutputRoom {
         Self { free: Arc::new(AtomicUsize::new(bytes)) }
     }
 
-    /// The bytes of one stream, none yet, of which at most `most` are kept.
+    /// An empty buffer for one stream, of which at most `most` bytes are kept.
     pub(crate) fn stream(&self, most: usize) -> Kept {
         Kept { bytes: Vec::new(), most, room: self.clone() }
     }
 
-    /// Takes up to `wanted` bytes of room, and says how many.
+    /// Takes up to `wanted` bytes of room, and returns how many.
     fn take(&self, wanted: usize) -> usize {
         let mut taken = 0;
-        // Only the sum matters; nothing else is published by it.
+        // Only the sum matters; it orders nothing else.
         let _ = self.free.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |free| {
             taken = wanted.min(free);
             Some(free - taken)
@@ -44,7 +44,7 @@ impl OutputRoom {
     }
 }
 
-/// What a stream said, as much as is kept of it. Gives its room back when it is dropped.
+/// The kept output of a stream. Returns its room when dropped.
 #[derive(Debug)]
 pub(crate) struct Kept {
     bytes: Vec<u8>,
@@ -53,18 +53,18 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
-    /// Adds what there is room for; the rest is lost.
+    /// Appends as much as there is room for; the rest is lost.
     pub(crate) fn add(&mut self, bytes: &[u8]) {
         let wanted = bytes.len().min(self.most - self.bytes.len());
         let taken = self.room.take(wanted);
         self.bytes.extend_from_slice(bytes.get(..taken).unwrap_or_default());
         if taken < wanted {
-            // No gap in the middle: what is kept is a beginning.
+            // No gap in the middle: only a prefix is kept.
             self.most = self.bytes.len();
         }
     }
 
-    /// Hands the bytes over. From then on they belong to the caller.
+    /// Returns the bytes, and releases their room.
     pub(crate) fn into_bytes(mut self) -> Vec<u8> {
         let bytes = std::mem::take(&mut self.bytes);
         self.room.free.fetch_add(bytes.len(), Ordering::Relaxed);

@@ -1,6 +1,6 @@
-//! Containers of the daemon before this one.
+//! Containers of a previous daemon.
 //!
-//! A record says that there was a container; its exit record says how it ended; without one its shim is
+//! A record says that there was a container; its exit record says how it ended. Without one its shim is
 //! asked, by [`super::follow`], which may take as long as it takes: until then the container is reported as
 //! it was last known to be.
 
@@ -14,14 +14,14 @@ use berth_model::record::ContainerRecord;
 use berth_model::state::ContainerEvent;
 use std::sync::Arc;
 
-/// What there is of a container.
+/// What exists of a container.
 #[derive(Debug)]
 pub(crate) enum Recovered {
-    /// It is whole. It has ended, or is to be followed.
+    /// It is complete: it has ended, or has to be followed.
     Container(Arc<Container>),
-    /// It was never finished, or its removal was.
+    /// Its creation was never finished, or its removal was.
     Remains,
-    /// There is a record that is of no use.
+    /// There is a record that cannot be used.
     Unusable {
         /// What is wrong with it.
         fault: Fault,
@@ -30,10 +30,10 @@ pub(crate) enum Recovered {
     },
 }
 
-/// Makes the container that the record of `id` describes. Blocking.
+/// Creates the container from the record of `id`. Blocking.
 ///
 /// # Errors
-/// When its record is whole and its container cannot be made of it.
+/// When its record is valid but the container cannot be created from it.
 pub(crate) fn recover(
     node: &Node,
     id: &ContainerId,
@@ -50,16 +50,16 @@ pub(crate) fn recover(
     record_files::mend(&node.layout, "container", id.as_str(), &record_files, &health, &record);
     let mut container = Container::new(record, files, cgroup, node.cgroups.left());
     container.keeps_record = matches!(health, Health::Newer(_));
-    // A daemon that writes no copies does not write this down either.
+    // A daemon that writes no copies does not write this either.
     let told_of_starts = !matches!(health, Health::NoCopy);
     settle_what_is_known(&container, told_of_starts);
     Ok(Recovered::Container(Arc::new(container)))
 }
 
-/// Puts it into the state in which it is as far as files say.
+/// Sets its state, according to its files.
 pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) {
     if let Evidence::Told(record) = end::look(container) {
-        // Its shim wrote that and ended, or the daemon did.
+        // Written by its shim, which then ended, or by the daemon.
         let _ = container.learn(ContainerEvent::Ended(end::exit(&record)));
         return;
     }
@@ -74,7 +74,7 @@ pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) 
 }
 
 fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, ContainerError> {
-    // From the path, not the configuration: the daemon that made it may have had another.
+    // From the path, not the configuration: the daemon that created it may have had a different one.
     let parent = match record.cgroup.as_str() {
         "" => node.cgroups.default_parent.clone(),
         path => Parent::of(path)?,
@@ -82,12 +82,12 @@ fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, Containe
     Ok(node.cgroups.open(&parent, record.id.as_str())?)
 }
 
-/// Ends what is left in the cgroup of a container that has ended, and removes that. Blocking.
+/// Kills what is left in the cgroup of a container that has ended, and removes it. Blocking.
 pub(crate) fn clean(container: &Container) {
     end::clean(container);
 }
 
-/// The container of a record that was put together from what else there is. Blocking.
+/// The container of a record that was reconstructed from other sources. Blocking.
 pub(super) fn of_record(
     node: &Node,
     record: ContainerRecord,

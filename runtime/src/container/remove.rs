@@ -1,4 +1,4 @@
-//! RemoveContainer: kills what runs, takes the files away. The log stays: it is the kubelet's.
+//! RemoveContainer: kills the container and removes its files. The log stays: it is the kubelet's.
 
 use super::{Container, ContainerError, end, stop};
 use crate::node::Node;
@@ -7,13 +7,13 @@ use berth_model::state::ContainerState;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a start or an update may take to come to its end once the container has ended: nothing that they
+/// How long a start or an update may take to finish once the container has ended: nothing that they
 /// wait for is left.
 const OTHERS: Duration = Duration::from_secs(30);
 
-/// Removes it. A second call while the first is under way waits for it and finds nothing left to do.
+/// Removes it. A second call during the first waits for it and finds nothing left to do.
 pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Result<(), ContainerError> {
-    // Not under the lock: a start that hangs has it, and comes to its end by this.
+    // Not under the lock: a hanging start holds it, and this ends the start.
     if !matches!(container.state(), ContainerState::Exited(_)) {
         stop::kill(container).await?;
     }
@@ -32,10 +32,10 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
     Ok(())
 }
 
-/// Takes its files away; the copy of the record goes first, and the record second, with the directory that it
+/// Removes its files; the copy of the record goes first, then the record, with the directory that it
 /// is in. Blocking.
 fn remove_files(node: &Node, container: &Container) -> Result<(), ContainerError> {
-    // What ended while no daemon was there may not have been cleaned up after yet.
+    // A container that ended while there was no daemon may not have been cleaned up yet.
     end::clean(container);
     if container.cgroup.is_there() {
         node.cgroups.keep_left(&container.cgroup);

@@ -1,31 +1,31 @@
-//! How a container ends when the machine goes down, where systemd has its cgroup: asked by its own stop
-//! signal, with the time that its pod wants.
+//! How a container ends when the machine shuts down, where systemd owns its cgroup: by its own stop
+//! signal, with the grace period of its pod.
 //!
-//! A kubelet with `shutdownGracePeriod` has ended its pods before; this is for those of others, and for
-//! kubelets without.
+//! A kubelet with `shutdownGracePeriod` has ended its pods before; this is for other pods, and for
+//! kubelets without it.
 
 use berth_cgroup::Ending;
 use berth_model::container::Config;
 use berth_model::security::NamespaceMode;
 use std::time::Duration;
 
-/// Where a kubelet says how long a pod may take to end, in seconds: kubelet's `kuberuntime/labels.go`.
+/// The kubelet's annotation with the grace period of a pod, in seconds: kubelet's `kuberuntime/labels.go`.
 const GRACE_PERIOD: &str = "io.kubernetes.pod.terminationGracePeriod";
 
-/// What Kubernetes gives a pod that says nothing.
+/// Kubernetes' default.
 const DEFAULT_GRACE: Duration = Duration::from_secs(30);
 
-/// What systemd gives a service that says nothing (`DefaultTimeoutStopSec=`). A pod does not hold the machine
+/// systemd's default for services (`DefaultTimeoutStopSec=`). A pod does not hold the machine
 /// up for longer than that.
 const MAX_GRACE: Duration = Duration::from_secs(90);
 
-/// How a container with this stop signal ends. `sandbox_id` is that of the pod.
+/// How a container with this stop signal ends. `sandbox_id` is the pod's.
 pub(super) fn ending<'a>(config: &Config, stop_signal: i32, sandbox_id: &'a str) -> Ending<'a> {
     let asked = config.annotations.get(GRACE_PERIOD).and_then(|seconds| seconds.parse().ok());
     Ending {
         signal: stop_signal,
         grace: asked.map_or(DEFAULT_GRACE, Duration::from_secs).min(MAX_GRACE),
-        // With process 1 of its pid namespace it would end at once.
+        // If process 1 of its pid namespace ended first, it would be killed at once.
         before: (config.security.namespaces.pid == NamespaceMode::Pod).then_some(sandbox_id),
     }
 }

@@ -14,10 +14,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-/// The main process of the target, held.
+/// The main process of the target, by pidfd.
 #[derive(Debug)]
 pub(super) struct Target {
-    /// As the host numbers it, at the time of the record.
+    /// Its pid on the host, at the time of the record.
     pid: i32,
     process: Identified,
     /// Its pid namespace.
@@ -25,23 +25,23 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// What a spec shows of its pid namespace, for people: the number may be another's later.
+    /// The pid namespace's path in the spec, for information: the pid may be reused later.
     pub(super) fn namespace_path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/ns/pid", self.pid))
     }
 
-    /// What the shim of the new container is handed.
+    /// The descriptors for the shim of the new container.
     pub(super) fn into_descriptors(self) -> shim_client::Target {
         shim_client::Target { process: self.process.into_pidfd(), pid_namespace: self.namespace }
     }
 }
 
-/// Finds the target that the request names, if it names one, and makes sure that the process of its record is
+/// Finds the target that the request names, if any, and makes sure that the process of its record is
 /// still that process.
 ///
 /// # Errors
 /// [`ContainerError::NoTarget`] when it is not a running container of this sandbox, or its main process has
-/// ended, whatever process has its number now.
+/// ended, even if its pid has been reused.
 pub(super) fn verified_target(
     node: &Node,
     sandbox: &Sandbox,

@@ -1,4 +1,4 @@
-//! UpdateContainerResources and ReopenContainerLog: changes to a container that is there.
+//! UpdateContainerResources and ReopenContainerLog: changes to an existing container.
 
 use super::{Container, ContainerError, lock};
 use crate::oci_spec;
@@ -7,9 +7,9 @@ use berth_model::container::Resources;
 use berth_model::state::ContainerState;
 use std::sync::Arc;
 
-/// Changes the limits of a container that has not ended to what `change` makes of those in force. When the
-/// kernel refuses one, or they cannot be recorded, all stay as they were; when it refuses the way back too,
-/// what it then has is reported and recorded. Once they are in force this does not fail any more.
+/// Changes the limits of a container that has not ended by `change`. If the
+/// kernel refuses one, or they cannot be recorded, all stay as they were; if it refuses the rollback too,
+/// the actual limits are reported and recorded. Once they are in force this no longer fails.
 pub(crate) async fn resources<E: From<ContainerError>>(
     container: &Arc<Container>,
     change: impl FnOnce(&Resources) -> Result<Resources, E>,
@@ -35,7 +35,7 @@ fn update(container: &Container, next: Resources) -> Result<(), ContainerError> 
     let mut content = container.record.clone();
     content.config.resources = next.clone();
     let files = container.record_files();
-    // The room on the disk first: what is left to do for the record afterwards is a rename.
+    // Disk space first: afterwards, the record only needs a rename.
     let record = files
         .prepare(&content)
         .map_err(|source| ContainerError::Record { id: container.id().clone(), source })?;
@@ -56,11 +56,11 @@ fn update(container: &Container, next: Resources) -> Result<(), ContainerError> 
     Ok(())
 }
 
-/// Some limits are those that were asked for now, and some the earlier ones: what is reported is what the
+/// Some limits are the requested ones, and some the earlier ones: the report is what the
 /// kernel says. Blocking.
 fn tell_what_is_in_force(container: &Container, limits: &Limits) {
     let earlier = oci_spec::resources(&container.resources()).and_then(|earlier| oci_spec::limits(&earlier));
-    // They were in force, so they can be limits.
+    // They were in force, so they are valid.
     let now = container.cgroup.read_back(limits, &earlier.unwrap_or_default());
     let resources = oci_spec::in_force(container.resources(), now);
     *lock(&container.resources) = resources.clone();

@@ -117,7 +117,7 @@ impl RuntimeService {
         Ok(v1::ReopenContainerLogResponse {})
     }
 
-    /// The containers that a filter lets through, the newest first.
+    /// The containers that match a filter, the newest first.
     pub(super) fn containers(&self, filter: &ContainerFilter) -> Vec<Arc<Container>> {
         let mut containers = self.node.registry.containers();
         containers.sort_by_key(|container| std::cmp::Reverse(container.record().created_at_unix_ns));
@@ -131,16 +131,16 @@ impl RuntimeService {
     }
 }
 
-/// Whether options for SELinux ask for something on this node.
+/// Whether SELinux options have an effect on this node.
 pub(super) fn selinux(node: &Node) -> convert::SeLinux {
     if node.facts.selinux_is_on { convert::SeLinux::On } else { convert::SeLinux::Off }
 }
 
-/// A container at one moment.
+/// A snapshot of a container.
 struct Seen<'a> {
     container: &'a Container,
     state: ContainerState,
-    /// With the limits in force, where they are not those of the request.
+    /// With the limits in force, if they differ from the request's.
     config: Option<ContainerConfig>,
 }
 

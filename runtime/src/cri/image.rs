@@ -34,7 +34,7 @@ impl ImageService {
         request: v1::ImageStatusRequest,
     ) -> Result<v1::ImageStatusResponse, CallError> {
         let spec = request.image.ok_or(CallError::Missing("image"))?;
-        // Absent is an answer, not an error.
+        // An absent image is not an error.
         let Some(image) = self.node.images.find(&spec.image) else {
             return Ok(v1::ImageStatusResponse::default());
         };
@@ -78,7 +78,7 @@ impl ImageService {
         let usage = self.node.images.usage();
         let filesystem = v1::FilesystemUsage {
             timestamp: unix_ns(),
-            // A directory that exists, because the kubelet looks up the disk that it is on.
+            // An existing directory, because the kubelet looks up its disk.
             fs_id: Some(v1::FilesystemIdentifier {
                 mountpoint: self.node.layout.root().display().to_string(),
             }),
@@ -101,7 +101,7 @@ impl ImageService {
     }
 }
 
-/// `Image`, the same bytes whatever call asks for it.
+/// `Image`, the same for every call.
 fn message(image: &Image) -> v1::Image {
     let id = image.id().to_string();
     convert::image(&ImageView {
@@ -114,8 +114,8 @@ fn message(image: &Image) -> v1::Image {
     })
 }
 
-/// `AuthConfig`: user and password, else an identity token, else `auth`. Given for another host they are not
-/// used at all.
+/// `AuthConfig`: user and password, else an identity token, else `auth`. If they are for another host, they
+/// are not used at all.
 fn credentials(auth: Option<v1::AuthConfig>, domain: &str) -> Result<Credentials, CallError> {
     let Some(auth) = auth else { return Ok(Credentials::Anonymous) };
     if !auth.server_address.is_empty() && host_of(&auth.server_address) != domain {

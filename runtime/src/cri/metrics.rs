@@ -2,13 +2,13 @@
 //! `PodAndContainerStatsFromCRI` passes on to Prometheus, at `/metrics/cadvisor`, word for word.
 //!
 //! Names, help texts' meaning, types and labels are cAdvisor's (0.56, `metrics/prometheus.go`), because
-//! dashboards and rules are written for them. Values are whole numbers in the CRI: seconds lose their
+//! dashboards and rules are written for them. Values are integers in the CRI: seconds lose their
 //! fractions. A metric is only described here if it is measured; one that this machine's kernel does not
 //! offer is described and has no values.
 //!
-//! Two things of one kind with the same labels would spoil the whole answer for Prometheus. Containers differ
-//! by `id`, their cgroup; the network of pods by `name`, which has the pod's uid and attempt in it; figures
-//! of a pod's cgroup are reported once for each cgroup, and not at all for one that pods share.
+//! Two samples of one metric with the same labels would spoil the whole answer for Prometheus. Containers
+//! differ by `id`, their cgroup; the network of pods by `name`, which has the pod's uid and attempt in it;
+//! figures of a pod's cgroup are reported once for each cgroup, and not at all for one that pods share.
 
 use super::error::CallError;
 use super::pages::{Items, METRICS_PAGE, pages};
@@ -29,10 +29,10 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The labels that every metric has, as kubelet gives them to what cAdvisor finds; a metric's own follow.
+/// The labels of every metric, as the kubelet adds them to cAdvisor's; a metric's own labels follow.
 const LABELS: [&str; 6] = ["id", "name", "image", "namespace", "pod", "container"];
 
-/// What cAdvisor calls the container that stands for a pod's network.
+/// cAdvisor's name for the container that represents a pod's network.
 const POD: &str = "POD";
 
 /// The period of a cpu quota, in µs, and the weight in shares that a cgroup has by default:
@@ -40,7 +40,7 @@ const POD: &str = "POD";
 const DEFAULT_PERIOD_US: u64 = 100_000;
 const DEFAULT_SHARES: u64 = 1024;
 
-/// A kind of metric.
+/// A metric.
 #[derive(Debug)]
 struct Kind {
     name: &'static str,
@@ -53,7 +53,7 @@ struct Kind {
 macro_rules! kinds {
     ($($constant:ident = $kind:ident $name:literal $labels:tt $help:literal;)*) => {
         $(const $constant: Kind = kinds!(@ $kind $name $labels $help);)*
-        /// All kinds, in the order in which they are described.
+        /// All metrics, in the order of their descriptions.
         const KINDS: &[Kind] = &[$($constant),*];
     };
     (@ counter $name:literal $labels:tt $help:literal) => {
@@ -182,7 +182,7 @@ fn of_pod(
     let metadata = &sandbox.config().metadata;
     let mut container_metrics = Vec::new();
     for container in &pod.containers {
-        // One that vanishes or cannot be read does not spoil the list.
+        // One that has vanished or cannot be read is left out.
         let Some(metrics) = of_container(node, samples, disk, sandbox, container) else { continue };
         let container_id = container.id().to_string();
         container_metrics.push(v1::ContainerMetrics { container_id, metrics });
@@ -218,7 +218,7 @@ fn of_pod(
     v1::PodSandboxMetrics { pod_sandbox_id: sandbox.id().to_string(), metrics, container_metrics }
 }
 
-/// Those of a container that runs.
+/// The metrics of a running container.
 fn of_container(
     node: &Node,
     samples: &Samples,
@@ -283,7 +283,7 @@ fn of_container(
     Some(metrics.done)
 }
 
-/// The metrics of one thing.
+/// The samples of one object.
 struct Metrics {
     labels: [String; LABELS.len()],
     done: Vec<v1::Metric>,
@@ -313,7 +313,7 @@ impl Metrics {
         });
     }
 
-    /// What a cgroup uses, of a container as well as of a pod.
+    /// The usage of a cgroup, of a container or a pod.
     fn put_usage(&mut self, used: &Stats, unified: bool) {
         if let Some(cpu) = &used.cpu {
             self.put(&CPU_USAGE, &["total"], seconds(Some(cpu.usage_ns)));
@@ -344,8 +344,8 @@ impl Metrics {
         self.put(&MEMORY_MAX_USAGE, &[], memory.peak_bytes);
         self.put(&MEMORY_LIMIT_HITS, &[], memory.limit_hits);
         self.put(&OOM_EVENTS, &[], memory.oom_kills);
-        // Faults are counted with sub-cgroups. On v2 nothing else is, and cAdvisor tells the same number for
-        // both.
+        // Faults are counted with sub-cgroups. On v2 there is no other count, and cAdvisor reports the same
+        // number for both.
         let scopes: &[&str] = if unified { &["container", "hierarchy"] } else { &["hierarchy"] };
         for scope in scopes {
             self.put(&MEMORY_FAULTS, &["pgfault", scope], memory.page_faults);
@@ -371,7 +371,7 @@ impl Metrics {
     }
 }
 
-/// The limit of swap: what is used of it and what is left; 0 without a limit.
+/// The swap limit: used plus available; 0 without a limit.
 fn swap_limit(swap: &SwapStats) -> u64 {
     swap.available_bytes.map_or(0, |left| left.saturating_add(swap.usage_bytes))
 }

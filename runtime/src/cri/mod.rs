@@ -1,9 +1,9 @@
 //! The CRI edge: the only module that names CRI messages.
 //!
-//! - `runtime_service`, `image_service`: the two services, as tables (`table`) of their calls;
+//! - `runtime_service`, `image_service`: the two services, as tables (`table`) of calls;
 //! - `runtime`, `sandbox`, `container`, `exec`, `image`, `stats`, `metrics`: the calls, by the object that
-//!   they are about, each under its name in the CRI; `not_offered`: those that are refused;
-//! - `convert`: messages into plain data, checked, and back;
+//!   they are about, each under its CRI name; `not_offered`: unsupported calls;
+//! - `convert`: converts messages to checked plain data, and back;
 //! - `pages`: lists as streams;
 //! - `info`: the verbose JSON that node tools read;
 //! - `error`: errors as gRPC codes, the one place for that.

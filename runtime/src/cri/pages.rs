@@ -1,4 +1,4 @@
-//! Streaming lists: the items of a list, some to a message.
+//! Streaming lists: the items of a list, split into messages.
 
 use super::error::CallError;
 use std::pin::Pin;
@@ -14,7 +14,7 @@ pub(super) const METRICS_PAGE: usize = 50;
 /// The messages of a stream.
 pub(crate) type Items<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// A list in messages of `page` items each; no message at all for an empty one.
+/// A list as messages of `page` items each; none for an empty list.
 pub(super) fn pages<T: Clone, M: Send + 'static>(
     page: usize,
     items: &[T],

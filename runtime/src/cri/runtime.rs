@@ -7,7 +7,7 @@ use crate::handlers::Handler;
 use berth_cri::v1;
 use std::collections::BTreeMap;
 
-/// What kubelets take for the version of the CRI's users; both peers say this.
+/// The version of the kubelet's runtime API; containerd and CRI-O report the same.
 const KUBELET_API_VERSION: &str = "0.1.0";
 
 impl RuntimeService {

@@ -1,7 +1,7 @@
 //! `runtime.v1.RuntimeService`: its calls, and where each is.
 //!
-//! Each call converts, asks the part that owns the object, and converts back. What changes something runs in
-//! its own task ([`apart`]): when a client goes away its request is finished all the same, and nothing
+//! Each call converts the request, calls the owner of the object, and converts the result. Changes run in
+//! their own task ([`apart`]): if a client goes away its request is still finished, and nothing
 //! is left half done.
 
 use super::error::CallError;
@@ -98,7 +98,7 @@ impl RuntimeService {
         Self { node, samples: Arc::default(), streaming: Arc::new(streaming) }
     }
 
-    /// The sandbox that a request names by its id, or by the beginning of it.
+    /// The sandbox that a request names by its id or a prefix of it.
     pub(super) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, CallError> {
         found("sandbox", id, self.node.registry.find_sandbox(id))
     }
@@ -108,7 +108,7 @@ impl RuntimeService {
         found("container", id, self.node.registry.find_container(id))
     }
 
-    /// Looks at the node on a thread that may wait for files.
+    /// Runs a blocking look at the node on another thread.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         look: impl FnOnce(&Node, &Samples) -> T + Send + 'static,
@@ -118,7 +118,7 @@ impl RuntimeService {
     }
 }
 
-/// Runs what must be finished, whatever becomes of the client.
+/// Runs a task to its end, even if the client goes away.
 pub(super) async fn apart<T: Send + 'static>(
     work: impl Future<Output = Result<T, CallError>> + Send + 'static,
 ) -> Result<T, CallError> {
@@ -126,7 +126,7 @@ pub(super) async fn apart<T: Send + 'static>(
 }
 
 fn found<T>(kind: &'static str, id: &str, found: Found<T>) -> Result<T, CallError> {
-    // A text from a client goes into a message; an id is never longer than this.
+    // A client's text goes into a message; an id is never longer than this.
     let shown = || id.chars().take(128).collect();
     match found {
         Found::One(one) => Ok(one),
@@ -135,7 +135,7 @@ fn found<T>(kind: &'static str, id: &str, found: Found<T>) -> Result<T, CallErro
     }
 }
 
-/// Stop and remove succeed on what is not there.
+/// Stop and remove succeed on absent objects.
 pub(super) fn absent_is_none<T>(result: Result<T, CallError>) -> Result<Option<T>, CallError> {
     match result {
         Ok(one) => Ok(Some(one)),

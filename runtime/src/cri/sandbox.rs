@@ -81,7 +81,7 @@ impl RuntimeService {
         &self,
         request: v1::UpdatePodSandboxResourcesRequest,
     ) -> Result<v1::UpdatePodSandboxResourcesResponse, CallError> {
-        // The kubelet has changed the pod's cgroup itself; it tells, and nothing here depends on it.
+        // The kubelet has changed the pod's cgroup itself; this is only a notification.
         self.sandbox(&request.pod_sandbox_id)?;
         Ok(v1::UpdatePodSandboxResourcesResponse {})
     }
@@ -95,7 +95,7 @@ impl RuntimeService {
     }
 }
 
-/// What an answer says of a sandbox.
+/// A sandbox for an answer.
 pub(super) fn view(sandbox: &Sandbox) -> SandboxView<'_> {
     SandboxView {
         id: sandbox.id(),

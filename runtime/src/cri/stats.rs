@@ -1,4 +1,4 @@
-//! Calls about what containers and pods use, and their messages: `ContainerStats` and `PodSandboxStats`.
+//! Calls for the usage of containers and pods, and their messages: `ContainerStats` and `PodSandboxStats`.
 
 use super::convert::{ContainerFilter, SandboxFilter};
 use super::error::CallError;
@@ -67,7 +67,7 @@ impl RuntimeService {
     ) -> Result<Vec<v1::ContainerStats>, CallError> {
         let containers = self.containers(&ContainerFilter::of_stats(filter));
         let look = move |node: &Node, samples: &Samples| {
-            // One that vanishes or cannot be read does not spoil the list.
+            // One that has vanished or cannot be read is left out.
             let usages = containers.iter().filter_map(|container| samples.container(container).ok());
             usages.map(|usage| message(node, &usage)).collect()
         };
@@ -196,7 +196,7 @@ fn io(sample: &Sample) -> Option<v1::IoUsage> {
     Some(v1::IoUsage { timestamp: sample.at_unix_ns, psi: Some(psi(pressure)) })
 }
 
-/// A number as CRI has it, which tells nothing from zero.
+/// A number as a CRI message, which distinguishes absent from zero.
 pub(super) fn value(number: Option<u64>) -> Option<v1::UInt64Value> {
     number.map(|value| v1::UInt64Value { value })
 }

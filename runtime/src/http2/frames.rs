@@ -1,14 +1,14 @@
 //! Finds the header blocks in the frames of a client (RFC 9113 section 4), and puts rewritten ones in their
 //! place.
 //!
-//! A block is gathered from its `HEADERS` and `CONTINUATION` frames, without their padding, and goes out in
-//! as few frames as it takes. All other frames stay as they are, and so does whatever is not HTTP/2: the
-//! server judges it.
+//! A block is assembled from its `HEADERS` and `CONTINUATION` frames, without their padding, and sent in as
+//! few frames as possible. All other frames are passed on unchanged, and so is anything that is not HTTP/2:
+//! the server handles it.
 
 use super::header_block::{BadBlock, Rewriter, Rewritten};
 use super::{MAX_FRAME, MAX_HEADER_LIST};
 
-/// What a client sends first (RFC 9113 section 3.4).
+/// The connection preface of a client (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// The head of a frame, in bytes: length, type, flags, stream (RFC 9113 section 4.1).
@@ -26,18 +26,18 @@ const PRIORITY_LENGTH: usize = 5;
 
 const FRAME: usize = MAX_FRAME as usize;
 
-/// The largest block, in bytes as it is coded. One within [`MAX_HEADER_LIST`] has less; one a few times
+/// The largest encoded block, in bytes. One within [`MAX_HEADER_LIST`] is smaller; one a few times
 /// larger is still answered with 431.
 const MAX_BLOCK: usize = 4 * MAX_HEADER_LIST as usize;
 
 /// The most `CONTINUATION` frames of one block: [`MAX_BLOCK`] in full frames, and as many again. Empty ones
-/// could go on for ever.
+/// could continue forever.
 const MAX_CONTINUATIONS: u32 = 8;
 
-/// A block that every server refuses: index 0 stands for no header (RFC 7541 section 6.1).
+/// A block that every server refuses: index 0 is invalid (RFC 7541 section 6.1).
 const REFUSED_BLOCK: u8 = 0x80;
 
-/// Why a client's connection is at its end: the state of its headers is lost (RFC 9113 section 4.3).
+/// Why a client's connection has to end: its header state is lost (RFC 9113 section 4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refused {
     #[error("a header block has more than {MAX_BLOCK} bytes, or more than {MAX_CONTINUATIONS} continuations")]
@@ -48,22 +48,22 @@ pub(super) enum Refused {
     Headers(#[from] BadBlock),
 }
 
-/// Where in a client's frames the next byte lies.
+/// The position in a client's frames.
 #[derive(Debug)]
 enum Place {
     /// Within the preface, at this byte.
     Preface(usize),
     /// At a frame's head, or in it.
     Head,
-    /// In the payload of a frame that stays as it is; so many bytes are left.
+    /// In the payload of a frame that is passed on unchanged, with this many bytes left.
     Passing(usize),
-    /// In the payload of a frame with a part of a header block, which has so many bytes.
+    /// In the payload of a frame with part of a header block, of this many bytes.
     Part(usize),
     /// Not HTTP/2.
     Foreign,
 }
 
-/// A header block that is not complete.
+/// An incomplete header block.
 #[derive(Debug)]
 struct Block {
     /// Flags of its `HEADERS` frame, and then the stream, as they were on the wire.
@@ -79,15 +79,15 @@ struct Block {
 #[derive(Debug)]
 pub(super) struct Frames {
     place: Place,
-    /// What was seen of the current head and, in [`Place::Part`], of the payload after it.
+    /// The received part of the current head and, in [`Place::Part`], of its payload.
     seen: Vec<u8>,
     block: Option<Block>,
     rewriter: Rewriter,
-    /// Why nothing more is read.
+    /// Why reading has stopped.
     end: Option<Refused>,
     /// The stream whose headers were too large for the server.
     too_large: Option<u32>,
-    /// What the server is to read.
+    /// Output for the server.
     pub(super) output: Vec<u8>,
 }
 
@@ -106,7 +106,7 @@ impl Default for Frames {
 }
 
 impl Frames {
-    /// Why the connection is at its end.
+    /// Why the connection has to end.
     pub(super) fn end(&self) -> Option<Refused> {
         self.end
     }
@@ -117,13 +117,13 @@ impl Frames {
         self.too_large.take()
     }
 
-    /// What is allocated for the next request, in bytes.
+    /// The allocated memory, in bytes.
     #[cfg(test)]
     pub(super) fn held(&self) -> usize {
         self.seen.capacity()
     }
 
-    /// How many of the first bytes of `input` stay as they are. They count as read.
+    /// How many of the first bytes of `input` are passed on unchanged. They count as read.
     pub(super) fn pass(&mut self, input: &[u8]) -> usize {
         let mut passed = 0;
         while let Some(rest) = input.get(passed..).filter(|rest| !rest.is_empty()) {
@@ -166,7 +166,7 @@ impl Frames {
         passed
     }
 
-    /// Reads `input`, and adds what the server is to have of it to the output.
+    /// Reads `input`, and appends the server's part of it to the output.
     pub(super) fn feed(&mut self, mut input: &[u8]) {
         while !input.is_empty() && self.end.is_none() {
             let passed = self.pass(input);
@@ -187,7 +187,7 @@ impl Frames {
         }
     }
 
-    /// Goes on from a head, or a payload, that is complete.
+    /// Processes a complete head or payload.
     fn complete(&mut self) {
         let Some(head) = self.seen.first_chunk().map(Head::of) else { return };
         if matches!(self.place, Place::Head) {
@@ -226,7 +226,7 @@ impl Frames {
         self.seen.shrink_to(super::KEEP);
     }
 
-    /// Takes in the payload of a frame with a part of a header block.
+    /// Adds the payload of a frame with part of a header block.
     fn part(&mut self, head: &Head, payload: &[u8]) -> Result<(), Refused> {
         let block = match self.block.take() {
             Some(mut block) => {
@@ -262,7 +262,7 @@ impl Frames {
             self.too_large = Some(u32::from_be_bytes(block.stream));
         }
         let flags = block.flags & !(PADDED | END_HEADERS);
-        // Nearly always one frame, which is in place already.
+        // Nearly always one frame, which is already in place.
         let rest = self.output.split_off(self.output.len().min(begin + HEAD + FRAME));
         let last = if rest.is_empty() { END_HEADERS } else { 0 };
         let length = self.output.len() - begin - HEAD;
@@ -278,7 +278,7 @@ impl Frames {
         Ok(())
     }
 
-    /// Gives the server what makes it close the connection in due form, and ends the input.
+    /// Sends the server a block that makes it close the connection properly, and ends the input.
     fn refuse(&mut self, stream: [u8; 4], why: Refused) {
         self.end = Some(why);
         self.seen.clear();
@@ -313,7 +313,7 @@ impl Block {
 /// The head of a frame.
 #[derive(Debug, Clone, Copy)]
 struct Head {
-    /// Of the payload, in bytes.
+    /// Length of the payload, in bytes.
     length: usize,
     kind: u8,
     flags: u8,

@@ -1,33 +1,33 @@
-//! Rewrites header blocks (HPACK, RFC 7541): every `:authority` becomes [`AUTHORITY`], all else stays what it
-//! was.
+//! Rewrites header blocks (HPACK, RFC 7541): every `:authority` becomes [`AUTHORITY`], everything else stays
+//! as it was.
 //!
-//! A client refers to headers that it sent before, by their place in a table that both sides keep. As a
-//! replaced value would shift that table, the rewriter keeps it in the server's place, and the server gets
-//! blocks without state: each header is a reference to the static table or a literal that is not to be kept.
-//! Strings are copied as they are coded; only their lengths are computed, because the table's entries are
+//! A client refers to headers that it sent before by their index in a table that both sides keep. As a
+//! replaced value would shift that table, the rewriter keeps it instead of the server, which gets
+//! stateless blocks: each header is a reference to the static table or a literal without indexing.
+//! Strings are copied as encoded; only their lengths are computed, because the table's entries are
 //! evicted by size.
 
 use super::huffman::decoded_length;
 use std::collections::VecDeque;
 
-/// What each request gets as its `:authority`: what grpc-go sends over a Unix socket.
+/// The `:authority` of each request: the one that grpc-go sends over a Unix socket.
 const AUTHORITY: &str = "localhost";
 
-/// `:authority` as a string of HPACK, without and with Huffman coding. There is one way to code it.
+/// `:authority` as an HPACK string, without and with Huffman coding. Each encoding is unique.
 const NAME: &[u8] = b"\x0a:authority";
 const NAME_CODED: &[u8] = &[0x88, 0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 
 /// [`super::MAX_HEADER_LIST`], as a length.
 const MAX_HEADER_LIST: usize = super::MAX_HEADER_LIST as usize;
 
-/// The size of the table, in bytes: what both sides begin with (RFC 9113 section 6.5.2). Our server announces
+/// The size of the table, in bytes: the initial value (RFC 9113 section 6.5.2). Our server announces
 /// no other.
 const TABLE: usize = 4096;
 
-/// What an entry counts for beside its name and value, in bytes (RFC 7541 section 4.1).
+/// The overhead of an entry beside its name and value, in bytes (RFC 7541 section 4.1).
 const OVERHEAD: usize = 32;
 
-/// The largest number that is read, in bits: far above all lengths and indexes that can be right.
+/// The largest number that is accepted, in bits: far above all valid lengths and indexes.
 const NUMBER_BITS: u32 = 28;
 
 /// The static table (RFC 7541 Appendix A), counted from 1.
@@ -104,18 +104,18 @@ pub(super) enum BadBlock {
     /// It ends within a header.
     #[error("a header block ends within a header")]
     Short,
-    /// A number that is too large for anything.
+    /// A number that is too large.
     #[error("a header block has a number of more than {NUMBER_BITS} bits")]
     Number,
-    /// A reference to what is not there.
+    /// A reference to a missing entry.
     #[error("a header block refers to a header that was not sent or has been evicted")]
     Index,
-    /// The table may not become this large.
+    /// A table size above the limit.
     #[error("a header block asks for a table of more than {TABLE} bytes")]
     Table,
 }
 
-/// How a block was rewritten.
+/// How much of a block was rewritten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rewritten {
     /// All of it.
@@ -124,15 +124,15 @@ pub(super) enum Rewritten {
     TooLarge,
 }
 
-/// A header as it is written to the server.
+/// A header in the form for the server.
 #[derive(Debug)]
 struct Header {
     name: Name,
-    /// Of the decoded name, in bytes.
+    /// Length of the decoded name, in bytes.
     name_length: usize,
-    /// The value as a string of HPACK: its length, then the string as the client coded it.
+    /// The value as an HPACK string: its length, then the string as the client encoded it.
     value: Box<[u8]>,
-    /// Of the decoded value, in bytes.
+    /// Length of the decoded value, in bytes.
     value_length: usize,
 }
 
@@ -140,7 +140,7 @@ struct Header {
 enum Name {
     /// An index of the static table.
     Static(u8),
-    /// A string of HPACK.
+    /// An HPACK string.
     Literal(Box<[u8]>),
 }
 
@@ -157,8 +157,8 @@ impl Header {
         }
     }
 
-    /// Writes it as a literal that is not to be kept, with `flag`: 0, or the bit of one that is never to be
-    /// kept (RFC 7541 section 6.2).
+    /// Writes it as a literal without indexing, with `flag`: 0, or the bit for "never
+    /// indexed" (RFC 7541 section 6.2).
     fn write(&self, flag: u8, output: &mut Vec<u8>) {
         match &self.name {
             Name::Static(index @ ..15) => output.push(flag | index),
@@ -176,12 +176,12 @@ impl Header {
     }
 }
 
-/// The table of one connection, and the limit on it that the client has set.
+/// The table of one connection, with the limit set by the client.
 #[derive(Debug)]
 pub(super) struct Rewriter {
     /// The newest first.
     table: VecDeque<Entry>,
-    /// Of all entries, in bytes.
+    /// Size of all entries, in bytes.
     size: usize,
     limit: usize,
 }
@@ -189,7 +189,7 @@ pub(super) struct Rewriter {
 #[derive(Debug)]
 struct Entry {
     header: Header,
-    /// What the client counts for it, in bytes. That is not what `header` has, for an `:authority`.
+    /// Its size for the client, in bytes. For an `:authority`, this differs from `header`.
     size: usize,
 }
 
@@ -200,15 +200,15 @@ impl Default for Rewriter {
 }
 
 impl Rewriter {
-    /// Writes what `block` says after `output`, in a form that needs no table.
+    /// Appends `block` to `output`, in a form that needs no table.
     ///
     /// # Errors
-    /// [`BadBlock`]. Neither what was written nor the rewriter is of use then.
+    /// [`BadBlock`]. Neither the output nor the rewriter can be used then.
     pub(super) fn rewrite(&mut self, block: &[u8], output: &mut Vec<u8>) -> Result<Rewritten, BadBlock> {
         let mut input = Input { bytes: block };
         let mut list = 0;
         while let Some(first) = input.first() {
-            // Behind the limit all is read, for the table's sake, and nothing is written.
+            // Past the limit, headers are still read, for the table, but not written.
             let mut unwanted = Vec::new();
             let output = if list < MAX_HEADER_LIST { &mut *output } else { &mut unwanted };
             let length = match first {
@@ -253,7 +253,7 @@ impl Rewriter {
         Ok(header.length())
     }
 
-    /// The entry at `index`, which is beyond the static table's.
+    /// The entry at `index`, beyond the static table.
     fn kept(&self, index: usize) -> Result<&Entry, BadBlock> {
         index.checked_sub(STATIC.len() + 1).and_then(|place| self.table.get(place)).ok_or(BadBlock::Index)
     }
@@ -286,7 +286,7 @@ impl Rewriter {
 
     fn insert(&mut self, entry: Entry) {
         self.evict(entry.size);
-        // One that is larger than the table empties it, and is not kept (RFC 7541 section 4.4).
+        // One that is larger than the table empties it, and is not added (RFC 7541 section 4.4).
         if entry.size <= self.limit {
             self.size += entry.size;
             self.table.push_front(entry);
@@ -308,18 +308,18 @@ fn fixed(index: usize) -> Option<(u8, (&'static str, &'static str))> {
     Some((u8::try_from(index).ok()?, *entry))
 }
 
-/// What is left of a block.
+/// The rest of a block.
 #[derive(Debug)]
 struct Input<'a> {
     bytes: &'a [u8],
 }
 
-/// A string of HPACK.
+/// An HPACK string.
 #[derive(Debug)]
 struct Text<'a> {
-    /// With its length before it, as it is written again.
+    /// Encoded, with its length in front.
     whole: &'a [u8],
-    /// Decoded, in bytes.
+    /// Decoded length, in bytes.
     length: usize,
 }
 

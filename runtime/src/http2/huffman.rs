@@ -1,7 +1,7 @@
-//! How many bytes a Huffman-coded string of HPACK stands for. The bytes themselves are of no interest here.
+//! The decoded length of Huffman-coded HPACK strings. The decoded bytes are not needed.
 //!
-//! The code (RFC 7541 Appendix B) is canonical: as numbers of 32 bits, left-aligned, the codes ascend with
-//! their length. So the number of codes of each length says where a code ends.
+//! The code (RFC 7541 Appendix B) is canonical: as left-aligned 32-bit numbers, the codes ascend with
+//! their length. So the number of codes of each length determines where a code ends.
 
 /// `(length in bits, number of codes)`, by RFC 7541 Appendix B. One of the last four is EOS.
 const CODES: [(u32, u32); 21] = [
@@ -42,8 +42,8 @@ const ENDS: [(u32, u64); CODES.len()] = {
     ends
 };
 
-/// The length of the decoded string, in bytes. The padding is not looked at: the server decodes the string
-/// and refuses a wrong one.
+/// The length of the decoded string, in bytes. The padding is not checked: the server decodes the string
+/// and refuses an invalid one.
 pub(super) fn decoded_length(coded: &[u8]) -> usize {
     let mut bytes = coded.iter();
     // The next bits, left-aligned.
@@ -59,7 +59,7 @@ pub(super) fn decoded_length(coded: &[u8]) -> usize {
             return length;
         }
         // Padding is ones, fewer than eight: no code of seven bits or less consists of ones only, so it ends
-        // here too.
+        // here, too.
         window <<= code;
         bits -= code;
         length += 1;

@@ -1,4 +1,4 @@
-//! Between a client's socket and the HTTP/2 server: any `:authority` is accepted.
+//! Sits between a client's socket and the HTTP/2 server, so that any `:authority` is accepted.
 //!
 //! On a Unix socket the `:authority` of a request says nothing, and gRPC clients disagree on what to send:
 //! grpc-go sends `localhost`, C-core (Python, C++, Ruby) the percent-escaped path of the socket, Java and
@@ -7,8 +7,8 @@
 //! same valid one before the server sees it.
 //!
 //! `frames` finds the header blocks in what a client sends, `header_block` rewrites them, and `resets`
-//! watches what the server answers, so that a refused request leaves a line in the log. None of the three
-//! does I/O; this file joins them to the socket.
+//! watches the server's answers, so that refused requests are logged. None of the three
+//! does I/O; this file connects them to the socket.
 
 mod frames;
 mod header_block;
@@ -30,21 +30,21 @@ use tonic::transport::server::Connected;
 /// HTTP/2 server has the same limit and answers 431.
 pub(crate) const MAX_HEADER_LIST: u32 = 16 * 1024;
 
-/// The largest payload of a frame, in bytes: what every connection starts with, and the least that may be
+/// The largest payload of a frame, in bytes: the initial value, and the least that may be
 /// announced (RFC 9113 section 6.5.2).
 pub(crate) const MAX_FRAME: u32 = 16 * 1024;
 
-/// The most that an idle connection keeps for its next request, in bytes.
+/// The most memory that an idle connection keeps for its next request, in bytes.
 const KEEP: usize = 4 * 1024;
 
 /// A client's connection, as the HTTP/2 server reads and writes it.
 #[derive(Debug)]
 pub(crate) struct Connection<S> {
     stream: S,
-    /// The process that connected, for the log; 0 if it is not known.
+    /// The pid of the client, for the log; 0 if unknown.
     pid: i32,
     frames: Frames,
-    /// How much of the output of `frames` the server has taken.
+    /// How much of the output of `frames` the server has read.
     taken: usize,
     resets: Resets,
 }
@@ -61,7 +61,7 @@ impl<S> Connection<S> {
         Self { stream, pid, frames: Frames::default(), taken: 0, resets: Resets::default() }
     }
 
-    /// Hands over what was rewritten, as far as it fits.
+    /// Passes on the rewritten data, as far as it fits.
     fn hand_over(&mut self, into: &mut ReadBuf<'_>) {
         let rest = self.frames.output.get(self.taken..).unwrap_or_default();
         let part = rest.get(..rest.len().min(into.remaining())).unwrap_or_default();
@@ -74,7 +74,7 @@ impl<S> Connection<S> {
         }
     }
 
-    /// Reads `input`, which begins with what cannot pass as it is.
+    /// Reads `input`, which begins with data that has to be rewritten.
     fn feed(&mut self, input: &[u8]) {
         self.frames.feed(input);
         if let Some(stream) = self.frames.take_too_large() {
@@ -87,7 +87,7 @@ impl<S> Connection<S> {
         }
     }
 
-    /// Looks at `sent`, which went to the client.
+    /// Examines `sent`, which went to the client.
     fn watch(&mut self, sent: &[u8]) {
         let (pid, end) = (self.pid, self.frames.end());
         self.resets.watch(sent, |reset| match (reset, end) {
@@ -122,7 +122,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
                 return Poll::Ready(Ok(()));
             }
             if this.frames.end().is_some() {
-                // What follows cannot be understood any more; the server has what makes it close the
+                // The rest can no longer be parsed; the server has got a block that makes it close the
                 // connection.
                 return Poll::Ready(Ok(()));
             }

@@ -1,7 +1,7 @@
-//! Finds streams and connections that the HTTP/2 server refuses in what it sends.
+//! Finds refused streams and connections in the output of the HTTP/2 server.
 //!
-//! The server says so to the client only: by `RST_STREAM`, or by `GOAWAY` with an error (RFC 9113 sections
-//! 6.4, 6.8 and 7).
+//! The server reports those to the client only: by `RST_STREAM`, or by `GOAWAY` with an error (RFC 9113
+//! sections 6.4, 6.8 and 7).
 
 /// The head of a frame, in bytes: length, type, flags, stream (RFC 9113 section 4.1).
 const HEAD: usize = 9;
@@ -13,7 +13,7 @@ const GOAWAY: u8 = 7;
 /// stream's end, cancelled.
 const NOT_REFUSED: [u32; 4] = [0x0, 0x2, 0x5, 0x8];
 
-/// What the server refused.
+/// A refusal of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reset {
     /// One request. `code` is an error code of RFC 9113 section 7.
@@ -22,18 +22,18 @@ pub(super) enum Reset {
     Connection { code: u32 },
 }
 
-/// Where in the frames of the server the next byte lies.
+/// The position in the frames of the server.
 #[derive(Debug, Default)]
 pub(super) struct Resets {
-    /// The head and the beginning of the payload, as far as they were seen.
+    /// The received part of the head and the beginning of the payload.
     seen: [u8; HEAD + 8],
     length: usize,
-    /// Bytes of the payload that are of no interest.
+    /// Bytes of the payload to skip.
     skip: usize,
 }
 
 impl Resets {
-    /// Looks at the next bytes, and calls `found` for each refusal in them.
+    /// Examines the next bytes, and calls `found` for each refusal in them.
     pub(super) fn watch(&mut self, mut sent: &[u8], mut found: impl FnMut(Reset)) {
         while !sent.is_empty() {
             if self.skip > 0 {
@@ -70,7 +70,7 @@ impl Resets {
         usize::try_from(self.number(0) >> 8).unwrap_or_default()
     }
 
-    /// How much of the frame has to be seen.
+    /// How much of the frame is needed.
     fn wanted(&self) -> usize {
         if self.length < HEAD {
             return HEAD;

@@ -5,7 +5,7 @@ use berth_model::security::ContainerSecurity;
 use berth_sys::credentials::{CAPABILITIES, CapabilityBits, capability_number};
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 
-/// What a container has when nothing is asked for: the set of Docker and containerd, which images are written
+/// The default capabilities: the set of Docker and containerd, which images are written
 /// for.
 const DEFAULT: [&str; 14] = [
     "CHOWN",
@@ -27,12 +27,12 @@ const DEFAULT: [&str; 14] = [
 /// CRI: `ALL` in a list stands for every capability.
 const ALL: &str = "ALL";
 
-/// The five sets. `available` is the daemon's own bounding set: what it lacks itself cannot be had, asked for
-/// or not.
+/// The five sets. `available` is the daemon's own bounding set, which limits them, even for explicit
+/// requests.
 ///
-/// Lists with `ALL` act first, then single names, and what is dropped stays dropped. Inheritable stays empty
-/// but for what is asked to be ambient, where the kernel needs it: a file with inheritable capabilities would
-/// else give them to any user (CVE-2022-24769).
+/// Lists with `ALL` are applied first, then single names, and dropped ones stay dropped. Inheritable stays
+/// empty except for requested ambient capabilities, where the kernel needs it: a file with inheritable
+/// capabilities would otherwise give them to any user (CVE-2022-24769).
 pub(super) fn of_container(
     security: &ContainerSecurity,
     available: CapabilityBits,
@@ -47,8 +47,8 @@ pub(super) fn of_container(
     Ok(sets)
 }
 
-/// The names of the capabilities that a container gets, without `CAP_`: what RuntimeDefault of seccomp goes
-/// by.
+/// The names of the capabilities that a container gets, without `CAP_`, on which RuntimeDefault of seccomp
+/// depends.
 ///
 /// # Errors
 /// [`SpecError::Capability`].
@@ -96,7 +96,7 @@ struct Named {
 }
 
 impl Named {
-    /// A name that no kernel has is an error in the list to drop too: it is a typo, and keeping what was
+    /// An unknown name is an error in the list to drop, too: it is a typo, and keeping what was
     /// meant weakens the container.
     fn read(field: &'static str, list: &[String]) -> Result<Self, SpecError> {
         let mut named = Self { all: false, single: 0 };

@@ -1,8 +1,8 @@
-//! The environment and the arguments of a container's main process, as text that execve(2) takes.
+//! The environment and the arguments of a container's main process, as text for execve(2).
 //!
-//! The image's strings are not trusted to be assignments, the request's are trusted to be what its author
-//! wanted. A line break in a value is legitimate, here it is only a byte: nothing of this is ever written
-//! into a file of lines (CVE-2022-4318).
+//! The image's strings may not be assignments; the request's are what its author
+//! wanted. A line break in a value is legitimate, and here only a byte: none of this is ever written
+//! to a line-based file (CVE-2022-4318).
 
 use super::{Inputs, SpecError};
 use berth_shim_proto::launch::DEFAULT_PATH;
@@ -12,13 +12,13 @@ use std::collections::HashMap;
 pub(super) const MAX_TEXT_BYTES: usize = 128 * 1024 - 1;
 
 /// All arguments and variables together, in bytes. execve(2) allows a quarter of the stack limit, 2 MiB by
-/// default, and the program's name and pointers count too; refused here, it is an error of the creation and
-/// not of the start.
+/// default, and the program's name and pointers count too; refusing it here makes it an error of the creation
+/// and not of the start.
 pub(super) const MAX_TOTAL_BYTES: usize = 1024 * 1024;
 
-/// The request's variables in messages.
+/// The name of the request's variables in messages.
 const REQUEST: &str = "envs";
-/// The image's.
+/// The name of the image's variables in messages.
 const IMAGE: &str = "the image's Env";
 
 /// `NAME=value`, each name once, in the order of first appearance and with the last value.
@@ -33,7 +33,7 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError
     }
     for assignment in &inputs.image.env {
         check(IMAGE, assignment)?;
-        // What assigns nothing is left out: no program could make anything of it, and such images run
+        // Strings without an assignment are left out: no program could use them, and such images run
         // elsewhere.
         if let Some((name, value)) = assignment.split_once('=').filter(|(name, _)| !name.is_empty()) {
             variables.set(name, value);
@@ -68,7 +68,7 @@ pub(super) fn check_total(args: &[String], env: &[String]) -> Result<(), SpecErr
 #[derive(Default)]
 struct Variables {
     assignments: Vec<String>,
-    /// The place of each name in `assignments`: an image may bring a million of them.
+    /// The position of each name in `assignments`: an image may have a million of them.
     places: HashMap<String, usize>,
 }
 

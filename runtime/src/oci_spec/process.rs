@@ -1,4 +1,4 @@
-//! The main process of a container: what is run, where, and with which limits and privileges.
+//! The main process of a container: its program, directory, limits and privileges.
 
 use super::{Inputs, SpecError, capabilities, environment};
 use berth_model::limit::MAX_PATH_BYTES;
@@ -6,10 +6,10 @@ use berth_model::security::Profile;
 use oci_spec::runtime::{Process, Spec, User};
 use std::path::PathBuf;
 
-/// The file mode creation mask that every container starts with, whatever the daemon's is.
+/// The umask of every container, independent of the daemon's.
 const UMASK: u32 = 0o022;
 
-/// The name that the kernel gives to "no profile": asked for as if it were one, it would be a way around the
+/// The kernel's name for "no profile": requested as a profile, it would bypass the
 /// check of the field.
 const NO_PROFILE: &str = "unconfined";
 
@@ -34,8 +34,8 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
     Ok(process)
 }
 
-/// CRI `command` is the entrypoint and `args` its arguments: a command drops both of the image's, arguments
-/// alone only its `Cmd`.
+/// CRI `command` is the entrypoint and `args` its arguments: a command overrides both of the image's,
+/// arguments alone only its `Cmd`.
 fn args(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError> {
     let (config, image) = (inputs.config, inputs.image);
     let entrypoint = ("command", &config.command);
@@ -54,12 +54,12 @@ fn args(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError> {
             all.push(text.clone());
         }
     }
-    // An empty name of a program is refused by no one before execve(2), which reports a missing file.
+    // An empty program name is not refused before execve(2), which reports a missing file.
     if all.first().is_none_or(String::is_empty) { Err(SpecError::NoCommand) } else { Ok(all) }
 }
 
-/// The text stays as it is, `..` and links included: it is resolved inside the container's root, and the shim
-/// makes sure that the place it arrives at is inside (CVE-2024-21626).
+/// Kept as is, including `..` and links: it is resolved inside the container's root, and the shim
+/// makes sure that the result is inside (CVE-2024-21626).
 fn working_directory(inputs: &Inputs<'_>) -> Result<PathBuf, SpecError> {
     let (origin, text) = match (inputs.config.working_dir.as_str(), inputs.image.working_dir.as_str()) {
         ("", "") => return Ok(PathBuf::from("/")),
@@ -75,7 +75,7 @@ fn working_directory(inputs: &Inputs<'_>) -> Result<PathBuf, SpecError> {
     Ok(PathBuf::from(text))
 }
 
-/// The profile to change to on exec. A privileged container has none but the one that it names itself.
+/// The profile to change to on exec. A privileged container only has one that it names itself.
 fn apparmor_profile(inputs: &Inputs<'_>) -> Result<Option<String>, SpecError> {
     let (security, host) = (&inputs.config.security, inputs.host);
     match &security.apparmor {
@@ -87,14 +87,14 @@ fn apparmor_profile(inputs: &Inputs<'_>) -> Result<Option<String>, SpecError> {
             .ok_or(SpecError::NoDefaultAppArmor),
         Profile::Localhost(name) if !host.apparmor => Err(SpecError::NoAppArmor(name.clone())),
         Profile::Localhost(name) => {
-            // The name goes into a command line of the kernel's, `exec <name>`.
+            // The name becomes part of a kernel command, `exec <name>`.
             let odd = name.is_empty() || name == NO_PROFILE || name.chars().any(char::is_control);
             if odd { Err(SpecError::AppArmorProfile(name.clone())) } else { Ok(Some(name.clone())) }
         }
     }
 }
 
-/// As far as it is known before the container's own passwd file has been read; [`set_user`] has the rest.
+/// As far as known before the container's passwd file has been read; [`set_user`] adds the rest.
 fn user(inputs: &Inputs<'_>) -> User {
     let asked = &inputs.config.security.user;
     let text = asked.user.as_deref().unwrap_or(&inputs.image.user);
@@ -107,7 +107,7 @@ fn user(inputs: &Inputs<'_>) -> User {
     user
 }
 
-/// Puts into the spec who the process turned out to run as, from the shim's report.
+/// Sets the actual user of the process, from the shim's report.
 pub fn set_user(spec: &mut Spec, uid: u32, gid: u32, groups: &[u32]) {
     if let Some(process) = spec.process_mut() {
         process.user_mut().set_uid(uid).set_gid(gid).set_additional_gids(Some(groups.to_vec()));

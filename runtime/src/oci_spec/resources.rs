@@ -1,7 +1,7 @@
 //! Limits and devices of the cgroup: `linux.resources` of the spec, from a request and for the cgroup.
 //!
-//! What the cgroup keeps is read from the finished spec, wherever it comes from. What is in there and cannot
-//! be kept is refused.
+//! The cgroup's settings are read from the finished spec, wherever it comes from. Properties that cannot
+//! be enforced are refused.
 
 use super::SpecError;
 use berth_cgroup::{Access, Ceiling, DeviceKind, DevicePolicy, DeviceRule, HugepageLimit, Limits};
@@ -10,11 +10,11 @@ use oci_spec::runtime::{
     LinuxCpu, LinuxDeviceCgroup, LinuxDeviceType, LinuxHugepageLimit, LinuxMemory, LinuxResources, Spec,
 };
 
-/// The limits of a request as the spec has them. Zero, and a negative number where no limit is possible, is
-/// "not set".
+/// The limits of a request in the form of the spec. Zero, and a negative number where no limit is possible,
+/// is "not set".
 ///
 /// # Errors
-/// [`SpecError::Resource`], for a number that the spec cannot have.
+/// [`SpecError::Resource`], for a number that is out of range for the spec.
 pub fn resources(asked: &Resources) -> Result<LinuxResources, SpecError> {
     let mut cpu = LinuxCpu::default();
     cpu.set_shares(positive(asked.cpu_shares))
@@ -33,7 +33,7 @@ pub fn resources(asked: &Resources) -> Result<LinuxResources, SpecError> {
         hugepages.push(hugepage);
     }
     let mut written = LinuxResources::default();
-    // The kubelet limits processes on the pod's cgroup; the CRI has no field for a container's.
+    // The kubelet limits the processes of the pod's cgroup; the CRI has no field for a container's.
     written
         .set_cpu(Some(cpu))
         .set_memory(Some(memory))
@@ -45,18 +45,18 @@ pub fn resources(asked: &Resources) -> Result<LinuxResources, SpecError> {
     Ok(written)
 }
 
-/// The same with the rules of the devices, in the order in which they are allowed.
+/// The same with the device rules, in order.
 pub(super) fn of_spec(asked: &Resources, devices: &DevicePolicy) -> Result<LinuxResources, SpecError> {
     let mut written = resources(asked)?;
     written.set_devices(Some(device_rules(devices)));
     Ok(written)
 }
 
-/// What the cgroup of a container with this spec keeps. Without a list of devices it may use none.
+/// The settings of the cgroup for this spec. Without a list of devices, none may be used.
 ///
 /// # Errors
-/// [`SpecError::Resource`] for a number out of range; [`SpecError::Unsupported`] for what the cgroup would
-/// not keep.
+/// [`SpecError::Resource`] for a number out of range; [`SpecError::Unsupported`] for a property that the
+/// cgroup cannot enforce.
 pub fn of_cgroup(spec: &Spec) -> Result<(Limits, DevicePolicy), SpecError> {
     match spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
         Some(resources) => Ok((limits(resources)?, device_policy(resources)?)),
@@ -96,7 +96,7 @@ pub fn limits(resources: &LinuxResources) -> Result<Limits, SpecError> {
     Ok(limits)
 }
 
-/// The resources of a container whose limits are `now`. The rest is as it was.
+/// The resources with the limits `now`, otherwise unchanged.
 #[must_use]
 pub fn in_force(earlier: Resources, now: Limits) -> Resources {
     let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
@@ -119,7 +119,7 @@ pub fn in_force(earlier: Resources, now: Limits) -> Resources {
     }
 }
 
-/// Properties of the OCI runtime spec that Berth writes into no cgroup. [`resources`] never sets them.
+/// Properties of the OCI runtime spec that Berth does not apply to cgroups. [`resources`] never sets them.
 fn refuse_unsupported(resources: &LinuxResources) -> Result<(), SpecError> {
     let cpu = resources.cpu().clone().unwrap_or_default();
     let memory = resources.memory().unwrap_or_default();
@@ -155,8 +155,8 @@ fn not_empty(text: &str) -> Option<String> {
     Some(text.to_owned()).filter(|text| !text.is_empty())
 }
 
-/// The rules of `linux.resources` as a list of what is allowed. One that denies anything but everything is
-/// refused: a list of what is denied allows what it forgets.
+/// The rules of `linux.resources` as an allow list. A rule that denies anything but everything is
+/// refused: a deny list allows what it forgets.
 fn device_policy(resources: &LinuxResources) -> Result<DevicePolicy, SpecError> {
     let unsupported = SpecError::Unsupported { property: "devices" };
     let mut policy = DevicePolicy::Only(Vec::new());
@@ -184,7 +184,7 @@ fn device_policy(resources: &LinuxResources) -> Result<DevicePolicy, SpecError> 
     Ok(policy)
 }
 
-/// -1 is any number, as for other runtimes.
+/// -1 is any number, as in other runtimes.
 fn device_number(number: Option<i64>) -> Result<Option<u32>, SpecError> {
     let Some(number) = number.filter(|number| *number != -1) else { return Ok(None) };
     u32::try_from(number)

@@ -1,13 +1,13 @@
-//! The signal that an image wants to be stopped with: `StopSignal` of its configuration.
+//! The stop signal of an image: `StopSignal` of its configuration.
 //!
 //! OCI image-spec 1.1, `config.md`: "the signal can be in the format `SIGNAME`, for instance `SIGKILL` or
-//! `SIGRTMIN+3`". Numbers, names without `SIG` and small letters are in use too. A text that names no signal
-//! is an error when the container is made, not a silent SIGTERM: a database that is stopped by the wrong
+//! `SIGRTMIN+3`". Numbers, names without `SIG` and lower case are in use, too. An invalid signal
+//! is an error when the container is created, not a silent SIGTERM: a database that is stopped by the wrong
 //! signal loses data.
 
 use berth_sys::process::SIGTERM;
 
-/// The first real-time signal by the count of glibc, which keeps two of the kernel's (32 and 33) for itself:
+/// The first real-time signal of glibc, which reserves two of the kernel's (32 and 33):
 /// signal(7). Names are written for programs, and systemd's `SIGRTMIN+3` is 37 everywhere.
 const FIRST_REAL_TIME: i32 = 34;
 /// The last one.

@@ -154,7 +154,7 @@ pub enum PlanError {
 /// The plan for the container of `spec`.
 ///
 /// # Errors
-/// [`PlanError`]; specs of [`crate::oci_spec::build`] have none of its causes but those that lie in `extra`.
+/// [`PlanError`]; for specs of [`crate::oci_spec::build`], only because of `extra`.
 pub fn launch(spec: &Spec, extra: &Extra<'_>) -> Result<Launch, PlanError> {
     let process = spec.process().as_ref().ok_or(PlanError::Missing("process"))?;
     let linux = spec.linux().as_ref().ok_or(PlanError::Missing("linux"))?;
@@ -208,7 +208,7 @@ fn covered(property: &'static str, paths: Option<&[String]>) -> Result<Vec<Vec<u
     paths.unwrap_or_default().iter().map(|path| absolute(property, Path::new(path))).collect()
 }
 
-/// Properties that would have to be acted on and are not. Limits and device rules are not among them: the
+/// Unsupported properties. Limits and device rules are not among them: the
 /// daemon applies them to the cgroup before the shim is started.
 fn refuse_unsupported(
     spec: &Spec,
@@ -285,12 +285,12 @@ fn namespaces(linux: &Linux, pid_path: PidPath<'_>) -> Result<Namespaces, PlanEr
             _ => return Err(PlanError::Namespace(kind)),
         }
     }
-    // The shim always makes one; a spec without it means the host's, which is not to be had.
+    // The shim always creates one; a spec without it means the host's, which is not supported.
     if own_mounts { Ok(planned) } else { Err(PlanError::Missing("mount namespace")) }
 }
 
-/// The mounts in order. A new read-only tmpfs would have no place for what is mounted in it; it becomes
-/// read-only after the mounts, like a path of `readonly_paths`, which reaches the mounts in it too.
+/// The mounts in order. In a new read-only tmpfs no mount points could be created; it becomes
+/// read-only after the mounts, like a path of `readonly_paths`, which includes the mounts in it.
 fn translate_mounts(
     mounts: &[oci_spec::runtime::Mount],
     readonly_paths: &mut Vec<Vec<u8>>,
@@ -419,7 +419,7 @@ fn translate_process(
     })
 }
 
-/// The words of the request, or else of the image. Only the image's may have a group behind a colon.
+/// The user of the request, or else of the image. Only the image's may have a group after a colon.
 fn user(extra: &Extra<'_>) -> Result<User, PlanError> {
     let asked = extra.user;
     let text = match &asked.user {

@@ -1,15 +1,15 @@
-//! The options of a mount, as text, taken apart: attributes of the mount, what kind of bind it is, how it
-//! propagates, and what is the filesystem's own.
+//! Parses the options of a mount: attributes, the kind of bind, propagation,
+//! and options of the filesystem.
 //!
 //! The names are those of OCI runtime-spec 1.2, `config.md`, "Linux mount options", a subset: an option that
-//! is not known here is refused, because what it was meant to forbid would be allowed.
+//! is unknown here is refused, because what it was meant to forbid would be allowed.
 
 use berth_shim_proto::launch::Propagation;
 use berth_sys::mount::attr;
 
 pub(super) const RDONLY: u64 = attr::RDONLY;
 
-/// Bits that each option sets and takes away.
+/// Bits that each option sets and clears.
 const ATTRIBUTES: [(&str, u64, u64); 11] = [
     ("ro", attr::RDONLY, 0),
     ("rw", 0, attr::RDONLY),
@@ -21,21 +21,21 @@ const ATTRIBUTES: [(&str, u64, u64); 11] = [
     ("exec", 0, attr::NOEXEC),
     ("noatime", attr::NOATIME, attr::ATIME_MASK),
     ("strictatime", attr::STRICTATIME, attr::ATIME_MASK),
-    // The kernel's own choice, number 0.
+    // The kernel's default, 0.
     ("relatime", 0, attr::ATIME_MASK),
 ];
 
-/// Options that the filesystem itself takes, with a value: proc(5), tmpfs(5),
+/// Options of the filesystem itself, with a value: proc(5), tmpfs(5),
 /// Documentation/filesystems/devpts.rst.
 const WITH_VALUE: [(&str, &[&str]); 2] = [
     ("tmpfs", &["mode", "size", "nr_inodes", "uid", "gid"]),
     ("devpts", &["mode", "ptmxmode", "uid", "gid"]),
 ];
 
-/// Those without one.
+/// Those without a value.
 const FLAGS: [(&str, &[&str]); 1] = [("devpts", &["newinstance"])];
 
-/// An option that cannot be carried out.
+/// An invalid option.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OptionError {
     /// Not known.
@@ -44,7 +44,7 @@ pub enum OptionError {
     /// A new filesystem has no peers to share mounts with.
     #[error("option {0:?} is for bind mounts only")]
     OnlyForBinds(String),
-    /// Both that and its opposite.
+    /// It contradicts another option.
     #[error("option {0:?} contradicts an earlier one")]
     Contradicts(String),
 }
@@ -52,27 +52,27 @@ pub enum OptionError {
 /// A bind mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BindKind {
-    /// With what is mounted below the source.
+    /// Including the mounts below the source.
     pub(super) recursive: bool,
 }
 
-/// Options taken apart.
+/// Parsed options.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct MountOptions {
     /// `MOUNT_ATTR_*` to set.
     pub(super) attributes: u64,
-    /// They are meant for the mounts below, too.
+    /// Whether they apply to the mounts below, too.
     pub(super) recursive: bool,
     /// For bind mounts.
     pub(super) bind: Option<BindKind>,
-    /// When it is said.
+    /// If given.
     pub(super) propagation: Option<Propagation>,
     /// `key=value` or a flag, for fsconfig(2).
     pub(super) of_filesystem: Vec<String>,
 }
 
 impl MountOptions {
-    /// For a mount of the type `kind`; of `bind` and `rbind` the last one counts, like for all options.
+    /// For a mount of the type `kind`; the last of `bind` and `rbind` counts, as for all options.
     pub(super) fn parse(kind: &str, options: &[String]) -> Result<Self, OptionError> {
         let mut parsed = Self::default();
         let is_bind = options.iter().any(|option| matches!(option.as_str(), "bind" | "rbind"));
@@ -87,7 +87,7 @@ impl MountOptions {
 
     fn take(&mut self, kind: &str, option: &str) -> Result<(), OptionError> {
         if let Some((_, set, clear)) = ATTRIBUTES.iter().find(|(name, ..)| *name == option) {
-            // A recursive bit would be taken away for the mount and all below it.
+            // A recursive bit would be cleared for the mount and all below it.
             if self.recursive && clear & RDONLY != 0 {
                 return Err(OptionError::Contradicts(option.to_owned()));
             }
@@ -114,7 +114,7 @@ impl MountOptions {
     }
 
     fn propagate(&mut self, option: &str, propagation: Propagation) -> Result<(), OptionError> {
-        // Private is what a new mount is.
+        // A new mount is private.
         if self.bind.is_none() && propagation != Propagation::Private {
             return Err(OptionError::OnlyForBinds(option.to_owned()));
         }

@@ -12,7 +12,7 @@ pub fn capability_bits<'a>(names: impl IntoIterator<Item = &'a Capability>) -> C
         .fold(0, |bits, number| bits | 1 << number)
 }
 
-/// The sets of the spec. One that is absent is empty: OCI runtime-spec, `process.capabilities`.
+/// The sets of the spec. An absent one is empty: OCI runtime-spec, `process.capabilities`.
 pub(super) fn capabilities(sets: Option<&LinuxCapabilities>) -> Capabilities {
     let Some(sets) = sets else { return Capabilities::default() };
     let bits = |set: &Option<oci_spec::runtime::Capabilities>| capability_bits(set.iter().flatten());

@@ -1,21 +1,21 @@
-//! The start of a daemon: what the one before it left, whole objects and remains.
+//! Recovery at the start of a daemon: the objects and remains of the previous one.
 //!
-//! Before the socket is there, everything is read and made visible; no shim is waited for longer than a
-//! moment. After that, with requests coming in already, shims that have not answered are asked on
-//! ([`crate::container::follow`]), records that cannot be read are tried again ([`unread`]), and what belongs
-//! to nothing is cleared away ([`remains`]).
+//! Before the socket opens, everything is read and made visible; no shim is waited for longer than a
+//! moment. After that, while requests are served, shims that have not answered are asked again
+//! ([`crate::container::follow`]), unreadable records are retried ([`unread`]), and what belongs
+//! to nothing is removed ([`remains`]).
 //!
-//! Nothing that may run is ended here, and nothing loses its owner, because something could not be read. What
-//! becomes of an object:
+//! Nothing that may be running is killed, and nothing loses its owner, because something could not be read.
+//! What becomes of an object:
 //!
-//! | its record | it runs, or containers are in it | it does not run |
+//! | its record | it is running, or contains containers | it is not running |
 //! |---|---|---|
-//! | can be read, or its copy | it is there | it is there |
-//! | cannot be read (an error, a newer version) | it is made again, its record left alone | it is tried again |
-//! | is proven damaged | it is made again, its record set aside | it is set aside with its files |
-//! | is gone, and its copy too | a sandbox is made again, a container goes | it was never finished and goes |
+//! | can be read, or its copy | it is recovered | it is recovered |
+//! | cannot be read (an error, a newer version) | it is reconstructed, its record left alone | reading is retried |
+//! | is proven damaged | it is reconstructed, its record goes to quarantine | it goes to quarantine with its files |
+//! | is gone, and its copy too | a sandbox is reconstructed, a container is removed | it was never finished and is removed |
 //!
-//! "Made again": of its OCI spec, its containers and its shim ([`crate::container::lost`],
+//! "Reconstructed": from its OCI spec, its containers and its shim ([`crate::container::lost`],
 //! [`crate::sandbox::lost`]).
 
 mod remains;
@@ -38,13 +38,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
-/// How long shims may take to answer before the socket is there. Those that do not hang take milliseconds.
+/// How long shims may take to answer before the socket opens. Normally they take milliseconds.
 const ANSWERS: Duration = Duration::from_secs(1);
 
-/// How long all that fails to be read may be tried again, together, before the socket is there.
+/// How long failed reads may be retried, in total, before the socket opens.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Descriptors that connections to shims leave for everything else: clients, files, programs.
+/// Descriptors reserved for everything but connections to shims: clients, files, programs.
 const RESERVED_DESCRIPTORS: u64 = 20;
 
 /// Why the daemon cannot start.
@@ -59,15 +59,15 @@ pub enum RecoveryError {
         #[source]
         source: io::Error,
     },
-    /// The daemon's own task ended early.
+    /// The daemon's task ended early.
     #[error("the daemon is stopping")]
     Stopping,
 }
 
-/// Brings back what was. What is to be done when the socket is there is in the result.
+/// Recovers all objects. The result is the work to do once the socket is open.
 ///
 /// # Errors
-/// When the daemon's own directories cannot be read; a single object is never a reason.
+/// When the daemon's own directories cannot be read; a single object is never an error.
 pub(crate) async fn run(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
     let reading = node.clone();
     let remains =
@@ -91,7 +91,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
     Ok(remains.with_room(room))
 }
 
-/// Room for connections to shims.
+/// The number of connections to shims that there is room for.
 fn room() -> Arc<Semaphore> {
     let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     let limit =
@@ -126,13 +126,13 @@ fn read(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
     Remains::find(node, &patience)
 }
 
-/// What an object is.
+/// The outcome for an object.
 enum Verdict<T> {
-    /// This.
+    /// It was recovered.
     Is(Arc<T>),
-    /// Its record cannot be read, and nothing of it runs.
+    /// Its record cannot be read, and nothing of it is running.
     Unread,
-    /// There is none; what is left of it are remains.
+    /// It does not exist; its files are remains.
     Nothing,
 }
 
@@ -217,7 +217,7 @@ fn say(kind: &'static str, id: &str, fault: &Fault, damaged: bool) {
     }
 }
 
-/// Puts what is proven damaged where a person can look at it.
+/// Moves a proven damaged object to quarantine.
 fn set_aside(node: &Node, durable: &Path) {
     let target = node.layout.quarantine().join(durable.file_name().unwrap_or_default());
     tracing::error!(path = %durable.display(), quarantine = %target.display(), "moving a damaged record to quarantine");
@@ -237,7 +237,7 @@ fn names(path: &Path, patience: &Patience) -> Result<Vec<String>, RecoveryError>
     let list = || {
         let mut names = Vec::new();
         for entry in std::fs::read_dir(path)? {
-            // One that is no text is none of ours.
+            // Not UTF-8, so not an id.
             names.extend(entry?.file_name().into_string());
         }
         Ok(names)
@@ -245,7 +245,7 @@ fn names(path: &Path, patience: &Patience) -> Result<Vec<String>, RecoveryError>
     patiently(patience, list).map_err(|source| RecoveryError::List { path: path.to_owned(), source })
 }
 
-/// The addresses of the sandboxes that may have an interface, as their records say. Blocking.
+/// The addresses of the sandboxes that may have an interface, from their records. Blocking.
 pub(crate) fn known_addresses(
     layout: &berth_model::layout::Layout,
 ) -> std::collections::BTreeMap<String, Vec<std::net::IpAddr>> {

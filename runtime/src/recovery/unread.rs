@@ -1,4 +1,4 @@
-//! Objects whose records cannot be read: tried again until they can be, or are gone.
+//! Objects whose records cannot be read: retried until they can be, or are gone.
 
 use super::{Verdict, container_of, sandbox_of};
 use crate::container::follow;
@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
-/// How often.
+/// The pause between attempts.
 const AGAIN: Duration = Duration::from_secs(10);
 
-/// Tries for as long as there is one. What can be read becomes visible.
+/// Retries while there are any. Those that can be read become visible.
 pub(super) async fn try_again(node: Arc<Node>, room: Arc<Semaphore>) {
     loop {
         let unread = node.registry.unread();
@@ -23,10 +23,10 @@ pub(super) async fn try_again(node: Arc<Node>, room: Arc<Semaphore>) {
         tokio::time::sleep(AGAIN).await;
         for id in unread {
             let trying = node.clone();
-            // A panic in there is a bug that is logged.
+            // A panic in there is a bug, which is logged.
             let _ = tokio::task::spawn_blocking(move || try_one(&trying, &id)).await;
         }
-        // What was found is followed like any other.
+        // A recovered container is followed like any other.
         for container in node.registry.containers() {
             if container.is_unfollowed() && !matches!(container.state(), ContainerState::Exited(_)) {
                 follow::find(&container, &room);
@@ -42,7 +42,7 @@ fn try_one(node: &Arc<Node>, id: &str) {
     let gone = if is_container {
         match container_of(node, &container, &patience) {
             Verdict::Is(found) => {
-                // A container is never without its sandbox.
+                // A container is never visible without its sandbox.
                 let sandbox = found.sandbox_id().clone();
                 node.registry.adopt_container(found);
                 if !node.registry.has(sandbox.as_str())

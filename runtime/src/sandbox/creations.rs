@@ -1,9 +1,9 @@
-//! The containers that are being made in a sandbox, so that its stop finds every container that will ever be
-//! in it, and waits for none without limit.
+//! The containers that are being created in a sandbox, so that its stop finds every container that will ever
+//! be in it, and waits for none without a limit.
 //!
-//! A creation announces itself, and becomes a container in one step under the lock that a stop takes to
-//! forbid it: it is either among the containers that the stop ends, or it is cancelled and takes back
-//! what it has made.
+//! A creation registers here, and becomes a container in one step under the lock that a stop takes to
+//! forbid it: it is either among the containers that the stop ends, or it is cancelled and cleans up
+//! what it created.
 
 use crate::lock;
 use std::sync::{Arc, Mutex};
@@ -12,20 +12,20 @@ use tokio::sync::watch;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Standing {
-    /// No creation may begin, and none may be finished but those that a stop still waits for.
+    /// No creation may begin, and only those that a stop still waits for may finish.
     closed: bool,
-    /// Those under way are to give up.
+    /// Those in progress are cancelled.
     given_up: bool,
     under_way: usize,
 }
 
-/// What is being made in one sandbox.
+/// The creations in one sandbox.
 #[derive(Debug, Clone)]
 pub(super) struct Creations(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// Held while a creation is finished, so that none is between "may still be finished" and "can be seen".
+    /// Held while a creation finishes, so that none is between "may still finish" and "is visible".
     finishing: Mutex<()>,
     standing: watch::Sender<Standing>,
 }
@@ -36,7 +36,7 @@ impl Default for Creations {
     }
 }
 
-/// A creation that is under way. Dropped, it is over.
+/// A creation in progress. Over when dropped.
 #[derive(Debug)]
 pub(crate) struct Creation(Arc<Inner>);
 
@@ -50,9 +50,9 @@ impl Creations {
         begun.then(|| Creation(self.0.clone()))
     }
 
-    /// Lets no more begin, and waits for those under way, at most for `limit`; then tells them to give up. On
-    /// return every container that will ever be made can be seen. `true` when one was cancelled and has
-    /// not taken back yet what it had made.
+    /// Forbids further ones, and waits for those in progress, at most for `limit`; then cancels them. On
+    /// return every container that will ever exist is visible. `true` if one was cancelled and has
+    /// not cleaned up yet.
     pub(super) async fn close(&self, limit: Duration) -> bool {
         self.0.standing.send_modify(|standing| standing.closed = true);
         let mut standing = self.0.standing.subscribe();
@@ -68,18 +68,18 @@ impl Creations {
 }
 
 impl Creation {
-    /// Whether it is to give up: the sandbox was stopped and waits no longer.
+    /// Whether it is cancelled: the sandbox was stopped and waits no longer.
     pub(crate) fn is_given_up(&self) -> bool {
         self.0.standing.borrow().given_up
     }
 
-    /// Resolves when it is to give up.
+    /// Resolves when it is cancelled.
     pub(crate) async fn given_up(&self) {
         let mut standing = self.0.standing.subscribe();
         let _ = standing.wait_for(|standing| standing.given_up).await;
     }
 
-    /// Makes the container visible by `show`, or returns `false` when it is too late for that.
+    /// Makes the container visible by `show`, or returns `false` if it is too late for that.
     pub(crate) fn finish(&self, show: impl FnOnce()) -> bool {
         let _alone = lock(&self.0.finishing);
         if self.is_given_up() {

@@ -1,6 +1,6 @@
 //! The files for `/etc` that the containers of a pod share: `hostname`, `hosts`, `resolv.conf`.
 //!
-//! The kubelet brings its own `/etc/hosts` as a mount, which wins; this one is for all other clients. Pure
+//! The kubelet mounts its own `/etc/hosts`, which wins; this one is for all other clients. Pure
 //! text functions, and one that writes.
 
 use super::SandboxError;
@@ -9,7 +9,7 @@ use berth_model::sandbox::Dns;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-/// resolv.conf(5): `search`, `nameserver` lines, `options`, each only when there is something to say.
+/// resolv.conf(5): `search`, `nameserver` lines, `options`, each only if not empty.
 fn resolv_conf(dns: &Dns) -> String {
     let mut text = String::new();
     if !dns.searches.is_empty() {
@@ -36,11 +36,11 @@ fn hosts(hostname: &str, addresses: &[String]) -> String {
     text
 }
 
-/// What the files are made from.
+/// The input of the files.
 pub(super) struct Contents<'a> {
     pub(super) hostname: &'a str,
     pub(super) dns: Option<&'a Dns>,
-    /// Empty with the host's network, whose hosts file is copied then.
+    /// Empty with the host's network; the host's file is copied then.
     pub(super) addresses: &'a [String],
     pub(super) host_network: bool,
 }
@@ -67,7 +67,7 @@ pub(super) fn write(files: &SandboxFiles, contents: &Contents<'_>) -> Result<(),
     Ok(())
 }
 
-/// The host's file; a host without one has nothing to say.
+/// The host's file; empty if there is none.
 fn copy_of(path: &str) -> Result<Vec<u8>, SandboxError> {
     match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),

@@ -4,7 +4,7 @@ use berth_model::sandbox::Config;
 use berth_model::security::NamespaceMode;
 use std::io;
 
-/// The host's name: proc_sys_kernel(5).
+/// The host's hostname: proc_sys_kernel(5).
 pub(crate) const HOST_FILE: &str = "/proc/sys/kernel/hostname";
 
 /// The one asked for, or the host's.

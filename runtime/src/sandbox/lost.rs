@@ -1,7 +1,7 @@
-//! Containers whose sandbox has no record any more: they get one that a kubelet can list, stop and remove.
+//! Sandboxes for containers whose own has lost its record, so that a kubelet can list, stop and remove them.
 //!
-//! What it says comes from the containers' own records and from the runtime directory. It is NotReady: a
-//! kubelet makes another for the pod, and ends this one with all that is in it.
+//! Its data comes from the containers' records and from the runtime directory. It is NotReady: a
+//! kubelet creates another for the pod, and removes this one with everything in it.
 
 use super::{Sandbox, recover};
 use crate::container::Container;
@@ -17,8 +17,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Makes the sandbox `id` of what its containers say, of which there is one at least. `keeps_record` when its
-/// record is there and may be readable another time. Blocking.
+/// Reconstructs the sandbox `id` from its containers, of which there is at least one. `keeps_record` if its
+/// record is there and may become readable later. Blocking.
 pub(crate) fn make(
     node: &Node,
     id: &SandboxId,
@@ -98,7 +98,7 @@ fn config(id: &SandboxId, records: &[&ContainerRecord], own_pid: bool) -> Config
     }
 }
 
-/// A container's log path is its sandbox's log directory and what the container asked for.
+/// A container's log path is its sandbox's log directory plus the path in its configuration.
 fn log_directory(record: &ContainerRecord) -> Option<String> {
     let (path, below) = (Path::new(&record.log_path), Path::new(&record.config.log_path));
     if record.config.log_path.is_empty() || !path.ends_with(below) {

@@ -1,14 +1,14 @@
 //! Pod sandboxes: namespaces, network, files and cgroup that the containers of a pod share.
 //!
 //! - `create`: RunPodSandbox;
-//! - `namespaces`: making and pinning them, without a process;
+//! - `namespaces`: creating and pinning them, without a process;
 //! - `etc_files`: `hosts`, `hostname`, `resolv.conf`;
-//! - `creations`: the containers that are being made in one, so that a stop finds them all;
+//! - `creations`: the containers that are being created, so that a stop finds them all;
 //! - `stop`: StopPodSandbox and RemovePodSandbox;
-//! - `recover`: what a new daemon makes of a record;
-//! - `lost`: what it makes of containers whose sandbox has no record any more.
+//! - `recover`: a container from its record, in a new daemon;
+//! - `lost`: a sandbox for containers whose own has lost its record.
 //!
-//! A sandbox is made by one task and seen by others only when it is whole.
+//! A sandbox is created by one task and visible to others only when it is complete.
 
 pub(crate) mod create;
 mod creations;
@@ -43,15 +43,15 @@ use std::sync::Mutex;
 #[derive(Debug)]
 struct PodProcess {
     record: ProcessRecord,
-    /// Nothing when there was no descriptor left for it.
+    /// `None` if there was no descriptor left for it.
     pidfd: Option<OwnedFd>,
 }
 
 impl PodProcess {
-    /// The process of a record, if it is still that one. What cannot be found out counts as that it is.
+    /// The process of a record, if it is still that one. In doubt, it is.
     fn find(record: ProcessRecord) -> Option<Self> {
-        // The descriptor first: while it is held, the number cannot become another process's between the two
-        // looks.
+        // The descriptor first: while it is held, the pid cannot be reused between the two
+        // checks.
         let pidfd = match process::open_pidfd(record.pid) {
             Ok(pidfd) => Some(pidfd),
             Err(error) if error.raw_os_error() == Some(ESRCH) => return None,
@@ -97,7 +97,7 @@ pub(crate) struct Sandbox {
     config: Config,
     created_at_unix_ns: i64,
     boot_id: String,
-    /// Empty when the record that it comes from has none.
+    /// Empty if its record has none.
     hostname: String,
     addresses: Vec<String>,
     files: SandboxFiles,
@@ -107,12 +107,12 @@ pub(crate) struct Sandbox {
     telling: Mutex<()>,
     process: Mutex<Option<PodProcess>>,
     creations: Creations,
-    /// Stops, one at a time.
+    /// Serializes stops.
     stopping: tokio::sync::Mutex<()>,
-    /// The network was given back; set by Stop.
+    /// The network was released; set by Stop.
     torn_down: Mutex<bool>,
-    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may
-    /// be readable another time.
+    /// Its record must not be written: it is of a newer version, or could not be read and may
+    /// become readable later.
     keeps_record: bool,
 }
 
@@ -148,7 +148,7 @@ impl Sandbox {
         &self.cgroup_parent
     }
 
-    /// Announces that a container is made in it; `None` when it was stopped, or its own process has ended.
+    /// Starts the creation of a container in it; `None` if it was stopped, or its own process has ended.
     pub(crate) fn begin_creation(&self) -> Option<Creation> {
         if self.state() == SandboxState::Ready { self.creations.begin() } else { None }
     }
@@ -160,7 +160,7 @@ impl Sandbox {
         if dead { sandbox_after(state, SandboxEvent::ProcessEnded) } else { state }
     }
 
-    /// Moves the state on.
+    /// Applies an event to the state.
     fn apply(&self, event: SandboxEvent) {
         let _in_order = lock(&self.telling);
         let changed = {
@@ -180,13 +180,13 @@ impl Sandbox {
         self.tell(SandboxChange::Ready);
     }
 
-    /// Everything that it held was given back, or it is not visible any more.
+    /// Publishes that everything it held was released, or that it is no longer visible.
     fn is_over(&self, change: SandboxChange) {
         let _in_order = lock(&self.telling);
         self.tell(change);
     }
 
-    /// To be called with `telling` held.
+    /// The caller must hold `telling`.
     fn tell(&self, change: SandboxChange) {
         events::tell(Event::Sandbox { id: &self.id, pod: &self.config.metadata, change });
     }

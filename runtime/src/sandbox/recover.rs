@@ -1,4 +1,4 @@
-//! Sandboxes of the daemon before this one.
+//! Sandboxes of a previous daemon.
 
 use super::creations::Creations;
 use super::{PodProcess, Sandbox, SandboxError, lock, namespaces, watch};
@@ -14,14 +14,14 @@ use berth_sys::ns::Kind;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
-/// What there is of a sandbox.
+/// What exists of a sandbox.
 #[derive(Debug)]
 pub(crate) enum Recovered {
-    /// It is whole.
+    /// It is complete.
     Sandbox(Arc<Sandbox>),
-    /// It was never finished, or its removal was.
+    /// Its creation was never finished, or its removal was.
     Remains,
-    /// There is a record that is of no use.
+    /// There is a record that cannot be used.
     Unusable {
         /// What is wrong with it.
         fault: Fault,
@@ -30,11 +30,11 @@ pub(crate) enum Recovered {
     },
 }
 
-/// Makes the sandbox that the record of `id` describes. It is ready only if everything that its containers
-/// need is there still; after a reboot nothing is. Blocking.
+/// Creates the sandbox from the record of `id`. It is ready only if everything that its containers
+/// need still exists; after a reboot nothing does. Blocking.
 ///
 /// # Errors
-/// When its record is whole and its sandbox cannot be made of it.
+/// When its record is valid but the sandbox cannot be created from it.
 pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Result<Recovered, SandboxError> {
     let mut files = node.layout.sandbox(id);
     let record_files = RecordFiles { record: files.record(), copy: files.record_copy() };
@@ -72,21 +72,21 @@ pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Resul
     Ok(Recovered::Sandbox(Arc::new(sandbox)))
 }
 
-/// The addresses that the record of `id` says it uses; nothing when it was stopped, or there is no record
-/// that can be read. Blocking.
+/// The addresses in the record of `id`; empty if it was stopped, or there is no readable
+/// record. Blocking.
 pub(crate) fn addresses(layout: &Layout, id: &SandboxId, patience: &Patience) -> Option<Vec<IpAddr>> {
     let files = layout.sandbox(id);
     let record_files = RecordFiles { record: files.record(), copy: files.record_copy() };
     match record_files.read(patience, |record: &SandboxRecord| record.id == *id) {
         Found::Whole { content, .. } => (!content.stopped)
             .then(|| content.addresses.iter().filter_map(|text| text.parse().ok()).collect()),
-        // It may have an interface; which address that has is not known.
+        // It may have an interface, whose address is unknown.
         Found::Unusable { .. } => Some(Vec::new()),
         Found::Absent => files.state.exists().then(Vec::new),
     }
 }
 
-/// Makes a sandbox of the daemon before this one visible.
+/// Makes a sandbox of a previous daemon visible.
 pub(crate) fn adopt(node: &Node, sandbox: Arc<Sandbox>) {
     watch::watch(&sandbox);
     node.registry.adopt_sandbox(sandbox);

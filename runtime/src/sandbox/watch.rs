@@ -1,4 +1,4 @@
-//! The end of a pod's first process, seen when it happens.
+//! Watches for the end of a pod's first process.
 
 use super::{PodProcess, Sandbox, lock};
 use berth_model::state::SandboxEvent;
@@ -9,13 +9,13 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// How often a process is looked at for which there is no descriptor.
+/// How often a process without a descriptor is polled.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Waits in the background for the end of the pod's first process. Most pods have none.
 pub(super) fn watch(sandbox: &Arc<Sandbox>) {
     let process = lock(&sandbox.process);
-    // Without a runtime the daemon is at its end.
+    // Without a runtime the daemon is stopping.
     let (Some(process), Ok(runtime)) = (&*process, tokio::runtime::Handle::try_current()) else { return };
     let pidfd = process.pidfd.as_ref().map(OwnedFd::try_clone);
     let sandbox = Arc::downgrade(sandbox);

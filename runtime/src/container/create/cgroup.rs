@@ -1,4 +1,4 @@
-//! The container's cgroup, with the limits and devices of its spec in force before a process is in it.
+//! The container's cgroup, with the limits and devices of its spec in force before it has a process.
 
 use super::spec::Subject;
 use crate::container::{ContainerError, shutdown};
@@ -7,7 +7,7 @@ use crate::shim_client::Holder;
 use ::oci_spec::runtime::Spec;
 use berth_cgroup::Cgroup;
 
-/// Makes the cgroup, which is in `made` as soon as it has to be taken back. Blocking.
+/// Creates the cgroup, which is in `made` as soon as it may need cleanup. Blocking.
 pub(super) fn make(
     subject: &Subject<'_>,
     spec: &Spec,

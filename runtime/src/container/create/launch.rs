@@ -1,4 +1,5 @@
-//! The shim is started and makes the container, which then is written down and becomes visible.
+//! Starts the shim, which creates the container; then the record is written and the container becomes
+//! visible.
 
 use super::Prepared;
 use super::files::{self, Made};
@@ -12,8 +13,8 @@ use crate::shim_client::ShimClient;
 use berth_model::record::ProcessRecord;
 use std::sync::Arc;
 
-/// Starts the shim, lets it make the container, records it, and makes it visible by `show`, which says
-/// whether it is wanted still.
+/// Starts the shim, lets it create the container, records it, and makes it visible by `show`, which says
+/// whether it is still wanted.
 pub(super) async fn launch(
     node: &Arc<Node>,
     kind: Kind,
@@ -23,7 +24,7 @@ pub(super) async fn launch(
 ) -> Result<Arc<Container>, ContainerError> {
     let Prepared { mut record, files, cgroup, holder, target, mut spec, plan } = prepared;
     let made = Made { files: files.clone(), cgroup: Some(cgroup.clone()) };
-    // Not owned by the block: the reservation of the name in it lasts until everything is taken back.
+    // Not owned by the block: its reservation of the name lasts until everything is cleaned up.
     let mut show = Some(show);
     let result = async {
         let shim = Arc::new(match kind {
@@ -36,7 +37,7 @@ pub(super) async fn launch(
         let created = match made {
             Ok(created) => {
                 if let Some(holder) = holder {
-                    // It is killed and waited for. A task that cannot run any more drops it too.
+                    // It is killed and waited for. A task that cannot run any more drops it, too.
                     let _ = tokio::task::spawn_blocking(move || drop(holder)).await;
                 }
                 created

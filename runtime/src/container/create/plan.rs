@@ -1,4 +1,4 @@
-//! What the shim does to make the container that the spec describes.
+//! The plan by which the shim creates the container of the spec.
 
 use super::resolve::Resolved;
 use super::spec::Subject;

@@ -1,4 +1,4 @@
-//! What the container is: its OCI runtime spec, from what was looked up.
+//! The container's OCI runtime spec, from what was looked up.
 
 use super::resolve::Resolved;
 use crate::container::ContainerError;
@@ -15,7 +15,7 @@ use berth_model::id::ContainerId;
 use berth_model::layout::ContainerFiles;
 use std::path::Path;
 
-/// Which container, where, and of what.
+/// The container's identity and place.
 #[derive(Clone, Copy)]
 pub(super) struct Subject<'a> {
     pub(super) node: &'a Node,
@@ -60,7 +60,7 @@ pub(super) fn build(
     Ok(oci_spec::build(&inputs)?)
 }
 
-/// Its directory in each v1 hierarchy, by the name that the hierarchy has below `/sys/fs/cgroup`.
+/// Its directory in each v1 hierarchy, by the hierarchy's name below `/sys/fs/cgroup`.
 fn cgroup_directories(node: &Node, cgroup: &Cgroup) -> Vec<CgroupDirectory> {
     let berth_cgroup::Hierarchy::Legacy { mounts } = &node.cgroups.hierarchy else { return Vec::new() };
     let directories: Vec<&Path> = cgroup.directories().collect();

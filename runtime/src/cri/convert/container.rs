@@ -9,14 +9,14 @@ use berth_model::container::{Config, Device, Metadata, Mount, Propagation};
 use berth_model::limit::{MAX_DEVICES, MAX_MOUNTS};
 use berth_model::sandbox;
 
-/// Command, arguments and environment together, in bytes with their NULs. The kernel takes a quarter of the
-/// stack's limit, 2 MiB mostly, and needs some of it for pointers.
+/// Limit on command, arguments and environment together, in bytes with their NULs. The kernel allows a
+/// quarter of the stack's limit, 2 MiB mostly, and needs some of it for pointers.
 const MAX_COMMAND_BYTES: usize = 1 << 20;
 
-/// Annotations that ask for CDI devices, from before there was a field for them.
+/// Annotations for CDI devices, from before there was a field for them.
 const CDI_ANNOTATION: &str = "cdi.k8s.io/";
 
-/// The container asked for by `CreateContainerRequest`, in the sandbox that exists.
+/// The container of a `CreateContainerRequest`, in its sandbox.
 ///
 /// # Errors
 /// [`Rejected`], with the first field that is wrong.
@@ -81,7 +81,7 @@ fn metadata(field: &Field<'_>, message: Option<v1::ContainerMetadata>) -> Result
     Ok(Metadata { name, attempt })
 }
 
-/// The image, and what the user called it.
+/// The image, and the user's name for it.
 fn image(field: &Field<'_>, message: Option<v1::ImageSpec>) -> Result<(String, String), Rejected> {
     let message = message.ok_or_else(|| field.invalid("missing"))?;
     field::name(&field.of("image"), &message.image)?;
@@ -115,7 +115,7 @@ fn words(field: &Field<'_>, words: Vec<String>) -> Result<Vec<String>, Rejected>
     Ok(words)
 }
 
-/// Values are often secrets: no message repeats one.
+/// Values are often secrets, so messages never repeat them.
 fn environment(field: &Field<'_>, envs: Vec<v1::KeyValue>) -> Result<Vec<(String, String)>, Rejected> {
     envs.into_iter()
         .enumerate()

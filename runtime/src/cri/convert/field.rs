@@ -1,33 +1,33 @@
-//! The place of a value in a request, what is said about a value that is refused, and checks that several
-//! messages need.
+//! Paths of fields in a request, the errors for refused values, and checks that several
+//! messages share.
 
 use berth_model::limit::{MAX_NAME_BYTES, MAX_PATH_BYTES};
 use std::fmt;
 
-/// The longest piece of a refused value that a message repeats, in characters. A message travels in HTTP/2
+/// The most that a message quotes of a refused value, in characters. A message travels in HTTP/2
 /// trailers, which some stacks limit to 8 KiB.
 const QUOTED_CHARS: usize = 128;
 
-/// The longest id that is looked at; ours have 64 characters, a UUID has 36.
+/// The longest id that is accepted; ours have 64 characters, a UUID has 36.
 const MAX_ID_BYTES: usize = 128;
 
-/// Why a request is refused before anything is done.
+/// Why a request is rejected before anything is done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejected {
-    /// It makes no sense, or asks for what must not be: gRPC `InvalidArgument`.
+    /// It is invalid, or asks for something forbidden: gRPC `InvalidArgument`.
     #[error("{field}: {reason}")]
     Invalid {
-        /// Its path in the request, as `config.linux.security_context.run_as_group`.
+        /// Its path in the request, such as `config.linux.security_context.run_as_group`.
         field: String,
         /// What is wrong.
         reason: String,
     },
-    /// It makes sense, and this runtime does not do it (yet): gRPC `Unimplemented`.
+    /// It is valid, but not supported (yet): gRPC `Unimplemented`.
     #[error("{field}: {feature} not supported")]
     NotOffered {
         /// Its path in the request.
         field: String,
-        /// What it asks for, with its verb: "host ports are".
+        /// The unsupported feature, with its verb: "host ports are".
         feature: &'static str,
     },
 }
@@ -40,7 +40,7 @@ enum Step<'a> {
     Key(&'a str),
 }
 
-/// The path of a field in a request. Made on the way down, and written out only when something is wrong.
+/// The path of a field in a request. Built on the way down, and formatted only for errors.
 #[derive(Debug, Clone, Copy)]
 pub struct Field<'a> {
     parent: Option<&'a Field<'a>>,
@@ -95,7 +95,7 @@ impl fmt::Display for Field<'_> {
     }
 }
 
-/// `text` for a message: in quotes, short, and with everything escaped that could move a cursor or start a
+/// `text` for a message: quoted, shortened, and with everything escaped that could move a cursor or start a
 /// line.
 pub(super) fn quoted(text: &str) -> String {
     match text.char_indices().nth(QUOTED_CHARS) {
@@ -128,7 +128,7 @@ pub(super) fn no_nul(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// A name: there, not too long, and nothing in it that could break a line of a log.
+/// A name: not empty, not too long, and without characters that could break a line of a log.
 pub(super) fn name(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     if text.is_empty() {
         return Err(field.invalid("empty"));
@@ -149,13 +149,13 @@ pub(super) fn id(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// A path that the kernel takes.
+/// A path that the kernel accepts.
 fn path(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     no_longer_than(field, text, MAX_PATH_BYTES)?;
     no_nul(field, text)
 }
 
-/// A path that begins with a slash.
+/// An absolute path.
 pub(super) fn absolute(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     if !text.starts_with('/') {
         return Err(field.invalid(format!("{} is not an absolute path", quoted(text))));
@@ -163,7 +163,7 @@ pub(super) fn absolute(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     path(field, text)
 }
 
-/// An absolute path without `..`, which would mean another directory once a link is on the way.
+/// An absolute path without `..`, which would lead elsewhere if there is a link on the way.
 pub(super) fn absolute_forward(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     absolute(field, text)?;
     forward(field, text)
@@ -189,9 +189,9 @@ fn forward(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// An absolute path in a container that is not its root, without `..`: those that stay inside are resolved by
-/// the text, as other runtimes do; one that leads out of the root is refused. A path without `..` stays as it
-/// is.
+/// An absolute path in a container that is not its root, without `..`: those that stay inside are resolved in
+/// the text, as in other runtimes; one that leads outside the root is refused. A path without `..` is kept as
+/// it is.
 pub(super) fn inside(field: &Field<'_>, text: String) -> Result<String, Rejected> {
     absolute(field, &text)?;
     let mut parts = Vec::new();

@@ -1,4 +1,4 @@
-//! Filters of the list calls. All that is set must match; an id is matched by its beginning; nothing set
+//! Filters of the list calls. All set fields must match; an id is matched by prefix; an empty filter
 //! matches everything.
 
 use berth_cri::v1;
@@ -10,13 +10,13 @@ use super::status::{ContainerView, SandboxView, container_state, sandbox_state};
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SandboxFilter {
     id: String,
-    /// The number in the message: one that is no state matches nothing.
+    /// The number in the message: an unknown state matches nothing.
     state: Option<i32>,
     labels: BTreeMap<String, String>,
 }
 
 impl SandboxFilter {
-    /// The filter of a list request; an absent one lets everything through.
+    /// The filter of a list request; an absent one matches everything.
     #[must_use]
     pub fn new(message: Option<v1::PodSandboxFilter>) -> Self {
         let message = message.unwrap_or_default();
@@ -30,7 +30,7 @@ impl SandboxFilter {
         Self { id: message.id, state: None, labels: message.label_selector }
     }
 
-    /// The sandbox is one of those asked for.
+    /// Whether the sandbox matches.
     #[must_use]
     pub fn matches(&self, sandbox: &SandboxView<'_>) -> bool {
         sandbox.id.as_str().starts_with(&self.id)
@@ -44,13 +44,13 @@ impl SandboxFilter {
 pub struct ContainerFilter {
     id: String,
     sandbox_id: String,
-    /// The number in the message: one that is no state matches nothing.
+    /// The number in the message: an unknown state matches nothing.
     state: Option<i32>,
     labels: BTreeMap<String, String>,
 }
 
 impl ContainerFilter {
-    /// The filter of a list request; an absent one lets everything through.
+    /// The filter of a list request; an absent one matches everything.
     #[must_use]
     pub fn new(message: Option<v1::ContainerFilter>) -> Self {
         let message = message.unwrap_or_default();
@@ -74,7 +74,7 @@ impl ContainerFilter {
         }
     }
 
-    /// The container is one of those asked for.
+    /// Whether the container matches.
     #[must_use]
     pub fn matches(&self, container: &ContainerView<'_>) -> bool {
         container.id.as_str().starts_with(&self.id)

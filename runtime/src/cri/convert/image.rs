@@ -4,16 +4,16 @@ use super::security::uid_of_digits;
 use berth_cri::v1;
 use std::collections::BTreeMap;
 
-/// What is known of an image.
+/// An image.
 #[derive(Debug, Clone, Copy)]
 pub struct ImageView<'a> {
-    /// `sha256:...` of its config, the same text wherever the image is named by its id.
+    /// `sha256:...` of its config, its id everywhere.
     pub id: &'a str,
-    /// Every `name:tag` of it.
+    /// Its `name:tag` references.
     pub repo_tags: &'a [String],
-    /// Every `name@sha256:...` of it.
+    /// Its `name@sha256:...` references.
     pub repo_digests: &'a [String],
-    /// Bytes. The kubelet takes an image of none for a broken one, so an empty image is one byte large.
+    /// In bytes. The kubelet treats an image of size 0 as broken, so an empty image has one byte.
     pub size_bytes: u64,
     /// `User` of its config.
     pub user: &'a str,
@@ -21,7 +21,7 @@ pub struct ImageView<'a> {
     pub annotations: &'a BTreeMap<String, String>,
 }
 
-/// The user that an image names, as far as the CRI tells it.
+/// The user of an image, as the CRI represents it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImageUser<'a> {
     /// None: root.
@@ -32,7 +32,7 @@ pub enum ImageUser<'a> {
     Name(&'a str),
 }
 
-/// The user in the text of `User`: what is before the first colon. Digits that are too large for a uid are a
+/// The user in `User`: the part before the first colon. Digits that are too large for a uid are a
 /// name, which no passwd file has, so that they are not taken for a number modulo something.
 #[must_use]
 pub fn image_user(text: &str) -> ImageUser<'_> {
@@ -44,7 +44,7 @@ pub fn image_user(text: &str) -> ImageUser<'_> {
     }
 }
 
-/// The image in a list or status.
+/// The image for a list or status.
 #[must_use]
 pub fn image(view: &ImageView<'_>) -> v1::Image {
     let (uid, username) = match image_user(view.user) {

@@ -1,12 +1,12 @@
 //! CRI messages into plain data, checked, and back.
 //!
-//! Pure: no I/O, no clock. A message goes in, and either the plain data of `berth-model` comes out or a
-//! [`Rejected`] that names the field. What comes out can be relied on: paths are absolute or relative as said
-//! and have no `..`, enums are known, numbers are in range, and everything is bounded. What the request asks
-//! for and this runtime does not do is refused in words, never ignored, if ignoring it would leave a pod less
-//! confined or less limited than it was meant to be.
+//! Pure: no I/O, no clock. Turns a message into plain data of `berth-model`, or into a [`Rejected`] that
+//! names the field. The result can be relied on: paths are absolute or relative as documented and have no
+//! `..`, enums are known, numbers are in range, and everything is bounded. What the request asks for and this
+//! runtime does not support is refused with an error, never ignored, if ignoring it would leave a pod less
+//! confined or less limited than intended.
 //!
-//! Left to others: whether the things named exist (images, users, host paths, profiles), and what the image
+//! Not checked here: whether named objects exist (images, users, host paths, profiles), and what the image
 //! adds.
 //!
 //! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and `linux.resources` of a

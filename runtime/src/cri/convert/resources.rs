@@ -5,10 +5,10 @@ use berth_cri::v1;
 use berth_model::container::Resources;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Page sizes in one request; an architecture has at most a handful.
+/// Limit on page sizes in one request; an architecture has at most a handful.
 const MAX_HUGEPAGE_LIMITS: usize = 64;
 
-/// Entries of `unified`; cgroup v2 has about a hundred files.
+/// Limit on entries of `unified`; cgroup v2 has about a hundred files.
 const MAX_UNIFIED: usize = 256;
 
 /// The longest value of `unified`, and of a list of processors.
@@ -20,8 +20,8 @@ const MAX_FILE_NAME_BYTES: usize = 255;
 /// The period in microseconds, and the least quota: kernel/sched/core.c, 1 ms to 1 s.
 const CPU_PERIOD_US: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
 
-/// Shares: kernel/sched/sched.h, `MIN_SHARES` and `MAX_SHARES`. The kernel takes others and moves them to the
-/// nearer end.
+/// Shares: kernel/sched/sched.h, `MIN_SHARES` and `MAX_SHARES`. The kernel clamps others to this
+/// range.
 const MAX_CPU_SHARES: i64 = 262_144;
 
 /// proc_pid_oom_score_adj(5).
@@ -37,13 +37,13 @@ pub fn resources(field: &Field<'_>, message: &v1::LinuxContainerResources) -> Re
     Ok(resources)
 }
 
-/// The limits of `current` with those changed that an `UpdateContainerResourcesRequest` sets.
+/// The limits of `current`, changed by an `UpdateContainerResourcesRequest`.
 ///
-/// `oom_score_adj` stays: it is the process's since its start. If only the memory limit is set, the limit of
-/// memory and swap together moves by the same amount, so that the swap stays what it was.
+/// `oom_score_adj` stays as it was set at the start. If only the memory limit is set, the limit of
+/// memory and swap together moves by the same amount, so that the swap limit stays the same.
 ///
 /// # Errors
-/// [`Rejected`], with the first field that is wrong, alone or together with what it does not change.
+/// [`Rejected`], with the first field that is wrong, alone or in combination with an unchanged one.
 pub fn updated_resources(
     field: &Field<'_>,
     current: &Resources,
@@ -58,7 +58,7 @@ pub fn updated_resources(
             let swap = together.saturating_sub(current.memory_limit_bytes);
             memory_limit_bytes.saturating_add(swap)
         }
-        // Memory without a limit and swap with one: there is no such thing.
+        // Limited swap with unlimited memory does not exist.
         (0, together) if together > 0 && memory_limit_bytes < 0 => -1,
         (asked, current) => number(asked, current),
     };
@@ -176,7 +176,7 @@ fn out_of_range(field: &Field<'_>, value: i64, least: &i64, most: &i64) -> Rejec
     field.invalid(format!("{value} is not between {least} and {most}"))
 }
 
-/// The "List format" of cpuset(7), `0-3,7`, without what the kernel tolerates beside it.
+/// The "List format" of cpuset(7), `0-3,7`, without the kernel's extensions.
 fn cpu_list(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     if text.is_empty() {
         return Ok(());
@@ -202,7 +202,7 @@ fn hugepage_limits(field: &Field<'_>, limits: &[v1::HugepageLimit]) -> Result<Ve
     let mut seen = BTreeSet::new();
     for (index, limit) in limits.iter().enumerate() {
         let entry = field.at(index);
-        // It becomes a part of a file name, hugetlb.2MB.max.
+        // It becomes part of a file name, hugetlb.2MB.max.
         let digits = ["KB", "MB", "GB"].iter().find_map(|unit| limit.page_size.strip_suffix(unit));
         let plain = digits.is_some_and(|digits| {
             (1..=4).contains(&digits.len())

@@ -8,32 +8,32 @@ use berth_model::sandbox;
 use berth_model::security::{ContainerSecurity, NamespaceMode, Namespaces, Profile, User};
 use berth_sys::credentials::{CAPABILITIES, capability_number};
 
-/// Whether the node's kernel has SELinux on. Where it is off, options for it ask for nothing.
+/// Whether the node's kernel has SELinux enabled. If not, SELinux options have no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SeLinux {
-    /// Off, or not there.
+    /// Disabled or absent.
     Off,
     /// Enforcing or permissive.
     On,
 }
 
-/// The largest uid or gid: runc's and Kubernetes' limit. The kernel has one bit more, and keeps the very last
-/// number to itself.
+/// The largest uid or gid: runc's and Kubernetes' limit. The kernel has one bit more, and reserves the last
+/// number.
 const MAX_UID: u32 = i32::MAX.cast_unsigned();
 
 /// The most supplementary groups: `NGROUPS_MAX` of <linux/limits.h>.
 const MAX_GROUPS: usize = 65_536;
 
-/// Paths in each of the two lists; the kubelet's own have about ten.
+/// Limit on paths in each of the two lists; the kubelet's own have about ten.
 const MAX_PATHS: usize = 1024;
 
-/// Entries in each list of capabilities: all names twice over.
+/// Limit on entries in each list of capabilities: twice the number of names.
 const MAX_CAPABILITIES: usize = 2 * CAPABILITIES.len();
 
-/// What Kubernetes puts before the name of a profile of the node's own.
+/// Kubernetes' prefix of a profile on the node.
 const LOCALHOST: &str = "localhost/";
 
-/// The namespaces of a sandbox. An absent message is one of zeros: everything the pod's.
+/// The namespaces of a sandbox. An absent message counts as zeros: all namespaces are the pod's.
 pub(super) fn sandbox_namespaces(
     field: &Field<'_>,
     message: Option<&v1::NamespaceOption>,
@@ -53,11 +53,11 @@ pub(super) fn sandbox_namespaces(
     })
 }
 
-/// The namespaces of a container in a sandbox that has `sandbox`.
+/// The namespaces of a container in a sandbox with the namespaces `sandbox`.
 ///
-/// Network and IPC are the sandbox's, and a message that says otherwise is refused. No message is none that
-/// says otherwise. Process ids "of the pod" are those that the sandbox has: its shared ones, the host's, or,
-/// where every container has its own, the container's own.
+/// Network and IPC are the sandbox's, and a message that says otherwise is refused. An absent message does
+/// not say otherwise. The pid namespace "of the pod" is the sandbox's: its shared one, the host's, or, if
+/// every container has its own, the container's own.
 fn container_namespaces(
     field: &Field<'_>,
     message: Option<&v1::NamespaceOption>,
@@ -120,7 +120,7 @@ fn pod_or_node(field: &Field<'_>, number: i32) -> Result<NamespaceMode, Rejected
     }
 }
 
-/// No user namespace, which is said by silence or by "the node's" without mappings.
+/// Checks that no user namespace is requested: absent, or NODE without mappings.
 fn check_user_namespace(field: &Field<'_>, message: Option<&v1::UserNamespace>) -> Result<(), Rejected> {
     let Some(message) = message else { return Ok(()) };
     match mode(&field.of("mode"), message.mode)? {
@@ -133,7 +133,7 @@ fn check_user_namespace(field: &Field<'_>, message: Option<&v1::UserNamespace>) 
     }
 }
 
-/// `NamespaceOption` again, as a status repeats it.
+/// Converts back to `NamespaceOption`, for a status.
 #[must_use]
 pub fn namespace_options(namespaces: &Namespaces) -> v1::NamespaceOption {
     let number = |mode: NamespaceMode| -> i32 {
@@ -154,8 +154,8 @@ pub fn namespace_options(namespaces: &Namespaces) -> v1::NamespaceOption {
     }
 }
 
-/// The AppArmor profile of a sandbox, if its security context asks for nothing that it must not. The rest of
-/// it is about a process of the sandbox's own, which has less than any that could be asked for.
+/// The AppArmor profile of a sandbox, if its security context is acceptable. The rest of
+/// it is about a process of the sandbox itself, which has fewer privileges than any request.
 pub(super) fn sandbox_apparmor(
     field: &Field<'_>,
     message: &v1::LinuxSandboxSecurityContext,
@@ -168,7 +168,7 @@ pub(super) fn sandbox_apparmor(
     apparmor(field, message.apparmor.as_ref(), "")
 }
 
-/// The security context of a container in `sandbox`. An absent message is one of zeros.
+/// The security context of a container in `sandbox`. An absent message counts as zeros.
 pub(super) fn container_security(
     field: &Field<'_>,
     message: Option<v1::LinuxContainerSecurityContext>,
@@ -211,7 +211,7 @@ pub(super) fn container_security(
     })
 }
 
-/// Options of any kind are taken where SELinux is off: the kernel enforces none of them, and pods for all
+/// Any options are accepted where SELinux is off: the kernel enforces none of them, and pods for all
 /// kinds of nodes have them.
 fn check_selinux(
     field: &Field<'_>,
@@ -226,7 +226,7 @@ fn check_selinux(
     }
 }
 
-/// The message wins over the string of old. Neither means no filter.
+/// The message wins over the deprecated string. Neither means no filter.
 fn seccomp(
     parent: &Field<'_>,
     message: Option<&v1::SecurityProfile>,
@@ -246,8 +246,8 @@ fn seccomp(
     Ok(profile)
 }
 
-/// The message wins over the string of old. Neither means the runtime's own profile, where the kernel has
-/// `AppArmor`.
+/// The message wins over the deprecated string. Neither means the runtime's default profile, where the kernel
+/// has `AppArmor`.
 fn apparmor(
     parent: &Field<'_>,
     message: Option<&v1::SecurityProfile>,
@@ -288,7 +288,7 @@ fn profile(field: &Field<'_>, message: &v1::SecurityProfile) -> Result<Profile, 
     Ok(profile)
 }
 
-/// The strings before there was `SecurityProfile`; `None` for the empty one.
+/// The deprecated strings from before `SecurityProfile`; `None` for an empty one.
 fn old_profile(field: &Field<'_>, text: &str) -> Result<Option<Profile>, Rejected> {
     match text {
         "" => Ok(None),
@@ -366,7 +366,7 @@ fn user_name(field: &Field<'_>, text: &str) -> Result<String, Rejected> {
     Ok(text.to_owned())
 }
 
-/// The uid that one to ten digits mean, and nothing else: Rust's own parser takes a sign.
+/// A uid of one to ten digits: Rust's own parser would accept a sign.
 pub(super) fn uid_of_digits(text: &str) -> Option<u32> {
     let digits = (1..=10).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
     if !digits {
@@ -377,8 +377,8 @@ pub(super) fn uid_of_digits(text: &str) -> Option<u32> {
 
 /// Names without `CAP_`, upper case, each once, or `ALL`.
 ///
-/// A name that is not known is refused in each list: adding it cannot be done, and not taking it away would
-/// leave what was meant to go.
+/// An unknown name is refused in every list: it cannot be added, and not dropping it would
+/// leave a capability that was meant to be dropped.
 fn capabilities(field: &Field<'_>, names: &[String]) -> Result<Vec<String>, Rejected> {
     at_most(field, names.len(), MAX_CAPABILITIES)?;
     let mut known: Vec<String> = Vec::new();
@@ -399,7 +399,7 @@ fn capabilities(field: &Field<'_>, names: &[String]) -> Result<Vec<String>, Reje
 
 fn paths(field: &Field<'_>, paths: Vec<String>) -> Result<Vec<String>, Rejected> {
     at_most(field, paths.len(), MAX_PATHS)?;
-    // The root itself could not be hidden from who has it as its root already.
+    // The root itself cannot be hidden.
     paths.into_iter().enumerate().map(|(index, path)| inside(&field.at(index), path)).collect()
 }
 

@@ -1,15 +1,15 @@
-//! `Signal` of the CRI and the numbers of signal(7). The CRI numbers them by the alphabet.
+//! `Signal` of the CRI and the numbers of signal(7). The CRI numbers them alphabetically.
 
 use super::field::{Field, Rejected};
 use berth_cri::v1::Signal;
 
-/// The first and last real-time signal as glibc counts them; it keeps 32 and 33 to itself. musl's first is
+/// The first and last real-time signal of glibc, which reserves 32 and 33. musl's first is
 /// 35, but names in pods and images follow glibc.
 const FIRST_REAL_TIME: i32 = 34;
 const LAST_REAL_TIME: i32 = 64;
 
-/// The signals before the real-time ones: signal(7), the numbers of x86 and Arm. Of two names for a number
-/// the first is given back.
+/// The signals before the real-time ones: signal(7), the numbers of x86 and Arm. Of two names for the same
+/// number the first is used.
 const NUMBERS: [(Signal, i32); 34] = [
     (Signal::Sighup, 1),
     (Signal::Sigint, 2),
@@ -57,11 +57,11 @@ pub fn signal_number(field: &Field<'_>, message: i32) -> Result<Option<i32>, Rej
         return Ok(None);
     }
     let named = NUMBERS.iter().find(|(known, _)| *known == signal).map(|(_, number)| *number);
-    // What has no number of its own is a real-time signal; these are in order, without a gap.
+    // All others are real-time signals, in order and without gaps.
     Ok(Some(named.unwrap_or(message - Signal::Sigrtmin as i32 + FIRST_REAL_TIME)))
 }
 
-/// The signal with this number, for a status; "not reported" for a number that the CRI has no name for.
+/// The signal with this number, for a status; "not reported" for a number without a name in the CRI.
 #[must_use]
 pub fn signal_message(number: i32) -> Signal {
     if (FIRST_REAL_TIME..=LAST_REAL_TIME).contains(&number) {

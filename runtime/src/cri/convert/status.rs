@@ -8,14 +8,14 @@ use berth_model::sandbox;
 use berth_model::security::NamespaceMode;
 use berth_model::state::{ContainerState, SandboxState};
 
-/// What is known of a sandbox.
+/// A sandbox, for a list or status.
 #[derive(Debug, Clone, Copy)]
 pub struct SandboxView<'a> {
     /// Its id.
     pub id: &'a SandboxId,
     /// The requested configuration.
     pub config: &'a sandbox::Config,
-    /// Nanoseconds since the epoch, more than 0: the kubelet drops the status otherwise.
+    /// Nanoseconds since the epoch; not 0, or the kubelet drops the status.
     pub created_at_unix_ns: i64,
     /// Its state.
     pub state: SandboxState,
@@ -23,21 +23,21 @@ pub struct SandboxView<'a> {
     pub addresses: &'a [String],
 }
 
-/// What is known of a container.
+/// A container, for a list or status.
 #[derive(Debug, Clone, Copy)]
 pub struct ContainerView<'a> {
     /// Its id.
     pub id: &'a ContainerId,
     /// Its sandbox.
     pub sandbox_id: &'a SandboxId,
-    /// What was asked for, with the resources of the last update.
+    /// Its configuration, with the resources of the last update.
     pub config: &'a container::Config,
     /// The id of its image, `sha256:...`, byte for byte as `Image.id`: the kubelet's garbage collection
     /// compares the two.
     pub image_id: &'a str,
-    /// A name of its image; empty if it has none.
+    /// A name of its image; empty if there is none.
     pub image_name: &'a str,
-    /// A reference of its image by digest; empty if it has none.
+    /// A reference of its image by digest; empty if there is none.
     pub image_ref: &'a str,
     /// Nanoseconds since the epoch, more than 0.
     pub created_at_unix_ns: i64,
@@ -45,7 +45,7 @@ pub struct ContainerView<'a> {
     pub state: &'a ContainerState,
     /// Absolute; empty for none.
     pub log_path: &'a str,
-    /// Who it runs as.
+    /// Its user.
     pub uid: u32,
     /// Its primary group.
     pub gid: u32,
@@ -55,7 +55,7 @@ pub struct ContainerView<'a> {
     pub stop_signal: i32,
 }
 
-/// `PodSandboxMetadata` again.
+/// Converts back to `PodSandboxMetadata`.
 #[must_use]
 pub fn sandbox_metadata(metadata: &sandbox::Metadata) -> v1::PodSandboxMetadata {
     v1::PodSandboxMetadata {
@@ -66,7 +66,7 @@ pub fn sandbox_metadata(metadata: &sandbox::Metadata) -> v1::PodSandboxMetadata 
     }
 }
 
-/// The sandbox in a list.
+/// The sandbox for a list.
 #[must_use]
 pub fn sandbox(view: &SandboxView<'_>) -> v1::PodSandbox {
     v1::PodSandbox {
@@ -101,8 +101,8 @@ pub fn sandbox_status(view: &SandboxView<'_>) -> v1::PodSandboxStatus {
     }
 }
 
-/// An empty address in a message that is there means "on the host's network"; said of another sandbox, it
-/// makes the kubelet replace it, again and again. One without addresses therefore has no message.
+/// A message with an empty address means "on the host's network"; for any other sandbox, it
+/// makes the kubelet replace it again and again. A sandbox without addresses therefore has no message.
 fn sandbox_network(view: &SandboxView<'_>) -> Option<v1::PodSandboxNetworkStatus> {
     if view.config.namespaces.network == NamespaceMode::Node {
         return Some(v1::PodSandboxNetworkStatus::default());
@@ -114,13 +114,13 @@ fn sandbox_network(view: &SandboxView<'_>) -> Option<v1::PodSandboxNetworkStatus
     })
 }
 
-/// `ContainerMetadata` again.
+/// Converts back to `ContainerMetadata`.
 #[must_use]
 pub fn container_metadata(metadata: &container::Metadata) -> v1::ContainerMetadata {
     v1::ContainerMetadata { name: metadata.name.clone(), attempt: metadata.attempt }
 }
 
-/// The container in a list.
+/// The container for a list.
 #[must_use]
 pub fn container(view: &ContainerView<'_>) -> v1::Container {
     v1::Container {
@@ -180,7 +180,7 @@ pub fn container_status(view: &ContainerView<'_>) -> v1::ContainerStatus {
     status
 }
 
-/// `Mount`s again: all of those asked for, because the kubelet finds the termination message by them.
+/// Converts back to `Mount`s: all requested ones, because the kubelet finds the termination message by them.
 #[must_use]
 pub fn container_mounts(mounts: &[container::Mount]) -> Vec<v1::Mount> {
     mounts

@@ -1,9 +1,9 @@
-//! Kernel parameters that a pod may set: those of its own network and IPC namespaces, and no other.
+//! Kernel parameters that a pod may set: only those of its own network and IPC namespaces.
 
 use super::field::{Field, Rejected, no_longer_than, quoted};
 use berth_model::security::{NamespaceMode, Namespaces};
 
-/// Parameters in one request. There are about 1500 files below `/proc/sys/net` with one interface.
+/// Limit on parameters in one request. There are about 1500 files below `/proc/sys/net` with one interface.
 pub(super) const MAX_SYSCTLS: usize = 1024;
 
 /// The longest value: one page, which is what the kernel reads at once (`proc_sys_call_handler`), less its
@@ -13,8 +13,8 @@ const MAX_VALUE_BYTES: usize = 4095;
 /// The longest name.
 const MAX_NAME_BYTES: usize = 255;
 
-/// The parameter called `text`, with dots. sysctl(8) takes dots or slashes; a name that needs both, as that
-/// of an interface with a dot in its name does, is refused, because each reader would cut it elsewhere.
+/// The parameter `text`, with dots. sysctl(8) accepts dots or slashes; a name that needs both, such as that
+/// of an interface with a dot in its name, is refused, because readers would split it differently.
 pub(super) fn name(field: &Field<'_>, text: &str, namespaces: &Namespaces) -> Result<String, Rejected> {
     no_longer_than(field, text, MAX_NAME_BYTES)?;
     let separator = if text.contains('/') { '/' } else { '.' };
@@ -48,7 +48,7 @@ pub(super) fn name(field: &Field<'_>, text: &str, namespaces: &Namespaces) -> Re
     Ok(components.join("."))
 }
 
-/// One line with something in it.
+/// A value: one line, not empty.
 pub(super) fn check_value(field: &Field<'_>, value: &str) -> Result<(), Rejected> {
     no_longer_than(field, value, MAX_VALUE_BYTES)?;
     if value.trim().is_empty() {

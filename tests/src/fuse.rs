@@ -17,6 +17,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::census::status_field;
+use crate::daemon::{Daemon, SOON};
+use crate::deadline::within;
+use crate::pod::{Container, idle, sharing, sharing_pod, volume};
+use crate::skip::skip;
+
 /// Numbers of requests: `<linux/fuse.h>`.
 const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
@@ -90,6 +96,41 @@ impl Drop for Hanging {
         // By force: that ends the session, wherever else the file system is mounted.
         let _ = umount2(&self.path, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
     }
+}
+
+/// Runs `test` on a container in which a process waits for a [`Hanging`], so that it cannot be killed until
+/// that is dropped. `name` is the test's, which is skipped where the kernel has no FUSE.
+///
+/// The pod shares its pid namespace: in its own, the container's end would wait for all its processes.
+///
+/// # Errors
+/// Those of `test`, or when the process does not wait.
+pub fn with_unkillable(
+    daemon: &Daemon,
+    name: &str,
+    test: impl FnOnce(&Container, Hanging) -> Result<()>,
+) -> Result<()> {
+    let directory = daemon.directory("hanging")?;
+    let Some(hanging) = Hanging::mount(&directory)? else {
+        skip(name, "no FUSE here");
+        return Ok(());
+    };
+    let pod = daemon.pod_of(sharing_pod(daemon.pod_config("web")))?;
+    let mut config = sharing(idle("main"));
+    config.mounts = vec![volume(&directory, "/volume")];
+    let main = pod.start(config)?;
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| main.exec(&["cat", "/volume/name"]));
+        within(SOON, "a process waits and cannot be killed", || {
+            let processes = daemon.cgroup().read("memory", &main.id, "cgroup.procs")?;
+            let mut states = processes.lines().filter_map(|pid| status_field(pid.parse().ok()?, "State"));
+            Ok(states.any(|state| state.starts_with('D')).then_some(()))
+        })?;
+        test(&main, hanging)?;
+        // Whatever became of its program.
+        let _ = waiting.join();
+        Ok(())
+    })
 }
 
 /// Until the session ends, which a read says.

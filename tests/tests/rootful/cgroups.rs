@@ -1,20 +1,21 @@
 //! Cgroups that cannot be changed or removed as they should: what is reported, and what becomes of them.
 
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
 use berth_tests::cgroup::{Cgroup, Driver};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
-use berth_tests::fuse::Hanging;
-use berth_tests::pod::{Container, idle, limit, sharing, sharing_pod, volume};
+use berth_tests::fuse::{Hanging, with_unkillable};
+use berth_tests::pod::{Container, idle, limit, sharing, sharing_pod};
 use berth_tests::skip::skip;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::fs;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use tonic::Code;
 
 const MIB: i64 = 1 << 20;
@@ -215,25 +216,7 @@ fn what_a_container_makes_in_its_cgroup_is_not_taken_for_a_container() -> Result
 fn the_cgroup_of_a_container_that_has_ended_goes_with_its_last_process_however_late_that_ends() -> Result<()>
 {
     rootful(|daemon| {
-        let directory = daemon.directory("hanging")?;
-        let Some(hanging) = Hanging::mount(&directory)? else {
-            skip("cgroups::the_cgroup_of_a_container_that_has_ended", "no FUSE here");
-            return Ok(());
-        };
-        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("web")))?;
-        let mut config = sharing(idle("main"));
-        config.mounts = vec![volume(&directory, "/volume")];
-        let main = pod.start(config)?;
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| main.exec(&["cat", "/volume/name"]));
-            within(SOON, "a process waits and cannot be killed", || {
-                let processes = daemon.cgroup().read("memory", &main.id, "cgroup.procs")?;
-                let mut states = processes.lines().filter_map(|pid| {
-                    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-                    Some(status.lines().any(|line| line.starts_with("State:\tD")))
-                });
-                Ok(states.any(|hangs| hangs).then_some(()))
-            })?;
+        with_unkillable(daemon, "cgroups::the_cgroup_of_a_container_that_has_ended", |main, hanging| {
             kill(Pid::from_raw(main.pid()?), Signal::SIGTERM)?;
             main.ended()?;
             within(2 * SOON, "the daemon has given up waiting for it", || {
@@ -246,7 +229,6 @@ fn the_cgroup_of_a_container_that_has_ended_goes_with_its_last_process_however_l
             within(SOON, "the cgroup is removed, though the container is not", || {
                 Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
             })?;
-            let _ = waiting.join();
             main.status().map_err(Into::into).map(|_| ())
         })
     })

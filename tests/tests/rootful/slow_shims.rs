@@ -13,8 +13,8 @@ use berth_cri::v1::ContainerState::{ContainerExited, ContainerRunning};
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
-use berth_tests::fuse::Hanging;
-use berth_tests::pod::{Container, idle, sharing, sharing_pod, shell, volume};
+use berth_tests::fuse::with_unkillable;
+use berth_tests::pod::{Container, idle, shell, volume};
 use berth_tests::skip::skip;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM, kill};
@@ -224,23 +224,7 @@ fn a_daemon_that_dies_in_a_start_leaves_no_doubt_behind() -> Result<()> {
 #[test]
 fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_that_ends() -> Result<()> {
     rootful(|daemon| {
-        let directory = daemon.directory("hanging")?;
-        let Some(hanging) = Hanging::mount(&directory)? else {
-            skip("slow_shims::the_cgroup_of_a_removed_container", "no FUSE here");
-            return Ok(());
-        };
-        // In its own pid namespace, the container's end would wait for all its processes.
-        let pod = daemon.pod_of(sharing_pod(daemon.pod_config("web")))?;
-        let mut config = sharing(idle("main"));
-        config.mounts = vec![volume(&directory, "/volume")];
-        let main = pod.start(config)?;
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| main.exec(&["cat", "/volume/name"]));
-            within(SOON, "a process waits and cannot be killed", || {
-                let processes = daemon.cgroup().read("memory", &main.id, "cgroup.procs")?;
-                let mut states = processes.lines().filter_map(|pid| status_field(pid.parse().ok()?, "State"));
-                Ok(states.any(|state| state.starts_with('D')).then_some(()))
-            })?;
+        with_unkillable(daemon, "slow_shims::the_cgroup_of_a_removed_container", |main, hanging| {
             kill(Pid::from_raw(main.pid()?), SIGTERM)?;
             main.ended()?;
             main.remove()?;
@@ -249,10 +233,7 @@ fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_tha
             drop(hanging);
             within(SOON, "the cgroup is removed", || {
                 Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
-            })?;
-            // Whatever became of its program.
-            let _ = waiting.join();
-            Ok(())
+            })
         })
     })
 }

@@ -1,10 +1,12 @@
 //! What CNI configurations say, which other runtimes read: Berth gives pods its own bridge.
 
-use crate::{Finding, Grade, finding};
-use serde::Deserialize;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::{Finding, Grade, finding};
 
 /// Where runtimes and network add-ons look for configurations.
 const CONFIGURATIONS: &str = "etc/cni/net.d";

@@ -1,7 +1,8 @@
 //! The daemon's directories: whether they are writable, and how much space their filesystems have.
 
-use crate::{Daemon, Finding, Grade, below, finding, text};
 use std::path::{Path, PathBuf};
+
+use crate::{Daemon, Finding, Grade, below, finding, text};
 
 /// The root with fewer inodes free than this will soon have none: an image of a distribution has some ten
 /// thousand files.

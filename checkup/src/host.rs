@@ -1,7 +1,8 @@
 //! The kernel, its settings, and the programs that Berth runs.
 
-use crate::{Finding, Grade, finding, text};
 use std::path::Path;
+
+use crate::{Finding, Grade, finding, text};
 
 /// The oldest kernel that berthd takes, as major and minor number.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);

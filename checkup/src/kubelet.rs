@@ -1,7 +1,8 @@
 //! The configuration of a kubelet on this node, where there is one: whether it means this daemon.
 
-use crate::{Daemon, Finding, Grade, finding, text, without_var};
 use std::path::Path;
+
+use crate::{Daemon, Finding, Grade, finding, text, without_var};
 
 /// Where kubeadm, and most others, put it.
 const CONFIGURATION: &str = "var/lib/kubelet/config.yaml";

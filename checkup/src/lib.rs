@@ -106,9 +106,11 @@ fn text(node: &Path, path: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
     use tempfile::TempDir;
+
+    use super::*;
 
     /// A node that lacks nothing.
     const NODE: [(&str, &str); 9] = [

@@ -1,7 +1,8 @@
 //! The sockets of other runtimes, which kubeadm detects.
 
-use crate::{Daemon, Finding, Grade, finding, text, without_var};
 use std::path::Path;
+
+use crate::{Daemon, Finding, Grade, finding, text, without_var};
 
 /// Where kubeadm looks for sockets (`defaultKnownCRISockets`), with whose each is. Kubernetes says
 /// `/var/run`, which is `/run`.

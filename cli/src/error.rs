@@ -113,8 +113,9 @@ impl Error {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tonic::Status;
+
+    use super::*;
 
     #[test]
     fn an_error_is_one_line_whatever_the_daemon_says() {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use berth_image::{Credentials, Digest, Image, ImportSource, Reference, Store};
+
 use support::*;
 
 /// Two images on one base that leaves something open (`d` has no entry in the layers above it), so that both

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use berth_image::{Credentials, Digest, PullError, Reference, StoreOptions};
+
 use support::*;
 
 /// Starts the registry, or says why the test does not run.

@@ -10,6 +10,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use berth_image::{Image, ImportError, ImportSource, LayerProgress, Progress, Store};
+
 use support::*;
 
 async fn import(store: &Store, image: &Built, progress: Arc<dyn Progress>) -> Result<Image, ImportError> {

@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 
 use berth_image::registry::TransportLimits;
 use berth_image::{Credentials, Digest, PullError, Reference, Secret, Store, StoreOptions};
-use support::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+
+use support::*;
 
 #[derive(Debug, Clone)]
 struct Request {

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::Command;
 
 use berth_image::{Digest, Image, ImportError, ImportSource, Reference, Store, StoreError, StoreOptions};
+
 use support::*;
 
 async fn import(store: &Store, image: &Built, name: &str) -> Result<Image, ImportError> {

@@ -8,6 +8,7 @@ mod support;
 use std::process::Command;
 
 use berth_image::ImportSource;
+
 use support::*;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,8 +1,10 @@
 //! What was asked for when a container was made: `ContainerConfig` of the CRI, checked.
 
-use crate::security::ContainerSecurity;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::security::ContainerSecurity;
 
 /// The identity of a container in its sandbox: `ContainerMetadata`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]

@@ -2,9 +2,10 @@
 //!
 //! No dash and nothing else: the kubelet and cAdvisor cut the id out of the name of a cgroup.
 
-use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 
 /// Length of an id in characters.
 pub const LENGTH: usize = 64;

@@ -22,8 +22,9 @@
 //!                              exit (where the durable one could not be written)
 //! ```
 
-use crate::id::{ContainerId, SandboxId};
 use std::path::{Path, PathBuf};
+
+use crate::id::{ContainerId, SandboxId};
 
 /// The two roots.
 #[derive(Debug, Clone, PartialEq, Eq)]

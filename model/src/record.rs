@@ -13,11 +13,12 @@
 //! record of a newer version is read as far as it is known, and never written: the newer daemon finds it as
 //! it left it.
 
-use crate::id::{ContainerId, SandboxId};
-use crate::{container, sandbox};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+use crate::id::{ContainerId, SandboxId};
+use crate::{container, sandbox};
 
 /// The version written.
 pub const VERSION: u32 = 1;
@@ -201,8 +202,9 @@ impl Default for ContainerRecord {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn record() -> ContainerRecord {
         ContainerRecord {

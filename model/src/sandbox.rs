@@ -1,8 +1,10 @@
 //! What was asked for when a pod sandbox was run: `PodSandboxConfig` of the CRI, checked.
 
-use crate::security::{Namespaces, Profile};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::security::{Namespaces, Profile};
 
 /// The identity of a sandbox among those that exist: `PodSandboxMetadata`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]

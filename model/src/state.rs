@@ -150,8 +150,9 @@ pub fn sandbox_after(state: SandboxState, event: SandboxEvent) -> SandboxState {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn exit(code: i32) -> Exit {
         Exit {

@@ -8,12 +8,14 @@
 //!
 //! Putting a process under a profile is up to the shim.
 
-use crate::lock;
-use berth_sys::program::Run;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
+
+use berth_sys::program::Run;
+
+use crate::lock;
 
 /// The profile of containers that ask for the runtime's default.
 pub(crate) const DEFAULT_PROFILE: &str = "berth-default";

@@ -21,12 +21,14 @@
 //! logged. A request is answered from memory and a few files of procfs; connections, their length and
 //! their duration are limited.
 
-use crate::container::Container;
-use crate::file_error::FileError;
-use crate::listener::{self, Knock};
-use crate::node::Node;
-use crate::registry::Found;
-use crate::sandbox::Sandbox;
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
 use berth_cgroup::Cgroup;
 use berth_cri::labels::{CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID};
 use berth_model::id::{ContainerId, SandboxId};
@@ -39,15 +41,15 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::convert::Infallible;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
+
+use crate::container::Container;
+use crate::file_error::FileError;
+use crate::listener::{self, Knock};
+use crate::node::Node;
+use crate::registry::Found;
+use crate::sandbox::Sandbox;
 
 /// Connections at a time. A cAdvisor has one for each cgroup that it is examining.
 const MAX_CONNECTIONS: usize = 32;

@@ -77,6 +77,7 @@ pub(crate) fn tell(event: Event<'_>) {
 #[cfg(test)]
 pub(crate) mod heard {
     use std::sync::{Arc, Mutex};
+
     use tracing::field::{Field, Visit};
     use tracing::span::{Attributes, Id, Record};
     use tracing::{Dispatch, Event, Metadata, Subscriber};

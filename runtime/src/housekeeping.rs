@@ -4,11 +4,12 @@
 //! Nothing waits for this. Failures are logged, and retried at the next start at the
 //! latest.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use crate::log_rotation;
 use crate::node::Node;
 use crate::trash;
-use std::sync::Arc;
-use std::time::Duration;
 
 /// The first and the longest pause between attempts to read unreadable image records.
 const FIRST_LOOK: Duration = Duration::from_secs(1);

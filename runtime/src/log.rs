@@ -88,8 +88,9 @@ fn sgr_length(text: &str) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::{Arc, Mutex};
+
+    use super::*;
 
     #[test]
     fn an_event_is_one_line_of_printable_text() {

@@ -7,9 +7,6 @@
 //!
 //! Shims and programs of the daemon get no environment, so none of them can send notifications.
 
-use berth_cri::v1;
-use berth_cri::v1::image_service_client::ImageServiceClient;
-use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
 use std::ffi::{OsStr, OsString};
 use std::future::Future;
 use std::os::linux::net::SocketAddrExt;
@@ -17,6 +14,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::time::Duration;
+
+use berth_cri::v1;
+use berth_cri::v1::image_service_client::ImageServiceClient;
+use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
 use tonic::transport::Endpoint;
 
 /// How long a datagram may wait. The manager reads at once unless it is in trouble itself, and then the
@@ -212,8 +213,9 @@ pub(crate) async fn ask_the_daemon(socket: &Path) -> Result<(), ProbeError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
 
     fn notifier(manager: &UnixDatagram, watchdog_us: Option<&str>) -> Notifier {
         let address = manager.local_addr().unwrap();

@@ -11,17 +11,19 @@
 //! damaged (its checksum); unknown (an error of the disk, no descriptor, no memory, a newer version).
 //! Only the second is ever overwritten.
 
-use crate::atomic_file;
-use berth_model::layout::Layout;
-use berth_model::record::{self, Decoded, MAX_BYTES, RecordError};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use berth_model::layout::Layout;
+use berth_model::record::{self, Decoded, MAX_BYTES, RecordError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::atomic_file;
 
 /// The first and the longest pause between attempts to read.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -362,10 +364,12 @@ fn bytes_of(path: &Path) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::Instant;
+
     use berth_model::id::ContainerId;
     use berth_model::record::ContainerRecord;
-    use std::time::Instant;
+
+    use super::*;
 
     fn content(image_id: &str) -> ContainerRecord {
         ContainerRecord { image_id: image_id.to_owned(), ..ContainerRecord::default() }

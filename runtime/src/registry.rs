@@ -3,13 +3,15 @@
 //! Objects appear here when they are complete, and disappear when they are gone; during creation they hold
 //! only their name, by a [`Reservation`]. All locks here are held for a look-up only.
 
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
+
+use berth_model::id::{ContainerId, SandboxId};
+
 use crate::container::Container;
 use crate::lock;
 use crate::names::{Name, NameTaken};
 use crate::sandbox::Sandbox;
-use berth_model::id::{ContainerId, SandboxId};
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex};
 
 /// The result of looking up an object.
 #[derive(Debug)]
@@ -219,8 +221,9 @@ fn one<'a, T: Clone + 'a>(mut found: impl Iterator<Item = &'a T>) -> Found<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use berth_model::sandbox::Metadata;
+
+    use super::*;
 
     #[test]
     fn a_name_is_free_again_when_its_making_failed() {

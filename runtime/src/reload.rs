@@ -5,13 +5,15 @@
 //! log. Anything opened or built at the start stays as it is until the next one, and is named in
 //! the log. An invalid configuration changes nothing.
 
+use std::fmt;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
 use crate::config::Config;
 use crate::node::Node;
 use crate::notify::Notifier;
 use crate::reload_request::Progress;
-use std::fmt;
-use std::sync::Arc;
-use tokio::sync::mpsc;
 
 /// Reads the files and flags of the program again; the error lists all mistakes.
 pub type Read = Arc<dyn Fn() -> Result<Config, String> + Send + Sync>;

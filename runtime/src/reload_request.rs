@@ -9,14 +9,15 @@
 //! configuration, the number of the last completed time, the length of the text in bytes; the text says
 //! what was wrong that time, and is empty if nothing was.
 
-use berth_sys::process;
-use berth_sys::process::SIGHUP;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use berth_sys::process;
+use berth_sys::process::SIGHUP;
 
 /// Its name, in the runtime state.
 const FILE: &str = "reload";

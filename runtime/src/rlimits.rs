@@ -5,9 +5,10 @@
 //! `[container.rlimits]` changes those that cgroups do not limit. The shim lowers what the kernel does
 //! not permit, and reports that.
 
+use std::collections::BTreeMap;
+
 use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// `RLIM_INFINITY` of <asm-generic/resource.h>.
 const UNLIMITED: u64 = u64::MAX;

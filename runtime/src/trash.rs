@@ -3,11 +3,12 @@
 //! The rename is the removal, for everybody who looks: it is atomic, quick and needs no space on the disk.
 //! What is in the trash when the daemon ends is deleted by the next one.
 
-use berth_model::layout::Layout;
-use berth_sys::beneath::Root;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use berth_model::layout::Layout;
+use berth_sys::beneath::Root;
 
 /// Makes `path` disappear. Absent is fine. The deleting itself goes on in the background.
 ///

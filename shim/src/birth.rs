@@ -12,13 +12,15 @@
 //! has to be a child of the shim, and no child that is not known is reaped before that. So the numbers are
 //! their own for as long as this says that they are there.
 
-use crate::failure::refused;
-use crate::handshake::{self, Report, ShimEnd};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
 use berth_shim_proto::control::{Created, Failed};
 use berth_sys::process;
 use berth_sys::process::SIGKILL;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+
+use crate::failure::refused;
+use crate::handshake::{self, Report, ShimEnd};
 
 /// How long a main process may take from the word to go on until it is its program. The daemon waits a little
 /// longer, and its caller for little more than that.
@@ -195,9 +197,10 @@ impl Birth {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Child, Command, Stdio};
+
     use super::*;
     use crate::handshake::ChildEnd;
-    use std::process::{Child, Command, Stdio};
 
     /// A child of this process that ends when its standard input does.
     fn child() -> Child {

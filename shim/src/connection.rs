@@ -1,14 +1,15 @@
 //! One connection of a daemon: frames in, frames out, never waiting for a peer that does not read.
 
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
 use berth_shim_proto::control::{Reply, Request, request::Call};
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::PidNamespace;
 use berth_sys::poll::{Interest, Poll};
 use berth_sys::socket;
-use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
 
 /// Bytes that may wait for a daemon that does not read. Replies are small, but for one with many groups
 /// (65536 of five bytes); a daemon that lets this many pile up is stuck, and finds everything in the exit

@@ -4,20 +4,22 @@
 //! It runs in the child, after the namespaces and the root are in place. The order is the kernel's: each step
 //! says why it is where it is. Everything that can be done before the wait for the start is done before it.
 
-use crate::apparmor::{Profile, Way};
-use crate::failure::{Step, from_io, refused, shown};
-use crate::handshake::ChildEnd;
-use crate::user::Resolved;
+use std::ffi::{CString, OsStr};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
 use berth_shim_proto::control::{EXECUTE, Failed};
 use berth_shim_proto::launch::{DEFAULT_PATH, Process};
 use berth_sys::beneath::{self, Root};
 use berth_sys::credentials;
 use berth_sys::errno::ENOENT;
 use berth_sys::process::{self, CloseRange};
-use std::ffi::{CString, OsStr};
-use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+
+use crate::apparmor::{Profile, Way};
+use crate::failure::{Step, from_io, refused, shown};
+use crate::handshake::ChildEnd;
+use crate::user::Resolved;
 
 /// The program with everything that exec needs, converted before privileges go so that memory errors come
 /// early.

@@ -1,15 +1,17 @@
 //! The end of a container: was it the OOM killer, and the record of it on disk.
 
-use crate::host_path::host_path;
-use berth_shim_proto::exit_record::{ExitRecord, encode};
-use berth_shim_proto::launch::Cgroup;
-use berth_sys::process::SIGKILL;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use berth_shim_proto::exit_record::{ExitRecord, encode};
+use berth_shim_proto::launch::Cgroup;
+use berth_sys::process::SIGKILL;
+
+use crate::host_path::host_path;
 
 /// Nanoseconds since the epoch; 0 before it.
 pub(crate) fn unix_ns(time: SystemTime) -> i64 {

@@ -1,8 +1,9 @@
 //! The one error of the shim: a step that failed, as it is sent to the daemon.
 
-use berth_shim_proto::control::Failed;
 use std::fmt::Display;
 use std::io;
+
+use berth_shim_proto::control::Failed;
 
 /// Names the step that an operation was, for the daemon.
 pub(crate) trait Step<T> {

@@ -18,13 +18,15 @@
 //! it is killed. A pipe carries no descriptors, which a socket would: to close one that hangs, a socket that
 //! lingers (socket(7)) or a file of a filesystem in the container, the shim would have to wait.
 
-use crate::failure::{Step, refused};
-use berth_shim_proto::control::{Created, Failed};
-use berth_sys::{file, socket};
-use prost::Message;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use berth_shim_proto::control::{Created, Failed};
+use berth_sys::{file, socket};
+use prost::Message;
+
+use crate::failure::{Step, refused};
 
 /// The longest packet. A kernel socket buffer has some 200 KiB by default (`net.core.wmem_default`), its own
 /// bookkeeping included.

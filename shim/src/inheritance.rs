@@ -7,11 +7,13 @@
 //! `PR_SET_MDWE` and speculation controls of the daemon's unit only take privileges away; a core scheduling
 //! cookie and an audit login id (`/proc/self/loginuid`) are up to the unit.
 
-use crate::failure::Step;
+use std::io;
+
 use berth_shim_proto::control::Failed;
 use berth_sys::errno::EINVAL;
 use berth_sys::{process, scheduling};
-use std::io;
+
+use crate::failure::Step;
 
 /// The kernel's default: PR_SET_TIMERSLACK(2const).
 const TIMER_SLACK_NS: u32 = 50_000;

@@ -10,6 +10,19 @@
 //! reports, and only then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not
 //! believed ([`crate::handshake`]).
 
+use std::ffi::CString;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use berth_shim_proto::control::{Created, Failed};
+use berth_shim_proto::launch::{Cgroup, Launch, Namespaces, PidNamespace, Process};
+use berth_sys::beneath::Root;
+use berth_sys::process::SingleThreaded;
+use berth_sys::{file, ns, process, socket, tty};
+
 use crate::apparmor::{Profile, Way};
 use crate::execute::{self, Privileges, Program};
 use crate::failure::{Step, refused};
@@ -19,17 +32,6 @@ use crate::inheritance;
 use crate::procfs::{self, Target};
 use crate::rootfs;
 use crate::user::{self, Resolved};
-use berth_shim_proto::control::{Created, Failed};
-use berth_shim_proto::launch::{Cgroup, Launch, Namespaces, PidNamespace, Process};
-use berth_sys::beneath::Root;
-use berth_sys::process::SingleThreaded;
-use berth_sys::{file, ns, process, socket, tty};
-use std::ffi::CString;
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
 
 /// What a process of exec talks to.
 pub(crate) enum ExecStreams {

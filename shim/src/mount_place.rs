@@ -5,17 +5,19 @@
 //! link in a volume that another container writes. So the place is looked at as the kernel sees it, after the
 //! path was resolved.
 
-use crate::failure::{Step, from_io, refused, shown};
-use berth_shim_proto::control::Failed;
-use berth_shim_proto::launch::{Mount, REPLACEABLE_IN_PROC};
-use berth_sys::beneath::{self, Root};
-use berth_sys::errno::ELOOP;
-use berth_sys::mount::{self, Filesystem};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use berth_shim_proto::control::Failed;
+use berth_shim_proto::launch::{Mount, REPLACEABLE_IN_PROC};
+use berth_sys::beneath::{self, Root};
+use berth_sys::errno::ELOOP;
+use berth_sys::mount::{self, Filesystem};
+
+use crate::failure::{Step, from_io, refused, shown};
 
 /// The inode of the root of a procfs: `PROC_ROOT_INO` of the kernel's <linux/proc_fs.h>.
 const PROC_ROOT_INODE: u64 = 1;

@@ -3,15 +3,17 @@
 //! It lies in a file system that nothing else is in. A descriptor of the host's `/dev/null` would be one of
 //! an inode of the host, whose mode and owner its holder could change for all: `chmod /proc/self/fd/0`.
 
-use crate::failure::Step;
-use berth_shim_proto::control::Failed;
-use berth_sys::beneath::{Node, Root};
-use berth_sys::file;
-use berth_sys::mount::{FsContext, attr};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::OnceLock;
+
+use berth_shim_proto::control::Failed;
+use berth_sys::beneath::{Node, Root};
+use berth_sys::file;
+use berth_sys::mount::{FsContext, attr};
+
+use crate::failure::Step;
 
 const STEP: &str = "create the null device";
 

@@ -8,8 +8,10 @@
 //! the pid namespace, and a procfs of it as a detached mount, made while the process is alone in there
 //! ([`crate::procfs`]).
 
-use crate::apparmor::{Profile, Way};
-use crate::failure::{Step, from_io, refused};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
 use berth_shim_proto::control::{Created, Failed, Reply, reply::Answer};
 use berth_shim_proto::frame;
 use berth_shim_proto::launch::Pause;
@@ -18,9 +20,9 @@ use berth_sys::poll::{ChildSignals, Interest, Poll};
 use berth_sys::process::SIGKILL;
 use berth_sys::process::{self, Cloned, CloseRange, namespace};
 use berth_sys::{credentials, ns, socket};
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+
+use crate::apparmor::{Profile, Way};
+use crate::failure::{Step, from_io, refused};
 
 /// Makes the process and reports it to the daemon.
 ///

@@ -11,15 +11,17 @@
 //!   have mounted anything in the place, so it is checked for what it is: a whole procfs, and of that pid
 //!   namespace.
 
-use crate::failure::{Step, refused};
-use berth_shim_proto::control::Failed;
-use berth_sys::beneath::{Root, stat_fd};
-use berth_sys::process::Cloned;
-use berth_sys::{mount, ns, process, socket};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
+
+use berth_shim_proto::control::Failed;
+use berth_sys::beneath::{Root, stat_fd};
+use berth_sys::process::Cloned;
+use berth_sys::{mount, ns, process, socket};
+
+use crate::failure::{Step, refused};
 
 /// The container whose pid namespace another one is to live in (`NamespaceMode.TARGET`), as the daemon has
 /// found it.

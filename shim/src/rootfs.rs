@@ -5,10 +5,12 @@
 //! detached and attached to descriptors, and a mask that cannot be applied to something that is there fails
 //! the container.
 
-use crate::failure::{Step, from_io, refused, shown};
-use crate::host_path::host_path;
-use crate::mount_place;
-use crate::user::Accounts;
+use std::ffi::{CString, OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::{
     Device, Launch, Mount, Propagation, Rootfs, mount::Filesystem, mount::Source,
@@ -16,11 +18,11 @@ use berth_shim_proto::launch::{
 use berth_sys::beneath::{self, FileType, Node, Root};
 use berth_sys::errno::{EINVAL, ELOOP};
 use berth_sys::mount::{self, FsContext, attr};
-use std::ffi::{CString, OsStr, OsString};
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+
+use crate::failure::{Step, from_io, refused, shown};
+use crate::host_path::host_path;
+use crate::mount_place;
+use crate::user::Accounts;
 
 /// Links that every `/dev` has: runtime-spec, "Default Devices" and "/dev symbolic links".
 const DEV_LINKS: [(&str, &str); 5] = [

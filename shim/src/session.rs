@@ -4,12 +4,14 @@
 //! session is looked for among the processes of the container. What has left it, with its own session,
 //! stays: as with other runtimes, it is on its own from then on and ends with the container.
 
-use crate::host_path::host_path;
-use berth_shim_proto::launch::Cgroup;
-use berth_sys::process;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+
+use berth_shim_proto::launch::Cgroup;
+use berth_sys::process;
+
+use crate::host_path::host_path;
 
 /// How often the session is looked through: what is born meanwhile is found the next time.
 const ROUNDS: usize = 8;

@@ -7,14 +7,16 @@
 //! map such a "name" to root (CVE-2016-3697, CVE-2024-40635, CVE-2026-46680). No NSS: nothing of the image is
 //! executed or loaded.
 
-use crate::failure::{Step, refused, shown};
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
 use berth_shim_proto::control::Failed;
 use berth_shim_proto::launch::User;
 use berth_sys::beneath::Root;
 use berth_sys::file;
-use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::path::Path;
+
+use crate::failure::{Step, refused, shown};
 
 /// The largest user or group number: what the peers accept, so that no number turns negative on its way
 /// through an `int`.
@@ -192,8 +194,9 @@ pub(crate) fn resolve(user: &User, accounts: &Accounts) -> Result<Resolved, Fail
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\n# comment:x:9:9::/:\nbad:x:4294967296:0::/:\nweb:x:33:44:Web:/srv:/bin/sh\n\
         1000:x:0:0:numeric name:/root:/bin/sh\nnohome:x:7:8\n99999999999:x:0:0::/:\nshort:x\n";

@@ -5,11 +5,12 @@
 //! process, and as long as its pidfd takes signals, everything that was looked up by its number since was its
 //! own.
 
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
 use crate::beneath::Root;
 use crate::ns::{self, Kind};
 use crate::process;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// A process that was found again.
 #[derive(Debug)]
@@ -120,9 +121,10 @@ impl Identified {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::MetadataExt;
     use std::process::{Child, Command};
+
+    use super::*;
 
     fn sleeper() -> (Child, i32, u64) {
         let child = Command::new("sleep").arg("60").spawn().unwrap();

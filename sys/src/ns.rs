@@ -1,11 +1,12 @@
 //! Namespaces: joining them, and making ones that live without a process, pinned as files.
 
-use crate::mount;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+use crate::mount;
 
 /// A kind of namespace that can be pinned as a file: namespaces(7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -196,8 +197,9 @@ pub fn on_own_thread<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> io
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::fd::AsFd;
+
+    use super::*;
 
     #[test]
     fn a_pinned_namespace_lives_without_a_process() {

@@ -1,11 +1,12 @@
 //! Waiting for many descriptors at once: `epoll(7)`, and signals as one of them: `signalfd(2)`.
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// What a watched descriptor is ready for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

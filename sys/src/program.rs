@@ -4,8 +4,6 @@
 //! the leader of a process group, has a deadline and a bound on what is kept of its output, and nothing of
 //! its group is left when it has ended.
 
-use crate::process;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,6 +12,10 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::process;
 
 /// How long its streams are read after its end, and how long a killed program may take to be gone. The
 /// streams stay open longer only if a process that has left the group holds them, and a killed program stays

@@ -147,9 +147,11 @@ impl Drop for RawMode {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use nix::sys::termios::LocalFlags;
     use std::io::{Read, Write};
+
+    use nix::sys::termios::LocalFlags;
+
+    use super::*;
 
     #[test]
     fn both_ends_of_a_terminal_talk() {

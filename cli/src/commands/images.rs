@@ -2,6 +2,7 @@
 
 use berth_cri::v1::{Image, ListImagesRequest, RemoveImageRequest};
 
+use super::stop::report;
 use crate::args::RmiArgs;
 use crate::daemon::{Daemon, answer, image_spec};
 use crate::error::Error;
@@ -9,8 +10,6 @@ use crate::names::{Inventory, listed, short_id};
 use crate::output;
 use crate::quantity::bytes_text;
 use crate::table::Table;
-
-use super::stop::report;
 
 /// Shown for an image without a name.
 const NO_NAME: &str = "<none>";

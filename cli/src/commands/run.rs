@@ -13,6 +13,9 @@ use berth_cri::v1::{PodSandboxState, PodSandboxStatus};
 use berth_streaming::client::Command;
 use berth_streaming::command::Wanted;
 
+use self::made::Made;
+use self::watch::{Shared, share, watch};
+use super::attach::{self, AttachError, streams};
 use crate::args::RunArgs;
 use crate::daemon::{Daemon, Refusal};
 use crate::ending::exit_code;
@@ -24,10 +27,6 @@ use crate::output;
 use crate::pod_name as pod_names;
 use crate::pull::{Narration, pull};
 use crate::run_plan::{self, ContainerPlan, NAMESPACE, Network, PodPlan};
-
-use self::made::Made;
-use self::watch::{Shared, share, watch};
-use super::attach::{self, AttachError, streams};
 
 mod made;
 mod watch;

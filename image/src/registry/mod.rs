@@ -34,16 +34,15 @@ use crate::credentials::Credentials;
 use crate::manifest::{self, Blob, MAX_DOCUMENT};
 use crate::reference::{Reference, Target};
 use crate::unpack::printable;
-
-pub use auth::AuthError;
-pub use hosts::HostsError;
-pub use transport::TlsError;
-
 use hosts::Endpoint;
 use proxy::Proxies;
 use reach::Place;
 use transport::Reach;
 use trust::Trust;
+
+pub use auth::AuthError;
+pub use hosts::HostsError;
+pub use transport::TlsError;
 
 /// Redirects of one request.
 const MAX_REDIRECTS: usize = 5;

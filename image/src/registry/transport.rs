@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use berth_sys::errno::{EMFILE, ENFILE, ENOMEM};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};
@@ -23,7 +24,6 @@ use url::Url;
 
 use super::hosts::{TlsSettings, is_loopback};
 use super::reach;
-use berth_sys::errno::{EMFILE, ENFILE, ENOMEM};
 
 /// Headers of a response together.
 const MAX_HEADERS: u32 = 64 * 1024;

@@ -38,6 +38,12 @@ use crate::layer::{Budget, is_disk_full};
 use crate::reference::Target;
 use crate::registry::{self, Client};
 use crate::{Digest, Image, Progress, Reference};
+use collect::{Reach, Waiting};
+use durable::Durable;
+use load::{Held, Tree};
+use record::{ImageRecord, Lower};
+use staging::{Removals, Slot};
+use sweep::Sweeper;
 
 pub use collect::InUse;
 pub use commit::ContentError;
@@ -46,13 +52,6 @@ pub use lease::Lease;
 pub use pull::PullError;
 pub use record::RecordError;
 pub use stored_layer::StoredLayer;
-
-use collect::{Reach, Waiting};
-use durable::Durable;
-use load::{Held, Tree};
-use record::{ImageRecord, Lower};
-use staging::{Removals, Slot};
-use sweep::Sweeper;
 
 /// Shortest prefix of an id that finds an image.
 const MIN_PREFIX: usize = 4;

@@ -32,6 +32,7 @@ use berth_sys::beneath::{self, Dir, FileType, MissingDir, Node, Root, Stat, Time
 use berth_sys::xattr;
 
 use archive::{Archive, ArchiveError, Entry, EntryKind, Piece};
+
 pub use path::PathError;
 pub use pax::PaxError;
 pub use sparse::SparseError;

@@ -5,8 +5,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use crate::Error;
 use berth_sys::errno::ENODEV;
+
+use crate::Error;
 
 /// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most 4,194,304
 /// pids (`kernel.pid_max`, proc(5)).

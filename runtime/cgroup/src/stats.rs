@@ -5,9 +5,10 @@
 
 use std::path::Path;
 
+use berth_sys::errno::EOPNOTSUPP;
+
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, Hierarchy, Parent, control_file, parse_oom_kills};
-use berth_sys::errno::EOPNOTSUPP;
 
 /// Devices whose reads and writes are reported. A cgroup has a line for each that it ever used; a node with
 /// more disks than this has its figures elsewhere.

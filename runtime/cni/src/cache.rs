@@ -4,12 +4,13 @@
 //! An entry is written before the first plugin runs, then without a result, so that an attachment that was
 //! cut off can be given back by whoever comes next. The directory is shared with other runtimes.
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 const KIND: &str = "cniCacheV1";
 

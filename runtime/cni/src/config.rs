@@ -1,8 +1,10 @@
 //! Network configurations: section 1 of the specification.
 
-use crate::version::Version;
-use serde_json::{Map, Value};
 use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+
+use crate::version::Version;
 
 /// Longest name of a network. It becomes part of file names.
 const MAX_NAME_BYTES: usize = 128;
@@ -270,8 +272,9 @@ fn is_program_name(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn refused(text: &str, says: &str) {
         let error = NetworkConfig::from_json(text.as_bytes()).unwrap_err().to_string();

@@ -1,11 +1,12 @@
 //! The directory of configurations.
 
-use crate::config::{ConfigError, NetworkConfig};
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::config::{ConfigError, NetworkConfig};
 
 /// Largest configuration. Real ones have a few KiB.
 const MAX_BYTES: u64 = 1 << 20;

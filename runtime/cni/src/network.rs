@@ -1,14 +1,16 @@
 //! The operations on a network: section 3 of the specification.
 
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+
 use crate::cache::{Cache, CacheError, CachedAttachment};
 use crate::config::{ConfigError, NetworkConfig, PluginConfig, is_identifier};
 use crate::plugin::{Command, Invocation, PluginError};
 use crate::result::{self, AddResult};
 use crate::version::Version;
-use serde_json::{Map, Value, json};
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 /// Longest name of an interface: `IFNAMSIZ` without the final zero.
 const MAX_INTERFACE_BYTES: usize = 15;

@@ -1,14 +1,16 @@
 //! Running a plugin: sections 2 and 4 of the specification.
 
-use crate::config::PluginConfig;
-use crate::result::ResultError;
-use berth_sys::program::Run;
-use serde::Deserialize;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use berth_sys::program::Run;
+use serde::Deserialize;
+
+use crate::config::PluginConfig;
+use crate::result::ResultError;
 
 /// Most bytes of an answer. Real ones have a few KiB.
 const MAX_ANSWER: usize = 1 << 20;

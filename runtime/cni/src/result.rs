@@ -1,9 +1,11 @@
 //! What ADD returns: section 5 of the specification.
 
-use crate::version::Version;
+use std::net::IpAddr;
+
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use std::net::IpAddr;
+
+use crate::version::Version;
 
 /// Most interfaces, addresses and routes of each in a result.
 const MAX_ENTRIES: usize = 1024;
@@ -236,8 +238,9 @@ fn invalid(field: &str, value: &str, problem: &'static str) -> ResultError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     /// As the bridge plugin of containernetworking/plugins 1.x prints it.
     const BRIDGE: &str = r#"{

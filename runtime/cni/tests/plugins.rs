@@ -2,14 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
 
-use berth_cni::{Attachment, Cache, Network, NetworkConfig, NetworkError, PluginError};
-use serde_json::{Map, Value, json};
 use std::error::Error;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use berth_cni::{Attachment, Cache, Network, NetworkConfig, NetworkError, PluginError};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -432,9 +432,11 @@ fn read_owner(path: &Path) -> io::Result<Option<(String, SystemTime)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use proptest::prelude::*;
     use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
 
     const SMALL: Range = Range::Ipv4(Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 0, 6));
     const WIDE: Range = Range::Ipv6(

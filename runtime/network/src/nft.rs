@@ -3,12 +3,13 @@
 //! The program is started at set-up, repair and tear-down only. It is looked for in the system's own
 //! directories, not in `PATH`, and gets the script on its standard input.
 
-use berth_sys::program::{Ended, Run};
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
+
+use berth_sys::program::{Ended, Run};
 
 /// Where the program may be.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -103,8 +104,9 @@ fn run_program(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::time::Instant;
+
+    use super::*;
 
     fn shell(script: &str, deadline: Duration) -> Result<(), Error> {
         run_program(Path::new("/bin/sh"), &["-c", script], "input\n", deadline)

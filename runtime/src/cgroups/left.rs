@@ -4,10 +4,12 @@
 //! which may take hours. Until then its cgroup is remembered here, and retried. If the daemon ends
 //! first, the next start finds it by its mark.
 
-use crate::lock;
-use berth_cgroup::Cgroup;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use berth_cgroup::Cgroup;
+
+use crate::lock;
 
 /// The first and the longest pause between attempts.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -70,8 +72,9 @@ fn end(cgroup: &Cgroup) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use berth_cgroup::{Driver, Hierarchy, Parent};
+
+    use super::*;
 
     #[tokio::test(start_paused = true)]
     async fn an_attempt_that_panics_stops_no_others() {

@@ -4,11 +4,6 @@
 mod left;
 mod unanswered;
 
-use crate::shim_client::{Holder, ShimError, ShimProgram};
-use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
-use berth_model::id::ContainerId;
-use berth_sys::xattr;
-pub(crate) use left::LeftCgroups;
 use std::collections::BTreeSet;
 use std::ffi::CStr;
 use std::fs::File;
@@ -16,7 +11,15 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
+use berth_model::id::ContainerId;
+use berth_sys::xattr;
+
+use crate::shim_client::{Holder, ShimError, ShimProgram};
 use unanswered::Unanswered;
+
+pub(crate) use left::LeftCgroups;
 
 /// How long a cgroup may take to be empty after a kill, and to be removed.
 pub(crate) const CGROUP_GONE: Duration = Duration::from_secs(10);

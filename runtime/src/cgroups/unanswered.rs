@@ -1,10 +1,11 @@
 //! Processes for which systemd was asked to create a scope, and did not answer.
 
-use crate::lock;
-use crate::shim_client::Holder;
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use crate::lock;
+use crate::shim_client::Holder;
 
 /// How long a call may still be in transit once systemd answers again.
 const ON_ITS_WAY: Duration = Duration::from_secs(60);

@@ -5,18 +5,20 @@
 //! state in which it was last known. Only two things say that a shim is gone: its socket has no listener
 //! (unix(7), `ECONNREFUSED`), or there is no socket and the container's main process is gone too.
 
-use super::end::{self, Evidence};
-use super::{Container, lock};
-use crate::shim_client::{ConnectError, ShimClient, ShimError};
-use berth_model::record::ProcessRecord;
-use berth_model::state::{ContainerEvent, ContainerState};
-use berth_shim_proto::control::Phase;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+use berth_model::record::ProcessRecord;
+use berth_model::state::{ContainerEvent, ContainerState};
+use berth_shim_proto::control::Phase;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
+
+use super::end::{self, Evidence};
+use super::{Container, lock};
+use crate::shim_client::{ConnectError, ShimClient, ShimError};
 
 /// Pauses between two attempts to reach a shim.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);

@@ -4,9 +4,8 @@
 //! Its data comes from its OCI spec, which exists for other tools, and finally from its shim.
 //! Without a spec it is put into its own pod.
 
-use super::{Container, ContainerError, recover};
-use crate::node::Node;
-use crate::shim_client::{ConnectError, ShimClient};
+use std::sync::Arc;
+
 use ::oci_spec::runtime::Spec;
 use berth_cri::labels::{CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID};
 use berth_model::container::{Config, Metadata};
@@ -14,7 +13,10 @@ use berth_model::id::{ContainerId, SandboxId};
 use berth_model::layout::ContainerFiles;
 use berth_model::record::ContainerRecord;
 use berth_model::security::NamespaceMode;
-use std::sync::Arc;
+
+use super::{Container, ContainerError, recover};
+use crate::node::Node;
+use crate::shim_client::{ConnectError, ShimClient};
 
 /// The annotations of [`crate::oci_spec`], and the kubelet's labels that say the same.
 const LABELS: [(&str, &str); 4] = [

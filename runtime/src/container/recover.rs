@@ -4,15 +4,17 @@
 //! asked, by [`super::follow`], which may take as long as it takes: until then the container is reported as
 //! it was last known to be.
 
-use super::end::{self, Evidence};
-use super::{Container, ContainerError, lock};
-use crate::node::Node;
-use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
+use std::sync::Arc;
+
 use berth_cgroup::{Cgroup, Parent};
 use berth_model::id::ContainerId;
 use berth_model::record::ContainerRecord;
 use berth_model::state::ContainerEvent;
-use std::sync::Arc;
+
+use super::end::{self, Evidence};
+use super::{Container, ContainerError, lock};
+use crate::node::Node;
+use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
 
 /// What exists of a container.
 #[derive(Debug)]

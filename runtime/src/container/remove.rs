@@ -1,11 +1,13 @@
 //! RemoveContainer: kills the container and removes its files. The log stays: it is the kubelet's.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_model::state::ContainerState;
+
 use super::{Container, ContainerError, end, stop};
 use crate::node::Node;
 use crate::trash;
-use berth_model::state::ContainerState;
-use std::sync::Arc;
-use std::time::Duration;
 
 /// How long a start or an update may take to finish once the container has ended: nothing that they
 /// wait for is left.

@@ -4,10 +4,11 @@
 //! A kubelet with `shutdownGracePeriod` has ended its pods before; this is for other pods, and for
 //! kubelets without it.
 
+use std::time::Duration;
+
 use berth_cgroup::Ending;
 use berth_model::container::Config;
 use berth_model::security::NamespaceMode;
-use std::time::Duration;
 
 /// The kubelet's annotation with the grace period of a pod, in seconds: kubelet's `kuberuntime/labels.go`.
 const GRACE_PERIOD: &str = "io.kubernetes.pod.terminationGracePeriod";

@@ -1,18 +1,20 @@
 //! The container whose pid namespace another one joins: `NamespaceMode.TARGET`.
 
-use super::ContainerError;
-use crate::node::Node;
-use crate::registry::Found;
-use crate::sandbox::Sandbox;
-use crate::shim_client;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
 use berth_model::container::Config;
 use berth_model::security::NamespaceMode;
 use berth_sys::errno::{ENOENT, ESRCH};
 use berth_sys::identity::Identified;
 use berth_sys::ns::Kind;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+
+use super::ContainerError;
+use crate::node::Node;
+use crate::registry::Found;
+use crate::sandbox::Sandbox;
+use crate::shim_client;
 
 /// The main process of the target, by pidfd.
 #[derive(Debug)]

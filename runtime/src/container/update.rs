@@ -1,11 +1,13 @@
 //! UpdateContainerResources and ReopenContainerLog: changes to an existing container.
 
-use super::{Container, ContainerError, lock};
-use crate::oci_spec;
+use std::sync::Arc;
+
 use berth_cgroup::Limits;
 use berth_model::container::Resources;
 use berth_model::state::ContainerState;
-use std::sync::Arc;
+
+use super::{Container, ContainerError, lock};
+use crate::oci_spec;
 
 /// Changes the limits of a container that has not ended by `change`. If the
 /// kernel refuses one, or they cannot be recorded, all stay as they were; if it refuses the rollback too,

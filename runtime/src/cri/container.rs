@@ -1,5 +1,13 @@
 //! Calls about containers.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_cri::v1;
+use berth_model::container::Config as ContainerConfig;
+use berth_model::state::ContainerState;
+
 use super::convert::{self, ContainerFilter, ContainerView, Field};
 use super::error::CallError;
 use super::info;
@@ -7,12 +15,6 @@ use super::pages::{Items, PAGE, pages};
 use super::runtime_service::{RuntimeService, absent_is_none, apart};
 use crate::container::{self, Container};
 use crate::node::Node;
-use berth_cri::v1;
-use berth_model::container::Config as ContainerConfig;
-use berth_model::state::ContainerState;
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::Duration;
 
 impl RuntimeService {
     pub(super) async fn create_container(

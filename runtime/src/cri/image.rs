@@ -1,6 +1,12 @@
 //! Calls about images. A pull runs in the caller's task, so that a client that goes away cancels it; a
 //! removal runs in its own task and ends whatever the client does.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use berth_cri::v1;
+use berth_image::{Credentials, Image, NoProgress, Reference, Secret};
+
 use super::convert::{self, ImageView};
 use super::error::CallError;
 use super::image_service::ImageService;
@@ -8,10 +14,6 @@ use super::info;
 use super::pages::{Items, PAGE, pages};
 use super::runtime_service::apart;
 use crate::clock::unix_ns;
-use berth_cri::v1;
-use berth_image::{Credentials, Image, NoProgress, Reference, Secret};
-use std::collections::BTreeMap;
-use std::sync::Arc;
 
 impl ImageService {
     pub(super) fn list_images(

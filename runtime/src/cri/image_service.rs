@@ -1,9 +1,11 @@
 //! `runtime.v1.ImageService`: its calls, which are in [`super::image`].
 
+use std::sync::Arc;
+
+use berth_cri::v1;
+
 use super::table::service;
 use crate::node::Node;
-use berth_cri::v1;
-use std::sync::Arc;
 
 /// The service.
 #[derive(Debug, Clone)]

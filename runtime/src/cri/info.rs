@@ -1,11 +1,13 @@
 //! The JSON in the `info` maps of verbose answers, with the keys that node tools read: `pid`, `sandboxID`,
 //! `runtimeSpec`, `config.sandboxImage`.
 
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
 use crate::container::Container;
 use crate::node::Node;
 use crate::sandbox::Sandbox;
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
 
 fn one(key: &str, value: &Value) -> BTreeMap<String, String> {
     BTreeMap::from([(key.to_owned(), value.to_string())])

@@ -10,6 +10,14 @@
 //! differ by `id`, their cgroup; the network of pods by `name`, which has the pod's uid and attempt in it;
 //! figures of a pod's cgroup are reported once for each cgroup, and not at all for one that pods share.
 
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use berth_cgroup::{CpuStats, Detail, DeviceIo, MemoryStats, Pressure, Stats, SwapStats};
+use berth_cri::v1;
+use berth_model::state::ContainerState;
+
 use super::error::CallError;
 use super::pages::{Items, METRICS_PAGE, pages};
 use super::runtime_service::RuntimeService;
@@ -22,12 +30,6 @@ use crate::sandbox::Sandbox;
 use crate::usage::disk::Disk;
 use crate::usage::pod::{self, Counted};
 use crate::usage::{Samples, processes};
-use berth_cgroup::{CpuStats, Detail, DeviceIo, MemoryStats, Pressure, Stats, SwapStats};
-use berth_cri::v1;
-use berth_model::state::ContainerState;
-use std::collections::HashSet;
-use std::path::Path;
-use std::sync::Arc;
 
 /// The labels of every metric, as the kubelet adds them to cAdvisor's; a metric's own labels follow.
 const LABELS: [&str; 6] = ["id", "name", "image", "namespace", "pod", "container"];
@@ -382,8 +384,9 @@ fn seconds(ns: Option<u64>) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::collections::{BTreeSet, HashMap};
+
+    use super::*;
 
     #[test]
     fn kinds_have_names_of_their_own_and_labels_without_doubles() {

@@ -1,9 +1,10 @@
 //! Calls that Berth does not offer yet.
 
+use berth_cri::v1;
+
 use super::error::CallError;
 use super::pages::Items;
 use super::runtime_service::RuntimeService;
-use berth_cri::v1;
 
 const CHECKPOINT: CallError = CallError::NotOffered("checkpoint and restore are not offered yet");
 const EVENTS: CallError = CallError::NotOffered("container events are not offered yet; lists are");

@@ -1,9 +1,11 @@
 //! Streaming lists: the items of a list, split into messages.
 
-use super::error::CallError;
 use std::pin::Pin;
+
 use tokio_stream::Stream;
 use tonic::Status;
+
+use super::error::CallError;
 
 /// Items in one message. A container with its labels and annotations has some kilobytes, a message 16 MiB.
 pub(super) const PAGE: usize = 500;

@@ -1,11 +1,13 @@
 //! Calls about the runtime itself: `Version`, `Status`, `RuntimeConfig` and `UpdateRuntimeConfig`.
 
+use std::collections::BTreeMap;
+
+use berth_cri::v1;
+
 use super::error::CallError;
 use super::info;
 use super::runtime_service::RuntimeService;
 use crate::handlers::Handler;
-use berth_cri::v1;
-use std::collections::BTreeMap;
 
 /// The version of the kubelet's runtime API; containerd and CRI-O report the same.
 const KUBELET_API_VERSION: &str = "0.1.0";

@@ -4,6 +4,11 @@
 //! their own task ([`apart`]): if a client goes away its request is still finished, and nothing
 //! is left half done.
 
+use std::future::Future;
+use std::sync::Arc;
+
+use berth_cri::v1;
+
 use super::error::CallError;
 use super::table::service;
 use crate::container::Container;
@@ -12,9 +17,6 @@ use crate::registry::Found;
 use crate::sandbox::Sandbox;
 use crate::streaming::Streaming;
 use crate::usage::Samples;
-use berth_cri::v1;
-use std::future::Future;
-use std::sync::Arc;
 
 /// The service. Its calls are methods, in the file of the object that they are about.
 #[derive(Debug, Clone)]

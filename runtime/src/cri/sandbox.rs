@@ -1,5 +1,9 @@
 //! Calls about sandboxes.
 
+use std::collections::BTreeMap;
+
+use berth_cri::v1;
+
 use super::container::selinux;
 use super::convert::{self, SandboxFilter, SandboxView};
 use super::error::CallError;
@@ -7,8 +11,6 @@ use super::info;
 use super::pages::{Items, PAGE, pages};
 use super::runtime_service::{RuntimeService, absent_is_none, apart};
 use crate::sandbox::{self, Sandbox};
-use berth_cri::v1;
-use std::collections::BTreeMap;
 
 impl RuntimeService {
     pub(super) async fn run_pod_sandbox(

@@ -1,5 +1,9 @@
 //! Calls for the usage of containers and pods, and their messages: `ContainerStats` and `PodSandboxStats`.
 
+use berth_cgroup::MemoryStats;
+use berth_cri::v1;
+use berth_network::interfaces::InterfaceCounters;
+
 use super::convert::{ContainerFilter, SandboxFilter};
 use super::error::CallError;
 use super::pages::{Items, PAGE, pages};
@@ -8,9 +12,6 @@ use super::sandbox::view;
 use crate::node::Node;
 use crate::usage::pod::PodUsage;
 use crate::usage::{ContainerUsage, LayerSize, Sample, Samples, Traffic};
-use berth_cgroup::MemoryStats;
-use berth_cri::v1;
-use berth_network::interfaces::InterfaceCounters;
 
 impl RuntimeService {
     pub(super) async fn container_stats(

@@ -7,8 +7,9 @@
 //! Strings are copied as encoded; only their lengths are computed, because the table's entries are
 //! evicted by size.
 
-use super::huffman::decoded_length;
 use std::collections::VecDeque;
+
+use super::huffman::decoded_length;
 
 /// The `:authority` of each request: the one that grpc-go sends over a Unix socket.
 const AUTHORITY: &str = "localhost";

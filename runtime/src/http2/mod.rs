@@ -17,14 +17,16 @@ mod resets;
 #[cfg(test)]
 mod tests;
 
-use frames::Frames;
-use resets::{Reset, Resets};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tonic::transport::server::Connected;
+
+use frames::Frames;
+use resets::{Reset, Resets};
 
 /// The largest list of headers that a request may have, in bytes as RFC 9113 section 6.5.2 counts them. The
 /// HTTP/2 server has the same limit and answers 431.

@@ -1,12 +1,14 @@
 //! The rewritten stream against `h2`, which is what reads it in the daemon, and whose client is one of those
 //! that write it.
 
-use super::*;
+use std::time::Duration;
+
 use http::{HeaderMap, HeaderName, HeaderValue, Request};
 use proptest::prelude::*;
-use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+use super::*;
 
 const MAX_HEADERS: usize = 24;
 

@@ -1,9 +1,10 @@
 //! The capability sets of a container: capabilities(7), CRI `Capability`.
 
-use super::SpecError;
 use berth_model::security::ContainerSecurity;
 use berth_sys::credentials::{CAPABILITIES, CapabilityBits, capability_number};
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
+
+use super::SpecError;
 
 /// The default capabilities: the set of Docker and containerd, which images are written
 /// for.

@@ -4,9 +4,11 @@
 //! wanted. A line break in a value is legitimate, and here only a byte: none of this is ever written
 //! to a line-based file (CVE-2022-4318).
 
-use super::{Inputs, SpecError};
-use berth_shim_proto::launch::DEFAULT_PATH;
 use std::collections::HashMap;
+
+use berth_shim_proto::launch::DEFAULT_PATH;
+
+use super::{Inputs, SpecError};
 
 /// The longest argument or variable: `MAX_ARG_STRLEN` of execve(2) is 32 pages of 4 KiB, with the final NUL.
 pub(super) const MAX_TEXT_BYTES: usize = 128 * 1024 - 1;

@@ -1,10 +1,12 @@
 //! The main process of a container: its program, directory, limits and privileges.
 
-use super::{Inputs, SpecError, capabilities, environment};
+use std::path::PathBuf;
+
 use berth_model::limit::MAX_PATH_BYTES;
 use berth_model::security::Profile;
 use oci_spec::runtime::{Process, Spec, User};
-use std::path::PathBuf;
+
+use super::{Inputs, SpecError, capabilities, environment};
 
 /// The umask of every container, independent of the daemon's.
 const UMASK: u32 = 0o022;

@@ -3,12 +3,13 @@
 //! The cgroup's settings are read from the finished spec, wherever it comes from. Properties that cannot
 //! be enforced are refused.
 
-use super::SpecError;
 use berth_cgroup::{Access, Ceiling, DeviceKind, DevicePolicy, DeviceRule, HugepageLimit, Limits};
 use berth_model::container::Resources;
 use oci_spec::runtime::{
     LinuxCpu, LinuxDeviceCgroup, LinuxDeviceType, LinuxHugepageLimit, LinuxMemory, LinuxResources, Spec,
 };
+
+use super::SpecError;
 
 /// The limits of a request in the form of the spec. Zero, and a negative number where no limit is possible,
 /// is "not set".

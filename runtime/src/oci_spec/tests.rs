@@ -1,6 +1,5 @@
 //! The specs of containers, by what was asked for.
 
-use super::*;
 use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule};
 use berth_model::container::{Mount as AskedMount, Propagation, Resources};
 use berth_model::layout::Layout;
@@ -8,6 +7,8 @@ use berth_model::security::Profile;
 use oci_spec::runtime::{
     LinuxDeviceCgroup, LinuxDeviceType, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources, Mount,
 };
+
+use super::*;
 
 /// Everything that a spec is made from, with an ordinary pod and image to start with.
 #[derive(Debug)]

@@ -7,7 +7,9 @@
 mod mount_options;
 mod privileges;
 
-pub use privileges::{capability_bits, rlimit_number};
+use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use berth_image::StoredLayer;
 use berth_model::id::ContainerId;
@@ -17,11 +19,11 @@ use berth_shim_proto::launch::{
     Cgroup, Device, Launch, Mount, Namespaces, PidNamespace, Process, Propagation, REPLACEABLE_IN_PROC,
     Rootfs, User,
 };
-use mount_options::{MountOptions, OptionError};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Spec};
-use std::collections::HashSet;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+
+use mount_options::{MountOptions, OptionError};
+
+pub use privileges::{capability_bits, rlimit_number};
 
 /// Places that later steps, and programs in the container, rely on being the kernel's own: never reached
 /// through a link of the image.

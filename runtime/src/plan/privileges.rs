@@ -54,8 +54,9 @@ pub(super) fn rlimit(limit: &PosixRlimit) -> Rlimit {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use berth_sys::credentials::CAPABILITIES;
+
+    use super::*;
 
     #[test]
     fn every_capability_of_the_kernel_keeps_its_number() {

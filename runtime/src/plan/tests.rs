@@ -1,8 +1,5 @@
 //! Plans by specs.
 
-use super::*;
-use crate::oci_spec::tests::{ALL_CAPABILITIES, Fixture, fuse, texts};
-use crate::oci_spec::{CgroupDirectory, ResolvedDevice, ResolvedMount};
 use berth_model::container::{Mount as Asked, Propagation as Travel};
 use berth_model::security::NamespaceMode;
 use berth_sys::credentials::{CAPABILITIES, CapabilityBits};
@@ -10,6 +7,10 @@ use oci_spec::runtime::{
     Capability, Hooks, LinuxIdMapping, LinuxNamespace, LinuxSeccomp, Process as SpecProcess,
 };
 use proptest::prelude::*;
+
+use super::*;
+use crate::oci_spec::tests::{ALL_CAPABILITIES, Fixture, fuse, texts};
+use crate::oci_spec::{CgroupDirectory, ResolvedDevice, ResolvedMount};
 
 const FILTER: &[u8] = &[6, 0, 0, 0, 0, 0, 255, 127];
 const ENTRY: &[u8] = &[6, 0, 0, 0, 0, 0, 255, 126];

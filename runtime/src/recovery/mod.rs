@@ -21,22 +21,24 @@
 mod remains;
 mod unread;
 
-pub(crate) use remains::Remains;
-
-use crate::container::{self, Container, follow};
-use crate::node::Node;
-use crate::record_files::{self, Fault, Patience, patiently};
-use crate::sandbox::{self, Sandbox};
-use crate::{cadvisor, container::lost};
-use berth_model::id::{ContainerId, SandboxId};
-use berth_model::state::ContainerState;
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
+
+use berth_model::id::{ContainerId, SandboxId};
+use berth_model::state::ContainerState;
 use tokio::sync::Semaphore;
+
+use crate::container::{self, Container, follow};
+use crate::node::Node;
+use crate::record_files::{self, Fault, Patience, patiently};
+use crate::sandbox::{self, Sandbox};
+use crate::{cadvisor, container::lost};
+
+pub(crate) use remains::Remains;
 
 /// How long shims may take to answer before the socket opens. Normally they take milliseconds.
 const ANSWERS: Duration = Duration::from_secs(1);

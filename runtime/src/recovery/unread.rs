@@ -1,14 +1,16 @@
 //! Objects whose records cannot be read: retried until they can be, or are gone.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_model::state::ContainerState;
+use tokio::sync::Semaphore;
+
 use super::{Verdict, container_of, sandbox_of};
 use crate::container::follow;
 use crate::node::Node;
 use crate::record_files::Patience;
 use crate::sandbox;
-use berth_model::state::ContainerState;
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::sync::Semaphore;
 
 /// The pause between attempts.
 const AGAIN: Duration = Duration::from_secs(10);

@@ -5,10 +5,12 @@
 //! forbid it: it is either among the containers that the stop ends, or it is cancelled and cleans up
 //! what it created.
 
-use crate::lock;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
 use tokio::sync::watch;
+
+use crate::lock;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Standing {

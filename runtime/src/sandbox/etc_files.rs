@@ -3,11 +3,13 @@
 //! The kubelet mounts its own `/etc/hosts`, which wins; this one is for all other clients. Pure
 //! text functions, and one that writes.
 
-use super::SandboxError;
-use berth_model::layout::SandboxFiles;
-use berth_model::sandbox::Dns;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+
+use berth_model::layout::SandboxFiles;
+use berth_model::sandbox::Dns;
+
+use super::SandboxError;
 
 /// resolv.conf(5): `search`, `nameserver` lines, `options`, each only if not empty.
 fn resolv_conf(dns: &Dns) -> String {

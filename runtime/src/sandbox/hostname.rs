@@ -1,8 +1,9 @@
 //! The hostname of a pod.
 
+use std::io;
+
 use berth_model::sandbox::Config;
 use berth_model::security::NamespaceMode;
-use std::io;
 
 /// The host's hostname: proc_sys_kernel(5).
 pub(crate) const HOST_FILE: &str = "/proc/sys/kernel/hostname";

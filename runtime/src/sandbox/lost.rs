@@ -3,9 +3,10 @@
 //! Its data comes from the containers' records and from the runtime directory. It is NotReady: a
 //! kubelet creates another for the pod, and removes this one with everything in it.
 
-use super::{Sandbox, recover};
-use crate::container::Container;
-use crate::node::Node;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
 use berth_cgroup::{Driver, Parent};
 use berth_cri::labels::{POD_NAME, POD_NAMESPACE, POD_UID};
 use berth_model::id::SandboxId;
@@ -13,9 +14,10 @@ use berth_model::record::{ContainerRecord, SandboxRecord};
 use berth_model::sandbox::{Config, Metadata};
 use berth_model::security::{NamespaceMode, Namespaces};
 use berth_sys::ns::Kind;
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
+
+use super::{Sandbox, recover};
+use crate::container::Container;
+use crate::node::Node;
 
 /// Reconstructs the sandbox `id` from its containers, of which there is at least one. `keeps_record` if its
 /// record is there and may become readable later. Blocking.

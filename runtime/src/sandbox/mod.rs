@@ -21,12 +21,9 @@ pub(crate) mod recover;
 pub(crate) mod stop;
 mod watch;
 
-pub(crate) use creations::Creation;
-pub(crate) use error::SandboxError;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
 
-use crate::events::{self, Event, SandboxChange};
-use crate::lock;
-use crate::record_files::RecordFiles;
 use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
 use berth_model::layout::{SandboxFiles, Shared};
@@ -35,9 +32,14 @@ use berth_model::sandbox::Config;
 use berth_model::state::{SandboxEvent, SandboxState, sandbox_after};
 use berth_sys::errno::ESRCH;
 use berth_sys::process;
+
+use crate::events::{self, Event, SandboxChange};
+use crate::lock;
+use crate::record_files::RecordFiles;
 use creations::Creations;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
+
+pub(crate) use creations::Creation;
+pub(crate) use error::SandboxError;
 
 /// Process 1 of a pod that shares its pid namespace.
 #[derive(Debug)]

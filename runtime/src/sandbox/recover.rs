@@ -1,9 +1,8 @@
 //! Sandboxes of a previous daemon.
 
-use super::creations::Creations;
-use super::{PodProcess, Sandbox, SandboxError, lock, namespaces, watch};
-use crate::node::Node;
-use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+
 use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
 use berth_model::layout::{Layout, SandboxFiles, Shared};
@@ -11,8 +10,11 @@ use berth_model::record::SandboxRecord;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
 use berth_sys::ns::Kind;
-use std::net::IpAddr;
-use std::sync::{Arc, Mutex};
+
+use super::creations::Creations;
+use super::{PodProcess, Sandbox, SandboxError, lock, namespaces, watch};
+use crate::node::Node;
+use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
 
 /// What exists of a sandbox.
 #[derive(Debug)]

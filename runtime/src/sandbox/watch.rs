@@ -1,13 +1,15 @@
 //! Watches for the end of a pod's first process.
 
-use super::{PodProcess, Sandbox, lock};
-use berth_model::state::SandboxEvent;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
+
+use berth_model::state::SandboxEvent;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use super::{PodProcess, Sandbox, lock};
 
 /// How often a process without a descriptor is polled.
 const LOOK: Duration = Duration::from_secs(1);
@@ -51,16 +53,18 @@ async fn look(sandbox: &Weak<Sandbox>) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::events::heard::Heard;
-    use crate::sandbox::recover;
+    use std::process::{Child, Command};
+
     use berth_cgroup::{Driver, Parent};
     use berth_model::layout::Layout;
     use berth_model::record::{ProcessRecord, SandboxRecord};
     use berth_model::state::SandboxState;
     use berth_sys::process;
-    use std::process::{Child, Command};
     use tracing::dispatcher::{set_default, with_default};
+
+    use super::*;
+    use crate::events::heard::Heard;
+    use crate::sandbox::recover;
 
     /// A hang guard.
     const HANGS: Duration = Duration::from_secs(60);

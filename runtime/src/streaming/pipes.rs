@@ -1,9 +1,10 @@
 //! Pipes between the daemon and a shim, and a client's streams: what exec and attach have in common.
 
-use berth_streaming::command::Input;
-use bytes::BytesMut;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+
+use berth_streaming::command::Input;
+use bytes::BytesMut;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 

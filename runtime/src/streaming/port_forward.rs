@@ -4,19 +4,21 @@
 //! (network_namespaces(7)). So a separate thread enters the sandbox's namespace and makes a socket;
 //! connecting it and all that follows is the async runtime's.
 
-use crate::sandbox::Sandbox;
-use berth_model::security::NamespaceMode;
-use berth_model::state::SandboxState;
-use berth_streaming::command::BoxFuture;
-use berth_sys::ns::{self, Kind};
-use socket2::{Domain, Socket, Type};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use berth_model::security::NamespaceMode;
+use berth_model::state::SandboxState;
+use berth_streaming::command::BoxFuture;
+use berth_sys::ns::{self, Kind};
+use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
+
+use crate::sandbox::Sandbox;
 
 /// How long a connection may take: one to a listener whose queue is full is tried again by the kernel for
 /// minutes.

@@ -1,9 +1,11 @@
 //! The filesystem that writable layers are on, and block devices by name.
 
-use crate::node::Node;
-use berth_cgroup::DeviceIo;
 use std::collections::HashMap;
 use std::path::Path;
+
+use berth_cgroup::DeviceIo;
+
+use crate::node::Node;
 
 /// What holds for all containers of a look.
 pub(crate) struct Disk {

@@ -5,12 +5,14 @@
 //! with the next call, and until it is complete the previous one is reported; the first is reported as far as
 //! it has come.
 
-use crate::lock;
-use berth_sys::beneath::{Root, Usage, Walk};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use berth_sys::beneath::{Root, Usage, Walk};
+
+use crate::lock;
 
 /// How long a size counts as known. Counting costs more than all other numbers together, and the kubelet asks
 /// every ten seconds.
@@ -119,9 +121,11 @@ impl LayerSizes {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use berth_sys::beneath::Dir;
     use std::ffi::OsStr;
+
+    use berth_sys::beneath::Dir;
+
+    use super::*;
 
     fn sized(sizes: &LayerSizes, upper: &Path) -> Usage {
         sizes.of("c", upper, || 1).usage

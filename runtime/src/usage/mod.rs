@@ -12,16 +12,18 @@ pub(crate) mod pod;
 pub(crate) mod processes;
 mod traffic;
 
-pub(crate) use layer_size::LayerSize;
-pub(crate) use traffic::Traffic;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use berth_cgroup::{Detail, Stats};
 
 use crate::clock::unix_ns;
 use crate::container::Container;
 use crate::lock;
-use berth_cgroup::{Detail, Stats};
 use layer_size::LayerSizes;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+
+pub(crate) use layer_size::LayerSize;
+pub(crate) use traffic::Traffic;
 
 /// What the cgroup of a container or pod says at one moment.
 #[derive(Debug, Clone)]

@@ -6,19 +6,21 @@
 //! host's network there are none, since those are the node's. A pod that is not ready has its containers,
 //! with what they left on the disk, and nothing else.
 
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use berth_cgroup::{Cgroup, CpuStats, Detail, MemoryStats, Stats, stats_of_parent};
+use berth_model::id::SandboxId;
+use berth_model::security::NamespaceMode;
+use berth_model::state::SandboxState;
+
 use super::traffic::{self, Traffic};
 use super::{ContainerUsage, Sample, Samples};
 use crate::clock::unix_ns;
 use crate::container::Container;
 use crate::node::Node;
 use crate::sandbox::Sandbox;
-use berth_cgroup::{Cgroup, CpuStats, Detail, MemoryStats, Stats, stats_of_parent};
-use berth_model::id::SandboxId;
-use berth_model::security::NamespaceMode;
-use berth_model::state::SandboxState;
-use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::Arc;
 
 /// A pod with what was looked up for all pods at once.
 pub(crate) struct Counted {

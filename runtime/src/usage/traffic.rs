@@ -4,11 +4,12 @@
 //! from one into the next by the files that pin them. No thread that serves anything else changes its
 //! namespace, and no socket keeps a namespace alive beyond the look.
 
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
 use berth_network::Netlink;
 use berth_network::interfaces::{self, InterfaceCounters};
 use berth_sys::ns::{self, Kind};
-use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
 
 /// The number of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`, `net/flow.h`).
 const LOOPBACK: u32 = 1;

@@ -3,12 +3,14 @@
 //! A token has 256 random bits and is the only protection of a URL. It is looked up in a hash table with a
 //! random key, so how long a lookup takes says nothing about the tokens that are there.
 
-use crate::command::{Run, Wanted};
-use crate::forward::Connect;
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
 use tokio::time::Instant;
+
+use crate::command::{Run, Wanted};
+use crate::forward::Connect;
 
 /// How long a token can be used.
 pub const LIFETIME: Duration = Duration::from_secs(60);
@@ -142,8 +144,9 @@ impl Tokens {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::Arc;
+
+    use super::*;
 
     fn task() -> Task {
         Task::Forward(Arc::new(|_| Box::pin(async { Err(String::new()) })), Vec::new())

@@ -5,15 +5,16 @@
 //! | SPDY/3.1 | GET or POST, `Upgrade: SPDY/3.1` | `X-Stream-Protocol-Version`, in the client's order |
 //! | WebSocket | GET, `Upgrade: websocket` (RFC 6455, section 4.2) | `Sec-WebSocket-Protocol`, likewise |
 
-use crate::command::{self, Version};
-use crate::tokens::Endpoint;
-use crate::{forward, websocket};
 use hyper::header::{
     CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
     SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
 };
 use hyper::{Method, StatusCode};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use crate::command::{self, Version};
+use crate::tokens::Endpoint;
+use crate::{forward, websocket};
 
 pub(crate) const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 const ACCEPTED_VERSIONS: HeaderName = HeaderName::from_static("x-accepted-stream-protocol-versions");

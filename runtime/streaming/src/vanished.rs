@@ -5,11 +5,13 @@
 //! hour. `TCP_USER_TIMEOUT` of tcp(7) would be shorter, but also ends a peer that is there and reads nothing
 //! for that time, such as a pager. So what tells them apart is looked at: such a peer answers each probe.
 
-use crate::hangup::Hangup;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
+
 use tokio::time::Instant;
+
+use crate::hangup::Hangup;
 
 /// For how long a TCP peer has acknowledged nothing, while something has been sent to it that is to be
 /// acknowledged; nothing when all of it has been.

@@ -4,6 +4,10 @@
 //! ([`crate::relay`]). They may come from when the container waits for its start, in any number, and what
 //! they type is taken as it comes.
 
+use std::os::fd::OwnedFd;
+
+use berth_shim_proto::control::{AttachRequest, Failed, Resize};
+
 use super::execs::set_size;
 use super::{Shim, State};
 use crate::attached::LastWords;
@@ -11,8 +15,6 @@ use crate::cri_log::Stream;
 use crate::failure::{Step, refused};
 use crate::relay::{self, Ends, Way};
 use crate::stdio::Output;
-use berth_shim_proto::control::{AttachRequest, Failed, Resize};
-use std::os::fd::OwnedFd;
 
 const ATTACH: &str = "attach to the container";
 

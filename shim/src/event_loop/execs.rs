@@ -6,18 +6,20 @@
 //! ```
 //! A program of exec belongs to who asked for it: when that connection ends, it is killed.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use berth_shim_proto::control::{Ended, ExecRequest, Failed, Resize, reply::Answer};
+use berth_shim_proto::launch::Cgroup;
+use berth_sys::process::{self, RLIMIT_NOFILE};
+use berth_sys::{socket, tty};
+
 use super::{Asker, SIGKILL, Shim, State};
 use crate::birth::{Birth, Progress};
 use crate::failure::{Step, from_io, refused};
 use crate::launch::{self, Streams};
 use crate::relay::{self, Ends, Way};
 use crate::session;
-use berth_shim_proto::control::{Ended, ExecRequest, Failed, Resize, reply::Answer};
-use berth_shim_proto::launch::Cgroup;
-use berth_sys::process::{self, RLIMIT_NOFILE};
-use berth_sys::{socket, tty};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
 
 /// Descriptors of the shim that streams leave for everything else: its container, its daemons, and processes
 /// on their way.

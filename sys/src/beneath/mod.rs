@@ -17,15 +17,15 @@ mod listing;
 mod root;
 mod walk;
 
-pub use dir::{Dir, Node};
-pub use inode::{FileType, Stat, Timestamp, chmod, chown, set_times, stat_fd};
-pub use root::{MissingDir, Root};
-pub use walk::{Usage, Walk};
-
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+pub use dir::{Dir, Node};
+pub use inode::{FileType, Stat, Timestamp, chmod, chown, set_times, stat_fd};
+pub use root::{MissingDir, Root};
+pub use walk::{Usage, Walk};
 
 /// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through 128 tries
 /// is an attack.

@@ -1,6 +1,10 @@
 //! What streaming clients do that no good one does, and a server that cannot listen.
 
-use crate::streams::{forward_url, piped};
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_streaming::spdy::{Encoder, Headers};
@@ -9,11 +13,9 @@ use berth_tests::deadline::{patience, within};
 use berth_tests::pod::shell;
 use berth_tests::streams::{Command, ask, dial};
 use bytes::BytesMut;
-use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
 use tonic::Code;
+
+use crate::streams::{forward_url, piped};
 
 /// The resident memory of the daemon in KiB that is its own.
 fn resident(daemon: &Daemon) -> Result<u64> {

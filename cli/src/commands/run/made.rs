@@ -10,12 +10,11 @@ use berth_cri::v1::{
     StartContainerRequest,
 };
 
+use super::RunError;
 use crate::commands::rm::{remove_log, remove_logs};
 use crate::daemon::{CallError, Daemon, answer};
 use crate::error::Error;
 use crate::output;
-
-use super::RunError;
 
 /// Exit codes of a program that could not be run (126) or found (127), as env(1) and shells have
 /// them.

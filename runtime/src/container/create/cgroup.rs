@@ -1,11 +1,12 @@
 //! The container's cgroup, with the limits and devices of its spec in force before it has a process.
 
+use ::oci_spec::runtime::Spec;
+use berth_cgroup::Cgroup;
+
 use super::spec::Subject;
 use crate::container::{ContainerError, shutdown};
 use crate::oci_spec;
 use crate::shim_client::Holder;
-use ::oci_spec::runtime::Spec;
-use berth_cgroup::Cgroup;
 
 /// Creates the cgroup, which is in `made` as soon as it may need cleanup. Blocking.
 pub(super) fn make(

@@ -1,15 +1,17 @@
 //! The files of a container: created, written, and removed if its creation fails.
 
-use crate::cgroups::CGROUP_GONE;
-use crate::container::{Container, ContainerError};
-use crate::node::Node;
-use crate::trash;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
 use ::oci_spec::runtime::Spec;
 use berth_cgroup::Cgroup;
 use berth_image::StoredLayer;
 use berth_model::layout::ContainerFiles;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+
+use crate::cgroups::CGROUP_GONE;
+use crate::container::{Container, ContainerError};
+use crate::node::Node;
+use crate::trash;
 
 /// What to clean up on failure.
 pub(super) struct Made {

@@ -1,6 +1,10 @@
 //! Starts the shim, which creates the container; then the record is written and the container becomes
 //! visible.
 
+use std::sync::Arc;
+
+use berth_model::record::ProcessRecord;
+
 use super::Prepared;
 use super::files::{self, Made};
 use crate::container::target::Target;
@@ -10,8 +14,6 @@ use crate::node::Node;
 use crate::oci_spec;
 use crate::sandbox::Creation;
 use crate::shim_client::ShimClient;
-use berth_model::record::ProcessRecord;
-use std::sync::Arc;
 
 /// Starts the shim, lets it create the container, records it, and makes it visible by `show`, which says
 /// whether it is still wanted.

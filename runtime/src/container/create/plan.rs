@@ -1,14 +1,16 @@
 //! The plan by which the shim creates the container of the spec.
 
-use super::resolve::Resolved;
-use super::spec::Subject;
-use crate::container::{ContainerError, cgroup_plan};
-use crate::plan::{self, Extra, PidPath};
+use std::path::Path;
+
 use ::oci_spec::runtime::Spec;
 use berth_cgroup::Cgroup;
 use berth_model::layout::ContainerFiles;
 use berth_shim_proto::launch::{ENTERING, LAST_FILTER, Launch};
-use std::path::Path;
+
+use super::resolve::Resolved;
+use super::spec::Subject;
+use crate::container::{ContainerError, cgroup_plan};
+use crate::plan::{self, Extra, PidPath};
 
 /// The plan, and the path of the log (empty without one).
 pub(super) fn launch(

@@ -1,5 +1,14 @@
 //! The container's OCI runtime spec, from what was looked up.
 
+use std::path::Path;
+
+use ::oci_spec::runtime::Spec;
+use berth_cgroup::Cgroup;
+use berth_image::Image;
+use berth_model::container::Config;
+use berth_model::id::ContainerId;
+use berth_model::layout::ContainerFiles;
+
 use super::resolve::Resolved;
 use crate::container::ContainerError;
 use crate::container::target::Target;
@@ -7,13 +16,6 @@ use crate::node::Node;
 use crate::oci_spec::{self, CgroupDirectory, Inputs};
 use crate::sandbox::Sandbox;
 use crate::sandbox::hostname;
-use ::oci_spec::runtime::Spec;
-use berth_cgroup::Cgroup;
-use berth_image::Image;
-use berth_model::container::Config;
-use berth_model::id::ContainerId;
-use berth_model::layout::ContainerFiles;
-use std::path::Path;
 
 /// The container's identity and place.
 #[derive(Clone, Copy)]

@@ -1,13 +1,14 @@
 //! `ContainerConfig` into [`container::Config`](Config).
 
-use super::field::{
-    self, Field, Rejected, absolute, at_most, inside, no_longer_than, no_nul, quoted, relative_file,
-};
-use super::{SeLinux, resources, sandbox as sandbox_side, security, signal};
 use berth_cri::v1;
 use berth_model::container::{Config, Device, Metadata, Mount, Propagation};
 use berth_model::limit::{MAX_DEVICES, MAX_MOUNTS};
 use berth_model::sandbox;
+
+use super::field::{
+    self, Field, Rejected, absolute, at_most, inside, no_longer_than, no_nul, quoted, relative_file,
+};
+use super::{SeLinux, resources, sandbox as sandbox_side, security, signal};
 
 /// Limit on command, arguments and environment together, in bytes with their NULs. The kernel allows a
 /// quarter of the stack's limit, 2 MiB mostly, and needs some of it for pointers.
@@ -199,9 +200,11 @@ fn device(field: &Field<'_>, message: v1::Device) -> Result<Device, Rejected> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use berth_model::security::{NamespaceMode, Namespaces};
     use std::collections::BTreeMap;
+
+    use berth_model::security::{NamespaceMode, Namespaces};
+
+    use super::*;
 
     fn asked() -> v1::ContainerConfig {
         v1::ContainerConfig {

@@ -1,8 +1,9 @@
 //! Paths of fields in a request, the errors for refused values, and checks that several
 //! messages share.
 
-use berth_model::limit::{MAX_NAME_BYTES, MAX_PATH_BYTES};
 use std::fmt;
+
+use berth_model::limit::{MAX_NAME_BYTES, MAX_PATH_BYTES};
 
 /// The most that a message quotes of a refused value, in characters. A message travels in HTTP/2
 /// trailers, which some stacks limit to 8 KiB.

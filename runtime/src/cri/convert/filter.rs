@@ -1,8 +1,9 @@
 //! Filters of the list calls. All set fields must match; an id is matched by prefix; an empty filter
 //! matches everything.
 
-use berth_cri::v1;
 use std::collections::BTreeMap;
+
+use berth_cri::v1;
 
 use super::status::{ContainerView, SandboxView, container_state, sandbox_state};
 
@@ -90,10 +91,11 @@ fn has_labels(labels: &BTreeMap<String, String>, asked: &BTreeMap<String, String
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use berth_model::id::{ContainerId, SandboxId};
     use berth_model::state::{ContainerState, SandboxState};
     use berth_model::{container, sandbox};
+
+    use super::*;
 
     fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()

@@ -1,8 +1,10 @@
 //! Images for lists and statuses.
 
-use super::security::uid_of_digits;
-use berth_cri::v1;
 use std::collections::BTreeMap;
+
+use berth_cri::v1;
+
+use super::security::uid_of_digits;
 
 /// An image.
 #[derive(Debug, Clone, Copy)]

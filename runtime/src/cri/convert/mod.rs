@@ -41,11 +41,12 @@ pub use status::{
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::handlers::Handlers;
     use berth_cri::v1;
     use proptest::prelude::*;
     use prost::Message;
+
+    use super::*;
+    use crate::handlers::Handlers;
 
     proptest! {
         #[test]

@@ -1,9 +1,11 @@
 //! `LinuxContainerResources` into [`Resources`], and back for a status.
 
-use super::field::{Field, Rejected, at_most, no_longer_than, no_nul, quoted};
+use std::collections::{BTreeMap, BTreeSet};
+
 use berth_cri::v1;
 use berth_model::container::Resources;
-use std::collections::{BTreeMap, BTreeSet};
+
+use super::field::{Field, Rejected, at_most, no_longer_than, no_nul, quoted};
 
 /// Limit on page sizes in one request; an architecture has at most a handful.
 const MAX_HUGEPAGE_LIMITS: usize = 64;

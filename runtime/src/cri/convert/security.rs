@@ -1,12 +1,13 @@
 //! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into
 //! [`berth_model::security`].
 
-use super::field::{self, Field, Rejected, absolute_forward, at_most, inside, quoted};
 use berth_cri::v1;
 use berth_cri::v1::security_profile::ProfileType;
 use berth_model::sandbox;
 use berth_model::security::{ContainerSecurity, NamespaceMode, Namespaces, Profile, User};
 use berth_sys::credentials::{CAPABILITIES, capability_number};
+
+use super::field::{self, Field, Rejected, absolute_forward, at_most, inside, quoted};
 
 /// Whether the node's kernel has SELinux enabled. If not, SELinux options have no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,8 @@
 //! `Signal` of the CRI and the numbers of signal(7). The CRI numbers them alphabetically.
 
-use super::field::{Field, Rejected};
 use berth_cri::v1::Signal;
+
+use super::field::{Field, Rejected};
 
 /// The first and last real-time signal of glibc, which reserves 32 and 33. musl's first is
 /// 35, but names in pods and images follow glibc.

@@ -1,12 +1,13 @@
 //! Sandboxes and containers for lists and statuses.
 
-use super::{namespace_options, resources_message, signal_message};
 use berth_cri::v1;
 use berth_model::container;
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::sandbox;
 use berth_model::security::NamespaceMode;
 use berth_model::state::{ContainerState, SandboxState};
+
+use super::{namespace_options, resources_message, signal_message};
 
 /// A sandbox, for a list or status.
 #[derive(Debug, Clone, Copy)]
@@ -232,10 +233,12 @@ pub(super) fn container_state(state: &ContainerState) -> v1::ContainerState {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::collections::BTreeMap;
+
     use berth_model::security::Namespaces;
     use berth_model::state::{Exit, ExitReason};
-    use std::collections::BTreeMap;
+
+    use super::*;
 
     fn sandbox_config(network: NamespaceMode) -> sandbox::Config {
         sandbox::Config {

@@ -1,7 +1,8 @@
 //! Kernel parameters that a pod may set: only those of its own network and IPC namespaces.
 
-use super::field::{Field, Rejected, no_longer_than, quoted};
 use berth_model::security::{NamespaceMode, Namespaces};
+
+use super::field::{Field, Rejected, no_longer_than, quoted};
 
 /// Limit on parameters in one request. There are about 1500 files below `/proc/sys/net` with one interface.
 pub(super) const MAX_SYSCTLS: usize = 1024;

@@ -9,9 +9,10 @@
 //! Numbers are big-endian (SPDY protocol draft 3, section 2.6.10). Decompression stops at [`MAX_BYTES`],
 //! whatever the compressed length.
 
+use flate2::{Decompress, FlushDecompress, Status};
+
 use super::ProtocolError;
 use super::dictionary::DICTIONARY;
-use flate2::{Decompress, FlushDecompress, Status};
 
 /// The longest header block, decompressed, in bytes. Clients of the CRI send some 100: `streamType`, `port`
 /// and `requestID`. Each stream keeps its own.
@@ -183,9 +184,10 @@ fn adler32(bytes: &[u8]) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use flate2::{Compress, Compression, FlushCompress};
     use proptest::prelude::*;
+
+    use super::*;
 
     fn compressed(plain: &[u8]) -> Vec<u8> {
         let mut compress = Compress::new(Compression::best(), true);

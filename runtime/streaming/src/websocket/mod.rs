@@ -12,19 +12,13 @@ mod command;
 mod ports;
 mod tunnel;
 
-pub(crate) use command::command;
-pub(crate) use ports::{MAX_PORTS, forward, ports_of_query};
-pub(crate) use tunnel::tunnel;
+use std::sync::Arc;
 
-use crate::activity::Activity;
-use crate::command::Version;
-use crate::spdy::connection::Closed;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::stream::SplitStream;
 use futures_util::{SinkExt, StreamExt};
-use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -32,6 +26,14 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+
+use crate::activity::Activity;
+use crate::command::Version;
+use crate::spdy::connection::Closed;
+
+pub(crate) use command::command;
+pub(crate) use ports::{MAX_PORTS, forward, ports_of_query};
+pub(crate) use tunnel::tunnel;
 
 /// The longest message and frame of a client, in bytes. Those of the CRI's clients have at most 32 KiB of
 /// payload.
@@ -195,8 +197,9 @@ fn decode(protocol: Protocol, message: Message) -> Result<Said, Malformed> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn protocol(name: &str) -> Protocol {
         FOR_COMMANDS.iter().find(|(found, _)| *found == name).unwrap().1

@@ -1,13 +1,15 @@
 //! SPDY in the binary messages of a WebSocket, in both directions: `SPDY/3.1+portforward.k8s.io`.
 
-use super::accepted;
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+
+use super::accepted;
 
 /// How often the client of a tunnel is pinged: load balancers drop what is silent.
 const PING: Duration = Duration::from_secs(10);

@@ -1,16 +1,16 @@
-//! A process on its way to its program: who it is, how far it has come, and how long it may take.
+//! A process that has not executed its program yet: its identity, its progress, and its deadline.
 //!
 //! ```text
 //!  direct      child: report, (go), exec
 //!  by a maker  maker: report (main process only), successor, end;  successor: (go), exec
 //! ```
-//! The shim never waits for such a process. It may hang in a filesystem, or be stopped by others in its pid
-//! namespace; the loop goes on, and kills it when its time is up.
+//! The shim never blocks on such a process. It may hang in a filesystem, or be stopped by others in its pid
+//! namespace; the loop continues, and kills it at its deadline.
 //!
-//! Who the process is comes from the kernel: the maker is the shim's own child, made by `clone3(2)`. It names
-//! the successor by its own name, which is looked at once it has ended and before it is reaped; the successor
-//! has to be a child of the shim, and no child that is not known is reaped before that. So the numbers are
-//! their own for as long as this says that they are there.
+//! The kernel identifies the process: the maker is the shim's own child, created by `clone3(2)`. It names
+//! the successor by its own name, which is read once it has ended and before it is reaped; the successor
+//! has to be a child of the shim, and no unknown child is reaped before that. So the pids cannot be
+//! reused while this lists them.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use berth_sys::process::SIGKILL;
 use crate::failure::refused;
 use crate::handshake::{self, Report, ShimEnd};
 
-/// How long a main process may take from the word to go on until it is its program. The daemon waits a little
+/// How long a main process may take from the start until the exec. The daemon waits a little
 /// longer, and its caller for little more than that.
 const START: Duration = Duration::from_secs(10);
 
@@ -34,15 +34,15 @@ const ENTER: Duration = Duration::from_secs(30);
 /// longer.
 const PREPARE: Duration = Duration::from_secs(60);
 
-/// The process, not a program yet.
+/// A process before its exec.
 #[derive(Debug)]
 pub(crate) struct Birth {
     end: ShimEnd,
-    /// Until it is reaped. In a direct birth it is the process itself.
+    /// The maker, until it is reaped. In a direct birth, the process itself.
     maker: Option<i32>,
-    /// Once it is known, until it is reaped.
+    /// The process, once known and until it is reaped.
     process: Option<i32>,
-    /// Whether the process has ever been known.
+    /// Whether the process was ever known.
     named: bool,
     /// Whether it may continue as soon as it is known.
     at_once: bool,
@@ -52,12 +52,12 @@ pub(crate) struct Birth {
     deadline: Instant,
 }
 
-/// How far a process has come.
+/// The progress of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Progress {
     /// It goes on.
     Pending,
-    /// It is its program.
+    /// It has executed its program.
     Executed,
 }
 
@@ -86,12 +86,12 @@ impl Birth {
         Self { at_once: true, deadline: Instant::now() + ENTER, ..Self::by_maker(end, maker) }
     }
 
-    /// What tells by its readiness that something was said.
+    /// The descriptor that becomes readable when there is a message.
     pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.end.sources()
     }
 
-    /// When it has taken too long.
+    /// Its deadline.
     pub(crate) fn deadline(&self) -> Instant {
         self.deadline
     }
@@ -101,22 +101,22 @@ impl Birth {
         self.process
     }
 
-    /// Whether there may be a process that is not known yet: until then no child that is not known may be
+    /// Whether there may be a process that is not known yet: until then no unknown child may be
     /// reaped.
     pub(crate) fn expects_successor(&self) -> bool {
         !self.named && self.maker.is_some()
     }
 
-    /// Who is to be reaped.
+    /// The pids to reap.
     pub(crate) fn children(&self) -> impl Iterator<Item = i32> {
         let process = self.process.filter(|process| self.maker != Some(*process));
         self.maker.into_iter().chain(process)
     }
 
-    /// Hears what was said.
+    /// Receives messages.
     ///
     /// # Errors
-    /// Why it will not become its program. It is then to be killed.
+    /// Why it will not execute its program. The caller has to kill it.
     pub(crate) fn advance(&mut self) -> Result<Progress, Failed> {
         if let Some(report) = self.end.hear_report()? {
             self.report = Some(report);
@@ -136,7 +136,7 @@ impl Birth {
         }
     }
 
-    /// Takes the name of a maker that has ended, and not been reaped.
+    /// Reads the name of a maker that has ended and was not reaped.
     fn look_for_successor(&mut self) {
         let Some(maker) = self.maker else { return };
         if !matches!(process::ended_child(Some(maker)), Ok(Some(_))) {
@@ -171,8 +171,8 @@ impl Birth {
         Ok(())
     }
 
-    /// Notes that a child was reaped, so that its number may be another's from now on. An error when with it
-    /// there will be no program.
+    /// Notes that a child was reaped, so that its pid may be reused. An error if
+    /// the program can no longer start.
     pub(crate) fn reaped(&mut self, pid: i32) -> Result<(), Failed> {
         if self.maker == Some(pid) {
             self.maker = None;

@@ -1,4 +1,4 @@
-//! One connection of a daemon: frames in, frames out, never waiting for a peer that does not read.
+//! One connection of a daemon: frames in, frames out, without blocking on a peer that does not read.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,9 +11,9 @@ use berth_shim_proto::launch::PidNamespace;
 use berth_sys::poll::{Interest, Poll};
 use berth_sys::socket;
 
-/// Bytes that may wait for a daemon that does not read. Replies are small, but for one with many groups
-/// (65536 of five bytes); a daemon that lets this many pile up is stuck, and finds everything in the exit
-/// record when it comes back.
+/// Bytes that may be queued for a daemon that does not read. Replies are small, except for one with many
+/// groups (65536 of five bytes); a daemon that lets this many pile up is stuck, and finds everything in the
+/// exit record when it comes back.
 const MAX_WAITING: usize = 1024 * 1024;
 
 /// A connection that may be closed at any time.
@@ -28,12 +28,12 @@ pub(crate) struct Connection {
     watching_writes: bool,
 }
 
-/// What became of a connection.
+/// The state of a connection after reading.
 #[derive(Debug)]
 pub(crate) enum Incoming {
-    /// It is open; these requests came, each with the descriptors of its frame.
+    /// It is open, with these new requests, each with the descriptors of its frame.
     Requests(Vec<(Request, Vec<OwnedFd>)>),
-    /// It is of no more use.
+    /// It is closed.
     Closed,
 }
 
@@ -55,12 +55,12 @@ impl Connection {
         self.token
     }
 
-    /// Ends the watch, for which closing is not enough as long as a child that has just been made has a copy.
+    /// Removes it from epoll: closing is not enough while a newly created child has a copy.
     pub(crate) fn forget(&self, poll: &Poll) {
         let _ = poll.forget(self.socket.as_fd());
     }
 
-    /// Reads what is there.
+    /// Reads available data.
     pub(crate) fn read(&mut self) -> Incoming {
         let mut requests = Vec::new();
         let mut buffer = vec![0; 16 * 1024];
@@ -104,7 +104,7 @@ impl Connection {
         Incoming::Requests(requests)
     }
 
-    /// Sends `reply`, now or as soon as there is room. `false` when the connection is of no more use.
+    /// Sends `reply`, now or as soon as there is room. `false` if the connection is closed.
     pub(crate) fn send(&mut self, reply: &Reply, poll: &Poll) -> bool {
         let Ok(bytes) = frame::encode(reply) else { return false };
         if self.waiting.len() + bytes.len() > MAX_WAITING {
@@ -114,7 +114,7 @@ impl Connection {
         self.flush(poll)
     }
 
-    /// Sends what waits, as far as there is room.
+    /// Sends queued data, as far as there is room.
     pub(crate) fn flush(&mut self, poll: &Poll) -> bool {
         while !self.waiting.is_empty() {
             match socket::send(self.socket.as_fd(), &self.waiting, &[]) {
@@ -137,7 +137,7 @@ impl Connection {
         true
     }
 
-    /// Sends what waits before the end, for as long as `limit`.
+    /// Sends queued data before closing, for at most `limit`.
     pub(crate) fn flush_before_end(&mut self, poll: &Poll, limit: Duration) {
         let deadline = Instant::now() + limit;
         while self.flush(poll) && !self.waiting.is_empty() && Instant::now() < deadline {

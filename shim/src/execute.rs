@@ -21,8 +21,8 @@ use crate::failure::{Step, from_io, refused, shown};
 use crate::handshake::ChildEnd;
 use crate::user::Resolved;
 
-/// The program with everything that exec needs, converted before privileges go so that memory errors come
-/// early.
+/// The program with everything that exec needs, converted before privileges are dropped so that memory errors
+/// come early.
 pub(crate) struct Program {
     candidates: Vec<CString>,
     name: String,
@@ -55,7 +55,8 @@ impl Program {
                 .find_map(|pair| pair.strip_prefix(b"PATH="))
                 .unwrap_or(DEFAULT_PATH.as_bytes());
             path.split(|byte| *byte == b':')
-                // An empty element means the working directory to a shell; that is a trap, not a feature.
+                // Shells treat an empty element as the working directory; that is dangerous, so it is
+                // skipped.
                 .filter(|directory| !directory.is_empty())
                 .map(|directory| text(&[directory, b"/", name].concat()))
                 .collect::<Result<Vec<_>, _>>()?
@@ -70,7 +71,7 @@ impl Program {
             let error = process::execute(path, &self.args, &self.env);
             match error.kind() {
                 std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {}
-                // Another directory of the search path may have one that can be executed: execvp(3).
+                // Another directory of the search path may have an executable one: execvp(3).
                 std::io::ErrorKind::PermissionDenied => denied = Some(error),
                 _ => return from_io(&error, EXECUTE, &self.name),
             }
@@ -90,7 +91,7 @@ impl Program {
     }
 }
 
-/// Sets what the request says of a process and has nothing to do with privileges: limits, mask, score.
+/// Sets the attributes of a process that have nothing to do with privileges: limits, umask, score.
 ///
 /// Must run while `/proc` is still the host's, for the score.
 pub(crate) fn set_limits(process: &Process, notes: &mut Vec<String>) -> Result<(), Failed> {
@@ -104,7 +105,7 @@ pub(crate) fn set_limits(process: &Process, notes: &mut Vec<String>) -> Result<(
     Ok(())
 }
 
-/// A lower score than the own one needs CAP_SYS_RESOURCE: without it, the own one is kept. That weakens no
+/// A lower score needs CAP_SYS_RESOURCE: without it, the current one is kept. That does not weaken
 /// isolation.
 fn set_oom_score(score: i32, notes: &mut Vec<String>) -> Result<(), Failed> {
     const FILE: &str = "/proc/self/oom_score_adj";
@@ -152,7 +153,7 @@ fn set_rlimit(resource: u32, soft: u64, hard: u64, notes: &mut Vec<String>) -> R
     }
 }
 
-/// Changes to the working directory, which is made when absent, and makes sure that it lies below the root.
+/// Changes to the working directory, creating it if missing, and makes sure that it is below the root.
 pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed> {
     const STEP: &str = "enter the working directory";
     let path = Path::new(OsStr::from_bytes(if cwd.is_empty() { b"/" } else { cwd }));
@@ -160,7 +161,8 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
         if error.kind() != std::io::ErrorKind::NotFound {
             return Err(from_io(&error, STEP, path.display()));
         }
-        // Only missing components are made; the root is the container's by now, so no link leads out of it.
+        // Only missing components are created; the root is already the container's, so no link leads out of
+        // it.
         make_directories(path, owner)?;
         std::env::set_current_dir(path).step(STEP, path.display())?;
     }
@@ -174,9 +176,9 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
     Ok(())
 }
 
-/// Makes what is missing of `path` and gives it to the program's user. By descriptor: a container that shares
-/// a volume could put a link in the place of a directory between its making and its giving away, and the user
-/// would get what the link leads to.
+/// Creates the missing components of `path`, owned by the program's user. By descriptor: a container that
+/// shares a volume could replace a directory by a link between its creation and the change of owner, and the
+/// user would get the link's target.
 fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
     const STEP: &str = "create the working directory";
     let root = Root::open(Path::new("/")).step(STEP, "/")?;
@@ -192,33 +194,33 @@ fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
     .map(drop)
 }
 
-/// What a process on its way to its program has left to do.
+/// What a process still has to do before its exec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Privileges {
     /// It has what dropping them takes besides what the program may. Only where no other process can see it.
     Shedding,
-    /// It is as its program will be, but for the last filter: the one in force lets through what entering
-    /// takes.
+    /// It is as its program will be, except for the last filter: the one in force allows what entering
+    /// needs.
     Entering,
     /// It is as its program will be.
     Program,
 }
 
-/// Gives up, before a process is born where others may trace it, everything that its program is not to have,
-/// and takes on its profile.
+/// Drops, before a process is created where others may trace it, everything that its program must not have,
+/// and enters its profile.
 pub(crate) fn shed_before_birth(process: &Process, profile: Option<Profile>) -> Result<Privileges, Failed> {
     if process.entry_filter.is_empty() {
         shed(process, &process.seccomp_filter, profile)?;
         return Ok(Privileges::Program);
     }
-    // The last filter is installed inside, where no capability for it may be.
+    // The last filter is installed inside, where there may be no capability for it.
     process::set_no_new_privileges().step("set no_new_privs", "")?;
     shed(process, &process.entry_filter, profile)?;
     Ok(Privileges::Entering)
 }
 
-/// The last of a main process that has reported: waits for the start, sheds what privileges are left and
-/// becomes the program. Returns only why it could not. `profile` is the one that exec changes to.
+/// The last part of a main process that has reported: waits for the start, drops the remaining privileges and
+/// executes the program. Returns only the reason for a failure. `profile` is the one that exec changes to.
 pub(crate) fn finish(
     process: &Process,
     program: &Program,
@@ -232,7 +234,7 @@ pub(crate) fn finish(
     }
 }
 
-/// The last of a process of exec.
+/// The last part of a process of exec.
 pub(crate) fn finish_exec(process: &Process, program: &Program, privileges: Privileges) -> Failed {
     let last = match privileges {
         Privileges::Shedding => shed(process, &process.seccomp_filter, None),
@@ -245,10 +247,10 @@ pub(crate) fn finish_exec(process: &Process, program: &Program, privileges: Priv
     }
 }
 
-/// Takes on user, groups and the bounding set; all capabilities stay permitted.
+/// Sets user, groups and the bounding set; all capabilities stay permitted.
 pub(crate) fn become_user(process: &Process, user: &Resolved) -> Result<(), Failed> {
     let capabilities = process.capabilities;
-    // The bounding set needs CAP_SETPCAP, so it goes while all capabilities are there.
+    // Dropping from the bounding set needs CAP_SETPCAP, so it comes while all capabilities are effective.
     credentials::limit_bounding_set(capabilities.bounding).step("limit the capabilities", "bounding set")?;
     credentials::set_groups(&user.groups).step("set the groups", "")?;
     // Without this, the change away from user 0 would clear the permitted set that capset below restricts.
@@ -264,7 +266,7 @@ const MAC_OVERRIDE: u64 = 1 << 32;
 /// What is effective while a filter is installed without no_new_privs: seccomp(2), capabilities(7).
 const FOR_THE_FILTER: u64 = SYS_ADMIN | SETPCAP;
 
-/// Gives up every capability that the program is not to have and [`shed`] does not use: a container may wait
+/// Drops every capability that neither the program nor [`shed`] needs: a container may wait
 /// long for its start.
 pub(crate) fn keep_what_shedding_needs(process: &Process) -> Result<(), Failed> {
     let sets = process.capabilities;
@@ -274,7 +276,7 @@ pub(crate) fn keep_what_shedding_needs(process: &Process) -> Result<(), Failed> 
         .step("limit the capabilities", "for the change into the container")
 }
 
-/// The privileges that remain are the program's own, under `filter` and in `profile`.
+/// Reduces the privileges to the program's own, under `filter` and in `profile`.
 fn shed(process: &Process, filter: &[u8], profile: Option<Profile>) -> Result<(), Failed> {
     let capabilities = process.capabilities;
     // Everything but 0, 1, 2 closes at exec, however it was opened.
@@ -293,10 +295,10 @@ fn shed(process: &Process, filter: &[u8], profile: Option<Profile>) -> Result<()
         credentials::set_capabilities(needed, capabilities.permitted | capabilities.inheritable | needed, 0)
             .step("limit the capabilities", "for the filter and the profile")?;
     }
-    // Opened with the credentials that it is written to with, and before a filter that may forbid it.
+    // Opened with the credentials that will write to it, and before a filter that may forbid it.
     let way = profile.map(Profile::open_current).transpose()?;
     if filter_first {
-        // The profile comes after it, since that may not allow the capability that a filter takes.
+        // The profile comes after it, since it may not allow the capability that installing a filter needs.
         install_filter(process, filter)?;
     }
     if let Some(way) = way {
@@ -304,7 +306,7 @@ fn shed(process: &Process, filter: &[u8], profile: Option<Profile>) -> Result<()
     }
     set_capabilities(process)?;
     if process.no_new_privileges {
-        // It needs no capability, so it comes last and may forbid even capset.
+        // This one needs no capability, so it comes last and may even forbid capset.
         install_filter(process, filter)?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The end of a container: was it the OOM killer, and the record of it on disk.
+//! The end of a container: detecting OOM kills, and the exit record.
 
 use std::fs::File;
 use std::io;
@@ -22,22 +22,22 @@ pub(crate) fn unix_ns(time: SystemTime) -> i64 {
 ///
 /// systemd removes a scope as soon as its last process has ended, which may be before this process has seen
 /// that end, and a removed cgroup's files cannot be read, even by a descriptor that was open. So the counter
-/// is read whenever the kernel tells that it has changed, which is before the process that was killed has
-/// given back its memory and ended; and should that come too late as well, the counter of the cgroup above,
-/// which counts for all below it, decides for a process that ended by SIGKILL.
+/// is read whenever the kernel reports a change, which is before the killed process has
+/// released its memory and ended; and should that be too late as well, the counter of the parent cgroup,
+/// which includes all below it, decides for a process that ended by SIGKILL.
 #[derive(Debug)]
 pub(crate) struct OomCounter {
     file: File,
     key: Vec<u8>,
-    /// It had risen when it was last read.
+    /// Whether it had risen at the last read.
     seen: bool,
-    /// The counter above, and how high it was at the start. Nothing on v1, which does not count for those
-    /// below, and needs no such care.
+    /// The parent's counter, and its value at the start. `None` on v1, which does not count
+    /// hierarchically, and does not need this.
     above: Option<(File, u64)>,
 }
 
 impl OomCounter {
-    /// `None` when the cgroup has no such counter.
+    /// `None` if the cgroup has no such counter.
     pub(crate) fn open(cgroup: &Cgroup) -> io::Result<Option<Self>> {
         if cgroup.oom_file.is_empty() {
             return Ok(None);
@@ -49,12 +49,12 @@ impl OomCounter {
         Ok(Some(Self { file, key, seen: false, above }))
     }
 
-    /// The file, if it tells of its changes.
+    /// The file, if it can be polled for changes.
     pub(crate) fn changing(&self) -> Option<BorrowedFd<'_>> {
         self.above.is_some().then(|| self.file.as_fd())
     }
 
-    /// Reads it after a change. `false` when the cgroup is gone, and with it all changes.
+    /// Reads it after a change. `false` if the cgroup is gone.
     pub(crate) fn look(&mut self) -> bool {
         match read(&self.file, &self.key) {
             Ok(kills) => {
@@ -70,8 +70,8 @@ impl OomCounter {
         match read(&self.file, &self.key) {
             Ok(kills) => kills > 0,
             Err(_) if self.seen => true,
-            // Another container of the pod may have been killed in the meantime; a container that ended
-            // otherwise is not blamed for it.
+            // Another container of the pod may have been killed meanwhile; a container that ended
+            // otherwise was not OOM-killed.
             Err(_) if killed => self
                 .above
                 .as_ref()
@@ -125,27 +125,27 @@ pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     }
 }
 
-/// Takes the room that the record will need, so that a disk that fills up meanwhile does not keep it from
-/// being written.
+/// Reserves the space of the record, so that it can be written even if the disk fills up
+/// meanwhile.
 pub(crate) fn reserve_record(path: &Path) -> io::Result<()> {
     let file = File::options().write(true).create(true).truncate(false).open(partial(path))?;
     berth_sys::file::allocate(file.as_fd(), RESERVED_BYTES)
 }
 
-/// What is reserved: one block. A record has some 30 bytes, plus the words of a failed start, which are in it
-/// as far as they fit.
+/// The reserved size: one block. A record has some 30 bytes, plus the message of a failed start, as
+/// far as it fits.
 const RESERVED_BYTES: u64 = 4096;
 
-/// The longest words of a failed start in a record, in bytes.
+/// The longest message of a failed start in a record, in bytes.
 const MAX_START_ERROR: usize = 2048;
 
-/// Gives back what [`reserve_record`] took, when there is no container.
+/// Releases what [`reserve_record`] reserved, if there is no container.
 pub(crate) fn drop_reservation(path: &Path) {
     // The daemon removes the whole directory.
     let _ = std::fs::remove_file(partial(path));
 }
 
-/// Writes the record where room is reserved for it and renames it into place, so that it is there whole or
+/// Writes the record to its reserved space and renames it into place, so that it exists completely or
 /// not at all.
 pub(crate) fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
     let partial = partial(path);
@@ -156,14 +156,14 @@ pub(crate) fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
     }
     record.start_error.truncate(end);
     let bytes = encode(&record);
-    // Not truncated before: that would give the room back.
+    // Not truncated before: that would release the space.
     let file = File::options().write(true).create(true).truncate(false).open(&partial)?;
     file.write_all_at(&bytes, 0)?;
     file.set_len(bytes.len().try_into().unwrap_or(RESERVED_BYTES))?;
     std::fs::rename(&partial, path)
 }
 
-/// Where the record is until it is whole.
+/// The temporary path of the record.
 fn partial(path: &Path) -> std::ffi::OsString {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
@@ -172,7 +172,7 @@ fn partial(path: &Path) -> std::ffi::OsString {
 
 /// The time at which the process started, as the daemon and this process both compute it.
 pub(crate) fn start_time(pid: i32) -> u64 {
-    // The process waits for its start and so exists; were it killed in between, 0 names no process.
+    // The process waits for its start and so exists; if it was killed in between, 0 matches no process.
     berth_sys::process::start_time(pid).unwrap_or(0)
 }
 

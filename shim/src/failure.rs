@@ -5,7 +5,7 @@ use std::io;
 
 use berth_shim_proto::control::Failed;
 
-/// Names the step that an operation was, for the daemon.
+/// Adds the step of a failed operation, for the daemon.
 pub(crate) trait Step<T> {
     /// `step` follows the word "cannot"; `about` is a path or name, empty for none.
     fn step(self, step: &str, about: impl Display) -> Result<T, Failed>;
@@ -27,12 +27,12 @@ pub(crate) fn from_io(error: &io::Error, step: &str, about: impl Display) -> Fai
     }
 }
 
-/// A failure that is not the kernel's: the plan or the image is wrong.
+/// A failure other than the kernel's: the plan or the image is invalid.
 pub(crate) fn refused(step: &str, detail: impl Display) -> Failed {
     Failed { step: step.to_owned(), errno: 0, detail: detail.to_string() }
 }
 
-/// A path of bytes as text for a message, with what is not printable escaped.
+/// A path as text for a message, with unprintable characters escaped.
 pub(crate) fn shown(path: &[u8]) -> String {
     path.escape_ascii().to_string()
 }

@@ -1,4 +1,4 @@
-//! What a new child and the shim say to each other before the child's exec.
+//! The messages between a new child and the shim before the child's exec.
 //!
 //! ```text
 //!  report  socket, child to shim   `R` and what the child resolved, with the terminal's descriptor if
@@ -6,15 +6,15 @@
 //!  words   pipe, child to shim     `Failed`, or nothing; its end without a word says that exec worked
 //!  go      pipe, shim to child     one byte: become the program
 //! ```
-//! All are close-on-exec. A child that goes on as another process ([`crate::init`]), the *maker*, tells who
-//! that is by its own name (proc_pid_comm(5)), and ends: a name can be read as long as the process has not
+//! All are close-on-exec. A child that continues as another process ([`crate::init`]), the *maker*, names
+//! it by its own name (proc_pid_comm(5)), and ends: a name can be read as long as the process has not
 //! been reaped, and only the process itself can write it.
 //!
-//! # Who is believed
+//! # Trust
 //!
 //! A process that is born in a pid namespace where others live has what its creator had open, and a process
-//! that may trace it there has it too. So the maker closes the report before it makes the other, and that one
-//! has two pipes: it can be let continue, and it can say a text of limited length about itself, after which
+//! that may trace it there has that, too. So the maker closes the report before it creates the other, which
+//! has two pipes: it can be let continue, and it can send a text of limited length, after which
 //! it is killed. A pipe carries no descriptors, which a socket would: to close one that hangs, a socket that
 //! lingers (socket(7)) or a file of a filesystem in the container, the shim would have to wait.
 
@@ -44,45 +44,45 @@ const MAX_DETAIL: usize = 4096;
 /// The longest name of a step, in characters. Those of this program are shorter.
 const MAX_STEP: usize = 128;
 
-/// What is said of a process that ended without a word.
+/// The error for a process that ended without a message.
 pub(crate) const KILLED: &str = "its process was killed while preparing";
 
-/// What is being done when a message is not as it should be.
+/// The step of an invalid message.
 const STEP: &str = "prepare the process";
 
-/// What the name of a maker begins with when it has made another process; the pid follows.
+/// The prefix of a maker's name once it has created another process; the pid follows.
 const SUCCESSOR: char = '+';
 
 /// The child's end.
 #[derive(Debug)]
 pub(crate) struct ChildEnd {
-    /// Of a main process, until it has reported.
+    /// The report of a main process, until it is sent.
     report: Option<OwnedFd>,
     words: File,
     go: File,
 }
 
-/// The shim's end, which never waits.
+/// The shim's end, which never blocks.
 #[derive(Debug)]
 pub(crate) struct ShimEnd {
-    /// Of a main process, until it has reported.
+    /// The report of a main process, until it is sent.
     report: Option<OwnedFd>,
     words: File,
     go: File,
     /// The packets `P` so far.
     parts: Vec<u8>,
-    /// The words so far.
+    /// The failure message so far.
     said: Vec<u8>,
 }
 
-/// What a main process has resolved once it is prepared, and the other end of its terminal.
+/// The result of a prepared main process, and the other end of its terminal.
 #[derive(Debug)]
 pub(crate) struct Report {
     pub(crate) created: Created,
     pub(crate) terminal: Option<OwnedFd>,
 }
 
-/// The two ends; with a report for a main process.
+/// Creates the two ends; with a report for a main process.
 pub(crate) fn pair(reports: bool) -> io::Result<(ShimEnd, ChildEnd)> {
     let (shim_report, child_report) = if reports {
         let (shim, child) = socket::packet_pair()?;
@@ -107,28 +107,28 @@ pub(crate) fn pair(reports: bool) -> io::Result<(ShimEnd, ChildEnd)> {
     ))
 }
 
-/// The name of a maker that has made this process.
+/// The name of a maker that has created this process.
 pub(crate) fn name_of_maker(successor: i32) -> String {
     format!("{SUCCESSOR}{successor}")
 }
 
-/// The process that a maker with this name has made, if it has made one.
+/// The process that a maker with this name has created, if any.
 pub(crate) fn successor(maker: &str) -> Option<i32> {
     maker.trim_end().strip_prefix(SUCCESSOR)?.parse().ok()
 }
 
 impl ChildEnd {
-    /// Everything that it has open.
+    /// All its descriptors.
     pub(crate) fn all(&self) -> Vec<BorrowedFd<'_>> {
         self.report.iter().map(AsFd::as_fd).chain(self.rest()).collect()
     }
 
-    /// What has to stay open for the rest of the way.
+    /// The descriptors that have to stay open.
     pub(crate) fn rest(&self) -> [BorrowedFd<'_>; 2] {
         [self.words.as_fd(), self.go.as_fd()]
     }
 
-    /// Says that everything up to exec is done. There is one report.
+    /// Reports that everything up to exec is done. Once only.
     pub(crate) fn ready(
         &mut self,
         created: &Created,
@@ -148,7 +148,7 @@ impl ChildEnd {
         socket::send(socket.as_fd(), &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
     }
 
-    /// Waits for the word to go on. The shim's end closed instead means that the child is not wanted any
+    /// Waits for permission to continue. The shim's end closed instead means that the child is not wanted any
     /// more.
     pub(crate) fn wait_for_go(&self) -> Result<(), Failed> {
         (&self.go).read_exact(&mut [0]).step("start", "the shim has ended")
@@ -156,21 +156,21 @@ impl ChildEnd {
 
     /// Says that a step failed. A failure to send it does not matter to the child.
     pub(crate) fn failed(&self, failed: &Failed) {
-        // It may quote the image, and the pipe has room for so much only.
+        // It may quote the image, and the pipe has limited room.
         let _ = (&self.words).write_all(&bounded(failed.clone()).encode_to_vec());
     }
 }
 
 impl ShimEnd {
-    /// What tells by its readiness that something was said.
+    /// The descriptor that becomes readable when there is a message.
     pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.report.iter().map(AsFd::as_fd).chain([self.words.as_fd()])
     }
 
-    /// Takes the report, if it has come.
+    /// Reads the report, if it has arrived.
     ///
     /// # Errors
-    /// When it is torn or has no end.
+    /// When it is truncated or does not end.
     pub(crate) fn hear_report(&mut self) -> Result<Option<Report>, Failed> {
         let Some(socket) = &self.report else { return Ok(None) };
         let mut buffer = vec![0; MAX_PACKET];
@@ -179,7 +179,7 @@ impl ShimEnd {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // A child killed in between resets it: an end like another, of which its words tell.
+                // A child killed in between resets it: treated as an end, which the other pipe explains.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, Vec::new()),
                 other => other.step("get an answer from the container's process", "")?,
             };
@@ -202,7 +202,7 @@ impl ShimEnd {
         }
     }
 
-    /// Whether the words have come to their end: `None` when they have not, else the failure that was said,
+    /// Whether the failure pipe has ended: `None` if not, else the failure that was sent,
     /// if any.
     pub(crate) fn hear_words(&mut self) -> Option<Option<Failed>> {
         let mut buffer = [0; 4096];
@@ -210,7 +210,7 @@ impl ShimEnd {
             match self.words.read(&mut buffer) {
                 Ok(0) if self.said.is_empty() => return Some(None),
                 Ok(0) => return Some(Some(decode_failure(&self.said))),
-                // Ours says less.
+                // Our own messages are shorter.
                 Ok(length) if self.said.len() + length > MAX_FAILURE => {
                     return Some(Some(refused(STEP, "its report is too long")));
                 }
@@ -234,8 +234,8 @@ fn decode_failure(body: &[u8]) -> Failed {
     bounded(Failed::decode(body).unwrap_or_else(|_| refused(STEP, "its report is truncated")))
 }
 
-/// A failure as it may be shown: not too long, and without characters that a log or a terminal would take for
-/// orders.
+/// A failure that may be shown: not too long, and without characters that a log or a terminal would interpret
+/// as commands.
 fn bounded(failed: Failed) -> Failed {
     let shown = |text: &str, most: usize| {
         let mut shown: String = text

@@ -1,4 +1,4 @@
-//! Paths of the host in messages, which are bytes there.
+//! Host paths in messages, which are bytes.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

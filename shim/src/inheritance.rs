@@ -1,8 +1,8 @@
-//! What a process has from its parent unless it is set: none of it comes from the daemon, its unit or the
+//! Resets what a process inherits from its parent: nothing comes from the daemon, its unit or the
 //! shell that started it.
 //!
-//! Limits, mask, signals, environment, descriptors, credentials and the oom score are set elsewhere, as the
-//! plan says. What is here is the same for every process of every container, and for process 1 of a pod. What
+//! Limits, umask, signals, environment, descriptors, credentials and the oom score are set elsewhere, as the
+//! plan says. This is the same for every process of every container, and for process 1 of a pod. What
 //! cannot be undone stays: a seccomp filter, `no_new_privs`, Landlock rules, locked secure bits,
 //! `PR_SET_MDWE` and speculation controls of the daemon's unit only take privileges away; a core scheduling
 //! cookie and an audit login id (`/proc/self/loginuid`) are up to the unit.
@@ -21,8 +21,8 @@ const TIMER_SLACK_NS: u32 = 50_000;
 /// The kernel's default: core(5), `/proc/pid/coredump_filter`.
 const COREDUMP_FILTER: &str = "0x33";
 
-/// What the children of a shim can only have from it: the timer slack that a process can go back to is its
-/// parent's, and the filter of core dumps is a file, which would cost each child three calls. For a shim at
+/// What the children of a shim can only inherit: the default timer slack of a process is its
+/// parent's, and the core dump filter is a file, which would cost each child three calls. For a shim at
 /// its start.
 ///
 /// # Errors
@@ -44,7 +44,7 @@ pub(crate) fn reset_for_children() -> io::Result<()> {
 pub(crate) fn reset() -> Result<(), Failed> {
     const STEP: &str = "reset what is inherited";
     where_allowed(scheduling::use_default_policy()).step(STEP, "scheduling policy and nice value")?;
-    // The cpuset that is joined next has the last word.
+    // The cpuset that is joined next restricts it.
     scheduling::use_all_processors().step(STEP, "processors")?;
     where_allowed(scheduling::use_default_io_priority()).step(STEP, "I/O priority")?;
     where_allowed(scheduling::use_default_memory_policy()).step(STEP, "memory policy")?;
@@ -65,7 +65,7 @@ fn where_allowed(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// A kernel that does not know of something has nothing of it to pass on.
+/// A kernel without a feature has nothing of it to inherit.
 fn where_known(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(EINVAL) => {

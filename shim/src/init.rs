@@ -8,7 +8,7 @@
 //! nothing of the host enters a namespace where others live. A process bound for one prepares outside until
 //! the root is the container's and the descriptors, privileges, filter and profile are the program's,
 //! reports, and only then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not
-//! believed ([`crate::handshake`]).
+//! trusted ([`crate::handshake`]).
 
 use std::ffi::CString;
 use std::fs::OpenOptions;
@@ -33,10 +33,10 @@ use crate::procfs::{self, Target};
 use crate::rootfs;
 use crate::user::{self, Resolved};
 
-/// What a process of exec talks to.
+/// The streams of a process of exec.
 pub(crate) enum ExecStreams {
     Pipes(Stdio),
-    /// A terminal that is to be made. This is where its other end is sent to the shim.
+    /// A new terminal. Its other end is sent to the shim over this socket.
     Terminal(OwnedFd),
 }
 
@@ -53,7 +53,7 @@ impl Stdio {
     }
 }
 
-/// The main process. Never returns: it becomes the program, or reports why not and ends.
+/// The main process. Never returns: it executes the program, or reports a failure and ends.
 pub(crate) fn run_main(
     launch: &Launch,
     target: Option<&Target>,
@@ -65,7 +65,7 @@ pub(crate) fn run_main(
     process::exit_now(127)
 }
 
-/// A process of exec, in the container whose main process `main` stands for. Never returns.
+/// A process of exec, in the container of the main process `main`. Never returns.
 pub(crate) fn run_exec(
     launch: &Launch,
     program: &Process,
@@ -88,7 +88,7 @@ fn become_main(launch: &Launch, target: Option<&Target>, stdio: Option<Stdio>, e
     }
 }
 
-/// Everything up to the wait for the start, the report included; with the profile that exec changes to.
+/// Everything up to the wait for the start, including the report; returns the profile that exec changes to.
 fn prepare_main(
     launch: &Launch,
     target: Option<&Target>,
@@ -149,7 +149,7 @@ fn prepare_main(
     let created = Created { uid, gid, groups, home, notes, ..Created::default() };
     let has_terminal = terminal.is_some();
     if inhabited {
-        // Out here, where it is believed.
+        // Out here, where it is trusted.
         end.ready(&created, terminal.as_ref().map(AsFd::as_fd))?;
         drop(terminal);
         let privileges = go_on_inside(&launch.process, profile, end)?;
@@ -226,7 +226,7 @@ fn prepare_exec(
         ExecStreams::Pipes(stdio) => place(stdio, user)?,
         ExecStreams::Terminal(taker) => {
             let controller = open_terminal(user, false)?;
-            // Out here, where what is sent is believed.
+            // Out here, where messages are trusted.
             socket::send(taker.as_fd(), b"T", &[controller.as_fd()]).step("hand over the terminal", "")?;
         }
     }
@@ -239,14 +239,14 @@ fn prepare_exec(
     Ok((exec, privileges))
 }
 
-/// Closes the child's copies of everything else that the shim has open. What a child holds on to stays open
-/// when the shim lets go of it: its daemons would not see its end, and its poll would go on to tell of what
-/// it has closed. A child may hang for long.
+/// Closes the child's copies of everything else that the shim has open. A copy would keep it open
+/// after the shim closes it: daemons would not see its end, and epoll would continue to report
+/// it. A child may hang for long.
 fn keep_only(kept: &[BorrowedFd<'_>]) -> Result<(), Failed> {
     process::close_all_but(kept).step("close descriptors", "")
 }
 
-/// What every child does first.
+/// The first steps of every child.
 pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     // Before the container can see this process: nothing in there may trace it or open its files,
     // /proc/<pid>/exe among them (CVE-2016-9962, CVE-2019-5736). Exec turns it on again.
@@ -254,7 +254,7 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     process::reset_signals().step("reset the signals", "")?;
     inheritance::reset()?;
     // In cgroup v1 a single thread that writes "0" moves only itself, which spares the kernel its global
-    // lock. From here on everything that is done for the container counts against its limits.
+    // lock. From here on all work for the container counts against its limits.
     for path in &cgroup.tasks_files {
         let path = host_path(path);
         OpenOptions::new()
@@ -266,9 +266,9 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Goes on as a new process, born in the pid namespace that was joined for children, and ends the old one,
-/// whose name tells the shim who the new one is. Nothing but 0, 1, 2 and two pipes to the shim stays open.
-/// Everything that is called from here on stands in `berth_shim_proto::launch::ENTERING`.
+/// Continues as a new process in the pid namespace that was joined for children, and ends the old one,
+/// whose name tells the shim the new pid. Only 0, 1, 2 and two pipes to the shim stay open.
+/// All system calls from here on are listed in `berth_shim_proto::launch::ENTERING`.
 fn go_on_inside(
     program: &Process,
     profile: Option<Profile>,
@@ -281,7 +281,7 @@ fn go_on_inside(
     let single = SingleThreaded::check().step(STEP, "")?;
     let privileges = execute::shed_before_birth(program, profile)?;
     match process::clone_sibling(single).step(STEP, "")? {
-        // It does nothing before the shim knows of it, and if the shim never does, it ends.
+        // It does nothing before the shim knows it, and ends if the shim never does.
         None => Ok(privileges),
         Some(pid) => {
             let name = CString::new(handshake::name_of_maker(pid)).unwrap_or_default();
@@ -291,8 +291,8 @@ fn go_on_inside(
     }
 }
 
-/// Joins the pinned namespaces, all but the pid namespace, and makes a cgroup namespace if there is to be
-/// one. For a process that has joined its cgroup: a cgroup namespace is rooted where its maker is,
+/// Joins the pinned namespaces except for the pid namespace, and creates a cgroup namespace if required. For
+/// a process that has joined its cgroup: a cgroup namespace is rooted at the cgroup of its creator,
 /// cgroup_namespaces(7).
 pub(crate) fn enter(namespaces: &Namespaces) -> Result<(), Failed> {
     for (path, kind) in [
@@ -305,7 +305,7 @@ pub(crate) fn enter(namespaces: &Namespaces) -> Result<(), Failed> {
             ns::join(file.as_fd(), kind.flag()).step("join the namespace", host_path(path).display())?;
         }
     }
-    // After the network namespace was joined: sysfs shows the one of its mounter.
+    // After joining the network namespace: sysfs shows that of the mounting process.
     if namespaces.own_cgroup { ns::unshare(ns::CGROUP).step("create a cgroup namespace", "") } else { Ok(()) }
 }
 
@@ -334,13 +334,13 @@ fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> 
     Ok(())
 }
 
-/// Opens a new terminal in the container's own devpts, makes it 0, 1 and 2, and where `/dev` is the
-/// container's own `/dev/console` too; returns the other end.
+/// Opens a new terminal in the container's own devpts, makes it 0, 1 and 2, and if `/dev` is the
+/// container's own, `/dev/console` too; returns the other end.
 fn open_terminal(user: &Resolved, own_dev: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "open a terminal";
     let inside = Root::open(Path::new("/dev/pts")).step(STEP, "/dev/pts")?;
     let controller = inside.open_with(Path::new("ptmx"), file::READ_WRITE).step(STEP, "/dev/pts/ptmx")?;
-    // A container that may mount could have put something else there, before an exec.
+    // A container that may mount could have replaced it, before an exec.
     if !tty::is_devpts(controller.as_fd()).step(STEP, "/dev/pts/ptmx")? {
         return Err(refused(STEP, "/dev/pts is not the kernel's"));
     }

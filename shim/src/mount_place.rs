@@ -1,8 +1,8 @@
-//! Where a mount may go that a request asks for: not into `/proc`, and into `/dev` only by its own name.
+//! Where requested mounts may go: not into `/proc`, and into `/dev` only by its own name.
 //!
-//! What the runtime itself does in a container rests on these: masks and read-only paths of `/proc`, the
+//! The runtime's own set-up of a container depends on these: masks and read-only paths of `/proc`, the
 //! device nodes and the terminal of `/dev`. A path of the request can lead there without saying so, through a
-//! link in a volume that another container writes. So the place is looked at as the kernel sees it, after the
+//! link in a volume that another container writes. So the resolved place is checked, after the
 //! path was resolved.
 
 use std::ffi::OsStr;
@@ -43,7 +43,7 @@ pub(crate) fn checked(
     }
     let lies_in = |name| is_on_filesystem_of(root, name, place.as_fd()).step(STEP, &about);
     match mount::filesystem_of(place.as_fd()).step(STEP, &about)? {
-        // The procfs of the host, say, that a request has mounted elsewhere, is as good a place as others.
+        // The procfs of the host, for example, that a request has mounted elsewhere is allowed.
         Filesystem::Proc if !lies_in("proc")? => return Ok(place),
         Filesystem::Proc if REPLACEABLE_IN_PROC.iter().any(|path| path.as_bytes() == mount.target) => {}
         Filesystem::Proc => {
@@ -54,7 +54,7 @@ pub(crate) fn checked(
             ));
         }
         Filesystem::Memory if !lies_in("dev")? => return Ok(place),
-        // A request that mounts the host's /dev gets its links with it, and nothing is made in there.
+        // A request that mounts the host's /dev gets its links with it, and nothing is created in it.
         Filesystem::Memory if is_of_host("/dev", place.as_fd()).step(STEP, &about)? => return Ok(place),
         Filesystem::Memory | Filesystem::Terminals => {}
         Filesystem::Other => return Ok(place),

@@ -1,7 +1,7 @@
-//! The null device that a program gets for a stream that is not wanted.
+//! The null device that a program gets for an unused stream.
 //!
-//! It lies in a file system that nothing else is in. A descriptor of the host's `/dev/null` would be one of
-//! an inode of the host, whose mode and owner its holder could change for all: `chmod /proc/self/fd/0`.
+//! It is on a file system of its own. A descriptor of the host's `/dev/null` would be one of
+//! an inode of the host, whose mode and owner its holder could change for everyone: `chmod /proc/self/fd/0`.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -41,7 +41,7 @@ fn make() -> Result<OwnedFd, Failed> {
     let directory = root.make_dir_all(Path::new("dev"), 0o755).step(STEP, "dev")?;
     let name = OsStr::new("null");
     directory.make_node(name, Node::CharDevice(1, 3), 0o666).step(STEP, PLACE)?;
-    // The mode that mknod was given lost the umask's bits.
+    // mknod applied the umask to the mode.
     directory.chmod(name, 0o666).step(STEP, PLACE)?;
     root.open_with(Path::new(PLACE), file::READ_WRITE).step(STEP, PLACE)
 }

@@ -1,7 +1,7 @@
 //! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps orphans and does
 //! nothing else.
 //!
-//! `berth-shim pause` makes it and ends: a child in a new pid and mount namespace whose root is an empty
+//! `berth-shim pause` creates it and ends: a child in a new pid and mount namespace whose root is an empty
 //! read-only tmpfs, in the pod's other namespaces, without capabilities, without descriptors, under a filter
 //! for what it does, which lives until it is killed. The daemon
 //! sends `launch::Pause` as one frame and is answered with `Failed`, or with `Created` and two descriptors:
@@ -24,10 +24,10 @@ use berth_sys::{credentials, ns, socket};
 use crate::apparmor::{Profile, Way};
 use crate::failure::{Step, from_io, refused};
 
-/// Makes the process and reports it to the daemon.
+/// Creates the process and reports it to the daemon.
 ///
 /// # Errors
-/// When the report cannot be sent; what failed before that is in the report.
+/// When the report cannot be sent; earlier failures are in the report.
 pub(crate) fn run(connection: OwnedFd) -> io::Result<()> {
     let (answer, descriptors) = match read_request(&connection).and_then(|request| make(&request)) {
         Ok((created, descriptors)) => (Answer::Created(created), Vec::from(descriptors)),
@@ -67,7 +67,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
         Cloned::Child => {
             drop(own);
             let made = begin(request).and_then(|(procfs, profile)| {
-                // Confined first: the parent may take the word for the deed.
+                // Confined first, since the parent relies on the report.
                 confine(profile, &request.seccomp_filter)?;
                 socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).step("hand over the procfs", "")
             });
@@ -93,7 +93,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
                     let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
                     return Err(refused(STEP, if text.is_empty() { "it was killed".into() } else { text }));
                 };
-                // Its own child, which has not been reaped: the number is its own.
+                // Its own child, which has not been reaped: the pid is valid.
                 let path = format!("/proc/{pid}/ns/{}", ns::Kind::Pid.file_name());
                 let pid_namespace = ns::open(Path::new(&path)).step("open the pid namespace", &path)?;
                 let start_time =
@@ -110,8 +110,8 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
     }
 }
 
-/// What comes first in the process; and the procfs of its pid namespace, of which it is the only inhabitant,
-/// with the way into its profile.
+/// The first steps of the process; returns the procfs of its pid namespace, in which it is the only process,
+/// and the file to enter its profile.
 fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     crate::init::begin(&request.cgroup)?;
     crate::init::enter(&request.namespaces)?;
@@ -122,12 +122,12 @@ fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     Ok((procfs, profile))
 }
 
-/// Drops everything that a process in the pod could gain from this one.
+/// Drops everything that another process in the pod could gain from this one.
 fn confine(profile: Option<Way>, filter: &[u8]) -> Result<(), Failed> {
     process::new_session().step("create a session", "")?;
     process::set_name(c"berth-pause").step("set the name of the process", "")?;
     crate::rootfs::enter_empty_root()?;
-    // Mounting is over, and the credentials have not changed yet.
+    // Mounting is done, and the credentials have not changed yet.
     profile.map_or(Ok(()), Way::enter)?;
     credentials::limit_bounding_set(0).step("drop the capabilities", "")?;
     credentials::clear_ambient_set().step("drop the capabilities", "")?;
@@ -151,7 +151,7 @@ fn reap_for_ever() -> ! {
                 }
             }
         }
-        // No memory for a moment: zombies can wait, but process 1 must not end.
+        // Temporarily out of memory: zombies can wait, but process 1 must not end.
         std::thread::sleep(std::time::Duration::from_secs(1));
     }
 }

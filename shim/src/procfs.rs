@@ -1,14 +1,14 @@
 //! The procfs of a pid namespace in which others live.
 //!
-//! A procfs shows the pid namespace of the process that began it (pid_namespaces(7)). A process that begins
-//! one in an inhabited namespace would be seen there, with the privilege that mounting takes, and a process
-//! that may trace it would have that privilege. So none is begun: a procfs that was made before any process
-//! lived there is cloned.
+//! A procfs shows the pid namespace of the process that created it (pid_namespaces(7)). A process that
+//! creates one in an inhabited namespace would be seen there, with the privilege that mounting takes, and a
+//! process that may trace it would have that privilege. So none is created: a procfs that was made before any
+//! process lived there is cloned.
 //!
 //! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and mounted on
 //!   the host (`Namespaces.procfs`).
 //! - A container that is the target of another has its own, in its own mount namespace. Its processes may
-//!   have mounted anything in the place, so it is checked for what it is: a whole procfs, and of that pid
+//!   have mounted anything there, so it is checked to be a complete procfs, of that pid
 //!   namespace.
 
 use std::io;
@@ -23,8 +23,8 @@ use berth_sys::{mount, ns, process, socket};
 
 use crate::failure::{Step, refused};
 
-/// The container whose pid namespace another one is to live in (`NamespaceMode.TARGET`), as the daemon has
-/// found it.
+/// The container whose pid namespace another one joins (`NamespaceMode.TARGET`), as found by the
+/// daemon.
 #[derive(Debug)]
 pub(crate) struct Target {
     /// Its main process.
@@ -33,14 +33,14 @@ pub(crate) struct Target {
     pid_namespace: OwnedFd,
 }
 
-/// How long the look at a target's `/proc` may take.
+/// How long examining a target's `/proc` may take.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// The inode of the root of every procfs: `PROC_ROOT_INO`, <linux/proc_fs.h>.
 const ROOT_INODE: u64 = 1;
 
 impl Target {
-    /// Takes the descriptors that came with the plan: the process, then the namespace.
+    /// Takes the descriptors of the plan: the process, then the namespace.
     pub(crate) fn received(descriptors: Vec<OwnedFd>) -> Result<Self, Failed> {
         let mut descriptors = descriptors.into_iter();
         match (descriptors.next(), descriptors.next()) {
@@ -60,7 +60,7 @@ impl Target {
 
     /// Its procfs, as a detached mount.
     ///
-    /// The look into its mount namespace is another process's, which stays outside its pid namespace:
+    /// Another process, outside its pid namespace, looks into its mount namespace:
     /// joining a mount namespace changes root and working directory for good, setns(2). It may hang in a
     /// filesystem that the target serves, so it has [`LOOK`], and ends with this process.
     pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
@@ -73,7 +73,7 @@ impl Target {
                 let code = match guarded.and_then(|()| self.clone_procfs()) {
                     Ok(procfs) => socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).is_err().into(),
                     Err(failed) => {
-                        // Without its words the parent has its own.
+                        // Without a message the parent has its own.
                         let _ = socket::send(other.as_fd(), failed.to_string().as_bytes(), &[]);
                         1
                     }
@@ -85,7 +85,7 @@ impl Target {
         drop(other);
         socket::limit_waits(own.as_fd(), LOOK).step(STEP, "")?;
         let mut words = [0; 4096];
-        // When it hangs it is not waited for: it ends with this process, which ends with the error.
+        // If it hangs it is not waited for: it ends with this process, which ends with the error.
         let (length, descriptors) =
             socket::receive(own.as_fd(), &mut words).step(STEP, "/proc does not answer")?;
         process::wait_for(pid).step(STEP, "")?;
@@ -119,7 +119,7 @@ pub(crate) fn pinned(path: &Path) -> Result<OwnedFd, Failed> {
 
 /// Whether `place` is the root of a procfs that shows the pid namespace of this number.
 ///
-/// Its process 1 is that of the namespace it shows, so the link to its pid namespace tells which one that is.
+/// Its process 1 is that of the namespace it shows, so the link to its pid namespace identifies it.
 /// The link is read past everything that is mounted over it.
 fn check(place: BorrowedFd<'_>, number: u64) -> io::Result<()> {
     let is_root = mount::is_procfs(place)? && stat_fd(place)?.identity.1 == ROOT_INODE;

@@ -450,7 +450,7 @@ fn make_device(root: &Root, device: &Device) -> Result<(), Failed> {
         }
         result => result.step(STEP, &about)?,
     }
-    // The mode that mknod was given lost the umask's bits.
+    // mknod applied the umask to the mode.
     parent.chmod(name, device.mode).step(STEP, &about)?;
     parent.chown(name, device.uid, device.gid).step(STEP, about)
 }
@@ -502,7 +502,7 @@ impl Covers {
             .open_dir(Path::new(""))
             .and_then(|entries| {
                 entries.make_node(OsStr::new("null"), Node::CharDevice(1, 3), 0o666)?;
-                // The mode that mknod was given lost the umask's bits.
+                // mknod applied the umask to the mode.
                 entries.chmod(OsStr::new("null"), 0o666)?;
                 inside.resolve_no_follow(Path::new("null"))
             })

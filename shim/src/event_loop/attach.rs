@@ -2,7 +2,7 @@
 //!
 //! Output goes to them beside the log ([`crate::attached`]), their input to the container's by flows
 //! ([`crate::relay`]). They may come from when the container waits for its start, in any number, and what
-//! they type is taken as it comes.
+//! they type is interleaved.
 
 use std::os::fd::OwnedFd;
 
@@ -51,20 +51,20 @@ impl Shim {
         Ok(())
     }
 
-    /// Gives the container's terminal a size.
+    /// Sets the size of the container's terminal.
     pub(super) fn resize_main(&mut self, resize: Resize) -> Result<(), Failed> {
         const STEP: &str = "resize the terminal";
         let output = self.state.live_output().ok_or_else(|| refused(STEP, "the container is not running"))?;
         set_size(output.terminal().ok_or_else(|| refused(STEP, "the container has none"))?, resize)
     }
 
-    /// A client has closed one of its pipes, if that is what a wake-up was for.
+    /// Handles a wake-up for a client that closed one of its pipes.
     pub(super) fn client_left(&mut self, token: u64) -> bool {
         // Also while output is drained: it would be reported again and again.
         self.state.output_mut().is_some_and(|output| output.leave(token, &self.poll))
     }
 
-    /// Closes the container's input once a client has left that was attached to it, where that is wanted.
+    /// Closes the container's input when a client with input has left, if so configured.
     pub(super) fn look_after_input(&mut self) {
         let attached = self.inputs.len();
         self.inputs.retain(|group| self.relays.has(*group));

@@ -4,7 +4,7 @@
 //!  Entering --its program--> Running --reaped--> Ended --its output passed on--> (answered)
 //!     \--failed or too long, answered
 //! ```
-//! A program of exec belongs to who asked for it: when that connection ends, it is killed.
+//! A program of exec belongs to its connection, and is killed when that ends.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -25,25 +25,25 @@ use crate::session;
 /// on their way.
 const RESERVED_DESCRIPTORS: u64 = 64;
 
-/// What an exec takes while it is on its way, at most.
+/// The most descriptors that an exec uses while it starts.
 const DESCRIPTORS_OF_ONE: usize = 16;
 
-/// A program of exec: on its way, running, or ended.
+/// A program of exec: starting, running, or ended.
 #[derive(Debug)]
 pub(super) struct Exec {
-    /// What its wake-ups bear. Its streams are the group of this number.
+    /// The token of its wake-ups. Its streams are the group with this number.
     pub(super) token: u64,
-    /// Whose end is its own, and the request to answer at its end.
+    /// The connection that owns it, and the request to answer at its end.
     asker: Asker,
     pub(super) stage: Stage,
     terminal: Option<Terminal>,
 }
 
-/// How far an [`Exec`] has come.
+/// The state of an [`Exec`].
 #[derive(Debug)]
 pub(super) enum Stage {
     Entering(Box<Birth>),
-    /// Not reaped yet, so the number is its own.
+    /// Not reaped yet, so the pid is valid.
     Running {
         pid: i32,
     },
@@ -56,7 +56,7 @@ pub(super) enum Stage {
 /// The terminal of an exec.
 #[derive(Debug)]
 enum Terminal {
-    /// The process makes it, and hands it over before it is its program.
+    /// The process creates it, and passes it on before its exec.
     Expected {
         handed_over: OwnedFd,
         /// Where the daemon waits for its side.
@@ -67,7 +67,7 @@ enum Terminal {
 }
 
 impl Exec {
-    /// Its process, while it is on its way.
+    /// Its process, before the exec.
     pub(super) fn birth(&self) -> Option<&Birth> {
         match &self.stage {
             Stage::Entering(birth) => Some(birth),
@@ -119,8 +119,8 @@ impl Shim {
         }
     }
 
-    /// Whether there are descriptors for one more exec or client. One too many would be missed in the
-    /// middle of something, or by a daemon that connects.
+    /// Whether there are descriptors for one more exec or client. Running out would cause failures in the
+    /// middle of an operation, or when a daemon connects.
     pub(super) fn check_descriptors(&self, step: &str) -> Result<(), Failed> {
         let (most, _) = process::rlimit(RLIMIT_NOFILE).step(step, "")?;
         let of_clients = match &self.state {
@@ -140,7 +140,7 @@ impl Shim {
         Err(refused(step, detail))
     }
 
-    /// Begins to pass bytes on, for the group `group`.
+    /// Starts to relay bytes for the group `group`.
     fn relay(&mut self, pipes: Vec<Ends>, group: u64) -> std::io::Result<()> {
         pipes.into_iter().try_for_each(|ends| {
             let token = self.new_tokens(relay::TOKENS);
@@ -165,7 +165,7 @@ impl Shim {
         }
     }
 
-    /// Takes the terminal of an exec that is its program now, and gives the daemon one end of a socket for
+    /// Takes the terminal of an exec that now runs its program, and gives the daemon one end of a socket for
     /// it.
     fn open_terminal(&mut self, index: usize, pid: i32) {
         let Some(exec) = self.execs.get_mut(index) else { return };
@@ -186,7 +186,7 @@ impl Shim {
         }
     }
 
-    /// Ends an exec that has not become its program.
+    /// Ends an exec before its program.
     pub(super) fn fail_exec(&mut self, index: usize, failed: Failed) {
         let exec = self.execs.swap_remove(index);
         if let Some(birth) = exec.birth() {
@@ -197,7 +197,7 @@ impl Shim {
         self.reply(exec.asker.connection, exec.asker.request_id, Answer::Failed(failed));
     }
 
-    /// Fails every exec that has taken too long to become its program.
+    /// Fails every exec that has missed its deadline.
     pub(super) fn fail_late_execs(&mut self, now: Instant, failed: &Failed) {
         for index in (0..self.execs.len()).rev() {
             let birth = self.execs.get(index).and_then(Exec::birth);
@@ -207,7 +207,7 @@ impl Shim {
         }
     }
 
-    /// A child was reaped that may be of an exec.
+    /// Handles a reaped child that may belong to an exec.
     pub(super) fn exec_child_ended(&mut self, pid: i32, exit_code: i32) {
         for index in (0..self.execs.len()).rev() {
             let Some(exec) = self.execs.get_mut(index) else { continue };
@@ -228,7 +228,7 @@ impl Shim {
         }
     }
 
-    /// Tells the end of an exec once its output is passed on. What others write to its streams goes on.
+    /// Reports the end of an exec once its output is relayed. Output of other processes continues.
     pub(super) fn answer_if_settled(&mut self, group: u64) {
         let Some(index) = self.execs.iter().position(|exec| exec.token == group) else { return };
         let Some(Exec { stage: Stage::Ended { exit_code }, asker, .. }) = self.execs.get(index) else {
@@ -246,7 +246,7 @@ impl Shim {
         match self.execs.iter().find(|exec| exec.asker == asker).map(|exec| &exec.stage) {
             Some(Stage::Running { pid }) => session::end(*pid, signal, self.cgroup())
                 .map_err(|error| from_io(&error, "signal the program", signal)),
-            // No program is there that could act on a signal; what any signal is for is an end.
+            // There is no program yet that could handle a signal, so any signal ends it.
             Some(Stage::Entering(birth)) => {
                 birth.kill();
                 Ok(())
@@ -255,7 +255,7 @@ impl Shim {
         }
     }
 
-    /// Gives the terminal of an exec a size, now or as soon as it has one.
+    /// Sets the size of the terminal of an exec, now or as soon as it has one.
     pub(super) fn resize_exec(&mut self, connection: u64, resize: Resize) -> Result<(), Failed> {
         let asker = Asker { connection, request_id: resize.request_id };
         let exec = self.execs.iter_mut().find(|exec| exec.asker == asker);
@@ -273,7 +273,7 @@ impl Shim {
         }
     }
 
-    /// Kills what a connection that has ended had asked for. Its end is found as that of other children is.
+    /// Kills the execs of a closed connection. Their ends are handled as those of other children.
     pub(super) fn end_execs_of(&self, connection: u64) {
         for exec in self.execs.iter().filter(|exec| exec.asker.connection == connection) {
             self.kill_exec(exec);
@@ -312,13 +312,13 @@ const TERMINAL: &str = "open a terminal";
 
 const RESIZE: &str = "resize the terminal";
 
-/// The flows of a terminal that has come, whose other side is sent to the daemon.
+/// The flows of a received terminal, whose other side is sent to the daemon.
 fn take_terminal(
     handed_over: BorrowedFd<'_>,
     taker: BorrowedFd<'_>,
     size: Option<Resize>,
 ) -> Result<[Ends; 2], Failed> {
-    // It has executed its program, so it has sent this: nothing is waited for.
+    // It has executed its program, so it has already sent this.
     berth_sys::file::set_nonblocking(handed_over).step(TERMINAL, "")?;
     let (_, descriptors) = socket::receive(handed_over, &mut [0]).step(TERMINAL, "")?;
     let terminal = descriptors
@@ -329,8 +329,8 @@ fn take_terminal(
         set_size(terminal.as_fd(), size)?;
     }
     let (ours, theirs) = socket::stream_pair().step(TERMINAL, "")?;
-    // A daemon that does not read this has room for it all the same: it is one byte. One that is gone takes
-    // its program along by other ways.
+    // A daemon that does not read has room for this byte. One that is gone ends
+    // the program in other ways.
     berth_sys::file::set_nonblocking(taker).step(TERMINAL, "")?;
     let _ = socket::send(taker, b"T", &[theirs.as_fd()]);
     let copies = (terminal.try_clone().step(TERMINAL, "")?, ours.try_clone().step(TERMINAL, "")?);

@@ -407,10 +407,10 @@ pub struct PodSandboxStatus {
     #[prost(int64, tag = "4")]
     pub created_at: i64,
     /// The pod's addresses. Absent or with an empty address on the host's network only: the kubelet
-    /// would make any other pod anew.
+    /// would recreate any other pod.
     #[prost(message, optional, tag = "5")]
     pub network: ::core::option::Option<PodSandboxNetworkStatus>,
-    /// Echoes the namespaces that were asked for. The kubelet makes the pod anew when they differ.
+    /// Echoes the namespaces that were asked for. The kubelet recreates the pod when they differ.
     #[prost(message, optional, tag = "6")]
     pub linux: ::core::option::Option<LinuxPodSandboxStatus>,
     #[prost(btree_map = "string, string", tag = "7")]
@@ -1144,7 +1144,7 @@ pub struct ExecSyncResponse {
     #[prost(int32, tag = "3")]
     pub exit_code: i32,
 }
-/// Asks for a program that somebody talks to. At least one of stdin, stdout and stderr.
+/// Asks for an interactive program. At least one of stdin, stdout and stderr.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExecRequest {
     #[prost(string, tag = "1")]
@@ -1207,7 +1207,7 @@ pub struct PortForwardResponse {
     #[prost(string, tag = "1")]
     pub url: ::prost::alloc::string::String,
 }
-/// An image as somebody refers to it.
+/// A reference to an image.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ImageSpec {
     /// An id or a reference, complete or short.

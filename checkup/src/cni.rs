@@ -11,14 +11,16 @@ use crate::{Finding, Grade, finding};
 /// Where runtimes and network add-ons look for configurations.
 const CONFIGURATIONS: &str = "etc/cni/net.d";
 
-/// Where plugins are: the directory that runtimes and add-ons agree on, and that of Debian's package.
+/// Where plugins are: the directory that runtimes and add-ons agree on, and that of Debian's
+/// package.
 const PLUGIN_DIRECTORIES: [&str; 2] = ["opt/cni/bin", "usr/lib/cni"];
 
 /// Real ones have a few KiB.
 const LARGEST_BYTES: u64 = 1 << 20;
 
-/// A configuration of one plugin (`*.conf`, `*.json`), or a list of them (`*.conflist`): CNI specification
-/// 1.1, section 1, "Network configuration format". What else it says belongs to the plugins.
+/// A configuration of one plugin (`*.conf`, `*.json`), or a list of them (`*.conflist`): CNI
+/// specification 1.1, section 1, "Network configuration format". What else it says belongs to the
+/// plugins.
 #[derive(Deserialize)]
 struct Configuration {
     #[serde(rename = "type")]
@@ -106,7 +108,8 @@ fn plugins(path: &Path) -> io::Result<Vec<String>> {
     Ok(plugins)
 }
 
-/// Whether a plugin's name is that of a file in a directory. Others would lead out of it: CVE-2021-20206.
+/// Whether a plugin's name is that of a file in a directory. Others would lead out of it:
+/// CVE-2021-20206.
 fn is_name(plugin: &str) -> bool {
     let is_part = |character: char| character.is_ascii_alphanumeric() || ".-_".contains(character);
     !plugin.is_empty() && plugin.chars().all(is_part) && !plugin.starts_with('.')

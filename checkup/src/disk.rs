@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use crate::{Daemon, Finding, Grade, below, finding, text};
 
-/// The root with fewer inodes free than this will soon have none: an image of a distribution has some ten
-/// thousand files.
+/// The root with fewer inodes free than this will soon have none: an image of a distribution has
+/// some ten thousand files.
 const FEW_INODES: u64 = 20_000;
 
-/// What the runtime state may need, in bytes: for a pod a few files, and the pods' shared memory is not
-/// counted here.
+/// What the runtime state may need, in bytes: for a pod a few files, and the pods' shared memory is
+/// not counted here.
 const STATE_BYTES: u64 = 16 << 20;
 
 /// The same in inodes: a pod of one container has some twenty.
@@ -90,8 +90,8 @@ fn state(path: &Path, (_, free, inodes, inodes_free): Space) -> Option<Finding> 
     Some(finding(Grade::Broken, "disk", text))
 }
 
-/// Whether `path` is below a mount that is read-only, or whose filesystem is: `proc_pid_mountinfo(5)`, fields
-/// 5, 6 and the last.
+/// Whether `path` is below a mount that is read-only, or whose filesystem is:
+/// `proc_pid_mountinfo(5)`, fields 5, 6 and the last.
 fn is_read_only(mounts: &str, path: &Path) -> bool {
     let mut found: Option<(usize, bool)> = None;
     for line in mounts.lines() {

@@ -72,7 +72,8 @@ fn cgroups(node: &Path) -> Finding {
         return finding(Grade::Broken, "cgroups", text);
     }
     if node.join("sys/fs/cgroup/memory").is_dir() {
-        // systemd's hybrid layout has version 2 beside it, without controllers: it counts as version 1.
+        // systemd's hybrid layout has version 2 beside it, without controllers: it counts as
+        // version 1.
         let hybrid = if node.join("sys/fs/cgroup/unified").is_dir() { " (hybrid)" } else { "" };
         let text = format!(
             "version 1{hybrid}: works, but only with the cgroupfs driver, and newer kubelets need failCgroupV1: false; for version 2, boot with systemd.unified_cgroup_hierarchy=1"
@@ -102,9 +103,9 @@ fn forwarding(node: &Path) -> Finding {
     }
 }
 
-/// Pods of a node are on one bridge. Packets between them pass the rules of kube-proxy, which change the
-/// address of a Service into a pod's and back, only when the bridge shows them to the firewall: Kubernetes,
-/// "Container Runtimes", "Network configuration".
+/// Pods of a node are on one bridge. Packets between them pass the rules of kube-proxy, which
+/// change the address of a Service into a pod's and back, only when the bridge shows them to the
+/// firewall: Kubernetes, "Container Runtimes", "Network configuration".
 fn bridge_filter(node: &Path) -> Finding {
     match text(node, "proc/sys/net/bridge/bridge-nf-call-iptables").as_deref() {
         Some("1") => {

@@ -60,8 +60,8 @@ fn driver(configuration: &str, daemon: &Daemon) -> Option<Finding> {
     Some(finding(Grade::Note, "kubelet", text))
 }
 
-/// The value of a key at the top level, as it stands on one line: what kubeadm writes. Not the whole of YAML:
-/// a value in another form is as good as none.
+/// The value of a key at the top level, as it stands on one line: what kubeadm writes. Not the
+/// whole of YAML: a value in another form is as good as none.
 fn value<'a>(yaml: &'a str, key: &str) -> Option<&'a str> {
     yaml.lines().find_map(|line| {
         let value = line.strip_prefix(key)?.strip_prefix(':')?;

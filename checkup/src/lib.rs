@@ -1,8 +1,8 @@
 //! What a node needs for Berth and has or lacks, from files alone.
 //!
-//! For `berth doctor`, which also looks while no daemon runs, and for the daemon's log when it starts: both
-//! say the same. Every path is resolved below a root directory, so that tests can build a node from plain
-//! files. Nothing is changed, no program is run, no socket opened.
+//! For `berth doctor`, which also looks while no daemon runs, and for the daemon's log when it
+//! starts: both say the same. Every path is resolved below a root directory, so that tests can
+//! build a node from plain files. Nothing is changed, no program is run, no socket opened.
 #![forbid(unsafe_code)]
 
 mod cni;

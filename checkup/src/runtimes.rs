@@ -32,9 +32,8 @@ pub(crate) fn look(node: &Path, daemon: &Daemon) -> impl Iterator<Item = Finding
     })
 }
 
-/// Whether a process listens on a socket, by the table of proc(5), `/proc/net/unix`:
-/// `Num RefCount Protocol Flags Type St Inode Path`, where `__SO_ACCEPTCON` of <linux/net.h> is among the
-/// flags.
+/// Whether a process listens on a socket, by the table of proc(5), `/proc/net/unix`: `Num RefCount
+/// Protocol Flags Type St Inode Path`, where `__SO_ACCEPTCON` of <linux/net.h> is among the flags.
 fn is_served(sockets: &str, path: &str) -> bool {
     const LISTENS: u64 = 1 << 16;
     sockets.lines().any(|line| {

@@ -1,7 +1,7 @@
 //! What a pull may say to a registry to prove who asks.
 //!
-//! Secrets live here and in the one request header that carries them. The types have no `Debug` that shows
-//! them, no `Display`, no `Serialize`; their memory is wiped when they go.
+//! Secrets live here and in the one request header that carries them. The types have no `Debug`
+//! that shows them, no `Display`, no `Serialize`; their memory is wiped when they go.
 
 use std::fmt;
 
@@ -32,14 +32,16 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// How to authenticate to the registry of one reference. Never sent to mirrors, nor to a host that a registry
-/// names in a redirect; to a token service only within the policy of the registry module.
+/// How to authenticate to the registry of one reference. Never sent to mirrors, nor to a host that
+/// a registry names in a redirect; to a token service only within the policy of the registry
+/// module.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Credentials {
     /// Nothing: public images.
     #[default]
     Anonymous,
-    /// User name and password: for Basic authentication, and to ask a token service for a Bearer token.
+    /// User name and password: for Basic authentication, and to ask a token service for a Bearer
+    /// token.
     Basic {
         /// User name; must not contain a colon (RFC 7617, section 2).
         username: String,
@@ -59,8 +61,8 @@ pub enum Credentials {
 pub struct InvalidAuthField;
 
 impl Credentials {
-    /// Decodes base64 of `user:password`, as in CRI's `AuthConfig.auth` and docker's `config.json`. NUL bytes
-    /// around it are dropped, as docker clients pad with them.
+    /// Decodes base64 of `user:password`, as in CRI's `AuthConfig.auth` and docker's `config.json`.
+    /// NUL bytes around it are dropped, as docker clients pad with them.
     ///
     /// # Errors
     /// [`InvalidAuthField`] if it is not base64, not UTF-8, or has no colon.

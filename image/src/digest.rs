@@ -1,8 +1,8 @@
 //! Content digests: the one algorithm that the store speaks, validated on construction.
 //!
-//! A digest becomes a file name in the store, so no text that came from outside may reach a path without
-//! having passed [`Digest::parse`]. Only `sha256` is taken: registries and builders use nothing else, and a
-//! second algorithm would mean a second name for the same bytes.
+//! A digest becomes a file name in the store, so no text that came from outside may reach a path
+//! without having passed [`Digest::parse`]. Only `sha256` is taken: registries and builders use
+//! nothing else, and a second algorithm would mean a second name for the same bytes.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +13,8 @@ use sha2::{Digest as _, Sha256};
 /// Length of a sha256 in hexadecimal digits.
 const HEX_LEN: usize = 64;
 
-/// A `sha256:<64 lower-case hexadecimal digits>` digest (OCI image-spec 1.1, descriptor.md, "Digests").
+/// A `sha256:<64 lower-case hexadecimal digits>` digest (OCI image-spec 1.1, descriptor.md,
+/// "Digests").
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; 32]);
 

@@ -1,8 +1,9 @@
 //! The forms of indexes, manifests and configurations, and what is read of them.
 //!
-//! Only fields that decide something are named here, and only those can make a document be refused; what else
-//! a document has is not looked at, whatever it is. `null` is the same as nothing, as in every other reader.
-//! Nothing is ever written back from these types: the raw bytes are what is kept.
+//! Only fields that decide something are named here, and only those can make a document be refused;
+//! what else a document has is not looked at, whatever it is. `null` is the same as nothing, as in
+//! every other reader. Nothing is ever written back from these types: the raw bytes are what is
+//! kept.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -146,8 +147,8 @@ pub(crate) struct Execution {
     pub(crate) labels: Texts,
 }
 
-/// Keys and values of an object. A value that is no text counts as an empty one; of a key that is there twice
-/// the last counts, as in Go. What is no object has none.
+/// Keys and values of an object. A value that is no text counts as an empty one; of a key that is
+/// there twice the last counts, as in Go. What is no object has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Texts(pub(crate) BTreeMap<String, String>);
 

@@ -1,5 +1,5 @@
-//! An image as the rest of the daemon sees it: its names, its size and a typed, read-only view of its
-//! configuration.
+//! An image as the rest of the daemon sees it: its names, its size and a typed, read-only view of
+//! its configuration.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -41,15 +41,15 @@ impl Image {
         &self.repo_tags
     }
 
-    /// Full normalised names with the digest that the registry gave for them (of the index, where there was
-    /// one), sorted.
+    /// Full normalised names with the digest that the registry gave for them (of the index, where
+    /// there was one), sorted.
     #[must_use]
     pub fn repo_digests(&self) -> &[String] {
         &self.repo_digests
     }
 
-    /// Bytes that the unpacked layers, the manifest and the configuration take; never 0. Layers that other
-    /// images share are counted in full.
+    /// Bytes that the unpacked layers, the manifest and the configuration take; never 0. Layers
+    /// that other images share are counted in full.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
         self.content.size_bytes
@@ -79,8 +79,8 @@ impl Image {
         &self.content.raw_config
     }
 
-    /// The image manifest (not the index), byte for byte as pulled; for an imported docker archive, one that
-    /// was written for it.
+    /// The image manifest (not the index), byte for byte as pulled; for an imported docker archive,
+    /// one that was written for it.
     #[must_use]
     pub fn raw_manifest(&self) -> &[u8] {
         &self.content.raw_manifest
@@ -93,7 +93,8 @@ impl Image {
     }
 }
 
-/// `config` of an OCI image configuration (image-spec 1.1, config.md, "Properties"). Absent fields are empty.
+/// `config` of an OCI image configuration (image-spec 1.1, config.md, "Properties"). Absent fields
+/// are empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ImageConfig {
     /// `Entrypoint`

@@ -1,8 +1,9 @@
 //! JSON that every reader reads alike, where it matters.
 //!
-//! A manifest is verified by its digest, but what it means depends on the reader where keys are doubled, or
-//! differ only in case (Go's decoder folds case, others do not). Documents in which a key that decides
-//! something is such are refused before they are interpreted. Other keys decide nothing, and may be anything.
+//! A manifest is verified by its digest, but what it means depends on the reader where keys are
+//! doubled, or differ only in case (Go's decoder folds case, others do not). Documents in which a
+//! key that decides something is such are refused before they are interpreted. Other keys decide
+//! nothing, and may be anything.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -15,11 +16,12 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 #[error("not a JSON document that all parsers read the same way")]
 pub struct AmbiguousJson(#[source] serde_json::Error);
 
-/// Checks that no object has a key of `fields` twice, or one that differs from it only in case. Objects below
-/// `free` (labels, annotations, history) may have any keys.
+/// Checks that no object has a key of `fields` twice, or one that differs from it only in case.
+/// Objects below `free` (labels, annotations, history) may have any keys.
 ///
 /// # Errors
-/// [`AmbiguousJson`], also for anything that is no JSON, or nested deeper than serde_json's 128 levels.
+/// [`AmbiguousJson`], also for anything that is no JSON, or nested deeper than serde_json's 128
+/// levels.
 pub(crate) fn check(bytes: &[u8], fields: &[&str], free: &[&str]) -> Result<(), AmbiguousJson> {
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     Check { fields, free }
@@ -28,10 +30,11 @@ pub(crate) fn check(bytes: &[u8], fields: &[&str], free: &[&str]) -> Result<(), 
         .map_err(AmbiguousJson)
 }
 
-/// The document in valid UTF-8 without lone surrogates: each is replaced by U+FFFD, as Go's decoder does.
-/// Borrowed if there are none.
+/// The document in valid UTF-8 without lone surrogates: each is replaced by U+FFFD, as Go's decoder
+/// does. Borrowed if there are none.
 ///
-/// Builders put bytes of any encoding into labels and histories. No byte of JSON's own syntax is touched.
+/// Builders put bytes of any encoding into labels and histories. No byte of JSON's own syntax is
+/// touched.
 pub(crate) fn tidy(bytes: &[u8]) -> Cow<'_, [u8]> {
     let mut text = match String::from_utf8_lossy(bytes) {
         Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),

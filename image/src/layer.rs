@@ -1,7 +1,8 @@
 //! One layer's bytes -> its tree: digest, decompression, diff id, unpacking, in one pass.
 //!
-//! Nothing is kept of the compressed bytes. The compression is recognised by the first bytes, not by the
-//! media type, as other runtimes do: types in the field are often wrong, and both digests are checked anyway.
+//! Nothing is kept of the compressed bytes. The compression is recognised by the first bytes, not
+//! by the media type, as other runtimes do: types in the field are often wrong, and both digests
+//! are checked anyway.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -18,8 +19,8 @@ use crate::pipe::Abandoned;
 use crate::turns::LayerInput;
 use crate::unpack::{self, Summary, UnpackError};
 
-/// Largest zstd window: 128 MiB. Encoders stay at 8 MiB without `--long`; the format allows 3.75 TiB (RFC
-/// 8878, section 3.1.1.1.2).
+/// Largest zstd window: 128 MiB. Encoders stay at 8 MiB without `--long`; the format allows 3.75
+/// TiB (RFC 8878, section 3.1.1.1.2).
 const MAX_ZSTD_WINDOW_LOG: u32 = 27;
 
 const READ_BUFFER: usize = 128 * 1024;
@@ -27,7 +28,8 @@ const READ_BUFFER: usize = 128 * 1024;
 /// The free space is looked at whenever so many bytes were unpacked.
 const FREE_SPACE_INTERVAL: u64 = 16 << 20;
 
-/// How far a broken layer is read on to learn whether its bytes were the wrong ones in the first place.
+/// How far a broken layer is read on to learn whether its bytes were the wrong ones in the first
+/// place.
 const DIAGNOSIS_LIMIT: u64 = 1 << 20;
 
 /// And for how long: a host that sends what is no layer may well stop sending.
@@ -133,7 +135,8 @@ enum Fault {
 }
 
 impl Budget {
-    /// `limit` bytes, on the filesystem of `path`, of which the larger of the two amounts stays free.
+    /// `limit` bytes, on the filesystem of `path`, of which the larger of the two amounts stays
+    /// free.
     pub(crate) fn new(limit: u64, path: PathBuf, min_free_bytes: u64, min_free_percent: u8) -> Self {
         Self { limit, left: AtomicU64::new(limit), path, min_free_bytes, min_free_percent }
     }
@@ -208,7 +211,8 @@ pub(crate) fn unpack(
     Ok(summary)
 }
 
-/// What one layer takes of the budget; given back if nothing comes of it, for the layer may be tried again.
+/// What one layer takes of the budget; given back if nothing comes of it, for the layer may be
+/// tried again.
 struct Share<'a> {
     budget: &'a Budget,
     taken: AtomicU64,
@@ -233,7 +237,8 @@ impl Drop for Share<'_> {
 }
 
 impl LayerError {
-    /// Whether other bytes may make the layer after all: those that came were wrong, or may have been.
+    /// Whether other bytes may make the layer after all: those that came were wrong, or may have
+    /// been.
     pub(crate) fn is_of_the_bytes(&self) -> bool {
         match self {
             Self::DigestMismatch { .. } | Self::Read(_) => true,
@@ -243,8 +248,8 @@ impl LayerError {
     }
 }
 
-/// The decompressed bytes of what is gzip or zstd by its first bytes, and the bytes themselves of everything
-/// else.
+/// The decompressed bytes of what is gzip or zstd by its first bytes, and the bytes themselves of
+/// everything else.
 ///
 /// # Errors
 /// Of reading the first bytes, or of setting up the decoder.
@@ -293,8 +298,8 @@ pub(crate) fn decompress_to(
     io::copy(&mut metered, out).map(drop).map_err(classify)
 }
 
-/// Finds the cause that matters in an error of some reader or file operation below, in a layer of `wanted`
-/// bytes.
+/// Finds the cause that matters in an error of some reader or file operation below, in a layer of
+/// `wanted` bytes.
 fn classify(error: LayerError, budget: &Budget, wanted: u64) -> LayerError {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     while let Some(current) = cause {

@@ -1,8 +1,8 @@
-//! Indexes, manifests and configurations: which bytes may be called what, and which of them are for this
-//! machine.
+//! Indexes, manifests and configurations: which bytes may be called what, and which of them are for
+//! this machine.
 //!
-//! OCI image-spec 1.1 and Docker image manifest version 2, schema 2; the forms are in `document`. Schema 1 is
-//! refused.
+//! OCI image-spec 1.1 and Docker image manifest version 2, schema 2; the forms are in `document`.
+//! Schema 1 is refused.
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -13,7 +13,8 @@ use crate::document::{self, ConfigDocument, Descriptor, Execution, Index, Manife
 use crate::json::{self, AmbiguousJson};
 use crate::platform;
 
-/// Largest index, manifest or configuration that is read. The common limit of registries and other runtimes.
+/// Largest index, manifest or configuration that is read. The common limit of registries and other
+/// runtimes.
 pub(crate) const MAX_DOCUMENT: usize = 4 << 20;
 
 /// Most layers of an image: overlayfs takes no more (fs/overlayfs/super.c, `OVL_MAX_STACK`).
@@ -182,8 +183,8 @@ struct Probe {
     schema_version: Option<u64>,
 }
 
-/// Settles what a document is and reads it. `content_type` is what the registry, or the descriptor that led
-/// here, called it.
+/// Settles what a document is and reads it. `content_type` is what the registry, or the descriptor
+/// that led here, called it.
 pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document, ManifestError> {
     if bytes.len() > MAX_DOCUMENT {
         return Err(ManifestError::TooLarge);
@@ -253,8 +254,8 @@ pub(crate) fn parse_config(bytes: &[u8], layers: usize) -> Result<Configuration,
     }
     let mut diff_ids =
         parsed.rootfs.diff_ids.iter().map(|id| Digest::parse(id)).collect::<Result<Vec<_>, _>>()?;
-    // An image without layers: its program comes from a mount. It gets the empty layer, so that there is
-    // something to mount.
+    // An image without layers: its program comes from a mount. It gets the empty layer, so that
+    // there is something to mount.
     if diff_ids.is_empty() && layers == 1 {
         diff_ids.push(Digest::of(EMPTY_ARCHIVE));
     }
@@ -264,8 +265,8 @@ pub(crate) fn parse_config(bytes: &[u8], layers: usize) -> Result<Configuration,
     Ok(Configuration { parsed, diff_ids })
 }
 
-/// A replacement character in what decides how an image is run may stand for bytes that were not text:
-/// another program or another user.
+/// A replacement character in what decides how an image is run may stand for bytes that were not
+/// text: another program or another user.
 fn check_text(config: &Execution) -> Result<(), ManifestError> {
     let one = std::slice::from_ref;
     for (field, texts) in [
@@ -289,8 +290,8 @@ fn check_text(config: &Execution) -> Result<(), ManifestError> {
 pub(crate) struct Selected {
     pub(crate) blob: Blob,
     pub(crate) media_type: String,
-    /// The index says that it is for this machine. Then the image is not asked: the index is what people
-    /// correct.
+    /// The index says that it is for this machine. Then the image is not asked: the index is what
+    /// people correct.
     pub(crate) is_for_this_machine: bool,
 }
 
@@ -298,8 +299,8 @@ pub(crate) struct Selected {
 pub(crate) fn select(index: &Index) -> Result<Selected, ManifestError> {
     let mut best: Option<(platform::Fit, &Descriptor)> = None;
     for descriptor in &index.manifests {
-        // An entry without a platform may be the only image of a layout; anything that says its platform is
-        // better.
+        // An entry without a platform may be the only image of a layout; anything that says its
+        // platform is better.
         let said = descriptor.platform.clone().unwrap_or_default();
         // The first of equals counts (image-spec, image-index.md).
         if let Some(fit) = platform::fit(&said.os, &said.architecture, &said.variant)

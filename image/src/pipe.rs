@@ -1,8 +1,8 @@
-//! The bridge between an async sender of bytes and a blocking reader: a pipe that holds a bounded number of
-//! bytes.
+//! The bridge between an async sender of bytes and a blocking reader: a pipe that holds a bounded
+//! number of bytes.
 //!
-//! The reader sees the end only if the sender said [`Writer::finish`]; a sender that just goes away is an
-//! error for it. So a cancelled download never looks like a short layer.
+//! The reader sees the end only if the sender said [`Writer::finish`]; a sender that just goes away
+//! is an error for it. So a cancelled download never looks like a short layer.
 
 use std::io::{self, Read};
 use std::time::{Duration, Instant};
@@ -13,7 +13,8 @@ use tokio::sync::mpsc::error::TryRecvError;
 
 use crate::turns::LayerInput;
 
-/// Pieces on the way. With [`PIECE`] this bounds a pipe to 2 MiB, enough to ride out a pause of either side.
+/// Pieces on the way. With [`PIECE`] this bounds a pipe to 2 MiB, enough to ride out a pause of
+/// either side.
 const PIECES: usize = 32;
 
 /// How often a reader in a hurry looks for the next piece.

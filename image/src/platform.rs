@@ -1,8 +1,8 @@
 //! Which machines an image is for, in the words that builders use.
 //!
-//! Names are Go's (`GOOS`, `GOARCH`), as the OCI image-spec 1.1 wants them (image-index.md, "platform").
-//! Builders write others too: those of the kernel and of Debian mean the same. An image that says nothing is
-//! for any machine.
+//! Names are Go's (`GOOS`, `GOARCH`), as the OCI image-spec 1.1 wants them (image-index.md,
+//! "platform"). Builders write others too: those of the kernel and of Debian mean the same. An
+//! image that says nothing is for any machine.
 
 /// How well an image fits this machine; the higher the better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -32,8 +32,8 @@ pub struct LayerProgress {
     pub total_bytes: u64,
 }
 
-/// Receives reports. Called from async tasks and from blocking threads, often: an implementation must return
-/// at once and must not block.
+/// Receives reports. Called from async tasks and from blocking threads, often: an implementation
+/// must return at once and must not block.
 pub trait Progress: Send + Sync {
     /// A layer changed its phase or got another piece of its bytes.
     fn layer(&self, report: LayerProgress);

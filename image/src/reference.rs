@@ -1,13 +1,13 @@
 //! Image references: from what a user writes to the full name that registries and the store use.
 //!
-//! The grammar is that of `distribution/reference` (github.com/distribution/reference v0.6, `reference.go`),
-//! normalised as docker does: no domain means `docker.io`, a single path component there means `library/`, no
-//! tag and no digest means `latest`. With both a tag and a digest the digest decides and the tag is dropped
-//! (as containerd's CRI does).
+//! The grammar is that of `distribution/reference` (github.com/distribution/reference v0.6,
+//! `reference.go`), normalised as docker does: no domain means `docker.io`, a single path component
+//! there means `library/`, no tag and no digest means `latest`. With both a tag and a digest the
+//! digest decides and the tag is dropped (as containerd's CRI does).
 //!
-//! Not `oci_spec::distribution::Reference`: it knows no IPv6 hosts, takes digests of other algorithms and
-//! upper-case ones, and compiles a regular expression of some megabytes. A property test holds this parser
-//! against it where they must agree.
+//! Not `oci_spec::distribution::Reference`: it knows no IPv6 hosts, takes digests of other
+//! algorithms and upper-case ones, and compiles a regular expression of some megabytes. A property
+//! test holds this parser against it where they must agree.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,8 +15,8 @@ use std::str::FromStr;
 use crate::Digest;
 use crate::digest::ParseDigestError;
 
-/// Longest reference that is looked at: a name of 255, a tag of 128 and a digest of 71 bytes with their
-/// separators, rounded up.
+/// Longest reference that is looked at: a name of 255, a tag of 128 and a digest of 71 bytes with
+/// their separators, rounded up.
 pub const MAX_REFERENCE_LEN: usize = 512;
 
 /// Longest name, domain included (`distribution/reference`: `RepositoryNameTotalLengthMax`).
@@ -59,8 +59,8 @@ pub enum ParseReferenceError {
     /// The host part is not a host name, an address in brackets, or has a bad port.
     #[error("invalid registry host in reference")]
     Domain,
-    /// A path component is empty, or has other characters than lower-case letters, digits and separators
-    /// between them.
+    /// A path component is empty, or has other characters than lower-case letters, digits and
+    /// separators between them.
     #[error("invalid repository name in reference")]
     Repository,
     /// The tag is empty, above 128 bytes, or has a character outside `[A-Za-z0-9_.-]`.
@@ -168,8 +168,8 @@ impl FromStr for Reference {
     }
 }
 
-/// The first component is a domain if it could not be a plain path component: it has a dot or a colon, is
-/// `localhost`, or has upper case (`distribution/reference`, `splitDockerDomain`).
+/// The first component is a domain if it could not be a plain path component: it has a dot or a
+/// colon, is `localhost`, or has upper case (`distribution/reference`, `splitDockerDomain`).
 fn split_domain(name: &str) -> (&str, &str) {
     match name.split_once('/') {
         Some((first, rest))

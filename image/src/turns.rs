@@ -1,9 +1,10 @@
-//! Who unpacks when: layers of all pulls share the processor and the disk, and none holds a share while
-//! waiting for the network.
+//! Who unpacks when: layers of all pulls share the processor and the disk, and none holds a share
+//! while waiting for the network.
 //!
-//! A thread has a permit only while there are bytes to work on. So a registry that is slow, or means to be,
-//! keeps a thread and a connection of that pull, and nothing that another pull needs. A pull that has bytes
-//! without end gives the permit back now and then: permits go in the order in which they were asked for.
+//! A thread has a permit only while there are bytes to work on. So a registry that is slow, or
+//! means to be, keeps a thread and a connection of that pull, and nothing that another pull needs.
+//! A pull that has bytes without end gives the permit back now and then: permits go in the order in
+//! which they were asked for.
 
 use std::io::{self, Read};
 use std::sync::Arc;

@@ -1,6 +1,6 @@
-//! What the store makes of files that it cannot read, does not understand, or finds damaged, and of what it
-//! cannot delete: nothing that may be in use is lost, nothing else is held up, and a pull mends it. Needs
-//! root.
+//! What the store makes of files that it cannot read, does not understand, or finds damaged, and of
+//! what it cannot delete: nothing that may be in use is lost, nothing else is held up, and a pull
+//! mends it. Needs root.
 
 #![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
 
@@ -14,8 +14,8 @@ use berth_image::{Credentials, Digest, Image, ImportSource, Reference, Store};
 
 use support::*;
 
-/// Two images on one base that leaves something open (`d` has no entry in the layers above it), so that both
-/// have patches.
+/// Two images on one base that leaves something open (`d` has no entry in the layers above it), so
+/// that both have patches.
 struct Pair {
     one: Built,
     two: Built,
@@ -95,7 +95,8 @@ fn read_through(store: &Store, name: &str, file: &str) -> Vec<u8> {
     lower.iter().find_map(|dir| fs::read(dir.join(file)).ok()).unwrap()
 }
 
-/// A filesystem mounted somewhere in a tree, so that the tree cannot be deleted (unlinkat(2), EBUSY).
+/// A filesystem mounted somewhere in a tree, so that the tree cannot be deleted (unlinkat(2),
+/// EBUSY).
 struct InTheWay<'a>(&'a Path);
 
 impl<'a> InTheWay<'a> {
@@ -130,7 +131,8 @@ async fn a_file_that_cannot_be_read_for_a_while_costs_nothing() {
     let aside = dir.path().join("aside");
     for file in records(dir.path()) {
         let name = file.display();
-        // read(2) of a directory fails with EISDIR: an error that says nothing about what is damaged.
+        // read(2) of a directory fails with EISDIR: an error that says nothing about what is
+        // damaged.
         fs::rename(&file, &aside).unwrap();
         fs::create_dir(&file).unwrap();
         let store = store(dir.path());
@@ -140,8 +142,8 @@ async fn a_file_that_cannot_be_read_for_a_while_costs_nothing() {
         assert_eq!(kept(dir.path()), before, "{name}");
         let of_image = file.ends_with("record.json") || file.ends_with("config");
         assert_eq!(store.list().len(), if of_image { 1 } else { 2 }, "{name}");
-        // Of the documents for people only a manifest is of no account, and open.json is read when it is
-        // needed.
+        // Of the documents for people only a manifest is of no account, and open.json is read when
+        // it is needed.
         let is_told = !file.ends_with("manifest") && !file.ends_with("open.json");
         assert_eq!(store.faults().len(), usize::from(is_told), "{name}: {:?}", store.faults());
         assert_eq!(store.look_again(), is_told, "{name}");
@@ -217,14 +219,15 @@ async fn a_flipped_bit_in_the_record_of_a_layer_costs_nothing_and_a_pull_mends_i
         assert_eq!(read_through(&store, "one:v", "d/one"), b"one", "{directory}/{file}");
         let mounted = directories(store.stored_layers(&store.find("one:v").unwrap())).unwrap();
 
-        // Another image on these layers is not held up, and the pull of the same one mends what is left.
+        // Another image on these layers is not held up, and the pull of the same one mends what is
+        // left.
         pair.import_two(&store).await;
         assert_eq!(read_through(&store, "two:v", "d/middle"), b"m", "{directory}/{file}");
         pair.import_one(&store).await;
         assert_eq!(store.faults(), [""; 0], "{directory}/{file}");
         assert_eq!(directories(store.stored_layers(&store.find("one:v").unwrap())).unwrap(), mounted);
-        // What a container has mounted stays, under another name, over a restart and until the container
-        // goes.
+        // What a container has mounted stays, under another name, over a restart and until the
+        // container goes.
         let replaced = || kept(dir.path()).iter().filter(|name| name.ends_with(".replaced")).count();
         assert_eq!(replaced(), damaged.len(), "{directory}/{file}");
         drop(store);

@@ -276,8 +276,8 @@ async fn certificates_are_checked_against_the_configured_authorities() {
     };
     let address = registry.address.clone();
     let port = address.rsplit_once(':').unwrap().1.to_owned();
-    // Nothing is pushed over TLS: what is asked for is absent, and to say so the registry must have been
-    // spoken to.
+    // Nothing is pushed over TLS: what is asked for is absent, and to say so the registry must have
+    // been spoken to.
     for (name, settings, spoken) in [
         ("authority", format!("[host.\"https://{address}\"]\nca = \"cert.pem\"\n"), true),
         ("no check", format!("[host.\"https://{address}\"]\nskip_verify = true\n"), true),

@@ -1,4 +1,5 @@
-//! Commits that fail on the way: what is left of them is nothing, and they can be tried again. Needs root.
+//! Commits that fail on the way: what is left of them is nothing, and they can be tried again.
+//! Needs root.
 
 #![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
 
@@ -35,7 +36,8 @@ fn content(store: &Store, image: &Image, file: &str) -> Vec<u8> {
     lower.iter().find_map(|dir| fs::read(dir.join(file)).ok()).unwrap()
 }
 
-/// Something that has the name which a directory of the image is to get: rename(2) fails with `ENOTEMPTY`.
+/// Something that has the name which a directory of the image is to get: rename(2) fails with
+/// `ENOTEMPTY`.
 struct Obstacle(PathBuf);
 
 impl Obstacle {
@@ -87,8 +89,8 @@ async fn a_rename_that_fails_leaves_nothing_of_the_image_and_all_of_others() {
     assert_eq!(content(&store, &first, "d/other"), b"other");
 }
 
-/// A disk that loses what is written to it once it is full, which nobody is told before it is synced: a file
-/// with holes, on a filesystem without room to fill them.
+/// A disk that loses what is written to it once it is full, which nobody is told before it is
+/// synced: a file with holes, on a filesystem without room to fill them.
 struct ThinDisk {
     dir: tempfile::TempDir,
 }

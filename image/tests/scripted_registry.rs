@@ -1,4 +1,5 @@
-//! A registry that does what a script says: cuts, lies, redirects, demands tokens. Plain HTTP on loopback.
+//! A registry that does what a script says: cuts, lies, redirects, demands tokens. Plain HTTP on
+//! loopback.
 
 #![allow(
     clippy::unwrap_used,
@@ -66,8 +67,8 @@ impl Reply {
 
 type Script = dyn Fn(&Request, usize) -> Option<Reply> + Send + Sync;
 
-/// The script is asked first; what it leaves is answered as an honest registry would. The number counts
-/// requests of the same path.
+/// The script is asked first; what it leaves is answered as an honest registry would. The number
+/// counts requests of the same path.
 struct Scripted {
     address: String,
     log: Arc<Mutex<Vec<Request>>>,
@@ -474,7 +475,8 @@ async fn credentials_do_not_go_to_a_foreign_token_service_and_show_up_nowhere() 
     }
 }
 
-/// A store that asks these hosts for `registry.test`, in this order; the last is the registry itself.
+/// A store that asks these hosts for `registry.test`, in this order; the last is the registry
+/// itself.
 fn with_hosts(dir: &std::path::Path, hosts: &[&Scripted]) -> (Store, Reference) {
     let config = dir.join("certs.d/registry.test");
     std::fs::create_dir_all(&config).unwrap();

@@ -1,4 +1,5 @@
-//! The store through its interface: imports, shared layers, removal, damage, full disks. Needs root.
+//! The store through its interface: imports, shared layers, removal, damage, full disks. Needs
+//! root.
 
 #![allow(
     clippy::unwrap_used,
@@ -123,7 +124,8 @@ async fn bad_images_leave_nothing_behind() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_oversized_zstd_window_is_refused() {
-    // A frame header that asks for a window of 2^31 (RFC 8878, section 3.1.1.1.2), then an empty last block.
+    // A frame header that asks for a window of 2^31 (RFC 8878, section 3.1.1.1.2), then an empty
+    // last block.
     let mut image = of(&[Layer::new().tar()], "window");
     let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 21 << 3, 0x01, 0x00, 0x00].to_vec();
     let digest = Digest::of(&frame);
@@ -268,7 +270,8 @@ async fn archives_of_docker_and_tar_files_of_layouts_are_imported() {
     assert_eq!(images[0].repo_digests(), [format!("example.com/app@{}", image.manifest)]);
     store.remove("example.com/app:v1", nobody).await.unwrap();
 
-    // What docker save wrote before it wrote layouts: a link from one layer to another's file, short names.
+    // What docker save wrote before it wrote layouts: a link from one layer to another's file,
+    // short names.
     let manifest = serde_json::json!([{
         "Config": format!("{}.json", image.config.hex()), "RepoTags": ["app:v2", "app:v3"],
         "Layers": ["one/layer.tar", "two/layer.tar"],
@@ -433,7 +436,8 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// An image with this configuration and these layers, in a layout with this platform beside its manifest.
+/// An image with this configuration and these layers, in a layout with this platform beside its
+/// manifest.
 fn write_odd(dir: &Path, config: &str, layers: &str, platform: &str) -> Digest {
     let blobs = dir.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();

@@ -1,5 +1,5 @@
-//! A nasty image as this crate unpacks and stacks it, against what `umoci unpack` makes of the same image.
-//! Needs root.
+//! A nasty image as this crate unpacks and stacks it, against what `umoci unpack` makes of the same
+//! image. Needs root.
 
 #![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
 

@@ -18,7 +18,7 @@
 //!     shm/shm                  /dev/shm of its containers
 //!     shm/etc/                 hosts, hostname, resolv.conf
 //!   containers/<id>/           shim.sock, rootfs (mount point, in the container's own mount
-//!                              namespace), record (a copy), started (when its start was asked for),
+//!                              namespace), record (a copy), started (when that was asked for),
 //!                              exit (where the durable one could not be written)
 //! ```
 
@@ -117,11 +117,11 @@ impl Layout {
 /// Where the files lie that the containers of a pod can write to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shared {
-    /// In the pod's tmpfs, whose size bounds them. Its root and `etc` in it are never shown to a container,
-    /// so no container can replace a file there by a link.
+    /// In the pod's tmpfs, whose size bounds them. Its root and `etc` in it are never shown to a
+    /// container, so no container can replace a file there by a link.
     InTmpfs,
-    /// Pods made by earlier versions: the tmpfs is `/dev/shm` as a whole, and the files for `/etc` lie beside
-    /// it, in the runtime directory.
+    /// Pods made by earlier versions: the tmpfs is `/dev/shm` as a whole, and the files for `/etc`
+    /// lie beside it, in the runtime directory.
     Beside,
 }
 
@@ -143,7 +143,8 @@ impl SandboxFiles {
         self.durable.join("record")
     }
 
-    /// A copy of the record, for when the record itself cannot be read. It lives as long as what runs.
+    /// A copy of the record, for when the record itself cannot be read. It lives as long as what
+    /// runs.
     #[must_use]
     pub fn record_copy(&self) -> PathBuf {
         self.state.join("record")
@@ -208,14 +209,15 @@ impl ContainerFiles {
         self.durable.join("record")
     }
 
-    /// A copy of the record, for when the record itself cannot be read. It lives as long as what runs.
+    /// A copy of the record, for when the record itself cannot be read. It lives as long as what
+    /// runs.
     #[must_use]
     pub fn record_copy(&self) -> PathBuf {
         self.state.join("record")
     }
 
-    /// When its start was asked for, in nanoseconds since the epoch, as text. Written before the shim is
-    /// asked.
+    /// When its start was asked for, in nanoseconds since the epoch, as text. Written before the
+    /// shim is asked.
     #[must_use]
     pub fn started(&self) -> PathBuf {
         self.state.join("started")

@@ -1,8 +1,8 @@
-//! Plain data about pods: ids, what was asked for, states and their transitions, records on disk, and where
-//! files lie.
+//! Plain data about pods: ids, what was asked for, states and their transitions, records on disk,
+//! and where files lie.
 //!
-//! No I/O, no async, no CRI types: the daemon converts at its edge (`runtime::cri`), and everything behind
-//! the edge speaks these types.
+//! No I/O, no async, no CRI types: the daemon converts at its edge (`runtime::cri`), and everything
+//! behind the edge speaks these types.
 //!
 //! - `id`: the ids of sandboxes and containers;
 //! - `sandbox`, `container`, `security`: what was asked for;

@@ -1,11 +1,11 @@
 //! How much may be asked for, where the edge and what is behind it have to agree.
 
-/// Mounts of one container, those asked for and the volumes of its image together. The kernel allows 100,000
-/// in a mount namespace (`fs.mount-max`); pods have tens.
+/// Mounts of one container, those asked for and the volumes of its image together. The kernel
+/// allows 100,000 in a mount namespace (`fs.mount-max`); pods have tens.
 pub const MAX_MOUNTS: usize = 1000;
 
-/// Devices of one container, those in a directory counted one by one. A cgroup takes 1024 rules, of which a
-/// few are the default ones; no real container comes near.
+/// Devices of one container, those in a directory counted one by one. A cgroup takes 1024 rules, of
+/// which a few are the default ones; no real container comes near.
 pub const MAX_DEVICES: usize = 1000;
 
 /// The longest path in bytes, without its NUL: `PATH_MAX` of <linux/limits.h>.

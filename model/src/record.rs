@@ -4,14 +4,14 @@
 //! line 1   berth-record <version> <sha256 of all that follows the line, hex>
 //! rest     JSON
 //! ```
-//! The version is of the JSON's meaning. An older one that is still understood is read. Unknown keys are
-//! ignored, absent ones take their default, so that a daemon can be exchanged for one of the next version and
-//! back.
+//! The version is of the JSON's meaning. An older one that is still understood is read. Unknown
+//! keys are ignored, absent ones take their default, so that a daemon can be exchanged for one of
+//! the next version and back.
 //!
-//! A newer version keeps the meaning of the keys by which an object is listed, stopped and removed: `id`,
-//! `sandbox_id`, `config` with its metadata, labels and namespaces, `cgroup`, `process` and the times. So a
-//! record of a newer version is read as far as it is known, and never written: the newer daemon finds it as
-//! it left it.
+//! A newer version keeps the meaning of the keys by which an object is listed, stopped and removed:
+//! `id`, `sandbox_id`, `config` with its metadata, labels and namespaces, `cgroup`, `process` and
+//! the times. So a record of a newer version is read as far as it is known, and never written: the
+//! newer daemon finds it as it left it.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -69,8 +69,8 @@ pub struct Decoded<T> {
 /// The content of a record file.
 ///
 /// # Errors
-/// [`RecordError`]. [`RecordError::TooNew`] says nothing about the file's health: what a newer version means
-/// by its content, or by its checksum, is not known here.
+/// [`RecordError`]. [`RecordError::TooNew`] says nothing about the file's health: what a newer
+/// version means by its content, or by its checksum, is not known here.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<Decoded<T>, RecordError> {
     let end = bytes.iter().position(|byte| *byte == b'\n').ok_or(RecordError::NotARecord)?;
     let (line, rest) = bytes.split_at(end);
@@ -105,8 +105,8 @@ pub struct SandboxRecord {
     pub config: sandbox::Config,
     /// Nanoseconds since the epoch.
     pub created_at_unix_ns: i64,
-    /// The boot in which it was made: `/proc/sys/kernel/random/boot_id`. In another one all of its state is
-    /// gone.
+    /// The boot in which it was made: `/proc/sys/kernel/random/boot_id`. In another one all of its
+    /// state is gone.
     pub boot_id: String,
     /// Its addresses, the primary one first; empty with the host's network.
     pub addresses: Vec<String>,

@@ -36,8 +36,8 @@ pub struct Dns {
     pub options: Vec<String>,
 }
 
-/// A container port that the pod names: `PortMapping`. Host ports are refused at the edge until they can be
-/// served.
+/// A container port that the pod names: `PortMapping`. Host ports are refused at the edge until
+/// they can be served.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortMapping {
     /// `TCP`, `UDP` or `SCTP`.
@@ -73,8 +73,8 @@ pub struct Config {
     pub namespaces: Namespaces,
     /// Privileged containers are allowed.
     pub privileged: bool,
-    /// The AppArmor profile of the pod. Records of earlier versions do not have it; it matters while the
-    /// sandbox is made.
+    /// The AppArmor profile of the pod. Records of earlier versions do not have it; it matters
+    /// while the sandbox is made.
     #[serde(default)]
     pub apparmor: Profile,
     /// Kernel parameters of its namespaces, checked: sysctl(8) names with dots.

@@ -16,8 +16,8 @@ pub enum NamespaceMode {
     Target,
 }
 
-/// `NamespaceOption` of the CRI. User namespaces are not offered yet, so a request that has one is refused at
-/// the edge.
+/// `NamespaceOption` of the CRI. User namespaces are not offered yet, so a request that has one is
+/// refused at the edge.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Namespaces {
     /// Network: pod or node.
@@ -51,7 +51,8 @@ pub struct User {
     pub group: Option<u32>,
     /// Supplementary groups.
     pub supplementary_groups: Vec<u32>,
-    /// Add the groups of the image's group file (policy `Merge`), or only the ones above (`Strict`).
+    /// Add the groups of the image's group file (policy `Merge`), or only the ones above
+    /// (`Strict`).
     pub merge_groups: bool,
 }
 

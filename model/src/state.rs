@@ -1,4 +1,5 @@
-//! The states of sandboxes and containers, and the one function for each that says what may follow what.
+//! The states of sandboxes and containers, and the one function for each that says what may follow
+//! what.
 //!
 //! ```text
 //! container:   Created --started--> Running --ended--> Exited
@@ -6,9 +7,10 @@
 //!                 Removed from any of them; nothing goes back.
 //! sandbox:     Ready --stopped, process ended--> NotReady --removed--> (gone)
 //! ```
-//! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped` StopPodSandbox;
-//! `process ended` the end of the pod's own process. A reboot has stopped a sandbox before a daemon sees it.
-//! On `ended` the cgroup, on `stopped` network and namespaces are given back.
+//! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped`
+//! StopPodSandbox; `process ended` the end of the pod's own process. A reboot has stopped a sandbox
+//! before a daemon sees it. On `ended` the cgroup, on `stopped` network and namespaces are given
+//! back.
 
 /// How a container ended: what `ContainerStatus` says about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +104,8 @@ pub struct Refused {
     pub event: &'static str,
 }
 
-/// The state after `event`. A second end is no error and changes nothing: the first one is the truth.
+/// The state after `event`. A second end is no error and changes nothing: the first one is the
+/// truth.
 ///
 /// # Errors
 /// [`Refused`] when the event cannot follow.

@@ -2,9 +2,9 @@
 
 use std::borrow::Cow;
 
-/// The text with everything escaped (`\u{202e}`) that is not shown as itself or acts on what shows it:
-/// controls and line ends, the separators U+2028 and U+2029, marks that turn the direction of writing, other
-/// invisible characters, and code points without a meaning.
+/// The text with everything escaped (`\u{202e}`) that is not shown as itself or acts on what shows
+/// it: controls and line ends, the separators U+2028 and U+2029, marks that turn the direction of
+/// writing, other invisible characters, and code points without a meaning.
 ///
 /// A backslash stays as it is: the result is for people, and not to be read back.
 #[must_use]
@@ -23,8 +23,8 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// The standard library's judgement, which follows Unicode's categories, but for the quotes and the backslash
-/// that it escapes too.
+/// The standard library's judgement, which follows Unicode's categories, but for the quotes and the
+/// backslash that it escapes too.
 fn is_printable(character: char) -> bool {
     if character.is_ascii() {
         return !character.is_ascii_control();

@@ -1,10 +1,10 @@
 //! AppArmor: the default profile, and which profiles the kernel has.
 //!
-//! The default profile is loaded at every start, so that a new version of the daemon brings its own. It takes
-//! `apparmor_parser` (Debian: `apparmor`), which alone compiles policy. Where the kernel does not enforce
-//! AppArmor, none of this is used. Where it does and the profile cannot be loaded, containers that would have
-//! it are refused: loading is retried for each, so that installing the parser is enough. The same applies
-//! when it was removed from the kernel.
+//! The default profile is loaded at every start, so that a new version of the daemon brings its
+//! own. It takes `apparmor_parser` (Debian: `apparmor`), which alone compiles policy. Where the
+//! kernel does not enforce AppArmor, none of this is used. Where it does and the profile cannot be
+//! loaded, containers that would have it are refused: loading is retried for each, so that
+//! installing the parser is enough. The same applies when it was removed from the kernel.
 //!
 //! Putting a process under a profile is up to the shim.
 
@@ -20,12 +20,12 @@ use crate::lock;
 /// The profile of containers that ask for the runtime's default.
 pub(crate) const DEFAULT_PROFILE: &str = "berth-default";
 
-/// It is the second line of defence behind masked paths, capabilities and namespaces: it forbids writing the
-/// parts of `/proc` and `/sys` that are the host's, mounting, and interfering with processes outside. It
-/// allows everything else, so that root in the container works.
+/// It is the second line of defence behind masked paths, capabilities and namespaces: it forbids
+/// writing the parts of `/proc` and `/sys` that are the host's, mounting, and interfering with
+/// processes outside. It allows everything else, so that root in the container works.
 ///
-/// The language is apparmor.d(5). Deny rules win over allow rules. It includes no rule of a file of the host,
-/// so that it means the same on each; what it does not mention depends on [`ABI`].
+/// The language is apparmor.d(5). Deny rules win over allow rules. It includes no rule of a file of
+/// the host, so that it means the same on each; what it does not mention depends on [`ABI`].
 const DEFAULT_TEXT: &str = "\
 profile berth-default flags=(attach_disconnected, mediate_deleted) {
   capability,
@@ -56,11 +56,11 @@ profile berth-default flags=(attach_disconnected, mediate_deleted) {
 }
 ";
 
-/// The features that AppArmor mediates: those of version 3.0, which other runtimes' profiles are written for.
-/// Without it newer kernels also ask about user namespaces, message queues and io_uring, and deny what is not
-/// mentioned, which breaks programs that create sandboxes in a container (browsers, builders of images); that
-/// is up to the seccomp profile. The file comes with the parser, below its directory (apparmor.d(5), "Feature
-/// ABI").
+/// The features that AppArmor mediates: those of version 3.0, which other runtimes' profiles are
+/// written for. Without it newer kernels also ask about user namespaces, message queues and
+/// io_uring, and deny what is not mentioned, which breaks programs that create sandboxes in a
+/// container (browsers, builders of images); that is up to the seccomp profile. The file comes with
+/// the parser, below its directory (apparmor.d(5), "Feature ABI").
 const ABI: &str = "abi/3.0";
 
 /// The parser's directory, in which it looks for [`ABI`].
@@ -72,11 +72,12 @@ const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 /// The kernel's list of loaded profiles, a line each: `NAME (MODE)`. In securityfs.
 const PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
 
-/// The most that is read of that list, in bytes. A desktop with all of its distribution's profiles has some
-/// 10 KiB.
+/// The most that is read of that list, in bytes. A desktop with all of its distribution's profiles
+/// has some 10 KiB.
 const MAX_PROFILES_BYTES: u64 = 16 << 20;
 
-/// How long the parser may take. It takes a tenth of a second; on a machine that is just booting, more.
+/// How long the parser may take. It takes a tenth of a second; on a machine that is just booting,
+/// more.
 const PARSER_LIMIT: Duration = Duration::from_secs(30);
 
 /// The most that is kept of the parser's messages, in bytes.
@@ -147,7 +148,8 @@ fn says_enabled(path: &Path) -> bool {
 #[derive(Debug)]
 pub(crate) struct DefaultProfile {
     enforced: bool,
-    /// Loaded by this daemon or, in an earlier version, by one before it. Held while it is being loaded.
+    /// Loaded by this daemon or, in an earlier version, by one before it. Held while it is being
+    /// loaded.
     was_loaded: Mutex<bool>,
 }
 
@@ -198,8 +200,8 @@ impl DefaultProfile {
     }
 }
 
-/// Loads [`DEFAULT_PROFILE`], in place of an earlier version: containers under that one change over at once.
-/// Blocking.
+/// Loads [`DEFAULT_PROFILE`], in place of an earlier version: containers under that one change over
+/// at once. Blocking.
 ///
 /// # Errors
 /// [`AppArmorError`]; an earlier version then stays.
@@ -227,8 +229,8 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
     })
 }
 
-/// The text of the default profile for the parser. A parser without the file is older than it, and knows
-/// nothing newer.
+/// The text of the default profile for the parser. A parser without the file is older than it, and
+/// knows nothing newer.
 fn default_text(directory: &Path) -> String {
     if directory.join(ABI).exists() {
         format!("abi <{ABI}>,\n{DEFAULT_TEXT}")

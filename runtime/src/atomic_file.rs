@@ -1,8 +1,8 @@
 //! Files that exist completely or not at all.
 //!
-//! Without `fsync`, on purpose: records of sandboxes and containers are written in the hot path, and after a
-//! power cut no container is running. A torn record is detected by its checksum. (Images
-//! do sync.)
+//! Without `fsync`, on purpose: records of sandboxes and containers are written in the hot path,
+//! and after a power cut no container is running. A torn record is detected by its checksum.
+//! (Images do sync.)
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     prepare(path, bytes)?.commit()
 }
 
-/// Content that was written next to its place, so that a full disk is noticed before anything has changed.
-/// Removed when dropped.
+/// Content that was written next to its place, so that a full disk is noticed before anything has
+/// changed. Removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Pending {
     partial: PathBuf,

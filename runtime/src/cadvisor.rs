@@ -1,25 +1,26 @@
-//! What a cAdvisor asks CRI-O, answered for Berth's containers: an opt-in socket (`[compat] cadvisor`).
+//! What a cAdvisor asks CRI-O, answered for Berth's containers: an opt-in socket (`[compat]
+//! cadvisor`).
 //!
-//! The cAdvisor in a kubelet can interpret cgroups only of the runtimes it was written for.
-//! With any other runtime, the metrics at `/metrics/cadvisor` lack the names of pods and
-//! containers, and pods have no network metrics. Its protocol for CRI-O is the smallest: HTTP/1.1 on the
-//! fixed path `/var/run/crio/crio.sock` (cAdvisor 0.56, `container/crio/client.go`), two requests:
+//! The cAdvisor in a kubelet can interpret cgroups only of the runtimes it was written for. With
+//! any other runtime, the metrics at `/metrics/cadvisor` lack the names of pods and containers, and
+//! pods have no network metrics. Its protocol for CRI-O is the smallest: HTTP/1.1 on the fixed path
+//! `/var/run/crio/crio.sock` (cAdvisor 0.56, `container/crio/client.go`), two requests:
 //!
 //! ```text
 //! GET /info               {"storage_driver", "storage_root"}
-//! GET /containers/<id>    {"name", "pid", "image", "created_time", "labels", "annotations", "log_path",
-//!                          "root", "ip_address", "ip_addresses"}
+//! GET /containers/<id>    {"name", "pid", "image", "created_time", "labels", "annotations",
+//!                          "log_path", "root", "ip_address", "ip_addresses"}
 //! ```
 //!
-//! It asks for each cgroup whose name begins with `crio` and has an id in it. So with this option containers'
-//! cgroups are called `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with its own network gets
-//! an empty cgroup named after the sandbox, [`show`]: network is measured for the "container" whose label
-//! `io.kubernetes.container.name` is `POD`, in the network namespace of its pid, and
-//! the kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
+//! It asks for each cgroup whose name begins with `crio` and has an id in it. So with this option
+//! containers' cgroups are called `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with its
+//! own network gets an empty cgroup named after the sandbox, [`show`]: network is measured for the
+//! "container" whose label `io.kubernetes.container.name` is `POD`, in the network namespace of its
+//! pid, and the the kubelet takes a pod's network from the entry whose cgroup has the sandbox's id.
 //!
-//! Nothing else of CRI-O is implemented, and nothing here can keep the daemon from serving pods: failures are
-//! logged. A request is answered from memory and a few files of procfs; connections, their length and
-//! their duration are limited.
+//! Nothing else of CRI-O is implemented, and nothing here can keep the daemon from serving pods:
+//! failures are logged. A request is answered from memory and a few files of procfs; connections,
+//! their length and their duration are limited.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -62,8 +63,8 @@ const MAX_REQUEST_BYTES: usize = 8192;
 const HEAD: Duration = Duration::from_secs(5);
 const CONNECTION: Duration = Duration::from_secs(30);
 
-/// How long an answer waits for a container that is being created: its cgroup, which cAdvisor has seen,
-/// exists before the container is. cAdvisor looks again only after minutes.
+/// How long an answer waits for a container that is being created: its cgroup, which cAdvisor has
+/// seen, exists before the container is. cAdvisor looks again only after minutes.
 const BEING_MADE: Duration = Duration::from_secs(10);
 const BEING_MADE_LOOK: Duration = Duration::from_millis(10);
 
@@ -133,8 +134,8 @@ impl Socket {
     }
 }
 
-/// Starts to serve, if the configuration asks for it. If the socket cannot be opened, that is logged and the
-/// daemon continues without it.
+/// Starts to serve, if the configuration asks for it. If the socket cannot be opened, that is
+/// logged and the daemon continues without it.
 pub(crate) async fn start(node: &Arc<Node>) -> Option<Socket> {
     let config = node.config();
     let path = config.cadvisor_socket.as_deref()?;
@@ -247,9 +248,9 @@ async fn answer(node: Arc<Node>, request: Request<Incoming>) -> Result<Response<
     Ok(response)
 }
 
-/// With "overlay" for the driver, cAdvisor would look for the writable layer in a directory `diff` of the
-/// container's root, as in CRI-O's storage, and drop all metrics of a container without it. An
-/// unknown name makes it skip the disk.
+/// With "overlay" for the driver, cAdvisor would look for the writable layer in a directory `diff`
+/// of the container's root, as in CRI-O's storage, and drop all metrics of a container without it.
+/// An unknown name makes it skip the disk.
 fn info(node: &Node) -> Value {
     json!({ "storage_driver": "berth", "storage_root": node.layout.root() })
 }
@@ -321,14 +322,15 @@ fn of_sandbox(node: &Node, sandbox: &Sandbox) -> Value {
     })
 }
 
-/// A process in the pod's own network namespace: a container's, since a pod has none of its own, or process
-/// 1 of a shared pid namespace. None on the host's network, whose metrics are not the pod's. cAdvisor asks
-/// again while it gets none, and when the process has ended.
+/// A process in the pod's own network namespace: a container's, since a pod has none of its own, or
+/// process 1 of a shared pid namespace. None on the host's network, whose metrics are not the
+/// pod's. cAdvisor asks again while it gets none, and when the process has ended.
 fn pid_in_network(node: &Node, sandbox: &Sandbox) -> Option<i32> {
     if sandbox.config().namespaces.network == NamespaceMode::Node {
         return None;
     }
-    // A file of nsfs has the namespace's number for its inode, also where it is pinned: namespaces(7).
+    // A file of nsfs has the namespace's number for its inode, also where it is pinned:
+    // namespaces(7).
     let namespace = number(&sandbox.files().namespace("net"))?;
     let containers = node.registry.containers_of(sandbox.id());
     let mut pids = containers.iter().filter_map(|container| container.pid()).chain(sandbox.pid());
@@ -339,8 +341,8 @@ fn number(namespace: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(namespace).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// The request's labels, and those that the kubelet looks for if a client other than a kubelet left them
-/// out.
+/// The request's labels, and those that the kubelet looks for if a client other than a kubelet left
+/// them out.
 fn labels(given: &BTreeMap<String, String>, pod: &sandbox::Metadata, container: &str) -> Value {
     let mut labels = given.clone();
     for (key, value) in [(POD_NAME, &pod.name), (POD_NAMESPACE, &pod.namespace), (POD_UID, &pod.uid)] {
@@ -369,9 +371,9 @@ pub(crate) fn pod_name(pod: &sandbox::Metadata) -> String {
     format!("k8s_{POD}_{}_{}_{}_{}", pod.name, pod.namespace, pod.uid, pod.attempt)
 }
 
-/// Creates the empty cgroup by which cAdvisor finds the pod, if configured and missing: after the pod is
-/// in the registry, so that the request that follows has an answer. A pod with its own process has such
-/// a cgroup, and on the host's network there is nothing to find.
+/// Creates the empty cgroup by which cAdvisor finds the pod, if configured and missing: after the
+/// pod is in the registry, so that the request that follows has an answer. A pod with its own
+/// process has such a cgroup, and on the host's network there is nothing to find.
 pub(crate) async fn show(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     let namespaces = &sandbox.config().namespaces;
     if node.config().cadvisor_socket.is_none()

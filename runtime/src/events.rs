@@ -1,8 +1,8 @@
-//! Events of sandboxes and containers: each change passes here once, when it happens, and those of one
-//! object in order. The only observer is the log.
+//! Events of sandboxes and containers: each change passes here once, when it happens, and those of
+//! one object in order. The only observer is the log.
 //!
-//! What an event says can be seen: an object is in the lists when it is reported as created or ready, and a
-//! program that has ended was reported as started before, however short its life.
+//! What an event says can be seen: an object is in the lists when it is reported as created or
+//! ready, and a program that has ended was reported as started before, however short its life.
 //!
 //! State that a daemon merely discovers, such as that left by a previous daemon, is not an event.
 
@@ -84,8 +84,8 @@ pub(crate) mod heard {
 
     type BeforeHearing = Box<dyn Fn(&str) + Send + Sync>;
 
-    /// Records the events of the threads on which it is the dispatch. `before` runs first, in the same
-    /// thread.
+    /// Records the events of the threads on which it is the dispatch. `before` runs first, in the
+    /// same thread.
     #[derive(Clone)]
     pub(crate) struct Heard(Arc<(Mutex<Vec<String>>, BeforeHearing)>);
 

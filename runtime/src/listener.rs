@@ -1,20 +1,23 @@
-//! Sockets in the file system on which the daemon listens: for root, and there only when they answer.
+//! Sockets on which the daemon listens: for root only, and visible only once they answer.
 
-use crate::file_error::FileError;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
 use tokio::net::{UnixListener, UnixStream};
+
+use crate::file_error::FileError;
 
 /// How long a listener may take to accept a connection.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// How long to wait when a connection cannot be accepted: without descriptors the next try fails like the
-/// last, and connections wait in the socket's queue.
+/// How long to wait when a connection cannot be accepted: without descriptors the next attempt
+/// fails like the last, and connections wait in the socket's queue.
 pub(crate) const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// Binds under another name and renames, so that the socket appears with its mode, over whatever is there.
+/// Binds under another name and renames, so that the socket appears with its mode, replacing any
+/// file there.
 pub(crate) fn bind(path: &Path, mode: u32) -> Result<UnixListener, FileError> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
@@ -49,7 +52,7 @@ pub(crate) async fn knock(path: &Path) -> Knock {
     }
 }
 
-/// Whether root has connected. The file's mode keeps others out; this is the second lock.
+/// Whether the client is root. The file's mode keeps others out; this is a second check.
 pub(crate) fn is_root(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0)
 }

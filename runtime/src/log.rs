@@ -1,7 +1,8 @@
 //! The daemon's log: one line for each event, whatever text it contains.
 //!
-//! Names and messages of images, registries and requests end up in log lines. Escaping them where they are
-//! logged would be forgotten somewhere, so whole lines are escaped where they leave the process.
+//! Names and messages of images, registries and requests end up in log lines. Escaping them where
+//! they are logged would be forgotten somewhere, so whole lines are escaped where they leave the
+//! process.
 
 use std::io::{self, IsTerminal as _, Stderr, Write};
 
@@ -55,8 +56,8 @@ impl<W: Write> Write for Line<W> {
     }
 }
 
-/// The text with everything escaped that `printable` escapes, but for the end of the line at its end and,
-/// with `colours`, the sequences of ECMA-48's SGR (`ESC [ 1 ; 31 m`).
+/// The text with everything escaped that `printable` escapes, but for the end of the line at its
+/// end and, with `colours`, the sequences of ECMA-48's SGR (`ESC [ 1 ; 31 m`).
 fn one_line(text: &str, colours: bool) -> String {
     let (mut rest, end) = match text.strip_suffix('\n') {
         Some(line) => (line, "\n"),

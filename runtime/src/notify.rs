@@ -1,9 +1,9 @@
-//! Notifications for the service manager: that the daemon serves, what it does, that it is alive, that it
-//! ends.
+//! Notifications for the service manager: that the daemon serves, what it does, that it is alive,
+//! that it ends.
 //!
-//! The protocol of sd_notify(3): datagrams of `NAME=value` lines to the socket that `NOTIFY_SOCKET` names, a
-//! path or, behind an `@`, an abstract name. Without the variable nothing is sent.
-//! Nothing here can keep the daemon from serving: a failure to send is logged and ignored.
+//! The protocol of sd_notify(3): datagrams of `NAME=value` lines to the socket that `NOTIFY_SOCKET`
+//! names, a path or, behind an `@`, an abstract name. Without the variable nothing is sent. Nothing
+//! here can keep the daemon from serving: a failure to send is logged and ignored.
 //!
 //! Shims and programs of the daemon get no environment, so none of them can send notifications.
 
@@ -20,8 +20,8 @@ use berth_cri::v1::image_service_client::ImageServiceClient;
 use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
 use tonic::transport::Endpoint;
 
-/// How long a datagram may wait. The manager reads at once unless it is in trouble itself, and then the
-/// daemon need not be.
+/// How long a datagram may wait. The manager reads at once unless it is in trouble itself, and then
+/// the daemon need not be.
 const SEND_LIMIT: Duration = Duration::from_secs(1);
 
 /// The longest pause before a failed probe is retried.
@@ -81,8 +81,8 @@ impl Notifier {
     }
 
     /// Notifies the watchdog while the daemon is alive: whenever half of the watchdog's time is
-    /// over, `probe` has to succeed, within a quarter of it. A failed probe is retried, soon enough for
-    /// the watchdog: see [`again`]. Its result is shown as the status. Never ends; without a
+    /// over, `probe` has to succeed, within a quarter of it. A failed probe is retried, soon enough
+    /// for the watchdog: see [`again`]. Its result is shown as the status. Never ends; without a
     /// watchdog it does nothing.
     pub(crate) async fn keep_alive<F>(&self, probe: impl Fn() -> F)
     where
@@ -118,9 +118,9 @@ impl Notifier {
     }
 }
 
-/// The pause before a probe is retried, and its time limit. Of the watchdog's time a half and
-/// a quarter have passed at most when the first has failed; with a sixteenth and an eighth the second is
-/// done in time.
+/// The pause before a probe is retried, and its time limit. Of the watchdog's time a half and a
+/// quarter have passed at most when the first has failed; with a sixteenth and an eighth the second
+/// is done in time.
 fn again(watchdog: Duration) -> (Duration, Duration) {
     (AGAIN.min(watchdog / 16), watchdog / 8)
 }
@@ -184,9 +184,9 @@ pub(crate) enum ProbeError {
     },
 }
 
-/// Acts as a kubelet does, as a client of the daemon's own socket: connects, lists sandboxes and containers
-/// (the registry's lock) and looks for an image (the store's). The answers are empty, so that the probe costs
-/// the same on a full node.
+/// Acts as a kubelet does, as a client of the daemon's own socket: connects, lists sandboxes and
+/// containers (the registry's lock) and looks for an image (the store's). The answers are empty, so
+/// that the probe costs the same on a full node.
 pub(crate) async fn ask_the_daemon(socket: &Path) -> Result<(), ProbeError> {
     let uri = [b"unix://", socket.as_os_str().as_bytes()].concat();
     let channel = Endpoint::from_shared(uri).map_err(ProbeError::Connect)?.connect().await;

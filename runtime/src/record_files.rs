@@ -4,12 +4,13 @@
 //! <root>/…/<id>/record     the record; what is not here was never finished, or is being removed
 //! <state>/…/<id>/record    its copy, in memory, for as long as the object can run
 //! ```
-//! The record is written first and the copy second; the copy is removed first and the record second. So a
-//! copy without a record means that the record was lost, never that the object was half made or half removed.
+//! The record is written first and the copy second; the copy is removed first and the record
+//! second. So a copy without a record means that the record was lost, never that the object was
+//! half made or half removed.
 //!
-//! "Cannot be read" has three meanings, which are distinguished: nothing is there; what is there is proven
-//! damaged (its checksum); unknown (an error of the disk, no descriptor, no memory, a newer version).
-//! Only the second is ever overwritten.
+//! "Cannot be read" has three meanings, which are distinguished: nothing is there; what is there is
+//! proven damaged (its checksum); unknown (an error of the disk, no descriptor, no memory, a newer
+//! version). Only the second is ever overwritten.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -94,7 +95,8 @@ pub(crate) enum Found<T> {
     Unusable {
         /// What is wrong with it.
         fault: Fault,
-        /// Whether it is proven damaged. If not, it may become readable, or is readable for another version.
+        /// Whether it is proven damaged. If not, it may become readable, or is readable for another
+        /// version.
         damaged: bool,
     },
 }
@@ -104,8 +106,8 @@ pub(crate) enum Found<T> {
 pub(crate) enum Health {
     /// Good.
     Good,
-    /// The copy is missing or different: written by an earlier version of this daemon, or there was no room
-    /// in memory.
+    /// The copy is missing or different: written by an earlier version of this daemon, or there was
+    /// no room in memory.
     NoCopy,
     /// The record is lost or proven damaged; the content is the copy's.
     Lost(Option<Fault>),
@@ -163,8 +165,8 @@ pub(crate) fn may_pass(error: &io::Error) -> bool {
 }
 
 impl RecordFiles {
-    /// Reads the record, or its copy. `is_own` returns whether the content is that of the object whose files
-    /// these are. Blocking.
+    /// Reads the record, or its copy. `is_own` returns whether the content is that of the object
+    /// whose files these are. Blocking.
     pub(crate) fn read<T: DeserializeOwned>(
         &self,
         patience: &Patience,

@@ -1,7 +1,7 @@
 //! The sandboxes and containers that exist, by id and by name.
 //!
-//! Objects appear here when they are complete, and disappear when they are gone; during creation they hold
-//! only their name, by a [`Reservation`]. All locks here are held for a look-up only.
+//! Objects appear here when they are complete, and disappear when they are gone; during creation
+//! they hold only their name, by a [`Reservation`]. All locks here are held for a look-up only.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -34,8 +34,8 @@ struct Inner {
 }
 
 impl Inner {
-    /// Frees a name, unless another object has it by now: of two concurrent removals the later one may find
-    /// the name taken again.
+    /// Frees a name, unless another object has it by now: of two concurrent removals the later one
+    /// may find the name taken again.
     fn give_back(&mut self, name: &Name, owner: &str) {
         if self.names.get(name).is_some_and(|found| found == owner) {
             self.names.remove(name);

@@ -1,9 +1,9 @@
 //! The configuration, reloaded while pods run: on SIGHUP, which `berthd --reload` and with it
 //! `systemctl reload berthd` sends ([`crate::reload_request`]).
 //!
-//! Settings for new work take effect at once: images, registries, resource limits of new containers, the
-//! log. Anything opened or built at the start stays as it is until the next one, and is named in
-//! the log. An invalid configuration changes nothing.
+//! Settings for new work take effect at once: images, registries, resource limits of new
+//! containers, the log. Anything opened or built at the start stays as it is until the next one,
+//! and is named in the log. An invalid configuration changes nothing.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,13 +1,13 @@
-//! `berthd --reload PID`: a running daemon reads its configuration again, and the caller learns whether it
-//! did.
+//! `berthd --reload PID`: a running daemon reads its configuration again, and the caller learns
+//! whether it did.
 //!
-//! A signal has no answer. So the daemon keeps a file in its runtime state open, `FILE`, and writes its
-//! progress into it; a process that may read `/proc/PID/fd` finds it there, whatever the daemon's flags and
-//! configuration are.
+//! A signal has no answer. So the daemon keeps a file in its runtime state open, `FILE`, and writes
+//! its progress into it; a process that may read `/proc/PID/fd` finds it there, whatever the
+//! daemon's flags and configuration are.
 //!
-//! The file has a line with three numbers, and then a text: how many times the daemon has started to read its
-//! configuration, the number of the last completed time, the length of the text in bytes; the text says
-//! what was wrong that time, and is empty if nothing was.
+//! The file has a line with three numbers, and then a text: how many times the daemon has started
+//! to read its configuration, the number of the last completed time, the length of the text in
+//! bytes; the text says what was wrong that time, and is empty if nothing was.
 
 use std::fs::File;
 use std::io;
@@ -111,8 +111,8 @@ pub enum ReloadError {
     },
 }
 
-/// Makes the daemon with this process id reload its configuration, and waits until the new values are in
-/// force. Blocking.
+/// Makes the daemon with this process id reload its configuration, and waits until the new values
+/// are in force. Blocking.
 ///
 /// # Errors
 /// [`ReloadError`].

@@ -1,9 +1,9 @@
 //! The resource limits that containers start with: getrlimit(2).
 //!
-//! The CRI has no field for them. Unset ones would be the daemon's own, and so depend on its unit file
-//! or on the shell that it was started from, so all are set, to what programs find on nodes today.
-//! `[container.rlimits]` changes those that cgroups do not limit. The shim lowers what the kernel does
-//! not permit, and reports that.
+//! The CRI has no field for them. Unset ones would be the daemon's own, and so depend on its unit
+//! file or on the shell that it was started from, so all are set, to what programs find on nodes
+//! today. `[container.rlimits]` changes those that cgroups do not limit. The shim lowers what the
+//! kernel does not permit, and reports that.
 
 use std::collections::BTreeMap;
 
@@ -21,11 +21,11 @@ const MOST_FILES: u64 = i32::MAX.unsigned_abs() as u64;
 
 /// The configurable limits, by name: soft and hard.
 ///
-/// Open files: systemd's default for services, containerd and CRI-O among them. A higher soft limit breaks
-/// programs that use select(2) or close every possible descriptor; programs that need more raise it up to the
-/// hard one. Processes and core dumps: as in the unit files of both runtimes. The number of processes
-/// is counted per user on the whole node, so that containers with the same user would starve each other;
-/// `pids.max` limits them instead. The rest: the kernel's defaults.
+/// Open files: systemd's default for services, containerd and CRI-O among them. A higher soft limit
+/// breaks programs that use select(2) or close every possible descriptor; programs that need more
+/// raise it up to the hard one. Processes and core dumps: as in the unit files of both runtimes.
+/// The number of processes is counted per user on the whole node, so that containers with the same
+/// user would starve each other; `pids.max` limits them instead. The rest: the kernel's defaults.
 const CONFIGURABLE: [(&str, PosixRlimitType, u64, u64); 9] = [
     ("core", PosixRlimitType::RlimitCore, UNLIMITED, UNLIMITED),
     ("memlock", PosixRlimitType::RlimitMemlock, 8 << 20, 8 << 20),
@@ -38,9 +38,9 @@ const CONFIGURABLE: [(&str, PosixRlimitType, u64, u64); 9] = [
     ("stack", PosixRlimitType::RlimitStack, 8 << 20, UNLIMITED),
 ];
 
-/// Limits that are up to cgroups, or that would affect the shim's own work in the container's process.
-/// `sigpending` is in neither list: the kernel derives it from the machine's memory, so it is the same
-/// however the daemon is started.
+/// Limits that are up to cgroups, or that would affect the shim's own work in the container's
+/// process. `sigpending` is in neither list: the kernel derives it from the machine's memory, so it
+/// is the same however the daemon is started.
 const NEVER_LIMITED: [PosixRlimitType; 6] = [
     PosixRlimitType::RlimitAs,
     PosixRlimitType::RlimitCpu,

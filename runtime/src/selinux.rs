@@ -1,8 +1,8 @@
 //! Whether SELinux is enabled.
 //!
 //! Berth does not label anything. Where SELinux is disabled there is nothing to label, so a pod's
-//! `seLinuxOptions` are accepted and have no effect, as with other runtimes. Where it is enabled they are
-//! refused: a container without its label would not be confined as requested.
+//! `seLinuxOptions` are accepted and have no effect, as with other runtimes. Where it is enabled
+//! they are refused: a container without its label would not be confined as requested.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! Deleting what may be large: renamed out of sight first, then deleted in the background.
 //!
-//! The rename is the removal, for everybody who looks: it is atomic, quick and needs no space on the disk.
-//! What is in the trash when the daemon ends is deleted by the next one.
+//! The rename is the removal, for everybody who looks: it is atomic, quick and needs no space on
+//! the disk. What is in the trash when the daemon ends is deleted by the next one.
 
 use std::io;
 use std::path::Path;
@@ -17,7 +17,8 @@ use berth_sys::beneath::Root;
 pub(crate) fn discard(layout: &Layout, path: &Path) -> io::Result<()> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    // A name can come again, when something of the same id was thrown away and is still being deleted.
+    // A name can come again, when something of the same id was thrown away and is still being
+    // deleted.
     let unique =
         format!("{}.{}.{}", name.display(), std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
     let target = layout.trash().join(&unique);

@@ -4,13 +4,13 @@
 //!  direct      child: report, (go), exec
 //!  by a maker  maker: report (main process only), successor, end;  successor: (go), exec
 //! ```
-//! The shim never blocks on such a process. It may hang in a filesystem, or be stopped by others in its pid
-//! namespace; the loop continues, and kills it at its deadline.
+//! The shim never blocks on such a process. It may hang in a filesystem, or be stopped by others in
+//! its pid namespace; the loop continues, and kills it at its deadline.
 //!
-//! The kernel identifies the process: the maker is the shim's own child, created by `clone3(2)`. It names
-//! the successor by its own name, which is read once it has ended and before it is reaped; the successor
-//! has to be a child of the shim, and no unknown child is reaped before that. So the pids cannot be
-//! reused while this lists them.
+//! The kernel identifies the process: the maker is the shim's own child, created by `clone3(2)`. It
+//! names the successor by its own name, which is read once it has ended and before it is reaped;
+//! the successor has to be a child of the shim, and no unknown child is reaped before that. So the
+//! pids cannot be reused while this lists them.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -26,12 +26,12 @@ use crate::handshake::{self, Report, ShimEnd};
 /// longer, and its caller for little more than that.
 const START: Duration = Duration::from_secs(10);
 
-/// The same for a process of exec, which has to prepare as well. A request with a shorter limit is ended by
-/// the daemon.
+/// The same for a process of exec, which has to prepare as well. A request with a shorter limit is
+/// ended by the daemon.
 const ENTER: Duration = Duration::from_secs(30);
 
-/// How long preparing a container may take: mounts of slow filesystems are in it. The daemon waits a little
-/// longer.
+/// How long preparing a container may take: mounts of slow filesystems are in it. The daemon waits
+/// a little longer.
 const PREPARE: Duration = Duration::from_secs(60);
 
 /// A process before its exec.
@@ -81,7 +81,8 @@ impl Birth {
         }
     }
 
-    /// Of a process of exec, which the child `maker` makes and which goes on as soon as it is known.
+    /// Of a process of exec, which the child `maker` makes and which goes on as soon as it is
+    /// known.
     pub(crate) fn of_exec(end: ShimEnd, maker: i32) -> Self {
         Self { at_once: true, deadline: Instant::now() + ENTER, ..Self::by_maker(end, maker) }
     }
@@ -233,8 +234,8 @@ mod tests {
         (Birth::of_exec(end, pid(maker)), child)
     }
 
-    /// What comes of an end. A process that another test has just forked may hold a copy of the pipe until
-    /// its exec.
+    /// What comes of an end. A process that another test has just forked may hold a copy of the
+    /// pipe until its exec.
     fn heard(birth: &mut Birth) -> Result<Progress, Failed> {
         loop {
             match birth.advance() {

@@ -1,4 +1,5 @@
-//! One connection of a daemon: frames in, frames out, without blocking on a peer that does not read.
+//! One connection of a daemon: frames in, frames out, without blocking on a peer that does not
+//! read.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,9 +12,9 @@ use berth_shim_proto::launch::PidNamespace;
 use berth_sys::poll::{Interest, Poll};
 use berth_sys::socket;
 
-/// Bytes that may be queued for a daemon that does not read. Replies are small, except for one with many
-/// groups (65536 of five bytes); a daemon that lets this many pile up is stuck, and finds everything in the
-/// exit record when it comes back.
+/// Bytes that may be queued for a daemon that does not read. Replies are small, except for one with
+/// many groups (65536 of five bytes); a daemon that lets this many pile up is stuck, and finds
+/// everything in the exit record when it comes back.
 const MAX_WAITING: usize = 1024 * 1024;
 
 /// A connection that may be closed at any time.
@@ -69,8 +70,8 @@ impl Connection {
                 Ok((0, _)) => return Incoming::Closed,
                 Ok((length, descriptors)) => {
                     self.received.extend_from_slice(buffer.get(..length).unwrap_or_default());
-                    // The kernel never joins two groups into one read: unix(7), "ancillary data forms a
-                    // barrier".
+                    // The kernel never joins two groups into one read: unix(7), "ancillary data
+                    // forms a barrier".
                     if !descriptors.is_empty() {
                         self.descriptors.push_back(descriptors);
                     }

@@ -1,8 +1,9 @@
-//! The last part of a new process, the same for a container's main process and for exec: privileges, filter,
-//! program.
+//! The last part of a new process, the same for a container's main process and for exec:
+//! privileges, filter, program.
 //!
-//! It runs in the child, after the namespaces and the root are in place. The order is the kernel's: each step
-//! says why it is where it is. Everything that can be done before the wait for the start is done before it.
+//! It runs in the child, after the namespaces and the root are in place. The order is the kernel's:
+//! each step says why it is where it is. Everything that can be done before the wait for the start
+//! is done before it.
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::AsFd;
@@ -21,8 +22,8 @@ use crate::failure::{Step, from_io, refused, shown};
 use crate::handshake::ChildEnd;
 use crate::user::Resolved;
 
-/// The program with everything that exec needs, converted before privileges are dropped so that memory errors
-/// come early.
+/// The program with everything that exec needs, converted before privileges are dropped so that
+/// memory errors come early.
 pub(crate) struct Program {
     candidates: Vec<CString>,
     name: String,
@@ -55,8 +56,8 @@ impl Program {
                 .find_map(|pair| pair.strip_prefix(b"PATH="))
                 .unwrap_or(DEFAULT_PATH.as_bytes());
             path.split(|byte| *byte == b':')
-                // Shells treat an empty element as the working directory; that is dangerous, so it is
-                // skipped.
+                // Shells treat an empty element as the working directory; that is dangerous, so it
+                // is skipped.
                 .filter(|directory| !directory.is_empty())
                 .map(|directory| text(&[directory, b"/", name].concat()))
                 .collect::<Result<Vec<_>, _>>()?
@@ -153,7 +154,8 @@ fn set_rlimit(resource: u32, soft: u64, hard: u64, notes: &mut Vec<String>) -> R
     }
 }
 
-/// Changes to the working directory, creating it if missing, and makes sure that it is below the root.
+/// Changes to the working directory, creating it if missing, and makes sure that it is below the
+/// root.
 pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed> {
     const STEP: &str = "enter the working directory";
     let path = Path::new(OsStr::from_bytes(if cwd.is_empty() { b"/" } else { cwd }));
@@ -161,8 +163,8 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
         if error.kind() != std::io::ErrorKind::NotFound {
             return Err(from_io(&error, STEP, path.display()));
         }
-        // Only missing components are created; the root is already the container's, so no link leads out of
-        // it.
+        // Only missing components are created; the root is already the container's, so no link
+        // leads out of it.
         make_directories(path, owner)?;
         std::env::set_current_dir(path).step(STEP, path.display())?;
     }
@@ -176,9 +178,9 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
     Ok(())
 }
 
-/// Creates the missing components of `path`, owned by the program's user. By descriptor: a container that
-/// shares a volume could replace a directory by a link between its creation and the change of owner, and the
-/// user would get the link's target.
+/// Creates the missing components of `path`, owned by the program's user. By descriptor: a
+/// container that shares a volume could replace a directory by a link between its creation and the
+/// change of owner, and the user would get the link's target.
 fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
     const STEP: &str = "create the working directory";
     let root = Root::open(Path::new("/")).step(STEP, "/")?;
@@ -197,17 +199,18 @@ fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
 /// What a process still has to do before its exec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Privileges {
-    /// It has what dropping them takes besides what the program may. Only where no other process can see it.
+    /// It has what dropping them takes besides what the program may. Only where no other process
+    /// can see it.
     Shedding,
-    /// It is as its program will be, except for the last filter: the one in force allows what entering
-    /// needs.
+    /// It is as its program will be, except for the last filter: the one in force allows what
+    /// entering needs.
     Entering,
     /// It is as its program will be.
     Program,
 }
 
-/// Drops, before a process is created where others may trace it, everything that its program must not have,
-/// and enters its profile.
+/// Drops, before a process is created where others may trace it, everything that its program must
+/// not have, and enters its profile.
 pub(crate) fn shed_before_birth(process: &Process, profile: Option<Profile>) -> Result<Privileges, Failed> {
     if process.entry_filter.is_empty() {
         shed(process, &process.seccomp_filter, profile)?;
@@ -219,8 +222,9 @@ pub(crate) fn shed_before_birth(process: &Process, profile: Option<Profile>) -> 
     Ok(Privileges::Entering)
 }
 
-/// The last part of a main process that has reported: waits for the start, drops the remaining privileges and
-/// executes the program. Returns only the reason for a failure. `profile` is the one that exec changes to.
+/// The last part of a main process that has reported: waits for the start, drops the remaining
+/// privileges and executes the program. Returns only the reason for a failure. `profile` is the one
+/// that exec changes to.
 pub(crate) fn finish(
     process: &Process,
     program: &Program,
@@ -250,10 +254,12 @@ pub(crate) fn finish_exec(process: &Process, program: &Program, privileges: Priv
 /// Sets user, groups and the bounding set; all capabilities stay permitted.
 pub(crate) fn become_user(process: &Process, user: &Resolved) -> Result<(), Failed> {
     let capabilities = process.capabilities;
-    // Dropping from the bounding set needs CAP_SETPCAP, so it comes while all capabilities are effective.
+    // Dropping from the bounding set needs CAP_SETPCAP, so it comes while all capabilities are
+    // effective.
     credentials::limit_bounding_set(capabilities.bounding).step("limit the capabilities", "bounding set")?;
     credentials::set_groups(&user.groups).step("set the groups", "")?;
-    // Without this, the change away from user 0 would clear the permitted set that capset below restricts.
+    // Without this, the change away from user 0 would clear the permitted set that capset below
+    // restricts.
     process::keep_capabilities().step("keep the capabilities", "")?;
     credentials::set_ids(user.uid, user.gid).step("become the user", user.uid)
 }
@@ -284,8 +290,8 @@ fn shed(process: &Process, filter: &[u8], profile: Option<Profile>) -> Result<()
     if process.no_new_privileges {
         process::set_no_new_privileges().step("set no_new_privs", "")?;
     }
-    // Without no_new_privs the filter needs CAP_SYS_ADMIN, which the change of user took out of the effective
-    // set.
+    // Without no_new_privs the filter needs CAP_SYS_ADMIN, which the change of user took out of the
+    // effective set.
     let filter_first = !filter.is_empty() && !process.no_new_privileges;
     let mut needed = if filter_first { FOR_THE_FILTER } else { 0 };
     if profile.is_some() {
@@ -298,7 +304,8 @@ fn shed(process: &Process, filter: &[u8], profile: Option<Profile>) -> Result<()
     // Opened with the credentials that will write to it, and before a filter that may forbid it.
     let way = profile.map(Profile::open_current).transpose()?;
     if filter_first {
-        // The profile comes after it, since it may not allow the capability that installing a filter needs.
+        // The profile comes after it, since it may not allow the capability that installing a
+        // filter needs.
         install_filter(process, filter)?;
     }
     if let Some(way) = way {

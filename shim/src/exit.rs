@@ -20,11 +20,11 @@ pub(crate) fn unix_ns(time: SystemTime) -> i64 {
 
 /// The counter of kills by the OOM killer in the container's cgroup.
 ///
-/// systemd removes a scope as soon as its last process has ended, which may be before this process has seen
-/// that end, and a removed cgroup's files cannot be read, even by a descriptor that was open. So the counter
-/// is read whenever the kernel reports a change, which is before the killed process has
-/// released its memory and ended; and should that be too late as well, the counter of the parent cgroup,
-/// which includes all below it, decides for a process that ended by SIGKILL.
+/// systemd removes a scope as soon as its last process has ended, which may be before this process
+/// has seen that end, and a removed cgroup's files cannot be read, even by a descriptor that was
+/// open. So the counter is read whenever the kernel reports a change, which is before the killed
+/// process has released its memory and ended; and should that be too late as well, the counter of
+/// the parent cgroup, which includes all below it, decides for a process that ended by SIGKILL.
 #[derive(Debug)]
 pub(crate) struct OomCounter {
     file: File,
@@ -105,9 +105,9 @@ fn count(file: &[u8], key: &[u8]) -> u64 {
         .unwrap_or(0)
 }
 
-/// Ends every process that is left in the cgroup of a container without its own pid namespace, when its main
-/// process has ended: they would hold its output open, and nothing else stops them soon. The daemon looks
-/// again.
+/// Ends every process that is left in the cgroup of a container without its own pid namespace, when
+/// its main process has ended: they would hold its output open, and nothing else stops them soon.
+/// The daemon looks again.
 pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     if !cgroup.unified_dir.is_empty() {
         // Linux 5.14. What cannot be killed here is killed by the daemon.
@@ -145,8 +145,8 @@ pub(crate) fn drop_reservation(path: &Path) {
     let _ = std::fs::remove_file(partial(path));
 }
 
-/// Writes the record to its reserved space and renames it into place, so that it exists completely or
-/// not at all.
+/// Writes the record to its reserved space and renames it into place, so that it exists completely
+/// or not at all.
 pub(crate) fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
     let partial = partial(path);
     let mut record = record.clone();
@@ -172,7 +172,8 @@ fn partial(path: &Path) -> std::ffi::OsString {
 
 /// The time at which the process started, as the daemon and this process both compute it.
 pub(crate) fn start_time(pid: i32) -> u64 {
-    // The process waits for its start and so exists; if it was killed in between, 0 matches no process.
+    // The process waits for its start and so exists; if it was killed in between, 0 matches no
+    // process.
     berth_sys::process::start_time(pid).unwrap_or(0)
 }
 

@@ -1,22 +1,23 @@
 //! The messages between a new child and the shim before the child's exec.
 //!
 //! ```text
-//!  report  socket, child to shim   `R` and what the child resolved, with the terminal's descriptor if
-//!                                  there is one; what does not fit goes ahead of it in packets `P`
-//!  words   pipe, child to shim     `Failed`, or nothing; its end without a word says that exec worked
+//!  report  socket, child to shim   `R` and what the child resolved, with the terminal's descriptor
+//!                                  if there is one; what does not fit goes ahead of it in packets `P`
+//!  words   pipe, child to shim     `Failed`, or nothing; its end alone means that exec worked
 //!  go      pipe, shim to child     one byte: become the program
 //! ```
-//! All are close-on-exec. A child that continues as another process ([`crate::init`]), the *maker*, names
-//! it by its own name (proc_pid_comm(5)), and ends: a name can be read as long as the process has not
-//! been reaped, and only the process itself can write it.
+//! All are close-on-exec. A child that continues as another process ([`crate::init`]), the *maker*,
+//! names it by its own name (proc_pid_comm(5)), and ends: a name can be read as long as the process
+//! has not been reaped, and only the process itself can write it.
 //!
 //! # Trust
 //!
-//! A process that is born in a pid namespace where others live has what its creator had open, and a process
-//! that may trace it there has that, too. So the maker closes the report before it creates the other, which
-//! has two pipes: it can be let continue, and it can send a text of limited length, after which
-//! it is killed. A pipe carries no descriptors, which a socket would: to close one that hangs, a socket that
-//! lingers (socket(7)) or a file of a filesystem in the container, the shim would have to wait.
+//! A process that is born in a pid namespace where others live has what its creator had open, and a
+//! process that may trace it there has that, too. So the maker closes the report before it creates
+//! the other, which has two pipes: it can be let continue, and it can send a text of limited
+//! length, after which it is killed. A pipe carries no descriptors, which a socket would: to close
+//! one that hangs, a socket that lingers (socket(7)) or a file of a filesystem in the container,
+//! the shim would have to wait.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -28,8 +29,8 @@ use prost::Message;
 
 use crate::failure::{Step, refused};
 
-/// The longest packet. A kernel socket buffer has some 200 KiB by default (`net.core.wmem_default`), its own
-/// bookkeeping included.
+/// The longest packet. A kernel socket buffer has some 200 KiB by default
+/// (`net.core.wmem_default`), its own bookkeeping included.
 const MAX_PACKET: usize = 64 * 1024;
 
 /// The longest report. Groups are most of it: at most 65536 (setgroups(2)), of five bytes.
@@ -148,8 +149,8 @@ impl ChildEnd {
         socket::send(socket.as_fd(), &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
     }
 
-    /// Waits for permission to continue. The shim's end closed instead means that the child is not wanted any
-    /// more.
+    /// Waits for permission to continue. The shim's end closed instead means that the child is not
+    /// wanted any more.
     pub(crate) fn wait_for_go(&self) -> Result<(), Failed> {
         (&self.go).read_exact(&mut [0]).step("start", "the shim has ended")
     }
@@ -179,7 +180,8 @@ impl ShimEnd {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // A child killed in between resets it: treated as an end, which the other pipe explains.
+                // A child killed in between resets it: treated as an end, which the other pipe
+                // explains.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, Vec::new()),
                 other => other.step("get an answer from the container's process", "")?,
             };
@@ -234,8 +236,8 @@ fn decode_failure(body: &[u8]) -> Failed {
     bounded(Failed::decode(body).unwrap_or_else(|_| refused(STEP, "its report is truncated")))
 }
 
-/// A failure that may be shown: not too long, and without characters that a log or a terminal would interpret
-/// as commands.
+/// A failure that may be shown: not too long, and without characters that a log or a terminal would
+/// interpret as commands.
 fn bounded(failed: Failed) -> Failed {
     let shown = |text: &str, most: usize| {
         let mut shown: String = text

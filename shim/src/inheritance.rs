@@ -1,11 +1,12 @@
 //! Resets what a process inherits from its parent: nothing comes from the daemon, its unit or the
 //! shell that started it.
 //!
-//! Limits, umask, signals, environment, descriptors, credentials and the oom score are set elsewhere, as the
-//! plan says. This is the same for every process of every container, and for process 1 of a pod. What
-//! cannot be undone stays: a seccomp filter, `no_new_privs`, Landlock rules, locked secure bits,
-//! `PR_SET_MDWE` and speculation controls of the daemon's unit only take privileges away; a core scheduling
-//! cookie and an audit login id (`/proc/self/loginuid`) are up to the unit.
+//! Limits, umask, signals, environment, descriptors, credentials and the oom score are set
+//! elsewhere, as the plan says. This is the same for every process of every container, and for
+//! process 1 of a pod. What cannot be undone stays: a seccomp filter, `no_new_privs`, Landlock
+//! rules, locked secure bits, `PR_SET_MDWE` and speculation controls of the daemon's unit only take
+//! privileges away; a core scheduling cookie and an audit login id (`/proc/self/loginuid`) are up
+//! to the unit.
 
 use std::io;
 
@@ -22,8 +23,8 @@ const TIMER_SLACK_NS: u32 = 50_000;
 const COREDUMP_FILTER: &str = "0x33";
 
 /// What the children of a shim can only inherit: the default timer slack of a process is its
-/// parent's, and the core dump filter is a file, which would cost each child three calls. For a shim at
-/// its start.
+/// parent's, and the core dump filter is a file, which would cost each child three calls. For a
+/// shim at its start.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -36,11 +37,12 @@ pub(crate) fn reset_for_children() -> io::Result<()> {
     }
 }
 
-/// Everything else. For a child, before it joins its cgroup: a real-time policy could be refused there.
+/// Everything else. For a child, before it joins its cgroup: a real-time policy could be refused
+/// there.
 ///
 /// # Errors
-/// When the kernel refuses, but for what it does not know at all, and for shares of processor, disk and
-/// memory that a daemon without `CAP_SYS_NICE` may not set: that weakens no isolation.
+/// When the kernel refuses, but for what it does not know at all, and for shares of processor, disk
+/// and memory that a daemon without `CAP_SYS_NICE` may not set: that weakens no isolation.
 pub(crate) fn reset() -> Result<(), Failed> {
     const STEP: &str = "reset what is inherited";
     where_allowed(scheduling::use_default_policy()).step(STEP, "scheduling policy and nice value")?;
@@ -53,8 +55,8 @@ pub(crate) fn reset() -> Result<(), Failed> {
     where_known(scheduling::use_default_memory_failure_policy()).step(STEP, "memory failure policy")?;
     where_allowed(scheduling::flush_no_io()).step(STEP, "I/O flusher")?;
     scheduling::use_default_personality().step(STEP, "personality")?;
-    // Its own empty one for each process that the shim starts, exec too: keys that one of them adds are
-    // not the others'.
+    // Its own empty one for each process that the shim starts, exec too: keys that one of them adds
+    // are not the others'.
     where_known(process::join_new_session_keyring()).step(STEP, "session keyring")
 }
 

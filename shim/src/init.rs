@@ -1,14 +1,14 @@
 //! The child between clone and exec: the container's main process, and the processes of exec.
 //!
-//! A flat list of steps, each with the reason for its place. One thread, no logging; a step that fails is
-//! reported to the shim and the child ends.
+//! A flat list of steps, each with the reason for its place. One thread, no logging; a step that
+//! fails is reported to the shim and the child ends.
 //!
-//! A process in a pid namespace exposes, to every process there that may trace (`CAP_SYS_PTRACE`) what it
-//! has: its root, its working directory, its descriptors, its memory, and through that its privileges. So
-//! nothing of the host enters a namespace where others live. A process bound for one prepares outside until
-//! the root is the container's and the descriptors, privileges, filter and profile are the program's,
-//! reports, and only then goes on as a sibling born inside ([`go_on_inside`]). What that sibling says is not
-//! trusted ([`crate::handshake`]).
+//! A process in a pid namespace exposes, to every process there that may trace (`CAP_SYS_PTRACE`)
+//! what it has: its root, its working directory, its descriptors, its memory, and through that its
+//! privileges. So nothing of the host enters a namespace where others live. A process bound for one
+//! prepares outside until the root is the container's and the descriptors, privileges, filter and
+//! profile are the program's, reports, and only then goes on as a sibling born inside
+//! ([`go_on_inside`]). What that sibling says is not trusted ([`crate::handshake`]).
 
 use std::ffi::CString;
 use std::fs::OpenOptions;
@@ -88,7 +88,8 @@ fn become_main(launch: &Launch, target: Option<&Target>, stdio: Option<Stdio>, e
     }
 }
 
-/// Everything up to the wait for the start, including the report; returns the profile that exec changes to.
+/// Everything up to the wait for the start, including the report; returns the profile that exec
+/// changes to.
 fn prepare_main(
     launch: &Launch,
     target: Option<&Target>,
@@ -219,8 +220,9 @@ fn prepare_exec(
     if launch.namespaces.own_cgroup {
         flags |= ns::CGROUP;
     }
-    // All at once by the pidfd: the kernel joins every one or none. Root and working directory become the
-    // container's; of the pid namespaces only the one that children go to changes, setns(2).
+    // All at once by the pidfd: the kernel joins every one or none. Root and working directory
+    // become the container's; of the pid namespaces only the one that children go to changes,
+    // setns(2).
     ns::join(main, flags).step("join the container", "")?;
     match streams {
         ExecStreams::Pipes(stdio) => place(stdio, user)?,
@@ -253,8 +255,8 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     process::set_dumpable(false).step("guard the process", "")?;
     process::reset_signals().step("reset the signals", "")?;
     inheritance::reset()?;
-    // In cgroup v1 a single thread that writes "0" moves only itself, which spares the kernel its global
-    // lock. From here on all work for the container counts against its limits.
+    // In cgroup v1 a single thread that writes "0" moves only itself, which spares the kernel its
+    // global lock. From here on all work for the container counts against its limits.
     for path in &cgroup.tasks_files {
         let path = host_path(path);
         OpenOptions::new()
@@ -266,8 +268,8 @@ pub(crate) fn begin(cgroup: &Cgroup) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Continues as a new process in the pid namespace that was joined for children, and ends the old one,
-/// whose name tells the shim the new pid. Only 0, 1, 2 and two pipes to the shim stay open.
+/// Continues as a new process in the pid namespace that was joined for children, and ends the old
+/// one, whose name tells the shim the new pid. Only 0, 1, 2 and two pipes to the shim stay open.
 /// All system calls from here on are listed in `berth_shim_proto::launch::ENTERING`.
 fn go_on_inside(
     program: &Process,
@@ -291,9 +293,9 @@ fn go_on_inside(
     }
 }
 
-/// Joins the pinned namespaces except for the pid namespace, and creates a cgroup namespace if required. For
-/// a process that has joined its cgroup: a cgroup namespace is rooted at the cgroup of its creator,
-/// cgroup_namespaces(7).
+/// Joins the pinned namespaces except for the pid namespace, and creates a cgroup namespace if
+/// required. For a process that has joined its cgroup: a cgroup namespace is rooted at the cgroup
+/// of its creator, cgroup_namespaces(7).
 pub(crate) fn enter(namespaces: &Namespaces) -> Result<(), Failed> {
     for (path, kind) in [
         (&namespaces.network, ns::Kind::Network),

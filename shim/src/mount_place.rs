@@ -1,9 +1,9 @@
 //! Where requested mounts may go: not into `/proc`, and into `/dev` only by its own name.
 //!
-//! The runtime's own set-up of a container depends on these: masks and read-only paths of `/proc`, the
-//! device nodes and the terminal of `/dev`. A path of the request can lead there without saying so, through a
-//! link in a volume that another container writes. So the resolved place is checked, after the
-//! path was resolved.
+//! The runtime's own set-up of a container depends on these: masks and read-only paths of `/proc`,
+//! the device nodes and the terminal of `/dev`. A path of the request can lead there without saying
+//! so, through a link in a volume that another container writes. So the resolved place is checked,
+//! after the path was resolved.
 
 use std::ffi::OsStr;
 use std::io;
@@ -24,8 +24,8 @@ const PROC_ROOT_INODE: u64 = 1;
 
 const STEP: &str = "find the mount point";
 
-/// Checks `place`, to which the path of `mount` has led below `root`, and returns the place to mount on.
-/// `source` is what a bind mounts.
+/// Checks `place`, to which the path of `mount` has led below `root`, and returns the place to
+/// mount on. `source` is what a bind mounts.
 ///
 /// # Errors
 /// When nothing may be mounted there.
@@ -54,7 +54,8 @@ pub(crate) fn checked(
             ));
         }
         Filesystem::Memory if !lies_in("dev")? => return Ok(place),
-        // A request that mounts the host's /dev gets its links with it, and nothing is created in it.
+        // A request that mounts the host's /dev gets its links with it, and nothing is created in
+        // it.
         Filesystem::Memory if is_of_host("/dev", place.as_fd()).step(STEP, &about)? => return Ok(place),
         Filesystem::Memory | Filesystem::Terminals => {}
         Filesystem::Other => return Ok(place),
@@ -74,8 +75,8 @@ fn is_root_of_procfs(source: BorrowedFd<'_>) -> bool {
         && beneath::stat_fd(source).is_ok_and(|found| found.identity.1 == PROC_ROOT_INODE)
 }
 
-/// Whether `place` is on the filesystem of this directory of the host, whose files the shim's child still
-/// sees.
+/// Whether `place` is on the filesystem of this directory of the host, whose files the shim's child
+/// still sees.
 fn is_of_host(directory: &str, place: BorrowedFd<'_>) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
     match std::fs::metadata(directory) {

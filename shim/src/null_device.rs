@@ -1,7 +1,8 @@
 //! The null device that a program gets for an unused stream.
 //!
-//! It is on a file system of its own. A descriptor of the host's `/dev/null` would be one of
-//! an inode of the host, whose mode and owner its holder could change for everyone: `chmod /proc/self/fd/0`.
+//! It is on a file system of its own. A descriptor of the host's `/dev/null` would be one of an
+//! inode of the host, whose mode and owner its holder could change for everyone: `chmod
+//! /proc/self/fd/0`.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -20,7 +21,8 @@ const STEP: &str = "create the null device";
 /// Where it lies in its file system, as links to open files show it.
 const PLACE: &str = "dev/null";
 
-/// A descriptor of it, for reading and writing. There is one device for all programs of the container.
+/// A descriptor of it, for reading and writing. There is one device for all programs of the
+/// container.
 pub(crate) fn open() -> Result<OwnedFd, Failed> {
     static OPENED: OnceLock<OwnedFd> = OnceLock::new();
     if let Some(opened) = OPENED.get() {

@@ -1,12 +1,12 @@
-//! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps orphans and does
-//! nothing else.
+//! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps
+//! orphans and does nothing else.
 //!
-//! `berth-shim pause` creates it and ends: a child in a new pid and mount namespace whose root is an empty
-//! read-only tmpfs, in the pod's other namespaces, without capabilities, without descriptors, under a filter
-//! for what it does, which lives until it is killed. The daemon
-//! sends `launch::Pause` as one frame and is answered with `Failed`, or with `Created` and two descriptors:
-//! the pid namespace, and a procfs of it as a detached mount, made while the process is alone in there
-//! ([`crate::procfs`]).
+//! `berth-shim pause` creates it and ends: a child in a new pid and mount namespace whose root is
+//! an empty read-only tmpfs, in the pod's other namespaces, without capabilities, without
+//! descriptors, under a filter for what it does, which lives until it is killed. The daemon sends
+//! `launch::Pause` as one frame and is answered with `Failed`, or with `Created` and two
+//! descriptors: the pid namespace, and a procfs of it as a detached mount, made while the process
+//! is alone in there ([`crate::procfs`]).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -110,8 +110,8 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
     }
 }
 
-/// The first steps of the process; returns the procfs of its pid namespace, in which it is the only process,
-/// and the file to enter its profile.
+/// The first steps of the process; returns the procfs of its pid namespace, in which it is the only
+/// process, and the file to enter its profile.
 fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     crate::init::begin(&request.cgroup)?;
     crate::init::enter(&request.namespaces)?;
@@ -137,8 +137,8 @@ fn confine(profile: Option<Way>, filter: &[u8]) -> Result<(), Failed> {
 }
 
 fn reap_for_ever() -> ! {
-    // Process 1 ignores signals without a handler from inside its namespace, pid_namespaces(7); from outside
-    // SIGKILL ends it.
+    // Process 1 ignores signals without a handler from inside its namespace, pid_namespaces(7);
+    // from outside SIGKILL ends it.
     loop {
         if let (Ok(poll), Ok(children)) = (Poll::new(), ChildSignals::new())
             && poll.watch(children.as_fd(), 0, Interest::Input).is_ok()

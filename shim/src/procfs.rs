@@ -1,15 +1,15 @@
 //! The procfs of a pid namespace in which others live.
 //!
-//! A procfs shows the pid namespace of the process that created it (pid_namespaces(7)). A process that
-//! creates one in an inhabited namespace would be seen there, with the privilege that mounting takes, and a
-//! process that may trace it would have that privilege. So none is created: a procfs that was made before any
-//! process lived there is cloned.
+//! A procfs shows the pid namespace of the process that created it (pid_namespaces(7)). A process
+//! that creates one in an inhabited namespace would be seen there, with the privilege that mounting
+//! takes, and a process that may trace it would have that privilege. So none is created: a procfs
+//! that was made before any process lived there is cloned.
 //!
-//! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and mounted on
-//!   the host (`Namespaces.procfs`).
-//! - A container that is the target of another has its own, in its own mount namespace. Its processes may
-//!   have mounted anything there, so it is checked to be a complete procfs, of that pid
-//!   namespace.
+//! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and
+//!   mounted on the host (`Namespaces.procfs`).
+//! - A container that is the target of another has its own, in its own mount namespace. Its
+//!   processes may have mounted anything there, so it is checked to be a complete procfs, of that
+//!   pid namespace.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -60,9 +60,9 @@ impl Target {
 
     /// Its procfs, as a detached mount.
     ///
-    /// Another process, outside its pid namespace, looks into its mount namespace:
-    /// joining a mount namespace changes root and working directory for good, setns(2). It may hang in a
-    /// filesystem that the target serves, so it has [`LOOK`], and ends with this process.
+    /// Another process, outside its pid namespace, looks into its mount namespace: joining a mount
+    /// namespace changes root and working directory for good, setns(2). It may hang in a filesystem
+    /// that the target serves, so it has [`LOOK`], and ends with this process.
     pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
         const STEP: &str = "take the target's procfs";
         let (own, other) = socket::packet_pair().step("create a socket", "")?;

@@ -1,9 +1,9 @@
 //! The container's root: overlay, mounts, device nodes, hidden and read-only paths.
 //!
-//! Runs in the child, in its own mount namespace, before the root is changed. The content of the root may be
-//! hostile: every path in it is resolved below it by descriptor (`berth_sys::beneath`), mounts are made
-//! detached and attached to descriptors, and a mask that cannot be applied to something that is there fails
-//! the container.
+//! Runs in the child, in its own mount namespace, before the root is changed. The content of the
+//! root may be hostile: every path in it is resolved below it by descriptor (`berth_sys::beneath`),
+//! mounts are made detached and attached to descriptors, and a mask that cannot be applied to
+//! something that is there fails the container.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
@@ -56,15 +56,16 @@ pub(crate) fn enter_empty_root() -> Result<(), Failed> {
     mount::pivot_into(root.as_fd()).step("change the root", "")
 }
 
-/// Builds the root on its mount point; the caller makes it the root of the mount namespace. `procfs` is the
-/// one for `/proc`, a detached mount; without it, a new one shows the caller's own pid namespace.
+/// Builds the root on its mount point; the caller makes it the root of the mount namespace.
+/// `procfs` is the one for `/proc`, a detached mount; without it, a new one shows the caller's own
+/// pid namespace.
 pub(crate) fn assemble(launch: &Launch, mut procfs: Option<OwnedFd>) -> Result<Assembled, Failed> {
-    // Sources are pinned first: they are the host's, and below this line nothing of the host is looked up by
-    // path again.
+    // Sources are pinned first: they are the host's, and below this line nothing of the host is
+    // looked up by path again.
     let sources = pin_sources(launch)?;
     let from_host = propagation(launch.rootfs.propagation);
-    // What is done here must not reach the host, above all the unmounting of the old root. Clones pinned
-    // above have kept their peers, so a shared mount stays shared with the host.
+    // What is done here must not reach the host, above all the unmounting of the old root. Clones
+    // pinned above have kept their peers, so a shared mount stays shared with the host.
     let whole = match from_host {
         mount::Propagation::Private => mount::Propagation::Private,
         mount::Propagation::Slave | mount::Propagation::Shared => mount::Propagation::Slave,
@@ -90,8 +91,8 @@ pub(crate) fn assemble(launch: &Launch, mut procfs: Option<OwnedFd>) -> Result<A
     for path in &launch.readonly_paths {
         make_readonly(&root, path)?;
     }
-    // Who the process runs as is looked up in the files that the program sees, those of a volume too, but not
-    // by a mask: that is there to keep them from the program.
+    // Who the process runs as is looked up in the files that the program sees, those of a volume
+    // too, but not by a mask: that is there to keep them from the program.
     let accounts = Accounts::read(&root)?;
     for path in &launch.masked_paths {
         covers.hide(&root, path)?;
@@ -111,8 +112,8 @@ pub(crate) fn has_own_dev(launch: &Launch) -> bool {
         .any(|mount| mount.target == b"/dev" && matches!(mount.source, Some(Source::Filesystem(_))))
 }
 
-/// Binds the container's terminal on `/dev/console`, by descriptor on both sides. Runs once the root is the
-/// root.
+/// Binds the container's terminal on `/dev/console`, by descriptor on both sides. Runs once the
+/// root is the root.
 pub(crate) fn show_console(terminal: std::os::fd::BorrowedFd<'_>) -> Result<(), Failed> {
     const STEP: &str = "show the terminal as /dev/console";
     let root = Root::open(Path::new("/")).step(STEP, "")?;
@@ -130,8 +131,8 @@ pub(crate) fn show_console(terminal: std::os::fd::BorrowedFd<'_>) -> Result<(), 
 
 /// What can only be done once the root is the root.
 pub(crate) fn finish_inside(launch: &Launch) -> Result<(), Failed> {
-    // Propagation of the container's own mounts, for containers that asked for some; pivot_root(2) refuses a
-    // shared root.
+    // Propagation of the container's own mounts, for containers that asked for some; pivot_root(2)
+    // refuses a shared root.
     match propagation(launch.rootfs.propagation) {
         mount::Propagation::Shared => {
             mount::set_propagation(Path::new("/"), mount::Propagation::Shared, false)
@@ -202,18 +203,18 @@ fn new_overlay(rootfs: &Rootfs) -> Result<OwnedFd, Failed> {
     for (key, value) in OVERLAY_OPTIONS {
         set(key, OsStr::new(value))?;
     }
-    // The writable layer dies with the container, so its unmounting need not wait for the disk: overlayfs,
-    // "Volatile mount".
+    // The writable layer dies with the container, so its unmounting need not wait for the disk:
+    // overlayfs, "Volatile mount".
     overlay.set_flag("volatile").map_err(|error| with_log(&overlay, &error, STEP, "volatile"))?;
     overlay.mount(0).map_err(|error| with_log(&overlay, &error, STEP, "overlay"))
 }
 
-/// Off, whatever the kernel's default: they change what is stored in the writable layer, and Berth reads none
-/// of it.
+/// Off, whatever the kernel's default: they change what is stored in the writable layer, and Berth
+/// reads none of it.
 const OVERLAY_OPTIONS: [(&str, &str); 3] = [("index", "off"), ("redirect_dir", "off"), ("metacopy", "off")];
 
-/// All options in one string of at most a page. Layers go by descriptor, which makes the string short enough
-/// for some 200 of them.
+/// All options in one string of at most a page. Layers go by descriptor, which makes the string
+/// short enough for some 200 of them.
 fn old_overlay(rootfs: &Rootfs, target: &Path) -> Result<(), Failed> {
     use std::os::fd::AsRawFd;
     const STEP: &str = "mount the root";
@@ -288,8 +289,8 @@ fn attach(
             )
             .step("set the flags of the mount", &path)?;
             let own = propagation(bind.propagation);
-            // Shared stays what it was cloned as, a peer of the host's; made shared here it would be a peer
-            // of none.
+            // Shared stays what it was cloned as, a peer of the host's; made shared here it would
+            // be a peer of none.
             if own != mount::Propagation::Shared {
                 mount::set_attributes(clone.as_fd(), 0, 0, Some(own), true)
                     .step("set the propagation of the mount", &path)?;
@@ -304,8 +305,8 @@ fn attach(
 /// What a cloned mount brings along, and a new one has only when asked for.
 const CLONED_FLAGS: u64 = attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC;
 
-/// A directory is mounted on a directory, anything else on anything else: mount(2), `ENOTDIR`. The kernel
-/// would not say which is which.
+/// A directory is mounted on a directory, anything else on anything else: mount(2), `ENOTDIR`. The
+/// kernel would not say which is which.
 fn check_kind(root: &Root, target: &[u8], source_is_directory: bool) -> Result<(), Failed> {
     let Some(place) = if_present(root, target, "find the mount point")? else { return Ok(()) };
     let about = shown(target);
@@ -321,7 +322,8 @@ fn check_kind(root: &Root, target: &[u8], source_is_directory: bool) -> Result<(
     }
 }
 
-/// The access-time mode is a field, not a bit: it has to be cleared when a value is set, mount_setattr(2).
+/// The access-time mode is a field, not a bit: it has to be cleared when a value is set,
+/// mount_setattr(2).
 fn atime_mask(attributes: u64) -> u64 {
     if attributes & attr::ATIME_MASK != 0 { attr::ATIME_MASK } else { 0 }
 }
@@ -347,7 +349,8 @@ fn new_filesystem(filesystem: &Filesystem, attributes: u64, path: &str) -> Resul
     context.mount(attributes).map_err(|error| with_log(&context, &error, STEP, &about))
 }
 
-/// Resolves the place for a mount, and makes it when absent: a directory for a directory, else an empty file.
+/// Resolves the place for a mount, and makes it when absent: a directory for a directory, else an
+/// empty file.
 fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "find the mount point";
     let about = shown(path);
@@ -356,8 +359,8 @@ fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> R
         match root.open_dir_no_links(relative) {
             Ok(found) => return found.as_fd().try_clone_to_owned().step(STEP, about),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // A link, or a file, where the kernel's own files belong. Links in a root are legitimate, here
-            // they are an attack.
+            // A link, or a file, where the kernel's own files belong. Links in a root are
+            // legitimate, here they are an attack.
             Err(error) if error.raw_os_error() == Some(ELOOP) => {
                 return Err(refused(STEP, format!("{about}: the image has a symbolic link there")));
             }
@@ -379,8 +382,8 @@ fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> R
 /// As many links as the kernel follows: path_resolution(7).
 const MAX_LINKS: usize = 40;
 
-/// Makes an empty file and the directories that it lies in. A link to a file that is not there is followed
-/// inside the root, and its target made: in many images `/etc/resolv.conf` is one.
+/// Makes an empty file and the directories that it lies in. A link to a file that is not there is
+/// followed inside the root, and its target made: in many images `/etc/resolv.conf` is one.
 fn make_file(root: &Root, path: &Path) -> io::Result<()> {
     let mut path = path.to_owned();
     for _ in 0..=MAX_LINKS {
@@ -390,7 +393,8 @@ fn make_file(root: &Root, path: &Path) -> io::Result<()> {
         match parent.create_file(&name, 0o644) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let target = parent.read_link(&name)?;
-                // An absolute target takes the place of the whole path; the root is the container's.
+                // An absolute target takes the place of the whole path; the root is the
+                // container's.
                 path.push(target);
             }
             made => return made.map(drop),
@@ -404,8 +408,8 @@ fn relative(path: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(path.get(start..).unwrap_or_default()))
 }
 
-/// A volume of the image: a directory of the writable layer like others, but with its own mount in a
-/// root that is made read-only, so that it keeps its content and takes writes.
+/// A volume of the image: a directory of the writable layer like others, but with its own mount in
+/// a root that is made read-only, so that it keeps its content and takes writes.
 fn keep_writable(root: &Root, path: &[u8], read_only: bool) -> Result<(), Failed> {
     const STEP: &str = "create the image's volume";
     let about = shown(path);
@@ -443,8 +447,8 @@ fn make_device(root: &Root, device: &Device) -> Result<(), Failed> {
     };
     match parent.make_node(name, node, device.mode) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            // A second device for one place, or a file of the image: the request wins, but never over a
-            // mount.
+            // A second device for one place, or a file of the image: the request wins, but never
+            // over a mount.
             parent.unlink(name).step(STEP, &about)?;
             parent.make_node(name, node, device.mode).step(STEP, &about)?;
         }
@@ -459,8 +463,8 @@ fn make_readonly(root: &Root, path: &[u8]) -> Result<(), Failed> {
     const STEP: &str = "make the path read-only";
     let about = shown(path);
     let Some(target) = if_present(root, path, STEP)? else { return Ok(()) };
-    // Where a mount begins, it is the container's own and is changed itself; elsewhere a mount is laid over
-    // the path.
+    // Where a mount begins, it is the container's own and is changed itself; elsewhere a mount is
+    // laid over the path.
     match mount::set_attributes(target.as_fd(), attr::RDONLY, 0, None, true) {
         Err(error) if error.raw_os_error() == Some(EINVAL) => {}
         result => return result.step(STEP, about),
@@ -470,8 +474,8 @@ fn make_readonly(root: &Root, path: &[u8]) -> Result<(), Failed> {
     mount::attach(clone.as_fd(), target.as_fd()).step(STEP, about)
 }
 
-/// Only an absent target is skipped; an error in looking is one (CVE-2025-31133: a mask skipped is a mask
-/// missing).
+/// Only an absent target is skipped; an error in looking is one (CVE-2025-31133: a mask skipped is
+/// a mask missing).
 fn if_present(root: &Root, path: &[u8], step: &str) -> Result<Option<OwnedFd>, Failed> {
     match root.resolve(relative(path)) {
         Ok(target) => Ok(Some(target)),
@@ -482,16 +486,17 @@ fn if_present(root: &Root, path: &[u8], step: &str) -> Result<Option<OwnedFd>, F
     }
 }
 
-/// One empty read-only directory and one empty device, which hide everything that is masked. Both are made
-/// here, and none is taken from the root, where it could be something else (CVE-2025-31133).
+/// One empty read-only directory and one empty device, which hide everything that is masked. Both
+/// are made here, and none is taken from the root, where it could be something else
+/// (CVE-2025-31133).
 struct Covers {
     directory: OwnedFd,
     null: OwnedFd,
 }
 
 impl Covers {
-    /// `place` is where the root will be mounted, over both: a mount has to be attached somewhere to be
-    /// cloned by Linux before 6.15.
+    /// `place` is where the root will be mounted, over both: a mount has to be attached somewhere
+    /// to be cloned by Linux before 6.15.
     fn make(place: &Path) -> Result<Self, Failed> {
         const STEP: &str = "prepare the masks";
         let target = std::fs::File::open(place).step(STEP, place.display())?;

@@ -1,8 +1,9 @@
 //! A program of exec and everything in its session: setsid(2).
 //!
 //! The kernel signals a process or a group. A shell that runs jobs gives each its own group, so the
-//! session is looked for among the processes of the container. What has left it, with its own session,
-//! stays: as with other runtimes, it is on its own from then on and ends with the container.
+//! session is looked for among the processes of the container. What has left it, with its own
+//! session, stays: as with other runtimes, it is on its own from then on and ends with the
+//! container.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -19,8 +20,8 @@ const ROUNDS: usize = 8;
 /// Cgroups below the container's own that are looked through; it can make any number.
 const MOST_CGROUPS: usize = 256;
 
-/// Signals the session that `leader` leads, a child that was not reaped; or `leader` alone, while it is not
-/// in its own session.
+/// Signals the session that `leader` leads, a child that was not reaped; or `leader` alone, while
+/// it is not in its own session.
 pub(crate) fn end(leader: i32, signal: i32, cgroup: Option<&Cgroup>) -> io::Result<()> {
     let told = process::signal_group(leader, signal).or_else(|_| process::signal_child(leader, signal));
     if signal == process::SIGKILL
@@ -53,7 +54,8 @@ fn kill_members(leader: i32, directory: &Path) -> bool {
             if pid == leader || !matches!(process::session(pid), Ok(session) if session == leader) {
                 continue;
             }
-            // By descriptor, and asked again: the number may be another's by now, the session is not.
+            // By descriptor, and asked again: the number may be another's by now, the session is
+            // not.
             if let Ok(pidfd) = process::open_pidfd(pid)
                 && matches!(process::session(pid), Ok(session) if session == leader)
             {

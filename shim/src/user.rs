@@ -1,11 +1,11 @@
-//! Who a process runs as: the words of the request resolved by the container's own `/etc/passwd` and
-//! `/etc/group`.
+//! Who a process runs as: the words of the request resolved by the container's own `/etc/passwd`
+//! and `/etc/group`.
 //!
-//! The rules are the CRI's (`LinuxContainerSecurityContext.run_as_user`, `run_as_username`, `run_as_group`,
-//! `supplemental_groups_policy`) and the OCI image's (`config.User`). A text of digits is always a number,
-//! never a name, and a number that does not fit or has a sign is an error and never a name: an image could
-//! map such a "name" to root (CVE-2016-3697, CVE-2024-40635, CVE-2026-46680). No NSS: nothing of the image is
-//! executed or loaded.
+//! The rules are the CRI's (`LinuxContainerSecurityContext.run_as_user`, `run_as_username`,
+//! `run_as_group`, `supplemental_groups_policy`) and the OCI image's (`config.User`). A text of
+//! digits is always a number, never a name, and a number that does not fit or has a sign is an
+//! error and never a name: an image could map such a "name" to root (CVE-2016-3697, CVE-2024-40635,
+//! CVE-2026-46680). No NSS: nothing of the image is executed or loaded.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -18,8 +18,8 @@ use berth_sys::file;
 
 use crate::failure::{Step, refused, shown};
 
-/// The largest user or group number: what the peers accept, so that no number turns negative on its way
-/// through an `int`.
+/// The largest user or group number: what the peers accept, so that no number turns negative on its
+/// way through an `int`.
 const MAX_ID: u32 = i32::MAX.unsigned_abs();
 
 /// The largest passwd or group file that is read, in bytes; the same as containerd's cap.
@@ -38,8 +38,8 @@ pub(crate) struct Accounts {
 impl Accounts {
     /// Reads them below `root`.
     ///
-    /// Anything but a plain file of a sane size is an error: a FIFO would block, `/dev/zero` would never end
-    /// (CVE-2026-47262).
+    /// Anything but a plain file of a sane size is an error: a FIFO would block, `/dev/zero` would
+    /// never end (CVE-2026-47262).
     pub(crate) fn read(root: &Root) -> Result<Self, Failed> {
         Ok(Self { passwd: read(root, "etc/passwd")?, group: read(root, "etc/group")? })
     }
@@ -76,8 +76,8 @@ pub(crate) struct Resolved {
 
 const STEP: &str = "find the user";
 
-/// A number if the text is one. One with a sign is an error, not a name: its author did not mean the
-/// account that an image may call so.
+/// A number if the text is one. One with a sign is an error, not a name: its author did not mean
+/// the account that an image may call so.
 fn number(text: &[u8]) -> Result<Option<u32>, Failed> {
     let digits = text.strip_prefix(b"-").or(text.strip_prefix(b"+")).unwrap_or(text);
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {

@@ -1,10 +1,10 @@
-//! Loading eBPF device filters and attaching them to cgroups: the three commands of `bpf(2)` that cgroup v2
-//! device control needs.
+//! Loading eBPF device filters and attaching them to cgroups: the three commands of `bpf(2)` that
+//! cgroup v2 device control needs.
 //!
 //! Cgroup v2 has no device files; which devices a cgroup may use is decided by a program of type
-//! `BPF_PROG_TYPE_CGROUP_DEVICE` (Linux 4.15; Documentation/admin-guide/cgroup-v2.rst, "Device controller").
-//! What the program says is the caller's (`berth-cgroup`); this file knows only how it goes into the kernel.
-//! Needs `CAP_BPF` with `CAP_NET_ADMIN`, or `CAP_SYS_ADMIN`.
+//! `BPF_PROG_TYPE_CGROUP_DEVICE` (Linux 4.15; Documentation/admin-guide/cgroup-v2.rst, "Device
+//! controller"). What the program says is the caller's (`berth-cgroup`); this file knows only how
+//! it goes into the kernel. Needs `CAP_BPF` with `CAP_NET_ADMIN`, or `CAP_SYS_ADMIN`.
 
 use std::ffi::CString;
 use std::io;
@@ -18,16 +18,17 @@ const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
-/// Further programs may be attached beside ours, and by sub-cgroups; a device then needs the consent of all
-/// of them. systemd attaches with it too, and mixing it with an exclusive attachment in an ancestor is
-/// refused.
+/// Further programs may be attached beside ours, and by sub-cgroups; a device then needs the
+/// consent of all of them. systemd attaches with it too, and mixing it with an exclusive attachment
+/// in an ancestor is refused.
 const BPF_F_ALLOW_MULTI: u32 = 1 << 1;
 
-/// Programs that one cgroup can carry for one attach type: `BPF_CGROUP_MAX_PROGS` of kernel/bpf/cgroup.c.
+/// Programs that one cgroup can carry for one attach type: `BPF_CGROUP_MAX_PROGS` of
+/// kernel/bpf/cgroup.c.
 const MAX_ATTACHED: usize = 64;
 
-/// Room for the verifier's words when it refuses a program. More than any refusal of a loop-free filter
-/// needs.
+/// Room for the verifier's words when it refuses a program. More than any refusal of a loop-free
+/// filter needs.
 const VERIFIER_LOG: usize = 16 * 1024;
 
 /// One instruction: `struct bpf_insn` of <linux/bpf.h>.
@@ -48,8 +49,8 @@ pub struct Instruction {
     pub immediate: i32,
 }
 
-/// The part of `union bpf_attr` that `BPF_PROG_LOAD` reads, up to `prog_name` (Linux 4.15). The kernel takes
-/// what is left out as zero.
+/// The part of `union bpf_attr` that `BPF_PROG_LOAD` reads, up to `prog_name` (Linux 4.15). The
+/// kernel takes what is left out as zero.
 #[repr(C)]
 #[derive(Default)]
 struct LoadAttributes {
@@ -97,8 +98,9 @@ struct IdAttributes {
 /// The unsafe call itself, for one of the attribute structures above.
 ///
 /// # Safety
-/// `T` must be `repr(C)` without padding bytes and lay out as the part of `union bpf_attr` that `command`
-/// uses, and addresses in it must be valid for what the command does with them, over the call.
+/// `T` must be `repr(C)` without padding bytes and lay out as the part of `union bpf_attr` that
+/// `command` uses, and addresses in it must be valid for what the command does with them, over the
+/// call.
 unsafe fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: the kernel reads and writes at most `size_of::<T>()` bytes at `attributes`, which is
     // exclusively ours; the rest is promised by the caller.
@@ -116,24 +118,24 @@ fn number(file: BorrowedFd<'_>) -> u32 {
 /// Takes ownership of the descriptor that a bpf(2) command returned.
 fn owned(raw: libc::c_long) -> io::Result<OwnedFd> {
     let raw = RawFd::try_from(raw).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    // SAFETY: the kernel returned `raw` as a new descriptor (close-on-exec: bpf(2) always sets it) that
-    // nothing else owns.
+    // SAFETY: the kernel returned `raw` as a new descriptor (close-on-exec: bpf(2) always sets it)
+    // that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// Verifies and loads a device filter: `BPF_PROG_LOAD`. It lives as long as the descriptor or an attachment
-/// does.
+/// Verifies and loads a device filter: `BPF_PROG_LOAD`. It lives as long as the descriptor or an
+/// attachment does.
 ///
-/// The program gets a `struct bpf_cgroup_dev_ctx` in register 1 and answers in register 0: 1 allows, 0
-/// refuses with `EPERM`.
+/// The program gets a `struct bpf_cgroup_dev_ctx` in register 1 and answers in register 0: 1
+/// allows, 0 refuses with `EPERM`.
 ///
 /// # Errors
-/// `EINVAL` or `EACCES` when the verifier refuses it (its last words are in the error's text), `EPERM`
-/// without the capability.
+/// `EINVAL` or `EACCES` when the verifier refuses it (its last words are in the error's text),
+/// `EPERM` without the capability.
 pub fn load_device_filter(name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
     let count = u32::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
-    // The program calls no kernel function, so its licence does not matter; the kernel requires a string all
-    // the same.
+    // The program calls no kernel function, so its licence does not matter; the kernel requires a
+    // string all the same.
     let license = CString::from(c"Apache-2.0");
     let mut attributes = LoadAttributes {
         prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
@@ -147,9 +149,9 @@ pub fn load_device_filter(name: &str, program: &[Instruction]) -> io::Result<Own
     for (slot, byte) in attributes.prog_name.iter_mut().take(15).zip(letters) {
         *slot = byte;
     }
-    // SAFETY: `insns` and `license` point at memory that lives over the call and is only read; `insn_cnt` is
-    // the number of instructions there; the structure has no padding (five u32 pairs, u64 at multiples of
-    // eight).
+    // SAFETY: `insns` and `license` point at memory that lives over the call and is only read;
+    // `insn_cnt` is the number of instructions there; the structure has no padding (five u32 pairs,
+    // u64 at multiples of eight).
     let first = match unsafe { bpf(BPF_PROG_LOAD, &mut attributes) } {
         Ok(raw) => return owned(raw),
         Err(error) => error,
@@ -176,14 +178,14 @@ pub fn load_device_filter(name: &str, program: &[Instruction]) -> io::Result<Own
 }
 
 /// Attaches a loaded filter to the cgroup v2 directory `cgroup`, beside those that are there:
-/// `BPF_PROG_ATTACH` with `BPF_F_ALLOW_MULTI`. A device is then allowed only if all of them, and those of all
-/// ancestors, allow it.
+/// `BPF_PROG_ATTACH` with `BPF_F_ALLOW_MULTI`. A device is then allowed only if all of them, and
+/// those of all ancestors, allow it.
 ///
 /// The attachment ends with the cgroup; the descriptor can be closed.
 ///
 /// # Errors
-/// `EBADF` when `cgroup` is not a cgroup v2 directory, `EPERM` when an ancestor has an exclusive filter,
-/// `E2BIG` when 64 are attached.
+/// `EBADF` when `cgroup` is not a cgroup v2 directory, `EPERM` when an ancestor has an exclusive
+/// filter, `E2BIG` when 64 are attached.
 pub fn attach_device_filter(cgroup: BorrowedFd<'_>, filter: BorrowedFd<'_>) -> io::Result<()> {
     let mut attributes = AttachAttributes {
         target_fd: number(cgroup),
@@ -226,8 +228,8 @@ pub fn attached_device_filters(cgroup: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd
         prog_cnt: 64,
         padding: 0,
     };
-    // SAFETY: `prog_ids` points at 64 u32, which is what `prog_cnt` says, ours to be written over the call;
-    // the structure has no padding.
+    // SAFETY: `prog_ids` points at 64 u32, which is what `prog_cnt` says, ours to be written over
+    // the call; the structure has no padding.
     unsafe { bpf(BPF_PROG_QUERY, &mut query) }?;
     let count = usize::try_from(query.prog_cnt).unwrap_or(MAX_ATTACHED);
     let mut filters = Vec::with_capacity(count.min(MAX_ATTACHED));

@@ -2,7 +2,8 @@
 
 use std::io;
 
-/// The capabilities by name, without `CAP_`; the place in the list is the number: <linux/capability.h>.
+/// The capabilities by name, without `CAP_`; the place in the list is the number:
+/// <linux/capability.h>.
 pub const CAPABILITIES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",
@@ -50,8 +51,8 @@ pub const CAPABILITIES: [&str; 41] = [
 /// A set of capabilities, one bit for each number.
 pub type CapabilityBits = u64;
 
-/// The number of the capability `name` (with or without `CAP_`, in any case), or `None` when there is no such
-/// one.
+/// The number of the capability `name` (with or without `CAP_`, in any case), or `None` when there
+/// is no such one.
 #[must_use]
 pub fn capability_number(name: &str) -> Option<u32> {
     let upper = name.to_ascii_uppercase();
@@ -170,7 +171,8 @@ struct CapData {
 pub fn permitted_set() -> io::Result<CapabilityBits> {
     let mut header = CapHeader { version: VERSION_3, pid: 0 };
     let mut data = [CapData::default(); 2];
-    // SAFETY: `header` and `data` have the layouts of version 3 (two data elements) and live over the call.
+    // SAFETY: `header` and `data` have the layouts of version 3 (two data elements) and live over
+    // the call.
     let result = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
     if result < 0 {
         return Err(io::Error::last_os_error());
@@ -179,7 +181,8 @@ pub fn permitted_set() -> io::Result<CapabilityBits> {
     Ok(u64::from(low.permitted) | u64::from(high.permitted) << 32)
 }
 
-/// Sets the effective, permitted and inheritable sets of the calling thread: `capset(2)`, version 3.
+/// Sets the effective, permitted and inheritable sets of the calling thread: `capset(2)`, version
+/// 3.
 ///
 /// # Errors
 /// `EPERM` when a capability is added to the permitted set.
@@ -195,7 +198,8 @@ pub fn set_capabilities(
         inheritable: low_half(inheritable >> shift),
     };
     let data = [half(0), half(32)];
-    // SAFETY: `header` and `data` have the layouts of version 3 (two data elements) and live over the call.
+    // SAFETY: `header` and `data` have the layouts of version 3 (two data elements) and live over
+    // the call.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -209,8 +213,8 @@ fn low_half(bits: u64) -> u32 {
 /// # Errors
 /// `EPERM` without `CAP_SETGID`, `EINVAL` for more than 65536 groups.
 pub fn set_groups(groups: &[u32]) -> io::Result<()> {
-    // SAFETY: the pointer and length describe a live slice of gid_t (u32). The raw call changes this thread
-    // only, which in a child after clone is the process.
+    // SAFETY: the pointer and length describe a live slice of gid_t (u32). The raw call changes
+    // this thread only, which in a child after clone is the process.
     let result = unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -1,9 +1,9 @@
-//! Processes that were written down: found again by number and start time, and held so that another process
-//! with the same number is never taken for them.
+//! Processes that were written down: found again by number and start time, and held so that another
+//! process with the same number is never taken for them.
 //!
-//! A number is one process's until it is reaped. So who still has the recorded start time is the recorded
-//! process, and as long as its pidfd takes signals, everything that was looked up by its number since was its
-//! own.
+//! A number is one process's until it is reaped. So who still has the recorded start time is the
+//! recorded process, and as long as its pidfd takes signals, everything that was looked up by its
+//! number since was its own.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -16,7 +16,8 @@ use crate::process;
 #[derive(Debug)]
 pub struct Identified {
     pidfd: OwnedFd,
-    /// Its directory in `/proc`, which goes on to mean this process when the number is another's: proc(5).
+    /// Its directory in `/proc`, which goes on to mean this process when the number is another's:
+    /// proc(5).
     directory: OwnedFd,
 }
 
@@ -44,8 +45,8 @@ impl Identified {
         let mut stat = Vec::new();
         std::fs::File::from(found.open(c"stat")?).read_to_end(&mut stat)?;
         let same = process::parse_start_time(&stat) == Some(start_time);
-        // The descriptor of the process and the directory could be of two; both are of the one that still
-        // lives.
+        // The descriptor of the process and the directory could be of two; both are of the one that
+        // still lives.
         if same && found.holds_its_number() { Ok(found) } else { Err(gone()) }
     }
 
@@ -67,7 +68,8 @@ impl Identified {
         Ok(bytes)
     }
 
-    /// Its root directory in its mount namespace, as a boundary for paths: `/proc/<pid>/root`, proc(5).
+    /// Its root directory in its mount namespace, as a boundary for paths: `/proc/<pid>/root`,
+    /// proc(5).
     ///
     /// # Errors
     /// `ESRCH` or `ENOENT` when it has ended; `EACCES` without the right to trace it.
@@ -81,7 +83,8 @@ impl Identified {
         self.pidfd
     }
 
-    /// Whether it was not reaped yet, and everything that was looked up by its number so far was its own.
+    /// Whether it was not reaped yet, and everything that was looked up by its number so far was
+    /// its own.
     #[must_use]
     pub fn holds_its_number(&self) -> bool {
         process::signal_pidfd(self.pidfd.as_fd(), 0).is_ok()
@@ -107,7 +110,8 @@ impl Identified {
     }
 
     fn open(&self, name: &std::ffi::CStr) -> io::Result<OwnedFd> {
-        // SAFETY: openat(2) takes an open directory and a NUL-terminated name, and no mode without O_CREAT.
+        // SAFETY: openat(2) takes an open directory and a NUL-terminated name, and no mode without
+        // O_CREAT.
         let raw = unsafe {
             libc::openat(self.directory.as_raw_fd(), name.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC)
         };
@@ -163,7 +167,8 @@ mod tests {
     #[test]
     fn another_process_with_its_number_is_not_taken_for_it() {
         let (mut child, pid, start_time) = sleeper();
-        // Stands for a number that was used again: the process of that number started at another time.
+        // Stands for a number that was used again: the process of that number started at another
+        // time.
         let error = Identified::find(pid, start_time - 1).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
         end(&mut child);

@@ -1,8 +1,9 @@
 //! Mounts as file descriptors: the mount API of Linux 5.2 and `mount_setattr` of 5.12.
 //!
-//! A mount is made detached, gets its flags, and is attached by descriptor to a target that was resolved
-//! beforehand, so no path that a container can change is looked up twice. `mount(2)` itself is only used
-//! where the kernel has no other way (an overlay with many lower layers before 6.5, a change of propagation).
+//! A mount is made detached, gets its flags, and is attached by descriptor to a target that was
+//! resolved beforehand, so no path that a container can change is looked up twice. `mount(2)`
+//! itself is only used where the kernel has no other way (an overlay with many lower layers before
+//! 6.5, a change of propagation).
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
@@ -90,7 +91,8 @@ fn c_string(bytes: &[u8]) -> io::Result<CString> {
 pub struct FsContext(OwnedFd);
 
 impl FsContext {
-    /// Starts the configuration of a filesystem of the type `fstype` (`"overlay"`, `"proc"`, `"tmpfs"`, …).
+    /// Starts the configuration of a filesystem of the type `fstype` (`"overlay"`, `"proc"`,
+    /// `"tmpfs"`, …).
     ///
     /// # Errors
     /// `ENODEV` when the kernel has no such type, `EPERM` without `CAP_SYS_ADMIN`.
@@ -119,8 +121,8 @@ impl FsContext {
     pub fn set(&self, key: &str, value: &OsStr) -> io::Result<()> {
         let key = c_string(key.as_bytes())?;
         let value = c_string(value.as_bytes())?;
-        // SAFETY: both pointers are NUL-terminated strings that live over the call; the auxiliary value is 0
-        // as FSCONFIG_SET_STRING demands.
+        // SAFETY: both pointers are NUL-terminated strings that live over the call; the auxiliary
+        // value is 0 as FSCONFIG_SET_STRING demands.
         check(unsafe {
             libc::syscall(
                 libc::SYS_fsconfig,
@@ -140,8 +142,8 @@ impl FsContext {
     /// `EINVAL` for an unknown flag.
     pub fn set_flag(&self, key: &str) -> io::Result<()> {
         let key = c_string(key.as_bytes())?;
-        // SAFETY: `key` is a NUL-terminated string that lives over the call; value and auxiliary value are
-        // null and 0 as FSCONFIG_SET_FLAG demands.
+        // SAFETY: `key` is a NUL-terminated string that lives over the call; value and auxiliary
+        // value are null and 0 as FSCONFIG_SET_FLAG demands.
         check(unsafe {
             libc::syscall(
                 libc::SYS_fsconfig,
@@ -155,7 +157,8 @@ impl FsContext {
         .map(drop)
     }
 
-    /// Creates the filesystem and returns it as a detached mount with the attributes `attributes` ([`attr`]).
+    /// Creates the filesystem and returns it as a detached mount with the attributes `attributes`
+    /// ([`attr`]).
     ///
     /// # Errors
     /// Whatever the filesystem says to its configuration; see [`FsContext::log`].
@@ -190,13 +193,14 @@ impl FsContext {
         .map(drop)
     }
 
-    /// What the kernel wrote about this configuration, for error messages; empty when it wrote nothing.
+    /// What the kernel wrote about this configuration, for error messages; empty when it wrote
+    /// nothing.
     #[must_use]
     pub fn log(&self) -> String {
         let mut text = String::new();
         let mut buffer = [0_u8; 512];
-        // A read returns one message, ENODATA when there is none left. 16 are more than any filesystem
-        // writes.
+        // A read returns one message, ENODATA when there is none left. 16 are more than any
+        // filesystem writes.
         for _ in 0..16 {
             match nix::unistd::read(&self.0, &mut buffer) {
                 Ok(length) if length > 0 => {
@@ -212,8 +216,8 @@ impl FsContext {
     }
 }
 
-/// Clones the mount at `path` (relative to `dir`, or `dir` itself when `path` is empty) as a detached mount:
-/// `open_tree(2)`.
+/// Clones the mount at `path` (relative to `dir`, or `dir` itself when `path` is empty) as a
+/// detached mount: `open_tree(2)`.
 ///
 /// # Errors
 /// `ENOENT` and the like from the lookup, `EINVAL` when the mount is unbindable.
@@ -235,18 +239,19 @@ pub fn clone_tree_at(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     if !path.is_absolute() {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    // SAFETY: AT_FDCWD is the special value that openat(2) documents, valid for as long as the process lives.
+    // SAFETY: AT_FDCWD is the special value that openat(2) documents, valid for as long as the
+    // process lives.
     clone_tree(unsafe { BorrowedFd::borrow_raw(libc::AT_FDCWD) }, path, recursive)
 }
 
-/// Attaches the detached mount `mount` at the place that `target` (an `O_PATH` descriptor) stands for:
-/// `move_mount(2)`.
+/// Attaches the detached mount `mount` at the place that `target` (an `O_PATH` descriptor) stands
+/// for: `move_mount(2)`.
 ///
 /// # Errors
 /// `EINVAL` when one is a directory and the other is not, or `mount` is not detached.
 pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: both path arguments are empty NUL-terminated strings, as the EMPTY_PATH flags ask; the rest are
-    // numbers.
+    // SAFETY: both path arguments are empty NUL-terminated strings, as the EMPTY_PATH flags ask;
+    // the rest are numbers.
     check(unsafe {
         libc::syscall(
             libc::SYS_move_mount,
@@ -260,7 +265,8 @@ pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     .map(drop)
 }
 
-/// Changes attributes ([`attr`]) and propagation of the mount that `mount` stands for: `mount_setattr(2)`.
+/// Changes attributes ([`attr`]) and propagation of the mount that `mount` stands for:
+/// `mount_setattr(2)`.
 ///
 /// With `recursive`, of every mount below it too, all or none.
 ///
@@ -283,8 +289,8 @@ pub fn set_attributes(
     if recursive {
         flags |= AT_RECURSIVE;
     }
-    // SAFETY: `attributes` is a `struct mount_attr` of the size given and lives over the call; the path is an
-    // empty string.
+    // SAFETY: `attributes` is a `struct mount_attr` of the size given and lives over the call; the
+    // path is an empty string.
     check(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -298,15 +304,16 @@ pub fn set_attributes(
     .map(drop)
 }
 
-/// Changes the propagation of the mount at `path`, and with `recursive` of all below it: `mount(2)`.
+/// Changes the propagation of the mount at `path`, and with `recursive` of all below it:
+/// `mount(2)`.
 ///
 /// # Errors
 /// `EINVAL` when `path` is not a mount point.
 pub fn set_propagation(path: &Path, propagation: Propagation, recursive: bool) -> io::Result<()> {
     let path = c_string(path.as_os_str().as_bytes())?;
     let flags = propagation.flag() | if recursive { libc::MS_REC } else { 0 };
-    // SAFETY: the target is a NUL-terminated string; source, type and data may be null for a change of
-    // propagation.
+    // SAFETY: the target is a NUL-terminated string; source, type and data may be null for a change
+    // of propagation.
     check(libc::c_long::from(unsafe {
         libc::mount(std::ptr::null(), path.as_ptr(), std::ptr::null(), flags, std::ptr::null())
     }))
@@ -327,8 +334,8 @@ pub fn mount_overlay_with_options(target: &Path, options: &OsStr) -> io::Result<
     .map(drop)
 }
 
-/// What kind of filesystem a place lies on, of those that the kernel keeps and a container has its own of:
-/// `fstatfs(2)`.
+/// What kind of filesystem a place lies on, of those that the kernel keeps and a container has its
+/// own of: `fstatfs(2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filesystem {
     /// `PROC_SUPER_MAGIC`.
@@ -363,16 +370,16 @@ pub fn is_procfs(place: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(nix::sys::statfs::fstatfs(place)?.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
 }
 
-/// Binds `source` on `target`, both paths of this process that no other process can change: `mount(2)` with
-/// `MS_BIND`.
+/// Binds `source` on `target`, both paths of this process that no other process can change:
+/// `mount(2)` with `MS_BIND`.
 ///
 /// # Errors
 /// `ENOENT` and the like from the lookups.
 pub fn bind(source: &Path, target: &Path) -> io::Result<()> {
     let source = c_string(source.as_os_str().as_bytes())?;
     let target = c_string(target.as_os_str().as_bytes())?;
-    // SAFETY: source and target are NUL-terminated strings that live over the call; type and data are ignored
-    // for a bind.
+    // SAFETY: source and target are NUL-terminated strings that live over the call; type and data
+    // are ignored for a bind.
     check(libc::c_long::from(unsafe {
         libc::mount(source.as_ptr(), target.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null())
     }))
@@ -396,17 +403,18 @@ pub fn detach(path: &Path) -> io::Result<()> {
 /// Makes the directory `root` (a mount) the root of this mount namespace and drops the old root:
 /// `pivot_root(2)`.
 ///
-/// The old root is stacked on the new one and then detached, the way that the man page describes under
-/// `pivot_root(".", ".")`; no directory in the new root is needed. The working directory is the new root
-/// afterwards.
+/// The old root is stacked on the new one and then detached, the way that the man page describes
+/// under `pivot_root(".", ".")`; no directory in the new root is needed. The working directory is
+/// the new root afterwards.
 ///
-/// It is the namespace's root that goes, also for a caller in a chroot (whose root has to be a mount as
-/// well): were only the caller's root replaced, everything of the host would stay in the namespace, and who
-/// joins it would begin there.
+/// It is the namespace's root that goes, also for a caller in a chroot (whose root has to be a
+/// mount as well): were only the caller's root replaced, everything of the host would stay in the
+/// namespace, and who joins it would begin there.
 ///
 /// # Errors
-/// `EINVAL` when `root` is not a mount point, its parent mount is shared, or the namespace's root is the
-/// kernel's initial one, which cannot be replaced; `EPERM` without `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT`.
+/// `EINVAL` when `root` is not a mount point, its parent mount is shared, or the namespace's root
+/// is the kernel's initial one, which cannot be replaced; `EPERM` without `CAP_SYS_ADMIN` and
+/// `CAP_SYS_CHROOT`.
 pub fn pivot_into(root: BorrowedFd<'_>) -> io::Result<()> {
     let seen = mount_id(Path::new("/"))?;
     // Who joins a mount namespace gets its root, also who is in it: setns(2).
@@ -414,8 +422,8 @@ pub fn pivot_into(root: BorrowedFd<'_>) -> io::Result<()> {
     crate::ns::join(own.as_fd(), crate::ns::MOUNT)?;
     let chroot = mount_id(Path::new("/"))? != seen;
     if chroot {
-        // pivot_root(2) wants it private; what was mounted below the caller's own root is the caller's
-        // matter.
+        // pivot_root(2) wants it private; what was mounted below the caller's own root is the
+        // caller's matter.
         set_propagation(Path::new("/"), Propagation::Private, false)?;
     }
     let old = open_directory(c"/")?;

@@ -50,8 +50,9 @@ pub const MOUNT: i32 = libc::CLONE_NEWNS;
 /// `CLONE_NEWCGROUP`: a cgroup namespace.
 pub const CGROUP: i32 = libc::CLONE_NEWCGROUP;
 
-/// Moves the calling thread into the namespace that `namespace` stands for, which must be of the kind `flags`
-/// (`CLONE_NEW*`), or, when it is a pidfd, into all the namespaces in `flags` of that process: `setns(2)`.
+/// Moves the calling thread into the namespace that `namespace` stands for, which must be of the
+/// kind `flags` (`CLONE_NEW*`), or, when it is a pidfd, into all the namespaces in `flags` of that
+/// process: `setns(2)`.
 ///
 /// # Errors
 /// `EINVAL` for another kind, `ESRCH` when the process behind a pidfd has ended.
@@ -63,7 +64,8 @@ pub fn join(namespace: BorrowedFd<'_>, flags: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Moves the calling thread into new namespaces of the kinds in `flags` (`CLONE_NEW*`): `unshare(2)`.
+/// Moves the calling thread into new namespaces of the kinds in `flags` (`CLONE_NEW*`):
+/// `unshare(2)`.
 ///
 /// # Errors
 /// `ENOSPC`/`EUSERS` at a namespace limit, `EPERM` without `CAP_SYS_ADMIN`.
@@ -89,8 +91,8 @@ pub fn open_own(kind: Kind) -> io::Result<OwnedFd> {
     open(Path::new(&format!("/proc/thread-self/ns/{}", kind.file_name())))
 }
 
-/// Pins the calling thread's own namespace of this kind as the file `path`, which is created: a bind mount of
-/// the file in `/proc/thread-self/ns`, namespaces(7). It lives until [`unpin`].
+/// Pins the calling thread's own namespace of this kind as the file `path`, which is created: a
+/// bind mount of the file in `/proc/thread-self/ns`, namespaces(7). It lives until [`unpin`].
 ///
 /// # Errors
 /// `EEXIST` when the file exists, else what `mount(2)` says.
@@ -106,8 +108,8 @@ pub fn pin_fd(namespace: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     pin(Path::new(&format!("/proc/thread-self/fd/{}", namespace.as_raw_fd())), path)
 }
 
-/// The number that tells the namespace behind `namespace` from all others of its kind: the inode of nsfs,
-/// namespaces(7), which links in `/proc/<pid>/ns` show as `pid:[number]`.
+/// The number that tells the namespace behind `namespace` from all others of its kind: the inode of
+/// nsfs, namespaces(7), which links in `/proc/<pid>/ns` show as `pid:[number]`.
 ///
 /// # Errors
 /// `EINVAL` when it is no namespace.
@@ -171,8 +173,8 @@ pub fn set_hostname(name: &str) -> io::Result<()> {
 
 /// Runs `work` on a new thread, which may change its namespaces freely and ends with the work.
 ///
-/// The thread gets its own filesystem attributes (`CLONE_FS` unshared), so that also a mount namespace can be
-/// joined.
+/// The thread gets its own filesystem attributes (`CLONE_FS` unshared), so that also a mount
+/// namespace can be joined.
 ///
 /// # Errors
 /// When the thread cannot be made.

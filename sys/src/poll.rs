@@ -45,7 +45,8 @@ impl Interest {
     }
 }
 
-/// A set of watched descriptors; level-triggered. Closing a descriptor (its last copy) ends the watch.
+/// A set of watched descriptors; level-triggered. Closing a descriptor (its last copy) ends the
+/// watch.
 #[derive(Debug)]
 pub struct Poll(Epoll);
 
@@ -66,10 +67,10 @@ impl Poll {
         Ok(self.0.add(descriptor, EpollEvent::new(interest.flags(), token))?)
     }
 
-    /// Watches a file of the kernel for changes of its content, which come as `EPOLLPRI`, under the number
-    /// `token`; a control file of a cgroup is one such, Documentation/admin-guide/cgroup-v2.rst, "Interface
-    /// Files". Reading it ends the readiness. When the cgroup is removed, the file is ready for ever: then
-    /// [`Poll::forget`] it.
+    /// Watches a file of the kernel for changes of its content, which come as `EPOLLPRI`, under the
+    /// number `token`; a control file of a cgroup is one such,
+    /// Documentation/admin-guide/cgroup-v2.rst, "Interface Files". Reading it ends the readiness.
+    /// When the cgroup is removed, the file is ready for ever: then [`Poll::forget`] it.
     ///
     /// # Errors
     /// `EEXIST` when it is watched already, `EPERM` for a file that does not tell of changes.
@@ -93,8 +94,8 @@ impl Poll {
         Ok(self.0.delete(descriptor)?)
     }
 
-    /// Waits until something is ready or `timeout` is over (`None`: for ever). A signal counts as nothing
-    /// ready.
+    /// Waits until something is ready or `timeout` is over (`None`: for ever). A signal counts as
+    /// nothing ready.
     ///
     /// # Errors
     /// None in practice.
@@ -132,7 +133,8 @@ impl Poll {
 pub struct ChildSignals(SignalFd);
 
 impl ChildSignals {
-    /// Blocks `SIGCHLD` in this process and opens a descriptor that becomes readable when one comes.
+    /// Blocks `SIGCHLD` in this process and opens a descriptor that becomes readable when one
+    /// comes.
     ///
     /// # Errors
     /// `EMFILE` at the descriptor limit.
@@ -145,8 +147,8 @@ impl ChildSignals {
 
     /// Takes the signals that wait, so that the descriptor is no longer readable.
     pub fn clear(&self) {
-        // Only the wake-up matters; who ended is found by waitid. WouldBlock ends the loop, as does any
-        // error.
+        // Only the wake-up matters; who ended is found by waitid. WouldBlock ends the loop, as does
+        // any error.
         while let Ok(Some(_)) = self.0.read_signal() {}
     }
 }

@@ -1,5 +1,5 @@
-//! Starting, naming and ending processes: `clone3(2)`, pidfds, and the state of the calling process that exec
-//! passes on.
+//! Starting, naming and ending processes: `clone3(2)`, pidfds, and the state of the calling process
+//! that exec passes on.
 //!
 //! The functions that change the whole process are for a child between clone and exec, or for a
 //! single-threaded program. The daemon, which has threads, starts programs only through [`spawn`].
@@ -50,8 +50,8 @@ struct CloneArgs {
 pub enum Cloned {
     /// In the new process.
     Child,
-    /// In the caller: the child's pid as the caller's pid namespace numbers it, and a descriptor that stands
-    /// for it.
+    /// In the caller: the child's pid as the caller's pid namespace numbers it, and a descriptor
+    /// that stands for it.
     Parent {
         /// The pid.
         pid: i32,
@@ -61,16 +61,16 @@ pub enum Cloned {
 }
 
 /// Makes a child that goes on from here with a copy of the memory, like fork, in the `namespaces`
-/// ([`namespace`], or 0) and, when `cgroup` is a directory of the cgroup2 filesystem, born inside that
-/// cgroup: `clone3(2)`.
+/// ([`namespace`], or 0) and, when `cgroup` is a directory of the cgroup2 filesystem, born inside
+/// that cgroup: `clone3(2)`.
 ///
 /// # Errors
-/// `EAGAIN` at a pids limit, `EBUSY`/`EOPNOTSUPP` when the cgroup cannot hold processes, `ENOMEM` when the
-/// pid namespace that children go to has lost its process 1.
+/// `EAGAIN` at a pids limit, `EBUSY`/`EOPNOTSUPP` when the cgroup cannot hold processes, `ENOMEM`
+/// when the pid namespace that children go to has lost its process 1.
 ///
 /// # Panics
-/// When called by a process with more than one thread: the child would inherit locks whose owner does not
-/// exist in it.
+/// When called by a process with more than one thread: the child would inherit locks whose owner
+/// does not exist in it.
 pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     assert!(is_single_threaded()?, "clone_process is for single-threaded processes");
     let mut pidfd: RawFd = -1;
@@ -84,14 +84,15 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = u64::from(directory.as_raw_fd().unsigned_abs());
     }
-    // SAFETY: `args` is a `struct clone_args` of the size given; its `pidfd` points at a live i32; no
-    // CLONE_VM and no new stack, so the child runs on a copy of this one; there is one thread, so no lock in
-    // the copy is held by a thread that does not exist there.
+    // SAFETY: `args` is a `struct clone_args` of the size given; its `pidfd` points at a live i32;
+    // no CLONE_VM and no new stack, so the child runs on a copy of this one; there is one thread,
+    // so no lock in the copy is held by a thread that does not exist there.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
     match result {
         0 => Ok(Cloned::Child),
         pid if pid > 0 => {
-            // SAFETY: with CLONE_PIDFD the kernel stored a new descriptor in `pidfd`, owned by nothing else.
+            // SAFETY: with CLONE_PIDFD the kernel stored a new descriptor in `pidfd`, owned by
+            // nothing else.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
             let pid = i32::try_from(pid).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
             Ok(Cloned::Parent { pid, pidfd })
@@ -100,8 +101,8 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
     }
 }
 
-/// That the calling process has one thread, and so makes no child that inherits locks whose owner does not
-/// exist in it. A process that makes no thread can find out early and use it later.
+/// That the calling process has one thread, and so makes no child that inherits locks whose owner
+/// does not exist in it. A process that makes no thread can find out early and use it later.
 #[derive(Debug, Clone, Copy)]
 pub struct SingleThreaded(());
 
@@ -119,21 +120,22 @@ impl SingleThreaded {
     }
 }
 
-/// Makes a sibling of the caller that goes on from here with a copy of the memory: a child of the caller's
-/// parent (`CLONE_PARENT`), born in the pid namespace that the caller has joined for its children. `None` in
-/// the sibling, in the caller the sibling's pid as the caller's own pid namespace numbers it.
+/// Makes a sibling of the caller that goes on from here with a copy of the memory: a child of the
+/// caller's parent (`CLONE_PARENT`), born in the pid namespace that the caller has joined for its
+/// children. `None` in the sibling, in the caller the sibling's pid as the caller's own pid
+/// namespace numbers it.
 ///
-/// By `clone(2)`: filters see its flags, and those that let programs make processes forbid `clone3(2)`, whose
-/// flags they cannot see.
+/// By `clone(2)`: filters see its flags, and those that let programs make processes forbid
+/// `clone3(2)`, whose flags they cannot see.
 ///
 /// # Errors
 /// Those of [`clone_process`].
 pub fn clone_sibling(_: SingleThreaded) -> io::Result<Option<i32>> {
     // No signal of its own: the parent learns of the sibling's end as it does of the caller's.
     let flags = libc::c_long::from(libc::CLONE_PARENT);
-    // SAFETY: no CLONE_VM and no new stack, so the sibling runs on a copy of this one; the null pointers are
-    // for what is not asked for; there is one thread, so no lock in the copy is held by a thread that does
-    // not exist there.
+    // SAFETY: no CLONE_VM and no new stack, so the sibling runs on a copy of this one; the null
+    // pointers are for what is not asked for; there is one thread, so no lock in the copy is held
+    // by a thread that does not exist there.
     let result = unsafe { libc::syscall(libc::SYS_clone, flags, 0_usize, 0_usize, 0_usize, 0_usize) };
     match result {
         0 => Ok(None),
@@ -145,8 +147,9 @@ pub fn clone_sibling(_: SingleThreaded) -> io::Result<Option<i32>> {
 }
 
 fn is_single_threaded() -> io::Result<bool> {
-    // Does nothing for a process with one thread and fails with EINVAL for others, unshare(2). Unlike what
-    // /proc says it does not depend on whose /proc that is. SAFETY: unshare(2) takes only numbers.
+    // Does nothing for a process with one thread and fails with EINVAL for others, unshare(2).
+    // Unlike what /proc says it does not depend on whose /proc that is. SAFETY: unshare(2) takes
+    // only numbers.
     if unsafe { libc::unshare(libc::CLONE_THREAD) } == 0 {
         return Ok(true);
     }
@@ -271,8 +274,8 @@ pub fn is_child(pid: i32) -> io::Result<bool> {
     Ok(pid > 0 && peek(libc::P_PID, pid.unsigned_abs())?.is_some())
 }
 
-/// A child that has ended and was not reaped, which it still is not afterwards: of all children, or, with
-/// `pid`, that one.
+/// A child that has ended and was not reaped, which it still is not afterwards: of all children,
+/// or, with `pid`, that one.
 ///
 /// # Errors
 /// None that a caller has to act on: without children it returns `None`.
@@ -284,7 +287,8 @@ pub fn ended_child(pid: Option<i32>) -> io::Result<Option<i32>> {
     Ok(found.filter(|pid| *pid != 0))
 }
 
-/// `waitid(2)` with `WNOHANG` and `WNOWAIT`: `None` when there is no such child, 0 when it has not ended.
+/// `waitid(2)` with `WNOHANG` and `WNOWAIT`: `None` when there is no such child, 0 when it has not
+/// ended.
 fn peek(kind: libc::idtype_t, id: u32) -> io::Result<Option<i32>> {
     // SAFETY: siginfo_t is plain data for which all zero bytes are valid.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
@@ -294,13 +298,13 @@ fn peek(kind: libc::idtype_t, id: u32) -> io::Result<Option<i32>> {
         let error = io::Error::last_os_error();
         return if error.raw_os_error() == Some(libc::ECHILD) { Ok(None) } else { Err(error) };
     }
-    // SAFETY: after a successful waitid the si_pid member is the one in use; it is zero when no child has
-    // ended.
+    // SAFETY: after a successful waitid the si_pid member is the one in use; it is zero when no
+    // child has ended.
     Ok(Some(unsafe { info.si_pid() }))
 }
 
-/// Sends `signal` to the child `pid`, which the caller has not reaped yet, so that the number is still its
-/// own.
+/// Sends `signal` to the child `pid`, which the caller has not reaped yet, so that the number is
+/// still its own.
 ///
 /// # Errors
 /// `ESRCH` when there is no such process.
@@ -332,8 +336,8 @@ fn wait(kind: libc::idtype_t, id: u32, flags: i32) -> io::Result<Option<(i32, En
             _ => return Err(error),
         }
     }
-    // SAFETY: after a successful waitid the si_pid and si_status members are the ones in use; with WNOHANG
-    // and no child they are zero, as waitid(2) says.
+    // SAFETY: after a successful waitid the si_pid and si_status members are the ones in use; with
+    // WNOHANG and no child they are zero, as waitid(2) says.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
     if pid == 0 {
         return Ok(None);
@@ -350,8 +354,8 @@ pub fn execute(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
         args.iter().map(|arg| arg.as_ptr()).chain([std::ptr::null()]).collect();
     let env: Vec<*const libc::c_char> =
         env.iter().map(|pair| pair.as_ptr()).chain([std::ptr::null()]).collect();
-    // SAFETY: `path` and every element are NUL-terminated strings that outlive the call; both arrays end with
-    // null.
+    // SAFETY: `path` and every element are NUL-terminated strings that outlive the call; both
+    // arrays end with null.
     unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
     io::Error::last_os_error()
 }
@@ -363,11 +367,13 @@ pub fn exit_now(code: i32) -> ! {
 }
 
 fn prctl(option: i32, value: libc::c_ulong) -> io::Result<()> {
-    // SAFETY: the options used in this file take numbers only; unused arguments are zero as prctl(2) asks.
+    // SAFETY: the options used in this file take numbers only; unused arguments are zero as
+    // prctl(2) asks.
     if unsafe { libc::prctl(option, value, 0, 0, 0) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whether others may read this process's memory and descriptors: `PR_SET_DUMPABLE`. Exec turns it on again.
+/// Whether others may read this process's memory and descriptors: `PR_SET_DUMPABLE`. Exec turns it
+/// on again.
 ///
 /// # Errors
 /// None in practice.
@@ -383,8 +389,8 @@ pub fn become_subreaper() -> io::Result<()> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, 1)
 }
 
-/// Has the kernel kill this process when its parent ends: `PR_SET_PDEATHSIG`. A parent that has ended already
-/// is not noticed.
+/// Has the kernel kill this process when its parent ends: `PR_SET_PDEATHSIG`. A parent that has
+/// ended already is not noticed.
 ///
 /// # Errors
 /// None in practice.
@@ -400,7 +406,8 @@ pub fn set_no_new_privileges() -> io::Result<()> {
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1)
 }
 
-/// Keeps the permitted capabilities over the next change of user ids: `PR_SET_KEEPCAPS`. Exec turns it off.
+/// Keeps the permitted capabilities over the next change of user ids: `PR_SET_KEEPCAPS`. Exec turns
+/// it off.
 ///
 /// # Errors
 /// None in practice.
@@ -420,8 +427,8 @@ pub fn set_name(name: &CStr) -> io::Result<()> {
     Ok(())
 }
 
-/// Installs a seccomp filter, an array of `struct sock_filter` (8 bytes each), on this thread: `seccomp(2)`,
-/// `SECCOMP_SET_MODE_FILTER` with `flags`.
+/// Installs a seccomp filter, an array of `struct sock_filter` (8 bytes each), on this thread:
+/// `seccomp(2)`, `SECCOMP_SET_MODE_FILTER` with `flags`.
 ///
 /// # Errors
 /// `EINVAL` for a malformed filter, `EACCES` without `CAP_SYS_ADMIN` and without no_new_privs.
@@ -444,15 +451,15 @@ pub fn install_seccomp(filter: &[u8], flags: u32) -> io::Result<()> {
         });
     }
     let program = libc::sock_fprog { len: count, filter: instructions.as_mut_ptr() };
-    // SAFETY: `program` points at `count` instructions that live over the call; the kernel copies and
-    // verifies them.
+    // SAFETY: `program` points at `count` instructions that live over the call; the kernel copies
+    // and verifies them.
     let result =
         unsafe { libc::syscall(libc::SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
     if result != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Gives this process a new, empty session keyring, so that it cannot read its parent's keys: `keyctl(2)`,
-/// `KEYCTL_JOIN_SESSION_KEYRING`.
+/// Gives this process a new, empty session keyring, so that it cannot read its parent's keys:
+/// `keyctl(2)`, `KEYCTL_JOIN_SESSION_KEYRING`.
 ///
 /// # Errors
 /// `ENOSYS` on a kernel without keyrings, `EDQUOT` at the key quota.
@@ -482,8 +489,9 @@ pub fn close_from(first: u32, when: CloseRange) -> io::Result<()> {
         CloseRange::Now => 0,
         CloseRange::OnExec => 4,
     };
-    // SAFETY: close_range(2) takes only numbers. With `Now` the caller promises to use no descriptor from
-    // `first` on again; in this project only a child right before exec or a program at its start does so.
+    // SAFETY: close_range(2) takes only numbers. With `Now` the caller promises to use no
+    // descriptor from `first` on again; in this project only a child right before exec or a program
+    // at its start does so.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flags) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -527,8 +535,8 @@ pub const RLIMIT_NOFILE: u32 = 7;
 /// `EPERM` when the hard value is raised without `CAP_SYS_RESOURCE`.
 pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-    // SAFETY: prlimit64 with pid 0 is setrlimit on this process; `limit` is a live struct rlimit of 64-bit
-    // members.
+    // SAFETY: prlimit64 with pid 0 is setrlimit on this process; `limit` is a live struct rlimit of
+    // 64-bit members.
     let result = unsafe {
         libc::syscall(
             libc::SYS_prlimit64,
@@ -547,16 +555,17 @@ pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
 /// `EINVAL` for an unknown resource.
 pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: prlimit64 with pid 0 and no new value is getrlimit on this process; `limit` is a live struct
-    // rlimit.
+    // SAFETY: prlimit64 with pid 0 and no new value is getrlimit on this process; `limit` is a live
+    // struct rlimit.
     let result = unsafe {
         libc::syscall(libc::SYS_prlimit64, 0, resource, std::ptr::null::<libc::rlimit>(), &raw mut limit)
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok((limit.rlim_cur, limit.rlim_max)) }
 }
 
-/// Has the kernel keep ended children until they are waited for, whatever the caller was started with: where
-/// SIGCHLD is ignored, which is inherited, their statuses are lost and `wait(2)` says `ECHILD`.
+/// Has the kernel keep ended children until they are waited for, whatever the caller was started
+/// with: where SIGCHLD is ignored, which is inherited, their statuses are lost and `wait(2)` says
+/// `ECHILD`.
 ///
 /// # Errors
 /// None in practice.
@@ -567,18 +576,21 @@ pub fn keep_ended_children() -> io::Result<()> {
     Ok(())
 }
 
-/// Resets every signal to its default action and unblocks all: what a fresh program expects, signal(7).
+/// Resets every signal to its default action and unblocks all: what a fresh program expects,
+/// signal(7).
 ///
 /// # Errors
 /// None in practice.
 pub fn reset_signals() -> io::Result<()> {
     use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-    // Past the C library, which keeps signals 32 and up for itself: posix_spawn(3) of glibc leaves them
-    // ignored in a child, and ignored they would stay in a program whose C library has other uses for them.
+    // Past the C library, which keeps signals 32 and up for itself: posix_spawn(3) of glibc leaves
+    // them ignored in a child, and ignored they would stay in a program whose C library has other
+    // uses for them.
     let by_default = [0_u64; 4];
     for signal in 1..=64 {
-        // SAFETY: all zero bytes are a kernel sigaction without a function, flags and mask; 8 is the length
-        // of its mask. SIGKILL and SIGSTOP refuse with EINVAL, which is what is wanted for them.
+        // SAFETY: all zero bytes are a kernel sigaction without a function, flags and mask; 8 is
+        // the length of its mask. SIGKILL and SIGSTOP refuse with EINVAL, which is what is wanted
+        // for them.
         unsafe {
             libc::syscall(libc::SYS_rt_sigaction, signal, by_default.as_ptr(), std::ptr::null_mut::<u64>(), 8)
         };
@@ -596,7 +608,8 @@ pub fn new_session() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes `descriptor` the standard stream `number` (0, 1 or 2) too, which stays open over exec: `dup2(2)`.
+/// Makes `descriptor` the standard stream `number` (0, 1 or 2) too, which stays open over exec:
+/// `dup2(2)`.
 ///
 /// # Errors
 /// `EINVAL` for another number.
@@ -604,7 +617,8 @@ pub fn place_descriptor(descriptor: BorrowedFd<'_>, number: i32) -> io::Result<(
     if !(0..=2).contains(&number) {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    // SAFETY: dup2 takes only numbers. Nothing in Rust owns 0, 1 or 2; their standard handles borrow them.
+    // SAFETY: dup2 takes only numbers. Nothing in Rust owns 0, 1 or 2; their standard handles
+    // borrow them.
     if unsafe { libc::dup2(descriptor.as_raw_fd(), number) } < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -620,19 +634,20 @@ pub fn set_umask(mask: u32) {
 /// A program to start: the daemon's way to start a process, safe with threads.
 #[derive(Debug)]
 pub struct Program<'a> {
-    /// Path of the program in this process's namespaces; `/proc/self/fd/N` works, also for a close-on-exec
-    /// descriptor.
+    /// Path of the program in this process's namespaces; `/proc/self/fd/N` works, also for a
+    /// close-on-exec descriptor.
     pub path: &'a CStr,
     /// Its arguments, with the name first.
     pub args: &'a [CString],
     /// Its whole environment, as `NAME=value`.
     pub env: &'a [CString],
-    /// What it finds as descriptors 0, 1, 2, … in this order; everything else is closed by close-on-exec.
+    /// What it finds as descriptors 0, 1, 2, … in this order; everything else is closed by
+    /// close-on-exec.
     pub descriptors: &'a [BorrowedFd<'a>],
 }
 
-/// Starts `program` in a new session: `posix_spawn(3)`, which on Linux shares the memory until exec and so
-/// copies no page tables.
+/// Starts `program` in a new session: `posix_spawn(3)`, which on Linux shares the memory until exec
+/// and so copies no page tables.
 ///
 /// Signals are reset to default and unblocked in it. The caller has to reap it.
 ///
@@ -646,7 +661,8 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
         return Err(nix::errno::Errno::EMFILE.into());
     }
     let mut actions = PosixSpawnFileActions::init()?;
-    // A descriptor may be on a number that a dup2 for another one overwrites; a copy above them all is not.
+    // A descriptor may be on a number that a dup2 for another one overwrites; a copy above them all
+    // is not.
     let mut copies = Vec::new();
     for (fd, place) in program.descriptors.iter().zip(0..) {
         let from = if fd.as_raw_fd() < count {
@@ -669,7 +685,8 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     Ok(posix_spawn(program.path, &actions, &attributes, program.args, program.env)?.as_raw())
 }
 
-/// A copy of `descriptor` with a number of at least `least`, close-on-exec: `F_DUPFD_CLOEXEC` of fcntl(2).
+/// A copy of `descriptor` with a number of at least `least`, close-on-exec: `F_DUPFD_CLOEXEC` of
+/// fcntl(2).
 fn copy_from(descriptor: BorrowedFd<'_>, least: RawFd) -> io::Result<OwnedFd> {
     let raw = nix::fcntl::fcntl(descriptor, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(least))?;
     // SAFETY: fcntl returned `raw` as a new descriptor that nothing else owns.
@@ -679,18 +696,19 @@ fn copy_from(descriptor: BorrowedFd<'_>, least: RawFd) -> io::Result<OwnedFd> {
 /// <spawn.h>, glibc 2.26 and musl 1.1.22.
 const POSIX_SPAWN_SETSID: libc::c_int = 0x80;
 
-/// The time at which process `pid` started, in clock ticks since boot: field 22 of proc_pid_stat(5). With the
-/// pid it names a process for good; a pid alone is used again.
+/// The time at which process `pid` started, in clock ticks since boot: field 22 of
+/// proc_pid_stat(5). With the pid it names a process for good; a pid alone is used again.
 ///
 /// # Errors
-/// `ENOENT`/`ESRCH` when there is no such process, `InvalidData` when the file is not as documented.
+/// `ENOENT`/`ESRCH` when there is no such process, `InvalidData` when the file is not as
+/// documented.
 pub fn start_time(pid: i32) -> io::Result<u64> {
     let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
     parse_start_time(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
-/// Whether the process `pid` that started at `start_time` ([`start_time`]) is there still, if only as a
-/// zombie.
+/// Whether the process `pid` that started at `start_time` ([`start_time`]) is there still, if only
+/// as a zombie.
 ///
 /// # Errors
 /// When that cannot be found out.
@@ -718,8 +736,8 @@ pub(crate) fn parse_start_time(stat: &[u8]) -> Option<u64> {
 
 /// A field behind the name, by the number that proc_pid_stat(5) gives it.
 fn parse_stat<T: std::str::FromStr>(stat: &[u8], field: usize) -> Option<T> {
-    // The name in parentheses may hold anything, also spaces and parentheses: the fields go on after the last
-    // one, with number 3.
+    // The name in parentheses may hold anything, also spaces and parentheses: the fields go on
+    // after the last one, with number 3.
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
     rest.split_ascii_whitespace().nth(field.checked_sub(3)?)?.parse().ok()

@@ -1,8 +1,8 @@
 //! Running a program of the system to its end.
 //!
-//! It gets nothing of the caller's but its arguments, an environment and a text on its standard input. It is
-//! the leader of a process group, has a deadline and a bound on what is kept of its output, and nothing of
-//! its group is left when it has ended.
+//! It gets nothing of the caller's but its arguments, an environment and a text on its standard
+//! input. It is the leader of a process group, has a deadline and a bound on what is kept of its
+//! output, and nothing of its group is left when it has ended.
 
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
@@ -17,9 +17,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::process;
 
-/// How long its streams are read after its end, and how long a killed program may take to be gone. The
-/// streams stay open longer only if a process that has left the group holds them, and a killed program stays
-/// only if it sleeps in the kernel.
+/// How long its streams are read after its end, and how long a killed program may take to be gone.
+/// The streams stay open longer only if a process that has left the group holds them, and a killed
+/// program stays only if it sleeps in the kernel.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What is run.
@@ -53,8 +53,8 @@ pub struct Ended {
 }
 
 impl<A: AsRef<OsStr>> Run<'_, A> {
-    /// Runs it in the root directory. `None` when it did not end in time; it was killed then. Blocking, at
-    /// most a few seconds longer than the deadline.
+    /// Runs it in the root directory. `None` when it did not end in time; it was killed then.
+    /// Blocking, at most a few seconds longer than the deadline.
     ///
     /// # Errors
     /// When it cannot be started or waited for.
@@ -154,7 +154,8 @@ impl Conversation<'_> {
         Ok(())
     }
 
-    /// Waits until something can be done, and says with which of process, input, output and message.
+    /// Waits until something can be done, and says with which of process, input, output and
+    /// message.
     fn ready(&self, left: Duration) -> io::Result<[bool; 4]> {
         let process = (!self.ended).then(|| self.process.as_fd());
         let input = self.input.as_ref().map(AsFd::as_fd);

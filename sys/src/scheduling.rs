@@ -1,6 +1,6 @@
-//! What the kernel passes on from a process to its children besides credentials, limits and descriptors:
-//! scheduling, processors, memory policy, personality. A container gets the kernel's own defaults, whatever
-//! its daemon was started with.
+//! What the kernel passes on from a process to its children besides credentials, limits and
+//! descriptors: scheduling, processors, memory policy, personality. A container gets the kernel's
+//! own defaults, whatever its daemon was started with.
 //!
 //! All of these act on the calling thread, and a child made by it has the same.
 
@@ -34,8 +34,8 @@ const _: () = assert!(size_of::<SchedAttr>() == 48);
 pub fn use_default_policy() -> io::Result<()> {
     let attributes =
         SchedAttr { size: SCHED_ATTR_SIZE, policy: libc::SCHED_OTHER.unsigned_abs(), ..SchedAttr::default() };
-    // SAFETY: sched_setattr(2) reads a struct sched_attr of the size in its first field; pid 0 is the calling
-    // thread.
+    // SAFETY: sched_setattr(2) reads a struct sched_attr of the size in its first field; pid 0 is
+    // the calling thread.
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
 }
 
@@ -44,14 +44,15 @@ pub fn use_default_policy() -> io::Result<()> {
 /// # Errors
 /// None in practice.
 pub fn use_all_processors() -> io::Result<()> {
-    // More than any kernel is built for (NR_CPUS is at most 8192). Bits of processors that do not exist are
-    // ignored.
+    // More than any kernel is built for (NR_CPUS is at most 8192). Bits of processors that do not
+    // exist are ignored.
     let all = [u64::MAX; 128];
     // SAFETY: the kernel reads at most the given number of bytes of the mask, which has them.
     check(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&all), all.as_ptr()) })
 }
 
-/// No I/O priority of its own, so the one that the nice value gives: `ioprio_set(2)`, `IOPRIO_CLASS_NONE`.
+/// No I/O priority of its own, so the one that the nice value gives: `ioprio_set(2)`,
+/// `IOPRIO_CLASS_NONE`.
 ///
 /// # Errors
 /// `ENOSYS` on a kernel without block devices.
@@ -79,8 +80,8 @@ pub fn use_default_personality() -> io::Result<()> {
     check(libc::c_long::from(unsafe { libc::personality(0) }))
 }
 
-/// The slack of timers, in nanoseconds: `PR_SET_TIMERSLACK`. A child's is the same, and so is the value that
-/// the child can go back to.
+/// The slack of timers, in nanoseconds: `PR_SET_TIMERSLACK`. A child's is the same, and so is the
+/// value that the child can go back to.
 ///
 /// # Errors
 /// None in practice.
@@ -114,19 +115,20 @@ pub fn use_default_memory_failure_policy() -> io::Result<()> {
     prctl(libc::PR_MCE_KILL, 0)
 }
 
-/// Memory is allocated as for any process, not as for one that filesystems depend on: `PR_SET_IO_FLUSHER`
-/// off.
+/// Memory is allocated as for any process, not as for one that filesystems depend on:
+/// `PR_SET_IO_FLUSHER` off.
 ///
 /// # Errors
-/// `EPERM` without `CAP_SYS_RESOURCE`, without which nothing can have turned it on either; `EINVAL` before
-/// Linux 5.6.
+/// `EPERM` without `CAP_SYS_RESOURCE`, without which nothing can have turned it on either; `EINVAL`
+/// before Linux 5.6.
 pub fn flush_no_io() -> io::Result<()> {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
     prctl(PR_SET_IO_FLUSHER, 0)
 }
 
 fn prctl(option: libc::c_int, value: libc::c_ulong) -> io::Result<()> {
-    // SAFETY: the options used in this file take numbers only; unused arguments are zero as prctl(2) asks.
+    // SAFETY: the options used in this file take numbers only; unused arguments are zero as
+    // prctl(2) asks.
     check(libc::c_long::from(unsafe { libc::prctl(option, value, 0, 0, 0) }))
 }
 

@@ -8,8 +8,8 @@ use nix::sys::termios::{self, SetArg, Termios};
 /// The signal of a process that continues after a stop, when another may have changed its terminal.
 pub use libc::SIGCONT;
 
-/// Whether `file` is on a devpts. Any filesystem can have a file that looks like a `ptmx` and answers an
-/// `ioctl` with what it likes, but says itself what it is.
+/// Whether `file` is on a devpts. Any filesystem can have a file that looks like a `ptmx` and
+/// answers an `ioctl` with what it likes, but says itself what it is.
 ///
 /// # Errors
 /// When that cannot be found out.
@@ -17,11 +17,12 @@ pub fn is_devpts(file: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(nix::sys::statfs::fstatfs(file)?.filesystem_type() == nix::sys::statfs::DEVPTS_SUPER_MAGIC)
 }
 
-/// Opens the terminal that belongs to the open `ptmx` descriptor `controller`, without a path lookup:
-/// `TIOCGPTPEER`, ioctl_tty(2). The lock of a fresh one is taken off first.
+/// Opens the terminal that belongs to the open `ptmx` descriptor `controller`, without a path
+/// lookup: `TIOCGPTPEER`, ioctl_tty(2). The lock of a fresh one is taken off first.
 ///
 /// # Errors
-/// `ENOTTY` when `controller` is not a `ptmx`; `EPERM` when it is something else than a pseudo-terminal.
+/// `ENOTTY` when `controller` is not a `ptmx`; `EPERM` when it is something else than a
+/// pseudo-terminal.
 pub fn open_other_end(controller: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     /// ioctl_tty(2), the same number on x86_64 and aarch64.
     const TIOCGPTPEER: libc::c_ulong = 0x5441;
@@ -67,8 +68,8 @@ fn tiocsptlck() -> libc::c_ulong {
     0x4004_5431
 }
 
-/// Makes `terminal` the controlling terminal of the calling process, which leads a session without one:
-/// `TIOCSCTTY`.
+/// Makes `terminal` the controlling terminal of the calling process, which leads a session without
+/// one: `TIOCSCTTY`.
 ///
 /// # Errors
 /// `EPERM` when the caller leads no session or has a terminal.
@@ -106,8 +107,9 @@ pub fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
     Ok((size.ws_col, size.ws_row))
 }
 
-/// A terminal in raw mode: what is typed is passed on as it is, unechoed, at once and without signals:
-/// `cfmakeraw`, termios(3). Dropping this gives the terminal the settings that it had before.
+/// A terminal in raw mode: what is typed is passed on as it is, unechoed, at once and without
+/// signals: `cfmakeraw`, termios(3). Dropping this gives the terminal the settings that it had
+/// before.
 #[derive(Debug)]
 pub struct RawMode {
     terminal: OwnedFd,
@@ -118,8 +120,8 @@ impl RawMode {
     /// Puts a terminal into raw mode.
     ///
     /// # Errors
-    /// `ENOTTY` when it is not one; `EIO` when the caller is in the background and nothing will bring it
-    /// back.
+    /// `ENOTTY` when it is not one; `EIO` when the caller is in the background and nothing will
+    /// bring it back.
     pub fn enter(terminal: BorrowedFd<'_>) -> io::Result<Self> {
         let raw = Self { terminal: terminal.try_clone_to_owned()?, before: termios::tcgetattr(terminal)? };
         raw.apply()?;

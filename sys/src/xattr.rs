@@ -1,7 +1,7 @@
 //! Extended attributes of open files (xattr(7)).
 //!
-//! Only by descriptor: a path could name another inode by the time it is used. Which names are acceptable is
-//! the caller's business.
+//! Only by descriptor: a path could name another inode by the time it is used. Which names are
+//! acceptable is the caller's business.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -14,10 +14,11 @@ const MAX_SIZE: usize = 65536;
 /// Sets an attribute, over an older value.
 ///
 /// # Errors
-/// As fsetxattr(2): `EOPNOTSUPP` where the filesystem or the type of the inode has no such attributes,
-/// `EPERM`, `ENOSPC`, `E2BIG`; `EBADF` for an `O_PATH` descriptor.
+/// As fsetxattr(2): `EOPNOTSUPP` where the filesystem or the type of the inode has no such
+/// attributes, `EPERM`, `ENOSPC`, `E2BIG`; `EBADF` for an `O_PATH` descriptor.
 pub fn set(fd: BorrowedFd<'_>, name: &CStr, value: &[u8]) -> io::Result<()> {
-    // SAFETY: fsetxattr(2) reads a NUL-terminated name and `size` bytes of the value; both outlive the call.
+    // SAFETY: fsetxattr(2) reads a NUL-terminated name and `size` bytes of the value; both outlive
+    // the call.
     let result =
         unsafe { libc::fsetxattr(fd.as_raw_fd(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -29,8 +30,8 @@ pub fn set(fd: BorrowedFd<'_>, name: &CStr, value: &[u8]) -> io::Result<()> {
 /// As fgetxattr(2).
 pub fn get(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<Vec<u8>>> {
     let mut value = vec![0_u8; MAX_SIZE];
-    // SAFETY: fgetxattr(2) reads a NUL-terminated name and writes at most the given length, which the buffer
-    // has.
+    // SAFETY: fgetxattr(2) reads a NUL-terminated name and writes at most the given length, which
+    // the buffer has.
     let result =
         unsafe { libc::fgetxattr(fd.as_raw_fd(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
     match usize::try_from(result) {

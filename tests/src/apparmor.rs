@@ -1,5 +1,5 @@
-//! AppArmor on the machine: profiles that a test loads, and namespaces of policy, in which they are no one
-//! else's.
+//! AppArmor on the machine: profiles that a test loads, and namespaces of policy, in which they are
+//! no one else's.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -69,8 +69,8 @@ fn parse(option: &str, file: &Path) -> Result<String> {
     output(Command::new("apparmor_parser").arg(option).arg("--skip-cache").arg(file))
 }
 
-/// A namespace of policy, until this is dropped: a process that is started in it (`aa-exec --namespace`) sees
-/// and loads profiles there only.
+/// A namespace of policy, until this is dropped: a process that is started in it (`aa-exec
+/// --namespace`) sees and loads profiles there only.
 #[derive(Debug)]
 pub struct PolicyNamespace {
     name: &'static str,

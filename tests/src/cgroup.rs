@@ -1,9 +1,9 @@
-//! A cgroup of a test's own, for what it starts: made below the root of every hierarchy, read, and taken
-//! away.
+//! A cgroup of a test's own, for what it starts: made below the root of every hierarchy, read, and
+//! taken away.
 //!
-//! Works on cgroup v1, on v2, and on hybrid machines, where the controllers sit on v1 hierarchies and the v2
-//! one has none (`cgroups(7)`, "Cgroups version 2"); runtimes and kubelets make their cgroups there all the
-//! same. Limits are read as numbers, whichever version says them.
+//! Works on cgroup v1, on v2, and on hybrid machines, where the controllers sit on v1 hierarchies
+//! and the v2 one has none (`cgroups(7)`, "Cgroups version 2"); runtimes and kubelets make their
+//! cgroups there all the same. Limits are read as numbers, whichever version says them.
 
 use std::fs;
 use std::io;
@@ -31,8 +31,8 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// The driver that `BERTH_TEST_CGROUP_DRIVER` names for daemons of tests: `cgroupfs`, which is also the
-    /// default because it works everywhere, or `systemd`.
+    /// The driver that `BERTH_TEST_CGROUP_DRIVER` names for daemons of tests: `cgroupfs`, which is
+    /// also the default because it works everywhere, or `systemd`.
     ///
     /// # Errors
     /// When it names something else.
@@ -54,8 +54,8 @@ struct Hierarchy {
     controllers: Vec<String>,
 }
 
-/// A cgroup of one name in every hierarchy, removed on drop with all that is below it and whatever still runs
-/// there; or the machine's own root, which is only looked at.
+/// A cgroup of one name in every hierarchy, removed on drop with all that is below it and whatever
+/// still runs there; or the machine's own root, which is only looked at.
 #[derive(Debug)]
 pub struct Cgroup {
     /// Empty for the root.
@@ -78,8 +78,8 @@ impl Cgroup {
     /// Makes the cgroup `name` below the root of every hierarchy.
     ///
     /// # Errors
-    /// When no hierarchy is mounted or a directory cannot be made; a cgroup of that name that is there
-    /// already is an error too, for it may be someone else's.
+    /// When no hierarchy is mounted or a directory cannot be made; a cgroup of that name that is
+    /// there already is an error too, for it may be someone else's.
     pub fn create(name: &str) -> Result<Self> {
         let mountinfo = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
         let (hierarchies, unified) = hierarchies(&mountinfo);
@@ -91,8 +91,8 @@ impl Cgroup {
             if cgroup.unified
                 && let Some(root) = directory.parent()
             {
-                // Controllers that the kernel does not have make the whole write fail, so one at a time; what
-                // is missing shows when a limit is read.
+                // Controllers that the kernel does not have make the whole write fail, so one at a
+                // time; what is missing shows when a limit is read.
                 for controller in CONTROLLERS.split(' ') {
                     let _ = fs::write(root.join("cgroup.subtree_control"), controller);
                 }
@@ -107,11 +107,12 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// Has `driver` make a cgroup: `name` itself for cgroupfs; for systemd a slice below the root, named so
-    /// without its dashes, which would put it into others (`systemd.slice(5)`).
+    /// Has `driver` make a cgroup: `name` itself for cgroupfs; for systemd a slice below the root,
+    /// named so without its dashes, which would put it into others (`systemd.slice(5)`).
     ///
     /// # Errors
-    /// Those of [`create`](Self::create); for systemd, when the machine has cgroup v1, or systemctl(1) fails.
+    /// Those of [`create`](Self::create); for systemd, when the machine has cgroup v1, or
+    /// systemctl(1) fails.
     pub fn create_by(driver: Driver, name: &str) -> Result<Self> {
         if driver == Driver::Cgroupfs {
             return Self::create(name);
@@ -213,7 +214,8 @@ impl Cgroup {
         found
     }
 
-    /// A file of the cgroup below this one whose name contains `id`, in the hierarchy of `controller`.
+    /// A file of the cgroup below this one whose name contains `id`, in the hierarchy of
+    /// `controller`.
     ///
     /// # Errors
     /// When there is no such cgroup, or it has no such file.
@@ -260,7 +262,8 @@ impl Drop for Cgroup {
             self.end_everything();
             let _ = output(Command::new("systemctl").args(["stop", &self.name]));
         }
-        // A process that is killed leaves its cgroup a moment later, and only an empty cgroup can go.
+        // A process that is killed leaves its cgroup a moment later, and only an empty cgroup can
+        // go.
         for _ in 0..100 {
             let left: Vec<PathBuf> =
                 self.directories().into_iter().filter(|directory| directory.exists()).collect();
@@ -288,8 +291,8 @@ fn end_processes(cgroup: &Path) {
     }
 }
 
-/// Calls `visit` with `directory` and every directory below it, parents first. What vanishes meanwhile is
-/// passed over.
+/// Calls `visit` with `directory` and every directory below it, parents first. What vanishes
+/// meanwhile is passed over.
 fn walk(directory: &Path, visit: &mut impl FnMut(&Path)) {
     visit(directory);
     let entries: io::Result<Vec<_>> = fs::read_dir(directory).and_then(Iterator::collect);
@@ -300,8 +303,8 @@ fn walk(directory: &Path, visit: &mut impl FnMut(&Path)) {
     }
 }
 
-/// The hierarchies in the text of `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`), and whether there is none
-/// of v1.
+/// The hierarchies in the text of `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`), and whether
+/// there is none of v1.
 fn hierarchies(mountinfo: &str) -> (Vec<Hierarchy>, bool) {
     let mut found = Vec::new();
     let mut unified = true;

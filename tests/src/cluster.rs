@@ -1,13 +1,14 @@
-//! A Kubernetes cluster of one node on a daemon of a test's own: etcd, API server, controller manager,
-//! scheduler and a kubelet, all on the daemon's test host.
+//! A Kubernetes cluster of one node on a daemon of a test's own: etcd, API server, controller
+//! manager, scheduler and a kubelet, all on the daemon's test host.
 //!
-//! The programs come from `scripts/build-peer etcd kubernetes kubelet`. Ports are those that every cluster
-//! uses, because the host is the test's alone; pods get their network from Berth, and there is no kube-proxy
-//! and no DNS. Who calls the API server shows a token, and believes it by a certificate authority that
-//! `openssl` makes for this one cluster.
+//! The programs come from `scripts/build-peer etcd kubernetes kubelet`. Ports are those that every
+//! cluster uses, because the host is the test's alone; pods get their network from Berth, and there
+//! is no kube-proxy and no DNS. Who calls the API server shows a token, and believes it by a
+//! certificate authority that `openssl` makes for this one cluster.
 //!
-//! A kubelet insists on `/var/lib/kubelet` and `/var/log/containers`; they are removed on drop if they were
-//! not there before. Everything else lies in the daemon's directory, cgroup and host, and goes with them.
+//! A kubelet insists on `/var/lib/kubelet` and `/var/log/containers`; they are removed on drop if
+//! they were not there before. Everything else lies in the daemon's directory, cgroup and host, and
+//! goes with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -30,7 +31,8 @@ use crate::program::output;
 /// What the kubelet calls its node.
 pub const NODE: &str = "berth-node";
 
-/// The node's address. Pods of Berth's built-in network are elsewhere (`docs/network.md`, "Settings").
+/// The node's address. Pods of Berth's built-in network are elsewhere (`docs/network.md`,
+/// "Settings").
 pub const ADDRESS: &str = "10.99.0.1";
 
 /// Time for one answer of a server, on a machine that is busy with other things.
@@ -45,9 +47,9 @@ const UNAVOIDABLE: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
 /// How much of each log a failed test shows.
 const LAST_LINES: usize = 12;
 
-/// Who calls the API server: the file of each kubeconfig, with the user and the group that its token stands
-/// for. Roles of these names are what the API server makes for itself (Kubernetes, "Using RBAC
-/// Authorization", "Core component roles").
+/// Who calls the API server: the file of each kubeconfig, with the user and the group that its
+/// token stands for. Roles of these names are what the API server makes for itself (Kubernetes,
+/// "Using RBAC Authorization", "Core component roles").
 const CALLERS: [(&str, &str, &str); 4] = [
     ("admin", "admin", "system:masters"),
     ("controller-manager", "system:kube-controller-manager", ""),
@@ -73,8 +75,8 @@ struct Server {
     process: Child,
 }
 
-/// A pod as the API server reports it: the parts of `v1.Pod` (Kubernetes API reference) that the tests look
-/// at.
+/// A pod as the API server reports it: the parts of `v1.Pod` (Kubernetes API reference) that the
+/// tests look at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pod {
     /// Its name.
@@ -85,8 +87,8 @@ pub struct Pod {
     pub address: String,
     /// Whether its condition `Ready` is true and it is not being deleted.
     pub ready: bool,
-    /// The ids of its containers by their names, without the runtime's name before them. One that has none
-    /// yet is not among them.
+    /// The ids of its containers by their names, without the runtime's name before them. One that
+    /// has none yet is not among them.
     pub container_ids: BTreeMap<String, String>,
     /// How often its first container was restarted.
     pub restart_count: u64,
@@ -136,8 +138,8 @@ impl<'a> Cluster<'a> {
     /// Starts one on `daemon`, and waits until its node is ready for pods.
     ///
     /// # Errors
-    /// When a program is missing (the message says how to build it), a file cannot be written, or a server
-    /// does not answer in time (the message ends with the servers' last lines).
+    /// When a program is missing (the message says how to build it), a file cannot be written, or a
+    /// server does not answer in time (the message ends with the servers' last lines).
     pub fn start(daemon: &'a Daemon) -> Result<Self> {
         let dir = daemon.directory("cluster")?;
         make_certificates(&dir)?;
@@ -267,7 +269,8 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// Runs `kubectl` on the test's host, as the cluster's administrator, and returns what it prints.
+    /// Runs `kubectl` on the test's host, as the cluster's administrator, and returns what it
+    /// prints.
     ///
     /// # Errors
     /// When it does not end with success; the message has what it said.
@@ -283,7 +286,8 @@ impl<'a> Cluster<'a> {
         self.kubectl(&["apply", "-f", &manifest(name).to_string_lossy()]).map(drop)
     }
 
-    /// `kubectl delete` of a manifest of `tests/cluster`; returns when the API server has forgotten it.
+    /// `kubectl delete` of a manifest of `tests/cluster`; returns when the API server has forgotten
+    /// it.
     ///
     /// # Errors
     /// When the API server refuses, or it takes too long.
@@ -319,8 +323,8 @@ impl<'a> Cluster<'a> {
         serde_json::from_str(&text).with_context(|| format!("reading {path}"))
     }
 
-    /// The pods of the namespace `default` that a label selector (`key=value`) chooses, by name; all of them
-    /// for an empty selector.
+    /// The pods of the namespace `default` that a label selector (`key=value`) chooses, by name;
+    /// all of them for an empty selector.
     ///
     /// # Errors
     /// When the API server does not answer with a list.
@@ -360,12 +364,12 @@ impl<'a> Cluster<'a> {
         Ok(answer.text().with_context(|| format!("reading {url}"))?.trim_end().to_owned())
     }
 
-    /// What is on the machine for this cluster, beside the daemon and the servers: processes on the test's
-    /// host (shims; what runs in a pod shows by its cgroup), mounts, links, firewall rules, cgroups, and the
-    /// files of the daemon.
+    /// What is on the machine for this cluster, beside the daemon and the servers: processes on the
+    /// test's host (shims; what runs in a pod shows by its cgroup), mounts, links, firewall rules,
+    /// cgroups, and the files of the daemon.
     ///
-    /// The cgroups of the kubelet's QoS classes are left out: it makes them when it starts, and again when
-    /// a pod needs them in a hierarchy where it had not.
+    /// The cgroups of the kubelet's QoS classes are left out: it makes them when it starts, and
+    /// again when a pod needs them in a hierarchy where it had not.
     ///
     /// # Errors
     /// When a tool that lists something fails.
@@ -398,8 +402,8 @@ impl<'a> Cluster<'a> {
         Ok(found)
     }
 
-    /// The directories of pods that the kubelet still keeps (their volumes, their logs), and the links to
-    /// their logs that it makes for log collectors.
+    /// The directories of pods that the kubelet still keeps (their volumes, their logs), and the
+    /// links to their logs that it makes for log collectors.
     #[must_use]
     pub fn pod_files(&self) -> Vec<PathBuf> {
         let entries = |directory: &Path| {
@@ -415,8 +419,8 @@ impl<'a> Cluster<'a> {
         found
     }
 
-    /// The end of each server's log and the pods as they are, for the message of a failed test. Copies of the
-    /// whole logs, and the events, are left in `target/test-logs/cluster`.
+    /// The end of each server's log and the pods as they are, for the message of a failed test.
+    /// Copies of the whole logs, and the events, are left in `target/test-logs/cluster`.
     #[must_use]
     pub fn last_words(&self) -> String {
         let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-logs/cluster");
@@ -475,8 +479,8 @@ fn token(caller: &str) -> String {
     format!("token-of-{caller}")
 }
 
-/// Makes `ca.crt`, the API server's `server.crt` and `server.key`, and `account.key`, which signs service
-/// accounts' tokens.
+/// Makes `ca.crt`, the API server's `server.crt` and `server.key`, and `account.key`, which signs
+/// service accounts' tokens.
 fn make_certificates(dir: &Path) -> Result<()> {
     let openssl = |arguments: &[&str]| {
         output(Command::new("openssl").current_dir(dir).args(arguments))
@@ -520,7 +524,8 @@ fn write_kubeconfigs(dir: &Path) -> Result<()> {
     fs::write(dir.join("tokens.csv"), tokens).context("writing the tokens")
 }
 
-/// Gives the test's host an address beside that of loopback, which kubelet and API server insist on.
+/// Gives the test's host an address beside that of loopback, which kubelet and API server insist
+/// on.
 fn give_an_address(daemon: &Daemon) -> Result<()> {
     let address = format!("{ADDRESS}/32");
     daemon
@@ -537,7 +542,8 @@ fn client(daemon: &Daemon, dir: &Path) -> Result<Client> {
     let authority = fs::read(dir.join("ca.crt")).context("reading the certificate authority")?;
     let authority =
         reqwest::Certificate::from_pem(&authority).context("reading the certificate authority")?;
-    // The client makes its sockets on a thread that it starts here, and which stays in the namespace.
+    // The client makes its sockets on a thread that it starts here, and which stays in the
+    // namespace.
     daemon.host().inside(|| {
         Client::builder()
             .tls_certs_only([authority])

@@ -1,7 +1,8 @@
-//! A client of the daemon's socket that tests call without `await`: CRI's two services and Berth's own.
+//! A client of the daemon's socket that tests call without `await`: CRI's two services and Berth's
+//! own.
 //!
-//! Answers are those of the wire; a refused call gives its [`Status`], which tests look into. Clones share a
-//! connection and may be used on other threads at the same time.
+//! Answers are those of the wire; a refused call gives its [`Status`], which tests look into.
+//! Clones share a connection and may be used on other threads at the same time.
 
 use std::future::Future;
 use std::path::Path;
@@ -83,8 +84,8 @@ impl Client {
         })
     }
 
-    /// `ExecSync` that is given up when `enough` returns: the call is cancelled, and the connection closed
-    /// with the last clone of the client. `None` then; the answer, if it comes before.
+    /// `ExecSync` that is given up when `enough` returns: the call is cancelled, and the connection
+    /// closed with the last clone of the client. `None` then; the answer, if it comes before.
     ///
     /// # Errors
     /// The daemon's refusal, and that of `enough`.
@@ -171,7 +172,8 @@ impl Client {
         Ok(self.list_containers(v1::ListContainersRequest { filter: Some(filter) })?.containers)
     }
 
-    /// `RunPodSandbox` by a client that waits only for so long and then resets the call; `None` when it did.
+    /// `RunPodSandbox` by a client that waits only for so long and then resets the call; `None`
+    /// when it did.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -185,8 +187,8 @@ impl Client {
         self.tokio.block_on(call).ok().transpose().map(|answer| answer.map(Response::into_inner))
     }
 
-    /// `CreateContainer` by a client that waits only for so long and then resets the call; `None` when it
-    /// did.
+    /// `CreateContainer` by a client that waits only for so long and then resets the call; `None`
+    /// when it did.
     ///
     /// # Errors
     /// The daemon's refusal.

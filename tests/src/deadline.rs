@@ -1,17 +1,17 @@
-//! Waiting for something that another process brings about: never for a time, always for a condition, and
-//! never for ever.
+//! Waiting for something that another process brings about: never for a time, always for a
+//! condition, and never for ever.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-/// How long to wait between two looks. Short against everything that is waited for, long against what a look
-/// costs.
+/// How long to wait between two looks. Short against everything that is waited for, long against
+/// what a look costs.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// What `limit` is on this machine: `BERTH_TEST_PATIENCE` times as long, once where it is not set. For
-/// machines whose processor is emulated.
+/// What `limit` is on this machine: `BERTH_TEST_PATIENCE` times as long, once where it is not set.
+/// For machines whose processor is emulated.
 ///
 /// # Panics
 /// When `BERTH_TEST_PATIENCE` is not a whole number above 0.
@@ -21,10 +21,11 @@ pub fn patience(limit: Duration) -> Duration {
     limit * factor.expect("BERTH_TEST_PATIENCE is a whole number above 0")
 }
 
-/// Looks again and again until `look` has something, for at most `limit`, with this machine's [`patience`].
+/// Looks again and again until `look` has something, for at most `limit`, with this machine's
+/// [`patience`].
 ///
-/// A look that fails is not the end: a daemon that is just starting refuses connections. The last failure is
-/// reported when time runs out.
+/// A look that fails is not the end: a daemon that is just starting refuses connections. The last
+/// failure is reported when time runs out.
 ///
 /// # Errors
 /// When `limit` has passed; the message names `what`.

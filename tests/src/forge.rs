@@ -1,8 +1,8 @@
-//! Images made for tests: the demo image with another configuration or more layers, and images with faults
-//! that no build tool would make.
+//! Images made for tests: the demo image with another configuration or more layers, and images with
+//! faults that no build tool would make.
 //!
-//! OCI image-spec v1.1. Layers that are made here are plain tars, written header by header, because tar
-//! libraries refuse what hostile images contain.
+//! OCI image-spec v1.1. Layers that are made here are plain tars, written header by header, because
+//! tar libraries refuse what hostile images contain.
 
 use std::collections::BTreeMap;
 use std::fs;

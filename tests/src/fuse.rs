@@ -1,13 +1,14 @@
-//! A file system whose server has stopped to answer, as one on the network does: what waits for it cannot be
-//! killed.
+//! A file system whose server has stopped to answer, as one on the network does: what waits for it
+//! cannot be killed.
 //!
-//! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and says what its root is, a
-//! directory or a file. Any other request, such as to look for a name in it, it takes and leaves without an
-//! answer: the kernel waits for that in an uninterruptible state until the session ends, where a request that
-//! no server has taken would be given up with a signal that kills.
+//! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and says what its
+//! root is, a directory or a file. Any other request, such as to look for a name in it, it takes
+//! and leaves without an answer: the kernel waits for that in an uninterruptible state until the
+//! session ends, where a request that no server has taken would be given up with a signal that
+//! kills.
 //!
-//! One with files has every name, and answers no read: a process that reads such a file, or a page of memory
-//! that is mapped to it, waits until the session ends.
+//! One with files has every name, and answers no read: a process that reads such a file, or a page
+//! of memory that is mapped to it, waits until the session ends.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -29,7 +30,8 @@ const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const INIT: u32 = 26;
 
-/// Reads ahead do not wait in the kernel for their answer, so that a signal that kills ends the wait.
+/// Reads ahead do not wait in the kernel for their answer, so that a signal that kills ends the
+/// wait.
 const FUSE_ASYNC_READ: u32 = 1;
 
 /// Bytes that are read ahead: without any, each page is waited for.
@@ -98,10 +100,12 @@ impl Drop for Hanging {
     }
 }
 
-/// Runs `test` on a container in which a process waits for a [`Hanging`], so that it cannot be killed until
-/// that is dropped. `name` is the test's, which is skipped where the kernel has no FUSE.
+/// Runs `test` on a container in which a process waits for a [`Hanging`], so that it cannot be
+/// killed until that is dropped. `name` is the test's, which is skipped where the kernel has no
+/// FUSE.
 ///
-/// The pod shares its pid namespace: in its own, the container's end would wait for all its processes.
+/// The pod shares its pid namespace: in its own, the container's end would wait for all its
+/// processes.
 ///
 /// # Errors
 /// Those of `test`, or when the process does not wait.

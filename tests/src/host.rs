@@ -1,8 +1,8 @@
 //! The host that a daemon under test believes to be on: its own network namespace, with nothing but
 //! loopback in it.
 //!
-//! Bridges, addresses, firewall rules and registries of tests live there, side by side with those of other
-//! tests and apart from those of the machine.
+//! Bridges, addresses, firewall rules and registries of tests live there, side by side with those
+//! of other tests and apart from those of the machine.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -34,7 +34,8 @@ impl Host {
         Ok(host)
     }
 
-    /// A program that will run in it: an `nsenter` that becomes the program, with the same process id.
+    /// A program that will run in it: an `nsenter` that becomes the program, with the same process
+    /// id.
     #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
@@ -50,8 +51,8 @@ impl Host {
         output(self.command(program).args(arguments))
     }
 
-    /// Calls `work` on a thread that is in it. Sockets that it makes stay in it wherever they are used
-    /// afterwards.
+    /// Calls `work` on a thread that is in it. Sockets that it makes stay in it wherever they are
+    /// used afterwards.
     ///
     /// # Errors
     /// What `work` returns; and when the namespace cannot be entered.
@@ -70,8 +71,8 @@ impl Host {
         })
     }
 
-    /// The number that the kernel gave the namespace: what `/proc/PID/ns/net` names for every process in it
-    /// (`namespaces(7)`).
+    /// The number that the kernel gave the namespace: what `/proc/PID/ns/net` names for every
+    /// process in it (`namespaces(7)`).
     ///
     /// # Errors
     /// When the file cannot be looked at.

@@ -1,10 +1,11 @@
 //! A real kubelet on static pods: the fixture of `tests/kubelet.rs` and of `tests/node`.
 //!
-//! Its binary comes from `scripts/build-peer kubelet` (or the path in `KUBELET`), its configuration from
-//! `tests/kubelet/config.yaml`. It runs without an API server, with its own directories and port, and
-//! below its own cgroup or in the machine's real `kubepods.slice` ([`Place::driver`]). It insists on
-//! `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root directory over itself:
-//! these are undone on drop, and the directories removed if they were not there before.
+//! Its binary comes from `scripts/build-peer kubelet` (or the path in `KUBELET`), its configuration
+//! from `tests/kubelet/config.yaml`. It runs without an API server, with its own directories and
+//! port, and below its own cgroup or in the machine's real `kubepods.slice` ([`Place::driver`]). It
+//! insists on `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root
+//! directory over itself: these are undone on drop, and the directories removed if they were not
+//! there before.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -30,8 +31,8 @@ const NODE: &str = "berth-test";
 /// The node's address on a host that has been given one ([`Place::address`]).
 pub const ADDRESS: &str = "10.99.0.1";
 
-/// Time for one answer of the kubelet's API, on a machine that is busy with other things: longer than
-/// commands that tests run in containers.
+/// Time for one answer of the kubelet's API, on a machine that is busy with other things: longer
+/// than commands that tests run in containers.
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// Time for the kubelet to serve its API after its start (it takes about one second), and to end.
@@ -49,11 +50,11 @@ pub struct Place<'a> {
     pub socket: &'a Path,
     /// The host whose network it is in; the machine's own when there is none.
     pub host: Option<&'a Host>,
-    /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs one for
-    /// pods on the network of the node.
+    /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs
+    /// one for pods on the network of the node.
     pub address: bool,
-    /// Who makes its cgroups: itself, below its own cgroup, so that no one else's pods are touched; or
-    /// systemd, as slices below the machine's real `kubepods.slice`.
+    /// Who makes its cgroups: itself, below its own cgroup, so that no one else's pods are touched;
+    /// or systemd, as slices below the machine's real `kubepods.slice`.
     pub driver: Driver,
     /// Which of them, by its name at `scripts/build-peer`.
     pub peer: &'a str,
@@ -76,7 +77,8 @@ pub struct Kubelet {
     cgroup: Cgroup,
 }
 
-/// A pod as the kubelet reports it: the parts of `v1.Pod` (Kubernetes API reference) that the tests look at.
+/// A pod as the kubelet reports it: the parts of `v1.Pod` (Kubernetes API reference) that the tests
+/// look at.
 #[derive(Debug, Clone)]
 pub struct Pod {
     /// Its name, with the node's at its end.
@@ -238,12 +240,12 @@ pub enum Instance {
 impl Kubelet {
     /// Starts a kubelet and waits for its API.
     ///
-    /// Its directory gets the directories `manifests` (for pods), `logs`, and `evidence` (for the pods to
-    /// leave files in).
+    /// Its directory gets the directories `manifests` (for pods), `logs`, and `evidence` (for the
+    /// pods to leave files in).
     ///
     /// # Errors
-    /// When the binary is missing (the message says how to build it), a file cannot be written, or the API
-    /// does not answer in time (the message ends with the kubelet's last lines).
+    /// When the binary is missing (the message says how to build it), a file cannot be written, or
+    /// the API does not answer in time (the message ends with the kubelet's last lines).
     pub fn start(place: Place<'_>) -> Result<Self> {
         let Place { dir, host, driver, .. } = place;
         let program = program(place.peer)?;
@@ -304,7 +306,8 @@ impl Kubelet {
             .stderr(output);
         let process = command.spawn().with_context(|| format!("starting {}", program.display()))?;
         let http = match host {
-            // The client makes its sockets on a thread that it starts here, and which stays in the namespace.
+            // The client makes its sockets on a thread that it starts here, and which stays in the
+            // namespace.
             Some(host) => host.inside(client)?,
             None => client()?,
         };
@@ -371,8 +374,8 @@ impl Kubelet {
         entries.filter_map(Result::ok).map(|entry| entry.path()).collect()
     }
 
-    /// Gives the kubelet the static pods of the file `tests/kubelet/pods/NAME.yaml` (YAML documents, one for
-    /// each pod) with these words filled in: `@WORD@` with its value.
+    /// Gives the kubelet the static pods of the file `tests/kubelet/pods/NAME.yaml` (YAML
+    /// documents, one for each pod) with these words filled in: `@WORD@` with its value.
     ///
     /// # Errors
     /// When a file cannot be read or written.
@@ -425,12 +428,12 @@ impl Kubelet {
         pods.find(|pod| pod.is_called(name)).with_context(|| format!("the kubelet knows no pod {name}"))
     }
 
-    /// What a command prints that the kubelet runs in a container. The kubelet takes a line and cuts it at
-    /// each space, and a code other than 0 is an error.
+    /// What a command prints that the kubelet runs in a container. The kubelet takes a line and
+    /// cuts it at each space, and a code other than 0 is an error.
     ///
     /// # Errors
-    /// When the API does not answer, or the command does not run or fails; the message has what the kubelet
-    /// says.
+    /// When the API does not answer, or the command does not run or fails; the message has what the
+    /// kubelet says.
     pub fn run(&self, pod: &str, container: &str, command: &str) -> Result<String> {
         let pod = full_name(pod);
         let url = format!("https://127.0.0.1:{}/run/default/{pod}/{container}", self.port);
@@ -453,8 +456,8 @@ impl Kubelet {
         answer.text().with_context(|| format!("reading {url}"))
     }
 
-    /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it: what is in
-    /// the newest file.
+    /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it:
+    /// what is in the newest file.
     ///
     /// # Errors
     /// When the API does not answer, or has no such log.
@@ -560,8 +563,8 @@ fn free_port() -> Result<u16> {
     Ok(listener.local_addr().context("finding a free port")?.port())
 }
 
-/// A client that takes the certificate which a kubelet without an API server signs for itself. It is only
-/// used with 127.0.0.1.
+/// A client that takes the certificate which a kubelet without an API server signs for itself. It
+/// is only used with 127.0.0.1.
 fn client() -> Result<reqwest::blocking::Client> {
     // Refused when another test of this process was first, which is as good.
     let _ = rustls::crypto::ring::default_provider().install_default();

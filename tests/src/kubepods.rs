@@ -6,8 +6,8 @@
 //! | systemd | `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid>.slice`, `_` for `-` in the uid | `<pod>/<runtime>-<id>.scope` |
 //!
 //! A pod of the class Guaranteed has no class in its name. The names of pods are the kubelet's
-//! (`pkg/kubelet/cm`), and so is the rule by which it finds a container's id again: what follows the last `-`
-//! of a scope, else the whole name.
+//! (`pkg/kubelet/cm`), and so is the rule by which it finds a container's id again: what follows
+//! the last `-` of a scope, else the whole name.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::cgroup::{CpuLimit, Driver};
 use crate::kubelet::{Kubelet, Pod};
 
-/// The least number that v1 has for memory without a limit: the greatest of 63 bits, in whole pages of up to
-/// 64 KiB.
+/// The least number that v1 has for memory without a limit: the greatest of 63 bits, in whole pages
+/// of up to 64 KiB.
 const V1_UNLIMITED: u64 = i64::MAX as u64 & !0xffff;
 
 /// A cgroup of a pod or of a container, in whichever hierarchies the machine has.

@@ -1,5 +1,5 @@
-//! Container logs in the CRI format, read strictly: `<RFC 3339 time> <stdout|stderr> <P|F> <content>` and a
-//! newline, one entry a line (the kubelet's `pkg/kubelet/kuberuntime/logs`).
+//! Container logs in the CRI format, read strictly: `<RFC 3339 time> <stdout|stderr> <P|F>
+//! <content>` and a newline, one entry a line (the kubelet's `pkg/kubelet/kuberuntime/logs`).
 
 use std::fs;
 use std::path::Path;
@@ -62,7 +62,8 @@ fn entry(line: &[u8]) -> Result<Entry> {
     };
     let (time, stream, tag) = (word("time")?, word("stream")?, word("tag")?);
     let content = parts.next().context("no content").with_context(shown)?;
-    // 2016-10-06T00:17:09.669794202Z, in UTC and with nine digits, so that entries also sort as text.
+    // 2016-10-06T00:17:09.669794202Z, in UTC and with nine digits, so that entries also sort as
+    // text.
     let form = "0000-00-00T00:00:00.000000000Z";
     let digits_in_place = time.len() == form.len()
         && time

@@ -1,10 +1,10 @@
-//! A node with all its pods: a runtime, a kubelet on it, and the pods of `tests/kubelet/pods`. The fixture of
-//! `tests/node`.
+//! A node with all its pods: a runtime, a kubelet on it, and the pods of `tests/kubelet/pods`. The
+//! fixture of `tests/node`.
 //!
-//! The runtime is a private daemon of `dist/`, on any machine. With `BERTH_TEST_NODE=installed` it is the
-//! Berth that the machine has installed as a service of systemd, with the driver that it chose and with real
-//! slices: for a machine that may be broken, as the guest of `scripts/vm`. `BERTH_TEST_DEB` names a package
-//! of it, for the replacement of a running daemon.
+//! The runtime is a private daemon of `dist/`, on any machine. With `BERTH_TEST_NODE=installed` it
+//! is the Berth that the machine has installed as a service of systemd, with the driver that it
+//! chose and with real slices: for a machine that may be broken, as the guest of `scripts/vm`.
+//! `BERTH_TEST_DEB` names a package of it, for the replacement of a running daemon.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,12 +27,12 @@ use crate::kubelet::{ADDRESS, Kubelet, Place, Pod};
 use crate::program::output;
 use crate::skip::skip;
 
-/// Time for what the kubelet and the runtime do at once or within some of their periods of seconds: for sixty
-/// containers, on a machine whose processor may be emulated.
+/// Time for what the kubelet and the runtime do at once or within some of their periods of seconds:
+/// for sixty containers, on a machine whose processor may be emulated.
 const SOON: Duration = Duration::from_secs(400);
 
-/// How long to wait between two looks. Each has the kubelet write long answers, and many tests look at the
-/// same time.
+/// How long to wait between two looks. Each has the kubelet write long answers, and many tests look
+/// at the same time.
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// The files of pods, without those that only some machines can have.
@@ -81,8 +81,8 @@ pub struct Node<'a> {
     dir: tempfile::TempDir,
 }
 
-/// Runs `test` on a node of which every pod was asked for; a failure is reported with the last lines of both.
-/// Without root the test is skipped.
+/// Runs `test` on a node of which every pod was asked for; a failure is reported with the last
+/// lines of both. Without root the test is skipped.
 ///
 /// # Errors
 /// What the test returns, and when the runtime or the kubelet does not start.
@@ -178,8 +178,8 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// The pod as one of the last looks saw it, which many tests share. Each look is later than those that
-    /// any test has had before.
+    /// The pod as one of the last looks saw it, which many tests share. Each look is later than
+    /// those that any test has had before.
     fn recent_pod(&self, name: &str) -> Result<Pod> {
         let mut recent = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
         if recent.as_ref().is_none_or(|(when, _)| when.elapsed() > PAUSE) {
@@ -199,8 +199,8 @@ impl<'a> Node<'a> {
         self.pod_that(name, "it is ready", |pod| Ok(pod.ready))
     }
 
-    /// Asks the first process of a container to end. Whether that works shows in what becomes of the
-    /// container: the command that asks may be ended with it.
+    /// Asks the first process of a container to end. Whether that works shows in what becomes of
+    /// the container: the command that asks may be ended with it.
     pub fn end(&self, pod: &str, container: &str) {
         let _ = self.kubelet.run(pod, container, "kill 1");
     }
@@ -274,12 +274,12 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// Replaces the daemon and the shim by another build, as an upgrade does: by files that are others,
-    /// whatever is in them.
+    /// Replaces the daemon and the shim by another build, as an upgrade does: by files that are
+    /// others, whatever is in them.
     ///
     /// # Errors
-    /// When the package is missing or cannot be installed, or the new daemon does not start in time or is not
-    /// of the new file.
+    /// When the package is missing or cannot be installed, or the new daemon does not start in time
+    /// or is not of the new file.
     pub fn replace_daemon(&self) -> Result<()> {
         let program =
             |pid: u32| fs::read_link(format!("/proc/{pid}/exe")).context("looking at the daemon's program");
@@ -324,8 +324,8 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// The namespaces of the node that pods may share: `net`, `pid` and `ipc`, by the number that the kernel
-    /// gives each (`namespaces(7)`).
+    /// The namespaces of the node that pods may share: `net`, `pid` and `ipc`, by the number that
+    /// the kernel gives each (`namespaces(7)`).
     ///
     /// # Errors
     /// When one cannot be looked at.
@@ -348,8 +348,8 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// What is on the machine that was not there before there were pods: cgroups of pods, mounts, links into
-    /// pods, volumes.
+    /// What is on the machine that was not there before there were pods: cgroups of pods, mounts,
+    /// links into pods, volumes.
     ///
     /// # Errors
     /// When links cannot be listed.
@@ -379,8 +379,9 @@ impl<'a> Node<'a> {
         Ok(found)
     }
 
-    /// The last lines of the kubelet. The whole logs of it and of the daemon, and the pods as they are, are
-    /// left in the directory `node` of `target/test-logs`, or of the directory that `BERTH_TEST_LOGS` names.
+    /// The last lines of the kubelet. The whole logs of it and of the daemon, and the pods as they
+    /// are, are left in the directory `node` of `target/test-logs`, or of the directory that
+    /// `BERTH_TEST_LOGS` names.
     #[must_use]
     pub fn last_words(&self) -> String {
         let logs = BTreeMap::from([
@@ -407,8 +408,8 @@ impl Drop for Node<'_> {
         for mount in mounts_below(&self.kubelet.evidence()).into_iter().rev() {
             let _ = umount2(&mount, MntFlags::MNT_DETACH);
         }
-        // Everything on an installed runtime has to go by hand; a private one goes with its host and its
-        // cgroup.
+        // Everything on an installed runtime has to go by hand; a private one goes with its host
+        // and its cgroup.
         if let Runtime::Installed { .. } = self.runtime {
             let _ = self.kubelet.delete_pods();
             for sandbox in self.client.sandboxes(v1::PodSandboxFilter::default()).unwrap_or_default() {
@@ -420,8 +421,8 @@ impl Drop for Node<'_> {
     }
 }
 
-/// Looks again and again until `look` has something, as [`within`](crate::deadline::within) does, for as long
-/// as things on a node may take and no more often than a kubelet bears.
+/// Looks again and again until `look` has something, as [`within`](crate::deadline::within) does,
+/// for as long as things on a node may take and no more often than a kubelet bears.
 ///
 /// # Errors
 /// When that time has passed; the message names `what`.

@@ -1,5 +1,5 @@
-//! containerd with runc, started by `scripts/peer-containerd`: to check a test of ours on an established
-//! runtime.
+//! containerd with runc, started by `scripts/peer-containerd`: to check a test of ours on an
+//! established runtime.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,8 +14,8 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Starts it with everything below `dir` and the bridge `bridge`. The first time, this builds it, which
-    /// takes minutes.
+    /// Starts it with everything below `dir` and the bridge `bridge`. The first time, this builds
+    /// it, which takes minutes.
     ///
     /// # Errors
     /// When the script fails; what it said is on standard error.

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-/// The directory with the programs of the peer `name`, one of those that `scripts/build-peer` lists.
+/// The directory with the programs of the peer `name`, one of those that `scripts/build-peer`
+/// lists.
 ///
 /// # Errors
 /// When it has not been built; the message says how to.

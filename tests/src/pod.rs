@@ -1,7 +1,7 @@
 //! Pods and containers of a test, made by CRI calls: handles, and requests to start from.
 //!
-//! Nothing is removed on drop: the daemon's end takes everything, and tests of removal want to do it
-//! themselves.
+//! Nothing is removed on drop: the daemon's end takes everything, and tests of removal want to do
+//! it themselves.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -104,8 +104,8 @@ impl Pod {
         self.start(config)?.ended()
     }
 
-    /// Runs a shell script in a container with what `change` makes of its request, and returns what it
-    /// printed.
+    /// Runs a shell script in a container with what `change` makes of its request, and returns what
+    /// it printed.
     ///
     /// # Errors
     /// When it does not end with success; the message has its standard error.
@@ -124,15 +124,15 @@ impl Pod {
         Ok(ended.stdout)
     }
 
-    /// A container that does nothing until it is asked to end, for tests that look at it from outside or by
-    /// exec.
+    /// A container that does nothing until it is asked to end, for tests that look at it from
+    /// outside or by exec.
     ///
     /// # Errors
     /// The daemon's refusal.
     pub fn idle(&self, name: &str) -> Result<Container, Status> {
         let container = self.start(idle(name))?;
-        // Tests stop it and count processes at once: by then its shell hears signals, and its child has its
-        // name.
+        // Tests stop it and count processes at once: by then its shell hears signals, and its child
+        // has its name.
         if let Ok(pid) = container.pid() {
             let _ = within(SOON, "it idles", || Ok(census::has_child(pid, "sleep").then_some(())));
         }
@@ -196,8 +196,8 @@ impl Container {
         self.client.start_container(v1::StartContainerRequest { container_id: self.id.clone() }).map(drop)
     }
 
-    /// `ExecSync` with a limit in seconds, 0 for none. Output that is no text is shown with replacement
-    /// characters.
+    /// `ExecSync` with a limit in seconds, 0 for none. Output that is no text is shown with
+    /// replacement characters.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -222,9 +222,9 @@ impl Container {
         self.exec_within(command, 30)
     }
 
-    /// Makes the file `path` in it, for which its program waits to end. The container may end before the
-    /// program that makes the file has, and end that one with it; what is made of that is the caller's to
-    /// see.
+    /// Makes the file `path` in it, for which its program waits to end. The container may end
+    /// before the program that makes the file has, and end that one with it; what is made of that
+    /// is the caller's to see.
     pub fn call_off(&self, path: &str) {
         let _ = self.exec(&["touch", path]);
     }
@@ -335,8 +335,8 @@ impl Container {
     }
 }
 
-/// The request for a container of the demo image with a command, as a kubelet would write it when the
-/// manifest says nothing.
+/// The request for a container of the demo image with a command, as a kubelet would write it when
+/// the manifest says nothing.
 #[must_use]
 pub fn container(name: &str, command: &[&str]) -> v1::ContainerConfig {
     v1::ContainerConfig {
@@ -410,8 +410,8 @@ pub fn sharing(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
     config
 }
 
-/// A file or directory of the host, to be mounted at a path of the container with the defaults of a request:
-/// writable.
+/// A file or directory of the host, to be mounted at a path of the container with the defaults of a
+/// request: writable.
 #[must_use]
 pub fn volume(host: &Path, container: &str) -> v1::Mount {
     v1::Mount {

@@ -106,8 +106,8 @@ impl<'host> Registry<'host> {
     ) -> Result<Response> {
         let root = format!("http://{}", self.address);
         self.host.inside(|| {
-            // Refused when another test of this process was first, which is as good. Only plain HTTP is
-            // spoken here.
+            // Refused when another test of this process was first, which is as good. Only plain
+            // HTTP is spoken here.
             let _ = rustls::crypto::ring::default_provider().install_default();
             let client =
                 Client::builder().no_proxy().timeout(SOON).build().context("making an HTTP client")?;

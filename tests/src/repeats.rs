@@ -2,8 +2,8 @@
 
 use anyhow::{Context as _, Result, ensure};
 
-/// As many of `times` as `BERTH_TEST_REPEATS` says, in percent, and at least one; all of them where it says
-/// nothing. For machines whose processor is emulated.
+/// As many of `times` as `BERTH_TEST_REPEATS` says, in percent, and at least one; all of them where
+/// it says nothing. For machines whose processor is emulated.
 ///
 /// # Errors
 /// When `BERTH_TEST_REPEATS` is no number from 1 to 100.

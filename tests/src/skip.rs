@@ -5,10 +5,11 @@ use std::io::Write as _;
 
 /// Notes that the test of this name did not run, and why. The test returns after it.
 ///
-/// The line goes to the file that the environment variable `BERTH_SKIPS` names; `scripts/run-tests` sets it
-/// and takes every line there from the count of passed tests to that of skipped ones. Without the variable it
-/// goes to standard error, which the test harness shows with `--show-output`. Each line is one write(2),
-/// since tests of one program, and programs, write at the same time.
+/// The line goes to the file that the environment variable `BERTH_SKIPS` names; `scripts/run-tests`
+/// sets it and takes every line there from the count of passed tests to that of skipped ones.
+/// Without the variable it goes to standard error, which the test harness shows with
+/// `--show-output`. Each line is one write(2), since tests of one program, and programs, write at
+/// the same time.
 ///
 /// # Panics
 /// When the file cannot be written: a skip that is not counted would look like a pass.

@@ -1,5 +1,5 @@
-//! A pseudo-terminal with a program on it, as a person has it: what is typed, what is shown, the size, and
-//! the settings that the program leaves behind.
+//! A pseudo-terminal with a program on it, as a person has it: what is typed, what is shown, the
+//! size, and the settings that the program leaves behind.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};

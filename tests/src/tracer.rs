@@ -1,9 +1,9 @@
-//! The program of a hostile container that may trace (`CAP_SYS_PTRACE`): it stops what is born beside it, at
-//! once.
+//! The program of a hostile container that may trace (`CAP_SYS_PTRACE`): it stops what is born
+//! beside it, at once.
 //!
-//! A test program runs itself as this program inside of a container: its file and the C library's are mounted
-//! there ([`in_container`]). What it does is in its environment, what it finds goes to its standard output, a
-//! line for each birth.
+//! A test program runs itself as this program inside of a container: its file and the C library's
+//! are mounted there ([`in_container`]). What it does is in its environment, what it finds goes to
+//! its standard output, a line for each birth.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -22,8 +22,8 @@ use nix::unistd::{Pid, getpid};
 use crate::pod::{container, security, volume, words};
 use crate::program;
 
-/// The environment variable that makes a test program a tracer. Its value is `watch`, or the number of a
-/// process of the host that the shim is to take for the one that it has made.
+/// The environment variable that makes a test program a tracer. Its value is `watch`, or the number
+/// of a process of the host that the shim is to take for the one that it has made.
 const ORDER: &str = "BERTH_TRACER";
 
 /// The first word of every line about a birth.
@@ -73,8 +73,8 @@ impl Birth {
     }
 }
 
-/// The request for a container that traces, with the capability and without a filter; the test `name` of the
-/// calling program has to call [`obey`]. `order`: `watch`, or a number of the host.
+/// The request for a container that traces, with the capability and without a filter; the test
+/// `name` of the calling program has to call [`obey`]. `order`: `watch`, or a number of the host.
 ///
 /// # Errors
 /// When the calling program's file or the C library's cannot be found.
@@ -113,8 +113,8 @@ pub fn obey() -> Result<()> {
     }
 }
 
-/// Stops whatever is born beside this process, writes down what it is, and lets it go on. With a `victim` it
-/// has each one say to the shim that it goes on as that process.
+/// Stops whatever is born beside this process, writes down what it is, and lets it go on. With a
+/// `victim` it has each one say to the shim that it goes on as that process.
 fn trace(victim: Option<i32>) -> Result<Infallible> {
     let mut out = std::io::stdout();
     let mut last = getpid().as_raw();
@@ -174,8 +174,8 @@ fn look(pid: Pid, victim: Option<i32>) -> Result<String> {
     Ok(line)
 }
 
-/// Has the process say in every way that it has that it goes on as the victim: by its name, as a maker does,
-/// and through whatever leads to the shim. In how many ways it could.
+/// Has the process say in every way that it has that it goes on as the victim: by its name, as a
+/// maker does, and through whatever leads to the shim. In how many ways it could.
 fn forge(pid: Pid, ways: &[u64], victim: i32) -> Result<usize> {
     const WRITE: u64 = 1;
     const PRCTL: u64 = 157;
@@ -217,8 +217,8 @@ fn call(pid: Pid, registers: nix::libc::user_regs_struct, number: u64, args: [u6
     Ok(returned)
 }
 
-/// Traces what is born in a pid namespace that this makes, with the test `name` of the calling program as in
-/// [`in_container`].
+/// Traces what is born in a pid namespace that this makes, with the test `name` of the calling
+/// program as in [`in_container`].
 ///
 /// # Errors
 /// When `unshare(1)` cannot make one, as for anyone but root.

@@ -118,8 +118,8 @@ fn only_sys_has_unsafe_code() {
     }
 }
 
-/// What stands between backquotes and has a slash or an ending is a path of the repository, or of the part
-/// that its section is about.
+/// What stands between backquotes and has a slash or an ending is a path of the repository, or of
+/// the part that its section is about.
 #[test]
 fn the_map_names_only_what_exists() {
     let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");

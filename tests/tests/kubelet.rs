@@ -1,9 +1,9 @@
-//! A real kubelet runs a static pod on the runtime: from its start, through a crash of the daemon and the
-//! restart of a container, to its end.
+//! A real kubelet runs a static pod on the runtime: from its start, through a crash of the daemon
+//! and the restart of a container, to its end.
 //!
-//! One pod and one test, because every step looks at what the steps before left. With the feature `peer` the
-//! same runs on containerd: what fails there is a mistake of the test. The daemon is that of the directory
-//! that `BERTH_BIN_DIR` names, else of `dist/`.
+//! One pod and one test, because every step looks at what the steps before left. With the feature
+//! `peer` the same runs on containerd: what fails there is a mistake of the test. The daemon is
+//! that of the directory that `BERTH_BIN_DIR` names, else of `dist/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,15 +20,15 @@ use berth_tests::daemon::{Daemon, IMAGE, rootful};
 use berth_tests::deadline::within;
 use berth_tests::kubelet::{Instance, Kubelet, Place, Pod};
 
-/// Time for something that the kubelet or the runtime does at once, on a machine that is busy with other
-/// things.
+/// Time for something that the kubelet or the runtime does at once, on a machine that is busy with
+/// other things.
 const SOON: Duration = Duration::from_secs(60);
 
 /// Time for the kubelet to collect a pod that has ended. It does so once a minute.
 const COLLECTION: Duration = Duration::from_secs(180);
 
-/// How long the daemon stays away between its end and its new start: not at all, and longer than the kubelet
-/// takes to notice. The kubelet looks at the runtime once a second.
+/// How long the daemon stays away between its end and its new start: not at all, and longer than
+/// the kubelet takes to notice. The kubelet looks at the runtime once a second.
 const ABSENCES: [Duration; 2] = [Duration::ZERO, Duration::from_secs(3)];
 
 /// What the test needs to know and do about a runtime, beside its socket.
@@ -111,8 +111,8 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     leaves_nothing(kubelet, &pod, &client, runtime, &mounts_before)
 }
 
-/// The init container came first, both containers run, the volume is one and the same, localhost too, the
-/// environment is set, and the hook after the start ran.
+/// The init container came first, both containers run, the volume is one and the same, localhost
+/// too, the environment is set, and the hook after the start ran.
 fn began_as_the_manifest_says(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
     let init = pod.container("init")?;
     ensure!(init.exit_code() == Some(0), "the init container ended with success: {init:?}");
@@ -124,8 +124,8 @@ fn began_as_the_manifest_says(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
         );
     }
 
-    // The page was written by `init`, served by `server` from the volume, and fetched by `client` over
-    // localhost, which put what it got into the volume again.
+    // The page was written by `init`, served by `server` from the volume, and fetched by `client`
+    // over localhost, which put what it got into the volume again.
     let page = format!("page of {}", pod.name);
     let read = format!("client read: {page}");
     within(SOON, "the client tells what it read, in its log", || {
@@ -150,7 +150,8 @@ fn probes_go_on(kubelet: &Kubelet) -> Result<()> {
     })
 }
 
-/// `cpu: 200m` is a fifth of every period, `64Mi` is a number of bytes (Kubernetes, "Resource units").
+/// `cpu: 200m` is a fifth of every period, `64Mi` is a number of bytes (Kubernetes, "Resource
+/// units").
 fn limits_are_those_of_the_manifest(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
     for (name, memory_bytes, milli_cpu) in [("server", 64 << 20, 200), ("client", 32 << 20, 500)] {
         let id = &pod.container(name)?.id;
@@ -162,11 +163,11 @@ fn limits_are_those_of_the_manifest(kubelet: &Kubelet, pod: &Pod) -> Result<()> 
     Ok(())
 }
 
-/// No container was touched, and the log has every line: those from before, those of the time without a
-/// daemon, and new ones.
+/// No container was touched, and the log has every line: those from before, those of the time
+/// without a daemon, and new ones.
 fn containers_live_on(kubelet: &Kubelet, before: &Pod, counted: u64) -> Result<()> {
-    // A hundred lines are two seconds of the container's life: enough for the kubelet to look at the runtime
-    // again.
+    // A hundred lines are two seconds of the container's life: enough for the kubelet to look at
+    // the runtime again.
     within(SOON, "the client's log goes on", || {
         Ok((count(kubelet, &before.name, Instance::Current)? >= counted + 100).then_some(()))
     })?;
@@ -198,8 +199,8 @@ fn an_exit_is_followed_by_a_restart(kubelet: &Kubelet, before: &Pod) -> Result<P
     Ok(pod)
 }
 
-/// The hook before the stop ran, then the signal came, and there was time for both. The kubelet's API forgets
-/// the pod at once, so the containers' cgroups tell when they have ended.
+/// The hook before the stop ran, then the signal came, and there was time for both. The kubelet's
+/// API forgets the pod at once, so the containers' cgroups tell when they have ended.
 fn ends_gracefully(kubelet: &Kubelet, ids: &[&str]) -> Result<()> {
     within(SOON, "the containers' cgroups are gone", || {
         Ok(ids.iter().all(|id| kubelet.cgroup().below(id).is_empty()).then_some(()))

@@ -1,9 +1,9 @@
-//! What a real kubelet tells of pods, to `kubectl top`, to Prometheus and to autoscalers, in each of the ways
-//! that it can learn it.
+//! What a real kubelet tells of pods, to `kubectl top`, to Prometheus and to autoscalers, in each
+//! of the ways that it can learn it.
 //!
-//! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to tell it. Each
-//! kubelet is alone on the machine: it has directories there that it shares with others. Who makes cgroups is
-//! what `BERTH_TEST_CGROUP_DRIVER` says.
+//! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to tell
+//! it. Each kubelet is alone on the machine: it has directories there that it shares with others.
+//! Who makes cgroups is what `BERTH_TEST_CGROUP_DRIVER` says.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +16,8 @@ use berth_tests::kubelet::{Kubelet, Place};
 use berth_tests::skip::skip;
 use serde_json::Value;
 
-/// The page's size. The figures have headers and acknowledgements on top, and nothing else of that size.
+/// The page's size. The figures have headers and acknowledgements on top, and nothing else of that
+/// size.
 const BYTES: u64 = 3_000_000;
 
 /// The only place where a cAdvisor looks for CRI-O.

@@ -1,11 +1,11 @@
-//! Answering a registry's challenge: Basic credentials, or a Bearer token from the token service that it
-//! names.
+//! Answering a registry's challenge: Basic credentials, or a Bearer token from the token service
+//! that it names.
 //!
-//! (docs.docker.com/reference/api/registry/auth; RFC 6750, RFC 7617.) The registry chooses the token
-//! service's address, so that is where credentials get stolen. Policy:
+//! (docs.docker.com/reference/api/registry/auth; RFC 6750, RFC 7617.) The registry chooses the
+//! token service's address, so that is where credentials get stolen. Policy:
 //!
-//! - HTTPS, or plain HTTP if the registry itself was configured as plain HTTP on the same host; only at
-//!   addresses that a registry may name (`reach`);
+//! - HTTPS, or plain HTTP if the registry itself was configured as plain HTTP on the same host;
+//!   only at addresses that a registry may name (`reach`);
 //! - credentials go there only if it is the registry's own host, or shares its registrable domain
 //!   (`auth.docker.io` for `registry-1.docker.io`), or the operator trusts it by name;
 //! - only the registry itself gets or causes the use of credentials, never a mirror;
@@ -58,7 +58,8 @@ struct TokenAnswer {
 }
 
 impl Session {
-    /// Answers the challenge of a response from `host` itself; what it comes to is sent from then on.
+    /// Answers the challenge of a response from `host` itself; what it comes to is sent from then
+    /// on.
     pub(super) async fn authenticate(&self, host: &Host, headers: &HeaderMap) -> Result<(), RegistryError> {
         let refused = |source| RegistryError::Unauthorized { host: host.name.clone(), source: Some(source) };
         let challenges: Vec<Challenge> = headers
@@ -163,9 +164,9 @@ impl Session {
 /// Whether two hosts belong to one party as far as their names can tell: the same host, or the same
 /// registrable domain.
 ///
-/// Without the public suffix list, by a rule that errs towards "no": two labels in common, three where the
-/// last two look like a public suffix under a country (`co.uk`). A party under such a suffix that is not
-/// recognised can be named in `trusted_token_hosts`.
+/// Without the public suffix list, by a rule that errs towards "no": two labels in common, three
+/// where the last two look like a public suffix under a country (`co.uk`). A party under such a
+/// suffix that is not recognised can be named in `trusted_token_hosts`.
 fn share_site(a: &Url, b: &Url) -> bool {
     let (Some(UrlHost::Domain(a)), Some(UrlHost::Domain(b))) = (a.host(), b.host()) else {
         return a.host() == b.host();
@@ -200,7 +201,8 @@ fn basic(username: &str, password: &str) -> Option<HeaderValue> {
     HeaderValue::from_str(&text).ok()
 }
 
-/// Tokens are visible ASCII (RFC 6750, section 2.1); anything else would be a way into other headers.
+/// Tokens are visible ASCII (RFC 6750, section 2.1); anything else would be a way into other
+/// headers.
 fn bearer_header(token: &str) -> Option<HeaderValue> {
     if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
         return None;

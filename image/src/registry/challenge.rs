@@ -17,9 +17,9 @@ impl Challenge {
     }
 }
 
-/// The challenges of one header, in order. A parameter that cannot be read is left out, up to the next comma:
-/// registries put texts for people into challenges, and not all quote them. What is used of a challenge
-/// decides on its own whether it is of any use.
+/// The challenges of one header, in order. A parameter that cannot be read is left out, up to the
+/// next comma: registries put texts for people into challenges, and not all quote them. What is
+/// used of a challenge decides on its own whether it is of any use.
 pub(crate) fn parse(header: &str) -> Vec<Challenge> {
     let mut challenges: Vec<Challenge> = Vec::new();
     if header.len() > MAX_LEN {

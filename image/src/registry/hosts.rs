@@ -11,10 +11,10 @@
 //!   [host."https://mirror.example/v2/proxy".header]
 //!     x-team = "a"                           # or a list
 //! ```
-//! Fields of a host may stand at the top too and then belong to the server. Directories are looked for under
-//! the host as written, then `<host>_<port>_` (for file systems without colons), then `_default` (containerd
-//! docs/hosts.md). Credentials of a pull go to the server only, never to a mirror: a mirror that wants some
-//! gets them through `header`.
+//! Fields of a host may stand at the top too and then belong to the server. Directories are looked
+//! for under the host as written, then `<host>_<port>_` (for file systems without colons), then
+//! `_default` (containerd docs/hosts.md). Credentials of a pull go to the server only, never to a
+//! mirror: a mirror that wants some gets them through `header`.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -109,8 +109,8 @@ pub(crate) struct Endpoint {
     pub(crate) namespace: Option<String>,
 }
 
-/// The hosts for `domain`, in the order in which they are to be asked. Reads the configuration again, so
-/// changes count at once.
+/// The hosts for `domain`, in the order in which they are to be asked. Reads the configuration
+/// again, so changes count at once.
 pub(crate) fn endpoints(config_path: Option<&Path>, domain: &str) -> Result<Vec<Endpoint>, HostsError> {
     if let Some(config_path) = config_path {
         for directory in directory_names(domain) {
@@ -177,7 +177,8 @@ pub(crate) fn parse(text: &str, domain: &str, dir: &Path) -> Result<Vec<Endpoint
         Some(Value::String(address)) => endpoint(address, &table, domain, dir, true)?,
         Some(_) => return Err(bad("server")),
     };
-    // Many files name the registry itself as a host again; asking it twice would only double the wait.
+    // Many files name the registry itself as a host again; asking it twice would only double the
+    // wait.
     if !endpoints.iter().any(|known| known.base == server.base) {
         endpoints.push(server);
     } else {
@@ -264,14 +265,15 @@ fn endpoint_at(mut endpoint: Endpoint, settings: &Table, dir: &Path) -> Result<E
     Ok(endpoint)
 }
 
-/// The registry where nothing is configured: HTTPS, but plain HTTP on loopback, which cannot be eavesdropped
-/// on.
+/// The registry where nothing is configured: HTTPS, but plain HTTP on loopback, which cannot be
+/// eavesdropped on.
 fn default_server(domain: &str) -> Result<Endpoint, HostsError> {
     let host = if domain == "docker.io" { DOCKER_HUB } else { domain };
     endpoint(host, &Table::new(), domain, Path::new(""), true)
 }
 
-/// A file, a list of files (the first counts), or a list of pairs of certificate and key (the first counts).
+/// A file, a list of files (the first counts), or a list of pairs of certificate and key (the first
+/// counts).
 fn client_files(value: &Value, dir: &Path) -> Option<(PathBuf, Option<PathBuf>)> {
     match value {
         Value::String(file) => Some((dir.join(file), None)),

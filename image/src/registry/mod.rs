@@ -1,12 +1,12 @@
-//! The registry client: manifests and blobs over the OCI distribution protocol (distribution-spec 1.1,
-//! "Pull").
+//! The registry client: manifests and blobs over the OCI distribution protocol (distribution-spec
+//! 1.1, "Pull").
 //!
-//! A `Session` is one pull: its token is its own, so no pull ever uses what another's credentials bought.
-//! Hosts are asked in the order of `hosts`; each request is tried again while that makes sense; a blob goes
-//! on at the byte where it broke off, on the next host too.
+//! A `Session` is one pull: its token is its own, so no pull ever uses what another's credentials
+//! bought. Hosts are asked in the order of `hosts`; each request is tried again while that makes
+//! sense; a blob goes on at the byte where it broke off, on the next host too.
 //!
-//! What a registry may not do: get credentials sent elsewhere (redirects carry none; token services only
-//! within `auth`'s policy), make us read more than was announced, or keep us waiting for ever.
+//! What a registry may not do: get credentials sent elsewhere (redirects carry none; token services
+//! only within `auth`'s policy), make us read more than was announced, or keep us waiting for ever.
 
 mod auth;
 mod challenge;
@@ -56,8 +56,8 @@ const MAX_ERROR_BODY: usize = 64 * 1024;
 /// Longest wait that a registry may ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
-/// Tries of one blob in all, however much each brings: a registry that cuts every connection after a megabyte
-/// ends too.
+/// Tries of one blob in all, however much each brings: a registry that cuts every connection after
+/// a megabyte ends too.
 const MAX_BLOB_TRIES: usize = 100;
 
 /// Time limits and numbers of tries.
@@ -67,7 +67,8 @@ pub struct TransportLimits {
     pub connect_timeout: Duration,
     /// From a request to the headers of its answer. Default 30 s.
     pub header_timeout: Duration,
-    /// A body that brings fewer than `stall_bytes` in this time of waiting has stalled. Default 60 s.
+    /// A body that brings fewer than `stall_bytes` in this time of waiting has stalled. Default 60
+    /// s.
     pub stall_window: Duration,
     /// See `stall_window`. Default 60 KiB, so 1 KiB/s.
     pub stall_bytes: u64,
@@ -90,8 +91,8 @@ impl Default for TransportLimits {
     }
 }
 
-/// Why a registry did not give what it was asked for. No text here holds a credential, a token or the query
-/// of a URL.
+/// Why a registry did not give what it was asked for. No text here holds a credential, a token or
+/// the query of a URL.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistryError {
@@ -241,13 +242,13 @@ struct Host {
     /// `host[:port]`, for messages.
     name: String,
     client: reqwest::Client,
-    /// Made when first needed: most pulls are not sent elsewhere, and it reads the system's certificates. The
-    /// second is for what goes through a proxy.
+    /// Made when first needed: most pulls are not sent elsewhere, and it reads the system's
+    /// certificates. The second is for what goes through a proxy.
     guarded: Mutex<[Option<reqwest::Client>; 2]>,
     /// What this session's requests to the host carry; never shown, it is marked sensitive.
     authorization: Mutex<Option<HeaderValue>>,
-    /// No connection could be made: in this session it is not asked again while there is another that may
-    /// know.
+    /// No connection could be made: in this session it is not asked again while there is another
+    /// that may know.
     is_down: AtomicBool,
 }
 
@@ -294,8 +295,8 @@ impl Client {
 }
 
 impl Session {
-    /// Fetches an index or a manifest. By digest, the bytes are held against it; by tag, their digest is what
-    /// the tag means now.
+    /// Fetches an index or a manifest. By digest, the bytes are held against it; by tag, their
+    /// digest is what the tag means now.
     pub(crate) async fn fetch_manifest(&self, target: &Target) -> Result<Fetched, RegistryError> {
         let name = match target {
             Target::Tag(tag) => tag.clone(),
@@ -325,8 +326,8 @@ impl Session {
         unreadable.ok_or(last)
     }
 
-    /// The hosts to ask, in order: the place of each, and whether it is the last. One that is down is passed
-    /// over, unless it is the only one left.
+    /// The hosts to ask, in order: the place of each, and whether it is the last. One that is down
+    /// is passed over, unless it is the only one left.
     fn hosts_that(
         &self,
         may: impl Fn(usize, &Endpoint) -> bool,
@@ -341,8 +342,8 @@ impl Session {
             .filter(|(_, host, is_last)| *is_last || !host.is_down.load(Ordering::Relaxed))
     }
 
-    /// Says that the content that came for `digest` is not what it names. True if another host may have the
-    /// right one: the one that gave the first of these bytes is not asked for them again.
+    /// Says that the content that came for `digest` is not what it names. True if another host may
+    /// have the right one: the one that gave the first of these bytes is not asked for them again.
     pub(crate) fn distrust(&self, digest: Digest) -> bool {
         let Some(place) = self.trust.blame(digest) else { return false };
         if let Some(host) = self.hosts.get(place) {
@@ -409,8 +410,8 @@ impl Session {
         }
     }
 
-    /// Fetches a blob piece by piece: exactly as many bytes as the descriptor says, in order, each once. The
-    /// digest is the receiver's business.
+    /// Fetches a blob piece by piece: exactly as many bytes as the descriptor says, in order, each
+    /// once. The digest is the receiver's business.
     pub(crate) async fn fetch_blob(&self, blob: Blob, sink: &mut impl Sink) -> Result<(), RegistryError> {
         let mut progress = BlobProgress { offset: 0, ranges: true };
         let mut last = RegistryError::NotFound;
@@ -479,8 +480,8 @@ impl Session {
                 }
                 progress.offset
             }
-            // The whole blob again: what came before is skipped. The digest will tell whether it was the
-            // same.
+            // The whole blob again: what came before is skipped. The digest will tell whether it
+            // was the same.
             _ => 0,
         };
         if response.content_length().is_some_and(|length| length != blob.size - from) {
@@ -580,8 +581,8 @@ impl Session {
         }
     }
 
-    /// Follows redirects by hand: what was configured for the host goes to that very host, nothing of it to
-    /// any other.
+    /// Follows redirects by hand: what was configured for the host goes to that very host, nothing
+    /// of it to any other.
     async fn follow(
         &self,
         host: &Host,
@@ -756,8 +757,8 @@ struct BlobProgress {
     ranges: bool,
 }
 
-/// Notices bodies that trickle. Only the time spent waiting for the network counts, not what the receiver
-/// takes.
+/// Notices bodies that trickle. Only the time spent waiting for the network counts, not what the
+/// receiver takes.
 #[derive(Debug)]
 struct StallWatch {
     window: Duration,

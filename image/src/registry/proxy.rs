@@ -1,17 +1,17 @@
-//! The proxies of the daemon's environment (`HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`), and what
-//! is checked behind them.
+//! The proxies of the daemon's environment (`HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, `NO_PROXY`),
+//! and what is checked behind them.
 //!
-//! A proxy is the operator's, so it is connected to wherever it is, on this machine too. It resolves the
-//! names of the hosts that it connects to, and a connection by it comes from where it is; so for a URL that a
-//! registry named, and that goes through a proxy:
+//! A proxy is the operator's, so it is connected to wherever it is, on this machine too. It
+//! resolves the names of the hosts that it connects to, and a connection by it comes from where it
+//! is; so for a URL that a registry named, and that goes through a proxy:
 //!
 //! - its form and an address in it are judged as without a proxy;
-//! - a name that this node can resolve must not have an address that would be refused without a proxy; one
-//!   that this node cannot resolve is left to the proxy;
+//! - a name that this node can resolve must not have an address that would be refused without a
+//!   proxy; one that this node cannot resolve is left to the proxy;
 //! - a registry that has a name counts as public: what address it has is the proxy's business.
 //!
-//! Whatever the proxy connects to, TLS is with the host itself, so only who has a certificate for the name
-//! gets a request.
+//! Whatever the proxy connects to, TLS is with the host itself, so only who has a certificate for
+//! the name gets a request.
 //!
 //! This machine is never reached by a proxy.
 
@@ -24,11 +24,12 @@ use url::Url;
 use super::hosts::is_loopback;
 use super::reach;
 
-/// How long a name is looked up that the proxy will look up again. Nodes behind a proxy often have no DNS of
-/// the world.
+/// How long a name is looked up that the proxy will look up again. Nodes behind a proxy often have
+/// no DNS of the world.
 const LOOKUP: Duration = Duration::from_secs(2);
 
-/// Which URLs go through a proxy. The same rules as those of the HTTP clients, which read the same variables.
+/// Which URLs go through a proxy. The same rules as those of the HTTP clients, which read the same
+/// variables.
 pub(crate) struct Proxies(Matcher);
 
 impl fmt::Debug for Proxies {

@@ -1,8 +1,8 @@
 //! Where a registry may send us: the addresses that a redirect or a token service may have.
 //!
-//! A registry names URLs, and an attacker that controls it wants requests made from where the node is: to
-//! the node itself, to its metadata service, to neighbours behind the firewall. None of these requests has
-//! credentials, but asking can be enough. So:
+//! A registry names URLs, and an attacker that controls it wants requests made from where the node
+//! is: to the node itself, to its metadata service, to neighbours behind the firewall. None of
+//! these requests has credentials, but asking can be enough. So:
 //!
 //! | named by a registry | followed |
 //! |---|---|
@@ -13,9 +13,9 @@
 //! | a name with a private address | yes: behind TLS, only who has a certificate for the name gets a request |
 //! | the link, metadata services, multicast, reserved addresses | never, also not by name |
 //!
-//! An IPv6 address that stands for an IPv4 address is judged as that one. Ranges: IANA's special-purpose
-//! registries (RFC 6890), NAT64 (RFC 6052, RFC 8215), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214);
-//! metadata services as the clouds document them.
+//! An IPv6 address that stands for an IPv4 address is judged as that one. Ranges: IANA's
+//! special-purpose registries (RFC 6890), NAT64 (RFC 6052, RFC 8215), 6to4 (RFC 3056), Teredo (RFC
+//! 4380), ISATAP (RFC 5214); metadata services as the clouds document them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -108,8 +108,8 @@ pub(crate) fn place_of_host(url: &Url) -> Option<Place> {
     }
 }
 
-/// Whether a URL that a registry names has the form of one that is followed: HTTPS, or plain HTTP on the very
-/// host that was configured as plain HTTP; no user in it; a host.
+/// Whether a URL that a registry names has the form of one that is followed: HTTPS, or plain HTTP
+/// on the very host that was configured as plain HTTP; no user in it; a host.
 pub(crate) fn has_allowed_form(configured: &Url, to: &Url) -> bool {
     let scheme = match to.scheme() {
         "https" => true,

@@ -1,9 +1,10 @@
 //! HTTP clients and where they may connect to.
 //!
-//! Each configured host has a client with its TLS settings, which talks to that host alone. Whatever a
-//! registry points at (a redirect, a token service) is reached by the *guarded* client: it has no client
-//! certificate and does not connect to addresses that `reach` forbids, whatever the name resolves to at that
-//! moment. Behind a proxy it is a third one, for which `proxy` says what is checked.
+//! Each configured host has a client with its TLS settings, which talks to that host alone.
+//! Whatever a registry points at (a redirect, a token service) is reached by the *guarded* client:
+//! it has no client certificate and does not connect to addresses that `reach` forbids, whatever
+//! the name resolves to at that moment. Behind a proxy it is a third one, for which `proxy` says
+//! what is checked.
 
 use std::fs;
 use std::io;
@@ -60,11 +61,11 @@ pub enum TlsError {
 pub(crate) enum Reach {
     /// The host that an operator configured.
     Configured,
-    /// Hosts that a registry named, without a proxy. `loopback` allows this machine, for registries that are
-    /// on it themselves.
+    /// Hosts that a registry named, without a proxy. `loopback` allows this machine, for registries
+    /// that are on it themselves.
     Guarded { loopback: bool },
-    /// Hosts that a registry named, through the proxy of the environment. Only the proxy's own name is
-    /// resolved.
+    /// Hosts that a registry named, through the proxy of the environment. Only the proxy's own name
+    /// is resolved.
     Proxied,
 }
 
@@ -78,8 +79,8 @@ fn system_roots() -> Result<Arc<RootCertStore>, TlsError> {
     Ok(Arc::clone(ROOTS.get_or_init(|| roots)))
 }
 
-/// What was found, without what cannot be read. A lack that passes is an error: fewer authorities would be
-/// kept for good.
+/// What was found, without what cannot be read. A lack that passes is an error: fewer authorities
+/// would be kept for good.
 fn roots_of(found: CertificateResult) -> Result<RootCertStore, TlsError> {
     for error in found.errors {
         if let ErrorKind::Io { inner, .. } | ErrorKind::Pem(pem::Error::Io(inner)) = &error.kind
@@ -109,7 +110,8 @@ pub(crate) fn client(
     reach: Reach,
     connect_timeout: Duration,
 ) -> Result<reqwest::Client, TlsError> {
-    // Plain HTTP needs no authorities, and reading them takes longer than a small pull from this machine.
+    // Plain HTTP needs no authorities, and reading them takes longer than a small pull from this
+    // machine.
     let encrypted = url.scheme() == "https" || reach != Reach::Configured;
     let config = tls_config(tls, reach, encrypted)?;
     let mut builder = reqwest::Client::builder()
@@ -162,7 +164,8 @@ fn tls_config(tls: &TlsSettings, reach: Reach, encrypted: bool) -> Result<Client
 
 fn certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |source| TlsError::Read { path: path.clone(), source };
-    // Read whole first: the file is the operator's, but a directory or a device must not be waited for.
+    // Read whole first: the file is the operator's, but a directory or a device must not be waited
+    // for.
     let bytes = fs::read(path).map_err(|error| failed(pem::Error::Io(error)))?;
     CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().map_err(failed)
 }
@@ -186,7 +189,8 @@ impl Resolve for Resolver {
         let guard = self.guard;
         Box::pin(async move {
             let found = tokio::net::lookup_host((name.as_str(), 0)).await.map_err(|error| {
-                // Where the resolver cannot open its files and sockets, it says that the name is not known.
+                // Where the resolver cannot open its files and sockets, it says that the name is
+                // not known.
                 fs::File::open("/dev/null").err().filter(is_exhausted).unwrap_or(error)
             })?;
             let allowed: Vec<SocketAddr> = found

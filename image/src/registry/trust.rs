@@ -1,8 +1,8 @@
-//! Which hosts gave which content in one pull, so that a mirror with damaged content does not fail a pull
-//! that another host can serve.
+//! Which hosts gave which content in one pull, so that a mirror with damaged content does not fail
+//! a pull that another host can serve.
 //!
-//! Content is verified when it is whole, and may have come from several hosts by then. The first of them is
-//! blamed: each time that the content is wrong, one host less is asked for it.
+//! Content is verified when it is whole, and may have come from several hosts by then. The first of
+//! them is blamed: each time that the content is wrong, one host less is asked for it.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

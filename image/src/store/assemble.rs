@@ -1,5 +1,5 @@
-//! What a pull and an import share: getting the layers of an image side by side, saying how far that is, and
-//! committing.
+//! What a pull and an import share: getting the layers of an image side by side, saying how far
+//! that is, and committing.
 
 use std::sync::Arc;
 
@@ -28,8 +28,9 @@ pub(super) async fn finish(
     committed
 }
 
-/// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays of the
-/// others that nothing else needs. `try_again` says whether a layer that failed is to be fetched once more.
+/// Gets all layers of an image into the store or staged, side by side. If one fails, nothing stays
+/// of the others that nothing else needs. `try_again` says whether a layer that failed is to be
+/// fetched once more.
 pub(super) async fn acquire_all<F: Fetch>(
     inner: &Arc<Inner>,
     contents: &[LayerContent],

@@ -1,9 +1,9 @@
 //! What leaves the store, and when.
 //!
-//! A layer goes when no image needs it: no listed one, none that was removed while a container uses it or is
-//! being made from it, none whose directory is kept because it cannot be used, and no pull that runs. As long
-//! as one of those is not known, nothing goes: not which containers there are, not what an image of theirs
-//! stands on.
+//! A layer goes when no image needs it: no listed one, none that was removed while a container uses
+//! it or is being made from it, none whose directory is kept because it cannot be used, and no pull
+//! that runs. As long as one of those is not known, nothing goes: not which containers there are,
+//! not what an image of theirs stands on.
 //!
 //! Removal is a rename; see `sweep` for the rest.
 
@@ -26,7 +26,8 @@ pub type InUse = Option<BTreeSet<Digest>>;
 /// How much a collection takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reach {
-    /// What removals left behind. A damaged image stays, so that pulling it again need not fetch its layers.
+    /// What removals left behind. A damaged image stays, so that pulling it again need not fetch
+    /// its layers.
     Removed,
     /// Damaged images too: space is wanted.
     Damaged,
@@ -37,7 +38,8 @@ pub(super) enum Reach {
 pub(super) struct Waiting(AtomicBool);
 
 impl Inner {
-    /// Takes an image out of the lists. Works on a full disk: one rename. The caller holds the disk lock.
+    /// Takes an image out of the lists. Works on a full disk: one rename. The caller holds the disk
+    /// lock.
     pub(super) fn unlist(&self, id: Digest) -> Result<(), StoreError> {
         let (path, removed) = (self.image_path(id), self.removed_path(id));
         // The same image, removed before and pulled again.
@@ -66,7 +68,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes an image that is not listed because it cannot be used, by its id. False if there is none.
+    /// Removes an image that is not listed because it cannot be used, by its id. False if there is
+    /// none.
     pub(super) fn remove_held(&self, text: &str) -> Result<bool, StoreError> {
         let Ok(id) = Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)) else { return Ok(false) };
         if !self.state().held.contains_key(&id.hex()) {
@@ -111,8 +114,8 @@ impl Inner {
         }
     }
 
-    /// Releases what is no longer needed. Failures here are not errors of the caller. The caller holds the
-    /// disk lock.
+    /// Releases what is no longer needed. Failures here are not errors of the caller. The caller
+    /// holds the disk lock.
     pub(super) fn collect(&self, reach: Reach, in_use: impl FnOnce() -> InUse) {
         // In this order: a lease is dropped only after its container is registered.
         let leased: BTreeSet<Digest> = self.state().leases.keys().copied().collect();
@@ -160,7 +163,8 @@ impl Inner {
         self.sweeper.start();
     }
 
-    /// Lets go those of these layers and patches that is not needed. The caller holds the disk lock.
+    /// Lets go those of these layers and patches that is not needed. The caller holds the disk
+    /// lock.
     pub(super) fn discard_unneeded(&self, candidates: &BTreeSet<Lower>) {
         self.discard_trees(|lower| candidates.contains(&lower));
         self.sweeper.start();
@@ -170,8 +174,8 @@ impl Inner {
         let doomed: Vec<(Lower, Tree)> = {
             let mut state = self.state();
             let needed = state.needed();
-            // Under the lock that pins are taken under: a pull that relies on a layer from now on finds that
-            // it is not there.
+            // Under the lock that pins are taken under: a pull that relies on a layer from now on
+            // finds that it is not there.
             let doomed = state.trees.extract_if(.., |lower, tree| {
                 let in_doubt = tree.fault().is_some_and(|fault| !fault.is_damaged());
                 is_candidate(*lower) && !needed.contains(lower) && !in_doubt
@@ -201,8 +205,8 @@ impl Inner {
         }
     }
 
-    /// [`Inner::collect`] in the background, if there is anything to collect. Calls that come before it runs
-    /// are one.
+    /// [`Inner::collect`] in the background, if there is anything to collect. Calls that come
+    /// before it runs are one.
     pub(super) fn collect_soon(self: &Arc<Self>, in_use: impl FnOnce() -> InUse + Send + 'static) {
         let is_idle = {
             let state = self.state();

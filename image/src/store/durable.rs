@@ -1,9 +1,9 @@
 //! What was written made durable, or known to be lost.
 //!
 //! The kernel writes to the disk when it likes, and tells an error of that once to each descriptor
-//! (Documentation/core-api/errseq.rst): to one that is opened later only if nobody was told before. So one
-//! descriptor is kept, to which each error since then is told, and errors are counted: what was begun before
-//! the last one may be lost, whoever was told.
+//! (Documentation/core-api/errseq.rst): to one that is opened later only if nobody was told before.
+//! So one descriptor is kept, to which each error since then is told, and errors are counted: what
+//! was begun before the last one may be lost, whoever was told.
 
 use std::fs::File;
 use std::io;
@@ -36,7 +36,8 @@ impl Durable {
         Since(*self.errors.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Makes everything durable that was written. Fails if anything may be lost of what was written `since`.
+    /// Makes everything durable that was written. Fails if anything may be lost of what was written
+    /// `since`.
     pub(super) fn sync(&self, since: Since) -> Result<(), StoreError> {
         // Held meanwhile: an error that is told to another thread is counted before this one looks.
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);

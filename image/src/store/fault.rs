@@ -1,15 +1,16 @@
 //! What is wrong with something on disk, and what may be done about it.
 //!
-//! Three answers that look alike to a careless reader: it could not be read this time, it is not understood,
-//! it is damaged. Only the last is proven, by a checksum or a digest, and only what is proven damaged is ever
-//! set aside. A directory that is in use stays in every case.
+//! Three answers that look alike to a careless reader: it could not be read this time, it is not
+//! understood, it is damaged. Only the last is proven, by a checksum or a digest, and only what is
+//! proven damaged is ever set aside. A directory that is in use stays in every case.
 
 use super::record::RecordError;
 
 /// What keeps a record, or what it describes, from being used as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// Reading failed: `EIO`, `EMFILE`, `EACCES` and whatever else may pass. It is read again later.
+    /// Reading failed: `EIO`, `EMFILE`, `EACCES` and whatever else may pass. It is read again
+    /// later.
     Unread(String),
     /// Written by another version of Berth, which may come back. Never touched by this one.
     Foreign(String),

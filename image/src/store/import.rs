@@ -1,12 +1,13 @@
-//! Images from files: an OCI image layout, as a directory or a tar file, and what `docker save` writes.
+//! Images from files: an OCI image layout, as a directory or a tar file, and what `docker save`
+//! writes.
 //!
-//! The same layers, checks and commit as for a pull; only where the bytes come from differs. A directory is
-//! read through `berth_sys::beneath`, so that links in a hostile layout lead nowhere. A tar file is indexed
-//! once and its members are read in place.
+//! The same layers, checks and commit as for a pull; only where the bytes come from differs. A
+//! directory is read through `berth_sys::beneath`, so that links in a hostile layout lead nowhere.
+//! A tar file is indexed once and its members are read in place.
 //!
 //! Formats: OCI image-spec 1.1, image-layout.md; the `manifest.json` of `docker save` (moby,
-//! image/spec/v1.2.md, "Combined Image JSON + Filesystem Changeset Format"). Archives of current docker have
-//! both; `manifest.json` is read then, for it has the full names.
+//! image/spec/v1.2.md, "Combined Image JSON + Filesystem Changeset Format"). Archives of current
+//! docker have both; `manifest.json` is read then, for it has the full names.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -52,8 +53,8 @@ const OCI_REF_NAME: &str = "org.opencontainers.image.ref.name";
 pub enum ImportSource {
     /// A directory with an OCI image layout.
     Directory(PathBuf),
-    /// A tar file, seekable: an OCI image layout or what `docker save` writes. It may be packed by gzip or
-    /// zstd.
+    /// A tar file, seekable: an OCI image layout or what `docker save` writes. It may be packed by
+    /// gzip or zstd.
     Archive(File),
 }
 
@@ -381,8 +382,8 @@ impl Source {
                 .map(|name| names_of(&name, Some(digest)))
                 .unwrap_or_default();
             let image = match self.layout_image(descriptor) {
-                // A layout may hold images for several machines side by side; only if none fits, that is an
-                // error.
+                // A layout may hold images for several machines side by side; only if none fits,
+                // that is an error.
                 Err(ImportError::Content(ContentError::Manifest(ManifestError::Platform(_))))
                     if index.manifests.len() > 1 =>
                 {
@@ -485,8 +486,8 @@ fn is_packed(magic: [u8; 4]) -> bool {
     matches!(magic, [0x1f, 0x8b, _, _] | [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18])
 }
 
-/// The archive without its packing, in a file without a name beside the images: members are read in any
-/// order, and several at a time. It may become as large as one image, and leaves as much free.
+/// The archive without its packing, in a file without a name beside the images: members are read in
+/// any order, and several at a time. It may become as large as one image, and leaves as much free.
 fn unpacked(packed: &File, inner: &Inner) -> Result<File, ImportError> {
     let budget = inner.budget();
     let failed = |source| ImportError::Read { what: "archive".to_owned(), source };
@@ -504,8 +505,8 @@ fn unpacked(packed: &File, inner: &Inner) -> Result<File, ImportError> {
     Ok(file)
 }
 
-/// A docker archive has no manifest; the store keeps one for each image, so it gets the one that its parts
-/// make.
+/// A docker archive has no manifest; the store keeps one for each image, so it gets the one that
+/// its parts make.
 fn manifest_for(raw_config: &[u8], layers: &[(LayerContent, Content)]) -> Vec<u8> {
     let layers: Vec<serde_json::Value> = layers
         .iter()
@@ -574,8 +575,8 @@ fn index_members(file: &Arc<File>) -> Result<HashMap<PathBuf, Member>, ImportErr
     Ok(members)
 }
 
-/// Where a symbolic link in `dir` of the archive leads, by its text alone: members are only looked up by
-/// name.
+/// Where a symbolic link in `dir` of the archive leads, by its text alone: members are only looked
+/// up by name.
 fn join(dir: &Path, target: &[u8]) -> PathBuf {
     use std::os::unix::ffi::OsStrExt;
     let mut path = if target.starts_with(b"/") { PathBuf::new() } else { dir.to_owned() };

@@ -1,8 +1,8 @@
 //! Images that a container is being made from.
 //!
 //! From the moment in which a name is resolved until the container is registered, nothing else says
-//! that the image is in use. A lease does: an image that is removed meanwhile leaves the lists, and its
-//! layers stay.
+//! that the image is in use. A lease does: an image that is removed meanwhile leaves the lists, and
+//! its layers stay.
 
 use std::sync::Arc;
 

@@ -1,9 +1,9 @@
 //! What is on disk when the store is opened.
 //!
-//! Opening reads and changes nothing but memory: half-made trees are queued for deletion, and whatever cannot
-//! be used is kept where it is, remembered with its [`Fault`], and reported. An image whose layers' trees are
-//! there is listed, also if the record of a layer is not readable: it was only needed while the image was put
-//! together.
+//! Opening reads and changes nothing but memory: half-made trees are queued for deletion, and
+//! whatever cannot be used is kept where it is, remembered with its [`Fault`], and reported. An
+//! image whose layers' trees are there is listed, also if the record of a layer is not readable: it
+//! was only needed while the image was put together.
 //!
 //! What could not be read is read again by [`Inner::look_again`].
 
@@ -23,8 +23,8 @@ use crate::image::Content;
 use crate::json;
 use crate::manifest::{self, Document};
 
-/// Where sequence numbers go on while the record of an image is not known, which may have given some: no
-/// store has given as many tags.
+/// Where sequence numbers go on while the record of an image is not known, which may have given
+/// some: no store has given as many tags.
 const UNKNOWN_SEQUENCES: u64 = 1 << 32;
 
 /// The directory of a layer or patch.
@@ -36,7 +36,8 @@ pub(super) enum Tree {
         /// `open.json` was read and is good, or there is none.
         questions_known: bool,
     },
-    /// Other images cannot be built on it. If its tree is there, images that were are as good as before.
+    /// Other images cannot be built on it. If its tree is there, images that were are as good as
+    /// before.
     Faulty { fault: Fault, has_tree: bool },
 }
 
@@ -82,8 +83,8 @@ impl Needs {
         Self(record.lower.iter().copied().chain(record.layers.iter().copied().map(Lower::Layer)).collect())
     }
 
-    /// From the configuration, whose digest is the image's id: its layers, and every patch that there may be
-    /// between them.
+    /// From the configuration, whose digest is the image's id: its layers, and every patch that
+    /// there may be between them.
     fn of_config(raw_config: &[u8]) -> Option<Self> {
         let config: ConfigDocument = document::read(&json::tidy(raw_config)).ok()?;
         let diff_ids = config.rootfs.diff_ids.iter().map(|id| Digest::parse(id));
@@ -173,15 +174,16 @@ impl Inner {
         Ok(state)
     }
 
-    /// [`Inner::look_again`], if there is something that could not be read. The caller holds the disk lock.
+    /// [`Inner::look_again`], if there is something that could not be read. The caller holds the
+    /// disk lock.
     pub(super) fn look_again_if_needed(&self) {
         if self.has_unread() {
             self.look_again();
         }
     }
 
-    /// Reads again what could not be read, and lists the images that can be used now. The caller holds the
-    /// disk lock.
+    /// Reads again what could not be read, and lists the images that can be used now. The caller
+    /// holds the disk lock.
     pub(super) fn look_again(&self) {
         let faulty = |tree: &Tree| tree.fault().is_some_and(Fault::is_unread);
         let unread: Vec<Lower> =
@@ -292,7 +294,8 @@ impl Inner {
 }
 
 impl State {
-    /// Enters an image. Of two with the same tag the later one has it: a crash may leave both claims.
+    /// Enters an image. Of two with the same tag the later one has it: a crash may leave both
+    /// claims.
     pub(super) fn list(&mut self, mut image: Listed) {
         let id = image.record.id;
         image.record.tags.retain(|tag| {

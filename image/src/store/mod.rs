@@ -1,12 +1,12 @@
 //! Images and layers on disk: what is there, what is listed, what goes.
 //!
-//! The disk is the truth (layout in `record`); `State` mirrors it in memory, so that lists and lookups touch
-//! no disk. Changes of the listed images happen one at a time under `Inner::disk`; pulls work side by side
-//! until then.
+//! The disk is the truth (layout in `record`); `State` mirrors it in memory, so that lists and
+//! lookups touch no disk. Changes of the listed images happen one at a time under `Inner::disk`;
+//! pulls work side by side until then.
 //!
-//! An image is listed when, and only when, all its bytes are durable: `commit` says in which order. Layers
-//! are shared by diff id; `collect` says when one goes, `load` and `fault` what becomes of what cannot be
-//! read.
+//! An image is listed when, and only when, all its bytes are durable: `commit` says in which order.
+//! Layers are shared by diff id; `collect` says when one goes, `load` and `fault` what becomes of
+//! what cannot be read.
 
 mod assemble;
 mod collect;
@@ -62,14 +62,14 @@ const REMOVED: &str = ".removed";
 /// How the store pulls, unpacks and limits.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// Directory with one directory per registry host, each with a `hosts.toml` (containerd's form); none =
-    /// defaults only.
+    /// Directory with one directory per registry host, each with a `hosts.toml` (containerd's
+    /// form); none = defaults only.
     pub registry_config_path: Option<PathBuf>,
-    /// Token service hosts that may be handed credentials although they do not belong to the registry's own
-    /// domain.
+    /// Token service hosts that may be handed credentials although they do not belong to the
+    /// registry's own domain.
     pub trusted_token_hosts: Vec<String>,
-    /// Layers that one pull fetches at the same time, and layers that are unpacked at the same time over all
-    /// pulls. Default 3.
+    /// Layers that one pull fetches at the same time, and layers that are unpacked at the same time
+    /// over all pulls. Default 3.
     pub layers_at_once: usize,
     /// Uncompressed bytes that one image may have. Default 64 GiB.
     pub max_image_bytes: u64,
@@ -149,13 +149,15 @@ impl StoreError {
 /// What the store takes on disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes, from per-layer totals that were counted while unpacking (file sizes in whole 4 KiB blocks).
+    /// Bytes, from per-layer totals that were counted while unpacking (file sizes in whole 4 KiB
+    /// blocks).
     pub bytes: u64,
     /// Files and directories.
     pub inodes: u64,
 }
 
-/// The image store. Cheap to clone; all clones are one store. One process at a time may have a root open.
+/// The image store. Cheap to clone; all clones are one store. One process at a time may have a root
+/// open.
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<Inner>,
@@ -213,7 +215,8 @@ struct State {
     next_sequence: u64,
     /// The directories of layers and patches.
     trees: BTreeMap<Lower, Tree>,
-    /// Trees that have a successor, with what they were: containers that were made before have them mounted.
+    /// Trees that have a successor, with what they were: containers that were made before have them
+    /// mounted.
     replaced: BTreeMap<PathBuf, Lower>,
     /// Layers that running pulls count on.
     pins: HashMap<Digest, usize>,
@@ -230,13 +233,13 @@ struct Listed {
 }
 
 impl Store {
-    /// Opens (and makes, if absent) the store below `root`. Deletes nothing: what an earlier process left
-    /// half done goes when [`Store::sweep`] is called, and what cannot be read or used is kept
-    /// ([`Store::faults`]). Blocking.
+    /// Opens (and makes, if absent) the store below `root`. Deletes nothing: what an earlier
+    /// process left half done goes when [`Store::sweep`] is called, and what cannot be read or used
+    /// is kept ([`Store::faults`]). Blocking.
     ///
     /// # Errors
-    /// [`StoreError`], if one of the store's own directories cannot be made or listed. A single image or
-    /// layer is never a reason.
+    /// [`StoreError`], if one of the store's own directories cannot be made or listed. A single
+    /// image or layer is never a reason.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         for directory in ["", "layers", "patches", "images", "quarantine"] {
             make_private_dir(&root.join(directory))?;
@@ -265,15 +268,15 @@ impl Store {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Works by other options from now on. What was begun before keeps the limits and the hosts that it began
-    /// with.
+    /// Works by other options from now on. What was begun before keeps the limits and the hosts
+    /// that it began with.
     pub fn set_options(&self, options: StoreOptions) {
         let policy = Arc::new(Policy::new(options));
         *self.inner.policy.lock().unwrap_or_else(PoisonError::into_inner) = policy;
     }
 
-    /// Pulls an image. The registry is always asked, also if the image is here. The future may be dropped at
-    /// any time.
+    /// Pulls an image. The registry is always asked, also if the image is here. The future may be
+    /// dropped at any time.
     ///
     /// # Errors
     /// [`PullError`]; nothing is listed then and no byte stays.
@@ -286,7 +289,8 @@ impl Store {
         pull::pull(&self.inner, reference, credentials, progress).await
     }
 
-    /// Imports all images of a layout or an archive. `name` replaces the names inside; only with one image.
+    /// Imports all images of a layout or an archive. `name` replaces the names inside; only with
+    /// one image.
     ///
     /// # Errors
     /// [`ImportError`]; images that came before the bad one in the archive stay.
@@ -299,8 +303,8 @@ impl Store {
         import::import(&self.inner, source, name.cloned(), progress).await
     }
 
-    /// Finds by id (with or without `sha256:`), by tag (short names are made full), by `name@digest`, by a
-    /// unique prefix of the id.
+    /// Finds by id (with or without `sha256:`), by tag (short names are made full), by
+    /// `name@digest`, by a unique prefix of the id.
     #[must_use]
     pub fn find(&self, text: &str) -> Option<Image> {
         let state = self.inner.state();
@@ -320,10 +324,10 @@ impl Store {
         Lease::new(&self.inner, text)
     }
 
-    /// Removes the image that `text` finds, with all its names. When this returns it is not listed any more.
-    /// Its layers go unless another image or an image in use needs them, and are deleted in the background.
-    /// Absent is success: returns whether there was one. `in_use` is asked when the image is not listed any
-    /// more.
+    /// Removes the image that `text` finds, with all its names. When this returns it is not listed
+    /// any more. Its layers go unless another image or an image in use needs them, and are deleted
+    /// in the background. Absent is success: returns whether there was one. `in_use` is asked when
+    /// the image is not listed any more.
     ///
     /// # Errors
     /// [`StoreError`]; the image is still listed then.
@@ -363,8 +367,8 @@ impl Store {
         .await
     }
 
-    /// [`Store::collect`] in the background, and only if an image was removed while it was in use. To be
-    /// called whenever a container has gone.
+    /// [`Store::collect`] in the background, and only if an image was removed while it was in use.
+    /// To be called whenever a container has gone.
     pub fn collect_soon(&self, in_use: impl FnOnce() -> InUse + Send + 'static) {
         self.inner.collect_soon(in_use);
     }
@@ -374,8 +378,8 @@ impl Store {
         self.inner.sweeper.start();
     }
 
-    /// Reads again what could not be read when the store was opened. Returns whether something still cannot.
-    /// Blocking.
+    /// Reads again what could not be read when the store was opened. Returns whether something
+    /// still cannot. Blocking.
     #[must_use]
     pub fn look_again(&self) -> bool {
         if !self.inner.has_unread() {
@@ -574,8 +578,8 @@ fn remove_tree(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Image content must not be reachable for users of the machine: it has set-user-id programs that no one
-/// maintains.
+/// Image content must not be reachable for users of the machine: it has set-user-id programs that
+/// no one maintains.
 fn make_private_dir(path: &Path) -> Result<(), StoreError> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);

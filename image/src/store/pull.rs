@@ -191,7 +191,8 @@ impl Fetch for FromRegistry {
         let filling = async move {
             self.report.say(LayerPhase::Fetching, 0);
             let mut sink = ReportedPipe { writer, report: self.report, done: 0 };
-            // The empty archive need not be asked for, and for an image without layers no registry has it.
+            // The empty archive need not be asked for, and for an image without layers no registry
+            // has it.
             if self.blob == Blob::of(EMPTY_ARCHIVE) {
                 if sink.take(Bytes::from_static(EMPTY_ARCHIVE)).await.is_ok() {
                     let _ = sink.writer.finish().await;
@@ -237,7 +238,8 @@ async fn find_manifest(session: &Session, target: &Target) -> Result<Resolved, C
                 if fetched.bytes.len() as u64 != selected.blob.size {
                     return Err(RegistryError::Size.into());
                 }
-                // What the index calls it counts, and what the registry calls it must not contradict.
+                // What the index calls it counts, and what the registry calls it must not
+                // contradict.
                 manifest::parse(&fetched.bytes, fetched.content_type.as_deref())?;
                 fetched.content_type = Some(selected.media_type);
             }

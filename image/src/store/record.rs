@@ -1,9 +1,9 @@
 //! What the store writes about images and layers.
 //!
-//! Every record is one JSON file: `{"version":1,"sha256":"<of the payload's bytes>","payload":{…}}`. Only a
-//! file whose bytes contradict its checksum is damaged. One with another version was written by another
-//! Berth, and one that cannot be read says nothing about its content: both are kept. What follows from each
-//! is in `fault`.
+//! Every record is one JSON file: `{"version":1,"sha256":"<of the payload's
+//! bytes>","payload":{…}}`. Only a file whose bytes contradict its checksum is damaged. One with
+//! another version was written by another Berth, and one that cannot be read says nothing about its
+//! content: both are kept. What follows from each is in `fault`.
 //!
 //! ```text
 //! <root>/lock                              held while a process has the store open
@@ -15,7 +15,7 @@
 //! <root>/images/<config digest>.removed/   not listed any more; its layers are still in use
 //! <root>/quarantine/                       damaged records, for a person to look at
 //! <root>/*/<name>.<n>.partial              half made or on its way out; deleted in the background
-//! <root>/*/<name>.<n>.replaced             a tree that has a successor; deleted when no container uses it
+//! <root>/*/<name>.<n>.replaced             a replaced tree; deleted when no container uses it
 //! ```
 //! Names are the 64 hexadecimal digits of a sha256.
 

@@ -1,13 +1,14 @@
 //! Layers on their way in: each is fetched and unpacked once, however many pulls want it.
 //!
-//! One slot per diff id. The holder of the slot's lock checks whether the layer is in the store or staged by
-//! another pull, and unpacks it otherwise. The lock is owned by the blocking thread that unpacks, not by the
-//! future that waits for it: so it is given back only when nothing of a failed or cancelled layer is left. A
-//! staged layer lives as long as a pull holds it; then it is in the store or gone.
+//! One slot per diff id. The holder of the slot's lock checks whether the layer is in the store or
+//! staged by another pull, and unpacks it otherwise. The lock is owned by the blocking thread that
+//! unpacks, not by the future that waits for it: so it is given back only when nothing of a failed
+//! or cancelled layer is left. A staged layer lives as long as a pull holds it; then it is in the
+//! store or gone.
 //!
-//! A slot's lock is never awaited while another's is held, so there is no deadlock. A pull has permits of its
-//! own for its transfers; those for unpacking are shared, and held only while there are bytes to work on
-//! (`turns`). A slot whose holder gets next to nothing is not waited for.
+//! A slot's lock is never awaited while another's is held, so there is no deadlock. A pull has
+//! permits of its own for its transfers; those for unpacking are shared, and held only while there
+//! are bytes to work on (`turns`). A slot whose holder gets next to nothing is not waited for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,8 +31,8 @@ use crate::unpack::Summary;
 /// How long a pull waits at a time for another that fetches the same layer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What that other one has to get in this time. Otherwise the layer is fetched once more: a client that names
-/// a layer first must not be able to keep it from all others.
+/// What that other one has to get in this time. Otherwise the layer is fetched once more: a client
+/// that names a layer first must not be able to keep it from all others.
 const LEAST_IN_PATIENCE: u64 = 1 << 20;
 
 /// How long a failed pull waits for what is left of its layers to be gone.
@@ -111,8 +112,8 @@ impl Drop for Staged {
                 tracing::warn!(error = &error as &dyn std::error::Error, "cannot remove an unfinished layer");
             }
         };
-        // The last holder may be a future that was dropped on an async thread, where a large removal would
-        // hold up others.
+        // The last holder may be a future that was dropped on an async thread, where a large
+        // removal would hold up others.
         match Handle::try_current() {
             Ok(handle) => drop(handle.spawn_blocking(remove)),
             Err(_) => remove(),
@@ -174,8 +175,8 @@ pub(super) async fn acquire<F: Fetch>(
     let path = inner.partial_path(&inner.tree_path(Lower::Layer(diff_id)));
     let (budget, removals, begun) = (Arc::clone(budget), inner.removals.clone(), inner.durable.now());
     let (result_sender, result) = oneshot::channel();
-    // Not one of the runtime's threads for blocking work: those are limited, and a slow registry must not use
-    // them up.
+    // Not one of the runtime's threads for blocking work: those are limited, and a slow registry
+    // must not use them up.
     std::thread::Builder::new()
         .name("layer".to_owned())
         .spawn(move || {
@@ -198,8 +199,8 @@ pub(super) async fn acquire<F: Fetch>(
     tokio::pin!(filling, result);
     let (filled, staged) = tokio::select! {
         biased;
-        // Unpacked, or refused: what is still on the way does not matter, and a host that has stopped sending
-        // is not waited for.
+        // Unpacked, or refused: what is still on the way does not matter, and a host that has
+        // stopped sending is not waited for.
         staged = &mut result => (Ok(()), staged),
         filled = &mut filling => (filled, result.await),
     };
@@ -230,8 +231,8 @@ impl Slot {
     }
 }
 
-/// Waits until no thread works on these layers any more, and what they left is removed; but not for ever on
-/// layers that others fetch.
+/// Waits until no thread works on these layers any more, and what they left is removed; but not for
+/// ever on layers that others fetch.
 pub(super) async fn settle(inner: &Arc<Inner>, diff_ids: &[Digest]) {
     let settling = async {
         for diff_id in diff_ids {

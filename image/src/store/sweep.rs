@@ -1,8 +1,8 @@
 //! Deleting trees in the background.
 //!
-//! Whatever goes is first renamed to `<name>.<n>.partial`: that is the removal, for every observer. The
-//! deleting may take minutes; no caller waits for it, holds a lock for it, or fails because of it.
-//! What is not deleted when the process ends is deleted by the next one.
+//! Whatever goes is first renamed to `<name>.<n>.partial`: that is the removal, for every observer.
+//! The deleting may take minutes; no caller waits for it, holds a lock for it, or fails because of
+//! it. What is not deleted when the process ends is deleted by the next one.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::record::sync_dir;
 use super::remove_tree;
 
-/// The queue, and whether a thread works on it. One tree at a time: deleting is work for the disk, which
-/// others use too.
+/// The queue, and whether a thread works on it. One tree at a time: deleting is work for the disk,
+/// which others use too.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Sweeper(Arc<Mutex<Queue>>);
 
@@ -28,7 +28,8 @@ impl Sweeper {
         self.lock().paths.push_back(path);
     }
 
-    /// Deletes what is queued, on a thread of the runtime's. Without a runtime it is done on return.
+    /// Deletes what is queued, on a thread of the runtime's. Without a runtime it is done on
+    /// return.
     pub(super) fn start(&self) {
         {
             let mut queue = self.lock();
@@ -45,8 +46,8 @@ impl Sweeper {
     }
 
     fn drain(&self) {
-        // Before the first byte goes, the new names are durable: a power cut must not bring back an old name
-        // to half a tree.
+        // Before the first byte goes, the new names are durable: a power cut must not bring back an
+        // old name to half a tree.
         let mut synced = BTreeSet::new();
         loop {
             let batch: Vec<PathBuf> = {

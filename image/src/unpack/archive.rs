@@ -1,11 +1,11 @@
 //! Tar archives: headers in, entries out, strictly.
 //!
-//! Layout of header blocks comes from the `tar` crate; the walk, PAX, GNU long names and the precedence of
-//! sizes are here, because a reader that interprets those differently sees other entries (security class
-//! "parser differential"). Where two readers in the field could disagree about an archive, this one refuses
-//! it: doubled extension headers, different names in both extensions, data after the end. What is accepted
-//! means what Go's `archive/tar` makes of it: links, directories and nodes have no content, whatever size
-//! they state.
+//! Layout of header blocks comes from the `tar` crate; the walk, PAX, GNU long names and the
+//! precedence of sizes are here, because a reader that interprets those differently sees other
+//! entries (security class "parser differential"). Where two readers in the field could disagree
+//! about an archive, this one refuses it: doubled extension headers, different names in both
+//! extensions, data after the end. What is accepted means what Go's `archive/tar` makes of it:
+//! links, directories and nodes have no content, whatever size they state.
 //!
 //! Global PAX headers are read over and ignored. Extension headers are bounded by 1 MiB each.
 
@@ -20,7 +20,8 @@ use super::sparse::{self, MapText, Segment, Source, SparseError};
 /// Tar's unit.
 const BLOCK: usize = 512;
 
-/// Longest extension header (PAX or GNU long name). Attributes of one inode take 64 KiB, names 4 KiB each.
+/// Longest extension header (PAX or GNU long name). Attributes of one inode take 64 KiB, names 4
+/// KiB each.
 const MAX_EXTENSION: u64 = 1 << 20;
 
 /// What an entry is.
@@ -291,8 +292,8 @@ impl<R: Read> Archive<R> {
         Ok(data)
     }
 
-    /// The next block that is not zeros, or `None` at the end. An archive without its closing zero blocks is
-    /// taken, as by others.
+    /// The next block that is not zeros, or `None` at the end. An archive without its closing zero
+    /// blocks is taken, as by others.
     fn header_block(&mut self) -> Result<Option<[u8; BLOCK]>, ArchiveError> {
         let mut block = [0_u8; BLOCK];
         match self.fill(&mut block)? {
@@ -301,8 +302,8 @@ impl<R: Read> Archive<R> {
             BLOCK => {}
             _ => return Err(ArchiveError::Truncated),
         }
-        // The end is two zero blocks, then zeros up to the writer's record size. Go, bsdtar and GNU tar
-        // ignore what follows, `tar -i` does not: so nothing may follow.
+        // The end is two zero blocks, then zeros up to the writer's record size. Go, bsdtar and GNU
+        // tar ignore what follows, `tar -i` does not: so nothing may follow.
         let mut rest = [0_u8; 8192];
         loop {
             let length = read_some(&mut self.input, &mut rest)?;
@@ -340,8 +341,8 @@ fn read_some(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize, ArchiveE
     }
 }
 
-/// Sum of all bytes with the checksum field as spaces; old writers summed signed bytes (POSIX.1-1988 was read
-/// both ways).
+/// Sum of all bytes with the checksum field as spaces; old writers summed signed bytes
+/// (POSIX.1-1988 was read both ways).
 fn check_sum(block: &[u8; BLOCK]) -> Result<(), ArchiveError> {
     let header = tar::Header::from_byte_slice(block);
     let stated = number(&header.as_old().cksum, "checksum")?;
@@ -355,7 +356,8 @@ fn check_sum(block: &[u8; BLOCK]) -> Result<(), ArchiveError> {
     }
 }
 
-/// Adds parts as old GNU headers have them: offset and length, twelve bytes each, until one that is empty.
+/// Adds parts as old GNU headers have them: offset and length, twelve bytes each, until one that is
+/// empty.
 fn add_parts(map: &mut VecDeque<Segment>, bytes: &[u8]) -> Result<(), ArchiveError> {
     for part in bytes.chunks_exact(24) {
         let Some((offset, length)) =
@@ -381,8 +383,8 @@ fn build(block: &[u8; BLOCK], pending: Pending) -> Result<Built, ArchiveError> {
     let mut device = (0, 0);
     let type_flag = old.linkflag[0];
     if let Some(ustar) = header.as_ustar() {
-        // The `star` variant has times where the end of the prefix would be, and says so in its last four
-        // bytes.
+        // The `star` variant has times where the end of the prefix would be, and says so in its
+        // last four bytes.
         let prefix = if block.ends_with(b"tar\0") { ustar.prefix.get(..131) } else { ustar.prefix.get(..) };
         let prefix = until_nul(prefix.unwrap_or_default());
         if !prefix.is_empty() {
@@ -463,8 +465,8 @@ fn old_gnu_map(header: &tar::Header) -> Result<(u64, Source), ArchiveError> {
     Ok((size, if gnu.isextended[0] == 0 { Source::Known(map) } else { Source::Blocks(map) }))
 }
 
-/// The one name that the header and its extensions agree on. Readers differ in which extension wins, so they
-/// must not disagree.
+/// The one name that the header and its extensions agree on. Readers differ in which extension
+/// wins, so they must not disagree.
 fn one_name(header: Vec<u8>, pax: Option<Vec<u8>>, gnu: Option<Vec<u8>>) -> Result<Vec<u8>, ArchiveError> {
     match (pax, gnu) {
         (Some(pax), Some(gnu)) if pax != gnu => Err(ArchiveError::ConflictingNames),
@@ -486,8 +488,8 @@ fn number(field: &[u8], name: &'static str) -> Result<u64, ArchiveError> {
     u64::try_from(signed_number(field, name)?).map_err(|_| ArchiveError::Field(name))
 }
 
-/// Octal text, with spaces and NULs around it, or GNU's base-256 (a set top bit, then a big-endian two's
-/// complement number).
+/// Octal text, with spaces and NULs around it, or GNU's base-256 (a set top bit, then a big-endian
+/// two's complement number).
 fn signed_number(field: &[u8], name: &'static str) -> Result<i64, ArchiveError> {
     let bad = ArchiveError::Field(name);
     let Some((&first, rest)) = field.split_first() else { return Err(bad) };
@@ -596,7 +598,8 @@ mod tests {
 
     #[test]
     fn the_pax_size_decides_where_the_next_header_is() {
-        // A reader that trusts the header's size would find the entry "hidden" inside the content of "big".
+        // A reader that trusts the header's size would find the entry "hidden" inside the content
+        // of "big".
         let hidden = block_of(&header("hidden", tar::EntryType::Regular, 0), b"");
         let mut bytes = extension(b'x', b"12 size=512\n");
         bytes.extend(block_of(&header("big", tar::EntryType::Regular, 0), b""));

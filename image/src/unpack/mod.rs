@@ -1,19 +1,20 @@
-//! One layer's tar stream -> one tree on disk, in the form that an overlay mount wants as a lower directory.
+//! One layer's tar stream -> one tree on disk, in the form that an overlay mount wants as a lower
+//! directory.
 //!
-//! The tree is made without the layers below it. What that leaves open is written down in the [`Summary`] and
-//! settled when an image is put together (module `patch`): directories that had no entry of their own, and
-//! hard links to files of lower layers.
+//! The tree is made without the layers below it. What that leaves open is written down in the
+//! [`Summary`] and settled when an image is put together (module `patch`): directories that had no
+//! entry of their own, and hard links to files of lower layers.
 //!
-//! Whiteouts become character devices 0:0 and opaque markers the attribute `trusted.overlay.opaque` (Linux,
-//! Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories"); an image cannot bring either
-//! itself.
+//! Whiteouts become character devices 0:0 and opaque markers the attribute `trusted.overlay.opaque`
+//! (Linux, Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories"); an image
+//! cannot bring either itself.
 //!
-//! Semantics follow the OCI image-spec 1.1, layer.md; where it is silent, containerd: a later entry replaces
-//! an earlier one of the same name, directories over directories change only their metadata, links in the
-//! directory part of a path are followed inside the layer.
+//! Semantics follow the OCI image-spec 1.1, layer.md; where it is silent, containerd: a later entry
+//! replaces an earlier one of the same name, directories over directories change only their
+//! metadata, links in the directory part of a path are followed inside the layer.
 //!
-//! Synchronous and single-threaded; the caller runs it on a blocking thread. On an error the tree is
-//! incomplete, to be removed.
+//! Synchronous and single-threaded; the caller runs it on a blocking thread. On an error the tree
+//! is incomplete, to be removed.
 
 pub mod archive;
 pub(crate) mod path;
@@ -38,11 +39,12 @@ pub use pax::PaxError;
 pub use sparse::SparseError;
 pub use whiteout::WhiteoutError;
 
-/// Most inodes that one layer may make. Far above any image; below what wears an ext4 of 200 GB out.
+/// Most inodes that one layer may make. Far above any image; below what wears an ext4 of 200 GB
+/// out.
 pub(crate) const MAX_INODES: u64 = 10_000_000;
 
-/// Most bytes of path that are kept for directories without an entry and for links to lower layers together.
-/// What a real layer has fits a thousand times.
+/// Most bytes of path that are kept for directories without an entry and for links to lower layers
+/// together. What a real layer has fits a thousand times.
 const MAX_OPEN_QUESTIONS: usize = 64 << 20;
 
 /// Longest target of a symbolic link: `PATH_MAX` with its NUL.
@@ -70,9 +72,9 @@ pub struct Summary {
     pub bytes: u64,
     /// Inodes made.
     pub inodes: u64,
-    /// Directories that had to be made for a path but had no entry, from the root of the layer and without
-    /// links, sorted; the root itself is the empty path. They have mode 0755, owner 0:0 and time 0 until
-    /// a lower layer says otherwise.
+    /// Directories that had to be made for a path but had no entry, from the root of the layer and
+    /// without links, sorted; the root itself is the empty path. They have mode 0755, owner 0:0 and
+    /// time 0 until a lower layer says otherwise.
     pub implicit_dirs: Vec<PathBuf>,
     /// Hard links whose target is not in this layer.
     pub lower_links: Vec<LowerLink>,
@@ -186,8 +188,8 @@ pub fn unpack<R: Read>(input: R, root: &Root) -> Result<Summary, UnpackError> {
     unpack_while(input, root, &|| Ok(()))
 }
 
-/// The same; `has_room` is asked before anything is made and after every thousand inodes, and its error ends
-/// the unpacking.
+/// The same; `has_room` is asked before anything is made and after every thousand inodes, and its
+/// error ends the unpacking.
 ///
 /// # Errors
 /// As [`unpack`].
@@ -230,8 +232,9 @@ fn is(error: &io::Error, kind: io::ErrorKind) -> bool {
 
 /// The directory that the last entries went into.
 ///
-/// A directory's time is part of the image, and each entry made inside changes it; so it is noted when the
-/// directory is opened and put back when the unpacking moves on. This needs no list of all directories.
+/// A directory's time is part of the image, and each entry made inside changes it; so it is noted
+/// when the directory is opened and put back when the unpacking moves on. This needs no list of all
+/// directories.
 #[derive(Debug)]
 struct OpenDir {
     path: PathBuf,
@@ -245,10 +248,11 @@ struct Tree<'a> {
     /// The number of inodes at which that is asked next.
     ask_at: u64,
     root_identity: (u64, u64),
-    /// Dropped whenever something is removed, so that it never means a directory that its path does not mean
-    /// any more.
+    /// Dropped whenever something is removed, so that it never means a directory that its path does
+    /// not mean any more.
     open: Option<OpenDir>,
-    /// By device and inode, so that an entry finds its directory whatever links its path went through.
+    /// By device and inode, so that an entry finds its directory whatever links its path went
+    /// through.
     implicit: HashMap<(u64, u64), PathBuf>,
     lower_links: HashMap<PathBuf, PathBuf>,
     open_question_bytes: usize,
@@ -425,7 +429,8 @@ impl<'a> Tree<'a> {
                             file.write_all(piece).map_err(&failed)?;
                             written += length as u64;
                         }
-                        // Holes stay holes: `lastlog` of a user with a high number is 300 GB of them.
+                        // Holes stay holes: `lastlog` of a user with a high number is 300 GB of
+                        // them.
                         Piece::Hole(length) => {
                             let length = i64::try_from(length)
                                 .map_err(|_| failed(io::ErrorKind::FileTooLarge.into()))?;
@@ -563,7 +568,8 @@ impl<'a> Tree<'a> {
         Ok(keep)
     }
 
-    /// Hides `target` of the lower layers, unless this layer has something there that hides it anyway.
+    /// Hides `target` of the lower layers, unless this layer has something there that hides it
+    /// anyway.
     fn hide(&mut self, open: &OpenDir, target: &OsStr, entry: &Entry) -> Result<Keep, UnpackError> {
         let failed = |operation| file_error(operation, &entry.path);
         match open.dir.stat(target) {
@@ -588,8 +594,8 @@ impl<'a> Tree<'a> {
         let failed = |operation| file_error(operation, &entry.path);
         let identity = beneath::stat_fd(open.dir.as_fd()).map_err(failed("examine"))?.identity;
         if identity == self.root_identity {
-            // Overlayfs does not read the attribute on the root of a layer: the mount leaves the lower layers
-            // out.
+            // Overlayfs does not read the attribute on the root of a layer: the mount leaves the
+            // lower layers out.
             self.summary.opaque_root = true;
         } else {
             xattr::set(open.dir.as_fd(), OPAQUE_XATTR, b"y").map_err(failed("make opaque"))?;
@@ -606,8 +612,8 @@ impl<'a> Tree<'a> {
         if let Some(open) = self.open.take() {
             Self::leave(open, b"")?;
         }
-        // Replaced directories took implicit ones with them, and their inode numbers may be another file's
-        // by now.
+        // Replaced directories took implicit ones with them, and their inode numbers may be another
+        // file's by now.
         let root = self.root;
         let mut implicit: Vec<PathBuf> = self
             .implicit
@@ -654,8 +660,8 @@ fn replacing<T>(dir: &Dir, name: &OsStr, mut make: impl FnMut() -> io::Result<T>
     }
 }
 
-/// Makes a directory that no entry has described yet. Returns its identity, and its path if a lower layer may
-/// know it better.
+/// Makes a directory that no entry has described yet. Returns its identity, and its path if a lower
+/// layer may know it better.
 fn make_implicit(missing: &MissingDir<'_>) -> io::Result<((u64, u64), Option<PathBuf>)> {
     let before = beneath::stat_fd(missing.parent.as_fd())?.modified;
     let over_whiteout = match missing.obstacle {
@@ -677,16 +683,16 @@ fn make_implicit(missing: &MissingDir<'_>) -> io::Result<((u64, u64), Option<Pat
     Ok((identity, (!over_whiteout).then(|| missing.path.to_owned())))
 }
 
-/// Gives a directory the attributes of one without an entry: a fixed time, so that the same layer is the
-/// same everywhere.
+/// Gives a directory the attributes of one without an entry: a fixed time, so that the same layer
+/// is the same everywhere.
 pub(crate) fn plain_directory(fd: BorrowedFd<'_>) -> io::Result<()> {
     beneath::chown(fd, 0, 0)?;
     beneath::chmod(fd, IMPLICIT_MODE)?;
     beneath::set_times(fd, Timestamp::default())
 }
 
-/// Gives an open file or directory what its entry says. Owner before mode before capabilities: each clears
-/// the next (chown(2)).
+/// Gives an open file or directory what its entry says. Owner before mode before capabilities: each
+/// clears the next (chown(2)).
 fn describe(fd: BorrowedFd<'_>, entry: &Entry) -> Result<(), UnpackError> {
     let failed = |operation| file_error(operation, &entry.path);
     beneath::chown(fd, entry.uid, entry.gid).map_err(failed("set the owner of"))?;
@@ -697,7 +703,8 @@ fn describe(fd: BorrowedFd<'_>, entry: &Entry) -> Result<(), UnpackError> {
         }
         let Ok(name) = CString::new(name.as_slice()) else { continue };
         match xattr::set(fd, &name, value) {
-            // A filesystem without user attributes is no reason to refuse an image; losing a capability is.
+            // A filesystem without user attributes is no reason to refuse an image; losing a
+            // capability is.
             Err(error) if is(&error, io::ErrorKind::Unsupported) && name.to_bytes().starts_with(b"user.") => {
             }
             set => set.map_err(failed("set an extended attribute of"))?,
@@ -706,9 +713,9 @@ fn describe(fd: BorrowedFd<'_>, entry: &Entry) -> Result<(), UnpackError> {
     beneath::set_times(fd, entry.mtime).map_err(failed("set the time of"))
 }
 
-/// `user.*` and file capabilities. Not `trusted.*` (overlayfs, and only the host's root may trust it), not
-/// `security.selinux`, `security.ima` and the like (the host's policy), not `user.overlay.*` (overlayfs
-/// mounted with `userxattr`).
+/// `user.*` and file capabilities. Not `trusted.*` (overlayfs, and only the host's root may trust
+/// it), not `security.selinux`, `security.ima` and the like (the host's policy), not
+/// `user.overlay.*` (overlayfs mounted with `userxattr`).
 pub(crate) fn is_wanted_xattr(name: &[u8]) -> bool {
     name == b"security.capability"
         || (name.starts_with(b"user.") && name.len() > 5 && !name.starts_with(b"user.overlay."))

@@ -1,7 +1,7 @@
 //! Paths of archive entries: from bytes to a clean relative path.
 //!
-//! This is tidiness and limits, not the defence against climbing out: that is `berth_sys::beneath`, through
-//! which each path goes.
+//! This is tidiness and limits, not the defence against climbing out: that is `berth_sys::beneath`,
+//! through which each path goes.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 /// Longest path: the kernel's `PATH_MAX` of 4096 with its NUL.
 pub(crate) const MAX_PATH: usize = 4095;
 
-/// Most components. Enough for any real image (node_modules stays below 60); bounds what walks the tree
-/// later.
+/// Most components. Enough for any real image (node_modules stays below 60); bounds what walks the
+/// tree later.
 pub(crate) const MAX_DEPTH: usize = 1024;
 
 /// Longest component: `NAME_MAX` of the kernel's filesystems.

@@ -1,10 +1,10 @@
 //! PAX extended header records: strict parsing, bytes in, overrides out.
 //!
-//! A block is a sequence of `<length> <key>=<value>\n`, where the decimal length counts the whole record
-//! (POSIX.1-2017, pax, "pax Extended Header"). Archive readers that skip a malformed record, or split at
-//! newlines, see other entries than this reader does (CVE-2025-62518, CVE-2026-33055); so any malformed
-//! record is an error. Records that mean nothing here are not kept, and take time in proportion to their
-//! length.
+//! A block is a sequence of `<length> <key>=<value>\n`, where the decimal length counts the whole
+//! record (POSIX.1-2017, pax, "pax Extended Header"). Archive readers that skip a malformed record,
+//! or split at newlines, see other entries than this reader does (CVE-2025-62518, CVE-2026-33055);
+//! so any malformed record is an error. Records that mean nothing here are not kept, and take time
+//! in proportion to their length.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -13,16 +13,16 @@ use berth_sys::beneath::Timestamp;
 use super::is_wanted_xattr;
 use super::sparse::{self, Segment, SparseError};
 
-/// Names and values of the extended attributes of one inode together: the kernel's `XATTR_LIST_MAX` and
-/// `XATTR_SIZE_MAX`.
+/// Names and values of the extended attributes of one inode together: the kernel's `XATTR_LIST_MAX`
+/// and `XATTR_SIZE_MAX`.
 const MAX_XATTR_BYTES: usize = 65536;
 
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 
 const SPARSE_PREFIX: &[u8] = b"GNU.sparse.";
 
-/// What the records of one block say about the entry that follows. `None` leaves what the entry's own header
-/// says.
+/// What the records of one block say about the entry that follows. `None` leaves what the entry's
+/// own header says.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Overrides {
     pub(crate) path: Option<Vec<u8>>,
@@ -31,8 +31,8 @@ pub(crate) struct Overrides {
     pub(crate) uid: Option<u64>,
     pub(crate) gid: Option<u64>,
     pub(crate) mtime: Option<Timestamp>,
-    /// Those that are set on files: name without the `SCHILY.xattr.` prefix, and value; the last value of a
-    /// name counts.
+    /// Those that are set on files: name without the `SCHILY.xattr.` prefix, and value; the last
+    /// value of a name counts.
     pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     xattr_bytes: usize,
     pub(crate) sparse: Option<SparseRecords>,
@@ -107,8 +107,8 @@ fn record(block: &[u8]) -> Result<Record<'_>, PaxError> {
 }
 
 fn apply(found: &mut Overrides, key: &[u8], value: &[u8]) -> Result<(), PaxError> {
-    // An empty value takes an earlier record back (POSIX, same section), except for attributes, which may be
-    // empty.
+    // An empty value takes an earlier record back (POSIX, same section), except for attributes,
+    // which may be empty.
     match key {
         b"path" => found.path = text(value)?,
         b"linkpath" => found.link = text(value)?,
@@ -174,8 +174,8 @@ fn number(value: &[u8]) -> Result<Option<u64>, PaxError> {
     if value.is_empty() { Ok(None) } else { decimal(value).map(Some).ok_or(PaxError::Value) }
 }
 
-/// Digits only, at most what fits an `i64`: sizes beyond that do not exist, and other readers call them
-/// negative.
+/// Digits only, at most what fits an `i64`: sizes beyond that do not exist, and other readers call
+/// them negative.
 pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
         return None;
@@ -286,7 +286,8 @@ mod tests {
     fn too_many_attributes_are_refused() {
         let block = record_of(b"SCHILY.xattr.user.big", &vec![b'x'; 65536]);
         assert_eq!(parse(&block), Err(PaxError::TooManyXattrs));
-        // A later value takes the place of an earlier one, and what is not set on files does not count.
+        // A later value takes the place of an earlier one, and what is not set on files does not
+        // count.
         let half = vec![b'x'; 40_000];
         let block =
             [record_of(b"SCHILY.xattr.user.a", &half), record_of(b"SCHILY.xattr.user.a", &half)].concat();
@@ -302,7 +303,8 @@ mod tests {
                 .flat_map(|n| record_of(format!("SCHILY.xattr.{prefix}{n:04x}").as_bytes(), b""))
                 .collect()
         };
-        // As many names as an extension header takes. By comparing each with all others this took seconds.
+        // As many names as an extension header takes. By comparing each with all others this took
+        // seconds.
         let started = std::time::Instant::now();
         for _ in 0..20 {
             assert_eq!(parse(&names("user.", 21_000)), Err(PaxError::TooManyXattrs));

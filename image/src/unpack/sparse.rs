@@ -1,16 +1,16 @@
 //! Sparse files: which parts of a file an archive has, and which are holes.
 //!
-//! Forms (GNU tar manual, "Storing Sparse Files"): the old GNU header with its extension blocks, PAX 0.0 and
-//! 0.1 with the map in records, and PAX 1.0 with the map as text before the data. A map must be in order,
-//! must stay within the file, and must account for every byte that the archive has for it; readers differ in
-//! what they make of any other.
+//! Forms (GNU tar manual, "Storing Sparse Files"): the old GNU header with its extension blocks,
+//! PAX 0.0 and 0.1 with the map in records, and PAX 1.0 with the map as text before the data. A map
+//! must be in order, must stay within the file, and must account for every byte that the archive
+//! has for it; readers differ in what they make of any other.
 
 use std::collections::VecDeque;
 
 use super::pax::{PaxError, SparseRecords};
 
-/// Most parts of one file. As text in a PAX record they would take about as much as an extension header may
-/// have.
+/// Most parts of one file. As text in a PAX record they would take about as much as an extension
+/// header may have.
 pub(crate) const MAX_SEGMENTS: usize = 65_536;
 
 /// A part of a file that has data, in bytes.
@@ -29,8 +29,8 @@ pub enum SparseError {
     /// On something that has no content, or together with the other form.
     #[error("a sparse map for something that is not a regular file")]
     Misplaced,
-    /// Not numbers, overlapping, out of order, beyond the end of the file, or not for the bytes that the
-    /// archive has.
+    /// Not numbers, overlapping, out of order, beyond the end of the file, or not for the bytes
+    /// that the archive has.
     #[error("a sparse map does not match its file")]
     Map,
     /// More than 65,536 parts.
@@ -98,8 +98,8 @@ pub(crate) fn push(map: &mut VecDeque<Segment>, segment: Segment) -> Result<(), 
     Ok(())
 }
 
-/// Reads the text of form 1.0 block by block: the number of parts, then offset and length of each, every
-/// number on its own line.
+/// Reads the text of form 1.0 block by block: the number of parts, then offset and length of each,
+/// every number on its own line.
 #[derive(Debug, Default)]
 pub(crate) struct MapText {
     count: Option<u64>,

@@ -1,7 +1,8 @@
 //! Whiteout names: how a layer says that something of a lower layer is gone.
 //!
-//! `.wh.<name>` hides `<name>`; `.wh..wh..opq` hides everything that lower layers have in its directory (OCI
-//! image-spec 1.1, layer.md, "Whiteouts"). Only the last component of a path may be one.
+//! `.wh.<name>` hides `<name>`; `.wh..wh..opq` hides everything that lower layers have in its
+//! directory (OCI image-spec 1.1, layer.md, "Whiteouts"). Only the last component of a path may be
+//! one.
 
 /// Prefix of all names with a special meaning.
 const PREFIX: &[u8] = b".wh.";

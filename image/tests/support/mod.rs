@@ -1,5 +1,5 @@
-//! What the integration tests of the image crate share: images made byte by byte, a real registry, and a way
-//! to look at trees.
+//! What the integration tests of the image crate share: images made byte by byte, a real registry,
+//! and a way to look at trees.
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of this")]
 #![allow(
@@ -41,8 +41,8 @@ pub fn store(root: &Path) -> Store {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         match Store::open(root, options()) {
-            // A program that another test starts has all descriptors until its exec, so also the lock of a
-            // store that was just closed (flock(2)).
+            // A program that another test starts has all descriptors until its exec, so also the
+            // lock of a store that was just closed (flock(2)).
             Err(StoreError::Locked { .. }) if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -490,8 +490,8 @@ impl Canary {
     }
 }
 
-/// Everything about a tree as text: one line per entry, sorted; inodes of hard links numbered by their first
-/// name.
+/// Everything about a tree as text: one line per entry, sorted; inodes of hard links numbered by
+/// their first name.
 pub fn describe(dir: &Path) -> String {
     describe_with(dir, &format!("cd '{}'", dir.display()))
 }
@@ -501,8 +501,8 @@ pub fn directories(layers: Result<Vec<StoredLayer>, StoreError>) -> Result<Vec<P
     Ok(layers?.into_iter().map(|StoredLayer::Directory(path)| path).collect())
 }
 
-/// The same for an overlay of these lower directories, top first, mounted read-only in a mount namespace of
-/// its own.
+/// The same for an overlay of these lower directories, top first, mounted read-only in a mount
+/// namespace of its own.
 pub fn describe_overlay(lower: &[PathBuf], scratch: &Path) -> String {
     let mount = scratch.join("merged");
     let empty = scratch.join("empty");
@@ -531,7 +531,8 @@ fn describe_with(dir: &Path, enter: &str) -> String {
     );
     let output = Command::new("unshare")
         .args(["-m", "--propagation", "private", "bash", "-c", &script])
-        // The newer way of mount(8) hands the layers over as one string, of at most 255 bytes: fsconfig(2).
+        // The newer way of mount(8) hands the layers over as one string, of at most 255 bytes:
+        // fsconfig(2).
         .env("LIBMOUNT_FORCE_MOUNT2", "always")
         .output()
         .unwrap();

@@ -1,5 +1,5 @@
-//! Labels that a kubelet sets on pods and containers (`pkg/kubelet/types/labels.go`), and by which crictl,
-//! cAdvisor and the kubelet itself find their names.
+//! Labels that a kubelet sets on pods and containers (`pkg/kubelet/types/labels.go`), and by which
+//! crictl, cAdvisor and the kubelet itself find their names.
 
 /// Name of the container in its pod.
 pub const CONTAINER_NAME: &str = "io.kubernetes.container.name";

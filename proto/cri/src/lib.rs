@@ -1,17 +1,20 @@
-//! CRI v1, the protocol between a kubelet and a container runtime: its messages, clients and servers.
+//! CRI v1, the protocol between a kubelet and a container runtime: its messages, clients and
+//! servers.
 //!
-//! The wire is written down in `runtime/v1/api.proto`. The Rust code in `src/generated` comes from it and is
-//! committed, so that a build needs neither protoc nor a build script; `tests/generated.rs` regenerates it
-//! and compares, and `tests/wire.rs` holds the proto file against a table of names, numbers and types.
+//! The wire is written down in `runtime/v1/api.proto`. The Rust code in `src/generated` comes from
+//! it and is committed, so that a build needs neither protoc nor a build script;
+//! `tests/generated.rs` regenerates it and compares, and `tests/wire.rs` holds the proto file
+//! against a table of names, numbers and types.
 //!
-//! This crate knows the shape of the messages and nothing of their meaning. Maps are `BTreeMap`s, so that the
-//! same message always encodes to the same bytes.
+//! This crate knows the shape of the messages and nothing of their meaning. Maps are `BTreeMap`s,
+//! so that the same message always encodes to the same bytes.
 #![forbid(unsafe_code)]
 
 pub mod labels;
 mod redacted;
 
-/// Package `runtime.v1`: every message, and one module each for the clients and servers of the two services.
+/// Package `runtime.v1`: every message, and one module each for the clients and servers of the two
+/// services.
 #[expect(
     missing_docs,
     unused_qualifications,
@@ -24,6 +27,6 @@ pub mod v1 {
 
 /// The largest message either side sends or accepts, in bytes.
 ///
-/// 16 MiB is what the kubelet, crictl and critest set for themselves; tonic's own default of 4 MiB for
-/// received messages would refuse the list calls of a big node. Not part of the wire format.
+/// 16 MiB is what the kubelet, crictl and critest set for themselves; tonic's own default of 4 MiB
+/// for received messages would refuse the list calls of a big node. Not part of the wire format.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;

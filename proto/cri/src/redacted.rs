@@ -1,8 +1,8 @@
 //! `Debug` for the messages that carry secrets, so that a logged request cannot give them away.
 //!
 //! The generator leaves out `Debug` of these types; a message that contains one of them prints it
-//! through the code here. Only what helps to find a mistake is shown: who, where, and whether a secret was
-//! given.
+//! through the code here. Only what helps to find a mistake is shown: who, where, and whether a
+//! secret was given.
 
 use std::fmt;
 
@@ -38,7 +38,8 @@ impl fmt::Debug for AuthConfig {
 }
 
 impl fmt::Debug for KeyValue {
-    /// A container's environment is where Kubernetes puts the contents of Secrets, so only the name is shown.
+    /// A container's environment is where Kubernetes puts the contents of Secrets, so only the name
+    /// is shown.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { key, value } = self;
         let value: &dyn fmt::Debug = if value.is_empty() { &"" } else { &Redacted };
@@ -89,7 +90,8 @@ mod tests {
         let config = ContainerConfig { envs, ..ContainerConfig::default() };
         let request = CreateContainerRequest { config: Some(config), ..CreateContainerRequest::default() };
         let shown = format!("{request:?}");
-        // The bytes could also be printed as a list of numbers: 115 is the first letter of the value.
+        // The bytes could also be printed as a list of numbers: 115 is the first letter of the
+        // value.
         assert!(shown.contains("TOKEN") && !shown.contains("secret") && !shown.contains("115"), "{shown}");
     }
 }

@@ -1,8 +1,9 @@
-//! Holds the compiled proto file against `fields.tsv`, a table of everything that is visible on the wire.
+//! Holds the compiled proto file against `fields.tsv`, a table of everything that is visible on the
+//! wire.
 //!
-//! Both sides are brought into the table's own notation, one line per fact, and compared as sets: a fact that
-//! only one side knows is printed. The table is a record of the published protocol and is replaced, never
-//! edited, when Berth moves to a newer one.
+//! Both sides are brought into the table's own notation, one line per fact, and compared as sets: a
+//! fact that only one side knows is printed. The table is a record of the published protocol and is
+//! replaced, never edited, when Berth moves to a newer one.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -167,8 +168,8 @@ fn the_proto_file_has_as_much_of_everything_as_the_table_promises() {
 
 #[test]
 fn no_field_has_presence_beyond_what_the_table_says() {
-    // The table's "optional" is the plain singular label; the keyword `optional` would make a oneof of one
-    // field.
+    // The table's "optional" is the plain singular label; the keyword `optional` would make a oneof
+    // of one field.
     for message in messages(&compiled()) {
         assert_eq!(message.oneofs().len(), 0, "{} has no oneof", message.full_name());
     }

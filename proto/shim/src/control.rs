@@ -1,7 +1,7 @@
 //! Requests of the daemon, and what a shim answers.
 //!
-//! A connection carries requests one way, and replies and events the other. Replies bear the number of their
-//! request and may come in another order: an exec is answered when it ends.
+//! A connection carries requests one way, and replies and events the other. Replies bear the number
+//! of their request and may come in another order: an exec is answered when it ends.
 
 use crate::launch::{Launch, Process};
 
@@ -23,18 +23,19 @@ pub mod request {
     /// What is asked.
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Call {
-        /// Make the container up to the exec of its program. Once, as the first request. The frame carries
-        /// descriptors when the plan says so. Answer: `Created`.
+        /// Make the container up to the exec of its program. Once, as the first request. The frame
+        /// carries descriptors when the plan says so. Answer: `Created`.
         #[prost(message, tag = "2")]
         Create(Box<Launch>),
-        /// Let the program run. Answer: `Started`, or `Failed` when its exec failed or took too long; then
-        /// the container is over. Never without an outcome: until then the shim answers other requests.
+        /// Let the program run. Answer: `Started`, or `Failed` when its exec failed or took too
+        /// long; then the container is over. Never without an outcome: until then the shim answers
+        /// other requests.
         #[prost(message, tag = "3")]
         Start(()),
-        /// Run another program in it. The frame carries two or three descriptors: standard output, error,
-        /// and input. With a terminal it carries one: a stream socket, on which a descriptor for both input
-        /// and output comes with a byte. Answer: `Ended`, once all that the program wrote has been passed on.
-        /// The program is killed when the connection ends before.
+        /// Run another program in it. The frame carries two or three descriptors: standard output,
+        /// error, and input. With a terminal it carries one: a stream socket, on which a descriptor
+        /// for both input and output comes with a byte. Answer: `Ended`, once all that the program
+        /// wrote has been passed on. The program is killed when the connection ends before.
         #[prost(message, tag = "4")]
         Exec(ExecRequest),
         /// Send this signal to the main process only. Answer: `Done`.
@@ -49,8 +50,8 @@ pub mod request {
         /// Answer: `State`.
         #[prost(message, tag = "8")]
         State(()),
-        /// Give up a container that was not started: end the waiting child and the shim. Answer: none, the
-        /// connection ends.
+        /// Give up a container that was not started: end the waiting child and the shim. Answer:
+        /// none, the connection ends.
         #[prost(message, tag = "9")]
         Discard(()),
         /// Give a terminal a size. Answer: `Done`. For shims of [`Phase::version`] 2 and
@@ -59,9 +60,10 @@ pub mod request {
         /// [`Phase::version`]: super::Phase::version
         #[prost(message, tag = "10")]
         Resize(Resize),
-        /// Pass the streams of the container's own program on, from now on. The frame carries a pipe for each
-        /// one that is wanted: standard output, error, and input. Answer: `Done`. An output that ends is
-        /// closed; the client leaves by closing all of them. For shims of [`Phase::version`] 2 and later.
+        /// Pass the streams of the container's own program on, from now on. The frame carries a
+        /// pipe for each one that is wanted: standard output, error, and input. Answer: `Done`. An
+        /// output that ends is closed; the client leaves by closing all of them. For shims of
+        /// [`Phase::version`] 2 and later.
         ///
         /// [`Phase::version`]: super::Phase::version
         #[prost(message, tag = "11")]
@@ -75,8 +77,8 @@ pub struct ExecRequest {
     /// The program and its arguments.
     #[prost(bytes = "vec", repeated, tag = "1")]
     pub args: Vec<Vec<u8>>,
-    /// A new terminal as standard input, output and error. For shims of [`Phase::version`] 1 and later; an
-    /// older one refuses the request, because a descriptor is missing.
+    /// A new terminal as standard input, output and error. For shims of [`Phase::version`] 1 and
+    /// later; an older one refuses the request, because a descriptor is missing.
     #[prost(bool, tag = "2")]
     pub terminal: bool,
 }
@@ -157,8 +159,8 @@ pub mod reply {
         /// How things are.
         #[prost(message, tag = "7")]
         State(Phase),
-        /// Event: the container ended like this. The same is in its exit record, unless that could not be
-        /// written. The last message; the connection ends.
+        /// Event: the container ended like this. The same is in its exit record, unless that could
+        /// not be written. The last message; the connection ends.
         #[prost(message, tag = "8")]
         Exited(ExitRecord),
     }
@@ -182,7 +184,8 @@ pub struct Created {
     /// All its supplementary groups, the primary one included.
     #[prost(uint32, repeated, tag = "5")]
     pub groups: Vec<u32>,
-    /// What could not be done as asked and was done in a weaker way that does not touch isolation, in words.
+    /// What could not be done as asked and was done in a weaker way that does not touch isolation,
+    /// in words.
     #[prost(string, repeated, tag = "6")]
     pub notes: Vec<String>,
     /// Its home directory, of the container's passwd file.
@@ -224,8 +227,8 @@ pub struct Failed {
 pub const EXECUTE: &str = "execute";
 
 impl Failed {
-    /// What a shell returns for a command that it cannot start: 127 not found, 126 not executable (POSIX,
-    /// "Command Search and Execution").
+    /// What a shell returns for a command that it cannot start: 127 not found, 126 not executable
+    /// (POSIX, "Command Search and Execution").
     #[must_use]
     pub fn shell_code(&self) -> Option<i32> {
         const ENOENT: i32 = 2;
@@ -265,13 +268,14 @@ pub struct Phase {
     /// When it was started, if it was.
     #[prost(message, optional, tag = "2")]
     pub started: Option<Started>,
-    /// It was asked to start and is not its program yet; the outcome comes as an event, `Started` or
-    /// `Exited`.
+    /// It was asked to start and is not its program yet; the outcome comes as an event, `Started`
+    /// or `Exited`.
     #[prost(bool, tag = "3")]
     pub starting: bool,
-    /// What the shim knows beyond the first version of this protocol: 1, terminals for exec; 2, it keeps what
-    /// programs have open to itself and passes bytes on, `Resize` and `Attach`. Before, the streams of an
-    /// exec are the program's own, and what comes on the socket is the terminal's other end.
+    /// What the shim knows beyond the first version of this protocol: 1, terminals for exec; 2, it
+    /// keeps what programs have open to itself and passes bytes on, `Resize` and `Attach`. Before,
+    /// the streams of an exec are the program's own, and what comes on the socket is the terminal's
+    /// other end.
     #[prost(uint32, tag = "4")]
     pub version: u32,
 }
@@ -279,8 +283,8 @@ pub struct Phase {
 /// The version of this protocol, as [`Phase::version`] has it.
 pub const VERSION: u32 = 2;
 
-/// Makes the process of an exec from the container's main one: same user, capabilities and filter, other
-/// program. With a terminal it has a `TERM`, as other runtimes give it one.
+/// Makes the process of an exec from the container's main one: same user, capabilities and filter,
+/// other program. With a terminal it has a `TERM`, as other runtimes give it one.
 #[must_use]
 pub fn exec_process(main: &Process, request: &ExecRequest) -> Process {
     let mut process = Process { args: request.args.clone(), terminal: request.terminal, ..main.clone() };

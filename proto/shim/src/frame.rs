@@ -2,8 +2,9 @@
 
 use prost::Message;
 
-/// The longest message, in bytes. A plan holds at most 1 MiB of arguments and environment, a seccomp filter
-/// of 32 KiB and some thousand mounts; changing the number does not change the format.
+/// The longest message, in bytes. A plan holds at most 1 MiB of arguments and environment, a
+/// seccomp filter of 32 KiB and some thousand mounts; changing the number does not change the
+/// format.
 pub const MAX_LENGTH: usize = 8 * 1024 * 1024;
 
 const PREFIX: usize = 4;

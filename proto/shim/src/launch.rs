@@ -1,8 +1,9 @@
-//! The plan of a container: what a shim needs to start it, and nothing that it would have to interpret.
+//! The plan of a container: what a shim needs to start it, and nothing that it would have to
+//! interpret.
 //!
-//! Paths are bytes, as the kernel has them. Paths marked *host* are looked up in the shim's own mount
-//! namespace and are the daemon's or the kubelet's; paths marked *inside* are looked up below the container's
-//! root and may be hostile.
+//! Paths are bytes, as the kernel has them. Paths marked *host* are looked up in the shim's own
+//! mount namespace and are the daemon's or the kubelet's; paths marked *inside* are looked up below
+//! the container's root and may be hostile.
 
 /// Everything about one container.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -19,8 +20,8 @@ pub struct Launch {
     /// Device nodes, all of them.
     #[prost(message, repeated, tag = "4")]
     pub devices: Vec<Device>,
-    /// Inside: hidden, files by an empty device, directories by an empty read-only tmpfs. Absent ones are
-    /// skipped.
+    /// Inside: hidden, files by an empty device, directories by an empty read-only tmpfs. Absent
+    /// ones are skipped.
     #[prost(bytes = "vec", repeated, tag = "5")]
     pub masked_paths: Vec<Vec<u8>>,
     /// Inside: made read-only. Absent ones are skipped.
@@ -44,7 +45,8 @@ pub struct Launch {
     /// Host: where the exit record is written.
     #[prost(bytes = "vec", tag = "11")]
     pub exit_record_path: Vec<u8>,
-    /// Whether standard input is a pipe that stays open (`ContainerConfig.stdin`); else it is `/dev/null`.
+    /// Whether standard input is a pipe that stays open (`ContainerConfig.stdin`); else it is
+    /// `/dev/null`.
     #[prost(bool, tag = "12")]
     pub stdin: bool,
     /// Whether that is closed when the first client that was attached to it leaves
@@ -54,8 +56,8 @@ pub struct Launch {
     /// Inside: directories that are made when absent, and stay writable when the root is read-only.
     #[prost(bytes = "vec", repeated, tag = "15")]
     pub volumes: Vec<Vec<u8>>,
-    /// The longest piece of a line in one log entry; longer lines are cut into partial entries. 0 is the
-    /// default, 16 KiB.
+    /// The longest piece of a line in one log entry; longer lines are cut into partial entries. 0
+    /// is the default, 16 KiB.
     #[prost(uint64, tag = "13")]
     pub max_log_line_bytes: u64,
 }
@@ -72,7 +74,8 @@ pub struct Rootfs {
     /// Host: overlay's work directory, on the filesystem of `upper_dir`.
     #[prost(bytes = "vec", tag = "3")]
     pub work_dir: Vec<u8>,
-    /// Host: an empty directory that the root is mounted on, in the container's own mount namespace only.
+    /// Host: an empty directory that the root is mounted on, in the container's own mount namespace
+    /// only.
     #[prost(bytes = "vec", tag = "4")]
     pub mount_point: Vec<u8>,
     /// The root itself is read-only; mounts in it keep their own mode.
@@ -110,14 +113,14 @@ pub struct Mount {
     /// Where it comes from.
     #[prost(oneof = "mount::Source", tags = "4, 5")]
     pub source: Option<mount::Source>,
-    /// The target must not be reached through a symbolic link: for `/proc`, `/sys`, `/dev`, which later steps
-    /// rely on.
+    /// The target must not be reached through a symbolic link: for `/proc`, `/sys`, `/dev`, which
+    /// later steps rely on.
     #[prost(bool, tag = "6")]
     pub no_symlinks: bool,
 }
 
-/// The search path of a process whose environment has none: the one that Docker images are built for, and
-/// that of execvp(3) in glibc.
+/// The search path of a process whose environment has none: the one that Docker images are built
+/// for, and that of execvp(3) in glibc.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What may be mounted over in `/proc`, as with runc: the files that lxcfs replaces by those of the
@@ -238,8 +241,8 @@ pub enum PidNamespace {
     /// Host: the one pinned at this path.
     #[prost(bytes, tag = "6")]
     Join(Vec<u8>),
-    /// That of another container. The request carries two descriptors: the main process of that container
-    /// (`pidfd_open(2)`), and its pid namespace.
+    /// That of another container. The request carries two descriptors: the main process of that
+    /// container (`pidfd_open(2)`), and its pid namespace.
     #[prost(message, tag = "9")]
     Target(()),
 }
@@ -278,8 +281,9 @@ pub struct Pause {
     pub seccomp_filter: Vec<u8>,
 }
 
-/// What process 1 of a pod's own pid namespace calls once it is confined. Each is of use on descriptors,
-/// memory and children that the process has already, so a tracer gains nothing by them.
+/// What process 1 of a pod's own pid namespace calls once it is confined. Each is of use on
+/// descriptors, memory and children that the process has already, so a tracer gains nothing by
+/// them.
 pub const REAPING: [&str; 27] = [
     "brk",
     "clock_nanosleep",
@@ -310,10 +314,12 @@ pub const REAPING: [&str; 27] = [
     "write",
 ];
 
-/// A process in a container: the main one or, with a few fields changed, one that was asked for by exec.
+/// A process in a container: the main one or, with a few fields changed, one that was asked for by
+/// exec.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Process {
-    /// The program and its arguments; at least one. A program without a slash is looked up in `PATH`.
+    /// The program and its arguments; at least one. A program without a slash is looked up in
+    /// `PATH`.
     #[prost(bytes = "vec", repeated, tag = "1")]
     pub args: Vec<Vec<u8>>,
     /// The environment, `NAME=value`. `HOME` is added from the passwd file when absent.
@@ -352,16 +358,16 @@ pub struct Process {
     /// File mode creation mask.
     #[prost(uint32, tag = "13")]
     pub umask: u32,
-    /// A filter for the way into a pid namespace where others live: `seccomp_filter`, but for the calls of
-    /// [`ENTERING`], which it lets through. Empty when `seccomp_filter` lets them through itself, which is
-    /// then in force all the way. Else the process has `PR_SET_NO_NEW_PRIVS` set, because the last filter is
-    /// installed without any privilege.
+    /// A filter for the way into a pid namespace where others live: `seccomp_filter`, but for the
+    /// calls of [`ENTERING`], which it lets through. Empty when `seccomp_filter` lets them through
+    /// itself, which is then in force all the way. Else the process has `PR_SET_NO_NEW_PRIVS` set,
+    /// because the last filter is installed without any privilege.
     #[prost(bytes = "vec", tag = "15")]
     pub entry_filter: Vec<u8>,
 }
 
-/// What the shim's child calls after it has given up its privileges outside a pid namespace, up to its
-/// program, each with the first arguments, which a filter can depend on.
+/// What the shim's child calls after it has given up its privileges outside a pid namespace, up to
+/// its program, each with the first arguments, which a filter can depend on.
 ///
 /// The clone is one of `CLONE_PARENT`, the ioctl a `TIOCSCTTY`.
 pub const ENTERING: [(&str, &[u64]); 15] = [
@@ -384,15 +390,16 @@ pub const ENTERING: [(&str, &[u64]); 15] = [
     ("prctl", &[]),
 ];
 
-/// What a process calls besides [`ENTERING`] when it has an `entry_filter`: `SECCOMP_SET_MODE_FILTER`.
+/// What a process calls besides [`ENTERING`] when it has an `entry_filter`:
+/// `SECCOMP_SET_MODE_FILTER`.
 pub const LAST_FILTER: (&str, &[u64]) = ("seccomp", &[1]);
 
-/// Who a process runs as, in the words of the request; resolved by the container's own passwd and group
-/// files.
+/// Who a process runs as, in the words of the request; resolved by the container's own passwd and
+/// group files.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct User {
-    /// A number or a name, with `:` and a group (number or name) behind it if the image says so; empty is
-    /// user 0.
+    /// A number or a name, with `:` and a group (number or name) behind it if the image says so;
+    /// empty is user 0.
     #[prost(string, tag = "1")]
     pub user: String,
     /// The primary group, whatever the files say.

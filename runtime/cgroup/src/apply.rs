@@ -9,11 +9,12 @@ use crate::limits::{
 use crate::{Cgroup, Error, control_file};
 
 impl Cgroup {
-    /// Sets the limits of a cgroup that was just made and has no process yet. After an error, remove it.
+    /// Sets the limits of a cgroup that was just made and has no process yet. After an error,
+    /// remove it.
     ///
     /// # Errors
-    /// [`Error::InvalidLimit`]; [`Error::ControllerMissing`] for a limit that this machine cannot keep;
-    /// [`Error::Write`] with file and value.
+    /// [`Error::InvalidLimit`]; [`Error::ControllerMissing`] for a limit that this machine cannot
+    /// keep; [`Error::Write`] with file and value.
     pub fn apply(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
         let steps = plan(self.version(), limits, &Present::default())?;
         let mut notes = Vec::new();
@@ -21,19 +22,19 @@ impl Cgroup {
         Ok(notes)
     }
 
-    /// Changes the limits of a cgroup with running processes: all of them, or, when the kernel refuses one,
-    /// none.
+    /// Changes the limits of a cgroup with running processes: all of them, or, when the kernel
+    /// refuses one, none.
     ///
-    /// A memory limit below what is in use is refused. v1 tries to free memory and refuses on its own; v2
-    /// would kill, so there memory is reclaimed first (`memory.reclaim`, Linux 5.19) and the limit set only
-    /// if that was enough.
+    /// A memory limit below what is in use is refused. v1 tries to free memory and refuses on its
+    /// own; v2 would kill, so there memory is reclaimed first (`memory.reclaim`, Linux 5.19) and
+    /// the limit set only if that was enough.
     ///
-    /// For a scope systemd is notified then, so that it does not put the earlier values back one day; when it
-    /// does not answer (within 30 s), the update has failed like any other.
+    /// For a scope systemd is notified then, so that it does not put the earlier values back one
+    /// day; when it does not answer (within 30 s), the update has failed like any other.
     ///
     /// # Errors
-    /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier limits are then
-    /// in force again, or it is [`Error::NotRolledBack`].
+    /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier
+    /// limits are then in force again, or it is [`Error::NotRolledBack`].
     pub fn update(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
         let present = self.present()?;
         let steps = plan(self.version(), limits, &present)?;
@@ -59,8 +60,8 @@ impl Cgroup {
         }
     }
 
-    /// Of the limits that are set in `asked`, what the kernel has. What cannot be read, or is not there, is
-    /// as in `earlier`; so are shares where the weight of v2 is that of the earlier ones.
+    /// Of the limits that are set in `asked`, what the kernel has. What cannot be read, or is not
+    /// there, is as in `earlier`; so are shares where the weight of v2 is that of the earlier ones.
     #[must_use]
     pub fn read_back(&self, asked: &Limits, earlier: &Limits) -> Limits {
         let number = |controller: &str, file: &str| {
@@ -142,8 +143,8 @@ impl Cgroup {
         }
     }
 
-    /// Tells systemd what the files got, and writes them once more: systemd has just written them too,
-    /// rounded.
+    /// Tells systemd what the files got, and writes them once more: systemd has just written them
+    /// too, rounded.
     fn tell(&self, unit: &Unit, steps: &[Step], present: &Present) -> Result<(), Error> {
         let properties = properties_of(steps, present);
         if properties.is_empty() {
@@ -195,8 +196,8 @@ impl Cgroup {
         if excess == 0 {
             return Ok(());
         }
-        // EAGAIN says that less than that could be freed, ENOENT that the kernel is older: the second look
-        // decides.
+        // EAGAIN says that less than that could be freed, ENOENT that the kernel is older: the
+        // second look decides.
         let _ = control_file::write_value(&dir.join("memory.reclaim"), &excess.to_string());
         let usage_bytes = usage()?;
         if usage_bytes > bytes {
@@ -266,8 +267,8 @@ impl Cgroup {
     }
 }
 
-/// A limit as a control file has it: v2's `max`, v1's -1, and v1's memory without a limit, which is the
-/// greatest number of whole pages of up to 64 KiB.
+/// A limit as a control file has it: v2's `max`, v1's -1, and v1's memory without a limit, which is
+/// the greatest number of whole pages of up to 64 KiB.
 fn ceiling(word: &str) -> Option<Ceiling> {
     const V1_UNLIMITED: u64 = i64::MAX as u64 & !0xffff;
     match word {

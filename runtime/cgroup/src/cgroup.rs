@@ -1,12 +1,13 @@
 //! One container's cgroup: where it is, making it, finding it again, and how a process gets in.
 //!
 //! # Joining
-//! On v2 the child is cloned straight into [`Cgroup::unified_dir`] (`CLONE_INTO_CGROUP`). On v1 the child
-//! itself, while it has one thread, writes `0` to each of [`Cgroup::join_files`], which are `tasks` files.
-//! Writing a pid, or anything to `cgroup.procs`, takes the kernel's global lock over all thread groups
-//! (`cgroup_threadgroup_rwsem`), whose writer waits for an RCU grace period when it was not taken recently; a
-//! thread that moves only itself skips it. Measured on Linux 6.18, 2 cores, nine hierarchies, 50 ms between
-//! containers: 6.5 ms from outside through `cgroup.procs`, 0.2 ms from inside through `tasks`.
+//! On v2 the child is cloned straight into [`Cgroup::unified_dir`] (`CLONE_INTO_CGROUP`). On v1 the
+//! child itself, while it has one thread, writes `0` to each of [`Cgroup::join_files`], which are
+//! `tasks` files. Writing a pid, or anything to `cgroup.procs`, takes the kernel's global lock over
+//! all thread groups (`cgroup_threadgroup_rwsem`), whose writer waits for an RCU grace period when
+//! it was not taken recently; a thread that moves only itself skips it. Measured on Linux 6.18, 2
+//! cores, nine hierarchies, 50 ms between containers: 6.5 ms from outside through `cgroup.procs`,
+//! 0.2 ms from inside through `tasks`.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ffi::OsStr;
@@ -44,16 +45,16 @@ pub(crate) struct Unit {
 pub struct Cgroup {
     path: String,
     pub(crate) place: Place,
-    /// Nothing with the cgroupfs driver, and for a scope of an earlier daemon until it is known how to
-    /// reach systemd.
+    /// Nothing with the cgroupfs driver, and for a scope of an earlier daemon until it is known how
+    /// to reach systemd.
     pub(crate) unit: Option<Unit>,
 }
 
 /// What a scope is made of: [`Cgroup::create_scope`].
 #[derive(Debug, Clone, Copy)]
 pub struct Scope<'a> {
-    /// A process of the caller's that does nothing: a scope cannot be without one, and the container's own
-    /// must not run before its limits are in force.
+    /// A process of the caller's that does nothing: a scope cannot be without one, and the
+    /// container's own must not run before its limits are in force.
     pub process: u32,
     /// Its limits.
     pub limits: &'a Limits,
@@ -62,18 +63,19 @@ pub struct Scope<'a> {
 }
 
 impl Cgroup {
-    /// Makes `<parent>/<id>` (or as [`crate::Naming`] has it): on v2 one directory, with the controllers
-    /// handed down to it by the parent; on v1 one in the hierarchy of each controller that Berth uses, and in
-    /// the others that have the parent. A v1 cpuset starts with its parent's processors and memory nodes,
-    /// without which no process could join.
+    /// Makes `<parent>/<id>` (or as [`crate::Naming`] has it): on v2 one directory, with the
+    /// controllers handed down to it by the parent; on v1 one in the hierarchy of each controller
+    /// that Berth uses, and in the others that have the parent. A v1 cpuset starts with its
+    /// parent's processors and memory nodes, without which no process could join.
     ///
-    /// A missing default parent is made first; so is a named one in the hierarchy that a kubelet leaves out,
-    /// once it is known to exist in the others. When this fails, nothing of the leaf is left.
+    /// A missing default parent is made first; so is a named one in the hierarchy that a kubelet
+    /// leaves out, once it is known to exist in the others. When this fails, nothing of the leaf is
+    /// left.
     ///
     /// # Errors
     /// [`Error::InvalidId`]; [`Error::ParentMissing`] with the directory that should be there;
-    /// [`Error::AlreadyExists`]; [`Error::Create`]; [`Error::Write`] when the parent does not hand its
-    /// controllers down (on v2, a parent that has processes of its own cannot).
+    /// [`Error::AlreadyExists`]; [`Error::Create`]; [`Error::Write`] when the parent does not hand
+    /// its controllers down (on v2, a parent that has processes of its own cannot).
     pub fn create(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
         check_id(parent, id)?;
         if parent.driver() != Driver::Cgroupfs {
@@ -101,8 +103,8 @@ impl Cgroup {
                     let leaf = below(&mount.path, &path);
                     let may_make_parent = parent.is_ours() || (mount.is_runtimes_own() && !dirs.is_empty());
                     let made = match make_directory(&leaf) {
-                        // The leaf is tried first: that the default parent is missing happens once in its
-                        // life.
+                        // The leaf is tried first: that the default parent is missing happens once
+                        // in its life.
                         Err(Error::ParentMissing { .. }) if may_make_parent => {
                             make_legacy_parent(&mount.path, parent.path())
                                 .and_then(|()| make_directory(&leaf))
@@ -130,15 +132,16 @@ impl Cgroup {
         Ok(Self { path, place, unit: None })
     }
 
-    /// Has systemd make the scope `berth-<id>.scope` in the slice `parent`. Its process may go as soon as
-    /// another is in the scope; when the last one goes, so does the scope. Blocks while systemd works, for 30
-    /// s at the most.
+    /// Has systemd make the scope `berth-<id>.scope` in the slice `parent`. Its process may go as
+    /// soon as another is in the scope; when the last one goes, so does the scope. Blocks while
+    /// systemd works, for 30 s at the most.
     ///
-    /// The limits are systemd's knowledge then, rounded to what it can keep; [`Cgroup::apply`] has to follow.
+    /// The limits are systemd's knowledge then, rounded to what it can keep; [`Cgroup::apply`] has
+    /// to follow.
     ///
     /// # Errors
-    /// [`Error::InvalidId`]; [`Error::InvalidLimit`]; [`Error::WrongDriver`]; [`Error::ParentMissing`];
-    /// [`Error::Unit`].
+    /// [`Error::InvalidId`]; [`Error::InvalidLimit`]; [`Error::WrongDriver`];
+    /// [`Error::ParentMissing`]; [`Error::Unit`].
     pub fn create_scope(
         hierarchy: &Hierarchy,
         systemd: &Systemd,
@@ -167,16 +170,16 @@ impl Cgroup {
             unit: name.clone(),
             source,
         })?;
-        // Systemd has done it for the controllers that it knows, of which huge pages are none. Where they
-        // cannot be handed down, a limit of them will say so.
+        // Systemd has done it for the controllers that it knows, of which huge pages are none.
+        // Where they cannot be handed down, a limit of them will say so.
         let _ = hand_down_controllers(&above);
         let path = format!("{}/{name}", parent.path());
         let place = Place::Unified(below(mount, &path));
         Ok(Self { path, place, unit: Some(Unit { name, systemd: systemd.clone() }) })
     }
 
-    /// The same cgroup with a connection to systemd, if it is a scope: its changes and its end are then
-    /// systemd's too.
+    /// The same cgroup with a connection to systemd, if it is a scope: its changes and its end are
+    /// then systemd's too.
     #[must_use]
     pub fn with_systemd(mut self, systemd: Option<&Systemd>) -> Self {
         let name = self.path.rsplit('/').next().unwrap_or_default();
@@ -186,9 +189,10 @@ impl Cgroup {
         self
     }
 
-    /// Makes the directory of a leaf that no process will ever be in: what shows others, by its name, that
-    /// there is a pod. With the systemd driver too it is no unit, which could not be without a process;
-    /// systemd leaves directories alone that it does not know, and takes them away with their slice.
+    /// Makes the directory of a leaf that no process will ever be in: what shows others, by its
+    /// name, that there is a pod. With the systemd driver too it is no unit, which could not be
+    /// without a process; systemd leaves directories alone that it does not know, and takes them
+    /// away with their slice.
     ///
     /// # Errors
     /// As [`Cgroup::create`].
@@ -206,9 +210,9 @@ impl Cgroup {
         Ok(Self { path, place: Place::Unified(leaf), unit: None })
     }
 
-    /// The cgroup that [`Cgroup::create`] or [`Cgroup::create_scope`] would make now, with nothing made: for
-    /// what has to name its directories first. A hierarchy that lacks the parent is left out, unless the
-    /// parent would be made in it.
+    /// The cgroup that [`Cgroup::create`] or [`Cgroup::create_scope`] would make now, with nothing
+    /// made: for what has to name its directories first. A hierarchy that lacks the parent is left
+    /// out, unless the parent would be made in it.
     ///
     /// # Errors
     /// [`Error::InvalidId`].
@@ -233,9 +237,9 @@ impl Cgroup {
         Ok(Self { path, place, unit: None })
     }
 
-    /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon, also if leaves had
-    /// other names then: all of it, part of it, or nothing, which is no error, so that stopping and removing
-    /// work whatever is left.
+    /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon, also if
+    /// leaves had other names then: all of it, part of it, or nothing, which is no error, so that
+    /// stopping and removing work whatever is left.
     ///
     /// # Errors
     /// [`Error::InvalidId`].
@@ -300,8 +304,8 @@ impl Cgroup {
         }
     }
 
-    /// The v1 files into each of which a process with one thread writes `0` to join; see the head of this
-    /// file. Nothing on v2.
+    /// The v1 files into each of which a process with one thread writes `0` to join; see the head
+    /// of this file. Nothing on v2.
     #[must_use]
     pub fn join_files(&self) -> Vec<PathBuf> {
         match &self.place {
@@ -336,8 +340,8 @@ impl Cgroup {
     }
 }
 
-/// The ids of the cgroups directly below `parent`, in any hierarchy: what an earlier life of the daemon may
-/// have left there. Empty when the parent is not there.
+/// The ids of the cgroups directly below `parent`, in any hierarchy: what an earlier life of the
+/// daemon may have left there. Empty when the parent is not there.
 ///
 /// # Errors
 /// [`Error::Read`].
@@ -372,11 +376,12 @@ pub struct Leaves {
     pub is_cut: bool,
 }
 
-/// The leaves below any parent whose ids `is_id` accepts, as the hierarchy of the memory controller has them,
-/// or the only one.
+/// The leaves below any parent whose ids `is_id` accepts, as the hierarchy of the memory controller
+/// has them, or the only one.
 ///
-/// What is below a leaf is its container's, which may give it any name and mark: it is not looked at. Nor can
-/// containers of others hide a leaf by how many cgroups they make: those that are deeper come later.
+/// What is below a leaf is its container's, which may give it any name and mark: it is not looked
+/// at. Nor can containers of others hide a leaf by how many cgroups they make: those that are
+/// deeper come later.
 ///
 /// # Errors
 /// [`Error::Read`].
@@ -461,7 +466,8 @@ fn make_legacy_parent(mount: &Path, path: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// The default parent on v2, with the controllers handed down all the way: every step of it is ours.
+/// The default parent on v2, with the controllers handed down all the way: every step of it is
+/// ours.
 fn make_unified_parent(mount: &Path, path: &str) -> Result<(), Error> {
     let mut above = mount.to_path_buf();
     for step in steps(mount, path) {
@@ -475,8 +481,8 @@ fn make_unified_parent(mount: &Path, path: &str) -> Result<(), Error> {
 /// Has `dir` hand its controllers to its children, where it does not yet: `cgroup.subtree_control`,
 /// Documentation/admin-guide/cgroup-v2.rst, "Enabling and Disabling".
 ///
-/// For a named parent this is all that is changed, and it has to be done here: kubelet hands controllers down
-/// *to* the pod's cgroup, not below it.
+/// For a named parent this is all that is changed, and it has to be done here: kubelet hands
+/// controllers down *to* the pod's cgroup, not below it.
 fn hand_down_controllers(dir: &Path) -> Result<(), Error> {
     let control = dir.join("cgroup.subtree_control");
     let handed = control_file::read(&control)?;
@@ -497,8 +503,8 @@ fn hand_down_controllers(dir: &Path) -> Result<(), Error> {
     if request.is_empty() { Ok(()) } else { control_file::write(&control, &request) }
 }
 
-/// The two files without which a v1 cpuset takes no process: a new one has them empty, and joining it gets
-/// `ENOSPC`, cpuset(7).
+/// The two files without which a v1 cpuset takes no process: a new one has them empty, and joining
+/// it gets `ENOSPC`, cpuset(7).
 const CPUSET_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
 /// Gives a new v1 cpuset its parent's processors and memory nodes.
@@ -518,8 +524,8 @@ fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
     if !value.is_empty() {
         return Ok(String::from_utf8_lossy(value).into_owned());
     }
-    // Ends at the root of the hierarchy, which is never empty; above it there is no such file, which the read
-    // reports.
+    // Ends at the root of the hierarchy, which is never empty; above it there is no such file,
+    // which the read reports.
     let Some(parent) = dir.parent() else {
         return Err(Error::Malformed { path, expected: "processors or memory nodes" });
     };
@@ -528,8 +534,8 @@ fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
     Ok(value)
 }
 
-/// Removes what a failed creation made. These directories are empty and not yet known to anyone, so this can
-/// only fail where making them would have failed; the first error is the one to tell.
+/// Removes what a failed creation made. These directories are empty and not yet known to anyone, so
+/// this can only fail where making them would have failed; the first error is the one to tell.
 fn undo(dirs: &[LegacyDir]) {
     for dir in dirs {
         let _ = std::fs::remove_dir(&dir.path);

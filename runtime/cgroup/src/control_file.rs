@@ -1,5 +1,5 @@
-//! Reading and writing single control files: one `write(2)` per value, one bound on what is read, the path in
-//! every error.
+//! Reading and writing single control files: one `write(2)` per value, one bound on what is read,
+//! the path in every error.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -9,12 +9,12 @@ use berth_sys::errno::ENODEV;
 
 use crate::Error;
 
-/// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most 4,194,304
-/// pids (`kernel.pid_max`, proc(5)).
+/// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most
+/// 4,194,304 pids (`kernel.pid_max`, proc(5)).
 const READ_LIMIT: u64 = 32 * 1024 * 1024;
 
-/// Opens for writing and never creates: a control file that is missing must be an error, on a fake tree as on
-/// the kernel's.
+/// Opens for writing and never creates: a control file that is missing must be an error, on a fake
+/// tree as on the kernel's.
 pub(crate) fn open_for_writing(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).open(path)
 }
@@ -65,7 +65,8 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ENODEV)
 }
 
-/// A file with one number, with or without a line end. `max` (v2) is nothing, and so is a missing file.
+/// A file with one number, with or without a line end. `max` (v2) is nothing, and so is a missing
+/// file.
 pub(crate) fn read_number(path: &Path) -> Result<Option<u64>, Error> {
     let Some(bytes) = read_if_there(path)? else { return Ok(None) };
     let text = bytes.trim_ascii();
@@ -83,8 +84,8 @@ pub(crate) fn number(text: &[u8]) -> Option<u64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// The number behind `key` in a flat keyed file (`key value` lines), Documentation/admin-guide/cgroup-v2.rst,
-/// "Format".
+/// The number behind `key` in a flat keyed file (`key value` lines),
+/// Documentation/admin-guide/cgroup-v2.rst, "Format".
 pub(crate) fn keyed(bytes: &[u8], key: &str) -> Option<u64> {
     bytes.split(|&byte| byte == b'\n').find_map(|line| {
         let rest = line.strip_prefix(key.as_bytes())?.strip_prefix(b" ")?;
@@ -101,8 +102,8 @@ pub(crate) fn sub_directories(dir: &Path) -> io::Result<Vec<PathBuf>> {
     };
     for entry in entries {
         match entry {
-            // d_type is filled in by cgroupfs; a symbolic link, which only a fake tree can have, is not
-            // followed.
+            // d_type is filled in by cgroupfs; a symbolic link, which only a fake tree can have, is
+            // not followed.
             Ok(entry) if entry.file_type().is_ok_and(|kind| kind.is_dir()) => found.push(entry.path()),
             Ok(_) => {}
             Err(error) if is_gone(&error) => break,
@@ -112,7 +113,8 @@ pub(crate) fn sub_directories(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// A directory and all below it, parents before their children. What bounds the kernel's tree bounds this.
+/// A directory and all below it, parents before their children. What bounds the kernel's tree
+/// bounds this.
 pub(crate) fn tree(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut all = vec![dir.to_path_buf()];
     let mut next = 0;

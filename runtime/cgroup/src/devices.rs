@@ -1,9 +1,9 @@
 //! Which devices the processes of a cgroup may open and make: an allow list, empty at first.
 //!
 //! On v1 it is written into `devices.deny` and `devices.allow`
-//! (Documentation/admin-guide/cgroup-v1/devices.rst); on v2 it becomes an eBPF program that is attached to
-//! the cgroup. There are no deny rules: a list that is read as "deny these" allows everything it forgot
-//! (GHSA-g54h-m393-cpwq).
+//! (Documentation/admin-guide/cgroup-v1/devices.rst); on v2 it becomes an eBPF program that is
+//! attached to the cgroup. There are no deny rules: a list that is read as "deny these" allows
+//! everything it forgot (GHSA-g54h-m393-cpwq).
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -14,8 +14,9 @@ use berth_sys::bpf::{self, Instruction};
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, control_file};
 
-/// Rules taken for one cgroup. The verifier allows a program of 1 M instructions and a jump of 32 K; a
-/// privileged container needs no rules, and one that names a thousand devices is a mistake or an attack.
+/// Rules taken for one cgroup. The verifier allows a program of 1 M instructions and a jump of 32
+/// K; a privileged container needs no rules, and one that names a thousand devices is a mistake or
+/// an attack.
 const MAX_RULES: usize = 1024;
 
 /// The highest device numbers: 12 and 20 bits, <linux/kdev_t.h>.
@@ -31,7 +32,8 @@ pub enum DeviceKind {
     Block,
 }
 
-/// What may be done with a device: OCI runtime-spec "Allowed Device list", `access`, a subset of `rwm`.
+/// What may be done with a device: OCI runtime-spec "Allowed Device list", `access`, a subset of
+/// `rwm`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Access {
     /// Open for reading.
@@ -48,8 +50,8 @@ impl Access {
     /// Only making the node.
     pub const MKNOD: Self = Self { read: false, write: false, mknod: true };
 
-    /// From CRI's `Device.permissions`: letters of `rwm`, each at most once, at least one. Nothing for
-    /// anything else.
+    /// From CRI's `Device.permissions`: letters of `rwm`, each at most once, at least one. Nothing
+    /// for anything else.
     #[must_use]
     pub fn parse(letters: &str) -> Option<Self> {
         let mut access = Self { read: false, write: false, mknod: false };
@@ -90,9 +92,10 @@ pub enum DevicePolicy {
     Only(Vec<DeviceRule>),
 }
 
-/// The devices that every container may use: those that the OCI runtime-spec ("Default Devices") puts into
-/// its /dev, pseudo-terminals, and making (not opening) any node, which package managers and image builders
-/// do. Not 5:1: a container's /dev/console is a pseudo-terminal, and that device is the console of the host.
+/// The devices that every container may use: those that the OCI runtime-spec ("Default Devices")
+/// puts into its /dev, pseudo-terminals, and making (not opening) any node, which package managers
+/// and image builders do. Not 5:1: a container's /dev/console is a pseudo-terminal, and that device
+/// is the console of the host.
 #[must_use]
 pub fn default_devices() -> Vec<DeviceRule> {
     let any = |kind| DeviceRule { kind, major: None, minor: None, access: Access::MKNOD };
@@ -113,15 +116,15 @@ pub fn default_devices() -> Vec<DeviceRule> {
 }
 
 impl Cgroup {
-    /// Puts the policy in force, in place of an earlier one. On v1 the cgroup must have no sub-cgroups, and
-    /// there is a moment at which nothing is allowed; on v2 there is a moment at which only what both
-    /// policies allow is.
+    /// Puts the policy in force, in place of an earlier one. On v1 the cgroup must have no
+    /// sub-cgroups, and there is a moment at which nothing is allowed; on v2 there is a moment at
+    /// which only what both policies allow is.
     ///
     /// # Errors
     /// [`Error::InvalidLimit`] for numbers that no device has, or too many rules;
-    /// [`Error::ControllerMissing`] when v1's devices controller is not mounted and the policy is not
-    /// [`DevicePolicy::All`]; [`Error::Write`] or [`Error::DeviceFilter`] when the kernel refuses, on v1 also
-    /// because the parent does not allow it.
+    /// [`Error::ControllerMissing`] when v1's devices controller is not mounted and the policy is
+    /// not [`DevicePolicy::All`]; [`Error::Write`] or [`Error::DeviceFilter`] when the kernel
+    /// refuses, on v1 also because the parent does not allow it.
     pub fn set_devices(&self, policy: &DevicePolicy) -> Result<(), Error> {
         if let DevicePolicy::Only(rules) = policy {
             check(rules)?;
@@ -237,7 +240,7 @@ const ACCESS_WRITE: i32 = 4;
 /// The filter: one block per rule, each of which answers 1 or goes on to the next; at the end 0.
 ///
 /// ```c
-/// struct bpf_cgroup_dev_ctx { __u32 access_type; /* access << 16 | kind */ __u32 major; __u32 minor; };
+/// struct bpf_cgroup_dev_ctx { __u32 access_type /* access << 16 | kind */, major, minor; };
 /// ```
 fn program(rules: &[DeviceRule]) -> Vec<Instruction> {
     use register::{ACCESS, CONTEXT, KIND, MAJOR, MINOR, RESULT, SCRATCH};
@@ -284,8 +287,8 @@ fn program(rules: &[DeviceRule]) -> Vec<Instruction> {
         }
         block.push(op(code::MOVE_CONSTANT, RESULT, 0, 0, 1));
         block.push(op(code::EXIT, 0, 0, 0, 0));
-        // Jumps count from the instruction after them; all go to the end of the block, which is a few
-        // instructions long.
+        // Jumps count from the instruction after them; all go to the end of the block, which is a
+        // few instructions long.
         for (left, instruction) in (0_i16..).zip(block.iter_mut().rev()) {
             if instruction.code == code::JUMP_UNLESS_EQUAL {
                 instruction.offset = left;

@@ -12,8 +12,8 @@ pub enum Error {
     /// No cgroup file system is mounted, or none that has controllers.
     #[error("no cgroup hierarchy with controllers is mounted")]
     NoHierarchy,
-    /// The kernel has bound a controller to a v1 hierarchy that is mounted nowhere, so its limits could not
-    /// be set.
+    /// The kernel has bound a controller to a v1 hierarchy that is mounted nowhere, so its limits
+    /// could not be set.
     #[error("the cgroup controller {controller} belongs to a v1 hierarchy that is not mounted")]
     ControllerNotMounted {
         /// The controller, such as `memory`.
@@ -43,8 +43,8 @@ pub enum Error {
         /// The directory that was looked for.
         path: PathBuf,
     },
-    /// A slice cannot be used without systemd, nor another parent with it, nor either on the other version of
-    /// cgroups.
+    /// A slice cannot be used without systemd, nor another parent with it, nor either on the other
+    /// version of cgroups.
     #[error("cannot create a cgroup in {parent:?} with the requested driver")]
     WrongDriver {
         /// The parent's path.
@@ -175,7 +175,8 @@ pub enum Error {
         /// How long was waited.
         waited_ms: u128,
     },
-    /// A cgroup directory could not be removed in time; all failures are counted, the first is reported.
+    /// A cgroup directory could not be removed in time; all failures are counted, the first is
+    /// reported.
     #[error("cannot remove the cgroup {path:?}{}", if *more == 0 { String::new() } else { format!(" and {more} more") })]
     Remove {
         /// The first directory that stayed.

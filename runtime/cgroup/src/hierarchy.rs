@@ -1,9 +1,9 @@
 //! Which cgroup hierarchies this machine has, and where they are mounted.
 //!
-//! Three arrangements occur, cgroups(7): *unified* (v2 only), *legacy* (controllers on v1 mounts), and
-//! *hybrid* (controllers on v1, and an empty v2 mount beside them, for systemd). Hybrid is legacy here: what
-//! counts is where the controllers are. The parsers are pure functions over the bytes of
-//! `/proc/self/mountinfo` and `/proc/self/cgroup`.
+//! Three arrangements occur, cgroups(7): *unified* (v2 only), *legacy* (controllers on v1 mounts),
+//! and *hybrid* (controllers on v1, and an empty v2 mount beside them, for systemd). Hybrid is
+//! legacy here: what counts is where the controllers are. The parsers are pure functions over the
+//! bytes of `/proc/self/mountinfo` and `/proc/self/cgroup`.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 use crate::{Driver, Error, control_file};
 
-/// The controllers whose limits Berth sets or whose files it needs to end and count processes. On v1 a
-/// container's cgroup must exist in each of their hierarchies that is mounted, and a named parent must too:
-/// kubelet and cAdvisor look for the container there.
+/// The controllers whose limits Berth sets or whose files it needs to end and count processes. On
+/// v1 a container's cgroup must exist in each of their hierarchies that is mounted, and a named
+/// parent must too: kubelet and cAdvisor look for the container there.
 pub(crate) const NEEDED: [&str; 7] = ["cpu", "cpuacct", "cpuset", "memory", "pids", "devices", "freezer"];
 
 /// Of these, the ones without which a node cannot keep its promises about limits.
@@ -29,16 +29,16 @@ pub struct LegacyMount {
 }
 
 impl LegacyMount {
-    /// Whether a container must have a cgroup here. The others (blkio, net_cls, perf_event, `name=systemd` …)
-    /// are followed where the parent exists, so that their accounting, and systemd's idea of who belongs to
-    /// whom, stays right; nothing depends on them.
+    /// Whether a container must have a cgroup here. The others (blkio, net_cls, perf_event,
+    /// `name=systemd` …) are followed where the parent exists, so that their accounting, and
+    /// systemd's idea of who belongs to whom, stays right; nothing depends on them.
     pub(crate) fn is_needed(&self) -> bool {
         self.controllers.iter().any(|name| NEEDED.contains(&name.as_str()))
     }
 
-    /// Whether the creator of pods' cgroups may have left this hierarchy out. A kubelet does so with
-    /// `devices`, which it sets no limit in (runc's `SkipDevices`, set by kubelet's cgroup manager); what a
-    /// container may open is the runtime's affair.
+    /// Whether the creator of pods' cgroups may have left this hierarchy out. A kubelet does so
+    /// with `devices`, which it sets no limit in (runc's `SkipDevices`, set by kubelet's cgroup
+    /// manager); what a container may open is the runtime's affair.
     pub(crate) fn is_runtimes_own(&self) -> bool {
         self.controllers.iter().all(|name| name == "devices")
     }
@@ -70,11 +70,13 @@ impl Hierarchy {
         Self::from_proc(&mountinfo, &membership)
     }
 
-    /// The same from the bytes of `/proc/self/mountinfo` (proc(5)) and `/proc/self/cgroup` (cgroups(7)).
+    /// The same from the bytes of `/proc/self/mountinfo` (proc(5)) and `/proc/self/cgroup`
+    /// (cgroups(7)).
     ///
     /// # Errors
-    /// [`Error::NoHierarchy`], or [`Error::ControllerNotMounted`] when cpu, memory or pids is bound to a v1
-    /// hierarchy that is not mounted: the v2 mount then lacks it too, and limits would silently not hold.
+    /// [`Error::NoHierarchy`], or [`Error::ControllerNotMounted`] when cpu, memory or pids is bound
+    /// to a v1 hierarchy that is not mounted: the v2 mount then lacks it too, and limits would
+    /// silently not hold.
     pub fn from_proc(mountinfo: &[u8], membership: &[u8]) -> Result<Self, Error> {
         let mut unified: Option<(bool, PathBuf)> = None;
         let mut legacy: Vec<(bool, LegacyMount)> = Vec::new();
@@ -87,7 +89,8 @@ impl Hierarchy {
                 }
                 Mount::Legacy { whole, mount } => {
                     match legacy.iter_mut().find(|(_, known)| known.controllers == mount.controllers) {
-                        // The same hierarchy mounted twice: the mount that shows all of it is the one to use.
+                        // The same hierarchy mounted twice: the mount that shows all of it is the
+                        // one to use.
                         Some(known) => {
                             if whole && !known.0 {
                                 *known = (whole, mount);
@@ -123,8 +126,8 @@ impl Hierarchy {
         matches!(self, Self::Unified { .. })
     }
 
-    /// The mount of a controller: on v2 the one mount there is (which need not have the controller), on v1
-    /// its own.
+    /// The mount of a controller: on v2 the one mount there is (which need not have the
+    /// controller), on v1 its own.
     #[must_use]
     pub fn mount_of(&self, controller: &str) -> Option<&Path> {
         match self {
@@ -142,8 +145,8 @@ enum Mount {
     Legacy { whole: bool, mount: LegacyMount },
 }
 
-/// Words among a v1 mount's options that are not controllers: the VFS's, and those of `cgroup1_show_options`
-/// in the kernel.
+/// Words among a v1 mount's options that are not controllers: the VFS's, and those of
+/// `cgroup1_show_options` in the kernel.
 const OPTIONS: [&str; 11] = [
     "rw",
     "ro",
@@ -211,8 +214,8 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The controllers that are bound to v1 hierarchies, from lines `9:cpu,cpuacct:/path`. Line `0::/path` is
-/// v2's.
+/// The controllers that are bound to v1 hierarchies, from lines `9:cpu,cpuacct:/path`. Line
+/// `0::/path` is v2's.
 fn parse_membership(bytes: &[u8]) -> Vec<String> {
     let mut controllers = Vec::new();
     for line in bytes.split(|&byte| byte == b'\n') {
@@ -226,8 +229,8 @@ fn parse_membership(bytes: &[u8]) -> Vec<String> {
 
 impl Driver {
     /// The driver that fits this node: systemd where it runs as process 1 (sd_booted(3):
-    /// `/run/systemd/system` exists) on cgroup v2. On v1 the cgroupfs driver serves: there systemd keeps its
-    /// own hierarchy and lets others use the controllers.
+    /// `/run/systemd/system` exists) on cgroup v2. On v1 the cgroupfs driver serves: there systemd
+    /// keeps its own hierarchy and lets others use the controllers.
     #[must_use]
     pub fn detect(hierarchy: &Hierarchy) -> Self {
         if hierarchy.is_unified() && Path::new("/run/systemd/system").is_dir() {

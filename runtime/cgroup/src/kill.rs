@@ -1,9 +1,10 @@
 //! Who is in a cgroup, and ending all of them.
 //!
-//! v2 has `cgroup.kill` (Linux 5.14), which cannot miss anyone. v1 has not: there the cgroup is frozen, so
-//! that no process forks while the list is read, each on the list gets SIGKILL, and it is thawed so that they
-//! can die; and so on until none is left. A container may have made sub-cgroups, in one hierarchy and not in
-//! another, so all directories of all hierarchies are read.
+//! v2 has `cgroup.kill` (Linux 5.14), which cannot miss anyone. v1 has not: there the cgroup is
+//! frozen, so that no process forks while the list is read, each on the list gets SIGKILL, and it
+//! is thawed so that they can die; and so on until none is left. A container may have made
+//! sub-cgroups, in one hierarchy and not in another, so all directories of all hierarchies are
+//! read.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -17,14 +18,14 @@ use berth_sys::process;
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, control_file};
 
-/// Waits between two looks: from the time that a killed process with little memory needs, to one at which
-/// looking costs nothing.
+/// Waits between two looks: from the time that a killed process with little memory needs, to one at
+/// which looking costs nothing.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
 impl Cgroup {
-    /// The pids of all processes in this cgroup and below it, as this process's pid namespace numbers them.
-    /// Those that it cannot see are left out.
+    /// The pids of all processes in this cgroup and below it, as this process's pid namespace
+    /// numbers them. Those that it cannot see are left out.
     ///
     /// # Errors
     /// [`Error::Read`]; a cgroup that is not there has no processes.
@@ -39,8 +40,8 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// The same as one hierarchy has it, which is enough to look at them, not to end them: a process may have
-    /// been moved in another. A twelfth of the work on a v1 machine with twelve.
+    /// The same as one hierarchy has it, which is enough to look at them, not to end them: a
+    /// process may have been moved in another. A twelfth of the work on a v1 machine with twelve.
     ///
     /// # Errors
     /// [`Error::Read`].
@@ -67,11 +68,13 @@ impl Cgroup {
         Ok(self.processes()?.is_empty())
     }
 
-    /// Kills everything in this cgroup and below it, and waits until it is empty. Blocks for up to `within`.
+    /// Kills everything in this cgroup and below it, and waits until it is empty. Blocks for up to
+    /// `within`.
     ///
     /// # Errors
-    /// [`Error::StillPopulated`] when the time is up (a process in an uninterruptible wait, for example);
-    /// [`Error::Kill`], [`Error::Read`], [`Error::Write`]. Whatever happens, the cgroup is not left frozen.
+    /// [`Error::StillPopulated`] when the time is up (a process in an uninterruptible wait, for
+    /// example); [`Error::Kill`], [`Error::Read`], [`Error::Write`]. Whatever happens, the cgroup
+    /// is not left frozen.
     pub fn kill(&self, within: Duration) -> Result<(), Error> {
         let started = Instant::now();
         let mut wait = FIRST_WAIT;
@@ -132,8 +135,9 @@ impl Cgroup {
     }
 }
 
-/// A v1 freezer, thawed when this goes out of scope, also on the way out of an error: a frozen cgroup cannot
-/// die and would outlive its pod. With it those below, which a container may have frozen on its own.
+/// A v1 freezer, thawed when this goes out of scope, also on the way out of an error: a frozen
+/// cgroup cannot die and would outlive its pod. With it those below, which a container may have
+/// frozen on its own.
 struct Frozen<'a> {
     dir: &'a Path,
 }
@@ -142,7 +146,8 @@ struct Frozen<'a> {
 const STATE: &str = "freezer.state";
 
 impl<'a> Frozen<'a> {
-    /// Asks for the freeze and does not wait for it: who is still moving is caught in the next round.
+    /// Asks for the freeze and does not wait for it: who is still moving is caught in the next
+    /// round.
     fn new(dir: &'a Path) -> Result<Self, Error> {
         let frozen = Self { dir };
         match control_file::write(&dir.join(STATE), "FROZEN") {
@@ -175,8 +180,8 @@ fn read_pids(dir: &Path, into: &mut BTreeSet<i32>) -> Result<(), Error> {
     Ok(())
 }
 
-/// One pid a line. A process of a pid namespace that the reader cannot see is 0, which must never reach
-/// kill(2).
+/// One pid a line. A process of a pid namespace that the reader cannot see is 0, which must never
+/// reach kill(2).
 fn parse_pids(bytes: &[u8]) -> impl Iterator<Item = i32> {
     bytes
         .split(|&byte| byte == b'\n')

@@ -1,7 +1,7 @@
 //! Resource limits: what they mean, and how they are written to the control files of v1 and v2.
 //!
-//! [`Limits`] follows the CRI message `LinuxContainerResources`, with its sentinels made explicit. Turning it
-//! into writes is a pure function ([`plan`]); `apply` carries the writes out.
+//! [`Limits`] follows the CRI message `LinuxContainerResources`, with its sentinels made explicit.
+//! Turning it into writes is a pure function ([`plan`]); `apply` carries the writes out.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,8 +9,8 @@ use std::fmt;
 use crate::Error;
 use crate::unit::{self, Property};
 
-/// The longest value taken for one `unified` entry; the longest real ones are `io.max` lines of about 100
-/// bytes.
+/// The longest value taken for one `unified` entry; the longest real ones are `io.max` lines of
+/// about 100 bytes.
 const MAX_UNIFIED_VALUE_BYTES: usize = 4096;
 
 /// A limit that can also be "no limit".
@@ -23,7 +23,8 @@ pub enum Ceiling {
 }
 
 impl Ceiling {
-    /// The convention of CRI and OCI for their signed numbers: 0 is "not set", below 0 is "unlimited".
+    /// The convention of CRI and OCI for their signed numbers: 0 is "not set", below 0 is
+    /// "unlimited".
     #[must_use]
     pub fn from_signed(value: i64) -> Option<Self> {
         match u64::try_from(value) {
@@ -62,7 +63,8 @@ pub struct HugepageLimit {
 /// Limits of a container. What is `None`, zero or empty is not set: left as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Relative weight in v1's scale, 2 to 262144, where 1024 is one processor's worth by Kubernetes' custom.
+    /// Relative weight in v1's scale, 2 to 262144, where 1024 is one processor's worth by
+    /// Kubernetes' custom.
     pub cpu_shares: Option<u64>,
     /// Processor time in microseconds per period.
     pub cpu_quota_us: Option<Ceiling>,
@@ -70,8 +72,8 @@ pub struct Limits {
     pub cpu_period_us: Option<u64>,
     /// Memory in bytes.
     pub memory_limit_bytes: Option<Ceiling>,
-    /// Memory *and* swap together in bytes. Not set with a memory limit means equal to it, so no swap:
-    /// Kubernetes' custom, which other CRI runtimes follow.
+    /// Memory *and* swap together in bytes. Not set with a memory limit means equal to it, so no
+    /// swap: Kubernetes' custom, which other CRI runtimes follow.
     pub memory_swap_limit_bytes: Option<Ceiling>,
     /// Processes and threads.
     pub pids_limit: Option<Ceiling>,
@@ -79,8 +81,8 @@ pub struct Limits {
     pub cpuset_cpus: String,
     /// Memory nodes, as a list.
     pub cpuset_mems: String,
-    /// Huge pages. A limit of 0 means what it says here, since kubelet sends it for every size; it needs no
-    /// controller.
+    /// Huge pages. A limit of 0 means what it says here, since kubelet sends it for every size; it
+    /// needs no controller.
     pub hugepages: Vec<HugepageLimit>,
     /// Raw v2 files, written last so that they win: OCI runtime-spec "Unified", CRI
     /// `LinuxContainerResources.unified`.
@@ -91,7 +93,8 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Note {
-    /// The kernel accounts no swap, so memory alone is limited. Without swap on the machine that is the same.
+    /// The kernel accounts no swap, so memory alone is limited. Without swap on the machine that is
+    /// the same.
     NoSwapAccounting,
 }
 
@@ -105,9 +108,9 @@ impl fmt::Display for Note {
 
 /// v1's shares (2 to 262144) as v2's weight (1 to 10000), with 1024 becoming 100, v2's default.
 ///
-/// The curve is 10^((l² + 125 l) / 612 − 7/34) with l = log2(shares), rounded up: the one that crun (since
-/// 1.23) and runc (since 1.3.2) use and Kubernetes documents. The earlier straight line gave a container of
-/// one processor weight 39, less than a plain process.
+/// The curve is 10^((l² + 125 l) / 612 − 7/34) with l = log2(shares), rounded up: the one that crun
+/// (since 1.23) and runc (since 1.3.2) use and Kubernetes documents. The earlier straight line gave
+/// a container of one processor weight 39, less than a plain process.
 #[must_use]
 pub fn cpu_weight(shares: u64) -> u64 {
     const LEAST: u32 = 2;
@@ -137,7 +140,8 @@ pub(crate) enum Version {
     V2,
 }
 
-/// What has to be known of a live cgroup to change it. A new one has the kernel's defaults: no limits.
+/// What has to be known of a live cgroup to change it. A new one has the kernel's defaults: no
+/// limits.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Present {
     /// v1 `memory.memsw.limit_in_bytes`; nothing when not limited or not accounted.
@@ -158,8 +162,8 @@ pub(crate) struct Step {
     pub(crate) file: String,
     pub(crate) value: String,
     pub(crate) if_missing: IfMissing,
-    /// A step that the kernel may refuse with `EINVAL` until the next one is done; both are then tried the
-    /// other way round.
+    /// A step that the kernel may refuse with `EINVAL` until the next one is done; both are then
+    /// tried the other way round.
     pub(crate) swaps_with_next: bool,
 }
 
@@ -188,8 +192,8 @@ pub(crate) fn plan(version: Version, limits: &Limits, present: &Present) -> Resu
                 steps.push(step("cpu_shares", "cpu", "cpu.shares", shares.to_string()));
             }
             if let Some(period) = period {
-                // A child's quota:period ratio may not exceed its parent's, at any moment between the two
-                // writes either.
+                // A child's quota:period ratio may not exceed its parent's, at any moment between
+                // the two writes either.
                 let mut first = step("cpu_period_us", "cpu", "cpu.cfs_period_us", period.to_string());
                 first.swaps_with_next = quota.is_some();
                 steps.push(first);
@@ -270,13 +274,13 @@ fn plan_memory(
             let memory_step = memory
                 .map(|memory| step("memory_limit_bytes", "memory", "memory.limit_in_bytes", memory.v1()));
             let total_step = total.map(|total| Step {
-                // A limit of swap that was asked for beyond the memory limit cannot weaken anything by being
-                // absent.
+                // A limit of swap that was asked for beyond the memory limit cannot weaken anything
+                // by being absent.
                 if_missing: IfMissing::Tell(Note::NoSwapAccounting),
                 ..step("memory_swap_limit_bytes", "memory", "memory.memsw.limit_in_bytes", total.v1())
             });
-            // At every moment memory ≤ memory+swap must hold, or the kernel answers EINVAL: raise the sum
-            // first, lower it last.
+            // At every moment memory ≤ memory+swap must hold, or the kernel answers EINVAL: raise
+            // the sum first, lower it last.
             let raises = match (total, present.memory_and_swap_bytes) {
                 (Some(Ceiling::At(new)), Some(now)) => new > now,
                 (Some(Ceiling::Unlimited), Some(_)) => true,
@@ -351,7 +355,8 @@ fn plan_hugepages(version: Version, page: &HugepageLimit, steps: &mut Vec<Step>)
         if_missing,
         ..step("hugepages", "hugetlb", &format!("hugetlb.{size}.{suffix}"), page.limit_bytes.to_string())
     });
-    // Reservations, without which a mapping fails only when it is touched, with SIGBUS. Since Linux 5.7.
+    // Reservations, without which a mapping fails only when it is touched, with SIGBUS. Since Linux
+    // 5.7.
     steps.push(Step {
         if_missing: IfMissing::Skip,
         ..step("hugepages", "hugetlb", &format!("hugetlb.{size}.rsvd.{suffix}"), page.limit_bytes.to_string())
@@ -359,9 +364,9 @@ fn plan_hugepages(version: Version, page: &HugepageLimit, steps: &mut Vec<Step>)
     Ok(())
 }
 
-/// Checks and adds the raw v2 files. A key is the name of a file in the container's cgroup and nothing else;
-/// those of the core that move processes or change the tree are not limits (GHSA-5g49-rx9x-qfc6 was a key
-/// with `..`).
+/// Checks and adds the raw v2 files. A key is the name of a file in the container's cgroup and
+/// nothing else; those of the core that move processes or change the tree are not limits
+/// (GHSA-5g49-rx9x-qfc6 was a key with `..`).
 fn plan_unified(
     version: Version,
     unified: &BTreeMap<String, String>,

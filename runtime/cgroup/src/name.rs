@@ -7,12 +7,14 @@
 //!
 //! With [`Naming::Crio`] the leaf is `crio-<id>.scope` with both drivers.
 //!
-//! Kubelet cuts the id out again: a last element that ends in `.scope` gives what follows its last dash, any
-//! other is the id itself (`extractIDFromCgroupPath`). So an id must have no dash with systemd.
+//! Kubelet cuts the id out again: a last element that ends in `.scope` gives what follows its last
+//! dash, any other is the id itself (`extractIDFromCgroupPath`). So an id must have no dash with
+//! systemd.
 
 use crate::{Driver, Error};
 
-/// The longest path taken for a parent. `PATH_MAX` less room for the mount point, the id and a file name.
+/// The longest path taken for a parent. `PATH_MAX` less room for the mount point, the id and a file
+/// name.
 const MAX_PARENT_BYTES: usize = 3072;
 
 /// `NAME_MAX`: the longest name of a directory, limits.h. Also that of a unit, systemd.unit(5): 255
@@ -32,9 +34,10 @@ pub enum Naming {
     /// `<id>`, with the systemd driver `berth-<id>.scope`.
     #[default]
     Own,
-    /// `crio-<id>.scope` with both drivers, which is the one form that two readers agree on: cAdvisor's
-    /// handler for CRI-O takes cgroups that begin with `crio` and have an id in them (cAdvisor 0.56,
-    /// `container/crio/factory.go`); kubelet cuts the id out of a name only when that ends in `.scope`.
+    /// `crio-<id>.scope` with both drivers, which is the one form that two readers agree on:
+    /// cAdvisor's handler for CRI-O takes cgroups that begin with `crio` and have an id in them
+    /// (cAdvisor 0.56, `container/crio/factory.go`); kubelet cuts the id out of a name only when
+    /// that ends in `.scope`.
     Crio,
 }
 
@@ -48,8 +51,8 @@ impl Naming {
     }
 }
 
-/// Where a container's cgroup goes, relative to the root of the hierarchy, without a slash at the end:
-/// `/kubepods/burstable/pod1`, or the empty string for the root itself.
+/// Where a container's cgroup goes, relative to the root of the hierarchy, without a slash at the
+/// end: `/kubepods/burstable/pod1`, or the empty string for the root itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parent {
     path: String,
@@ -59,13 +62,14 @@ pub struct Parent {
 }
 
 impl Parent {
-    /// The parent that the caller of CRI named. It must exist; it is never created. With the systemd driver,
-    /// its last element is the name of the slice, and where that is follows from the name: systemd.slice(5).
+    /// The parent that the caller of CRI named. It must exist; it is never created. With the
+    /// systemd driver, its last element is the name of the slice, and where that is follows from
+    /// the name: systemd.slice(5).
     ///
     /// # Errors
-    /// [`Error::InvalidParent`] when it is empty, not absolute (a slice may come by its name alone), has a
-    /// `.` or `..` element or a NUL or line end in it, is too long, or belongs to the other driver: its
-    /// caller would look for the container elsewhere.
+    /// [`Error::InvalidParent`] when it is empty, not absolute (a slice may come by its name
+    /// alone), has a `.` or `..` element or a NUL or line end in it, is too long, or belongs to the
+    /// other driver: its caller would look for the container elsewhere.
     pub fn named(driver: Driver, parent: &str) -> Result<Self, Error> {
         let path = match driver {
             Driver::Cgroupfs => {
@@ -84,8 +88,8 @@ impl Parent {
         Ok(Self { path, ours: false, driver, naming: Naming::Own })
     }
 
-    /// The daemon's own parent for pods that name none, such as `/berth` or `berth.slice`. It is created when
-    /// it is missing.
+    /// The daemon's own parent for pods that name none, such as `/berth` or `berth.slice`. It is
+    /// created when it is missing.
     ///
     /// # Errors
     /// [`Error::InvalidParent`], as for [`Parent::named`]; the root itself is refused too.
@@ -97,8 +101,8 @@ impl Parent {
         Ok(Self { ours: true, ..parent_checked })
     }
 
-    /// The parent of the cgroup at `path`, which an earlier life of the daemon made, with whatever driver it
-    /// had then.
+    /// The parent of the cgroup at `path`, which an earlier life of the daemon made, with whatever
+    /// driver it had then.
     ///
     /// # Errors
     /// [`Error::InvalidParent`].
@@ -154,8 +158,8 @@ impl Parent {
         }
     }
 
-    /// The id in the name of a leaf, whichever way leaves were named when it was made; nothing for names that
-    /// are not of the form of leaves.
+    /// The id in the name of a leaf, whichever way leaves were named when it was made; nothing for
+    /// names that are not of the form of leaves.
     pub(crate) fn id_of<'a>(&self, leaf: &'a str) -> Option<&'a str> {
         if is_crio(leaf) {
             return leaf.strip_prefix(CRIO_PREFIX)?.strip_suffix(SCOPE);
@@ -183,8 +187,9 @@ fn is_crio(leaf: &str) -> bool {
     leaf.starts_with(CRIO_PREFIX) && leaf.ends_with(SCOPE)
 }
 
-/// Whether the cgroup at `path` is a unit of systemd's: a scope in a slice that is where its name says. Any
-/// other directory may be called the same, such as one that a container has made in its own cgroup.
+/// Whether the cgroup at `path` is a unit of systemd's: a scope in a slice that is where its name
+/// says. Any other directory may be called the same, such as one that a container has made in its
+/// own cgroup.
 pub(crate) fn is_unit(path: &str) -> bool {
     let (parent, leaf) = path.rsplit_once('/').unwrap_or(("", path));
     leaf.ends_with(SCOPE) && (parent.is_empty() || slice_path(parent).is_ok_and(|slice| slice == parent))
@@ -194,7 +199,8 @@ fn invalid(driver: Driver, parent: &str, reason: &'static str) -> Error {
     Error::InvalidParent { parent: parent.into(), driver, reason }
 }
 
-/// `//a//b/` becomes `/a/b`. What would climb is refused rather than resolved: no honest caller writes it.
+/// `//a//b/` becomes `/a/b`. What would climb is refused rather than resolved: no honest caller
+/// writes it.
 fn normal(driver: Driver, parent: &str) -> Result<String, Error> {
     let invalid = |reason| Err(invalid(driver, parent, reason));
     if !parent.starts_with('/') {
@@ -220,9 +226,9 @@ fn normal(driver: Driver, parent: &str) -> Result<String, Error> {
     Ok(path)
 }
 
-/// Where systemd puts the slice that the last element of `parent` names: `a-b.slice` is in `a.slice`, and
-/// `-.slice` is the root, systemd.slice(5). What kubelet writes before the last element is the same again;
-/// both of its peers look at the last only.
+/// Where systemd puts the slice that the last element of `parent` names: `a-b.slice` is in
+/// `a.slice`, and `-.slice` is the root, systemd.slice(5). What kubelet writes before the last
+/// element is the same again; both of its peers look at the last only.
 fn slice_path(parent: &str) -> Result<String, Error> {
     let refuse = |reason| Err(invalid(Driver::Systemd, parent, reason));
     let path = normal(Driver::Systemd, &format!("/{parent}"))?;

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use crate::cgroup::Place;
 use crate::{Cgroup, control_file};
 
-/// A file and the key in it whose number rises with every process killed: read it before and after, and
-/// compare.
+/// A file and the key in it whose number rises with every process killed: read it before and after,
+/// and compare.
 ///
-/// v2: `memory.events`, which counts for sub-cgroups too. v1: `memory.oom_control` (the key since Linux
-/// 4.13), which does not, so kills inside a cgroup that the container made itself are not seen there.
+/// v2: `memory.events`, which counts for sub-cgroups too. v1: `memory.oom_control` (the key since
+/// Linux 4.13), which does not, so kills inside a cgroup that the container made itself are not
+/// seen there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OomSource {
     /// The file.

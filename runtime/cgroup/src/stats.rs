@@ -1,7 +1,7 @@
 //! What a cgroup uses: the numbers behind CRI's `ContainerStats` and `LinuxPodSandboxStats`.
 //!
-//! All files are read on each call and nothing is cached; rates are the caller's, from two samples. What the
-//! kernel does not offer is absent, never zero.
+//! All files are read on each call and nothing is cached; rates are the caller's, from two samples.
+//! What the kernel does not offer is absent, never zero.
 
 use std::path::Path;
 
@@ -10,8 +10,8 @@ use berth_sys::errno::EOPNOTSUPP;
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, Hierarchy, Parent, control_file, parse_oom_kills};
 
-/// Devices whose reads and writes are reported. A cgroup has a line for each that it ever used; a node with
-/// more disks than this has its figures elsewhere.
+/// Devices whose reads and writes are reported. A cgroup has a line for each that it ever used; a
+/// node with more disks than this has its figures elsewhere.
 const MAX_DEVICES: usize = 64;
 
 /// One sample.
@@ -27,8 +27,8 @@ pub struct Stats {
     pub pids: Option<u64>,
     /// The most that there may be, nothing without a limit; with [`Detail::All`].
     pub pids_limit: Option<u64>,
-    /// Reads and writes by device, at most 64 of them; with [`Detail::All`]. On v1 only where the blkio
-    /// hierarchy has the cgroup too.
+    /// Reads and writes by device, at most 64 of them; with [`Detail::All`]. On v1 only where the
+    /// blkio hierarchy has the cgroup too.
     pub io: Vec<DeviceIo>,
     /// Time lost waiting for reads and writes: `io.pressure`, v2 only.
     pub io_pressure: Option<Pressure>,
@@ -78,9 +78,11 @@ pub struct MemoryStats {
     pub page_faults: Option<u64>,
     /// Of these, the ones that had to read.
     pub major_page_faults: Option<u64>,
-    /// How often the limit was hit; with [`Detail::All`]. On v1 newer kernels (6.18 for one) leave it at 0.
+    /// How often the limit was hit; with [`Detail::All`]. On v1 newer kernels (6.18 for one) leave
+    /// it at 0.
     pub limit_hits: Option<u64>,
-    /// Processes killed for memory; with [`Detail::All`]. On v1 those below the cgroup are not counted.
+    /// Processes killed for memory; with [`Detail::All`]. On v1 those below the cgroup are not
+    /// counted.
     pub oom_kills: Option<u64>,
     /// `memory.pressure`, v2 only.
     pub pressure: Option<Pressure>,
@@ -134,8 +136,8 @@ pub struct PressureLine {
     pub total_ns: u64,
 }
 
-/// How much a sample says. Each control file costs about 10 µs, and some calls take samples of a hundred
-/// containers.
+/// How much a sample says. Each control file costs about 10 µs, and some calls take samples of a
+/// hundred containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detail {
     /// What CRI's `ContainerStats` has.
@@ -144,8 +146,8 @@ pub enum Detail {
     All,
 }
 
-/// A sample of a parent, with all that is below it: a pod's, when the parent is one pod's. Nothing when it is
-/// not there.
+/// A sample of a parent, with all that is below it: a pod's, when the parent is one pod's. Nothing
+/// when it is not there.
 ///
 /// # Errors
 /// [`Error::Read`] and [`Error::Malformed`] with the file.
@@ -158,8 +160,8 @@ pub fn stats_of_parent(
 }
 
 impl Cgroup {
-    /// Takes a sample. Nothing when the cgroup is not there, which is what a container that ends during a
-    /// list looks like.
+    /// Takes a sample. Nothing when the cgroup is not there, which is what a container that ends
+    /// during a list looks like.
     ///
     /// # Errors
     /// [`Error::Read`] and [`Error::Malformed`] with the file.
@@ -231,8 +233,8 @@ impl Cgroup {
     }
 }
 
-/// v1 shows "no limit" as the largest number of whole pages in a signed 64-bit number; with pages of any size
-/// that is above this.
+/// v1 shows "no limit" as the largest number of whole pages in a signed 64-bit number; with pages
+/// of any size that is above this.
 const V1_UNLIMITED: u64 = 0x7fff_ffff_0000_0000;
 
 fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
@@ -290,7 +292,8 @@ fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
     Ok(Stats { cpu, memory, swap, pids: number("pids.current")?, pids_limit, io, io_pressure })
 }
 
-/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`: Documentation/admin-guide/cgroup-v2.rst, `io.stat`.
+/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`: Documentation/admin-guide/cgroup-v2.rst,
+/// `io.stat`.
 fn unified_io(bytes: &[u8]) -> Vec<DeviceIo> {
     let text = String::from_utf8_lossy(bytes);
     let read = |line: &str| {
@@ -351,7 +354,8 @@ fn device(text: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// The names of the same things in `memory.stat`. v1's `total_` ones count sub-cgroups in, as v2 always does.
+/// The names of the same things in `memory.stat`. v1's `total_` ones count sub-cgroups in, as v2
+/// always does.
 struct Keys {
     inactive_file: &'static str,
     anonymous: &'static str,
@@ -396,7 +400,8 @@ fn memory_stats(usage_bytes: u64, limit_bytes: Option<u64>, stat: &[u8], keys: &
     }
 }
 
-/// A pressure file, or nothing where the kernel keeps none (`EOPNOTSUPP` when it is switched off, psi=0).
+/// A pressure file, or nothing where the kernel keeps none (`EOPNOTSUPP` when it is switched off,
+/// psi=0).
 fn pressure(dir: &Path, file: &str) -> Result<Option<Pressure>, Error> {
     match control_file::read_bytes(&dir.join(file)) {
         Ok(bytes) => Ok(parse_pressure(&bytes)),
@@ -405,7 +410,8 @@ fn pressure(dir: &Path, file: &str) -> Result<Option<Pressure>, Error> {
     }
 }
 
-/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and `full …`, which older kernels leave out for cpu.
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and `full …`, which older kernels leave out
+/// for cpu.
 fn parse_pressure(bytes: &[u8]) -> Option<Pressure> {
     let text = std::str::from_utf8(bytes).ok()?;
     let mut pressure = Pressure::default();

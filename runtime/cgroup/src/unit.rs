@@ -1,13 +1,13 @@
-//! Limits as properties of a systemd unit: what systemd has to know, so that it writes the same values again
-//! when it rewrites a unit's files (at a daemon-reload, when another property changes) as the daemon has put
-//! there.
+//! Limits as properties of a systemd unit: what systemd has to know, so that it writes the same
+//! values again when it rewrites a unit's files (at a daemon-reload, when another property changes)
+//! as the daemon has put there.
 //!
-//! The properties are taken from the writes that [`crate::limits`] plans for the v2 files, so that there is
-//! one reading of every limit. What systemd has no property for (huge pages, `io.cost.*`, devices) it leaves
-//! alone, and is written to the files only.
+//! The properties are taken from the writes that [`crate::limits`] plans for the v2 files, so that
+//! there is one reading of every limit. What systemd has no property for (huge pages, `io.cost.*`,
+//! devices) it leaves alone, and is written to the files only.
 //!
-//! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5), systemd 244 and
-//! later.
+//! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5),
+//! systemd 244 and later.
 
 use std::time::Duration;
 
@@ -52,14 +52,15 @@ const INFINITY: u64 = u64::MAX;
 /// The kernel's default period, in microseconds.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
-/// systemd keeps a quota in whole percents of a processor, 10 ms of each second. A part of one is rounded up:
-/// what has to be exact is the file, which is written after.
+/// systemd keeps a quota in whole percents of a processor, 10 ms of each second. A part of one is
+/// rounded up: what has to be exact is the file, which is written after.
 const QUOTA_STEP_US: u64 = 10_000;
 
 /// The unit that every packaging of kubelet has.
 const KUBELET: &str = "kubelet.service";
 
-/// The highest processor or memory node in a list; `CONFIG_NR_CPUS` is at most 8192 on the largest machines.
+/// The highest processor or memory node in a list; `CONFIG_NR_CPUS` is at most 8192 on the largest
+/// machines.
 const MAX_CPUSET_BIT: usize = 8191;
 
 /// The properties of a new scope that follow from what it is, without its limits.
@@ -67,10 +68,11 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
     vec![
         ("Description", Value::Text(description)),
         ("Slice", Value::Text(slice.to_owned())),
-        // What is below the scope is the container's; systemd enables every controller for it and keeps out.
+        // What is below the scope is the container's; systemd enables every controller for it and
+        // keeps out.
         ("Delegate", Value::Flag(true)),
-        // No order beside services that containers have nothing to do with. A shutdown ends them all the
-        // same, with their slice.
+        // No order beside services that containers have nothing to do with. A shutdown ends them
+        // all the same, with their slice.
         ("DefaultDependencies", Value::Flag(false)),
         // A unit that failed, such as by an OOM kill, goes like any other.
         ("CollectMode", Value::Text("inactive-or-failed".to_owned())),
@@ -83,12 +85,13 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
     ]
 }
 
-/// The properties that say how a scope ends. `before` is the name of the scope that [`Ending::before`] means.
+/// The properties that say how a scope ends. `before` is the name of the scope that
+/// [`Ending::before`] means.
 pub(crate) fn of_ending(ending: &Ending<'_>, before: Option<String>) -> Vec<Property> {
     // 0 would be no limit.
     let grace = ending.grace.max(Duration::from_secs(1));
-    // A kubelet that ends with the machine does so first, or it would see its containers die and want them
-    // back.
+    // A kubelet that ends with the machine does so first, or it would see its containers die and
+    // want them back.
     let mut properties = vec![
         ("KillSignal", Value::Signal(ending.signal)),
         ("TimeoutStopUSec", Value::Number(u64::try_from(grace.as_micros()).unwrap_or(INFINITY))),
@@ -99,8 +102,8 @@ pub(crate) fn of_ending(ending: &Ending<'_>, before: Option<String>) -> Vec<Prop
     properties
 }
 
-/// The properties that say what the v2 files get. Of several for one property the last counts, as of the
-/// writes. `period_us` is the period in force, which a quota without one keeps.
+/// The properties that say what the v2 files get. Of several for one property the last counts, as
+/// of the writes. `period_us` is the period in force, which a quota without one keeps.
 pub(crate) fn of_files<'a>(
     files: impl Iterator<Item = (&'a str, &'a str)>,
     period_us: Option<u64>,
@@ -141,7 +144,8 @@ fn of_file(file: &str, value: &str, period_us: Option<u64>) -> Vec<Property> {
     }
 }
 
-/// A number, or `max`. Anything else that the kernel may understand (`1G`) stays between it and the file.
+/// A number, or `max`. Anything else that the kernel may understand (`1G`) stays between it and the
+/// file.
 fn amount(value: &str) -> Option<u64> {
     if value == "max" { Some(INFINITY) } else { value.parse().ok() }
 }
@@ -164,7 +168,8 @@ fn quota(value: &str, present_period_us: Option<u64>) -> Vec<Property> {
     properties
 }
 
-/// The keys of `io.max` (cgroup v2, "IO Interface Files") and the properties that have the same limits.
+/// The keys of `io.max` (cgroup v2, "IO Interface Files") and the properties that have the same
+/// limits.
 const IO_LIMITS: [(&str, &str); 4] = [
     ("rbps", "IOReadBandwidthMax"),
     ("wbps", "IOWriteBandwidthMax"),

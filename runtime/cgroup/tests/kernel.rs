@@ -1,7 +1,8 @@
 //! The crate against the kernel of this machine: needs root, and works on cgroup v1 and v2.
 //!
-//! Each test has its own parent cgroup, `/berth-test-<pid>-<n>`, which goes away with everything in it
-//! when the test ends, also by a panic. Processes are shells that put themselves into the cgroup.
+//! Each test has its own parent cgroup, `/berth-test-<pid>-<n>`, which goes away with everything in
+//! it when the test ends, also by a panic. Processes are shells that put themselves into the
+//! cgroup.
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
@@ -270,8 +271,8 @@ fn a_child_quota_and_period_move_together_under_a_parents_quota() {
     let parent = Parent::named(Driver::Cgroupfs, above.path()).unwrap();
     let cgroup = Cgroup::create(&place.hierarchy, &parent, "c").unwrap();
     cgroup.apply(&limit(50_000, 100_000)).unwrap();
-    // The period alone would make the ratio 5.0, above the parent's 0.5: quota and period have to change
-    // places.
+    // The period alone would make the ratio 5.0, above the parent's 0.5: quota and period have to
+    // change places.
     cgroup.update(&limit(5_000, 10_000)).unwrap();
     cgroup.update(&limit(40_000, 80_000)).unwrap();
     cgroup.remove(PATIENCE).unwrap();
@@ -384,8 +385,8 @@ fn leftovers_are_what_was_created_and_not_removed() {
     assert!(leftovers(&place.hierarchy, &place.parent).unwrap().is_empty());
 }
 
-/// Opens /dev/null, then a node of the same test for /dev/kmsg (1:11), which no container may open, then
-/// makes a node.
+/// Opens /dev/null, then a node of the same test for /dev/kmsg (1:11), which no container may open,
+/// then makes a node.
 fn devices_are_kept(cgroup: &Cgroup) {
     // Nodes there do open: systemd mounts /tmp with nodev, where everything would be refused.
     let dir = tempfile::tempdir_in("/dev").unwrap();
@@ -412,8 +413,8 @@ fn only_listed_devices_open() {
     devices_are_kept(&place.create("devices"));
 }
 
-/// The v2 mount of this machine, which on a hybrid one has no controllers but takes device filters all the
-/// same.
+/// The v2 mount of this machine, which on a hybrid one has no controllers but takes device filters
+/// all the same.
 fn unified_mount() -> PathBuf {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let line = table

@@ -1,7 +1,9 @@
-//! The systemd driver against the systemd of this machine: needs root, systemd as process 1, and cgroup v2.
-//! Elsewhere each test counts itself as skipped, in the file that `BERTH_SKIPS` names and in its output.
+//! The systemd driver against the systemd of this machine: needs root, systemd as process 1, and
+//! cgroup v2. Elsewhere each test counts itself as skipped, in the file that `BERTH_SKIPS` names
+//! and in its output.
 //!
-//! Each test has its own slice; scopes are removed when the test ends, and the empty slice with them.
+//! Each test has its own slice; scopes are removed when the test ends, and the empty slice with
+//! them.
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
@@ -22,8 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How the scopes here end when systemd ends them.
 const ENDING: Ending<'_> = Ending { signal: 3, grace: Duration::from_secs(7), before: Some("0ff") };
 
-/// Held alone by tests that make systemd reload or re-execute itself: it writes the files of all scopes then,
-/// which others look at.
+/// Held alone by tests that make systemd reload or re-execute itself: it writes the files of all
+/// scopes then, which others look at.
 static TURN: RwLock<()> = RwLock::new(());
 
 #[expect(dead_code, reason = "held, not read")]
@@ -194,7 +196,8 @@ fn a_scope_has_its_limits_before_anything_but_the_holder_is_in_it() {
     }
 }
 
-/// The numbers of the disk that the root is on, if that is a whole one: the kernel limits no partitions.
+/// The numbers of the disk that the root is on, if that is a whole one: the kernel limits no
+/// partitions.
 fn root_disk() -> Option<String> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let device = table.lines().find_map(|line| {
@@ -249,7 +252,8 @@ fn limits_and_devices_survive_a_daemon_reload_and_a_daemon_reexec() {
         systemctl(&[verb]);
         for (file, value) in SOME_FILES {
             let now = value_of(&cgroup, file);
-            // A systemd that re-executes itself writes every file again: a quota in whole percents then.
+            // A systemd that re-executes itself writes every file again: a quota in whole percents
+            // then.
             let rounded = file == "cpu.max" && verb == "daemon-reexec" && now == "12500 50000";
             assert!(now == value || rounded, "{file} after {verb}: {now}");
         }
@@ -331,8 +335,8 @@ fn an_update_that_systemd_refuses_changes_nothing() {
     let (cgroup, _holder) = place.make("0a5", &some_limits());
     let told = || ["MemoryMax", "TasksMax", "CPUQuotaPerSecUSec"].map(|name| property("0a5", name));
     let before = told();
-    // The kernel lets no process in with a `pids.max` of 0, so that the files take all of this; systemd's
-    // TasksMax begins at 1.
+    // The kernel lets no process in with a `pids.max` of 0, so that the files take all of this;
+    // systemd's TasksMax begins at 1.
     let limits = Limits {
         cpu_quota_us: Some(Ceiling::At(20_000)),
         memory_limit_bytes: Some(Ceiling::At(32 << 20)),

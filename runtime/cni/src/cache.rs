@@ -1,8 +1,9 @@
-//! The cache of attachments, in the place and form of libcni (`libcni/api.go`, `cachedInfo`): a file
-//! `results/NETWORK-CONTAINER-INTERFACE` for each.
+//! The cache of attachments, in the place and form of libcni (`libcni/api.go`, `cachedInfo`): a
+//! file `results/NETWORK-CONTAINER-INTERFACE` for each.
 //!
-//! An entry is written before the first plugin runs, then without a result, so that an attachment that was
-//! cut off can be given back by whoever comes next. The directory is shared with other runtimes.
+//! An entry is written before the first plugin runs, then without a result, so that an attachment
+//! that was cut off can be given back by whoever comes next. The directory is shared with other
+//! runtimes.
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};

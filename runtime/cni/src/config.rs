@@ -174,8 +174,8 @@ impl PluginConfig {
     }
 }
 
-/// Names of networks are parts of file names, and plugins make file names of them as well. The characters are
-/// those that libcni allows.
+/// Names of networks are parts of file names, and plugins make file names of them as well. The
+/// characters are those that libcni allows.
 fn name(object: &Map<String, Value>) -> Result<String, ConfigError> {
     let name = match object.get("name") {
         None => return Err(ConfigError::field("name", "is missing")),

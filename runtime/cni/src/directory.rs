@@ -52,7 +52,8 @@ pub enum DirectoryError {
     },
 }
 
-/// A directory of configurations, of which the first by name is used. It may change or be gone at any time.
+/// A directory of configurations, of which the first by name is used. It may change or be gone at
+/// any time.
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
@@ -83,8 +84,9 @@ impl Directory {
         &self.path
     }
 
-    /// The configuration of the first file by name, as it is now. One that cannot be used is an error, even
-    /// if a later file could be: its author meant it to come first, and it may be half written.
+    /// The configuration of the first file by name, as it is now. One that cannot be used is an
+    /// error, even if a later file could be: its author meant it to come first, and it may be half
+    /// written.
     ///
     /// # Errors
     /// [`DirectoryError`], naming the file.
@@ -146,7 +148,7 @@ impl Seen {
     }
 }
 
-/// Opens a regular file. Opening a pipe would wait for whoever writes to it.
+/// Opens a regular file. Opening a pipe would wait for a writer.
 fn open(path: &Path) -> io::Result<File> {
     let file =
         fs::OpenOptions::new().read(true).custom_flags(berth_sys::file::READ_NONBLOCKING).open(path)?;

@@ -1,12 +1,12 @@
-//! The runtime's side of CNI: network configurations, plugins that are run with them, what they answer, and
-//! the cache of attachments.
+//! The runtime's side of CNI: network configurations, plugins that are run with them, what they
+//! answer, and the cache of attachments.
 //!
-//! Versions 0.3.0 to 1.1.0 of the [specification]. Files and formats that the specification leaves to the
-//! runtime are those of libcni, so that a node's other tools find them: configurations are taken by the order
-//! of their file names, and attachments are kept in `/var/lib/cni/results`.
+//! Versions 0.3.0 to 1.1.0 of the [specification]. Files and formats that the specification leaves
+//! to the runtime are those of libcni, so that a node's other tools find them: configurations are
+//! taken by the order of their file names, and attachments are kept in `/var/lib/cni/results`.
 //!
-//! Nothing here knows of pods. Everything is blocking and takes a deadline; nothing is locked while a plugin
-//! runs.
+//! Nothing here knows of pods. Everything is blocking and takes a deadline; nothing is locked while
+//! a plugin runs.
 //!
 //! [specification]: https://www.cni.dev/docs/spec/
 

@@ -21,8 +21,8 @@ const MAX_MESSAGE: usize = 4096;
 /// Most characters of a plugin's words in an error.
 const MAX_SAID: usize = 1024;
 
-/// Where plugins find the programs that they run, such as `iptables`. They get nothing else of the daemon's
-/// environment.
+/// Where plugins find the programs that they run, such as `iptables`. They get nothing else of the
+/// daemon's environment.
 const PROGRAM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What a plugin is asked to do: `CNI_COMMAND`.

@@ -139,7 +139,8 @@ pub(crate) fn object(text: &[u8], version: Version) -> Result<Map<String, Value>
     Ok(object)
 }
 
-/// A result in the form of another version: up to 0.4.0, each address says of which IP version it is.
+/// A result in the form of another version: up to 0.4.0, each address says of which IP version it
+/// is.
 pub(crate) fn in_version(mut object: Map<String, Value>, version: Version) -> Map<String, Value> {
     object.insert("cniVersion".into(), version.as_str().into());
     let Some(Value::Array(ips)) = object.get_mut("ips") else { return object };
@@ -184,7 +185,8 @@ impl AddResult {
         Ok(Self { interfaces, addresses, routes, dns: written.dns.unwrap_or_default() })
     }
 
-    /// The addresses in the namespace, each once: those of no interface and those of interfaces in a sandbox.
+    /// The addresses in the namespace, each once: those of no interface and those of interfaces in
+    /// a sandbox.
     pub fn inside(&self) -> impl Iterator<Item = &Address> {
         self.addresses.iter().enumerate().filter_map(|(index, address)| {
             let is_inside = address

@@ -5,16 +5,17 @@
 //! <directory>/fd62:6572:7468::2     the same
 //! ```
 //!
-//! The name is the claim: it is made with `O_EXCL`, so that even two processes cannot give out an address
-//! twice. The files are the truth; a map in memory saves reading them again. Nothing is synced to the disk:
-//! after a power cut no sandbox lives. A crash can leave a file without content, or one whose sandbox was
-//! never finished; the first kind is removed when the store is opened, the second by
-//! [`AddressStore::reconcile`]. A record that cannot be read keeps its address taken. One that was lost is
-//! made again from what the sandbox itself knows ([`AddressStore::restore`]).
+//! The name is the claim: it is made with `O_EXCL`, so that even two processes cannot give out an
+//! address twice. The files are the truth; a map in memory saves reading them again. Nothing is
+//! synced to the disk: after a power cut no sandbox lives. A crash can leave a file without
+//! content, or one whose sandbox was never finished; the first kind is removed when the store is
+//! opened, the second by [`AddressStore::reconcile`]. A record that cannot be read keeps its
+//! address taken. One that was lost is made again from what the sandbox itself knows
+//! ([`AddressStore::restore`]).
 //!
-//! Addresses are given out in a circle, so that a freed one rests as long as possible: peers and load
-//! balancers may still hold connections and neighbour entries of its last owner. After a restart the circle
-//! goes on behind the newest record.
+//! Addresses are given out in a circle, so that a freed one rests as long as possible: peers and
+//! load balancers may still hold connections and neighbour entries of its last owner. After a
+//! restart the circle goes on behind the newest record.
 //!
 //! One daemon owns the directory; who else may write there is the permission bits' business (0700).
 
@@ -121,8 +122,9 @@ struct State {
 }
 
 impl AddressStore {
-    /// Opens the store, making the directory where it is absent. Records outside the ranges (of an earlier
-    /// configuration) stay until their sandboxes go. Files whose names are not addresses are left alone.
+    /// Opens the store, making the directory where it is absent. Records outside the ranges (of an
+    /// earlier configuration) stay until their sandboxes go. Files whose names are not addresses
+    /// are left alone.
     ///
     /// # Errors
     /// [`Error::File`].
@@ -167,7 +169,8 @@ impl AddressStore {
         Ok(Self { directory: directory.to_owned(), ranges: ranges.to_vec(), state })
     }
 
-    /// Gives a sandbox one address of each range, in the order of the ranges. Either all are taken or none.
+    /// Gives a sandbox one address of each range, in the order of the ranges. Either all are taken
+    /// or none.
     ///
     /// # Errors
     /// [`Error::Exhausted`], [`Error::Owned`], [`Error::SandboxId`], [`Error::File`].
@@ -185,8 +188,8 @@ impl AddressStore {
                 Ok(address) => taken.push(address),
                 Err(error) => {
                     for address in taken {
-                        // What cannot be removed here is in the map, and freed with its sandbox or by
-                        // reconcile.
+                        // What cannot be removed here is in the map, and freed with its sandbox or
+                        // by reconcile.
                         let _ = self.release(&mut state, address);
                     }
                     return Err(error);
@@ -206,8 +209,8 @@ impl AddressStore {
         self.release_all(&mut state, addresses)
     }
 
-    /// Frees the addresses of every sandbox that is not among the living, and returns them. A sandbox that is
-    /// being made must be among them.
+    /// Frees the addresses of every sandbox that is not among the living, and returns them. A
+    /// sandbox that is being made must be among them.
     ///
     /// # Errors
     /// [`Error::File`]; what could be freed is free.
@@ -227,8 +230,8 @@ impl AddressStore {
         self.lock().unread.iter().copied().collect()
     }
 
-    /// The sandboxes that have addresses and are not among the living. Those whose records could not be read
-    /// are not among them.
+    /// The sandboxes that have addresses and are not among the living. Those whose records could
+    /// not be read are not among them.
     pub fn dead(&self, living: &HashSet<&str>) -> BTreeMap<String, Vec<IpAddr>> {
         let mut owners = self.owners();
         let unread = self.lock().unread.clone();
@@ -250,8 +253,8 @@ impl AddressStore {
         self.release_all(&mut state, addresses)
     }
 
-    /// Sees to it that a sandbox has the addresses that it is known to use, and returns those that it had no
-    /// record of. One that another of the `known` sandboxes has stays that one's.
+    /// Sees to it that a sandbox has the addresses that it is known to use, and returns those that
+    /// it had no record of. One that another of the `known` sandboxes has stays that one's.
     ///
     /// # Errors
     /// [`Error::File`], [`Error::SandboxId`].
@@ -316,8 +319,8 @@ impl AddressStore {
         }
     }
 
-    /// A panic elsewhere leaves the map as it was before or after one whole change, so that it can go on
-    /// being used.
+    /// A panic elsewhere leaves the map as it was before or after one whole change, so that it can
+    /// go on being used.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -328,8 +331,8 @@ impl AddressStore {
         let (range, mut candidate) = (self.ranges[position], state.cursors[position]);
         let mut taken = state.owners.keys().filter(|address| range.contains(**address)).count();
         let mut tried = 0;
-        // Among one more addresses than are taken there is a free one, unless the circle is shorter than
-        // that.
+        // Among one more addresses than are taken there is a free one, unless the circle is shorter
+        // than that.
         while tried <= taken {
             if let Entry::Vacant(vacant) = state.owners.entry(candidate) {
                 let owner = self.claim(candidate, sandbox_id)?;
@@ -347,23 +350,24 @@ impl AddressStore {
         Err(Error::Exhausted { first: range.first(), taken })
     }
 
-    /// Makes the record of an address and returns its owner: the sandbox, or the owner of a record that the
-    /// map does not know.
+    /// Makes the record of an address and returns its owner: the sandbox, or the owner of a record
+    /// that the map does not know.
     fn claim(&self, address: IpAddr, sandbox_id: &str) -> Result<String, Error> {
         let path = self.path(address);
         let fail = |operation, source| Error::File { operation, path: path.clone(), source };
         let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
             Ok(file) => file,
             Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
-                // No sandbox is called "", so that a record without an owner goes at the next reconcile.
+                // No sandbox is called "", so that a record without an owner goes at the next
+                // reconcile.
                 let read = read_owner(&path).map_err(|source| fail("read the record", source))?;
                 return Ok(read.map(|(owner, _)| owner).unwrap_or_default());
             }
             Err(source) => return Err(fail("create the record", source)),
         };
         file.write_all(sandbox_id.as_bytes()).map_err(|source| {
-            // The write's failure (a full disk) is the one to report; a broken record is removed at the next
-            // start anyway.
+            // The write's failure (a full disk) is the one to report; a broken record is removed at
+            // the next start anyway.
             let _ = fs::remove_file(&path);
             fail("write the record", source)
         })?;
@@ -408,7 +412,8 @@ impl State {
     }
 }
 
-/// An address in the one spelling that the store itself uses, so that no two files mean the same address.
+/// An address in the one spelling that the store itself uses, so that no two files mean the same
+/// address.
 fn canonical_address(name: &str) -> Option<IpAddr> {
     name.parse::<IpAddr>().ok().filter(|address| address.to_string() == name)
 }

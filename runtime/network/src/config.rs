@@ -1,9 +1,9 @@
-//! The settings of the built-in network, checked where they are made: a [`BridgeConfig`] that exists is
-//! usable.
+//! The settings of the built-in network, checked where they are made: a [`BridgeConfig`] that
+//! exists is usable.
 //!
-//! Reading them from a file is the daemon's work; here are the types that a string must become first. Because
-//! the names and subnets end up inside firewall rules and paths, their character sets are closed: nothing in
-//! them ever needs escaping.
+//! Reading them from a file is the daemon's work; here are the types that a string must become
+//! first. Because the names and subnets end up inside firewall rules and paths, their character
+//! sets are closed: nothing in them ever needs escaping.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -65,8 +65,8 @@ pub enum Error {
 
 /// The name of the bridge interface: 1 to 15 bytes of `[A-Za-z0-9_-]`.
 ///
-/// The kernel allows more (`dev_valid_name`, net/core/dev.c); a dot is left out because a name is also a
-/// sysctl path, and `all`, `default` and `lo` because they mean something else there.
+/// The kernel allows more (`dev_valid_name`, net/core/dev.c); a dot is left out because a name is
+/// also a sysctl path, and `all`, `default` and `lo` because they mean something else there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BridgeName(String);
 
@@ -114,7 +114,8 @@ impl FromStr for BridgeName {
     }
 }
 
-/// An address with the length of its network prefix, as an interface carries it. Shown as `10.88.0.2/16`.
+/// An address with the length of its network prefix, as an interface carries it. Shown as
+/// `10.88.0.2/16`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct InterfaceAddress {
     /// The interface's own address.
@@ -191,7 +192,8 @@ impl FromStr for Ipv4Subnet {
         if u32::from(network) & (u32::MAX >> prefix) != 0 {
             return Err(Error::SubnetHostBits { text: text.to_owned() });
         }
-        // 0/8 "this network", 127/8, 169.254/16, and everything from multicast (224/4) upwards: RFC 6890.
+        // 0/8 "this network", 127/8, 169.254/16, and everything from multicast (224/4) upwards: RFC
+        // 6890.
         let first_octet = network.octets()[0];
         if matches!(first_octet, 0 | 127 | 224..=255) || network.is_link_local() {
             return Err(Error::SubnetReserved { text: text.to_owned() });
@@ -226,8 +228,8 @@ impl Ipv6Subnet {
         Ipv6Addr::from(u128::from(self.network) | 1)
     }
 
-    /// First and last address for pods. The network address is the subnet-router anycast address (RFC 4291,
-    /// 2.6.1).
+    /// First and last address for pods. The network address is the subnet-router anycast address
+    /// (RFC 4291, 2.6.1).
     pub fn pods(self) -> (Ipv6Addr, Ipv6Addr) {
         let network = u128::from(self.network);
         (Ipv6Addr::from(network + 2), Ipv6Addr::from(network | (u128::MAX >> self.prefix)))
@@ -240,8 +242,8 @@ impl Ipv6Subnet {
 }
 
 impl Default for Ipv6Subnet {
-    /// `fd62:6572:7468::/64`: a unique local prefix (RFC 4193) that is the same on every node. That is
-    /// enough, because the addresses are masqueraded and never leave the node.
+    /// `fd62:6572:7468::/64`: a unique local prefix (RFC 4193) that is the same on every node. That
+    /// is enough, because the addresses are masqueraded and never leave the node.
     fn default() -> Self {
         Self { network: Ipv6Addr::new(0xfd62, 0x6572, 0x7468, 0, 0, 0, 0, 0), prefix: 64 }
     }
@@ -262,8 +264,8 @@ impl FromStr for Ipv6Subnet {
         if u128::from(network) & (u128::MAX >> prefix) != 0 {
             return Err(Error::SubnetHostBits { text: text.to_owned() });
         }
-        // Only global unicast (2000::/3) and unique local (fc00::/7) addresses may be given to interfaces at
-        // will (RFC 4291).
+        // Only global unicast (2000::/3) and unique local (fc00::/7) addresses may be given to
+        // interfaces at will (RFC 4291).
         let first = network.segments()[0];
         if first & 0xe000 != 0x2000 && first & 0xfe00 != 0xfc00 {
             return Err(Error::SubnetReserved { text: text.to_owned() });
@@ -308,18 +310,19 @@ impl Mtu {
 /// The settings of one bridge network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BridgeConfig {
-    /// Name of the bridge interface; the firewall tables and the address directory are named after it.
-    /// Default `berth0`.
+    /// Name of the bridge interface; the firewall tables and the address directory are named after
+    /// it. Default `berth0`.
     pub name: BridgeName,
     /// IPv4 network of the pods. Default `10.88.0.0/16`.
     pub ipv4: Ipv4Subnet,
-    /// IPv6 network of the pods, used only when the host has IPv6; `None` keeps IPv6 frames off the bridge.
-    /// Default `fd62:6572:7468::/64`.
+    /// IPv6 network of the pods, used only when the host has IPv6; `None` keeps IPv6 frames off the
+    /// bridge. Default `fd62:6572:7468::/64`.
     pub ipv6: Option<Ipv6Subnet>,
     /// MTU of the bridge and of the pods' interfaces; `None` (default) leaves the kernel's 1500.
     pub mtu: Option<Mtu>,
-    /// Whether `net.ipv4.ip_forward` and `net.ipv6.conf.all.forwarding` of the host may be turned on. Default
-    /// `true`: without forwarding pods reach each other and the node, but nothing beyond it.
+    /// Whether `net.ipv4.ip_forward` and `net.ipv6.conf.all.forwarding` of the host may be turned
+    /// on. Default `true`: without forwarding pods reach each other and the node, but nothing
+    /// beyond it.
     pub forwarding: bool,
 }
 

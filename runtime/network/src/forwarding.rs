@@ -1,7 +1,7 @@
 //! The host's sysctls: forwarding for the pods' traffic, and router advertisements.
 //!
-//! A sysctl below `/proc/sys/net` belongs to the network namespace of the thread that opens it, so every
-//! function here must be called on a thread in the namespace that is meant.
+//! A sysctl below `/proc/sys/net` belongs to the network namespace of the thread that opens it, so
+//! every function here must be called on a thread in the namespace that is meant.
 
 use std::fs;
 use std::io;
@@ -46,8 +46,8 @@ pub enum Error {
     },
 }
 
-/// Whether the namespace has IPv6: the kernel was built with it, and it is not disabled for all interfaces or
-/// for new ones.
+/// Whether the namespace has IPv6: the kernel was built with it, and it is not disabled for all
+/// interfaces or for new ones.
 pub fn has_ipv6() -> bool {
     ["all", "default"].iter().all(|name| {
         let path = Path::new(IPV6_CONF).join(name).join("disable_ipv6");
@@ -69,9 +69,9 @@ pub fn is_on(families: Families) -> Result<bool, Error> {
 
 /// Turns forwarding on where it is off.
 ///
-/// A host that forwards IPv6 stops taking router advertisements, and forgets the routes it has from them, on
-/// interfaces with `accept_ra` 1. Where the host relied on them they are kept by setting 2, "even when
-/// forwarding", before the switch.
+/// A host that forwards IPv6 stops taking router advertisements, and forgets the routes it has from
+/// them, on interfaces with `accept_ra` 1. Where the host relied on them they are kept by setting
+/// 2, "even when forwarding", before the switch.
 ///
 /// # Errors
 /// [`enum@Error`].
@@ -88,7 +88,8 @@ pub fn turn_on(families: Families) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes one interface ignore router advertisements; `default` for the interfaces that are still to come.
+/// Makes one interface ignore router advertisements; `default` for the interfaces that are still to
+/// come.
 ///
 /// # Errors
 /// [`Error::Write`].
@@ -101,7 +102,8 @@ fn keep_router_advertisements() -> Result<(), Error> {
     let fail = |source| Error::Read { path: directory.to_owned(), source };
     for entry in fs::read_dir(directory).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        // `all` has no effect on its own, and `default` would let every later interface take advertisements.
+        // `all` has no effect on its own, and `default` would let every later interface take
+        // advertisements.
         if entry.file_name() == "all" || entry.file_name() == "default" {
             continue;
         }

@@ -1,12 +1,12 @@
-//! Talking to the packet filter in the kernel directly: which addresses a pod's port may use, and whether a
-//! table is there.
+//! Talking to the packet filter in the kernel directly: which addresses a pod's port may use, and
+//! whether a table is there.
 //!
-//! The rules of [`crate::masquerade`] look a frame's port and sender up in sets. Starting a program to add a
-//! pod to them would cost more than all else of its start, so that elements are put in and taken out by
-//! netlink, in one transaction of some 30 µs.
+//! The rules of [`crate::masquerade`] look a frame's port and sender up in sets. Starting a program
+//! to add a pod to them would cost more than all else of its start, so that elements are put in and
+//! taken out by netlink, in one transaction of some 30 µs.
 //!
-//! Wire format: `linux/netfilter/nfnetlink.h` and `nf_tables.h`. A transaction is a datagram of messages
-//! between a "begin" and an "end"; the kernel carries out all of them or none.
+//! Wire format: `linux/netfilter/nfnetlink.h` and `nf_tables.h`. A transaction is a datagram of
+//! messages between a "begin" and an "end"; the kernel carries out all of them or none.
 
 use std::net::IpAddr;
 
@@ -19,8 +19,9 @@ use crate::netlink::{Error, Netlink, Request};
 pub const IPV4_SENDERS: &str = "ipv4_senders";
 /// The set of ports and the IPv6 addresses that they may send from: `ifname . ipv6_addr`.
 pub const IPV6_SENDERS: &str = "ipv6_senders";
-/// The set of ports and the IPv6 addresses that they may advertise: the same elements as in [`IPV6_SENDERS`],
-/// as an integer of 128 bits, because `nft` 1.0.6 has no name for the field of the advertisement.
+/// The set of ports and the IPv6 addresses that they may advertise: the same elements as in
+/// [`IPV6_SENDERS`], as an integer of 128 bits, because `nft` 1.0.6 has no name for the field of
+/// the advertisement.
 pub const IPV6_TARGETS: &str = "ipv6_targets";
 
 /// A pod's port on the bridge and the addresses that it may use.
@@ -39,7 +40,8 @@ pub(crate) enum Family {
     Bridge = 7,
 }
 
-/// `NFNL_SUBSYS_NFTABLES`: the high byte of message types, and the resource that a transaction is about.
+/// `NFNL_SUBSYS_NFTABLES`: the high byte of message types, and the resource that a transaction is
+/// about.
 const SUBSYSTEM: u8 = 10;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
@@ -53,7 +55,8 @@ const TABLE: u16 = 1;
 const SET: u16 = 2;
 /// `NFTA_SET_ELEM_LIST_ELEMENTS`.
 const ELEMENTS: u16 = 3;
-/// `NFTA_LIST_ELEM`, in it `NFTA_SET_ELEM_KEY`, in it `NFTA_DATA_VALUE`: all three happen to be number 1.
+/// `NFTA_LIST_ELEM`, in it `NFTA_SET_ELEM_KEY`, in it `NFTA_DATA_VALUE`: all three happen to be
+/// number 1.
 const INNER: u16 = 1;
 /// `NLA_F_NESTED` (`linux/netlink.h`).
 const NESTED: u16 = 0x8000;

@@ -1,9 +1,9 @@
 //! Names and MAC addresses that are derived, so that nothing has to be stored to find them again.
 //!
-//! Host interface of a pod: `bv`, three hex digits of the bridge's name, ten hex digits of the sandbox id.
-//! The digits of the bridge keep two daemons on one host apart: their firewall rules select their own pods by
-//! this prefix. Forty bits of a random id collide among a thousand pods about once in two million nodes; the
-//! kernel then refuses the second name.
+//! Host interface of a pod: `bv`, three hex digits of the bridge's name, ten hex digits of the
+//! sandbox id. The digits of the bridge keep two daemons on one host apart: their firewall rules
+//! select their own pods by this prefix. Forty bits of a random id collide among a thousand pods
+//! about once in two million nodes; the kernel then refuses the second name.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -33,9 +33,9 @@ impl fmt::Display for MacAddress {
     }
 }
 
-/// The MAC address of a bridge. Fixed, because a bridge without one of its own takes the lowest of its ports'
-/// and changes it when a pod goes, which breaks the neighbour entries of all others. It also marks a bridge
-/// as ours.
+/// The MAC address of a bridge. Fixed, because a bridge without one of its own takes the lowest of
+/// its ports' and changes it when a pod goes, which breaks the neighbour entries of all others. It
+/// also marks a bridge as ours.
 ///
 /// The second-lowest bit of the first octet says "locally administered" (IEEE 802, section 8.4).
 pub fn bridge_mac(bridge: &BridgeName) -> MacAddress {
@@ -43,8 +43,8 @@ pub fn bridge_mac(bridge: &BridgeName) -> MacAddress {
     MacAddress([0x02, 0xbe, a, b, c, d])
 }
 
-/// The MAC address of a pod's interface, from its IPv4 address: the next pod with the address gets the MAC
-/// with it, so no neighbour cache on the node is ever wrong.
+/// The MAC address of a pod's interface, from its IPv4 address: the next pod with the address gets
+/// the MAC with it, so no neighbour cache on the node is ever wrong.
 pub fn pod_mac(address: Ipv4Addr) -> MacAddress {
     let [a, b, c, d] = address.octets();
     MacAddress([0x0a, 0xbe, a, b, c, d])
@@ -55,7 +55,8 @@ pub fn host_interface_prefix(bridge: &BridgeName) -> String {
     format!("bv{:03x}", fnv1a(bridge.as_str()) & 0xfff)
 }
 
-/// The host end of a sandbox's veth pair, 15 bytes; `None` when the id is not one (see [`is_sandbox_id`]).
+/// The host end of a sandbox's veth pair, 15 bytes; `None` when the id is not one (see
+/// [`is_sandbox_id`]).
 pub fn host_interface(bridge: &BridgeName, sandbox_id: &str) -> Option<String> {
     let digits = is_sandbox_id(sandbox_id).then(|| sandbox_id.get(..MIN_SANDBOX_ID))??;
     Some(format!("{}{digits}", host_interface_prefix(bridge)))

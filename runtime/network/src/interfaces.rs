@@ -1,8 +1,8 @@
 //! Traffic counters of the interfaces of a network namespace, for a pod's statistics.
 //!
 //! Source: `IFLA_STATS64` of an `RTM_GETLINK` dump (`rtnetlink(7)`, `struct rtnl_link_stats64` in
-//! `linux/if_link.h`). They are the interface's own view: in a pod, received is what came to the pod. CRI:
-//! `NetworkInterfaceUsage`.
+//! `linux/if_link.h`). They are the interface's own view: in a pod, received is what came to the
+//! pod. CRI: `NetworkInterfaceUsage`.
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkMessage;
@@ -34,12 +34,13 @@ pub struct InterfaceCounters {
     pub tx_dropped: u64,
 }
 
-/// Interfaces that are reported of one namespace. A pod has a handful; one that may make interfaces could
-/// have thousands, which would keep the statistics of all the others waiting.
+/// Interfaces that are reported of one namespace. A pod has a handful; one that may make interfaces
+/// could have thousands, which would keep the statistics of all the others waiting.
 pub const MAX_INTERFACES: usize = 32;
 
-/// The counters of the interfaces, loopback included, of the namespace that the socket was opened in: at most
-/// [`MAX_INTERFACES`], those with the lowest numbers as far as the kernel lists them by number.
+/// The counters of the interfaces, loopback included, of the namespace that the socket was opened
+/// in: at most [`MAX_INTERFACES`], those with the lowest numbers as far as the kernel lists them by
+/// number.
 ///
 /// # Errors
 /// What the kernel said.

@@ -1,8 +1,8 @@
 //! The built-in bridge network: what gives a pod its addresses. CNI configuration is not looked at.
 //!
-//! One Linux bridge per node, one veth pair per pod, IPv4 and (when the host has it) IPv6, masquerading by
-//! nftables towards everything outside the pods' subnets. `docs/network.md` lists what appears on a host and
-//! how to remove it by hand.
+//! One Linux bridge per node, one veth pair per pod, IPv4 and (when the host has it) IPv6,
+//! masquerading by nftables towards everything outside the pods' subnets. `docs/network.md` lists
+//! what appears on a host and how to remove it by hand.
 //!
 //! | module | subject |
 //! |---|---|
@@ -17,8 +17,8 @@
 //! | [`forwarding`] | the host's forwarding sysctls |
 //! | [`identity`] | interface names and MAC addresses, derived rather than stored |
 //!
-//! Everything blocks and nothing changes a thread's namespaces: the caller enters a pod's network namespace
-//! on its own thread, calls [`bridge::open_in_pod`] there, and hands the socket over.
+//! Everything blocks and nothing changes a thread's namespaces: the caller enters a pod's network
+//! namespace on its own thread, calls [`bridge::open_in_pod`] there, and hands the socket over.
 //!
 //! Not here: creating and pinning network namespaces, host ports, CNI plugins, network policy.
 #![forbid(unsafe_code)]

@@ -1,22 +1,23 @@
-//! The firewall of a bridge as text for `nft -f -`: masquerading outwards, and what pods must not send.
+//! The firewall of a bridge as text for `nft -f -`: masquerading outwards, and what pods must not
+//! send.
 //!
 //! Two tables, both named after the bridge, replaced as a whole in one transaction:
 //!
-//! - `inet berth-<bridge>`: packets from the pods' subnet to anywhere else leave with the address of the
-//!   interface they leave by.
-//! - `bridge berth-<bridge>`: frames that enter from a pod's port are dropped unless their sender is one of
-//!   that pod's own addresses, and when they advertise routes, redirect, aim at loopback addresses, or are
-//!   neither IP nor ARP (a VLAN tag would hide the rest from these rules).
+//! - `inet berth-<bridge>`: packets from the pods' subnet to anywhere else leave with the address
+//!   of the interface they leave by.
+//! - `bridge berth-<bridge>`: frames that enter from a pod's port are dropped unless their sender
+//!   is one of that pod's own addresses, and when they advertise routes, redirect, aim at loopback
+//!   addresses, or are neither IP nor ARP (a VLAN tag would hide the rest from these rules).
 //!
-//! Which addresses a port may use stands in sets. This text fills them for the pods that are there; those
-//! that come later are added by [`crate::guard`], without `nft`.
+//! Which addresses a port may use stands in sets. This text fills them for the pods that are there;
+//! those that come later are added by [`crate::guard`], without `nft`.
 //!
-//! Each rule counts what it meets, so that `nft list table bridge berth-<bridge>` shows who is being stopped
-//! by what.
+//! Each rule counts what it meets, so that `nft list table bridge berth-<bridge>` shows who is
+//! being stopped by what.
 //!
-//! Nothing in the text comes from a user unchecked: names and subnets are types with closed character sets
-//! ([`crate::config`]). Syntax and priorities: `nft(8)`; the bridge family's prerouting hook runs before the
-//! bridge learns or forwards.
+//! Nothing in the text comes from a user unchecked: names and subnets are types with closed
+//! character sets ([`crate::config`]). Syntax and priorities: `nft(8)`; the bridge family's
+//! prerouting hook runs before the bridge learns or forwards.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -29,8 +30,8 @@ pub fn table(bridge: &BridgeName) -> String {
     format!("berth-{bridge}")
 }
 
-/// A script that puts both tables in place, whatever was there under their names, with the given pods in the
-/// sets.
+/// A script that puts both tables in place, whatever was there under their names, with the given
+/// pods in the sets.
 pub fn installation(
     bridge: &BridgeName,
     ipv4: Ipv4Subnet,
@@ -69,8 +70,8 @@ pub fn installation(
             })
         };
         text += &set(guard::IPV6_SENDERS, "type ifname . ipv6_addr", &ipv6(|address| address.to_string()));
-        // The target of a neighbour advertisement: the 128 bits behind the first 64 of the ICMPv6 header (RFC
-        // 4861, 4.4).
+        // The target of a neighbour advertisement: the 128 bits behind the first 64 of the ICMPv6
+        // header (RFC 4861, 4.4).
         let integers = ipv6(|address| format!("{:#034x}", u128::from(address)));
         text += &set(guard::IPV6_TARGETS, "typeof iifname . @th,64,128", &integers);
     }

@@ -1,18 +1,18 @@
-//! A synchronous netlink socket: requests go out together, and every one of them is answered before the call
-//! returns.
+//! A synchronous netlink socket: requests go out together, and every one of them is answered before
+//! the call returns.
 //!
-//! The kernel handles a netlink request inside `sendmsg`, so that the answers are in the socket's queue when
-//! it returns (`netlink(7)`, "netlink is not reliable" concerns only overflow and notifications, which are
-//! not subscribed to here). The socket is therefore non-blocking: an answer that is not there will not come,
-//! and waiting for it would hang.
+//! The kernel handles a netlink request inside `sendmsg`, so that the answers are in the socket's
+//! queue when it returns (`netlink(7)`, "netlink is not reliable" concerns only overflow and
+//! notifications, which are not subscribed to here). The socket is therefore non-blocking: an
+//! answer that is not there will not come, and waiting for it would hang.
 //!
-//! Several requests travel in one message (RFC 3549, section 2.3.2.1); the kernel goes on after one that
-//! fails, and acks each. Requests are encoded by `netlink-packet-route`. Answers are decoded here, and only
-//! the few attributes that are used: a full decoder fails on a whole message when a newer kernel changes an
-//! attribute that was not asked for.
+//! Several requests travel in one message (RFC 3549, section 2.3.2.1); the kernel goes on after one
+//! that fails, and acks each. Requests are encoded by `netlink-packet-route`. Answers are decoded
+//! here, and only the few attributes that are used: a full decoder fails on a whole message when a
+//! newer kernel changes an attribute that was not asked for.
 //!
-//! A socket belongs to the network namespace that the calling thread was in when it was opened, keeps that
-//! namespace alive until it is dropped, and works from any thread.
+//! A socket belongs to the network namespace that the calling thread was in when it was opened,
+//! keeps that namespace alive until it is dropped, and works from any thread.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -26,8 +26,8 @@ use netlink_sys::{Socket, SocketAddr, protocols};
 use nix::errno::Errno;
 use nix::libc;
 
-/// Room for one datagram of answers. The kernel fills dumps in pieces of at most 32 KiB (`netlink_dump`,
-/// net/netlink/af_netlink.c); twice that leaves room for growth.
+/// Room for one datagram of answers. The kernel fills dumps in pieces of at most 32 KiB
+/// (`netlink_dump`, net/netlink/af_netlink.c); twice that leaves room for growth.
 const RECEIVE_BYTES: usize = 64 * 1024;
 
 /// Most messages taken from one dump: more links or addresses than a node can have, yet a bound.
@@ -36,7 +36,8 @@ const MAX_DUMP_MESSAGES: usize = 1 << 18;
 /// How often a dump is begun again when the tables changed under it (`NLM_F_DUMP_INTR`).
 const DUMP_ATTEMPTS: u32 = 10;
 
-/// Size of `struct nlmsghdr` (`linux/netlink.h`): length u32, type u16, flags u16, sequence u32, port u32.
+/// Size of `struct nlmsghdr` (`linux/netlink.h`): length u32, type u16, flags u16, sequence u32,
+/// port u32.
 const HEADER_BYTES: usize = 16;
 
 /// Why a conversation with the kernel failed.
@@ -112,8 +113,8 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// A routing request. `flags` are added to `NLM_F_REQUEST`. `operation` completes the sentence "cannot
-    /// ...".
+    /// A routing request. `flags` are added to `NLM_F_REQUEST`. `operation` completes the sentence
+    /// "cannot ...".
     pub(crate) fn route(operation: &'static str, flags: u16, message: &RouteNetlinkMessage) -> Self {
         let mut body = vec![0; message.buffer_len()];
         message.serialize(&mut body);
@@ -148,8 +149,8 @@ pub(crate) struct Reply {
 /// A socket that speaks rtnetlink in one network namespace.
 pub struct Netlink {
     socket: Socket,
-    /// Sequence number of the next request. Answers carry it back, so that a leftover of an earlier, failed
-    /// conversation is distinguished from the awaited answer.
+    /// Sequence number of the next request. Answers carry it back, so that a leftover of an
+    /// earlier, failed conversation is distinguished from the awaited answer.
     sequence: u32,
     buffer: Vec<u8>,
 }
@@ -189,20 +190,20 @@ impl Netlink {
         Ok(Self { socket, sequence: 1, buffer: Vec::with_capacity(RECEIVE_BYTES) })
     }
 
-    /// Sends requests together and returns when the kernel has acknowledged each. The messages with which it
-    /// answered the ones that ask for something come back in order.
+    /// Sends requests together and returns when the kernel has acknowledged each. The messages with
+    /// which it answered the ones that ask for something come back in order.
     ///
     /// # Errors
-    /// The first request's failure, in the order given; the later ones have been carried out as far as they
-    /// could be.
+    /// The first request's failure, in the order given; the later ones have been carried out as far
+    /// as they could be.
     pub(crate) fn request(&mut self, requests: &[Request]) -> Result<Vec<Reply>, Error> {
         let Some(last) = requests.last() else { return Ok(Vec::new()) };
         let first_sequence = self.send(requests, 0)?;
         let mut outcomes: Vec<Option<Result<(), Errno>>> =
             requests.iter().map(|request| (!request.acknowledged).then_some(Ok(()))).collect();
         let mut replies = Vec::new();
-        // An error to a message that is not acknowledged stands for all of them: the others get no answer any
-        // more.
+        // An error to a message that is not acknowledged stands for all of them: the others get no
+        // answer any more.
         let mut refused = false;
         while !refused && outcomes.iter().any(Option::is_none) {
             for message in self.receive(last.operation)? {
@@ -242,9 +243,9 @@ impl Netlink {
         Err(Error::Unsteady { operation: request.operation })
     }
 
-    /// Sends a request for a whole table and returns the first entries of it, as many as `most` or a datagram
-    /// more. Entries that come or go meanwhile may be among them or not. What the kernel has not sent yet is
-    /// thrown away with the socket.
+    /// Sends a request for a whole table and returns the first entries of it, as many as `most` or
+    /// a datagram more. Entries that come or go meanwhile may be among them or not. What the kernel
+    /// has not sent yet is thrown away with the socket.
     ///
     /// # Errors
     /// What the kernel said.
@@ -298,7 +299,8 @@ impl Netlink {
         }
     }
 
-    /// Puts requests into one datagram. Returns the sequence number of the first; the others follow it.
+    /// Puts requests into one datagram. Returns the sequence number of the first; the others follow
+    /// it.
     fn send(&mut self, requests: &[Request], extra_flags: u16) -> Result<u32, Error> {
         let first_sequence = self.sequence;
         let mut datagram = Vec::new();
@@ -335,8 +337,8 @@ impl Netlink {
                 Ok(length) => break length,
             }
         };
-        // With MSG_TRUNC the length is the datagram's own: longer than what was stored means that a part is
-        // lost.
+        // With MSG_TRUNC the length is the datagram's own: longer than what was stored means that a
+        // part is lost.
         if length != self.buffer.len() {
             return Err(Error::Malformed { operation });
         }
@@ -394,7 +396,8 @@ fn read_i32(bytes: &[u8], offset: usize) -> Option<i32> {
     bytes.get(offset..)?.first_chunk().copied().map(i32::from_ne_bytes)
 }
 
-/// What is used of a link: `struct ifinfomsg` and a few attributes (`rtnetlink(7)`, `linux/if_link.h`).
+/// What is used of a link: `struct ifinfomsg` and a few attributes (`rtnetlink(7)`,
+/// `linux/if_link.h`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Link {
     /// Interface number within its namespace.
@@ -409,8 +412,8 @@ pub(crate) struct Link {
     pub(crate) master: Option<u32>,
     /// `IFLA_MTU`.
     pub(crate) mtu: u32,
-    /// `IFLA_STATS64`: the first eight counters of `struct rtnl_link_stats64`, in its order: packets
-    /// received, sent; bytes received, sent; errors received, sent; drops received, sent.
+    /// `IFLA_STATS64`: the first eight counters of `struct rtnl_link_stats64`, in its order:
+    /// packets received, sent; bytes received, sent; errors received, sent; drops received, sent.
     pub(crate) counters: [u64; 8],
 }
 
@@ -463,8 +466,8 @@ fn decode_link(body: &[u8]) -> Option<Link> {
     Some(link)
 }
 
-/// A C string attribute. Interface names may be any bytes but `/`, `:` and blanks; one that is not UTF-8 is
-/// not ours, and only has to be different from ours.
+/// A C string attribute. Interface names may be any bytes but `/`, `:` and blanks; one that is not
+/// UTF-8 is not ours, and only has to be different from ours.
 fn text(value: &[u8]) -> Option<String> {
     let bytes = value.split(|byte| *byte == 0).next()?;
     Some(String::from_utf8_lossy(bytes).into_owned())
@@ -490,7 +493,8 @@ const IFADDRMSG_BYTES: usize = 8;
 
 fn decode_address(body: &[u8]) -> Option<Option<LinkAddress>> {
     let (prefix, scope, index) = (*body.get(1)?, *body.get(3)?, read_u32(body, 4)?);
-    // IFA_LOCAL is the interface's own address; IPv6 leaves it out when it equals IFA_ADDRESS (rtnetlink(7)).
+    // IFA_LOCAL is the interface's own address; IPv6 leaves it out when it equals IFA_ADDRESS
+    // (rtnetlink(7)).
     let (mut local, mut address) = (None, None);
     for attribute in NlasIterator::new(body.get(IFADDRMSG_BYTES..)?) {
         let attribute: NlaBuffer<&[u8]> = attribute.ok()?;

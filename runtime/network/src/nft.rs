@@ -1,7 +1,7 @@
 //! Running the `nft` program.
 //!
-//! The program is started at set-up, repair and tear-down only. It is looked for in the system's own
-//! directories, not in `PATH`, and gets the script on its standard input.
+//! The program is started at set-up, repair and tear-down only. It is looked for in the system's
+//! own directories, not in `PATH`, and gets the script on its standard input.
 
 use std::ffi::OsStr;
 use std::io;
@@ -14,8 +14,8 @@ use berth_sys::program::{Ended, Run};
 /// Where the program may be.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
-/// How long one run may take. It needs some 10 ms; the rest is for a node that is busy, or a firewall with
-/// many sets, which `nft` reads in whole before it acts.
+/// How long one run may take. It needs some 10 ms; the rest is for a node that is busy, or a
+/// firewall with many sets, which `nft` reads in whole before it acts.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Most bytes kept of what the program says about an error.

@@ -1,9 +1,9 @@
-//! The bridge network against the real kernel, as root, in network namespaces that each test makes for
-//! itself: one plays the node, others the pods. The machine's own network is not touched. Needs `nft` and
-//! `ip`.
+//! The bridge network against the real kernel, as root, in network namespaces that each test makes
+//! for itself: one plays the node, others the pods. The machine's own network is not touched. Needs
+//! `nft` and `ip`.
 //!
-//! A namespace is entered on its own thread that ends with the visit, so that no other test runs in it
-//! by accident.
+//! A namespace is entered on its own thread that ends with the visit, so that no other test runs in
+//! it by accident.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot prepare its ground should fail at that line")]
 
@@ -150,8 +150,8 @@ fn id(number: u32) -> String {
     format!("{number:08x}").repeat(8)
 }
 
-/// Whether a TCP connection from one namespace to an address in another carries bytes both ways; the source
-/// the server saw.
+/// Whether a TCP connection from one namespace to an address in another carries bytes both ways;
+/// the source the server saw.
 fn talk(from: &Namespace, to: &Namespace, address: IpAddr) -> IpAddr {
     let listener = to.run(|| TcpListener::bind(SocketAddr::new(address, 0))).unwrap();
     let target = listener.local_addr().unwrap();
@@ -208,7 +208,8 @@ fn what_attach_returns_is_what_the_pod_has() {
     assert_eq!(accept_ra.trim(), "0");
 }
 
-/// Joins a node to a namespace outside: the node has .1, the outside .2 of 192.0.2.0/24 and 2001:db8::/64.
+/// Joins a node to a namespace outside: the node has .1, the outside .2 of 192.0.2.0/24 and
+/// 2001:db8::/64.
 fn uplink(node: &Node) -> Namespace {
     let outside = Namespace::new();
     let mut joined = node.namespace.command("ip link add up0 type veth peer name out0");
@@ -416,7 +417,8 @@ fn census(node: &Node) -> String {
         text += &node.namespace.command(line);
     }
     text += &node.records().join("\n");
-    // What depends on whether a pod is there at the moment, and the second that IPv6 waits for a duplicate.
+    // What depends on whether a pod is there at the moment, and the second that IPv6 waits for a
+    // duplicate.
     for word in
         ["linkdown ", "tentative ", "NO-CARRIER,", ",LOWER_UP", "state UP", "state DOWN", "state UNKNOWN"]
     {
@@ -447,7 +449,8 @@ fn after_200_cycles_the_node_is_as_before() {
     }
     node.wait_for_interfaces(&["berth0", "lo"]);
     assert_eq!(census(&node), before);
-    // Other tests run in this process too, and hold at most some dozens of files; 200 leaked ones would show.
+    // Other tests run in this process too, and hold at most some dozens of files; 200 leaked ones
+    // would show.
     assert!(open_files() < files_before + 150);
 }
 
@@ -654,8 +657,8 @@ fn on_a_host_without_ipv6_pods_have_ipv4_only_and_no_ipv6_frame_passes() {
     let (first, second) = (node.attach(1), node.attach(2));
     assert_eq!(first.attachment.addresses.len(), 1);
     talk(&first.namespace, &second.namespace, second.address(0));
-    // Even the pods' own link-local addresses do not meet: router solicitations and neighbour discovery are
-    // dropped.
+    // Even the pods' own link-local addresses do not meet: router solicitations and neighbour
+    // discovery are dropped.
     let before = node.met("bridge", "ether type");
     first.namespace.command("ip addr add fd00::5/64 dev eth0 nodad");
     let socket = first.namespace.run(|| UdpSocket::bind("[fd00::5]:0")).unwrap();
@@ -690,7 +693,8 @@ fn a_pod_cannot_send_from_any_address_but_its_own() {
             peer.namespace.run(|| UdpSocket::bind(SocketAddr::new(peer.address(family), 0))).unwrap();
         receiver.set_read_timeout(Some(PATIENCE)).unwrap();
         let target = receiver.local_addr().unwrap();
-        // The neighbour is known before the address is forged, so that the forged packet is really sent.
+        // The neighbour is known before the address is forged, so that the forged packet is really
+        // sent.
         let honest = pod.namespace.run(|| UdpSocket::bind(SocketAddr::new(pod.address(family), 0))).unwrap();
         let mut bytes = [0; 16];
         honest.send_to(b"before", target).unwrap();
@@ -751,8 +755,9 @@ fn router_advertisements_and_redirects_of_a_pod_reach_nobody() {
     let target = SockaddrIn6::from(SocketAddrV6::new(target, 0, 0, 0));
     let (routers, neighbours) = ("icmpv6 type {", "icmpv6 type nd-neighbor-advert");
     let before = (node.met("bridge", routers), node.met("bridge", neighbours));
-    // A router advertisement, a redirect, an advertisement of the gateway as a neighbour (RFC 4861, 4.2, 4.5,
-    // 4.4), and then an echo reply, which must come through. The kernel sets the checksums.
+    // A router advertisement, a redirect, an advertisement of the gateway as a neighbour (RFC 4861,
+    // 4.2, 4.5, 4.4), and then an echo reply, which must come through. The kernel sets the
+    // checksums.
     for kind in [134_u8, 137, 136, 129] {
         let mut message = [0_u8; 40];
         message[0] = kind;

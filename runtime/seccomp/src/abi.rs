@@ -1,12 +1,12 @@
-//! The system call interfaces that a filter may meet: their audit architectures and numbers, and what the
-//! kernel takes for a filter.
+//! The system call interfaces that a filter may meet: their audit architectures and numbers, and
+//! what the kernel takes for a filter.
 
 use std::str::FromStr;
 
 use oci_spec::runtime::Arch;
 
-/// One interface of the kernel. A filter sees two of them under one audit architecture: x32 is x86_64 with a
-/// bit in the number.
+/// One interface of the kernel. A filter sees two of them under one audit architecture: x32 is
+/// x86_64 with a bit in the number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Abi {
     X86_64,
@@ -26,7 +26,8 @@ const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const AUDIT_ARCH_I386: u32 = 0x4000_0003;
 const AUDIT_ARCH_AARCH64: u32 = 0xc000_00b7;
 
-/// The calls that x32 has numbers of its own for, from 512 on: arch/x86/entry/syscalls/syscall_64.tbl.
+/// The calls that x32 has numbers of its own for, from 512 on:
+/// arch/x86/entry/syscalls/syscall_64.tbl.
 const X32_OWN: [&str; 36] = [
     "rt_sigaction",
     "rt_sigreturn",
@@ -110,7 +111,8 @@ impl Abi {
     /// The interface of the programs that this crate is compiled for.
     pub(crate) const NATIVE: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
 
-    /// The interface behind an OCI architecture; nothing for those of machines that Berth does not run on.
+    /// The interface behind an OCI architecture; nothing for those of machines that Berth does not
+    /// run on.
     pub(crate) fn from_oci(arch: Arch) -> Option<Self> {
         match arch {
             Arch::ScmpArchNative => Some(Self::NATIVE),
@@ -185,8 +187,8 @@ impl Abi {
         assigned
     }
 
-    /// The older way to the same call on i386: the number of the call that does it, and what its first
-    /// argument then is.
+    /// The older way to the same call on i386: the number of the call that does it, and what its
+    /// first argument then is.
     pub(crate) fn multiplexer(self, name: &str) -> Option<(u32, u64)> {
         if self != Self::X86 {
             return None;

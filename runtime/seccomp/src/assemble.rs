@@ -1,4 +1,5 @@
-//! From decisions to classic BPF: a binary search over the number, comparisons of arguments at its leaves.
+//! From decisions to classic BPF: a binary search over the number, comparisons of arguments at its
+//! leaves.
 //!
 //! ```text
 //! load arch; one block per audit architecture, else kill
@@ -6,8 +7,8 @@
 //!     jge pivot ── right half
 //!     └─ left half … down to a leaf: ret action, or rules one after another
 //! ```
-//! A search takes about eight comparisons where a list would take hundreds, and for calls that are always
-//! allowed the kernel (since 5.11) evaluates the filter once and remembers it.
+//! A search takes about eight comparisons where a list would take hundreds, and for calls that are
+//! always allowed the kernel (since 5.11) evaluates the filter once and remembers it.
 
 use crate::CompileError;
 use crate::abi::{Abi, MAX_INSTRUCTIONS, X32_BIT};
@@ -25,8 +26,8 @@ pub(crate) mod code {
     pub(crate) const RETURN: u16 = 0x06;
 }
 
-/// Offsets in `struct seccomp_data { int nr; __u32 arch; __u64 instruction_pointer; __u64 args[6]; }`,
-/// seccomp(2).
+/// Offsets in `struct seccomp_data { int nr; __u32 arch; __u64 instruction_pointer; __u64 args[6];
+/// }`, seccomp(2).
 const OFFSET_NUMBER: u32 = 0;
 const OFFSET_ARCH: u32 = 4;
 const OFFSET_ARGUMENTS: u32 = 16;
@@ -68,8 +69,8 @@ pub(crate) fn assemble(lowered: &Lowered) -> Result<Vec<u8>, CompileError> {
     Ok(program.iter().flat_map(bytes).collect())
 }
 
-/// `filter`, but for calls of this machine's own architecture that have one of these numbers and exactly
-/// these first arguments: those are let through.
+/// `filter`, but for calls of this machine's own architecture that have one of these numbers and
+/// exactly these first arguments: those are let through.
 pub(crate) fn letting_through(filter: &[u8], calls: &[(u32, &[u64])]) -> Result<Vec<u8>, CompileError> {
     let mut program = vec![plain(code::LOAD, OFFSET_ARCH)];
     let mut native = Vec::new();
@@ -100,7 +101,8 @@ fn skip_unless(test: Instruction, block: Vec<Instruction>) -> Vec<Instruction> {
     let mut out = Vec::with_capacity(block.len() + 2);
     match u8::try_from(block.len()) {
         Ok(length) => out.push(Instruction { if_false: length, ..test }),
-        // A conditional jump reaches 255 instructions; beyond, a plain one, which reaches all, takes over.
+        // A conditional jump reaches 255 instructions; beyond, a plain one, which reaches all,
+        // takes over.
         Err(_) => {
             out.push(Instruction { if_true: 1, ..test });
             out.push(plain(code::JUMP, distance(block.len())));
@@ -191,7 +193,8 @@ fn rule_block(rule: &Rule, abi: Abi) -> Vec<Instruction> {
         for step in condition {
             here -= 1;
             left -= 1;
-            // At most six conditions of six steps each, an argument occurring once: every distance fits.
+            // At most six conditions of six steps each, an argument occurring once: every distance
+            // fits.
             let to = |to: To| match to {
                 To::Next => 0,
                 To::Holds => u8::try_from(here).unwrap_or(u8::MAX),

@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 use crate::{CompileError, Filter, compile};
 
-/// Filters kept. Each distinct set of capabilities makes a RuntimeDefault of its own, and each Localhost file
-/// one; a filter has a few KiB.
+/// Filters kept. Each distinct set of capabilities makes a RuntimeDefault of its own, and each
+/// Localhost file one; a filter has a few KiB.
 const KEPT: usize = 64;
 
 /// The filters made last, by the digest of their profile. Shared between threads.
@@ -30,8 +30,8 @@ impl Cache {
     /// # Errors
     /// Those of [`compile`]; they are not kept.
     pub fn get(&self, profile: &LinuxSeccomp) -> Result<Arc<Filter>, CompileError> {
-        // A profile consists of strings and numbers, whose serialization cannot fail; were it to, the profile
-        // is just not kept.
+        // A profile consists of strings and numbers, whose serialization cannot fail; were it to,
+        // the profile is just not kept.
         let Ok(text) = serde_json::to_vec(profile) else { return compile(profile).map(Arc::new) };
         let digest: [u8; 32] = Sha256::digest(&text).into();
         // Nothing in here leaves the list half changed, so a panic elsewhere does not spoil it.

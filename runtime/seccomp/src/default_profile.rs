@@ -1,12 +1,12 @@
 //! RuntimeDefault: the profile for containers that ask for the runtime's own.
 //!
-//! An allow list, arranged by what the calls are for. A call is on it when an ordinary program may need it
-//! and the kernel's own checks (ids, capabilities, namespaces) decide about its use; calls that need a
-//! capability are on it when the container has that capability, because that was a decision. Off the
-//! list are calls that reach into the whole machine, that widen the kernel's attack surface without need
-//! (io_uring, userfaultfd, keyrings, AF_VSOCK and AF_ALG sockets), and relics. Every call of the tables is
-//! either on a list here or on [`REFUSED`], each with its group's reason; a test sees to it that none is
-//! forgotten.
+//! An allow list, arranged by what the calls are for. A call is on it when an ordinary program may
+//! need it and the kernel's own checks (ids, capabilities, namespaces) decide about its use; calls
+//! that need a capability are on it when the container has that capability, because that was a
+//! decision. Off the list are calls that reach into the whole machine, that widen the kernel's
+//! attack surface without need (io_uring, userfaultfd, keyrings, AF_VSOCK and AF_ALG sockets), and
+//! relics. Every call of the tables is either on a list here or on [`REFUSED`], each with its
+//! group's reason; a test sees to it that none is forgotten.
 
 use std::collections::BTreeSet;
 
@@ -18,20 +18,21 @@ use oci_spec::runtime::{
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
 
-/// All `CLONE_NEW*` flags that clone(2) takes; `CLONE_NEWTIME` shares its bit with the exit signal there and
-/// is for clone3 and unshare only.
+/// All `CLONE_NEW*` flags that clone(2) takes; `CLONE_NEWTIME` shares its bit with the exit signal
+/// there and is for clone3 and unshare only.
 const CLONE_NAMESPACES: u64 = 0x7e02_0000;
 
 /// Address families of socket(2). AF_ALG gives the kernel's cipher code to all (CVE-2026-31431 and
-/// before); AF_VSOCK reaches the hypervisor and, on a host of virtual machines, all of them, past every
-/// network policy.
+/// before); AF_VSOCK reaches the hypervisor and, on a host of virtual machines, all of them, past
+/// every network policy.
 const AF_ALG: u64 = 38;
-/// The others from there on: NFC, and those after AF_VSOCK (40), up to MCTP in Linux 6.18. One by one, not
-/// "above 40": the kernel cuts the argument down to an int, so 2^32 + 38, which is above 40, is AF_ALG to it.
+/// The others from there on: NFC, and those after AF_VSOCK (40), up to MCTP in Linux 6.18. One by
+/// one, not "above 40": the kernel cuts the argument down to an int, so 2^32 + 38, which is above
+/// 40, is AF_ALG to it.
 const AF_ABOVE_ALG: [u64; 6] = [39, 41, 42, 43, 44, 45];
 
-/// personality(2): Linux, 32-bit, either with `UNAME26`, and the question what it is. Not `ADDR_NO_RANDOMIZE`
-/// and the like.
+/// personality(2): Linux, 32-bit, either with `UNAME26`, and the question what it is. Not
+/// `ADDR_NO_RANDOMIZE` and the like.
 const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
 /// Calls that any container may make.
@@ -262,8 +263,8 @@ const ALLOWED: [&[&str]; 13] = [
         "setpgid",
         "setsid",
         "uname",
-        // The kernel's own trampoline makes this one when a probe of the host returns; refused, the probed
-        // program would crash.
+        // The kernel's own trampoline makes this one when a probe of the host returns; refused, the
+        // probed program would crash.
         "uretprobe",
         "vfork",
         "wait4",
@@ -498,19 +499,19 @@ const WITH_CAPABILITY: [(&str, &[&str]); 14] = [
     ("CAP_SYSLOG", &["syslog"]),
 ];
 
-/// Calls that have conditions; see [`default_profile`]. Only the test that every call is decided reads this.
-/// `clone` and `clone3` are also among those that a capability opens.
+/// Calls that have conditions; see [`default_profile`]. Only the test that every call is decided
+/// reads this. `clone` and `clone3` are also among those that a capability opens.
 #[cfg(test)]
 const CONDITIONAL: [&str; 6] = ["clone", "clone3", "personality", "socket", "socketcall", "socketpair"];
 
-/// The rest, refused with `EPERM` whatever the capabilities. Only the test that every call is decided reads
-/// this.
+/// The rest, refused with `EPERM` whatever the capabilities. Only the test that every call is
+/// decided reads this.
 #[cfg(test)]
 const REFUSED: [&[&str]; 5] = [
     // Of the whole machine: another kernel, swap, the root of the mount tree.
     &["kexec_file_load", "kexec_load", "pivot_root", "swapoff", "swapon"],
-    // Attack surface without need: keyrings are not namespaced, io_uring does calls that no filter sees,
-    // userfaultfd makes races easy.
+    // Attack surface without need: keyrings are not namespaced, io_uring does calls that no filter
+    // sees, userfaultfd makes races easy.
     &[
         "add_key",
         "io_uring_enter",
@@ -557,15 +558,15 @@ const REFUSED: [&[&str]; 5] = [
     ],
 ];
 
-/// The profile for a container with these capabilities (`CAP_SYS_ADMIN` or `SYS_ADMIN`; unknown names mean
-/// nothing).
+/// The profile for a container with these capabilities (`CAP_SYS_ADMIN` or `SYS_ADMIN`; unknown
+/// names mean nothing).
 ///
-/// Besides the lists: `clone` makes no namespaces, and `clone3`, whose flags are out of a filter's sight, is
-/// said not to exist, so that C libraries use `clone`; both are free with CAP_SYS_ADMIN. `socket` and
-/// `socketpair` make neither AF_ALG nor AF_VSOCK sockets; the way to them through i386's `socketcall`, where
-/// the family is out of sight, is closed (`ENOSYS`: musl and Go then use the direct calls, which Linux has
-/// had since 4.3; a 32-bit glibc does not, and needs another profile). `personality` takes five harmless
-/// values.
+/// Besides the lists: `clone` makes no namespaces, and `clone3`, whose flags are out of a filter's
+/// sight, is said not to exist, so that C libraries use `clone`; both are free with CAP_SYS_ADMIN.
+/// `socket` and `socketpair` make neither AF_ALG nor AF_VSOCK sockets; the way to them through
+/// i386's `socketcall`, where the family is out of sight, is closed (`ENOSYS`: musl and Go then use
+/// the direct calls, which Linux has had since 4.3; a 32-bit glibc does not, and needs another
+/// profile). `personality` takes five harmless values.
 ///
 /// Covers x86_64 with i386; x32 is left out, since it doubles what can be reached and is unused.
 #[must_use]
@@ -596,8 +597,8 @@ pub fn default_profile<'a>(capabilities: impl IntoIterator<Item = &'a str>) -> L
     let mut sockets = allow(vec!["socket", "socketpair"], None);
     sockets.set_args(Some(std::iter::once(below).chain(above).collect()));
     rules.push(sockets);
-    // Call 1 is socket and call 8 socketpair, <linux/net.h>; the rest of socketcall is allowed with the calls
-    // it stands for.
+    // Call 1 is socket and call 8 socketpair, <linux/net.h>; the rest of socketcall is allowed with
+    // the calls it stands for.
     for call in [1, 8] {
         rules.push(refuse_as_missing("socketcall", Some(arg(0, LinuxSeccompOperator::ScmpCmpEq, call))));
     }
@@ -697,8 +698,8 @@ mod tests {
                 .collect();
             assert!(forgotten.is_empty(), "{forgotten:?}");
         }
-        // Names inside socketcall have no number, and the crate spells `break`, which no kernel ever had
-        // behind it, as Rust does.
+        // Names inside socketcall have no number, and the crate spells `break`, which no kernel
+        // ever had behind it, as Rust does.
         let nowhere: Vec<_> = all
             .into_iter()
             .filter(|name| Abi::X86_64.number(name).is_none() && Abi::X86.number(name).is_none())
@@ -708,8 +709,8 @@ mod tests {
 
     type Verdict = (&'static str, &'static [u64], Option<u32>, Option<u32>);
 
-    /// Name, arguments, and what is said on amd64 and on i386 (nothing where the call does not exist) with
-    /// the usual capabilities.
+    /// Name, arguments, and what is said on amd64 and on i386 (nothing where the call does not
+    /// exist) with the usual capabilities.
     #[rustfmt::skip]
     const VERDICTS: [Verdict; 75] = [
         ("read", &[], Some(ALLOW), Some(ALLOW)),
@@ -824,7 +825,8 @@ mod tests {
         let filter = filter(&USUAL);
         let wide = 1 << 32;
         for (name, arg, amd64, i386) in [
-            // The kernel takes an int and ignores the high half; the filter must not be fooled by it.
+            // The kernel takes an int and ignores the high half; the filter must not be fooled by
+            // it.
             ("socket", wide | 38, REFUSE, REFUSE),
             ("socket", wide | 1, REFUSE, ALLOW),
             ("personality", wide, REFUSE, ALLOW),

@@ -1,15 +1,15 @@
 //! The filter for a process on its way into a container where others live.
 //!
-//! What such a process is not to do must be forbidden from its birth on, because others in there may take it
-//! over. Where the program's own filter forbids what the way takes, this one is in force until the end of the
-//! way: the program's, but for exactly those calls.
+//! What such a process is not to do must be forbidden from its birth on, because others in there
+//! may take it over. Where the program's own filter forbids what the way takes, this one is in
+//! force until the end of the way: the program's, but for exactly those calls.
 
 use crate::abi::Abi;
 use crate::{CompileError, Filter, assemble};
 
 impl Filter {
-    /// The filter for the way that takes `calls` (names, and their first arguments) and in the end `last`,
-    /// which installs this one. Empty when this filter lets all of `calls` through itself.
+    /// The filter for the way that takes `calls` (names, and their first arguments) and in the end
+    /// `last`, which installs this one. Empty when this filter lets all of `calls` through itself.
     ///
     /// # Errors
     /// [`CompileError::TooLong`].

@@ -1,13 +1,13 @@
-//! What a filter answers to a call, as the kernel would run it: for who has to make calls under a filter
-//! before the program does.
+//! What a filter answers to a call, as the kernel would run it: for who has to make calls under a
+//! filter before the program does.
 
 use crate::Filter;
 use crate::abi::Abi;
 use crate::assemble::code;
 use crate::lower::ret;
 
-/// A system call as a filter sees it: `struct seccomp_data`, seccomp(2), without the instruction pointer,
-/// which no filter here looks at.
+/// A system call as a filter sees it: `struct seccomp_data`, seccomp(2), without the instruction
+/// pointer, which no filter here looks at.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Call {
     pub(crate) number: u32,
@@ -58,9 +58,9 @@ pub(crate) fn run(filter: &[u8], call: &Call) -> Option<u32> {
 }
 
 impl Filter {
-    /// Whether the filter lets a program of this machine's own architecture make a call with these first
-    /// arguments; those not given are 0. A name that the architecture does not have is no call of its, and
-    /// let through.
+    /// Whether the filter lets a program of this machine's own architecture make a call with these
+    /// first arguments; those not given are 0. A name that the architecture does not have is no
+    /// call of its, and let through.
     #[must_use]
     pub fn admits(&self, name: &str, args: &[u64]) -> bool {
         let Some(number) = Abi::NATIVE.number(name) else { return true };

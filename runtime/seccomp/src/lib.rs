@@ -5,10 +5,10 @@
 //! parse_profile(bytes of a file) ┴─ LinuxSeccomp ── compile ── Filter { bytes, flags }   (or Cache::get)
 //! ```
 //!
-//! Everything is a pure function; the daemon does all of it, so that the shim needs neither a profile parser
-//! nor libseccomp. What a profile means follows the OCI runtime-spec (config-linux.md, "Seccomp", v1.3) and,
-//! where that is silent, libseccomp as runc drives it, because that is what profiles have been written
-//! against; [`compile`] lists those points.
+//! Everything is a pure function; the daemon does all of it, so that the shim needs neither a
+//! profile parser nor libseccomp. What a profile means follows the OCI runtime-spec
+//! (config-linux.md, "Seccomp", v1.3) and, where that is silent, libseccomp as runc drives it,
+//! because that is what profiles have been written against; [`compile`] lists those points.
 
 #![forbid(unsafe_code)]
 
@@ -32,8 +32,8 @@ pub use parse::{Circumstances, MAX_PROFILE_BYTES, ParseError, parse_profile};
 /// A filter, ready for `seccomp(SECCOMP_SET_MODE_FILTER)`: seccomp(2).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Filter {
-    /// `struct sock_filter` one after another, 8 bytes each, in this machine's byte order; at most 4096 of
-    /// them.
+    /// `struct sock_filter` one after another, 8 bytes each, in this machine's byte order; at most
+    /// 4096 of them.
     pub bytes: Vec<u8>,
     /// `SECCOMP_FILTER_FLAG_*`.
     pub flags: u32,
@@ -85,23 +85,24 @@ pub enum CompileError {
 /// Makes the filter of a profile.
 ///
 /// What the runtime-spec leaves open is decided so:
-/// - Conditions of one rule must all hold, but when an argument index occurs twice in it, each condition
-///   becomes its own rule, as in runc and crun: any of them suffices.
-/// - A rule without conditions wins over all rules with conditions for the same system call, wherever it
-///   stands; among several without, the first. Among rules with conditions, the first that matches. A rule
-///   whose action is the default action says nothing.
-/// - The bits of `valueTwo` outside the mask of `SCMP_CMP_MASKED_EQ` are ignored. For 32-bit programs only
-///   the low halves of values are compared.
-/// - A name that no table knows is skipped: it belongs to another architecture, or to a newer kernel.
-/// - The machine's own architecture is always covered; calls of one that the profile does not list end the
-///   process. x32 is different, since its calls come as x86_64: not listed, it answers `ENOSYS`, as a kernel
-///   without x32 does.
-/// - When the default action is to refuse, calls newer than any that the profile names answer `ENOSYS`, so
-///   that C libraries try the older way; and with `SCMP_ACT_ERRNO` so do numbers that no kernel has given
-///   away.
-/// - i386 has `socketcall` and `ipc`, which do what other calls do. A rule for one of those calls holds for
-///   the way through them too, but a rule that permits under conditions does not: the arguments are in
-///   memory, out of a filter's sight.
+/// - Conditions of one rule must all hold, but when an argument index occurs twice in it, each
+///   condition becomes its own rule, as in runc and crun: any of them suffices.
+/// - A rule without conditions wins over all rules with conditions for the same system call,
+///   wherever it stands; among several without, the first. Among rules with conditions, the first
+///   that matches. A rule whose action is the default action says nothing.
+/// - The bits of `valueTwo` outside the mask of `SCMP_CMP_MASKED_EQ` are ignored. For 32-bit
+///   programs only the low halves of values are compared.
+/// - A name that no table knows is skipped: it belongs to another architecture, or to a newer
+///   kernel.
+/// - The machine's own architecture is always covered; calls of one that the profile does not list
+///   end the process. x32 is different, since its calls come as x86_64: not listed, it answers
+///   `ENOSYS`, as a kernel without x32 does.
+/// - When the default action is to refuse, calls newer than any that the profile names answer
+///   `ENOSYS`, so that C libraries try the older way; and with `SCMP_ACT_ERRNO` so do numbers that
+///   no kernel has given away.
+/// - i386 has `socketcall` and `ipc`, which do what other calls do. A rule for one of those calls
+///   holds for the way through them too, but a rule that permits under conditions does not: the
+///   arguments are in memory, out of a filter's sight.
 ///
 /// # Errors
 /// See [`CompileError`].

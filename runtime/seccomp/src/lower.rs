@@ -1,5 +1,5 @@
-//! From an OCI profile to one decision per system call number: names resolved, actions as the kernel's
-//! numbers, precedence settled.
+//! From an OCI profile to one decision per system call number: names resolved, actions as the
+//! kernel's numbers, precedence settled.
 
 use std::collections::BTreeMap;
 
@@ -71,8 +71,8 @@ pub(crate) enum Decision {
     Depends(Vec<Rule>, u32),
 }
 
-/// All numbers of one interface: each decision holds from its number up to the next one's. The first number
-/// is where the interface starts (0, or the x32 bit).
+/// All numbers of one interface: each decision holds from its number up to the next one's. The
+/// first number is where the interface starts (0, or the x32 bit).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Table {
     pub(crate) abi: Abi,
@@ -163,8 +163,8 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<u32, Compile
     }
 }
 
-/// The lists of conditions of which one must hold: one list, or, when an argument occurs twice, one for each
-/// condition.
+/// The lists of conditions of which one must hold: one list, or, when an argument occurs twice, one
+/// for each condition.
 fn alternatives(syscall: &str, args: &[LinuxSeccompArg]) -> Result<Vec<Vec<Condition>>, CompileError> {
     let mut conditions = Vec::with_capacity(args.len());
     let mut repeats = false;
@@ -206,8 +206,8 @@ fn table(abi: Abi, default: u32, rules: &[Stated<'_>]) -> Result<Table, CompileE
     let mut newest = None;
     let mut count = 0;
     let mut add = |number: u32, conditions: Vec<Condition>, action: u32| {
-        // Each takes instructions. A hostile profile multiplies names by conditions, so the end is drawn here
-        // already.
+        // Each takes instructions. A hostile profile multiplies names by conditions, so the end is
+        // drawn here already.
         count += 1;
         if count > MAX_INSTRUCTIONS {
             return Err(CompileError::TooLong { instructions: count });

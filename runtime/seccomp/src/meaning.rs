@@ -22,7 +22,8 @@ fn number(abi: Abi, name: &str) -> Option<u32> {
     NUMBERS.with_borrow_mut(|known| *known.entry((abi, name.to_owned())).or_insert_with(|| abi.number(name)))
 }
 
-/// What a profile means for a call: the text of [`crate::compile`] as code, rule by rule, without tables.
+/// What a profile means for a call: the text of [`crate::compile`] as code, rule by rule, without
+/// tables.
 pub(crate) fn meaning(profile: &LinuxSeccomp, call: &Call) -> u32 {
     let wanted: Vec<Arch> = profile.architectures().clone().unwrap_or_default();
     let abi = match (call.arch, call.number >= X32_BIT) {

@@ -1,9 +1,9 @@
 //! Reading a profile from the file that a pod names as `Localhost`.
 //!
-//! The form is the `seccomp` object of the OCI runtime-spec. Docker's own form has more, and is what many
-//! files are written in: `archMap`, `name` in place of `names`, errors by name, and rules with `includes` and
-//! `excludes`, which hold only for some capabilities, architectures and kernels ([`Circumstances`]). All of
-//! that is resolved here; what comes out is plain OCI.
+//! The form is the `seccomp` object of the OCI runtime-spec. Docker's own form has more, and is
+//! what many files are written in: `archMap`, `name` in place of `names`, errors by name, and rules
+//! with `includes` and `excludes`, which hold only for some capabilities, architectures and kernels
+//! ([`Circumstances`]). All of that is resolved here; what comes out is plain OCI.
 
 use oci_spec::runtime::{Arch, LinuxSeccomp};
 use serde::Deserialize;
@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use crate::abi::Abi;
 
-/// The largest profile that is parsed, in bytes. Docker's default profile has 15 KiB; a list of all system
-/// calls with conditions stays far below this.
+/// The largest profile that is parsed, in bytes. Docker's default profile has 15 KiB; a list of all
+/// system calls with conditions stays far below this.
 pub const MAX_PROFILE_BYTES: usize = 1024 * 1024;
 
 /// Why a profile cannot be read.
@@ -132,9 +132,9 @@ impl Conditions {
     }
 }
 
-/// Whether a rule is in force, as CRI-O decides (containers/common, `pkg/seccomp`): every part of `includes`
-/// has to hold, with all of its capabilities; one part of `excludes` that holds is enough to leave the rule
-/// out, with any of its capabilities.
+/// Whether a rule is in force, as CRI-O decides (containers/common, `pkg/seccomp`): every part of
+/// `includes` has to hold, with all of its capabilities; one part of `excludes` that holds is
+/// enough to leave the rule out, with any of its capabilities.
 fn holds(
     includes: Option<Conditions>,
     excludes: Option<Conditions>,
@@ -171,8 +171,8 @@ const ERRNOS: [(&str, u32); 12] = [
     ("EAFNOSUPPORT", 97),
 ];
 
-/// The number of an error that is given by name, which wins over one by number. A name without a number here
-/// needs the number beside it.
+/// The number of an error that is given by name, which wins over one by number. A name without a
+/// number here needs the number beside it.
 fn errno(name: Option<String>, number: Option<u32>) -> Result<Option<u32>, ParseError> {
     let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(number) };
     match ERRNOS.iter().find(|(known, _)| *known == name) {

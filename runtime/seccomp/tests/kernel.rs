@@ -1,5 +1,5 @@
-//! RuntimeDefault installed for real. Filters belong to threads, so each test puts one on a thread that then
-//! ends.
+//! RuntimeDefault installed for real. Filters belong to threads, so each test puts one on a thread
+//! that then ends.
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
 

@@ -1,8 +1,9 @@
-//! Cgroups of removed objects in which a process could not be killed: removed as soon as it has ended.
+//! Cgroups of removed objects in which a process could not be killed: removed as soon as it has
+//! ended.
 //!
-//! A process in an uninterruptible wait (a network file system whose server is away) dies when that ends,
-//! which may take hours. Until then its cgroup is remembered here, and retried. If the daemon ends
-//! first, the next start finds it by its mark.
+//! A process in an uninterruptible wait (a network file system whose server is away) dies when that
+//! ends, which may take hours. Until then its cgroup is remembered here, and retried. If the daemon
+//! ends first, the next start finds it by its mark.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,7 +24,8 @@ const ATTEMPT: Duration = Duration::from_millis(50);
 pub(crate) struct LeftCgroups(Arc<Mutex<Vec<Cgroup>>>);
 
 impl LeftCgroups {
-    /// Retries, in the background, to kill what is in `cgroup` and to remove it, until that is done.
+    /// Retries, in the background, to kill what is in `cgroup` and to remove it, until that is
+    /// done.
     pub(crate) fn keep(&self, cgroup: &Cgroup) {
         let mut left = lock(&self.0);
         if left.iter().any(|other| other.path() == cgroup.path()) {

@@ -1,5 +1,5 @@
-//! The node's cgroups: who arranges them, and how one is made, found again, and recognised as this daemon's
-//! own.
+//! The node's cgroups: who arranges them, and how one is made, found again, and recognised as this
+//! daemon's own.
 
 mod left;
 mod unanswered;
@@ -66,7 +66,8 @@ impl Cgroups {
         Self { hierarchy, driver, default_parent, systemd, unanswered, left, root }
     }
 
-    /// Retries, in the background, to kill what is in `cgroup` and to remove it, until that is done.
+    /// Retries, in the background, to kill what is in `cgroup` and to remove it, until that is
+    /// done.
     pub(crate) fn keep_left(&self, cgroup: &Cgroup) {
         self.left.keep(cgroup);
     }
@@ -95,9 +96,9 @@ impl Cgroups {
         }
     }
 
-    /// Creates the cgroup of `id` with its limits in force. `ending` is for the systemd driver. With that
-    /// driver there is a process in it, which does nothing and ends when the second value is dropped: that
-    /// has to wait until the process that the cgroup is for is in it. Blocking.
+    /// Creates the cgroup of `id` with its limits in force. `ending` is for the systemd driver.
+    /// With that driver there is a process in it, which does nothing and ends when the second value
+    /// is dropped: that has to wait until the process that the cgroup is for is in it. Blocking.
     pub(crate) fn make(
         &self,
         shim: &ShimProgram,
@@ -156,7 +157,8 @@ impl Cgroups {
             let marked = File::open(directory)
                 .and_then(|file| xattr::set(file.as_fd(), OWNER, self.root.as_os_str().as_bytes()));
             if let Err(error) = marked {
-                // Without the mark, only the protection from a daemon with the same parent is missing.
+                // Without the mark, only the protection from a daemon with the same parent is
+                // missing.
                 tracing::debug!(path = %directory.display(), %error, "cannot mark a cgroup");
             }
         }
@@ -167,8 +169,8 @@ impl Cgroups {
         self.owners(cgroup).any(|owner| owner != self.mark_text())
     }
 
-    /// The cgroups of ids that `is_known` denies, and their parents: those below the daemon's own parent, and
-    /// those with its mark anywhere else, as below the cgroups of a kubelet's pods.
+    /// The cgroups of ids that `is_known` denies, and their parents: those below the daemon's own
+    /// parent, and those with its mark anywhere else, as below the cgroups of a kubelet's pods.
     pub(crate) fn orphans(&self, is_known: impl Fn(&str) -> bool) -> Vec<(Parent, String)> {
         let is_id = |name: &str| name.parse::<ContainerId>().is_ok();
         let own = berth_cgroup::leftovers(&self.hierarchy, &self.default_parent).unwrap_or_else(|error| {

@@ -10,11 +10,12 @@ use crate::shim_client::Holder;
 /// How long a call may still be in transit once systemd answers again.
 const ON_ITS_WAY: Duration = Duration::from_secs(60);
 
-/// The most pids kept: a bus that hangs for long must not cost one for each pod requested meanwhile.
+/// The most pids kept: a bus that hangs for long must not cost one for each pod requested
+/// meanwhile.
 const MOST: usize = 256;
 
-/// A call that timed out may reach systemd when its bus resumes, and names its process by a
-/// number, which must not be another process's by then: systemd would put that one into the scope. So the
+/// A call that timed out may reach systemd when its bus resumes, and names its process by a number,
+/// which must not be another process's by then: systemd would put that one into the scope. So the
 /// process is killed, but not reaped until systemd has answered again.
 #[derive(Debug, Default)]
 pub(crate) struct Unanswered(Mutex<VecDeque<(Instant, Holder)>>);

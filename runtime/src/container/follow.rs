@@ -1,9 +1,10 @@
 //! Finding the shim of a container, and following it to the end.
 //!
-//! One task for each container that has not ended. It never ends a container for something unknown: a
-//! shim that cannot be reached or does not answer is asked again, while the container is reported in the
-//! state in which it was last known. Only two things say that a shim is gone: its socket has no listener
-//! (unix(7), `ECONNREFUSED`), or there is no socket and the container's main process is gone too.
+//! One task for each container that has not ended. It never ends a container for something unknown:
+//! a shim that cannot be reached or does not answer is asked again, while the container is reported
+//! in the state in which it was last known. Only two things say that a shim is gone: its socket has
+//! no listener (unix(7), `ECONNREFUSED`), or there is no socket and the container's main process is
+//! gone too.
 
 use std::io;
 use std::sync::Arc;
@@ -230,8 +231,8 @@ async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> 
     loop {
         let phase = shim.phase().await?;
         let under_way = phase.starting;
-        // Otherwise it is draining. Its end is about to be recorded, and until then its last state is
-        // reported.
+        // Otherwise it is draining. Its end is about to be recorded, and until then its last state
+        // is reported.
         let Some(created) = phase.created else { return Ok(()) };
         *lock(&container.process) = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         if let Some(started) = phase.started {

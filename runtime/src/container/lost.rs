@@ -27,14 +27,14 @@ const LABELS: [(&str, &str); 4] = [
 ];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
-/// Whether its shim is there, as far as can be known: only a socket without a listener says that it is not.
-/// Must be called within the async runtime.
+/// Whether its shim is there, as far as can be known: only a socket without a listener says that it
+/// is not. Must be called within the async runtime.
 pub(crate) fn may_run(files: &ContainerFiles) -> bool {
     !matches!(ShimClient::connect(&files.state), Err(ConnectError::Gone | ConnectError::NoSocket))
 }
 
-/// Creates the container `id` without its record. `keeps_record` if that exists and may become readable
-/// later. Blocking.
+/// Creates the container `id` without its record. `keeps_record` if that exists and may become
+/// readable later. Blocking.
 ///
 /// # Errors
 /// When its cgroup cannot be named.

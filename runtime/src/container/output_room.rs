@@ -1,8 +1,8 @@
 //! The memory that the output of all ExecSync commands may use together.
 //!
-//! Each command has its own limit ([`super::exec::MAX_OUTPUT`]), and whoever may run one may run many. Output
-//! without room is read and discarded, as is output over a command's own limit; nothing waits for room, as
-//! commands that hold some could wait for each other.
+//! Each command has its own limit ([`super::exec::MAX_OUTPUT`]), and whoever may run one may run
+//! many. Output without room is read and discarded, as is output over a command's own limit;
+//! nothing waits for room, as commands that hold some could wait for each other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

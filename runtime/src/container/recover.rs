@@ -1,8 +1,8 @@
 //! Containers of a previous daemon.
 //!
-//! A record says that there was a container; its exit record says how it ended. Without one its shim is
-//! asked, by [`super::follow`], which may take as long as it takes: until then the container is reported as
-//! it was last known to be.
+//! A record says that there was a container; its exit record says how it ended. Without one its
+//! shim is asked, by [`super::follow`], which may take as long as it takes: until then the
+//! container is reported as it was last known to be.
 
 use std::sync::Arc;
 
@@ -76,7 +76,8 @@ pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) 
 }
 
 fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, ContainerError> {
-    // From the path, not the configuration: the daemon that created it may have had a different one.
+    // From the path, not the configuration: the daemon that created it may have had a different
+    // one.
     let parent = match record.cgroup.as_str() {
         "" => node.cgroups.default_parent.clone(),
         path => Parent::of(path)?,

@@ -34,8 +34,8 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
     Ok(())
 }
 
-/// Removes its files; the copy of the record goes first, then the record, with the directory that it
-/// is in. Blocking.
+/// Removes its files; the copy of the record goes first, then the record, with the directory that
+/// it is in. Blocking.
 fn remove_files(node: &Node, container: &Container) -> Result<(), ContainerError> {
     // A container that ended while there was no daemon may not have been cleaned up yet.
     end::clean(container);

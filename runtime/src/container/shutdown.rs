@@ -10,7 +10,8 @@ use berth_cgroup::Ending;
 use berth_model::container::Config;
 use berth_model::security::NamespaceMode;
 
-/// The kubelet's annotation with the grace period of a pod, in seconds: kubelet's `kuberuntime/labels.go`.
+/// The kubelet's annotation with the grace period of a pod, in seconds: kubelet's
+/// `kuberuntime/labels.go`.
 const GRACE_PERIOD: &str = "io.kubernetes.pod.terminationGracePeriod";
 
 /// Kubernetes' default.

@@ -38,12 +38,12 @@ impl Target {
     }
 }
 
-/// Finds the target that the request names, if any, and makes sure that the process of its record is
-/// still that process.
+/// Finds the target that the request names, if any, and makes sure that the process of its record
+/// is still that process.
 ///
 /// # Errors
-/// [`ContainerError::NoTarget`] when it is not a running container of this sandbox, or its main process has
-/// ended, even if its pid has been reused.
+/// [`ContainerError::NoTarget`] when it is not a running container of this sandbox, or its main
+/// process has ended, even if its pid has been reused.
 pub(super) fn verified_target(
     node: &Node,
     sandbox: &Sandbox,

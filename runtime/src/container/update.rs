@@ -9,9 +9,9 @@ use berth_model::state::ContainerState;
 use super::{Container, ContainerError, lock};
 use crate::oci_spec;
 
-/// Changes the limits of a container that has not ended by `change`. If the
-/// kernel refuses one, or they cannot be recorded, all stay as they were; if it refuses the rollback too,
-/// the actual limits are reported and recorded. Once they are in force this no longer fails.
+/// Changes the limits of a container that has not ended by `change`. If the kernel refuses one, or
+/// they cannot be recorded, all stay as they were; if it refuses the rollback too, the actual
+/// limits are reported and recorded. Once they are in force this no longer fails.
 pub(crate) async fn resources<E: From<ContainerError>>(
     container: &Arc<Container>,
     change: impl FnOnce(&Resources) -> Result<Resources, E>,

@@ -1,5 +1,5 @@
-//! Calls about images. A pull runs in the caller's task, so that a client that goes away cancels it; a
-//! removal runs in its own task and ends whatever the client does.
+//! Calls about images. A pull runs in the caller's task, so that a client that goes away cancels
+//! it; a removal runs in its own task and ends whatever the client does.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -116,8 +116,8 @@ fn message(image: &Image) -> v1::Image {
     })
 }
 
-/// `AuthConfig`: user and password, else an identity token, else `auth`. If they are for another host, they
-/// are not used at all.
+/// `AuthConfig`: user and password, else an identity token, else `auth`. If they are for another
+/// host, they are not used at all.
 fn credentials(auth: Option<v1::AuthConfig>, domain: &str) -> Result<Credentials, CallError> {
     let Some(auth) = auth else { return Ok(Credentials::Anonymous) };
     if !auth.server_address.is_empty() && host_of(&auth.server_address) != domain {

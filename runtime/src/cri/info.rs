@@ -1,5 +1,5 @@
-//! The JSON in the `info` maps of verbose answers, with the keys that node tools read: `pid`, `sandboxID`,
-//! `runtimeSpec`, `config.sandboxImage`.
+//! The JSON in the `info` maps of verbose answers, with the keys that node tools read: `pid`,
+//! `sandboxID`, `runtimeSpec`, `config.sandboxImage`.
 
 use std::collections::BTreeMap;
 

@@ -1,14 +1,15 @@
 //! `ListMetricDescriptors` and `ListPodSandboxMetrics`: what a kubelet with the gate
 //! `PodAndContainerStatsFromCRI` passes on to Prometheus, at `/metrics/cadvisor`, word for word.
 //!
-//! Names, help texts' meaning, types and labels are cAdvisor's (0.56, `metrics/prometheus.go`), because
-//! dashboards and rules are written for them. Values are integers in the CRI: seconds lose their
-//! fractions. A metric is only described here if it is measured; one that this machine's kernel does not
-//! offer is described and has no values.
+//! Names, help texts' meaning, types and labels are cAdvisor's (0.56, `metrics/prometheus.go`),
+//! because dashboards and rules are written for them. Values are integers in the CRI: seconds lose
+//! their fractions. A metric is only described here if it is measured; one that this machine's
+//! kernel does not offer is described and has no values.
 //!
-//! Two samples of one metric with the same labels would spoil the whole answer for Prometheus. Containers
-//! differ by `id`, their cgroup; the network of pods by `name`, which has the pod's uid and attempt in it;
-//! figures of a pod's cgroup are reported once for each cgroup, and not at all for one that pods share.
+//! Two samples of one metric with the same labels would spoil the whole answer for Prometheus.
+//! Containers differ by `id`, their cgroup; the network of pods by `name`, which has the pod's uid
+//! and attempt in it; figures of a pod's cgroup are reported once for each cgroup, and not at all
+//! for one that pods share.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -31,14 +32,16 @@ use crate::usage::disk::Disk;
 use crate::usage::pod::{self, Counted};
 use crate::usage::{Samples, processes};
 
-/// The labels of every metric, as the kubelet adds them to cAdvisor's; a metric's own labels follow.
+/// The labels of every metric, as the kubelet adds them to cAdvisor's; a metric's own labels
+/// follow.
 const LABELS: [&str; 6] = ["id", "name", "image", "namespace", "pod", "container"];
 
 /// cAdvisor's name for the container that represents a pod's network.
 const POD: &str = "POD";
 
 /// The period of a cpu quota, in µs, and the weight in shares that a cgroup has by default:
-/// `cpu.cfs_period_us` and `cpu.shares` in Documentation/scheduler/sched-bwc.rst and sched-design-CFS.rst.
+/// `cpu.cfs_period_us` and `cpu.shares` in Documentation/scheduler/sched-bwc.rst and
+/// sched-design-CFS.rst.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 const DEFAULT_SHARES: u64 = 1024;
 
@@ -346,8 +349,8 @@ impl Metrics {
         self.put(&MEMORY_MAX_USAGE, &[], memory.peak_bytes);
         self.put(&MEMORY_LIMIT_HITS, &[], memory.limit_hits);
         self.put(&OOM_EVENTS, &[], memory.oom_kills);
-        // Faults are counted with sub-cgroups. On v2 there is no other count, and cAdvisor reports the same
-        // number for both.
+        // Faults are counted with sub-cgroups. On v2 there is no other count, and cAdvisor reports
+        // the same number for both.
         let scopes: &[&str] = if unified { &["container", "hierarchy"] } else { &["hierarchy"] };
         for scope in scopes {
             self.put(&MEMORY_FAULTS, &["pgfault", scope], memory.page_faults);

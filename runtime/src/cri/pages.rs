@@ -7,10 +7,12 @@ use tonic::Status;
 
 use super::error::CallError;
 
-/// Items in one message. A container with its labels and annotations has some kilobytes, a message 16 MiB.
+/// Items in one message. A container with its labels and annotations has some kilobytes, a message
+/// 16 MiB.
 pub(super) const PAGE: usize = 500;
 
-/// The same for metrics of pods. A container has some 60 of them, each with its labels: about 25 KB.
+/// The same for metrics of pods. A container has some 60 of them, each with its labels: about 25
+/// KB.
 pub(super) const METRICS_PAGE: usize = 50;
 
 /// The messages of a stream.

@@ -1,8 +1,8 @@
 //! `runtime.v1.RuntimeService`: its calls, and where each is.
 //!
-//! Each call converts the request, calls the owner of the object, and converts the result. Changes run in
-//! their own task ([`apart`]): if a client goes away its request is still finished, and nothing
-//! is left half done.
+//! Each call converts the request, calls the owner of the object, and converts the result. Changes
+//! run in their own task ([`apart`]): if a client goes away its request is still finished, and
+//! nothing is left half done.
 
 use std::future::Future;
 use std::sync::Arc;

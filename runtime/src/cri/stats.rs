@@ -1,4 +1,5 @@
-//! Calls for the usage of containers and pods, and their messages: `ContainerStats` and `PodSandboxStats`.
+//! Calls for the usage of containers and pods, and their messages: `ContainerStats` and
+//! `PodSandboxStats`.
 
 use berth_cgroup::MemoryStats;
 use berth_cri::v1;

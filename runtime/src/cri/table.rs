@@ -1,9 +1,9 @@
 //! A service as a table: one row for each call.
 
-/// Implements a service of the CRI for a type that has a method for each call, of the same name, from the
-/// request's message to `Result<response, CallError>`. A row names the call, as in logs, its method, and
-/// its two messages; `, await` where the method is async. The messages of a stream are
-/// [`Items`](super::pages::Items).
+/// Implements a service of the CRI for a type that has a method for each call, of the same name,
+/// from the request's message to `Result<response, CallError>`. A row names the call, as in logs,
+/// its method, and its two messages; `, await` where the method is async. The messages of a stream
+/// are [`Items`](super::pages::Items).
 macro_rules! service {
     (
         impl $service:path as $type:ty;

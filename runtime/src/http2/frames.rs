@@ -1,9 +1,9 @@
-//! Finds the header blocks in the frames of a client (RFC 9113 section 4), and puts rewritten ones in their
-//! place.
+//! Finds the header blocks in the frames of a client (RFC 9113 section 4), and puts rewritten ones
+//! in their place.
 //!
-//! A block is assembled from its `HEADERS` and `CONTINUATION` frames, without their padding, and sent in as
-//! few frames as possible. All other frames are passed on unchanged, and so is anything that is not HTTP/2:
-//! the server handles it.
+//! A block is assembled from its `HEADERS` and `CONTINUATION` frames, without their padding, and
+//! sent in as few frames as possible. All other frames are passed on unchanged, and so is anything
+//! that is not HTTP/2: the server handles it.
 
 use super::header_block::{BadBlock, Rewriter, Rewritten};
 use super::{MAX_FRAME, MAX_HEADER_LIST};
@@ -30,8 +30,8 @@ const FRAME: usize = MAX_FRAME as usize;
 /// larger is still answered with 431.
 const MAX_BLOCK: usize = 4 * MAX_HEADER_LIST as usize;
 
-/// The most `CONTINUATION` frames of one block: [`MAX_BLOCK`] in full frames, and as many again. Empty ones
-/// could continue forever.
+/// The most `CONTINUATION` frames of one block: [`MAX_BLOCK`] in full frames, and as many again.
+/// Empty ones could continue forever.
 const MAX_CONTINUATIONS: u32 = 8;
 
 /// A block that every server refuses: index 0 is invalid (RFC 7541 section 6.1).
@@ -111,8 +111,8 @@ impl Frames {
         self.end
     }
 
-    /// A stream whose headers were larger than [`MAX_HEADER_LIST`]. The server answers it, and it is reset
-    /// once.
+    /// A stream whose headers were larger than [`MAX_HEADER_LIST`]. The server answers it, and it
+    /// is reset once.
     pub(super) fn take_too_large(&mut self) -> Option<u32> {
         self.too_large.take()
     }

@@ -1,11 +1,11 @@
-//! Rewrites header blocks (HPACK, RFC 7541): every `:authority` becomes [`AUTHORITY`], everything else stays
-//! as it was.
+//! Rewrites header blocks (HPACK, RFC 7541): every `:authority` becomes [`AUTHORITY`], everything
+//! else stays as it was.
 //!
-//! A client refers to headers that it sent before by their index in a table that both sides keep. As a
-//! replaced value would shift that table, the rewriter keeps it instead of the server, which gets
-//! stateless blocks: each header is a reference to the static table or a literal without indexing.
-//! Strings are copied as encoded; only their lengths are computed, because the table's entries are
-//! evicted by size.
+//! A client refers to headers that it sent before by their index in a table that both sides keep.
+//! As a replaced value would shift that table, the rewriter keeps it instead of the server, which
+//! gets stateless blocks: each header is a reference to the static table or a literal without
+//! indexing. Strings are copied as encoded; only their lengths are computed, because the table's
+//! entries are evicted by size.
 
 use std::collections::VecDeque;
 
@@ -21,8 +21,8 @@ const NAME_CODED: &[u8] = &[0x88, 0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f
 /// [`super::MAX_HEADER_LIST`], as a length.
 const MAX_HEADER_LIST: usize = super::MAX_HEADER_LIST as usize;
 
-/// The size of the table, in bytes: the initial value (RFC 9113 section 6.5.2). Our server announces
-/// no other.
+/// The size of the table, in bytes: the initial value (RFC 9113 section 6.5.2). Our server
+/// announces no other.
 const TABLE: usize = 4096;
 
 /// The overhead of an entry beside its name and value, in bytes (RFC 7541 section 4.1).
@@ -99,7 +99,8 @@ const STATIC: [(&str, &str); 61] = [
 /// The index of `:authority` in the static table.
 const STATIC_AUTHORITY: usize = 1;
 
-/// Why a header block cannot be read. The state of the connection is lost with it (RFC 7541 section 2.2).
+/// Why a header block cannot be read. The state of the connection is lost with it (RFC 7541 section
+/// 2.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadBlock {
     /// It ends within a header.
@@ -121,7 +122,8 @@ pub(super) enum BadBlock {
 pub(super) enum Rewritten {
     /// All of it.
     Whole,
-    /// Up to the header that makes it larger than [`MAX_HEADER_LIST`]; the server refuses it for its size.
+    /// Up to the header that makes it larger than [`MAX_HEADER_LIST`]; the server refuses it for
+    /// its size.
     TooLarge,
 }
 

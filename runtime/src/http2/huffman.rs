@@ -1,7 +1,7 @@
 //! The decoded length of Huffman-coded HPACK strings. The decoded bytes are not needed.
 //!
-//! The code (RFC 7541 Appendix B) is canonical: as left-aligned 32-bit numbers, the codes ascend with
-//! their length. So the number of codes of each length determines where a code ends.
+//! The code (RFC 7541 Appendix B) is canonical: as left-aligned 32-bit numbers, the codes ascend
+//! with their length. So the number of codes of each length determines where a code ends.
 
 /// `(length in bits, number of codes)`, by RFC 7541 Appendix B. One of the last four is EOS.
 const CODES: [(u32, u32); 21] = [
@@ -42,8 +42,8 @@ const ENDS: [(u32, u64); CODES.len()] = {
     ends
 };
 
-/// The length of the decoded string, in bytes. The padding is not checked: the server decodes the string
-/// and refuses an invalid one.
+/// The length of the decoded string, in bytes. The padding is not checked: the server decodes the
+/// string and refuses an invalid one.
 pub(super) fn decoded_length(coded: &[u8]) -> usize {
     let mut bytes = coded.iter();
     // The next bits, left-aligned.
@@ -58,8 +58,8 @@ pub(super) fn decoded_length(coded: &[u8]) -> usize {
         if *code > bits {
             return length;
         }
-        // Padding is ones, fewer than eight: no code of seven bits or less consists of ones only, so it ends
-        // here, too.
+        // Padding is ones, fewer than eight: no code of seven bits or less consists of ones only,
+        // so it ends here, too.
         window <<= code;
         bits -= code;
         length += 1;

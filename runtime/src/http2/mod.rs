@@ -1,13 +1,13 @@
 //! Sits between a client's socket and the HTTP/2 server, so that any `:authority` is accepted.
 //!
-//! On a Unix socket the `:authority` of a request says nothing, and gRPC clients disagree on what to send:
-//! grpc-go sends `localhost`, C-core (Python, C++, Ruby) the percent-escaped path of the socket, Java and
-//! older grpc-go the plain path, some an empty string. The HTTP/2 server resets every stream whose
-//! `:authority` is not one of a URI (RFC 3986 section 3.2). [`Connection`] therefore gives each request the
-//! same valid one before the server sees it.
+//! On a Unix socket the `:authority` of a request says nothing, and gRPC clients disagree on what
+//! to send: grpc-go sends `localhost`, C-core (Python, C++, Ruby) the percent-escaped path of the
+//! socket, Java and older grpc-go the plain path, some an empty string. The HTTP/2 server resets
+//! every stream whose `:authority` is not one of a URI (RFC 3986 section 3.2). [`Connection`]
+//! therefore gives each request the same valid one before the server sees it.
 //!
-//! `frames` finds the header blocks in what a client sends, `header_block` rewrites them, and `resets`
-//! watches the server's answers, so that refused requests are logged. None of the three
+//! `frames` finds the header blocks in what a client sends, `header_block` rewrites them, and
+//! `resets` watches the server's answers, so that refused requests are logged. None of the three
 //! does I/O; this file connects them to the socket.
 
 mod frames;
@@ -28,8 +28,8 @@ use tonic::transport::server::Connected;
 use frames::Frames;
 use resets::{Reset, Resets};
 
-/// The largest list of headers that a request may have, in bytes as RFC 9113 section 6.5.2 counts them. The
-/// HTTP/2 server has the same limit and answers 431.
+/// The largest list of headers that a request may have, in bytes as RFC 9113 section 6.5.2 counts
+/// them. The HTTP/2 server has the same limit and answers 431.
 pub(crate) const MAX_HEADER_LIST: u32 = 16 * 1024;
 
 /// The largest payload of a frame, in bytes: the initial value, and the least that may be
@@ -124,8 +124,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
                 return Poll::Ready(Ok(()));
             }
             if this.frames.end().is_some() {
-                // The rest can no longer be parsed; the server has got a block that makes it close the
-                // connection.
+                // The rest can no longer be parsed; the server has got a block that makes it close
+                // the connection.
                 return Poll::Ready(Ok(()));
             }
             let before = into.filled().len();

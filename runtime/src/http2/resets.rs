@@ -1,7 +1,7 @@
 //! Finds refused streams and connections in the output of the HTTP/2 server.
 //!
-//! The server reports those to the client only: by `RST_STREAM`, or by `GOAWAY` with an error (RFC 9113
-//! sections 6.4, 6.8 and 7).
+//! The server reports those to the client only: by `RST_STREAM`, or by `GOAWAY` with an error (RFC
+//! 9113 sections 6.4, 6.8 and 7).
 
 /// The head of a frame, in bytes: length, type, flags, stream (RFC 9113 section 4.1).
 const HEAD: usize = 9;
@@ -9,8 +9,8 @@ const HEAD: usize = 9;
 const RST_STREAM: u8 = 3;
 const GOAWAY: u8 = 7;
 
-/// Errors that say nothing about the client's frames: no error, internal error, a frame that crossed the
-/// stream's end, cancelled.
+/// Errors that say nothing about the client's frames: no error, internal error, a frame that
+/// crossed the stream's end, cancelled.
 const NOT_REFUSED: [u32; 4] = [0x0, 0x2, 0x5, 0x8];
 
 /// A refusal of the server.

@@ -1,5 +1,5 @@
-//! The rewritten stream against `h2`, which is what reads it in the daemon, and whose client is one of those
-//! that write it.
+//! The rewritten stream against `h2`, which is what reads it in the daemon, and whose client is one
+//! of those that write it.
 
 use std::time::Duration;
 
@@ -43,8 +43,8 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Sends `bytes` after the preface and empty settings, and ends after `requests` were seen. Returns what the
-/// server saw, how it ended, and what it answered.
+/// Sends `bytes` after the preface and empty settings, and ends after `requests` were seen. Returns
+/// what the server saw, how it ended, and what it answered.
 fn raw(bytes: &[u8], buffer: usize, requests: usize) -> (Vec<Seen>, Result<(), h2::Error>, Vec<u8>) {
     let sent = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".as_slice(), bytes].concat();
     let work = async {
@@ -129,7 +129,8 @@ fn any_authority_in_any_form_is_served() {
             for name in [&[flags | 1][..], &[&[flags], &plain[..]].concat(), &[&[flags], &coded[..]].concat()]
             {
                 let block = [name, &string(value), REST].concat();
-                // The second request refers to the first one's table where there is something in it.
+                // The second request refers to the first one's table where there is something in
+                // it.
                 let again =
                     [if flags == 0x40 && value.len() < 4000 { &[0xbe][..] } else { &[0x81] }, REST].concat();
                 let (seen, end, _) = raw(&[request(1, &block), request(3, &again)].concat(), 1 << 16, 2);
@@ -165,7 +166,8 @@ fn what_is_not_http2_goes_to_the_server_as_it_is() {
 
 #[test]
 fn too_many_headers_are_refused_and_the_connection_goes_on() {
-    // One entry of 3,000 bytes in the table, and forty references to it in a block of 41 bytes and a few.
+    // One entry of 3,000 bytes in the table, and forty references to it in a block of 41 bytes and
+    // a few.
     let big = [&[0x40][..], &string(b"big"), &string(&[b'v'; 3000])].concat();
     let bomb = [REST, &[0xbe; 40]].concat();
     let sent = [request(1, &[REST, &big].concat()), request(3, &bomb), request(5, &[REST, &[0xbe]].concat())];

@@ -28,12 +28,12 @@ const DEFAULT: [&str; 14] = [
 /// CRI: `ALL` in a list stands for every capability.
 const ALL: &str = "ALL";
 
-/// The five sets. `available` is the daemon's own bounding set, which limits them, even for explicit
-/// requests.
+/// The five sets. `available` is the daemon's own bounding set, which limits them, even for
+/// explicit requests.
 ///
-/// Lists with `ALL` are applied first, then single names, and dropped ones stay dropped. Inheritable stays
-/// empty except for requested ambient capabilities, where the kernel needs it: a file with inheritable
-/// capabilities would otherwise give them to any user (CVE-2022-24769).
+/// Lists with `ALL` are applied first, then single names, and dropped ones stay dropped.
+/// Inheritable stays empty except for requested ambient capabilities, where the kernel needs it: a
+/// file with inheritable capabilities would otherwise give them to any user (CVE-2022-24769).
 pub(super) fn of_container(
     security: &ContainerSecurity,
     available: CapabilityBits,
@@ -48,8 +48,8 @@ pub(super) fn of_container(
     Ok(sets)
 }
 
-/// The names of the capabilities that a container gets, without `CAP_`, on which RuntimeDefault of seccomp
-/// depends.
+/// The names of the capabilities that a container gets, without `CAP_`, on which RuntimeDefault of
+/// seccomp depends.
 ///
 /// # Errors
 /// [`SpecError::Capability`].

@@ -1,8 +1,8 @@
 //! The environment and the arguments of a container's main process, as text for execve(2).
 //!
-//! The image's strings may not be assignments; the request's are what its author
-//! wanted. A line break in a value is legitimate, and here only a byte: none of this is ever written
-//! to a line-based file (CVE-2022-4318).
+//! The image's strings may not be assignments; the request's are what its author wanted. A line
+//! break in a value is legitimate, and here only a byte: none of this is ever written to a
+//! line-based file (CVE-2022-4318).
 
 use std::collections::HashMap;
 
@@ -10,12 +10,13 @@ use berth_shim_proto::launch::DEFAULT_PATH;
 
 use super::{Inputs, SpecError};
 
-/// The longest argument or variable: `MAX_ARG_STRLEN` of execve(2) is 32 pages of 4 KiB, with the final NUL.
+/// The longest argument or variable: `MAX_ARG_STRLEN` of execve(2) is 32 pages of 4 KiB, with the
+/// final NUL.
 pub(super) const MAX_TEXT_BYTES: usize = 128 * 1024 - 1;
 
-/// All arguments and variables together, in bytes. execve(2) allows a quarter of the stack limit, 2 MiB by
-/// default, and the program's name and pointers count too; refusing it here makes it an error of the creation
-/// and not of the start.
+/// All arguments and variables together, in bytes. execve(2) allows a quarter of the stack limit, 2
+/// MiB by default, and the program's name and pointers count too; refusing it here makes it an
+/// error of the creation and not of the start.
 pub(super) const MAX_TOTAL_BYTES: usize = 1024 * 1024;
 
 /// The name of the request's variables in messages.
@@ -35,8 +36,8 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError
     }
     for assignment in &inputs.image.env {
         check(IMAGE, assignment)?;
-        // Strings without an assignment are left out: no program could use them, and such images run
-        // elsewhere.
+        // Strings without an assignment are left out: no program could use them, and such images
+        // run elsewhere.
         if let Some((name, value)) = assignment.split_once('=').filter(|(name, _)| !name.is_empty()) {
             variables.set(name, value);
         }

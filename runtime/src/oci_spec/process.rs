@@ -36,8 +36,8 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Process, SpecError> {
     Ok(process)
 }
 
-/// CRI `command` is the entrypoint and `args` its arguments: a command overrides both of the image's,
-/// arguments alone only its `Cmd`.
+/// CRI `command` is the entrypoint and `args` its arguments: a command overrides both of the
+/// image's, arguments alone only its `Cmd`.
 fn args(inputs: &Inputs<'_>) -> Result<Vec<String>, SpecError> {
     let (config, image) = (inputs.config, inputs.image);
     let entrypoint = ("command", &config.command);

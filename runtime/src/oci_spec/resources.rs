@@ -1,7 +1,8 @@
-//! Limits and devices of the cgroup: `linux.resources` of the spec, from a request and for the cgroup.
+//! Limits and devices of the cgroup: `linux.resources` of the spec, from a request and for the
+//! cgroup.
 //!
-//! The cgroup's settings are read from the finished spec, wherever it comes from. Properties that cannot
-//! be enforced are refused.
+//! The cgroup's settings are read from the finished spec, wherever it comes from. Properties that
+//! cannot be enforced are refused.
 
 use berth_cgroup::{Access, Ceiling, DeviceKind, DevicePolicy, DeviceRule, HugepageLimit, Limits};
 use berth_model::container::Resources;
@@ -11,8 +12,8 @@ use oci_spec::runtime::{
 
 use super::SpecError;
 
-/// The limits of a request in the form of the spec. Zero, and a negative number where no limit is possible,
-/// is "not set".
+/// The limits of a request in the form of the spec. Zero, and a negative number where no limit is
+/// possible, is "not set".
 ///
 /// # Errors
 /// [`SpecError::Resource`], for a number that is out of range for the spec.
@@ -56,8 +57,8 @@ pub(super) fn of_spec(asked: &Resources, devices: &DevicePolicy) -> Result<Linux
 /// The settings of the cgroup for this spec. Without a list of devices, none may be used.
 ///
 /// # Errors
-/// [`SpecError::Resource`] for a number out of range; [`SpecError::Unsupported`] for a property that the
-/// cgroup cannot enforce.
+/// [`SpecError::Resource`] for a number out of range; [`SpecError::Unsupported`] for a property
+/// that the cgroup cannot enforce.
 pub fn of_cgroup(spec: &Spec) -> Result<(Limits, DevicePolicy), SpecError> {
     match spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
         Some(resources) => Ok((limits(resources)?, device_policy(resources)?)),
@@ -120,7 +121,8 @@ pub fn in_force(earlier: Resources, now: Limits) -> Resources {
     }
 }
 
-/// Properties of the OCI runtime spec that Berth does not apply to cgroups. [`resources`] never sets them.
+/// Properties of the OCI runtime spec that Berth does not apply to cgroups. [`resources`] never
+/// sets them.
 fn refuse_unsupported(resources: &LinuxResources) -> Result<(), SpecError> {
     let cpu = resources.cpu().clone().unwrap_or_default();
     let memory = resources.memory().unwrap_or_default();
@@ -193,7 +195,8 @@ fn device_number(number: Option<i64>) -> Result<Option<u32>, SpecError> {
         .map_err(|_| SpecError::Resource { field: "devices", value: i128::from(number) })
 }
 
-/// OCI runtime-spec "Allowed Device list": everything is denied first, unless everything is allowed.
+/// OCI runtime-spec "Allowed Device list": everything is denied first, unless everything is
+/// allowed.
 fn device_rules(policy: &DevicePolicy) -> Vec<LinuxDeviceCgroup> {
     let DevicePolicy::Only(allowed) = policy else {
         return vec![device_rule(true, LinuxDeviceType::A, None, None, Access::ALL)];

@@ -1,9 +1,9 @@
 //! The stop signal of an image: `StopSignal` of its configuration.
 //!
-//! OCI image-spec 1.1, `config.md`: "the signal can be in the format `SIGNAME`, for instance `SIGKILL` or
-//! `SIGRTMIN+3`". Numbers, names without `SIG` and lower case are in use, too. An invalid signal
-//! is an error when the container is created, not a silent SIGTERM: a database that is stopped by the wrong
-//! signal loses data.
+//! OCI image-spec 1.1, `config.md`: "the signal can be in the format `SIGNAME`, for instance
+//! `SIGKILL` or `SIGRTMIN+3`". Numbers, names without `SIG` and lower case are in use, too. An
+//! invalid signal is an error when the container is created, not a silent SIGTERM: a database that
+//! is stopped by the wrong signal loses data.
 
 use berth_sys::process::SIGTERM;
 

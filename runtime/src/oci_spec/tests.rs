@@ -496,8 +496,8 @@ fn namespaces_are_the_pods_the_nodes_or_the_containers() {
     use LinuxNamespaceType as Kind;
     use NamespaceMode::{Container, Node, Pod, Target};
     let sandbox = |name: &str| format!("/state/sandboxes/{}/{name}", SandboxId::from_bytes([0x50; 32]));
-    // Network, IPC and pid of the sandbox, pid of the container, and what is expected of network, IPC, UTS,
-    // pid: "-" for the host's, "" for an own one, a name for a pinned one.
+    // Network, IPC and pid of the sandbox, pid of the container, and what is expected of network,
+    // IPC, UTS, pid: "-" for the host's, "" for an own one, a name for a pinned one.
     let cases: &[(NamespaceMode, NamespaceMode, NamespaceMode, NamespaceMode, [&str; 4])] = &[
         (Pod, Pod, Container, Container, ["net", "ipc", "uts", ""]),
         (Pod, Pod, Pod, Pod, ["net", "ipc", "uts", "pid"]),
@@ -790,7 +790,8 @@ fn the_cgroup_keeps_what_the_finished_spec_says() {
 fn apparmor_profiles_are_exact_or_refused() {
     let named = |name: &str| Profile::Localhost(name.to_owned());
     let default = Some("berth-default");
-    // Asked for, AppArmor in the kernel, privileged, the profile or none; an error where there is no result.
+    // Asked for, AppArmor in the kernel, privileged, the profile or none; an error where there is
+    // no result.
     let cases: &[(Profile, bool, bool, Option<Option<&str>>)] = &[
         (Profile::Unconfined, true, false, Some(None)),
         (Profile::RuntimeDefault, true, false, Some(default)),

@@ -1,8 +1,8 @@
 //! The OCI runtime spec as a plan for the shim.
 //!
-//! A translation and nothing else: [`launch`] grants nothing that the spec does not name, and refuses a spec
-//! that asks for something the shim does not do, so that no property is lost in silence. What the spec has no
-//! words for comes in [`Extra`].
+//! A translation and nothing else: [`launch`] grants nothing that the spec does not name, and
+//! refuses a spec that asks for something the shim does not do, so that no property is lost in
+//! silence. What the spec has no words for comes in [`Extra`].
 
 mod mount_options;
 mod privileges;
@@ -25,12 +25,12 @@ use mount_options::{MountOptions, OptionError};
 
 pub use privileges::{capability_bits, rlimit_number};
 
-/// Places that later steps, and programs in the container, rely on being the kernel's own: never reached
-/// through a link of the image.
+/// Places that later steps, and programs in the container, rely on being the kernel's own: never
+/// reached through a link of the image.
 const NO_SYMLINKS: [&str; 3] = ["/proc", "/sys", "/dev"];
 
-/// Filesystems of which new instances can be mounted: those of OCI runtime-spec "Default Filesystems" and
-/// cgroup v2.
+/// Filesystems of which new instances can be mounted: those of OCI runtime-spec "Default
+/// Filesystems" and cgroup v2.
 const FILESYSTEMS: [&str; 6] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2"];
 
 /// Permission bits of a device node without any in the spec.
@@ -85,8 +85,8 @@ pub struct Filter<'a> {
     pub program: &'a [u8],
     /// `SECCOMP_FILTER_FLAG_*`: seccomp(2).
     pub flags: u32,
-    /// The one for the way into a pid namespace, empty when `program` serves: `Process.entry_filter` of the
-    /// plan.
+    /// The one for the way into a pid namespace, empty when `program` serves:
+    /// `Process.entry_filter` of the plan.
     pub entry: &'a [u8],
 }
 
@@ -122,8 +122,8 @@ pub enum PlanError {
         #[source]
         source: OptionError,
     },
-    /// A read-only filesystem in which something writable is to be mounted: its mount points could not be
-    /// made.
+    /// A read-only filesystem in which something writable is to be mounted: its mount points could
+    /// not be made.
     #[error("mount on {0:?}: a new read-only filesystem has writable mounts below it")]
     WritableBelow(PathBuf),
     /// A place among the kernel's files. The shim refuses what only a link leads there.

@@ -1,8 +1,8 @@
 //! Parses the options of a mount: attributes, the kind of bind, propagation,
 //! and options of the filesystem.
 //!
-//! The names are those of OCI runtime-spec 1.2, `config.md`, "Linux mount options", a subset: an option that
-//! is unknown here is refused, because what it was meant to forbid would be allowed.
+//! The names are those of OCI runtime-spec 1.2, `config.md`, "Linux mount options", a subset: an
+//! option that is unknown here is refused, because what it was meant to forbid would be allowed.
 
 use berth_shim_proto::launch::Propagation;
 use berth_sys::mount::attr;

@@ -25,7 +25,8 @@ pub(super) fn capabilities(sets: Option<&LinuxCapabilities>) -> Capabilities {
     }
 }
 
-/// The number of the limit: <asm-generic/resource.h>, the same on every architecture that Berth is built for.
+/// The number of the limit: <asm-generic/resource.h>, the same on every architecture that Berth is
+/// built for.
 #[must_use]
 pub fn rlimit_number(name: PosixRlimitType) -> u32 {
     match name {

@@ -727,7 +727,8 @@ fn any_fixture() -> impl Strategy<Value = Fixture> {
     )
 }
 
-/// Whether everything in the plan is named by the spec, read the other way round than the plan was made.
+/// Whether everything in the plan is named by the spec, read the other way round than the plan was
+/// made.
 fn grants_only(spec: &Spec, plan: &Launch) -> Result<(), TestCaseError> {
     let process = spec.process().as_ref().unwrap();
     let linux = spec.linux().as_ref().unwrap();

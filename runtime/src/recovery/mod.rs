@@ -1,12 +1,12 @@
 //! Recovery at the start of a daemon: the objects and remains of the previous one.
 //!
-//! Before the socket opens, everything is read and made visible; no shim is waited for longer than a
-//! moment. After that, while requests are served, shims that have not answered are asked again
-//! ([`crate::container::follow`]), unreadable records are retried ([`unread`]), and what belongs
-//! to nothing is removed ([`remains`]).
+//! Before the socket opens, everything is read and made visible; no shim is waited for longer than
+//! a moment. After that, while requests are served, shims that have not answered are asked again
+//! ([`crate::container::follow`]), unreadable records are retried ([`unread`]), and what belongs to
+//! nothing is removed ([`remains`]).
 //!
-//! Nothing that may be running is killed, and nothing loses its owner, because something could not be read.
-//! What becomes of an object:
+//! Nothing that may be running is killed, and nothing loses its owner, because something could not
+//! be read. What becomes of an object:
 //!
 //! | its record | it is running, or contains containers | it is not running |
 //! |---|---|---|

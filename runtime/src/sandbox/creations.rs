@@ -1,9 +1,9 @@
-//! The containers that are being created in a sandbox, so that its stop finds every container that will ever
-//! be in it, and waits for none without a limit.
+//! The containers that are being created in a sandbox, so that its stop finds every container that
+//! will ever be in it, and waits for none without a limit.
 //!
-//! A creation registers here, and becomes a container in one step under the lock that a stop takes to
-//! forbid it: it is either among the containers that the stop ends, or it is cancelled and cleans up
-//! what it created.
+//! A creation registers here, and becomes a container in one step under the lock that a stop takes
+//! to forbid it: it is either among the containers that the stop ends, or it is cancelled and
+//! cleans up what it created.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -52,9 +52,9 @@ impl Creations {
         begun.then(|| Creation(self.0.clone()))
     }
 
-    /// Forbids further ones, and waits for those in progress, at most for `limit`; then cancels them. On
-    /// return every container that will ever exist is visible. `true` if one was cancelled and has
-    /// not cleaned up yet.
+    /// Forbids further ones, and waits for those in progress, at most for `limit`; then cancels
+    /// them. On return every container that will ever exist is visible. `true` if one was cancelled
+    /// and has not cleaned up yet.
     pub(super) async fn close(&self, limit: Duration) -> bool {
         self.0.standing.send_modify(|standing| standing.closed = true);
         let mut standing = self.0.standing.subscribe();

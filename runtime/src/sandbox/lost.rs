@@ -1,4 +1,5 @@
-//! Sandboxes for containers whose own has lost its record, so that a kubelet can list, stop and remove them.
+//! Sandboxes for containers whose own has lost its record, so that a kubelet can list, stop and
+//! remove them.
 //!
 //! Its data comes from the containers' records and from the runtime directory. It is NotReady: a
 //! kubelet creates another for the pod, and removes this one with everything in it.
@@ -19,8 +20,8 @@ use super::{Sandbox, recover};
 use crate::container::Container;
 use crate::node::Node;
 
-/// Reconstructs the sandbox `id` from its containers, of which there is at least one. `keeps_record` if its
-/// record is there and may become readable later. Blocking.
+/// Reconstructs the sandbox `id` from its containers, of which there is at least one.
+/// `keeps_record` if its record is there and may become readable later. Blocking.
 pub(crate) fn make(
     node: &Node,
     id: &SandboxId,

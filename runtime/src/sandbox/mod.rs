@@ -131,8 +131,8 @@ impl Sandbox {
         self.created_at_unix_ns
     }
 
-    /// Its hostname; the host's with the host's network. Never read from the file that its containers can
-    /// write.
+    /// Its hostname; the host's with the host's network. Never read from the file that its
+    /// containers can write.
     pub(crate) fn hostname(&self) -> std::io::Result<String> {
         if self.hostname.is_empty() { hostname::of(&self.config) } else { Ok(self.hostname.clone()) }
     }
@@ -150,7 +150,8 @@ impl Sandbox {
         &self.cgroup_parent
     }
 
-    /// Starts the creation of a container in it; `None` if it was stopped, or its own process has ended.
+    /// Starts the creation of a container in it; `None` if it was stopped, or its own process has
+    /// ended.
     pub(crate) fn begin_creation(&self) -> Option<Creation> {
         if self.state() == SandboxState::Ready { self.creations.begin() } else { None }
     }

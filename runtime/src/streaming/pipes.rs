@@ -1,4 +1,5 @@
-//! Pipes between the daemon and a shim, and a client's streams: what exec and attach have in common.
+//! Pipes between the daemon and a shim, and a client's streams: what exec and attach have in
+//! common.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -34,8 +35,8 @@ pub(super) fn input() -> io::Result<(pipe::Sender, OwnedFd)> {
     Ok((pipe::Sender::from_owned_fd(write)?, read))
 }
 
-/// Reads what is there, once something is. The buffer takes room only then: most streams are silent most of
-/// the time.
+/// Reads what is there, once something is. The buffer takes room only then: most streams are silent
+/// most of the time.
 pub(super) async fn read(from: &pipe::Receiver, buffer: &mut BytesMut) -> io::Result<usize> {
     loop {
         from.readable().await?;

@@ -20,8 +20,8 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use crate::sandbox::Sandbox;
 
-/// How long a connection may take: one to a listener whose queue is full is tried again by the kernel for
-/// minutes.
+/// How long a connection may take: one to a listener whose queue is full is tried again by the
+/// kernel for minutes.
 const CONNECT: Duration = Duration::from_secs(10);
 
 /// Where programs of a pod listen that are meant for this, in the order in which they are tried.

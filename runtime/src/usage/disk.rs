@@ -28,8 +28,8 @@ impl Disk {
         }
     }
 
-    /// `/dev/sda` for 8:0, as the links in `/sys/dev/block` have it; the numbers themselves for a device that
-    /// is gone.
+    /// `/dev/sda` for 8:0, as the links in `/sys/dev/block` have it; the numbers themselves for a
+    /// device that is gone.
     pub(crate) fn name_of(&mut self, io: &DeviceIo) -> &str {
         self.names.entry((io.major, io.minor)).or_insert_with(|| {
             let link = std::fs::read_link(format!("/sys/dev/block/{}:{}", io.major, io.minor));
@@ -39,8 +39,9 @@ impl Disk {
     }
 }
 
-/// The source of the mount that has `path`, from the text of proc_pid_mountinfo(5): of those that it is
-/// below, the one with the longest mount point, and of these the last, which covers the others.
+/// The source of the mount that has `path`, from the text of proc_pid_mountinfo(5): of those that
+/// it is below, the one with the longest mount point, and of these the last, which covers the
+/// others.
 fn source_of<'a>(mounts: &'a str, path: &Path) -> Option<&'a str> {
     let mut best: Option<(usize, &str)> = None;
     for line in mounts.lines() {

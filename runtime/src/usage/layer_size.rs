@@ -1,9 +1,9 @@
 //! Sizes of writable layers, counted a part at a time.
 //!
-//! Who writes into a layer decides how large and how deep its tree is, and counting must not hold up any
-//! caller: neither the call for statistics nor those for other containers. So a count that takes long goes on
-//! with the next call, and until it is complete the previous one is reported; the first is reported as far as
-//! it has come.
+//! Who writes into a layer decides how large and how deep its tree is, and counting must not hold
+//! up any caller: neither the call for statistics nor those for other containers. So a count that
+//! takes long goes on with the next call, and until it is complete the previous one is reported;
+//! the first is reported as far as it has come.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,8 +14,8 @@ use berth_sys::beneath::{Root, Usage, Walk};
 
 use crate::lock;
 
-/// How long a size counts as known. Counting costs more than all other numbers together, and the kubelet asks
-/// every ten seconds.
+/// How long a size counts as known. Counting costs more than all other numbers together, and the
+/// kubelet asks every ten seconds.
 const AGE: Duration = Duration::from_secs(10);
 
 /// How long is counted for all containers together, within each [`WINDOW`].
@@ -50,8 +50,8 @@ struct Layer {
 }
 
 impl LayerSizes {
-    /// The size of the layer of the container `id`, whose directory is `upper`. `now` is the time, in
-    /// nanoseconds since the epoch. Blocking, for about [`SHARE`] at most.
+    /// The size of the layer of the container `id`, whose directory is `upper`. `now` is the time,
+    /// in nanoseconds since the epoch. Blocking, for about [`SHARE`] at most.
     pub(super) fn of(&self, id: &str, upper: &Path, now: impl Fn() -> i64) -> LayerSize {
         let (known, walk) = {
             let mut layers = lock(&self.layers);

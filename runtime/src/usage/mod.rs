@@ -1,4 +1,5 @@
-//! What containers and pods use, gathered from cgroups, namespaces, layers and procfs, as plain data.
+//! What containers and pods use, gathered from cgroups, namespaces, layers and procfs, as plain
+//! data.
 //!
 //! - `pod`: whole pods, with their containers and the traffic of their network;
 //! - `layer_size`: writable layers;
@@ -30,8 +31,8 @@ pub(crate) use traffic::Traffic;
 pub(crate) struct Sample {
     pub(crate) at_unix_ns: i64,
     pub(crate) stats: Stats,
-    /// Processor time per second since the sample before, in billionths of a processor; nothing for the
-    /// first.
+    /// Processor time per second since the sample before, in billionths of a processor; nothing for
+    /// the first.
     pub(crate) nanocores: Option<u64>,
 }
 
@@ -83,8 +84,8 @@ impl Samples {
         Sample { at_unix_ns, stats, nanocores }
     }
 
-    /// Nanocores between this sample and the last; two samples closer than a tenth of a second give the rate
-    /// of before.
+    /// Nanocores between this sample and the last; two samples closer than a tenth of a second give
+    /// the rate of before.
     fn rate(&self, id: &str, now: i64, usage_ns: u64) -> Option<u64> {
         let mut samples = lock(&self.cpu);
         let Some(last) = samples.get(id).copied() else {

@@ -1,10 +1,10 @@
 //! What whole pods use.
 //!
-//! Processor time, memory and processes are those of the pod's cgroup, which the kubelet made: whatever is in
-//! it counts, also what belongs to no container. A pod that named no cgroup of its own shares one with
-//! others, and gets the sum of its containers instead. Network figures are those of its namespace; on the
-//! host's network there are none, since those are the node's. A pod that is not ready has its containers,
-//! with what they left on the disk, and nothing else.
+//! Processor time, memory and processes are those of the pod's cgroup, which the kubelet made:
+//! whatever is in it counts, also what belongs to no container. A pod that named no cgroup of its
+//! own shares one with others, and gets the sum of its containers instead. Network figures are
+//! those of its namespace; on the host's network there are none, since those are the node's. A pod
+//! that is not ready has its containers, with what they left on the disk, and nothing else.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -81,8 +81,8 @@ pub(crate) fn shares_cgroup(sandbox: &Sandbox) -> bool {
     parent.is_ours() || parent.path().is_empty()
 }
 
-/// What the pod as a whole uses: its cgroup's figures, or, if it shares that with other pods, the sum of
-/// these of its containers.
+/// What the pod as a whole uses: its cgroup's figures, or, if it shares that with other pods, the
+/// sum of these of its containers.
 pub(crate) fn usage_of_pod(
     node: &Node,
     sandbox: &Sandbox,
@@ -123,9 +123,9 @@ impl Samples {
     }
 }
 
-/// Two parts of a pod together. What one of them does not have counts as nothing there; pressure cannot be
-/// added up and is left out, and so is what only makes sense for one cgroup (limits and how often they were
-/// hit).
+/// Two parts of a pod together. What one of them does not have counts as nothing there; pressure
+/// cannot be added up and is left out, and so is what only makes sense for one cgroup (limits and
+/// how often they were hit).
 fn sum(left: Stats, right: Stats) -> Stats {
     fn both<T>(left: Option<T>, right: Option<T>, add: impl FnOnce(T, T) -> T) -> Option<T> {
         match (left, right) {

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Open files of one container that are looked at to tell sockets from others. Beyond that nothing is
-/// reported: a look at each takes a system call.
+/// Open files of one container that are looked at to tell sockets from others. Beyond that nothing
+/// is reported: a look at each takes a system call.
 const MAX_FILES: usize = 20_000;
 
-/// Open files of these processes, and how many of them are sockets; nothing when there are more than can be
-/// looked at. A process that has ended meanwhile has none.
+/// Open files of these processes, and how many of them are sockets; nothing when there are more
+/// than can be looked at. A process that has ended meanwhile has none.
 pub(crate) fn open_files(proc: &Path, processes: &BTreeSet<i32>) -> Option<(u64, u64)> {
     let (mut files, mut sockets) = (0, 0);
     for pid in processes {
@@ -25,12 +25,13 @@ pub(crate) fn open_files(proc: &Path, processes: &BTreeSet<i32>) -> Option<(u64,
     Some((u64::try_from(files).ok()?, sockets))
 }
 
-/// The most files that the process may have open at once; nothing when there is no limit, or no such process.
+/// The most files that the process may have open at once; nothing when there is no limit, or no
+/// such process.
 pub(crate) fn limit_of_open_files(pid: i32) -> Option<u64> {
     soft_limit_of_files(&std::fs::read_to_string(format!("/proc/{pid}/limits")).ok()?)
 }
 
-/// The soft limit in the line `Max open files  1024  524288  files` of proc_pid_limits(5); nothing for
+/// The soft limit in the line `Max open files  1024  524288  files` of proc_pid_limits(5); none for
 /// `unlimited`.
 fn soft_limit_of_files(limits: &str) -> Option<u64> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;

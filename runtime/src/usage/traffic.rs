@@ -1,8 +1,8 @@
 //! What went through the network namespaces of pods, counted by the kernel.
 //!
-//! A namespace is looked at from inside: one thread, which is made for a list of them and ends after it, goes
-//! from one into the next by the files that pin them. No thread that serves anything else changes its
-//! namespace, and no socket keeps a namespace alive beyond the look.
+//! A namespace is looked at from inside: one thread, which is made for a list of them and ends
+//! after it, goes from one into the next by the files that pin them. No thread that serves anything
+//! else changes its namespace, and no socket keeps a namespace alive beyond the look.
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,8 @@ use berth_network::Netlink;
 use berth_network::interfaces::{self, InterfaceCounters};
 use berth_sys::ns::{self, Kind};
 
-/// The number of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`, `net/flow.h`).
+/// The number of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`,
+/// `net/flow.h`).
 const LOOPBACK: u32 = 1;
 
 /// The counters of one pod's interfaces, loopback left out.
@@ -37,8 +38,8 @@ impl Traffic {
     }
 }
 
-/// The traffic of the namespaces that these files pin, in their order; nothing for one that is gone or has no
-/// network. Blocking.
+/// The traffic of the namespaces that these files pin, in their order; nothing for one that is gone
+/// or has no network. Blocking.
 pub(crate) fn of_namespaces(files: &[PathBuf]) -> Vec<Option<Traffic>> {
     if files.is_empty() {
         return Vec::new();
@@ -82,7 +83,8 @@ mod tests {
             (vec![(1, "lo"), (2, "eth0"), (3, "net1")], Some(("eth0", vec!["net1"]))),
             (vec![(1, "lo"), (2, "net1"), (3, "eth0")], Some(("eth0", vec!["net1"]))),
             (vec![(1, "lo"), (7, "net1"), (8, "net2")], Some(("net1", vec!["net2"]))),
-            // Loopback is known by its number: it can be given another name, and another interface its name.
+            // Loopback is known by its number: it can be given another name, and another interface
+            // its name.
             (vec![(1, "eth0"), (2, "lo")], Some(("lo", vec![]))),
             (vec![(1, "lo")], None),
             (vec![], None),

@@ -1,7 +1,7 @@
 //! What a streaming URL stands for: once, and for a minute.
 //!
-//! A token has 256 random bits and is the only protection of a URL. It is looked up in a hash table with a
-//! random key, so how long a lookup takes says nothing about the tokens that are there.
+//! A token has 256 random bits and is the only protection of a URL. It is looked up in a hash table
+//! with a random key, so how long a lookup takes says nothing about the tokens that are there.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

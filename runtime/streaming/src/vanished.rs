@@ -1,9 +1,10 @@
 //! Noticing that a peer is gone without a word: its machine died, or its network.
 //!
-//! A connection on which nothing is sent is kept alive by TCP's own probes, whose answers end it when they do
-//! not come. Not so one on which something waits to be acknowledged: the kernel tries for a quarter of an
-//! hour. `TCP_USER_TIMEOUT` of tcp(7) would be shorter, but also ends a peer that is there and reads nothing
-//! for that time, such as a pager. So what tells them apart is looked at: such a peer answers each probe.
+//! A connection on which nothing is sent is kept alive by TCP's own probes, whose answers end it
+//! when they do not come. Not so one on which something waits to be acknowledged: the kernel tries
+//! for a quarter of an hour. `TCP_USER_TIMEOUT` of tcp(7) would be shorter, but also ends a peer
+//! that is there and reads nothing for that time, such as a pager. So what tells them apart is
+//! looked at: such a peer answers each probe.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -13,8 +14,8 @@ use tokio::time::Instant;
 
 use crate::hangup::Hangup;
 
-/// For how long a TCP peer has acknowledged nothing, while something has been sent to it that is to be
-/// acknowledged; nothing when all of it has been.
+/// For how long a TCP peer has acknowledged nothing, while something has been sent to it that is to
+/// be acknowledged; nothing when all of it has been.
 pub type Unacknowledged = fn(BorrowedFd<'_>) -> io::Result<Option<Duration>>;
 
 /// How often it is looked at.
@@ -23,8 +24,8 @@ const EVERY: Duration = Duration::from_secs(10);
 /// How long a peer may be silent: as long as one on which nothing is sent.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Since when a peer owes an answer. An answer that is a long time ago means nothing on its own: the kernel
-/// asks a peer that has no room less and less often.
+/// Since when a peer owes an answer. An answer that is a long time ago means nothing on its own:
+/// the kernel asks a peer that has no room less and less often.
 #[derive(Debug, Default)]
 struct Owing(Option<Instant>);
 
@@ -45,7 +46,8 @@ impl Owing {
     }
 }
 
-/// Shuts the connection down when its peer has vanished, which ends it everywhere else. Never resolves.
+/// Shuts the connection down when its peer has vanished, which ends it everywhere else. Never
+/// resolves.
 pub(crate) async fn watch(peer: Option<Hangup>, unacknowledged: Unacknowledged) {
     let mut owing = Owing::default();
     while let Some(peer) = &peer {
@@ -72,7 +74,8 @@ mod tests {
             (vec![(0, None), (100, None), (200, None)], false),
             // The kernel has just asked one that it asks every two minutes.
             (vec![(0, Some(119)), (10, None), (120, Some(120)), (130, None)], false),
-            // Each look hits upon a probe that has not been answered yet, and was answered by the next.
+            // Each look hits upon a probe that has not been answered yet, and was answered by the
+            // next.
             (vec![(0, Some(50)), (10, Some(5)), (20, Some(5)), (30, Some(5)), (40, Some(5))], false),
             (vec![(0, Some(1)), (10, Some(11)), (20, Some(21)), (30, Some(31))], true),
             (vec![(0, None), (10, Some(90)), (20, Some(100)), (30, Some(110)), (40, Some(120))], true),

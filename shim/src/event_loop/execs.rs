@@ -21,8 +21,8 @@ use crate::launch::{self, Streams};
 use crate::relay::{self, Ends, Way};
 use crate::session;
 
-/// Descriptors of the shim that streams leave for everything else: its container, its daemons, and processes
-/// on their way.
+/// Descriptors of the shim that streams leave for everything else: its container, its daemons, and
+/// processes on their way.
 const RESERVED_DESCRIPTORS: u64 = 64;
 
 /// The most descriptors that an exec uses while it starts.
@@ -119,8 +119,8 @@ impl Shim {
         }
     }
 
-    /// Whether there are descriptors for one more exec or client. Running out would cause failures in the
-    /// middle of an operation, or when a daemon connects.
+    /// Whether there are descriptors for one more exec or client. Running out would cause failures
+    /// in the middle of an operation, or when a daemon connects.
     pub(super) fn check_descriptors(&self, step: &str) -> Result<(), Failed> {
         let (most, _) = process::rlimit(RLIMIT_NOFILE).step(step, "")?;
         let of_clients = match &self.state {
@@ -165,8 +165,8 @@ impl Shim {
         }
     }
 
-    /// Takes the terminal of an exec that now runs its program, and gives the daemon one end of a socket for
-    /// it.
+    /// Takes the terminal of an exec that now runs its program, and gives the daemon one end of a
+    /// socket for it.
     fn open_terminal(&mut self, index: usize, pid: i32) {
         let Some(exec) = self.execs.get_mut(index) else { return };
         let group = exec.token;
@@ -280,7 +280,8 @@ impl Shim {
         }
     }
 
-    /// Ends all execs of a container that has ended: they were killed with it, or lose their container now.
+    /// Ends all execs of a container that has ended: they were killed with it, or lose their
+    /// container now.
     pub(super) fn end_execs(&mut self) {
         for exec in std::mem::take(&mut self.execs) {
             self.kill_exec(&exec);

@@ -12,8 +12,8 @@ use super::{
     retry_interrupted, stat_fd,
 };
 
-/// One directory inside a tree, open for reading. Its methods take a single name and act on that very entry,
-/// not on what a link of that name points at.
+/// One directory inside a tree, open for reading. Its methods take a single name and act on that
+/// very entry, not on what a link of that name points at.
 #[derive(Debug)]
 pub struct Dir {
     pub(super) fd: OwnedFd,
@@ -67,8 +67,8 @@ impl Dir {
         self.open_raw(name, libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL, mode).map(File::from)
     }
 
-    /// Opens the regular file `name` for writing over what is in it; a link is not followed. For a file that
-    /// something is mounted on, and that cannot be made new.
+    /// Opens the regular file `name` for writing over what is in it; a link is not followed. For a
+    /// file that something is mounted on, and that cannot be made new.
     ///
     /// # Errors
     /// As openat(2); `EINVAL` if it is not a regular file.
@@ -86,7 +86,8 @@ impl Dir {
     /// As mkdirat(2).
     pub fn make_dir(&self, name: &OsStr, mode: u32) -> io::Result<()> {
         let name = single_name(name)?;
-        // SAFETY: mkdirat(2) takes an open directory, which `self.fd` keeps open, and a NUL-terminated name.
+        // SAFETY: mkdirat(2) takes an open directory, which `self.fd` keeps open, and a
+        // NUL-terminated name.
         retry_interrupted(|| unsafe { libc::mkdirat(self.fd.as_raw_fd(), name.as_ptr(), mode) }).map(drop)
     }
 
@@ -96,20 +97,21 @@ impl Dir {
     /// As symlinkat(2): `ENOENT` for an empty target.
     pub fn make_symlink(&self, target: &OsStr, name: &OsStr) -> io::Result<()> {
         let (target, name) = (c_string(target)?, single_name(name)?);
-        // SAFETY: symlinkat(2) takes two NUL-terminated strings and an open directory; all live until it
-        // returns.
+        // SAFETY: symlinkat(2) takes two NUL-terminated strings and an open directory; all live
+        // until it returns.
         retry_interrupted(|| unsafe { libc::symlinkat(target.as_ptr(), self.fd.as_raw_fd(), name.as_ptr()) })
             .map(drop)
     }
 
-    /// Makes `name` another name of the inode `from_name` in `from`. If that is a link, of the link itself.
+    /// Makes `name` another name of the inode `from_name` in `from`. If that is a link, of the link
+    /// itself.
     ///
     /// # Errors
     /// As linkat(2): `EPERM` for a directory, `EXDEV`, `EMLINK`.
     pub fn make_hard_link(&self, name: &OsStr, from: &Self, from_name: &OsStr) -> io::Result<()> {
         let (name, from_name) = (single_name(name)?, single_name(from_name)?);
-        // SAFETY: linkat(2) takes two open directories and two NUL-terminated names; flags 0 = do not follow
-        // the source.
+        // SAFETY: linkat(2) takes two open directories and two NUL-terminated names; flags 0 = do
+        // not follow the source.
         retry_interrupted(|| unsafe {
             libc::linkat(from.fd.as_raw_fd(), from_name.as_ptr(), self.fd.as_raw_fd(), name.as_ptr(), 0)
         })
@@ -119,8 +121,8 @@ impl Dir {
     /// Makes a FIFO or a device.
     ///
     /// # Errors
-    /// As mknodat(2); `EINVAL` if a number does not fit the kernel's 12 bits of major and 20 bits of minor
-    /// number.
+    /// As mknodat(2); `EINVAL` if a number does not fit the kernel's 12 bits of major and 20 bits
+    /// of minor number.
     pub fn make_node(&self, name: &OsStr, node: Node, mode: u32) -> io::Result<()> {
         let name = single_name(name)?;
         let (kind, major, minor) = match node {
@@ -133,7 +135,8 @@ impl Dir {
             return Err(invalid());
         }
         let (mode, device) = (kind | (mode & 0o7777), libc::makedev(major, minor));
-        // SAFETY: mknodat(2) takes an open directory and a NUL-terminated name; the rest are numbers.
+        // SAFETY: mknodat(2) takes an open directory and a NUL-terminated name; the rest are
+        // numbers.
         retry_interrupted(|| unsafe { libc::mknodat(self.fd.as_raw_fd(), name.as_ptr(), mode, device) })
             .map(drop)
     }
@@ -167,8 +170,8 @@ impl Dir {
         .map(drop)
     }
 
-    /// Changes the permission bits of the entry itself, which must not be a link. For what must not be
-    /// opened, as devices; for files and directories use [`chmod`](super::chmod).
+    /// Changes the permission bits of the entry itself, which must not be a link. For what must not
+    /// be opened, as devices; for files and directories use [`chmod`](super::chmod).
     ///
     /// # Errors
     /// `EOPNOTSUPP` for a link (inodes of links have no mode of their own); as chmod(2).
@@ -177,8 +180,8 @@ impl Dir {
         if stat_fd(fd.as_fd())?.file_type == FileType::Symlink {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        // fchmodat2(2) with AT_EMPTY_PATH came with Linux 6.6. The descriptor pins the inode, so the link in
-        // /proc names exactly it.
+        // fchmodat2(2) with AT_EMPTY_PATH came with Linux 6.6. The descriptor pins the inode, so
+        // the link in /proc names exactly it.
         let path = proc_path(fd.as_fd());
         // SAFETY: chmod(2) takes a NUL-terminated path.
         retry_interrupted(|| unsafe { libc::chmod(path.as_ptr(), mode) }).map(drop)
@@ -233,8 +236,8 @@ impl Dir {
 
     pub(super) fn open_raw_c(&self, name: &CStr, flags: i32, mode: u32) -> io::Result<OwnedFd> {
         let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-        // SAFETY: openat(2) takes an open directory, a NUL-terminated name, and with O_CREAT a mode, which is
-        // always passed.
+        // SAFETY: openat(2) takes an open directory, a NUL-terminated name, and with O_CREAT a
+        // mode, which is always passed.
         let fd =
             retry_interrupted(|| unsafe { libc::openat(self.fd.as_raw_fd(), name.as_ptr(), flags, mode) })?;
         Ok(owned(fd))

@@ -67,8 +67,9 @@ pub fn stat_fd(fd: BorrowedFd<'_>) -> io::Result<Stat> {
     stat_at(fd, c"", libc::AT_EMPTY_PATH)
 }
 
-/// Changes owner and group of an open file (not `O_PATH`). The kernel clears set-user-id, set-group-id and
-/// file capabilities then (chown(2)), so it comes before [`chmod`] and before `security.capability`.
+/// Changes owner and group of an open file (not `O_PATH`). The kernel clears set-user-id,
+/// set-group-id and file capabilities then (chown(2)), so it comes before [`chmod`] and before
+/// `security.capability`.
 ///
 /// # Errors
 /// As fchown(2).
@@ -98,7 +99,8 @@ pub fn set_times(fd: BorrowedFd<'_>, time: Timestamp) -> io::Result<()> {
 
 pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
     let mut buffer = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: fstatat(2) takes an open descriptor, a NUL-terminated name, and room for one `struct stat`.
+    // SAFETY: fstatat(2) takes an open descriptor, a NUL-terminated name, and room for one `struct
+    // stat`.
     retry_interrupted(|| unsafe {
         libc::fstatat(dir.as_raw_fd(), name.as_ptr(), buffer.as_mut_ptr(), flags)
     })?;

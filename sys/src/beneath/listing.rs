@@ -12,17 +12,17 @@ use super::{Dir, stat_fd};
 /// Bytes asked from `getdents64` at once: some hundred entries.
 pub(super) const LISTING_BUFFER: usize = 32 * 1024;
 
-/// Entries that could not be removed, after which a removal gives up: the filesystem will not have the rest
-/// removed either.
+/// Entries that could not be removed, after which a removal gives up: the filesystem will not have
+/// the rest removed either.
 const MAX_STUCK: usize = 1000;
 
 impl Dir {
     /// Removes `name` whatever it is, a directory with all that is in it. Absent is success.
     ///
-    /// Works without recursion and with two descriptors at a time, however deep the tree is, and needs no
-    /// free space. Nothing is followed. An entry that cannot be removed (immutable: `EPERM`; a mount point:
-    /// `EBUSY`) keeps only the directories that it is in; all else goes, and the first such error is
-    /// returned. A tree that is moved meanwhile ends it with `EAGAIN`.
+    /// Works without recursion and with two descriptors at a time, however deep the tree is, and
+    /// needs no free space. Nothing is followed. An entry that cannot be removed (immutable:
+    /// `EPERM`; a mount point: `EBUSY`) keeps only the directories that it is in; all else goes,
+    /// and the first such error is returned. A tree that is moved meanwhile ends it with `EAGAIN`.
     ///
     /// # Errors
     /// As unlinkat(2) and openat(2); what was removed until then stays removed.
@@ -32,8 +32,9 @@ impl Dir {
             Err(error) if error.raw_os_error() == Some(libc::ENOTEMPTY) => {}
             done => return done,
         }
-        // The directories above the current one: their names, to remove them when they are empty, who their
-        // parents are, to notice when `..` is no longer where we came from, and what is stuck in those.
+        // The directories above the current one: their names, to remove them when they are empty,
+        // who their parents are, to notice when `..` is no longer where we came from, and what is
+        // stuck in those.
         let mut above = vec![(name.clone(), stat_fd(self.as_fd())?.identity, HashSet::new())];
         let mut current = self.open_raw_c(&name, libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
         let mut stuck = Stuck::default();
@@ -72,8 +73,8 @@ impl Dir {
         }
     }
 
-    /// The names in this directory, without `.` and `..`, in the kernel's order. All are read at once: for a
-    /// directory of unknown size the caller bounds what it keeps by `limit`.
+    /// The names in this directory, without `.` and `..`, in the kernel's order. All are read at
+    /// once: for a directory of unknown size the caller bounds what it keeps by `limit`.
     ///
     /// # Errors
     /// As getdents64(2); `EOVERFLOW` if there are more than `limit`.
@@ -119,12 +120,12 @@ impl Stuck {
     }
 }
 
-/// Removes what can be removed from a directory. Returns the first child that is a directory with something
-/// in it and not known to be stuck.
+/// Removes what can be removed from a directory. Returns the first child that is a directory with
+/// something in it and not known to be stuck.
 fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::Result<Option<CString>> {
     loop {
-        // From the start again each time: what was listed before is gone, and positions in a directory that
-        // changes mean little. SAFETY: lseek(2) takes numbers only.
+        // From the start again each time: what was listed before is gone, and positions in a
+        // directory that changes mean little. SAFETY: lseek(2) takes numbers only.
         if unsafe { libc::lseek(dir.as_raw_fd(), 0, libc::SEEK_SET) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -158,8 +159,8 @@ fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::R
 fn remove_one(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     let first = unlink_at(dir, name, 0);
     let result = match &first {
-        // Linux says EISDIR where POSIX says EPERM (unlink(2)); EPERM is an immutable file here, or a
-        // directory on odd filesystems.
+        // Linux says EISDIR where POSIX says EPERM (unlink(2)); EPERM is an immutable file here, or
+        // a directory on odd filesystems.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EISDIR | libc::EPERM)) => {
             match unlink_at(dir, name, libc::AT_REMOVEDIR) {
                 // Some filesystems say EEXIST for a directory that is not empty (rmdir(2)).

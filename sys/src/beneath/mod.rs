@@ -1,10 +1,10 @@
 //! Paths inside a tree that an attacker wrote: an image's layer, a container's root.
 //!
-//! Everything is relative to a directory descriptor. A path of several components is resolved by the kernel
-//! with `openat2(RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)`: symbolic links and `..` are followed, but as if
-//! the tree's root were `/` (openat2(2)). What changes the tree takes a [`Dir`] and one name in it, and never
-//! follows a link in that name. There is no fallback for kernels without openat2 (Linux 5.6): a weaker walk
-//! is a hole.
+//! Everything is relative to a directory descriptor. A path of several components is resolved by
+//! the kernel with `openat2(RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)`: symbolic links and `..` are
+//! followed, but as if the tree's root were `/` (openat2(2)). What changes the tree takes a [`Dir`]
+//! and one name in it, and never follows a link in that name. There is no fallback for kernels
+//! without openat2 (Linux 5.6): a weaker walk is a hole.
 //!
 //! `RESOLVE_IN_ROOT` answers `EAGAIN` while directories inside the tree are renamed (openat2(2),
 //! ERRORS); it is tried again [`MAX_TRIES`] times, then the call fails.
@@ -27,11 +27,12 @@ pub use inode::{FileType, Stat, Timestamp, chmod, chown, set_times, stat_fd};
 pub use root::{MissingDir, Root};
 pub use walk::{Usage, Walk};
 
-/// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through 128 tries
-/// is an attack.
+/// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through
+/// 128 tries is an attack.
 pub const MAX_TRIES: usize = 128;
 
-/// Opens an `O_PATH` descriptor again. The descriptor pins the inode; the link in /proc leads to exactly it.
+/// Opens an `O_PATH` descriptor again. The descriptor pins the inode; the link in /proc leads to
+/// exactly it.
 fn reopen(fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
     let path = proc_path(fd);
     // SAFETY: open(2) takes a NUL-terminated path, and no mode without O_CREAT.
@@ -48,8 +49,8 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
     CString::new(text.as_bytes()).map_err(|_| invalid())
 }
 
-/// Target of the link `name` in `directory`, or of the link that `directory` itself stands for when `name` is
-/// empty.
+/// Target of the link `name` in `directory`, or of the link that `directory` itself stands for when
+/// `name` is empty.
 fn read_link_at(directory: BorrowedFd<'_>, name: &CStr) -> io::Result<OsString> {
     // A target is shorter than PATH_MAX (symlink(7)), so it always fits and is never cut.
     let mut buffer = vec![0_u8; 4096];
@@ -67,8 +68,8 @@ fn invalid() -> io::Error {
 
 /// Makes a descriptor that a call just returned owned.
 fn owned(fd: i32) -> OwnedFd {
-    // SAFETY: every caller passes what a successful open call has just returned: open, and owned by nothing
-    // else.
+    // SAFETY: every caller passes what a successful open call has just returned: open, and owned by
+    // nothing else.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -247,7 +248,8 @@ mod tests {
                 dir.create_file(OsStr::new("file"), 0o600).unwrap();
             }
         }
-        // Held, it keeps those above it, all of which the kernel walks with each one that is removed.
+        // Held, it keeps those above it, all of which the kernel walks with each one that is
+        // removed.
         drop(dir);
         let top = tree.root().open_dir(Path::new("")).unwrap();
         let mut walk = Walk::new(&top).unwrap();
@@ -274,7 +276,8 @@ mod tests {
         assert!(!tree.inside("wide").exists());
     }
 
-    /// Many at one place, one deep down: what can be removed is removed, and the mounts are not entered.
+    /// Many at one place, one deep down: what can be removed is removed, and the mounts are not
+    /// entered.
     #[test]
     fn removal_leaves_what_is_stuck_and_takes_the_rest() {
         const WIDE: usize = 500;

@@ -54,7 +54,8 @@ impl Root {
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = c_string(path.as_os_str())?;
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-        // SAFETY: open(2) takes a NUL-terminated path, which a CString is, and no mode without O_CREAT.
+        // SAFETY: open(2) takes a NUL-terminated path, which a CString is, and no mode without
+        // O_CREAT.
         let fd = retry_interrupted(|| unsafe { libc::open(path.as_ptr(), flags) })?;
         Ok(Self { fd: owned(fd) })
     }
@@ -94,12 +95,12 @@ impl Root {
         self.open_raw(path, libc::O_PATH, RESOLVE_NO_SYMLINKS)
     }
 
-    /// Target of the link at `path`, reached through no other link and through no mount point: what the
-    /// filesystem at the boundary has, whatever is mounted over it.
+    /// Target of the link at `path`, reached through no other link and through no mount point: what
+    /// the filesystem at the boundary has, whatever is mounted over it.
     ///
     /// # Errors
-    /// As openat2(2): `EXDEV` for a mount point, `ELOOP` for a link on the way; `EINVAL` or `ENOENT` when it
-    /// is no link.
+    /// As openat2(2): `EXDEV` for a mount point, `ELOOP` for a link on the way; `EINVAL` or
+    /// `ENOENT` when it is no link.
     pub fn read_link_of_own_mount(&self, path: &Path) -> io::Result<OsString> {
         let link =
             self.open_raw(path, libc::O_PATH | libc::O_NOFOLLOW, RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)?;
@@ -122,8 +123,8 @@ impl Root {
         Ok(Dir { fd: self.open_raw(path, libc::O_RDONLY | libc::O_DIRECTORY, RESOLVE_NO_SYMLINKS)? })
     }
 
-    /// Opens a regular file for reading; links are followed inside the boundary. The type is looked at before
-    /// the open, so that no device is touched and no FIFO is waited for.
+    /// Opens a regular file for reading; links are followed inside the boundary. The type is looked
+    /// at before the open, so that no device is touched and no FIFO is waited for.
     ///
     /// # Errors
     /// As openat2(2); `EINVAL` if it is not a regular file.
@@ -135,8 +136,9 @@ impl Root {
         reopen(fd.as_fd(), libc::O_RDONLY | libc::O_NOCTTY).map(File::from)
     }
 
-    /// Opens what is at `path` with the given open(2) flags; links are followed inside the boundary. For what
-    /// is known to be safe to open: a device waits or acts, a FIFO blocks unless the flags say otherwise.
+    /// Opens what is at `path` with the given open(2) flags; links are followed inside the
+    /// boundary. For what is known to be safe to open: a device waits or acts, a FIFO blocks unless
+    /// the flags say otherwise.
     ///
     /// # Errors
     /// As openat2(2).
@@ -144,16 +146,17 @@ impl Root {
         self.open_raw(path, flags, 0)
     }
 
-    /// Opens a regular file for appending and makes it when absent (mode 0640); any link on the way is an
-    /// error, and so is a file that has a second name: in a directory that others can write, both are ways to
-    /// make the caller write elsewhere.
+    /// Opens a regular file for appending and makes it when absent (mode 0640); any link on the way
+    /// is an error, and so is a file that has a second name: in a directory that others can write,
+    /// both are ways to make the caller write elsewhere.
     ///
     /// # Errors
-    /// As openat2(2); `ELOOP` for a link; `EINVAL` for what is not a regular file or has other names.
+    /// As openat2(2); `ELOOP` for a link; `EINVAL` for what is not a regular file or has other
+    /// names.
     pub fn open_append(&self, path: &Path) -> io::Result<File> {
         let path = c_string(path.as_os_str())?;
-        // Non-blocking for the case that a FIFO lies there; it means nothing for the regular file that is
-        // wanted.
+        // Non-blocking for the case that a FIFO lies there; it means nothing for the regular file
+        // that is wanted.
         let flags = libc::O_WRONLY
             | libc::O_APPEND
             | libc::O_CREAT
@@ -173,8 +176,8 @@ impl Root {
         Ok(File::from(fd))
     }
 
-    /// Opens the directory that the last component of `path` lies in, and returns that component. Links on
-    /// the way are followed.
+    /// Opens the directory that the last component of `path` lies in, and returns that component.
+    /// Links on the way are followed.
     ///
     /// # Errors
     /// As openat2(2); `EINVAL` if the last component is absent or `..`.
@@ -183,14 +186,15 @@ impl Root {
         Ok((self.open_dir(path.parent().unwrap_or(Path::new("")))?, name))
     }
 
-    /// Opens the directory `path` and makes it and its parents where they are absent, owned by the caller and
-    /// with `mode` (less the umask).
+    /// Opens the directory `path` and makes it and its parents where they are absent, owned by the
+    /// caller and with `mode` (less the umask).
     ///
-    /// A link on the way is followed inside the boundary, also one that points at nothing yet: then its
-    /// target is made.
+    /// A link on the way is followed inside the boundary, also one that points at nothing yet: then
+    /// its target is made.
     ///
     /// # Errors
-    /// As openat2(2) and mkdirat(2); `ENOTDIR` if something else is in the way; `ELOOP` after 40 links.
+    /// As openat2(2) and mkdirat(2); `ENOTDIR` if something else is in the way; `ELOOP` after 40
+    /// links.
     pub fn make_dir_all(&self, path: &Path, mode: u32) -> io::Result<Dir> {
         self.make_dir_all_with(path, |missing| match missing.obstacle {
             None => missing.parent.make_dir(missing.name, mode),
@@ -211,8 +215,8 @@ impl Root {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {}
             opened => return opened,
         }
-        // The components that are still to be walked, last first, and where the walk is: a path without any
-        // link.
+        // The components that are still to be walked, last first, and where the walk is: a path
+        // without any link.
         let mut ahead: Vec<OsString> = Vec::new();
         push_components(&mut ahead, path);
         let mut here = PathBuf::new();
@@ -276,7 +280,8 @@ impl AsFd for Root {
 fn openat2(dir: BorrowedFd<'_>, path: &CStr, how: &OpenHow) -> io::Result<OwnedFd> {
     let mut tries = 0;
     loop {
-        // SAFETY: openat2(2) reads a NUL-terminated path and `size` bytes of open_how; both outlive the call.
+        // SAFETY: openat2(2) reads a NUL-terminated path and `size` bytes of open_how; both outlive
+        // the call.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_openat2,
@@ -299,7 +304,8 @@ fn openat2(dir: BorrowedFd<'_>, path: &CStr, how: &OpenHow) -> io::Result<OwnedF
     }
 }
 
-/// Pushes the components of `path` so that the first one is popped first. `.` and a leading `/` are dropped.
+/// Pushes the components of `path` so that the first one is popped first. `.` and a leading `/` are
+/// dropped.
 fn push_components(stack: &mut Vec<OsString>, path: &Path) {
     for component in path.components().rev() {
         match component {

@@ -20,14 +20,14 @@ pub struct Usage {
 
 /// Counts what lies below a directory, without following links.
 ///
-/// It uses two descriptors at a time, however deep the tree is, and no recursion. What it remembers is the
-/// names of directories that are to be looked at and the inodes with several names: at most as much as the
-/// caller lets it count.
+/// It uses two descriptors at a time, however deep the tree is, and no recursion. What it remembers
+/// is the names of directories that are to be looked at and the inodes with several names: at most
+/// as much as the caller lets it count.
 #[derive(Debug)]
 pub struct Walk {
     current: OwnedFd,
-    /// The directories that are open, the top one first: who they are, to notice when `..` is no longer where
-    /// we came from, and those of their directories that were not looked at yet.
+    /// The directories that are open, the top one first: who they are, to notice when `..` is no
+    /// longer where we came from, and those of their directories that were not looked at yet.
     levels: Vec<Level>,
     /// Whether all entries of the current directory were seen.
     listed: bool,
@@ -70,8 +70,8 @@ impl Walk {
     /// Goes on by some hundred entries, or to another directory. `false` when all was seen.
     ///
     /// # Errors
-    /// `EAGAIN` when directories were moved about so that the way back is lost; what else getdents64(2) says.
-    /// The walk is over then.
+    /// `EAGAIN` when directories were moved about so that the way back is lost; what else
+    /// getdents64(2) says. The walk is over then.
     pub fn step(&mut self) -> io::Result<bool> {
         if !self.listed {
             let length = getdents(self.current.as_fd(), &mut self.buffer)?;

@@ -1,9 +1,9 @@
-//! A whole Kubernetes cluster of one node on the daemon: what people put on clusters, until nothing of it is
-//! left.
+//! A whole Kubernetes cluster of one node on the daemon: what people put on clusters, until nothing
+//! of it is left.
 //!
-//! One cluster and one test, because a cluster takes half a minute to start. What is asserted comes from the
-//! API server, from `kubectl` and from the pods themselves; only at the end is the daemon asked what it still
-//! has.
+//! One cluster and one test, because a cluster takes half a minute to start. What is asserted comes
+//! from the API server, from `kubectl` and from the pods themselves; only at the end is the daemon
+//! asked what it still has.
 
 mod streams;
 
@@ -18,8 +18,8 @@ use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use serde_json::{Value, json};
 
-/// Time for what takes several servers and some of their periods of seconds, for many pods, on a machine that
-/// is busy with other things.
+/// Time for what takes several servers and some of their periods of seconds, for many pods, on a
+/// machine that is busy with other things.
 const ROLLOUT: Duration = Duration::from_secs(180);
 
 /// [`ROLLOUT`] for kubectl.
@@ -77,8 +77,8 @@ fn the_node_is_well(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// Ten replicas that answer; fifteen, although the daemon crashes meanwhile; killed ones are replaced;
-/// another template replaces all; none.
+/// Ten replicas that answer; fifteen, although the daemon crashes meanwhile; killed ones are
+/// replaced; another template replaces all; none.
 fn a_deployment_is_scaled_and_rolled_over(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     cluster.apply("web.yaml")?;
     rolled_out(cluster)?;
@@ -119,8 +119,8 @@ fn rolled_out(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["rollout", "status", ROLLOUT_FLAG, "deployment/web"]).map(drop)
 }
 
-/// There are exactly so many ready pods, none was ever restarted, each has its own address, and each answers
-/// there with its own name and this version.
+/// There are exactly so many ready pods, none was ever restarted, each has its own address, and
+/// each answers there with its own name and this version.
 fn serve(cluster: &Cluster, count: usize, version: &str) -> Result<BTreeMap<String, Pod>> {
     // Those of an old template may take a moment longer to end than the rollout.
     let pods = within(ROLLOUT, "no other pods are there", || {
@@ -152,8 +152,8 @@ fn ended<'a>(daemon: &Daemon, pods: impl Iterator<Item = &'a Pod>) -> Result<()>
     })
 }
 
-/// Both are there as files with the right mode, and as variables; a change of the ConfigMap arrives in the
-/// running container.
+/// Both are there as files with the right mode, and as variables; a change of the ConfigMap arrives
+/// in the running container.
 fn settings_are_files_and_environment(cluster: &Cluster) -> Result<()> {
     cluster.apply("settings.yaml")?;
     cluster.kubectl(&["wait", "--for=condition=Ready", ROLLOUT_FLAG, "pod/settings"])?;
@@ -172,9 +172,9 @@ fn settings_are_files_and_environment(cluster: &Cluster) -> Result<()> {
     cluster.delete("settings.yaml")
 }
 
-/// Up and down, by the API server's subresource `resize`: what is in force changes, what the pod's status and
-/// the container see too, and the container is the same. One that wants to be started again for it is.
-/// Beside: mounts below a read-only one are read-only.
+/// Up and down, by the API server's subresource `resize`: what is in force changes, what the pod's
+/// status and the container see too, and the container is the same. One that wants to be started
+/// again for it is. Beside: mounts below a read-only one are read-only.
 fn limits_change_in_place(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     cluster.apply("resized.yaml")?;
     cluster.kubectl(&["wait", "--for=condition=Ready", ROLLOUT_FLAG, "pod/resized"])?;
@@ -247,15 +247,16 @@ fn a_job_completes(cluster: &Cluster) -> Result<()> {
     cluster.delete("job.yaml")
 }
 
-/// Five Jobs made from it run; of those that have ended only the youngest stays, as the history limit says.
+/// Five Jobs made from it run; of those that have ended only the youngest stays, as the history
+/// limit says.
 fn jobs_of_a_cron_job_come_and_go(cluster: &Cluster) -> Result<()> {
     const JOBS: usize = 5;
     cluster.apply("tick.yaml")?;
     let mut ran = BTreeSet::new();
     for number in 1..=JOBS {
         cluster.kubectl(&["create", "job", &format!("tick-{number}"), "--from=cronjob/tick"])?;
-        // What the limit removes may be gone before the next look, so each is seen to complete before the
-        // next one.
+        // What the limit removes may be gone before the next look, so each is seen to complete
+        // before the next one.
         let job = format!("/apis/batch/v1/namespaces/default/jobs/tick-{number}");
         within(ROLLOUT, "the job completes", || {
             let job = cluster.get(&job)?;
@@ -288,8 +289,8 @@ fn a_daemon_set_serves_on_the_node(cluster: &Cluster) -> Result<()> {
     within(SOON, "it answers no more", || Ok(cluster.page(ADDRESS, 8099, "/").is_err().then_some(())))
 }
 
-/// The API server forgets it at once. The kubelet still gives it the time that its manifest names, for it
-/// does not hear of the force; then its processes have to end.
+/// The API server forgets it at once. The kubelet still gives it the time that its manifest names,
+/// for it does not hear of the force; then its processes have to end.
 fn a_stubborn_pod_ends_by_force(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     cluster.apply("stubborn.yaml")?;
     cluster.kubectl(&["wait", "--for=condition=Ready", ROLLOUT_FLAG, "pod/stubborn"])?;

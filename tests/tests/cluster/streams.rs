@@ -1,5 +1,5 @@
-//! The commands of kubectl that reach into a pod: exec, cp, attach, port-forward and debug. They go through
-//! the API server and the kubelet to the daemon's streaming server.
+//! The commands of kubectl that reach into a pod: exec, cp, attach, port-forward and debug. They go
+//! through the API server and the kubelet to the daemon's streaming server.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -13,7 +13,8 @@ use berth_tests::deadline::within;
 
 use super::{ROLLOUT, ROLLOUT_FLAG};
 
-/// Between kubectl and the API server: the WebSocket of today's kubectl, and SPDY, which it falls back to.
+/// Between kubectl and the API server: the WebSocket of today's kubectl, and SPDY, which it falls
+/// back to.
 const WEBSOCKETS: [&str; 2] = ["true", "false"];
 
 /// More than windows and pipes hold.

@@ -42,8 +42,8 @@ fn ends_are_told_with_code_reason_and_message(node: &Node<'_>) -> Result<()> {
         ensure!(end.is_some_and(|end| end.exit_code == code && end.reason == reason), "{name}: {end:?}");
     }
 
-    // 4096 bytes are the most of a message, 12 KiB of all of a pod, in equal parts (Kubernetes, "Determine
-    // the Reason for Pod Failure").
+    // 4096 bytes are the most of a message, 12 KiB of all of a pod, in equal parts (Kubernetes,
+    // "Determine the Reason for Pod Failure").
     let end = pod.container("long")?.end.as_ref();
     let long = "0123456789abcde\n".repeat(4096 / 16);
     ensure!(end.is_some_and(|end| end.message == long), "the end of what was written: {end:?}");

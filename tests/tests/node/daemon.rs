@@ -1,4 +1,5 @@
-//! The daemon goes and comes under all the pods, and the kubelet does, and none of the pods notices.
+//! The daemon goes and comes under all the pods, and the kubelet does, and none of the pods
+//! notices.
 
 use std::collections::BTreeMap;
 
@@ -56,8 +57,8 @@ fn the_new_daemon_starts_and_ends_containers(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The same containers, with the same ids and no more restarts, ready as before; the log of one goes on
-/// without a gap; and the kubelet has looked at the new daemon several times.
+/// The same containers, with the same ids and no more restarts, ready as before; the log of one
+/// goes on without a gap; and the kubelet has looked at the new daemon several times.
 fn nothing_changes_while(node: &Node<'_>, act: impl FnOnce(&Node<'_>) -> Result<()>) -> Result<()> {
     let before = soon("the pods have come to rest", || {
         let first = containers(node)?;
@@ -86,8 +87,8 @@ fn nothing_changes_while(node: &Node<'_>, act: impl FnOnce(&Node<'_>) -> Result<
     })
 }
 
-/// Every container of the pods that do not change by themselves, without what the kubelet remembers of
-/// earlier instances: it has these removed, and forgets them when it ends.
+/// Every container of the pods that do not change by themselves, without what the kubelet remembers
+/// of earlier instances: it has these removed, and forgets them when it ends.
 fn containers(node: &Node<'_>) -> Result<BTreeMap<String, PodContainer>> {
     let mut pods = node.kubelet.pods()?;
     pods.retain(|pod| !RESTLESS.iter().any(|name| pod.name.starts_with(name)));

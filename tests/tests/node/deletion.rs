@@ -1,5 +1,5 @@
-//! The manifests go, and so do the pods: in their own time if that is less than they are given, and without a
-//! trace.
+//! The manifests go, and so do the pods: in their own time if that is less than they are given, and
+//! without a trace.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
@@ -9,8 +9,8 @@ use crate::harness::tests;
 
 tests![pods_end_when_their_manifests_go, nothing_is_left_of_them];
 
-/// What ends on its own may, in the order that belongs to it; what does not is killed when its time is over,
-/// and not before.
+/// What ends on its own may, in the order that belongs to it; what does not is killed when its time
+/// is over, and not before.
 fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
     let lines_before = node.evidence("order")?.lines().count();
     node.kubelet.delete_pods()?;
@@ -31,7 +31,8 @@ fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
     let (Some(first), Some(last)) = (times.first(), times.last()) else {
         anyhow::bail!("the stubborn one was not asked to end")
     };
-    // It was given six seconds. What it writes last may be a while before its end, on a slow machine.
+    // It was given six seconds. What it writes last may be a while before its end, on a slow
+    // machine.
     let time = last - first;
     ensure!((3.0..12.0).contains(&time), "the stubborn one had {time} s");
 

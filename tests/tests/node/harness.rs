@@ -1,5 +1,5 @@
-//! Runs tests in phases on one node, and tells of them as cargo's own harness does: with its lines, its
-//! filters, its `--list`.
+//! Runs tests in phases on one node, and tells of them as cargo's own harness does: with its lines,
+//! its filters, its `--list`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -52,8 +52,8 @@ struct Outcomes {
     failed: Vec<&'static str>,
 }
 
-/// Runs the tests of all phases that the command line names (parts of their names; all of them without any)
-/// on one node. A test that fails does not keep the others from running.
+/// Runs the tests of all phases that the command line names (parts of their names; all of them
+/// without any) on one node. A test that fails does not keep the others from running.
 #[expect(clippy::print_stdout, reason = "what a test harness says")]
 pub(crate) fn run(phases: &[Phase]) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -13,8 +13,8 @@ tests![
     a_hook_that_fails_ends_its_container,
 ];
 
-/// The sidecar is between the two that end, runs beside the main container, and is started again when it
-/// ends, which leaves the others alone.
+/// The sidecar is between the two that end, runs beside the main container, and is started again
+/// when it ends, which leaves the others alone.
 fn init_containers_and_the_sidecar_come_in_order_before_the_others(node: &Node<'_>) -> Result<()> {
     let pod = node.ready_pod("order")?;
     let order = node.evidence("order")?;
@@ -48,8 +48,8 @@ fn an_init_container_that_fails_is_run_again(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// It has the container's files and environment, and the container is not reported as running before the hook
-/// has ended.
+/// It has the container's files and environment, and the container is not reported as running
+/// before the hook has ended.
 fn a_hook_after_the_start_runs_in_the_container(node: &Node<'_>) -> Result<()> {
     node.pod_that("hooks", "main runs", |pod| Ok(pod.container("main")?.ready))?;
     let hooks = node.evidence("hooks")?;

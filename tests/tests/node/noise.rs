@@ -61,8 +61,8 @@ fn the_daemon_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Fails when there are complaints of one kind more than [`OFTEN`], except for those that contain one of the
-/// `allowed` texts.
+/// Fails when there are complaints of one kind more than [`OFTEN`], except for those that contain
+/// one of the `allowed` texts.
 fn repeats(log: &str, complaint: fn(&str) -> Option<String>, allowed: &[(&str, &str)]) -> Result<()> {
     let mut kinds: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for line in log.lines().filter(|line| !allowed.iter().any(|(text, _)| line.contains(text))) {
@@ -81,8 +81,8 @@ fn repeats(log: &str, complaint: fn(&str) -> Option<String>, allowed: &[(&str, &
     bail!("said again and again:\n{}", told.join("\n"))
 }
 
-/// The kind of a line of klog at the levels error and warning: the place in the source that says it,
-/// `E1121 06:33:24.052164 17631 kubelet.go:2420] ...`.
+/// The kind of a line of klog at the levels error and warning: the place in the source that says
+/// it, `E1121 06:33:24.052164 17631 kubelet.go:2420] ...`.
 fn kubelet_complaint(line: &str) -> Option<String> {
     if !line.starts_with(['E', 'W']) || !line.get(1..5)?.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;

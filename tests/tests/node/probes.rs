@@ -11,8 +11,8 @@ tests![
     by_connections_a_container_is_restarted,
 ];
 
-/// Nothing else is asked before the startup probe succeeds; readiness comes and goes without a restart; a
-/// liveness probe that fails restarts the container, and the new instance starts over.
+/// Nothing else is asked before the startup probe succeeds; readiness comes and goes without a
+/// restart; a liveness probe that fails restarts the container, and the new instance starts over.
 fn over_http_a_container_starts_is_ready_and_is_restarted(node: &Node<'_>) -> Result<()> {
     soon("the startup probe asks more than once", || {
         Ok((probed(node, "web", "Startup", "failed")? >= 2).then_some(()))
@@ -93,7 +93,8 @@ fn by_connections_a_container_is_restarted(node: &Node<'_>) -> Result<()> {
     .map(drop)
 }
 
-/// How often a probe of a container of the pod had this result, as the kubelet counts (`/metrics/probes`).
+/// How often a probe of a container of the pod had this result, as the kubelet counts
+/// (`/metrics/probes`).
 pub(crate) fn probed(node: &Node<'_>, container: &str, kind: &str, result: &str) -> Result<u64> {
     let metrics = node.kubelet.get("/metrics/probes")?;
     let labels = [

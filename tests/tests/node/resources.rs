@@ -1,5 +1,5 @@
-//! Limits as they are in force: in the cgroups' files, under the names that the kubelet expects, and as the
-//! pods see them.
+//! Limits as they are in force: in the cgroups' files, under the names that the kubelet expects,
+//! and as the pods see them.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::cgroup::CpuLimit;
@@ -32,8 +32,8 @@ fn a_guaranteed_pod_has_its_limits(node: &Node<'_>) -> Result<()> {
     ensure!(whole.pids == Some(POD_PIDS), "the pod: {whole:?}");
     let main = limits(node, &pod, "main")?;
     ensure!(main.cpu == whole.cpu && main.memory_bytes == whole.memory_bytes, "its container: {main:?}");
-    // 250m are 256 shares. On v2 a runtime turns them into a weight by the formula that runc and crun have
-    // since 2025, and the kubelet those of pods by an older one.
+    // 250m are 256 shares. On v2 a runtime turns them into a weight by the formula that runc and
+    // crun have since 2025, and the kubelet those of pods by an older one.
     let weight = if node.kubelet.cgroup().is_unified() { 35 } else { 256 };
     ensure!(main.cpu_weight == weight, "its container: {main:?}");
     let seen = seen_memory(node, "guaranteed", "main")?;
@@ -133,8 +133,9 @@ fn seen_memory(node: &Node<'_>, pod: &str, container: &str) -> Result<String> {
     Ok(text.trim_end().to_owned())
 }
 
-/// The container's first process and one that is run in it both have this adjustment. A daemon that may not
-/// lower its own leaves containers that should have less with it (`proc_pid_oom_score_adj(5)`).
+/// The container's first process and one that is run in it both have this adjustment. A daemon that
+/// may not lower its own leaves containers that should have less with it
+/// (`proc_pid_oom_score_adj(5)`).
 fn oom_score(node: &Node<'_>, pod: &str, container: &str, is: impl Fn(i64) -> bool) -> Result<()> {
     for process in ["1", "self"] {
         let text = node.kubelet.run(pod, container, &format!("cat /proc/{process}/oom_score_adj"))?;

@@ -25,8 +25,8 @@ const NET_BIND_SERVICE: u32 = 10;
 const SYS_TIME: u32 = 25;
 const MKNOD: u32 = 27;
 
-/// The set that containers have when their pod says nothing: the same in all runtimes, as people's images are
-/// made for it.
+/// The set that containers have when their pod says nothing: the same in all runtimes, as people's
+/// images are made for it.
 const USUAL: u64 = 0xa804_25fb;
 
 fn users_and_groups_are_those_of_the_pod_or_of_the_container(node: &Node<'_>) -> Result<()> {

@@ -1,5 +1,5 @@
-//! What the kubelet tells about the use of resources: to autoscalers, to `kubectl top`, and to those who draw
-//! curves.
+//! What the kubelet tells about the use of resources: to autoscalers, to `kubectl top`, and to
+//! those who draw curves.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::node::{Node, soon};
@@ -21,8 +21,8 @@ const PODS: [(&str, &[&str]); 4] = [
     ("users", &["of-the-pod", "of-its-own"]),
 ];
 
-/// CPU, memory, network and file systems of each pod and container. Each pod has received something: its
-/// kernel asks for its neighbours, and probes ask `probes`.
+/// CPU, memory, network and file systems of each pod and container. Each pod has received
+/// something: its kernel asks for its neighbours, and probes ask `probes`.
 fn the_summary_has_every_pod(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
         node.ready_pod(name)?;

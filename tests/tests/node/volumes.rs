@@ -71,13 +71,13 @@ fn what_is_to_be_read_only_is(node: &Node<'_>) -> Result<()> {
     run(node, "writer", "touch /x /tree/x").map(drop)
 }
 
-/// What is mounted on the host while the pod runs is seen, and read-only where the mount is that as a whole;
-/// what a privileged container mounts is seen on the host and in the others.
+/// What is mounted on the host while the pod runs is seen, and read-only where the mount is that as
+/// a whole; what a privileged container mounts is seen on the host and in the others.
 fn mounts_pass_from_the_host_and_to_it(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
     let tree = node.kubelet.evidence().join("tree");
-    // The kubelet and this test share a mount namespace, and the directory is on a mount that passes things
-    // on.
+    // The kubelet and this test share a mount namespace, and the directory is on a mount that
+    // passes things on.
     let from_host = tree.join("from-host");
     fs::create_dir(&from_host).context("making a directory")?;
     mount(Some("tmpfs"), &from_host, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))

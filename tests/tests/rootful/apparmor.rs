@@ -105,7 +105,8 @@ fn a_profile_that_is_not_loaded_is_refused_by_name() -> Result<()> {
     })
 }
 
-/// Where others live a process has its profile before it is born, and so does with what that allows.
+/// Where others live a process has its profile before it is born, and so does with what that
+/// allows.
 #[test]
 fn a_profile_need_not_allow_what_entering_it_takes() -> Result<()> {
     with_apparmor("a_profile_need_not_allow_what_entering_it_takes", |daemon| {

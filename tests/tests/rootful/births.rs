@@ -1,5 +1,6 @@
-//! What a process is in the instant in which others can see it, and what those others can make of it: a
-//! container with `CAP_SYS_PTRACE` stops each birth in its pid namespace, looks at it, and speaks for it.
+//! What a process is in the instant in which others can see it, and what those others can make of
+//! it: a container with `CAP_SYS_PTRACE` stops each birth in its pid namespace, looks at it, and
+//! speaks for it.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -43,7 +44,8 @@ fn tracing(pod: &Pod, order: &str, change: impl FnOnce(&mut v1::ContainerConfig)
     Ok(container)
 }
 
-/// Holds everything that a tracer saw of Berth's processes against what the program has that they became.
+/// Holds everything that a tracer saw of Berth's processes against what the program has that they
+/// became.
 fn holds(tracer: &Container, program: &Container, what: &str) -> Result<()> {
     let status = fs::read_to_string(format!("/proc/{}/status", program.pid()?))?;
     let expected = |key: &str| -> Result<String> {
@@ -102,8 +104,8 @@ fn what_is_born_in_a_shared_pid_namespace_is_its_program_from_the_first_moment()
     })
 }
 
-/// A debug container comes into the pid namespace of a container that traces; commands into a container that
-/// does, and whose program is under a filter.
+/// A debug container comes into the pid namespace of a container that traces; commands into a
+/// container that does, and whose program is under a filter.
 #[test]
 fn what_is_born_beside_a_target_is_its_program_from_the_first_moment() -> Result<()> {
     const TIMES: usize = 30;
@@ -129,8 +131,8 @@ fn what_is_born_beside_a_target_is_its_program_from_the_first_moment() -> Result
     })
 }
 
-/// A container whose profile lets it trace whatever there is, unconfined processes too: it gets at nothing
-/// that is not confined as it is.
+/// A container whose profile lets it trace whatever there is, unconfined processes too: it gets at
+/// nothing that is not confined as it is.
 #[test]
 fn a_confined_tracer_gets_at_nothing_that_is_confined_otherwise() -> Result<()> {
     const TIMES: usize = 10;
@@ -215,7 +217,8 @@ fn a_target_that_has_covered_its_procfs_is_not_joined() -> Result<()> {
     })
 }
 
-/// The tracer writes in place of the process that it stops: that it goes on as a process of the host.
+/// The tracer writes in place of the process that it stops: that it goes on as a process of the
+/// host.
 #[test]
 fn a_process_of_the_host_that_is_named_from_inside_lives_on() -> Result<()> {
     const EXECS: usize = 150;

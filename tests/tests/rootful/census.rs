@@ -15,8 +15,8 @@ fn pods_that_come_and_go_leave_nothing() -> Result<()> {
     let each = repeats(PODS)? / AT_ONCE;
     ensure!(each >= 4, "with fewer pods, some are of no kind: {each}");
     rootful(|daemon| {
-        // The first pod is not counted: what it makes on a host, a bridge and its rules, stays for the
-        // others, and so does the daemon's connection to systemd, which its container needs.
+        // The first pod is not counted: what it makes on a host, a bridge and its rules, stays for
+        // the others, and so does the daemon's connection to systemd, which its container needs.
         let first = daemon.pod("first")?;
         first.idle("main")?;
         first.remove()?;
@@ -28,7 +28,8 @@ fn pods_that_come_and_go_leave_nothing() -> Result<()> {
                         for number in 0..each {
                             let pod = daemon.pod(&format!("pod-{thread}-{number}"))?;
                             match number % 4 {
-                                // One that ended, one that runs, one that only was made, and none at all.
+                                // One that ended, one that runs, one that only was made, and none
+                                // at all.
                                 0 => drop(pod.run_container(shell("main", "echo hello"))?),
                                 1 => {
                                     let main = pod.idle("main")?;

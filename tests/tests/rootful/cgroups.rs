@@ -1,4 +1,5 @@
-//! Cgroups that cannot be changed or removed as they should: what is reported, and what becomes of them.
+//! Cgroups that cannot be changed or removed as they should: what is reported, and what becomes of
+//! them.
 
 use std::fs;
 use std::io::ErrorKind;

@@ -1,5 +1,5 @@
-//! The library that kubectl streams with, `client-go`, in a program of `tests/peers/streams`: commands and
-//! forwarded ports over both of its transports.
+//! The library that kubectl streams with, `client-go`, in a program of `tests/peers/streams`:
+//! commands and forwarded ports over both of its transports.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};

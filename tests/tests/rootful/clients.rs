@@ -1,5 +1,5 @@
-//! gRPC clients of other makes: what they send as `:authority` over a Unix socket is any text, and it says
-//! nothing.
+//! gRPC clients of other makes: what they send as `:authority` over a Unix socket is any text, and
+//! it says nothing.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -16,9 +16,9 @@ use berth_tests::skip::skip;
 /// The release of grpcio, which is C-core: what Python, C++, Ruby and PHP speak gRPC with.
 const GRPCIO: &str = "grpcio==1.76.0";
 
-/// Calls Version of the CRI, of an unknown service, and Facts of `berth.v1`, without generated code: an empty
-/// message goes, and bytes come. The arguments are the socket and, if it is not what the library chooses, the
-/// authority.
+/// Calls Version of the CRI, of an unknown service, and Facts of `berth.v1`, without generated
+/// code: an empty message goes, and bytes come. The arguments are the socket and, if it is not what
+/// the library chooses, the authority.
 const SCRIPT: &str = r#"
 import sys, grpc
 options = [("grpc.default_authority", sys.argv[2])] if len(sys.argv) > 2 else []
@@ -95,8 +95,8 @@ fn header(name: &str, value: &[u8]) -> Vec<u8> {
     [&[0, length(name.as_bytes())], name.as_bytes(), &[length(value)], value].concat()
 }
 
-/// Asks for Version with these headers before the usual ones, and returns the kinds of frames that come on
-/// the stream until it ends.
+/// Asks for Version with these headers before the usual ones, and returns the kinds of frames that
+/// come on the stream until it ends.
 fn ask(socket: &Path, headers: &[u8]) -> Result<Vec<u8>> {
     let block = [
         &[0x83, 0x86][..],

@@ -8,8 +8,8 @@ use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use serde_json::Value;
 
-/// Reloads the configuration with `text` in a further file, and waits for the line in the log that says
-/// `outcome`.
+/// Reloads the configuration with `text` in a further file, and waits for the line in the log that
+/// says `outcome`.
 fn reload(daemon: &Daemon, text: &str, outcome: &str) -> Result<String> {
     let more = daemon.directory("berth.toml.d")?;
     fs::write(more.join("more.toml"), text).context("writing the configuration")?;

@@ -166,8 +166,8 @@ fn statuses_follow_the_life_of_a_container() -> Result<()> {
         assert_eq!((ended.exit_code, ended.reason.as_str()), (3, "Error"));
         assert_eq!(pod.run_container(shell("good", "exit 0"))?.status.reason, "Completed");
         let killed = pod.run_container(shell("killed", "kill -9 $$"))?.status;
-        // Process 1 of a namespace does not take signals from inside that it does not handle, not even this
-        // one.
+        // Process 1 of a namespace does not take signals from inside that it does not handle, not
+        // even this one.
         assert_eq!((killed.exit_code, killed.reason.as_str()), (0, "Completed"));
         Ok(())
     })
@@ -183,7 +183,8 @@ fn a_container_that_is_killed_from_outside_has_the_code_of_its_signal() -> Resul
             let main = pod.start(container(&name, &["sh", "-c", "trap - TERM; sleep 1000"]))?;
             let pid = main.pid()?;
             if number == 15 {
-                // The kernel drops SIGTERM for a process 1 that does not handle it, from wherever it comes.
+                // The kernel drops SIGTERM for a process 1 that does not handle it, from wherever
+                // it comes.
                 main.stop(0)?;
                 assert_eq!(main.ended()?.status.exit_code, 137);
                 continue;

@@ -65,7 +65,8 @@ fn files_and_directories_go_both_ways() -> Result<()> {
             assert!(here.join(format!("{name}-dir/sub/big")).exists());
             copies(daemon, &inside("/tmp/new"), &path(&format!("{name}-dir")))?;
             assert!(here.join(format!("{name}-dir/new/sub/big")).exists());
-            // A file, under another name, into a directory, over one that is there, and through a link.
+            // A file, under another name, into a directory, over one that is there, and through a
+            // link.
             copies(daemon, &path("tree/-dash"), &inside("/tmp/file"))?;
             copies(daemon, &path("tree/-dash"), &inside("/tmp/new/sub"))?;
             copies(daemon, &path("tree/-dash"), &inside("/tmp/new/sub/big"))?;
@@ -206,7 +207,8 @@ fn a_hostile_tar_writes_only_what_was_asked_for() -> Result<()> {
         {
             let planted = daemon.directory("planted")?.join("archive");
             fs::write(&planted, archive(&entries))?;
-            // A tar that says what is planted: first with the real one, which is there under another name.
+            // A tar that says what is planted: first with the real one, which is there under
+            // another name.
             main.sh("cp /bin/real /bin/tar")?;
             copies(daemon, &planted.to_string_lossy(), "web:/data/archive")?;
             main.sh("rm /bin/tar; echo '#!/bin/sh' >/bin/tar; echo 'cat /data/archive' >>/bin/tar; chmod 755 /bin/tar")?;

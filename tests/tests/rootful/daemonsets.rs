@@ -1,5 +1,5 @@
-//! Pods as DaemonSets of well-known projects make them: what a kubelet asks for in their name is accepted,
-//! and works.
+//! Pods as DaemonSets of well-known projects make them: what a kubelet asks for in their name is
+//! accepted, and works.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;

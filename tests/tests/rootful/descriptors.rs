@@ -1,5 +1,5 @@
-//! A daemon that is at its limit of open files: a call does what it is for, or says that there are no
-//! descriptors left.
+//! A daemon that is at its limit of open files: a call does what it is for, or says that there are
+//! no descriptors left.
 
 use std::fs;
 
@@ -19,8 +19,8 @@ type Attempt<'a> = Box<dyn Fn() -> Result<(), Status> + 'a>;
 
 #[test]
 fn calls_of_a_daemon_without_descriptors_name_them() -> Result<()> {
-    /// With so many fewer than the daemon holds at rest nothing succeeds, and with so many more everything
-    /// does.
+    /// With so many fewer than the daemon holds at rest nothing succeeds, and with so many more
+    /// everything does.
     const FEWER: usize = 4;
     const MORE: usize = 12;
     const UNLIMITED: usize = 4096;

@@ -1,6 +1,6 @@
-//! What hostile images and containers do to reach the host: paths that change while the runtime walks them,
-//! links where it expects directories, looks at its own processes. The numbers of known attacks on other
-//! runtimes stand beside the tests.
+//! What hostile images and containers do to reach the host: paths that change while the runtime
+//! walks them, links where it expects directories, looks at its own processes. The numbers of known
+//! attacks on other runtimes stand beside the tests.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -91,9 +91,10 @@ fn listing(directory: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// How long names rest between two exchanges, in microseconds. At first they do not: the machine decides how
-/// far a container gets then, and on some it is never made. So each refusal lets them rest longer, and each
-/// container that is made shorter: the exchanges come close to the moments that decide, on every machine.
+/// How long names rest between two exchanges, in microseconds. At first they do not: the machine
+/// decides how far a container gets then, and on some it is never made. So each refusal lets them
+/// rest longer, and each container that is made shorter: the exchanges come close to the moments
+/// that decide, on every machine.
 #[derive(Default)]
 struct Pace(AtomicU64);
 
@@ -137,8 +138,8 @@ fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce(&Pace) -> Res
     })
 }
 
-/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which another process exchanges a
-/// directory and a link to the host while they are made. 2,000 of them.
+/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which another process
+/// exchanges a directory and a link to the host while they are made. 2,000 of them.
 #[test]
 fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_lead_to_the_host() -> Result<()>
 {
@@ -193,8 +194,9 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
     })
 }
 
-/// CVE-2025-31133, CVE-2025-52565: `/dev` is a volume in which another process exchanges `null`, `console`
-/// and the terminals for links to the host, while masks and the terminal are put in place. 2,000 masks.
+/// CVE-2025-31133, CVE-2025-52565: `/dev` is a volume in which another process exchanges `null`,
+/// `console` and the terminals for links to the host, while masks and the terminal are put in
+/// place. 2,000 masks.
 #[test]
 fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Result<()> {
     const CONTAINERS: u32 = 10;
@@ -221,7 +223,8 @@ fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Re
                     let script = "cat /proc/kcore /proc/keys /proc/timer_list 2>/dev/null | wc -c; ls -A /sys/firmware | wc -l; \
                         grep -c ' /proc/keys ' /proc/self/mountinfo";
                     let mut config = shell(&format!("{name}-{number}"), script);
-                    // A terminal is of a devpts or none; this /dev has none, so it has to be refused.
+                    // A terminal is of a devpts or none; this /dev has none, so it has to be
+                    // refused.
                     config.tty = name != "null";
                     config.mounts = vec![volume(&shared, "/dev")];
                     let masks = ["/proc/kcore", "/proc/timer_list", "/sys/firmware", "/proc/keys"];
@@ -256,8 +259,8 @@ const VIEW: &str = "awk '$2 ~ \"^/(proc|sys|dev)\" { print $2, $3 }' /proc/mount
     stat -c %F:%t:%T /dev/null /dev/zero /dev/random; (echo x > /proc/sys/kernel/hostname) 2>/dev/null; echo $?; \
     touch /sys/x 2>/dev/null; echo $?; cat /etc/hosts /etc/hostname /etc/resolv.conf";
 
-/// CVE-2019-19921, CVE-2024-5154, CVE-2025-54867, CVE-2026-41579: every place of the root that a runtime
-/// fills is a link, a file, a pipe, or not there.
+/// CVE-2019-19921, CVE-2024-5154, CVE-2025-54867, CVE-2026-41579: every place of the root that a
+/// runtime fills is a link, a file, a pipe, or not there.
 #[test]
 fn a_root_with_links_files_and_pipes_in_place_of_what_belongs_there_leads_nowhere() -> Result<()> {
     rootful(|daemon| {
@@ -281,8 +284,8 @@ fn a_root_with_links_files_and_pipes_in_place_of_what_belongs_there_leads_nowher
                 ("directory", place, Entry::Directory),
                 ("gap", gone.as_str(), Entry::File(b"")),
             ] {
-                // What does not belong there is refused by name; everything else runs as if it were not
-                // there.
+                // What does not belong there is refused by name; everything else runs as if it were
+                // not there.
                 let is_refused = matches!(
                     (*place, form),
                     ("proc" | "sys" | "dev", "link" | "climbing link" | "circle" | "file" | "pipe")
@@ -345,9 +348,9 @@ fn climbing(path: &str) -> String {
     format!("{}{}", "../".repeat(12), path.trim_start_matches('/'))
 }
 
-/// Looks at every process but the first from its first moment on, by what /proc says of it, until `/tmp/over`
-/// is there; says what it sees of the host. Only builtins of the shell, so that no look takes longer than the
-/// moment that it is for.
+/// Looks at every process but the first from its first moment on, by what /proc says of it, until
+/// `/tmp/over` is there; says what it sees of the host. Only builtins of the shell, so that no look
+/// takes longer than the moment that it is for.
 fn look_for_the_host(canary: &str) -> String {
     format!(
         "while [ ! -e /tmp/over ]; do for p in /proc/[2-9]* /proc/1?*; do \
@@ -368,7 +371,8 @@ fn seen_by(container: &Container) -> Result<BTreeSet<String>> {
     Ok(container.ended()?.stdout.lines().map(str::to_owned).collect())
 }
 
-/// CVE-2016-9962: process 1 looks at 500 processes of exec, with and without the capability to trace.
+/// CVE-2016-9962: process 1 looks at 500 processes of exec, with and without the capability to
+/// trace.
 #[test]
 fn exec_brings_nothing_of_the_host_into_a_container() -> Result<()> {
     const EXECS: usize = 250;
@@ -400,7 +404,8 @@ fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> R
             pod.start(sharing(idle(&format!("c{number}"))))?.remove()?;
         }
         looks.call_off("/tmp/over");
-        // They are in it all the same, with a /proc that says so and a terminal if they asked for one.
+        // They are in it all the same, with a /proc that says so and a terminal if they asked for
+        // one.
         let mut config =
             sharing(shell("terminal", "grep Name /proc/1/status; [ -e /proc/$$ ] && [ -t 0 ] && echo own"));
         config.tty = true;
@@ -410,8 +415,8 @@ fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> R
     })
 }
 
-/// CVE-2019-5736: a program whose interpreter is `/proc/self/exe`, in place of the entrypoint and of 200
-/// commands, and a writer that may trace and opens the program of every process.
+/// CVE-2019-5736: a program whose interpreter is `/proc/self/exe`, in place of the entrypoint and
+/// of 200 commands, and a writer that may trace and opens the program of every process.
 #[test]
 fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() -> Result<()> {
     const EXECS: usize = 200;
@@ -432,8 +437,8 @@ fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() 
             config.mounts = vec![volume(&shared, "/volume")];
             config
         };
-        // It is called off from outside: what a program of the container is run from may be written once that
-        // has ended.
+        // It is called off from outside: what a program of the container is run from may be written
+        // once that has ended.
         let write = "while [ ! -e /volume/over ]; do for p in /proc/[0-9]*; do { echo evil > $p/exe; } 2>/dev/null && echo wrote $p; done; done; echo over";
         let main = pod.start(with_volume(may_trace(shell("writes", write))))?;
         let shim = main.shim_pid()?;
@@ -471,8 +476,8 @@ const MASKED: &[&str] = &[
     "/sys/devices/virtual/powercap",
 ];
 
-/// Root of a container without CAP_SYS_ADMIN takes masks away, mounts over them, or mounts a procfs of its
-/// own; also without a filter, and as root of a user namespace that it makes.
+/// Root of a container without CAP_SYS_ADMIN takes masks away, mounts over them, or mounts a procfs
+/// of its own; also without a filter, and as root of a user namespace that it makes.
 #[test]
 fn masks_and_read_only_paths_cannot_be_taken_away_from_inside() -> Result<()> {
     rootful(|daemon| {
@@ -558,7 +563,8 @@ fn devices_stay_closed_for_program_and_exec_when_the_daemon_starts_anew_or_limit
     })
 }
 
-/// What a user without rights on the host, and root in a container on the host's network, can get at.
+/// What a user without rights on the host, and root in a container on the host's network, can get
+/// at.
 #[test]
 fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -> Result<()> {
     rootful(|daemon| {
@@ -621,8 +627,9 @@ fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -
              echo $state ${local%:*}; wget -O - http://127.0.0.1:$((0x${local#*:}))/exec/x 2>&1; done; true",
             |config| security(config).namespace_options = Some(hosts_network.clone()),
         )?;
-        // One listens (0A), on loopback: the streaming server, which answers no one without a token. The
-        // kernel keeps the closed connections of wget for a while, but they came after the list was read.
+        // One listens (0A), on loopback: the streaming server, which answers no one without a
+        // token. The kernel keeps the closed connections of wget for a while, but they came after
+        // the list was read.
         let mut lines = said.lines();
         assert_eq!(
             (lines.next(), lines.next(), lines.next()),
@@ -659,8 +666,8 @@ const ORDERS: &[(&str, &str)] = &[
     ("io.kubernetes.container.terminationMessagePath", "/etc/passwd"),
 ];
 
-/// CVE-2024-3154, CVE-2026-44210, CVE-2026-53488: annotations of a pod and a container, and labels of an
-/// image.
+/// CVE-2024-3154, CVE-2026-44210, CVE-2026-53488: annotations of a pod and a container, and labels
+/// of an image.
 #[test]
 fn annotations_and_an_images_labels_order_nothing_and_stay_where_they_are() -> Result<()> {
     const VIEW: &str = "cat /proc/self/status | grep -e Umask -e id: -e Groups -e Sig[BIC] -e Cap -e NoNew -e Seccomp -e Cpus; cat /proc/self/limits; \

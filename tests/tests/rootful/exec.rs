@@ -54,8 +54,8 @@ fn what_takes_too_long_is_killed_with_all_it_started_and_the_container_lives() -
     })
 }
 
-/// As systemd does in a pod: it moves to a cgroup below its own and enables controllers for what is below,
-/// after which no process may be in its own (cgroups(7), "no internal processes").
+/// As systemd does in a pod: it moves to a cgroup below its own and enables controllers for what is
+/// below, after which no process may be in its own (cgroups(7), "no internal processes").
 #[test]
 fn a_container_that_manages_its_own_cgroups_can_be_entered() -> Result<()> {
     const MANAGE: &str = "
@@ -117,8 +117,8 @@ fn a_container_that_manages_its_own_cgroups_can_be_entered() -> Result<()> {
 fn what_nobody_waits_for_any_more_is_killed_with_all_it_started() -> Result<()> {
     rootful(|daemon| {
         let main = daemon.pod("exec")?.idle("main")?;
-        // A caller that gives up, and one whose connection ends; with a limit of the daemon's own and
-        // without.
+        // A caller that gives up, and one whose connection ends; with a limit of the daemon's own
+        // and without.
         for (seconds, closes) in [(0, false), (0, true), (600, false), (600, true)] {
             let client = if closes { Client::new(&daemon.socket())? } else { daemon.client() };
             let request = v1::ExecSyncRequest {

@@ -1,6 +1,6 @@
-//! Faults of the daemon, its shims and the machine: killed at every moment of a pod's making, nowhere to
-//! write logs, process ids that come again, processes that hide, no descriptors left. Afterwards: what is
-//! reported is true, requests can be repeated, and nothing is left.
+//! Faults of the daemon, its shims and the machine: killed at every moment of a pod's making,
+//! nowhere to write logs, process ids that come again, processes that hide, no descriptors left.
+//! Afterwards: what is reported is true, requests can be repeated, and nothing is left.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,8 +25,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SIGKILL, kill};
 use nix::unistd::Pid;
 
-/// A daemon answers this soon after its start, and a request that was cut off is answered again, on a machine
-/// that is busy with other tests.
+/// A daemon answers this soon after its start, and a request that was cut off is answered again, on
+/// a machine that is busy with other tests.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 fn is_alive(pid: i32) -> bool {
@@ -60,7 +60,8 @@ fn what_is_told_is_true(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// What a kubelet does that was cut off: it lists what there is, asks again for what is missing, and goes on.
+/// What a kubelet does that was cut off: it lists what there is, asks again for what is missing,
+/// and goes on.
 fn go_on_with_the_pod(daemon: &Daemon) -> Result<()> {
     let client = daemon.client();
     let config = daemon.pod_config("swept");
@@ -107,8 +108,8 @@ fn a_daemon_killed_at_any_moment_of_a_pods_making_leaves_nothing_in_the_way() ->
             daemon.pod("swept")?.idle("main")?;
             Ok(begun.elapsed())
         };
-        // The first one is slower than those that follow: its image has not been mounted before. Each one
-        // that is not cut off says better how long it takes.
+        // The first one is slower than those that follow: its image has not been mounted before.
+        // Each one that is not cut off says better how long it takes.
         let mut whole = make()?;
         go_on_with_the_pod(daemon)?;
         daemon.crash()?;
@@ -394,8 +395,8 @@ fn a_daemon_without_descriptors_waits_and_goes_on_when_it_has_some_again() -> Re
         // Only the soft one, which a process may raise again.
         let limit = format!("--nofile={}:", held + MORE);
         daemon.host().run("prlimit", &["--pid", &pid.to_string(), &limit])?;
-        // Those that are not accepted any more wait in the socket's queue, and then in connect(2): not on
-        // this thread.
+        // Those that are not accepted any more wait in the socket's queue, and then in connect(2):
+        // not on this thread.
         let socket = daemon.socket();
         let connecting: Vec<_> = (0..CONNECTIONS)
             .map(|_| {

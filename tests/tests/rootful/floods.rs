@@ -1,5 +1,5 @@
-//! Too much of everything: output of commands, lines of logs, messages, streams of HTTP/2. What is asked for
-//! by others goes on, and memory has a bound.
+//! Too much of everything: output of commands, lines of logs, messages, streams of HTTP/2. What is
+//! asked for by others goes on, and memory has a bound.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -35,12 +35,12 @@ fn forget_peak(pid: i32) -> Result<()> {
 #[test]
 fn commands_that_flood_their_output_cost_a_bounded_memory_and_no_disk() -> Result<()> {
     const COMMANDS: u64 = 10;
-    /// A kubelet takes 16 MiB. Beside them the daemon holds them once more as the message, and some of either
-    /// while it grows.
+    /// A kubelet takes 16 MiB. Beside them the daemon holds them once more as the message, and some
+    /// of either while it grows.
     const EACH: u64 = 64 * MIB;
     rootful(|daemon| {
-        // One process, which is the same before and after, and beside it one that reaps whatever the commands
-        // leave behind.
+        // One process, which is the same before and after, and beside it one that reaps whatever
+        // the commands leave behind.
         let pod = daemon.pod_of(sharing_pod(daemon.pod_config("floods")))?;
         let main = pod.start(sharing(container("main", &["sleep", "1000"])))?;
         main.sh("true")?;
@@ -115,8 +115,8 @@ fn logs_that_are_flooded_and_rotated_all_the_time_lose_no_byte() -> Result<()> {
                     let old = main.log_path.with_extension(format!("log.{turns}"));
                     fs::rename(&main.log_path, &old)?;
                     let request = v1::ReopenContainerLogRequest { container_id: main.id.clone() };
-                    // It may end at this moment; then what is left of its log is in the file that was
-                    // renamed.
+                    // It may end at this moment; then what is left of its log is in the file that
+                    // was renamed.
                     let _ = daemon.client().reopen_container_log(request);
                     parts.entry(number).or_default().push(old);
                 }
@@ -292,7 +292,8 @@ fn streams_that_break_the_protocol_disturb_nobody_else() -> Result<()> {
         let main = pod.idle("main")?;
         let pid = i32::try_from(daemon.pid()?)?;
         ensure!(is_answered(daemon, b"\x0a\x01v")?, "a good call by hand");
-        // Text that is none, a length beyond the end, a field beyond the message, a group that never ends.
+        // Text that is none, a length beyond the end, a field beyond the message, a group that
+        // never ends.
         for bad in [
             &b"\x0a\x02\xff\xfe"[..],
             b"\x0a\x7fv",

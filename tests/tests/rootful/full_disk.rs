@@ -1,5 +1,5 @@
-//! Containers that end while the disk under the durable root has not one byte left: their exit codes are
-//! reported all the same.
+//! Containers that end while the disk under the durable root has not one byte left: their exit
+//! codes are reported all the same.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;

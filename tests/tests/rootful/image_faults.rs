@@ -1,5 +1,5 @@
-//! Files of the image store that cannot be read, are damaged or cannot be deleted, and images that are
-//! removed while they are in use: no container loses what it stands on, and no call waits.
+//! Files of the image store that cannot be read, are damaged or cannot be deleted, and images that
+//! are removed while they are in use: no container loses what it stands on, and no call waits.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -96,7 +96,8 @@ fn a_file_that_cannot_be_read_at_the_start_costs_no_container_anything() -> Resu
             let unread = files(daemon, directory, name)?;
             daemon.kill()?;
             for file in &unread {
-                // To read a directory is an error that says nothing about the file (read(2), EISDIR).
+                // To read a directory is an error that says nothing about the file (read(2),
+                // EISDIR).
                 fs::rename(file, file.with_extension("aside"))?;
                 fs::create_dir(file)?;
             }

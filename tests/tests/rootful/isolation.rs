@@ -129,7 +129,8 @@ fn seccomp_is_on_by_default_in_exec_too_and_off_only_when_asked() -> Result<()> 
         let main = pod.idle("main")?;
         assert_eq!(main.sh(read)?, "Seccomp:\t2\n");
         assert_eq!(pod.script(read, |_| {})?, "Seccomp:\t2\n");
-        // unshare(2) needs CAP_SYS_ADMIN in the profile; a user namespace would not need it in the kernel.
+        // unshare(2) needs CAP_SYS_ADMIN in the profile; a user namespace would not need it in the
+        // kernel.
         let refused = main.exec(&["unshare", "-U", "true"])?;
         assert_ne!(refused.code, 0);
         assert!(refused.stderr.contains("not permitted"), "{refused:?}");
@@ -277,8 +278,8 @@ fn devices_of_the_host_cannot_be_made_and_opened() -> Result<()> {
             assert!(opened.code != 0 && opened.stderr.contains("not permitted"), "{name}: {opened:?}");
         }
         main.sh("mknod /tmp/null c 1 3; echo x > /tmp/null")?;
-        // One that is asked for is there, with these rights and no others.
-        // Loop control: opening it does nothing, and it is not among the devices that every container has.
+        // One that is asked for is there, with these rights and no others. Loop control: opening it
+        // does nothing, and it is not among the devices that every container has.
         if !std::path::Path::new("/dev/loop-control").exists() {
             berth_tests::skip::skip(
                 "isolation::devices (those asked for)",
@@ -370,8 +371,8 @@ fn a_device_may_lie_outside_of_dev_and_in_what_is_mounted() -> Result<()> {
     })
 }
 
-/// What Docker's own default profile looks like: an allow list with rules that hold for some capabilities,
-/// architectures and kernels.
+/// What Docker's own default profile looks like: an allow list with rules that hold for some
+/// capabilities, architectures and kernels.
 #[test]
 fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
     rootful(|daemon| {
@@ -382,8 +383,8 @@ fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
             profile_type: v1::security_profile::ProfileType::Localhost.into(),
             localhost_ref: file.to_string_lossy().into_owned(),
         };
-        // By number where a shell has no word for it: unshare(2) is for CAP_SYS_ADMIN, and so is what else
-        // the profile says of it.
+        // By number where a shell has no word for it: unshare(2) is for CAP_SYS_ADMIN, and so is
+        // what else the profile says of it.
         let script = "mkdir /tmp/a && echo made; hostname x 2>&1 | grep -o 'not permitted\\|not implemented'; \
             hostname; grep Seccomp: /proc/self/status; chroot / true && echo rooted; sync && echo synced";
         let seen = |caps: &[&str]| {
@@ -413,8 +414,8 @@ fn limits_of(limits: &str, name: &str) -> Result<(String, String)> {
 #[test]
 fn resource_limits_of_a_program_do_not_depend_on_how_the_daemon_was_started() -> Result<()> {
     rootful(|daemon| {
-        // What a unit file or a shell might have said. Only the hard ones bind, and only a daemon that may
-        // not raise them.
+        // What a unit file or a shell might have said. Only the hard ones bind, and only a daemon
+        // that may not raise them.
         let daemon_has =
             ["--nofile=4321:", "--core=0:", "--stack=1048576:", "--memlock=65536:", "--nproc=5000:"];
         let pid = daemon.pid()?.to_string();
@@ -519,8 +520,8 @@ fn resource_limits_can_be_configured() -> Result<()> {
 fn nothing_of_the_daemon_is_open_in_a_container() -> Result<()> {
     rootful(|daemon| {
         let main = daemon.pod("fds")?.idle("main")?;
-        // What a shell or ls opens for itself is in the container; what the daemon or the shim left open
-        // would not be.
+        // What a shell or ls opens for itself is in the container; what the daemon or the shim left
+        // open would not be.
         for (what, process) in [("the program", "1"), ("exec", "$$")] {
             let open = main.sh(&format!(
                 "for fd in /proc/{process}/fd/*; do echo -n \"${{fd##*/}} \"; readlink $fd || echo; done"
@@ -572,9 +573,9 @@ fn host_mounts() -> Result<std::collections::BTreeSet<String>> {
     Ok(points.filter(|point| !point.contains("berth-test-")).map(str::to_owned).collect())
 }
 
-/// Where the daemon's own root is not that of its mount namespace, a container could be left in a namespace
-/// that begins with the host's files: its own processes below a root that they can climb out of, and
-/// processes of exec right in the host.
+/// Where the daemon's own root is not that of its mount namespace, a container could be left in a
+/// namespace that begins with the host's files: its own processes below a root that they can climb
+/// out of, and processes of exec right in the host.
 #[test]
 fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Result<()> {
     rootful_with(Setup { chroot: true, ..Setup::default() }, |daemon| {
@@ -586,8 +587,8 @@ fn a_container_of_a_daemon_in_a_chroot_has_a_namespace_without_the_host() -> Res
         assert_eq!(mounts, main.sh("cat /proc/1/mountinfo")?, "the main process and exec are in one tree");
         let root: Vec<&str> = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/")).collect();
         ensure!(root.len() == 1 && root[0].contains(" - overlay "), "one root, the container's: {root:?}");
-        // A process that joins the namespace from outside begins at its root, wherever the container's
-        // processes have theirs.
+        // A process that joins the namespace from outside begins at its root, wherever the
+        // container's processes have theirs.
         let pid = main.pid()?;
         let joined = Command::new("nsenter")
             .arg(format!("--mount=/proc/{pid}/ns/mnt"))

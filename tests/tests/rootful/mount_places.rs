@@ -1,5 +1,5 @@
-//! Where a request may mount something: not over the kernel's files that the runtime and the isolation of
-//! containers rest on, whatever links lead there.
+//! Where a request may mount something: not over the kernel's files that the runtime and the
+//! isolation of containers rest on, whatever links lead there.
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -1,5 +1,5 @@
-//! Images that builders make and that are odd where it does not matter; and text of images and requests on
-//! its way out.
+//! Images that builders make and that are odd where it does not matter; and text of images and
+//! requests on its way out.
 
 use std::fs;
 use std::process::Command;
@@ -12,7 +12,8 @@ use berth_tests::forge::{Image, Layer, sha256};
 use berth_tests::pod::{container, security, volume};
 use serde_json::{Value, json};
 
-/// Writes an image layout with this configuration and manifest, whose `config` is filled in, and imports it.
+/// Writes an image layout with this configuration and manifest, whose `config` is filled in, and
+/// imports it.
 fn import_odd(daemon: &Daemon, name: &str, config: &str, mut manifest: Value) -> Result<()> {
     let directory = daemon.directory(name)?;
     let blobs = directory.join("blobs/sha256");
@@ -126,7 +127,8 @@ fn text_of_images_and_requests_leaves_escaped() -> Result<()> {
         config.working_dir = HOSTILE.to_owned();
         told.push(daemon.pod("pod")?.create(config).err().context("the name is taken")?.message().to_owned());
         told.push(client.pull(&format!("localhost/{HOSTILE}")).err().context("pulled")?.message().to_owned());
-        // What asks for what is not there is reported to the client only; the others are in the log too.
+        // What asks for what is not there is reported to the client only; the others are in the log
+        // too.
         let log = daemon.log()?;
         ensure!(log.contains("up"), "the import is not in the log:\n{log}");
         told.push(log);

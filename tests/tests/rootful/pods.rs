@@ -179,7 +179,8 @@ fn containers_that_share_a_pid_namespace_see_each_other_and_orphans_are_reaped()
             security(&mut config).namespace_options = Some(v1::NamespaceOption::default());
             config
         };
-        // The inner shell ends at once and leaves its child to process 1, which is not of this container.
+        // The inner shell ends at once and leaves its child to process 1, which is not of this
+        // container.
         let script = "sh -c 'sleep 0.2 &'; exec sleep 1000";
         let first = pod.start(shared(shell("first", script)))?;
         let second = pod.start(shared(idle("second")))?;

@@ -1,5 +1,5 @@
-//! What a process may do on its way into a pid namespace where others may trace it: never more than its
-//! program.
+//! What a process may do on its way into a pid namespace where others may trace it: never more than
+//! its program.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -99,8 +99,8 @@ fn who_waits_for_its_start_has_the_filter_and_the_capabilities_of_its_program() 
     })
 }
 
-/// CVE-2016-9962, of which this is the part that is left when nothing of the host is open: who traces a
-/// process before its program begins has what it has.
+/// CVE-2016-9962, of which this is the part that is left when nothing of the host is open: who
+/// traces a process before its program begins has what it has.
 #[test]
 fn processes_of_exec_have_the_capabilities_of_their_program_from_their_birth_on() -> Result<()> {
     const EXECS: usize = 250;
@@ -132,9 +132,9 @@ fn in_own(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
     config
 }
 
-/// What is called under a filter before the program begins is what the daemon asks the filter for, and no
-/// more: any other call would end the process.
-/// A tracer gets nothing from it that the pod does not have.
+/// What is called under a filter before the program begins is what the daemon asks the filter for,
+/// and no more: any other call would end the process. A tracer gets nothing from it that the pod
+/// does not have.
 #[test]
 fn the_first_process_of_a_pod_is_in_its_namespaces_and_under_a_filter() -> Result<()> {
     rootful(|daemon| {
@@ -156,7 +156,8 @@ fn the_first_process_of_a_pod_is_in_its_namespaces_and_under_a_filter() -> Resul
 
 #[test]
 fn a_filter_that_just_admits_entering_is_in_force_before_it() -> Result<()> {
-    // The first lines are those of the list of the plan, `ENTERING`; the others are a static busybox's.
+    // The first lines are those of the list of the plan, `ENTERING`; the others are a static
+    // busybox's.
     const PROFILE: &str = r#"{"defaultAction": "SCMP_ACT_KILL_PROCESS", "syscalls": [{"action": "SCMP_ACT_ALLOW", "names": [
         "clone", "read", "write", "close", "sendmsg", "recvmsg", "setsid", "execve", "exit_group",
         "brk", "mmap", "mremap", "munmap", "madvise", "capset", "prctl",
@@ -180,8 +181,8 @@ fn a_filter_that_just_admits_entering_is_in_force_before_it() -> Result<()> {
     })
 }
 
-/// There the last filter is installed inside. On the way one is in force that differs by no more than what
-/// the way takes.
+/// There the last filter is installed inside. On the way one is in force that differs by no more
+/// than what the way takes.
 #[test]
 fn a_filter_that_forbids_to_make_processes_is_in_force_all_the_same() -> Result<()> {
     const PROFILE: &str = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [

@@ -1,5 +1,5 @@
-//! The daemon dies at any moment, and so may shims: what runs goes on, what ended is reported correctly, what
-//! was half made goes.
+//! The daemon dies at any moment, and so may shims: what runs goes on, what ended is reported
+//! correctly, what was half made goes.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -136,8 +136,8 @@ fn what_a_crash_leaves_half_made_is_gone_after_the_next_start() -> Result<()> {
         daemon.crash()?;
         let census = Census::take(daemon)?.without_the_daemon();
         for round in 0..6_u64 {
-            // The daemon dies somewhere in the middle of making pods and containers, each round somewhere
-            // else.
+            // The daemon dies somewhere in the middle of making pods and containers, each round
+            // somewhere else.
             std::thread::scope(|scope| -> Result<()> {
                 let making = scope.spawn(|| {
                     for number in 0..100 {
@@ -259,8 +259,8 @@ fn a_second_daemon_is_kept_from_what_the_first_one_has() -> Result<()> {
             assert_eq!(main.sh("echo alive")?, "alive\n", "{what}");
             assert_eq!(pod.status()?.state(), v1::PodSandboxState::SandboxReady, "{what}");
         }
-        // One with the same parent of cgroups starts, got as far as its socket above, and leaves alone what
-        // is not its own.
+        // One with the same parent of cgroups starts, got as far as its socket above, and leaves
+        // alone what is not its own.
         daemon.host().run("ip", &["link", "delete", "btsecond"])?;
         for mount in berth_tests::census::mounts_below(&own("")).into_iter().rev() {
             nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH)?;

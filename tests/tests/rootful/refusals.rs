@@ -1,4 +1,5 @@
-//! Requests that make no sense or cannot be met: an error that names what is wrong, and nothing left behind.
+//! Requests that make no sense or cannot be met: an error that names what is wrong, and nothing
+//! left behind.
 
 use std::fs;
 use std::path::Path;

@@ -111,7 +111,8 @@ fn a_container_that_takes_too_much_memory_is_killed_and_the_reason_told() -> Res
 fn a_limit_of_processes_is_in_force() -> Result<()> {
     rootful(|daemon| {
         if !daemon.cgroup().is_unified() {
-            // CRI has no field for it; `unified` is refused or ignored on v1, so there is nothing to ask for.
+            // CRI has no field for it; `unified` is refused or ignored on v1, so there is nothing
+            // to ask for.
             berth_tests::skip::skip(
                 "resources::a_limit_of_processes_is_in_force",
                 "CRI names a limit of processes only in `unified`, which is of cgroup v2",

@@ -1,6 +1,6 @@
 //! The files that the containers of a pod share and can write: `/etc/hosts`, `/etc/hostname`,
-//! `/etc/resolv.conf`, `/dev/shm`. What they write is bounded, is not trusted by anything outside the pod,
-//! and takes nothing from other pods.
+//! `/etc/resolv.conf`, `/dev/shm`. What they write is bounded, is not trusted by anything outside
+//! the pod, and takes nothing from other pods.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};

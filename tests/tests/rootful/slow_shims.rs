@@ -1,5 +1,5 @@
-//! Shims, starts and creations that take long or hang: what is not known is not made up, and what is to end
-//! ends all the same.
+//! Shims, starts and creations that take long or hang: what is not known is not made up, and what
+//! is to end ends all the same.
 
 use std::fs;
 use std::os::fd::AsRawFd as _;
@@ -238,8 +238,8 @@ fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_tha
     })
 }
 
-/// A filesystem that does not answer, as one on the network whose server is gone: nothing reads from its
-/// descriptor.
+/// A filesystem that does not answer, as one on the network whose server is gone: nothing reads
+/// from its descriptor.
 struct Hung {
     _device: fs::File,
     path: std::path::PathBuf,

@@ -78,7 +78,8 @@ fn the_traffic_of_pods_is_counted_in_their_own_network() -> Result<()> {
         send(&server, &client)?;
         let after = (default_interface(daemon, &server)?, default_interface(daemon, &client)?);
         assert_eq!(after.0.name, "eth0");
-        // Headers and acknowledgements come on top: with segments of 1448 bytes and 66 of headers, 5 %.
+        // Headers and acknowledgements come on top: with segments of 1448 bytes and 66 of headers,
+        // 5 %.
         let expected = SENT..SENT + SENT / 5;
         let sent = number(after.0.tx_bytes) - number(before.0.tx_bytes);
         let received = number(after.1.rx_bytes) - number(before.1.rx_bytes);
@@ -235,7 +236,8 @@ fn a_pod_that_has_ended_has_its_containers_and_nothing_else() -> Result<()> {
 /// Values by the metric's name and its labels.
 type Metrics = BTreeMap<(String, BTreeMap<String, String>), u64>;
 
-/// The metrics of all pods by name and labels, and whether two have the same, which Prometheus does not take.
+/// The metrics of all pods by name and labels, and whether two have the same, which Prometheus does
+/// not take.
 fn metrics(daemon: &Daemon) -> Result<Metrics> {
     let client = daemon.client();
     let described = client.list_metric_descriptors(v1::ListMetricDescriptorsRequest::default())?.descriptors;

@@ -1,5 +1,5 @@
-//! The filter of system calls, asked by programs of a few instructions: one call each, by each of the
-//! kernel's interfaces. x86-64 only, for that is what the instructions are of.
+//! The filter of system calls, asked by programs of a few instructions: one call each, by each of
+//! the kernel's interfaces. x86-64 only, for that is what the instructions are of.
 #![cfg(target_arch = "x86_64")]
 
 use std::collections::BTreeMap;
@@ -27,8 +27,8 @@ const X32: u32 = 0x4000_0000;
 const EPERM: i32 = 1;
 const ENOSYS: i32 = 38;
 
-/// A static ELF program that makes one call with three arguments, the others 0, and ends with the error's
-/// number, or 0.
+/// A static ELF program that makes one call with three arguments, the others 0, and ends with the
+/// error's number, or 0.
 fn program(interface: Interface, number: u32, arguments: [u32; 3]) -> Vec<u8> {
     const ADDRESS: u64 = 0x40_0000;
     const HEADERS: u16 = 64 + 56;
@@ -44,7 +44,8 @@ fn program(interface: Interface, number: u32, arguments: [u32; 3]) -> Vec<u8> {
         code.extend(argument.to_le_bytes());
     }
     code.extend(others);
-    // test eax, eax; jns +6; neg eax; mov edi, eax; jmp +2; xor edi, edi; mov eax, 60 (exit); syscall
+    // test eax, eax; jns +6; neg eax; mov edi, eax; jmp +2; xor edi, edi; mov eax, 60 (exit);
+    // syscall
     code.extend([
         0x85, 0xc0, 0x79, 0x06, 0xf7, 0xd8, 0x89, 0xc7, 0xeb, 0x02, 0x31, 0xff, 0xb8, 60, 0, 0, 0, 0x0f, 0x05,
     ]);

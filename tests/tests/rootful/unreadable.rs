@@ -1,5 +1,6 @@
-//! Records that cannot be read, are damaged, lost or of a newer version, and a daemon without descriptors:
-//! nothing that runs is ended, and everything has an owner that can be listed, stopped and removed.
+//! Records that cannot be read, are damaged, lost or of a newer version, and a daemon without
+//! descriptors: nothing that runs is ended, and everything has an owner that can be listed, stopped
+//! and removed.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -36,8 +37,8 @@ fn records_that_cannot_be_read_end_nothing_and_are_left_alone() -> Result<()> {
         let main = pod.idle("main")?;
         let pid = main.pid()?;
         for (record, _) in records(daemon, &pod, &main) {
-            // Neither absent nor damaged: reading it fails with an error that says nothing about what is
-            // there.
+            // Neither absent nor damaged: reading it fails with an error that says nothing about
+            // what is there.
             let aside = record.with_extension("aside");
             daemon.kill()?;
             fs::rename(&record, &aside)?;

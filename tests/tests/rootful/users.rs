@@ -1,4 +1,5 @@
-//! Who a program runs as: the words of the image and of the request, resolved by the image's own files.
+//! Who a program runs as: the words of the image and of the request, resolved by the image's own
+//! files.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
@@ -85,8 +86,8 @@ fn an_images_user_is_resolved_by_its_own_files_and_never_becomes_root_by_mistake
     })
 }
 
-/// Accounts of hostile images: numbers as names, numbers that do not fit, lines that are none, and what is no
-/// file of accounts at all.
+/// Accounts of hostile images: numbers as names, numbers that do not fit, lines that are none, and
+/// what is no file of accounts at all.
 const HOSTILE_ACCOUNTS: [(&str, &str, &str); 3] = [
     (
         "numbers as names",
@@ -105,8 +106,8 @@ const HOSTILE_ACCOUNTS: [(&str, &str, &str); 3] = [
     ),
 ];
 
-/// CVE-2016-3697, CVE-2024-40635, CVE-2026-46680, CVE-2026-30892: no text but the number 0 and a name that is
-/// there becomes root.
+/// CVE-2016-3697, CVE-2024-40635, CVE-2026-46680, CVE-2026-30892: no text but the number 0 and a
+/// name that is there becomes root.
 #[test]
 fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result<()> {
     const USERS: [&str; 30] = [
@@ -183,7 +184,8 @@ fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result
                 }
             }
         }
-        // The good ones among them run: 1000 and what it is combined with, and the one user that is there.
+        // The good ones among them run: 1000 and what it is combined with, and the one user that is
+        // there.
         ensure!(refused < 3 * USERS.len() - 8, "{refused} were refused");
         Ok(())
     })

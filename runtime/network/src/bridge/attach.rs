@@ -31,14 +31,16 @@ pub struct Attachment {
     pub mac: MacAddress,
 }
 
-/// Opens the socket that [`Bridge::attach`] needs, and makes the namespace's interfaces ignore router
-/// advertisements.
+/// Opens the socket that [`Bridge::attach`] needs, and makes the namespace's interfaces ignore
+/// router advertisements.
 ///
-/// To be called on a thread that is in the pod's network namespace, before the pod has an interface. The
-/// socket keeps the namespace alive: drop it before waiting for the namespace to end.
+/// To be called on a thread that is in the pod's network namespace, before the pod has an
+/// interface. The socket keeps the namespace alive: drop it before waiting for the namespace to
+/// end.
 ///
 /// # Errors
-/// [`Error::Forwarding`] when the sysctl cannot be written, [`Error::Node`] when the socket cannot be opened.
+/// [`Error::Forwarding`] when the sysctl cannot be written, [`Error::Node`] when the socket cannot
+/// be opened.
 pub fn open_in_pod() -> Result<Netlink, Error> {
     if forwarding::has_ipv6() {
         forwarding::ignore_router_advertisements("default").map_err(|source| Error::Forwarding { source })?;
@@ -49,13 +51,13 @@ pub fn open_in_pod() -> Result<Netlink, Error> {
 impl Bridge {
     /// Gives a sandbox its interface, addresses and routes. May be called from any thread.
     ///
-    /// `inside` comes from [`open_in_pod`] in the sandbox's namespace, and `netns` is that namespace (an open
-    /// `/proc/<pid>/ns/net` or a bind mount of one). Loopback comes up too.
+    /// `inside` comes from [`open_in_pod`] in the sandbox's namespace, and `netns` is that
+    /// namespace (an open `/proc/<pid>/ns/net` or a bind mount of one). Loopback comes up too.
     ///
     /// # Errors
-    /// [`Error::Addresses`] (none left, the sandbox has some, not an id), [`Error::InterfaceTaken`],
-    /// [`Error::Interface`], [`Error::Guard`], [`Error::Pod`]. After an error the sandbox owns nothing; only
-    /// its loopback may be up.
+    /// [`Error::Addresses`] (none left, the sandbox has some, not an id),
+    /// [`Error::InterfaceTaken`], [`Error::Interface`], [`Error::Guard`], [`Error::Pod`]. After an
+    /// error the sandbox owns nothing; only its loopback may be up.
     pub fn attach(
         &self,
         sandbox_id: &str,
@@ -83,12 +85,12 @@ impl Bridge {
         Ok(attachment)
     }
 
-    /// Removes a sandbox's interface and frees its addresses. Absent is fine: either may have gone before,
-    /// with the namespace or in a crash. May be called from any thread.
+    /// Removes a sandbox's interface and frees its addresses. Absent is fine: either may have gone
+    /// before, with the namespace or in a crash. May be called from any thread.
     ///
-    /// Removing the pair waits until no processor uses it any more (an RCU grace period): 37 ms were measured
-    /// on a machine of two processors. Where the namespace has ended anyway, [`Bridge::release`] takes 0.08
-    /// ms.
+    /// Removing the pair waits until no processor uses it any more (an RCU grace period): 37 ms
+    /// were measured on a machine of two processors. Where the namespace has ended anyway,
+    /// [`Bridge::release`] takes 0.08 ms.
     ///
     /// # Errors
     /// [`Error::Interface`]: the interface is still there, and so the addresses are still taken.
@@ -101,8 +103,8 @@ impl Bridge {
         }
     }
 
-    /// Frees the addresses of a sandbox whose namespace has lost its last user: the kernel removes the pair
-    /// with the namespace, a little later and on its own time. Absent is fine.
+    /// Frees the addresses of a sandbox whose namespace has lost its last user: the kernel removes
+    /// the pair with the namespace, a little later and on its own time. Absent is fine.
     ///
     /// # Errors
     /// [`Error::Addresses`].
@@ -118,8 +120,8 @@ impl Bridge {
         inside.request(&[set_up_link("bring loopback up", LOOPBACK_INDEX, Vec::new())]).map(drop)
     }
 
-    /// The addresses that a sandbox has, as in its [`Attachment`]; empty when it has none. For a daemon that
-    /// comes back.
+    /// The addresses that a sandbox has, as in its [`Attachment`]; empty when it has none. For a
+    /// daemon that comes back.
     pub fn addresses_of(&self, sandbox_id: &str) -> Vec<InterfaceAddress> {
         self.addresses.of(sandbox_id).into_iter().map(|address| self.with_prefix(address)).collect()
     }
@@ -137,8 +139,8 @@ impl Bridge {
     }
 
     fn attachment(&self, interface: &str, addresses: &[IpAddr]) -> Attachment {
-        // The IPv4 range comes first in the store, so there always is one; the gateway's would be a harmless
-        // stand-in.
+        // The IPv4 range comes first in the store, so there always is one; the gateway's would be a
+        // harmless stand-in.
         let ipv4 = addresses.iter().find_map(|address| match address {
             IpAddr::V4(ipv4) => Some(*ipv4),
             IpAddr::V6(_) => None,
@@ -150,7 +152,8 @@ impl Bridge {
         }
     }
 
-    /// One request: both ends, the peer in the pod's namespace, the host end up and a port of the bridge.
+    /// One request: both ends, the peer in the pod's namespace, the host end up and a port of the
+    /// bridge.
     fn create_pair(
         &self,
         sandbox_id: &str,
@@ -158,8 +161,8 @@ impl Bridge {
         netns: BorrowedFd<'_>,
     ) -> Result<(), Error> {
         let mtu = self.config.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes()));
-        // Not up yet: a veth end refuses to come up (ENOTCONN) before it knows its peer, and this one is made
-        // first.
+        // Not up yet: a veth end refuses to come up (ENOTCONN) before it knows its peer, and this
+        // one is made first.
         let mut peer = LinkMessage::default();
         peer.attributes = vec![
             LinkAttribute::IfName(POD_INTERFACE.to_owned()),

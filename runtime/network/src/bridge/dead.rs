@@ -26,9 +26,9 @@ pub struct Dead {
 }
 
 impl Bridge {
-    /// Removes interfaces and frees addresses of all sandboxes that are not among the living. Sandboxes that
-    /// are being made must be among them, so this is for the start, or under whatever keeps new ones from
-    /// being made.
+    /// Removes interfaces and frees addresses of all sandboxes that are not among the living.
+    /// Sandboxes that are being made must be among them, so this is for the start, or under
+    /// whatever keeps new ones from being made.
     ///
     /// # Errors
     /// The first failure; the rest was tried.
@@ -36,8 +36,8 @@ impl Bridge {
         self.remove_dead(&self.dead(living)?)
     }
 
-    /// What there is of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a later time,
-    /// when there may be new ones.
+    /// What there is of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a
+    /// later time, when there may be new ones.
     ///
     /// # Errors
     /// [`Error::Node`].

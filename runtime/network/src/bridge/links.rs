@@ -44,8 +44,8 @@ pub(super) fn set_up_link(operation: &'static str, index: u32, attributes: Vec<L
     raise(&mut message);
     message.header.index = index;
     message.attributes = attributes;
-    // RTM_NEWLINK without NLM_F_CREATE changes a link, and unlike RTM_SETLINK may change its master and flags
-    // together.
+    // RTM_NEWLINK without NLM_F_CREATE changes a link, and unlike RTM_SETLINK may change its master
+    // and flags together.
     Request::route(operation, 0, &RouteNetlinkMessage::NewLink(message))
 }
 
@@ -105,7 +105,8 @@ fn address_message(index: u32, address: InterfaceAddress) -> AddressMessage {
         }
         IpAddr::V6(_) => {
             message.header.family = AddressFamily::Inet6;
-            // The store knows that it is unique; looking for a duplicate would keep it from use for a second.
+            // The store knows that it is unique; looking for a duplicate would keep it from use for
+            // a second.
             message.header.flags = AddressHeaderFlags::Nodad;
         }
     }

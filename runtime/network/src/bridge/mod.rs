@@ -7,20 +7,21 @@
 //!                                                   default routes via the two gateways
 //! ```
 //!
-//! Attaching takes four exchanges with the kernel: one lets the pod's addresses through the firewall; one
-//! makes the pair whole (peer named and placed in the pod's namespace, host end up and a port of the bridge);
-//! two in the pod bring its interfaces up and find the number of `eth0`, and set addresses and routes. What a
-//! sandbox owns is found again from its id: the interface by its derived name, the addresses in their store.
+//! Attaching takes four exchanges with the kernel: one lets the pod's addresses through the
+//! firewall; one makes the pair whole (peer named and placed in the pod's namespace, host end up
+//! and a port of the bridge); two in the pod bring its interfaces up and find the number of `eth0`,
+//! and set addresses and routes. What a sandbox owns is found again from its id: the interface by
+//! its derived name, the addresses in their store.
 //!
-//! Calls block and may come from many threads at once. Requests on the node take turns on one socket, which
-//! costs nothing: the kernel serialises them under one lock (`rtnl_mutex`) anyway.
+//! Calls block and may come from many threads at once. Requests on the node take turns on one
+//! socket, which costs nothing: the kernel serialises them under one lock (`rtnl_mutex`) anyway.
 //!
-//! Assumed: the caller is root in the network namespace of the node (`CAP_NET_ADMIN`), creates the pods'
-//! namespaces, and lets no two daemons use one bridge name. Left to others: host ports, and rules of other
-//! firewalls that stop forwarded packets.
+//! Assumed: the caller is root in the network namespace of the node (`CAP_NET_ADMIN`), creates the
+//! pods' namespaces, and lets no two daemons use one bridge name. Left to others: host ports, and
+//! rules of other firewalls that stop forwarded packets.
 //!
-//! Set up in `set_up`, kept whole in `repair`; a pod comes and goes in `attach`, what is left of others goes
-//! in `dead`; requests to the kernel are in `links`.
+//! Set up in `set_up`, kept whole in `repair`; a pod comes and goes in `attach`, what is left of
+//! others goes in `dead`; requests to the kernel are in `links`.
 
 mod attach;
 mod dead;
@@ -46,10 +47,10 @@ pub use attach::{Attachment, POD_INTERFACE, open_in_pod};
 pub use dead::{Dead, Reconciled};
 pub use repair::NotReady;
 
-/// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace period, tens of
-/// milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c): no one who makes interfaces
-/// should wait for that, and several that are deleted at the same time share one period. Eight is what a
-/// daemon stops at once.
+/// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace
+/// period, tens of milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c): no
+/// one who makes interfaces should wait for that, and several that are deleted at the same time
+/// share one period. Eight is what a daemon stops at once.
 const REMOVERS: usize = 8;
 
 /// Why something could not be done with the network.
@@ -82,8 +83,8 @@ pub enum Error {
         #[source]
         source: netlink::Error,
     },
-    /// The addresses that the sandbox may use could not be set in the firewall; `ENOENT` when it was flushed
-    /// and not yet repaired.
+    /// The addresses that the sandbox may use could not be set in the firewall; `ENOENT` when it
+    /// was flushed and not yet repaired.
     #[error("cannot change the firewall sets for the addresses of sandbox {sandbox_id}")]
     Guard {
         /// The sandbox.
@@ -92,8 +93,8 @@ pub enum Error {
         #[source]
         source: netlink::Error,
     },
-    /// An interface with the host end's name exists: left behind by a sandbox with the same id, or with one
-    /// that begins with the same ten digits.
+    /// An interface with the host end's name exists: left behind by a sandbox with the same id, or
+    /// with one that begins with the same ten digits.
     #[error("interface {interface} for sandbox {sandbox_id} already exists")]
     InterfaceTaken {
         /// The sandbox.
@@ -223,8 +224,8 @@ impl Bridge {
     fn with_prefix(&self, address: IpAddr) -> InterfaceAddress {
         let prefix = match address {
             IpAddr::V4(_) => self.config.ipv4.prefix(),
-            // An IPv6 address of an earlier configuration may outlive its subnet here; a host route is true
-            // of any address.
+            // An IPv6 address of an earlier configuration may outlive its subnet here; a host route
+            // is true of any address.
             IpAddr::V6(_) => self.config.ipv6.map_or(128, |subnet| subnet.prefix()),
         };
         InterfaceAddress { address, prefix }
@@ -239,8 +240,8 @@ impl Bridge {
     }
 }
 
-/// A panic leaves the socket usable: answers to the interrupted request carry an old sequence number and are
-/// skipped.
+/// A panic leaves the socket usable: answers to the interrupted request carry an old sequence
+/// number and are skipped.
 fn lock(netlink: &Mutex<Netlink>) -> MutexGuard<'_, Netlink> {
     netlink.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,5 +1,5 @@
-//! Whether the network is whole, and repairing it: an administrator may flush the firewall or take the bridge
-//! down under running pods.
+//! Whether the network is whole, and repairing it: an administrator may flush the firewall or take
+//! the bridge down under running pods.
 
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
@@ -59,9 +59,9 @@ pub enum NotReady {
 }
 
 impl Bridge {
-    /// Puts everything in place again that [`Bridge::set_up`] made, and enslaves the interfaces of living
-    /// pods again when the bridge itself had to be recreated. To be called on a thread in the node's network
-    /// namespace. Runs `nft` once.
+    /// Puts everything in place again that [`Bridge::set_up`] made, and enslaves the interfaces of
+    /// living pods again when the bridge itself had to be recreated. To be called on a thread in
+    /// the node's network namespace. Runs `nft` once.
     ///
     /// # Errors
     /// As [`Bridge::set_up`].
@@ -80,8 +80,8 @@ impl Bridge {
                     .ok_or_else(|| Error::BridgeTaken { name: name.to_owned(), expected })?
             }
         };
-        // The MAC is set in the request that makes the bridge, so that even a crash right after it leaves the
-        // mark.
+        // The MAC is set in the request that makes the bridge, so that even a crash right after it
+        // leaves the mark.
         if link.mac != Some(expected.0) {
             return Err(Error::BridgeTaken { name: name.to_owned(), expected });
         }
@@ -99,9 +99,9 @@ impl Bridge {
         if self.config.forwarding {
             forwarding::turn_on(self.families()).map_err(|source| Error::Forwarding { source })?;
         }
-        // Under this lock a pod that is attached meanwhile is admitted before, and then has its address
-        // already and is in the script, or after. One that is detached has neither address nor leave, or
-        // both.
+        // Under this lock a pod that is attached meanwhile is admitted before, and then has its
+        // address already and is in the script, or after. One that is detached has neither address
+        // nor leave, or both.
         let _admissions = lock(&self.netfilter);
         let owners = self.addresses.owners().into_iter();
         let pods: Vec<Port> = owners
@@ -113,9 +113,9 @@ impl Bridge {
         nft::apply(&script).map_err(|source| Error::Firewall { source })
     }
 
-    /// Whether the network is whole: the bridge up, the firewall tables there, forwarding on if it is ours to
-    /// turn on. Costs a few system calls, no program. To be called on a thread in the node's network
-    /// namespace.
+    /// Whether the network is whole: the bridge up, the firewall tables there, forwarding on if it
+    /// is ours to turn on. Costs a few system calls, no program. To be called on a thread in the
+    /// node's network namespace.
     ///
     /// # Errors
     /// The first thing that is missing; [`Bridge::repair`] is the cure.
@@ -145,7 +145,8 @@ impl Bridge {
         Ok(())
     }
 
-    /// Gives the bridge its gateway addresses and takes away global ones of an earlier configuration.
+    /// Gives the bridge its gateway addresses and takes away global ones of an earlier
+    /// configuration.
     fn settle_addresses(&self, netlink: &mut Netlink, index: u32) -> Result<(), Error> {
         let mut wanted = vec![InterfaceAddress {
             address: self.config.ipv4.gateway().into(),
@@ -195,7 +196,8 @@ impl Bridge {
         Ok(())
     }
 
-    /// Makes the host ends that no bridge holds ports of this one: they lost theirs when it was deleted.
+    /// Makes the host ends that no bridge holds ports of this one: they lost theirs when it was
+    /// deleted.
     fn enslave_orphans(&self, netlink: &mut Netlink, index: u32) -> Result<(), Error> {
         for link in self.pod_links(netlink)? {
             if link.master == Some(index) {

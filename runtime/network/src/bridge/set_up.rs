@@ -13,8 +13,8 @@ use crate::config::BridgeConfig;
 use crate::netlink::Netlink;
 use crate::{forwarding, identity, masquerade, nft};
 
-/// How long the kernel may take to remove the links of pods that have gone, and how often to look. It ends
-/// namespaces many at a time.
+/// How long the kernel may take to remove the links of pods that have gone, and how often to look.
+/// It ends namespaces many at a time.
 const GOING: Duration = Duration::from_secs(10);
 const GOING_PAUSE: Duration = Duration::from_millis(20);
 
@@ -27,17 +27,20 @@ impl Bridge {
         Self::set_up_for(config, address_directory, &BTreeMap::new())
     }
 
-    /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes over what is
-    /// there already. To be called on a thread in the node's network namespace. Runs `nft` once.
+    /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes
+    /// over what is there already. To be called on a thread in the node's network namespace. Runs
+    /// `nft` once.
     ///
     /// `address_directory` is the parent of the bridge's own directory of address records,
-    /// `<address_directory>/<bridge name>`. `sandboxes` are those of the caller that may have an interface,
-    /// each with the addresses that it is known to use: records that were lost are made again.
+    /// `<address_directory>/<bridge name>`. `sandboxes` are those of the caller that may have an
+    /// interface, each with the addresses that it is known to use: records that were lost are made
+    /// again.
     ///
     /// # Errors
-    /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`], [`Error::SubnetTaken`],
-    /// [`Error::Node`], [`Error::Addresses`], [`Error::Firewall`], [`Error::Forwarding`]. What was made
-    /// before the failure stays; another set-up goes on from there.
+    /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`],
+    /// [`Error::SubnetTaken`], [`Error::Node`], [`Error::Addresses`], [`Error::Firewall`],
+    /// [`Error::Forwarding`]. What was made before the failure stays; another set-up goes on from
+    /// there.
     pub fn set_up_for(
         mut config: BridgeConfig,
         address_directory: &Path,
@@ -86,9 +89,9 @@ impl Bridge {
         Ok(())
     }
 
-    /// Refuses a bridge with pods when there is no record of any, and none of them is the caller's: a second
-    /// daemon would give their addresses away once more. The links of pods that have gone just now are waited
-    /// for.
+    /// Refuses a bridge with pods when there is no record of any, and none of them is the caller's:
+    /// a second daemon would give their addresses away once more. The links of pods that have gone
+    /// just now are waited for.
     fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
         let own: HashSet<String> =
             sandboxes.keys().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
@@ -114,11 +117,12 @@ impl Bridge {
         }
     }
 
-    /// Removes the bridge, the firewall tables and the directory of address records. The forwarding sysctls
-    /// stay as they are: others may have come to rely on them. Runs `nft` once.
+    /// Removes the bridge, the firewall tables and the directory of address records. The forwarding
+    /// sysctls stay as they are: others may have come to rely on them. Runs `nft` once.
     ///
     /// # Errors
-    /// [`Error::InUse`], and then nothing was removed; else the first failure, after everything was tried.
+    /// [`Error::InUse`], and then nothing was removed; else the first failure, after everything was
+    /// tried.
     pub fn tear_down(self) -> Result<(), Error> {
         let taken = self.addresses.taken();
         if taken != 0 {

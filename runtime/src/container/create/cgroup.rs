@@ -1,4 +1,5 @@
-//! The container's cgroup, with the limits and devices of its spec in force before it has a process.
+//! The container's cgroup, with the limits and devices of its spec in force before it has a
+//! process.
 
 use ::oci_spec::runtime::Spec;
 use berth_cgroup::Cgroup;

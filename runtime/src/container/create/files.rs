@@ -19,7 +19,8 @@ pub(super) struct Made {
     pub(super) cgroup: Option<Cgroup>,
 }
 
-/// Creates the directories of a container; its root gets the mode and owner of the image's top layer.
+/// Creates the directories of a container; its root gets the mode and owner of the image's top
+/// layer.
 pub(super) fn make_directories(files: &ContainerFiles, layers: &[StoredLayer]) -> Result<(), ContainerError> {
     let make = |path: &Path, mode: u32| {
         std::fs::DirBuilder::new().mode(mode).create(path).map_err(ContainerError::file("create", path))
@@ -34,8 +35,8 @@ pub(super) fn make_directories(files: &ContainerFiles, layers: &[StoredLayer]) -
     make(&files.rootfs(), 0o700)
 }
 
-/// An overlay shows its upper directory's mode and owner as those of its root, so the image's have to be set
-/// there.
+/// An overlay shows its upper directory's mode and owner as those of its root, so the image's have
+/// to be set there.
 fn copy_mode_and_owner(from: &Path, to: &Path) -> Result<(), ContainerError> {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(from).map_err(ContainerError::file("examine", from))?;

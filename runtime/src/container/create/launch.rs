@@ -1,5 +1,5 @@
-//! Starts the shim, which creates the container; then the record is written and the container becomes
-//! visible.
+//! Starts the shim, which creates the container; then the record is written and the container
+//! becomes visible.
 
 use std::sync::Arc;
 
@@ -15,8 +15,8 @@ use crate::oci_spec;
 use crate::sandbox::Creation;
 use crate::shim_client::ShimClient;
 
-/// Starts the shim, lets it create the container, records it, and makes it visible by `show`, which says
-/// whether it is still wanted.
+/// Starts the shim, lets it create the container, records it, and makes it visible by `show`, which
+/// says whether it is still wanted.
 pub(super) async fn launch(
     node: &Arc<Node>,
     kind: Kind,

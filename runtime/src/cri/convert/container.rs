@@ -10,8 +10,8 @@ use super::field::{
 };
 use super::{SeLinux, resources, sandbox as sandbox_side, security, signal};
 
-/// Limit on command, arguments and environment together, in bytes with their NULs. The kernel allows a
-/// quarter of the stack's limit, 2 MiB mostly, and needs some of it for pointers.
+/// Limit on command, arguments and environment together, in bytes with their NULs. The kernel
+/// allows a quarter of the stack's limit, 2 MiB mostly, and needs some of it for pointers.
 const MAX_COMMAND_BYTES: usize = 1 << 20;
 
 /// Annotations for CDI devices, from before there was a field for them.

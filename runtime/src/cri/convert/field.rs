@@ -96,8 +96,8 @@ impl fmt::Display for Field<'_> {
     }
 }
 
-/// `text` for a message: quoted, shortened, and with everything escaped that could move a cursor or start a
-/// line.
+/// `text` for a message: quoted, shortened, and with everything escaped that could move a cursor or
+/// start a line.
 pub(super) fn quoted(text: &str) -> String {
     match text.char_indices().nth(QUOTED_CHARS) {
         Some((end, _)) => format!("{:?}...", text.get(..end).unwrap_or_default()),
@@ -190,9 +190,9 @@ fn forward(field: &Field<'_>, text: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// An absolute path in a container that is not its root, without `..`: those that stay inside are resolved in
-/// the text, as in other runtimes; one that leads outside the root is refused. A path without `..` is kept as
-/// it is.
+/// An absolute path in a container that is not its root, without `..`: those that stay inside are
+/// resolved in the text, as in other runtimes; one that leads outside the root is refused. A path
+/// without `..` is kept as it is.
 pub(super) fn inside(field: &Field<'_>, text: String) -> Result<String, Rejected> {
     absolute(field, &text)?;
     let mut parts = Vec::new();

@@ -1,5 +1,5 @@
-//! Filters of the list calls. All set fields must match; an id is matched by prefix; an empty filter
-//! matches everything.
+//! Filters of the list calls. All set fields must match; an id is matched by prefix; an empty
+//! filter matches everything.
 
 use std::collections::BTreeMap;
 

@@ -1,19 +1,20 @@
 //! CRI messages into plain data, checked, and back.
 //!
-//! Pure: no I/O, no clock. Turns a message into plain data of `berth-model`, or into a [`Rejected`] that
-//! names the field. The result can be relied on: paths are absolute or relative as documented and have no
-//! `..`, enums are known, numbers are in range, and everything is bounded. What the request asks for and this
-//! runtime does not support is refused with an error, never ignored, if ignoring it would leave a pod less
-//! confined or less limited than intended.
+//! Pure: no I/O, no clock. Turns a message into plain data of `berth-model`, or into a [`Rejected`]
+//! that names the field. The result can be relied on: paths are absolute or relative as documented
+//! and have no `..`, enums are known, numbers are in range, and everything is bounded. What the
+//! request asks for and this runtime does not support is refused with an error, never ignored, if
+//! ignoring it would leave a pod less confined or less limited than intended.
 //!
-//! Not checked here: whether named objects exist (images, users, host paths, profiles), and what the image
-//! adds.
+//! Not checked here: whether named objects exist (images, users, host paths, profiles), and what
+//! the image adds.
 //!
-//! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and `linux.resources` of a
-//! sandbox (for information; the kubelet limits the pod's cgroup), user, groups, read-only root and profiles
-//! of a sandbox (they are for a process of the sandbox's own, and nothing of the pod's runs in one),
-//! `selinux_relabel` (Berth labels nothing). Annotations are kept and not read, those for CDI devices
-//! excepted: bandwidth, block I/O and RDT classes are wishes to parts that a node may not have.
+//! Fields that are not read, and why: `windows` (this is Linux), `linux.overhead` and
+//! `linux.resources` of a sandbox (for information; the kubelet limits the pod's cgroup), user,
+//! groups, read-only root and profiles of a sandbox (they are for a process of the sandbox's own,
+//! and nothing of the pod's runs in one), `selinux_relabel` (Berth labels nothing). Annotations are
+//! kept and not read, those for CDI devices excepted: bandwidth, block I/O and RDT classes are
+//! wishes to parts that a node may not have.
 
 mod container;
 mod field;

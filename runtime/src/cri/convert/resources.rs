@@ -223,7 +223,8 @@ fn hugepage_limits(field: &Field<'_>, limits: &[v1::HugepageLimit]) -> Result<Ve
     Ok(limits.iter().map(|limit| (limit.page_size.clone(), limit.limit)).collect())
 }
 
-/// Files of the controllers. Those of the cgroup itself (`cgroup.procs`, `cgroup.kill`) are not limits.
+/// Files of the controllers. Those of the cgroup itself (`cgroup.procs`, `cgroup.kill`) are not
+/// limits.
 fn unified(
     field: &Field<'_>,
     entries: &BTreeMap<String, String>,

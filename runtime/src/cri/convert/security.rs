@@ -1,5 +1,5 @@
-//! Security contexts and namespaces: `LinuxSandboxSecurityContext` and `LinuxContainerSecurityContext` into
-//! [`berth_model::security`].
+//! Security contexts and namespaces: `LinuxSandboxSecurityContext` and
+//! `LinuxContainerSecurityContext` into [`berth_model::security`].
 
 use berth_cri::v1;
 use berth_cri::v1::security_profile::ProfileType;
@@ -18,8 +18,8 @@ pub enum SeLinux {
     On,
 }
 
-/// The largest uid or gid: runc's and Kubernetes' limit. The kernel has one bit more, and reserves the last
-/// number.
+/// The largest uid or gid: runc's and Kubernetes' limit. The kernel has one bit more, and reserves
+/// the last number.
 const MAX_UID: u32 = i32::MAX.cast_unsigned();
 
 /// The most supplementary groups: `NGROUPS_MAX` of <linux/limits.h>.
@@ -56,9 +56,9 @@ pub(super) fn sandbox_namespaces(
 
 /// The namespaces of a container in a sandbox with the namespaces `sandbox`.
 ///
-/// Network and IPC are the sandbox's, and a message that says otherwise is refused. An absent message does
-/// not say otherwise. The pid namespace "of the pod" is the sandbox's: its shared one, the host's, or, if
-/// every container has its own, the container's own.
+/// Network and IPC are the sandbox's, and a message that says otherwise is refused. An absent
+/// message does not say otherwise. The pid namespace "of the pod" is the sandbox's: its shared one,
+/// the host's, or, if every container has its own, the container's own.
 fn container_namespaces(
     field: &Field<'_>,
     message: Option<&v1::NamespaceOption>,
@@ -212,8 +212,8 @@ pub(super) fn container_security(
     })
 }
 
-/// Any options are accepted where SELinux is off: the kernel enforces none of them, and pods for all
-/// kinds of nodes have them.
+/// Any options are accepted where SELinux is off: the kernel enforces none of them, and pods for
+/// all kinds of nodes have them.
 fn check_selinux(
     field: &Field<'_>,
     message: Option<&v1::SeLinuxOption>,
@@ -247,8 +247,8 @@ fn seccomp(
     Ok(profile)
 }
 
-/// The message wins over the deprecated string. Neither means the runtime's default profile, where the kernel
-/// has `AppArmor`.
+/// The message wins over the deprecated string. Neither means the runtime's default profile, where
+/// the kernel has `AppArmor`.
 fn apparmor(
     parent: &Field<'_>,
     message: Option<&v1::SecurityProfile>,
@@ -354,8 +354,8 @@ fn user_number(field: &Field<'_>, number: i64) -> Result<u32, Rejected> {
         .ok_or_else(|| field.invalid(format!("{number} is not between 0 and {MAX_UID}")))
 }
 
-/// A name, or a number in digits, for the passwd file of the image. A colon would end the name and begin a
-/// group.
+/// A name, or a number in digits, for the passwd file of the image. A colon would end the name and
+/// begin a group.
 fn user_name(field: &Field<'_>, text: &str) -> Result<String, Rejected> {
     field::name(field, text)?;
     if text.contains(':') || text.chars().any(char::is_whitespace) {
@@ -665,8 +665,8 @@ mod tests {
     #[test]
     fn a_container_has_the_namespaces_of_its_sandbox() {
         use NamespaceMode::{Container, Node, Pod, Target};
-        // Of the sandbox: network, pid, ipc. Of the message: the same as numbers, and the target. Then the
-        // pid mode that comes out.
+        // Of the sandbox: network, pid, ipc. Of the message: the same as numbers, and the target.
+        // Then the pid mode that comes out.
         type Case = ([NamespaceMode; 3], [i32; 3], &'static str, Option<NamespaceMode>);
         let cases: &[Case] = &[
             ([Pod, Pod, Pod], [0, 0, 0], "", Some(Pod)),

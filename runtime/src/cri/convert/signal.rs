@@ -9,8 +9,8 @@ use super::field::{Field, Rejected};
 const FIRST_REAL_TIME: i32 = 34;
 const LAST_REAL_TIME: i32 = 64;
 
-/// The signals before the real-time ones: signal(7), the numbers of x86 and Arm. Of two names for the same
-/// number the first is used.
+/// The signals before the real-time ones: signal(7), the numbers of x86 and Arm. Of two names for
+/// the same number the first is used.
 const NUMBERS: [(Signal, i32); 34] = [
     (Signal::Sighup, 1),
     (Signal::Sigint, 2),
@@ -62,7 +62,8 @@ pub fn signal_number(field: &Field<'_>, message: i32) -> Result<Option<i32>, Rej
     Ok(Some(named.unwrap_or(message - Signal::Sigrtmin as i32 + FIRST_REAL_TIME)))
 }
 
-/// The signal with this number, for a status; "not reported" for a number without a name in the CRI.
+/// The signal with this number, for a status; "not reported" for a number without a name in the
+/// CRI.
 #[must_use]
 pub fn signal_message(number: i32) -> Signal {
     if (FIRST_REAL_TIME..=LAST_REAL_TIME).contains(&number) {

@@ -33,8 +33,8 @@ pub struct ContainerView<'a> {
     pub sandbox_id: &'a SandboxId,
     /// Its configuration, with the resources of the last update.
     pub config: &'a container::Config,
-    /// The id of its image, `sha256:...`, byte for byte as `Image.id`: the kubelet's garbage collection
-    /// compares the two.
+    /// The id of its image, `sha256:...`, byte for byte as `Image.id`: the kubelet's garbage
+    /// collection compares the two.
     pub image_id: &'a str,
     /// A name of its image; empty if there is none.
     pub image_name: &'a str,
@@ -102,8 +102,8 @@ pub fn sandbox_status(view: &SandboxView<'_>) -> v1::PodSandboxStatus {
     }
 }
 
-/// A message with an empty address means "on the host's network"; for any other sandbox, it
-/// makes the kubelet replace it again and again. A sandbox without addresses therefore has no message.
+/// A message with an empty address means "on the host's network"; for any other sandbox, it makes
+/// the kubelet replace it again and again. A sandbox without addresses therefore has no message.
 fn sandbox_network(view: &SandboxView<'_>) -> Option<v1::PodSandboxNetworkStatus> {
     if view.config.namespaces.network == NamespaceMode::Node {
         return Some(v1::PodSandboxNetworkStatus::default());
@@ -181,7 +181,8 @@ pub fn container_status(view: &ContainerView<'_>) -> v1::ContainerStatus {
     status
 }
 
-/// Converts back to `Mount`s: all requested ones, because the kubelet finds the termination message by them.
+/// Converts back to `Mount`s: all requested ones, because the kubelet finds the termination message
+/// by them.
 #[must_use]
 pub fn container_mounts(mounts: &[container::Mount]) -> Vec<v1::Mount> {
     mounts

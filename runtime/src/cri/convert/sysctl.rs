@@ -4,18 +4,20 @@ use berth_model::security::{NamespaceMode, Namespaces};
 
 use super::field::{Field, Rejected, no_longer_than, quoted};
 
-/// Limit on parameters in one request. There are about 1500 files below `/proc/sys/net` with one interface.
+/// Limit on parameters in one request. There are about 1500 files below `/proc/sys/net` with one
+/// interface.
 pub(super) const MAX_SYSCTLS: usize = 1024;
 
-/// The longest value: one page, which is what the kernel reads at once (`proc_sys_call_handler`), less its
-/// NUL.
+/// The longest value: one page, which is what the kernel reads at once (`proc_sys_call_handler`),
+/// less its NUL.
 const MAX_VALUE_BYTES: usize = 4095;
 
 /// The longest name.
 const MAX_NAME_BYTES: usize = 255;
 
-/// The parameter `text`, with dots. sysctl(8) accepts dots or slashes; a name that needs both, such as that
-/// of an interface with a dot in its name, is refused, because readers would split it differently.
+/// The parameter `text`, with dots. sysctl(8) accepts dots or slashes; a name that needs both, such
+/// as that of an interface with a dot in its name, is refused, because readers would split it
+/// differently.
 pub(super) fn name(field: &Field<'_>, text: &str, namespaces: &Namespaces) -> Result<String, Rejected> {
     no_longer_than(field, text, MAX_NAME_BYTES)?;
     let separator = if text.contains('/') { '/' } else { '.' };

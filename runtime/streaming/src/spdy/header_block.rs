@@ -1,21 +1,21 @@
-//! Header blocks: name/value pairs, compressed by one zlib stream per direction that lives as long as the
-//! connection.
+//! Header blocks: name/value pairs, compressed by one zlib stream per direction that lives as long
+//! as the connection.
 //!
 //! ```text
 //! u32  number of pairs
 //!      u32 length, name (lower case)      repeated
 //!      u32 length, value
 //! ```
-//! Numbers are big-endian (SPDY protocol draft 3, section 2.6.10). Decompression stops at [`MAX_BYTES`],
-//! whatever the compressed length.
+//! Numbers are big-endian (SPDY protocol draft 3, section 2.6.10). Decompression stops at
+//! [`MAX_BYTES`], whatever the compressed length.
 
 use flate2::{Decompress, FlushDecompress, Status};
 
 use super::ProtocolError;
 use super::dictionary::DICTIONARY;
 
-/// The longest header block, decompressed, in bytes. Clients of the CRI send some 100: `streamType`, `port`
-/// and `requestID`. Each stream keeps its own.
+/// The longest header block, decompressed, in bytes. Clients of the CRI send some 100:
+/// `streamType`, `port` and `requestID`. Each stream keeps its own.
 pub const MAX_BYTES: usize = 2 * 1024;
 
 /// The most pairs in a block.
@@ -53,8 +53,8 @@ impl Headers {
     /// The pairs in a decompressed block.
     ///
     /// # Errors
-    /// When a length does not fit, there are too many pairs, a name is empty, in upper case or there twice,
-    /// or text is not UTF-8.
+    /// When a length does not fit, there are too many pairs, a name is empty, in upper case or
+    /// there twice, or text is not UTF-8.
     pub fn decode(mut bytes: &[u8]) -> Result<Self, ProtocolError> {
         let count = take_number(&mut bytes)?;
         if count > MAX_PAIRS {
@@ -135,13 +135,14 @@ impl Inflater {
     }
 }
 
-/// The first bytes of a zlib stream: deflate with a window of 32 KiB, and with a dictionary (RFC 1950).
+/// The first bytes of a zlib stream: deflate with a window of 32 KiB, and with a dictionary (RFC
+/// 1950).
 const ZLIB_HEAD: u16 = 0x78bb;
 
 /// Writes the header blocks of one direction, in their order.
 ///
-/// A block of ours has some bytes, and none at all in what a server answers. So they are stored and not
-/// compressed: a compressor would take 270 KiB for each connection.
+/// A block of ours has some bytes, and none at all in what a server answers. So they are stored and
+/// not compressed: a compressor would take 270 KiB for each connection.
 #[derive(Debug, Default)]
 pub struct Deflater {
     begun: bool,
@@ -165,8 +166,8 @@ impl Deflater {
             block.extend_from_slice(&(!length).to_le_bytes());
             block.extend_from_slice(stored);
         }
-        // The end of a block is marked as by zlib's sync flush, by an empty one: Go's decompressor keeps
-        // what it has read until then.
+        // The end of a block is marked as by zlib's sync flush, by an empty one: Go's decompressor
+        // keeps what it has read until then.
         block.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
         block
     }

@@ -4,9 +4,9 @@
 //! - `ports`: port forwarding without SPDY;
 //! - `tunnel`: SPDY in binary messages, for port forwarding.
 //!
-//! A message is one byte for the channel and a payload. The base64 variants have the channel as a digit and
-//! the payload in base64, in text messages. `v5` adds a message of two bytes, 255 and a channel: the sender
-//! has no more for that channel.
+//! A message is one byte for the channel and a payload. The base64 variants have the channel as a
+//! digit and the payload in base64, in text messages. `v5` adds a message of two bytes, 255 and a
+//! channel: the sender has no more for that channel.
 
 mod command;
 mod ports;
@@ -35,8 +35,8 @@ pub(crate) use command::command;
 pub(crate) use ports::{MAX_PORTS, forward, ports_of_query};
 pub(crate) use tunnel::tunnel;
 
-/// The longest message and frame of a client, in bytes. Those of the CRI's clients have at most 32 KiB of
-/// payload.
+/// The longest message and frame of a client, in bytes. Those of the CRI's clients have at most 32
+/// KiB of payload.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 128 * 1024;
 
 /// Room for reading that each connection keeps. Longer messages take more while they come.
@@ -84,8 +84,8 @@ fn config() -> WebSocketConfig {
         .max_write_buffer_size(WRITE_BYTES + 2 * MAX_MESSAGE_BYTES)
 }
 
-/// What the server of channels says, in a task: everything that is sent, then goodbye when no sender is
-/// left. The other half is for reading.
+/// What the server of channels says, in a task: everything that is sent, then goodbye when no
+/// sender is left. The other half is for reading.
 fn begin<T>(
     io: WebSocketStream<T>,
     activity: Arc<Activity>,
@@ -158,7 +158,8 @@ enum Said {
     Nothing,
 }
 
-/// The next message of a client; `None` when it is gone, or nothing is said in either direction for too long.
+/// The next message of a client; `None` when it is gone, or nothing is said in either direction for
+/// too long.
 async fn next<T>(stream: &mut SplitStream<WebSocketStream<T>>, activity: &Activity) -> Option<Message>
 where
     T: AsyncRead + AsyncWrite + Unpin,

@@ -1,6 +1,6 @@
-//! What a pull may say to a registry to prove who asks.
+//! Credentials of a pull for a registry.
 //!
-//! Secrets live here and in the one request header that carries them. The types have no `Debug`
+//! Secrets exist here and in the one request header that carries them. The types have no `Debug`
 //! that shows them, no `Display`, no `Serialize`; their memory is wiped when they go.
 
 use std::fmt;
@@ -9,18 +9,18 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use zeroize::Zeroizing;
 
-/// A text that must not be shown. Wiped on drop.
+/// A secret text. Wiped on drop.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// Takes the text over.
+    /// Takes ownership of the text.
     #[must_use]
     pub fn new(text: String) -> Self {
         Self(Zeroizing::new(text))
     }
 
-    /// The text, for the one place that puts it on the wire.
+    /// The text, for the one place that sends it.
     pub(crate) fn expose(&self) -> &str {
         &self.0
     }
@@ -55,7 +55,7 @@ pub enum Credentials {
     RegistryToken(Secret),
 }
 
-/// Why an encoded `user:password` could not be read. Says nothing of its content.
+/// Why an encoded `user:password` could not be read. Does not reveal its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the auth field is not base64 of user:password")]
 pub struct InvalidAuthField;

@@ -1,8 +1,8 @@
-//! Content digests: the one algorithm that the store speaks, validated on construction.
+//! Content digests: the one algorithm that the store supports, validated on construction.
 //!
-//! A digest becomes a file name in the store, so no text that came from outside may reach a path
-//! without having passed [`Digest::parse`]. Only `sha256` is taken: registries and builders use
-//! nothing else, and a second algorithm would mean a second name for the same bytes.
+//! A digest becomes a file name in the store, so no untrusted text may reach a path without having
+//! passed [`Digest::parse`]. Only `sha256` is accepted: registries and builders use nothing else,
+//! and a second algorithm would mean a second name for the same bytes.
 
 use std::fmt;
 use std::str::FromStr;

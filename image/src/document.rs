@@ -1,9 +1,8 @@
 //! The forms of indexes, manifests and configurations, and what is read of them.
 //!
-//! Only fields that decide something are named here, and only those can make a document be refused;
-//! what else a document has is not looked at, whatever it is. `null` is the same as nothing, as in
-//! every other reader. Nothing is ever written back from these types: the raw bytes are what is
-//! kept.
+//! Only fields that are used are named here, and only those can cause a document to be refused; any
+//! other content is ignored. `null` is the same as absent, as in every other reader. Nothing is
+//! ever written back from these types: the raw bytes are kept.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,7 +20,7 @@ pub(crate) fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, serde_j
     serde_json::from_slice::<Object<T>>(bytes).map(|Object(document)| document)
 }
 
-/// An object only: serde takes a list for a structure too, by the order of its fields.
+/// An object only: serde would also accept a list as a structure, by the order of its fields.
 struct Object<T>(T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
@@ -125,7 +124,7 @@ pub(crate) struct RootFs {
     pub(crate) diff_ids: Vec<String>,
 }
 
-/// How an image wants to be run.
+/// The execution parameters of an image.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Execution {
@@ -147,8 +146,8 @@ pub(crate) struct Execution {
     pub(crate) labels: Texts,
 }
 
-/// Keys and values of an object. A value that is no text counts as an empty one; of a key that is
-/// there twice the last counts, as in Go. What is no object has none.
+/// Keys and values of an object. A value other than text counts as empty; of a duplicate key the
+/// last counts, as in Go. What is no object has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Texts(pub(crate) BTreeMap<String, String>);
 

@@ -16,7 +16,7 @@ pub struct Image {
     pub(crate) content: Arc<Content>,
 }
 
-/// What of an image never changes, for its id is the digest of its configuration.
+/// The immutable part of an image, as its id is the digest of its configuration.
 #[derive(Debug, Clone)]
 pub(crate) struct Content {
     /// Diff ids, lowest first.

@@ -1,9 +1,9 @@
-//! JSON that every reader reads alike, where it matters.
+//! Checks that all readers interpret a JSON document the same way, where it matters.
 //!
-//! A manifest is verified by its digest, but what it means depends on the reader where keys are
-//! doubled, or differ only in case (Go's decoder folds case, others do not). Documents in which a
-//! key that decides something is such are refused before they are interpreted. Other keys decide
-//! nothing, and may be anything.
+//! A manifest is verified by its digest, but its meaning depends on the reader if keys are
+//! duplicate, or differ only in case (Go's decoder folds case, others do not). Documents in which a
+//! key that is used is like that are refused before they are interpreted. Other keys do not matter,
+//! and may be anything.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -11,7 +11,7 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// Why a document is not taken.
+/// Why a document is refused.
 #[derive(Debug, thiserror::Error)]
 #[error("not a JSON document that all parsers read the same way")]
 pub struct AmbiguousJson(#[source] serde_json::Error);

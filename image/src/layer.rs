@@ -1,6 +1,6 @@
 //! One layer's bytes -> its tree: digest, decompression, diff id, unpacking, in one pass.
 //!
-//! Nothing is kept of the compressed bytes. The compression is recognised by the first bytes, not
+//! The compressed bytes are not kept. The compression is recognised by the first bytes, not
 //! by the media type, as other runtimes do: types in the field are often wrong, and both digests
 //! are checked anyway.
 
@@ -25,17 +25,16 @@ const MAX_ZSTD_WINDOW_LOG: u32 = 27;
 
 const READ_BUFFER: usize = 128 * 1024;
 
-/// The free space is looked at whenever so many bytes were unpacked.
+/// The free space is checked whenever this many bytes were unpacked.
 const FREE_SPACE_INTERVAL: u64 = 16 << 20;
 
-/// How far a broken layer is read on to learn whether its bytes were the wrong ones in the first
-/// place.
+/// How far a broken layer is read to learn whether its bytes were wrong in the first place.
 const DIAGNOSIS_LIMIT: u64 = 1 << 20;
 
-/// And for how long: a host that sends what is no layer may well stop sending.
+/// And for how long: a host that sends something else may well stop sending.
 const DIAGNOSIS_TIME: Duration = Duration::from_secs(2);
 
-/// Why a layer was not made.
+/// Why a layer could not be unpacked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayerError {
@@ -47,7 +46,7 @@ pub enum LayerError {
         /// The digest of what was received.
         actual: Digest,
     },
-    /// The right compressed bytes, but not the tar archive that the configuration names.
+    /// The compressed bytes match, but not the tar archive that the configuration names.
     #[error("uncompressed content is {actual}, not {expected}")]
     DiffIdMismatch {
         /// By the configuration.
@@ -64,10 +63,10 @@ pub enum LayerError {
     /// The disk is full.
     #[error("no space left on the device for the layer")]
     DiskFull,
-    /// The disk would go below what has to stay free.
+    /// The disk would have less free space than required.
     #[error(transparent)]
     Reserved(#[from] Shortage),
-    /// The transfer was given up by the other side.
+    /// The transfer was cancelled by the sender.
     #[error("transfer was cancelled")]
     Abandoned,
     /// Not a layer, or a hostile one.
@@ -78,7 +77,7 @@ pub enum LayerError {
     Read(#[source] io::Error),
 }
 
-/// A layer that was refused so that some of the disk stays free.
+/// A layer that was refused to keep some of the disk free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Shortage {
     /// Of room.
@@ -108,12 +107,12 @@ pub enum Shortage {
     },
 }
 
-/// For people: rounded up, so that what is there never reads as nothing.
+/// For messages: rounded up, so that a small amount is never shown as 0.
 fn mebibytes(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-/// What one image may take. Shared by the threads that unpack its layers.
+/// The budget of an image. Shared by the threads that unpack its layers.
 #[derive(Debug)]
 pub(crate) struct Budget {
     limit: u64,
@@ -151,7 +150,7 @@ impl Budget {
     fn check_free_space(&self) -> io::Result<()> {
         let (total, free, inodes, free_inodes) = berth_sys::file::space(&self.path)?;
         let reserved_inodes = inodes / 100 * u64::from(self.min_free_percent);
-        // File systems that make inodes as they need them say 0 of them.
+        // File systems with dynamic inodes report 0.
         if inodes > 0 && free_inodes < reserved_inodes {
             return Err(io::Error::other(Fault::ReservedInodes {
                 free: free_inodes,
@@ -191,7 +190,7 @@ pub(crate) fn unpack(
     if broken {
         compressed.get_mut().inner.hurry(DIAGNOSIS_TIME);
     }
-    // What is behind the archive counts for the digest too.
+    // Data after the archive is part of the digest, too.
     let rest = if broken {
         io::copy(&mut (&mut compressed).take(DIAGNOSIS_LIMIT), &mut io::sink())
     } else {
@@ -211,8 +210,7 @@ pub(crate) fn unpack(
     Ok(summary)
 }
 
-/// What one layer takes of the budget; given back if nothing comes of it, for the layer may be
-/// tried again.
+/// The share of one layer in the budget; returned if it fails, since the layer may be retried.
 struct Share<'a> {
     budget: &'a Budget,
     taken: AtomicU64,
@@ -237,8 +235,7 @@ impl Drop for Share<'_> {
 }
 
 impl LayerError {
-    /// Whether other bytes may make the layer after all: those that came were wrong, or may have
-    /// been.
+    /// Whether a retry may succeed: the received bytes were wrong, or may have been.
     pub(crate) fn is_of_the_bytes(&self) -> bool {
         match self {
             Self::DigestMismatch { .. } | Self::Read(_) => true,
@@ -277,7 +274,7 @@ fn decompress_and_unpack(
     let archive = decompressed(compressed).map_err(LayerError::Read)?;
     let mut metered = Hashing::new(Metered { inner: archive, share, until_check: FREE_SPACE_INTERVAL });
     let summary = unpack::unpack_while(&mut metered, root, &|| share.budget.check_free_space())?;
-    // The reader of the archive has seen the end of its stream, so the diff id is whole.
+    // The reader of the archive has reached the end of its stream, so the diff id is complete.
     Ok((summary, metered.digest()))
 }
 

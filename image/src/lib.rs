@@ -2,8 +2,8 @@
 //!
 //! A pull goes `reference` -> `registry` (mirrors, credentials, manifest) -> `layer` (bytes ->
 //! digest -> decompression -> diff id -> `unpack`) -> `store` (one commit of the whole image).
-//! Everything that comes from a registry or an archive is hostile; paths inside layers are resolved
-//! by `berth_sys::beneath` and nowhere else.
+//! Everything that comes from a registry or an archive is untrusted; paths inside layers are
+//! resolved by `berth_sys::beneath` and nowhere else.
 //!
 //! Starting points for a reader: [`Store`] for what the daemon calls, `store` for what lies on disk
 //! and when it is durable, `unpack` for what an archive may contain.

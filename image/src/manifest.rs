@@ -1,5 +1,4 @@
-//! Indexes, manifests and configurations: which bytes may be called what, and which of them are for
-//! this machine.
+//! Indexes, manifests and configurations: their types, and which of them are for this machine.
 //!
 //! OCI image-spec 1.1 and Docker image manifest version 2, schema 2; the forms are in `document`.
 //! Schema 1 is refused.
@@ -31,10 +30,10 @@ const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
-/// All that a registry may answer with, for the `Accept` header.
+/// All accepted types, for the `Accept` header.
 pub(crate) const ACCEPTED: [&str; 4] = [OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST];
 
-/// Keys that decide what a manifest means.
+/// Keys that determine the meaning of a manifest.
 const FIELDS: &[&str] = &[
     "schemaVersion",
     "mediaType",
@@ -50,7 +49,7 @@ const FIELDS: &[&str] = &[
     "fsLayers",
 ];
 
-/// Keys that decide what a configuration means.
+/// Keys that determine the meaning of a configuration.
 const CONFIG_FIELDS: &[&str] = &[
     "rootfs",
     "diff_ids",
@@ -66,24 +65,24 @@ const CONFIG_FIELDS: &[&str] = &[
     "Volumes",
 ];
 
-/// Keys of a configuration below which nothing decides anything. Those below `Volumes` are paths.
+/// Keys of a configuration whose contents do not matter. Those below `Volumes` are paths.
 const CONFIG_FREE: &[&str] =
     &["container_config", "history", "Labels", "Volumes", "ExposedPorts", "Healthcheck", "OnBuild"];
 
-/// The archive that has nothing in it: 1,024 zeros.
+/// The empty archive: 1,024 zeros.
 pub(crate) const EMPTY_ARCHIVE: &[u8] = &[0; 1024];
 
-/// Why a document is not taken.
+/// Why a document is refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ManifestError {
     /// Above 4 MiB.
     #[error("document is larger than 4 MiB")]
     TooLarge,
-    /// Doubled keys and the like.
+    /// Duplicate keys and the like.
     #[error(transparent)]
     Ambiguous(#[from] AmbiguousJson),
-    /// Not what its type says.
+    /// It does not match its type.
     #[error("document does not match its media type")]
     Form(#[source] serde_json::Error),
     /// `mediaType`, `Content-Type` and content do not agree (CVE-2021-41190).
@@ -108,10 +107,10 @@ pub enum ManifestError {
     /// A digest that is not sha256.
     #[error("invalid digest in the document")]
     Digest(#[from] ParseDigestError),
-    /// Bytes that are no text where an image says how it is to be run.
+    /// Execution parameters that are not UTF-8.
     #[error("{0} of the configuration is not UTF-8")]
     NotText(&'static str),
-    /// Nothing for this machine in the index, or an image for another one.
+    /// The index has nothing for this machine, or the image is for another one.
     #[error("image has no variant for {0}")]
     Platform(String),
     /// Configuration and manifest do not have the same number of layers.
@@ -131,14 +130,14 @@ pub(crate) struct Blob {
     pub(crate) size: u64,
 }
 
-/// A document with its type settled.
+/// A document of a known type.
 #[derive(Debug)]
 pub(crate) enum Document {
     Index(Index),
     Manifest(Manifest),
 }
 
-/// What of a manifest counts.
+/// The used part of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Manifest {
     pub(crate) config: Blob,
@@ -146,7 +145,7 @@ pub(crate) struct Manifest {
     pub(crate) layers: Vec<Blob>,
 }
 
-/// What of a configuration counts.
+/// The used part of a configuration.
 #[derive(Debug)]
 pub(crate) struct Configuration {
     pub(crate) parsed: ConfigDocument,
@@ -155,7 +154,7 @@ pub(crate) struct Configuration {
 }
 
 impl Configuration {
-    /// Whether the image says of itself that it is for another machine.
+    /// Checks that the image is not for another machine, by its own configuration.
     ///
     /// # Errors
     /// [`ManifestError::Platform`].
@@ -183,8 +182,8 @@ struct Probe {
     schema_version: Option<u64>,
 }
 
-/// Settles what a document is and reads it. `content_type` is what the registry, or the descriptor
-/// that led here, called it.
+/// Determines the type of a document and parses it. `content_type` is what the registry, or the
+/// descriptor that led here, called it.
 pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document, ManifestError> {
     if bytes.len() > MAX_DOCUMENT {
         return Err(ManifestError::TooLarge);
@@ -195,7 +194,7 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document
     if probe.schema_version == Some(1) || probe.fs_layers.is_some() {
         return Err(ManifestError::UnknownType("schema 1".to_owned()));
     }
-    // Registries that were set up for other files serve these without a type of their own.
+    // Some registries serve these with a generic type.
     let generic = |t: &str| matches!(t, "application/json" | "application/octet-stream" | "text/plain" | "");
     let outer = content_type.map(essence).filter(|t| !generic(t)).map(|t| kind_of(&t)).transpose()?;
     let inner = probe.media_type.as_deref().map(kind_of).transpose()?;
@@ -241,7 +240,7 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Document
     }
 }
 
-/// Reads a configuration and holds it against the number of layers of its manifest.
+/// Parses a configuration and compares it with the number of layers of its manifest.
 pub(crate) fn parse_config(bytes: &[u8], layers: usize) -> Result<Configuration, ManifestError> {
     if bytes.len() > MAX_DOCUMENT {
         return Err(ManifestError::TooLarge);
@@ -265,8 +264,8 @@ pub(crate) fn parse_config(bytes: &[u8], layers: usize) -> Result<Configuration,
     Ok(Configuration { parsed, diff_ids })
 }
 
-/// A replacement character in what decides how an image is run may stand for bytes that were not
-/// text: another program or another user.
+/// A replacement character in an execution parameter may stand for bytes that were not text:
+/// another program or another user.
 fn check_text(config: &Execution) -> Result<(), ManifestError> {
     let one = std::slice::from_ref;
     for (field, texts) in [
@@ -285,13 +284,13 @@ fn check_text(config: &Execution) -> Result<(), ManifestError> {
     Ok(())
 }
 
-/// What an index was asked for.
+/// The entry chosen from an index.
 #[derive(Debug)]
 pub(crate) struct Selected {
     pub(crate) blob: Blob,
     pub(crate) media_type: String,
-    /// The index says that it is for this machine. Then the image is not asked: the index is what
-    /// people correct.
+    /// The index says that it is for this machine. The image's own platform is ignored then: people
+    /// correct.
     pub(crate) is_for_this_machine: bool,
 }
 

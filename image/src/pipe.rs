@@ -1,8 +1,8 @@
 //! The bridge between an async sender of bytes and a blocking reader: a pipe that holds a bounded
 //! number of bytes.
 //!
-//! The reader sees the end only if the sender said [`Writer::finish`]; a sender that just goes away
-//! is an error for it. So a cancelled download never looks like a short layer.
+//! The reader sees the end only after [`Writer::finish`]; a dropped sender is an error for it. So a
+//! cancelled download never looks like a short layer.
 
 use std::io::{self, Read};
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ const PIECE: usize = 64 * 1024;
 #[error("the reader has ended")]
 pub(crate) struct ReaderGone;
 
-/// The writer went away without saying that all was sent.
+/// The writer was dropped before it finished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the transfer was cancelled")]
 pub(crate) struct Abandoned;
@@ -49,7 +49,7 @@ pub(crate) struct Reader {
     pieces: mpsc::Receiver<Piece>,
     current: Bytes,
     state: State,
-    /// When to wait no longer.
+    /// The deadline.
     deadline: Option<Instant>,
 }
 
@@ -80,7 +80,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Says that everything was sent.
+    /// Marks the end of the data.
     ///
     /// # Errors
     /// [`ReaderGone`].

@@ -1,4 +1,4 @@
-//! Which machines an image is for, in the words that builders use.
+//! The platforms of images, by the names that builders use.
 //!
 //! Names are Go's (`GOOS`, `GOARCH`), as the OCI image-spec 1.1 wants them (image-index.md,
 //! "platform"). Builders write others too: those of the kernel and of Debian mean the same. An

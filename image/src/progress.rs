@@ -1,8 +1,8 @@
-//! What a caller can watch while an image comes in.
+//! Progress reports of a pull or import.
 
 use crate::Digest;
 
-/// What happens to a layer right now.
+/// The phase of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerPhase {
     /// Known from the manifest; nothing done yet.

@@ -15,7 +15,7 @@ use std::str::FromStr;
 use crate::Digest;
 use crate::digest::ParseDigestError;
 
-/// Longest reference that is looked at: a name of 255, a tag of 128 and a digest of 71 bytes with
+/// Longest reference that is accepted: a name of 255, a tag of 128 and a digest of 71 bytes with
 /// their separators, rounded up.
 pub const MAX_REFERENCE_LEN: usize = 512;
 
@@ -30,7 +30,7 @@ const LEGACY_DEFAULT_DOMAIN: &str = "index.docker.io";
 const OFFICIAL_PREFIX: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
 
-/// What a reference points at inside its repository.
+/// The target of a reference inside its repository.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
     /// A name that the registry may move.

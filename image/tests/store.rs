@@ -226,7 +226,7 @@ async fn a_full_disk_is_named_and_removal_works_on_it() {
         "no space left",
         "layer of 1 MiB",
         "54 MiB are free",
-        "60 MiB have to stay free",
+        "60 MiB must stay free",
         "lower image.min_free_bytes",
     ] {
         assert!(words.contains(expected), "{expected}: {words}");

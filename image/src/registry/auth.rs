@@ -58,8 +58,7 @@ struct TokenAnswer {
 }
 
 impl Session {
-    /// Answers the challenge of a response from `host` itself; what it comes to is sent from then
-    /// on.
+    /// Answers the challenge of a response from `host` itself; the result is sent from then on.
     pub(super) async fn authenticate(&self, host: &Host, headers: &HeaderMap) -> Result<(), RegistryError> {
         let refused = |source| RegistryError::Unauthorized { host: host.name.clone(), source: Some(source) };
         let challenges: Vec<Challenge> = headers
@@ -161,7 +160,7 @@ impl Session {
     }
 }
 
-/// Whether two hosts belong to one party as far as their names can tell: the same host, or the same
+/// Whether two hosts belong to the same party, judged by their names: the same host, or the same
 /// registrable domain.
 ///
 /// Without the public suffix list, by a rule that errs towards "no": two labels in common, three

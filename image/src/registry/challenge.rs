@@ -1,6 +1,6 @@
 //! `WWW-Authenticate`: the challenges of a response (RFC 9110, section 11.6.1).
 
-/// Longest header that is looked at.
+/// Longest header that is parsed.
 const MAX_LEN: usize = 8 * 1024;
 
 /// One challenge: scheme in lower case, parameters with names in lower case.

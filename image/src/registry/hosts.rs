@@ -1,4 +1,4 @@
-//! Which hosts serve a registry: containerd's `certs.d/<host>/hosts.toml`.
+//! The hosts that serve a registry: containerd's `certs.d/<host>/hosts.toml`.
 //!
 //! ```toml
 //! server = "https://registry.example"        # the registry itself; absent = https://<host>
@@ -32,7 +32,7 @@ const MAX_FILE: u64 = 1 << 20;
 /// Where docker.io's images really are.
 const DOCKER_HUB: &str = "registry-1.docker.io";
 
-/// Why a `hosts.toml` is not taken.
+/// Why a `hosts.toml` is refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HostsError {

@@ -6,7 +6,7 @@
 //! sense; a blob goes on at the byte where it broke off, on the next host too.
 //!
 //! What a registry may not do: get credentials sent elsewhere (redirects carry none; token services
-//! only within `auth`'s policy), make us read more than was announced, or keep us waiting for ever.
+//! only within `auth`'s policy), make us read more than was announced, or keep us waiting forever.
 
 mod auth;
 mod challenge;
@@ -99,7 +99,7 @@ pub enum RegistryError {
     /// No host has it.
     #[error("not found")]
     NotFound,
-    /// Refused for want of (other) credentials.
+    /// Refused for lack of (other) credentials.
     #[error("registry host {host} refused access")]
     Unauthorized {
         /// Which host.
@@ -108,7 +108,7 @@ pub enum RegistryError {
         #[source]
         source: Option<AuthError>,
     },
-    /// The host cannot be talked to, for now at least.
+    /// The host is not available, at least for now.
     #[error("registry host {host} is not available")]
     Unreachable {
         /// Which host.
@@ -117,7 +117,7 @@ pub enum RegistryError {
         #[source]
         source: Fault,
     },
-    /// An answer that is neither yes nor "try again".
+    /// Any other error answer.
     #[error("registry host {host} answered {status}{detail}")]
     Status {
         /// Which host.
@@ -127,7 +127,7 @@ pub enum RegistryError {
         /// The registry's own words, escaped, with a leading separator; or nothing.
         detail: String,
     },
-    /// A redirect to where no registry may send us, or too many.
+    /// A forbidden redirect, or too many.
     #[error("registry host {host} redirects to a forbidden address")]
     Redirect {
         /// Which host.
@@ -164,7 +164,7 @@ pub enum RegistryError {
     Unwanted,
 }
 
-/// What keeps a host from answering.
+/// Why a host is not available.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Fault {
@@ -310,7 +310,7 @@ impl Session {
             match self.manifest_from(host, is_last, target, &name).await {
                 Ok(fetched) => match manifest::parse(&fetched.bytes, fetched.content_type.as_deref()) {
                     Ok(_) => return Ok(fetched),
-                    // A page for people, or something damaged: another host may have the manifest.
+                    // An HTML page, or something damaged: another host may have the manifest.
                     Err(error) => {
                         if !is_last {
                             let error: &dyn std::error::Error = &error;
@@ -434,7 +434,7 @@ impl Session {
                 if let RegistryError::Unreachable { source: Fault::WrongRange, .. } = error {
                     progress.ranges = false;
                 }
-                // A trickle brings something each time too, but that is not progress.
+                // A trickle also delivers something each time, but that is not progress.
                 let stalled = matches!(error, RegistryError::Unreachable { source: Fault::Stalled, .. });
                 tries = if progress.offset > before && !stalled { 1 } else { tries + 1 };
                 all_tries += 1;
@@ -505,7 +505,7 @@ impl Session {
         if progress.offset == blob.size { Ok(()) } else { Err(unavailable(Fault::Cut)) }
     }
 
-    /// Sleeps before the next try on a host, or says that there is none.
+    /// Sleeps before the next attempt on a host, or returns that there is none.
     async fn wait_or_give_up(
         &self,
         host: &Host,
@@ -607,7 +607,7 @@ impl Session {
             }
             let response = self.send(host, request).await?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                // A stranger's challenge is not answered.
+                // Challenges of other hosts are not answered.
                 if !own && response.status() == StatusCode::UNAUTHORIZED {
                     return Err(RegistryError::Unauthorized { host: host.name.clone(), source: None });
                 }

@@ -138,7 +138,7 @@ pub enum UnpackError {
     /// Paths without entries, or links to lower layers, beyond 64 MiB.
     #[error("layer has too many directories without an entry or links to lower layers")]
     TooManyOpenQuestions,
-    /// The filesystem said no.
+    /// A file operation failed.
     #[error("cannot {operation} '{path}'")]
     File {
         /// The failed act.

@@ -146,7 +146,7 @@ fn a_downgrade_and_an_upgrade_lose_nothing() -> Result<()> {
         daemon.start_again()?;
         assert_eq!(main.sh(LOOK)?, seen);
         assert_eq!(daemon.client().images()?, [], "what this version does not understand is not used");
-        ensure!(daemon.log()?.contains("record has version 2"), "it is not told");
+        ensure!(daemon.log()?.contains("record version 2"), "it is not told");
         let other = daemon.pod("other")?;
         other.remove()?;
         daemon.kill()?;

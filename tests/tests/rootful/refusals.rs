@@ -295,7 +295,7 @@ fn a_disk_that_has_to_stay_free_is_told_with_the_key_that_says_so() -> Result<()
             .write_layout(&directory, "localhost/next:1")?;
         fs::write(daemon.root().join("filler"), vec![0; 10 << 20])?;
         let refused = daemon.client().import(&directory).err().context("it is not let in")?;
-        for words in ["no space left", "are free", "16 MiB have to stay free", "lower image.min_free_bytes"] {
+        for words in ["no space left", "are free", "16 MiB must stay free", "lower image.min_free_bytes"] {
             assert!(refused.message().contains(words), "{words}: {refused}");
         }
         fs::remove_file(daemon.root().join("filler"))?;

@@ -21,20 +21,19 @@ impl Cgroup {
     /// Blocks for up to `within` while the kernel says that it is busy; processes in it are not killed,
     /// [`Cgroup::kill`] does that.
     ///
-    /// systemd removes a scope when its last process has ended. One that still exists
-    /// after a second is stopped, and, if systemd does not answer, removed like any other, for which the 30 s
-    /// of a call come on top.
+    /// systemd removes a scope when its last process has ended. One that still exists after a second is
+    /// stopped, and, if systemd does not answer in the time that is left, removed like any other.
     ///
     /// # Errors
     /// [`Error::Remove`] for the first directory that stayed, after all have been tried.
     pub fn remove(&self, within: Duration) -> Result<(), Error> {
+        let until = Instant::now() + within;
         if let Some(unit) = &self.unit
             && !self.is_gone(UNIT_NOTICED.min(within))
         {
             // Whether that worked is seen at the directory, below.
-            let _ = unit.systemd.stop(&unit.name);
+            let _ = unit.systemd.stop(&unit.name, until.saturating_duration_since(Instant::now()));
         }
-        let until = Instant::now() + within;
         let mut failed: Vec<(PathBuf, io::Error)> = Vec::new();
         for dir in self.directories() {
             if let Err(error) = remove_directory(dir, until) {
@@ -98,5 +97,27 @@ fn rmdir(dir: &Path) -> io::Result<()> {
     match std::fs::remove_dir(dir) {
         Err(error) if control_file::is_gone(&error) => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Driver, Hierarchy, Parent, Systemd, systemd};
+
+    #[test]
+    fn a_systemd_that_does_not_answer_is_not_waited_for_longer_than_was_asked() {
+        let root = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy::Unified { mount: root.path().to_path_buf() };
+        let parent = Parent::named(Driver::Systemd, "a.slice").unwrap();
+        let (silent, asked) = Systemd::silent();
+        let cgroup = Cgroup::open(&hierarchy, &parent, "0a").unwrap().with_systemd(Some(&silent));
+        let directory = root.path().join("a.slice/berth-0a.scope");
+        std::fs::create_dir_all(&directory).unwrap();
+        let begun = Instant::now();
+        cgroup.remove(Duration::from_millis(100)).unwrap();
+        assert!(begun.elapsed() < systemd::LIMIT, "{:?}", begun.elapsed());
+        assert!(!directory.exists());
+        assert_eq!(asked.len(), 1, "it was asked to stop the scope");
     }
 }

@@ -21,7 +21,7 @@ use crate::unit::{Property, Value};
 
 /// How long a call may take, with the job that it starts. A healthy systemd takes milliseconds; one that is
 /// busy with a thousand units, seconds; the kubelet gives up on a container after two minutes.
-const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// Beyond that the thread itself does not answer, which would be a bug here.
 const THREAD_LIMIT: Duration = Duration::from_secs(35);
@@ -119,15 +119,27 @@ impl Systemd {
         self.ask(Request::Set { unit: unit.to_owned(), properties })
     }
 
-    /// Stops a unit, with whatever runs in it. Done when it is stopped, or was not there.
-    pub(crate) fn stop(&self, unit: &str) -> Answer {
-        self.ask(Request::Stop { unit: unit.to_owned() })
+    /// Stops a unit, with whatever runs in it. Done when it is stopped, or was not there; not waited for
+    /// longer than `within`, and it may be stopped later then.
+    pub(crate) fn stop(&self, unit: &str, within: Duration) -> Answer {
+        self.ask_within(Request::Stop { unit: unit.to_owned() }, within.min(THREAD_LIMIT))
+    }
+
+    /// One that answers nothing, and what it was asked.
+    #[cfg(test)]
+    pub(crate) fn silent() -> (Self, mpsc::UnboundedReceiver<impl Sized>) {
+        let (requests, received) = mpsc::unbounded_channel();
+        (Self { requests }, received)
     }
 
     fn ask(&self, request: Request) -> Answer {
+        self.ask_within(request, THREAD_LIMIT)
+    }
+
+    fn ask_within(&self, request: Request, within: Duration) -> Answer {
         let (answer, answered) = answers::sync_channel(1);
         self.requests.send((request, answer)).map_err(|_| SystemdError::Thread)?;
-        match answered.recv_timeout(THREAD_LIMIT) {
+        match answered.recv_timeout(within) {
             Ok(answer) => answer,
             Err(answers::RecvTimeoutError::Timeout) => Err(SystemdError::Silent),
             Err(answers::RecvTimeoutError::Disconnected) => Err(SystemdError::Thread),

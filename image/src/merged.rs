@@ -4,6 +4,7 @@
 //! decides; directories of one name merge until one is opaque, a whiteout or something else is met. Links are
 //! resolved in the merged view and cannot leave it.
 
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::AsFd;
@@ -17,10 +18,32 @@ use crate::unpack::{self, OPAQUE_XATTR};
 /// Symbolic links followed in one lookup, as the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
+/// Looks into one directory of one layer that the patches of one image may take. Real images take some
+/// thousands. A look takes some microseconds, and nothing else is entered into the store meanwhile.
+const MOST_LOOKS: u64 = 2_000_000;
+
+/// What a look takes more with each so many levels of its path.
+const LEVELS: u64 = 64;
+
+/// How many looks were taken for an image: layers decide how deep directories are, and where links lead.
+#[derive(Debug, Default)]
+pub(crate) struct Effort(Cell<u64>);
+
+impl Effort {
+    fn look(&self, levels: usize) -> io::Result<()> {
+        self.0.set(self.0.get() + 1 + levels as u64 / LEVELS);
+        if self.0.get() > MOST_LOOKS {
+            return Err(io::Error::other("the layers of the image take too long to be compared"));
+        }
+        Ok(())
+    }
+}
+
 /// Layers, top first.
 #[derive(Debug)]
 pub(crate) struct Merged<'a> {
     layers: Vec<&'a Root>,
+    effort: &'a Effort,
 }
 
 /// An entry that the merged view shows.
@@ -32,8 +55,8 @@ pub(crate) struct Found {
 }
 
 impl<'a> Merged<'a> {
-    pub(crate) fn new(layers: Vec<&'a Root>) -> Self {
-        Self { layers }
+    pub(crate) fn new(layers: Vec<&'a Root>, effort: &'a Effort) -> Self {
+        Self { layers, effort }
     }
 
     pub(crate) fn layer(&self, index: usize) -> Option<&'a Root> {
@@ -54,7 +77,7 @@ impl<'a> Merged<'a> {
 
     /// The layers whose directory `path` is part of the merged one, top first; empty if that is no directory.
     pub(crate) fn directories(&self, path: &Path) -> io::Result<Vec<usize>> {
-        let mut visible: Vec<usize> = (0..self.layers.len()).collect();
+        let mut visible = self.all();
         let mut here = PathBuf::new();
         for component in path.components() {
             let Component::Normal(name) = component else { return Ok(Vec::new()) };
@@ -62,6 +85,10 @@ impl<'a> Merged<'a> {
             here.push(name);
         }
         Ok(visible)
+    }
+
+    fn all(&self) -> Vec<usize> {
+        (0..self.layers.len()).collect()
     }
 
     /// Looks for `name` in the directory `parent` of the layers `visible`.
@@ -73,8 +100,10 @@ impl<'a> Merged<'a> {
     ) -> io::Result<(Option<Found>, Vec<usize>)> {
         let mut found = None;
         let mut merged = Vec::new();
+        let levels = parent.as_os_str().len() / 2;
         for &index in visible {
             let Some(layer) = self.layer(index) else { continue };
+            self.effort.look(levels)?;
             let dir = layer.open_dir_no_links(parent)?;
             let stat = match dir.stat(name) {
                 Ok(stat) => stat,
@@ -105,29 +134,34 @@ impl<'a> Merged<'a> {
         let mut ahead: Vec<OsString> = Vec::new();
         push(&mut ahead, path);
         let mut here = PathBuf::new();
+        // The layers that have the directory `here`, and those above it.
+        let mut visible = vec![self.all()];
         let mut links = 0;
         while let Some(name) = ahead.pop() {
             if name == ".." {
                 here.pop();
+                visible.truncate(visible.len().saturating_sub(1).max(1));
                 continue;
             }
-            here.push(&name);
             if ahead.is_empty() && !follow_last {
+                here.push(&name);
                 break;
             }
-            let Some(found) = self.entry(&here)? else { continue };
-            if found.stat.file_type != FileType::Symlink {
+            let (found, merged) = self.look(&here, &name, visible.last().map_or(&[], Vec::as_slice))?;
+            let Some(found) = found.filter(|found| found.stat.file_type == FileType::Symlink) else {
+                here.push(&name);
+                visible.push(merged);
                 continue;
-            }
+            };
             links += 1;
             if links > MAX_LINKS {
                 return Ok(None);
             }
-            here.pop();
             let Some(layer) = self.layer(found.layer) else { return Ok(None) };
             let target = PathBuf::from(layer.open_dir_no_links(&here)?.read_link(&name)?);
             if target.has_root() {
                 here.clear();
+                visible.truncate(1);
             }
             push(&mut ahead, &target);
         }

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use berth_sys::beneath::{self, Dir, FileType, Node, Root, Stat, Timestamp};
 use berth_sys::{file, xattr};
 
-use crate::merged::{Found, Merged};
+use crate::merged::{Effort, Found, Merged};
 use crate::unpack::{self, IMPLICIT_MODE, OPAQUE_XATTR, Summary, printable};
 
 /// Most names that are read from one directory while a layer's content is moved to where a link leads.
@@ -143,19 +143,20 @@ pub(crate) struct Size {
 }
 
 /// Thinks out the patch above `layer`, which left `summary` open; `below` is what the image stacks under it,
-/// top first, patches included. `None` if nothing is to be corrected.
+/// top first, patches included; `effort` is that of the image. `None` if nothing is to be corrected.
 pub(crate) fn plan<'a>(
     layer: &'a Root,
     summary: &Summary,
     below: &[&'a Root],
+    effort: &'a Effort,
 ) -> Result<Option<Plan<'a>>, PatchError> {
     // An opaque root hides what is below, but its own attributes still come from there.
     let seen = if summary.opaque_root { &[] } else { below };
     let mut planner = Planner {
         layer,
         summary,
-        full: Merged::new(std::iter::once(layer).chain(seen.iter().copied()).collect()),
-        below: Merged::new(seen.to_vec()),
+        full: Merged::new(std::iter::once(layer).chain(seen.iter().copied()).collect(), effort),
+        below: Merged::new(seen.to_vec(), effort),
         plan: Plan::default(),
     };
     for path in &summary.implicit_dirs {

@@ -13,7 +13,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use berth_image::unpack::{Summary, UnpackError, unpack};
-use berth_sys::beneath::Root;
+use berth_image::{Image, ImportError, ImportSource, Store};
+use berth_sys::beneath::{Root, Walk};
 use support::*;
 
 struct Case {
@@ -240,6 +241,68 @@ fn bounds_on_names_and_depth_are_kept() {
     assert!(case.unpack(Layer::new().symlink("l", &"t".repeat(4095))).is_ok());
     assert!(case.unpack(Layer::new().symlink("m", &"t".repeat(4096))).is_err());
     assert!(case.unpack(Layer::new().symlink("e", "")).is_err());
+}
+
+async fn import(store: &Store, layers: &[Vec<u8>]) -> Result<Image, ImportError> {
+    let image = Built::new(layers, Packing::Plain, Family::Oci, "hostile");
+    let layout = tempfile::tempdir().unwrap();
+    image.write_layout(layout.path(), "hostile:v");
+    let source = ImportSource::Directory(layout.path().to_owned());
+    store.import(source, None, quiet()).await.map(|mut images| images.pop().unwrap())
+}
+
+/// A path is bounded, but may begin at a link to where the one before it ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tree_that_links_make_deeper_than_any_path_is_taken_and_deleted() {
+    // In memory, where such a tree is made and removed quickly.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut layer = Layer::new();
+    for number in 0..5 {
+        let mut path = if number == 0 { "d".to_owned() } else { format!("link{}/d", number - 1) };
+        for _ in 1..1000 {
+            layer = layer.dir(&path, 0o755);
+            path.push_str("/d");
+        }
+        layer = layer.dir(&path, 0o755).symlink(&format!("link{number}"), &path);
+    }
+    layer = layer.file("link4/file", b"x").hard_link("again", "link4/file");
+    let store = store(dir.path());
+    let image = import(&store, &[layer.tar()]).await.unwrap();
+    let lower = directories(store.stored_layers(&image)).unwrap();
+    let bottom = lower.last().unwrap();
+    assert_eq!(fs::read(bottom.join("again")).unwrap(), b"x");
+    let root = Root::open(bottom).unwrap();
+    let mut walk = Walk::new(&root.open_dir(Path::new(".")).unwrap()).unwrap();
+    while walk.step().unwrap() {}
+    assert_eq!(walk.usage().inodes, 5 * 1000 + 5 + 1);
+    assert!(store.remove("hostile:v", nobody).await.unwrap());
+    soon("it is deleted", || names(&dir.path().join("layers")).is_empty());
+}
+
+/// Links of a lower layer that lead to and fro, and directories without an entry in their places above.
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_that_take_long_to_be_compared_are_refused() {
+    let to_and_fro = "d/../".repeat(800);
+    let layers = |count: usize| {
+        let mut lower = Layer::new().dir("d", 0o755).symlink("link0", &format!("{to_and_fro}d"));
+        for number in 1..30 {
+            lower = lower.symlink(&format!("link{number}"), &format!("link{}/../{to_and_fro}d", number - 1));
+        }
+        let mut upper = Layer::new();
+        for number in 0..count {
+            lower = lower.symlink(&format!("in{number}"), "link29");
+            upper = upper.file(&format!("in{number}/file{number}"), b"x");
+        }
+        [lower.tar(), upper.tar()]
+    };
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let store = store(dir.path());
+    let image = import(&store, &layers(2)).await.unwrap();
+    let lower = directories(store.stored_layers(&image)).unwrap();
+    assert!(lower.iter().any(|dir| fs::read(dir.join("d/file1")).is_ok_and(|content| content == b"x")));
+    let refused = format!("{:?}", import(&store, &layers(1000)).await.unwrap_err());
+    assert!(refused.contains("take too long to be compared"), "{refused}");
+    assert_eq!(store.list().len(), 1);
 }
 
 #[test]

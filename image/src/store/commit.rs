@@ -23,6 +23,7 @@ use super::{Inner, Listed, RecordError, StoreError, file_error, make_private_dir
 use crate::image::Content;
 use crate::layer::LayerError;
 use crate::manifest::{Configuration, MAX_LAYERS, ManifestError};
+use crate::merged::Effort;
 use crate::patch::{self, PatchError};
 use crate::unpack::Summary;
 use crate::{Digest, Image};
@@ -358,6 +359,7 @@ type Stack = (Vec<Lower>, Vec<(Digest, LayerRecord)>);
 fn stack(inner: &Inner, new: &NewImage, pending: &mut Vec<Pending>) -> Result<Stack, ContentError> {
     // Lowest first, with the open directory of each, for the patches above.
     let mut stacked: Vec<(Lower, Root)> = Vec::new();
+    let effort = Effort::default();
     let mut patches = Vec::new();
     let mut below_chain: Option<Digest> = None;
     for layer in &new.layers {
@@ -378,7 +380,7 @@ fn stack(inner: &Inner, new: &NewImage, pending: &mut Vec<Pending>) -> Result<St
         stacked.retain(|(lower, _)| *lower != Lower::Layer(diff_id));
         let below: Vec<&Root> = stacked.iter().rev().map(|(_, root)| root).collect();
         let patch_error = |source| ContentError::Patch { diff_id, source };
-        let plan = patch::plan(&root, &summary, &below).map_err(patch_error)?;
+        let plan = patch::plan(&root, &summary, &below, &effort).map_err(patch_error)?;
         let patch = match plan {
             None => None,
             Some(plan) => {

@@ -14,6 +14,7 @@ mod containers;
 mod copy;
 mod crictl;
 mod daemonsets;
+mod deep_trees;
 mod descriptors;
 mod escape;
 mod exec;

@@ -98,9 +98,10 @@ impl Way {
 
 /// Whether another process has the profile `name`; an empty one is any.
 ///
-/// To open the file takes a lock that an exec of the process holds for a moment (`exec_update_lock`). Whoever
-/// may trace the process, and has its memory mapped by a file system of his own, can make that moment long. It
-/// ends when the process is killed: by its cgroup, for which the daemon needs no answer from here.
+/// To open the file takes a lock that an exec of the process holds for a moment
+/// (`exec_update_lock`). Whoever may trace the process, and has its memory mapped by a file system
+/// of his own, can make that moment long. It ends when the process is killed: by its cgroup, for
+/// which the daemon needs no answer from here.
 pub(crate) fn check_process(pid: i32, name: &str) -> Result<(), Failed> {
     if name.is_empty() {
         return Ok(());

@@ -423,7 +423,7 @@ impl ShimClient {
         descriptors: Vec<OwnedFd>,
     ) -> Result<RunningExec, ShimError> {
         let Sent { id, slot, answer } = self.send(Call::Exec(request), descriptors)?;
-        Ok(RunningExec { client: self.clone(), id, slot, answer: Some(answer) })
+        Ok(RunningExec { client: self.clone(), id, slot, answer: Some(answer), input: None })
     }
 
     /// Passes the container's own streams on by these pipes, from now on.
@@ -611,6 +611,8 @@ pub(crate) struct RunningExec {
     slot: Slot,
     /// Until the shim has said how it ended.
     answer: Option<oneshot::Receiver<Answer>>,
+    /// Our end of its input.
+    input: Option<OwnedFd>,
 }
 
 impl RunningExec {
@@ -637,6 +639,17 @@ impl RunningExec {
         }
     }
 
+    /// Keeps its input open until it has ended, when it is killed by dropping this: a program that sees the
+    /// end of its input before may take what it has read for all of it.
+    pub(crate) fn hold_input(&mut self, input: OwnedFd) {
+        self.input = Some(input);
+    }
+
+    /// Its input ends as its client wanted.
+    pub(crate) fn release_input(&mut self) {
+        self.input = None;
+    }
+
     /// Kills it and what it started in its session.
     pub(crate) async fn kill(&self) {
         self.client.kill_exec(self.id).await;
@@ -653,8 +666,9 @@ impl Drop for RunningExec {
         }
         // Without a runtime the daemon is at its end, and the shim goes on without it.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let (client, id) = (self.client.clone(), self.id);
+        let (client, id, input) = (self.client.clone(), self.id, self.input.take());
         runtime.spawn(async move {
+            let _input = input;
             let mut pause = KILL_AGAIN;
             loop {
                 client.kill_exec(id).await;

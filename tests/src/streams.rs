@@ -93,7 +93,7 @@ impl Client {
         let connection = {
             let _inside = tokio.enter();
             let stream = tokio::net::TcpStream::from_std(stream)?;
-            let limits = Limits { streams: 1000, idle: Duration::from_secs(3600) };
+            let limits = Limits { streams: 1000, idle: Duration::from_secs(3600), stall: None };
             Connection::new(stream, Role::Client, limits, None)
         };
         Ok(Self { tokio, connection })

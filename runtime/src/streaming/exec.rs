@@ -2,8 +2,8 @@
 //!
 //! The shim starts it, and passes bytes on between its streams and pipes, or a socket for a terminal, that
 //! only the shim and the daemon have: a process that shares a stream with a container can be kept waiting by
-//! it. A client that goes away takes its program along: the future here is dropped, the terminal hangs up,
-//! and the program's session is killed.
+//! it. A client that goes away takes its program along: the future here is dropped, the program's session is
+//! killed, and only then its input ends, or its terminal hangs up.
 //!
 //! When a client does not want output any more but has not gone away, a pipe is closed, and the program
 //! learns it as it would from any closed pipe; of a terminal, what the program writes from then on is
@@ -97,14 +97,19 @@ async fn on_pipes(
     let shim = container.running_shim()?;
     let (stdout, stdout_end) = output(session.stdout)?;
     let (stderr, stderr_end) = output(session.stderr)?;
-    let (stdin, stdin_end) = match session.stdin {
+    let failed = file("create", "a pipe");
+    let (stdin, stdin_end, held) = match session.stdin {
         Some(input) => {
-            let (write, read) = pipes::input().map_err(file("create", "a pipe"))?;
-            (Some((input, write)), Some(read))
+            let (write, read) = pipes::input().map_err(failed)?;
+            let held = write.as_fd().try_clone_to_owned().map_err(failed)?;
+            (Some((input, write)), Some(read), Some(held))
         }
-        None => (None, None),
+        None => (None, None, None),
     };
-    let running = shim.exec(args, stdout_end, stderr_end, stdin_end)?;
+    let mut running = shim.exec(args, stdout_end, stderr_end, stdin_end)?;
+    if let Some(held) = held {
+        running.hold_input(held);
+    }
     let (over, ended) = watch::channel(false);
     let copying = async {
         tokio::join!(copy_out(stdout, ended.clone()), copy_out(stderr, ended));
@@ -133,6 +138,7 @@ async fn on_terminal(
     berth_sys::file::set_nonblocking(taken.as_fd()).map_err(failed)?;
     let copy = |taken: &OwnedFd| taken.try_clone().map_err(failed);
     let (reader, writer) = (copy(&taken)?, copy(&taken)?);
+    running.hold_input(copy(&taken)?);
     // Neither a socket nor a terminal is a pipe, but they are read and written like one.
     let reader = pipe::Receiver::from_owned_fd_unchecked(reader).map_err(failed)?;
     let writer = pipe::Sender::from_owned_fd_unchecked(writer).map_err(failed)?;
@@ -162,7 +168,10 @@ async fn finish(
         tokio::select! {
             ended = running.ended() => break ended,
             () = &mut copying, if !copied => copied = true,
-            () = &mut feeding, if !fed => fed = true,
+            () = &mut feeding, if !fed => {
+                fed = true;
+                running.release_input();
+            }
         }
     };
     over.send_replace(true);

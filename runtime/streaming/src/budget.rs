@@ -6,6 +6,7 @@
 
 use bytes::Bytes;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// What waits for its readers on one connection, in bytes.
@@ -41,8 +42,21 @@ impl Budget {
     /// A queue whose contents count.
     pub(crate) fn queue(&self) -> (Sender, Receiver) {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        (Sender { budget: self.clone(), queue: sender }, Receiver(receiver))
+        let end = Arc::new(AtomicU8::new(0));
+        (Sender { budget: self.clone(), queue: sender, end: end.clone() }, Receiver { queue: receiver, end })
     }
+}
+
+/// Why nothing more comes into a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum End {
+    /// The connection is over, or the stream was given up here.
+    Broken = 0,
+    /// The peer has sent everything.
+    Finished = 1,
+    /// The peer has given the stream up.
+    Reset = 2,
 }
 
 /// Fills a queue.
@@ -50,6 +64,7 @@ impl Budget {
 pub(crate) struct Sender {
     budget: Budget,
     queue: mpsc::Sender<Piece>,
+    end: Arc<AtomicU8>,
 }
 
 impl Sender {
@@ -66,16 +81,38 @@ impl Sender {
         room.send(Piece { bytes: Bytes::copy_from_slice(bytes), _held: held });
         Ok(())
     }
+
+    /// Pieces that wait in the queue.
+    pub(crate) fn waiting(&self) -> usize {
+        QUEUE - self.queue.capacity()
+    }
+
+    /// Says why nothing more comes: to be told before the queue is dropped.
+    pub(crate) fn end(&self, why: End) {
+        self.end.store(why as u8, Ordering::Release);
+    }
 }
 
 /// Empties a queue.
 #[derive(Debug)]
-pub(crate) struct Receiver(mpsc::Receiver<Piece>);
+pub(crate) struct Receiver {
+    queue: mpsc::Receiver<Piece>,
+    end: Arc<AtomicU8>,
+}
 
 impl Receiver {
     /// The next bytes; `None` when nothing more comes.
     pub(crate) async fn receive(&mut self) -> Option<Bytes> {
-        self.0.recv().await.map(|piece| piece.bytes)
+        self.queue.recv().await.map(|piece| piece.bytes)
+    }
+
+    /// Why nothing more comes. Decided once that is so.
+    pub(crate) fn end(&self) -> End {
+        match self.end.load(Ordering::Acquire) {
+            1 => End::Finished,
+            2 => End::Reset,
+            _ => End::Broken,
+        }
     }
 }
 

@@ -110,7 +110,7 @@ where
         return Err(refused(answer).await);
     }
     let upgraded = hyper::upgrade::on(answer).await.map_err(ClientError::Http)?;
-    let limits = Limits { streams: 0, idle: IDLE };
+    let limits = Limits { streams: 0, idle: IDLE, stall: None };
     let connection = Connection::new(TokioIo::new(upgraded), Role::Client, limits, hangup);
     tokio::spawn(connection.keep_alive(KEEP_ALIVE));
     Ok(connection)

@@ -9,7 +9,7 @@
 //! | 1 to 3 | nothing after success, else plain text |
 //! | 4, 5 | a JSON object in the form of `metav1.Status`, always |
 
-use crate::budget;
+use crate::budget::{self, End};
 use crate::hangup::Hangup;
 use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
 use crate::spdy::{Connection, Limits, ResetStatus, Stream};
@@ -89,9 +89,14 @@ impl Input {
         Self(data)
     }
 
-    /// The next bytes; `None` at the end of the input.
+    /// The next bytes; `None` at the end of the input. A connection that breaks is none: nothing comes then,
+    /// and the command is given up.
     pub async fn receive(&mut self) -> Option<Bytes> {
-        self.0.receive().await
+        let received = self.0.receive().await;
+        if received.is_none() && self.0.end() == End::Broken {
+            return std::future::pending().await;
+        }
+        received
     }
 }
 
@@ -311,7 +316,7 @@ where
     T: AsyncRead + AsyncWrite + Send + 'static,
 {
     // Five streams at most; a client may open some that are refused.
-    let limits = Limits { streams: 8, idle: IDLE };
+    let limits = Limits { streams: 8, idle: IDLE, stall: None };
     let mut connection = Connection::new(io, Role::Server, limits, hangup);
     let collected = tokio::time::timeout(STREAMS_WITHIN, collect(&mut connection, wanted, version)).await;
     let Ok(Some(Streams { error: Some(error), stdin, stdout, stderr, resize })) = collected else {
@@ -366,7 +371,7 @@ where
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::spdy::Headers;
     use proptest::prelude::*;
@@ -469,7 +474,7 @@ mod tests {
     async fn a_command_gets_its_streams_in_any_order_and_its_status_comes_last() {
         let (near, far) = duplex(1024);
         let server = tokio::spawn(over_spdy(far, None, ALL, Version::V4, echo()));
-        let limits = Limits { streams: 100, idle: IDLE };
+        let limits = Limits { streams: 100, idle: IDLE, stall: None };
         let mut client = Connection::new(near, Role::Client, limits, None);
         let mut stderr = open(&mut client, "stderr").await;
         let mut unwanted = open(&mut client, "resize").await;
@@ -503,7 +508,7 @@ mod tests {
         });
         let wanted = Wanted { stdout: true, ..Wanted::default() };
         let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
-        let limits = Limits { streams: 100, idle: IDLE };
+        let limits = Limits { streams: 100, idle: IDLE, stall: None };
         let mut client = Connection::new(near, Role::Client, limits, None);
         let (mut stdout, mut error) = (open(&mut client, "stdout").await, open(&mut client, "error").await);
         assert!(ended.1.await.is_err());
@@ -514,22 +519,27 @@ mod tests {
         server.await.unwrap();
     }
 
+    /// A command that says when its input has ended.
+    pub(crate) fn reading_its_input(ended: tokio::sync::oneshot::Sender<()>) -> Run {
+        Box::new(move |mut session| {
+            Box::pin(async move {
+                while session.stdin.as_mut().unwrap().receive().await.is_some() {}
+                let _ = ended.send(());
+                Outcome::Exited(0)
+            })
+        })
+    }
+
     /// Some programs act on what they have read once their input ends.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_connection_that_breaks_is_not_the_end_of_the_input() {
         for _ in 0..100 {
             let (near, far) = duplex(1024);
             let (sender, input_ended) = tokio::sync::oneshot::channel::<()>();
-            let run: Run = Box::new(move |mut session| {
-                Box::pin(async move {
-                    while session.stdin.as_mut().unwrap().receive().await.is_some() {}
-                    let _ = sender.send(());
-                    Outcome::Exited(0)
-                })
-            });
+            let run = reading_its_input(sender);
             let wanted = Wanted { stdin: true, ..Wanted::default() };
             let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
-            let limits = Limits { streams: 100, idle: IDLE };
+            let limits = Limits { streams: 100, idle: IDLE, stall: None };
             let mut client = Connection::new(near, Role::Client, limits, None);
             let (stdin, mut error) = (open(&mut client, "stdin").await, open(&mut client, "error").await);
             stdin.outgoing.send(Bytes::from_static(b"half a file")).await.unwrap();
@@ -553,7 +563,7 @@ mod tests {
         });
         let wanted = Wanted { stdout: true, ..Wanted::default() };
         let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
-        let limits = Limits { streams: 100, idle: IDLE };
+        let limits = Limits { streams: 100, idle: IDLE, stall: None };
         let mut client = Connection::new(near, Role::Client, limits, None);
         let (_out, _error) = (open(&mut client, "stdout").await, open(&mut client, "error").await);
         drop(client);
@@ -567,7 +577,7 @@ mod tests {
         let run: Run = Box::new(|_| Box::pin(async { unreachable!("it has no streams") }));
         let start = tokio::time::Instant::now();
         let server = tokio::spawn(over_spdy(far, None, ALL, Version::V4, run));
-        let limits = Limits { streams: 100, idle: IDLE };
+        let limits = Limits { streams: 100, idle: IDLE, stall: None };
         let mut client = Connection::new(near, Role::Client, limits, None);
         let _error = open(&mut client, "error").await;
         server.await.unwrap();

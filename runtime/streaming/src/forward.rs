@@ -4,19 +4,23 @@
 //! `data`), `port` and `requestID`, the same for both. Clients before Kubernetes 1.6 send no `requestID`:
 //! their data stream has the id after that of its error stream. A connection that fails says why on its
 //! error stream, and takes nothing else along.
+//!
+//! The port sees an end only where its client, or itself, has ended: a client that vanishes or gives up is a
+//! connection that breaks, so that half a request is not taken for a whole one.
 
 use crate::command::BoxFuture;
 use crate::hangup::Hangup;
-use crate::spdy::connection::{Incoming, Outgoing, Role};
+use crate::spdy::connection::{BrokenOff, Incoming, Outgoing, Role};
 use crate::spdy::{Connection, Limits, ResetStatus, Stream};
-use crate::{IDLE, STREAMS_WITHIN};
+use crate::{IDLE, STALL, STREAMS_WITHIN};
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -60,7 +64,7 @@ pub(crate) async fn over_spdy<T>(io: T, hangup: Option<Hangup>, connect: Connect
 where
     T: AsyncRead + AsyncWrite + Send + 'static,
 {
-    let limits = Limits { streams: MAX_STREAMS, idle: IDLE };
+    let limits = Limits { streams: MAX_STREAMS, idle: IDLE, stall: Some(STALL) };
     let mut connection = Connection::new(io, Role::Server, limits, hangup);
     let mut halves: HashMap<Request, Half> = HashMap::new();
     let mut forwards = JoinSet::new();
@@ -167,6 +171,44 @@ async fn fail(error: &Outgoing, text: &str) {
     }
 }
 
+/// The port's side of a connection. The port sees it break when this is dropped before either side has ended.
+#[derive(Debug)]
+pub(crate) struct PortSide {
+    stream: TcpStream,
+    ended: AtomicBool,
+}
+
+impl From<TcpStream> for PortSide {
+    fn from(stream: TcpStream) -> Self {
+        Self { stream, ended: AtomicBool::new(false) }
+    }
+}
+
+impl PortSide {
+    /// Both directions, and where it is noted that one has ended.
+    pub(crate) fn split(&mut self) -> (ReadHalf<'_>, WriteHalf<'_>, &AtomicBool) {
+        let (from, to) = self.stream.split();
+        (from, to, &self.ended)
+    }
+}
+
+impl Drop for PortSide {
+    fn drop(&mut self) {
+        if !*self.ended.get_mut() {
+            // A reset instead of an end, socket(7). A port that is gone needs neither.
+            let _ = self.stream.set_zero_linger();
+        }
+    }
+}
+
+/// Why a connection ends whose port does not read.
+pub(crate) fn unread(port: u16) -> String {
+    format!(
+        "forward port {port}: disconnected, because the port has read nothing for {STALL:?} and held up the \
+         client's other connections"
+    )
+}
+
 async fn forward(pair: Pair, connect: Connect) {
     let Pair { port, error, data } = pair;
     let Stream { incoming, outgoing, .. } = data;
@@ -174,10 +216,11 @@ async fn forward(pair: Pair, connect: Connect) {
     let error = error.without_input();
     let (data, both) = (outgoing.clone(), outgoing.clone());
     let connected = async {
-        let (from, to) = connect(port).await?.into_split();
+        let mut side = PortSide::from(connect(port).await?);
+        let (from, to, ended) = side.split();
         // A port that reads no more may have answered all the same: that is passed on before it is said.
-        let uploading = async { Ok(upload(incoming, to).await) };
-        match tokio::try_join!(uploading, download(from, both)) {
+        let uploading = async { Ok(upload(incoming, to, ended).await) };
+        match tokio::try_join!(uploading, download(from, both, ended)) {
             Ok((Ok(()), ())) => Ok(()),
             Ok((Err(failed), ())) | Err(failed) => Err(format!("forward port {port}: {failed}")),
         }
@@ -187,7 +230,10 @@ async fn forward(pair: Pair, connect: Connect) {
     let result = tokio::select! {
         biased;
         result = connected => result,
-        () = data.was_reset() => Ok(()),
+        why = data.broken_off() => match why {
+            BrokenOff::ByPeer => Ok(()),
+            BrokenOff::Unread => Err(unread(port)),
+        },
     };
     match result {
         Ok(()) => {
@@ -203,24 +249,32 @@ async fn forward(pair: Pair, connect: Connect) {
 }
 
 /// From the client to the port; its end is passed on.
-async fn upload(mut from: Incoming, mut to: OwnedWriteHalf) -> io::Result<()> {
+async fn upload(mut from: Incoming, mut to: WriteHalf<'_>, ended: &AtomicBool) -> io::Result<()> {
     while let Some(bytes) = from.receive().await {
         to.write_all(&bytes).await?;
     }
+    if !from.is_finished() {
+        // It broke, which ends all of this.
+        return std::future::pending().await;
+    }
+    ended.store(true, Ordering::Relaxed);
     // The other side may have closed it already.
     let _ = to.shutdown().await;
     Ok(())
 }
 
 /// From the port to the client; its end is passed on.
-async fn download(from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
+async fn download(from: ReadHalf<'_>, to: Outgoing, ended: &AtomicBool) -> io::Result<()> {
     let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
     loop {
         // No room is kept for a connection on which nothing comes.
         from.readable().await?;
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         match from.try_read_buf(&mut buffer) {
-            Ok(0) => return to.finish().await.map_err(gone),
+            Ok(0) => {
+                ended.store(true, Ordering::Relaxed);
+                return to.finish().await.map_err(gone);
+            }
             Ok(length) if length < READ_BYTES / 4 => {
                 to.send(Bytes::copy_from_slice(&buffer)).await.map_err(gone)?;
             }
@@ -241,7 +295,7 @@ mod tests {
     async fn served(connect: Connect) -> (Connection, tokio::task::JoinHandle<()>) {
         let (near, far) = duplex(64 * 1024);
         let server = tokio::spawn(over_spdy(far, None, connect));
-        let limits = Limits { streams: 100, idle: IDLE };
+        let limits = Limits { streams: 100, idle: IDLE, stall: None };
         (Connection::new(near, Role::Client, limits, None), server)
     }
 
@@ -351,8 +405,67 @@ mod tests {
         let (mut error, data) = pair(&mut client, port, "0").await;
         let (mut silent, _) = listener.accept().await.unwrap();
         data.outgoing.reset(ResetStatus::Cancel).await;
-        assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0, "the pod's side is closed");
+        assert_eq!(silent.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
         assert!(all_of(&mut error).await.is_empty());
+    }
+
+    /// Half a request is not a whole one.
+    #[tokio::test]
+    async fn a_port_hears_of_a_client_that_vanishes_by_a_reset_and_not_by_an_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for finishes in [false, true] {
+            let (mut client, server) = served(connects()).await;
+            let (_error, data) = pair(&mut client, port, "0").await;
+            let (mut socket, _) = listener.accept().await.unwrap();
+            data.outgoing.send(Bytes::from_static(b"half")).await.unwrap();
+            let mut half = [0; 4];
+            socket.read_exact(&mut half).await.unwrap();
+            if finishes {
+                data.outgoing.finish().await.unwrap();
+                assert_eq!(socket.read(&mut [0]).await.unwrap(), 0);
+            }
+            drop((client, data));
+            server.await.unwrap();
+            if finishes {
+                continue;
+            }
+            assert_eq!(socket.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        }
+    }
+
+    /// A client that keeps to no window, as all of the CRI's do.
+    #[tokio::test]
+    async fn a_port_that_reads_nothing_is_given_up_and_the_others_go_on() {
+        let deaf = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let echo = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (deaf_port, port) = (deaf.local_addr().unwrap().port(), echo.local_addr().unwrap().port());
+        let (mut client, _server) = served(connects()).await;
+        let (mut error, data) = pair(&mut client, deaf_port, "0").await;
+        let (_deaf, _) = deaf.accept().await.unwrap();
+        let (_other_error, mut other) = pair(&mut client, port, "1").await;
+        let (mut socket, _) = echo.accept().await.unwrap();
+        // More than the sockets, the queue and the wire hold.
+        let overrun = tokio::spawn(async move {
+            let piece = Bytes::from(vec![7; 64 * 1024]);
+            for _ in 0..1024 {
+                if data.outgoing.send(piece.clone()).await.is_err() {
+                    return;
+                }
+            }
+        });
+        tokio::time::pause();
+        let said = String::from_utf8(all_of(&mut error).await).unwrap();
+        assert_eq!(said, unread(deaf_port));
+        overrun.await.unwrap();
+        tokio::time::resume();
+        other.outgoing.send(Bytes::from_static(b"hello")).await.unwrap();
+        other.outgoing.finish().await.unwrap();
+        let mut text = Vec::new();
+        socket.read_to_end(&mut text).await.unwrap();
+        assert_eq!(text, b"hello");
+        drop(socket);
+        assert!(all_of(&mut other).await.is_empty());
     }
 
     /// A server that refuses a request before it has read all of it.

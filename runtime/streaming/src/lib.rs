@@ -38,5 +38,10 @@ pub const STREAMS_WITHIN: Duration = Duration::from_secs(30);
 /// How long a connection lives on which nothing is said. Kubernetes' own server has the same.
 pub const IDLE: Duration = Duration::from_secs(4 * 3600);
 
-/// How long a client may take to close, once everything that its command said has been written.
+/// How long one forwarded connection may hold up the others of its client when its port reads nothing. A port
+/// that is slow reads a little in that time.
+pub const STALL: Duration = Duration::from_secs(10);
+
+/// How long a client may take to close, once everything that its command said has been written: handed to the
+/// kernel, which goes on sending it when the connection has been closed.
 pub const LINGER: Duration = Duration::from_secs(10);

@@ -8,13 +8,13 @@
 //! ```
 //! Data waits for its reader in a short queue, and all queues of a connection share a budget. When
 //! either is full the reader task waits, and with it the whole connection: SPDY's flow control is not used by
-//! the clients of the CRI, so TCP is what slows the peer down. A peer that goes away meanwhile is noticed by
-//! [`Hangup`].
+//! the clients of the CRI, so TCP is what slows the peer down. [`Limits::stall`] says for how long. A peer
+//! that goes away meanwhile is noticed by [`Hangup`].
 
 use super::frame::{Decoder, Encoder, Frame, MAX_DATA_BYTES, ResetStatus};
 use super::{Headers, ProtocolError};
 use crate::activity::Activity;
-use crate::budget::{self, Budget};
+use crate::budget::{self, Budget, End};
 use crate::hangup::Hangup;
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::HashMap;
@@ -54,6 +54,9 @@ pub struct Limits {
     pub streams: usize,
     /// How long a connection lives without a frame in either direction.
     pub idle: Duration,
+    /// How long the connection may wait for a stream that nobody reads. The stream is given up then, so that
+    /// it does not hold up the others for ever. `None` where the others mean nothing without it.
+    pub stall: Option<Duration>,
 }
 
 /// The connection is over, or the stream is.
@@ -88,15 +91,38 @@ enum Command {
     },
 }
 
+/// Why a stream ended before both had finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BrokenOff {
+    /// The peer has reset it.
+    ByPeer,
+    /// Nobody read it for longer than [`Limits::stall`].
+    Unread,
+}
+
+/// What becomes of data from the peer.
+#[derive(Debug)]
+enum Reading {
+    Queued(budget::Sender),
+    /// The peer has finished.
+    Finished,
+    /// It is thrown away.
+    GivenUp,
+}
+
 /// An open stream, as the two tasks and its owner see it.
 #[derive(Debug)]
 struct Entry {
-    /// Until the peer has finished.
-    incoming: Option<budget::Sender>,
+    incoming: Reading,
     /// Whether this end has finished.
     finished: bool,
-    /// Whether the peer has reset it.
-    reset: watch::Sender<bool>,
+    broken_off: watch::Sender<Option<BrokenOff>>,
+}
+
+impl Entry {
+    fn is_read(&self) -> bool {
+        matches!(self.incoming, Reading::Queued(_))
+    }
 }
 
 #[derive(Debug)]
@@ -127,7 +153,7 @@ impl Shared {
         let mut streams = self.streams();
         if let Some(entry) = streams.get_mut(&stream) {
             entry.finished = true;
-            if entry.incoming.is_none() {
+            if !entry.is_read() {
                 streams.remove(&stream);
             }
         }
@@ -137,10 +163,31 @@ impl Shared {
     fn peer_finished(&self, stream: u32) {
         let mut streams = self.streams();
         if let Some(entry) = streams.get_mut(&stream) {
-            entry.incoming = None;
+            if let Reading::Queued(queue) = &entry.incoming {
+                queue.end(End::Finished);
+            }
+            entry.incoming = Reading::Finished;
             if entry.finished {
                 streams.remove(&stream);
             }
+        }
+    }
+
+    /// Gives up the stream of which the most waits to be read: while the connection stood still, whoever
+    /// reads has emptied its queue. `full` is it if its own queue is.
+    fn give_up(&self, full: u32) {
+        let mut streams = self.streams();
+        let waiting = |entry: &Entry| match &entry.incoming {
+            Reading::Queued(queue) => queue.waiting(),
+            Reading::Finished | Reading::GivenUp => 0,
+        };
+        let most = match streams.get(&full) {
+            Some(entry) if waiting(entry) == budget::QUEUE => Some(full),
+            _ => streams.iter().max_by_key(|(_, entry)| waiting(entry)).map(|(id, _)| *id),
+        };
+        if let Some(entry) = most.and_then(|id| streams.get_mut(&id)) {
+            entry.incoming = Reading::GivenUp;
+            entry.broken_off.send_replace(Some(BrokenOff::Unread));
         }
     }
 }
@@ -276,12 +323,17 @@ fn new_stream(
     permit: Option<OwnedSemaphorePermit>,
 ) -> Stream {
     let (sender, data) = shared.budget.queue();
-    let incoming = (!peer_finished).then_some(sender);
-    let (reset, was_reset) = watch::channel(false);
-    shared.streams().insert(id, Entry { incoming, finished: false, reset });
+    let incoming = if peer_finished {
+        sender.end(End::Finished);
+        Reading::Finished
+    } else {
+        Reading::Queued(sender)
+    };
+    let (broken_off, was_broken_off) = watch::channel(None);
+    shared.streams().insert(id, Entry { incoming, finished: false, broken_off });
     let held = Arc::new(permit);
     let outgoing =
-        Outgoing { id, commands: commands.clone(), shared: shared.clone(), was_reset, _held: held };
+        Outgoing { id, commands: commands.clone(), shared: shared.clone(), was_broken_off, _held: held };
     Stream { headers, incoming: Incoming(data), outgoing }
 }
 
@@ -313,6 +365,13 @@ impl Incoming {
     pub async fn receive(&mut self) -> Option<Bytes> {
         self.0.receive().await
     }
+
+    /// Whether the peer has finished the stream: nothing that it sent is missing. Decided once
+    /// [`receive`](Self::receive) has returned `None`.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.0.end() == End::Finished
+    }
 }
 
 /// The half of a stream that is written.
@@ -321,7 +380,7 @@ pub struct Outgoing {
     id: u32,
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
-    was_reset: watch::Receiver<bool>,
+    was_broken_off: watch::Receiver<Option<BrokenOff>>,
     /// What the peer may have is counted by what its owner holds, not by what the peer says is over.
     _held: Arc<Option<OwnedSemaphorePermit>>,
 }
@@ -333,10 +392,13 @@ impl Outgoing {
         self.id
     }
 
-    /// Resolves when the peer has reset the stream; never, when that ends in another way.
-    pub async fn was_reset(&self) {
-        if self.was_reset.clone().wait_for(|reset| *reset).await.is_err() {
-            std::future::pending().await
+    /// Resolves when the peer has reset the stream, or nobody reads it; never, when it ends in another way.
+    pub async fn broken_off(&self) -> BrokenOff {
+        let mut broken_off = self.was_broken_off.clone();
+        let found = broken_off.wait_for(Option::is_some).await.ok().and_then(|found| *found);
+        match found {
+            Some(found) => found,
+            None => std::future::pending().await,
         }
     }
 
@@ -456,7 +518,10 @@ impl Reader {
             }
             Frame::Reset { stream, .. } => {
                 if let Some(entry) = self.shared.streams().remove(&stream) {
-                    entry.reset.send_replace(true);
+                    if let Reading::Queued(queue) = &entry.incoming {
+                        queue.end(End::Reset);
+                    }
+                    entry.broken_off.send_replace(Some(BrokenOff::ByPeer));
                 }
                 Ok(true)
             }
@@ -498,19 +563,21 @@ impl Reader {
     }
 
     async fn deliver(&self, id: u32, bytes: Bytes) -> Result<bool, ProtocolError> {
-        let known = {
-            let streams = self.shared.streams();
-            streams.get(&id).map(|entry| entry.incoming.clone())
-        };
-        match known {
-            Some(Some(incoming)) => Ok(self
-                .unless_gone(async {
-                    // It is no longer read, so it is discarded.
-                    let _ = incoming.send(&bytes).await;
-                })
-                .await),
+        enum To {
+            Queue(budget::Sender),
+            Finished,
+            Nobody,
+        }
+        let to = self.shared.streams().get(&id).map(|entry| match &entry.incoming {
+            Reading::Queued(queue) => To::Queue(queue.clone()),
+            Reading::Finished => To::Finished,
+            Reading::GivenUp => To::Nobody,
+        });
+        match to {
+            Some(To::Queue(queue)) => Ok(self.unless_gone(self.pass_on(id, queue, bytes)).await),
+            Some(To::Nobody) => Ok(true),
             // It said that it had finished.
-            Some(None) => {
+            Some(To::Finished) => {
                 self.shared.streams().remove(&id);
                 self.order(Command::Reset { stream: id, status: ResetStatus::ProtocolError }).await
             }
@@ -521,6 +588,21 @@ impl Reader {
             }
             // It was reset while this was on its way.
             None => Ok(true),
+        }
+    }
+
+    /// Waits for the reader of a stream, within [`Limits::stall`].
+    async fn pass_on(&self, id: u32, queue: budget::Sender, bytes: Bytes) {
+        let Some(stall) = self.limits.stall else {
+            // It is no longer read, so it is discarded.
+            let _ = queue.send(&bytes).await;
+            return;
+        };
+        while tokio::time::timeout(stall, queue.send(&bytes)).await.is_err() {
+            self.shared.give_up(id);
+            if !self.shared.streams().get(&id).is_some_and(Entry::is_read) {
+                return;
+            }
         }
     }
 
@@ -598,7 +680,7 @@ mod tests {
     use tokio::io::{DuplexStream, duplex};
     use tokio::time::Instant;
 
-    const LIMITS: Limits = Limits { streams: 4, idle: Duration::from_secs(60) };
+    const LIMITS: Limits = Limits { streams: 4, idle: Duration::from_secs(60), stall: None };
 
     fn pair() -> (Connection, Connection) {
         let (client, server) = duplex(64 * 1024);
@@ -752,7 +834,7 @@ mod tests {
     async fn taken(length: usize) -> usize {
         const STREAMS: u32 = 1000;
         let (mut client, server) = duplex(WIRE);
-        let limits = Limits { streams: 1000, idle: LIMITS.idle };
+        let limits = Limits { streams: 1000, ..LIMITS };
         let _server = Connection::new(server, Role::Server, limits, None);
         let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
         for stream in 0..STREAMS {

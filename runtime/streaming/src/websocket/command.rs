@@ -6,7 +6,7 @@
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
 use crate::activity::Activity;
-use crate::budget::{self, Budget};
+use crate::budget::{self, Budget, End};
 use crate::command::{Input, Outcome, Output, Run, Session, Size, Sizes, Wanted, status};
 use crate::hangup::{self, Hangup};
 use crate::{IDLE, LINGER};
@@ -60,7 +60,11 @@ impl Reader {
                         }
                     }
                 }
-                Said::End { channel: STDIN } => self.stdin = None,
+                Said::End { channel: STDIN } => {
+                    if let Some(stdin) = self.stdin.take() {
+                        stdin.end(End::Finished);
+                    }
+                }
                 Said::Data { .. } | Said::End { .. } | Said::Nothing => {}
             }
         }
@@ -143,6 +147,7 @@ mod tests {
     use super::super::{CLOSE, FOR_COMMANDS, MAX_MESSAGE_BYTES};
     use super::*;
     use crate::command::Version;
+    use crate::command::tests::reading_its_input;
     use futures_util::{SinkExt, StreamExt};
     use proptest::prelude::*;
     use std::time::Duration;
@@ -261,13 +266,7 @@ mod tests {
     async fn a_connection_that_breaks_is_not_the_end_of_the_input() {
         let (near, far) = duplex(64 * 1024);
         let (sender, input_ended) = tokio::sync::oneshot::channel::<()>();
-        let run: Run = Box::new(move |mut session| {
-            Box::pin(async move {
-                while session.stdin.as_mut().unwrap().receive().await.is_some() {}
-                let _ = sender.send(());
-                Outcome::Exited(0)
-            })
-        });
+        let run = reading_its_input(sender);
         let wanted = Wanted { stdin: true, ..Wanted::default() };
         let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
         let mut client = client(near).await;

@@ -3,23 +3,27 @@
 //! The ports are those of the CRI's request, or of the query (`?port=80,81` or `?ports=80`) when that has
 //! none. Each has one connection, which is made at once, and two channels: 2n for data and 2n + 1 for why it
 //! failed. The server begins both with the port, two bytes with the lower one first. There is no way to end
-//! one direction. The WebSocket is closed when all connections have ended.
+//! one direction, but a client that closes the WebSocket has sent everything. The WebSocket is closed when all
+//! connections have ended.
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
 use crate::activity::Activity;
-use crate::budget::{Budget, Receiver, Sender};
+use crate::budget::{Budget, End, QUEUE, Receiver, Sender};
 use crate::command::Version;
-use crate::forward::Connect;
+use crate::forward::{self, Connect, PortSide};
 use crate::hangup::{self, Hangup};
 use crate::spdy::connection::Closed;
-use crate::{IDLE, LINGER};
-use bytes::BytesMut;
+use crate::{IDLE, LINGER, STALL};
+use bytes::{Bytes, BytesMut};
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
+use tokio_tungstenite::tungstenite::Message;
 
 /// The most ports of one WebSocket: in base64 a channel is one character.
 pub(crate) const MAX_PORTS: usize = 32;
@@ -42,6 +46,15 @@ pub(crate) fn ports_of_query(query: &str) -> Option<Vec<u16>> {
     ports.filter(|ports| (1..=MAX_PORTS).contains(&ports.len()))
 }
 
+/// Where data for a port goes.
+#[derive(Debug)]
+struct Input {
+    /// Nothing when it is thrown away.
+    queue: Option<Sender>,
+    /// Nobody reads it, and it holds up the others.
+    unread: Arc<Notify>,
+}
+
 /// Forwards these ports, [`MAX_PORTS`] at most, until all connections have ended or the client goes away.
 pub(crate) async fn forward<T>(io: T, hangup: Option<Hangup>, base64: bool, ports: Vec<u16>, connect: Connect)
 where
@@ -51,13 +64,18 @@ where
     let (messages, writer, mut stream) = begin(accepted(io).await, activity.clone());
     let (budget, mut inputs, mut forwards) = (Budget::default(), Vec::new(), JoinSet::new());
     for (port, number) in ports.into_iter().zip((0_u8..).step_by(2)) {
-        let (sender, input) = budget.queue();
-        inputs.push(sender);
+        let (queue, input) = budget.queue();
+        let unread = Arc::new(Notify::new());
+        inputs.push(Input { queue: Some(queue), unread: unread.clone() });
         let channel = |number| Channel { messages: messages.clone(), number, base64 };
         let (data, error) = (channel(number), channel(number + 1));
         let connect = connect.clone();
         forwards.spawn(async move {
-            if let Err(text) = one(port, &connect, input, &data, &error).await {
+            let ended = tokio::select! {
+                ended = one(port, &connect, input, &data, &error) => ended,
+                () = unread.notified() => Err(forward::unread(port)),
+            };
+            if let Err(text) = ended {
                 tracing::debug!(port, error = text, "a forwarded connection failed");
                 // A failure to send it does not matter.
                 let _ = error.send(text.as_bytes()).await;
@@ -67,46 +85,73 @@ where
     drop(messages);
     let reading = async {
         let protocol = Protocol { version: Version::V4, base64 };
+        let mut has_closed = false;
         while let Some(message) = next(&mut stream, &activity).await {
-            if !deliver(decode(protocol, message).ok(), &inputs, hangup.as_ref()).await {
-                return;
+            has_closed = has_closed || matches!(message, Message::Close(_));
+            if !deliver(decode(protocol, message).ok(), &mut inputs, hangup.as_ref()).await {
+                return false;
             }
         }
+        if has_closed {
+            for queue in inputs.iter().filter_map(|input| input.queue.as_ref()) {
+                queue.end(End::Finished);
+            }
+        }
+        inputs.clear();
+        has_closed
     };
-    let all = async { while forwards.join_next().await.is_some() {} };
     let mut reading = pin!(reading);
     let abort = writer.abort_handle();
     let said = async {
-        all.await;
+        while forwards.join_next().await.is_some() {}
         // The writer says goodbye behind what is left, which the client may read as slowly as all before.
         tokio::time::timeout(IDLE, writer).await.is_ok()
     };
-    let said = tokio::select! {
-        () = &mut reading => false,
-        said = said => said,
+    let (said, has_closed) = tokio::select! {
+        has_closed = &mut reading => (false, has_closed),
+        said = said => (said, false),
     };
     if said {
         // The client answers the goodbye.
         let _ = tokio::time::timeout(LINGER, reading).await;
+    } else if has_closed {
+        // What it has sent before is passed on.
+        let _ = tokio::time::timeout(LINGER, async { while forwards.join_next().await.is_some() {} }).await;
     }
     abort.abort();
 }
 
 /// Passes on what a client said; `false` when that was nonsense, or it is gone.
-async fn deliver(said: Option<Said>, inputs: &[Sender], hangup: Option<&Hangup>) -> bool {
+async fn deliver(said: Option<Said>, inputs: &mut [Input], hangup: Option<&Hangup>) -> bool {
     match said {
         Some(Said::Data { channel, bytes }) if channel.is_multiple_of(2) => {
-            let Some(input) = inputs.get(usize::from(channel / 2)) else { return true };
             tokio::select! {
                 biased;
-                // A connection that has ended reads no more: it is thrown away.
-                _ = input.send(&bytes) => true,
+                () = pass_on(usize::from(channel / 2), bytes, inputs) => true,
                 () = hangup::of(hangup) => false,
             }
         }
         // Input on an error channel is ignored.
         Some(_) => true,
         None => false,
+    }
+}
+
+/// Waits for whoever reads the input, within [`STALL`].
+async fn pass_on(to: usize, bytes: Bytes, inputs: &mut [Input]) {
+    // A connection that has ended reads no more: what comes for it is thrown away.
+    while let Some(queue) = inputs.get(to).and_then(|input| input.queue.as_ref()) {
+        if tokio::time::timeout(STALL, queue.send(&bytes)).await.is_ok() {
+            return;
+        }
+        let is_full = queue.waiting() == QUEUE;
+        let waiting = |input: &Input| input.queue.as_ref().map_or(0, Sender::waiting);
+        // Whoever reads has emptied its queue meanwhile.
+        let most = if is_full { inputs.get_mut(to) } else { inputs.iter_mut().max_by_key(|it| waiting(it)) };
+        if let Some(input) = most {
+            input.queue = None;
+            input.unread.notify_one();
+        }
     }
 }
 
@@ -122,32 +167,41 @@ async fn one(
     if data.send(&named).await.is_err() || error.send(&named).await.is_err() {
         return Ok(());
     }
-    let (from, to) = connect(port).await?.into_split();
+    let mut side = PortSide::from(connect(port).await?);
+    let (from, to, over) = side.split();
     // The client cannot say that it has finished: the end of the other direction is the end. A port that
     // reads no more may have answered all the same.
-    let mut downloading = pin!(download(from, data));
+    let mut downloading = pin!(download(from, data, over));
     let ended = tokio::select! {
-        failed = upload(input, to) => downloading.await.and(failed),
+        failed = upload(input, to, over) => downloading.await.and(failed),
         ended = &mut downloading => ended,
     };
     ended.map_err(|failed| format!("forward port {port}: {failed}"))
 }
 
 /// From the client to the port; resolves only when that fails.
-async fn upload(mut from: Receiver, mut to: OwnedWriteHalf) -> io::Result<()> {
+async fn upload(mut from: Receiver, mut to: WriteHalf<'_>, over: &AtomicBool) -> io::Result<()> {
     while let Some(bytes) = from.receive().await {
         to.write_all(&bytes).await?;
+    }
+    if from.end() == End::Finished {
+        over.store(true, Ordering::Relaxed);
+        // The other side may have closed it already.
+        let _ = to.shutdown().await;
     }
     std::future::pending().await
 }
 
 /// From the port to the client.
-async fn download(from: OwnedReadHalf, to: &Channel) -> io::Result<()> {
+async fn download(from: ReadHalf<'_>, to: &Channel, over: &AtomicBool) -> io::Result<()> {
     loop {
         from.readable().await?;
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         match from.try_read_buf(&mut buffer) {
-            Ok(0) => return Ok(()),
+            Ok(0) => {
+                over.store(true, Ordering::Relaxed);
+                return Ok(());
+            }
             Ok(_) => to.send(&buffer).await.map_err(|Closed| io::Error::from(io::ErrorKind::BrokenPipe))?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
@@ -272,12 +326,66 @@ mod tests {
             let (mut silent, _) = listener.accept().await.unwrap();
             match nonsense {
                 Some(message) => client.send(message).await.unwrap(),
-                None => drop(client.close(None).await),
+                None => {
+                    drop(client);
+                    assert_eq!(
+                        silent.read(&mut [0]).await.unwrap_err().kind(),
+                        io::ErrorKind::ConnectionReset
+                    );
+                    server.await.unwrap();
+                    continue;
+                }
             }
-            assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0, "the pod's side is closed");
+            assert_eq!(silent.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
             drop(client);
             server.await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_before_a_goodbye_is_passed_on_and_then_its_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (mut client, server) = served(false, vec![listener.local_addr().unwrap().port()]).await;
+        let (mut socket, _) = listener.accept().await.unwrap();
+        client.send(Message::binary(vec![0, b'x'])).await.unwrap();
+        client.close(None).await.unwrap();
+        let mut text = Vec::new();
+        socket.read_to_end(&mut text).await.unwrap();
+        assert_eq!(text, b"x");
+        drop(socket);
+        while client.next().await.is_some_and(|message| message.is_ok()) {}
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_port_that_reads_nothing_is_given_up_and_the_others_go_on() {
+        let deaf = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let deaf_port = deaf.local_addr().unwrap().port();
+        let (client, _server) = served(false, vec![deaf_port, answers().await]).await;
+        let (_deaf, _) = deaf.accept().await.unwrap();
+        let (mut to, mut from) = client.split();
+        // More than the sockets, the queue and the wire hold; then something for the other port.
+        let overrun = tokio::spawn(async move {
+            for _ in 0..1024 {
+                to.send(Message::binary(vec![0; 64 * 1024])).await.unwrap();
+            }
+            to.send(Message::binary(vec![2, b'y', b'\n'])).await.unwrap();
+            to
+        });
+        tokio::time::pause();
+        let (mut said, mut answer) = (Vec::new(), Vec::new());
+        while answer.len() < 4 {
+            if let Message::Binary(bytes) = from.next().await.unwrap().unwrap() {
+                match bytes[0] {
+                    1 => said.extend_from_slice(&bytes[1..]),
+                    2 => answer.extend_from_slice(&bytes[1..]),
+                    _ => {}
+                }
+            }
+        }
+        assert_eq!(&said[2..], forward::unread(deaf_port).as_bytes());
+        assert_eq!(&answer[2..], b"y\n");
+        drop(overrun.await.unwrap());
     }
 
     #[tokio::test]

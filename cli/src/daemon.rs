@@ -127,6 +127,8 @@ pub(crate) struct Daemon {
     pub(crate) images: ImageServiceClient<Channel>,
     /// Berth's own service.
     pub(crate) own: BerthClient<Channel>,
+    /// The socket of the streams that calls answer with URLs for.
+    pub(crate) streams: PathBuf,
 }
 
 impl Daemon {
@@ -157,6 +159,7 @@ impl Daemon {
             own: BerthClient::new(channel)
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            streams: berth_api::streams_socket(socket),
         })
     }
 

@@ -1,33 +1,34 @@
-//! Connections to the daemon's streaming server, by the URLs that the daemon returns.
+//! Connections to the daemon's streaming server, for the URLs that the daemon returns.
 //!
-//! Only a client of the daemon's socket gets a URL, and its token authorizes the connection. The
-//! server is on this machine: on loopback, or on the configured address.
+//! They go through the server's socket in the file system and not to the address in the URL, which is for a
+//! kubelet: that works in every network namespace and chroot, and whether or not the address wants TLS.
 
 use std::io;
+use std::path::{Path, PathBuf};
 
 use berth_streaming::client::{self, ClientError, Command, Forwarded, Target};
 use berth_streaming::command::Wanted;
-use tokio::net::TcpStream;
+use tokio::net::UnixStream;
+
+use crate::daemon::Daemon;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RemoteError {
-    /// The address cannot be reached.
+    /// There is no socket.
     #[error(
-        "cannot connect to the daemon's streaming server at {address}: {error}; run this command on the daemon's host"
+        "there is no streaming socket {0}; the daemon's log says why, or the daemon is older than this \
+         command and has to be restarted"
     )]
+    NoSocket(PathBuf),
+    /// Nobody answers.
+    #[error("cannot connect to the daemon's streaming socket {path}: {error}")]
     Connect {
-        /// Host and port.
-        address: String,
+        /// The socket.
+        path: PathBuf,
         /// What the system says.
         error: io::Error,
     },
-    /// The server uses TLS.
-    #[error(
-        "the daemon's streaming server at {0} uses TLS, which this command does not support; set \
-         streaming.address to a loopback address in the daemon's configuration"
-    )]
-    Secure(String),
     /// The server, or the connection, failed.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -37,31 +38,39 @@ pub(crate) enum RemoteError {
 ///
 /// # Errors
 /// [`RemoteError`].
-pub(crate) async fn command(url: &str, wanted: Wanted) -> Result<Command, RemoteError> {
+pub(crate) async fn command(daemon: &Daemon, url: &str, wanted: Wanted) -> Result<Command, RemoteError> {
     let target = Target::of_url(url)?;
-    let io = connect(&target).await?;
-    Ok(client::command(io, None, &target, wanted).await?)
+    let io = connect(&daemon.streams).await?;
+    Ok(client::command(io, &target, wanted).await?)
 }
 
 /// Opens a connection to a port of a pod by a URL.
 ///
 /// # Errors
 /// [`RemoteError`].
-pub(crate) async fn forward(url: &str, port: u16) -> Result<Forwarded, RemoteError> {
+pub(crate) async fn forward(daemon: &Daemon, url: &str, port: u16) -> Result<Forwarded, RemoteError> {
     let target = Target::of_url(url)?;
-    let io = connect(&target).await?;
-    Ok(client::forward(io, None, &target, port).await?)
+    let io = connect(&daemon.streams).await?;
+    Ok(client::forward(io, &target, port).await?)
 }
 
-/// Connects. The end of the server's side is not watched for while reading: it may come before
-/// everything is read, and the data sent before it is wanted.
-async fn connect(target: &Target) -> Result<TcpStream, RemoteError> {
-    if target.is_secure {
-        return Err(RemoteError::Secure(target.authority.clone()));
+async fn connect(path: &Path) -> Result<UnixStream, RemoteError> {
+    UnixStream::connect(path).await.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => RemoteError::NoSocket(path.to_owned()),
+        _ => RemoteError::Connect { path: path.to_owned(), error },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_that_is_not_there_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("berth.sock.streams");
+        assert!(matches!(connect(&path).await, Err(RemoteError::NoSocket(told)) if told == path));
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(matches!(connect(&path).await, Err(RemoteError::Connect { .. })));
     }
-    let failed = |error| RemoteError::Connect { address: target.authority.clone(), error };
-    let io = TcpStream::connect(&target.authority).await.map_err(failed)?;
-    // Only an optimization.
-    let _ = io.set_nodelay(true);
-    Ok(io)
 }

@@ -151,6 +151,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     );
     let streaming = Streaming::start(&config.streaming)?;
     let services = server::Services {
+        streams: streaming.local(),
         runtime: RuntimeService::new(node.clone(), streaming),
         image: ImageService::new(node.clone()),
         berth: api::Service::new(node.clone()),

@@ -5,6 +5,7 @@ use crate::cri::{ImageService, RuntimeService};
 use crate::file_error::FileError;
 use crate::http2;
 use crate::listener::{self, Knock};
+use crate::streaming::LocalStreaming;
 use berth_api::v1::berth_server::BerthServer;
 use berth_cri::MAX_MESSAGE_BYTES;
 use berth_cri::v1::image_service_server::ImageServiceServer;
@@ -45,6 +46,7 @@ pub(crate) struct Services {
     pub(crate) runtime: RuntimeService,
     pub(crate) image: ImageService,
     pub(crate) berth: api::Service,
+    pub(crate) streams: LocalStreaming,
 }
 
 /// Serves on the socket at `path` until `stop` resolves, and then removes the socket's file. Calls
@@ -63,6 +65,12 @@ pub(crate) async fn serve(
     }
     let parent = path.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(parent).map_err(FileError::of("create", parent))?;
+    let streams = berth_api::streams_socket(path);
+    // Kubernetes does not need it.
+    let _streams = services.streams.listen(&streams).inspect_err(|error| {
+        let error = crate::chain(error);
+        tracing::error!(path = %streams.display(), error, "cannot listen on the socket of the berth command's streams; berth exec, attach, run, cp and port-forward fail");
+    });
     let listener = listener::bind(path, MODE)?;
     listening();
     let connections = UnixListenerStream::new(listener).then(async |connection| {

@@ -98,5 +98,5 @@ pub(super) async fn connect(
         stderr: wanted.stderr,
     };
     let url = answer(format!("attach to {label}"), daemon.runtime.clone().attach(request)).await?.url;
-    Ok(remote::command(&url, wanted).await?)
+    Ok(remote::command(daemon, &url, wanted).await?)
 }

@@ -362,7 +362,7 @@ impl Inside {
             ExecRequest { container_id: self.id.clone(), cmd, tty: false, stdin, stdout: true, stderr: true };
         let act = format!("run tar in {}", self.label);
         let url = answer(act, self.daemon.runtime.clone().exec(request)).await?.url;
-        Ok(remote::command(&url, wanted).await?)
+        Ok(remote::command(&self.daemon, &url, wanted).await?)
     }
 
     /// Waits for tar to end while `pump` transfers its archive.

@@ -79,7 +79,7 @@ pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Er
     let act = format!("run the program in {label}");
     let starting = async {
         let url = answer(act, daemon.runtime.clone().exec(request)).await?.url;
-        Ok::<_, Error>(remote::command(&url, wanted).await?)
+        Ok::<_, Error>(remote::command(daemon, &url, wanted).await?)
     };
     let command = tokio::select! {
         command = starting => command?,

@@ -157,7 +157,7 @@ async fn serve(socket: TcpStream, to: Destination) {
 async fn connect(to: &Destination) -> Result<Forwarded, Error> {
     let request = PortForwardRequest { pod_sandbox_id: to.pod_id.clone(), port: vec![i32::from(to.port)] };
     let url = answer("forward the port", to.daemon.runtime.clone().port_forward(request)).await?.url;
-    Ok(remote::forward(&url, to.port).await?)
+    Ok(remote::forward(&to.daemon, &url, to.port).await?)
 }
 
 /// Copies both ways until both have ended. Returns why the pod's side failed, if it did.

@@ -7,6 +7,8 @@
 
 mod redacted;
 
+use std::path::{Path, PathBuf};
+
 /// Package `berth.v1`: every message, and a module each for the client and the server of the service.
 #[expect(
     missing_docs,
@@ -23,6 +25,15 @@ pub const SOCKET_NAME: &str = "berth.sock";
 
 /// Where the socket is if neither the daemon nor its client is configured otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/berth/berth.sock";
+
+/// Where clients on the daemon's host connect for the streams of Exec, Attach and PortForward, with the paths
+/// of their URLs: beside the daemon's `socket`, and for root only.
+#[must_use]
+pub fn streams_socket(socket: &Path) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".streams");
+    path.into()
+}
 
 /// The largest piece of an archive in one `ImportRequest`, in bytes.
 ///

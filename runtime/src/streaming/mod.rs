@@ -6,7 +6,8 @@
 //! - `port_forward`: connections into the network of a sandbox.
 //!
 //! The wire is `berth_streaming`'s. It listens on the loopback interface unless the configuration says
-//! otherwise; the URL's token is what lets a client in.
+//! otherwise, and on a socket in the file system for the `berth` command; the URL's token is what lets a
+//! client in.
 
 mod attach;
 mod exec;
@@ -15,6 +16,8 @@ mod port_forward;
 
 use crate::config::StreamingConfig;
 use crate::container::Container;
+use crate::file_error::FileError;
+use crate::listener;
 use crate::lock;
 use crate::sandbox::Sandbox;
 use berth_streaming::command::Wanted;
@@ -114,6 +117,11 @@ impl Streaming {
         Ok(Self { server, address, base, task })
     }
 
+    /// The same server for clients that are root on this host, whatever network they are in.
+    pub(crate) fn local(&self) -> LocalStreaming {
+        LocalStreaming { server: self.server.clone() }
+    }
+
     /// A URL for a client that runs `command` in a container.
     ///
     /// # Errors
@@ -152,6 +160,42 @@ impl Streaming {
             .map_err(|error| UrlError::NotListening { address: self.address, error })?;
         let token = self.server.tokens().insert(endpoint, task)?;
         Ok(format!("{base}/{}/{token}", endpoint.name()))
+    }
+}
+
+/// The mode of the local socket's file.
+const LOCAL_MODE: u32 = 0o600;
+
+/// What is served on the local socket.
+#[derive(Debug)]
+pub(crate) struct LocalStreaming {
+    server: Arc<Server>,
+}
+
+impl LocalStreaming {
+    /// Begins to listen at `path`, over whatever is there.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub(crate) fn listen(self, path: &Path) -> Result<LocalSocket, FileError> {
+        let listener = listener::bind(path, LOCAL_MODE)?;
+        let task = tokio::spawn(self.server.serve_local(listener, listener::is_root));
+        Ok(LocalSocket { path: path.to_owned(), task })
+    }
+}
+
+/// A local socket that is served. Dropping it removes the file.
+#[derive(Debug)]
+pub(crate) struct LocalSocket {
+    path: PathBuf,
+    task: JoinHandle<()>,
+}
+
+impl Drop for LocalSocket {
+    fn drop(&mut self) {
+        self.task.abort();
+        // A client that sees no file knows that nobody listens.
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 

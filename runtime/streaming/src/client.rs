@@ -1,11 +1,10 @@
 //! A client of the URLs: the request, and the streams of a command or of a forwarded connection, over SPDY.
 //!
-//! What connects to the server's address, and whether by TLS, is the caller's: [`Target`] says where, and
-//! everything else works on a connected stream.
+//! Connecting is the caller's: to the address in the URL, or to the server's local socket. Everything here
+//! works on a connected stream; [`Target`] is what to ask for there.
 
 use crate::IDLE;
 use crate::command::{self, Outcome, Size, Wanted};
-use crate::hangup::Hangup;
 use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
 use crate::spdy::{Connection, Headers, Limits, Stream};
 use crate::{forward, upgrade};
@@ -55,8 +54,6 @@ pub enum ClientError {
 /// Where a URL leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// Whether the server expects TLS.
-    pub is_secure: bool,
     /// Host and port, as in the URL.
     pub authority: String,
     /// What to ask for there.
@@ -71,23 +68,16 @@ impl Target {
     pub fn of_url(url: &str) -> Result<Self, ClientError> {
         let wrong = || ClientError::Url(url.to_owned());
         let uri: Uri = url.parse().map_err(|_| wrong())?;
-        let is_secure = match uri.scheme_str() {
-            Some("http") => false,
-            Some("https") => true,
-            _ => return Err(wrong()),
-        };
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return Err(wrong());
+        }
         let authority = uri.authority().filter(|authority| authority.port().is_some()).ok_or_else(wrong)?;
-        Ok(Self { is_secure, authority: authority.to_string(), path: uri.path().to_owned() })
+        Ok(Self { authority: authority.to_string(), path: uri.path().to_owned() })
     }
 }
 
 /// Asks for the upgrade and begins to speak SPDY.
-async fn connect<T>(
-    io: T,
-    hangup: Option<Hangup>,
-    target: &Target,
-    protocol: &'static str,
-) -> Result<Connection, ClientError>
+async fn connect<T>(io: T, target: &Target, protocol: &'static str) -> Result<Connection, ClientError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -111,7 +101,7 @@ where
     }
     let upgraded = hyper::upgrade::on(answer).await.map_err(ClientError::Http)?;
     let limits = Limits { streams: 0, idle: IDLE, stall: None };
-    let connection = Connection::new(TokioIo::new(upgraded), Role::Client, limits, hangup);
+    let connection = Connection::new(TokioIo::new(upgraded), Role::Client, limits, None);
     tokio::spawn(connection.keep_alive(KEEP_ALIVE));
     Ok(connection)
 }
@@ -191,16 +181,11 @@ impl Ending {
 ///
 /// # Errors
 /// [`ClientError`].
-pub async fn command<T>(
-    io: T,
-    hangup: Option<Hangup>,
-    target: &Target,
-    wanted: Wanted,
-) -> Result<Command, ClientError>
+pub async fn command<T>(io: T, target: &Target, wanted: Wanted) -> Result<Command, ClientError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut connection = connect(io, hangup, target, "v4.channel.k8s.io").await?;
+    let mut connection = connect(io, target, "v4.channel.k8s.io").await?;
     let mut open = async |kind, wanted: bool| -> Result<Option<Stream>, Closed> {
         if !wanted {
             return Ok(None);
@@ -257,16 +242,11 @@ impl ForwardEnding {
 ///
 /// # Errors
 /// [`ClientError`].
-pub async fn forward<T>(
-    io: T,
-    hangup: Option<Hangup>,
-    target: &Target,
-    port: u16,
-) -> Result<Forwarded, ClientError>
+pub async fn forward<T>(io: T, target: &Target, port: u16) -> Result<Forwarded, ClientError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut connection = connect(io, hangup, target, forward::PROTOCOL).await?;
+    let mut connection = connect(io, target, forward::PROTOCOL).await?;
     let port = port.to_string();
     let mut open = async |kind| {
         connection.open(&Headers::of(&[("streamType", kind), ("port", &port), ("requestID", "0")])).await
@@ -283,18 +263,12 @@ mod tests {
     use super::*;
     use crate::command::Run;
     use crate::server::Server;
+    use crate::server::tests::served;
     use crate::tokens::{Endpoint, Task};
     use std::net::SocketAddr;
     use std::sync::Arc;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
-
-    async fn served() -> (Arc<Server>, SocketAddr) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (server, address) = (Arc::new(Server::default()), listener.local_addr().unwrap());
-        tokio::spawn(server.clone().serve(listener, async |stream| Ok(stream), |_| Ok(None)));
-        (server, address)
-    }
 
     fn target(server: &Server, address: SocketAddr, endpoint: Endpoint, task: Task) -> Target {
         let token = server.tokens().insert(endpoint, task).unwrap();
@@ -304,7 +278,6 @@ mod tests {
     #[test]
     fn a_url_says_where_to_connect() {
         let target = Target::of_url("https://[::1]:10010/exec/abc").unwrap();
-        assert!(target.is_secure);
         assert_eq!((target.authority.as_str(), target.path.as_str()), ("[::1]:10010", "/exec/abc"));
         for url in ["", "x", "/exec/abc", "ftp://127.0.0.1:1/x", "http://127.0.0.1/exec/abc"] {
             assert!(matches!(Target::of_url(url), Err(ClientError::Url(_))), "{url}");
@@ -327,7 +300,7 @@ mod tests {
         let wanted = Wanted { stdin: true, stdout: true, stderr: true, terminal: false };
         let target = target(&server, address, Endpoint::Exec, Task::Command(wanted, run));
         let io = TcpStream::connect(address).await.unwrap();
-        let mut command = command(io, None, &target, wanted).await.unwrap();
+        let mut command = command(io, &target, wanted).await.unwrap();
         let stdin = command.stdin.take().unwrap();
         stdin.send(Bytes::from_static(b"hello")).await.unwrap();
         assert_eq!(command.stdout.as_mut().unwrap().receive().await.unwrap(), "hello");
@@ -338,7 +311,7 @@ mod tests {
         command.ending.close().await;
         // The token is used up.
         let io = TcpStream::connect(address).await.unwrap();
-        let again = super::command(io, None, &target, wanted).await;
+        let again = super::command(io, &target, wanted).await;
         assert!(
             matches!(again, Err(ClientError::Refused { status: StatusCode::NOT_FOUND, .. })),
             "{again:?}"
@@ -360,7 +333,7 @@ mod tests {
         let target = Target::of_url(&format!("http://{address}/exec/x")).unwrap();
         let wanted = Wanted { stdout: true, ..Wanted::default() };
         let io = TcpStream::connect(address).await.unwrap();
-        match command(io, None, &target, wanted).await {
+        match command(io, &target, wanted).await {
             Ok(mut command) => assert_eq!(command.ending.outcome().await, None),
             Err(error) => assert!(matches!(error, ClientError::Streams(_)), "{error:?}"),
         }
@@ -386,7 +359,7 @@ mod tests {
             let task = Task::Forward(connect.clone(), vec![port]);
             let target = target(&server, address, Endpoint::PortForward, task);
             let io = TcpStream::connect(address).await.unwrap();
-            let mut forwarded = forward(io, None, &target, port).await.unwrap();
+            let mut forwarded = forward(io, &target, port).await.unwrap();
             let _maybe_reset = forwarded.outgoing.send(Bytes::from_static(b"hello")).await;
             let _maybe_reset = forwarded.outgoing.finish().await;
             let mut heard = Vec::new();

@@ -6,22 +6,24 @@
 //! An end that is behind more than the socket's buffers hold is seen only when they empty: TCP delivers it
 //! after the data.
 
+use socket2::SockRef;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 /// Watches a socket for the peer's end, beside its reader.
 #[derive(Debug)]
-pub struct Hangup(std::net::TcpStream);
+pub struct Hangup(OwnedFd);
 
 impl Hangup {
     /// Of a connected socket.
     ///
     /// # Errors
     /// When its descriptor cannot be duplicated.
-    pub fn of(socket: &TcpStream) -> io::Result<Self> {
-        socket.as_fd().try_clone_to_owned().map(|copy| Self(copy.into()))
+    pub fn of(socket: &impl AsFd) -> io::Result<Self> {
+        socket.as_fd().try_clone_to_owned().map(Self)
     }
 
     /// The socket.
@@ -37,13 +39,14 @@ impl Hangup {
     /// Ends the connection in both directions, for all its users.
     pub(crate) fn shut_down(&self) {
         // One that is over already is what is wanted.
-        let _ = self.0.shutdown(std::net::Shutdown::Both);
+        let _ = SockRef::from(&self.0).shutdown(Shutdown::Both);
     }
 
     /// Resolves when the peer has shut down its side of the connection, or it was reset: `EPOLLRDHUP` of
     /// epoll_ctl(2).
     async fn wait(&self) -> io::Result<()> {
-        let watched = TcpStream::from_std(self.0.try_clone()?)?;
+        // A name only: what epoll says of it is the same for a Unix socket.
+        let watched = TcpStream::from_std(std::net::TcpStream::from(self.0.try_clone()?))?;
         while !watched.ready(Interest::READABLE).await?.is_read_closed() {
             // Nothing is read here; each further event on the socket looks again.
             let nothing: io::Result<()> =
@@ -65,14 +68,10 @@ pub(crate) async fn of(hangup: Option<&Hangup>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncWriteExt;
-    use tokio::net::TcpListener;
+    use tokio::io::{AsyncWrite, AsyncWriteExt};
+    use tokio::net::{TcpListener, UnixStream};
 
-    #[tokio::test]
-    async fn an_end_behind_unread_data_is_noticed() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (server, _) = listener.accept().await.unwrap();
+    async fn is_noticed(mut client: impl AsyncWrite + Unpin, server: impl AsFd) {
         client.write_all(b"unread").await.unwrap();
         let hangup = Hangup::of(&server).unwrap();
         let gone = tokio::spawn(async move { of(Some(&hangup)).await });
@@ -81,5 +80,14 @@ mod tests {
         assert!(!gone.is_finished());
         drop(client);
         gone.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_end_behind_unread_data_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        is_noticed(client, listener.accept().await.unwrap().0).await;
+        let (client, server) = UnixStream::pair().unwrap();
+        is_noticed(client, server).await;
     }
 }

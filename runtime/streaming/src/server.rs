@@ -26,7 +26,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 
@@ -100,6 +100,25 @@ impl Server {
 
     fn half_open(&self) -> std::sync::MutexGuard<'_, HalfOpen> {
         self.half_open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Accepts connections for ever, from peers that `admits` lets in. For clients on this machine,
+    /// which need no address for it.
+    pub async fn serve_local(self: Arc<Self>, listener: UnixListener, admits: impl Fn(&UnixStream) -> bool) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) if admits(&stream) => {
+                    let hangup = Hangup::of(&stream).ok();
+                    // A local peer does not vanish without a word.
+                    self.admit(std::future::ready(Ok(stream)), hangup, |_| Ok(None));
+                }
+                Ok(_) => tracing::warn!("refused a streaming client on the local socket: it is not root"),
+                Err(error) => {
+                    tracing::debug!(%error, "cannot accept a local streaming connection");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
     }
 
     /// Accepts connections for ever. `secure` makes each one ready to be read, by TLS or not at all.
@@ -301,14 +320,15 @@ where
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::command::{Outcome, Run, Wanted};
     use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::time::Instant;
 
-    async fn served() -> (Arc<Server>, SocketAddr) {
+    /// A server on loopback, and its address.
+    pub(crate) async fn served() -> (Arc<Server>, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (server, address) = (Arc::new(Server::default()), listener.local_addr().unwrap());
         tokio::spawn(server.clone().serve(listener, async |stream| Ok(stream), |_| Ok(None)));
@@ -395,5 +415,26 @@ mod tests {
         assert!(start.elapsed() <= REQUEST);
         trickle.await.unwrap();
         assert!(server.half_open().open.is_empty());
+    }
+
+    /// The answer that a client on the local socket gets.
+    async fn answer_on_local_socket(admits: fn(&UnixStream) -> bool) -> Vec<u8> {
+        let path = std::env::temp_dir().join(format!("berth-streaming-{}", getrandom::u64().unwrap()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let serving = tokio::spawn(Arc::new(Server::default()).serve_local(listener, admits));
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        // One that is not admitted may be gone already.
+        let _ = client.write_all(b"GET /exec/none HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        let mut answer = Vec::new();
+        let _ = client.read_to_end(&mut answer).await;
+        serving.abort();
+        answer
+    }
+
+    #[tokio::test]
+    async fn a_local_client_is_answered_if_it_is_admitted() {
+        assert!(answer_on_local_socket(|_| true).await.starts_with(b"HTTP/1.1 404 "));
+        assert!(answer_on_local_socket(|_| false).await.is_empty());
     }
 }

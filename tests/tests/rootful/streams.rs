@@ -2,14 +2,16 @@
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
-use berth_tests::daemon::{Daemon, SOON, Setup, own_namespaces, rootful, rootful_with};
-use berth_tests::deadline::within;
+use berth_tests::daemon::{Daemon, SOON, Setup, own_namespaces, programs, rootful, rootful_with};
+use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{Container, idle, sharing, sharing_pod, shell, words};
 use berth_tests::repeats::repeats;
 use berth_tests::streams::{Client, Command, ask, dial};
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use tonic::Code;
 
@@ -443,7 +445,7 @@ fn half_open_connections_do_not_delay_a_command() -> Result<()> {
         }
         let beside = run()?;
         ensure!(
-            beside < alone + berth_tests::deadline::patience(Duration::from_secs(1)),
+            beside < alone + patience(Duration::from_secs(1)),
             "alone {alone:?}, beside {many} half-open connections {beside:?}"
         );
         // They are closed by the server.
@@ -485,6 +487,41 @@ fn a_server_with_a_certificate_speaks_tls() -> Result<()> {
             );
             let answer = daemon.host().run("sh", &["-c", &client])?;
             ensure!(answer.contains(&format!("HTTP/1.1 {status} ")), "{answer}");
+        }
+        // The command has another way in, which leads through no network at all.
+        let mut elsewhere = std::process::Command::new("unshare");
+        elsewhere.arg("--net").arg(programs()?.join("berth")).env("BERTH_SOCKET", daemon.socket());
+        let said = berth_tests::program::output(elsewhere.args(["exec", "streams", "echo", "hello"]))?;
+        assert_eq!(said, "hello\n");
+        let streams = berth_api::streams_socket(&daemon.socket());
+        let mode = fs::metadata(&streams)?.permissions().mode() & 0o7777;
+        assert_eq!(mode, 0o600, "{}", streams.display());
+        // Its clients need tokens like all others.
+        let mut stream = UnixStream::connect(&streams)?;
+        stream.set_read_timeout(Some(patience(SOON)))?;
+        stream.write_all(b"POST /exec/none HTTP/1.1\r\nHost: x\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+        Ok(())
+    })
+}
+
+/// What has been read so far is not all that was to come.
+#[test]
+fn a_client_that_vanishes_is_not_the_end_of_its_programs_input() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("streams")?.idle("main")?;
+        let script = "echo up; cat >/dev/null; echo read >/tmp/ended; sleep 1000";
+        for number in 0..repeats(30)? {
+            let mut command = Command::start(daemon, piped(&main, &["sh", "-c", script]))?;
+            command.hear("up")?;
+            command.say("half a file")?;
+            drop(command);
+            within(SOON, "nothing of it runs", || {
+                Ok((!main.sh("ps -o args")?.contains("cat >/dev/null")).then_some(()))
+            })?;
+            ensure!(main.sh("ls /tmp")?.is_empty(), "the program saw an end of its input, round {number}");
         }
         Ok(())
     })

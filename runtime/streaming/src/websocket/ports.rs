@@ -1,10 +1,10 @@
 //! Port forwarding on the channels of a WebSocket: `v4.channel.k8s.io` and `v4.base64.channel.k8s.io`.
 //!
-//! The ports are those of the CRI's request, or of the query (`?port=80,81` or `?ports=80`) when that has
-//! none. Each has one connection, which is made at once, and two channels: 2n for data and 2n + 1 for why it
-//! failed. The server begins both with the port, two bytes with the lower one first. There is no way to end
-//! one direction, but a client that closes the WebSocket has sent everything. The WebSocket is closed when all
-//! connections have ended.
+//! The ports are those of the CRI's request, or of the query (`?port=80,81` or `?ports=80`) when
+//! that has none. Each has one connection, which is made at once, and two channels: 2n for data and
+//! 2n + 1 for why it failed. The server begins both with the port, two bytes with the lower one
+//! first. There is no way to end one direction, but a client that closes the WebSocket has sent
+//! everything. The WebSocket is closed when all connections have ended.
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
 use crate::activity::Activity;

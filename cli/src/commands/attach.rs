@@ -63,7 +63,10 @@ pub(crate) async fn attach(daemon: &Daemon, args: AttachArgs) -> Result<ExitCode
         interrupt = interrupts.next() => return Ok(ExitCode::from(interrupt.exit_code())),
     };
     match ended {
-        Ended::Program(Outcome::Exited(_)) => Ok(exit_code(&wait_for_end(daemon, &container.id).await?)),
+        Ended::Program(Outcome::Exited(_)) => tokio::select! {
+            status = wait_for_end(daemon, &container.id) => Ok(exit_code(&status?)),
+            interrupt = interrupts.next() => Ok(ExitCode::from(interrupt.exit_code())),
+        },
         Ended::Program(Outcome::NotRun { text, .. } | Outcome::Failed(text)) => {
             Err(AttachError::Failed { container: label, text }.into())
         }

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use berth_cri::v1::{PodSandboxState, PortForwardRequest};
 use berth_streaming::client::Forwarded;
@@ -12,7 +13,7 @@ use berth_streaming::spdy::connection::{Incoming, Outgoing};
 use berth_sys::errno::EAFNOSUPPORT;
 use futures_util::{FutureExt, TryFutureExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
@@ -142,7 +143,10 @@ async fn serve(socket: TcpStream, to: Destination) {
     let _ = socket.set_nodelay(true);
     let failure = match connect(&to).await {
         Ok(forwarded) => forward(socket, forwarded).await,
-        Err(error) => Some(error.one_line()),
+        Err(error) => {
+            let _ = socket.set_zero_linger();
+            Some(error.one_line())
+        }
     };
     if let Some(text) = failure {
         output::remark(format_args!(
@@ -160,12 +164,23 @@ async fn connect(to: &Destination) -> Result<Forwarded, Error> {
     Ok(remote::forward(&to.daemon, &url, to.port).await?)
 }
 
-/// Copies both ways until both have ended. Returns why the pod's side failed, if it did.
-async fn forward(socket: TcpStream, forwarded: Forwarded) -> Option<String> {
+/// Copies both ways until both have ended. Returns why the pod's side failed, if it did. The local client sees a
+/// reset if it has not received everything that the pod sent.
+async fn forward(mut socket: TcpStream, forwarded: Forwarded) -> Option<String> {
+    let is_whole = AtomicBool::new(false);
+    let failure = copy(&mut socket, forwarded, &is_whole).await;
+    if !is_whole.into_inner() {
+        // A client that is gone needs none.
+        let _ = socket.set_zero_linger();
+    }
+    failure
+}
+
+async fn copy(socket: &mut TcpStream, forwarded: Forwarded, is_whole: &AtomicBool) -> Option<String> {
     let Forwarded { incoming, outgoing, mut ending } = forwarded;
-    let (from, to) = socket.into_split();
-    let uploading = upload(from, outgoing).map_err(drop);
-    let downloading = download(incoming, to).map_err(drop).shared();
+    let (from, to) = socket.split();
+    let uploading = upload(from, outgoing).map_err(|_| Broken::Here);
+    let downloading = download(incoming, to, is_whole).shared();
     let both = (uploading, downloading.clone());
     let copying = async { tokio::try_join!(both.0, both.1) };
     let failure = ending.failure();
@@ -182,15 +197,22 @@ async fn forward(socket: TcpStream, forwarded: Forwarded) -> Option<String> {
         copied = &mut copying => match copied {
             // The connection closes with this function. The pod has received everything when its
             // side ends.
-            Ok(_) => failure.await,
+            Ok(_) | Err(Broken::There) => failure.await,
             // A local client that disconnects is not an error.
-            Err(_) => None,
+            Err(Broken::Here) => None,
         },
     }
 }
 
+/// Where a connection broke: on the side of the local client or of the pod.
+#[derive(Debug, Clone, Copy)]
+enum Broken {
+    Here,
+    There,
+}
+
 /// From the client to the pod; its end is passed on.
-async fn upload(mut from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
+async fn upload(mut from: ReadHalf<'_>, to: Outgoing) -> io::Result<()> {
     loop {
         let mut buffer = vec![0; READ_BYTES];
         let length = from.read(&mut buffer).await?;
@@ -204,11 +226,15 @@ async fn upload(mut from: OwnedReadHalf, to: Outgoing) -> io::Result<()> {
 }
 
 /// From the pod to the client; its end is passed on.
-async fn download(mut from: Incoming, mut to: OwnedWriteHalf) -> io::Result<()> {
+async fn download(mut from: Incoming, mut to: WriteHalf<'_>, is_whole: &AtomicBool) -> Result<(), Broken> {
     while let Some(bytes) = from.receive().await {
-        to.write_all(&bytes).await?;
+        to.write_all(&bytes).await.map_err(|_| Broken::Here)?;
     }
-    to.shutdown().await
+    if !from.is_finished() {
+        return Err(Broken::There);
+    }
+    is_whole.store(true, Ordering::Relaxed);
+    to.shutdown().await.map_err(|_| Broken::Here)
 }
 
 #[cfg(test)]

@@ -109,6 +109,34 @@ fn logs_rotate_with_nobody_watching_and_are_followed_all_the_same() -> Result<()
 }
 
 #[test]
+fn force_removes_what_is_in_use_and_only_what_is_named_for_certain() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
+        let id =
+            says(daemon, &["run", "--detach", "--name", "web", "--log-dir", &logs, IMAGE, "sleep", "1000"])?;
+        let refused = |arguments: &[&str], words: &str| -> Result<()> {
+            let output = run(daemon, arguments)?;
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            ensure!(!output.status.success() && said.contains(words), "{arguments:?}: {output:?}");
+            Ok(())
+        };
+        refused(&["rmi", IMAGE], "web/main")?;
+        says(daemon, &["rmi", "--force", IMAGE])?;
+        refused(&["rmi", "--force", IMAGE], IMAGE)?;
+        // The container does not notice.
+        assert_eq!(says(daemon, &["exec", "web", "hostname"])?, "web\n");
+        // A figure or a letter could be anything's.
+        refused(&["rm", "-f", &id[..1]], &id[..1])?;
+        assert!(!says(daemon, &["ps", "--quiet"])?.is_empty());
+        says(daemon, &["rm", "-f", "web"])?;
+        assert_eq!(says(daemon, &["ps", "--all", "--quiet"])?, "");
+        assert_eq!(says(daemon, &["pods", "--quiet"])?, "");
+        assert_eq!(std::fs::read_dir(&logs)?.count(), 0);
+        refused(&["rm", "-f", "web"], "web")
+    })
+}
+
+#[test]
 fn images_are_imported_listed_pulled_and_removed() -> Result<()> {
     rootful(|daemon| {
         let archive = programs()?.join("images/demo.tar").to_string_lossy().into_owned();

@@ -232,3 +232,77 @@ fn a_run_whose_terminal_goes_away_leaves_nothing_behind() -> Result<()> {
         Ok(())
     })
 }
+
+/// The sockets that a process has open.
+fn sockets(child: &Child) -> Result<usize> {
+    let links = fs::read_dir(format!("/proc/{}/fd", child.id()))?;
+    let is_socket = |entry: std::io::Result<fs::DirEntry>| {
+        let target = entry.and_then(|entry| fs::read_link(entry.path()));
+        target.is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+    };
+    Ok(links.map(is_socket).filter(|is_one| *is_one).count())
+}
+
+#[test]
+fn run_on_a_terminal_is_left_by_keys_joined_again_and_ends_with_its_program() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
+        let terminal = Terminal::open(101, 31)?;
+        let before = terminal.settings()?;
+        let script = "until stty size | grep -q '31 101'; do sleep 0.05; done; echo ready
+            while read line; do echo \"heard $line\"; [ \"$line\" != bye ] || exit 7; done";
+        let image = berth_tests::daemon::IMAGE;
+        let run = ["run", "-it", "--name", "job", "--log-dir", &logs, image, "sh", "-c", script];
+        let program = terminal.run(&berth(daemon, &run)?)?;
+        terminal.becomes_raw()?;
+        terminal.shows("ready\r\n")?;
+        // The first key alone is not the keys: it is the program's.
+        terminal.types("one\r")?;
+        terminal.shows("heard one\r\n")?;
+        terminal.types("\x10\x11")?;
+        assert_eq!(program.ended()?.code(), Some(0));
+        terminal.shows("detached")?;
+        assert!(terminal.settings()? == before, "the settings are those of before");
+        // Other keys, on another terminal.
+        let terminal = Terminal::open(80, 24)?;
+        let attach = berth(daemon, &["attach", "--detach-keys", "ctrl-x,y", "job"])?;
+        let program = terminal.run(&attach)?;
+        terminal.becomes_raw()?;
+        terminal.types("two\r")?;
+        terminal.shows("heard two\r\n")?;
+        terminal.types("\x18y")?;
+        assert_eq!(program.ended()?.code(), Some(0));
+        // And to its end.
+        let terminal = Terminal::open(80, 24)?;
+        let program = terminal.run(&berth(daemon, &["attach", "job"])?)?;
+        terminal.becomes_raw()?;
+        terminal.types("bye\r")?;
+        terminal.shows("heard bye\r\n")?;
+        assert_eq!(program.ended()?.code(), Some(7));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_command_that_waits_for_a_program_without_streams_can_be_interrupted() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
+        let script = "until [ -e /tmp/go ]; do sleep 0.05; done; exec sleep 4321 </dev/null >/dev/null 2>&1";
+        let run = ["run", "-d", "--name", "job", "--log-dir", &logs, berth_tests::daemon::IMAGE];
+        ensure!(berth(daemon, &run)?.args(["sh", "-c", script]).status()?.success());
+        let mut child = berth(daemon, &["attach", "job"])?.stdout(Stdio::null()).spawn()?;
+        let mut most = 0;
+        within(SOON, "the streams are there", || {
+            let attached = sockets(&child)?;
+            let grown = std::mem::replace(&mut most, attached) < attached;
+            let listed = berth(daemon, &["exec", "job", "ps", "-o", "args"])?.output()?.stdout;
+            Ok((!grown && attached > 0 && !listed.is_empty()).then_some(()))
+        })?;
+        ensure!(berth(daemon, &["exec", "job", "touch", "/tmp/go"])?.status()?.success());
+        within(SOON, "the streams have ended", || Ok((sockets(&child)? < most).then_some(())))?;
+        signal(&child, Signal::SIGTERM)?;
+        let ended = within(SOON, "the command has ended", || Ok(child.try_wait()?))?;
+        assert_eq!(ended.code(), Some(143));
+        Ok(())
+    })
+}

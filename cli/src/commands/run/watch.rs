@@ -79,25 +79,25 @@ pub(super) async fn share(
     interrupts: &mut Interrupts,
 ) -> Result<Shared, Error> {
     let terminal = Terminal::of_program(wanted).map_err(RunError::Terminal)?;
-    let ended = {
-        let relayed = relay(command, terminal, Some(keys));
-        tokio::pin!(relayed);
-        loop {
-            tokio::select! {
-                ended = &mut relayed => break ended,
-                interrupt = interrupts.next() => match interrupt.count {
-                    1 => stop_in_background(daemon, id, GRACE_SECONDS),
-                    2 => stop_in_background(daemon, id, 0),
-                    _ => return Err(RunError::from(GivenUp).into()),
-                },
-            }
+    let sharing = async {
+        // If the reader of our output has gone away, the caller cleans up.
+        match relay(command, terminal, Some(keys)).await? {
+            Ended::Detached => Ok(Shared::Detached),
+            Ended::Lost if runs_on(daemon, id).await? => Ok(Shared::Lost),
+            // The streams may end before the program does.
+            Ended::Program(_) | Ended::Lost => Ok(Shared::Ended(Box::new(wait_for_end(daemon, id).await?))),
         }
     };
-    // If the reader of our output has gone away, the caller cleans up.
-    match ended? {
-        Ended::Detached => Ok(Shared::Detached),
-        Ended::Lost if runs_on(daemon, id).await? => Ok(Shared::Lost),
-        Ended::Program(_) | Ended::Lost => Ok(Shared::Ended(Box::new(wait_for_end(daemon, id).await?))),
+    tokio::pin!(sharing);
+    loop {
+        tokio::select! {
+            shared = &mut sharing => return shared,
+            interrupt = interrupts.next() => match interrupt.count {
+                1 => stop_in_background(daemon, id, GRACE_SECONDS),
+                2 => stop_in_background(daemon, id, 0),
+                _ => return Err(RunError::from(GivenUp).into()),
+            },
+        }
     }
 }
 

@@ -211,13 +211,21 @@ async fn into(inside: Inside, root: Root, from: PathBuf, to: &Path) -> Result<()
         (Err(error), _) => return Err(CpError::from(error).into()),
         (Ok(report), written) => {
             written?;
-            for path in report.left_out {
-                let path = table::printable(&path.to_string_lossy());
-                output::remark(format_args!("skipped {path}: it is a device, FIFO or socket"));
-            }
+            tell(&report);
         }
     }
     Ok(())
+}
+
+/// Reports where the archive differs from the tree.
+fn tell(packed: &copy::pack::Report) {
+    let printable = |path: &Path| table::printable(&path.to_string_lossy());
+    for path in &packed.left_out {
+        output::remark(format_args!("skipped {}: it is a device, FIFO or socket", printable(path)));
+    }
+    for path in &packed.shrunk {
+        output::remark(format_args!("{} shrank while it was read; padded with zeros", printable(path)));
+    }
 }
 
 /// From an archive on standard input to a directory of the container.
@@ -276,11 +284,7 @@ async fn read_container(
         let packing = tokio::task::spawn_blocking(move || {
             pack(&root, &path, name.as_deref(), Modes::Whole, Writer::new(to))
         });
-        let report = joined(packing.await).map_err(CpError::from)?;
-        for path in report.left_out {
-            let path = table::printable(&path.to_string_lossy());
-            output::remark(format_args!("skipped {path}: it is a device, FIFO or socket"));
-        }
+        tell(&joined(packing.await).map_err(CpError::from)?);
         return Ok(());
     }
     let command = match (source.is_directory, path.parent(), &source.name) {
@@ -400,6 +404,12 @@ impl Inside {
         };
         match outcome {
             Some(Outcome::Exited(0)) => Ok(()),
+            Some(Outcome::Exited(1)) if direction == Direction::Out && is_only_change(&said) => {
+                for line in said.lines() {
+                    output::remark(table::printable(line));
+                }
+                Ok(())
+            }
             Some(Outcome::Exited(code)) => failed(format!("exit code {code}: {said}")),
             Some(Outcome::NotRun { text, .. } | Outcome::Failed(text)) => failed(text),
             None => failed("the connection was lost".to_owned()),
@@ -419,6 +429,20 @@ fn is_there(outcome: Option<Outcome>) -> Result<bool, String> {
         Some(Outcome::Failed(text)) => Err(text),
         None => Err("the connection was lost".to_owned()),
     }
+}
+
+/// Whether tar only reports files that changed while it read them. GNU tar exits with 1 then; other
+/// implementations do for any failure.
+fn is_only_change(said: &str) -> bool {
+    const CHANGES: [&str; 4] = [
+        ": file changed as we read it",
+        ": File removed before we read it",
+        ": Directory removed before we read it",
+        "; padding with zeros",
+    ];
+    // The last line may have been cut off.
+    let said = if said.len() < MAX_SAID_BYTES { said } else { said.rsplit_once('\n').map_or("", |it| it.0) };
+    !said.is_empty() && said.lines().all(|line| CHANGES.iter().any(|change| line.ends_with(change)))
 }
 
 /// Reads a stream to its end, and returns its beginning.
@@ -521,6 +545,16 @@ mod tests {
             (None, Err("the connection was lost".to_owned())),
         ] {
             assert_eq!(is_there(outcome), expected);
+        }
+    }
+
+    #[test]
+    fn a_tree_that_changes_is_copied_and_other_complaints_are_failures() {
+        let changed = "tar: ./log: file changed as we read it\n";
+        let shrank = "tar: ./log: File shrank by 12 bytes; padding with zeros\n";
+        assert!(is_only_change(changed) && is_only_change(&[changed, shrank].concat()));
+        for failed in ["", "tar: ./x: Cannot open: Permission denied", &[changed, "tar: error"].concat()] {
+            assert!(!is_only_change(failed), "{failed:?}");
         }
     }
 

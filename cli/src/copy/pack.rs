@@ -1,7 +1,8 @@
 //! Writes a file or a directory as an archive, by descriptor.
 //!
 //! Links are written as links; only one at the end of the given path is followed, below the root.
-//! Devices, FIFOs and sockets are skipped.
+//! Devices, FIFOs and sockets are skipped. The tree may change meanwhile: what is gone is skipped, and a
+//! file that shrinks is padded with zeros, as tar(1) does.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -10,6 +11,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use berth_sys::beneath::{Dir, FileType, Root, Stat, stat_fd};
+use berth_sys::errno::ESRCH;
 use tar::{Builder, EntryType, Header};
 
 /// The most entries of a directory: its names are all held at once.
@@ -21,6 +23,9 @@ pub(crate) enum PackError {
     /// A file or directory cannot be read.
     #[error("cannot read {0}")]
     Read(PathBuf, #[source] io::Error),
+    /// A file cannot be read to its end.
+    #[error("cannot read {0}")]
+    Broken(PathBuf, #[source] io::Error),
     /// The archive cannot be written.
     #[error("cannot write the archive")]
     Write(#[source] io::Error),
@@ -31,6 +36,8 @@ pub(crate) enum PackError {
 pub(crate) struct Report {
     /// Paths of devices, FIFOs and sockets.
     pub(crate) left_out: Vec<PathBuf>,
+    /// Paths of files that shrank while they were read.
+    pub(crate) shrunk: Vec<PathBuf>,
 }
 
 /// Which mode bits are kept.
@@ -103,8 +110,14 @@ impl<W: Write> Packing<W> {
                 continue;
             };
             let path = level.path.join(&name);
-            if let Some(directory) = self.one(&level.directory, &name, &path)? {
-                levels.push(self::level(directory, path)?);
+            match self.one(&level.directory, &name, &path) {
+                Ok(None) => {}
+                Ok(Some(directory)) => match self::level(directory, path) {
+                    Err(PackError::Read(_, error)) if is_gone(&error) => {}
+                    level => levels.push(level?),
+                },
+                Err(PackError::Read(_, error)) if is_gone(&error) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -113,11 +126,7 @@ impl<W: Write> Packing<W> {
     /// Writes one entry of a directory; returns a directory to descend into.
     fn one(&mut self, parent: &Dir, name: &OsStr, path: &Path) -> Result<Option<Dir>, PackError> {
         let failed = |source| PackError::Read(path.to_owned(), source);
-        let stat = match parent.stat(name) {
-            // Removed meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            stat => stat.map_err(failed)?,
-        };
+        let stat = parent.stat(name).map_err(failed)?;
         match stat.file_type {
             FileType::Directory => {
                 let directory = parent.open_dir(name).map_err(failed)?;
@@ -157,14 +166,60 @@ impl<W: Write> Packing<W> {
         content: impl Read,
     ) -> Result<(), PackError> {
         let mut header = header(stat, kind, size, self.modes);
-        // Exactly as many bytes as announced, even if the file changes meanwhile.
-        let content = content.chain(io::repeat(0)).take(size);
-        self.to.append_data(&mut header, path, content).map_err(PackError::Write)
+        let mut content = Content { from: content, left: size, failure: None, shrank: false };
+        let written = self.to.append_data(&mut header, path, &mut content);
+        if content.shrank {
+            self.report.shrunk.push(path.to_owned());
+        }
+        match content.failure {
+            // Not skipped like a file that is gone: its entry has begun.
+            Some(source) => Err(PackError::Broken(path.to_owned(), source)),
+            None => written.map_err(PackError::Write),
+        }
     }
 
     fn link(&mut self, stat: &Stat, kind: EntryType, path: &Path, target: &Path) -> Result<(), PackError> {
         let mut header = header(stat, kind, 0, self.modes);
         self.to.append_link(&mut header, path, target).map_err(PackError::Write)
+    }
+}
+
+/// Whether a file is gone. In procfs(5), `ESRCH` means that the process has ended.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH)
+}
+
+/// The content of a file: exactly as many bytes as announced, even if the file changes meanwhile.
+struct Content<R> {
+    from: R,
+    left: u64,
+    /// Why the file could not be read.
+    failure: Option<io::Error>,
+    shrank: bool,
+}
+
+impl<R: Read> Read for Content<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let Some(buffer) = buffer.get_mut(..wanted).filter(|buffer| !buffer.is_empty()) else { return Ok(0) };
+        let mut length = 0;
+        if !self.shrank {
+            length = match self.from.read(buffer) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    let told = io::Error::from(error.kind());
+                    self.failure = Some(error);
+                    return Err(told);
+                }
+                read => read?,
+            };
+        }
+        if length == 0 {
+            self.shrank = true;
+            buffer.fill(0);
+            length = buffer.len();
+        }
+        self.left -= u64::try_from(length).unwrap_or(self.left);
+        Ok(length)
     }
 }
 
@@ -259,5 +314,26 @@ mod tests {
             let packed = pack(&root, Path::new(path), Some(OsStr::new("x")), Modes::Plain, io::sink());
             assert!(packed.is_err(), "{path}");
         }
+    }
+
+    #[test]
+    fn a_file_that_becomes_shorter_is_filled_up_and_one_that_cannot_be_read_is_named() {
+        struct Broken;
+        impl Read for Broken {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::other("broken"))
+            }
+        }
+        let content = |size, from: &'static [u8]| {
+            let mut content = Content { from, left: size, failure: None, shrank: false };
+            let mut all = Vec::new();
+            content.read_to_end(&mut all).unwrap();
+            (all, content.shrank)
+        };
+        assert_eq!(content(5, b"abc"), (b"abc\0\0".to_vec(), true));
+        assert_eq!(content(2, b"abc"), (b"ab".to_vec(), false));
+        assert_eq!(content(3, b"abc"), (b"abc".to_vec(), false));
+        let mut content = Content { from: Broken, left: 5, failure: None, shrank: false };
+        assert!(content.read(&mut [0; 8]).is_err() && content.failure.is_some());
     }
 }

@@ -3,8 +3,10 @@
 //! Removing the last container of such a pod removes the pod. The logs of other pods belong
 //! to their creators, and stay.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use berth_cri::v1::{Container, PodSandbox};
@@ -107,17 +109,26 @@ async fn remove_pod(
 /// Removes the log of one container, including rotated files.
 pub(super) fn remove_log(log: &Path) -> Result<(), RemoveError> {
     remove_logs(log, fs::remove_file(log))?;
-    for number in 1.. {
-        let mut rotated = log.as_os_str().to_owned();
-        rotated.push(format!(".{number}"));
-        let rotated = PathBuf::from(rotated);
-        let removed = fs::remove_file(&rotated);
-        if matches!(&removed, Err(error) if error.kind() == io::ErrorKind::NotFound) {
-            break;
+    let (Some(directory), Some(name)) = (log.parent(), log.file_name()) else { return Ok(()) };
+    let failed = |source| RemoveError::Logs { path: directory.to_owned(), source };
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(failed)?,
+    };
+    for entry in entries {
+        let entry = entry.map_err(failed)?;
+        if is_rotated(&entry.file_name(), name) {
+            let path = entry.path();
+            remove_logs(&path, fs::remove_file(&path))?;
         }
-        remove_logs(&rotated, removed)?;
     }
     Ok(())
+}
+
+/// Whether a file is a rotated one of `log`: its name and a number.
+fn is_rotated(name: &OsStr, log: &OsStr) -> bool {
+    let number = name.as_bytes().strip_prefix(log.as_bytes()).and_then(|rest| rest.strip_prefix(b"."));
+    number.is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_digit))
 }
 
 /// The outcome of a removal; a missing file counts as removed.
@@ -137,14 +148,14 @@ mod tests {
     #[test]
     fn rotated_logs_go_with_the_log_and_others_stay() {
         let directory = tempfile::tempdir().unwrap();
-        for name in ["a.log", "a.log.1", "a.log.2", "b.log", "a.logs"] {
+        for name in ["a.log", "a.log.1", "a.log.3", "b.log", "a.logs", "a.log.", "a.log.1.gz", "b.log.1"] {
             fs::write(directory.path().join(name), "x").unwrap();
         }
         remove_log(&directory.path().join("a.log")).unwrap();
         let mut left: Vec<_> =
             fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
-        assert_eq!(left, ["a.logs", "b.log"]);
+        assert_eq!(left, ["a.log.", "a.log.1.gz", "a.logs", "b.log", "b.log.1"]);
     }
 
     #[test]

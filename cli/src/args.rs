@@ -6,7 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::copy::place::Place;
 use crate::detach_keys::DetachKeys;
@@ -94,6 +94,10 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Show the versions of this command and the daemon.
     Version,
+    /// Print the completion script of a shell.
+    ///
+    /// For bash: `berth completion bash >/etc/bash_completion.d/berth`, and open a new shell.
+    Completion(CompletionArgs),
     /// Show the daemon's settings and state.
     Info,
     /// Check this node for problems that keep pods from running.
@@ -367,6 +371,25 @@ pub(crate) fn runs_a_program(arguments: impl Iterator<Item = OsString>) -> bool 
 /// The path of an argument that stands for standard input.
 pub(crate) fn is_standard_input(path: &OsStr) -> bool {
     path == "-"
+}
+
+/// Arguments of `berth completion`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionArgs {
+    /// The shell.
+    #[arg(value_name = "SHELL")]
+    pub(crate) shell: Shell,
+}
+
+/// A shell that completes command lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Shell {
+    /// bash(1).
+    Bash,
+    /// zsh(1).
+    Zsh,
+    /// fish(1).
+    Fish,
 }
 
 #[cfg(test)]

@@ -44,8 +44,8 @@ use clap::Parser;
 
 use crate::args::{Cli, Command};
 use crate::commands::{
-    attach, cp, doctor, exec, images, import, info, inspect, logs, port_forward, ps, pull as pull_command,
-    rm, run, stats, stop,
+    attach, completion, cp, doctor, exec, images, import, info, inspect, logs, port_forward, ps,
+    pull as pull_command, rm, run, stats, stop,
 };
 use crate::daemon::Daemon;
 use crate::error::{BERTH_FAILED, Error};
@@ -77,6 +77,9 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
     if let Command::Doctor = cli.command {
         return doctor::doctor(&cli.socket).await;
     }
+    if let Command::Completion(args) = cli.command {
+        return Ok(completion::completion(args.shell).map(|()| ExitCode::SUCCESS)?);
+    }
     let daemon = &Daemon::connect(&cli.socket).await?;
     match cli.command {
         Command::Run(args) => return run::run(daemon, *args).await,
@@ -97,7 +100,7 @@ async fn perform(cli: Cli) -> Result<ExitCode, Error> {
         Command::Inspect(args) => inspect::inspect(daemon, &args).await?,
         Command::Info => info::info(daemon, &cli.socket).await?,
         // Handled above, since they need no daemon.
-        Command::Version | Command::Doctor => {}
+        Command::Version | Command::Doctor | Command::Completion(_) => {}
     }
     Ok(ExitCode::SUCCESS)
 }

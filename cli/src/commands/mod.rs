@@ -1,6 +1,7 @@
 //! The subcommands, one file each.
 
 pub(crate) mod attach;
+pub(crate) mod completion;
 pub(crate) mod cp;
 pub(crate) mod doctor;
 pub(crate) mod exec;

@@ -1,6 +1,7 @@
 # Every target says what it does; a failure says what to do. `make` alone lists them.
 #
-#   BERTH_TOOLS  directory to keep built tools in between runs (.cache/tools)
+#   BERTH_TOOLS   directory to keep built tools in between runs (.cache/tools)
+#   FUZZ_SECONDS  how long make fuzz runs each target (60)
 
 SHELL := /bin/sh
 MUSL := $(shell uname -m)-unknown-linux-musl
@@ -8,7 +9,7 @@ CARGO ?= cargo
 
 .DEFAULT_GOAL := help
 .PHONY: help deps build images demo demo-programs test test-unit test-rootful test-kubelet test-kubelet-peer test-node test-cluster
-.PHONY: conformance test-vm vm-shell bench deb test-deb clean
+.PHONY: conformance fuzz test-vm vm-shell bench deb test-deb clean
 .PHONY: lint lint-format lint-code lint-docs lint-dependencies
 # Cargo and the Go peers use every core by themselves.
 .NOTPARALLEL:
@@ -25,6 +26,7 @@ help:
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
 	@echo 'make test-cluster  Deployments, Jobs and more of a Kubernetes cluster on the real daemon (root)'
 	@echo 'make conformance   critest, the conformance suite of the CRI, on the real daemon (root)'
+	@echo 'make fuzz          hostile bytes for what reads streams of exec and port forwarding; FUZZ_SECONDS each'
 	@echo 'make test-vm       the package on a node with systemd and cgroup v2, and its restarts, in a virtual machine (root)'
 	@echo 'make vm-shell      a shell in that machine (root)'
 	@echo 'make deb           dist/berth_VERSION_amd64.deb'
@@ -105,6 +107,13 @@ conformance: build
 	@scripts/install-needs test
 	@scripts/build-peer critest
 	@scripts/run-tests conformance
+
+FUZZ_SECONDS ?= 60
+
+fuzz:
+	@scripts/install-needs build
+	@echo '== fuzzing'
+	@scripts/fuzz $(FUZZ_SECONDS)
 
 test-vm: build images
 	@scripts/install-needs test vm

@@ -22,6 +22,8 @@ mod budget;
 pub mod client;
 pub mod command;
 pub mod forward;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod hangup;
 pub mod server;
 pub mod spdy;

@@ -186,8 +186,12 @@ impl Server {
     }
 
     /// Reads one request and answers it. An upgraded connection goes on in its own task.
-    async fn answer<T>(self: Arc<Self>, io: T, hangup: Option<Hangup>, unacknowledged: Unacknowledged)
-    where
+    pub(crate) async fn answer<T>(
+        self: Arc<Self>,
+        io: T,
+        hangup: Option<Hangup>,
+        unacknowledged: Unacknowledged,
+    ) where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let hangup = Mutex::new(hangup);

@@ -131,6 +131,12 @@ impl Decoder {
         self.inflater = None;
     }
 
+    /// Whether more of the data frame follows that the last piece was of.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn is_inside_data(&self) -> bool {
+        self.data.is_some()
+    }
+
     fn headers(&mut self, block: &[u8]) -> Result<Headers, ProtocolError> {
         self.inflater.as_mut().map_or_else(|| Ok(Headers::default()), |inflater| inflater.read(block))
     }

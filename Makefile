@@ -117,7 +117,7 @@ fuzz:
 
 test-vm: build images
 	@scripts/install-needs test vm
-	@scripts/build-peer crictl kubelet
+	@scripts/build-peer crictl critest kubelet
 	@scripts/run-tests vm
 
 vm-shell: build images

@@ -1,9 +1,10 @@
 //! critest, the conformance suite of the CRI, on the real daemon: all specs, first in series, then in
-//! parallel.
+//! parallel, then those of streams over WebSocket.
 //!
-//! The daemon, critest, and a registry with images made from Debian packages share a private network
-//! namespace. `tests/conformance/exceptions` lists the specs that are allowed not to pass. Arguments are
-//! regular expressions that select specs by name. The full output is in `target/test-logs/conformance/`.
+//! The daemon, critest, and a registry with images made from Debian packages share a private
+//! network namespace. `tests/conformance/exceptions` lists the specs that are allowed not to pass.
+//! Arguments are regular expressions that select specs by name; `--only=serial` runs one of the
+//! passes. The full output is in `target/test-logs/conformance/`.
 
 mod images;
 
@@ -24,10 +25,28 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// The passes: the name of each, and how many specs it runs at once.
-const PASSES: [(&str, u32); 2] = [("serial", 1), ("parallel", 4)];
+/// One run of critest.
+struct Pass {
+    name: &'static str,
+    /// How many specs run at once.
+    at_once: u32,
+    /// The specs, by a part of their names; all of them if it is `None`.
+    specs: Option<&'static str>,
+    options: &'static [&'static str],
+}
 
-/// When critest gives up a pass, as ginkgo writes it. A pass takes under a minute on two cores, and both have
+const PASSES: [Pass; 3] = [
+    Pass { name: "serial", at_once: 1, specs: None, options: &[] },
+    Pass { name: "parallel", at_once: 4, specs: None, options: &[] },
+    Pass {
+        name: "websocket",
+        at_once: 1,
+        specs: Some("Streaming"),
+        options: &["-websocket-exec", "-websocket-attach", "-websocket-portforward"],
+    },
+];
+
+/// When critest gives up a pass, as ginkgo writes it. A pass takes under a minute on two cores, and all have
 /// to end within the limit of `scripts/run-tests`.
 const LIMIT: &str = "9m";
 
@@ -39,15 +58,16 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--list") {
-        PASSES.iter().for_each(|(name, _)| println!("{name}: test"));
+        PASSES.iter().for_each(|pass| println!("{}: test", pass.name));
         return ExitCode::SUCCESS;
     }
+    let only = arguments.iter().find_map(|argument| argument.strip_prefix("--only="));
     let focus: Vec<&str> =
         arguments.iter().map(String::as_str).filter(|argument| !argument.starts_with('-')).collect();
     let begin = Instant::now();
     let mut counts = Counts::default();
     if geteuid().is_root() {
-        if let Err(error) = run(&focus, &mut counts) {
+        if let Err(error) = run(only, &focus, &mut counts) {
             println!("conformance: {error:?}");
             counts.failed += 1;
         }
@@ -92,24 +112,38 @@ fn report(pass: &str, verdict: &Verdict, counts: &mut Counts) {
     counts.ignored += ignored;
 }
 
-/// Runs all passes. When it returns, the daemon is gone and so is everything that it and critest made.
-fn run(focus: &[&str], counts: &mut Counts) -> Result<()> {
+/// The specs that are allowed not to pass on this machine.
+fn exceptions() -> Result<Exceptions> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("conformance/exceptions");
-    let exceptions = fs::read_to_string(&file).context("reading the exceptions")?;
-    let exceptions = Exceptions::parse(&exceptions).with_context(|| file.display().to_string())?;
+    let text = fs::read_to_string(&file).context("reading the exceptions")?;
+    let exceptions = Exceptions::parse(&text).with_context(|| file.display().to_string())?;
+    let has_apparmor = Path::new("/sys/kernel/security/apparmor/profiles").exists();
+    Ok(if has_apparmor { exceptions.without("AppArmor") } else { exceptions })
+}
+
+/// Runs all passes, or only the one with this name. When it returns, the daemon is gone and so is
+/// everything that it and critest made.
+fn run(only: Option<&str>, focus: &[&str], counts: &mut Counts) -> Result<()> {
+    let passes: Vec<&Pass> = PASSES.iter().filter(|pass| only.is_none_or(|only| pass.name == only)).collect();
+    ensure!(!passes.is_empty(), "there is no pass {only:?}");
+    let exceptions = exceptions()?;
     let programs = peers::directory("critest")?;
     pass_on_signals()?;
     // A private IPC namespace, because critest leaves shared memory behind in the host's.
     let daemon = Daemon::start(Setup { launcher: &["unshare", "--ipc"], ..Setup::default() })?;
     let registry = Registry::start(&daemon, 5000)?;
     images::provide(&daemon, &registry)?;
-    let logs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-logs/conformance");
+    let logs = match std::env::var_os("BERTH_TEST_LOGS") {
+        Some(logs) => Path::new(&logs).join("conformance"),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-logs/conformance"),
+    };
     fs::create_dir_all(&logs).context("making a directory for the logs")?;
-    for (pass, at_once) in PASSES {
-        let critest = Critest { programs: &programs, daemon: &daemon, logs: &logs, pass, at_once };
+    for pass in passes {
+        let focus = if focus.is_empty() { pass.specs.as_slice() } else { focus };
+        let critest = Critest { programs: &programs, daemon: &daemon, logs: &logs, pass };
         let specs = critest.run(focus);
         fs::copy(daemon.dir().join("log"), logs.join("berthd.log")).context("keeping the daemon's log")?;
-        report(pass, &exceptions.check(&specs?, focus.is_empty()), counts);
+        report(pass.name, &exceptions.check(&specs?, focus.is_empty()), counts);
     }
     Ok(())
 }
@@ -119,18 +153,17 @@ struct Critest<'a> {
     programs: &'a Path,
     daemon: &'a Daemon,
     logs: &'a Path,
-    pass: &'a str,
-    at_once: u32,
+    pass: &'a Pass,
 }
 
 impl Critest<'_> {
     fn run(&self, focus: &[&str]) -> Result<Vec<Spec>> {
         ensure!(!INTERRUPTED.load(Ordering::SeqCst), "interrupted");
-        let output = self.logs.join(format!("{}.log", self.pass));
+        let output = self.logs.join(format!("{}.log", self.pass.name));
         let log = File::create(&output).context("making the log")?;
         // For log files, volumes and seccomp profiles of the specs.
-        let temporary = self.daemon.directory(&format!("critest-{}", self.pass))?;
-        let report = self.logs.join(format!("{}.json", self.pass));
+        let temporary = self.daemon.directory(&format!("critest-{}", self.pass.name))?;
+        let report = self.logs.join(format!("{}.json", self.pass.name));
         let _ = fs::remove_file(&report);
         let mut command = self.command(&report, focus)?;
         let mut critest = command
@@ -166,12 +199,13 @@ impl Critest<'_> {
             .arg("-ginkgo.no-color")
             .arg(format!("-ginkgo.timeout={LIMIT}"))
             .arg(format!("-ginkgo.json-report={}", report.display()))
+            .args(self.pass.options)
             .args(focus.iter().map(|words| format!("-ginkgo.focus={words}")));
-        if self.at_once > 1 {
+        if self.pass.at_once > 1 {
             // Run by ginkgo, which critest looks up in PATH.
             let path = std::env::var("PATH").context("no PATH")?;
             command
-                .arg(format!("-parallel={}", self.at_once))
+                .arg(format!("-parallel={}", self.pass.at_once))
                 .env("PATH", format!("{}:{path}", self.programs.display()));
         }
         Ok(command)

@@ -10,19 +10,25 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use berth_cri::MAX_MESSAGE_BYTES;
 use berth_cri::v1::runtime_service_client::RuntimeServiceClient;
 use berth_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest, CreateContainerRequest,
-    ExecSyncRequest, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-    LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode, NamespaceOption, PodSandboxConfig,
-    PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    AttachRequest, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest,
+    CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec, LinuxContainerConfig,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    ListContainerStatsRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest,
 };
+use berth_streaming::client::{self, Target};
+use berth_streaming::command::{Outcome, Wanted};
+use bytes::Bytes;
+use nix::sched::{CloneFlags, setns};
 use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
 
@@ -55,6 +61,23 @@ const LOG_LINE_BYTES: u64 = 100;
 /// Time for that, on a slow machine.
 const LOG_PATIENCE: Duration = Duration::from_secs(120);
 
+/// What goes through the streams of a command in each direction.
+const STREAM_BYTES: usize = 500_000_000;
+
+/// Clients that are attached and silent.
+const ATTACHED: usize = 1000;
+
+/// Commands that wait with their streams open.
+const WAITING: usize = 100;
+
+/// Short commands, after which the daemon has what it had before; and some before those, for what it makes
+/// once.
+const SHORT: usize = 500;
+const SHORT_WARM_UP: usize = 50;
+
+/// How long it may take until that is so, and until a stream says something, on a slow machine.
+const STREAM_PATIENCE: Duration = Duration::from_secs(120);
+
 /// A runtime to measure.
 struct Runtime {
     name: String,
@@ -74,6 +97,7 @@ struct Found {
     start: Vec<Duration>,
     pod_in_sum: Vec<Duration>,
     exec: Vec<Duration>,
+    streamed_exec: Vec<Duration>,
     stop_container: Vec<Duration>,
     stop_pod: Vec<Duration>,
     remove_pod: Vec<Duration>,
@@ -81,8 +105,21 @@ struct Found {
     crowd_removed: Duration,
     list_stats: Vec<Duration>,
     log: Duration,
+    stream_out: Duration,
+    stream_in: Duration,
+    bytes_per_attached: u64,
+    bytes_per_waiting: u64,
+    left_by_short: Held,
     own_bytes_per_pod: u64,
     daemon_growth_per_pod: u64,
+}
+
+/// What a daemon has open and in memory.
+#[derive(Debug, Default, Clone, Copy)]
+struct Held {
+    descriptors: usize,
+    threads: usize,
+    bytes: u64,
 }
 
 /// One of the lists in [`Found`].
@@ -131,6 +168,11 @@ async fn main() -> Result<()> {
         note(&format!("\ra log on {}          ", runtime.name));
         let context = format!("{}, a log", runtime.name);
         runtime.log().await.context(context)?;
+    }
+    for runtime in &mut runtimes {
+        note(&format!("\rstreams on {}         ", runtime.name));
+        let context = format!("{}, streams", runtime.name);
+        runtime.streams().await.context(context)?;
     }
     note("\r                                \r");
     print(&table(&runtimes))
@@ -189,6 +231,13 @@ impl Runtime {
             ensure!(answer.exit_code == 0, "true ended with {}", answer.exit_code);
             execs.push(took);
         }
+        let mut streamed = Vec::new();
+        for _ in 0..EXECS {
+            let begin = Instant::now();
+            let code = self.exec(&pod, &["false"]).await?.ended().await?;
+            streamed.push(begin.elapsed());
+            ensure!(code == 1, "false ended with {code}");
+        }
         let ends = end_pod(&mut client, &pod).await?;
         if round >= WARM_UP {
             self.found.run_pod.push(run);
@@ -196,6 +245,7 @@ impl Runtime {
             self.found.start.push(start);
             self.found.pod_in_sum.push(in_sum);
             self.found.exec.extend(execs);
+            self.found.streamed_exec.extend(streamed);
             self.found.stop_container.push(ends[0]);
             self.found.stop_pod.push(ends[1]);
             self.found.remove_pod.push(ends[2]);
@@ -232,6 +282,146 @@ impl Runtime {
         fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))
     }
 
+    /// Runs a command with streams, as a kubelet does for `kubectl exec`.
+    async fn exec(&self, pod: &Pod, command: &[&str]) -> Result<Streamed> {
+        let request = ExecRequest {
+            container_id: pod.container.clone(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            tty: false,
+            stdin: true,
+            stdout: true,
+            stderr: true,
+        };
+        let answer = self.client.clone().exec(request).await.context("Exec")?;
+        let wanted = Wanted { stdin: true, stdout: true, stderr: true, terminal: false };
+        self.stream(&answer.into_inner().url, wanted).await
+    }
+
+    /// Connects to a URL of the streaming server.
+    async fn stream(&self, url: &str, wanted: Wanted) -> Result<Streamed> {
+        let target = Target::of_url(url)?;
+        let (network, address) = (format!("/proc/{}/ns/net", self.daemon_pid), target.authority.clone());
+        // The server listens on the loopback interface of the runtime's network.
+        let connected = tokio::task::spawn_blocking(move || {
+            let connecting = std::thread::spawn(move || -> Result<TcpStream> {
+                setns(fs::File::open(network)?, CloneFlags::CLONE_NEWNET)?;
+                Ok(TcpStream::connect(address)?)
+            });
+            connecting.join().map_err(|_| anyhow!("the connecting thread panicked"))?
+        });
+        let stream = connected.await?.context("connecting to the streaming server")?;
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        Ok(Streamed(client::command(tokio::net::TcpStream::from_std(stream)?, &target, wanted).await?))
+    }
+
+    /// What streams cost and carry.
+    async fn streams(&mut self) -> Result<()> {
+        let mut client = self.client.clone();
+        let script = "while sleep 1000000; do :; done";
+        let command = vec!["sh".to_owned(), "-c".to_owned(), script.to_owned()];
+        let (pod, _) = start_pod(&mut client, self.pod_config("streams"), command).await?;
+
+        let begin = Instant::now();
+        let mut out = self.exec(&pod, &["head", "-c", &STREAM_BYTES.to_string(), "/dev/zero"]).await?;
+        let mut came = 0;
+        if let Some(stdout) = &mut out.0.stdout {
+            while let Some(bytes) = stdout.receive().await {
+                came += bytes.len();
+            }
+        }
+        ensure!(came == STREAM_BYTES && out.ended().await? == 0, "{came} bytes came");
+        self.found.stream_out = begin.elapsed();
+
+        let begin = Instant::now();
+        let mut counting = self.exec(&pod, &["wc", "-c"]).await?;
+        let stdin = counting.0.stdin.take().context("no standard input")?;
+        let piece = Bytes::from(vec![0; 32 * 1024]);
+        let mut left = STREAM_BYTES;
+        while left > 0 {
+            let next = piece.slice(..left.min(piece.len()));
+            left -= next.len();
+            stdin.send(next).await?;
+        }
+        stdin.finish().await?;
+        let counted = counting.says().await?;
+        self.found.stream_in = begin.elapsed();
+        ensure!(counted.trim() == STREAM_BYTES.to_string(), "{counted} bytes went");
+        drop(counting);
+
+        let before = self.own_anonymous(&pod)?;
+        let mut waiting = Vec::new();
+        for _ in 0..WAITING {
+            let mut command = self.exec(&pod, &["sh", "-c", "echo up; read line"]).await?;
+            ensure!(command.says().await? == "up\n");
+            waiting.push(command);
+        }
+        let more = self.own_anonymous(&pod)?.saturating_sub(before);
+        self.found.bytes_per_waiting = more / u64::try_from(WAITING)?;
+        drop(waiting);
+
+        let mut before = Held::default();
+        for number in 0..SHORT_WARM_UP + SHORT {
+            if number == SHORT_WARM_UP {
+                before = self.settled().await?;
+            }
+            self.exec(&pod, &["true"]).await?.ended().await?;
+        }
+        let after = self.settled().await?;
+        self.found.left_by_short = Held {
+            descriptors: after.descriptors.saturating_sub(before.descriptors),
+            threads: after.threads.saturating_sub(before.threads),
+            bytes: after.bytes.saturating_sub(before.bytes),
+        };
+
+        let before = self.own_anonymous(&pod)?;
+        let request = AttachRequest {
+            container_id: pod.container.clone(),
+            stdout: true,
+            stderr: true,
+            ..AttachRequest::default()
+        };
+        let wanted = Wanted { stdout: true, stderr: true, ..Wanted::default() };
+        let mut attached = Vec::new();
+        for _ in 0..ATTACHED {
+            let url = client.attach(request.clone()).await.context("Attach")?.into_inner().url;
+            attached.push(self.stream(&url, wanted).await?);
+        }
+        // They are there when the daemon has nothing more to do.
+        self.settled().await?;
+        let more = self.own_anonymous(&pod)?.saturating_sub(before);
+        self.found.bytes_per_attached = more / u64::try_from(ATTACHED)?;
+        drop(attached);
+        end_pod(&mut client, &pod).await?;
+        Ok(())
+    }
+
+    /// Anonymous memory of the daemon and of what it keeps for a pod.
+    fn own_anonymous(&self, pod: &Pod) -> Result<u64> {
+        let own = own_processes(std::slice::from_ref(pod))?;
+        let own = own.into_iter().map(|pid| memory_bytes(pid, "Pss_Anon:")).sum::<Result<u64>>()?;
+        Ok(own + memory_bytes(self.daemon_pid, "Pss_Anon:")?)
+    }
+
+    /// What the daemon holds when that does not change any more.
+    async fn settled(&self) -> Result<Held> {
+        let process = format!("/proc/{}", self.daemon_pid);
+        let begin = Instant::now();
+        let mut last = (0, 0);
+        loop {
+            let count =
+                |name: &str| Ok::<_, std::io::Error>(fs::read_dir(format!("{process}/{name}"))?.count());
+            let now = (count("fd")?, count("task")?);
+            if now == last {
+                let bytes = memory_bytes(self.daemon_pid, "Pss_Anon:")?;
+                return Ok(Held { descriptors: now.0, threads: now.1, bytes });
+            }
+            ensure!(begin.elapsed() < STREAM_PATIENCE, "the daemon does not come to rest");
+            last = now;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
     /// Many pods at once: how fast they come, what they cost while they are there, how fast they go.
     async fn crowd(&mut self) -> Result<()> {
         let daemon_before = pss_bytes(self.daemon_pid)?;
@@ -266,6 +456,30 @@ impl Runtime {
         .await?;
         self.found.crowd_removed = begin.elapsed();
         Ok(())
+    }
+}
+
+/// A command or a container on the other end of a stream.
+struct Streamed(client::Command);
+
+impl Streamed {
+    /// Waits for its end; the exit code.
+    async fn ended(&mut self) -> Result<i32> {
+        match self.0.ending.outcome().await {
+            Some(Outcome::Exited(code)) => Ok(code),
+            other => bail!("the command ended with {other:?}"),
+        }
+    }
+
+    /// The next line of its output.
+    async fn says(&mut self) -> Result<String> {
+        let stdout = self.0.stdout.as_mut().context("no standard output")?;
+        let mut said = Vec::new();
+        while !said.ends_with(b"\n") {
+            let bytes = tokio::time::timeout(STREAM_PATIENCE, stdout.receive()).await?;
+            said.extend_from_slice(&bytes.context("its output has ended")?);
+        }
+        Ok(String::from_utf8(said)?)
     }
 }
 
@@ -385,9 +599,14 @@ where
     Ok(done)
 }
 
-/// The memory of what the runtime keeps for these pods beside the programs in the containers, in bytes: the
-/// processes whose children those programs are (shims), and what runs in the sandboxes' own cgroups (pause).
+/// The memory of what the runtime keeps for these pods beside the programs in the containers, in bytes.
 fn own_bytes(pods: &[Pod]) -> Result<u64> {
+    own_processes(pods)?.into_iter().map(pss_bytes).sum()
+}
+
+/// The processes whose children the programs in the containers are (shims), and what runs in the sandboxes'
+/// own cgroups (pause).
+fn own_processes(pods: &[Pod]) -> Result<BTreeSet<u32>> {
     let mut own = BTreeSet::new();
     for entry in fs::read_dir("/proc").context("listing processes")? {
         let name = entry.context("listing processes")?.file_name();
@@ -401,7 +620,7 @@ fn own_bytes(pods: &[Pod]) -> Result<u64> {
         }
     }
     ensure!(!own.is_empty(), "no process of the runtime was found");
-    own.into_iter().map(pss_bytes).sum()
+    Ok(own)
 }
 
 /// The parent of a process, from `proc_pid_status(5)`.
@@ -412,11 +631,16 @@ fn parent(pid: u32) -> Option<u32> {
 
 /// The proportional set size of a process in bytes, from `/proc/PID/smaps_rollup` (`proc_pid_smaps(5)`).
 fn pss_bytes(pid: u32) -> Result<u64> {
+    memory_bytes(pid, "Pss:")
+}
+
+/// A line of that file, in bytes.
+fn memory_bytes(pid: u32, key: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+    let kib = text.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_suffix(" kB"));
     let kib: u64 =
-        kib.and_then(|kib| kib.trim().parse().ok()).with_context(|| format!("{path} has no Pss"))?;
+        kib.and_then(|kib| kib.trim().parse().ok()).with_context(|| format!("{path} has no {key}"))?;
     Ok(kib * 1024)
 }
 
@@ -431,12 +655,13 @@ fn table(runtimes: &[Runtime]) -> String {
         let _ = write!(text, "{:>14}", "last : first");
     }
     text.push('\n');
-    let times: [(&str, Times); 9] = [
+    let times: [(&str, Times); 10] = [
         ("RunPodSandbox", |found| &found.run_pod),
         ("CreateContainer", |found| &found.create),
         ("StartContainer", |found| &found.start),
         ("the three in sequence", |found| &found.pod_in_sum),
         ("ExecSync of true", |found| &found.exec),
+        ("Exec of false over SPDY, with its exit code", |found| &found.streamed_exec),
         ("StopContainer without grace", |found| &found.stop_container),
         ("StopPodSandbox", |found| &found.stop_pod),
         ("RemovePodSandbox", |found| &found.remove_pod),
@@ -461,7 +686,26 @@ fn table(runtimes: &[Runtime]) -> String {
         let bytes = u32::try_from(LOG_FILES * LOG_FILE_LINES * LOG_LINE_BYTES).unwrap_or(u32::MAX);
         format!("{:.0} MB/s", f64::from(bytes) / 1e6 / found.log.as_secs_f64())
     });
-    let sizes: [(&str, Size); 3] = [
+    let streams: [(&str, Crowd); 2] = [
+        ("Exec over SPDY, output", |found| found.stream_out),
+        ("Exec over SPDY, input", |found| found.stream_in),
+    ];
+    for (name, of) in streams {
+        row(
+            &mut text,
+            name,
+            runtimes,
+            |found| of(found).as_secs_f64(),
+            |found| {
+                let bytes = f64::from(u32::try_from(STREAM_BYTES).unwrap_or(u32::MAX));
+                format!("{:.0} MB/s", bytes / 1e6 / of(found).as_secs_f64())
+            },
+        );
+    }
+    let sizes: [(&str, Size); 6] = [
+        ("an attached client, of 1,000 (anonymous)", |found| found.bytes_per_attached),
+        ("a waiting Exec, of 100 (anonymous)", |found| found.bytes_per_waiting),
+        ("left by 500 short Execs (anonymous)", |found| found.left_by_short.bytes),
         ("own memory per pod of one container (PSS)", |found| found.own_bytes_per_pod),
         ("the daemon's growth per pod (PSS)", |found| found.daemon_growth_per_pod),
         ("the daemon before the first pod (PSS)", |found| found.idle_daemon_bytes),
@@ -469,6 +713,12 @@ fn table(runtimes: &[Runtime]) -> String {
     for (name, of) in sizes {
         row(&mut text, name, runtimes, |found| kib(of(found)), |found| format!("{:.0} KiB", kib(of(found))));
     }
+    let _ = write!(text, "{:<46}", "left by 500 short Execs (descriptors, threads)");
+    for runtime in runtimes {
+        let Held { descriptors, threads, .. } = runtime.found.left_by_short;
+        let _ = write!(text, "{:>24}", format!("{descriptors}, {threads}"));
+    }
+    text.push('\n');
     text
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{Daemon, Finding, Grade, below, finding, text};
 
-/// The root with fewer inodes free than this will soon have none: an image of a distribution has
+/// Below this many free inodes, the root will soon have none: an image of a distribution has
 /// some ten thousand files.
 const FEW_INODES: u64 = 20_000;
 
@@ -64,7 +64,7 @@ fn root(path: &Path, daemon: &Daemon, (bytes, free, inodes, inodes_free): Space)
         );
         return finding(Grade::Broken, "disk", text);
     }
-    // A filesystem without a number of them, such as btrfs, says 0.
+    // A filesystem without a fixed number, such as btrfs, reports 0.
     if inodes > 0 && inodes_free < FEW_INODES {
         let text =
             format!("{shown} has {inodes_free} inodes left, fewer than an image may need: remove files");
@@ -105,7 +105,7 @@ fn is_read_only(mounts: &str, path: &Path) -> bool {
             continue;
         }
         let depth = Path::new(&place).components().count();
-        // Of two mounts on one place the later one is seen.
+        // Of two mounts at the same path the later one is visible.
         if found.is_none_or(|(deepest, _)| depth >= deepest) {
             let read_only =
                 [options, of_filesystem].iter().any(|list| list.split(',').any(|word| word == "ro"));

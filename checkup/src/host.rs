@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{Finding, Grade, finding, text};
 
-/// The oldest kernel that berthd takes, as major and minor number.
+/// The oldest supported kernel, as major and minor number.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
 /// Where berthd looks for `nft`.

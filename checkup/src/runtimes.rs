@@ -4,8 +4,8 @@ use std::path::Path;
 
 use crate::{Daemon, Finding, Grade, finding, text, without_var};
 
-/// Where kubeadm looks for sockets (`defaultKnownCRISockets`), with whose each is. Kubernetes says
-/// `/var/run`, which is `/run`.
+/// The sockets that kubeadm looks for (`defaultKnownCRISockets`), and their runtimes. Kubernetes
+/// says `/var/run`, which is `/run`.
 const OTHER_SOCKETS: [(&str, &str); 3] = [
     ("run/containerd/containerd.sock", "containerd"),
     ("run/crio/crio.sock", "CRI-O"),

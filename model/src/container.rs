@@ -1,4 +1,4 @@
-//! What was asked for when a container was made: `ContainerConfig` of the CRI, checked.
+//! The configuration of a container: `ContainerConfig` of the CRI, checked.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ pub struct Metadata {
     pub attempt: u32,
 }
 
-/// How mounts travel: `MountPropagation`.
+/// Mount propagation: `MountPropagation`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Propagation {
     /// Not at all.
@@ -78,7 +78,7 @@ pub struct Resources {
     pub unified: BTreeMap<String, String>,
 }
 
-/// Everything about a container that does not change, its resources excepted.
+/// Everything about a container that does not change, except for its resources.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Config {
     /// Its identity.

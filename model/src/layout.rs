@@ -1,4 +1,4 @@
-//! Where everything lies: below the durable root, below the runtime state, and nowhere else.
+//! The paths of all files: below the durable root, below the runtime state, and nowhere else.
 //!
 //! ```text
 //! <root>/                      durable; /var/lib/berth
@@ -114,7 +114,7 @@ impl Layout {
     }
 }
 
-/// Where the files lie that the containers of a pod can write to.
+/// The place of the files that the containers of a pod can write to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shared {
     /// In the pod's tmpfs, whose size bounds them. Its root and `etc` in it are never shown to a
@@ -143,8 +143,8 @@ impl SandboxFiles {
         self.durable.join("record")
     }
 
-    /// A copy of the record, for when the record itself cannot be read. It lives as long as what
-    /// runs.
+    /// A copy of the record, in case the record itself cannot be read. It exists while the object
+    /// may run.
     #[must_use]
     pub fn record_copy(&self) -> PathBuf {
         self.state.join("record")
@@ -209,8 +209,8 @@ impl ContainerFiles {
         self.durable.join("record")
     }
 
-    /// A copy of the record, for when the record itself cannot be read. It lives as long as what
-    /// runs.
+    /// A copy of the record, in case the record itself cannot be read. It exists while the object
+    /// may run.
     #[must_use]
     pub fn record_copy(&self) -> PathBuf {
         self.state.join("record")
@@ -229,7 +229,7 @@ impl ContainerFiles {
         self.state.join("exit")
     }
 
-    /// The OCI runtime spec that it was made from, for those who ask.
+    /// The OCI runtime spec that it was created from, for information.
     #[must_use]
     pub fn spec(&self) -> PathBuf {
         self.durable.join("spec.json")

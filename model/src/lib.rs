@@ -1,16 +1,16 @@
-//! Plain data about pods: ids, what was asked for, states and their transitions, records on disk,
-//! and where files lie.
+//! Plain data about pods: ids, configurations, states and their transitions, records on disk, and
+//! paths of files.
 //!
 //! No I/O, no async, no CRI types: the daemon converts at its edge (`runtime::cri`), and everything
 //! behind the edge speaks these types.
 //!
 //! - `id`: the ids of sandboxes and containers;
-//! - `sandbox`, `container`, `security`: what was asked for;
-//! - `limit`: how much may be asked for;
+//! - `sandbox`, `container`, `security`: configurations;
+//! - `limit`: limits on requests;
 //! - `state`: states, events and the transition functions;
-//! - `record`: how the above lies on disk;
+//! - `record`: their form on disk;
 //! - `layout`: every path below the two roots;
-//! - `text`: text of strangers for people to read.
+//! - `text`: untrusted text, escaped for people.
 #![forbid(unsafe_code)]
 
 pub mod container;

@@ -1,4 +1,4 @@
-//! How much may be asked for, where the edge and what is behind it have to agree.
+//! Limits on requests that the edge and the code behind it have to agree on.
 
 /// Mounts of one container, those asked for and the volumes of its image together. The kernel
 /// allows 100,000 in a mount namespace (`fs.mount-max`); pods have tens.

@@ -1,4 +1,4 @@
-//! Records: what the daemon knows of a sandbox or container, as a file.
+//! Records: the state of a sandbox or container in a file.
 //!
 //! ```text
 //! line 1   berth-record <version> <sha256 of all that follows the line, hex>
@@ -26,7 +26,7 @@ pub const VERSION: u32 = 1;
 /// The largest file read as a record. A request is at most 16 MiB (gRPC), and JSON may escape it.
 pub const MAX_BYTES: u64 = 64 * 1024 * 1024;
 
-/// Why a file is no record.
+/// Why a file is not a valid record.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// The first line is not as it should be.
@@ -38,7 +38,7 @@ pub enum RecordError {
         /// Its version.
         found: u32,
     },
-    /// The checksum is another one: torn or damaged.
+    /// The checksum does not match: torn or damaged.
     #[error("the checksum does not match")]
     Damaged,
     /// The JSON is not of this kind of record.
@@ -57,7 +57,7 @@ pub fn encode<T: Serialize>(content: &T) -> Result<Vec<u8>, RecordError> {
     Ok(bytes)
 }
 
-/// What a record file says.
+/// The content of a record file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decoded<T> {
     /// The content, as far as this version knows it.
@@ -120,7 +120,7 @@ pub struct SandboxRecord {
     pub shared_in_tmpfs: bool,
 }
 
-/// A process, named so that no other one is taken for it: pids are used again.
+/// A process, identified by pid and start time, since pids are reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessRecord {
     /// As the host numbers it.
@@ -153,7 +153,7 @@ pub struct ContainerRecord {
     pub id: ContainerId,
     /// Its sandbox.
     pub sandbox_id: SandboxId,
-    /// What was asked for, with the resources of the last update.
+    /// Its configuration, with the resources of the last update.
     pub config: container::Config,
     /// The id of its image, `sha256:…`.
     pub image_id: String,

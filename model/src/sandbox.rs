@@ -1,4 +1,4 @@
-//! What was asked for when a pod sandbox was run: `PodSandboxConfig` of the CRI, checked.
+//! The configuration of a pod sandbox: `PodSandboxConfig` of the CRI, checked.
 
 use std::collections::BTreeMap;
 

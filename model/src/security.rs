@@ -1,8 +1,8 @@
-//! What was asked for about isolation, of a sandbox or of a container.
+//! The isolation settings of a sandbox or a container.
 
 use serde::{Deserialize, Serialize};
 
-/// Whose namespace of a kind: `NamespaceMode` of the CRI.
+/// The scope of a namespace: `NamespaceMode` of the CRI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum NamespaceMode {
     /// One for the whole pod.
@@ -59,7 +59,7 @@ pub struct User {
 /// Security context of a container: `LinuxContainerSecurityContext` of the CRI.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ContainerSecurity {
-    /// Everything allowed that can be.
+    /// Everything that can be allowed is allowed.
     pub privileged: bool,
     /// Namespaces; network and IPC are the sandbox's.
     pub namespaces: Namespaces,

@@ -1,5 +1,4 @@
-//! The states of sandboxes and containers, and the one function for each that says what may follow
-//! what.
+//! The states of sandboxes and containers, and the transition function of each.
 //!
 //! ```text
 //! container:   Created --started--> Running --ended--> Exited
@@ -9,10 +8,9 @@
 //! ```
 //! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped`
 //! StopPodSandbox; `process ended` the end of the pod's own process. A reboot has stopped a sandbox
-//! before a daemon sees it. On `ended` the cgroup, on `stopped` network and namespaces are given
-//! back.
+//! before a daemon sees it. On `ended` the cgroup is released, on `stopped` network and namespaces.
 
-/// How a container ended: what `ContainerStatus` says about it.
+/// How a container ended, for `ContainerStatus`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exit {
     /// 0 to 255.
@@ -94,18 +92,17 @@ impl ContainerState {
     }
 }
 
-/// An event that cannot follow.
+/// An event that is not possible in the current state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a container that is {from} cannot be {event}")]
 pub struct Refused {
     /// The state that it is in.
     pub from: &'static str,
-    /// What it was to become.
+    /// The event.
     pub event: &'static str,
 }
 
-/// The state after `event`. A second end is no error and changes nothing: the first one is the
-/// truth.
+/// The state after `event`. A second end is not an error and changes nothing: the first one counts.
 ///
 /// # Errors
 /// [`Refused`] when the event cannot follow.

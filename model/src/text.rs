@@ -1,4 +1,4 @@
-//! Text of strangers, made fit for a line that people read.
+//! Untrusted text, escaped for a line that people read.
 
 use std::borrow::Cow;
 

@@ -7,7 +7,7 @@ use std::fmt;
 
 use crate::v1::PullRequest;
 
-/// What to print for a secret: whether there is one, and not how long it is.
+/// The output for a secret: whether there is one, but not its length.
 fn presence(secret: &str) -> &'static str {
     if secret.is_empty() { "" } else { "<redacted>" }
 }

@@ -17,7 +17,7 @@ impl fmt::Debug for Redacted {
     }
 }
 
-/// What to print for a secret: whether there is one, and not how long it is.
+/// The output for a secret: whether there is one, but not its length.
 fn presence(secret: &str) -> &dyn fmt::Debug {
     if secret.is_empty() { &"" } else { &Redacted }
 }

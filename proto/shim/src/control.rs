@@ -1,4 +1,4 @@
-//! Requests of the daemon, and what a shim answers.
+//! Requests of the daemon, and the answers of a shim.
 //!
 //! A connection carries requests one way, and replies and events the other. Replies bear the number
 //! of their request and may come in another order: an exec is answered when it ends.
@@ -11,7 +11,7 @@ pub struct Request {
     /// Chosen by the daemon; not 0.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// What is asked.
+    /// The call.
     #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub call: Option<request::Call>,
 }
@@ -20,11 +20,11 @@ pub struct Request {
 pub mod request {
     use super::{AttachRequest, ExecRequest, Launch, Resize, SignalExec};
 
-    /// What is asked.
+    /// The call.
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Call {
-        /// Make the container up to the exec of its program. Once, as the first request. The frame
-        /// carries descriptors when the plan says so. Answer: `Created`.
+        /// Create the container up to the exec of its program. Once, as the first request. The
+        /// frame carries descriptors when the plan says so. Answer: `Created`.
         #[prost(message, tag = "2")]
         Create(Box<Launch>),
         /// Let the program run. Answer: `Started`, or `Failed` when its exec failed or took too
@@ -128,7 +128,7 @@ pub struct Reply {
     /// The request's number, or 0.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// What is said.
+    /// The answer.
     #[prost(oneof = "reply::Answer", tags = "2, 3, 4, 5, 6, 7, 8")]
     pub answer: Option<reply::Answer>,
 }
@@ -138,7 +138,7 @@ pub mod reply {
     use super::{Created, Ended, Failed, Phase, Started};
     use crate::exit_record::ExitRecord;
 
-    /// What is said.
+    /// The answer.
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Answer {
         /// The container waits for its start.
@@ -150,13 +150,13 @@ pub mod reply {
         /// An exec ended.
         #[prost(message, tag = "4")]
         Ended(Ended),
-        /// It was done.
+        /// It succeeded.
         #[prost(message, tag = "5")]
         Done(()),
-        /// It was not done.
+        /// It failed.
         #[prost(message, tag = "6")]
         Failed(Failed),
-        /// How things are.
+        /// The state.
         #[prost(message, tag = "7")]
         State(Phase),
         /// Event: the container ended like this. The same is in its exit record, unless that could
@@ -169,7 +169,7 @@ pub mod reply {
 /// A container that waits for its start.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Created {
-    /// Its main process, as the host numbers it.
+    /// The host's pid of its main process.
     #[prost(int32, tag = "1")]
     pub pid: i32,
     /// When that started, in clock ticks since boot: proc_pid_stat(5), field 22.
@@ -184,8 +184,7 @@ pub struct Created {
     /// All its supplementary groups, the primary one included.
     #[prost(uint32, repeated, tag = "5")]
     pub groups: Vec<u32>,
-    /// What could not be done as asked and was done in a weaker way that does not touch isolation,
-    /// in words.
+    /// Settings that were applied with a weaker value that does not affect isolation, as text.
     #[prost(string, repeated, tag = "6")]
     pub notes: Vec<String>,
     /// Its home directory, of the container's passwd file.
@@ -209,7 +208,7 @@ pub struct Ended {
     pub exit_code: i32,
 }
 
-/// Something that was not done.
+/// A failed request.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Failed {
     /// The step that failed, in words that follow "cannot".
@@ -218,7 +217,7 @@ pub struct Failed {
     /// The kernel's error number; 0 when it was no system call that failed.
     #[prost(int32, tag = "2")]
     pub errno: i32,
-    /// What about: a path, a name, the kernel's own words. May be empty.
+    /// Details: a path, a name, the kernel's message. May be empty.
     #[prost(string, tag = "3")]
     pub detail: String,
 }
@@ -259,7 +258,7 @@ impl std::fmt::Display for Failed {
 
 impl std::error::Error for Failed {}
 
-/// How far a container has come.
+/// The phase of a container.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Phase {
     /// It waits for its start, or runs since then.

@@ -1,4 +1,4 @@
-//! Carrying limits out, and taking them back when one is refused.
+//! Applies limits, and rolls them back when one is refused.
 
 use std::path::PathBuf;
 
@@ -9,12 +9,11 @@ use crate::limits::{
 use crate::{Cgroup, Error, control_file};
 
 impl Cgroup {
-    /// Sets the limits of a cgroup that was just made and has no process yet. After an error,
-    /// remove it.
+    /// Sets the limits of a new cgroup without processes. After an error, remove it.
     ///
     /// # Errors
     /// [`Error::InvalidLimit`]; [`Error::ControllerMissing`] for a limit that this machine cannot
-    /// keep; [`Error::Write`] with file and value.
+    /// enforce; [`Error::Write`] with file and value.
     pub fn apply(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
         let steps = plan(self.version(), limits, &Present::default())?;
         let mut notes = Vec::new();
@@ -29,8 +28,8 @@ impl Cgroup {
     /// own; v2 would kill, so there memory is reclaimed first (`memory.reclaim`, Linux 5.19) and
     /// the limit set only if that was enough.
     ///
-    /// For a scope systemd is notified then, so that it does not put the earlier values back one
-    /// day; when it does not answer (within 30 s), the update has failed like any other.
+    /// For a scope systemd is updated then, so that it does not restore the earlier values; if it
+    /// does not answer within 30 s, the update fails.
     ///
     /// # Errors
     /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier
@@ -60,8 +59,8 @@ impl Cgroup {
         }
     }
 
-    /// Of the limits that are set in `asked`, what the kernel has. What cannot be read, or is not
-    /// there, is as in `earlier`; so are shares where the weight of v2 is that of the earlier ones.
+    /// The kernel's values of the limits that are set in `asked`. Values that are missing or cannot
+    /// be read are taken from `earlier`; so are shares if they have the same weight on v2.
     #[must_use]
     pub fn read_back(&self, asked: &Limits, earlier: &Limits) -> Limits {
         let number = |controller: &str, file: &str| {
@@ -143,8 +142,8 @@ impl Cgroup {
         }
     }
 
-    /// Tells systemd what the files got, and writes them once more: systemd has just written them
-    /// too, rounded.
+    /// Sets the same values in systemd, and writes the files again: systemd has just written them,
+    /// rounded.
     fn tell(&self, unit: &Unit, steps: &[Step], present: &Present) -> Result<(), Error> {
         let properties = properties_of(steps, present);
         if properties.is_empty() {
@@ -163,7 +162,7 @@ impl Cgroup {
         }
     }
 
-    /// Reads what [`plan`] has to know.
+    /// Reads the input of [`plan`].
     fn present(&self) -> Result<Present, Error> {
         let Some(memory) = self.dir_of("memory") else { return Ok(Present::default()) };
         match &self.place {
@@ -188,7 +187,7 @@ impl Cgroup {
         }
     }
 
-    /// v2 only: sees to it that a memory limit of `bytes` will not make the kernel kill.
+    /// v2 only: ensures that a memory limit of `bytes` will not cause an OOM kill.
     fn make_room(&self, bytes: u64) -> Result<(), Error> {
         let Place::Unified(dir) = &self.place else { return Ok(()) };
         let usage = || Ok(control_file::read_number(&dir.join("memory.current"))?.unwrap_or(0));

@@ -1,4 +1,4 @@
-//! One container's cgroup: where it is, making it, finding it again, and how a process gets in.
+//! One container's cgroup: its paths, creating it, finding it again, and joining it.
 //!
 //! # Joining
 //! On v2 the child is cloned straight into [`Cgroup::unified_dir`] (`CLONE_INTO_CGROUP`). On v1 the
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use crate::name::{Parent, check_id, is_unit};
 use crate::{Driver, Ending, Error, Hierarchy, Limits, Systemd, control_file, unit};
 
-/// The v2 controllers that are handed down to containers, as far as the parent has them.
+/// The v2 controllers that are enabled for containers, as far as the parent has them.
 const DELEGATED: [&str; 6] = ["cpu", "cpuset", "io", "memory", "pids", "hugetlb"];
 
 /// A container's directory in one v1 hierarchy.
@@ -33,14 +33,14 @@ pub(crate) enum Place {
     Legacy(Vec<LegacyDir>),
 }
 
-/// The unit of systemd that a cgroup is, and the way to tell systemd about it.
+/// The systemd unit of a cgroup, and the connection to systemd.
 #[derive(Debug, Clone)]
 pub(crate) struct Unit {
     pub(crate) name: String,
     pub(crate) systemd: Systemd,
 }
 
-/// A cgroup with a known place. Dropping it does nothing; it ends with [`Cgroup::remove`].
+/// A cgroup. Dropping it does nothing; it is removed by [`Cgroup::remove`].
 #[derive(Debug, Clone)]
 pub struct Cgroup {
     path: String,
@@ -50,11 +50,11 @@ pub struct Cgroup {
     pub(crate) unit: Option<Unit>,
 }
 
-/// What a scope is made of: [`Cgroup::create_scope`].
+/// The input of [`Cgroup::create_scope`].
 #[derive(Debug, Clone, Copy)]
 pub struct Scope<'a> {
-    /// A process of the caller's that does nothing: a scope cannot be without one, and the
-    /// container's own must not run before its limits are in force.
+    /// An idle process of the caller: a scope cannot exist without one, and the container's own
+    /// must not run before its limits are in force.
     pub process: u32,
     /// Its limits.
     pub limits: &'a Limits,
@@ -68,9 +68,8 @@ impl Cgroup {
     /// that Berth uses, and in the others that have the parent. A v1 cpuset starts with its
     /// parent's processors and memory nodes, without which no process could join.
     ///
-    /// A missing default parent is made first; so is a named one in the hierarchy that a kubelet
-    /// leaves out, once it is known to exist in the others. When this fails, nothing of the leaf is
-    /// left.
+    /// A missing default parent is created first; so is a named one in the hierarchy that a kubelet
+    /// omits, if it exists in the others. When this fails, nothing of the leaf is left.
     ///
     /// # Errors
     /// [`Error::InvalidId`]; [`Error::ParentMissing`] with the directory that should be there;
@@ -132,12 +131,12 @@ impl Cgroup {
         Ok(Self { path, place, unit: None })
     }
 
-    /// Has systemd make the scope `berth-<id>.scope` in the slice `parent`. Its process may go as
-    /// soon as another is in the scope; when the last one goes, so does the scope. Blocks while
-    /// systemd works, for 30 s at the most.
+    /// Makes systemd create the scope `berth-<id>.scope` in the slice `parent`. Its process may end
+    /// as soon as another is in the scope; the scope ends with its last process. Blocks for at most
+    /// 30 s.
     ///
-    /// The limits are systemd's knowledge then, rounded to what it can keep; [`Cgroup::apply`] has
-    /// to follow.
+    /// systemd has the limits then, rounded to what it can express; [`Cgroup::apply`] has to
+    /// follow.
     ///
     /// # Errors
     /// [`Error::InvalidId`]; [`Error::InvalidLimit`]; [`Error::WrongDriver`];
@@ -189,10 +188,9 @@ impl Cgroup {
         self
     }
 
-    /// Makes the directory of a leaf that no process will ever be in: what shows others, by its
-    /// name, that there is a pod. With the systemd driver too it is no unit, which could not be
-    /// without a process; systemd leaves directories alone that it does not know, and takes them
-    /// away with their slice.
+    /// Creates the directory of a leaf without processes, whose name shows other programs that
+    /// there is a pod. It is not a unit with the systemd driver either, since that cannot exist
+    /// without a process; systemd leaves unknown directories alone until their slice ends.
     ///
     /// # Errors
     /// As [`Cgroup::create`].
@@ -205,7 +203,7 @@ impl Cgroup {
         let path = format!("{}/{}", parent.path(), parent.leaf(id));
         let leaf = below(mount, &path);
         make_directory(&leaf)?;
-        // Without controllers there is less to see in it, and nothing that is wrong.
+        // Without controllers it just shows less.
         let _ = hand_down_controllers(&above);
         Ok(Self { path, place: Place::Unified(leaf), unit: None })
     }
@@ -261,7 +259,7 @@ impl Cgroup {
         Ok(Self { place: Self::place_of(hierarchy, &path), path, unit: None })
     }
 
-    /// The cgroup of a parent itself, for a look at what is counted in it.
+    /// The cgroup of a parent itself, for its statistics.
     pub(crate) fn of_parent(hierarchy: &Hierarchy, parent: &Parent) -> Self {
         let path = parent.path().to_owned();
         Self { place: Self::place_of(hierarchy, &path), path, unit: None }
@@ -340,8 +338,8 @@ impl Cgroup {
     }
 }
 
-/// The ids of the cgroups directly below `parent`, in any hierarchy: what an earlier life of the
-/// daemon may have left there. Empty when the parent is not there.
+/// The ids of the cgroups directly below `parent`, in any hierarchy: what an earlier daemon may
+/// have left there. Empty when the parent is not there.
 ///
 /// # Errors
 /// [`Error::Read`].

@@ -1,5 +1,5 @@
-//! Reading and writing single control files: one `write(2)` per value, one bound on what is read,
-//! the path in every error.
+//! Reading and writing control files: one `write(2)` per value, a limit on reads, the path in every
+//! error.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};

@@ -1,4 +1,4 @@
-//! Which devices the processes of a cgroup may open and make: an allow list, empty at first.
+//! The devices that the processes of a cgroup may open and create: an allow list, empty at first.
 //!
 //! On v1 it is written into `devices.deny` and `devices.allow`
 //! (Documentation/admin-guide/cgroup-v1/devices.rst); on v2 it becomes an eBPF program that is
@@ -116,7 +116,7 @@ pub fn default_devices() -> Vec<DeviceRule> {
 }
 
 impl Cgroup {
-    /// Puts the policy in force, in place of an earlier one. On v1 the cgroup must have no
+    /// Applies the policy, replacing an earlier one. On v1 the cgroup must have no
     /// sub-cgroups, and there is a moment at which nothing is allowed; on v2 there is a moment at
     /// which only what both policies allow is.
     ///

@@ -1,8 +1,8 @@
-//! Who arranges cgroups.
+//! The cgroup driver of the node.
 
 use std::fmt;
 
-/// Who arranges the cgroups of this node: CRI `LinuxRuntimeConfiguration.cgroup_driver`.
+/// The cgroup driver of this node: CRI `LinuxRuntimeConfiguration.cgroup_driver`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Driver {
     /// Directories are made and removed directly.

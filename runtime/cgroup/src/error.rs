@@ -1,4 +1,4 @@
-//! What can go wrong with a cgroup, always with the file or name it went wrong at.
+//! Errors of cgroup operations, always with the file or name.
 
 use std::io;
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The parent that the caller named is not there. It is not ours to create.
+    /// The parent that the caller named does not exist. It is not ours to create.
     #[error("the parent cgroup {path:?} does not exist")]
     ParentMissing {
         /// The directory that was looked for.
@@ -50,7 +50,7 @@ pub enum Error {
         /// The parent's path.
         parent: String,
     },
-    /// systemd did not do something with a unit.
+    /// An operation on a systemd unit failed.
     #[error("cannot {action} the unit {unit}")]
     Unit {
         /// The failed act.
@@ -61,7 +61,7 @@ pub enum Error {
         #[source]
         source: SystemdError,
     },
-    /// A cgroup of that name is there already.
+    /// A cgroup of that name exists.
     #[error("the cgroup {path:?} already exists")]
     AlreadyExists {
         /// Its directory.
@@ -85,7 +85,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The kernel refused a value, or the control file is not there.
+    /// The kernel refused a value, or the control file is missing.
     #[error("cannot write {value:?} to {path:?}")]
     Write {
         /// The file.

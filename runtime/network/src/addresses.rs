@@ -1,23 +1,23 @@
-//! Which sandbox owns which address: one small file per address.
+//! Address allocation: one small file per address, with the id of its sandbox.
 //!
 //! ```text
 //! <directory>/10.88.0.2             content: the sandbox id, nothing else
 //! <directory>/fd62:6572:7468::2     the same
 //! ```
 //!
-//! The name is the claim: it is made with `O_EXCL`, so that even two processes cannot give out an
-//! address twice. The files are the truth; a map in memory saves reading them again. Nothing is
-//! synced to the disk: after a power cut no sandbox lives. A crash can leave a file without
-//! content, or one whose sandbox was never finished; the first kind is removed when the store is
-//! opened, the second by [`AddressStore::reconcile`]. A record that cannot be read keeps its
-//! address taken. One that was lost is made again from what the sandbox itself knows
+//! The file name is the claim: it is created with `O_EXCL`, so that not even two processes can
+//! assign an address twice. The files are the truth; a map in memory saves reading them again.
+//! Nothing is synced to the disk: after a power cut no sandbox lives. A crash can leave a file
+//! without content, or one whose sandbox was never finished; the first kind is removed when the
+//! store is opened, the second by [`AddressStore::reconcile`]. A record that cannot be read keeps
+//! its address taken. One that was lost is made again from what the sandbox itself knows
 //! ([`AddressStore::restore`]).
 //!
-//! Addresses are given out in a circle, so that a freed one rests as long as possible: peers and
+//! Addresses are assigned in a circle, so that a freed one is reused as late as possible: peers and
 //! load balancers may still hold connections and neighbour entries of its last owner. After a
 //! restart the circle goes on behind the newest record.
 //!
-//! One daemon owns the directory; who else may write there is the permission bits' business (0700).
+//! One daemon owns the directory; its mode (0700) keeps others out.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -66,17 +66,17 @@ impl Range {
     }
 }
 
-/// Why addresses could not be given out or taken back.
+/// Why addresses could not be assigned or freed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or directory of the store could not be used.
     #[error("cannot {operation} {}", path.display())]
     File {
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error.
         #[source]
         source: io::Error,
     },
@@ -88,7 +88,7 @@ pub enum Error {
         /// Number of addresses taken in it.
         taken: usize,
     },
-    /// The sandbox has addresses already.
+    /// The sandbox already has addresses.
     #[error("sandbox {sandbox_id} already has the address {address}")]
     Owned {
         /// The sandbox.
@@ -199,7 +199,7 @@ impl AddressStore {
         Ok(taken)
     }
 
-    /// Takes back all addresses of a sandbox and returns them; none is fine.
+    /// Frees all addresses of a sandbox and returns them; there may be none.
     ///
     /// # Errors
     /// [`Error::File`]; what could be freed is free.
@@ -242,7 +242,7 @@ impl AddressStore {
         owners
     }
 
-    /// Frees these addresses, those that `owner` has still, and returns them.
+    /// Frees those of these addresses that `owner` still has, and returns them.
     ///
     /// # Errors
     /// [`Error::File`]; what could be freed is free.
@@ -253,8 +253,8 @@ impl AddressStore {
         self.release_all(&mut state, addresses)
     }
 
-    /// Sees to it that a sandbox has the addresses that it is known to use, and returns those that
-    /// it had no record of. One that another of the `known` sandboxes has stays that one's.
+    /// Restores the address records of a sandbox, and returns the addresses that had none. An
+    /// address of another of the `known` sandboxes stays assigned to that.
     ///
     /// # Errors
     /// [`Error::File`], [`Error::SandboxId`].

@@ -29,7 +29,7 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error.
         #[source]
         source: io::Error,
     },
@@ -40,7 +40,7 @@ pub enum Error {
         path: PathBuf,
         /// What was to be written.
         value: &'static str,
-        /// What the system said.
+        /// The error.
         #[source]
         source: io::Error,
     },

@@ -53,7 +53,7 @@ pub enum Error {
     /// The request did not reach the kernel.
     #[error("cannot send the request to {operation}")]
     Send {
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
         /// What the kernel said.
         #[source]
@@ -62,7 +62,7 @@ pub enum Error {
     /// The answer could not be read; `EAGAIN` when the kernel left none.
     #[error("cannot read the answer to the request to {operation}")]
     Receive {
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
         /// What the kernel said.
         #[source]
@@ -71,7 +71,7 @@ pub enum Error {
     /// The kernel understood the request and refused it.
     #[error("cannot {operation}")]
     Refused {
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
         /// The reason.
         #[source]
@@ -80,13 +80,13 @@ pub enum Error {
     /// The answer is not netlink as it is documented.
     #[error("the answer to the request to {operation} is malformed")]
     Malformed {
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
     },
     /// The tables changed during each of the attempts to list them.
     #[error("the list kept changing while trying to {operation}")]
     Unsteady {
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
     },
 }

@@ -32,7 +32,7 @@ pub enum Error {
     Run {
         /// The program.
         program: PathBuf,
-        /// What the system said.
+        /// The error.
         #[source]
         source: io::Error,
     },

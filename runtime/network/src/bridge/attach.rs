@@ -1,4 +1,4 @@
-//! A pod's way in and out: addresses, the leave to use them, and a veth pair.
+//! Attaches a pod: addresses, the permission to use them, and a veth pair.
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -20,7 +20,7 @@ use crate::{forwarding, masquerade};
 /// Name of a pod's interface: what CRI and every CNI set-up call it.
 pub const POD_INTERFACE: &str = "eth0";
 
-/// What a pod got.
+/// The network of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attachment {
     /// Its addresses on [`POD_INTERFACE`], IPv4 first; one of each family in use.
@@ -85,8 +85,8 @@ impl Bridge {
         Ok(attachment)
     }
 
-    /// Removes a sandbox's interface and frees its addresses. Absent is fine: either may have gone
-    /// before, with the namespace or in a crash. May be called from any thread.
+    /// Removes a sandbox's interface and frees its addresses. Either may already be gone, with the
+    /// namespace or after a crash. May be called from any thread.
     ///
     /// Removing the pair waits until no processor uses it any more (an RCU grace period): 37 ms
     /// were measured on a machine of two processors. Where the namespace has ended anyway,
@@ -104,7 +104,7 @@ impl Bridge {
     }
 
     /// Frees the addresses of a sandbox whose namespace has lost its last user: the kernel removes
-    /// the pair with the namespace, a little later and on its own time. Absent is fine.
+    /// the pair with the namespace, at some later time. Absence is not an error.
     ///
     /// # Errors
     /// [`Error::Addresses`].
@@ -126,7 +126,7 @@ impl Bridge {
         self.addresses.of(sandbox_id).into_iter().map(|address| self.with_prefix(address)).collect()
     }
 
-    /// Takes back the leave to use the addresses, then the addresses.
+    /// Revokes the permission to use the addresses, then frees them.
     fn free(&self, sandbox_id: &str) -> Result<(), Error> {
         let interface = self.host_interface(sandbox_id)?;
         let mut netfilter = lock(&self.netfilter);

@@ -1,4 +1,4 @@
-//! What is left of sandboxes that are gone.
+//! Remains of sandboxes that are gone.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ pub struct Reconciled {
     pub interfaces: Vec<String>,
 }
 
-/// What there is of sandboxes that are dead: [`Bridge::dead`].
+/// The remains of dead sandboxes: [`Bridge::dead`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dead {
     /// Host interfaces.
@@ -50,7 +50,7 @@ impl Bridge {
         Ok(Dead { interfaces: interfaces.collect(), owners: self.addresses.dead(&living) })
     }
 
-    /// Removes the interfaces, the leave and the addresses of dead sandboxes.
+    /// Removes the interfaces, permissions and addresses of dead sandboxes.
     ///
     /// # Errors
     /// The first failure; the rest was tried.

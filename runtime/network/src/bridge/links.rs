@@ -1,4 +1,4 @@
-//! Requests about links, addresses and routes, and what their answers say.
+//! Netlink requests about links, addresses and routes, and their answers.
 
 use std::net::IpAddr;
 

@@ -20,8 +20,8 @@
 //! pods' namespaces, and lets no two daemons use one bridge name. Left to others: host ports, and
 //! rules of other firewalls that stop forwarded packets.
 //!
-//! Set up in `set_up`, kept whole in `repair`; a pod comes and goes in `attach`, what is left of
-//! others goes in `dead`; requests to the kernel are in `links`.
+//! `set_up` creates it and `repair` restores it; `attach` attaches and detaches pods, `dead`
+//! removes remains; `links` has the requests to the kernel.
 
 mod attach;
 mod dead;
@@ -53,7 +53,7 @@ pub use repair::NotReady;
 /// share one period. Eight is what a daemon stops at once.
 const REMOVERS: usize = 8;
 
-/// Why something could not be done with the network.
+/// Why a network operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel refused to change or show links, addresses or routes on the node.
@@ -136,14 +136,14 @@ pub enum Error {
     /// The address store failed.
     #[error("cannot record pod addresses")]
     Addresses {
-        /// What it said.
+        /// The error.
         #[source]
         source: addresses::Error,
     },
     /// The firewall rules could not be put in place or removed.
     #[error("cannot change the firewall rules")]
     Firewall {
-        /// What nft said.
+        /// The error of nft.
         #[source]
         source: nft::Error,
     },
@@ -160,13 +160,13 @@ pub enum Error {
         /// The number of allocated addresses.
         addresses: usize,
     },
-    /// Undoing a half-done step failed too.
+    /// The rollback of a failed step failed, too.
     #[error("a step failed and could not be undone ({undo})")]
     Undo {
         /// What failed first.
         #[source]
         first: Box<Error>,
-        /// What failed in the undoing.
+        /// The failure of the rollback.
         undo: Box<Error>,
     },
 }
@@ -204,7 +204,7 @@ impl Bridge {
         if self.config.ipv6.is_some() { Families::Both } else { Families::Ipv4 }
     }
 
-    /// Deletes an interface of the node; absent is fine.
+    /// Deletes an interface of the node; absence is not an error.
     fn remove_link(&self, interface: &str) -> Result<(), netlink::Error> {
         // In turn; the vector is never empty, and the stand-in would only be slow.
         let turn = self.next_remover.fetch_add(1, Ordering::Relaxed) % REMOVERS;

@@ -18,7 +18,7 @@ use crate::guard::{self, Family, Port};
 use crate::netlink::{self, Netlink, Request};
 use crate::{identity, masquerade, nft};
 
-/// What is missing for pods to have a network.
+/// Why pods have no network.
 #[derive(Debug, thiserror::Error)]
 pub enum NotReady {
     /// There is no interface with the bridge's name and MAC address.
@@ -59,9 +59,9 @@ pub enum NotReady {
 }
 
 impl Bridge {
-    /// Puts everything in place again that [`Bridge::set_up`] made, and enslaves the interfaces of
-    /// living pods again when the bridge itself had to be recreated. To be called on a thread in
-    /// the node's network namespace. Runs `nft` once.
+    /// Restores everything that [`Bridge::set_up`] created, and enslaves the interfaces of living
+    /// pods if the bridge itself had to be recreated. To be called on a thread in the node's
+    /// network namespace. Runs `nft` once.
     ///
     /// # Errors
     /// As [`Bridge::set_up`].
@@ -113,12 +113,12 @@ impl Bridge {
         nft::apply(&script).map_err(|source| Error::Firewall { source })
     }
 
-    /// Whether the network is whole: the bridge up, the firewall tables there, forwarding on if it
-    /// is ours to turn on. Costs a few system calls, no program. To be called on a thread in the
-    /// node's network namespace.
+    /// Whether the network is complete: the bridge up, the firewall tables present, forwarding on
+    /// if Berth may turn it on. Costs a few system calls, no program. To be called on a thread in
+    /// the node's network namespace.
     ///
     /// # Errors
-    /// The first thing that is missing; [`Bridge::repair`] is the cure.
+    /// The first thing that is missing; [`Bridge::repair`] fixes it.
     pub fn ready(&self) -> Result<(), NotReady> {
         let name = || self.config.name.to_string();
         let link = find_link(&mut lock(&self.node), self.config.name.as_str());

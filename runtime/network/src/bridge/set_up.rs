@@ -1,4 +1,4 @@
-//! Making the bridge, or taking over one that is there; taking it down.
+//! Creates the bridge, or takes over an existing one; and removes it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;

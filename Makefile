@@ -69,7 +69,7 @@ demo-programs:
 
 test: build images
 	@scripts/install-needs test
-	@scripts/build-peer crictl streams kubelet kubelet-previous
+	@scripts/build-peer crictl cni streams kubelet kubelet-previous
 	@scripts/run-tests unit rootful kubelet node
 
 test-unit:
@@ -78,7 +78,7 @@ test-unit:
 
 test-rootful: build images
 	@scripts/install-needs test
-	@scripts/build-peer crictl streams
+	@scripts/build-peer crictl cni streams
 	@scripts/run-tests rootful
 
 test-kubelet: build images

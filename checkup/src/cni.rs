@@ -1,4 +1,4 @@
-//! What CNI configurations say, which other runtimes read: Berth gives pods its own bridge.
+//! What CNI configurations say, of which the first by name is the pods' network.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::{Finding, Grade, finding};
+use crate::{Daemon, Finding, Grade, finding, kubelet};
 
 /// Where runtimes and network add-ons look for configurations.
 const CONFIGURATIONS: &str = "etc/cni/net.d";
@@ -36,7 +36,44 @@ struct Plugin {
 }
 
 /// One finding for each configuration, or one that there is none.
-pub(crate) fn look(node: &Path) -> Vec<Finding> {
+pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
+    let names = names(node);
+    if daemon.network_kind == "bridge" {
+        let text = "pods are on Berth's own bridge (network.kind is bridge)";
+        let mut findings = vec![finding(Grade::Good, "network", text)];
+        if let Some(name) = names.first() {
+            let text = format!(
+                "/{CONFIGURATIONS}/{} is not used: network.kind is bridge; pods reach those of other nodes only by routes that you add",
+                name.escape_debug()
+            );
+            findings.push(finding(Grade::Note, "network", text));
+        }
+        return findings;
+    }
+    let Some((first, rest)) = names.split_first() else { return vec![without_configuration(node, daemon)] };
+    let mut findings = vec![configuration(node, first)];
+    findings.extend(rest.iter().map(|name| {
+        let (name, first) = (name.escape_debug(), first.escape_debug());
+        let text = format!("/{CONFIGURATIONS}/{name} is not used: {first} comes first by name");
+        finding(Grade::Note, "network", text)
+    }));
+    findings
+}
+
+/// Pods wait where a cluster brings their network; a single machine has the built-in one.
+fn without_configuration(node: &Path, daemon: &Daemon) -> Finding {
+    let has_kubelet = node.join(kubelet::CONFIGURATION).exists();
+    if daemon.network_kind != "cni" && !has_kubelet {
+        let text = "Berth's own bridge; it needs no CNI plugin and no /etc/cni/net.d";
+        return finding(Grade::Good, "network", text);
+    }
+    let text = format!(
+        "there is no CNI configuration in /{CONFIGURATIONS}, so pods wait for the cluster's network: install that (Cilium, Calico, Flannel, ...), or set network.kind = \"bridge\" for Berth's own"
+    );
+    finding(Grade::Note, "network", text)
+}
+
+fn names(node: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(node.join(CONFIGURATIONS))
         .into_iter()
         .flatten()
@@ -48,29 +85,24 @@ pub(crate) fn look(node: &Path) -> Vec<Finding> {
         })
         .collect();
     names.sort();
-    if names.is_empty() {
-        let text = "Berth's own bridge; it needs no CNI plugin and no /etc/cni/net.d";
-        return vec![finding(Grade::Good, "network", text)];
-    }
-    names.iter().map(|name| finding(Grade::Note, "network", configuration(node, name))).collect()
+    names
 }
 
-/// A sentence on the configuration of that name.
-fn configuration(node: &Path, name: &str) -> String {
+/// What is to be said of the configuration that is used.
+fn configuration(node: &Path, name: &str) -> Finding {
+    let broken = |text: String| finding(Grade::Broken, "network", text);
     let path = format!("/{CONFIGURATIONS}/{}", name.escape_debug());
     let plugins = match plugins(&node.join(CONFIGURATIONS).join(name)) {
         Ok(plugins) => plugins,
         Err(error) => {
-            return format!(
-                "{path} is not a CNI configuration ({error}): fix or remove it; Berth does not use it"
-            );
+            return broken(format!("{path} is not a CNI configuration ({error}): fix or remove it"));
         }
     };
     if let Some(plugin) = plugins.iter().find(|plugin| !is_name(plugin)) {
         let plugin = plugin.escape_debug();
-        return format!(
+        return broken(format!(
             "{path} names a CNI plugin \"{plugin}\", which cannot be the name of a program: fix or remove it"
-        );
+        ));
     }
     let is_missing = |plugin: &&String| {
         !PLUGIN_DIRECTORIES.iter().any(|directory| node.join(directory).join(plugin).is_file())
@@ -78,14 +110,12 @@ fn configuration(node: &Path, name: &str) -> String {
     let mut missing: Vec<&str> = plugins.iter().filter(is_missing).map(String::as_str).collect();
     missing.dedup();
     if !missing.is_empty() {
-        return format!(
-            "{path} needs CNI plugins that are not in /opt/cni/bin: {}; a runtime that uses it cannot create pods: install them (many are in the package containernetworking-plugins), or remove the file; Berth does not use it, its pods are on its own bridge",
+        return broken(format!(
+            "{path} needs CNI plugins that are not in /opt/cni/bin: {}; no pod can be created: install them (many are in the package containernetworking-plugins), or remove the file",
             missing.join(", ")
-        );
+        ));
     }
-    format!(
-        "{path} is not used: pods are on Berth's own bridge, and reach pods on other nodes only by routes that you add"
-    )
+    finding(Grade::Good, "network", format!("the CNI configuration {path}"))
 }
 
 /// The plugins that a configuration names, in its order.
@@ -131,26 +161,26 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_a_configuration_is_named() {
-        use Grade::Note;
+        use Grade::Broken;
         let conf = "etc/cni/net.d/99-loopback.conf";
         let list = "etc/cni/net.d/a.conflist";
         each_is_named(&[
-            (FLANNEL.0, FLANNEL.1, Note, "network", "not in /opt/cni/bin: flannel, portmap;"),
-            (conf, Some(r#"{"type": "loopback"}"#), Note, "network", "99-loopback.conf needs"),
-            (conf, Some(r#"{"type": "../../x"}"#), Note, "network", r#"plugin "../../x""#),
-            (conf, Some(r#"{"type": ".."}"#), Note, "network", r#"plugin "..""#),
-            (conf, Some(r#"{"type": ""}"#), Note, "network", r#"plugin """#),
-            (conf, Some(r#"{"type": "a\nb"}"#), Note, "network", r#"plugin "a\nb""#),
-            (conf, Some(""), Note, "network", "is not a CNI configuration (EOF"),
-            (conf, Some("{}"), Note, "network", "it names no plugin"),
-            (list, Some(r#"{"plugins": []}"#), Note, "network", "it names no plugin"),
-            (list, Some(r#"{"plugins": [{}]}"#), Note, "network", "missing field `type`"),
-            (list, Some(r#"{"plugins": 7}"#), Note, "network", "invalid type"),
-            ("etc/cni/net.d/a\nb.json", Some("x"), Note, "network", "net.d/a\\nb.json is no"),
-            ("etc/cni/net.d/c.json/file", Some(""), Note, "network", "it is not a regular file"),
+            (FLANNEL.0, FLANNEL.1, Broken, "network", "not in /opt/cni/bin: flannel, portmap;"),
+            (conf, Some(r#"{"type": "loopback"}"#), Broken, "network", "99-loopback.conf needs"),
+            (conf, Some(r#"{"type": "../../x"}"#), Broken, "network", r#"plugin "../../x""#),
+            (conf, Some(r#"{"type": ".."}"#), Broken, "network", r#"plugin "..""#),
+            (conf, Some(r#"{"type": ""}"#), Broken, "network", r#"plugin """#),
+            (conf, Some(r#"{"type": "a\nb"}"#), Broken, "network", r#"plugin "a\nb""#),
+            (conf, Some(""), Broken, "network", "is not a CNI configuration (EOF"),
+            (conf, Some("{}"), Broken, "network", "it names no plugin"),
+            (list, Some(r#"{"plugins": []}"#), Broken, "network", "it names no plugin"),
+            (list, Some(r#"{"plugins": [{}]}"#), Broken, "network", "missing field `type`"),
+            (list, Some(r#"{"plugins": 7}"#), Broken, "network", "invalid type"),
+            ("etc/cni/net.d/a\nb.json", Some("x"), Broken, "network", "net.d/a\\nb.json is no"),
+            ("etc/cni/net.d/c.json/file", Some(""), Broken, "network", "it is not a regular file"),
         ]);
         let large = format!("{{\"type\": \"{}\"}}", "x".repeat(1 << 20));
-        each_is_named(&[(conf, Some(&large), Note, "network", "larger than 1 MiB")]);
+        each_is_named(&[(conf, Some(&large), Broken, "network", "larger than 1 MiB")]);
     }
 
     #[test]
@@ -160,12 +190,30 @@ mod tests {
         for (there, says) in [
             (&[FLANNEL, flannel][..], "not in /opt/cni/bin: portmap;"),
             (&[FLANNEL, portmap], "not in /opt/cni/bin: flannel;"),
-            (&[FLANNEL, flannel, portmap], "10-flannel.conflist is not used"),
         ] {
             let found = troubles(there, &daemon());
             let [one] = found.as_slice() else { panic!("{found:?}") };
             assert!(one.text.contains(says), "{one:?}");
         }
+        assert_eq!(troubles(&[FLANNEL, flannel, portmap], &daemon()), []);
+    }
+
+    #[test]
+    fn pods_that_would_wait_are_told_of() {
+        let kubelet =
+            ("var/lib/kubelet/config.yaml", Some("containerRuntimeEndpoint: unix:///run/berth/berth.sock"));
+        let waits = |there: &[_], kind: &str| {
+            let daemon = Daemon { network_kind: kind.to_owned(), cgroup_driver: String::new(), ..daemon() };
+            troubles(there, &daemon)
+                .iter()
+                .any(|found| found.text.contains("pods wait for the cluster's network"))
+        };
+        assert!(waits(&[kubelet], "auto") && waits(&[], "cni"));
+        assert!(!waits(&[kubelet], "bridge") && !waits(&[], "auto"));
+        let flannel = [FLANNEL, ("opt/cni/bin/flannel", Some("")), ("opt/cni/bin/portmap", Some(""))];
+        let found = troubles(&flannel, &Daemon { network_kind: "bridge".to_owned(), ..daemon() });
+        let [one] = found.as_slice() else { panic!("{found:?}") };
+        assert!(one.text.contains("10-flannel.conflist is not used: network.kind is bridge"), "{one:?}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::{Daemon, Finding, Grade, finding, text, without_var};
 
 /// Where kubeadm, and most others, put it.
-const CONFIGURATION: &str = "var/lib/kubelet/config.yaml";
+pub(crate) const CONFIGURATION: &str = "var/lib/kubelet/config.yaml";
 
 /// Where an older kubeadm puts flags, which win over the configuration.
 const FLAGS: &str = "var/lib/kubelet/kubeadm-flags.env";
@@ -81,7 +81,12 @@ fn flag<'a>(line: &'a str, name: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::{daemon, each_is_named, troubles};
+    use crate::tests::{each_is_named, troubles};
+
+    /// One that needs no CNI configuration.
+    fn daemon() -> Daemon {
+        Daemon { network_kind: "bridge".to_owned(), ..crate::tests::daemon() }
+    }
 
     const CONFIGURED: &str = "kind: KubeletConfiguration\ncgroupDriver: systemd\ncontainerRuntimeEndpoint: unix:///run/berth/berth.sock\n";
 

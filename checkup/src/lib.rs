@@ -51,6 +51,9 @@ pub struct Daemon {
     pub socket: PathBuf,
     /// `cgroupfs` or `systemd`; empty where it is not known.
     pub cgroup_driver: String,
+    /// Where its pods get their network from: `bridge` for the built-in one only; else the node's CNI
+    /// configuration counts.
+    pub network_kind: String,
     /// Bytes that images leave free, and the key of the configuration is `image.min_free_bytes`.
     pub min_free_bytes: u64,
     /// The same as a share in percent, `image.min_free_percent`. The larger one counts.
@@ -67,6 +70,7 @@ impl Default for Daemon {
             state: "/run/berth".into(),
             socket: "/run/berth/berth.sock".into(),
             cgroup_driver: String::new(),
+            network_kind: "auto".to_owned(),
             min_free_bytes: 1 << 30,
             min_free_percent: 5,
             cadvisor_socket: None,
@@ -78,7 +82,7 @@ impl Default for Daemon {
 #[must_use]
 pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let mut findings = host::look(node);
-    findings.extend(cni::look(node));
+    findings.extend(cni::look(node, daemon));
     findings.extend(disk::look(node, daemon));
     findings.extend(runtimes::look(node, daemon));
     findings.extend(kubelet::look(node, daemon));
@@ -162,7 +166,10 @@ mod tests {
     #[track_caller]
     pub(crate) fn each_is_named(cases: &[(&str, Option<&str>, Grade, &str, &str)]) {
         for (path, text, grade, subject, words) in cases {
-            let troubles = troubles(&[(path, *text)], &daemon());
+            // A kubelet waits for a CNI configuration, which is another finding.
+            let kind = if *subject == "kubelet" { "bridge" } else { "auto" };
+            let daemon = Daemon { network_kind: kind.to_owned(), ..daemon() };
+            let troubles = troubles(&[(path, *text)], &daemon);
             let [trouble] = troubles.as_slice() else { panic!("{path} {text:?}: {troubles:?}") };
             assert_eq!((&trouble.grade, &trouble.subject), (grade, subject), "{path} {text:?}: {trouble:?}");
             assert!(trouble.text.contains(words), "{path} {text:?}: {trouble:?}");

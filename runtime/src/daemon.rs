@@ -341,6 +341,7 @@ async fn tell_what_the_node_lacks(node: &Arc<Node>) {
         state: node.layout.state().to_owned(),
         socket: config.socket.clone(),
         cgroup_driver: node.cgroups.driver.to_string(),
+        network_kind: config.network.kind.to_string(),
         min_free_bytes: images.min_free_bytes,
         min_free_percent: images.min_free_percent,
         cadvisor_socket: config.cadvisor_socket.clone(),

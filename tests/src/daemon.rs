@@ -21,6 +21,7 @@ use nix::unistd::{Pid, geteuid};
 use tempfile::TempDir;
 
 use crate::cgroup::{Cgroup, Driver};
+use crate::cni;
 use crate::cri::Client;
 use crate::deadline::within;
 use crate::host::Host;
@@ -37,6 +38,8 @@ pub const SOON: Duration = Duration::from_secs(60);
 /// What a test wants otherwise than usual.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Setup {
+    /// More lines for the section `[network]` of `berth.toml`.
+    pub network: &'static str,
     /// More lines for `berth.toml`, in sections of their own.
     pub configuration: &'static str,
     /// Puts the durable root on a filesystem of this size.
@@ -105,9 +108,11 @@ impl Daemon {
         // A name of this test only, of at most 15 characters.
         let bridge = format!("bt{}", name.trim_start_matches("berth-test-"));
         let configuration = format!(
-            "[cgroup]\nparent = \"{}\"\n[registry]\nconfig_path = \"{}\"\n[network]\nbridge = \"{bridge}\"\n{}",
+            "[cgroup]\nparent = \"{}\"\n[registry]\nconfig_path = \"{}\"\n[network]\nbridge = \"{bridge}\"\n{}{}{}",
             cgroup.parent(),
             dir.path().join("certs.d").display(),
+            cni::configuration(dir.path()),
+            setup.network,
             setup.configuration
         );
         fs::write(dir.path().join("berth.toml"), configuration).context("writing the configuration")?;

@@ -5,6 +5,7 @@ pub mod apparmor;
 pub mod census;
 pub mod cgroup;
 pub mod cluster;
+pub mod cni;
 pub mod cri;
 pub mod critest;
 pub mod daemon;

@@ -1,6 +1,7 @@
 //! Programs that the tests run: to their end, or what is left of them when they fail.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,6 +17,24 @@ pub fn output(command: &mut Command) -> Result<String> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {} {said}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs a program with a text on its standard input to its end.
+///
+/// # Errors
+/// When it cannot be started or does not end with success.
+pub fn run_with_input(program: &str, arguments: &[&str], input: &str) -> Result<()> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {program}"))?;
+    let mut stdin = child.stdin.take().context("its input")?;
+    stdin.write_all(input.as_bytes()).with_context(|| format!("writing to {program}"))?;
+    drop(stdin);
+    let status = child.wait()?;
+    ensure!(status.success(), "{program} {arguments:?}: {status}");
+    Ok(())
 }
 
 /// The end of a program's log file, for the message of a failed test.

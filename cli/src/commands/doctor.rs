@@ -47,6 +47,11 @@ async fn ask(socket: &Path) -> Result<(InfoResponse, Vec<RuntimeCondition>), Err
 fn take_over(daemon: &mut berth_checkup::Daemon, info: InfoResponse) {
     daemon.root = info.root.into();
     daemon.state = info.state.into();
+    if let Some(network) = info.network
+        && network.kind == "bridge"
+    {
+        daemon.network_kind = network.kind;
+    }
     daemon.cgroup_driver = info.cgroup.unwrap_or_default().driver;
     daemon.cadvisor_socket = Some(info.cadvisor_socket).filter(|path| !path.is_empty()).map(Into::into);
     daemon.min_free_bytes = info.min_free_bytes;

@@ -29,7 +29,7 @@ pub enum NetworkError {
         command: Command,
         /// The cause.
         #[source]
-        source: PluginError,
+        source: Box<PluginError>,
     },
     /// The attachment that is asked for cannot be.
     #[error("{field} {value:?} cannot be passed to CNI plugins")]
@@ -46,7 +46,7 @@ pub enum NetworkError {
         network: String,
         /// The cause.
         #[source]
-        source: ConfigError,
+        source: Box<ConfigError>,
     },
     /// The cache.
     #[error(transparent)]
@@ -145,8 +145,8 @@ impl Network<'_> {
         Ok(())
     }
 
-    /// GC, if the configuration's version has it and it is not disabled: plugins give back what belongs to no
-    /// attachment in the cache, which must be complete.
+    /// GC, if the configuration's version has it and it is not disabled: plugins give back what
+    /// belongs to no attachment in the cache, which must be complete.
     ///
     /// # Errors
     /// [`NetworkError`] of the first plugin that failed; the others were asked as well.
@@ -240,13 +240,14 @@ impl Network<'_> {
 
     fn failed(&self, plugin: &PluginConfig, command: Command, source: PluginError) -> NetworkError {
         let network = self.config.name().to_owned();
-        NetworkError::Plugin { plugin: plugin.program().to_owned(), network, command, source }
+        let (plugin, source) = (plugin.program().to_owned(), Box::new(source));
+        NetworkError::Plugin { plugin, network, command, source }
     }
 }
 
 impl CachedAttachment {
-    /// DEL with the configuration that it was made with, in the reverse order of plugins, and its entry goes.
-    /// `netns` is the namespace if it is still there. May be repeated.
+    /// DEL with the configuration that it was made with, in the reverse order of plugins, and its
+    /// entry goes. `netns` is the namespace if it is still there. May be repeated.
     ///
     /// # Errors
     /// [`NetworkError`]; its entry stays.
@@ -257,8 +258,10 @@ impl CachedAttachment {
         cache: &Cache,
         deadline: Instant,
     ) -> Result<(), NetworkError> {
-        let config = NetworkConfig::from_json(&self.config)
-            .map_err(|source| NetworkError::Cached { network: self.network_name.clone(), source })?;
+        let config = NetworkConfig::from_json(&self.config).map_err(|source| {
+            let network = self.network_name.clone();
+            NetworkError::Cached { network, source: Box::new(source) }
+        })?;
         let network = Network { config: &config, directories, cache };
         let entry = Self {
             netns: netns.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),

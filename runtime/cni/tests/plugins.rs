@@ -1,4 +1,5 @@
-//! Networks of plugins that are scripts: what they are given, and what becomes of those that misbehave.
+//! Networks of plugins that are scripts: what they are given, and what becomes of those that
+//! misbehave.
 
 #![allow(clippy::unwrap_used, reason = "what cannot be set up fails the test")]
 
@@ -15,7 +16,8 @@ use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A plugin that keeps what it was given, in files named by command and type, and passes the result on.
+/// A plugin that keeps what it was given, in files named by command and type, and passes the result
+/// on.
 const HONEST: &str = r#"#!/bin/sh
 me=$(basename "$0")
 cat > "$TRACE/$CNI_COMMAND.$me.json"
@@ -44,8 +46,8 @@ impl Node {
     fn plugin(&self, name: &str, script: &str) {
         let trace = self.top.path().join("trace");
         let path = self.directories[1].join(name);
-        // Written by another process: a file that is open for writing cannot be run, and a child that another
-        // test is starting would hold ours open for a moment.
+        // Written by another process: a file that is open for writing cannot be run, and a child
+        // that another test is starting would hold ours open for a moment.
         let mut install = Command::new("install")
             .args(["-m", "755", "/dev/stdin"])
             .arg(path)
@@ -258,7 +260,8 @@ fn a_plugin_that_never_ends_is_killed_with_its_children() {
     let begin = Instant::now();
     let deadline = begin + Duration::from_millis(500);
     let error = node.network(&config).add(&attachment(), deadline).unwrap_err();
-    let NetworkError::Plugin { source: PluginError::Late { .. }, .. } = error else { panic!("{error}") };
+    let NetworkError::Plugin { source, .. } = &error else { panic!("{error}") };
+    assert!(matches!(**source, PluginError::Late { .. }), "{error}");
     assert!(begin.elapsed() < PATIENCE);
     let Ok(child) = fs::read_to_string(node.trace("child")) else { return };
     let stat = PathBuf::from(format!("/proc/{}/stat", child.trim()));

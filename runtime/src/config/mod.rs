@@ -21,6 +21,9 @@ pub use written::{
 /// Where the configuration is read from when no flag says otherwise. An absent file is an empty one.
 pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
 
+/// Where files lie that a reboot takes away.
+const DEFAULT_STATE: &str = "/run/berth";
+
 /// The directories of mirror rules that are used when the configuration names none, in this order: Berth's,
 /// then those that a node which ran containerd has.
 const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
@@ -43,8 +46,8 @@ pub struct Config {
     pub log: String,
     /// How images are pulled and kept.
     pub images: berth_image::StoreOptions,
-    /// The built-in network.
-    pub network: BridgeConfig,
+    /// Where pods get their network from.
+    pub network: NetworkConfig,
     /// Who arranges cgroups; `None`: the driver whose form the parent has, else the one that fits the node.
     pub cgroup_driver: Option<Driver>,
     /// Where pods go that name no parent; `None`: the driver's default.
@@ -55,6 +58,69 @@ pub struct Config {
     pub rlimits: Vec<PosixRlimit>,
     /// Where the clients of exec and port forwarding connect.
     pub streaming: StreamingConfig,
+}
+
+/// Where pods get their network from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// From which of these.
+    pub kind: NetworkKind,
+    /// The built-in bridge.
+    pub bridge: BridgeConfig,
+    /// CNI plugins.
+    pub cni: CniConfig,
+}
+
+impl NetworkConfig {
+    fn written(&self) -> WrittenNetwork {
+        let Self { kind, bridge, cni } = self;
+        WrittenNetwork {
+            kind: Some(kind.to_string()),
+            cni_config_directory: Some(cni.config_directory.clone()),
+            cni_plugin_directories: Some(cni.plugin_directories.clone()),
+            cni_cache_directory: Some(cni.cache_directory.clone()),
+            cni_namespace_directory: Some(cni.namespace_directory.clone()),
+            bridge: Some(bridge.name.to_string()),
+            ipv4: Some(bridge.ipv4.to_string()),
+            ipv6: Some(bridge.ipv6.map_or_else(|| "off".to_owned(), |subnet| subnet.to_string())),
+            mtu: bridge.mtu.map(Mtu::bytes),
+            forwarding: Some(bridge.forwarding),
+        }
+    }
+}
+
+/// From which network pods get their interfaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkKind {
+    /// CNI where the node has a configuration or a kubelet, else the built-in bridge.
+    Auto,
+    /// The built-in bridge.
+    Bridge,
+    /// CNI.
+    Cni,
+}
+
+impl std::fmt::Display for NetworkKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Bridge => "bridge",
+            Self::Cni => "cni",
+        })
+    }
+}
+
+/// Where everything of CNI is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CniConfig {
+    /// Configurations.
+    pub config_directory: PathBuf,
+    /// Plugins, in the order in which they are looked for.
+    pub plugin_directories: Vec<PathBuf>,
+    /// The cache of attachments, as libcni has it.
+    pub cache_directory: PathBuf,
+    /// Pinned namespaces.
+    pub namespace_directory: PathBuf,
 }
 
 /// Where the clients of exec and port forwarding connect.
@@ -113,7 +179,7 @@ impl Config {
     pub fn check(written: Written) -> Result<Self, Vec<Mistake>> {
         let mut check = Check(Vec::new());
         let root = check.absolute("root", written.root.unwrap_or_else(|| "/var/lib/berth".into()));
-        let state = check.absolute("state", written.state.unwrap_or_else(|| "/run/berth".into()));
+        let state = check.absolute("state", written.state.unwrap_or_else(|| DEFAULT_STATE.into()));
         if root == state {
             check.0.push(Mistake {
                 key: "state",
@@ -134,7 +200,7 @@ impl Config {
         let log = written.log.unwrap_or_else(|| "info".to_owned());
         check.ok("log", tracing_subscriber::EnvFilter::try_new(&log));
         let images = images(&mut check, written.registry, &written.image);
-        let network = network(&mut check, &written.network);
+        let network = network(&mut check, &written.network, &state);
         let (cgroup_driver, cgroup_parent) = cgroup(&mut check, &written.cgroup);
         let cadvisor_socket = check.absolute(
             "compat.cadvisor_socket",
@@ -200,13 +266,7 @@ impl Config {
                 min_free_bytes: Some(self.images.min_free_bytes),
                 min_free_percent: Some(self.images.min_free_percent),
             },
-            network: WrittenNetwork {
-                bridge: Some(self.network.name.to_string()),
-                ipv4: Some(self.network.ipv4.to_string()),
-                ipv6: Some(self.network.ipv6.map_or_else(|| "off".to_owned(), |subnet| subnet.to_string())),
-                mtu: self.network.mtu.map(Mtu::bytes),
-                forwarding: Some(self.network.forwarding),
-            },
+            network: self.network.written(),
             cgroup: WrittenCgroup {
                 driver: Some(
                     self.cgroup_driver.map_or_else(|| "auto".to_owned(), |driver| driver.to_string()),
@@ -310,7 +370,50 @@ fn images(check: &mut Check, registry: WrittenRegistry, image: &WrittenImage) ->
     }
 }
 
-fn network(check: &mut Check, written: &WrittenNetwork) -> Option<BridgeConfig> {
+fn network(check: &mut Check, written: &WrittenNetwork, state: &Path) -> Option<NetworkConfig> {
+    let kind = match written.kind.as_deref() {
+        None | Some("auto") => Some(NetworkKind::Auto),
+        Some("bridge") => Some(NetworkKind::Bridge),
+        Some("cni") => Some(NetworkKind::Cni),
+        Some(other) => check.ok("network.kind", Err(format!("{other:?} is not auto, bridge or cni"))),
+    };
+    let cni = cni(check, written, state);
+    Some(NetworkConfig { bridge: bridge(check, written)?, kind: kind?, cni })
+}
+
+fn cni(check: &mut Check, written: &WrittenNetwork, state: &Path) -> CniConfig {
+    let mut path = |key, written: &Option<PathBuf>, default: PathBuf| {
+        check.absolute(key, written.clone().unwrap_or(default))
+    };
+    let namespaces =
+        if state == Path::new(DEFAULT_STATE) { "/run/netns".into() } else { state.join("netns") };
+    CniConfig {
+        config_directory: path(
+            "network.cni_config_directory",
+            &written.cni_config_directory,
+            "/etc/cni/net.d".into(),
+        ),
+        cache_directory: path(
+            "network.cni_cache_directory",
+            &written.cni_cache_directory,
+            "/var/lib/cni".into(),
+        ),
+        namespace_directory: path(
+            "network.cni_namespace_directory",
+            &written.cni_namespace_directory,
+            namespaces,
+        ),
+        plugin_directories: written
+            .cni_plugin_directories
+            .clone()
+            .unwrap_or_else(|| ["/opt/cni/bin", "/usr/lib/cni"].map(PathBuf::from).into())
+            .into_iter()
+            .map(|directory| check.absolute("network.cni_plugin_directories", directory))
+            .collect(),
+    }
+}
+
+fn bridge(check: &mut Check, written: &WrittenNetwork) -> Option<BridgeConfig> {
     let defaults = BridgeConfig::default();
     let name = match &written.bridge {
         Some(name) => check.ok("network.bridge", BridgeName::new(name)),

@@ -65,8 +65,8 @@ written! {
         socket: Option<PathBuf>,
         /// The shim's program. Default: beside the daemon's, then `/usr/libexec/berth/berth-shim`.
         shim: Option<PathBuf>,
-        /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter of the tracing crate.
-        /// Default `info`.
+        /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter of the tracing
+        /// crate. Default `info`.
         log: Option<String>,
         /// Registries.
         registry: WrittenRegistry,
@@ -86,8 +86,8 @@ written! {
 
     /// `[registry]`.
     WrittenRegistry {
-        /// The directory of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists of
-        /// `/etc/berth/certs.d` and `/etc/containerd/certs.d`.
+        /// The directory of mirror rules, `<host>/hosts.toml` in it. Default: the first that exists
+        /// of `/etc/berth/certs.d` and `/etc/containerd/certs.d`.
         config_path: Option<PathBuf>,
         /// Hosts of token services outside their registry's domain that may be sent credentials.
         trusted_token_hosts: Option<Vec<String>>,
@@ -107,11 +107,26 @@ written! {
 
     /// `[network]`.
     WrittenNetwork {
+        /// `auto`, `bridge` or `cni`. Default `auto`: the CNI configuration of the node where it
+        /// has one, else the built-in bridge, unless the node has a kubelet, whose cluster brings a
+        /// network.
+        kind: Option<String>,
+        /// The directory of CNI configurations, of which the first by name is used. Default
+        /// `/etc/cni/net.d`.
+        cni_config_directory: Option<PathBuf>,
+        /// Directories of CNI plugins. Default `/opt/cni/bin` and `/usr/lib/cni`.
+        cni_plugin_directories: Option<Vec<PathBuf>>,
+        /// Where attachments are kept. Default `/var/lib/cni`, as by libcni.
+        cni_cache_directory: Option<PathBuf>,
+        /// Where the network namespaces of pods with CNI are pinned. Default `/run/netns` for the
+        /// daemon with the default `state`, else `netns` in `state`.
+        cni_namespace_directory: Option<PathBuf>,
         /// The bridge's name, at most 15 characters. Default `berth0`.
         bridge: Option<String>,
         /// The pods' IPv4 network. Default `10.88.0.0/16`.
         ipv4: Option<String>,
-        /// The pods' IPv6 network, or `off`. Default `fd62:6572:7468::/64`, where the host has IPv6.
+        /// The pods' IPv6 network, or `off`. Default `fd62:6572:7468::/64`, where the host has
+        /// IPv6.
         ipv6: Option<String>,
         /// MTU. Default: the kernel's.
         mtu: Option<u32>,
@@ -121,16 +136,18 @@ written! {
 
     /// `[cgroup]`.
     WrittenCgroup {
-        /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has, else systemd
-        /// where it is process 1 on cgroup v2, else cgroupfs.
+        /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has,
+        /// else systemd where it is process 1 on cgroup v2, else cgroupfs.
         driver: Option<String>,
-        /// Where pods go that name no parent. Default `/berth`, with the systemd driver `berth.slice`.
+        /// Where pods go that name no parent. Default `/berth`, with the systemd driver
+        /// `berth.slice`.
         parent: Option<String>,
     }
 
     /// `[streaming]`: where the clients of exec and port forwarding connect.
     WrittenStreaming {
-        /// Address and port, 0 for any. Default `127.0.0.1:0`. One that is not a loopback address needs TLS.
+        /// Address and port, 0 for any. Default `127.0.0.1:0`. One that is not a loopback address
+        /// needs TLS.
         address: Option<SocketAddr>,
         /// The file of the server's certificate chain, PEM. With `tls_key`.
         tls_certificate: Option<PathBuf>,
@@ -140,7 +157,8 @@ written! {
 
     /// `[container]`.
     WrittenContainer {
-        /// Resource limits of the programs in containers, by name, in place of the defaults of `rlimits.rs`.
+        /// Resource limits of the programs in containers, by name, in place of the defaults of
+        /// `rlimits.rs`.
         rlimits: WrittenRlimits,
     }
 
@@ -149,7 +167,8 @@ written! {
         /// Whether to answer the cAdvisor in a kubelet as CRI-O would. Default
         /// false.
         cadvisor: Option<bool>,
-        /// The socket for that. Default `/var/run/crio/crio.sock`, the only one that a cAdvisor knows.
+        /// The socket for that. Default `/var/run/crio/crio.sock`, the only one that a cAdvisor
+        /// knows.
         cadvisor_socket: Option<PathBuf>,
     }
 }

@@ -23,6 +23,7 @@ use std::borrow::Cow;
 use super::convert::Rejected;
 use crate::chain;
 use crate::container::ContainerError;
+use crate::network::NetworkError;
 use crate::sandbox::SandboxError;
 use crate::shim_client::ShimError;
 use crate::streaming::UrlError;
@@ -131,6 +132,9 @@ fn sandbox(error: &SandboxError) -> Code {
         SandboxError::NoCgroupParent { .. }
         | SandboxError::Sysctl { .. }
         | SandboxError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => Code::InvalidArgument,
+        SandboxError::Network(NetworkError::HostPorts) => Code::Unimplemented,
+        SandboxError::Network(NetworkError::Bandwidth { .. }) => Code::InvalidArgument,
+        SandboxError::Network(NetworkError::NotConfigured(_)) => Code::Unavailable,
         SandboxError::AppArmor(_) => Code::FailedPrecondition,
         SandboxError::Containers { source, .. } => container(source),
         SandboxError::Stopping => Code::Unavailable,

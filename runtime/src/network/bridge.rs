@@ -2,23 +2,30 @@
 
 use super::{Attached, Description, Interface, Namespace, NetworkError, NotReady};
 use crate::chain;
-use crate::config::Config;
 use berth_model::id::SandboxId;
-use berth_model::layout::Layout;
-use berth_network::Bridge;
 use berth_network::bridge::{POD_INTERFACE, open_in_pod};
+use berth_network::{Bridge, BridgeConfig};
 use berth_sys::ns::{self, Kind};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::path::Path;
+
+/// Whether a bridge's directory of addresses has any that are in use, or that cannot be found out.
+pub(super) fn has_addresses(config: &BridgeConfig, records: &Path) -> bool {
+    match std::fs::read_dir(records.join(config.name.as_str())) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    }
+}
 
 pub(super) fn set_up(
-    config: &Config,
-    layout: &Layout,
+    config: BridgeConfig,
+    records: &Path,
     known: &BTreeMap<String, Vec<IpAddr>>,
 ) -> Result<Bridge, NetworkError> {
-    let bridge = Bridge::set_up_for(config.network.clone(), &layout.network(), known)?;
+    let bridge = Bridge::set_up_for(config, records, known)?;
     let unread = bridge.unread_addresses();
     if !unread.is_empty() {
         tracing::warn!(
@@ -39,8 +46,8 @@ pub(super) fn attach(bridge: &Bridge, sandbox: &SandboxId) -> Result<Attached, N
 
 /// The namespace has been unpinned.
 ///
-/// The kernel takes the interfaces away with the namespace, on its own time, once its last user is gone.
-/// Where there is no knowing whether it is, the interface is removed by hand.
+/// The kernel takes the interfaces away with the namespace, on its own time, once its last user is
+/// gone. Where there is no knowing whether it is, the interface is removed by hand.
 pub(super) fn release(
     bridge: &Bridge,
     sandbox: &SandboxId,

@@ -1,42 +1,62 @@
-//! Where the pods of this node get their network from: the built-in bridge ([`berth_network`]).
+//! Where the pods of this node get their network from: the built-in bridge ([`berth_network`]) or
+//! the CNI plugins that the node has configured ([`berth_cni`]).
 //!
-//! Nothing outside this module knows which kind it is. What a kind has to do:
+//! Nothing outside this module knows which kind a pod has. What a kind has to do:
 //!
-//! - *attach*: in a pod's new namespace, make interfaces and say which addresses they have;
-//! - *release*: give back what a pod has, once its namespace is let go of, from its id alone, so that it can
-//!   be done by another daemon, for the second time, and with the namespace gone;
+//! - *attach*: from inside a pod's new namespace or from the node, make interfaces and say which
+//!   addresses they have;
+//! - *detach* and *release*: give back what a pod has, before and after its namespace is let go of,
+//!   from its id alone, so that it can be done by another daemon, for the second time, and with the
+//!   namespace gone;
 //! - *dead*: find and remove what belongs to sandboxes that are not there;
 //! - *look*: say whether pods can be attached and if not, why; repair or read again what can be.
-//!
-//! Host ports are refused at the CRI edge; a kind that can have them finds them in the sandbox's
-//! configuration.
 
 mod bridge;
+mod cni;
 mod error;
 
-use crate::config::Config;
-use crate::lock;
+use crate::config::{Config, NetworkKind};
+use crate::{chain, lock};
 use berth_model::id::SandboxId;
 use berth_model::layout::Layout;
-use berth_network::Bridge;
+use berth_network::{Bridge, BridgeConfig, Netlink};
+use cni::{Cni, not_ready};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Mutex;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock};
 
 pub(crate) use error::NetworkError;
 
 /// The network of the pods that do not use the node's.
 #[derive(Debug)]
 pub(crate) struct Network {
-    kind: Kind,
-    /// As it was when it was last looked at.
+    kind: NetworkKind,
+    /// Set up when it is first needed: a node with CNI has no bridge of ours.
+    bridge: OnceLock<Bridge>,
+    bridge_config: BridgeConfig,
+    addresses: PathBuf,
+    setting_up: Mutex<()>,
+    cni: Cni,
+    /// What was found when it was last looked at.
     state: Mutex<Result<(), NotReady>>,
 }
 
+/// The network that a pod is given.
 #[derive(Debug)]
-enum Kind {
-    Bridge(Bridge),
+pub(crate) enum Chosen<'a> {
+    Bridge(&'a Bridge),
+    Cni(&'a Cni, Arc<berth_cni::NetworkConfig>),
+}
+
+/// What a network has to know of a pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pod<'a> {
+    pub(crate) id: &'a SandboxId,
+    pub(crate) config: &'a berth_model::sandbox::Config,
+    /// Where its network namespace is pinned.
+    pub(crate) namespace: &'a Path,
 }
 
 /// What a pod got: its interfaces, the main one first.
@@ -79,8 +99,9 @@ pub(crate) struct NotReady {
 
 /// What there is of sandboxes that are not there.
 #[derive(Debug)]
-pub(crate) enum Dead {
-    Bridge(berth_network::Dead),
+pub(crate) struct Dead {
+    bridge: Option<berth_network::Dead>,
+    cni: Vec<berth_cni::CachedAttachment>,
 }
 
 /// What a person is shown of a network.
@@ -92,63 +113,129 @@ pub(crate) struct Description {
 }
 
 impl Network {
-    /// Sets up the network that the configuration asks for, or takes over what is there. `known`: the
-    /// sandboxes that there may be, with the addresses that they use. Blocking.
+    /// Sets up the network that the configuration asks for, or takes over what is there. `known`:
+    /// the sandboxes that there may be, with the addresses that they use. Blocking.
     pub(crate) fn set_up(
         config: &Config,
         layout: &Layout,
         known: &BTreeMap<String, Vec<IpAddr>>,
     ) -> Result<Self, NetworkError> {
-        let kind = Kind::Bridge(bridge::set_up(config, layout, known)?);
-        Ok(Self { kind, state: Mutex::new(Ok(())) })
-    }
-
-    /// Gives a sandbox its interfaces. Called on a thread in its new network namespace, which is pinned
-    /// already; whatever has to run outside is given the node's namespace by the kind. On an error the
-    /// sandbox may own something, and has to be detached. Blocking.
-    pub(crate) fn attach(&self, sandbox: &SandboxId) -> Result<Attached, NetworkError> {
-        match &self.kind {
-            Kind::Bridge(bridge) => bridge::attach(bridge, sandbox),
+        let network = Self {
+            kind: config.network.kind,
+            bridge: OnceLock::new(),
+            bridge_config: config.network.bridge.clone(),
+            addresses: layout.network(),
+            setting_up: Mutex::default(),
+            cni: Cni::new(&config.network.cni),
+            state: Mutex::new(Ok(())),
+        };
+        let is_bridge = match network.kind {
+            NetworkKind::Bridge => true,
+            NetworkKind::Cni => false,
+            NetworkKind::Auto => matches!(network.cni.configuration(), Ok(None)) && !kubelet_is_set_up(),
+        };
+        // Pods that are on it from before, whatever new ones get.
+        if is_bridge || bridge::has_addresses(&network.bridge_config, &network.addresses) {
+            network.bridge_for(known)?;
         }
+        network.look();
+        Ok(network)
     }
 
-    /// Gives back what a sandbox has, once its namespaces are unpinned. May be repeated. Blocking.
-    pub(crate) fn release(&self, sandbox: &SandboxId, namespace: Namespace) -> Result<(), NetworkError> {
-        match &self.kind {
-            Kind::Bridge(bridge) => bridge::release(bridge, sandbox, namespace),
+    fn bridge_for(&self, known: &BTreeMap<String, Vec<IpAddr>>) -> Result<&Bridge, NetworkError> {
+        let _alone = lock(&self.setting_up);
+        if let Some(bridge) = self.bridge.get() {
+            return Ok(bridge);
         }
+        let bridge = bridge::set_up(self.bridge_config.clone(), &self.addresses, known)?;
+        Ok(self.bridge.get_or_init(|| bridge))
     }
 
-    /// The addresses that a sandbox has, as far as that is known without its record; the main one first.
-    pub(crate) fn addresses_of(&self, sandbox: &SandboxId) -> Vec<IpAddr> {
-        match &self.kind {
-            Kind::Bridge(bridge) => {
-                bridge.addresses_of(sandbox.as_str()).into_iter().map(|found| found.address).collect()
+    /// The network that a pod is given now. Blocking.
+    pub(crate) fn choose(&self) -> Result<Chosen<'_>, NetworkError> {
+        if self.kind != NetworkKind::Bridge {
+            match self.cni.configuration()? {
+                Some(config) => return Ok(Chosen::Cni(&self.cni, config)),
+                None if self.kind == NetworkKind::Cni => {
+                    return Err(NetworkError::NotConfigured(self.waits_for_cni()));
+                }
+                None if kubelet_is_set_up() => {
+                    return Err(NetworkError::NotConfigured(self.waits_for_cni()));
+                }
+                None => {}
             }
         }
+        match self.bridge.get() {
+            Some(bridge) => Ok(Chosen::Bridge(bridge)),
+            // No pod has been on it.
+            None => Ok(Chosen::Bridge(self.bridge_for(&BTreeMap::new())?)),
+        }
     }
 
-    /// What there is of sandboxes that are not among the living, for [`Network::remove_dead`] at a later
-    /// time, when there may be new ones. Blocking.
-    pub(crate) fn dead<'a>(&self, living: impl IntoIterator<Item = &'a str>) -> Result<Dead, NetworkError> {
-        match &self.kind {
-            Kind::Bridge(bridge) => Ok(Dead::Bridge(bridge.dead(living)?)),
+    fn waits_for_cni(&self) -> String {
+        let directory = self.cni.directory().display();
+        match self.kind {
+            NetworkKind::Auto => format!(
+                "there is no CNI configuration in {directory}; this node has a kubelet, so pods wait for its cluster's network: install that, or set \
+                 network.kind = \"bridge\" to use the built-in one"
+            ),
+            _ => format!("there is no CNI configuration in {directory}; pods wait for the cluster's network"),
         }
+    }
+
+    /// Gives back what a sandbox has of plugins, while its namespaces are pinned still. May be
+    /// repeated. Blocking.
+    pub(crate) fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
+        self.cni.detach(sandbox)
+    }
+
+    /// Gives back what a sandbox has of the node, once its namespaces are unpinned. May be
+    /// repeated. Blocking.
+    pub(crate) fn release(&self, sandbox: &SandboxId, namespace: Namespace) -> Result<(), NetworkError> {
+        match self.bridge.get() {
+            Some(bridge) => bridge::release(bridge, sandbox, namespace),
+            None => Ok(()),
+        }
+    }
+
+    /// The addresses that a sandbox has, as far as that is known without its record; the main one
+    /// first.
+    pub(crate) fn addresses_of(&self, sandbox: &SandboxId) -> Vec<IpAddr> {
+        let bridge = self.bridge.get().map(|bridge| bridge.addresses_of(sandbox.as_str()));
+        let bridge = bridge.into_iter().flatten().map(|found| found.address);
+        bridge.chain(self.cni.addresses_of(sandbox)).collect()
+    }
+
+    /// What there is of sandboxes that are not among the living, for [`Network::remove_dead`] at a
+    /// later time, when there may be new ones. Blocking.
+    pub(crate) fn dead(&self, living: &[&str]) -> Result<Dead, NetworkError> {
+        Ok(Dead {
+            bridge: self.bridge.get().map(|bridge| bridge.dead(living.iter().copied())).transpose()?,
+            cni: self.cni.dead(living)?,
+        })
     }
 
     /// Removes it. Blocking.
     pub(crate) fn remove_dead(&self, dead: &Dead) -> Result<(), NetworkError> {
-        match (&self.kind, dead) {
-            (Kind::Bridge(bridge), Dead::Bridge(dead)) => Ok(bridge.remove_dead(dead).map(drop)?),
+        let from_bridge = match (self.bridge.get(), &dead.bridge) {
+            (Some(bridge), Some(dead)) => bridge.remove_dead(dead).map(drop).map_err(Into::into),
+            _ => Ok(()),
+        };
+        if self.kind == NetworkKind::Bridge && dead.cni.is_empty() {
+            return from_bridge;
         }
+        from_bridge.and(self.cni.remove_dead(&dead.cni))
     }
 
     /// Looks whether the network is whole, repairs it if it is not, and remembers the outcome: an
-    /// administrator may flush the firewall or take the bridge down under running pods. To be called now and
-    /// then. Blocking.
+    /// administrator may flush the firewall or take the bridge down under running pods. To be
+    /// called now and then. Blocking.
     pub(crate) fn look(&self) {
-        let state = match &self.kind {
-            Kind::Bridge(bridge) => bridge::look(bridge),
+        let bridge = self.bridge.get().map_or(Ok(()), bridge::look);
+        let state = match self.choose() {
+            Ok(Chosen::Bridge(_)) => bridge,
+            Ok(Chosen::Cni(cni, config)) => cni.status(&config),
+            Err(error) => Err(not_ready(chain(&error))),
         };
         *lock(&self.state) = state;
     }
@@ -160,17 +247,62 @@ impl Network {
 
     /// The kubelet names the network of the node's pods.
     pub(crate) fn take_pod_cidr(&self, cidr: &str) {
-        match &self.kind {
-            Kind::Bridge(bridge) => tracing::info!(
+        self.cni.set_pod_cidr(cidr);
+        if let Some(bridge) = self.bridge.get() {
+            tracing::info!(
                 cidr, ipv4 = %bridge.config().ipv4,
                 "ignoring the pod CIDR of the kubelet: the built-in bridge uses the configured subnet"
-            ),
+            );
         }
     }
 
     pub(crate) fn description(&self) -> Description {
-        match &self.kind {
-            Kind::Bridge(bridge) => bridge::description(bridge),
+        match (self.choose(), self.bridge.get()) {
+            (Ok(Chosen::Cni(_, config)), _) => {
+                Description { kind: "cni", name: config.name().to_owned(), subnets: Vec::new() }
+            }
+            (Ok(Chosen::Bridge(bridge)), _) => bridge::description(bridge),
+            (Err(_), _) => Description { kind: "none", name: String::new(), subnets: Vec::new() },
         }
     }
+}
+
+impl Chosen<'_> {
+    /// What is done on a thread in the sandbox's new network namespace, which is pinned already.
+    /// `None` when [`Chosen::attach_from_node`] has to follow. On an error the sandbox may own
+    /// something, and has to be detached and released. Blocking.
+    pub(crate) fn attach_within(&self, sandbox: &SandboxId) -> Result<Option<Attached>, NetworkError> {
+        match self {
+            Self::Bridge(bridge) => bridge::attach(bridge, sandbox).map(Some),
+            Self::Cni(..) => {
+                let mut inside = Netlink::open().map_err(NetworkError::Loopback)?;
+                Bridge::loopback_up(&mut inside).map_err(NetworkError::Loopback)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// What is done from the node's namespaces. Blocking.
+    pub(crate) fn attach_from_node(&self, pod: &Pod<'_>) -> Result<Attached, NetworkError> {
+        match self {
+            Self::Bridge(_) => Ok(Attached { interfaces: Vec::new() }),
+            Self::Cni(cni, config) => cni.attach(config, pod),
+        }
+    }
+
+    /// Whether it can do what the pod asks for, before anything is made.
+    pub(crate) fn check(&self, config: &berth_model::sandbox::Config) -> Result<(), NetworkError> {
+        match self {
+            Self::Bridge(_) if config.port_mappings.iter().any(|mapping| mapping.host_port != 0) => {
+                Err(NetworkError::HostPorts)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether this node belongs to a cluster, which brings its network: kubeadm and most others put
+/// the kubelet's configuration there.
+fn kubelet_is_set_up() -> bool {
+    Path::new("/var/lib/kubelet/config.yaml").exists()
 }

@@ -76,9 +76,10 @@ impl Remains {
             .map(|sandbox| sandbox.id().to_string())
             .chain(node.registry.unread())
             .collect();
-        let network = node.network.dead(living.iter().map(String::as_str)).inspect_err(|error| {
-            tracing::warn!(error = %crate::chain(error), "cannot look for orphaned interfaces");
-        });
+        let network =
+            node.network.dead(&living.iter().map(String::as_str).collect::<Vec<_>>()).inspect_err(|error| {
+                tracing::warn!(error = %crate::chain(error), "cannot look for orphaned interfaces");
+            });
         let mut ended = node.registry.containers();
         ended.retain(|container| {
             matches!(container.state(), ContainerState::Exited(_)) && container.cgroup().is_there()

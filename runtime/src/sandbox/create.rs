@@ -9,7 +9,7 @@ use super::namespaces::{self, PodNetwork, Wanted};
 use super::{PodProcess, Sandbox, SandboxError, hostname, stop, watch};
 use crate::clock::unix_ns;
 use crate::names::Name;
-use crate::network::Attached;
+use crate::network::{Attached, Chosen, Pod};
 use crate::node::Node;
 use crate::random::random_bytes;
 use crate::shim_client::Pause;
@@ -101,12 +101,18 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
             .map_err(|(path, source)| SandboxError::file("create the log directory", &path)(source))?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
-    let attached = namespaces::make(&Wanted {
+    let network = if host_network { None } else { Some(choose_network(node, config)?) };
+    let mut attached = namespaces::make(&Wanted {
         sandbox,
-        network: if host_network { PodNetwork::Node } else { PodNetwork::Own(&node.network) },
+        network: network.as_ref().map_or(PodNetwork::Node, PodNetwork::Own),
         ipc: config.namespaces.ipc != NamespaceMode::Node,
         hostname: (!host_network).then_some(sandbox.hostname.as_str()),
     })?;
+    if let (Some(network), None) = (&network, &attached) {
+        let namespace = files.namespace(Kind::Network.file_name());
+        let pod = Pod { id: &sandbox.id, config, namespace: &namespace };
+        attached = Some(network.attach_from_node(&pod).map_err(SandboxError::Network)?);
+    }
     let addresses: Vec<String> =
         attached.iter().flat_map(Attached::addresses).map(ToString::to_string).collect();
     mount_tmpfs(&files, config.namespaces.ipc != NamespaceMode::Node)?;
@@ -123,6 +129,12 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     }
     sandbox.addresses = addresses;
     sandbox.write_record()
+}
+
+fn choose_network<'a>(node: &'a Node, config: &Config) -> Result<Chosen<'a>, SandboxError> {
+    let network = node.network.choose().map_err(SandboxError::Network)?;
+    network.check(config).map_err(SandboxError::Network)?;
+    Ok(network)
 }
 
 fn make_directories(files: &SandboxFiles) -> Result<(), SandboxError> {

@@ -5,7 +5,7 @@
 //! the outside by [`unpin`], which needs the files only.
 
 use super::{Sandbox, SandboxError};
-use crate::network::{Attached, Network};
+use crate::network::{Attached, Chosen};
 use berth_model::layout::SandboxFiles;
 use berth_sys::mount;
 use berth_sys::ns::{self, Kind};
@@ -28,7 +28,7 @@ pub(super) enum PodNetwork<'a> {
     /// The node's.
     Node,
     /// A namespace, attached to this network.
-    Own(&'a Network),
+    Own(&'a Chosen<'a>),
 }
 
 /// The kinds that can be pinned.
@@ -36,7 +36,7 @@ const KINDS: [Kind; 4] = [Kind::Network, Kind::Ipc, Kind::Uts, Kind::Pid];
 
 /// Makes and pins them. Blocking.
 ///
-/// On an error some may be pinned and the network attached; the caller calls `Network::release`.
+/// On an error some may be pinned and the network attached; the caller calls `Network::detach` and `Network::release`.
 pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attached>, SandboxError> {
     let mut flags = 0;
     for (kind, asked) in [
@@ -71,7 +71,7 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, Sandbo
     let mut attached = None;
     if let PodNetwork::Own(network) = wanted.network {
         pin(Kind::Network)?;
-        attached = Some(network.attach(&wanted.sandbox.id).map_err(SandboxError::Network)?);
+        attached = network.attach_within(&wanted.sandbox.id).map_err(SandboxError::Network)?;
     }
     for (name, value) in &wanted.sandbox.config.sysctls {
         // Names were checked at the edge: letters, digits, dots, underscores and dashes, of namespaces that

@@ -102,16 +102,19 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     if let Some(process) = &process {
         process.kill();
     }
+    let has_network = sandbox.config.namespaces.network != NamespaceMode::Node;
+    let left = |source| SandboxError::NetworkLeft { id: sandbox.id.clone(), source };
     let namespace = match namespaces::all_pinned(&sandbox.files, &[Kind::Network]) {
         true if used => Namespace::Used,
         true => Namespace::Unused,
         false => Namespace::Gone,
     };
+    if has_network {
+        node.network.detach(&sandbox.id).map_err(left)?;
+    }
     namespaces::unpin(&sandbox.files)?;
-    if sandbox.config.namespaces.network != NamespaceMode::Node {
-        node.network
-            .release(&sandbox.id, namespace)
-            .map_err(|source| SandboxError::NetworkLeft { id: sandbox.id.clone(), source })?;
+    if has_network {
+        node.network.release(&sandbox.id, namespace).map_err(left)?;
     }
     let tmpfs = sandbox.files.tmpfs();
     match mount::detach(&tmpfs) {

@@ -29,6 +29,7 @@ const ODDER: &str = r#"
 
 /// A daemon with everything that can be passed on set to something else than the default.
 const ODD: Setup = Setup {
+    network: "",
     configuration: "",
     disk_bytes: None,
     chroot: false,

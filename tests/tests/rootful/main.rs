@@ -8,6 +8,7 @@ mod census;
 mod cgroups;
 mod client_go;
 mod clients;
+mod cni;
 mod command;
 mod configuration;
 mod containers;

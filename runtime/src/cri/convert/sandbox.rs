@@ -6,7 +6,7 @@ use crate::handlers::Handlers;
 use berth_cri::v1;
 use berth_model::limit::MAX_NAME_BYTES;
 use berth_model::sandbox::{Config, Dns, Metadata, PortMapping};
-use berth_model::security::{NamespaceMode, Namespaces};
+use berth_model::security::Namespaces;
 use prost::Message;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -61,7 +61,7 @@ pub fn sandbox_config(
         hostname: hostname(&field.of("hostname"), message.hostname)?,
         log_directory: optional_directory(&field.of("log_directory"), message.log_directory)?,
         dns: message.dns_config.map(|config| dns(&field.of("dns_config"), config)).transpose()?,
-        port_mappings: port_mappings(&field.of("port_mappings"), message.port_mappings, namespaces.network)?,
+        port_mappings: port_mappings(&field.of("port_mappings"), message.port_mappings)?,
         labels: labels(&field.of("labels"), message.labels)?,
         annotations: labels(&field.of("annotations"), message.annotations)?,
         cgroup_parent: cgroup_parent(&linux_field.of("cgroup_parent"), linux.cgroup_parent)?,
@@ -153,24 +153,12 @@ fn dns(field: &Field<'_>, message: v1::DnsConfig) -> Result<Dns, Rejected> {
     Ok(Dns { servers, searches, options })
 }
 
-fn port_mappings(
-    field: &Field<'_>,
-    mappings: Vec<v1::PortMapping>,
-    network: NamespaceMode,
-) -> Result<Vec<PortMapping>, Rejected> {
+fn port_mappings(field: &Field<'_>, mappings: Vec<v1::PortMapping>) -> Result<Vec<PortMapping>, Rejected> {
     at_most(field, mappings.len(), MAX_PORT_MAPPINGS)?;
-    mappings
-        .into_iter()
-        .enumerate()
-        .map(|(index, mapping)| port_mapping(&field.at(index), mapping, network))
-        .collect()
+    mappings.into_iter().enumerate().map(|(index, mapping)| port_mapping(&field.at(index), mapping)).collect()
 }
 
-fn port_mapping(
-    field: &Field<'_>,
-    mapping: v1::PortMapping,
-    network: NamespaceMode,
-) -> Result<PortMapping, Rejected> {
+fn port_mapping(field: &Field<'_>, mapping: v1::PortMapping) -> Result<PortMapping, Rejected> {
     let port = |name: &str, number: i32| {
         u16::try_from(number).map_err(|_| field.of(name).invalid(format!("{number} is not a port")))
     };
@@ -178,10 +166,6 @@ fn port_mapping(
         .map_err(|_| field.of("protocol").invalid(format!("unknown protocol {}", mapping.protocol)))?;
     let container_port = port("container_port", mapping.container_port)?;
     let host_port = port("host_port", mapping.host_port)?;
-    // A pod on the host's network has its ports there already, and Kubernetes fills them all in.
-    if host_port != 0 && network != NamespaceMode::Node {
-        return Err(field.of("host_port").not_offered("host ports are"));
-    }
     if !mapping.host_ip.is_empty() && mapping.host_ip.parse::<IpAddr>().is_err() {
         return Err(field.of("host_ip").invalid(format!("{} is not an address", quoted(&mapping.host_ip))));
     }
@@ -240,6 +224,7 @@ fn sysctls(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use berth_model::security::NamespaceMode;
     use berth_model::security::Profile;
 
     fn asked() -> v1::PodSandboxConfig {
@@ -350,9 +335,8 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_on_the_hosts_network_may_name_host_ports() {
+    fn host_ports_are_for_the_network_to_judge() {
         let mut message = asked();
-        options(&mut message).network = v1::NamespaceMode::Node.into();
         message.port_mappings[0].host_port = 53;
         assert_eq!(sandbox_config(message, "", SeLinux::On).unwrap().port_mappings[0].host_port, 53);
     }
@@ -466,7 +450,6 @@ mod tests {
     #[test]
     fn what_is_not_offered_is_said_so() {
         let cases: &[(&str, Change)] = &[
-            ("config.port_mappings[0].host_port", |m| m.port_mappings[0].host_port = 80),
             ("config.linux.security_context.namespace_options.userns_options", |m| {
                 options(m).userns_options = Some(v1::UserNamespace::default());
             }),

@@ -1,0 +1,352 @@
+//! The node's CNI configuration as a network of pods.
+
+use super::{Attached, Interface, NetworkError, NotReady, Pod};
+use crate::clock;
+use crate::config::CniConfig;
+use crate::{chain, lock};
+use berth_cni::{Attachment, Cache, CachedAttachment, Directory, DirectoryError, Network, NetworkConfig};
+use berth_model::id::SandboxId;
+use berth_network::bridge::POD_INTERFACE;
+use berth_sys::ns;
+use serde_json::{Map, Value, json};
+use std::borrow::Cow;
+use std::fs::{DirBuilder, File};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// How long the plugins of a network may take to attach or detach a pod, all together.
+const OPERATION: Duration = Duration::from_secs(60);
+
+/// How long they may take to say whether they are ready.
+const STATUS: Duration = Duration::from_secs(5);
+
+/// The annotations that limit a pod's traffic, in bits per second: Kubernetes, "Network Plugins".
+const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
+const EGRESS: &str = "kubernetes.io/egress-bandwidth";
+
+/// The limits that the bandwidth plugin takes: 1 kbit/s to 1 Pbit/s.
+const BANDWIDTH: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
+
+/// What is sent at once: as much as the bandwidth plugin takes, as other runtimes have it.
+const BURST: u64 = u32::MAX as u64;
+
+/// The network of the first configuration in a directory.
+#[derive(Debug)]
+pub(crate) struct Cni {
+    directory: Directory,
+    plugins: Vec<PathBuf>,
+    cache: Cache,
+    /// Where pods' namespaces are pinned for plugins and agents.
+    namespaces: PathBuf,
+    /// The last configuration that could be used.
+    last_good: Mutex<Option<Arc<NetworkConfig>>>,
+    /// What was wrong with the directory when it was last read, so that it is logged once.
+    complaint: Mutex<Option<String>>,
+    /// The kubelet's pod CIDR.
+    pod_cidr: Mutex<Option<String>>,
+}
+
+impl Cni {
+    pub(super) fn new(config: &CniConfig) -> Self {
+        Self {
+            directory: Directory::new(&config.config_directory),
+            plugins: config.plugin_directories.clone(),
+            cache: Cache::new(&config.cache_directory),
+            namespaces: config.namespace_directory.clone(),
+            last_good: Mutex::default(),
+            complaint: Mutex::default(),
+            pod_cidr: Mutex::default(),
+        }
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The configuration to attach with; `None` when there is none and never was. One that has
+    /// become unusable leaves the last good one in use. Blocking.
+    pub(super) fn configuration(&self) -> Result<Option<Arc<NetworkConfig>>, DirectoryError> {
+        let error = match self.directory.first() {
+            Ok(config) => {
+                *lock(&self.complaint) = None;
+                *lock(&self.last_good) = Some(config.clone());
+                return Ok(Some(config));
+            }
+            // Removed on purpose: attaching to what it named would fail or, worse, work.
+            Err(error @ DirectoryError::Empty { .. }) => {
+                let had_one = lock(&self.last_good).take().is_some();
+                if !had_one && lock(&self.complaint).is_none() {
+                    return Ok(None);
+                }
+                self.complain(&error, "pods wait for a new one");
+                return Err(error);
+            }
+            Err(error) => error,
+        };
+        match lock(&self.last_good).clone() {
+            Some(config) => {
+                self.complain(&error, "the last good configuration stays in use");
+                Ok(Some(config))
+            }
+            None => {
+                self.complain(&error, "pods wait until it is mended");
+                Err(error)
+            }
+        }
+    }
+
+    fn complain(&self, error: &DirectoryError, consequence: &str) {
+        let text = chain(error);
+        let mut complaint = lock(&self.complaint);
+        if complaint.as_deref() != Some(&text) {
+            tracing::warn!(error = text, "{consequence}");
+            *complaint = Some(text);
+        }
+    }
+
+    pub(super) fn set_pod_cidr(&self, cidr: &str) {
+        *lock(&self.pod_cidr) = Some(cidr.to_owned());
+    }
+
+    /// Asks the plugins whether attaching would work. Blocking.
+    pub(super) fn status(&self, config: &NetworkConfig) -> Result<(), NotReady> {
+        self.network(config).status(Instant::now() + STATUS).map_err(|error| not_ready(chain(&error)))
+    }
+
+    pub(super) fn attach(&self, config: &NetworkConfig, pod: &Pod<'_>) -> Result<Attached, NetworkError> {
+        let netns = self.pin(pod)?;
+        let attachment = Attachment {
+            container_id: pod.id.to_string(),
+            interface: POD_INTERFACE.to_owned(),
+            netns,
+            args: args(pod),
+            capabilities: self.capabilities(pod)?,
+        };
+        let begin = clock::unix_ns();
+        let result = self.network(config).add(&attachment, Instant::now() + OPERATION)?;
+        let addresses: Vec<IpAddr> = in_order(result.inside().map(|inside| inside.address));
+        if addresses.is_empty() {
+            return Err(NetworkError::NoAddress { network: config.name().to_owned() });
+        }
+        tracing::debug!(
+            sandbox = %pod.id, network = config.name(), ?addresses,
+            took_ms = (clock::unix_ns() - begin) / 1_000_000, "attached to a CNI network"
+        );
+        Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(POD_INTERFACE), addresses }] })
+    }
+
+    /// Pins a pod's namespace where plugins and agents look for it.
+    fn pin(&self, pod: &Pod<'_>) -> Result<PathBuf, NetworkError> {
+        let path = self.namespace(pod.id.as_str());
+        let pinned = DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&self.namespaces)
+            .and_then(|()| File::open(pod.namespace))
+            .and_then(|namespace| ns::pin_fd(namespace.as_fd(), &path));
+        match pinned {
+            Ok(()) => Ok(path),
+            Err(source) => Err(NetworkError::Pin { path, source }),
+        }
+    }
+
+    fn namespace(&self, sandbox: &str) -> PathBuf {
+        self.namespaces.join(format!("berth-{sandbox}"))
+    }
+
+    /// Gives back every attachment of a sandbox, and lets go of its namespace. Blocking.
+    pub(super) fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
+        for entry in self.cache.of_container(sandbox.as_str()).map_err(berth_cni::NetworkError::from)? {
+            self.delete(&entry)?;
+        }
+        self.unpin(sandbox.as_str())
+    }
+
+    fn unpin(&self, sandbox: &str) -> Result<(), NetworkError> {
+        let path = self.namespace(sandbox);
+        ns::unpin(&path).map_err(|source| NetworkError::Pin { path, source })
+    }
+
+    fn delete(&self, entry: &CachedAttachment) -> Result<(), NetworkError> {
+        let netns = Path::new(&entry.netns);
+        // Nothing to enter after a restart of the node: plugins then give back what they hold
+        // elsewhere.
+        let netns = ns::is_pinned(netns).unwrap_or(false).then_some(netns);
+        Ok(entry.delete(netns, &self.plugins, &self.cache, Instant::now() + OPERATION)?)
+    }
+
+    pub(super) fn addresses_of(&self, sandbox: &SandboxId) -> Vec<IpAddr> {
+        let entries = self.cache.of_container(sandbox.as_str()).unwrap_or_default();
+        let results = entries.iter().filter_map(|entry| entry.result.as_ref());
+        let results: Vec<_> =
+            results.filter_map(|result| berth_cni::AddResult::from_object(result).ok()).collect();
+        in_order(results.iter().flat_map(|result| result.inside()).map(|inside| inside.address))
+    }
+
+    /// Attachments of sandboxes that are not among the living. By their namespaces, which are named
+    /// after the sandboxes, they are this daemon's: the cache is shared with other runtimes.
+    /// Blocking.
+    pub(super) fn dead(&self, living: &[&str]) -> Result<Vec<CachedAttachment>, NetworkError> {
+        let mut entries = self.cache.all().map_err(berth_cni::NetworkError::from)?;
+        entries.retain(|entry| {
+            Path::new(&entry.netns) == self.namespace(&entry.container_id)
+                && !living.contains(&entry.container_id.as_str())
+        });
+        Ok(entries)
+    }
+
+    /// Removes them, and asks the plugins to give back what else belongs to nothing. Blocking.
+    pub(super) fn remove_dead(&self, dead: &[CachedAttachment]) -> Result<(), NetworkError> {
+        let mut first = Ok(());
+        for entry in dead {
+            let deleted = self.delete(entry).and_then(|()| self.unpin(&entry.container_id));
+            if deleted.is_ok() {
+                tracing::info!(
+                    sandbox = entry.container_id,
+                    network = entry.network_name,
+                    "gave back what a sandbox that is gone had of a CNI network"
+                );
+            }
+            first = first.and(deleted);
+        }
+        if let Ok(Some(config)) = self.configuration() {
+            let collected = self.network(&config).collect(Instant::now() + OPERATION);
+            first = first.and(collected.map_err(Into::into));
+        }
+        first
+    }
+
+    fn network<'a>(&'a self, config: &'a NetworkConfig) -> Network<'a> {
+        Network { config, directories: &self.plugins, cache: &self.cache }
+    }
+
+    /// What plugins may have of a pod if their configuration asks for it: the conventions of CNI's
+    /// "CONVENTIONS.md", and those of Kubernetes' runtimes.
+    fn capabilities(&self, pod: &Pod<'_>) -> Result<Map<String, Value>, NetworkError> {
+        let config = pod.config;
+        let mut capabilities = Map::new();
+        let ports: Vec<Value> = config
+            .port_mappings
+            .iter()
+            .filter(|mapping| mapping.host_port != 0)
+            .map(|mapping| {
+                json!({
+                    "hostPort": mapping.host_port,
+                    "containerPort": mapping.container_port,
+                    "protocol": mapping.protocol.to_ascii_lowercase(),
+                    "hostIP": mapping.host_ip,
+                })
+            })
+            .collect();
+        if !ports.is_empty() {
+            capabilities.insert("portMappings".into(), ports.into());
+        }
+        let limit = |annotation: &'static str| match config.annotations.get(annotation) {
+            None => Ok(None),
+            Some(value) => bits(value)
+                .map(Some)
+                .ok_or_else(|| NetworkError::Bandwidth { annotation, value: value.clone() }),
+        };
+        let mut bandwidth = Map::new();
+        for (annotation, rate, burst) in
+            [(INGRESS, "ingressRate", "ingressBurst"), (EGRESS, "egressRate", "egressBurst")]
+        {
+            if let Some(bits) = limit(annotation)? {
+                bandwidth.insert(rate.into(), bits.into());
+                bandwidth.insert(burst.into(), BURST.into());
+            }
+        }
+        if !bandwidth.is_empty() {
+            capabilities.insert("bandwidth".into(), bandwidth.into());
+        }
+        if let Some(dns) = &config.dns {
+            capabilities.insert(
+                "dns".into(),
+                json!({"servers": dns.servers, "searches": dns.searches, "options": dns.options}),
+            );
+        }
+        if let Some(cidr) = &*lock(&self.pod_cidr) {
+            let ranges: Vec<Value> =
+                cidr.split(',').map(|subnet| json!([{"subnet": subnet.trim()}])).collect();
+            capabilities.insert("ipRanges".into(), ranges.into());
+        }
+        if !config.cgroup_parent.is_empty() {
+            capabilities.insert("cgroupPath".into(), config.cgroup_parent.clone().into());
+        }
+        capabilities.insert("io.kubernetes.cri.pod-annotations".into(), json!(config.annotations));
+        Ok(capabilities)
+    }
+}
+
+pub(super) fn not_ready(message: String) -> NotReady {
+    NotReady { reason: "NetworkPluginNotReady", message }
+}
+
+/// What plugins that know Kubernetes look for.
+fn args(pod: &Pod<'_>) -> Vec<(String, String)> {
+    let metadata = &pod.config.metadata;
+    [
+        ("IgnoreUnknown", "1"),
+        ("K8S_POD_NAMESPACE", &metadata.namespace),
+        ("K8S_POD_NAME", &metadata.name),
+        ("K8S_POD_INFRA_CONTAINER_ID", pod.id.as_str()),
+        ("K8S_POD_UID", &metadata.uid),
+    ]
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .into()
+}
+
+/// The first of IPv4 is the pod's main address, as other runtimes have it.
+fn in_order(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
+    let mut addresses: Vec<IpAddr> = addresses.collect();
+    addresses.sort_by_key(IpAddr::is_ipv6);
+    addresses
+}
+
+/// A quantity of Kubernetes, as it is used for bandwidth: digits and a decimal or binary suffix.
+fn bits(quantity: &str) -> Option<u64> {
+    let end = quantity.find(|character: char| !character.is_ascii_digit()).unwrap_or(quantity.len());
+    let (digits, suffix) = quantity.split_at(end);
+    let factor: u64 = match suffix {
+        "" => 1,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        "P" => 1_000_000_000_000_000,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor).filter(|bits| BANDWIDTH.contains(bits))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bandwidth_is_a_quantity_in_the_plugins_range() {
+        for (quantity, expected) in [
+            ("1M", Some(1_000_000)),
+            ("1000", Some(1_000)),
+            ("10Mi", Some(10 << 20)),
+            ("1P", Some(1_000_000_000_000_000)),
+            ("999", None),
+            ("2P", None),
+            ("", None),
+            ("M", None),
+            ("1m", None),
+            ("-1M", None),
+            ("99999999999999999999", None),
+        ] {
+            assert_eq!(bits(quantity), expected, "{quantity}");
+        }
+    }
+}

@@ -36,7 +36,8 @@ const KINDS: [Kind; 4] = [Kind::Network, Kind::Ipc, Kind::Uts, Kind::Pid];
 
 /// Makes and pins them. Blocking.
 ///
-/// On an error some may be pinned and the network attached; the caller calls `Network::detach` and `Network::release`.
+/// On an error some may be pinned and the network attached; the caller calls `Network::detach` and
+/// `Network::release`.
 pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attached>, SandboxError> {
     let mut flags = 0;
     for (kind, asked) in [

@@ -14,18 +14,18 @@ use berth_shim_proto::frame;
 use berth_shim_proto::launch::{self, Launch};
 use berth_sys::errno::ECONNREFUSED;
 use berth_sys::{process, socket};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 pub(crate) use berth_shim_proto::control::{Created, Failed};
 
@@ -54,6 +54,9 @@ pub(crate) enum ShimError {
     /// It does not answer.
     #[error("the container's shim does not answer")]
     Silent,
+    /// It answered with something else than what was asked for.
+    #[error("the container's shim gave an answer that this version of Berth does not know")]
+    Unexpected,
     /// It is of a version that knows less.
     #[error(
         "the container was started by an older version of Berth, which cannot do this; restart the container"
@@ -230,10 +233,17 @@ struct Incoming {
     end: Arc<OnceLock<ExitRecord>>,
 }
 
-/// A request until it is sent. The caller can take it back until then, with its descriptors: a shim that
+/// Requests until they are sent. The caller can take one back until then, with its descriptors: a shim that
 /// does not read holds up everything behind, and abandoned requests must not pile up, nor be done
 /// later.
-type Slot = Arc<Mutex<Option<Outgoing>>>;
+#[derive(Debug, Default)]
+struct Outbox {
+    /// By their numbers, which is the order in which they came.
+    requests: Mutex<BTreeMap<u64, Outgoing>>,
+    changed: Notify,
+    /// Nobody adds any more.
+    closed: AtomicBool,
+}
 
 #[derive(Debug)]
 struct Outgoing {
@@ -241,29 +251,53 @@ struct Outgoing {
     descriptors: Vec<OwnedFd>,
 }
 
+impl Outbox {
+    fn add(&self, id: u64, outgoing: Outgoing) {
+        lock(&self.requests).insert(id, outgoing);
+        self.changed.notify_one();
+    }
+
+    /// Takes a request back; whether it was not sent.
+    fn take_back(&self, id: u64) -> bool {
+        lock(&self.requests).remove(&id).is_some()
+    }
+
+    fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.changed.notify_one();
+    }
+
+    /// The next one, to be sent. `None` when there will be none.
+    async fn next(&self) -> Option<Outgoing> {
+        loop {
+            // Before the look: what is added before the mark is found.
+            let closed = self.closed.load(Ordering::Acquire);
+            if let Some((_, outgoing)) = lock(&self.requests).pop_first() {
+                return Some(outgoing);
+            }
+            if closed {
+                return None;
+            }
+            self.changed.notified().await;
+        }
+    }
+}
+
 /// A request on its way.
 struct Sent {
     id: u64,
-    slot: Slot,
     answer: oneshot::Receiver<Answer>,
-}
-
-/// Takes the request out of its slot: to send it, or to take it back. `None` when the other was first.
-fn take(slot: &Slot) -> Option<Outgoing> {
-    lock(slot).take()
 }
 
 /// Takes a request back when it is dropped, unless it was sent; its answer is dropped then.
 struct TakenBack<'a> {
     client: &'a ShimClient,
     id: u64,
-    slot: &'a Slot,
 }
 
 impl Drop for TakenBack<'_> {
     fn drop(&mut self) {
-        drop(take(self.slot));
-        lock(&self.client.pending).remove(&self.id);
+        self.client.take_back(self.id);
     }
 }
 
@@ -279,7 +313,7 @@ pub(crate) struct Target {
 /// A connection to a shim.
 #[derive(Debug)]
 pub(crate) struct ShimClient {
-    outgoing: mpsc::UnboundedSender<Slot>,
+    outbox: Arc<Outbox>,
     pending: Arc<Pending>,
     next_id: AtomicU64,
     ended: watch::Receiver<bool>,
@@ -330,11 +364,11 @@ impl ShimClient {
         let socket = UnixStream::from_std(socket.into())?;
         let pending = Arc::new(Pending::default());
         let (end, ended) = watch::channel(false);
-        let (outgoing, frames) = mpsc::unbounded_channel();
+        let outbox = Arc::new(Outbox::default());
         let (failure, last) = (Arc::new(OnceLock::new()), Arc::new(OnceLock::new()));
         let incoming = Incoming { pending: pending.clone(), failure: failure.clone(), end: last.clone() };
-        tokio::spawn(serve(socket, frames, incoming, end, child));
-        Ok(Self { outgoing, pending, next_id: AtomicU64::new(1), ended, failure, end: last, pid })
+        tokio::spawn(serve(socket, outbox.clone(), incoming, end, child));
+        Ok(Self { outbox, pending, next_id: AtomicU64::new(1), ended, failure, end: last, pid })
     }
 
     /// The shim's pid.
@@ -422,8 +456,8 @@ impl ShimClient {
         request: ExecRequest,
         descriptors: Vec<OwnedFd>,
     ) -> Result<RunningExec, ShimError> {
-        let Sent { id, slot, answer } = self.send(Call::Exec(request), descriptors)?;
-        Ok(RunningExec { client: self.clone(), id, slot, answer: Some(answer), input: None })
+        let Sent { id, answer } = self.send(Call::Exec(request), descriptors)?;
+        Ok(RunningExec { client: self.clone(), id, answer: Some(answer), input: None })
     }
 
     /// Passes the container's own streams on by these pipes, from now on.
@@ -546,9 +580,9 @@ impl ShimClient {
         descriptors: Vec<OwnedFd>,
         limit: Duration,
     ) -> Result<Answer, ShimError> {
-        let Sent { id, slot, answer } = self.send(call, descriptors)?;
+        let Sent { id, answer } = self.send(call, descriptors)?;
         // Also when this call is given up from outside.
-        let _unless_answered = TakenBack { client: self, id, slot: &slot };
+        let _unless_answered = TakenBack { client: self, id };
         match tokio::time::timeout(limit, answer).await {
             Ok(Ok(Answer::Failed(failed))) => Err(ShimError::Failed(failed)),
             Ok(Ok(answer)) => Ok(answer),
@@ -566,20 +600,31 @@ impl ShimClient {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let frame = frame::encode(&Request { id, call: Some(call) }).map_err(ShimError::TooLong)?;
         let (sender, answer) = oneshot::channel();
-        let slot = Slot::new(Mutex::new(Some(Outgoing { frame, descriptors })));
         lock(&self.pending).insert(id, sender);
-        if *self.ended.borrow() || self.outgoing.send(slot.clone()).is_err() {
-            lock(&self.pending).remove(&id);
+        self.outbox.add(id, Outgoing { frame, descriptors });
+        if *self.ended.borrow() {
+            self.take_back(id);
             return Err(self.lost());
         }
-        Ok(Sent { id, slot, answer })
+        Ok(Sent { id, answer })
+    }
+
+    /// Takes a request back, for whose answer nobody waits; whether it was not sent.
+    fn take_back(&self, id: u64) -> bool {
+        lock(&self.pending).remove(&id);
+        self.outbox.take_back(id)
+    }
+}
+
+impl Drop for ShimClient {
+    fn drop(&mut self) {
+        self.outbox.close();
     }
 }
 
 fn unexpected(_answer: Answer) -> ShimError {
-    // A shim of another version could answer with what this one does not know; to the caller it is as good as
-    // gone.
-    ShimError::Lost
+    // As a shim of another version could.
+    ShimError::Unexpected
 }
 
 /// Instead of the request of an exec: the terminal of the container's own program.
@@ -608,7 +653,6 @@ impl Resizer {
 pub(crate) struct RunningExec {
     client: Arc<ShimClient>,
     id: u64,
-    slot: Slot,
     /// Until the shim has said how it ended.
     answer: Option<oneshot::Receiver<Answer>>,
     /// Our end of its input.
@@ -620,7 +664,7 @@ impl RunningExec {
     /// returned.
     ///
     /// # Errors
-    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the container ended under
+    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the connection ended before
     /// it, [`ShimError::Silent`] when the shim stopped answering: a program may run for ever, and a shim that
     /// hangs would look the same.
     pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
@@ -659,7 +703,7 @@ impl RunningExec {
 impl Drop for RunningExec {
     fn drop(&mut self) {
         let Some(mut answer) = self.answer.take() else { return };
-        if take(&self.slot).is_some() {
+        if self.client.outbox.take_back(self.id) {
             // The shim has not been asked, and never will be.
             lock(&self.client.pending).remove(&self.id);
             return;
@@ -671,7 +715,15 @@ impl Drop for RunningExec {
             let _input = input;
             let mut pause = KILL_AGAIN;
             loop {
-                client.kill_exec(id).await;
+                // One at a time: a shim that does not read has no use for more.
+                let kill = Call::SignalExec(SignalExec { request_id: id, signal: process::SIGKILL });
+                let Ok(Sent { id, answer: killed }) = client.send(kill, Vec::new()) else { return };
+                let _unless_answered = TakenBack { client: &client, id };
+                tokio::select! {
+                    biased;
+                    _ = &mut answer => return,
+                    _ = killed => {}
+                }
                 // Not yet started, it cannot be killed; and one that waits for a disk ends late.
                 if tokio::time::timeout(pause, &mut answer).await.is_ok() {
                     return;
@@ -684,7 +736,7 @@ impl Drop for RunningExec {
 
 async fn serve(
     socket: UnixStream,
-    mut frames: mpsc::UnboundedReceiver<Slot>,
+    outbox: Arc<Outbox>,
     incoming: Incoming,
     end: watch::Sender<bool>,
     child: Option<i32>,
@@ -692,11 +744,9 @@ async fn serve(
     let mut received = Vec::new();
     loop {
         let open = tokio::select! {
-            slot = frames.recv() => match slot.map(|slot| take(&slot)) {
-                // Taken back.
-                Some(None) => true,
-                Some(Some(outgoing)) if send_whole(&socket, &outgoing).await.is_ok() => true,
-                Some(Some(_)) => {
+            outgoing = outbox.next() => match outgoing {
+                Some(outgoing) if send_whole(&socket, &outgoing).await.is_ok() => true,
+                Some(_) => {
                     // A shim that could not begin is gone before it is asked anything: what it has said is
                     // there still.
                     let last_words = async {
@@ -716,6 +766,7 @@ async fn serve(
     // First the mark, then the sweep: a request that sees no mark is in the map before the sweep.
     let _ = end.send(true);
     lock(&incoming.pending).clear();
+    lock(&outbox.requests).clear();
     drop(socket);
     if let Some(pid) = child {
         reap(pid).await;
@@ -800,4 +851,54 @@ async fn reap(pid: i32) {
 pub(crate) fn default_program() -> Option<PathBuf> {
     let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join("berth-shim")));
     beside.into_iter().chain([PathBuf::from("/usr/libexec/berth/berth-shim")]).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Waits for what other tasks do.
+    async fn until(is_so: impl Fn() -> bool) {
+        while !is_so() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_does_not_pile_up_before_a_shim_that_does_not_read() {
+        let (ours, theirs) = socket::stream_pair().unwrap();
+        let client = Arc::new(ShimClient::new(ours, None).unwrap());
+        let null = || OwnedFd::from(File::options().write(true).open("/dev/null").unwrap());
+        let waiting = || lock(&client.outbox.requests).len();
+        let exec = || client.exec(vec![vec![b'x'; 64 * 1024]], null(), null(), None).unwrap();
+        // As much as goes out; the last one is on its way.
+        let mut sent = Vec::new();
+        loop {
+            sent.push(exec());
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            if waiting() > 0 {
+                break;
+            }
+        }
+        drop(sent.pop());
+        assert_eq!(waiting(), 0);
+        // What was sent is to be killed: once, for as long as there is no answer.
+        let kills = sent.len();
+        drop(sent);
+        until(|| waiting() == kills).await;
+        for _ in 0..100 {
+            drop(exec());
+            let _ = tokio::time::timeout(Duration::from_micros(1), client.phase()).await;
+            assert_eq!(waiting(), kills);
+        }
+        tokio::time::pause();
+        tokio::time::sleep(CALL * 10).await;
+        assert_eq!(waiting(), kills);
+        drop(theirs);
+        until(|| *client.ended.borrow()).await;
+        until(|| Arc::strong_count(&client) == 1).await;
+        assert_eq!((waiting(), lock(&client.pending).len()), (0, 0));
+    }
 }

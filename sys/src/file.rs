@@ -161,6 +161,22 @@ pub fn enlarge_pipe(pipe: BorrowedFd<'_>, most: i32) -> bool {
     matches!(enlarge(), Ok(Some(_)))
 }
 
+/// How many bytes a pipe can hold: `F_GETPIPE_SZ` of fcntl(2). `None` for what is no pipe.
+#[must_use]
+pub fn pipe_size(pipe: BorrowedFd<'_>) -> Option<usize> {
+    let size = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_GETPIPE_SZ).ok()?;
+    usize::try_from(size).ok()
+}
+
+/// Makes a pipe hold so many bytes, or some more: `F_SETPIPE_SZ` of fcntl(2).
+///
+/// # Errors
+/// `EBUSY` when there is more in it, `EBADF` for what is no pipe.
+pub fn resize_pipe(pipe: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(bytes))?;
+    Ok(())
+}
+
 /// Makes reads and writes return `EAGAIN` instead of waiting: `O_NONBLOCK`.
 ///
 /// # Errors

@@ -148,6 +148,30 @@ pub(crate) enum ContainerError {
         /// The container.
         id: ContainerId,
     },
+    /// Its shim ended without a word about the command.
+    #[error(
+        "the shim of container {id} was killed while the command was running; what became of that is not known"
+    )]
+    ShimGoneUnderExec {
+        /// The container.
+        id: ContainerId,
+    },
+    /// The way to its shim ended.
+    #[error(
+        "the connection to the shim of container {id} ended while the command was running; the shim kills the command when it notices, and what became of it is not known"
+    )]
+    DisconnectedUnderExec {
+        /// The container.
+        id: ContainerId,
+    },
+    /// There is no place for one more client.
+    #[error("{most} clients are attached to container {id}, and no more may be; end some of them")]
+    TooManyAttached {
+        /// The container.
+        id: ContainerId,
+        /// How many may be.
+        most: usize,
+    },
     /// It was to end and did not.
     #[error("container {id} was killed but has not ended; try again")]
     DoesNotEnd {

@@ -6,6 +6,7 @@
 use super::output_room::{Kept, OutputRoom};
 use super::{Container, ContainerError};
 use crate::shim_client::ShimError;
+use berth_model::state::{ContainerState, ExitReason};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,9 @@ pub(crate) const MAX_OUTPUT: usize = 16 * 1024 * 1024;
 
 /// How long after the program's end its output may go on, written by what it left behind.
 const DRAIN: Duration = Duration::from_millis(500);
+
+/// How long it may take to find out why a connection to a shim ended.
+const EXPLAINED: Duration = Duration::from_secs(5);
 
 /// What came of it.
 #[derive(Debug)]
@@ -67,15 +71,35 @@ pub(crate) async fn exec_sync(
         ended
     };
     match ended {
-        Ok(Err(ShimError::Lost)) => Err(ContainerError::EndedUnderExec { id: container.id().clone() }),
-        Ok(exit_code) => {
-            Ok(Output { stdout: out.into_bytes(), stderr: err.into_bytes(), exit_code: exit_code? })
+        Ok(ended) => {
+            let exit_code = outcome(container, ended).await?;
+            Ok(Output { stdout: out.into_bytes(), stderr: err.into_bytes(), exit_code })
         }
         Err(_) => {
             running.kill().await;
             Err(ContainerError::ExecTimeout { seconds: timeout.unwrap_or_default().as_secs() })
         }
     }
+}
+
+/// What came of a program, in words of its container where its shim has none.
+pub(crate) async fn outcome(
+    container: &Container,
+    ended: Result<i32, ShimError>,
+) -> Result<i32, ContainerError> {
+    if !matches!(ended, Err(ShimError::Lost)) {
+        return Ok(ended?);
+    }
+    // The connection ended. Why, is found out by whoever follows the container.
+    let _ = tokio::time::timeout(EXPLAINED, container.exited()).await;
+    let id = container.id().clone();
+    Err(match container.state() {
+        ContainerState::Exited(exit) if exit.reason == ExitReason::Unknown => {
+            ContainerError::ShimGoneUnderExec { id }
+        }
+        ContainerState::Exited(_) => ContainerError::EndedUnderExec { id },
+        _ => ContainerError::DisconnectedUnderExec { id },
+    })
 }
 
 fn reader() -> Result<(pipe::Receiver, OwnedFd), ContainerError> {

@@ -50,8 +50,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
+
+/// Clients that may be attached to a container at a time. Each has two outputs, which hold 64 KiB at least.
+const MOST_ATTACHED: usize = 256;
 
 /// A container.
 #[derive(Debug)]
@@ -82,6 +85,8 @@ pub(crate) struct Container {
     given_up: Notify,
     /// A task waits for its end, or it has ended.
     followed: AtomicBool,
+    /// Places for clients that are attached to its streams.
+    attached: Arc<Semaphore>,
     /// Its record is not to be written: it is one of a newer version, or one that could not be read and may
     /// be readable another time.
     keeps_record: bool,
@@ -102,6 +107,7 @@ impl Container {
             kill_at: watch::Sender::new(None),
             given_up: Notify::new(),
             followed: AtomicBool::new(false),
+            attached: Arc::new(Semaphore::new(MOST_ATTACHED)),
             keeps_record: false,
             record,
             files,
@@ -204,6 +210,17 @@ impl Container {
             }
             _ => self.running_shim(),
         }
+    }
+
+    /// A place for a client that attaches to its streams.
+    ///
+    /// # Errors
+    /// When too many are attached.
+    pub(crate) fn attach(&self) -> Result<OwnedSemaphorePermit, ContainerError> {
+        self.attached
+            .clone()
+            .try_acquire_owned()
+            .map_err(|_| ContainerError::TooManyAttached { id: self.id().clone(), most: MOST_ATTACHED })
     }
 
     /// Moves the state on, as something happens.

@@ -60,7 +60,11 @@ async fn begin(container: &Arc<Container>) -> Result<(), ContainerError> {
             Err(error.into())
         }
         Err(
-            error @ (ShimError::Lost | ShimError::Older | ShimError::Start { .. } | ShimError::TooLong(_)),
+            error @ (ShimError::Lost
+            | ShimError::Unexpected
+            | ShimError::Older
+            | ShimError::Start { .. }
+            | ShimError::TooLong(_)),
         ) => {
             // Without its shim it ends, and it must not be seen as created after this call.
             match tokio::time::timeout(SETTLED, container.exited()).await {

@@ -10,8 +10,8 @@
 //! | an object in another state than the call needs | `FailedPrecondition` |
 //! | a command or a kill that took too long, a shim that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
-//! | a program that cannot be started, an image that cannot be had | `Unknown` |
-//! | too many streaming requests that wait for their clients | `ResourceExhausted` |
+//! | a program that cannot be started, a command whose end nobody saw, an image that cannot be had | `Unknown` |
+//! | too many streaming requests that wait for their clients, too many clients attached | `ResourceExhausted` |
 //! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet | `Unavailable` |
 //! | anything else | `Internal` |
 //!
@@ -170,7 +170,10 @@ fn container(error: &ContainerError) -> Code {
         | ContainerError::Busy { .. }
         | ContainerError::Shim(ShimError::Silent) => Code::DeadlineExceeded,
         ContainerError::Shim(ShimError::TooLong(_)) => Code::InvalidArgument,
-        ContainerError::Shim(ShimError::Failed(_)) => Code::Unknown,
+        ContainerError::Shim(ShimError::Failed(_))
+        | ContainerError::ShimGoneUnderExec { .. }
+        | ContainerError::DisconnectedUnderExec { .. } => Code::Unknown,
+        ContainerError::TooManyAttached { .. } => Code::ResourceExhausted,
         ContainerError::Stopping | ContainerError::ShimUnreached { .. } => Code::Unavailable,
         _ => Code::Internal,
     }

@@ -41,6 +41,8 @@ impl RuntimeService {
         let container = self.container(&request.container_id)?;
         let wanted = wanted_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
         container.live_shim()?.check_attach().await.map_err(ContainerError::from)?;
+        // The client needs one as well when it comes; until then it keeps none from others.
+        drop(container.attach()?);
         Ok(v1::AttachResponse { url: self.streaming.attach(container, wanted)? })
     }
 

@@ -33,6 +33,7 @@ pub(super) fn run(container: Arc<Container>, session: Session) -> BoxFuture<Outc
 
 async fn attach(container: &Arc<Container>, session: Session) -> Result<(), ContainerError> {
     let shim = container.live_shim()?;
+    let _place = container.attach()?;
     let failed = |error| ContainerError::file("create", Path::new("a pipe"))(error);
     let mut ends = [None, None, None];
     let [stdout_end, stderr_end, stdin_end] = &mut ends;

@@ -10,6 +10,7 @@
 //! thrown away.
 
 use super::pipes;
+use crate::container::exec::outcome;
 use crate::container::{Container, ContainerError};
 use crate::shim_client::{Resizer, RunningExec, ShimError};
 use berth_streaming::command::{BoxFuture, Input, Outcome, Output, Session, Size, Wanted};
@@ -31,8 +32,12 @@ use tokio::time::Instant;
 /// How long after the program's end more of its output is waited for, which what it left behind may write.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// How much of it is passed on: more than a pipe holds, which is what the program itself can have written.
+/// How much of it is passed on: at least what the pipe holds, which is what the program itself can have
+/// written.
 const DRAIN_BYTES: usize = 1024 * 1024;
+
+/// The most of that: a pipe can be made larger than memory allows it to be filled.
+const MOST_DRAIN_BYTES: usize = 64 * 1024 * 1024;
 
 /// Output of the program.
 struct Source {
@@ -132,9 +137,9 @@ async fn on_terminal(
         biased;
         taken = take_descriptor(&near) => taken.map_err(failed)?,
         // It cannot end before it has its terminal: it could not be started.
-        ended = running.ended() => return outcome(container, ended),
+        ended = running.ended() => return outcome(container, ended).await,
     };
-    let Some(taken) = taken else { return outcome(container, running.ended().await) };
+    let Some(taken) = taken else { return outcome(container, running.ended().await).await };
     berth_sys::file::set_nonblocking(taken.as_fd()).map_err(failed)?;
     let copy = |taken: &OwnedFd| taken.try_clone().map_err(failed);
     let (reader, writer) = (copy(&taken)?, copy(&taken)?);
@@ -178,14 +183,7 @@ async fn finish(
     if !copied {
         copying.await;
     }
-    outcome(container, ended)
-}
-
-fn outcome(container: &Container, ended: Result<i32, ShimError>) -> Result<i32, ContainerError> {
-    match ended {
-        Err(ShimError::Lost) => Err(ContainerError::EndedUnderExec { id: container.id().clone() }),
-        ended => Ok(ended?),
-    }
+    outcome(container, ended).await
 }
 
 /// A pipe for a stream that is wanted, else the null device. The second is for the program.
@@ -203,7 +201,9 @@ fn output(wanted: Option<Output>) -> Result<(Option<Source>, OwnedFd), Container
 async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
     let Some(Source { from, mut to, discards }) = stream else { return };
     let mut buffer = BytesMut::new();
-    let (mut is_over, mut patience, mut allowance) = (false, DRAIN, DRAIN_BYTES);
+    // Of a shim that shares its pipes, the program can have made it larger.
+    let left = berth_sys::file::pipe_size(from.as_fd()).unwrap_or(0).clamp(DRAIN_BYTES, MOST_DRAIN_BYTES);
+    let (mut is_over, mut patience, mut allowance) = (false, DRAIN, left);
     loop {
         // Looked at each time: output that never stops would always come first below.
         is_over = is_over || *ended.borrow();

@@ -307,6 +307,62 @@ fn a_new_daemon_can_be_attached_to_and_the_container_notices_nothing() -> Result
     })
 }
 
+#[test]
+fn clients_that_typed_more_than_is_read_and_left_are_not_kept_in_any_number() -> Result<()> {
+    const MANY: usize = 40;
+    /// What is kept of them: two descriptors each.
+    const KEPT: usize = 2 * 8;
+    rootful(|daemon| {
+        let pod = daemon.pod("attach")?;
+        let deaf =
+            pod.start(listening("deaf", "echo up; while [ ! -e /tmp/go ]; do sleep 0.05; done; wc -c"))?;
+        deaf.says("up")?;
+        // What the first exec leaves is not the question.
+        deaf.sh("true")?;
+        let before = held(&deaf)?;
+        for _ in 0..MANY {
+            let command = Command::attach(daemon, v1::AttachRequest { stdout: false, ..all(&deaf) })?;
+            command.say(vec![b'x'; 16 * 1024])?;
+            // The daemon has passed on everything when it is answered.
+            command.end_input()?;
+            assert_eq!(command.finished()?.code(), Some(0));
+        }
+        within(SOON, "who has left is forgotten", || Ok((held(&deaf)? <= before + KEPT).then_some(())))?;
+        ensure!(held(&deaf)? > before, "what the last ones typed may be read yet");
+        ensure!(deaf.sh("echo alive")? == "alive\n");
+        // The program reads on, and has what was kept.
+        deaf.sh("touch /tmp/go")?;
+        holds(&deaf, before)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn no_more_clients_are_attached_than_there_are_places() -> Result<()> {
+    const PLACES: usize = 256;
+    rootful(|daemon| {
+        let main = daemon.pod("attach")?.start(listening("main", ANSWER))?;
+        let before = held(&main)?;
+        let request = v1::AttachRequest { stdin: false, stderr: false, ..all(&main) };
+        let late = daemon.client().attach(request.clone())?.url;
+        let mut commands = (0..PLACES)
+            .map(|_| Command::attach(daemon, request.clone()))
+            .collect::<Result<Vec<Command>>>()?;
+        holds(&main, before + PLACES)?;
+        let refused = daemon.client().attach(request.clone()).err().context("there is no place")?;
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+        // One with a URL of before is told as well.
+        let finished = Command::attach_at(daemon, &late, &request)?.finished()?;
+        assert_eq!(finished.status["reason"], "InternalError", "{finished:?}");
+        commands.truncate(PLACES - 1);
+        holds(&main, before + PLACES - 1)?;
+        let mut next = within(SOON, "there is a place", || Ok(Command::attach(daemon, all(&main)).ok()))?;
+        next.say("hello\n")?;
+        next.hear("got hello\n")?;
+        Ok(())
+    })
+}
+
 /// Resident memory of a process, in KiB.
 fn resident(pid: impl std::fmt::Display) -> Result<usize> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;

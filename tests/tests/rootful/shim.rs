@@ -10,7 +10,10 @@ use berth_cri::v1;
 use berth_tests::census::{Census, status_field};
 use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::{patience, within};
-use nix::sys::signal::{SIGCONT, SIGSTOP, kill};
+use berth_tests::fuse::Hanging;
+use berth_tests::skip::skip;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, kill};
 use nix::unistd::Pid;
 use tonic::{Code, Status};
 
@@ -136,11 +139,11 @@ fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
     rootful(|daemon| {
         daemon.stop()?;
         for mount in berth_tests::census::mounts_below(&daemon.state()).into_iter().rev() {
-            nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH)?;
+            umount2(&mount, MntFlags::MNT_DETACH)?;
         }
         // Room for some pods, and soon for none.
-        let (tmpfs, flags) = (Some("tmpfs"), nix::mount::MsFlags::empty());
-        nix::mount::mount(Some("state"), &daemon.state(), tmpfs, flags, Some("size=1m,nr_inodes=60"))?;
+        let (tmpfs, flags) = (Some("tmpfs"), MsFlags::empty());
+        mount(Some("state"), &daemon.state(), tmpfs, flags, Some("size=1m,nr_inodes=60"))?;
         daemon.start_again()?;
         let pod = daemon.pod("web")?;
         // What is opened for the first container and kept is not the question: the way to systemd.
@@ -201,5 +204,100 @@ fn execs_of_a_shim_that_hangs_do_not_pile_up_in_the_daemon() -> Result<()> {
         held?;
         within(SOON, "an exec works", || Ok(main.exec_within(&["true"], 20).ok()))?;
         Ok(())
+    })
+}
+
+#[test]
+fn a_command_whose_shim_is_killed_is_not_said_to_have_lost_its_container() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        for streamed in [false, true] {
+            let main = pod.idle(&format!("main-{streamed}"))?;
+            let shim = Pid::from_raw(main.shim_pid()?);
+            let command = ["sh", "-c", "echo begun > /tmp/begun; exec sleep 1000"];
+            let said = thread::scope(|scope| -> Result<String> {
+                let running = scope.spawn(|| -> Result<String> {
+                    if streamed {
+                        let request = v1::ExecRequest {
+                            container_id: main.id.clone(),
+                            cmd: berth_tests::pod::words(&command),
+                            stdout: true,
+                            ..v1::ExecRequest::default()
+                        };
+                        let finished = berth_tests::streams::Command::start(daemon, request)?.finished()?;
+                        return Ok(finished.status.to_string());
+                    }
+                    let refused = main.exec_within(&command, 0).err().context("it cannot be answered")?;
+                    ensure!(refused.code() == Code::Unknown, "{refused}");
+                    Ok(refused.message().to_owned())
+                });
+                within(SOON, "it runs", || Ok(main.sh("cat /tmp/begun").ok()))?;
+                kill(shim, SIGKILL)?;
+                running.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?
+            })?;
+            ensure!(said.contains("the shim of container") && said.contains("was killed"), "{said}");
+            // And one whose container ends is told that.
+            let main = pod.idle(&format!("ends-{streamed}"))?;
+            thread::scope(|scope| -> Result<()> {
+                let running = scope.spawn(|| main.exec_within(&command, 0));
+                within(SOON, "it runs", || Ok(main.sh("cat /tmp/begun").ok()))?;
+                main.stop(0)?;
+                let ended = running.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
+                ensure!(ended.is_ok_and(|ended| ended.code == 137), "by its container's end");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn execs_that_hang_in_a_working_directory_neither_wake_a_shim_for_ever_nor_stay_open_in_it() -> Result<()> {
+    rootful(|daemon| {
+        let directory = daemon.directory("volume")?;
+        // What is mounted there later appears in the container.
+        for (kind, flags) in [(Some("tmpfs"), MsFlags::empty()), (None, MsFlags::MS_SHARED)] {
+            mount(kind, &directory, kind, flags, None::<&str>)?;
+        }
+        let mut config = berth_tests::pod::idle("main");
+        config.working_dir = "/volume".to_owned();
+        let mut volume = berth_tests::pod::volume(&directory, "/volume");
+        volume.set_propagation(v1::MountPropagation::PropagationHostToContainer);
+        config.mounts = vec![volume];
+        let pod = daemon.pod("web")?;
+        let main = pod.start(config)?;
+        main.sh("true")?;
+        let shim = main.shim_pid()?;
+        let open = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{shim}/fd"))?.count()) };
+        let before = open()?;
+        let Some(hanging) = Hanging::mount(&directory)? else {
+            skip("shim::execs_that_hang", "no FUSE here");
+            return Ok(());
+        };
+        thread::scope(|scope| -> Result<()> {
+            let execs: Vec<_> = (0..8).map(|_| scope.spawn(|| main.exec_within(&["true"], 1))).collect();
+            within(SOON, "one waits and cannot be killed", || {
+                let children = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"))?;
+                let mut states =
+                    children.split_whitespace().filter_map(|pid| status_field(pid.parse().ok()?, "State"));
+                Ok(states.any(|state| state.starts_with('D')).then_some(()))
+            })?;
+            for exec in execs {
+                let refused = exec.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
+                ensure!(refused.err().context("it hangs")?.code() == Code::DeadlineExceeded);
+            }
+            Ok(())
+        })?;
+        within(SOON, "what they had open in the shim is closed", || Ok((open()? <= before).then_some(())))?;
+        within(SOON, "the shim sleeps", || {
+            let sleeps = || status_field(shim, "State").is_some_and(|state| state.starts_with('S'));
+            Ok((0..1000).all(|_| sleeps()).then_some(()))
+        })?;
+        // It does everything else.
+        main.stop(0)?;
+        assert_eq!(main.status()?.exit_code, 137);
+        drop(hanging);
+        gone(shim)?;
+        Ok(main.remove()?)
     })
 }

@@ -1,8 +1,8 @@
 //! Clients that are attached to the output of the container.
 //!
 //! Each gets what is written from now on, beside the log, and none is waited for: what a client has not read
-//! waits in its pipe. That is enlarged as far as [`MOST_BYTES`] once it is full, and when it is full again,
-//! output is left out for this client. A line says how much, where that would have
+//! waits in its pipe. That is enlarged as far as [`MOST_BYTES`], and [`MOST_BYTES_OF_ALL`], once it is full,
+//! and when it is full again, output is left out for this client. A line says how much, where that would have
 //! been.
 
 use crate::cri_log::Stream;
@@ -13,7 +13,13 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// What a client may have unread of one stream. A client has more on its way: in the daemon and in sockets.
-const MOST_BYTES: i32 = 4 * 1024 * 1024;
+const MOST_BYTES: usize = 4 * 1024 * 1024;
+
+/// What all of them together may have unread before pipes are not enlarged any more, and new ones are small.
+const MOST_BYTES_OF_ALL: usize = 8 * 1024 * 1024;
+
+/// What a pipe holds that is small.
+const SMALL_BYTES: i32 = 16 * 1024;
 
 /// A client and one of the streams that it gets.
 #[derive(Debug)]
@@ -21,6 +27,8 @@ struct Attached {
     stream: Stream,
     to: File,
     token: u64,
+    /// What its pipe can hold.
+    room: usize,
     /// The container has a terminal, where lines end differently.
     terminal: bool,
     /// Bytes left out since the last such line.
@@ -54,8 +62,19 @@ impl Clients {
     ) -> io::Result<()> {
         file::set_nonblocking(to.as_fd())?;
         poll.watch(to.as_fd(), token, Interest::Failure)?;
-        self.0.push(Attached { stream, to: to.into(), token, terminal, left_out: 0 });
+        let mut room = file::pipe_size(to.as_fd()).unwrap_or(0);
+        if self.room() + room > MOST_BYTES_OF_ALL {
+            // As it is, where the kernel does not make it smaller.
+            let _ = file::resize_pipe(to.as_fd(), SMALL_BYTES);
+            room = file::pipe_size(to.as_fd()).unwrap_or(room);
+        }
+        self.0.push(Attached { stream, to: to.into(), token, room, terminal, left_out: 0 });
         Ok(())
+    }
+
+    /// What all pipes can hold.
+    fn room(&self) -> usize {
+        self.0.iter().map(|client| client.room).sum()
     }
 
     /// How many pipes there are.
@@ -65,7 +84,9 @@ impl Clients {
 
     /// Gives `bytes` of a stream to every client that gets that.
     pub(crate) fn pass(&mut self, stream: Stream, bytes: &[u8], poll: &Poll) {
-        let gone = self.0.extract_if(.., |client| client.stream == stream && client.pass(bytes).is_err());
+        let mut spare = MOST_BYTES_OF_ALL.saturating_sub(self.room());
+        let mut passes = |client: &mut Attached| client.pass(bytes, &mut spare).is_ok();
+        let gone = self.0.extract_if(.., |client| client.stream == stream && !passes(client));
         gone.for_each(|client| client.close(poll));
     }
 
@@ -92,9 +113,11 @@ impl Clients {
 }
 
 impl Attached {
+    /// `spare`: how much larger pipes may become.
+    ///
     /// # Errors
     /// When the client has closed its pipe.
-    fn pass(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    fn pass(&mut self, mut bytes: &[u8], spare: &mut usize) -> io::Result<()> {
         if self.left_out > 0 {
             // Whole or not at all, being short: pipe(7), `PIPE_BUF`.
             match self.to.write(&self.notice()) {
@@ -111,7 +134,7 @@ impl Attached {
                 Ok(length) => bytes = bytes.get(length..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if !file::enlarge_pipe(self.to.as_fd(), MOST_BYTES) {
+                    if !self.enlarge(spare) {
                         self.leave_out(bytes);
                         return Ok(());
                     }
@@ -120,6 +143,18 @@ impl Attached {
             }
         }
         Ok(())
+    }
+
+    /// Makes its pipe larger, if it may be; whether it is.
+    fn enlarge(&mut self, spare: &mut usize) -> bool {
+        let most = MOST_BYTES.min(self.room + *spare);
+        if !i32::try_from(most).is_ok_and(|most| file::enlarge_pipe(self.to.as_fd(), most)) {
+            return false;
+        }
+        let room = file::pipe_size(self.to.as_fd()).unwrap_or(self.room);
+        *spare = spare.saturating_sub(room.saturating_sub(self.room));
+        self.room = room;
+        true
     }
 
     fn leave_out(&mut self, bytes: &[u8]) {
@@ -144,7 +179,7 @@ mod tests {
     use std::io::Read;
     use std::time::Duration;
 
-    const MOST: usize = MOST_BYTES as usize;
+    const MOST: usize = MOST_BYTES;
 
     fn pipe() -> (File, OwnedFd) {
         let (read, write) = file::pipe().unwrap();
@@ -221,6 +256,28 @@ mod tests {
                 counts.map(|rest| rest.split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
             assert_eq!(all.matches('x').count() + left_out, written);
         }
+    }
+
+    #[test]
+    fn all_who_do_not_read_have_no_more_than_there_is_for_all() {
+        let (poll, mut clients) = (Poll::new().unwrap(), Clients::default());
+        let mut slow = Vec::new();
+        for token in 1..=200 {
+            let (read, end) = pipe();
+            clients.add(Stream::Stdout, end, false, token, &poll).unwrap();
+            slow.push(read);
+        }
+        let before = clients.room();
+        assert!(before < MOST_BYTES_OF_ALL + 200 * 16 * 1024, "{before}");
+        for _ in 0..MOST.div_ceil(50_000) {
+            clients.pass(Stream::Stdout, &[b'x'; 50_000], &poll);
+        }
+        let unread: usize = slow.iter_mut().map(|slow| read(slow).len()).sum();
+        assert!(unread <= before.max(MOST_BYTES_OF_ALL), "{unread}");
+        // Those who have gone leave room.
+        drop(slow);
+        clients.pass(Stream::Stdout, b"x", &poll);
+        assert_eq!(clients.room(), 0);
     }
 
     #[test]

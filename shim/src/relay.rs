@@ -23,6 +23,7 @@ use berth_sys::poll::{Interest, Poll, Ready};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 
 /// Bytes read at a time. The buffer lives only while there is something to read.
 const READ_BYTES: usize = 32 * 1024;
@@ -30,9 +31,17 @@ const READ_BYTES: usize = 32 * 1024;
 /// Reads or writes of one flow before others get their turn.
 const TURNS: usize = 16;
 
-/// Bytes of output that are passed on after the end of its program before that is reported: more than a pipe
-/// holds, which is all that the program itself can have left. What others write goes on without an end.
+/// Bytes of output that are passed on after the end of its program before that is reported: at least what its
+/// pipe holds, which is all that the program itself can have left. What others write goes on without an end.
 const SETTLE_BYTES: usize = 1024 * 1024;
+
+/// The most of that: a pipe can be made larger than memory allows it to be filled.
+const MOST_SETTLE_BYTES: usize = 64 * 1024 * 1024;
+
+/// What a program can have left in a stream when it ends, in bytes.
+pub(crate) fn left_in(stream: BorrowedFd<'_>) -> usize {
+    file::pipe_size(stream).unwrap_or(0).clamp(SETTLE_BYTES, MOST_SETTLE_BYTES)
+}
 
 /// Which way bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,9 +65,13 @@ pub(crate) struct Ends {
 enum Waits {
     /// Something to read; and for the other side to be closed.
     Input,
-    /// Room to write. The source is not watched: its end would be reported again and again.
+    /// Room to write; and for the end of the source, which is heard once.
     Room,
 }
+
+/// Flows of which the source has ended, which is nobody's any more, and which wait for room all the same:
+/// what was typed for a program that does not read. The program may go on to read, so there may be some.
+const MOST_ORPHANS: usize = 8;
 
 #[derive(Debug)]
 struct Flow {
@@ -72,6 +85,9 @@ struct Flow {
     /// Read and not written yet.
     held: Vec<u8>,
     waits: Waits,
+    /// The source has ended behind what is held; a number that says which ended first. It is not watched any
+    /// more: its end would be reported again and again.
+    orphaned: Option<u64>,
     /// Output of a program that has ended: how much more of it may follow before that is reported.
     settling: Option<usize>,
 }
@@ -86,6 +102,8 @@ enum After {
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     flows: Vec<Flow>,
+    /// How many sources have ended behind what was held.
+    orphaned: u64,
 }
 
 /// The tokens that a flow takes.
@@ -114,6 +132,7 @@ impl Relays {
             to_token: token + 1,
             held: Vec::new(),
             waits: Waits::Input,
+            orphaned: None,
             settling: None,
         });
         Ok(())
@@ -133,6 +152,7 @@ impl Relays {
             to_token: token,
             held: words,
             waits,
+            orphaned: None,
             settling,
         };
         if poll.change(flow.to.as_fd(), token, Interest::Room).is_ok() {
@@ -159,11 +179,39 @@ impl Relays {
         let flow = self.flows.get_mut(index)?;
         let group = flow.group;
         // A wake-up may be from before the last change of what it waits for: room that nothing waits for.
-        let is_over = ready.token == flow.to_token && ready.failed && flow.waits == Waits::Input;
+        let mut is_over = ready.token == flow.to_token && ready.failed && flow.waits == Waits::Input;
+        if ready.token == flow.from_token && ready.failed && flow.waits == Waits::Room {
+            self.orphaned += 1;
+            is_over = flow.orphan(self.orphaned, poll) == After::Ended;
+        }
         if is_over || flow.pump(poll) == After::Ended {
             self.flows.swap_remove(index).close(poll);
         }
         Some(group)
+    }
+
+    /// Drops the oldest of those whose source is nobody's any more and whose sink does not take what is held,
+    /// if there are too many of them. Those of groups that are `in_use` do not count.
+    pub(crate) fn drop_orphans(&mut self, in_use: impl Fn(u64) -> bool, poll: &Poll) {
+        let mut orphans: Vec<u64> = self
+            .flows
+            .iter()
+            .filter(|flow| flow.way == Way::In && flow.waits == Waits::Room && !in_use(flow.group))
+            .filter_map(|flow| flow.orphaned)
+            .collect();
+        orphans.sort_unstable();
+        let too_many = orphans.len().saturating_sub(MOST_ORPHANS);
+        if let Some(last) = too_many.checked_sub(1).and_then(|last| orphans.get(last)).copied() {
+            let dropped = |flow: &mut Flow| {
+                flow.way == Way::In
+                    && flow.waits == Waits::Room
+                    && flow.orphaned.is_some_and(|number| number <= last)
+                    && !in_use(flow.group)
+            };
+            for flow in self.flows.extract_if(.., dropped) {
+                flow.close(poll);
+            }
+        }
     }
 
     /// The program of a group has ended: what it has written is passed on, and what others write no more
@@ -182,7 +230,7 @@ impl Relays {
             let Some(flow) = self.flows.get_mut(index).filter(|flow| flow.way == Way::Out && of(flow)) else {
                 continue;
             };
-            flow.settling = Some(SETTLE_BYTES);
+            flow.settling = Some(flow.from.as_ref().map_or(SETTLE_BYTES, |from| left_in(from.as_fd())));
             if flow.pump(poll) == After::Ended {
                 self.flows.swap_remove(index).close(poll);
             }
@@ -272,13 +320,30 @@ impl Flow {
         match waits {
             Waits::Input => {
                 poll.change(self.to.as_fd(), self.to_token, Interest::Failure)?;
-                poll.watch(from.as_fd(), self.from_token, Interest::Input)
+                match self.orphaned.take() {
+                    Some(_) => poll.watch(from.as_fd(), self.from_token, Interest::Input),
+                    None => poll.change(from.as_fd(), self.from_token, Interest::Input),
+                }
             }
             Waits::Room => {
-                poll.forget(from.as_fd())?;
+                poll.change(from.as_fd(), self.from_token, Interest::Failure)?;
                 poll.change(self.to.as_fd(), self.to_token, Interest::Room)
             }
         }
+    }
+
+    /// Its source has ended behind what is held.
+    fn orphan(&mut self, number: u64, poll: &Poll) -> After {
+        let Some(from) = &self.from else { return After::Open };
+        // The socket of a terminal, which hangs up with it.
+        let hangs_up = from.metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
+        if hangs_up && self.way == Way::In {
+            return After::Ended;
+        }
+        if self.orphaned.is_none() && poll.forget(from.as_fd()).is_ok() {
+            self.orphaned = Some(number);
+        }
+        After::Open
     }
 
     /// Ends the watch, for which closing is not enough as long as a child that has just been made has a copy.
@@ -437,6 +502,56 @@ mod tests {
     }
 
     #[test]
+    fn what_was_typed_by_who_has_left_is_kept_for_a_program_that_reads_on() {
+        let mut pair = Pair::new(Way::In);
+        let mut sent = 0;
+        while let written @ 1.. = pair.write(&[b'x'; 4096]).unwrap() {
+            sent += written;
+            pair.turn();
+        }
+        pair.near = None;
+        // Without being woken for ever.
+        pair.turn();
+        pair.relays.drop_orphans(|_| false, &pair.poll);
+        let mut read = Vec::new();
+        while !pair.read(&mut read) {
+            pair.turn();
+        }
+        assert_eq!((read.len(), pair.relays.descriptors()), (sent, 0));
+    }
+
+    #[test]
+    fn who_has_left_and_is_not_read_is_dropped_once_there_are_many() {
+        let (poll, mut relays) = (Poll::new().unwrap(), Relays::default());
+        let (_read, to) = file::pipe().unwrap();
+        let in_use = 1;
+        for group in 1..=100 {
+            let (from, near) = file::pipe().unwrap();
+            file::set_nonblocking(near.as_fd()).unwrap();
+            let to = to.try_clone().unwrap();
+            relays.add(Ends { way: Way::In, from, to }, group, group * 2, &poll).unwrap();
+            let mut near = Some(File::from(near));
+            loop {
+                let ready = poll.wait(Some(Duration::ZERO)).unwrap();
+                for ready in &ready {
+                    relays.ready(*ready, &poll);
+                }
+                relays.drop_orphans(|group| group == in_use, &poll);
+                let typed = near.as_mut().map(|near| near.write(&[b'x'; 4096]));
+                match typed {
+                    Some(Ok(_)) => {}
+                    Some(Err(_)) => near = None,
+                    None if ready.is_empty() => break,
+                    None => {}
+                }
+            }
+            assert!(relays.descriptors() <= 2 * (MOST_ORPHANS + 1), "{}", relays.descriptors());
+        }
+        // One that belongs to a program that runs waits as long as that.
+        assert!(relays.has(in_use) && relays.has(100) && !relays.has(2));
+    }
+
+    #[test]
     fn a_group_ends_and_others_go_on() {
         let mut pair = Pair::new(Way::Out);
         let (from, _near) = file::pipe().unwrap();
@@ -487,6 +602,7 @@ mod tests {
             to_token: 21,
             held: Vec::new(),
             waits: Waits::Input,
+            orphaned: None,
             settling: Some(SETTLE_BYTES),
         };
         for _ in 0..SETTLE_BYTES.div_ceil(TURNS * READ_BYTES) {

@@ -267,6 +267,9 @@ impl Shim {
                 None => match self.relays.ready(ready, &self.poll) {
                     Some(group) => {
                         self.answer_if_settled(group);
+                        let execs = &self.execs;
+                        let in_use = |group| execs.iter().any(|exec| exec.token == group);
+                        self.relays.drop_orphans(in_use, &self.poll);
                         self.look_after_input();
                     }
                     None if self.client_left(ready.token) => {}

@@ -189,6 +189,22 @@ fn memory(pid: i32) -> v1::ProcessMemory {
     v1::ProcessMemory { pid: pid.unsigned_abs(), pss_bytes, rss_bytes }
 }
 
+/// Memory of a shim with the process that writes its log; its other children are the container's.
+fn with_writer(shim: i32) -> v1::ProcessMemory {
+    let mut all = memory(shim);
+    let children = format!("/proc/{shim}/task/{shim}/children");
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    for child in children.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+        let name = std::fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
+        if name.trim_end() == berth_shim_proto::LOG_WRITER {
+            let memory = memory(child);
+            all.pss_bytes += memory.pss_bytes;
+            all.rss_bytes += memory.rss_bytes;
+        }
+    }
+    all
+}
+
 /// `Pss:` and `Rss:` of proc_pid_smaps(5), in bytes.
 fn pss_and_rss(text: &str) -> (u64, u64) {
     let field = |name: &str| {
@@ -209,7 +225,7 @@ fn usage(node: &Node) -> v1::UsageResponse {
                 container_id: container.id().to_string(),
                 pod_sandbox_id: container.sandbox_id().to_string(),
                 pid: container.pid()?.unsigned_abs(),
-                shim: Some(memory(container.shim_pid()?)),
+                shim: Some(with_writer(container.shim_pid()?)),
             })
         })
         .collect();

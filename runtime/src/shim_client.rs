@@ -664,9 +664,9 @@ impl RunningExec {
     /// returned.
     ///
     /// # Errors
-    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the connection ended before
-    /// it, [`ShimError::Silent`] when the shim stopped answering: a program may run for ever, and a shim that
-    /// hangs would look the same.
+    /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the connection
+    /// ended before it, [`ShimError::Silent`] when the shim stopped answering: a program may run for
+    /// ever, and a shim that hangs would look the same.
     pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
         let Some(pending) = &mut self.answer else { return Err(ShimError::Lost) };
         let answer = tokio::select! {

@@ -1,9 +1,9 @@
 //! Clients that are attached to the output of the container.
 //!
-//! Each gets what is written from now on, beside the log, and none is waited for: what a client has not read
-//! waits in its pipe. That is enlarged as far as [`MOST_BYTES`], and [`MOST_BYTES_OF_ALL`], once it is full,
-//! and when it is full again, output is left out for this client. A line says how much, where that would have
-//! been.
+//! Each gets what is written from now on, beside the log, and none is waited for: what a client has
+//! not read waits in its pipe. That is enlarged as far as [`MOST_BYTES`], and
+//! [`MOST_BYTES_OF_ALL`], once it is full, and when it is full again, output is left out for this
+//! client. A line says how much, where that would have been.
 
 use crate::cri_log::Stream;
 use berth_sys::file;
@@ -12,10 +12,12 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
-/// What a client may have unread of one stream. A client has more on its way: in the daemon and in sockets.
+/// What a client may have unread of one stream. A client has more on its way: in the daemon and in
+/// sockets.
 const MOST_BYTES: usize = 4 * 1024 * 1024;
 
-/// What all of them together may have unread before pipes are not enlarged any more, and new ones are small.
+/// What all of them together may have unread before pipes are not enlarged any more, and new ones
+/// are small.
 const MOST_BYTES_OF_ALL: usize = 8 * 1024 * 1024;
 
 /// What a pipe holds that is small.
@@ -241,7 +243,8 @@ mod tests {
                 written += block.len();
             }
             let mut all = read(&mut slow);
-            // Without the privilege to enlarge it further: 1 MiB, pipe(7), and not every page of it is full.
+            // Without the privilege to enlarge it further: 1 MiB, pipe(7), and not every page of it
+            // is full.
             assert!((900_000..=MOST).contains(&all.len()), "{}", all.len());
             clients.pass(Stream::Stdout, b"again", &poll);
             all.extend(read(&mut slow));

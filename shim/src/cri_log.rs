@@ -1,15 +1,14 @@
-//! The log file in the CRI format: `<RFC 3339 time> <stream> <P|F> <content>` and a newline, one entry a
-//! line.
+//! The log file in the CRI format: `<RFC 3339 time> <stream> <P|F> <content>` and a newline, one
+//! entry a line.
 //!
-//! The format is the one of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say whether
-//! the content ends a line (`F`) or goes on in the next entry of the same stream (`P`). Entries are never
-//! torn: what is written in one call is a run of whole entries, and a call that a full disk cut short is
-//! mended by a newline and an entry that counts the bytes lost.
+//! The format is the one of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say
+//! whether the content ends a line (`F`) or goes on in the next entry of the same stream (`P`).
+//! Entries are never torn: what a full disk cut short is mended by a newline and an entry that
+//! counts the bytes lost.
 
 use berth_sys::beneath::Root;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -102,8 +101,8 @@ pub(crate) fn timestamp(time: SystemTime) -> [u8; 30] {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let days = since.as_secs() / 86_400;
     let in_day = since.as_secs() % 86_400;
-    // Days to year, month and day in the proleptic Gregorian calendar, in eras of 400 years that begin on 1
-    // March.
+    // Days to year, month and day in the proleptic Gregorian calendar, in eras of 400 years that
+    // begin on 1 March.
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
@@ -138,59 +137,92 @@ pub(crate) struct LogFile {
     file: File,
     /// Bytes that could not be written since the last entry that was.
     gap_bytes: u64,
-    /// The last write stopped inside an entry.
+    /// The file ends inside an entry.
     torn: bool,
+    /// What comes next is the rest of an entry of which a part is lost.
+    skips: bool,
     /// All bytes that could not be written.
-    pub(crate) lost_bytes: u64,
+    lost_bytes: u64,
 }
 
 impl LogFile {
-    /// Opens or makes the file `name` below `directory`, for appending. Only `directory` itself may be
-    /// reached through symbolic links, and only a plain file with one name is taken: pods can plant links in
-    /// their log directory.
-    pub(crate) fn open(directory: &[u8], name: &[u8]) -> io::Result<Self> {
-        let directory = PathBuf::from(std::ffi::OsStr::from_bytes(directory));
-        let name = PathBuf::from(std::ffi::OsStr::from_bytes(name));
+    /// Opens or makes the file `name` below `directory`, for appending. Only `directory` itself may
+    /// be reached through symbolic links, and only a plain file with one name is taken: pods can
+    /// plant links in their log directory.
+    pub(crate) fn open((directory, name): (PathBuf, PathBuf)) -> io::Result<Self> {
         let file = open_below(&directory, &name)?;
-        Ok(Self { directory, name, file, gap_bytes: 0, torn: false, lost_bytes: 0 })
+        Ok(Self { directory, name, file, gap_bytes: 0, torn: false, skips: false, lost_bytes: 0 })
     }
 
-    /// Reopens the same path, after the old file was renamed. On an error the old file stays in use.
+    /// Reopens the same path, after the old file was renamed. On an error the old file stays in
+    /// use.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
         self.file = open_below(&self.directory, &self.name)?;
         self.torn = false;
         Ok(())
     }
 
-    /// Writes a run of whole entries. Never waits and never fails: what a full or broken disk does not take
-    /// is counted.
-    pub(crate) fn write(&mut self, entries: &[u8]) {
-        if self.gap_bytes > 0 || self.torn {
-            let mend = self.gap_entry();
-            if !matches!(self.file.write(&mend), Ok(length) if length == mend.len()) {
-                self.lose(entries.len());
-                return;
-            }
-            (self.gap_bytes, self.torn) = (0, false);
+    /// Writes entries, of which the last may go on in the next call. Never fails: what a full or
+    /// broken disk does not take is counted.
+    pub(crate) fn write(&mut self, mut entries: &[u8]) {
+        if self.skips {
+            let end = memchr::memchr(b'\n', entries).map_or(entries.len(), |end| end + 1);
+            let (rest, next) = entries.split_at(end);
+            self.lose(rest);
+            entries = next;
         }
-        let mut rest = entries;
-        while !rest.is_empty() {
-            match self.file.write(rest) {
+        if entries.is_empty() {
+            return;
+        }
+        if self.gap_bytes > 0 && !self.mend() {
+            self.lose(entries);
+            return;
+        }
+        while !entries.is_empty() {
+            match self.file.write(entries) {
                 Ok(0) => break,
-                Ok(length) => rest = rest.get(length..).unwrap_or_default(),
+                Ok(length) => {
+                    let (written, rest) = entries.split_at(length);
+                    self.torn = written.last() != Some(&b'\n');
+                    entries = rest;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => break,
             }
         }
-        if !rest.is_empty() {
-            let written = entries.len() - rest.len();
-            self.torn = written > 0 && entries.get(written - 1) != Some(&b'\n');
-            self.lose(rest.len());
-        }
+        self.lose(entries);
     }
 
-    fn lose(&mut self, bytes: usize) {
-        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+    /// Notes that so many bytes more are lost, which never came here, and says so in the log. The
+    /// bytes that are lost in all.
+    pub(crate) fn end(&mut self, more: u64) -> u64 {
+        self.count(more);
+        if self.gap_bytes > 0 {
+            self.mend();
+        }
+        self.lost_bytes
+    }
+
+    /// Writes what is missing, in an entry; whether that worked.
+    fn mend(&mut self) -> bool {
+        let mend = self.gap_entry();
+        let written = self.file.write(&mend).unwrap_or(0);
+        if written == mend.len() {
+            (self.gap_bytes, self.torn) = (0, false);
+            return true;
+        }
+        self.torn |= written > 0;
+        false
+    }
+
+    fn lose(&mut self, bytes: &[u8]) {
+        if let Some(last) = bytes.last() {
+            self.skips = *last != b'\n';
+        }
+        self.count(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
+    }
+
+    fn count(&mut self, bytes: u64) {
         self.gap_bytes = self.gap_bytes.saturating_add(bytes);
         self.lost_bytes = self.lost_bytes.saturating_add(bytes);
     }
@@ -284,6 +316,57 @@ mod tests {
             let time = UNIX_EPOCH + Duration::new(seconds, nanos);
             assert_eq!(String::from_utf8_lossy(&timestamp(time)), expected);
         }
+    }
+
+    /// A pipe stands for a disk: it takes a part, and more when it was read.
+    #[test]
+    fn what_a_disk_does_not_take_is_counted_between_whole_entries() {
+        let (read, write) = berth_sys::file::pipe().unwrap();
+        for end in [&read, &write] {
+            berth_sys::file::set_nonblocking(std::os::fd::AsFd::as_fd(end)).unwrap();
+        }
+        let nowhere = PathBuf::new();
+        let mut log = LogFile {
+            directory: nowhere.clone(),
+            name: nowhere,
+            file: write.into(),
+            gap_bytes: 0,
+            torn: false,
+            skips: false,
+            lost_bytes: 0,
+        };
+        let (mut disk, mut out) = (File::from(read), Vec::new());
+        let mut read = |out: &mut Vec<u8>| {
+            let error = io::Read::read_to_end(&mut disk, out).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        };
+        let entries: Vec<String> =
+            (0..3000).map(|number| format!("T stdout F {}.\n", "x".repeat(number % 997))).collect();
+        let all = entries.concat();
+        // Calls end anywhere.
+        for (index, part) in all.as_bytes().chunks(1009).enumerate() {
+            log.write(part);
+            if index % 150 == 0 {
+                read(&mut out);
+            }
+        }
+        read(&mut out);
+        let lost = log.end(5);
+        read(&mut out);
+        let (mut kept, mut told) = (0, 0);
+        for line in String::from_utf8(out).unwrap().split_inclusive('\n') {
+            match line.split_once("[berth: ") {
+                Some((_, rest)) => told += rest.split(' ').next().unwrap().parse::<u64>().unwrap(),
+                None if entries.iter().any(|entry| entry == line) => kept += line.len(),
+                // The beginning of one, and the newline that mends it.
+                None => {
+                    assert!(all.contains(line.trim_end()), "{line:?}");
+                    kept += line.len() - 1;
+                }
+            }
+        }
+        assert!(told > 5 && told == lost, "{told} {lost}");
+        assert_eq!(u64::try_from(all.len() - kept).unwrap() + 5, lost);
     }
 
     proptest! {

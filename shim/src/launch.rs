@@ -2,16 +2,16 @@
 
 use crate::apparmor;
 use crate::birth::Birth;
-use crate::cri_log::LogFile;
 use crate::exit::{self, OomCounter};
 use crate::failure::{Step, refused};
 use crate::handshake;
 use crate::host_path::host_path;
 use crate::init::{self, ExecStreams, Stdio};
+use crate::log_queue::Log;
 use crate::null_device;
 use crate::procfs::Target;
 use crate::relay::{Ends, Way};
-use crate::stdio::{Output, ShimStreams};
+use crate::stdio::ShimStreams;
 use crate::user::Resolved;
 use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
@@ -33,7 +33,7 @@ pub(crate) struct Making {
     oom: Option<OomCounter>,
     /// The shim's ends of its streams; a terminal's comes with the report.
     streams: Option<ShimStreams>,
-    log: Option<LogFile>,
+    pub(crate) log: Option<Log>,
 }
 
 /// A container whose main process waits or runs.
@@ -45,22 +45,23 @@ pub(crate) struct Container {
     pub(crate) oom: Option<OomCounter>,
 }
 
-/// What is said of a container that the kernel killed before it was ready. Preparing takes some hundred KiB.
+/// What is said of a container that the kernel killed before it was ready. Preparing takes some
+/// hundred KiB.
 const TOO_LITTLE_MEMORY: &str = "out of memory: its memory limit is too low to start anything";
 
 /// What [`Making::finish`] made.
 pub(crate) struct NewContainer {
     pub(crate) container: Container,
     pub(crate) streams: ShimStreams,
-    pub(crate) log: Option<LogFile>,
+    pub(crate) log: Option<Log>,
 }
 
-/// Clones the main process, which does everything up to its exec. `descriptors` are those that the request
-/// came with.
+/// Clones the main process, which does everything up to its exec. `descriptors` are those that the
+/// request came with; `log` is on its way to be opened.
 ///
 /// # Errors
 /// When there is no process; nothing is left then.
-pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Making, Failed> {
+pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>, log: Option<Log>) -> Result<Making, Failed> {
     const STEP: &str = "prepare the container";
     let pid_flags = match &launch.namespaces.pid {
         Some(PidNamespace::Own(())) => namespace::PID,
@@ -71,7 +72,6 @@ pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Making
         Some(PidNamespace::Target(())) => Some(Target::received(descriptors)?),
         _ => None,
     };
-    let log = Output::open_log(&launch)?;
     exit::reserve_record(host_path(&launch.exit_record_path))
         .step("reserve room for the exit record", host_path(&launch.exit_record_path).display())?;
     let oom = OomCounter::open(&launch.cgroup).step("open", host_path(&launch.cgroup.oom_file).display())?;
@@ -98,9 +98,9 @@ pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Making
 }
 
 impl Making {
-    /// Takes what the process has reported, once it waits for its start.
+    /// Takes what the process has reported, once it waits for its start and the log is open.
     pub(crate) fn take_ready(&mut self) -> Option<(Created, Option<OwnedFd>)> {
-        self.birth.take_ready()
+        if self.log.as_ref().is_none_or(Log::is_open) { self.birth.take_ready() } else { None }
     }
 
     /// The container, and its birth, which goes on until exec.
@@ -149,8 +149,8 @@ impl Making {
 }
 
 impl Container {
-    /// Whether a main process that waits where others live still has its profile. Elsewhere the process looks
-    /// itself.
+    /// Whether a main process that waits where others live still has its profile. Elsewhere the
+    /// process looks itself.
     ///
     /// # Errors
     /// When it has not, or that cannot be found out.
@@ -187,9 +187,9 @@ pub(crate) enum Streams {
     Terminal { handed_over: OwnedFd, taker: OwnedFd },
 }
 
-/// Begins to run a program in the container. `descriptors` are the daemon's ends of its standard output,
-/// error and, if there is a third, input; with a terminal, the socket on which the daemon wants its side of
-/// that.
+/// Begins to run a program in the container. `descriptors` are the daemon's ends of its standard
+/// output, error and, if there is a third, input; with a terminal, the socket on which the daemon
+/// wants its side of that.
 ///
 /// # Errors
 /// When there is no process.
@@ -245,8 +245,9 @@ pub(crate) fn exec(
     }
 }
 
-/// The program's end for the stream whose other end is `outer`: that of a separate pipe, for a pipe, of
-/// which the other end goes to `pipes`. Anything else is the host's null device, and stands for ours.
+/// The program's end for the stream whose other end is `outer`: that of a separate pipe, for a
+/// pipe, of which the other end goes to `pipes`. Anything else is the host's null device, and
+/// stands for ours.
 fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> Result<OwnedFd, Failed> {
     const STEP: &str = "create a pipe";
     let outer = File::from(outer);
@@ -264,9 +265,10 @@ fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> Result<OwnedFd, Fai
 
 /// Clones a child into the container's cgroup.
 ///
-/// A container that manages its own part of the tree (systemd in a privileged pod) has its processes in
-/// cgroups below, and enabled controllers for them: then no process may be in the cgroup itself, cgroups(7),
-/// "no internal processes", and the child joins where the main process is.
+/// A container that manages its own part of the tree (systemd in a privileged pod) has its
+/// processes in cgroups below, and enabled controllers for them: then no process may be in the
+/// cgroup itself, cgroups(7), "no internal processes", and the child joins where the main process
+/// is.
 fn clone_into(container: &Container) -> io::Result<Cloned> {
     let unified = &container.launch.cgroup.unified_dir;
     if unified.is_empty() {
@@ -286,13 +288,14 @@ fn clone_into(container: &Container) -> io::Result<Cloned> {
     }
 }
 
-/// Where a process is below the cgroup directory `unified`, by its `/proc/<pid>/cgroup`, proc_pid_cgroup(5).
-/// `None` when it is somewhere else. The paths in that file begin at the root of the hierarchy, wherever that
-/// is mounted.
+/// Where a process is below the cgroup directory `unified`, by its `/proc/<pid>/cgroup`,
+/// proc_pid_cgroup(5). `None` when it is somewhere else. The paths in that file begin at the root
+/// of the hierarchy, wherever that is mounted.
 fn below_in_hierarchy<'a>(unified: &[u8], listed: &'a [u8]) -> Option<&'a std::ffi::OsStr> {
     let path = listed.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
     let mut rest = unified;
-    // The longest end of the directory that the path begins with is the cgroup's own name in the hierarchy.
+    // The longest end of the directory that the path begins with is the cgroup's own name in the
+    // hierarchy.
     loop {
         if rest.starts_with(b"/")
             && rest.len() > 1

@@ -1,14 +1,15 @@
-//! One small process beside each container: starts it, writes its log, runs what exec asks for, and records
-//! its end.
+//! One small process beside each container: starts it, writes its log, runs what exec asks for, and
+//! records its end.
 //!
 //! One thread, no async runtime, no policy: the daemon parses and decides, the shim obeys a plan
-//! (`berth_shim_proto::launch`). It outlives the daemon. The same binary, started as `berth-shim pause`, is
-//! process 1 of a pod whose containers share a pid namespace; as `berth-shim hold` it does nothing in a new
-//! systemd scope, which could not be without a process.
+//! (`berth_shim_proto::launch`). It outlives the daemon. Its log is written by a process of its own
+//! ([`log_writer`]), which may have to wait for a disk. The same binary, started as `berth-shim
+//! pause`, is process 1 of a pod whose containers share a pid namespace; as `berth-shim hold` it
+//! does nothing in a new systemd scope, which could not be without a process.
 //!
-//! Descriptors that the daemon passes: 0, 1, 2 are `/dev/null`; 3 is a connection to the daemon; 4 (for
-//! `container` only) is the container's state directory, in which the shim listens as `shim.sock` for daemons
-//! to come.
+//! Descriptors that the daemon passes: 0, 1, 2 are `/dev/null`; 3 is a connection to the daemon; 4
+//! (for `container` only) is the container's state directory, in which the shim listens as
+//! `shim.sock` for daemons to come.
 #![forbid(unsafe_code)]
 
 mod apparmor;
@@ -25,6 +26,8 @@ mod host_path;
 mod inheritance;
 mod init;
 mod launch;
+mod log_queue;
+mod log_writer;
 mod mount_place;
 mod null_device;
 mod pause;
@@ -57,8 +60,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Keeps a new systemd scope from being empty, until the daemon closes the connection: by then another
-/// process is in it.
+/// Keeps a new systemd scope from being empty, until the daemon closes the connection: by then
+/// another process is in it.
 fn hold(connection: OwnedFd) -> std::io::Result<()> {
     let mut byte = [0];
     loop {

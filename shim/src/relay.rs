@@ -5,18 +5,19 @@
 //!  program  <--inner pipe--  shim  <--outer pipe--  daemon      input
 //!  program  <---terminal-->  shim  <----socket--->  daemon      both
 //! ```
-//! A process that has a pipe or a terminal open can hold its lock for as long as it likes: the kernel keeps
-//! it while it copies from or to memory, and where that is a page of a file, waits for the file. Reading,
-//! writing, closing and resizing at the other end then wait too, and cannot be killed. So what a program has
-//! never reaches the daemon. A container can stall its shim like that, which it has to itself.
+//! A process that has a pipe or a terminal open can hold its lock for as long as it likes: the
+//! kernel keeps it while it copies from or to memory, and where that is a page of a file, waits for
+//! the file. Reading, writing, closing and resizing at the other end then wait too, and cannot be
+//! killed. So what a program has never reaches the daemon. A container can stall its shim like
+//! that, which it has to itself.
 //!
-//! Bytes are copied, not spliced: to splice from pipe to pipe, the kernel takes the locks of both at once,
-//! and so would keep the daemon waiting for a container after all.
+//! Bytes are copied, not spliced: to splice from pipe to pipe, the kernel takes the locks of both
+//! at once, and so would keep the daemon waiting for a container after all.
 //!
-//! A flow reads only when the bytes of before have gone out, so it holds at most what it reads at a time, and
-//! nothing while it is idle. At the end of its source it closes the other side once everything has gone out;
-//! when the other side does not take any more, it closes the source, and a writer there learns it as
-//! from any closed pipe.
+//! A flow reads only when the bytes of before have gone out, so it holds at most what it reads at a
+//! time, and nothing while it is idle. At the end of its source it closes the other side once
+//! everything has gone out; when the other side does not take any more, it closes the source, and a
+//! writer there learns it as from any closed pipe.
 
 use berth_sys::file;
 use berth_sys::poll::{Interest, Poll, Ready};
@@ -31,8 +32,9 @@ const READ_BYTES: usize = 32 * 1024;
 /// Reads or writes of one flow before others get their turn.
 const TURNS: usize = 16;
 
-/// Bytes of output that are passed on after the end of its program before that is reported: at least what its
-/// pipe holds, which is all that the program itself can have left. What others write goes on without an end.
+/// Bytes of output that are passed on after the end of its program before that is reported: at
+/// least what its pipe holds, which is all that the program itself can have left. What others write
+/// goes on without an end.
 const SETTLE_BYTES: usize = 1024 * 1024;
 
 /// The most of that: a pipe can be made larger than memory allows it to be filled.
@@ -69,8 +71,9 @@ enum Waits {
     Room,
 }
 
-/// Flows of which the source has ended, which is nobody's any more, and which wait for room all the same:
-/// what was typed for a program that does not read. The program may go on to read, so there may be some.
+/// Flows of which the source has ended, which is nobody's any more, and which wait for room all the
+/// same: what was typed for a program that does not read. The program may go on to read, so there
+/// may be some.
 const MOST_ORPHANS: usize = 8;
 
 #[derive(Debug)]
@@ -85,8 +88,8 @@ struct Flow {
     /// Read and not written yet.
     held: Vec<u8>,
     waits: Waits,
-    /// The source has ended behind what is held; a number that says which ended first. It is not watched any
-    /// more: its end would be reported again and again.
+    /// The source has ended behind what is held; a number that says which ended first. It is not
+    /// watched any more: its end would be reported again and again.
     orphaned: Option<u64>,
     /// Output of a program that has ended: how much more of it may follow before that is reported.
     settling: Option<usize>,
@@ -138,8 +141,8 @@ impl Relays {
         Ok(())
     }
 
-    /// Passes on what was to be written to `to`, which is watched under `token`, and closes it. It does not
-    /// wait.
+    /// Passes on what was to be written to `to`, which is watched under `token`, and closes it. It
+    /// does not wait.
     pub(crate) fn add_last_words(&mut self, to: File, token: u64, words: Vec<u8>, poll: &Poll) {
         let settling = Some(SETTLE_BYTES);
         let waits = Waits::Room;
@@ -178,7 +181,8 @@ impl Relays {
         let index = self.flows.iter().position(of)?;
         let flow = self.flows.get_mut(index)?;
         let group = flow.group;
-        // A wake-up may be from before the last change of what it waits for: room that nothing waits for.
+        // A wake-up may be from before the last change of what it waits for: room that nothing
+        // waits for.
         let mut is_over = ready.token == flow.to_token && ready.failed && flow.waits == Waits::Input;
         if ready.token == flow.from_token && ready.failed && flow.waits == Waits::Room {
             self.orphaned += 1;
@@ -190,8 +194,8 @@ impl Relays {
         Some(group)
     }
 
-    /// Drops the oldest of those whose source is nobody's any more and whose sink does not take what is held,
-    /// if there are too many of them. Those of groups that are `in_use` do not count.
+    /// Drops the oldest of those whose source is nobody's any more and whose sink does not take
+    /// what is held, if there are too many of them. Those of groups that are `in_use` do not count.
     pub(crate) fn drop_orphans(&mut self, in_use: impl Fn(u64) -> bool, poll: &Poll) {
         let mut orphans: Vec<u64> = self
             .flows
@@ -214,8 +218,8 @@ impl Relays {
         }
     }
 
-    /// The program of a group has ended: what it has written is passed on, and what others write no more
-    /// waited for than that takes.
+    /// The program of a group has ended: what it has written is passed on, and what others write no
+    /// more waited for than that takes.
     pub(crate) fn settle(&mut self, group: u64, poll: &Poll) {
         self.settle_where(|flow| flow.group == group, poll);
     }
@@ -346,7 +350,8 @@ impl Flow {
         After::Open
     }
 
-    /// Ends the watch, for which closing is not enough as long as a child that has just been made has a copy.
+    /// Ends the watch, for which closing is not enough as long as a child that has just been made
+    /// has a copy.
     fn close(self, poll: &Poll) {
         for end in self.from.iter().chain([&self.to]) {
             let _ = poll.forget(end.as_fd());
@@ -361,7 +366,8 @@ mod tests {
 
     const GROUP: u64 = 7;
 
-    /// A relay between two pipes: what the program or the daemon writes to, and the other reads from.
+    /// A relay between two pipes: what the program or the daemon writes to, and the other reads
+    /// from.
     struct Pair {
         poll: Poll,
         relays: Relays,

@@ -1,8 +1,11 @@
-//! The container's own streams: output from its pipes or terminal into the log and to clients, and its input.
+//! The container's own streams: output from its pipes or terminal into the log and to clients, and
+//! its input.
 
 use crate::attached::{Clients, LastWords};
-use crate::cri_log::{DEFAULT_MAX_CONTENT, LogFile, Splitter, Stream, timestamp};
-use berth_shim_proto::control::Failed;
+use crate::cri_log::{DEFAULT_MAX_CONTENT, Splitter, Stream, timestamp};
+use crate::log_queue::Log;
+use crate::log_writer::MAX_PACKET;
+use crate::relay;
 use berth_shim_proto::launch::Launch;
 use berth_sys::poll::{Interest, Poll};
 use std::fs::File;
@@ -10,15 +13,15 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::SystemTime;
 
-use crate::failure::Step;
-use crate::host_path::host_path;
-
-/// Bytes read at a time: what a pipe holds by default, pipe(7). The buffer lives only while there is
-/// something to read.
+/// Bytes read at a time: what a pipe holds by default, pipe(7). The buffer lives only while there
+/// is something to read.
 const READ_BYTES: usize = 64 * 1024;
 
 /// Reads of one stream before the other and the daemon get their turn.
 const READS_IN_A_ROW: usize = 16;
+
+/// Bytes that become entries at a time: a byte can become forty.
+const PIECE_BYTES: usize = 2 * 1024;
 
 /// One of the container's streams that is still open.
 #[derive(Debug)]
@@ -27,17 +30,24 @@ struct Source {
     token: u64,
     stream: Stream,
     splitter: Splitter,
+    /// Read, and without room in the log: then nothing more is read.
+    unwritten: Vec<u8>,
+    /// When that was read.
+    time: [u8; 30],
+    /// There is nothing more to read.
+    over: bool,
+    is_watched: bool,
 }
 
 /// The container's streams and its log.
 #[derive(Debug)]
 pub(crate) struct Output {
     sources: Vec<Source>,
-    log: Option<LogFile>,
+    log: Option<Log>,
     clients: Clients,
     has_terminal: bool,
-    /// The write end of standard input, kept open for as long as the container runs, unless it is closed when
-    /// the first client leaves.
+    /// The write end of standard input, kept open for as long as the container runs, unless it is
+    /// closed when the first client leaves.
     input: Option<OwnedFd>,
 }
 
@@ -49,20 +59,11 @@ pub(crate) enum ShimStreams {
 }
 
 impl Output {
-    /// Opens the log of `launch`.
-    pub(crate) fn open_log(launch: &Launch) -> Result<Option<LogFile>, Failed> {
-        if launch.log_directory.is_empty() || launch.log_name.is_empty() {
-            return Ok(None);
-        }
-        let path = host_path(&launch.log_directory).join(host_path(&launch.log_name));
-        LogFile::open(&launch.log_directory, &launch.log_name).step("open the log", path.display()).map(Some)
-    }
-
     /// Watches the streams under the tokens `first_token` and `first_token + 1`.
     pub(crate) fn watch(
         launch: &Launch,
         streams: ShimStreams,
-        log: Option<LogFile>,
+        log: Option<Log>,
         poll: &Poll,
         first_token: u64,
     ) -> io::Result<Self> {
@@ -79,27 +80,53 @@ impl Output {
         };
         let mut watched = Vec::new();
         for ((descriptor, stream, terminal), token) in sources.into_iter().zip(first_token..) {
-            berth_sys::file::set_nonblocking(descriptor.as_fd())?;
-            poll.watch(descriptor.as_fd(), token, Interest::Input)?;
-            let splitter = Splitter::new(stream, max, terminal);
-            watched.push(Source { file: descriptor.into(), token, stream, splitter });
+            let source = Source {
+                file: descriptor.into(),
+                token,
+                stream,
+                splitter: Splitter::new(stream, max, terminal),
+                unwritten: Vec::new(),
+                time: timestamp(SystemTime::now()),
+                over: false,
+                is_watched: true,
+            };
+            let prepared = berth_sys::file::set_nonblocking(source.file.as_fd())
+                .and_then(|()| poll.watch(source.file.as_fd(), token, Interest::Input));
+            if let Err(error) = prepared {
+                watched.iter_mut().for_each(|source: &mut Source| source.watch(false, poll));
+                return Err(error);
+            }
+            watched.push(source);
         }
         Ok(Self { sources: watched, log, clients: Clients::default(), has_terminal, input })
     }
 
-    /// Something can be read from the stream of this token. What is still to be sent to clients when it is
-    /// over.
+    /// Something can be read from the stream of this token. What is still to be sent to clients
+    /// when it is over.
     pub(crate) fn readable(&mut self, token: u64, poll: &Poll) -> Vec<LastWords> {
-        let Some(index) = self.sources.iter().position(|source| source.token == token) else {
-            return Vec::new();
-        };
-        if let Some(source) = self.sources.get_mut(index)
-            && read_some(source, self.log.as_mut(), &mut self.clients, poll, READS_IN_A_ROW) == After::Ended
+        // A wake-up may be from before the log was full.
+        if let Some(source) = self.sources.iter_mut().find(|source| source.token == token)
+            && source.is_watched
         {
-            let stream = self.sources.remove(index).stream;
-            return self.clients.end(stream, poll);
+            source.read_some(&mut self.log, &mut self.clients, poll, READS_IN_A_ROW);
         }
-        Vec::new()
+        self.go_on(poll)
+    }
+
+    /// Goes on as far as the log has room.
+    pub(crate) fn go_on(&mut self, poll: &Poll) -> Vec<LastWords> {
+        let mut untold = Vec::new();
+        let mut sources = std::mem::take(&mut self.sources);
+        for mut source in sources.extract_if(.., |source| source.go_on(&mut self.log, poll) == After::Ended) {
+            source.watch(false, poll);
+            untold.extend(self.clients.end(source.stream, poll));
+        }
+        let is_full = self.log.as_ref().is_some_and(Log::is_full);
+        for source in &mut sources {
+            source.watch(!is_full && !source.over, poll);
+        }
+        self.sources = sources;
+        untold
     }
 
     /// Passes a stream on to a client as well, from now on.
@@ -144,30 +171,34 @@ impl Output {
         self.sources.is_empty()
     }
 
-    /// Takes what is there now and drops the rest: a process outside the container holds a stream open.
+    /// Takes what is there now and drops the rest: a process outside the container holds a stream
+    /// open, or the log does not go on.
     pub(crate) fn cut(&mut self, poll: &Poll) -> Vec<LastWords> {
+        if let Some(log) = &mut self.log {
+            log.make_last_room(poll);
+        }
         let mut untold = Vec::new();
         for mut source in std::mem::take(&mut self.sources) {
-            // Not for ever, whatever is written: a pipe's full buffer is in these reads.
-            let (log, clients) = (self.log.as_mut(), &mut self.clients);
-            if read_some(&mut source, log, clients, poll, READS_IN_A_ROW) != After::Ended {
-                end_of(&mut source, self.log.as_mut());
+            // Not for ever, whatever is written: what the program can have left is in these reads.
+            for _ in 0..=relay::left_in(source.file.as_fd()).div_ceil(READ_BYTES) {
+                source.write_rest(&mut self.log, poll);
+                source.leave_out_rest(&mut self.log);
+                if source.over || !source.read_some(&mut self.log, &mut self.clients, poll, 1) {
+                    break;
+                }
             }
+            source.over = true;
+            source.leave_out_rest(&mut self.log);
+            source.go_on(&mut self.log, poll);
+            source.watch(false, poll);
             untold.extend(self.clients.end(source.stream, poll));
         }
         untold
     }
 
-    pub(crate) fn reopen_log(&mut self) -> Result<(), Failed> {
-        match &mut self.log {
-            Some(log) => log.reopen().step("reopen the log", ""),
-            None => Ok(()),
-        }
-    }
-
-    /// Bytes of log that the disk did not take.
-    pub(crate) fn lost_bytes(&self) -> u64 {
-        self.log.as_ref().map_or(0, |log| log.lost_bytes)
+    /// The log, if it has one.
+    pub(crate) fn log(&mut self) -> Option<&mut Log> {
+        self.log.as_mut()
     }
 }
 
@@ -177,50 +208,104 @@ enum After {
     Ended,
 }
 
-fn read_some(
-    source: &mut Source,
-    mut log: Option<&mut LogFile>,
-    clients: &mut Clients,
-    poll: &Poll,
-    reads: usize,
-) -> After {
-    let mut buffer = vec![0; READ_BYTES];
-    let mut entries = Vec::new();
-    for _ in 0..reads {
-        match source.file.read(&mut buffer) {
-            Ok(0) => return end_of(source, log),
-            Ok(length) => {
-                entries.clear();
-                let time = timestamp(SystemTime::now());
-                source.splitter.push(buffer.get(..length).unwrap_or_default(), &time, &mut entries);
-                if let Some(log) = &mut log
-                    && !entries.is_empty()
-                {
-                    log.write(&entries);
+impl Source {
+    /// Reads what is there, gives it to clients, and has it written as far as there is room.
+    /// Whether there may be more.
+    fn read_some(&mut self, log: &mut Option<Log>, clients: &mut Clients, poll: &Poll, reads: usize) -> bool {
+        let mut buffer = vec![0; READ_BYTES];
+        for _ in 0..reads {
+            match self.file.read(&mut buffer) {
+                Ok(0) => {
+                    self.over = true;
+                    return false;
                 }
-                clients.pass(source.stream, buffer.get(..length).unwrap_or_default(), poll);
-                if length < READ_BYTES {
-                    // Most likely empty now; if not, the poll says so again.
-                    return After::Open;
+                Ok(length) => {
+                    self.time = timestamp(SystemTime::now());
+                    let read = buffer.get(..length).unwrap_or_default();
+                    clients.pass(self.stream, read, poll);
+                    let written = self.write(read, log, poll);
+                    self.unwritten = read.get(written..).unwrap_or_default().to_vec();
+                    if length < READ_BYTES || !self.unwritten.is_empty() {
+                        // Most likely empty now; if not, the poll says so again.
+                        return true;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // EIO: the last process has closed the terminal, pty(7). Nothing else is to be had
+                // from a stream that fails.
+                Err(_) => {
+                    self.over = true;
+                    return false;
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return After::Open,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // EIO: the last process has closed the terminal, pty(7). Nothing else is to be had from a stream
-            // that fails.
-            Err(_) => return end_of(source, log),
+        }
+        true
+    }
+
+    /// Has `bytes` written as far as there is room; how many were.
+    fn write(&mut self, bytes: &[u8], log: &mut Option<Log>, poll: &Poll) -> usize {
+        let Some(log) = log else { return bytes.len() };
+        let (mut pieces, mut written) = (bytes.chunks(PIECE_BYTES), 0);
+        let mut buffer = Vec::new();
+        while !log.is_full() && written < bytes.len() {
+            let entries = |entries: &mut Vec<u8>| {
+                while entries.len() < MAX_PACKET / 2
+                    && let Some(piece) = pieces.next()
+                {
+                    self.splitter.push(piece, &self.time, entries);
+                    written += piece.len();
+                }
+            };
+            log.write(&mut buffer, entries, poll);
+        }
+        written
+    }
+
+    /// Has what is left written as far as there is room.
+    fn write_rest(&mut self, log: &mut Option<Log>, poll: &Poll) {
+        let rest = std::mem::take(&mut self.unwritten);
+        let written = self.write(&rest, log, poll);
+        self.unwritten = rest.get(written..).unwrap_or_default().to_vec();
+    }
+
+    /// Gives up what is left.
+    fn leave_out_rest(&mut self, log: &mut Option<Log>) {
+        let rest = std::mem::take(&mut self.unwritten);
+        if let Some(log) = log {
+            log.leave_out(rest.len());
         }
     }
-    After::Open
-}
 
-fn end_of(source: &mut Source, log: Option<&mut LogFile>) -> After {
-    let mut entries = Vec::new();
-    source.splitter.finish(&timestamp(SystemTime::now()), &mut entries);
-    if let Some(log) = log
-        && !entries.is_empty()
-    {
-        log.write(&entries);
+    /// Goes on as far as there is room. Whether it is over.
+    fn go_on(&mut self, log: &mut Option<Log>, poll: &Poll) -> After {
+        self.write_rest(log, poll);
+        if !self.over || !self.unwritten.is_empty() {
+            return After::Open;
+        }
+        if let Some(log) = log {
+            let last = |entries: &mut Vec<u8>| {
+                self.splitter.finish(&timestamp(SystemTime::now()), entries);
+            };
+            log.write(&mut Vec::new(), last, poll);
+        }
+        After::Ended
     }
-    After::Ended
+
+    /// Watches the stream for input, or not.
+    fn watch(&mut self, wanted: bool, poll: &Poll) {
+        if wanted == self.is_watched {
+            return;
+        }
+        // What could be missing are descriptors and memory of the kernel; then it is tried at the
+        // next turn.
+        let changed = if wanted {
+            poll.watch(self.file.as_fd(), self.token, Interest::Input)
+        } else {
+            poll.forget(self.file.as_fd())
+        };
+        if changed.is_ok() {
+            self.is_watched = wanted;
+        }
+    }
 }

@@ -104,6 +104,18 @@ pub fn limit_waits(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
     Ok(setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::microseconds(microseconds))?)
 }
 
+/// Sets how many bytes may be sent that the other end has not received: `SO_SNDBUF`, socket(7), which the
+/// kernel doubles. More than everybody may have is for `CAP_NET_ADMIN` only.
+///
+/// # Errors
+/// None in practice.
+pub fn set_send_room(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+    match setsockopt(&socket, sockopt::SndBufForce, &bytes) {
+        Err(nix::errno::Errno::EPERM) => Ok(setsockopt(&socket, sockopt::SndBuf, &bytes)?),
+        result => Ok(result?),
+    }
+}
+
 /// Sends `bytes` with up to [`MAX_DESCRIPTORS`] descriptors; returns how many bytes were taken (the
 /// descriptors go with the first): `sendmsg(2)`. No `SIGPIPE`.
 ///

@@ -39,6 +39,10 @@ pub struct ExitRecord {
     /// Bytes of output that could not be written to the log.
     #[prost(uint64, tag = "7")]
     pub log_bytes_lost: u64,
+    /// The log did not take everything in time: what it was given is written to it when it goes on,
+    /// if it ever does, and then how many bytes are missing.
+    #[prost(bool, tag = "9")]
+    pub log_incomplete: bool,
     /// Written by the daemon, because the shim was lost: code and time are not the container's.
     #[prost(bool, tag = "8")]
     pub lost: bool,

@@ -16,3 +16,6 @@ pub mod launch;
 
 /// The name of a shim's socket in its container's runtime directory.
 pub const SOCKET: &str = "shim.sock";
+
+/// The name of the process that writes a container's log, a child of its shim: `proc_pid_comm(5)`.
+pub const LOG_WRITER: &str = "berth-shim-log";

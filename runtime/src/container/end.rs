@@ -70,6 +70,12 @@ pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unrea
         // Not over one that a next daemon may be able to read.
         _ => keep(container, &record),
     }
+    if record.log_bytes_lost > 0 || record.log_incomplete {
+        tracing::warn!(
+            container = %container.id(), lost_bytes = record.log_bytes_lost, incomplete = record.log_incomplete,
+            "the log of a container did not take all its output; its disk was full, or did not answer"
+        );
+    }
     *lock(&container.shim) = None;
     container.clearing.send_replace(true);
     // Nothing but an end follows a state, and a second end changes nothing.
@@ -196,6 +202,7 @@ mod tests {
         finished_at_unix_ns: 2,
         start_error: String::new(),
         log_bytes_lost: 0,
+        log_incomplete: false,
         lost: false,
     };
 

@@ -13,9 +13,9 @@ use tokio::time::Instant;
 /// How long the end may take after a kill: a process in uninterruptible sleep ends when its device lets it.
 const KILLED: Duration = Duration::from_secs(10);
 
-/// How long the shim may take to tell the end after that: it waits for the rest of the output, 2 s, and for
-/// its daemon, 1 s.
-const TOLD: Duration = Duration::from_secs(5);
+/// How long the shim may take to tell the end after that: it waits for the rest of the output, 2 s, for its
+/// log, 2 s, and for its daemon, 1 s.
+const TOLD: Duration = Duration::from_secs(7);
 
 /// How long the shim may take to pass a kill on before the cgroup is killed without it.
 const SHIM: Duration = Duration::from_secs(1);

@@ -1,12 +1,15 @@
 //! The container's main process: from its creation to the record of its end.
 
-use super::{Asker, DRAIN, RECORD_AGAIN, SIGKILL, Shim, State, TOKEN_MAIN, TOKEN_OOM, TOKEN_OUTPUT};
+use super::{
+    Asker, DRAIN, RECORD_AGAIN, SIGKILL, Shim, State, TOKEN_LOG, TOKEN_MAIN, TOKEN_OOM, TOKEN_OUTPUT,
+};
 use crate::birth::Progress;
 use crate::exit::{drop_reservation, unix_ns, write_record};
 use crate::failure::{from_io, refused};
 use crate::handshake;
 use crate::host_path::host_path;
 use crate::launch::{self, Container};
+use crate::log_queue::Log;
 use crate::stdio::Output;
 use berth_shim_proto::control::{Failed, Started, reply::Answer};
 use berth_shim_proto::exit_record::ExitRecord;
@@ -15,8 +18,8 @@ use berth_sys::process::{self, Ended as ProcessEnded};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Instant, SystemTime};
 
-/// What a container exits with whose program could not be started: as shells and docker say it, POSIX "Exit
-/// Status for Commands".
+/// What a container exits with whose program could not be started: as shells and docker say it,
+/// POSIX "Exit Status for Commands".
 fn start_failure_code(failed: &Failed) -> i32 {
     failed.shell_code().unwrap_or(128)
 }
@@ -31,7 +34,9 @@ impl Shim {
         if !matches!(self.state, State::Empty) {
             return Err(refused("prepare the container", "this shim already has one"));
         }
-        let making = launch::create(launch, descriptors)?;
+        let writer = self.writer.take().ok_or_else(|| refused("open the log", "it has no writer"))?;
+        let log = Log::open(&launch, writer, TOKEN_LOG, &self.poll)?;
+        let making = launch::create(launch, descriptors, log)?;
         if let Err(error) = self.watch(&making.birth, TOKEN_MAIN) {
             making.birth.kill();
             return Err(from_io(&error, "watch the container's process", ""));
@@ -91,7 +96,8 @@ impl Shim {
         match made {
             Ok((container, output, birth)) => {
                 if let Some(file) = container.oom.as_ref().and_then(crate::exit::OomCounter::changing) {
-                    // Without it the counter is read at the end, which is soon enough almost always.
+                    // Without it the counter is read at the end, which is soon enough almost
+                    // always.
                     let _ = self.poll.watch_content(file, TOKEN_OOM);
                 }
                 let created = container.created.clone();
@@ -120,14 +126,18 @@ impl Shim {
         }
     }
 
-    /// The main process will not be its program. It is killed; what it was to be for decides what that means.
+    /// The main process will not be its program. It is killed; what it was to be for decides what
+    /// that means.
     pub(super) fn main_failed(&mut self, failed: Failed) {
         if let Some(birth) = self.state.birth() {
             birth.kill();
             self.unwatch(birth);
         }
         match std::mem::replace(&mut self.state, State::Empty) {
-            State::Preparing { making, asker } => {
+            State::Preparing { mut making, asker } => {
+                if let Some(log) = &mut making.log {
+                    log.close(&self.poll);
+                }
                 drop_reservation(making.exit_record_path());
                 let failed = making.reason(failed);
                 self.tell(asker, Answer::Failed(failed));
@@ -146,7 +156,8 @@ impl Shim {
                 self.finish_if_drained(false);
             }
             State::Waiting { container, output, birth } => {
-                // It will be reaped, and its end recorded then; until then nothing more is to be heard.
+                // It will be reaped, and its end recorded then; until then nothing more is to be
+                // heard.
                 self.state = State::Waiting { container, output, birth };
             }
             other => self.state = other,
@@ -166,13 +177,6 @@ impl Shim {
             Some(container) => process::signal_pidfd(container.pidfd.as_fd(), signal)
                 .map_err(|error| from_io(&error, "signal the container", signal)),
             None => Err(refused("signal the container", "it has no process")),
-        }
-    }
-
-    pub(super) fn reopen_log(&mut self) -> Result<(), Failed> {
-        match &mut self.state {
-            State::Starting { output, .. } | State::Running { output, .. } => output.reopen_log(),
-            _ => Err(refused("reopen the log", "the container is not running")),
         }
     }
 
@@ -222,18 +226,37 @@ impl Shim {
         }
     }
 
-    /// Goes on to record the end as soon as the output is complete, or at once when `now`.
+    /// Goes on to record the end as soon as the output is complete and in the log. When `now`, time
+    /// is up for what it waits for.
     pub(super) fn finish_if_drained(&mut self, now: bool) {
         let State::Draining { output, .. } = &mut self.state else { return };
+        let mut is_stuck = false;
         if !output.ended() {
             if !now {
                 return;
             }
+            is_stuck = output.log().is_some_and(|log| log.is_full());
             let untold = output.cut(&self.poll);
             self.say_last_words(untold);
         }
-        let State::Draining { output, record, .. } = &mut self.state else { return };
-        record.log_bytes_lost = output.lost_bytes();
+        let State::Draining { output, record, deadline, .. } = &mut self.state else { return };
+        if let Some(log) = output.log() {
+            let is_new = log.end(&self.poll);
+            if !log.has_ended() {
+                if is_new && !is_stuck {
+                    *deadline = Instant::now() + DRAIN;
+                    return;
+                }
+                if !now {
+                    return;
+                }
+                log.make_last_room(&self.poll);
+                log.give_up(&self.poll);
+            }
+            record.log_bytes_lost = log.lost_bytes();
+            record.log_incomplete = !log.is_complete();
+            log.close(&self.poll);
+        }
         // Execs of a container that has ended were killed with it, or lose their container now.
         self.end_execs();
         if let State::Draining { launch, record, .. } = std::mem::replace(&mut self.state, State::Empty) {

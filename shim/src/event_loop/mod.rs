@@ -1,6 +1,6 @@
-//! The shim's one loop: every wake-up is one variant of [`Event`], and every change of the container's state
-//! happens here, those of its main process in `main_process`, those of execs in `execs`, those of clients
-//! that are attached in `attach`.
+//! The shim's one loop: every wake-up is one variant of [`Event`], and every change of the
+//! container's state happens here, those of its main process in `main_process`, of execs in
+//! `execs`, of clients that are attached in `attach`, and of its log in `log`.
 //!
 //! ```text
 //!  Empty --Create--> Preparing --ready--> Waiting --Start--> Starting --exec--> Running --ended--> Draining
@@ -8,23 +8,27 @@
 //!    |                                       \--Discard--> (exit, nothing recorded)
 //!    \--last connection closed--> (exit)
 //!
-//!  Draining --output at its end, or time up--> Recording --recorded, or sent--> (exit)
+//!  Draining --output at its end and in the log, or time up--> Recording --recorded, or sent--> (exit)
 //! ```
-//! All from Waiting on outlive the daemon: without a connection the shim goes on, and listens. The exit
-//! record is on disk before it is reported, unless the disk refuses it; then connected daemons get it,
-//! and without anyone it is tried again.
+//! All from Waiting on outlive the daemon: without a connection the shim goes on, and listens. The
+//! exit record is on disk before it is reported, unless the disk refuses it; then connected daemons
+//! get it, and without anyone it is tried again.
 //!
-//! Nothing here waits for a process of the container: one that is on its way to its program ([`Birth`]) is
-//! heard when it says something, and killed when its time is up.
+//! Nothing here waits for the log ([`crate::log_queue`]), or for a process of the container: one
+//! that is on its way to its program ([`Birth`]) is heard when it says something, and killed when
+//! its time is up.
 
 mod attach;
 mod execs;
+mod log;
 mod main_process;
 
 use crate::birth::Birth;
 use crate::connection::{Connection, Incoming};
 use crate::failure::{Step, refused};
 use crate::launch::{Container, Making};
+use crate::log_queue::Log;
+use crate::log_writer;
 use crate::relay::Relays;
 use crate::stdio::Output;
 use berth_shim_proto::SOCKET;
@@ -37,18 +41,21 @@ use berth_sys::poll::{ChildSignals, Interest, Poll, Ready};
 use berth_sys::process::{self, Child, Ended as ProcessEnded, SIGKILL};
 use berth_sys::socket;
 use execs::Exec;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How long after the end of the main process its output may take to end: a process outside the container
-/// can hold the pipe open.
+/// How long after the end of the main process its output may take to end: a process outside the
+/// container can hold the pipe open.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// How long a last message may wait for the daemon to read it. The daemon finds the exit record without it.
+/// How long a last message may wait for the daemon to read it. The daemon finds the exit record
+/// without it.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long a client may take for what is left of the output of its program when the container is over.
+/// How long a client may take for what is left of the output of its program when the container is
+/// over.
 const PARTING: Duration = Duration::from_secs(10);
 
 /// Daemons that may be connected at once; one is the rule, two happen at a restart.
@@ -60,6 +67,7 @@ const TOKEN_OUTPUT: u64 = 2;
 const TOKEN_ERROR: u64 = 3;
 const TOKEN_OOM: u64 = 4;
 const TOKEN_MAIN: u64 = 5;
+const TOKEN_LOG: u64 = 6;
 /// Connections and execs count up from here.
 const TOKEN_FIRST: u64 = 16;
 
@@ -73,6 +81,7 @@ enum Event {
     OutputReadable(u64),
     OomCounterChanged,
     MainProcessSpoke,
+    LogReady(Ready),
     /// A connection, the process of an exec, or a stream.
     Ready(Ready),
     TimeOver,
@@ -158,15 +167,19 @@ struct Shim {
     relays: Relays,
     /// The flows of clients to the container's input.
     inputs: Vec<u64>,
+    /// What will write the container's log, until there is a container.
+    writer: Option<OwnedFd>,
+    /// Who waits for the log to be opened anew, and how long; the answers come in this order.
+    reopens: VecDeque<Option<(Asker, Instant)>>,
 }
 
-/// Serves the container until it has ended: `connection` leads to the daemon, `directory` is where to listen
-/// for the next one.
+/// Serves the container until it has ended: `connection` leads to the daemon, `directory` is where
+/// to listen for the next one.
 ///
 /// # Errors
 /// When the shim itself cannot work: no descriptors, no epoll, the socket's name taken.
 pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
-    let (poll, children, listener) = match prepare(&directory) {
+    let (writer, poll, children, listener) = match prepare(&directory) {
         Ok(prepared) => prepared,
         Err(failed) => {
             // Without a request there is none to answer, so it is sent as an event.
@@ -189,6 +202,8 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
         execs: Vec::new(),
         relays: Relays::default(),
         inputs: Vec::new(),
+        writer: Some(writer),
+        reopens: VecDeque::new(),
     };
     while !matches!(shim.state, State::Finished) {
         for event in shim.wait()? {
@@ -202,8 +217,9 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
 }
 
 /// What a shim needs before it can serve requests.
-fn prepare(directory: &OwnedFd) -> Result<(Poll, ChildSignals, OwnedFd), Failed> {
+fn prepare(directory: &OwnedFd) -> Result<(OwnedFd, Poll, ChildSignals, OwnedFd), Failed> {
     const STEP: &str = "start the container's shim";
+    let writer = log_writer::spawn().step(STEP, "make the writer of its log")?;
     process::become_subreaper().step(STEP, "adopt orphans")?;
     let poll = Poll::new().step(STEP, "epoll")?;
     let children = ChildSignals::new().step(STEP, "signals")?;
@@ -211,7 +227,7 @@ fn prepare(directory: &OwnedFd) -> Result<(Poll, ChildSignals, OwnedFd), Failed>
     // The first that needs room on the filesystem of the runtime state.
     let listener = socket::listen_below(directory.as_fd(), SOCKET).step(STEP, SOCKET)?;
     poll.watch(listener.as_fd(), TOKEN_LISTENER, Interest::Input).step(STEP, SOCKET)?;
-    Ok((poll, children, listener))
+    Ok((writer, poll, children, listener))
 }
 
 impl Shim {
@@ -228,6 +244,7 @@ impl Shim {
                 TOKEN_OUTPUT | TOKEN_ERROR => Event::OutputReadable(ready.token),
                 TOKEN_OOM => Event::OomCounterChanged,
                 TOKEN_MAIN => Event::MainProcessSpoke,
+                TOKEN_LOG => Event::LogReady(ready),
                 _ => Event::Ready(ready),
             })
             .collect();
@@ -240,7 +257,8 @@ impl Shim {
     /// The first of all deadlines.
     fn deadline(&self) -> Option<Instant> {
         let of_execs = self.execs.iter().filter_map(|exec| exec.birth().map(Birth::deadline));
-        of_execs.chain(self.state.deadline()).min()
+        let of_reopens = self.reopens.iter().flatten().map(|(_, deadline)| *deadline);
+        of_execs.chain(of_reopens).chain(self.state.deadline()).min()
     }
 
     fn handle(&mut self, event: Event) {
@@ -259,6 +277,7 @@ impl Shim {
                 self.hear_main();
                 self.reap();
             }
+            Event::LogReady(ready) => self.log_ready(ready),
             Event::Ready(ready) => match self.execs.iter().position(|exec| exec.token == ready.token) {
                 Some(index) => {
                     self.hear_exec(index);
@@ -284,11 +303,15 @@ impl Shim {
     fn time_over(&mut self) {
         let now = Instant::now();
         self.fail_late_execs(now, &too_long("run the program"));
+        self.fail_late_reopens(now);
         if self.state.deadline().is_none_or(|deadline| deadline > now) {
             return;
         }
         match &self.state {
-            State::Preparing { .. } => self.main_failed(too_long("prepare the container")),
+            State::Preparing { making, .. } => {
+                let late_log = making.log.as_ref().filter(|log| !log.is_open()).map(Log::late);
+                self.main_failed(late_log.unwrap_or_else(|| too_long("prepare the container")));
+            }
             State::Starting { .. } => self.main_failed(too_long("start the container")),
             State::Draining { .. } => self.finish_if_drained(true),
             State::Recording { .. } => self.record(),
@@ -396,7 +419,9 @@ impl Shim {
             }
             .map(|()| Some(Answer::Done(()))),
             Some(Call::Attach(attach)) => self.attach(attach, descriptors).map(|()| Some(Answer::Done(()))),
-            Some(Call::ReopenLog(())) => self.reopen_log().map(|()| Some(Answer::Done(()))),
+            Some(Call::ReopenLog(())) => {
+                self.reopen_log(asker).map(|is_done| is_done.then_some(Answer::Done(())))
+            }
             Some(Call::State(())) => Ok(Some(Answer::State(self.phase()))),
             Some(Call::Discard(())) => {
                 self.discard();
@@ -452,7 +477,8 @@ impl Shim {
         }
     }
 
-    /// One waiter for all children: the main process, execs, and orphans of either that became the shim's.
+    /// One waiter for all children: the main process, execs, and orphans of either that became the
+    /// shim's.
     fn reap(&mut self) {
         self.children.clear();
         while let Some(pid) = self.ended_child() {
@@ -469,9 +495,9 @@ impl Shim {
         self.finish_if_drained(false);
     }
 
-    /// A child that has ended. A process that its maker has not named yet looks like an orphan: as long as
-    /// there may be one, only children that are known count, so that no number becomes another process's
-    /// before it is known.
+    /// A child that has ended. A process that its maker has not named yet looks like an orphan: as
+    /// long as there may be one, only children that are known count, so that no number becomes
+    /// another process's before it is known.
     fn ended_child(&self) -> Option<i32> {
         let births = || self.execs.iter().filter_map(Exec::birth).chain(self.state.birth());
         if !births().any(Birth::expects_successor) {
@@ -504,8 +530,8 @@ impl Shim {
 }
 
 impl Shim {
-    /// Passes on what programs of a container that is over have written. For all others this shim has
-    /// ended: no daemon can connect any more, and its own has everything.
+    /// Passes on what programs of a container that is over have written. For all others this shim
+    /// has ended: no daemon can connect any more, and its own has everything.
     fn pass_on_the_rest(self) -> io::Result<()> {
         let Self { poll, mut relays, children, listener, connections, .. } = self;
         for connection in &connections {

@@ -604,10 +604,10 @@ fn own_bytes(pods: &[Pod]) -> Result<u64> {
     own_processes(pods)?.into_iter().map(pss_bytes).sum()
 }
 
-/// The processes whose children the programs in the containers are (shims), and what runs in the sandboxes'
-/// own cgroups (pause).
+/// The processes whose children the programs in the containers are (shims), their other children (which write
+/// the logs), and what runs in the sandboxes' own cgroups (pause).
 fn own_processes(pods: &[Pod]) -> Result<BTreeSet<u32>> {
-    let mut own = BTreeSet::new();
+    let (mut own, mut others) = (BTreeSet::new(), Vec::new());
     for entry in fs::read_dir("/proc").context("listing processes")? {
         let name = entry.context("listing processes")?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
@@ -617,8 +617,12 @@ fn own_processes(pods: &[Pod]) -> Result<BTreeSet<u32>> {
             own.extend(parent(pid));
         } else if pods.iter().any(|pod| cgroups.contains(&pod.sandbox)) {
             own.insert(pid);
+        } else {
+            others.push(pid);
         }
     }
+    let shims = own.clone();
+    own.extend(others.into_iter().filter(|pid| parent(*pid).is_some_and(|parent| shims.contains(&parent))));
     ensure!(!own.is_empty(), "no process of the runtime was found");
     Ok(own)
 }

@@ -23,6 +23,7 @@ mod faults;
 mod floods;
 mod forward;
 mod full_disk;
+mod held_logs;
 mod held_streams;
 mod image_faults;
 mod images;

@@ -1,0 +1,65 @@
+//! The container's log: opened, opened anew, and with room again.
+
+use super::{Asker, Shim, State};
+use crate::failure::refused;
+use crate::log_queue::{Heard, Log};
+use berth_shim_proto::control::{Failed, reply::Answer};
+use berth_sys::poll::Ready;
+use std::time::{Duration, Instant};
+
+/// How long opening it anew may take. The daemon waits a little longer.
+const REOPEN: Duration = Duration::from_secs(8);
+
+impl State {
+    fn log_mut(&mut self) -> Option<&mut Log> {
+        match self {
+            Self::Preparing { making, .. } => making.log.as_mut(),
+            _ => self.output_mut()?.log(),
+        }
+    }
+}
+
+impl Shim {
+    pub(super) fn log_ready(&mut self, ready: Ready) {
+        let Some(log) = self.state.log_mut() else { return };
+        for heard in log.ready(ready, &self.poll) {
+            match heard {
+                Heard::Opened(Ok(())) => self.main_waits(),
+                Heard::Opened(Err(failed)) => self.main_failed(failed),
+                Heard::Reopened(result) => {
+                    if let Some(Some((asker, _))) = self.reopens.pop_front() {
+                        self.tell(asker, result.map_or_else(Answer::Failed, Answer::Done));
+                    }
+                }
+                Heard::Moved => {
+                    if let Some(output) = self.state.output_mut() {
+                        let untold = output.go_on(&self.poll);
+                        self.say_last_words(untold);
+                    }
+                }
+            }
+        }
+        self.finish_if_drained(false);
+    }
+
+    /// Opens the path of the log anew. Whether that is done already, there being none.
+    pub(super) fn reopen_log(&mut self, asker: Asker) -> Result<bool, Failed> {
+        let (State::Starting { output, .. } | State::Running { output, .. }) = &mut self.state else {
+            return Err(refused("reopen the log", "the container is not running"));
+        };
+        let Some(log) = output.log() else { return Ok(true) };
+        log.reopen(&self.poll)?;
+        self.reopens.push_back(Some((asker, Instant::now() + REOPEN)));
+        Ok(false)
+    }
+
+    /// Answers those who have waited too long. What they wait for may happen yet.
+    pub(super) fn fail_late_reopens(&mut self, now: Instant) {
+        let Some(failed) = self.state.log_mut().map(|log| log.late_again()) else { return };
+        let late = |waits: &mut Option<(Asker, Instant)>| waits.take_if(|(_, deadline)| *deadline <= now);
+        let late: Vec<_> = self.reopens.iter_mut().filter_map(late).collect();
+        for (asker, _) in late {
+            self.tell(asker, Answer::Failed(failed.clone()));
+        }
+    }
+}

@@ -1,0 +1,488 @@
+//! The shim's end of a container's log: what is to be written waits here for the writer
+//! ([`crate::log_writer`]), and nothing here waits for that.
+//!
+//! What has no room in the queue is held, once; then the log is full, and nothing more is read from
+//! the container until there is room again: a program that writes faster than its disk waits in its
+//! own write.
+//!
+//! A writer that was killed is replaced, once a second at most; what was on its way to it is lost.
+
+use crate::failure::{Step, refused};
+use crate::host_path::host_path;
+use crate::log_writer::{self, Answer, END, MAX_PACKET, OPEN, REOPEN, WRITE, path_of};
+use berth_shim_proto::control::Failed;
+use berth_shim_proto::launch::Launch;
+use berth_sys::poll::{Interest, Poll, Ready};
+use berth_sys::socket;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// The room in the queue at the end, for what the container's pipes held, as with `QUEUE_BYTES` of
+/// [`crate::log_writer`]: it cannot wait any more.
+const LAST_ROOM: usize = 512 * 1024;
+
+/// Attempts to reopen it that have no answer. A kubelet tries again and again.
+const MOST_REOPENS: usize = 4;
+
+/// How long a writer must have lived to be replaced.
+const REPLACED_AFTER: Duration = Duration::from_secs(1);
+
+/// The log of a container.
+#[derive(Debug)]
+pub(crate) struct Log {
+    /// `None` when no writer can be had any more.
+    writer: Option<OwnedFd>,
+    since: Instant,
+    token: u64,
+    directory: Vec<u8>,
+    name: Vec<u8>,
+    /// What there was no room for.
+    held: VecDeque<Vec<u8>>,
+    watches_room: bool,
+    /// Attempts to reopen it that have no answer.
+    reopens: usize,
+    stage: Stage,
+    /// Bytes of output that were not passed on.
+    left_out: u64,
+    /// A writer was killed, with what was on its way.
+    is_torn: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Opening,
+    Open,
+    /// The end was asked for.
+    Ending,
+    /// Everything is written, but for so many bytes.
+    Ended(u64),
+}
+
+/// What became known of a log.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    Opened(Result<(), Failed>),
+    Reopened(Result<(), Failed>),
+    /// There is room, or the end.
+    Moved,
+}
+
+impl Log {
+    /// Begins to open the log of `launch`, if it has one. There are wake-ups with `token`.
+    ///
+    /// # Errors
+    /// When the kernel cannot watch it.
+    pub(crate) fn open(
+        launch: &Launch,
+        writer: OwnedFd,
+        token: u64,
+        poll: &Poll,
+    ) -> Result<Option<Self>, Failed> {
+        if launch.log_directory.is_empty() || launch.log_name.is_empty() {
+            return Ok(None);
+        }
+        poll.watch(writer.as_fd(), token, Interest::Input).step("open the log", "")?;
+        let mut log = Self {
+            writer: Some(writer),
+            since: Instant::now(),
+            token,
+            directory: launch.log_directory.clone(),
+            name: launch.log_name.clone(),
+            held: VecDeque::new(),
+            watches_room: false,
+            reopens: 0,
+            stage: Stage::Opening,
+            left_out: 0,
+            is_torn: false,
+        };
+        log.send(&log.open_packet(), poll);
+        Ok(Some(log))
+    }
+
+    /// Whether it is open yet.
+    pub(crate) fn is_open(&self) -> bool {
+        self.stage != Stage::Opening
+    }
+
+    /// Why it is not open in time.
+    pub(crate) fn late(&self) -> Failed {
+        refused("open the log", format!("{}: its file system does not answer", self.path()))
+    }
+
+    /// Whether nothing more is to be written now.
+    pub(crate) fn is_full(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Has a run of entries written, which `entries` adds to what is there.
+    pub(crate) fn write(&mut self, buffer: &mut Vec<u8>, entries: impl FnOnce(&mut Vec<u8>), poll: &Poll) {
+        buffer.clear();
+        // The head of the packet; that of the next one takes the place of a byte that is sent.
+        buffer.push(WRITE);
+        entries(buffer);
+        let mut packets = buffer.as_mut_slice();
+        while packets.len() > 1 {
+            let length = 1 + part(packets.get(1..).unwrap_or_default());
+            self.send(packets.get(..length).unwrap_or_default(), poll);
+            packets = packets.get_mut(length - 1..).unwrap_or_default();
+            if let Some(head) = packets.first_mut() {
+                *head = WRITE;
+            }
+        }
+    }
+
+    /// Has the path opened anew. The answer is [`Heard::Reopened`], in the order of the requests.
+    ///
+    /// # Errors
+    /// When too many of before have no answer.
+    pub(crate) fn reopen(&mut self, poll: &Poll) -> Result<(), Failed> {
+        if self.writer.is_none() || self.reopens >= MOST_REOPENS {
+            return Err(self.late_again());
+        }
+        self.reopens += 1;
+        self.send(&[REOPEN], poll);
+        Ok(())
+    }
+
+    /// Why it is not reopened in time.
+    pub(crate) fn late_again(&self) -> Failed {
+        let why = "its file system does not answer; the old file stays in use until it does";
+        refused("reopen the log", format!("{}: {why}", self.path()))
+    }
+
+    /// Makes room for what cannot wait, being the last.
+    pub(crate) fn make_last_room(&mut self, poll: &Poll) {
+        self.set_room(LAST_ROOM);
+        self.send_held(poll);
+    }
+
+    fn set_room(&self, bytes: usize) {
+        if let Some(writer) = &self.writer {
+            // Without it some may be left out.
+            let _ = socket::set_send_room(writer.as_fd(), bytes);
+        }
+    }
+
+    /// Notes that so many bytes of output are not passed on.
+    pub(crate) fn leave_out(&mut self, bytes: usize) {
+        self.left_out = self.left_out.saturating_add(u64::try_from(bytes).unwrap_or(u64::MAX));
+    }
+
+    /// Asks for the end; whether that is a new request.
+    pub(crate) fn end(&mut self, poll: &Poll) -> bool {
+        let is_new = matches!(self.stage, Stage::Opening | Stage::Open);
+        if is_new {
+            self.stage = Stage::Ending;
+            self.send(&self.end_packet(), poll);
+        }
+        is_new
+    }
+
+    /// Whether everything that will ever be written is written.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(self.stage, Stage::Ended(_)) || self.writer.is_none()
+    }
+
+    /// Lets the writer go on alone, with what is in its queue.
+    pub(crate) fn give_up(&mut self, poll: &Poll) {
+        if self.has_ended() {
+            return;
+        }
+        for packet in std::mem::take(&mut self.held) {
+            if packet.first() == Some(&WRITE) {
+                self.leave_out(packet.len() - 1);
+            }
+        }
+        self.stage = Stage::Ending;
+        // One more packet.
+        self.set_room(LAST_ROOM + MAX_PACKET);
+        self.send(&self.end_packet(), poll);
+        self.held.clear();
+    }
+
+    /// Bytes that will never be in it.
+    pub(crate) fn lost_bytes(&self) -> u64 {
+        match self.stage {
+            Stage::Ended(lost) => lost,
+            _ => self.left_out,
+        }
+    }
+
+    /// Whether it is known that nothing else is missing in it.
+    pub(crate) fn is_complete(&self) -> bool {
+        matches!(self.stage, Stage::Ended(_)) && !self.is_torn
+    }
+
+    /// Acts on a wake-up.
+    pub(crate) fn ready(&mut self, ready: Ready, poll: &Poll) -> Vec<Heard> {
+        let mut heard = Vec::new();
+        if ready.readable {
+            self.hear(&mut heard, poll);
+        }
+        if ready.writable && !self.held.is_empty() {
+            self.send_held(poll);
+            heard.push(Heard::Moved);
+        }
+        heard
+    }
+
+    fn hear(&mut self, heard: &mut Vec<Heard>, poll: &Poll) {
+        let mut packet = [0; 512];
+        while let Some(writer) = &self.writer {
+            match socket::receive(writer.as_fd(), &mut packet) {
+                Ok((0, _)) => return self.replace(heard, poll),
+                Ok((length, _)) => match log_writer::answer(packet.get(..length).unwrap_or_default()) {
+                    Some(Answer::Opened(result)) => self.opened(result, heard),
+                    Some(Answer::Reopened(result)) => {
+                        self.reopens = self.reopens.saturating_sub(1);
+                        heard.push(Heard::Reopened(result.step("reopen the log", self.path())));
+                    }
+                    Some(Answer::Ended(lost)) => {
+                        self.stage = Stage::Ended(lost);
+                        self.close(poll);
+                        heard.push(Heard::Moved);
+                    }
+                    None => {}
+                },
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return self.replace(heard, poll),
+            }
+        }
+    }
+
+    fn opened(&mut self, result: io::Result<()>, heard: &mut Vec<Heard>) {
+        if self.stage == Stage::Opening {
+            if result.is_ok() {
+                self.stage = Stage::Open;
+            }
+            heard.push(Heard::Opened(result.step("open the log", self.path())));
+        }
+    }
+
+    /// Puts a new writer in the place of one that is gone.
+    fn replace(&mut self, heard: &mut Vec<Heard>, poll: &Poll) {
+        self.close(poll);
+        self.is_torn = true;
+        for _ in 0..std::mem::take(&mut self.reopens) {
+            heard.push(Heard::Reopened(Err(refused("reopen the log", "its writer was killed"))));
+        }
+        heard.push(Heard::Moved);
+        let is_open = self.stage != Stage::Opening;
+        if is_open
+            && self.since.elapsed() >= REPLACED_AFTER
+            && let Ok(writer) = log_writer::spawn()
+            && poll.watch(writer.as_fd(), self.token, Interest::Input).is_ok()
+        {
+            (self.writer, self.since, self.watches_room) = (Some(writer), Instant::now(), false);
+            self.held.retain(|packet| packet.first() != Some(&REOPEN));
+            self.held.push_front(self.open_packet());
+            if self.stage == Stage::Ending && !self.held.iter().any(|packet| packet.first() == Some(&END)) {
+                self.held.push_back(self.end_packet());
+            }
+            return self.send_held(poll);
+        }
+        for packet in std::mem::take(&mut self.held) {
+            if packet.first() == Some(&WRITE) {
+                self.leave_out(packet.len() - 1);
+            }
+        }
+        if !is_open {
+            heard.push(Heard::Opened(Err(refused("open the log", "its writer was killed"))));
+        }
+    }
+
+    fn open_packet(&self) -> Vec<u8> {
+        [&[OPEN], path_of(&self.directory, &self.name).as_slice()].concat()
+    }
+
+    fn end_packet(&self) -> Vec<u8> {
+        [[END].as_slice(), &self.left_out.to_le_bytes()].concat()
+    }
+
+    /// Sends a packet, now or as soon as there is room.
+    fn send(&mut self, packet: &[u8], poll: &Poll) {
+        let Some(writer) = &self.writer else {
+            if packet.first() == Some(&WRITE) {
+                self.leave_out(packet.len() - 1);
+            }
+            return;
+        };
+        if self.held.is_empty() && socket::send(writer.as_fd(), packet, &[]).is_ok() {
+            return;
+        }
+        self.held.push_back(packet.to_vec());
+        self.send_held(poll);
+    }
+
+    fn send_held(&mut self, poll: &Poll) {
+        let Some(writer) = &self.writer else { return };
+        while let Some(packet) = self.held.front() {
+            match socket::send(writer.as_fd(), packet, &[]) {
+                Ok(_) => drop(self.held.pop_front()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // No room; or no writer, which is heard as the end of what it says.
+                Err(_) => break,
+            }
+        }
+        let watch = !self.held.is_empty();
+        if watch != self.watches_room {
+            let interest = if watch { Interest::InputAndRoom } else { Interest::Input };
+            // Without it nothing would be heard any more; it is watched, so there is nothing that
+            // could fail.
+            let _ = poll.change(writer.as_fd(), self.token, interest);
+            self.watches_room = watch;
+        }
+    }
+
+    /// Ends the connection to the writer, which writes what it has and ends.
+    pub(crate) fn close(&mut self, poll: &Poll) {
+        if let Some(writer) = self.writer.take() {
+            let _ = poll.forget(writer.as_fd());
+        }
+    }
+
+    fn path(&self) -> String {
+        host_path(&self.directory).join(host_path(&self.name)).display().to_string()
+    }
+}
+
+/// How many bytes of a run of entries go into one packet: whole entries, if there is one that fits.
+fn part(entries: &[u8]) -> usize {
+    const MOST: usize = MAX_PACKET - 1;
+    if entries.len() <= MOST {
+        return entries.len();
+    }
+    let most = entries.get(..MOST).unwrap_or_default();
+    memchr::memrchr(b'\n', most).map_or(MOST, |end| end + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_sys::file;
+
+    /// A log whose writer is this test.
+    fn log(poll: &Poll) -> (Log, OwnedFd) {
+        let (ours, theirs) = socket::packet_pair().unwrap();
+        file::set_nonblocking(ours.as_fd()).unwrap();
+        file::set_nonblocking(theirs.as_fd()).unwrap();
+        let launch = Launch { log_directory: b"/d".into(), log_name: b"n".into(), ..Launch::default() };
+        (Log::open(&launch, ours, 1, poll).unwrap().unwrap(), theirs)
+    }
+
+    fn packet(writer: &OwnedFd) -> Option<Vec<u8>> {
+        let mut packet = vec![0; MAX_PACKET];
+        let (length, _) = socket::receive(writer.as_fd(), &mut packet).ok()?;
+        packet.truncate(length);
+        Some(packet)
+    }
+
+    fn heard(log: &mut Log, poll: &Poll) -> Vec<Heard> {
+        let ready = poll.wait(Some(Duration::ZERO)).unwrap();
+        ready.into_iter().flat_map(|ready| log.ready(ready, poll)).collect()
+    }
+
+    fn entries(count: usize) -> Vec<u8> {
+        (0..count).flat_map(|number| format!("T stdout F {number}\n").into_bytes()).collect()
+    }
+
+    #[test]
+    fn what_has_no_room_waits_and_arrives_in_order() {
+        let poll = Poll::new().unwrap();
+        let (mut log, writer) = log(&poll);
+        assert_eq!(packet(&writer).unwrap(), b"O/d\0n");
+        assert!(!log.is_open());
+        socket::send(writer.as_fd(), b"o\0\0\0\0", &[]).unwrap();
+        assert!(matches!(heard(&mut log, &poll).as_slice(), [Heard::Opened(Ok(()))]));
+        assert!(log.is_open());
+        let mut written = Vec::new();
+        while !log.is_full() {
+            let some = entries(5000);
+            log.write(&mut Vec::new(), |buffer| buffer.extend_from_slice(&some), &poll);
+            written.extend(some);
+        }
+        assert!(written.len() < 4 << 20, "{}", written.len());
+        log.reopen(&poll).unwrap();
+        let (mut read, mut packets) = (Vec::new(), 0);
+        let reopened = loop {
+            match packet(&writer) {
+                Some(packet) if packet[0] == REOPEN => break packet,
+                Some(packet) => {
+                    assert!(packet[0] == WRITE && packet.ends_with(b"\n"), "whole entries");
+                    assert!(packet[1..].starts_with(b"T stdout"), "{:?}", &packet[..9]);
+                    packets += 1;
+                    read.extend_from_slice(&packet[1..]);
+                }
+                None => {
+                    assert!(heard(&mut log, &poll).iter().any(|heard| matches!(heard, Heard::Moved)));
+                }
+            }
+        };
+        assert_eq!((reopened.len(), packets > 1, read == written), (1, true, true));
+        assert!(!log.is_full() && heard(&mut log, &poll).is_empty());
+        socket::send(writer.as_fd(), b"r\x02\0\0\0", &[]).unwrap();
+        let [Heard::Reopened(Err(failed))] = &heard(&mut log, &poll)[..] else { panic!("no answer") };
+        assert_eq!((failed.errno, failed.detail.as_str()), (2, "/d/n"));
+        assert!(log.end(&poll) && !log.end(&poll) && !log.has_ended());
+        assert_eq!(packet(&writer).unwrap(), b"E\0\0\0\0\0\0\0\0");
+        socket::send(writer.as_fd(), b"e\x03\0\0\0\0\0\0\0", &[]).unwrap();
+        assert_eq!(heard(&mut log, &poll).len(), 1);
+        assert!(log.has_ended() && log.is_complete() && log.lost_bytes() == 3);
+    }
+
+    #[test]
+    fn attempts_to_reopen_it_do_not_pile_up() {
+        let poll = Poll::new().unwrap();
+        let (mut log, _writer) = log(&poll);
+        let taken = (0..100).filter(|_| log.reopen(&poll).is_ok()).count();
+        assert_eq!(taken, MOST_REOPENS);
+    }
+
+    #[test]
+    fn what_a_writer_does_not_take_at_the_end_is_counted_and_the_writer_is_told() {
+        let poll = Poll::new().unwrap();
+        let (mut log, writer) = log(&poll);
+        let mut bytes = 0;
+        while !log.is_full() {
+            log.write(&mut Vec::new(), |buffer| buffer.extend(entries(5000)), &poll);
+            bytes += entries(5000).len();
+        }
+        log.make_last_room(&poll);
+        while !log.is_full() {
+            log.write(&mut Vec::new(), |buffer| buffer.extend(entries(5000)), &poll);
+            bytes += entries(5000).len();
+        }
+        assert!(log.end(&poll));
+        log.leave_out(7);
+        log.give_up(&poll);
+        assert!(!log.is_complete() && !log.is_full());
+        let lost = log.lost_bytes();
+        log.close(&poll);
+        let (mut read, mut end) = (0, None);
+        while let Some(packet) = packet(&writer).filter(|packet| !packet.is_empty()) {
+            match packet[0] {
+                WRITE => read += packet.len() - 1,
+                END => end = Some(u64::from_le_bytes(packet[1..].try_into().unwrap())),
+                _ => {}
+            }
+        }
+        assert_eq!(usize::try_from(lost).unwrap(), bytes - read + 7);
+        // Room for one more packet than there may be is for the privileged only.
+        assert!(end.is_none_or(|end| end == lost), "{end:?} {lost}");
+    }
+
+    #[test]
+    fn a_writer_that_ends_before_the_log_is_open_is_an_error() {
+        let poll = Poll::new().unwrap();
+        let (mut log, writer) = log(&poll);
+        drop(writer);
+        let heard = heard(&mut log, &poll);
+        assert!(heard.iter().any(|heard| matches!(heard, Heard::Opened(Err(_)))), "{heard:?}");
+        // What is written then is lost, and nobody waits.
+        log.write(&mut Vec::new(), |buffer| buffer.extend_from_slice(b"T stdout F x\n"), &poll);
+        assert!(!log.is_full() && log.has_ended() && log.lost_bytes() == 13);
+    }
+}

@@ -7,6 +7,7 @@ use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
 use crate::file_error::FileError;
 use crate::handlers::Handlers;
+use crate::host_paths::HostPaths;
 use crate::housekeeping;
 use crate::network::{Network, NetworkError};
 use crate::node::Node;
@@ -320,6 +321,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         cgroups: Cgroups::new(hierarchy, default_cgroup_parent, systemd, config.root.clone()),
         handlers: Handlers::own(),
         shim,
+        host_paths: HostPaths::new(tokio::runtime::Handle::current()),
         network,
         images,
         filters: berth_seccomp::Cache::new(),

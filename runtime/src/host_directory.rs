@@ -1,12 +1,13 @@
 //! Directories of the host that are made for a pod because a request names them: log directories, sources of
 //! mounts.
 
-use berth_sys::{host_path, ns, process};
+use berth_sys::host_path;
 use std::io;
 use std::path::{Path, PathBuf};
 
 /// Makes `path` and its parents where they are absent, searchable by all (mode 0755): they are the
-/// pods', and the daemon's strict umask is for its own files.
+/// pods'. The umask is the caller's, and the daemon has a strict one for its own files: this is for its
+/// workers ([`crate::host_paths`]), who can also be kept waiting for ever.
 ///
 /// Containers may own a directory on the way. Links that are there are followed, as the CRI asks for
 /// `Mount.host_path`; nothing is looked up twice, and no mode is changed once a directory is made (see
@@ -18,12 +19,7 @@ pub(crate) fn make_missing(path: &Path) -> Result<(), (PathBuf, io::Error)> {
     if path.exists() {
         return Ok(());
     }
-    // The umask is shared by all threads but those that have their own: umask(2), unshare(2), CLONE_FS.
-    ns::on_own_thread("directories", || {
-        process::set_umask(0);
-        host_path::make_dir_all(path, 0o755)
-    })
-    .map_err(|error| (path.to_owned(), error))?
+    host_path::make_dir_all(path, 0o755)
 }
 
 #[cfg(test)]

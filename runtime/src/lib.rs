@@ -20,6 +20,7 @@ mod events;
 pub mod file_error;
 pub mod handlers;
 mod host_directory;
+pub mod host_paths;
 mod housekeeping;
 mod http2;
 mod listener;

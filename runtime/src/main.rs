@@ -3,6 +3,7 @@
 
 use anyhow::Context as _;
 use berth_runtime::config::{self, Config, Written};
+use berth_runtime::host_paths::worker;
 use berth_runtime::log::Lines;
 use berth_runtime::reload::Reload;
 use berth_runtime::reload_request;
@@ -50,6 +51,10 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|word| word == worker::WORD) {
+        // Nobody but the daemon starts it, and it has nowhere to say why it failed.
+        return if worker::run().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let arguments = Arguments::parse();
     if let Some(pid) = arguments.reload {
         return match reload_request::reload(pid) {

@@ -5,6 +5,7 @@ use crate::cgroups::Cgroups;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::handlers::Handlers;
+use crate::host_paths::HostPaths;
 use crate::lock;
 use crate::network::Network;
 use crate::oci_spec::HostFacts;
@@ -30,6 +31,7 @@ pub(crate) struct Node {
     pub(crate) cgroups: Cgroups,
     pub(crate) handlers: Handlers,
     pub(crate) shim: ShimProgram,
+    pub(crate) host_paths: HostPaths,
     pub(crate) network: Network,
     pub(crate) images: Store,
     pub(crate) filters: Cache,

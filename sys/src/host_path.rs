@@ -1,4 +1,4 @@
-//! Directories of the host that are made on the way to a path.
+//! Paths of the host: directories that are made on the way to one, and what one means, without a wait.
 //!
 //! Unlike the paths of [`beneath`](crate::beneath), a path of the host may lead through symbolic links:
 //! administrators move `/var/lib/kubelet` to another disk that way. But a container may own a directory on
@@ -14,8 +14,7 @@ use std::path::{Component, Path, PathBuf};
 /// Makes the directories of the absolute `path` that are absent, with `mode` less the umask: `mkdirat(2)`.
 ///
 /// The mode is never set afterwards: a container could have put another directory in the place of the new
-/// one. A thread that wants exactly `mode` has its own umask
-/// ([`on_own_thread`](crate::ns::on_own_thread)).
+/// one.
 ///
 /// # Errors
 /// The part of the path that could not be made or entered, and why: `ENOTDIR` for a file in the way, `ENOENT`
@@ -39,6 +38,27 @@ pub fn make_dir_all(path: &Path, mode: u32) -> Result<(), (PathBuf, io::Error)> 
         dir = Some(step.map_err(|error| (reached.clone(), error))?);
     }
     Ok(())
+}
+
+/// The absolute path without links of what `path` leads to, if the kernel has all of it in memory:
+/// `openat2(2)` with `RESOLVE_CACHED`, which takes no lock and asks no filesystem. `None` for everything
+/// else, also when nothing is there: finding that out may take for ever.
+#[must_use]
+pub fn resolve_cached(path: &Path) -> Option<PathBuf> {
+    use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+    /// <linux/openat2.h>, Linux 5.12; nix lacks it.
+    const RESOLVE_CACHED: u64 = 0x20;
+    if !path.is_absolute() {
+        return None;
+    }
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::from_bits_retain(RESOLVE_CACHED));
+    let opened = openat2(AT_FDCWD, path, how).ok()?;
+    let found = std::fs::read_link(format!("/proc/thread-self/fd/{}", opened.as_raw_fd())).ok()?;
+    // What was removed has this behind its name, and what is out of reach is no path.
+    let is_path = found.is_absolute() && !found.as_os_str().as_bytes().ends_with(b" (deleted)");
+    is_path.then_some(found)
 }
 
 fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {
@@ -90,6 +110,22 @@ mod tests {
         fn drop(&mut self) {
             fs::remove_dir_all(&self.0).unwrap();
         }
+    }
+
+    #[test]
+    fn what_the_kernel_has_in_memory_is_found_and_nothing_else() {
+        let directory = Directory::new("cached");
+        let top = fs::canonicalize(&directory.0).unwrap();
+        fs::create_dir(top.join("data")).unwrap();
+        fs::write(top.join("data/file"), "").unwrap();
+        symlink("data/file", top.join("link")).unwrap();
+        assert!(fs::metadata(top.join("link")).is_ok(), "it is in memory now");
+        assert_eq!(resolve_cached(&top.join("data/../link")), Some(top.join("data/file")));
+        assert_eq!(resolve_cached(&top.join("absent")), None);
+        assert_eq!(resolve_cached(&top.join("data/file/")), None);
+        assert_eq!(resolve_cached(Path::new("relative")), None);
+        fs::write(top.join("x (deleted)"), "").unwrap();
+        assert_eq!(resolve_cached(&top.join("x (deleted)")), None);
     }
 
     #[test]

@@ -150,6 +150,29 @@ pub fn has_child(pid: i32, name: &str) -> bool {
     })
 }
 
+/// The children of a process: proc_pid_task(5), `children`, of all its threads.
+///
+/// # Errors
+/// When it has gone.
+pub fn children(pid: i32) -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let listed = fs::read_to_string(thread?.path().join("children")).unwrap_or_default();
+        found.extend(listed.split_whitespace().filter_map(|child| child.parse::<i32>().ok()));
+    }
+    Ok(found)
+}
+
+/// How many processes of the container `id` wait in the kernel and hear no signal.
+///
+/// # Errors
+/// When it has none.
+pub fn waiting_in_kernel(daemon: &Daemon, id: &str) -> Result<usize> {
+    let listed = daemon.cgroup().read("memory", id, "cgroup.procs")?;
+    let state = |pid: &str| status_field(pid.parse().ok()?, "State");
+    Ok(listed.lines().filter_map(state).filter(|state| state.starts_with('D')).count())
+}
+
 /// A field of `/proc/PID/status`, without the white space around it.
 #[must_use]
 pub fn status_field(pid: i32, field: &str) -> Option<String> {

@@ -231,7 +231,7 @@ impl Daemon {
     pub fn kill(&self) -> Result<()> {
         let mut child = self.process().take().context("the daemon does not run")?;
         child.kill().context("killing the daemon")?;
-        let status = child.wait().context("waiting for the daemon's end")?;
+        let status = within(SOON, "the daemon ends", || Ok(child.try_wait()?))?;
         ensure!(status.signal() == Some(Signal::SIGKILL as i32), "the daemon had ended before: {status}");
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use crate::cgroups::MakeCgroup;
 use crate::file_error::FileError;
+use crate::host_paths::HostPathError;
 use crate::names::NameTaken;
 use crate::record_files::WriteError;
 use crate::shim_client::ShimError;
@@ -87,6 +88,9 @@ pub(crate) enum ContainerError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A path of the host that does not answer.
+    #[error(transparent)]
+    HostPath(#[from] HostPathError),
     /// A file.
     #[error(transparent)]
     File(#[from] FileError),

@@ -8,11 +8,11 @@
 //! | a request that makes no sense, or asks for what cannot be | `InvalidArgument` |
 //! | a feature that is not offered | `Unimplemented` |
 //! | an object in another state than the call needs | `FailedPrecondition` |
-//! | a command or a kill that took too long, a shim that hangs | `DeadlineExceeded` |
+//! | a command or a kill that took too long, a shim or a path of the host that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
 //! | a program that cannot be started, a command whose end nobody saw, an image that cannot be had | `Unknown` |
 //! | too many streaming requests that wait for their clients, too many clients attached | `ResourceExhausted` |
-//! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet | `Unavailable` |
+//! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet, a path of the host that has hung before | `Unavailable` |
 //! | anything else | `Internal` |
 //!
 //! Messages carry the whole chain of causes: they end up in a pod's events, in front of a reader who has
@@ -23,6 +23,7 @@ use std::borrow::Cow;
 use super::convert::Rejected;
 use crate::chain;
 use crate::container::ContainerError;
+use crate::host_paths::HostPathError;
 use crate::network::NetworkError;
 use crate::sandbox::SandboxError;
 use crate::shim_client::ShimError;
@@ -136,6 +137,7 @@ fn sandbox(error: &SandboxError) -> Code {
         SandboxError::Network(NetworkError::Bandwidth { .. }) => Code::InvalidArgument,
         SandboxError::Network(NetworkError::NotConfigured(_)) => Code::Unavailable,
         SandboxError::AppArmor(_) => Code::FailedPrecondition,
+        SandboxError::HostPath(error) => host_path(error),
         SandboxError::Containers { source, .. } => container(source),
         SandboxError::Stopping => Code::Unavailable,
         _ => Code::Internal,
@@ -174,8 +176,17 @@ fn container(error: &ContainerError) -> Code {
         | ContainerError::ShimGoneUnderExec { .. }
         | ContainerError::DisconnectedUnderExec { .. } => Code::Unknown,
         ContainerError::TooManyAttached { .. } => Code::ResourceExhausted,
+        ContainerError::HostPath(error) => host_path(error),
         ContainerError::Stopping | ContainerError::ShimUnreached { .. } => Code::Unavailable,
         _ => Code::Internal,
+    }
+}
+
+fn host_path(error: &HostPathError) -> Code {
+    match error {
+        HostPathError::Silent { .. } => Code::DeadlineExceeded,
+        HostPathError::SilentBefore { .. } | HostPathError::TooMany { .. } => Code::Unavailable,
+        HostPathError::Failed(_) | HostPathError::Ask(_) | HostPathError::Lost { .. } => Code::Internal,
     }
 }
 

@@ -3,8 +3,8 @@
 //!
 //! Nodes are made only in the container's own `/dev` and root. Where something is mounted a node would be
 //! made in a directory of the host: a device asked for there has to be in what is mounted already
-//! ([`check_mounted`]), or the request is refused. Looking up ([`resolve_devices`], [`host_devices`],
-//! [`check_mounted`]) touches the host and blocks.
+//! ([`Covered::check`]), or the request is refused. Looking up ([`resolve_devices`], [`host_devices`],
+//! [`find_below`]) touches the host and blocks, maybe for ever: a container may share a path.
 
 use super::{Inputs, ResolvedMount, SpecError, mounts};
 use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
@@ -152,35 +152,56 @@ pub fn host_devices() -> Result<Vec<ResolvedDevice>, DeviceError> {
     Ok(search.found)
 }
 
-/// Checks that the devices which the request's own mounts cover are in what is mounted. The last of the
-/// mounts above a path counts.
-///
-/// # Errors
-/// [`DeviceError::Mounted`] for one that is not there, or is another device.
-pub fn check_mounted(devices: &[ResolvedDevice], mounts: &[ResolvedMount]) -> Result<(), DeviceError> {
-    for device in devices {
-        let covering = mounts
+/// A device that a mount of the request covers.
+#[derive(Debug)]
+pub struct Covered<'a> {
+    device: &'a ResolvedDevice,
+    mount: &'a ResolvedMount,
+    /// Where it has to be in what is mounted; empty for that itself.
+    pub below: PathBuf,
+}
+
+/// The devices which the request's own mounts cover. The last of the mounts above a path counts.
+#[must_use]
+pub fn covered<'a>(devices: &'a [ResolvedDevice], mounts: &'a [ResolvedMount]) -> Vec<Covered<'a>> {
+    let cover = |device: &'a ResolvedDevice| {
+        let (mount, place) = mounts
             .iter()
             .filter_map(|mount| Some((mount, mounts::clean(&mount.asked.container_path)?)))
             .filter(|(_, place)| device.container_path.starts_with(place))
             // Of two on one place the later one is on top.
-            .max_by_key(|(_, place)| place.len());
-        let Some((mount, place)) = covering else { continue };
-        let below = device.container_path.strip_prefix(&place).unwrap_or(&device.container_path);
-        let found = find_below(&mount.source, below);
-        let same = |found: ResolvedDevice| {
-            (found.kind, found.major, found.minor) == (device.kind, device.major, device.minor)
-        };
-        if !found.is_some_and(same) {
-            let (path, mount) = (device.container_path.clone(), mount.asked.container_path.clone());
-            return Err(DeviceError::Mounted { path, mount });
-        }
-    }
-    Ok(())
+            .max_by_key(|(_, place)| place.len())?;
+        let below = device.container_path.strip_prefix(&place).unwrap_or(&device.container_path).to_owned();
+        Some(Covered { device, mount, below })
+    };
+    devices.iter().filter_map(cover).collect()
 }
 
-/// The device at `path` below a directory of the host that may be a container's as well.
-fn find_below(top: &Path, path: &Path) -> Option<ResolvedDevice> {
+impl Covered<'_> {
+    /// The source of the mount.
+    #[must_use]
+    pub fn source(&self) -> &Path {
+        &self.mount.source
+    }
+
+    /// Checks what was found at its place: [`find_below`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Mounted`] when that is nothing, or another device.
+    pub fn check(&self, found: Option<&ResolvedDevice>) -> Result<(), DeviceError> {
+        let number = |device: &ResolvedDevice| (device.kind, device.major, device.minor);
+        if found.map(number) == Some(number(self.device)) {
+            return Ok(());
+        }
+        let (path, mount) = (self.device.container_path.clone(), self.mount.asked.container_path.clone());
+        Err(DeviceError::Mounted { path, mount })
+    }
+}
+
+/// The device at `path` below a directory of the host that may be a container's as well; at the directory
+/// itself for an empty path.
+#[must_use]
+pub fn find_below(top: &Path, path: &Path) -> Option<ResolvedDevice> {
     let node = if path.as_os_str().is_empty() {
         std::fs::symlink_metadata(top)
     } else {
@@ -301,7 +322,7 @@ pub fn device_policy(privileged: bool, asked: &[ResolvedDevice]) -> DevicePolicy
 /// The last of one place wins.
 ///
 /// Of those that a mount covers, the ones asked for have to be in it: the request's own mounts were checked
-/// ([`check_mounted`]), and the others are Berth's, where no device is.
+/// ([`Covered::check`]), and the others are Berth's, where no device is.
 pub(super) fn nodes(
     inputs: &Inputs<'_>,
     mounts: &[oci_spec::runtime::Mount],
@@ -486,7 +507,10 @@ mod tests {
             ("/dev/dri", vec![mount(Path::new("/dev/zero"), "/dev/dri")], false),
             ("/dev/other", vec![empty.clone()], true),
         ] {
-            let result = check_mounted(&at(path), &mounts);
+            let devices = at(path);
+            let result = covered(&devices, &mounts)
+                .iter()
+                .try_for_each(|covered| covered.check(find_below(covered.source(), &covered.below).as_ref()));
             assert_eq!(result.is_ok(), expected, "{path}: {result:?}");
         }
     }

@@ -1,7 +1,7 @@
 //! The OCI runtime spec of a container, from what was asked for and what the image says.
 //!
 //! [`build`] is pure: whatever has to be looked up on the host is looked up by its caller and handed in, by
-//! [`devices::resolve_devices`] and [`mounts::resolve_mounts`] among others. The request is checked at the
+//! [`devices::resolve_devices`] and [`mounts::find_source`] among others. The request is checked at the
 //! edge for what its own message tells, and here for what depends on the image or the sandbox; the image's
 //! configuration is hostile text throughout.
 //!

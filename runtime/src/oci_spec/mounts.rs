@@ -46,7 +46,7 @@ pub enum SourceError {
     #[error("mounts: cannot look up {path:?}")]
     Look {
         /// The path.
-        path: String,
+        path: PathBuf,
         /// Why it failed.
         #[source]
         source: io::Error,
@@ -76,28 +76,33 @@ pub enum SourceError {
 /// The mounts of this process: proc(5).
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
-/// Looks up the sources of the mounts of a request, in order. Links are resolved. A source that is absent
-/// becomes a directory with mode 0755: the CRI calls that an error, but what runs on it was written for
-/// runtimes that make it.
+/// Looks up the source of a mount. Links are resolved. A source that is absent becomes a directory with mode
+/// 0755: the CRI calls that an error, but what runs on it was written for runtimes that make it.
 ///
-/// Blocks; touches the host.
+/// Blocks, and may do so for ever: a container may share the path.
 ///
 /// # Errors
 /// [`SourceError`]. Directories made by then stay.
-pub fn resolve_mounts(mounts: &[Asked]) -> Result<Vec<ResolvedMount>, SourceError> {
+pub fn find_source(path: &Path) -> Result<PathBuf, SourceError> {
+    match std::fs::canonicalize(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            host_directory::make_missing(path)
+                .map_err(|(path, source)| SourceError::Make { path, source })?;
+            std::fs::canonicalize(path)
+        }
+        found => found,
+    }
+    .map_err(|source| SourceError::Look { path: path.to_owned(), source })
+}
+
+/// The mounts of a request with their sources ([`find_source`]), in order.
+///
+/// # Errors
+/// [`SourceError`] for one whose source cannot propagate as is asked for.
+pub fn resolve_mounts(mounts: &[Asked], sources: Vec<PathBuf>) -> Result<Vec<ResolvedMount>, SourceError> {
     let mut table = None;
     let mut resolved = Vec::with_capacity(mounts.len());
-    for asked in mounts {
-        let path = Path::new(&asked.host_path);
-        let source = match std::fs::canonicalize(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                host_directory::make_missing(path)
-                    .map_err(|(path, source)| SourceError::Make { path, source })?;
-                std::fs::canonicalize(path)
-            }
-            found => found,
-        }
-        .map_err(|source| SourceError::Look { path: asked.host_path.clone(), source })?;
+    for (asked, source) in mounts.iter().zip(sources) {
         if asked.propagation != Propagation::Private {
             let table = match &table {
                 Some(table) => table,
@@ -406,16 +411,6 @@ mod tests {
         assert_eq!(propagation_tags(b"", Path::new("/a")), Tags::default());
     }
 
-    fn asked(host_path: &Path) -> Asked {
-        Asked {
-            container_path: "/x".to_owned(),
-            host_path: host_path.to_str().unwrap().to_owned(),
-            readonly: false,
-            recursive_read_only: false,
-            propagation: Propagation::Private,
-        }
-    }
-
     #[test]
     fn sources_are_resolved_and_made() {
         let place = tempfile::tempdir().unwrap();
@@ -423,8 +418,7 @@ mod tests {
         std::fs::write(root.join("file"), "").unwrap();
         std::os::unix::fs::symlink("file", root.join("link")).unwrap();
         std::os::unix::fs::symlink("nowhere", root.join("dangling")).unwrap();
-        let source =
-            |path: &str| resolve_mounts(&[asked(&root.join(path))]).map(|found| found[0].source.clone());
+        let source = |path: &str| find_source(&root.join(path));
         assert_eq!(source("link").unwrap(), root.join("file"));
         assert_eq!(source("new/er").unwrap(), root.join("new/er"));
         let mode = |path: &str| std::fs::metadata(root.join(path)).unwrap().permissions().mode() & 0o7777;

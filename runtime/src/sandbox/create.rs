@@ -7,13 +7,14 @@ use super::creations::Creations;
 use super::etc_files::{self, Contents};
 use super::namespaces::{self, PodNetwork, Wanted};
 use super::{PodProcess, Sandbox, SandboxError, hostname, stop, watch};
+use crate::cadvisor;
 use crate::clock::unix_ns;
+use crate::host_paths::HostPathError;
 use crate::names::Name;
 use crate::network::{Attached, Chosen, Pod};
 use crate::node::Node;
 use crate::random::random_bytes;
 use crate::shim_client::Pause;
-use crate::{cadvisor, host_directory};
 use berth_cgroup::{Ending, Limits};
 use berth_model::id::SandboxId;
 use berth_model::layout::SandboxFiles;
@@ -97,8 +98,12 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     let config = &sandbox.config;
     if !config.log_directory.is_empty() {
         // The kubelet has made it; others rely on the runtime.
-        host_directory::make_missing(Path::new(&config.log_directory))
-            .map_err(|(path, source)| SandboxError::file("create the log directory", &path)(source))?;
+        node.host_paths.directory(Path::new(&config.log_directory)).map_err(|error| match error {
+            HostPathError::Failed(failed) => {
+                SandboxError::file("create the log directory", failed.path())(failed.source())
+            }
+            other => other.into(),
+        })?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
     let network = if host_network { None } else { Some(choose_network(node, config)?) };

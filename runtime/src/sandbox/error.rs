@@ -3,6 +3,7 @@
 use crate::apparmor::NotLoaded;
 use crate::cgroups::MakeCgroup;
 use crate::file_error::FileError;
+use crate::host_paths::HostPathError;
 use crate::names::NameTaken;
 use crate::network::NetworkError;
 use crate::record_files::WriteError;
@@ -21,6 +22,9 @@ pub(crate) enum SandboxError {
     /// No random bytes.
     #[error("cannot generate an id")]
     Id(#[source] io::Error),
+    /// A path of the host that does not answer.
+    #[error(transparent)]
+    HostPath(#[from] HostPathError),
     /// A file.
     #[error(transparent)]
     File(#[from] FileError),

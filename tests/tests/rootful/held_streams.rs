@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
-use berth_tests::census::status_field;
+use berth_tests::census::waiting_in_kernel;
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
 use berth_tests::fuse::Hanging;
@@ -26,13 +26,6 @@ page = mmap.mmap(os.open(sys.argv[1], os.O_RDONLY), 4096, mmap.MAP_PRIVATE, mmap
 terminal = os.open(sys.argv[2], os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
 fcntl.ioctl(terminal, termios.TIOCGWINSZ, page, True)
 ";
-
-/// The processes of a container that wait in the kernel.
-fn waiting(daemon: &Daemon, container: &Container) -> Result<usize> {
-    let listed = daemon.cgroup().read("memory", &container.id, "cgroup.procs")?;
-    let state = |pid: &str| status_field(pid.parse().ok()?, "State");
-    Ok(listed.lines().filter_map(state).filter(|state| state.starts_with('D')).count())
-}
 
 /// A process outside the container's namespaces, but in its cgroup, that holds the size of its terminal:
 /// as one inside could that has more than a shell.
@@ -113,7 +106,9 @@ fn streams_that_containers_hold_keep_no_daemon_from_serving_ending_and_starting(
             readers.push(thread::spawn(move || command.finished().map(drop)));
         }
         for container in sync.iter().chain(&piped) {
-            within(SOON, "it holds its pipe", || Ok((waiting(daemon, container)? > 0).then_some(())))?;
+            within(SOON, "it holds its pipe", || {
+                Ok((waiting_in_kernel(daemon, &container.id)? > 0).then_some(()))
+            })?;
         }
         let file = directory.join("file").to_string_lossy().into_owned();
         let (mut commands, mut holders) = (Vec::new(), Vec::new());
@@ -122,7 +117,9 @@ fn streams_that_containers_hold_keep_no_daemon_from_serving_ending_and_starting(
                 Command::start(daemon, request(container, &["sh", "-c", "echo up; cat"], true))?;
             command.hear("up")?;
             holders.push(hold_terminal(daemon, container, &file)?);
-            within(SOON, "it holds its terminal", || Ok((waiting(daemon, container)? > 0).then_some(())))?;
+            within(SOON, "it holds its terminal", || {
+                Ok((waiting_in_kernel(daemon, &container.id)? > 0).then_some(()))
+            })?;
             command.resize(100, 50)?;
             commands.push(command);
         }

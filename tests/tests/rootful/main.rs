@@ -24,6 +24,7 @@ mod floods;
 mod forward;
 mod full_disk;
 mod held_logs;
+mod held_paths;
 mod held_streams;
 mod image_faults;
 mod images;

@@ -41,8 +41,8 @@ pub(crate) async fn create(
 ) -> Result<Arc<Container>, ContainerError> {
     let stopped = ContainerError::SandboxNotReady { id: sandbox.id().clone() };
     let Some(creation) = sandbox.begin_creation().map(Arc::new) else { return Err(stopped) };
-    // In its own task, which takes back what it has made whenever it comes to its end: a path of the
-    // host may hang.
+    // In its own task, which takes back what it has made whenever it comes to its end: paths of the
+    // host and the shim take their time.
     let making = tokio::spawn(make(node, sandbox, config, creation.clone()));
     tokio::select! {
         made = making => made.map_err(|_| ContainerError::Stopping)?,
@@ -130,7 +130,7 @@ impl Order {
     fn prepare_in(self, made: &mut Made) -> Result<Prepared, ContainerError> {
         let Self { node, sandbox, lease, id, config, creation } = self;
         let resolved = resolve::resolve(&node, &sandbox, &lease, &config)?;
-        // What comes before this looks at paths of the host, which may hang.
+        // What comes before this waits for paths of the host.
         if creation.is_given_up() {
             return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() });
         }

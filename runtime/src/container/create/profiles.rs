@@ -2,12 +2,13 @@
 
 use crate::apparmor;
 use crate::container::ContainerError;
+use crate::host_paths::HostPathError;
 use crate::node::Node;
 use crate::oci_spec;
 use ::oci_spec::runtime::LinuxSeccomp;
 use berth_model::container::Config;
 use berth_model::security::Profile;
-use berth_seccomp::{Circumstances, MAX_PROFILE_BYTES};
+use berth_seccomp::Circumstances;
 use std::path::Path;
 
 /// The name of Berth's own profile, if the container gets it. A kernel that enforces `AppArmor` without it
@@ -53,7 +54,10 @@ pub(super) fn seccomp_profile(node: &Node, config: &Config) -> Result<Option<Lin
         }
         Profile::Localhost(path) => {
             let failed = |reason: String| ContainerError::Seccomp { reason: format!("{path}: {reason}") };
-            let text = read_profile(Path::new(path)).map_err(|error| failed(error.to_string()))?;
+            let text = match node.host_paths.profile(Path::new(path)) {
+                Err(HostPathError::Failed(error)) => return Err(failed(error.text)),
+                read => read?,
+            };
             let capabilities = oci_spec::granted_capabilities(security, node.facts.bounding)?;
             let circumstances = Circumstances { capabilities, kernel: node.facts.kernel };
             berth_seccomp::parse_profile(&text, &circumstances)
@@ -61,18 +65,4 @@ pub(super) fn seccomp_profile(node: &Node, config: &Config) -> Result<Option<Lin
                 .map_err(|error| failed(crate::chain(&error)))
         }
     }
-}
-
-/// The bytes of a profile; of one that is too large, enough for the parser to refuse it.
-fn read_profile(path: &Path) -> std::io::Result<Vec<u8>> {
-    use std::io::Read;
-    use std::os::unix::fs::OpenOptionsExt;
-    let file =
-        std::fs::File::options().read(true).custom_flags(berth_sys::file::READ_NONBLOCKING).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"));
-    }
-    let mut text = Vec::new();
-    file.take(MAX_PROFILE_BYTES as u64 + 1).read_to_end(&mut text)?;
-    Ok(text)
 }

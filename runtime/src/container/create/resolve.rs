@@ -1,15 +1,17 @@
-//! What a request names, looked up: layers, profiles, and paths of the host, which may hang. Nothing is made.
+//! What a request names, looked up: layers, profiles, and paths of the host. Of a container nothing is made.
 
 use super::profiles;
 use crate::container::ContainerError;
 use crate::container::target::{Target, verified_target};
+use crate::host_paths::{HostPathError, HostPaths};
 use crate::node::Node;
 use crate::oci_spec::{ResolvedDevice, ResolvedMount, devices, mounts, stop_signal::stop_signal};
 use crate::sandbox::Sandbox;
 use ::oci_spec::runtime::LinuxSeccomp;
 use berth_image::{Image, Lease, StoredLayer};
-use berth_model::container::Config;
+use berth_model::container::{Config, Mount};
 use berth_model::limit::MAX_NAME_BYTES;
+use std::path::Path;
 
 /// What was found for a request.
 pub(super) struct Resolved {
@@ -45,17 +47,11 @@ pub(super) fn resolve(
     let stop_signal = effective_stop_signal(config, image)?;
     check_user(config, image)?;
     let target = verified_target(node, sandbox, config)?;
-    let failed = |path: &str, error: &dyn std::error::Error| ContainerError::Mount {
-        path: path.to_owned(),
-        reason: crate::chain(error),
-    };
-    let mounts = mounts::resolve_mounts(&config.mounts).map_err(|error| failed("config.mounts", &error))?;
-    let devices =
-        devices::resolve_devices(&config.devices).map_err(|error| failed("config.devices", &error))?;
-    devices::check_mounted(&devices, &mounts).map_err(|error| failed("config.devices", &error))?;
+    let mounts = resolve_mounts(&node.host_paths, config)?;
+    let devices = resolve_devices(&node.host_paths, config, &mounts)?;
     // Each time: disks come and go.
     let host_devices = match config.security.privileged {
-        true => devices::host_devices().map_err(|error| failed("the host's devices", &error))?,
+        true => node.host_paths.host_devices().map_err(|error| of_host("the host's devices", error))?,
         false => Vec::new(),
     };
     let volumes = mounts::image_volumes(config, image.config())?;
@@ -73,6 +69,41 @@ pub(super) fn resolve(
         default_apparmor_profile,
         seccomp,
     })
+}
+
+fn resolve_mounts(host: &HostPaths, config: &Config) -> Result<Vec<ResolvedMount>, ContainerError> {
+    const FIELD: &str = "config.mounts";
+    let find = |mount: &Mount| host.source(Path::new(&mount.host_path));
+    let sources = config.mounts.iter().map(find).collect::<Result<_, _>>();
+    mounts::resolve_mounts(&config.mounts, sources.map_err(|error| of_host(FIELD, error))?)
+        .map_err(|error| unusable(FIELD, crate::chain(&error)))
+}
+
+fn resolve_devices(
+    host: &HostPaths,
+    config: &Config,
+    mounts: &[ResolvedMount],
+) -> Result<Vec<ResolvedDevice>, ContainerError> {
+    const FIELD: &str = "config.devices";
+    let devices = host.devices(&config.devices).map_err(|error| of_host(FIELD, error))?;
+    for covered in devices::covered(&devices, mounts) {
+        let found =
+            host.device_below(covered.source(), &covered.below).map_err(|error| of_host(FIELD, error))?;
+        covered.check(found.as_ref()).map_err(|error| unusable(FIELD, crate::chain(&error)))?;
+    }
+    Ok(devices)
+}
+
+/// Why the paths of a field of the request cannot be used.
+fn of_host(field: &str, error: HostPathError) -> ContainerError {
+    match error {
+        HostPathError::Failed(failed) => unusable(field, failed.text),
+        other => other.into(),
+    }
+}
+
+fn unusable(field: &str, reason: String) -> ContainerError {
+    ContainerError::Mount { path: field.to_owned(), reason }
 }
 
 fn effective_stop_signal(config: &Config, image: &Image) -> Result<i32, ContainerError> {

@@ -1,0 +1,229 @@
+//! What the daemon asks a worker, and what it is answered: protobuf in frames.
+
+use crate::oci_spec::ResolvedDevice;
+use berth_cgroup::{Access, DeviceKind};
+use berth_model::container::Device;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+/// A question.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Question {
+    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7")]
+    pub(super) ask: Option<Ask>,
+}
+
+/// What a question is about. Paths are bytes.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub(super) enum Ask {
+    /// The source of a mount, which is made if it is absent: [`Tell::Path`].
+    #[prost(bytes, tag = "1")]
+    Source(Vec<u8>),
+    /// To make a directory: [`Tell::Done`].
+    #[prost(bytes, tag = "2")]
+    Directory(Vec<u8>),
+    /// The devices of a request: [`Tell::Devices`].
+    #[prost(message, tag = "3")]
+    Devices(AskedDevices),
+    /// The device at a place below a directory: [`Tell::Devices`], of which there is one at most.
+    #[prost(message, tag = "4")]
+    DeviceBelow(Below),
+    /// All devices of the host: [`Tell::Devices`].
+    #[prost(message, tag = "5")]
+    HostDevices(()),
+    /// A seccomp profile: [`Tell::Content`].
+    #[prost(bytes, tag = "6")]
+    Profile(Vec<u8>),
+    /// To rotate a log: [`Tell::Done`], whether there has to be a new one.
+    #[prost(message, tag = "7")]
+    Rotate(Rotate),
+}
+
+/// CRI `Device`, of which there are several.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct AskedDevices {
+    #[prost(message, repeated, tag = "1")]
+    pub(super) devices: Vec<AskedDevice>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct AskedDevice {
+    #[prost(string, tag = "1")]
+    pub(super) container_path: String,
+    #[prost(string, tag = "2")]
+    pub(super) host_path: String,
+    #[prost(string, tag = "3")]
+    pub(super) permissions: String,
+}
+
+/// A place below a directory.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Below {
+    #[prost(bytes, tag = "1")]
+    pub(super) top: Vec<u8>,
+    #[prost(bytes, tag = "2")]
+    pub(super) path: Vec<u8>,
+}
+
+/// A log, and from how many bytes on it is rotated.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Rotate {
+    #[prost(bytes, tag = "1")]
+    pub(super) directory: Vec<u8>,
+    #[prost(bytes, tag = "2")]
+    pub(super) name: Vec<u8>,
+    #[prost(uint64, tag = "3")]
+    pub(super) limit: u64,
+}
+
+/// An answer.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Answer {
+    #[prost(oneof = "Tell", tags = "1, 2, 3, 4, 5")]
+    pub(super) tell: Option<Tell>,
+}
+
+/// What an answer says.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub(super) enum Tell {
+    #[prost(message, tag = "1")]
+    Failed(Failure),
+    #[prost(bytes, tag = "2")]
+    Path(Vec<u8>),
+    #[prost(bool, tag = "3")]
+    Done(bool),
+    #[prost(message, tag = "4")]
+    Devices(FoundDevices),
+    #[prost(bytes, tag = "5")]
+    Content(Vec<u8>),
+}
+
+/// Why something could not be done.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Failure {
+    /// With all causes.
+    #[prost(string, tag = "1")]
+    pub(super) text: String,
+    /// Where it happened, if that is not clear from the question.
+    #[prost(bytes, tag = "2")]
+    pub(super) path: Vec<u8>,
+    /// errno(3), or 0.
+    #[prost(int32, tag = "3")]
+    pub(super) errno: i32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct FoundDevices {
+    #[prost(message, repeated, tag = "1")]
+    pub(super) devices: Vec<FoundDevice>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct FoundDevice {
+    #[prost(bytes, tag = "1")]
+    container_path: Vec<u8>,
+    #[prost(bool, tag = "2")]
+    block: bool,
+    #[prost(uint32, tag = "3")]
+    major: u32,
+    #[prost(uint32, tag = "4")]
+    minor: u32,
+    #[prost(uint32, tag = "5")]
+    mode: u32,
+    #[prost(uint32, tag = "6")]
+    uid: u32,
+    #[prost(uint32, tag = "7")]
+    gid: u32,
+    #[prost(bool, tag = "8")]
+    read: bool,
+    #[prost(bool, tag = "9")]
+    write: bool,
+    #[prost(bool, tag = "10")]
+    mknod: bool,
+}
+
+impl Ask {
+    /// The paths of the host that are looked at.
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Source(path) | Self::Directory(path) | Self::Profile(path) => {
+                vec![path_of(path).to_owned()]
+            }
+            Self::Devices(asked) => {
+                asked.devices.iter().map(|device| PathBuf::from(&device.host_path)).collect()
+            }
+            Self::DeviceBelow(below) => vec![path_of(&below.top).join(path_of(&below.path))],
+            Self::HostDevices(()) => vec![PathBuf::from("/dev")],
+            Self::Rotate(rotate) => vec![path_of(&rotate.directory).join(path_of(&rotate.name))],
+        }
+    }
+}
+
+impl From<Ask> for Question {
+    fn from(ask: Ask) -> Self {
+        Self { ask: Some(ask) }
+    }
+}
+
+impl From<Tell> for Answer {
+    fn from(tell: Tell) -> Self {
+        Self { tell: Some(tell) }
+    }
+}
+
+/// A path in a message.
+pub(super) fn path_of(bytes: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(bytes))
+}
+
+/// A path for a message.
+pub(super) fn bytes_of(path: &Path) -> Vec<u8> {
+    path.as_os_str().as_bytes().to_vec()
+}
+
+impl From<&Device> for AskedDevice {
+    fn from(device: &Device) -> Self {
+        let Device { container_path, host_path, permissions } = device.clone();
+        Self { container_path, host_path, permissions }
+    }
+}
+
+impl From<AskedDevice> for Device {
+    fn from(asked: AskedDevice) -> Self {
+        let AskedDevice { container_path, host_path, permissions } = asked;
+        Self { container_path, host_path, permissions }
+    }
+}
+
+impl From<ResolvedDevice> for FoundDevice {
+    fn from(device: ResolvedDevice) -> Self {
+        Self {
+            container_path: device.container_path.into_os_string().into_vec(),
+            block: device.kind == DeviceKind::Block,
+            major: device.major,
+            minor: device.minor,
+            mode: device.mode,
+            uid: device.uid,
+            gid: device.gid,
+            read: device.access.read,
+            write: device.access.write,
+            mknod: device.access.mknod,
+        }
+    }
+}
+
+impl From<FoundDevice> for ResolvedDevice {
+    fn from(found: FoundDevice) -> Self {
+        Self {
+            container_path: OsString::from_vec(found.container_path).into(),
+            kind: if found.block { DeviceKind::Block } else { DeviceKind::Char },
+            major: found.major,
+            minor: found.minor,
+            mode: found.mode,
+            uid: found.uid,
+            gid: found.gid,
+            access: Access { read: found.read, write: found.write, mknod: found.mknod },
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! Directories of the host whose locks a container holds: whoever makes something in one, or looks for a name
+//! that is not in memory, waits in the kernel and cannot be killed. That is never the daemon.
+
+use std::path::Path;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use berth_cri::v1;
+use berth_tests::census::{children, status_field, waiting_in_kernel};
+use berth_tests::daemon::{Daemon, SOON, rootful};
+use berth_tests::deadline::{patience, within};
+use berth_tests::fuse::Hanging;
+use berth_tests::pod::{Container, Pod, container, idle, volume};
+use berth_tests::skip::skip;
+use tonic::{Code, Status};
+
+/// Lists a directory into a page of a file that nobody serves: by open(2), mmap(2) and getdents64(2). The
+/// directory is locked until the page is there. Perl's own open would ask the file what else it can do.
+const HOLD: &str = "
+my ($file, $directory) = @ARGV;
+my $page = syscall(9, 0, 4096, 3, 2, syscall(2, $file, 0), 0);
+syscall(217, syscall(2, $directory, 0200000), $page, 4096);
+";
+
+/// Longer than the daemon waits for a path.
+const GIVEN_UP: Duration = Duration::from_secs(60);
+
+/// A filesystem that does not serve, and a container that holds a directory with it.
+struct Holder {
+    pod: Pod,
+    main: Container,
+    hanging: Hanging,
+}
+
+impl Holder {
+    /// Has a container of the pod `config` hold `directory`, of which it has a mount that is only for
+    /// reading. `None` where that cannot be.
+    fn start(daemon: &Daemon, config: v1::PodSandboxConfig, directory: &Path) -> Result<Option<Self>> {
+        let place = daemon.directory("hanging")?;
+        let perl = Path::new("/usr/bin/perl");
+        let Some(hanging) = perl.exists().then(|| Hanging::mount_with_files(&place)).transpose()?.flatten()
+        else {
+            skip("held_paths", "no FUSE or no /usr/bin/perl here");
+            return Ok(None);
+        };
+        let pod = daemon.pod_of(config)?;
+        let mut config = container("holder", &["/usr/bin/perl", "-e", HOLD, "/volume/file", "/held"]);
+        let library = Path::new("/lib").canonicalize()?;
+        let loader = Path::new("/lib64").canonicalize()?;
+        for (from, to) in [
+            (place.as_path(), "/volume"),
+            (directory, "/held"),
+            (Path::new("/usr"), "/usr"),
+            (&library, "/lib"),
+            (&loader, "/lib64"),
+        ] {
+            config.mounts.push(v1::Mount { readonly: true, ..volume(from, to) });
+        }
+        let main = pod.start(config)?;
+        let holder = Self { pod, main, hanging };
+        within(SOON, "it holds the directory", || Ok(holder.holds(daemon)?.then_some(())))?;
+        Ok(Some(holder))
+    }
+
+    fn holds(&self, daemon: &Daemon) -> Result<bool> {
+        Ok(waiting_in_kernel(daemon, &self.main.id)? > 0)
+    }
+
+    /// Ends and removes its pod. A container that has its own file system ends that with itself.
+    fn remove(self) -> Result<()> {
+        let Self { pod, hanging, .. } = self;
+        let begin = Instant::now();
+        let removal = Call::begin(move || pod.stop().and_then(|()| pod.remove()));
+        drop(hanging);
+        removal.answer()??;
+        ensure!(begin.elapsed() < patience(GIVEN_UP), "{:?}", begin.elapsed());
+        Ok(())
+    }
+}
+
+/// A call that may take as long as it likes, and when it began.
+struct Call<T> {
+    thread: JoinHandle<Result<T, Status>>,
+    begin: Instant,
+}
+
+impl<T: Send + 'static> Call<T> {
+    fn begin(call: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Self {
+        Self { thread: thread::spawn(call), begin: Instant::now() }
+    }
+
+    /// What it answers, within the time that the daemon waits for a path.
+    fn answer(self) -> Result<Result<T, Status>> {
+        within(GIVEN_UP, "the call is answered", || Ok(self.thread.is_finished().then_some(())))?;
+        self.thread.join().map_err(|_| anyhow!("the thread panicked"))
+    }
+
+    fn refused(self) -> Result<Status> {
+        self.answer()?.err().context("it is refused")
+    }
+}
+
+/// Creates a container of the pod `id` with a mount of `source`.
+fn create(daemon: &Daemon, pod: &Pod, name: &str, source: &Path) -> Call<v1::CreateContainerResponse> {
+    let mut config = idle(name);
+    config.mounts = vec![volume(source, "/volume")];
+    let request = v1::CreateContainerRequest {
+        pod_sandbox_id: pod.id.clone(),
+        config: Some(config),
+        sandbox_config: Some(pod.config.clone()),
+    };
+    let client = daemon.client();
+    Call::begin(move || client.create_container(request))
+}
+
+/// The children of the daemon that wait in the kernel.
+fn held_children(daemon: &Daemon) -> Result<usize> {
+    let held = |pid: &i32| status_field(*pid, "State").is_some_and(|state| state.starts_with('D'));
+    Ok(children(i32::try_from(daemon.pid()?)?)?.iter().filter(|pid| held(pid)).count())
+}
+
+/// That the daemon makes pods, and does what it should for those that are there.
+fn serves(daemon: &Daemon, name: &str, other: &Container) -> Result<()> {
+    let begin = Instant::now();
+    let pod = daemon.pod(name)?;
+    ensure!(pod.idle("main")?.sh("echo alive")? == "alive\n");
+    ensure!(other.sh("echo alive")? == "alive\n");
+    pod.remove()?;
+    ensure!(begin.elapsed() < patience(GIVEN_UP), "{:?}", begin.elapsed());
+    Ok(())
+}
+
+#[test]
+fn a_directory_that_a_container_holds_keeps_no_other_pod_and_no_daemon_waiting() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("other")?;
+        let other = pod.idle("other")?;
+        let held = daemon.directory("held")?;
+        let Some(holder) = Holder::start(daemon, daemon.pod_config("hostile"), &held)? else { return Ok(()) };
+
+        let missing = held.join("missing");
+        let first = create(daemon, &pod, "first", &missing);
+        within(SOON, "a child of the daemon waits", || Ok((held_children(daemon)? > 0).then_some(())))?;
+        serves(daemon, "meanwhile", &other)?;
+        let begin = first.begin;
+        let refused = first.refused()?;
+        ensure!(begin.elapsed() < patience(GIVEN_UP), "{:?}", begin.elapsed());
+        assert_eq!(refused.code(), Code::DeadlineExceeded, "{refused:?}");
+        for words in [&missing.to_string_lossy(), "did not answer within", "keeps", &held.to_string_lossy()] {
+            ensure!(refused.message().contains(words), "{refused:?}");
+        }
+        // It is known now, and the next one does not wait.
+        let refused = create(daemon, &pod, "first", &missing.join("below")).refused()?;
+        assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+        ensure!(refused.message().contains("has not answered for"), "{refused:?}");
+        // What is in it already can be used.
+        create(daemon, &pod, "second", &held).answer()??;
+        serves(daemon, "afterwards", &other)?;
+
+        let under_way = create(daemon, &pod, "third", &held.join("third"));
+        within(SOON, "another child waits", || Ok((held_children(daemon)? > 1).then_some(())))?;
+        daemon.crash()?;
+        under_way.refused()?;
+        ensure!(holder.holds(daemon)?, "all the time");
+        serves(daemon, "of-the-next", &other)?;
+
+        let under_way = create(daemon, &pod, "fourth", &held.join("fourth"));
+        within(SOON, "a child of the next one waits", || Ok((held_children(daemon)? > 0).then_some(())))?;
+        daemon.stop()?;
+        under_way.refused()?;
+        daemon.start_again()?;
+        ensure!(holder.holds(daemon)?, "all the time");
+        serves(daemon, "of-the-third", &other)?;
+
+        holder.remove()?;
+        within(SOON, "the directory is free", || Ok(create(daemon, &pod, "first", &missing).answer()?.ok()))?;
+        ensure!(missing.is_dir());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_log_directory_that_a_container_holds_keeps_no_other_pod_and_no_daemon_waiting() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("other")?;
+        let other = pod.idle("other")?;
+        let config = daemon.pod_config("hostile");
+        let held = Path::new(&config.log_directory).to_owned();
+        std::fs::create_dir_all(&held)?;
+        let Some(holder) = Holder::start(daemon, config.clone(), &held)? else { return Ok(()) };
+
+        // The log directory of another pod is below it.
+        let mut below = daemon.pod_config("below");
+        below.log_directory = held.join("below").to_string_lossy().into_owned();
+        let (client, request) = (
+            daemon.client(),
+            v1::RunPodSandboxRequest { config: Some(below), runtime_handler: String::new() },
+        );
+        let run = Call::begin(move || client.run_pod_sandbox(request));
+        within(SOON, "a child of the daemon waits", || Ok((held_children(daemon)? > 0).then_some(())))?;
+        serves(daemon, "meanwhile", &other)?;
+        let refused = run.refused()?;
+        assert_eq!(refused.code(), Code::DeadlineExceeded, "{refused:?}");
+        ensure!(refused.message().contains("below did not answer within"), "{refused:?}");
+
+        // The log of another container is in it.
+        let client = daemon.client();
+        let mut container = idle("logs");
+        container.log_path = "logs.log".to_owned();
+        let request = v1::CreateContainerRequest {
+            pod_sandbox_id: holder.pod.id.clone(),
+            config: Some(container),
+            sandbox_config: Some(config),
+        };
+        let under_way = Call::begin(move || client.create_container(request));
+        within(SOON, "its shim waits", || Ok((held_children(daemon)? > 1).then_some(())))?;
+        serves(daemon, "beside-a-shim", &other)?;
+        daemon.crash()?;
+        under_way.refused()?;
+        ensure!(holder.holds(daemon)?, "all the time");
+        serves(daemon, "of-the-next", &other)?;
+        holder.remove()
+    })
+}

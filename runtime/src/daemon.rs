@@ -5,6 +5,7 @@ use crate::cgroups::Cgroups;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
+use crate::directory_lock::{self, Locked, Refused};
 use crate::file_error::FileError;
 use crate::handlers::Handlers;
 use crate::host_paths::HostPaths;
@@ -27,7 +28,6 @@ use berth_image::Store;
 use berth_model::layout::Layout;
 use berth_sys::mount::{self, Propagation};
 use berth_sys::process::{self, RLIMIT_NOFILE};
-use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -67,10 +67,12 @@ pub enum DaemonError {
         release: String,
     },
     /// Another daemon works in the same root or state.
-    #[error("another berthd uses {path}; give this one its own --root and --state")]
+    #[error("another berthd uses {path}: {holder}; give this one its own --root and --state")]
     Taken {
         /// Which of them.
         path: PathBuf,
+        /// Who that is.
+        holder: String,
     },
     /// The images.
     #[error("cannot open the image store")]
@@ -131,12 +133,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     check_kernel(&release())?;
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
-    let root_lock = layout.root().join("berthd.lock");
-    let opened = File::options().create(true).truncate(false).write(true).open(&root_lock);
-    let _root = take(opened.map_err(file("open", &root_lock))?, layout.root()).await?;
+    let root_places = [layout.root().join("berthd.lock"), layout.sandboxes(), layout.containers()];
+    let _root = take(layout.root(), &root_places).await?;
     // The directory itself: it may be full, and then the daemon is needed all the more.
-    let _state =
-        take(File::open(layout.state()).map_err(file("open", layout.state()))?, layout.state()).await?;
+    let state_places = [layout.state().to_owned(), layout.sandbox_states(), layout.container_states()];
+    let _state = take(layout.state(), &state_places).await?;
     make_private(layout.state())?;
     let node = tokio::task::spawn_blocking(move || open(config, layout)).await.map_err(|error| {
         DaemonError::Host { what: "how the start went", source: io::Error::other(error) }
@@ -254,25 +255,33 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// One daemon for a root, and one for a state: each clears away what it finds there and knows nothing of.
+/// Takes a directory for this daemon alone.
 ///
-/// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which has
-/// the lock until the exec closes it (flock(2): a lock belongs to the open file, which children share). So
-/// one that is taken is asked for again for a while.
-async fn take(lock: File, directory: &Path) -> Result<File, DaemonError> {
+/// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which
+/// has the lock until the exec closes it (flock(2): a lock belongs to the open file, which children
+/// share). And two daemons that start at the same time give way to each other. So this tries again for a
+/// while.
+async fn take(directory: &Path, places: &[PathBuf]) -> Result<Locked, DaemonError> {
     let end = tokio::time::Instant::now() + LOCK_PATIENCE;
-    loop {
-        match lock.try_lock() {
-            Ok(()) => return Ok(lock),
-            Err(std::fs::TryLockError::WouldBlock) if tokio::time::Instant::now() < end => {
+    let locked = loop {
+        match directory_lock::try_take(places) {
+            Ok(locked) => break locked,
+            Err(Refused::Taken(_)) if tokio::time::Instant::now() < end => {
                 tokio::time::sleep(LOCK_PAUSE).await;
             }
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(DaemonError::Taken { path: directory.to_owned() });
+            Err(Refused::Taken(holder)) => {
+                return Err(DaemonError::Taken { path: directory.to_owned(), holder: holder.to_string() });
             }
-            Err(std::fs::TryLockError::Error(source)) => return Err(file("lock", directory)(source)),
+            Err(Refused::File { action, path, source }) => return Err(file(action, &path)(source)),
         }
+    };
+    for pid in &locked.over {
+        tracing::warn!(
+            pid, path = %directory.display(),
+            "took over from a daemon that was killed and cannot end, as it waits in the kernel for a path that does not answer"
+        );
     }
+    Ok(locked)
 }
 
 /// Makes the runtime state a separate, private mount: namespaces pinned and memory mounted in

@@ -16,6 +16,7 @@ pub mod config;
 mod container;
 pub mod cri;
 pub mod daemon;
+mod directory_lock;
 mod events;
 pub mod file_error;
 pub mod handlers;

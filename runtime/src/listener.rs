@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::file_error::FileError;
+use berth_sys::ending::{Ending, ending};
 
 /// How long a listener may take to accept a connection.
 const ANSWER: Duration = Duration::from_secs(1);
@@ -48,8 +49,18 @@ pub(crate) enum Knock {
 pub(crate) async fn knock(path: &Path) -> Knock {
     match tokio::time::timeout(ANSWER, UnixStream::connect(path)).await {
         Ok(Err(error)) => Knock::Unserved(error),
+        // The kernel connects to the socket of a process that was killed and cannot end.
+        Ok(Ok(stream)) if listener_is_over(&stream) => {
+            Knock::Unserved(io::ErrorKind::ConnectionRefused.into())
+        }
         Ok(Ok(_)) | Err(_) => Knock::Served,
     }
+}
+
+/// Whether the listener was killed. A Unix socket's peer is the process as of its listen.
+fn listener_is_over(stream: &UnixStream) -> bool {
+    let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+    pid.is_some_and(|pid| matches!(ending(pid), Ok(Ending::Over | Ending::Killed)))
 }
 
 /// Whether the client is root. The file's mode keeps others out; this is a second check.

@@ -10,6 +10,7 @@
 pub mod beneath;
 pub mod bpf;
 pub mod credentials;
+pub mod ending;
 pub mod errno;
 pub mod file;
 pub mod host_path;

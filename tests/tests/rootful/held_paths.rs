@@ -1,7 +1,8 @@
 //! Directories of the host whose locks a container holds: whoever makes something in one, or looks for a name
 //! that is not in memory, waits in the kernel and cannot be killed. That is never the daemon.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -221,5 +222,73 @@ fn a_log_directory_that_a_container_holds_keeps_no_other_pod_and_no_daemon_waiti
         ensure!(holder.holds(daemon)?, "all the time");
         serves(daemon, "of-the-next", &other)?;
         holder.remove()
+    })
+}
+
+/// Has locked what a daemon locks, listens where a daemon listens, and waits for a held directory: by
+/// open(2) and flock(2), and by mkdir(2), or by open(2) with `O_CREAT`.
+const WAIT: &str = "
+use Socket;
+my ($path, $call, $socket, @locks) = @ARGV;
+for my $lock (@locks) { syscall(73, syscall(2, $lock, 0), 6) == 0 or die $lock; }
+if ($socket) {
+    unlink $socket;
+    socket(LISTENER, AF_UNIX, SOCK_STREAM, 0) and bind(LISTENER, pack_sockaddr_un($socket)) or die $!;
+    listen(LISTENER, 8) or die $!;
+}
+$call == 2 ? syscall(2, $path, 0101, 0600) : syscall(83, $path, 0700);
+";
+
+/// A process in the place of a daemon, which waits in `call` for something to be made in `held`.
+fn wait_in_place_of_a_daemon(call: &str, held: &Path, socket: &str, locks: &[PathBuf]) -> Result<Child> {
+    let path = held.join(format!("by-{call}"));
+    let mut command = Command::new("/usr/bin/perl");
+    let child = command.args(["-e", WAIT]).arg(path).args([call, socket]).args(locks).spawn()?;
+    let pid = i32::try_from(child.id())?;
+    let state = || status_field(pid, "State").context("its state");
+    within(SOON, "it waits", || Ok(state()?.starts_with('D').then_some(())))?;
+    Ok(child)
+}
+
+#[test]
+fn a_daemon_that_was_killed_and_cannot_end_gives_way_once_it_can_change_nothing() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("other")?;
+        let other = pod.idle("other")?;
+        let held = daemon.directory("held")?;
+        let Some(holder) = Holder::start(daemon, daemon.pod_config("hostile"), &held)? else { return Ok(()) };
+        daemon.stop()?;
+
+        let socket = daemon.socket().to_string_lossy().into_owned();
+        let locks = [daemon.root().join("berthd.lock"), daemon.state()];
+        let mut first = wait_in_place_of_a_daemon("83", &held, &socket, &locks)?;
+        let refused = daemon.fail_to_start()?;
+        let words = format!("another berthd uses {}: process {};", daemon.root().display(), first.id());
+        ensure!(refused.contains(&words), "{refused}");
+        first.kill()?;
+        daemon.start_again()?;
+        serves(daemon, "of-the-next", &other)?;
+        // And so does the next one, for it cannot end still.
+        daemon.crash()?;
+        serves(daemon, "of-the-third", &other)?;
+        ensure!(daemon.log()?.contains("took over from a daemon that was killed"));
+        ensure!(first.try_wait()?.is_none(), "it has not ended");
+        daemon.stop()?;
+
+        let mut second = wait_in_place_of_a_daemon("2", &held, "", &[daemon.root().join("containers")])?;
+        second.kill()?;
+        let refused = daemon.fail_to_start()?;
+        let words = format!("process {}, which was killed but waits", second.id());
+        ensure!(refused.contains(&words) && refused.contains("may still write"), "{refused}");
+
+        let Holder { pod: hostile, hanging, .. } = holder;
+        drop(hanging);
+        for mut ended in [first, second] {
+            within(SOON, "it ends", || Ok(ended.try_wait()?))?;
+        }
+        daemon.start_again()?;
+        serves(daemon, "of-the-last", &other)?;
+        hostile.remove()?;
+        Ok(())
     })
 }

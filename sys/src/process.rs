@@ -8,6 +8,9 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 /// Namespaces that a new process gets: `CLONE_NEW*` of `clone(2)`.
 pub mod namespace {
     /// Its own mount namespace.
@@ -170,6 +173,25 @@ pub fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
     let raw = RawFd::try_from(raw).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
     // SAFETY: the kernel returned `raw` as a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Whether the process that `pidfd` stands for has ended, reaped or not: pidfd_open(2), "readable".
+///
+/// # Errors
+/// As poll(2).
+pub fn has_ended(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut polled = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    loop {
+        match poll(&mut polled, PollTimeout::ZERO) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(ready) => return Ok(ready > 0 && polled.iter().any(says_ended)),
+        }
+    }
+}
+
+fn says_ended(polled: &PollFd<'_>) -> bool {
+    polled.revents().is_some_and(|events| events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP))
 }
 
 /// Sends `signal` to the process that `pidfd` stands for: `pidfd_send_signal(2)`.
@@ -655,10 +677,10 @@ pub struct Program<'a> {
 /// What exec says, `EAGAIN` at a process limit, `EMFILE` at the descriptor limit.
 pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
-    let count = i32::try_from(program.descriptors.len()).map_err(|_| nix::errno::Errno::EMFILE)?;
+    let count = i32::try_from(program.descriptors.len()).map_err(|_| Errno::EMFILE)?;
     // Above the limit, glibc refuses an action with a code that nix takes for success.
     if rlimit(RLIMIT_NOFILE)?.0 < program.descriptors.len() as u64 {
-        return Err(nix::errno::Errno::EMFILE.into());
+        return Err(Errno::EMFILE.into());
     }
     let mut actions = PosixSpawnFileActions::init()?;
     // A descriptor may be on a number that a dup2 for another one overwrites; a copy above them all

@@ -17,6 +17,7 @@
 //! is incomplete, to be removed.
 
 pub mod archive;
+pub(crate) mod decimal;
 pub(crate) mod path;
 pub(crate) mod pax;
 pub(crate) mod sparse;

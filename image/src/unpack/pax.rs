@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use berth_sys::beneath::Timestamp;
 
+use super::decimal::decimal;
 use super::is_wanted_xattr;
 use super::sparse::{self, Segment, SparseError};
 
@@ -172,15 +173,6 @@ fn text(value: &[u8]) -> Result<Option<Vec<u8>>, PaxError> {
 
 fn number(value: &[u8]) -> Result<Option<u64>, PaxError> {
     if value.is_empty() { Ok(None) } else { decimal(value).map(Some).ok_or(PaxError::Value) }
-}
-
-/// Digits only, at most what fits an `i64`: sizes beyond that do not exist, and other readers call
-/// them negative.
-pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
-    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    std::str::from_utf8(digits).ok()?.parse().ok().filter(|&n| i64::try_from(n).is_ok())
 }
 
 /// `[-]<seconds>[.<fraction>]`; digits after the ninth are cut.

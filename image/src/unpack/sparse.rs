@@ -158,7 +158,7 @@ pub(crate) fn of_list(text: &[u8]) -> Result<VecDeque<Segment>, PaxError> {
     if text.is_empty() {
         return Ok(map);
     }
-    let mut numbers = text.split(|&b| b == b',').map(super::pax::decimal);
+    let mut numbers = text.split(|&b| b == b',').map(super::decimal::decimal);
     while let Some(offset) = numbers.next() {
         let (Some(offset), Some(Some(length))) = (offset, numbers.next()) else {
             return Err(PaxError::Value);

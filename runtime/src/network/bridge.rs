@@ -1,9 +1,9 @@
 //! The built-in bridge as a network of pods.
 
-use super::{Attached, Description, Interface, Namespace, NetworkError, NotReady};
+use super::{Attached, Description, Interface, MAIN_INTERFACE, Namespace, NetworkError, NotReady};
 use crate::chain;
 use berth_model::id::SandboxId;
-use berth_network::bridge::{POD_INTERFACE, open_in_pod};
+use berth_network::bridge::open_in_pod;
 use berth_network::{Bridge, BridgeConfig};
 use berth_sys::ns::{self, Kind};
 use std::borrow::Cow;
@@ -41,7 +41,7 @@ pub(super) fn attach(bridge: &Bridge, sandbox: &SandboxId) -> Result<Attached, N
     let own = ns::open_own(Kind::Network).map_err(NetworkError::Namespace)?;
     let attachment = bridge.attach(sandbox.as_str(), &mut inside, own.as_fd())?;
     let addresses = attachment.addresses.iter().map(|address| address.address).collect();
-    Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(POD_INTERFACE), addresses }] })
+    Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }] })
 }
 
 /// The namespace has been unpinned.

@@ -1,12 +1,11 @@
 //! The node's CNI configuration as a network of pods.
 
-use super::{Attached, Interface, NetworkError, NotReady, Pod};
+use super::{Attached, Interface, MAIN_INTERFACE, NetworkError, NotReady, Pod};
 use crate::clock;
 use crate::config::CniConfig;
 use crate::{chain, lock};
 use berth_cni::{Attachment, Cache, CachedAttachment, Directory, DirectoryError, Network, NetworkConfig};
 use berth_model::id::SandboxId;
-use berth_network::bridge::POD_INTERFACE;
 use berth_sys::ns;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
@@ -121,7 +120,7 @@ impl Cni {
         let netns = self.pin(pod)?;
         let attachment = Attachment {
             container_id: pod.id.to_string(),
-            interface: POD_INTERFACE.to_owned(),
+            interface: MAIN_INTERFACE.to_owned(),
             netns,
             args: args(pod),
             capabilities: self.capabilities(pod)?,
@@ -136,7 +135,7 @@ impl Cni {
             sandbox = %pod.id, network = config.name(), ?addresses,
             took_ms = (clock::unix_ns() - begin) / 1_000_000, "attached to a CNI network"
         );
-        Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(POD_INTERFACE), addresses }] })
+        Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }] })
     }
 
     /// Pins a pod's namespace where plugins and agents look for it.

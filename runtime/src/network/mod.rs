@@ -29,6 +29,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 pub(crate) use error::NetworkError;
 
+/// What the main interface of a pod is called, whichever kind made it.
+pub(crate) const MAIN_INTERFACE: &str = berth_network::bridge::POD_INTERFACE;
+
 /// The network of the pods that do not use the node's.
 #[derive(Debug)]
 pub(crate) struct Network {

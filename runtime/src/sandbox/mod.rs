@@ -86,7 +86,8 @@ impl PodProcess {
 
     fn has_ended(&self) -> bool {
         match &self.pidfd {
-            Some(pidfd) => process::signal_pidfd(pidfd.as_fd(), 0).is_err(),
+            // What cannot be found out is no end.
+            Some(pidfd) => process::has_ended(pidfd.as_fd()).unwrap_or(false),
             None => matches!(process::is_there(self.record.pid, self.record.start_time), Ok(false)),
         }
     }

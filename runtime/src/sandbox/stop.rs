@@ -40,7 +40,9 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     }
     let (node, sandbox) = (node.clone(), sandbox.clone());
     tokio::task::spawn_blocking(move || {
-        give_back(&node, &sandbox, given_up)?;
+        // Also one of a container that has been removed.
+        let used = given_up || node.cgroups.has_left_below(&sandbox.cgroup_parent);
+        give_back(&node, &sandbox, used)?;
         *lock(&sandbox.torn_down) = true;
         if let Err(error) = sandbox.write_record() {
             // The next stop does all of this again, and writes it down.

@@ -1,11 +1,12 @@
 //! Watches for the end of a pod's first process.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use berth_model::state::SandboxEvent;
+use berth_sys::process;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -37,7 +38,14 @@ async fn ended(pidfd: Option<io::Result<OwnedFd>>) -> io::Result<()> {
     let pidfd = pidfd.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))?;
     #[expect(deprecated, reason = "what is said against it is not true of a descriptor that is owned")]
     let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
-    pidfd.readable().await.map(drop)
+    loop {
+        let mut readable = pidfd.readable().await?;
+        // Readiness is a hint; the descriptor itself says whether it is so.
+        if process::has_ended(pidfd.as_fd())? {
+            return Ok(());
+        }
+        readable.clear_ready();
+    }
 }
 
 /// Until the process has ended, or the sandbox is gone.
@@ -59,7 +67,6 @@ mod tests {
     use berth_model::layout::Layout;
     use berth_model::record::{ProcessRecord, SandboxRecord};
     use berth_model::state::SandboxState;
-    use berth_sys::process;
     use tracing::dispatcher::{set_default, with_default};
 
     use super::*;

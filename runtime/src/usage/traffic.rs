@@ -7,6 +7,7 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use crate::network::MAIN_INTERFACE;
 use berth_network::Netlink;
 use berth_network::interfaces::{self, InterfaceCounters};
 use berth_sys::ns::{self, Kind};
@@ -31,8 +32,7 @@ impl Traffic {
         if interfaces.is_empty() {
             return None;
         }
-        let main =
-            interfaces.iter().position(|interface| interface.name == berth_network::bridge::POD_INTERFACE);
+        let main = interfaces.iter().position(|interface| interface.name == MAIN_INTERFACE);
         let main = interfaces.remove(main.unwrap_or(0));
         Some(Self { main, others: interfaces })
     }

@@ -12,7 +12,7 @@ use berth_tests::cgroup::{Cgroup, Driver};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::fuse::{Hanging, with_unkillable};
-use berth_tests::pod::{Container, idle, limit, sharing, sharing_pod};
+use berth_tests::pod::{Container, idle, limit, security, sharing, sharing_pod, volume};
 use berth_tests::skip::skip;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -168,6 +168,54 @@ fn cgroups_of_what_nobody_knows_any_more_go_below_the_cgroups_of_pods_too() -> R
         stays.remove()?;
         fs::remove_dir(strangers)?;
         Ok(())
+    })
+}
+
+#[test]
+fn a_process_that_cannot_be_ended_loses_the_network_of_its_pod() -> Result<()> {
+    rootful(|daemon| {
+        let directory = daemon.directory("hanging")?;
+        let Some(hanging) = Hanging::mount(&directory)? else {
+            skip("cgroups::a_process_that_cannot_be_ended", "no FUSE here");
+            return Ok(());
+        };
+        // Its end would wait for that of all others in a pid namespace of its own.
+        let host_pids = v1::NamespaceOption { pid: v1::NamespaceMode::Node.into(), ..Default::default() };
+        let mut config = daemon.pod_config("web");
+        let linux = config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().namespace_options = Some(host_pids.clone());
+        let pod = daemon.pod_of(config)?;
+        let mut config = idle("main");
+        security(&mut config).namespace_options = Some(host_pids);
+        config.mounts = vec![volume(&directory, "/volume")];
+        let main = pod.start(config)?;
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| main.exec(&["cat", "/volume/name"]));
+            let hangs = within(SOON, "a process waits and cannot be killed", || {
+                let processes = daemon.cgroup().read("memory", &main.id, "cgroup.procs")?;
+                Ok(processes.lines().map(str::to_owned).find(|pid| {
+                    fs::read_to_string(format!("/proc/{pid}/status"))
+                        .is_ok_and(|status| status.lines().any(|line| line.starts_with("State:\tD")))
+                }))
+            })?;
+            let interfaces = || -> Result<String> {
+                let net = format!("--net=/proc/{hangs}/ns/net");
+                let found = Command::new("nsenter").args([&net, "cat", "/proc/self/net/dev"]).output()?;
+                ensure!(found.status.success(), "{found:?}");
+                Ok(String::from_utf8(found.stdout)?)
+            };
+            ensure!(interfaces()?.contains("eth0"), "it has the pod's network");
+            let stopped = pod.stop();
+            let after = interfaces();
+            drop(hanging);
+            let _ = waiting.join();
+            stopped?;
+            let after = after?;
+            ensure!(!after.contains("eth0"), "the pod's address is free, and the process has it: {after}");
+            within(SOON, "the cgroup is removed", || {
+                Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
+            })
+        })
     })
 }
 

@@ -5,6 +5,8 @@
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use berth_api::DEFAULT_SOCKET;
+use berth_cri::v1::KeyValue;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -15,9 +17,6 @@ use crate::port_spec::PortSpec;
 use crate::run_plan::DEFAULT_CONTAINER;
 use crate::user_spec::UserSpec;
 use crate::{detach_keys, env_spec, pod_name, quantity};
-
-use berth_api::DEFAULT_SOCKET;
-use berth_cri::v1::KeyValue;
 
 /// Manage pods and containers on this machine through berthd.
 #[derive(Debug, Parser)]

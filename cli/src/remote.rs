@@ -1,7 +1,8 @@
 //! Connections to the daemon's streaming server, for the URLs that the daemon returns.
 //!
-//! They go through the server's socket in the file system and not to the address in the URL, which is for a
-//! kubelet: that works in every network namespace and chroot, and whether or not the address wants TLS.
+//! They go through the server's socket in the file system and not to the address in the URL, which
+//! is for a kubelet: that works in every network namespace and chroot, and whether or not the
+//! address wants TLS.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -1,26 +1,28 @@
 //! The socket and the gRPC server on it.
 
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use berth_api::v1::berth_server::BerthServer;
+use berth_cri::MAX_MESSAGE_BYTES;
+use berth_cri::v1::image_service_server::ImageServiceServer;
+use berth_cri::v1::runtime_service_server::RuntimeServiceServer;
+use tokio::sync::oneshot;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnixListenerStream;
+
 use crate::api;
 use crate::cri::{ImageService, RuntimeService};
 use crate::file_error::FileError;
 use crate::http2;
 use crate::listener::{self, Knock};
 use crate::streaming::LocalStreaming;
-use berth_api::v1::berth_server::BerthServer;
-use berth_cri::MAX_MESSAGE_BYTES;
-use berth_cri::v1::image_service_server::ImageServiceServer;
-use berth_cri::v1::runtime_service_server::RuntimeServiceServer;
-use std::future::Future;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-use tokio::sync::oneshot;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::UnixListenerStream;
 
-/// How long calls may go on after the daemon was asked to stop. Pods do not depend on it.
+/// How long calls may continue after the daemon was asked to stop. Pods do not depend on it.
 const LAST_CALLS: Duration = Duration::from_secs(3);
 
-/// The mode of the socket's file.
+/// The mode of the socket file.
 const MODE: u32 = 0o660;
 
 /// Why the socket cannot be served.
@@ -35,7 +37,7 @@ pub enum ServeError {
         /// The file or directory.
         path: PathBuf,
     },
-    /// The server.
+    /// The server failed.
     #[error("the server failed")]
     Server(#[source] tonic::transport::Error),
 }
@@ -80,7 +82,7 @@ pub(crate) async fn serve(
         connection
     });
     let connections = connections.filter(|connection| match connection {
-        // Errors (no descriptors left for a moment) pass: the server goes on.
+        // Errors (no descriptors left for a moment) are temporary: the server continues.
         Ok(stream) => listener::is_root(stream),
         Err(_) => true,
     });
@@ -105,7 +107,7 @@ pub(crate) async fn serve(
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
         )
         .serve_with_incoming_shutdown(connections, async {
-            // A sender that has gone means the same as one that spoke.
+            // A dropped sender means the same as a message.
             let _ = closing.await;
         });
     let ending = async {

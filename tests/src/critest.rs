@@ -26,9 +26,9 @@ pub enum Outcome {
     Failed(String),
 }
 
-/// Reads the report that critest writes with `-ginkgo.json-report` (ginkgo v2, `types.Report`). Specs that
-/// the command line left out, such as benchmarks, are not returned. A set-up or clean-up step of the whole
-/// suite is, if it failed.
+/// Reads the report that critest writes with `-ginkgo.json-report` (ginkgo v2, `types.Report`).
+/// Specs that the command line left out, such as benchmarks, are not returned. A set-up or clean-up
+/// step of the whole suite is, if it failed.
 ///
 /// # Errors
 /// When it is not such a report, or has no specs.
@@ -91,17 +91,17 @@ pub struct Verdict {
     pub passed: usize,
     /// The exceptions that applied, with the number of specs that each covered.
     pub excepted: Vec<(String, usize)>,
-    /// Why the run fails: specs that failed or were skipped without an exception, with critest's message, and
-    /// exceptions that match no spec.
+    /// Why the run fails: specs that failed or were skipped without an exception, with critest's
+    /// message, and exceptions that match no spec.
     pub wrong: Vec<String>,
     /// Exceptions whose specs all passed.
     pub outdated: Vec<String>,
 }
 
 impl Exceptions {
-    /// Reads lines of `KIND | PART OF THE SPECS' NAMES | REASON`; empty lines and those that begin with `#`
-    /// are ignored. KIND is `fails`, `skips` (critest skips the specs), or `depends` (it skips them on some
-    /// machines only).
+    /// Reads lines of `KIND | PART OF THE SPECS' NAMES | REASON`; empty lines and those that begin
+    /// with `#` are ignored. KIND is `fails`, `skips` (critest skips the specs), or `depends` (it
+    /// skips them on some machines only).
     ///
     /// # Errors
     /// When a line has another form; the message has its number.

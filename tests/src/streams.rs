@@ -1,4 +1,5 @@
-//! A client of the streaming URLs, as a kubelet is one: SPDY/3.1 over an upgraded HTTP/1.1 connection.
+//! A client of the streaming URLs, as a kubelet is one: SPDY/3.1 over an upgraded HTTP/1.1
+//! connection.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;

@@ -164,8 +164,8 @@ async fn connect(to: &Destination) -> Result<Forwarded, Error> {
     Ok(remote::forward(&to.daemon, &url, to.port).await?)
 }
 
-/// Copies both ways until both have ended. Returns why the pod's side failed, if it did. The local client
-/// sees a reset if it has not received everything that the pod sent.
+/// Copies both ways until both have ended. Returns why the pod's side failed, if it did. The local
+/// client sees a reset if it has not received everything that the pod sent.
 async fn forward(mut socket: TcpStream, forwarded: Forwarded) -> Option<String> {
     let is_whole = AtomicBool::new(false);
     let failure = copy(&mut socket, forwarded, &is_whole).await;

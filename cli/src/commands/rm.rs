@@ -11,13 +11,12 @@ use std::path::{Path, PathBuf};
 
 use berth_cri::v1::{Container, PodSandbox};
 
+use super::stop::{report, runs};
 use crate::args::RmArgs;
 use crate::daemon::Daemon;
 use crate::error::Error;
 use crate::names::{Inventory, Target, pod_name};
 use crate::run_plan::log_directory_of;
-
-use super::stop::{report, runs};
 
 /// Why something was not removed.
 #[derive(Debug, thiserror::Error)]

@@ -1,8 +1,8 @@
 //! Writes a file or a directory as an archive, by descriptor.
 //!
 //! Links are written as links; only one at the end of the given path is followed, below the root.
-//! Devices, FIFOs and sockets are skipped. The tree may change meanwhile: what is gone is skipped, and a
-//! file that shrinks is padded with zeros, as tar(1) does.
+//! Devices, FIFOs and sockets are skipped. The tree may change meanwhile: what is gone is skipped,
+//! and a file that shrinks is padded with zeros, as tar(1) does.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};

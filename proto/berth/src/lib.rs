@@ -1,15 +1,18 @@
-//! Berth's own service beside CRI: import of image files, pulls with progress, facts about the daemon.
+//! Berth's own service beside CRI: import of image files, pulls with progress, facts about the
+//! daemon.
 //!
 //! Served on the CRI socket and used by the `berth` command. The wire is written down in
-//! `berth/v1/berth.proto`. The Rust code in `src/generated` comes from it and is committed, so that a build
-//! needs neither protoc nor a build script; `tests/generated.rs` regenerates it and compares.
+//! `berth/v1/berth.proto`. The Rust code in `src/generated` comes from it and is committed, so that
+//! a build needs neither protoc nor a build script; `tests/generated.rs` regenerates it and
+//! compares.
 #![forbid(unsafe_code)]
 
 mod redacted;
 
 use std::path::{Path, PathBuf};
 
-/// Package `berth.v1`: every message, and a module each for the client and the server of the service.
+/// Package `berth.v1`: every message, and a module each for the client and the server of the
+/// service.
 #[expect(
     missing_docs,
     unused_qualifications,
@@ -26,8 +29,8 @@ pub const SOCKET_NAME: &str = "berth.sock";
 /// Where the socket is if neither the daemon nor its client is configured otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/berth/berth.sock";
 
-/// Where clients on the daemon's host connect for the streams of Exec, Attach and PortForward, with the paths
-/// of their URLs: beside the daemon's `socket`, and for root only.
+/// Where clients on the daemon's host connect for the streams of Exec, Attach and PortForward, with
+/// the paths of their URLs: beside the daemon's `socket`, and for root only.
 #[must_use]
 pub fn streams_socket(socket: &Path) -> PathBuf {
     let mut path = socket.as_os_str().to_owned();
@@ -37,6 +40,7 @@ pub fn streams_socket(socket: &Path) -> PathBuf {
 
 /// The largest piece of an archive in one `ImportRequest`, in bytes.
 ///
-/// Large enough that the call's own cost is nothing beside the copy, small enough that a slow daemon holds
-/// little. A daemon refuses larger ones, so a smaller number here breaks older commands.
+/// Large enough that the call's own cost is nothing beside the copy, small enough that a slow
+/// daemon holds little. A daemon refuses larger ones, so a smaller number here breaks older
+/// commands.
 pub const MAX_CHUNK_BYTES: usize = 1 << 20;

@@ -1,34 +1,29 @@
-//! The streaming server of the daemon: what Exec, Attach and PortForward answer with, and what is done when
-//! the client comes.
+//! The streaming server of the daemon: what Exec, Attach and PortForward answer with, and what is
+//! done when the client comes.
 //!
 //! - `exec`: a program in a container on the client's streams;
 //! - `attach`: those of the container's own program;
 //! - `port_forward`: connections into the network of a sandbox.
 //!
-//! The wire is `berth_streaming`'s. It listens on the loopback interface unless the configuration says
-//! otherwise, and on a socket in the file system for the `berth` command; the URL's token is what lets a
-//! client in.
+//! The wire is `berth_streaming`'s. It listens on the loopback interface unless the configuration
+//! says otherwise, and on a socket in the file system for the `berth` command; the URL's token is
+//! what lets a client in.
 
 mod attach;
 mod exec;
 mod pipes;
 mod port_forward;
 
-use crate::config::StreamingConfig;
-use crate::container::Container;
-use crate::file_error::FileError;
-use crate::listener;
-use crate::lock;
-use crate::sandbox::Sandbox;
-use berth_streaming::command::Wanted;
-use berth_streaming::server::Server;
-use berth_streaming::tokens::{Endpoint, Task, TokenError};
-use berth_sys::socket;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use berth_streaming::command::Wanted;
+use berth_streaming::server::Server;
+use berth_streaming::tokens::{Endpoint, Task, TokenError};
+use berth_sys::socket;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
@@ -37,7 +32,15 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{self, ServerConfig};
 
-/// Connections that wait to be accepted. The kernel takes the smaller of this and `net.core.somaxconn`.
+use crate::config::StreamingConfig;
+use crate::container::Container;
+use crate::file_error::FileError;
+use crate::listener;
+use crate::lock;
+use crate::sandbox::Sandbox;
+
+/// Connections that wait to be accepted. The kernel takes the smaller of this and
+/// `net.core.somaxconn`.
 const BACKLOG: u32 = 1024;
 
 /// How soon an address that cannot be listened on is tried again, and how rarely in the end.
@@ -77,7 +80,8 @@ pub(crate) enum UrlError {
     Token(#[from] TokenError),
 }
 
-/// The server. It ends when this is dropped; what runs on its connections goes on until the daemon ends.
+/// The server. It ends when this is dropped; what runs on its connections goes on until the daemon
+/// ends.
 #[derive(Debug)]
 pub(crate) struct Streaming {
     server: Arc<Server>,
@@ -94,8 +98,8 @@ impl Drop for Streaming {
 }
 
 impl Streaming {
-    /// Begins to listen. An address that is in use, or that the node does not have yet, is tried again in the
-    /// background: pods do not need it.
+    /// Begins to listen. An address that is in use, or that the node does not have yet, is tried
+    /// again in the background: pods do not need it.
     ///
     /// # Errors
     /// [`StreamingError`].
@@ -145,7 +149,8 @@ impl Streaming {
         self.url(Endpoint::Attach, Task::Command(wanted, run))
     }
 
-    /// A URL for a client that connects to ports of a sandbox: to any, or to `ports` if it cannot say which.
+    /// A URL for a client that connects to ports of a sandbox: to any, or to `ports` if it cannot
+    /// say which.
     ///
     /// # Errors
     /// [`UrlError`].

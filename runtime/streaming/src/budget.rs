@@ -1,12 +1,13 @@
 //! What a client has sent and is not read yet: how much of it a connection may hold.
 //!
-//! Each stream of a connection has a queue, and all of them together have one [`Budget`] of bytes. When it
-//! is used up, the connection is not read until a queue is read or dropped; TCP
-//! slows the client down then.
+//! Each stream of a connection has a queue, and all of them together have one [`Budget`] of bytes.
+//! When it is used up, the connection is not read until a queue is read or dropped; TCP slows the
+//! client down then.
 
-use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// What waits for its readers on one connection, in bytes.
@@ -118,8 +119,9 @@ impl Receiver {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use futures_util::FutureExt;
+
+    use super::*;
 
     #[tokio::test]
     async fn queues_share_a_budget_and_give_back_what_is_read_or_given_up() {

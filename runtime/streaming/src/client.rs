@@ -1,21 +1,24 @@
-//! A client of the URLs: the request, and the streams of a command or of a forwarded connection, over SPDY.
+//! A client of the URLs: the request, and the streams of a command or of a forwarded connection,
+//! over SPDY.
 //!
-//! Connecting is the caller's: to the address in the URL, or to the server's local socket. Everything here
-//! works on a connected stream; [`Target`] is what to ask for there.
+//! Connecting is the caller's: to the address in the URL, or to the server's local socket.
+//! Everything here works on a connected stream; [`Target`] is what to ask for there.
 
-use crate::IDLE;
-use crate::command::{self, Outcome, Size, Wanted};
-use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
-use crate::spdy::{Connection, Headers, Limits, Stream};
-use crate::{forward, upgrade};
+use std::time::Duration;
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper::header::{CONNECTION, HOST, UPGRADE};
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::IDLE;
+use crate::command::{self, Outcome, Size, Wanted};
+use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
+use crate::spdy::{Connection, Headers, Limits, Stream};
+use crate::{forward, upgrade};
 
 /// How long a server may take to answer the request.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -116,7 +119,8 @@ async fn refused(answer: Response<hyper::body::Incoming>) -> ClientError {
     ClientError::Refused { status, text }
 }
 
-/// A command on the other side: its streams, and what becomes of it. It is given up when this is dropped.
+/// A command on the other side: its streams, and what becomes of it. It is given up when this is
+/// dropped.
 #[derive(Debug)]
 pub struct Command {
     /// Where its standard input goes, if that was wanted.
@@ -157,8 +161,8 @@ pub struct Ending {
 const MAX_STATUS_BYTES: usize = 64 * 1024;
 
 impl Ending {
-    /// Waits for the outcome; `None` when the connection broke before. Cancel safe only in that a status
-    /// that has come in part is lost.
+    /// Waits for the outcome; `None` when the connection broke before. Cancel safe only in that a
+    /// status that has come in part is lost.
     pub async fn outcome(&mut self) -> Option<Outcome> {
         let mut status = Vec::new();
         while let Some(bytes) = self.error.receive().await {
@@ -176,8 +180,8 @@ impl Ending {
     }
 }
 
-/// Starts the command of a URL of Exec, or joins the one of a URL of Attach, on a connection to `target`.
-/// `wanted` has to be what the URL was asked for.
+/// Starts the command of a URL of Exec, or joins the one of a URL of Attach, on a connection to
+/// `target`. `wanted` has to be what the URL was asked for.
 ///
 /// # Errors
 /// [`ClientError`].
@@ -260,15 +264,17 @@ where
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+
     use super::*;
     use crate::command::Run;
     use crate::server::Server;
     use crate::server::tests::served;
     use crate::tokens::{Endpoint, Task};
-    use std::net::SocketAddr;
-    use std::sync::Arc;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::{TcpListener, TcpStream};
 
     fn target(server: &Server, address: SocketAddr, endpoint: Endpoint, task: Task) -> Target {
         let token = server.tokens().insert(endpoint, task).unwrap();

@@ -1,24 +1,26 @@
 //! A command with its streams: what exec and attach have in common, whatever carries it.
 //!
-//! The sub-protocols are those of Kubernetes' remote command: `channel.k8s.io` and `v2` to `v4` of it over
-//! SPDY, in which each stream has a header `streamType`; over WebSocket, messages whose first byte is a
-//! channel.
+//! The sub-protocols are those of Kubernetes' remote command: `channel.k8s.io` and `v2` to `v4` of
+//! it over SPDY, in which each stream has a header `streamType`; over WebSocket, messages whose
+//! first byte is a channel.
 //!
 //! | version | on the error stream |
 //! |---|---|
 //! | 1 to 3 | nothing after success, else plain text |
 //! | 4, 5 | a JSON object in the form of `metav1.Status`, always |
 
+use std::pin::Pin;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+
 use crate::budget::{self, End};
 use crate::hangup::Hangup;
 use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
 use crate::spdy::{Connection, Limits, ResetStatus, Stream};
 use crate::{IDLE, LINGER, STREAMS_WITHIN, websocket};
-use bytes::Bytes;
-use serde::Deserialize;
-use std::pin::Pin;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
 
 /// The streams that a request is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,8 +49,8 @@ pub struct Size {
 pub enum Outcome {
     /// With this exit code.
     Exited(i32),
-    /// Its program is not there or cannot be run. Why, in words for the client, and the exit code that a
-    /// shell has for that: 127 or 126.
+    /// Its program is not there or cannot be run. Why, in words for the client, and the exit code
+    /// that a shell has for that: 127 or 126.
     NotRun {
         /// Why.
         text: String,
@@ -89,8 +91,8 @@ impl Input {
         Self(data)
     }
 
-    /// The next bytes; `None` at the end of the input. A connection that breaks is none: nothing comes then,
-    /// and the command is given up.
+    /// The next bytes; `None` at the end of the input. A connection that breaks is none: nothing
+    /// comes then, and the command is given up.
     pub async fn receive(&mut self) -> Option<Bytes> {
         let received = self.0.receive().await;
         if received.is_none() && self.0.end() == End::Broken {
@@ -145,7 +147,8 @@ pub(crate) const OVER_SPDY: [(&str, Version); 4] = [
     ("channel.k8s.io", Version::V1),
 ];
 
-/// The reason of the cause that has a shell's exit code. Ours; Kubernetes' clients print the message.
+/// The reason of the cause that has a shell's exit code. Ours; Kubernetes' clients print the
+/// message.
 const SHELL_CODE: &str = "ShellExitCode";
 
 /// What is said on the error stream; `None` for nothing.
@@ -188,7 +191,8 @@ fn failure(text: &str, more: &[serde_json::Value]) -> serde_json::Value {
     })
 }
 
-/// The outcome in a status of version 4 or 5, if it has one. For clients: the reverse of [`status`].
+/// The outcome in a status of version 4 or 5, if it has one. For clients: the reverse of
+/// [`status`].
 pub(crate) fn outcome(status: &[u8]) -> Option<Outcome> {
     let status: serde_json::Value = serde_json::from_slice(status).ok()?;
     if status["status"] == "Success" {
@@ -362,8 +366,8 @@ where
             () = connection.closed() => false,
         };
         if said {
-            // It closes when it has read the status; a connection that is closed before may take the status
-            // along.
+            // It closes when it has read the status; a connection that is closed before may take
+            // the status along.
             let _ = tokio::time::timeout(LINGER, connection.closed()).await;
         }
     }
@@ -372,10 +376,11 @@ where
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::*;
-    use crate::spdy::Headers;
     use proptest::prelude::*;
     use tokio::io::duplex;
+
+    use super::*;
+    use crate::spdy::Headers;
 
     #[test]
     fn a_status_has_the_form_that_clients_parse() {

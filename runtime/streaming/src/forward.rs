@@ -1,28 +1,30 @@
 //! Port forwarding: `portforward.k8s.io` over SPDY.
 //!
-//! For each TCP connection the client opens two streams with the headers `streamType` (`error`, then
-//! `data`), `port` and `requestID`, the same for both. Clients before Kubernetes 1.6 send no `requestID`:
-//! their data stream has the id after that of its error stream. A connection that fails says why on its
-//! error stream, and takes nothing else along.
+//! For each TCP connection the client opens two streams with the headers `streamType` (`error`,
+//! then `data`), `port` and `requestID`, the same for both. Clients before Kubernetes 1.6 send no
+//! `requestID`: their data stream has the id after that of its error stream. A connection that
+//! fails says why on its error stream, and takes nothing else along.
 //!
-//! The port sees an end only where its client, or itself, has ended: a client that vanishes or gives up is a
-//! connection that breaks, so that half a request is not taken for a whole one.
+//! The port sees an end only where its client, or itself, has ended: a client that vanishes or
+//! gives up is a connection that breaks, so that half a request is not taken for a whole one.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::command::BoxFuture;
 use crate::hangup::Hangup;
 use crate::spdy::connection::{BrokenOff, Incoming, Outgoing, Role};
 use crate::spdy::{Connection, Limits, ResetStatus, Stream};
 use crate::{IDLE, STALL, STREAMS_WITHIN};
-use bytes::{Bytes, BytesMut};
-use std::collections::HashMap;
-use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::net::tcp::{ReadHalf, WriteHalf};
-use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 /// The sub-protocol.
 pub(crate) const PROTOCOL: &str = "portforward.k8s.io";
@@ -171,7 +173,8 @@ async fn fail(error: &Outgoing, text: &str) {
     }
 }
 
-/// The port's side of a connection. The port sees it break when this is dropped before either side has ended.
+/// The port's side of a connection. The port sees it break when this is dropped before either side
+/// has ended.
 #[derive(Debug)]
 pub(crate) struct PortSide {
     stream: TcpStream,
@@ -218,15 +221,16 @@ async fn forward(pair: Pair, connect: Connect) {
     let connected = async {
         let mut side = PortSide::from(connect(port).await?);
         let (from, to, ended) = side.split();
-        // A port that reads no more may have answered all the same: that is passed on before it is said.
+        // A port that reads no more may have answered all the same: that is passed on before it is
+        // said.
         let uploading = async { Ok(upload(incoming, to, ended).await) };
         match tokio::try_join!(uploading, download(from, both, ended)) {
             Ok((Ok(()), ())) => Ok(()),
             Ok((Err(failed), ())) | Err(failed) => Err(format!("forward port {port}: {failed}")),
         }
     };
-    // A client that resets its stream is not waited for by the pod's side, which may never say anything
-    // again.
+    // A client that resets its stream is not waited for by the pod's side, which may never say
+    // anything again.
     let result = tokio::select! {
         biased;
         result = connected => result,
@@ -287,10 +291,11 @@ async fn download(from: ReadHalf<'_>, to: Outgoing, ended: &AtomicBool) -> io::R
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::spdy::Headers;
     use tokio::io::{AsyncReadExt, duplex};
     use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::spdy::Headers;
 
     async fn served(connect: Connect) -> (Connection, tokio::task::JoinHandle<()>) {
         let (near, far) = duplex(64 * 1024);
@@ -333,7 +338,8 @@ mod tests {
         tokio::spawn(async move {
             while let Ok((mut socket, _)) = listener.accept().await {
                 tokio::spawn(async move {
-                    // It answers only when the client has finished: the end has to be passed on separately.
+                    // It answers only when the client has finished: the end has to be passed on
+                    // separately.
                     let mut text = Vec::new();
                     socket.read_to_end(&mut text).await.unwrap();
                     text.reverse();

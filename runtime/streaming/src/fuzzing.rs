@@ -1,8 +1,17 @@
-//! Bytes of a hostile peer through everything that reads them: what the fuzz targets in `fuzz/` call, and
-//! the test that replays their corpus.
+//! Bytes of a hostile peer through everything that reads them: what the fuzz targets in `fuzz/`
+//! call, and the test that replays their corpus.
 //!
-//! Each function returns when the connection is over. It panics when what it calls does, when the same bytes
-//! are read differently in pieces, and when a connection does not end although its peer has closed it.
+//! Each function returns when the connection is over. It panics when what it calls does, when the
+//! same bytes are read differently in pieces, and when a connection does not end although its peer
+//! has closed it.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::command::{Outcome, Run, Size, Wanted};
 use crate::forward::Connect;
@@ -10,12 +19,6 @@ use crate::server::Server;
 use crate::spdy::{Decoder, Frame, Headers, ProtocolError};
 use crate::tokens::{Endpoint, Task};
 use crate::{client, command, forward, websocket};
-use bytes::BytesMut;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, LazyLock};
-use std::time::Duration;
-use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
-use tokio::net::{TcpListener, TcpStream};
 
 /// A connection that takes longer hangs. Microseconds are usual.
 const ENDS: Duration = Duration::from_secs(60);
@@ -61,8 +64,8 @@ fn frames(data: &[u8], piece: usize) -> (Vec<Frame>, Result<(), ProtocolError>) 
     (frames, Ok(()))
 }
 
-/// A connection that speaks SPDY. The first byte says to whom: a command without or with a terminal, with
-/// each version of the protocol, forwarded ports, or a client of ours.
+/// A connection that speaks SPDY. The first byte says to whom: a command without or with a
+/// terminal, with each version of the protocol, forwarded ports, or a client of ours.
 pub fn spdy_connection(data: &[u8]) {
     let Some((to, data)) = data.split_first() else { return };
     match to % 16 {
@@ -76,8 +79,8 @@ pub fn spdy_connection(data: &[u8]) {
     }
 }
 
-/// A connection that speaks WebSocket. The first byte is the number of the sub-protocol: of commands, of
-/// ports, or the tunnel for SPDY.
+/// A connection that speaks WebSocket. The first byte is the number of the sub-protocol: of
+/// commands, of ports, or the tunnel for SPDY.
 pub fn websocket(data: &[u8]) {
     let Some((to, data)) = data.split_first() else { return };
     let to = usize::from(*to);
@@ -94,8 +97,8 @@ pub fn websocket(data: &[u8]) {
     }
 }
 
-/// A connection to the server, from its first byte. The words `{exec}`, `{attach}` and `{portforward}`
-/// stand for tokens.
+/// A connection to the server, from its first byte. The words `{exec}`, `{attach}` and
+/// `{portforward}` stand for tokens.
 pub fn request(data: &[u8]) {
     let server = Arc::new(Server::default());
     let mut data = data.to_vec();

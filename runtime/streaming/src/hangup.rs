@@ -1,15 +1,16 @@
 //! Noticing that a peer has closed its connection while what it has sent is not read.
 //!
-//! A command that does not read its input holds up the reading of its connection, and a read is how an end
-//! is found otherwise.
+//! A command that does not read its input holds up the reading of its connection, and a read is how
+//! an end is found otherwise.
 //!
-//! An end that is behind more than the socket's buffers hold is seen only when they empty: TCP delivers it
-//! after the data.
+//! An end that is behind more than the socket's buffers hold is seen only when they empty: TCP
+//! delivers it after the data.
 
-use socket2::SockRef;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -42,8 +43,8 @@ impl Hangup {
         let _ = SockRef::from(&self.0).shutdown(Shutdown::Both);
     }
 
-    /// Resolves when the peer has shut down its side of the connection, or it was reset: `EPOLLRDHUP` of
-    /// epoll_ctl(2).
+    /// Resolves when the peer has shut down its side of the connection, or it was reset:
+    /// `EPOLLRDHUP` of epoll_ctl(2).
     async fn wait(&self) -> io::Result<()> {
         // A name only: what epoll says of it is the same for a Unix socket.
         let watched = TcpStream::from_std(std::net::TcpStream::from(self.0.try_clone()?))?;
@@ -67,9 +68,10 @@ pub(crate) async fn of(hangup: Option<&Hangup>) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tokio::io::{AsyncWrite, AsyncWriteExt};
     use tokio::net::{TcpListener, UnixStream};
+
+    use super::*;
 
     async fn is_noticed(mut client: impl AsyncWrite + Unpin, server: impl AsFd) {
         client.write_all(b"unread").await.unwrap();

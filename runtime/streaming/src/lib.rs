@@ -1,7 +1,8 @@
-//! The streaming side of the CRI: exec, attach and port forwarding, from the wire formats up to a server.
+//! The streaming side of the CRI: exec, attach and port forwarding, from the wire formats up to a
+//! server.
 //!
-//! A CRI call stores what is to be done under a [`Token`](tokens::Tokens) and answers with a URL. The
-//! client connects there by HTTP/1.1 and upgrades to SPDY/3.1 or WebSocket:
+//! A CRI call stores what is to be done under a [`Token`](tokens::Tokens) and answers with a URL.
+//! The client connects there by HTTP/1.1 and upgrades to SPDY/3.1 or WebSocket:
 //!
 //! ```text
 //!  tokens   what a URL stands for: once, for a minute
@@ -9,12 +10,12 @@
 //!  command  exec and attach: streams, sizes, status           -> spdy, or websocket
 //!  forward  port forwarding: pairs of streams, connections    -> spdy, also in a websocket
 //! ```
-//! What one client can make the server hold is bounded by `budget`; `hangup` and `vanished` notice that it
-//! is gone, and `activity` that it is silent.
-//! `client` is the other end of a URL, over SPDY.
+//! What one client can make the server hold is bounded by `budget`; `hangup` and `vanished` notice
+//! that it is gone, and `activity` that it is silent. `client` is the other end of a URL, over
+//! SPDY.
 //!
-//! Nothing of the daemon is in here: it hands over what runs a command on streams ([`command::Run`]) and
-//! what connects to a port ([`forward::Connect`]).
+//! Nothing of the daemon is in here: it hands over what runs a command on streams
+//! ([`command::Run`]) and what connects to a port ([`forward::Connect`]).
 #![forbid(unsafe_code)]
 
 mod activity;
@@ -34,16 +35,17 @@ mod websocket;
 
 use std::time::Duration;
 
-/// How long a client may take to open the streams that it has asked for. Kubernetes' own server has the same.
+/// How long a client may take to open the streams that it has asked for. Kubernetes' own server has
+/// the same.
 pub const STREAMS_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long a connection lives on which nothing is said. Kubernetes' own server has the same.
 pub const IDLE: Duration = Duration::from_secs(4 * 3600);
 
-/// How long one forwarded connection may hold up the others of its client when its port reads nothing. A port
-/// that is slow reads a little in that time.
+/// How long one forwarded connection may hold up the others of its client when its port reads
+/// nothing. A port that is slow reads a little in that time.
 pub const STALL: Duration = Duration::from_secs(10);
 
-/// How long a client may take to close, once everything that its command said has been written: handed to the
-/// kernel, which goes on sending it when the connection has been closed.
+/// How long a client may take to close, once everything that its command said has been written:
+/// handed to the kernel, which goes on sending it when the connection has been closed.
 pub const LINGER: Duration = Duration::from_secs(10);

@@ -1,16 +1,16 @@
 //! The server: from a listening socket to upgraded connections.
 //!
-//! Any process on the node, in a pod with the node's network too, can connect to it. So what a connection
-//! can take before it has shown a token is little and for a short time: it counts among at most
-//! [`MAX_HALF_OPEN`], of which the oldest has to go for a new one, and ends after [`REQUEST`]. A client
-//! with a token needs a millisecond for that.
+//! Any process on the node, in a pod with the node's network too, can connect to it. So what a
+//! connection can take before it has shown a token is little and for a short time: it counts among
+//! at most [`MAX_HALF_OPEN`], of which the oldest has to go for a new one, and ends after
+//! [`REQUEST`]. A client with a token needs a millisecond for that.
 
-use crate::hangup::Hangup;
-use crate::tokens::{Endpoint, Task, Tokens};
-use crate::upgrade::{self, Protocol, Refused, Upgrade};
-use crate::vanished::{self, Unacknowledged};
-use crate::websocket::MAX_PORTS;
-use crate::{command, forward, websocket};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -20,15 +20,17 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
-use std::collections::BTreeMap;
-use std::convert::Infallible;
-use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
+
+use crate::hangup::Hangup;
+use crate::tokens::{Endpoint, Task, Tokens};
+use crate::upgrade::{self, Protocol, Refused, Upgrade};
+use crate::vanished::{self, Unacknowledged};
+use crate::websocket::MAX_PORTS;
+use crate::{command, forward, websocket};
 
 /// Connections that have not shown a token yet.
 pub const MAX_HALF_OPEN: usize = 512;
@@ -48,8 +50,9 @@ const MAX_HEADERS: usize = 64;
 /// After a connection that could not be accepted: no descriptors are left for a moment.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// When a peer is asked whether it is there, how often, and how many times without an answer: tcp(7). Half
-/// a minute for one that has lost its network while nothing is sent; [`vanished`] is for the others.
+/// When a peer is asked whether it is there, how often, and how many times without an answer:
+/// tcp(7). Half a minute for one that has lost its network while nothing is sent; [`vanished`] is
+/// for the others.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 3;
@@ -121,7 +124,8 @@ impl Server {
         }
     }
 
-    /// Accepts connections for ever. `secure` makes each one ready to be read, by TLS or not at all.
+    /// Accepts connections for ever. `secure` makes each one ready to be read, by TLS or not at
+    /// all.
     pub async fn serve<T, S, F>(
         self: Arc<Self>,
         listener: TcpListener,
@@ -200,8 +204,8 @@ impl Server {
             let response = self.respond(request, hangup, unacknowledged);
             async { Ok::<_, Infallible>(response) }
         });
-        // Not without keep-alive: hyper would add "close" to the answer 101, and Go's client would then
-        // take it for none. Refusals say themselves that they close.
+        // Not without keep-alive: hyper would add "close" to the answer 101, and Go's client would
+        // then take it for none. Refusals say themselves that they close.
         let connection = http1::Builder::new()
             .max_buf_size(MAX_REQUEST_BYTES)
             .max_headers(MAX_HEADERS)
@@ -325,11 +329,13 @@ where
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::*;
-    use crate::command::{Outcome, Run, Wanted};
     use std::net::SocketAddr;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::time::Instant;
+
+    use super::*;
+    use crate::command::{Outcome, Run, Wanted};
 
     /// A server on loopback, and its address.
     pub(crate) async fn served() -> (Arc<Server>, SocketAddr) {
@@ -345,7 +351,8 @@ pub(crate) mod tests {
         server.tokens().insert(Endpoint::Exec, Task::Command(wanted, run)).unwrap()
     }
 
-    /// Sends a request with these headers and returns what comes until the head of the answer has ended.
+    /// Sends a request with these headers and returns what comes until the head of the answer has
+    /// ended.
     async fn ask(address: SocketAddr, request: &str, headers: &str) -> String {
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes()).await.unwrap();

@@ -1,12 +1,14 @@
-//! The corpus of the fuzz targets, through the functions that they call: no panic, no hang, little memory.
+//! The corpus of the fuzz targets, through the functions that they call: no panic, no hang, little
+//! memory.
 //!
 //! The only test of this program, because it measures the memory of the whole process.
 #![forbid(unsafe_code)]
 
-use berth_streaming::fuzzing;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+
+use berth_streaming::fuzzing;
 
 /// Reads an input.
 type Read = fn(&[u8]);
@@ -19,7 +21,8 @@ const TARGETS: [(&str, Read); 4] = [
     ("websocket", fuzzing::websocket),
 ];
 
-/// More than one connection may hold (1 MiB of data, and what it takes to read it), and the allocator keeps.
+/// More than one connection may hold (1 MiB of data, and what it takes to read it), and the
+/// allocator keeps.
 const MOST_KIB: u64 = 16 * 1024;
 
 /// The most memory that this process has had, in KiB.

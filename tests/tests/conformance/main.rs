@@ -1,5 +1,5 @@
-//! critest, the conformance suite of the CRI, on the real daemon: all specs, first in series, then in
-//! parallel, then those of streams over WebSocket.
+//! critest, the conformance suite of the CRI, on the real daemon: all specs, first in series, then
+//! in parallel, then those of streams over WebSocket.
 //!
 //! The daemon, critest, and a registry with images made from Debian packages share a private
 //! network namespace. `tests/conformance/exceptions` lists the specs that are allowed not to pass.
@@ -46,8 +46,8 @@ const PASSES: [Pass; 3] = [
     },
 ];
 
-/// When critest gives up a pass, as ginkgo writes it. A pass takes under a minute on two cores, and all have
-/// to end within the limit of `scripts/run-tests`.
+/// When critest gives up a pass, as ginkgo writes it. A pass takes under a minute on two cores, and
+/// all have to end within the limit of `scripts/run-tests`.
 const LIMIT: &str = "9m";
 
 /// The process id of critest while it runs, else 0.

@@ -1,5 +1,12 @@
 //! Exec and PortForward: the URLs, and what a client finds behind them.
 
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, SOON, Setup, own_namespaces, programs, rootful, rootful_with};
@@ -7,12 +14,6 @@ use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{Container, idle, sharing, sharing_pod, shell, words};
 use berth_tests::repeats::repeats;
 use berth_tests::streams::{Client, Command, ask, dial};
-use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
 use tonic::Code;
 
 /// A request for a command with all three streams.

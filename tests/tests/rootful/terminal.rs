@@ -1,4 +1,5 @@
-//! `berth` on a terminal and on pipes: what goes through `exec`, and what is left behind at each end.
+//! `berth` on a terminal and on pipes: what goes through `exec`, and what is left behind at each
+//! end.
 
 use std::fs;
 use std::io::Write as _;

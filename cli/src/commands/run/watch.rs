@@ -11,6 +11,7 @@ use berth_cri::v1::ContainerStatus;
 use berth_streaming::client::Command;
 use berth_streaming::command::Wanted;
 
+use super::RunError;
 use crate::daemon::Daemon;
 use crate::detach_keys::DetachKeys;
 use crate::ending::{runs_on, wait_for_end};
@@ -20,8 +21,6 @@ use crate::log_stream::{Following, Selection};
 use crate::output;
 use crate::relay::{Ended, relay};
 use crate::terminal::Terminal;
-
-use super::RunError;
 
 /// The grace period of the first interrupt: that of `berth stop`.
 const GRACE_SECONDS: i64 = 10;

@@ -7,24 +7,26 @@
 //!                                                                   Stream::send, finish, reset, reply
 //! ```
 //! Data waits for its reader in a short queue, and all queues of a connection share a budget. When
-//! either is full the reader task waits, and with it the whole connection: SPDY's flow control is not used by
-//! the clients of the CRI, so TCP is what slows the peer down. [`Limits::stall`] says for how long. A peer
-//! that goes away meanwhile is noticed by [`Hangup`].
+//! either is full the reader task waits, and with it the whole connection: SPDY's flow control is
+//! not used by the clients of the CRI, so TCP is what slows the peer down. [`Limits::stall`] says
+//! for how long. A peer that goes away meanwhile is noticed by [`Hangup`].
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 use super::frame::{Decoder, Encoder, Frame, MAX_DATA_BYTES, ResetStatus};
 use super::{Headers, ProtocolError};
 use crate::activity::Activity;
 use crate::budget::{self, Budget, End};
 use crate::hangup::Hangup;
-use bytes::{Buf, Bytes, BytesMut};
-use std::collections::HashMap;
-use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 
 /// Bytes read at a time while more are there than [`IDLE_READ_BYTES`].
 const READ_BYTES: usize = 16 * 1024;
@@ -54,8 +56,9 @@ pub struct Limits {
     pub streams: usize,
     /// How long a connection lives without a frame in either direction.
     pub idle: Duration,
-    /// How long the connection may wait for a stream that nobody reads. The stream is given up then, so that
-    /// it does not hold up the others for ever. `None` where the others mean nothing without it.
+    /// How long the connection may wait for a stream that nobody reads. The stream is given up
+    /// then, so that it does not hold up the others for ever. `None` where the others mean nothing
+    /// without it.
     pub stall: Option<Duration>,
 }
 
@@ -143,7 +146,8 @@ impl Shared {
     }
 
     fn close(&self) {
-        // First, so that a reader that sees its input end can tell that from an end that the peer sent.
+        // First, so that a reader that sees its input end can tell that from an end that the peer
+        // sent.
         self.closed.send_replace(true);
         self.streams().clear();
     }
@@ -173,8 +177,8 @@ impl Shared {
         }
     }
 
-    /// Gives up the stream of which the most waits to be read: while the connection stood still, whoever
-    /// reads has emptied its queue. `full` is it if its own queue is.
+    /// Gives up the stream of which the most waits to be read: while the connection stood still,
+    /// whoever reads has emptied its queue. `full` is it if its own queue is.
     fn give_up(&self, full: u32) {
         let mut streams = self.streams();
         let waiting = |entry: &Entry| match &entry.incoming {
@@ -239,7 +243,8 @@ impl Connection {
         self.accepted.recv().await
     }
 
-    /// Refuses all streams that the peer opens from now on, and gives up what it takes to read their headers.
+    /// Refuses all streams that the peer opens from now on, and gives up what it takes to read
+    /// their headers.
     pub fn accept_no_more(&mut self) {
         self.accepted.close();
     }
@@ -278,8 +283,8 @@ impl Connection {
         written.await.map_err(|_| Closed)
     }
 
-    /// Sends a ping after each `pause`, as a client, for as long as the connection lives: a server closes
-    /// those on which nothing is said.
+    /// Sends a ping after each `pause`, as a client, for as long as the connection lives: a server
+    /// closes those on which nothing is said.
     pub fn keep_alive(&self, pause: Duration) -> impl Future<Output = ()> + Send + use<> {
         // Not a strong sender: the writer must not live for the pings.
         let commands = self.commands.downgrade();
@@ -361,7 +366,8 @@ impl Stream {
 pub struct Incoming(pub(crate) budget::Receiver);
 
 impl Incoming {
-    /// The next data; `None` when the peer has finished or reset the stream, or the connection is over.
+    /// The next data; `None` when the peer has finished or reset the stream, or the connection is
+    /// over.
     pub async fn receive(&mut self) -> Option<Bytes> {
         self.0.receive().await
     }
@@ -381,7 +387,8 @@ pub struct Outgoing {
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
     was_broken_off: watch::Receiver<Option<BrokenOff>>,
-    /// What the peer may have is counted by what its owner holds, not by what the peer says is over.
+    /// What the peer may have is counted by what its owner holds, not by what the peer says is
+    /// over.
     _held: Arc<Option<OwnedSemaphorePermit>>,
 }
 
@@ -392,7 +399,8 @@ impl Outgoing {
         self.id
     }
 
-    /// Resolves when the peer has reset the stream, or nobody reads it; never, when it ends in another way.
+    /// Resolves when the peer has reset the stream, or nobody reads it; never, when it ends in
+    /// another way.
     pub async fn broken_off(&self) -> BrokenOff {
         let mut broken_off = self.was_broken_off.clone();
         let found = broken_off.wait_for(Option::is_some).await.ok().and_then(|found| *found);
@@ -410,8 +418,8 @@ impl Outgoing {
         self.command(Command::Reply { stream: self.id }).await
     }
 
-    /// Sends data; waits while the peer is slow. Not sent in part when the future is dropped, but for whole
-    /// frames of it.
+    /// Sends data; waits while the peer is slow. Not sent in part when the future is dropped, but
+    /// for whole frames of it.
     ///
     /// # Errors
     /// [`Closed`] when the peer has reset the stream, or the connection is over.
@@ -531,8 +539,8 @@ impl Reader {
                 }
                 Ok(true)
             }
-            // Clients of the CRI count up in odd numbers, as the ids of their streams do. An even one
-            // answers a ping of ours, of which there are none.
+            // Clients of the CRI count up in odd numbers, as the ids of their streams do. An even
+            // one answers a ping of ours, of which there are none.
             Frame::Ping(id) if id.is_multiple_of(2) != (self.role == Role::Server) => {
                 self.order(Command::Ping(id)).await
             }
@@ -676,9 +684,10 @@ async fn write_one<T: AsyncWrite>(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use tokio::io::{DuplexStream, duplex};
     use tokio::time::Instant;
+
+    use super::*;
 
     const LIMITS: Limits = Limits { streams: 4, idle: Duration::from_secs(60), stall: None };
 

@@ -4,12 +4,13 @@
 //! control  1 bit 1, 15 bits version 3, 16 bits type, 8 bits flags, 24 bits length, body
 //! data     1 bit 0, 31 bits stream id,               8 bits flags, 24 bits length, body
 //! ```
-//! A control frame is read whole and is at most [`MAX_CONTROL_BYTES`] long. Data comes in pieces as they
-//! arrive, so the length of a data frame costs nothing.
+//! A control frame is read whole and is at most [`MAX_CONTROL_BYTES`] long. Data comes in pieces as
+//! they arrive, so the length of a data frame costs nothing.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::ProtocolError;
 use super::header_block::{Deflater, Headers, Inflater};
-use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// The longest body of a control frame, in bytes. Clients of the CRI send less than 200.
 pub const MAX_CONTROL_BYTES: usize = 4 * 1024;
@@ -125,8 +126,8 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// Reads no header blocks any more: they count as empty. What it takes to decompress them, 40 KiB, is
-    /// given back.
+    /// Reads no header blocks any more: they count as empty. What it takes to decompress them, 40
+    /// KiB, is given back.
     pub fn forget_headers(&mut self) {
         self.inflater = None;
     }
@@ -141,8 +142,8 @@ impl Decoder {
         self.inflater.as_mut().map_or_else(|| Ok(Headers::default()), |inflater| inflater.read(block))
     }
 
-    /// Takes the next frame, or piece of data, off the front of `buffer`; `None` when more bytes are
-    /// needed. `buffer` never has to hold more than 8 bytes and [`MAX_CONTROL_BYTES`].
+    /// Takes the next frame, or piece of data, off the front of `buffer`; `None` when more bytes
+    /// are needed. `buffer` never has to hold more than 8 bytes and [`MAX_CONTROL_BYTES`].
     ///
     /// # Errors
     /// [`ProtocolError`]; the connection is of no more use then.
@@ -310,7 +311,8 @@ impl Encoder {
         to.put_u32(0);
     }
 
-    /// The head of a data frame with `length` bytes, at most [`MAX_DATA_BYTES`], which have to follow.
+    /// The head of a data frame with `length` bytes, at most [`MAX_DATA_BYTES`], which have to
+    /// follow.
     pub fn data(stream: u32, length: usize, last: bool, to: &mut BytesMut) {
         to.put_u32(stream & STREAM_ID);
         put_flags_and_length(to, if last { FLAG_FIN } else { 0 }, length);
@@ -330,10 +332,12 @@ fn put_flags_and_length(to: &mut BytesMut, flags: u8, length: usize) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
 
-    /// Reads `bytes` in pieces of `size`, as many frames as come, with adjacent pieces of data joined.
+    use super::*;
+
+    /// Reads `bytes` in pieces of `size`, as many frames as come, with adjacent pieces of data
+    /// joined.
     fn read(bytes: &[u8], size: usize) -> (Vec<Frame>, Result<(), ProtocolError>) {
         let (mut decoder, mut buffer, mut frames) = (Decoder::default(), BytesMut::new(), Vec::new());
         for piece in bytes.chunks(size.max(1)) {

@@ -1,8 +1,15 @@
 //! Commands over WebSocket: exec and attach.
 //!
-//! The channels: 0 standard input, 1 standard output, 2 standard error, 3 the status, 4 sizes of the
-//! terminal. The server begins with an empty message on the lowest channel that it writes, as Kubernetes' own
-//! server does to say that it is ready.
+//! The channels: 0 standard input, 1 standard output, 2 standard error, 3 the status, 4 sizes of
+//! the terminal. The server begins with an empty message on the lowest channel that it writes, as
+//! Kubernetes' own server does to say that it is ready.
+
+use std::sync::Arc;
+
+use futures_util::stream::SplitStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio_tungstenite::WebSocketStream;
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
 use crate::activity::Activity;
@@ -10,11 +17,6 @@ use crate::budget::{self, Budget, End};
 use crate::command::{Input, Outcome, Output, Run, Session, Size, Sizes, Wanted, status};
 use crate::hangup::{self, Hangup};
 use crate::{IDLE, LINGER};
-use futures_util::stream::SplitStream;
-use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
-use tokio_tungstenite::WebSocketStream;
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -33,8 +35,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Handed back, so that the input does not end before its end can be distinguished from that of the
-    /// connection.
+    /// Handed back, so that the input does not end before its end can be distinguished from that of
+    /// the connection.
     async fn run<T>(mut self, mut messages: SplitStream<WebSocketStream<T>>) -> Self
     where
         T: AsyncRead + AsyncWrite + Unpin,
@@ -122,7 +124,8 @@ where
                 // The writer is gone only with the client.
                 let _ = error.send(&status).await;
             }
-            // The writer says goodbye when nothing is to be sent any more, and the client answers that.
+            // The writer says goodbye when nothing is to be sent any more, and the client answers
+            // that.
             drop((error, messages));
             let _ = writer.await;
         };
@@ -144,18 +147,20 @@ where
 
 #[cfg(test)]
 mod tests {
-    use super::super::{CLOSE, FOR_COMMANDS, MAX_MESSAGE_BYTES};
-    use super::*;
-    use crate::command::Version;
-    use crate::command::tests::reading_its_input;
+    use std::time::Duration;
+
     use futures_util::{SinkExt, StreamExt};
     use proptest::prelude::*;
-    use std::time::Duration;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::time::Instant;
     use tokio_tungstenite::tungstenite::Message;
     use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
     use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
+
+    use super::super::{CLOSE, FOR_COMMANDS, MAX_MESSAGE_BYTES};
+    use super::*;
+    use crate::command::Version;
+    use crate::command::tests::reading_its_input;
 
     fn protocol(name: &str) -> Protocol {
         FOR_COMMANDS.iter().find(|(found, _)| *found == name).unwrap().1

@@ -1,10 +1,23 @@
-//! Port forwarding on the channels of a WebSocket: `v4.channel.k8s.io` and `v4.base64.channel.k8s.io`.
+//! Port forwarding on the channels of a WebSocket: `v4.channel.k8s.io` and
+//! `v4.base64.channel.k8s.io`.
 //!
 //! The ports are those of the CRI's request, or of the query (`?port=80,81` or `?ports=80`) when
 //! that has none. Each has one connection, which is made at once, and two channels: 2n for data and
 //! 2n + 1 for why it failed. The server begins both with the port, two bytes with the lower one
 //! first. There is no way to end one direction, but a client that closes the WebSocket has sent
 //! everything. The WebSocket is closed when all connections have ended.
+
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_tungstenite::tungstenite::Message;
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
 use crate::activity::Activity;
@@ -14,16 +27,6 @@ use crate::forward::{self, Connect, PortSide};
 use crate::hangup::{self, Hangup};
 use crate::spdy::connection::Closed;
 use crate::{IDLE, LINGER, STALL};
-use bytes::{Bytes, BytesMut};
-use std::io;
-use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::tcp::{ReadHalf, WriteHalf};
-use tokio::sync::Notify;
-use tokio::task::JoinSet;
-use tokio_tungstenite::tungstenite::Message;
 
 /// The most ports of one WebSocket: in base64 a channel is one character.
 pub(crate) const MAX_PORTS: usize = 32;
@@ -55,7 +58,8 @@ struct Input {
     unread: Arc<Notify>,
 }
 
-/// Forwards these ports, [`MAX_PORTS`] at most, until all connections have ended or the client goes away.
+/// Forwards these ports, [`MAX_PORTS`] at most, until all connections have ended or the client goes
+/// away.
 pub(crate) async fn forward<T>(io: T, hangup: Option<Hangup>, base64: bool, ports: Vec<u16>, connect: Connect)
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -104,7 +108,8 @@ where
     let abort = writer.abort_handle();
     let said = async {
         while forwards.join_next().await.is_some() {}
-        // The writer says goodbye behind what is left, which the client may read as slowly as all before.
+        // The writer says goodbye behind what is left, which the client may read as slowly as all
+        // before.
         tokio::time::timeout(IDLE, writer).await.is_ok()
     };
     let (said, has_closed) = tokio::select! {
@@ -169,8 +174,8 @@ async fn one(
     }
     let mut side = PortSide::from(connect(port).await?);
     let (from, to, over) = side.split();
-    // The client cannot say that it has finished: the end of the other direction is the end. A port that
-    // reads no more may have answered all the same.
+    // The client cannot say that it has finished: the end of the other direction is the end. A port
+    // that reads no more may have answered all the same.
     let mut downloading = pin!(download(from, data, over));
     let ended = tokio::select! {
         failed = upload(input, to, over) => downloading.await.and(failed),
@@ -211,7 +216,6 @@ async fn download(from: ReadHalf<'_>, to: &Channel, over: &AtomicBool) -> io::Re
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use bytes::Bytes;
     use futures_util::{SinkExt, StreamExt};
     use tokio::io::{AsyncReadExt, DuplexStream, duplex};
@@ -219,6 +223,8 @@ mod tests {
     use tokio_tungstenite::WebSocketStream;
     use tokio_tungstenite::tungstenite::Message;
     use tokio_tungstenite::tungstenite::protocol::Role;
+
+    use super::*;
 
     fn connects() -> Connect {
         Arc::new(|port| {

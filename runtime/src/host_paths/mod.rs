@@ -10,14 +10,14 @@
 //! So the daemon itself only asks what the kernel has in memory, which never waits. That answers almost
 //! every path, as the client has created it a moment ago. The rest is done by workers: processes of this
 //! same program that hold nothing of the daemon's. Each question has a worker to itself, and
-//! [`PATIENCE`]: after that the worker is killed and left behind, and the question has failed.
+//! `PATIENCE`: after that the worker is killed and left behind, and the question has failed.
 //!
 //! ```text
 //!  idle -- question --> busy -- answer --> idle (one is kept, the others end)
 //!                        '--- PATIENCE over --> stuck (killed) -- its wait is over --> gone
 //! ```
 //! While a worker is stuck, its path and everything below fails at once. So do other names in the same
-//! directory once [`AT_ONE_PLACE`] workers are stuck there. [`MOST`] limits the workers that are busy or
+//! directory once `AT_ONE_PLACE` workers are stuck there. `MOST` limits the workers that are busy or
 //! stuck: beyond it only what the kernel has in memory is answered.
 
 mod log_file;

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::{Daemon, Finding, Grade, finding, kubelet};
 
-/// Where runtimes and network add-ons look for configurations.
+/// The directory of CNI configurations.
 const CONFIGURATIONS: &str = "etc/cni/net.d";
 
 /// Where plugins are: the directory that runtimes and add-ons agree on, and that of Debian's
@@ -19,8 +19,7 @@ const PLUGIN_DIRECTORIES: [&str; 2] = ["opt/cni/bin", "usr/lib/cni"];
 const LARGEST_BYTES: u64 = 1 << 20;
 
 /// A configuration of one plugin (`*.conf`, `*.json`), or a list of them (`*.conflist`): CNI
-/// specification 1.1, section 1, "Network configuration format". What else it says belongs to the
-/// plugins.
+/// specification 1.1, section 1, "Network configuration format". Other keys belong to the plugins.
 #[derive(Deserialize)]
 struct Configuration {
     #[serde(rename = "type")]
@@ -35,7 +34,7 @@ struct Plugin {
     plugin: String,
 }
 
-/// One finding for each configuration, or one that there is none.
+/// A finding for each configuration, or one if there is none.
 pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let names = names(node);
     if daemon.network_kind == "bridge" {
@@ -138,7 +137,7 @@ fn plugins(path: &Path) -> io::Result<Vec<String>> {
     Ok(plugins)
 }
 
-/// Whether a plugin's name is that of a file in a directory. Others would lead out of it:
+/// Whether a plugin's name is a plain file name. Others would lead out of the directory:
 /// CVE-2021-20206.
 fn is_name(plugin: &str) -> bool {
     let is_part = |character: char| character.is_ascii_alphanumeric() || ".-_".contains(character);

@@ -1,10 +1,10 @@
-//! The configuration of a kubelet on this node, where there is one: whether it means this daemon.
+//! Checks whether the configuration of a kubelet on this node, if any, names this daemon.
 
 use std::path::Path;
 
 use crate::{Daemon, Finding, Grade, finding, text, without_var};
 
-/// Where kubeadm, and most others, put it.
+/// The path that kubeadm and most others use.
 pub(crate) const CONFIGURATION: &str = "var/lib/kubelet/config.yaml";
 
 /// Where an older kubeadm puts flags, which win over the configuration.
@@ -13,7 +13,7 @@ const FLAGS: &str = "var/lib/kubelet/kubeadm-flags.env";
 /// The kubelet's default endpoint: `KubeletConfiguration.containerRuntimeEndpoint`.
 const DEFAULT_ENDPOINT: &str = "unix:///run/containerd/containerd.sock";
 
-/// Nothing where there is no kubelet.
+/// No findings without a kubelet.
 pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let Some(configuration) = text(node, CONFIGURATION) else { return Vec::new() };
     let flags = text(node, FLAGS).unwrap_or_default();
@@ -41,7 +41,7 @@ fn endpoint(configuration: &str, flags: &str, daemon: &Daemon) -> Finding {
     finding(Grade::Note, "kubelet", text)
 }
 
-/// The path of a socket, however it is written.
+/// The path of a socket, with or without `unix://`.
 fn path_of(endpoint: &str) -> &str {
     without_var(endpoint.strip_prefix("unix://").unwrap_or(endpoint))
 }
@@ -60,8 +60,8 @@ fn driver(configuration: &str, daemon: &Daemon) -> Option<Finding> {
     Some(finding(Grade::Note, "kubelet", text))
 }
 
-/// The value of a key at the top level, as it stands on one line: what kubeadm writes. Not the
-/// whole of YAML: a value in another form is as good as none.
+/// The value of a key at the top level, on one line, as kubeadm writes it. Not full YAML: other
+/// forms count as absent.
 fn value<'a>(yaml: &'a str, key: &str) -> Option<&'a str> {
     yaml.lines().find_map(|line| {
         let value = line.strip_prefix(key)?.strip_prefix(':')?;

@@ -1,8 +1,8 @@
-//! What a node needs for Berth and has or lacks, from files alone.
+//! Checks what a node needs for Berth, from files alone.
 //!
-//! For `berth doctor`, which also looks while no daemon runs, and for the daemon's log when it
-//! starts: both say the same. Every path is resolved below a root directory, so that tests can
-//! build a node from plain files. Nothing is changed, no program is run, no socket opened.
+//! For `berth doctor`, which also works without a daemon, and for the daemon's log when it starts:
+//! both report the same. Every path is resolved below a root directory, so that tests can build a
+//! node from plain files. Nothing is changed, no program is run, no socket opened.
 #![forbid(unsafe_code)]
 
 mod cni;
@@ -18,13 +18,13 @@ use std::path::{Path, PathBuf};
 pub enum Grade {
     /// As it should be.
     Good,
-    /// Works, and may surprise.
+    /// Works, but may surprise.
     Note,
-    /// Pods will not run, or not all of them.
+    /// Some or all pods will not run.
     Broken,
 }
 
-/// One line of the report: on what, and what is found; unless it is good, also what to do.
+/// One line of the report: the subject, the finding and, unless it is good, what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// How bad it is.
@@ -40,7 +40,7 @@ pub fn finding(grade: Grade, subject: &'static str, text: impl Into<String>) -> 
     Finding { grade, subject, text: text.into() }
 }
 
-/// What has to be known of the daemon.
+/// What the checks need to know about the daemon.
 #[derive(Debug, Clone)]
 pub struct Daemon {
     /// Its persistent directory.
@@ -51,14 +51,14 @@ pub struct Daemon {
     pub socket: PathBuf,
     /// `cgroupfs` or `systemd`; empty where it is not known.
     pub cgroup_driver: String,
-    /// Where its pods get their network from: `bridge` for the built-in one only; else the node's CNI
-    /// configuration counts.
+    /// Where its pods get their network from: `bridge` for the built-in one only; else the node's
+    /// CNI configuration counts.
     pub network_kind: String,
     /// Bytes that images leave free, and the key of the configuration is `image.min_free_bytes`.
     pub min_free_bytes: u64,
     /// The same as a share in percent, `image.min_free_percent`. The larger one counts.
     pub min_free_percent: u8,
-    /// The socket that it serves for a cAdvisor, which is CRI-O's by its name.
+    /// The socket that it serves for cAdvisor, which has CRI-O's path.
     pub cadvisor_socket: Option<PathBuf>,
 }
 
@@ -78,7 +78,7 @@ impl Default for Daemon {
     }
 }
 
-/// Looks at the node whose files are below `node`, with the directories of `daemon` among them.
+/// Checks the node whose files are below `node`, including the directories of `daemon`.
 #[must_use]
 pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let mut findings = host::look(node);

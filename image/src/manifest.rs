@@ -290,7 +290,7 @@ pub(crate) struct Selected {
     pub(crate) blob: Blob,
     pub(crate) media_type: String,
     /// The index says that it is for this machine. The image's own platform is ignored then: people
-    /// correct.
+    /// correct the index.
     pub(crate) is_for_this_machine: bool,
 }
 

@@ -1,8 +1,8 @@
-//! What an overlay mount of some layers would show, without mounting it.
+//! The merged view of some layers, as an overlay mount would show it, without mounting it.
 //!
-//! The rules are the kernel's (Documentation/filesystems/overlayfs.rst): the topmost layer that has a name
-//! decides; directories of one name merge until one is opaque, a whiteout or something else is met. Links are
-//! resolved in the merged view and cannot leave it.
+//! The rules are the kernel's (Documentation/filesystems/overlayfs.rst): the topmost layer that has
+//! a name decides; directories of one name merge until one is opaque, a whiteout or something else
+//! is met. Links are resolved in the merged view and cannot leave it.
 
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
@@ -18,14 +18,16 @@ use crate::unpack::{self, OPAQUE_XATTR};
 /// Symbolic links followed in one lookup, as the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// Looks into one directory of one layer that the patches of one image may take. Real images take some
-/// thousands. A look takes some microseconds, and nothing else is entered into the store meanwhile.
+/// Looks into one directory of one layer that the patches of one image may take. Real images take
+/// some thousands. A look takes some microseconds, and nothing else is entered into the store
+/// meanwhile.
 const MOST_LOOKS: u64 = 2_000_000;
 
 /// What a look takes more with each so many levels of its path.
 const LEVELS: u64 = 64;
 
-/// How many looks were taken for an image: layers decide how deep directories are, and where links lead.
+/// How many looks were taken for an image: layers decide how deep directories are, and where links
+/// lead.
 #[derive(Debug, Default)]
 pub(crate) struct Effort(Cell<u64>);
 
@@ -75,7 +77,8 @@ impl<'a> Merged<'a> {
         Ok(self.look(parent, name, &visible)?.0)
     }
 
-    /// The layers whose directory `path` is part of the merged one, top first; empty if that is no directory.
+    /// The layers whose directory `path` is part of the merged one, top first; empty if that is no
+    /// directory.
     pub(crate) fn directories(&self, path: &Path) -> io::Result<Vec<usize>> {
         let mut visible = self.all();
         let mut here = PathBuf::new();
@@ -128,8 +131,8 @@ impl<'a> Merged<'a> {
         Ok((found, merged))
     }
 
-    /// The path without links that `path` leads to; what does not exist is kept as it stands. A link in the
-    /// last component is followed only if asked for. `None` after 40 links.
+    /// The path without links that `path` leads to; what does not exist is kept as it stands. A
+    /// link in the last component is followed only if asked for. `None` after 40 links.
     pub(crate) fn real_path(&self, path: &Path, follow_last: bool) -> io::Result<Option<PathBuf>> {
         let mut ahead: Vec<OsString> = Vec::new();
         push(&mut ahead, path);

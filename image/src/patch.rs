@@ -1,16 +1,17 @@
-//! Patch layers: what a layer left open because it was unpacked without the layers below it.
+//! Patch layers: what could not be resolved when a layer was unpacked without the layers below it.
 //!
-//! Layers are unpacked by themselves and shared by diff id. When an image is put together, some need a small
-//! layer of corrections, stacked directly above them and kept under the chain id of everything up to there:
+//! Layers are unpacked separately and shared by diff id. When an image is put together, some need a
+//! small layer of corrections, stacked directly above them and kept under the chain id of
+//! everything up to there:
 //!
-//! - a directory without its own entry must show the lower layer's owner, mode, time and attributes,
-//!   not the default ones;
+//! - a directory without its own entry must show the lower layer's owner, mode, time and
+//!   attributes, not the default ones;
 //! - a hard link to a file of a lower layer becomes two names of one copy of that file;
 //! - a directory without its own entry, where the lower layers have a symbolic link (`lib/x` over
 //!   `lib -> usr/lib`): the link stays, and what the layer has below moves to where the link leads.
 //!
-//! A patch has nothing else but these and the directories that lead to them. Names of a lower file other than
-//! the target of a link keep the old inode: the copy has the new names only.
+//! A patch contains only these and the directories that lead to them. Names of a lower file other
+//! than the target of a link keep the old inode: the copy has the new names only.
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
@@ -25,10 +26,11 @@ use berth_sys::{file, xattr};
 use crate::merged::{Effort, Found, Merged};
 use crate::unpack::{self, IMPLICIT_MODE, OPAQUE_XATTR, Summary, printable};
 
-/// Most names that are read from one directory while a layer's content is moved to where a link leads.
+/// Most names that are read from one directory while a layer's content is moved to where a link
+/// leads.
 const MAX_NAMES: usize = 1_000_000;
 
-/// Why a patch could not be made.
+/// Why a patch could not be created.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatchError {
@@ -54,7 +56,7 @@ pub enum PatchError {
         /// The directory, escaped.
         path: String,
     },
-    /// The filesystem said no.
+    /// A file operation failed.
     #[error("cannot patch '{path}'")]
     File {
         /// Path in the image, escaped.
@@ -128,7 +130,7 @@ enum Origin<'a> {
     Whiteout,
 }
 
-/// A patch that was thought out and not made yet.
+/// A planned patch.
 #[derive(Debug, Default)]
 pub(crate) struct Plan<'a> {
     dirs: BTreeMap<PathBuf, Attributes>,
@@ -142,8 +144,8 @@ pub(crate) struct Size {
     pub(crate) inodes: u64,
 }
 
-/// Thinks out the patch above `layer`, which left `summary` open; `below` is what the image stacks under it,
-/// top first, patches included; `effort` is that of the image. `None` if nothing is to be corrected.
+/// Plans the patch above `layer`, which left `summary` open; `below` are the layers under it, top
+/// first, patches included; `effort` is that of the image. `None` if nothing is to be corrected.
 pub(crate) fn plan<'a>(
     layer: &'a Root,
     summary: &Summary,
@@ -207,7 +209,7 @@ impl<'a> Planner<'a, '_> {
         Ok(self.full.look(parent, name, &visible)?.0)
     }
 
-    /// The time of the root means nothing: no image tool records it.
+    /// The time of the root is meaningless: no image tool records it.
     fn correct_root(&mut self, below: &Root) -> io::Result<()> {
         let wanted = Attributes::of(below, Path::new(""))?;
         if wanted != (Attributes { modified: wanted.modified, ..Attributes::plain() }) {
@@ -379,8 +381,8 @@ fn parent_in<'p>(root: &Root, path: &'p Path) -> io::Result<(Dir, &'p OsStr)> {
     Ok((root.open_dir_no_links(path.parent().unwrap_or(Path::new("")))?, name))
 }
 
-/// Copies one inode that is not a directory, with everything that belongs to it. Returns the bytes of
-/// content, without holes.
+/// Copies one inode that is not a directory, with everything that belongs to it. Returns the bytes
+/// of content, without holes.
 fn copy_file(from: &Dir, from_name: &OsStr, stat: &Stat, to: &Dir, name: &OsStr) -> io::Result<u64> {
     let node = match stat.file_type {
         FileType::Regular => {
@@ -413,7 +415,7 @@ fn copy_file(from: &Dir, from_name: &OsStr, stat: &Stat, to: &Dir, name: &OsStr)
     Ok(0)
 }
 
-/// Copies what is no hole.
+/// Copies everything but holes.
 fn copy_content(mut source: &File, mut copy: &File, size: u64) -> io::Result<u64> {
     let (mut at, mut written) = (0, 0);
     while let Some((start, end)) = file::next_data(source, at)? {

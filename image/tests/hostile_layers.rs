@@ -1,4 +1,5 @@
-//! Hostile archives against a canary outside the root: each ends in an error or inside the root. Needs root.
+//! Hostile archives against a canary outside the root: each ends in an error or inside the root.
+//! Needs root.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,6 +16,7 @@ use std::path::Path;
 use berth_image::unpack::{Summary, UnpackError, unpack};
 use berth_image::{Image, ImportError, ImportSource, Store};
 use berth_sys::beneath::{Root, Walk};
+
 use support::*;
 
 struct Case {
@@ -279,7 +281,8 @@ async fn a_tree_that_links_make_deeper_than_any_path_is_taken_and_deleted() {
     soon("it is deleted", || names(&dir.path().join("layers")).is_empty());
 }
 
-/// Links of a lower layer that lead to and fro, and directories without an entry in their places above.
+/// Links of a lower layer that lead to and fro, and directories without an entry in their places
+/// above.
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_take_long_to_be_compared_are_refused() {
     let to_and_fro = "d/../".repeat(800);

@@ -1,25 +1,27 @@
-//! `berth.v1.Berth`: what the `berth` command needs and the CRI has no call for. The only module that names
-//! its messages.
+//! `berth.v1.Berth`: what the `berth` command needs and the CRI has no call for. The only module
+//! that uses its messages.
 
-use crate::chain;
-use crate::cri::error::{CallError, failed};
-use crate::node::Node;
-use berth_api::v1::{self, import_event, import_request, import_start, pull_event};
-use berth_image::{Credentials, Image, ImportSource, LayerPhase, LayerProgress, Progress, Reference, Secret};
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+
+use berth_api::v1::{self, import_event, import_request, import_start, pull_event};
+use berth_image::{Credentials, Image, ImportSource, LayerPhase, LayerProgress, Progress, Reference, Secret};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
-/// Events in the order in which they happened; the last one is the result.
+use crate::chain;
+use crate::cri::error::{CallError, failed};
+use crate::node::Node;
+
+/// Events in order; the last one is the result.
 type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// The largest archive that can be uploaded. One that is on the node is named by its path.
+/// The largest archive that can be uploaded. One on the node is passed by its path.
 const MAX_UPLOAD_BYTES: u64 = 64 << 30;
 
 /// The service.
@@ -53,12 +55,12 @@ impl Progress for Reports {
             bytes_done: report.done_bytes,
             bytes_total: report.total_bytes,
         };
-        // A caller that has gone is noticed by the pull itself.
+        // The pull itself notices when its caller has gone.
         let _ = self.0.send(Ok(v1::PullEvent { event: Some(pull_event::Event::Layer(layer)) }));
     }
 }
 
-/// An import reports its bytes only as a whole; layers are not what its caller asked about.
+/// An import reports only its total bytes; its caller did not ask about layers.
 struct Quiet;
 
 impl Progress for Quiet {
@@ -94,12 +96,12 @@ async fn pull(
             tracing::info!(image = request.image, id = %image.id(), "image pulled");
             Ok(image.id().to_string())
         }
-        // Dropping the pull ends it.
+        // Dropping the pull cancels it.
         () = gone.closed() => Err(CallError::Cancelled),
     }
 }
 
-/// Where the bytes of an import are.
+/// The source of an import.
 async fn source(
     node: &Node,
     start: &v1::ImportStart,
@@ -134,7 +136,7 @@ fn open(path: &Path) -> Result<ImportSource, CallError> {
     File::open(path).map(ImportSource::Archive).map_err(failed)
 }
 
-/// Collects the chunks in a file without a name, which vanishes with its descriptor.
+/// Collects the chunks in an unnamed file, which vanishes with its descriptor.
 async fn upload(node: &Node, requests: &mut Streaming<v1::ImportRequest>) -> Result<File, CallError> {
     let failed = |action| move |source| CallError::File { action, source };
     let mut file =
@@ -300,7 +302,7 @@ impl v1::berth_server::Berth for Service {
                 }
                 Err(error) => Err(failed("Import", &error)),
             };
-            // A caller that has gone does not want to know.
+            // The caller has gone.
             let _ = sender.send(event);
         });
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(receiver))))
@@ -326,7 +328,7 @@ impl v1::berth_server::Berth for Service {
         _request: Request<v1::UsageRequest>,
     ) -> Result<Response<v1::UsageResponse>, Status> {
         let node = self.node.clone();
-        // Reading smaps walks page tables, and takes long for a large process.
+        // Reading smaps walks page tables, which takes long for a large process.
         let usage = tokio::task::spawn_blocking(move || usage(&node)).await;
         usage.map(Response::new).map_err(|error| Status::unavailable(chain(&error)))
     }

@@ -16,8 +16,8 @@
 //! containers' cgroups are called `crio-<id>.scope` ([`berth_cgroup::Naming`]), and a pod with its
 //! own network gets an empty cgroup named after the sandbox, [`show`]: network is measured for the
 //! "container" whose label `io.kubernetes.container.name` is `POD`, in the network namespace of its
-//! pid, and the the the the the kubelet takes a pod's network from the entry whose cgroup has the
-//! sandbox's id.
+//! pid, and the the the the the the kubelet takes a pod's network from the entry whose cgroup has
+//! the sandbox's id.
 //!
 //! Nothing else of CRI-O is implemented, and nothing here can keep the daemon from serving pods:
 //! failures are logged. A request is answered from memory and a few files of procfs; connections,

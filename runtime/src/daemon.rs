@@ -1,4 +1,18 @@
-//! The daemon as a whole: opening everything, serving, ending.
+//! The daemon as a whole: start, serving, shutdown.
+
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
+use berth_checkup::{Finding, Grade};
+use berth_image::Store;
+use berth_model::layout::Layout;
+use berth_sys::mount::{self, Propagation};
+use berth_sys::process::{self, RLIMIT_NOFILE};
 
 use crate::apparmor::DefaultProfile;
 use crate::cgroups::Cgroups;
@@ -22,34 +36,22 @@ use crate::selinux;
 use crate::shim_client::ShimProgram;
 use crate::streaming::{Streaming, StreamingError};
 use crate::{api, apparmor, cadvisor, server};
-use berth_cgroup::{Driver, Hierarchy, Naming, Parent, Systemd};
-use berth_checkup::{Finding, Grade};
-use berth_image::Store;
-use berth_model::layout::Layout;
-use berth_sys::mount::{self, Propagation};
-use berth_sys::process::{self, RLIMIT_NOFILE};
-use std::future::Future;
-use std::io;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
-/// Major and minor number of the oldest kernel that will do.
+/// Major and minor version of the oldest supported kernel.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
 /// How often the network is checked, and repaired if needed.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
-/// How long the lock of a root or state may be held by a process that is about to end, and how often to
-/// check.
+/// How long the lock of a root or state may be held by a process that is about to end, and how
+/// often to check.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
-/// Why the daemon cannot start or go on.
+/// Why the daemon cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// A file or directory of its own.
+    /// One of its own files or directories.
     #[error(transparent)]
     File(#[from] FileError),
     /// Its own directory cannot be written to.
@@ -60,32 +62,32 @@ pub enum DaemonError {
         /// The file or directory.
         path: PathBuf,
     },
-    /// The kernel lacks what containers are made with: the mount API by descriptor, pidfds, cgroup.kill.
+    /// The kernel lacks required features: the mount API by descriptor, pidfds, cgroup.kill.
     #[error("Linux {release} is too old: boot 5.15 or newer")]
     Kernel {
         /// Its version.
         release: String,
     },
-    /// Another daemon works in the same root or state.
+    /// Another daemon uses the same root or state.
     #[error("another berthd uses {path}: {holder}; give this one its own --root and --state")]
     Taken {
-        /// Which of them.
+        /// The directory.
         path: PathBuf,
         /// Who that is.
         holder: String,
     },
-    /// The images.
+    /// The image store.
     #[error("cannot open the image store")]
     Images(#[source] berth_image::StoreError),
     /// The cgroups.
     #[error("cannot find the cgroup hierarchies")]
     Cgroups(#[source] berth_cgroup::Error),
-    /// The driver that was named does not work here.
+    /// The configured driver does not work here.
     #[error(
         "the systemd cgroup driver needs cgroup v2 with its controllers; boot with systemd.unified_cgroup_hierarchy=1, or set [cgroup] driver to cgroupfs"
     )]
     SystemdOnLegacy,
-    /// The driver that was named does not work here.
+    /// The configured driver does not work here.
     #[error("the systemd cgroup driver needs systemd as process 1; set [cgroup] driver to cgroupfs")]
     NoSystemd,
     /// The thread that talks to systemd.
@@ -97,13 +99,13 @@ pub enum DaemonError {
     /// The host.
     #[error("cannot determine {what}")]
     Host {
-        /// What could not be found out.
+        /// What could not be determined.
         what: &'static str,
         /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The objects of the daemon before.
+    /// The objects of the previous daemon.
     #[error("cannot recover the pods of the previous daemon")]
     Recovery(#[from] RecoveryError),
     /// The streaming server.
@@ -122,11 +124,11 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
     }
 }
 
-/// Serves until `stop` resolves, and takes another configuration over whenever `reload` says that there is
-/// one. Pods go on after that: the next daemon finds them.
+/// Serves until `stop` resolves, and applies a new configuration whenever `reload` delivers
+/// one. Pods keep running after that: the next daemon finds them.
 ///
 /// # Errors
-/// [`DaemonError`], with what to do where there is something to do.
+/// [`DaemonError`], with advice where there is any.
 pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload) -> Result<(), DaemonError> {
     let notifier = Arc::new(Notifier::from_environment());
     raise_descriptor_limit();
@@ -135,7 +137,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     prepare(&layout)?;
     let root_places = [layout.root().join("berthd.lock"), layout.sandboxes(), layout.containers()];
     let _root = take(layout.root(), &root_places).await?;
-    // The directory itself: it may be full, and then the daemon is needed all the more.
+    // Only the directory itself: if it is full, the daemon is needed even more.
     let state_places = [layout.state().to_owned(), layout.sandbox_states(), layout.container_states()];
     let _state = take(layout.state(), &state_places).await?;
     make_private(layout.state())?;
@@ -158,7 +160,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
         image: ImageService::new(node.clone()),
         berth: api::Service::new(node.clone()),
     };
-    // A disk that hangs would keep the socket waiting.
+    // A disk that hangs would delay the socket.
     let telling = node.clone();
     tokio::spawn(async move { tell_what_the_node_lacks(&telling).await });
     let progress =
@@ -175,7 +177,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
         stop.await;
         notifier.stopping();
     };
-    // Before kubelet finds the CRI, since its cAdvisor looks for this one only once, right after.
+    // Before the kubelet finds the CRI, since its cAdvisor looks for this socket only once, right
+    // after.
     let cadvisor = cadvisor::start(&node).await;
     let served =
         server::serve(&config.socket, services, listening, stopping).await.map_err(DaemonError::Serve);
@@ -189,14 +192,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     }
     tracing::info!("berthd is stopping; pods keep running");
     if node.registry.is_empty() {
-        // Nothing is mounted in there, so nothing is left mounted by a daemon without pods. Failing is no
-        // harm.
+        // Without pods nothing is mounted in there, so no mount is left behind. Failure is
+        // harmless.
         let _ = mount::detach(node.layout.state());
     }
     served
 }
 
-/// The daemon holds a connection for each container. Programs that it starts get limits of their own:
+/// The daemon holds a connection for each container. Programs that it starts get their own limits:
 /// [`crate::rlimits`].
 fn raise_descriptor_limit() {
     let raised =
@@ -206,7 +209,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// Refuses a kernel that is too old; one whose version cannot be read as such may be new enough.
+/// Refuses a kernel that is too old; one with an unparsable version may be new enough.
 fn check_kernel(release: &str) -> Result<(), DaemonError> {
     match kernel_version(release) {
         Some(version) if version < OLDEST_KERNEL => {
@@ -216,7 +219,7 @@ fn check_kernel(release: &str) -> Result<(), DaemonError> {
     }
 }
 
-/// The kernel's release, as uname(2) has it.
+/// The kernel's release, from uname(2).
 fn release() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default()
 }
@@ -246,8 +249,8 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
             .create(&path)
             .map_err(file("create", &path))?;
     }
-    // Only root may get through, also into directories that an older version made: images hold setuid
-    // programs.
+    // Only root may get through, also into directories that an older version made: images hold
+    // setuid programs.
     for path in [layout.root(), layout.state()] {
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
             .map_err(file("set the mode of", path))?;
@@ -257,10 +260,10 @@ fn prepare(layout: &Layout) -> Result<(), DaemonError> {
 
 /// Takes a directory for this daemon alone.
 ///
-/// A daemon that was killed while it started a shim leaves a child between its clone and its exec, which
-/// has the lock until the exec closes it (flock(2): a lock belongs to the open file, which children
-/// share). And two daemons that start at the same time give way to each other. So this tries again for a
-/// while.
+/// A daemon that was killed while starting a shim leaves a child between clone and exec, which
+/// holds the lock until the exec closes it (flock(2): a lock belongs to the open file, which
+/// children share). And two daemons that start at the same time give way to each other. So this
+/// tries again for a while.
 async fn take(directory: &Path, places: &[PathBuf]) -> Result<Locked, DaemonError> {
     let end = tokio::time::Instant::now() + LOCK_PATIENCE;
     let locked = loop {
@@ -285,7 +288,7 @@ async fn take(directory: &Path, places: &[PathBuf]) -> Result<Locked, DaemonErro
 }
 
 /// Makes the runtime state a separate, private mount: namespaces pinned and memory mounted in
-/// it would otherwise be copied into every mount namespace that gets the host's mounts, and stay there.
+/// it would otherwise be copied into every new mount namespace, and stay there.
 fn make_private(state: &Path) -> Result<(), DaemonError> {
     if !is_mount_point(state).map_err(file("examine", state))? {
         mount::bind(state, state).map_err(file("bind-mount onto itself", state))?;
@@ -296,8 +299,8 @@ fn make_private(state: &Path) -> Result<(), DaemonError> {
 fn is_mount_point(path: &Path) -> io::Result<bool> {
     let path = path.canonicalize()?;
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    // Field 5 is the mount point, proc_pid_mountinfo(5); paths with spaces are escaped there and not found,
-    // which mounts once more and does no harm.
+    // Field 5 is the mount point, proc_pid_mountinfo(5); paths with spaces are escaped and not
+    // found, which results in a second, harmless mount.
     Ok(mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|point| Path::new(point) == path)))
 }
 
@@ -343,7 +346,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     })
 }
 
-/// Logs what `berth doctor` would say, so that it is known without being asked for.
+/// Logs the findings of `berth doctor`.
 async fn tell_what_the_node_lacks(node: &Arc<Node>) {
     let config = node.config();
     let images = &config.images;
@@ -357,7 +360,7 @@ async fn tell_what_the_node_lacks(node: &Arc<Node>) {
         min_free_percent: images.min_free_percent,
         cadvisor_socket: config.cadvisor_socket.clone(),
     };
-    // A disk may be slow. A panic in there is a bug that is logged.
+    // A disk may be slow. A panic in there is a bug, which is logged.
     let findings = tokio::task::spawn_blocking(move || berth_checkup::look(Path::new("/"), &daemon)).await;
     for Finding { grade, subject, text } in findings.unwrap_or_default() {
         match grade {
@@ -368,7 +371,7 @@ async fn tell_what_the_node_lacks(node: &Arc<Node>) {
     }
 }
 
-/// Tells the service manager's watchdog that the daemon is alive, as long as it answers itself.
+/// Notifies the service manager's watchdog, as long as the daemon answers its own requests.
 async fn keep_alive(notifier: Arc<Notifier>, node: Arc<Node>) {
     let probe = || async {
         notify::ask_the_daemon(&node.config().socket).await?;
@@ -377,7 +380,7 @@ async fn keep_alive(notifier: Arc<Notifier>, node: Arc<Node>) {
     notifier.keep_alive(probe).await;
 }
 
-/// What a person sees who asks the service manager.
+/// The status line for the service manager.
 fn status(node: &Node) -> String {
     let (pods, containers) = (node.registry.sandboxes().len(), node.registry.containers().len());
     let mut text = format!("serving {pods} pods, {containers} containers");
@@ -391,7 +394,7 @@ fn status(node: &Node) -> String {
     text
 }
 
-/// The driver that the configuration names, else the one whose form the configured parent has, else the one
+/// The configured driver, else the one whose form the configured parent has, else the one
 /// that fits the node.
 fn driver(config: &Config, hierarchy: &Hierarchy) -> Result<Driver, DaemonError> {
     let found = Driver::detect(hierarchy);
@@ -403,8 +406,8 @@ fn driver(config: &Config, hierarchy: &Hierarchy) -> Result<Driver, DaemonError>
     }
 }
 
-/// Where pods go that name no parent. A configured one has the form of the driver. How it names its leaves
-/// holds for all parents.
+/// The parent of pods that name none. A configured one has the form of the driver. How it names its
+/// leaves applies to all parents.
 fn default_parent(config: &Config, driver: Driver) -> Result<Parent, DaemonError> {
     let default = match driver {
         Driver::Cgroupfs => "/berth",
@@ -418,12 +421,13 @@ fn default_parent(config: &Config, driver: Driver) -> Result<Parent, DaemonError
     Ok(parent.with_naming(naming))
 }
 
-/// Looks after the network for as long as the daemon serves.
+/// Checks and repairs the network while the daemon serves.
 async fn watch_network(node: Arc<Node>) {
     loop {
         tokio::time::sleep(NETWORK_LOOK).await;
         let looking = node.clone();
-        // Netlink and, for a repair, a program: both block. A panic in there is a bug that is logged.
+        // Netlink and, for a repair, a program: both block. A panic in there is a bug, which is
+        // logged.
         let _ = tokio::task::spawn_blocking(move || looking.network.look()).await;
     }
 }

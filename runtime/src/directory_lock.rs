@@ -1,18 +1,21 @@
-//! One daemon for a root, and one for a state: each clears away what it finds there and does not know.
+//! One daemon for a root, and one for a state: each clears away what it finds there and does not
+//! know.
 //!
-//! A directory is locked by flock(2) of one of several files in it, its *places*. A process that can lock
-//! one of them has the directory, provided that no other place is locked but by processes that were
-//! killed, cannot end, and will never write again ([`berth_sys::ending`]): a disk or a container may keep
-//! one waiting in the kernel for ever, with all that it has open.
+//! A directory is locked by flock(2) of one of several files in it, its *places*. A process that
+//! can lock one of them has the directory, provided that no other place is locked but by processes
+//! that were killed, cannot end, and will never write again ([`berth_sys::ending`]): a disk or a
+//! container may keep one waiting in the kernel for ever, with all that it has open.
 //!
-//! Each daemon locks the first place that is free, and looks at all others after that. So of two that
-//! start at the same time, whatever they have seen before, at least one sees the other and gives way.
+//! Each daemon locks the first place that is free, and looks at all others after that. So of two
+//! that start at the same time, whatever they have seen before, at least one sees the other and
+//! gives way.
 
-use berth_sys::ending::{Ending, ending};
 use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use berth_sys::ending::{Ending, ending};
 
 /// Every lock of a file: proc_locks(5).
 const LOCKS: &str = "/proc/locks";
@@ -24,7 +27,7 @@ pub(crate) enum Refused {
     Taken(Holder),
     /// A file cannot be opened or locked.
     File {
-        /// The failed act.
+        /// The operation.
         action: &'static str,
         /// Which.
         path: PathBuf,
@@ -36,8 +39,8 @@ pub(crate) enum Refused {
 /// Who has a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Holder {
-    /// Unknown when it is in another pid namespace, or has ended and a child that it was making has the lock
-    /// still, for a moment.
+    /// Unknown when it is in another pid namespace, or has ended and a child that it was making has
+    /// the lock still, for a moment.
     pid: Option<i32>,
     ending: Ending,
 }
@@ -67,8 +70,8 @@ pub(crate) struct Locked {
     pub(crate) over: Vec<i32>,
 }
 
-/// Takes the directory whose places are these, if it can be had now. A place is a directory, or a file that
-/// is made if it is absent.
+/// Takes the directory whose places are these, if it can be had now. A place is a directory, or a
+/// file that is made if it is absent.
 ///
 /// # Errors
 /// [`Refused`].

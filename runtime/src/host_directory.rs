@@ -1,20 +1,21 @@
-//! Directories of the host that are made for a pod because a request names them: log directories, sources of
-//! mounts.
+//! Host directories that are created for a pod because a request names them: log directories,
+//! sources of mounts.
 
-use berth_sys::host_path;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Makes `path` and its parents where they are absent, searchable by all (mode 0755): they are the
-/// pods'. The umask is the caller's, and the daemon has a strict one for its own files: this is for its
-/// workers ([`crate::host_paths`]), who can also be kept waiting for ever.
+use berth_sys::host_path;
+
+/// Creates `path` and missing parents, searchable by all (mode 0755): they are the pods'. The umask
+/// is the caller's, and the daemon has a strict one for its own files: this is for its workers
+/// ([`crate::host_paths`]), who can also be kept waiting for ever.
 ///
-/// Containers may own a directory on the way. Links that are there are followed, as the CRI asks for
-/// `Mount.host_path`; nothing is looked up twice, and no mode is changed once a directory is made (see
-/// [`host_path::make_dir_all`]).
+/// Containers may own a directory on the way. Links that are there are followed, as the CRI asks
+/// for `Mount.host_path`; nothing is looked up twice, and no mode is changed once a directory is
+/// made (see [`host_path::make_dir_all`]).
 ///
 /// # Errors
-/// The directory that could not be made, and why.
+/// The directory that could not be created, and why.
 pub(crate) fn make_missing(path: &Path) -> Result<(), (PathBuf, io::Error)> {
     if path.exists() {
         return Ok(());
@@ -24,9 +25,10 @@ pub(crate) fn make_missing(path: &Path) -> Result<(), (PathBuf, io::Error)> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
 
     fn mode(path: &Path) -> u32 {
         std::fs::metadata(path).unwrap().permissions().mode() & 0o777
@@ -47,7 +49,8 @@ mod tests {
         assert_eq!(make_missing(&file.join("below")).unwrap_err().0, file);
     }
 
-    /// The swap of a container that owns the parent: the directory just made becomes a link to another one.
+    /// The swap of a container that owns the parent: the directory just made becomes a link to
+    /// another one.
     #[test]
     fn the_mode_of_what_a_swapped_link_leads_to_stays() {
         let directory = tempfile::tempdir().unwrap();

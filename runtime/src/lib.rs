@@ -1,9 +1,9 @@
 //! The daemon.
 //!
-//! `docs/ARCHITECTURE.md` has the map. In short: `cri` is the edge, where requests become plain data, and
-//! `api` the same for Berth's own service; `sandbox` and `container` own the objects, `registry` knows them
-//! by id and name; `oci_spec` and `plan` turn what was asked for into what a shim does; `shim_client` talks
-//! to the shims; `recovery` brings back what the daemon before left.
+//! `docs/ARCHITECTURE.md` has the map. In short: `cri` is the edge, where requests become plain
+//! data, and `api` the same for Berth's own service; `sandbox` and `container` own the objects,
+//! `registry` finds them by id and name; `oci_spec` and `plan` turn a request into what a shim
+//! does; `shim_client` talks to the shims; `recovery` restores what the previous daemon left.
 #![forbid(unsafe_code)]
 
 mod api;
@@ -50,18 +50,18 @@ mod usage;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks a mutex whose value is whole at every moment: a panic elsewhere leaves it usable.
+/// Locks a mutex whose value is always consistent, so that a panic elsewhere leaves it usable.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An error with all its causes, as one line: what a person needs who sees nothing else.
+/// An error with all its causes, as one line.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
         let cause_text = cause.to_string();
-        // Errors that pass their cause on say the same twice.
+        // Transparent errors repeat their cause.
         if !text.ends_with(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);

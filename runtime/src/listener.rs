@@ -5,10 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use berth_sys::ending::{Ending, ending};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::file_error::FileError;
-use berth_sys::ending::{Ending, ending};
 
 /// How long a listener may take to accept a connection.
 const ANSWER: Duration = Duration::from_secs(1);

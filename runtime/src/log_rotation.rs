@@ -1,30 +1,33 @@
-//! Rotates the logs of pods that ask for it by an annotation: those of `berth run`, which no kubelet looks
-//! after. It happens here, and not in the command, because such a pod runs without one when it is detached.
-//! As with a kubelet the limit is looked at now and then: a log may grow beyond it for [`LOOK`].
+//! Rotates the logs of pods that ask for it by an annotation: those of `berth run`, which no
+//! kubelet takes care of. after. It happens here, and not in the command, because such a pod runs
+//! without one when it is detached. As with a kubelet, sizes are checked periodically: a log may
+//! exceed its limit for [`LOOK`].
 
-use crate::container::{self, Container};
-use crate::node::Node;
-use crate::sandbox::Sandbox;
-use berth_model::state::ContainerState;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// On a sandbox: how many bytes a log of its containers may have.
+use berth_model::state::ContainerState;
+
+use crate::container::{self, Container};
+use crate::node::Node;
+use crate::sandbox::Sandbox;
+
+/// Annotation of a sandbox: the size limit of its containers' logs, in bytes.
 const ANNOTATION: &str = "berth.log-bytes";
 
 /// On every sandbox of a kubelet: where it has the pod from (Kubernetes, `pkg/kubelet/types`,
 /// `ConfigSourceAnnotationKey`). A pod's author can neither remove nor set it.
 const OF_A_KUBELET: &str = "kubernetes.io/config.source";
 
-/// The least that is taken from it: a log of less would be rotated all the time.
+/// The smallest limit: smaller logs would be rotated all the time.
 const LEAST_BYTES: u64 = 4096;
 
-/// How often logs are looked at: as often as a kubelet does.
+/// How often logs are checked: as often as by a kubelet.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// Looks after the logs for ever.
+/// Rotates logs until the daemon ends.
 pub(crate) async fn keep(node: Arc<Node>) {
     loop {
         tokio::time::sleep(LOOK).await;
@@ -37,8 +40,8 @@ pub(crate) async fn keep(node: Arc<Node>) {
     }
 }
 
-/// The limit of a sandbox that asks for one. One of a kubelet never does: its annotations are the pod
-/// author's, and its logs the kubelet's to rotate.
+/// The limit of a sandbox that asks for one. One of a kubelet never does: its annotations are the
+/// pod author's, and its logs the kubelet's to rotate.
 fn limit(annotations: &BTreeMap<String, String>) -> Option<u64> {
     if annotations.contains_key(OF_A_KUBELET) {
         return None;
@@ -63,7 +66,7 @@ async fn look_after(node: &Arc<Node>, sandbox: &Sandbox, container: &Arc<Contain
         Ok(Err(error)) => Err(crate::chain(&error)),
     };
     if let Err(error) = outcome {
-        // Tried again at the next look: a log that is not there asks for a new one.
+        // Retried at the next check: a missing log is reopened.
         tracing::warn!(container = %container.id(), error, "could not rotate the log");
     }
 }

@@ -1,6 +1,10 @@
 //! `berthd`: arguments and configuration, then the daemon.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
 use anyhow::Context as _;
 use berth_runtime::config::{self, Config, Written};
 use berth_runtime::host_paths::worker;
@@ -8,13 +12,10 @@ use berth_runtime::log::Lines;
 use berth_runtime::reload::Reload;
 use berth_runtime::reload_request;
 use clap::Parser;
-use std::path::PathBuf;
-use std::process::ExitCode;
-use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// sysexits.h: the configuration is wrong.
+/// sysexits.h: configuration error.
 const EXIT_CONFIG: u8 = 78;
 
 /// The Berth container runtime: serves the Kubernetes CRI on a Unix socket.
@@ -27,7 +28,7 @@ struct Arguments {
     /// Directory for images, records and writable layers.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Directory for what a reboot takes away: namespaces, sockets.
+    /// Directory for files that do not survive a reboot: namespaces, sockets.
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// The socket to serve on.
@@ -39,13 +40,14 @@ struct Arguments {
     /// What to log: error, warn, info, debug, trace, or a filter.
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
-    /// Check the configuration and end.
+    /// Check the configuration and exit.
     #[arg(long)]
     check_config: bool,
-    /// Have the running berthd with this process id read its configuration again, wait until it has, and end.
+    /// Make the running berthd with this process id reload its configuration, wait for that, and
+    /// exit.
     #[arg(long, value_name = "PID")]
     reload: Option<i32>,
-    /// Print the configuration with all its defaults and end.
+    /// Print the configuration with all its defaults and exit.
     #[arg(long)]
     print_config: bool,
 }
@@ -158,8 +160,8 @@ fn serve(config: Config, arguments: Arguments) -> anyhow::Result<()> {
             wanted,
             read: Arc::new(move || read(&arguments).map_err(|error| format!("{error:#}"))),
             set_log: Box::new(move |text| {
-                // It was checked with the rest of the configuration, and the log is there as long as the
-                // daemon.
+                // It was checked with the rest of the configuration, and the log exists as long as
+                // the daemon.
                 if let Ok(filter) = EnvFilter::try_new(text) {
                     let _ = filter_in_force.reload(filter);
                 }
@@ -174,7 +176,7 @@ fn serve(config: Config, arguments: Arguments) -> anyhow::Result<()> {
         berth_runtime::daemon::run(config, stop, reload).await?;
         anyhow::Ok(())
     })?;
-    // A pull or a deletion may be in a blocking call; nothing that it leaves is in the next daemon's way.
+    // A pull or a deletion may be in a blocking call; the next daemon can handle what it leaves.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     Ok(())
 }

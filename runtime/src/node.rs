@@ -1,4 +1,13 @@
-//! What every part of the daemon works with: the node that it runs on, and everything that it opened there.
+//! The shared state of the daemon: facts about the node, and everything opened at start.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use berth_image::{InUse, Store};
+use berth_model::layout::Layout;
+use berth_seccomp::Cache;
 
 use crate::apparmor::DefaultProfile;
 use crate::cgroups::Cgroups;
@@ -11,21 +20,14 @@ use crate::network::Network;
 use crate::oci_spec::HostFacts;
 use crate::registry::{Found, Registry};
 use crate::shim_client::ShimProgram;
-use berth_image::{InUse, Store};
-use berth_model::layout::Layout;
-use berth_seccomp::Cache;
-use std::collections::HashSet;
-use std::ffi::OsStr;
-use std::path::Path;
-use std::sync::{Arc, Mutex};
 
-/// How many notes about the node are remembered as said.
+/// How many notes about the node are remembered as logged.
 const MAX_SAID: usize = 256;
 
 /// Shared by all requests. Never locked as a whole.
 #[derive(Debug)]
 pub(crate) struct Node {
-    /// What is in force; see [`Node::config`].
+    /// The configuration in force; see [`Node::config`].
     pub(crate) config: Mutex<Arc<Config>>,
     pub(crate) layout: Layout,
     pub(crate) cgroups: Cgroups,
@@ -41,32 +43,32 @@ pub(crate) struct Node {
     pub(crate) boot_id: String,
     pub(crate) facts: HostFacts,
     pub(crate) default_apparmor_profile: DefaultProfile,
-    /// Notes that were said already. They are about privileges and limits that the daemon lacks, so there are
-    /// few.
+    /// Notes that were already logged. They are about privileges and limits that the daemon lacks,
+    /// so there are few.
     pub(crate) said: Mutex<HashSet<String>>,
 }
 
 impl Node {
-    /// The configuration in force now. Another one may be a moment later ([`crate::reload`]).
+    /// The configuration in force now. A reload may replace it at any time ([`crate::reload`]).
     pub(crate) fn config(&self) -> Arc<Config> {
         Arc::clone(&lock(&self.config))
     }
 
-    /// Puts another configuration into force.
+    /// Replaces the configuration in force.
     pub(crate) fn set_config(&self, config: Config) {
         self.images.set_options(config.images.clone());
         *lock(&self.config) = Arc::new(config);
     }
 
-    /// Whether this is the first time that `note` is to be said: what holds for the whole node is said once,
-    /// not for every container. Only so many are remembered; what comes after them is not said.
+    /// Whether `note` has not been logged yet: what holds for the whole node is logged once,
+    /// not for every container. The number of notes is limited; further ones are not logged.
     pub(crate) fn is_new(&self, note: &str) -> bool {
         let mut said = lock(&self.said);
         said.len() < MAX_SAID && said.insert(note.to_owned())
     }
 
-    /// The images that containers were made from; `None` if there are containers, or may be, that this daemon
-    /// does not know: their images are not known either.
+    /// The images that containers use; `None` if there are, or may be, containers that this daemon
+    /// does not know: their images are unknown, too.
     pub(crate) fn images_in_use(&self) -> InUse {
         for directory in [self.layout.containers(), self.layout.container_states()] {
             for entry in std::fs::read_dir(&directory).ok()? {
@@ -76,11 +78,11 @@ impl Node {
                 }
             }
         }
-        // One whose record was lost does not say which image it has.
+        // The image of one whose record was lost is unknown.
         self.registry.containers().iter().map(|container| container.image_digest()).collect()
     }
 
-    /// Whether something in a directory of containers is one that is known, or that is being made and has a
+    /// Whether an entry in a directory of containers is known, or is being created and has a
     /// lease on its image.
     fn is_known_container(&self, name: &OsStr) -> bool {
         let Some(name) = name.to_str() else { return false };
@@ -88,15 +90,15 @@ impl Node {
             || self.registry.is_being_made(name)
     }
 
-    /// Lets layers go, in the background, that no container uses any more.
+    /// Releases unused layers, in the background.
     pub(crate) fn collect_images(self: &Arc<Self>) {
         let node = self.clone();
         self.images.collect_soon(move || node.images_in_use());
     }
 }
 
-/// Whether a path is there, or cannot be looked at: a container that goes leaves its directories before it is
-/// forgotten.
+/// Whether a path exists or cannot be looked up: a container that is removed loses its directories
+/// before it is forgotten.
 fn may_exist(path: &Path) -> bool {
     !std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }

@@ -1,19 +1,10 @@
 //! The daemon's end of a shim: starting one, finding one again, and talking to it.
 //!
-//! Messages are those of `berth_shim_proto`; they stop here. One task for each connection sends frames whole,
-//! whatever becomes of the caller, and hands replies to those that wait for them; when the connection ends,
-//! every waiter gets [`ShimError::Lost`], and [`ShimClient::ended`] resolves. Every call has a deadline: a
-//! shim that hangs hurts its own container only.
+//! Messages are those of `berth_shim_proto`; they stop here. One task for each connection sends
+//! frames whole, whatever becomes of the caller, and hands replies to those that wait for them;
+//! when the connection ends, every waiter gets [`ShimError::Lost`], and [`ShimClient::ended`]
+//! resolves. Every call has a deadline: a shim that hangs hurts its own container only.
 
-use crate::lock;
-use berth_shim_proto::control::{
-    AttachRequest, ExecRequest, Phase, Reply, Request, Resize, SignalExec, reply::Answer, request::Call,
-};
-use berth_shim_proto::exit_record::ExitRecord;
-use berth_shim_proto::frame;
-use berth_shim_proto::launch::{self, Launch};
-use berth_sys::errno::ECONNREFUSED;
-use berth_sys::{process, socket};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::fs::File;
@@ -23,19 +14,30 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
+
+use berth_shim_proto::control::{
+    AttachRequest, ExecRequest, Phase, Reply, Request, Resize, SignalExec, reply::Answer, request::Call,
+};
+use berth_shim_proto::exit_record::ExitRecord;
+use berth_shim_proto::frame;
+use berth_shim_proto::launch::{self, Launch};
+use berth_sys::errno::ECONNREFUSED;
+use berth_sys::{process, socket};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, oneshot, watch};
+
+use crate::lock;
 
 pub(crate) use berth_shim_proto::control::{Created, Failed};
 
 /// How long a shim may take for what needs no program of the container to do anything.
 const CALL: Duration = Duration::from_secs(10);
-/// How long making a container may take: mounts of slow filesystems are in it. A little longer than the shim
-/// waits.
+/// How long making a container may take: mounts of slow filesystems are in it. A little longer than
+/// the shim waits.
 const CREATE: Duration = Duration::from_secs(65);
-/// How long a start may take. A little longer than the shim itself waits for the program: it says then that
-/// the start failed, and ends it.
+/// How long a start may take. A little longer than the shim itself waits for the program: it says
+/// then that the start failed, and ends it.
 pub(crate) const START: Duration = Duration::from_secs(12);
 /// How long a kill may take to reach what it is for, when there is another way to see to it.
 const KILL: Duration = Duration::from_secs(1);
@@ -85,15 +87,15 @@ pub(crate) enum ConnectError {
     /// There is no socket.
     #[error("the container's shim has no socket")]
     NoSocket,
-    /// That says nothing about the shim: no descriptors, or it has not taken the connections that wait
-    /// already.
+    /// That says nothing about the shim: no descriptors, or it has not taken the connections that
+    /// wait already.
     #[error("cannot connect to the container's shim")]
     NotNow(#[source] io::Error),
 }
 
-/// The shim's program, loaded once: processes are started from this copy, which cannot be written to, so that
-/// neither an upgrade of the package nor a container that gets hold of its own `/proc/<pid>/exe` changes what
-/// runs.
+/// The shim's program, loaded once: processes are started from this copy, which cannot be written
+/// to, so that neither an upgrade of the package nor a container that gets hold of its own
+/// `/proc/<pid>/exe` changes what runs.
 #[derive(Debug)]
 pub(crate) struct ShimProgram {
     program: OwnedFd,
@@ -173,8 +175,8 @@ pub(crate) struct Pause {
     pub(crate) procfs: OwnedFd,
 }
 
-/// A process that keeps a scope of systemd in being until the one that it is for is in it: it waits for the
-/// end of its one descriptor, which comes when this is dropped or the daemon ends.
+/// A process that keeps a scope of systemd in being until the one that it is for is in it: it waits
+/// for the end of its one descriptor, which comes when this is dropped or the daemon ends.
 #[derive(Debug)]
 pub(crate) struct Holder {
     pid: i32,
@@ -190,8 +192,8 @@ impl Holder {
 
     /// Ends it. Its number stays its own until this is dropped.
     pub(crate) fn end(&self) {
-        // It may sit in a cgroup that is frozen or short of processor time; a kill does not wait for its
-        // turn.
+        // It may sit in a cgroup that is frozen or short of processor time; a kill does not wait
+        // for its turn.
         if let Ok(pidfd) = process::open_pidfd(self.pid) {
             let _ = process::signal_pidfd(pidfd.as_fd(), 9);
         }
@@ -233,9 +235,9 @@ struct Incoming {
     end: Arc<OnceLock<ExitRecord>>,
 }
 
-/// Requests until they are sent. The caller can take one back until then, with its descriptors: a shim that
-/// does not read holds up everything behind, and abandoned requests must not pile up, nor be done
-/// later.
+/// Requests until they are sent. The caller can take one back until then, with its descriptors: a
+/// shim that does not read holds up everything behind, and abandoned requests must not pile up, nor
+/// be done later.
 #[derive(Debug, Default)]
 struct Outbox {
     /// By their numbers, which is the order in which they came.
@@ -358,8 +360,8 @@ impl ShimClient {
 
     fn new(socket: OwnedFd, child: Option<i32>) -> io::Result<Self> {
         berth_sys::file::set_nonblocking(socket.as_fd())?;
-        // For a socket pair that is the pid of the pair's creator: this daemon. Then the child is the
-        // peer.
+        // For a socket pair that is the pid of the pair's creator: this daemon. Then the child is
+        // the peer.
         let pid = child.or_else(|| socket::peer_pid(socket.as_fd()).ok());
         let socket = UnixStream::from_std(socket.into())?;
         let pending = Arc::new(Pending::default());
@@ -376,8 +378,8 @@ impl ShimClient {
         self.pid
     }
 
-    /// Resolves when the connection has ended: the container has ended and its record is on disk, or the shim
-    /// is lost.
+    /// Resolves when the connection has ended: the container has ended and its record is on disk,
+    /// or the shim is lost.
     pub(crate) async fn ended(&self) {
         let mut ended = self.ended.clone();
         // An error means that the reader task is gone, which is an end too.
@@ -412,7 +414,8 @@ impl ShimClient {
         }
     }
 
-    /// Runs a program in the container, with these as its standard output, error and, if there is one, input.
+    /// Runs a program in the container, with these as its standard output, error and, if there is
+    /// one, input.
     ///
     /// # Errors
     /// [`ShimError`]; a program that could not be started is found by [`RunningExec::ended`].
@@ -427,13 +430,14 @@ impl ShimClient {
         self.run(ExecRequest { args, terminal: false }, descriptors)
     }
 
-    /// Runs a program in the container on a new terminal. What is read from it and written to it comes on the
-    /// socket that `taker` is the far end of, as a descriptor; and what gives it a size, with a shim that has
-    /// that: with an older one the descriptor is the terminal's other end.
+    /// Runs a program in the container on a new terminal. What is read from it and written to it
+    /// comes on the socket that `taker` is the far end of, as a descriptor; and what gives it a
+    /// size, with a shim that has that: with an older one the descriptor is the terminal's other
+    /// end.
     ///
     /// # Errors
-    /// As [`exec`](Self::exec); [`ShimError::Older`] when the container's shim is of a version that cannot
-    /// do this.
+    /// As [`exec`](Self::exec); [`ShimError::Older`] when the container's shim is of a version that
+    /// cannot do this.
     pub(crate) async fn exec_on_terminal(
         self: &Arc<Self>,
         args: Vec<Vec<u8>>,
@@ -489,8 +493,8 @@ impl ShimClient {
         if self.phase().await?.version < RELAYS_SINCE { Err(ShimError::Older) } else { Ok(()) }
     }
 
-    /// Gives a terminal this size: that of an exec, or [`TERMINAL_OF_CONTAINER`]. One whose program has ended
-    /// has no size to be set.
+    /// Gives a terminal this size: that of an exec, or [`TERMINAL_OF_CONTAINER`]. One whose program
+    /// has ended has no size to be set.
     pub(crate) async fn resize(&self, request_id: u64, columns: u16, rows: u16) {
         let resize = Resize { request_id, columns: columns.into(), rows: rows.into() };
         let _ = self.done(Call::Resize(resize)).await;
@@ -498,8 +502,8 @@ impl ShimClient {
 
     /// Kills an exec's session.
     async fn kill_exec(&self, id: u64) {
-        // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it when it goes
-        // on.
+        // It may have ended meanwhile; then there is nothing to kill. A shim that hangs does it
+        // when it goes on.
         let kill = Call::SignalExec(SignalExec { request_id: id, signal: process::SIGKILL });
         let _ = tokio::time::timeout(KILL, self.done(kill)).await;
     }
@@ -531,10 +535,11 @@ impl ShimClient {
         }
     }
 
-    /// Gives the container up, whatever it does; no exit record is written. Waits until the shim has ended.
+    /// Gives the container up, whatever it does; no exit record is written. Waits until the shim
+    /// has ended.
     pub(crate) async fn discard(&self) {
-        // A shim that is gone already is what is wanted. What it has made is killed with the container's
-        // cgroup by the caller.
+        // A shim that is gone already is what is wanted. What it has made is killed with the
+        // container's cgroup by the caller.
         let _ = self.send(Call::Discard(()), Vec::new());
         if tokio::time::timeout(CALL, self.ended()).await.is_err() {
             self.kill();
@@ -546,7 +551,8 @@ impl ShimClient {
     /// then.
     pub(crate) fn kill(&self) {
         let Some(pidfd) = self.pid.and_then(|pid| process::open_pidfd(pid).ok()) else { return };
-        // As long as the connection is open the number is the shim's, so the descriptor was it a moment ago.
+        // As long as the connection is open the number is the shim's, so the descriptor was it a
+        // moment ago.
         if !*self.ended.borrow() {
             // It may end just now, which is as good.
             let _ = process::signal_pidfd(pidfd.as_fd(), process::SIGKILL);
@@ -647,8 +653,8 @@ impl Resizer {
     }
 }
 
-/// A program that runs in the container. When it is dropped before its end, the program is killed: no one
-/// waits for it any more.
+/// A program that runs in the container. When it is dropped before its end, the program is killed:
+/// no one waits for it any more.
 #[derive(Debug)]
 pub(crate) struct RunningExec {
     client: Arc<ShimClient>,
@@ -660,13 +666,13 @@ pub(crate) struct RunningExec {
 }
 
 impl RunningExec {
-    /// Waits for its end; its exit code. May be called again after it was dropped half-way, until it has
-    /// returned.
+    /// Waits for its end; its exit code. May be called again after it was dropped half-way, until
+    /// it has returned.
     ///
     /// # Errors
     /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the connection
-    /// ended before it, [`ShimError::Silent`] when the shim stopped answering: a program may run for
-    /// ever, and a shim that hangs would look the same.
+    /// ended before it, [`ShimError::Silent`] when the shim stopped answering: a program may run
+    /// for ever, and a shim that hangs would look the same.
     pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
         let Some(pending) = &mut self.answer else { return Err(ShimError::Lost) };
         let answer = tokio::select! {
@@ -683,8 +689,8 @@ impl RunningExec {
         }
     }
 
-    /// Keeps its input open until it has ended, when it is killed by dropping this: a program that sees the
-    /// end of its input before may take what it has read for all of it.
+    /// Keeps its input open until it has ended, when it is killed by dropping this: a program that
+    /// sees the end of its input before may take what it has read for all of it.
     pub(crate) fn hold_input(&mut self, input: OwnedFd) {
         self.input = Some(input);
     }
@@ -747,8 +753,8 @@ async fn serve(
             outgoing = outbox.next() => match outgoing {
                 Some(outgoing) if send_whole(&socket, &outgoing).await.is_ok() => true,
                 Some(_) => {
-                    // A shim that could not begin is gone before it is asked anything: what it has said is
-                    // there still.
+                    // A shim that could not begin is gone before it is asked anything: what it has
+                    // said is there still.
                     let last_words = async {
                         while socket.readable().await.is_ok() && receive(&socket, &mut received, &incoming) {}
                     };
@@ -830,13 +836,14 @@ fn receive(socket: &UnixStream, received: &mut Vec<u8>, incoming: &Incoming) -> 
     true
 }
 
-/// How the container ended, if the last message says so: shims of the first version left that to the record.
+/// How the container ended, if the last message says so: shims of the first version left that to
+/// the record.
 fn end_in(record: ExitRecord) -> Option<ExitRecord> {
     (record.finished_at_unix_ns != 0).then_some(record)
 }
 
-/// Takes the zombie of a shim that this daemon started. It ends right after its connection; one that hangs is
-/// looked for now and then.
+/// Takes the zombie of a shim that this daemon started. It ends right after its connection; one
+/// that hangs is looked for now and then.
 async fn reap(pid: i32) {
     let mut pause = Duration::from_millis(1);
     while matches!(process::reap_or_running(pid), Ok(process::Child::Running)) {
@@ -845,8 +852,8 @@ async fn reap(pid: i32) {
     }
 }
 
-/// Where the shim's program is looked for when the configuration does not say: beside the daemon's own, then
-/// where packages put it.
+/// Where the shim's program is looked for when the configuration does not say: beside the daemon's
+/// own, then where packages put it.
 #[must_use]
 pub(crate) fn default_program() -> Option<PathBuf> {
     let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join("berth-shim")));

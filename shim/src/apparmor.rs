@@ -5,35 +5,38 @@
 //!  exec      where no other process lives: the profile that the next exec changes to
 //!  current   where others do: the profile from now on
 //! ```
-//! Processes in the pid namespace may trace what is born there, as far as the profiles of the two allow
-//! it. So a process that goes there has its program's profile before it is born, and that profile has to let
-//! the program be executed. A profile in between would not do: the kernel lets a confined process that has
-//! no_new_privs change to no other.
+//! Processes in the pid namespace may trace what is born there, as far as the profiles of the two
+//! allow it. So a process that enters it has its program's profile before it is created, and that
+//! profile has to let the program be executed. An intermediate profile would not work: the kernel
+//! lets a confined process that has no_new_privs change to no other.
 //!
-//! A profile that is removed from the kernel leaves unconfined what has it and what is to have it, even if it
-//! is loaded again. So it is looked at once more after the wait for the start.
+//! Removing a profile from the kernel leaves its processes unconfined, even if it
+//! is loaded again. So it is checked again after the wait for the start.
 
-use crate::failure::{Step, refused};
-use berth_shim_proto::control::Failed;
-use berth_sys::beneath::Root;
-use berth_sys::{file, mount};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use berth_shim_proto::control::Failed;
+use berth_sys::beneath::Root;
+use berth_sys::{file, mount};
+
+use crate::failure::{Step, refused};
+
 const STEP: &str = "set the AppArmor profile";
 
-/// The longest label that is read. The kernel writes a page at most.
+/// The longest label, in bytes. The kernel writes at most a page.
 const MAX_LABEL: usize = 4096;
 
-/// A profile, and the host's procfs to take it on by.
+/// A profile, and the host's procfs through which it is entered.
 pub(crate) struct Profile {
     name: String,
     proc: Root,
 }
 
-/// The way of this process into its profile. It is open to the credentials that opened it, and to no others.
+/// The file through which this process enters its profile. It only works with the credentials that
+/// opened it.
 pub(crate) struct Way {
     name: String,
     file: File,
@@ -42,21 +45,21 @@ pub(crate) struct Way {
 impl Profile {
     /// The profile `name`, or none for an empty name.
     ///
-    /// Must run while `/proc` is still the host's: over that of a container it could be mounted something
-    /// else.
+    /// Must run while `/proc` is still the host's: in a container, something else could be mounted
+    /// there.
     pub(crate) fn find(name: &str) -> Result<Option<Self>, Failed> {
         if name.is_empty() {
             return Ok(None);
         }
         let proc = Root::open(Path::new("/proc")).step(STEP, name)?;
-        // The write would go nowhere, and the container run without its profile.
+        // The write would have no effect, and the container would run unconfined.
         if !mount::is_procfs(proc.as_fd()).step(STEP, "/proc")? {
             return Err(refused(STEP, format!("{name}: /proc is not the kernel's")));
         }
         Ok(Some(Self { name: name.to_owned(), proc }))
     }
 
-    /// Has the next exec change to it.
+    /// Makes the next exec change to it.
     pub(crate) fn take_on_at_exec(self) -> Result<Way, Failed> {
         let mut way = self.open("exec")?;
         let Way { name, file } = &mut way;
@@ -64,8 +67,9 @@ impl Profile {
         Ok(way)
     }
 
-    /// The way to take it on before an exec. A kernel that restricts who leaves the state of being unconfined
-    /// wants `CAP_MAC_OVERRIDE` for it (`kernel.apparmor_restrict_unprivileged_unconfined`).
+    /// Opens the file to enter it before an exec. A kernel that restricts leaving the unconfined
+    /// state requires `CAP_MAC_OVERRIDE` for it
+    /// (`kernel.apparmor_restrict_unprivileged_unconfined`).
     pub(crate) fn open_current(self) -> Result<Way, Failed> {
         self.open("current")
     }
@@ -84,13 +88,13 @@ impl AsFd for Profile {
 }
 
 impl Way {
-    /// Takes the profile on now, by way of [`Profile::open_current`].
+    /// Enters the profile now, through [`Profile::open_current`].
     pub(crate) fn enter(mut self) -> Result<(), Failed> {
         self.file.write_all(format!("changeprofile {}", self.name).as_bytes()).step(STEP, &self.name)?;
         self.check()
     }
 
-    /// Whether the profile is the one that was set.
+    /// Whether the process still has the profile.
     pub(crate) fn check(self) -> Result<(), Failed> {
         check(&self.file, &self.name)
     }
@@ -109,7 +113,7 @@ pub(crate) fn check_process(pid: i32, name: &str) -> Result<(), Failed> {
     check(&File::open(format!("/proc/{pid}/attr/apparmor/current")).step(STEP, name)?, name)
 }
 
-/// In one read, which is all that a filter lets through for certain.
+/// In one read, which every filter allows.
 fn check(mut file: &File, name: &str) -> Result<(), Failed> {
     let mut label = [0; MAX_LABEL];
     let length = file.read(&mut label).step(STEP, name)?;

@@ -1,19 +1,20 @@
 //! Clients that are attached to the output of the container.
 //!
-//! Each gets what is written from now on, beside the log, and none is waited for: what a client has
-//! not read waits in its pipe. That is enlarged as far as [`MOST_BYTES`], and
+//! Each gets the output from now on, in addition to the log, and none is waited for: what a client
+//! has not read waits in its pipe. That is enlarged as far as [`MOST_BYTES`], and
 //! [`MOST_BYTES_OF_ALL`], once it is full, and when it is full again, output is left out for this
 //! client. A line says how much, where that would have been.
 
-use crate::cri_log::Stream;
-use berth_sys::file;
-use berth_sys::poll::{Interest, Poll};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
-/// What a client may have unread of one stream. A client has more on its way: in the daemon and in
-/// sockets.
+use berth_sys::file;
+use berth_sys::poll::{Interest, Poll};
+
+use crate::cri_log::Stream;
+
+/// The limit on unread output of one stream. More is in transit: in the daemon and in sockets.
 const MOST_BYTES: usize = 4 * 1024 * 1024;
 
 /// What all of them together may have unread before pipes are not enlarged any more, and new ones
@@ -23,7 +24,7 @@ const MOST_BYTES_OF_ALL: usize = 8 * 1024 * 1024;
 /// What a pipe holds that is small.
 const SMALL_BYTES: i32 = 16 * 1024;
 
-/// A client and one of the streams that it gets.
+/// A client and one of its streams.
 #[derive(Debug)]
 struct Attached {
     stream: Stream,
@@ -50,7 +51,7 @@ pub(crate) struct LastWords {
 pub(crate) struct Clients(Vec<Attached>);
 
 impl Clients {
-    /// Adds a client's pipe. When the client closes it, there is a wake-up with `token`.
+    /// Adds a client's pipe. Closing it causes a wake-up with `token`.
     ///
     /// # Errors
     /// When the kernel cannot watch it.
@@ -177,9 +178,10 @@ impl Attached {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Read;
     use std::time::Duration;
+
+    use super::*;
 
     const MOST: usize = MOST_BYTES;
 

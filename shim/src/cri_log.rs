@@ -3,20 +3,21 @@
 //!
 //! The format is the one of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say
 //! whether the content ends a line (`F`) or goes on in the next entry of the same stream (`P`).
-//! Entries are never torn: what a full disk cut short is mended by a newline and an entry that
-//! counts the bytes lost.
+//! Entries are never torn: what a full disk cut short is repaired by a newline and an entry with
+//! the number of lost bytes.
 
-use berth_sys::beneath::Root;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use berth_sys::beneath::Root;
+
 /// The longest content of one entry by default, in bytes; longer lines are cut. containerd's
 /// `max_container_log_line_size`.
 pub(crate) const DEFAULT_MAX_CONTENT: usize = 16 * 1024;
 
-/// Which of a container's two streams.
+/// One of a container's two streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stream {
     Stdout,
@@ -146,9 +147,9 @@ pub(crate) struct LogFile {
 }
 
 impl LogFile {
-    /// Opens or makes the file `name` below `directory`, for appending. Only `directory` itself may
-    /// be reached through symbolic links, and only a plain file with one name is taken: pods can
-    /// plant links in their log directory.
+    /// Opens or creates the file `name` below `directory`, for appending. Only `directory` itself
+    /// may be reached through symbolic links, and only a regular file with one link is accepted:
+    /// pods can create links in their log directory.
     pub(crate) fn open((directory, name): (PathBuf, PathBuf)) -> io::Result<Self> {
         let file = open_below(&directory, &name)?;
         Ok(Self { directory, name, file, gap_bytes: 0, torn: false, skips: false, lost_bytes: 0 })
@@ -247,8 +248,9 @@ fn open_below(directory: &Path, name: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     const TIME: &[u8] = b"T";
 

@@ -1,4 +1,17 @@
-//! The parent half of starting processes: what the shim prepares, clones and keeps.
+//! The parent half of starting processes: preparation, clone, and the shim's ends.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
+use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
+use berth_sys::beneath::Root;
+use berth_sys::process::{self, Cloned, namespace};
+use berth_sys::{file, socket};
 
 use crate::apparmor;
 use crate::birth::Birth;
@@ -13,19 +26,8 @@ use crate::procfs::Target;
 use crate::relay::{Ends, Way};
 use crate::stdio::ShimStreams;
 use crate::user::Resolved;
-use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
-use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
-use berth_sys::beneath::Root;
-use berth_sys::process::{self, Cloned, namespace};
-use berth_sys::{file, socket};
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
 
-/// A container that is being made.
+/// A container that is being created.
 #[derive(Debug)]
 pub(crate) struct Making {
     launch: Launch,
@@ -45,7 +47,7 @@ pub(crate) struct Container {
     pub(crate) oom: Option<OomCounter>,
 }
 
-/// What is said of a container that the kernel killed before it was ready. Preparing takes some
+/// The error for a container that the kernel killed before it was ready. Preparing takes some
 /// hundred KiB.
 const TOO_LITTLE_MEMORY: &str = "out of memory: its memory limit is too low to start anything";
 
@@ -87,7 +89,8 @@ pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>, log: Option<Log>
         .step("create a process", "")?
     {
         Cloned::Child => {
-            // The shim's ends must not live on in the child: an end of a stream would never come.
+            // The shim's ends must not stay open in the child: the end of a stream would never be
+            // seen.
             drop((end, streams));
             init::run_main(&launch, target.as_ref(), child_streams, &mut child_end)
         }
@@ -135,22 +138,22 @@ impl Making {
         Ok((NewContainer { container, streams, log }, birth))
     }
 
-    /// Why it failed, in the best words. `failed` is what was heard.
+    /// Why it failed, as precisely as known. `failed` is the reported failure.
     pub(crate) fn reason(&self, failed: Failed) -> Failed {
         let out_of_memory =
             failed.detail == handshake::KILLED && self.oom.as_ref().is_some_and(|oom| oom.has_risen(true));
         if out_of_memory { refused(&failed.step, TOO_LITTLE_MEMORY) } else { failed }
     }
 
-    /// Where its end would have been recorded.
+    /// The path of its exit record.
     pub(crate) fn exit_record_path(&self) -> &Path {
         host_path(&self.launch.exit_record_path)
     }
 }
 
 impl Container {
-    /// Whether a main process that waits where others live still has its profile. Elsewhere the
-    /// process looks itself.
+    /// Whether a main process that waits in a shared pid namespace still has its profile. Elsewhere
+    /// the process checks itself.
     ///
     /// # Errors
     /// When it has not, or that cannot be found out.
@@ -163,12 +166,12 @@ impl Container {
     }
 }
 
-/// Whether others live in its pid namespace before its main process does, apart from the host's.
+/// Whether it joins a pid namespace with other processes, apart from the host's.
 fn is_inhabited(launch: &Launch) -> bool {
     matches!(launch.namespaces.pid, Some(PidNamespace::Join(_) | PidNamespace::Target(())))
 }
 
-/// The plan without what only the start needed, so that a small process stays small.
+/// The plan without the parts that only the start needed, to save memory.
 fn without_what_is_done(mut launch: Launch) -> Launch {
     launch.mounts = Vec::new();
     launch.devices = Vec::new();
@@ -181,13 +184,13 @@ fn without_what_is_done(mut launch: Launch) -> Launch {
 /// The shim's side of the streams of an exec.
 #[derive(Debug)]
 pub(crate) enum Streams {
-    /// Pipes of the program, each with the daemon's that it goes on to.
+    /// Pipes of the program, each with the daemon's pipe that it is relayed to.
     Pipes(Vec<Ends>),
-    /// A terminal, which comes on the first; the daemon waits for its side of it on the other.
+    /// A terminal, which arrives on the first; the daemon waits for its side on the other.
     Terminal { handed_over: OwnedFd, taker: OwnedFd },
 }
 
-/// Begins to run a program in the container. `descriptors` are the daemon's ends of its standard
+/// Starts a program in the container. `descriptors` are the daemon's ends of its standard
 /// output, error and, if there is a third, input; with a terminal, the socket on which the daemon
 /// wants its side of that.
 ///

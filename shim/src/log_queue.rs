@@ -7,17 +7,19 @@
 //!
 //! A writer that was killed is replaced, once a second at most; what was on its way to it is lost.
 
-use crate::failure::{Step, refused};
-use crate::host_path::host_path;
-use crate::log_writer::{self, Answer, END, MAX_PACKET, OPEN, REOPEN, WRITE, path_of};
-use berth_shim_proto::control::Failed;
-use berth_shim_proto::launch::Launch;
-use berth_sys::poll::{Interest, Poll, Ready};
-use berth_sys::socket;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
+
+use berth_shim_proto::control::Failed;
+use berth_shim_proto::launch::Launch;
+use berth_sys::poll::{Interest, Poll, Ready};
+use berth_sys::socket;
+
+use crate::failure::{Step, refused};
+use crate::host_path::host_path;
+use crate::log_writer::{self, Answer, END, MAX_PACKET, OPEN, REOPEN, WRITE, path_of};
 
 /// The room in the queue at the end, for what the container's pipes held, as with `QUEUE_BYTES` of
 /// [`crate::log_writer`]: it cannot wait any more.
@@ -361,8 +363,9 @@ fn part(entries: &[u8]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use berth_sys::file;
+
+    use super::*;
 
     /// A log whose writer is this test.
     fn log(poll: &Poll) -> (Log, OwnedFd) {

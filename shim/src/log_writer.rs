@@ -17,16 +17,18 @@
 //! Packets wait in the socket, which is a queue of limited length. When the shim is gone, what is
 //! in there is still written.
 
-use crate::cri_log::LogFile;
-use berth_sys::poll::{Interest, Poll};
-use berth_sys::process::{self, Cloned};
-use berth_sys::{file, socket};
 use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use berth_sys::poll::{Interest, Poll};
+use berth_sys::process::{self, Cloned};
+use berth_sys::{file, socket};
+
+use crate::cri_log::LogFile;
 
 pub(crate) const OPEN: u8 = b'O';
 pub(crate) const WRITE: u8 = b'W';

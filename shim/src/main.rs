@@ -1,11 +1,10 @@
-//! One small process beside each container: starts it, writes its log, runs what exec asks for, and
-//! records its end.
+//! One small process per container: starts it, writes its log, runs execs, and records its end.
 //!
-//! One thread, no async runtime, no policy: the daemon parses and decides, the shim obeys a plan
+//! One thread, no async runtime, no policy: the daemon parses and decides, the shim follows a plan
 //! (`berth_shim_proto::launch`). It outlives the daemon. Its log is written by a process of its own
 //! ([`log_writer`]), which may have to wait for a disk. The same binary, started as `berth-shim
 //! pause`, is process 1 of a pod whose containers share a pid namespace; as `berth-shim hold` it
-//! does nothing in a new systemd scope, which could not be without a process.
+//! does nothing in a new systemd scope, which cannot exist without a process.
 //!
 //! Descriptors that the daemon passes: 0, 1, 2 are `/dev/null`; 3 is a connection to the daemon; 4
 //! (for `container` only) is the container's state directory, in which the shim listens as
@@ -72,10 +71,10 @@ fn hold(connection: OwnedFd) -> std::io::Result<()> {
     }
 }
 
-/// What every kind does first: shed everything of the parent that is not meant for them.
+/// The first steps of every kind: drop everything inherited that is not meant for it.
 fn prepare(first_foreign: u32) -> std::io::Result<()> {
     berth_sys::process::close_from(first_foreign, berth_sys::process::CloseRange::Now)?;
-    // Started from a file in memory, the kernel would show the number of a descriptor as its name.
+    // Started from a memory file, its name would be a descriptor number.
     berth_sys::process::set_name(c"berth-shim")?;
     berth_sys::process::set_umask(0o022);
     inheritance::reset_for_children()?;

@@ -6,35 +6,36 @@
 //!  program  <---terminal-->  shim  <----socket--->  daemon      both
 //! ```
 //! A process that has a pipe or a terminal open can hold its lock for as long as it likes: the
-//! kernel keeps it while it copies from or to memory, and where that is a page of a file, waits for
+//! kernel keeps it while it copies from or to memory, and if that is a page of a file, waits for
 //! the file. Reading, writing, closing and resizing at the other end then wait too, and cannot be
-//! killed. So what a program has never reaches the daemon. A container can stall its shim like
-//! that, which it has to itself.
+//! killed. So what a program has never reaches the daemon. A container can stall only its own shim
+//! this way.
 //!
 //! Bytes are copied, not spliced: to splice from pipe to pipe, the kernel takes the locks of both
-//! at once, and so would keep the daemon waiting for a container after all.
+//! at once, and so could block the daemon on a container after all.
 //!
-//! A flow reads only when the bytes of before have gone out, so it holds at most what it reads at a
-//! time, and nothing while it is idle. At the end of its source it closes the other side once
-//! everything has gone out; when the other side does not take any more, it closes the source, and a
-//! writer there learns it as from any closed pipe.
+//! A flow reads only when the previous bytes have been written, so it holds at most one read, and
+//! nothing while idle. At the end of its source it closes the other side once everything is
+//! written; if the other side is closed, it closes the source, and a writer there notices as from
+//! any closed pipe.
 
-use berth_sys::file;
-use berth_sys::poll::{Interest, Poll, Ready};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 
+use berth_sys::file;
+use berth_sys::poll::{Interest, Poll, Ready};
+
 /// Bytes read at a time. The buffer lives only while there is something to read.
 const READ_BYTES: usize = 32 * 1024;
 
-/// Reads or writes of one flow before others get their turn.
+/// Reads or writes of one flow per turn.
 const TURNS: usize = 16;
 
 /// Bytes of output that are passed on after the end of its program before that is reported: at
-/// least what its pipe holds, which is all that the program itself can have left. What others write
-/// goes on without an end.
+/// least what its pipe holds, which is all that the program itself can have left. Other processes
+/// may write forever.
 const SETTLE_BYTES: usize = 1024 * 1024;
 
 /// The most of that: a pipe can be made larger than memory allows it to be filled.
@@ -45,7 +46,7 @@ pub(crate) fn left_in(stream: BorrowedFd<'_>) -> usize {
     file::pipe_size(stream).unwrap_or(0).clamp(SETTLE_BYTES, MOST_SETTLE_BYTES)
 }
 
-/// Which way bytes go.
+/// The direction of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     /// To the program.
@@ -54,7 +55,7 @@ pub(crate) enum Way {
     Out,
 }
 
-/// The two ends that a flow is between.
+/// The two ends of a flow.
 #[derive(Debug)]
 pub(crate) struct Ends {
     pub(crate) way: Way,
@@ -350,8 +351,7 @@ impl Flow {
         After::Open
     }
 
-    /// Ends the watch, for which closing is not enough as long as a child that has just been made
-    /// has a copy.
+    /// Removes it from epoll: closing is not enough while a newly created child has a copy.
     fn close(self, poll: &Poll) {
         for end in self.from.iter().chain([&self.to]) {
             let _ = poll.forget(end.as_fd());
@@ -361,8 +361,9 @@ impl Flow {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::time::Duration;
+
+    use super::*;
 
     const GROUP: u64 = 7;
 

@@ -1,17 +1,19 @@
 //! The container's own streams: output from its pipes or terminal into the log and to clients, and
 //! its input.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::SystemTime;
+
+use berth_shim_proto::launch::Launch;
+use berth_sys::poll::{Interest, Poll};
+
 use crate::attached::{Clients, LastWords};
 use crate::cri_log::{DEFAULT_MAX_CONTENT, Splitter, Stream, timestamp};
 use crate::log_queue::Log;
 use crate::log_writer::MAX_PACKET;
 use crate::relay;
-use berth_shim_proto::launch::Launch;
-use berth_sys::poll::{Interest, Poll};
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::SystemTime;
 
 /// Bytes read at a time: what a pipe holds by default, pipe(7). The buffer lives only while there
 /// is something to read.

@@ -1,8 +1,8 @@
-//! Processes that were killed and cannot end, because the kernel has one of their threads wait: for a lock of
-//! a directory, for a disk. Until that is over they keep what they have open.
+//! Processes that were killed and cannot end, because the kernel has one of their threads wait: for
+//! a lock of a directory, for a disk. Until that is over they keep what they have open.
 //!
-//! A thread with a pending `SIGKILL` runs no more of its program. What it may still do is finish the system
-//! call that it is in, so what that is matters to who takes its place.
+//! A thread with a pending `SIGKILL` runs no more of its program. What it may still do is finish
+//! the system call that it is in, so what that is matters to who takes its place.
 
 use std::io;
 use std::path::Path;
@@ -12,8 +12,8 @@ use std::path::Path;
 pub enum Ending {
     /// There is none of that number.
     Gone,
-    /// It was killed, and every thread that has not ended is in a system call that changes no file: it will
-    /// never write anything again.
+    /// It was killed, and every thread that has not ended is in a system call that changes no file:
+    /// it will never write anything again.
     Over,
     /// It was killed, but may still finish a change that it has begun.
     Killed,
@@ -83,8 +83,8 @@ fn is_killed(status: &str) -> bool {
     })
 }
 
-/// Whether a thread that waits in this call will have changed no file when that is over, but for an empty
-/// directory that it may make. What the kernel does not tell ("running") may be anything.
+/// Whether a thread that waits in this call will have changed no file when that is over, but for an
+/// empty directory that it may make. What the kernel does not tell ("running") may be anything.
 fn changes_nothing(call: &str) -> bool {
     const READING: [libc::c_long; 15] = [
         libc::SYS_read,
@@ -124,8 +124,9 @@ fn changes_nothing(call: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::process::Command;
+
+    use super::*;
 
     #[test]
     fn a_process_that_runs_is_alive_and_one_that_was_reaped_is_gone() {

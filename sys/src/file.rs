@@ -8,15 +8,16 @@ pub const READ_WRITE: i32 = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
 /// Open flags: for reading what may turn out to be a FIFO or a device, without waiting.
 pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
 
-/// A copy of a program that cannot be written to: a file in memory with every seal (`memfd_create(2)`),
-/// `F_SEAL_EXEC` left out so that the floor of supported kernels (5.15) has all of them.
+/// A copy of a program that cannot be written to: a file in memory with every seal
+/// (`memfd_create(2)`), `F_SEAL_EXEC` left out so that the floor of supported kernels (5.15) has
+/// all of them.
 ///
 /// A process started from it cannot be used to overwrite the file on disk that it came from.
 ///
-/// A kernel may refuse to make files in memory that can be executed: `vm.memfd_noexec=2`, proc_sys_vm(5),
-/// which is a setting of each pid namespace. Then the copy is a file of a tmpfs that is mounted nowhere,
-/// read-only as a filesystem and as a mount. Who may change mounts on the host could make it writable again,
-/// but not while a process runs from it (`ETXTBSY`).
+/// A kernel may refuse to make files in memory that can be executed: `vm.memfd_noexec=2`,
+/// proc_sys_vm(5), which is a setting of each pid namespace. Then the copy is a file of a tmpfs
+/// that is mounted nowhere, read-only as a filesystem and as a mount. Who may change mounts on the
+/// host could make it writable again, but not while a process runs from it (`ETXTBSY`).
 ///
 /// # Errors
 /// `ENOMEM`; with that setting `EPERM` without `CAP_SYS_ADMIN`.
@@ -37,7 +38,8 @@ pub fn sealed_program(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd
     Ok(read_only.into())
 }
 
-/// <linux/memfd.h>, Linux 6.3: without it, `vm.memfd_noexec=1` makes a file that cannot be executed.
+/// <linux/memfd.h>, Linux 6.3: without it, `vm.memfd_noexec=1` makes a file that cannot be
+/// executed.
 const MFD_EXEC: libc::c_uint = 0x10;
 
 fn memory_for_program(name: &std::ffi::CStr) -> io::Result<OwnedFd> {
@@ -59,8 +61,9 @@ fn memory_for_program(name: &std::ffi::CStr) -> io::Result<OwnedFd> {
 }
 
 fn program_on_tmpfs(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd> {
-    use crate::mount::{FsContext, attr, set_attributes};
     use std::os::unix::ffi::OsStrExt;
+
+    use crate::mount::{FsContext, attr, set_attributes};
     let name = std::ffi::OsStr::from_bytes(name.to_bytes());
     let tmpfs = FsContext::open(c"tmpfs")?;
     tmpfs.set("mode", "700".as_ref())?;
@@ -84,8 +87,8 @@ pub fn sync_filesystem(file: BorrowedFd<'_>) -> io::Result<()> {
     if unsafe { libc::syncfs(file.as_raw_fd()) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Lets two existing names change places, at once: `renameat2(2)` with `RENAME_EXCHANGE`. Both are on one
-/// filesystem.
+/// Lets two existing names change places, at once: `renameat2(2)` with `RENAME_EXCHANGE`. Both are
+/// on one filesystem.
 ///
 /// # Errors
 /// As renameat2(2): `ENOENT` if either is absent, `EINVAL` where the filesystem cannot.
@@ -95,7 +98,8 @@ pub fn exchange(one: &std::path::Path, other: &std::path::Path) -> io::Result<()
         std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput)
     };
     let (one, other) = (name(one)?, name(other)?);
-    // SAFETY: renameat2(2) takes two directories, for which AT_FDCWD stands, and two NUL-terminated names.
+    // SAFETY: renameat2(2) takes two directories, for which AT_FDCWD stands, and two NUL-terminated
+    // names.
     let result = unsafe {
         libc::syscall(
             libc::SYS_renameat2,
@@ -115,8 +119,8 @@ pub fn exchange(one: &std::path::Path, other: &std::path::Path) -> io::Result<()
 /// `EBADF` when there is none of that number.
 ///
 /// # Panics
-/// When called twice for one number, or for 0, 1 or 2: two owners of a descriptor would close each other's
-/// files.
+/// When called twice for one number, or for 0, 1 or 2: two owners of a descriptor would close each
+/// other's files.
 pub fn take_inherited(number: i32) -> io::Result<OwnedFd> {
     static TAKEN: std::sync::Mutex<Vec<i32>> = std::sync::Mutex::new(Vec::new());
     let mut taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -131,8 +135,8 @@ pub fn take_inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// A file without a name on the filesystem of `directory`, for reading and writing; it vanishes with its
-/// descriptor: `O_TMPFILE` of open(2).
+/// A file without a name on the filesystem of `directory`, for reading and writing; it vanishes
+/// with its descriptor: `O_TMPFILE` of open(2).
 ///
 /// # Errors
 /// `EOPNOTSUPP` when the filesystem has none.
@@ -149,7 +153,8 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
 }
 
-/// Doubles what a pipe holds, up to `most` bytes: `F_SETPIPE_SZ` of fcntl(2). Whether it holds more now.
+/// Doubles what a pipe holds, up to `most` bytes: `F_SETPIPE_SZ` of fcntl(2). Whether it holds more
+/// now.
 #[must_use]
 pub fn enlarge_pipe(pipe: BorrowedFd<'_>, most: i32) -> bool {
     use nix::fcntl::{FcntlArg, fcntl};
@@ -204,8 +209,8 @@ pub fn allocate(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// The bytes and inodes that a filesystem has in all and free for root, in this order: bytes, bytes free,
-/// inodes, inodes free: `statvfs(3)`.
+/// The bytes and inodes that a filesystem has in all and free for root, in this order: bytes, bytes
+/// free, inodes, inodes free: `statvfs(3)`.
 ///
 /// # Errors
 /// `ENOENT` and the like from the lookup.
@@ -215,9 +220,9 @@ pub fn space(path: &std::path::Path) -> io::Result<(u64, u64, u64, u64)> {
     Ok((found.blocks() * unit, found.blocks_free() * unit, found.files(), found.files_free()))
 }
 
-/// The next part of a file that is no hole, at `from` or behind it: where it begins and where it ends, in
-/// bytes. `None` if only a hole follows. lseek(2), `SEEK_DATA` and `SEEK_HOLE`; a file system without holes
-/// calls everything data.
+/// The next part of a file that is no hole, at `from` or behind it: where it begins and where it
+/// ends, in bytes. `None` if only a hole follows. lseek(2), `SEEK_DATA` and `SEEK_HOLE`; a file
+/// system without holes calls everything data.
 pub fn next_data(file: impl AsFd, from: u64) -> io::Result<Option<(u64, u64)>> {
     use nix::unistd::{Whence, lseek};
     let seek = |at: u64, whence| {

@@ -1,9 +1,10 @@
-//! Paths of the host: directories that are made on the way to one, and what one means, without a wait.
+//! Paths of the host: directories that are made on the way to one, and what one means, without a
+//! wait.
 //!
-//! Unlike the paths of [`beneath`](crate::beneath), a path of the host may lead through symbolic links:
-//! administrators move `/var/lib/kubelet` to another disk that way. But a container may own a directory on
-//! the path, and swap what is in it at any time. So the walk goes by descriptor, the kernel resolves each
-//! component once, and what was made is entered without following a link.
+//! Unlike the paths of [`beneath`](crate::beneath), a path of the host may lead through symbolic
+//! links: administrators move `/var/lib/kubelet` to another disk that way. But a container may own
+//! a directory on the path, and swap what is in it at any time. So the walk goes by descriptor, the
+//! kernel resolves each component once, and what was made is entered without following a link.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
@@ -11,14 +12,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-/// Makes the directories of the absolute `path` that are absent, with `mode` less the umask: `mkdirat(2)`.
+/// Makes the directories of the absolute `path` that are absent, with `mode` less the umask:
+/// `mkdirat(2)`.
 ///
-/// The mode is never set afterwards: a container could have put another directory in the place of the new
-/// one.
+/// The mode is never set afterwards: a container could have put another directory in the place of
+/// the new one.
 ///
 /// # Errors
-/// The part of the path that could not be made or entered, and why: `ENOTDIR` for a file in the way, `ENOENT`
-/// for a link to nothing, `EINVAL` when `path` is not absolute.
+/// The part of the path that could not be made or entered, and why: `ENOTDIR` for a file in the
+/// way, `ENOENT` for a link to nothing, `EINVAL` when `path` is not absolute.
 pub fn make_dir_all(path: &Path, mode: u32) -> Result<(), (PathBuf, io::Error)> {
     let mut reached = PathBuf::from("/");
     let mut dir = None;
@@ -41,8 +43,8 @@ pub fn make_dir_all(path: &Path, mode: u32) -> Result<(), (PathBuf, io::Error)> 
 }
 
 /// The absolute path without links of what `path` leads to, if the kernel has all of it in memory:
-/// `openat2(2)` with `RESOLVE_CACHED`, which takes no lock and asks no filesystem. `None` for everything
-/// else, also when nothing is there: finding that out may take for ever.
+/// `openat2(2)` with `RESOLVE_CACHED`, which takes no lock and asks no filesystem. `None` for
+/// everything else, also when nothing is there: finding that out may take for ever.
 #[must_use]
 pub fn resolve_cached(path: &Path) -> Option<PathBuf> {
     use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
@@ -67,7 +69,8 @@ fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
         opened => return opened,
     }
-    // SAFETY: mkdirat(2) takes an open directory and a NUL-terminated name, and both live until it returns.
+    // SAFETY: mkdirat(2) takes an open directory and a NUL-terminated name, and both live until it
+    // returns.
     if unsafe { libc::mkdirat(dir.as_raw_fd(), name.as_ptr(), mode) } == 0 {
         return open(dir.as_raw_fd(), &name, libc::O_NOFOLLOW);
     }
@@ -92,9 +95,10 @@ fn open(dir: i32, name: &CStr, flags: i32) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
+
+    use super::*;
 
     struct Directory(PathBuf);
 

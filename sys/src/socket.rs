@@ -1,15 +1,16 @@
-//! Unix sockets with descriptors: pairs, listening below a directory whatever the length of its path,
-//! `SCM_RIGHTS`. And whether a TCP peer answers.
+//! Unix sockets with descriptors: pairs, listening below a directory whatever the length of its
+//! path, `SCM_RIGHTS`. And whether a TCP peer answers.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
     accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
-use std::time::Duration;
 
 /// The most descriptors that one message carries here.
 pub const MAX_DESCRIPTORS: usize = 8;
@@ -25,7 +26,8 @@ pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
-/// A connected pair of sockets that keep message borders, close-on-exec: `SOCK_SEQPACKET` of unix(7).
+/// A connected pair of sockets that keep message borders, close-on-exec: `SOCK_SEQPACKET` of
+/// unix(7).
 ///
 /// # Errors
 /// `EMFILE` at the descriptor limit.
@@ -33,8 +35,8 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
-/// A path of any length is made short enough for `sockaddr_un` (108 bytes) by going through the directory's
-/// descriptor.
+/// A path of any length is made short enough for `sockaddr_un` (108 bytes) by going through the
+/// directory's descriptor.
 fn address_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<UnixAddr> {
     let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()));
     Ok(UnixAddr::new(&path)?)
@@ -59,8 +61,8 @@ pub fn listen_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd
 /// A non-blocking stream socket connected to `name` in `directory`. It does not wait: unix(7).
 ///
 /// # Errors
-/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nothing is listening, `EAGAIN` when a process
-/// does and has not taken the connections that wait already.
+/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nothing is listening, `EAGAIN` when a
+/// process does and has not taken the connections that wait already.
 pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -78,7 +80,8 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// The user id at the other end of a connected Unix socket, as of its connect: `SO_PEERCRED`, unix(7).
+/// The user id at the other end of a connected Unix socket, as of its connect: `SO_PEERCRED`,
+/// unix(7).
 ///
 /// # Errors
 /// When `socket` is not one.
@@ -86,7 +89,8 @@ pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(getsockopt(&socket, sockopt::PeerCredentials)?.uid())
 }
 
-/// The process at the other end of a connected Unix socket, as of its listen: `SO_PEERCRED`, unix(7).
+/// The process at the other end of a connected Unix socket, as of its listen: `SO_PEERCRED`,
+/// unix(7).
 ///
 /// # Errors
 /// When `socket` is not one.
@@ -94,7 +98,8 @@ pub fn peer_pid(socket: BorrowedFd<'_>) -> io::Result<i32> {
     Ok(getsockopt(&socket, sockopt::PeerCredentials)?.pid())
 }
 
-/// Has receiving from `socket` fail with `EAGAIN` when nothing comes for so long: `SO_RCVTIMEO`, socket(7).
+/// Has receiving from `socket` fail with `EAGAIN` when nothing comes for so long: `SO_RCVTIMEO`,
+/// socket(7).
 ///
 /// # Errors
 /// `EDOM` for more time than the kernel can count.
@@ -104,8 +109,8 @@ pub fn limit_waits(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
     Ok(setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::microseconds(microseconds))?)
 }
 
-/// Sets how many bytes may be sent that the other end has not received: `SO_SNDBUF`, socket(7), which the
-/// kernel doubles. More than everybody may have is for `CAP_NET_ADMIN` only.
+/// Sets how many bytes may be sent that the other end has not received: `SO_SNDBUF`, socket(7),
+/// which the kernel doubles. More than everybody may have is for `CAP_NET_ADMIN` only.
 ///
 /// # Errors
 /// None in practice.
@@ -128,15 +133,15 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]
     Ok(sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?)
 }
 
-/// Receives bytes, and the descriptors that came with them, close-on-exec: `recvmsg(2)`. Zero bytes mean the
-/// end.
+/// Receives bytes, and the descriptors that came with them, close-on-exec: `recvmsg(2)`. Zero bytes
+/// mean the end.
 ///
 /// # Errors
-/// `EAGAIN` on an empty non-blocking socket; `EMFILE` when there was no room for a descriptor, and `EMSGSIZE`
-/// when there are more than [`MAX_DESCRIPTORS`] (none is kept then).
+/// `EAGAIN` on an empty non-blocking socket; `EMFILE` when there was no room for a descriptor, and
+/// `EMSGSIZE` when there are more than [`MAX_DESCRIPTORS`] (none is kept then).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    // Room for as many as there can be: those that are cut off for want of room would stay open, and be
-    // unowned.
+    // Room for as many as there can be: those that are cut off for want of room would stay open,
+    // and be unowned.
     let mut space = nix::cmsg_space!([RawFd; KERNELS_MOST]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message =
@@ -144,8 +149,8 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     let mut descriptors = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel made each of these descriptors for this process in this call; nothing else
-            // owns them.
+            // SAFETY: the kernel made each of these descriptors for this process in this call;
+            // nothing else owns them.
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
@@ -159,9 +164,9 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     Ok((message.bytes, descriptors))
 }
 
-/// For how long the peer of a TCP connection has acknowledged nothing, while something has been sent to it
-/// that is to be acknowledged: data, or a probe whether it has room; `TCP_INFO` of tcp(7). Nothing when it
-/// owes no answer.
+/// For how long the peer of a TCP connection has acknowledged nothing, while something has been
+/// sent to it that is to be acknowledged: data, or a probe whether it has room; `TCP_INFO` of
+/// tcp(7). Nothing when it owes no answer.
 ///
 /// # Errors
 /// `EOPNOTSUPP` for a socket that is not TCP's.
@@ -169,8 +174,8 @@ pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<Option<Duration>> {
     let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
     let size = size_of::<libc::tcp_info>();
     let mut length = libc::socklen_t::try_from(size).unwrap_or(libc::socklen_t::MAX);
-    // SAFETY: `info` has room for `length` bytes, both live through the call, and the kernel writes no more
-    // than `length`.
+    // SAFETY: `info` has room for `length` bytes, both live through the call, and the kernel writes
+    // no more than `length`.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -191,8 +196,9 @@ pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<Option<Duration>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::fd::AsFd;
+
+    use super::*;
 
     #[test]
     fn descriptors_travel_with_the_bytes() {

@@ -1,9 +1,9 @@
-//! Everything that a daemon and its pods hold on a machine, counted: to see that what they did left nothing
-//! behind.
+//! Everything that a daemon and its pods hold on a machine, counted: to see that what they did left
+//! nothing behind.
 //!
-//! Processes, mounts, links, firewall rules, cgroups, files, and the daemon's own descriptors, each as a
-//! sorted list of texts that stay the same as long as the thing does. Network namespaces show as mounts
-//! (pinned), as processes (in use) or as descriptors (held).
+//! Processes, mounts, links, firewall rules, cgroups, files, and the daemon's own descriptors, each
+//! as a sorted list of texts that stay the same as long as the thing does. Network namespaces show
+//! as mounts (pinned), as processes (in use) or as descriptors (held).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -23,12 +23,12 @@ const OF_THE_DAEMON: [&str; 2] = ["daemon", "descriptors"];
 pub struct Census(Vec<(&'static str, Vec<String>)>);
 
 impl Census {
-    /// Looks at everything that belongs to `daemon`, once the kernel has taken away the links of pods that
-    /// are gone, and the daemon their files, which both do on their own time.
+    /// Looks at everything that belongs to `daemon`, once the kernel has taken away the links of
+    /// pods that are gone, and the daemon their files, which both do on their own time.
     ///
     /// # Errors
-    /// When a tool that lists something fails, more links stay than there are pods, or the trash is not
-    /// emptied.
+    /// When a tool that lists something fails, more links stay than there are pods, or the trash is
+    /// not emptied.
     pub fn take(daemon: &Daemon) -> Result<Self> {
         let client = daemon.client();
         within(SOON, "links are there for pods that are there only", || {
@@ -75,8 +75,8 @@ impl Census {
         self
     }
 
-    /// Waits until the same is there as at this census. Some things go a moment after the call that ended
-    /// them has answered.
+    /// Waits until the same is there as at this census. Some things go a moment after the call that
+    /// ended them has answered.
     ///
     /// # Errors
     /// When something is missing or too many after the time; the message names it.
@@ -117,8 +117,8 @@ fn lacking(of: &[String], from: &[String]) -> Vec<String> {
     lacking
 }
 
-/// The places at and below `dir` where something is mounted, in the order of mounting; more than once where
-/// mounts lie on top of each other.
+/// The places at and below `dir` where something is mounted, in the order of mounting; more than
+/// once where mounts lie on top of each other.
 #[must_use]
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -141,7 +141,8 @@ pub fn parent(pid: i32) -> Option<i32> {
     status_field(pid, "PPid").and_then(|text| text.parse().ok())
 }
 
-/// Whether a process has a child of this name: proc_pid_task(5), `children`. `true` as well when it has gone.
+/// Whether a process has a child of this name: proc_pid_task(5), `children`. `true` as well when it
+/// has gone.
 #[must_use]
 pub fn has_child(pid: i32, name: &str) -> bool {
     let Ok(children) = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")) else { return true };
@@ -186,8 +187,8 @@ fn all_processes() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// Processes on the daemon's host, in its cgroup, or its children; the dead among them too, for a process has
-/// to wait for them.
+/// Processes on the daemon's host, in its cgroup, or its children; the dead among them too, for a
+/// process has to wait for them.
 fn processes(daemon: &Daemon) -> Result<Vec<String>> {
     let (host, cgroup) = (daemon.host().number()?, daemon.cgroup().path());
     let parent_pid = i32::try_from(daemon.pid()?)?;

@@ -1,10 +1,10 @@
-//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with directories, a network and a cgroup
-//! that nothing else has.
+//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with directories, a network
+//! and a cgroup that nothing else has.
 //!
-//! The programs are those of the directory that `BERTH_BIN_DIR` names, else of `dist/` in the repository; its
-//! cgroup driver is the one that `BERTH_TEST_CGROUP_DRIVER` names ([`Driver::of_the_environment`]). Whatever
-//! becomes of the test, all that the daemon and its containers made goes when the value is dropped:
-//! processes, mounts, network, cgroups, files.
+//! The programs are those of the directory that `BERTH_BIN_DIR` names, else of `dist/` in the
+//! repository; its cgroup driver is the one that `BERTH_TEST_CGROUP_DRIVER` names
+//! ([`Driver::of_the_environment`]). Whatever becomes of the test, all that the daemon and its
+//! containers made goes when the value is dropped: processes, mounts, network, cgroups, files.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -45,10 +45,11 @@ pub struct Setup {
     pub configuration: &'static str,
     /// Puts the durable root on a filesystem of this size.
     pub disk_bytes: Option<u64>,
-    /// Runs the daemon in a chroot: in a mount namespace whose root is the host's, at a copy of the host's
-    /// mounts below.
+    /// Runs the daemon in a chroot: in a mount namespace whose root is the host's, at a copy of the
+    /// host's mounts below.
     pub chroot: bool,
-    /// Programs that the daemon is started by, each of which becomes the next: `["nice", "-n", "5"]`.
+    /// Programs that the daemon is started by, each of which becomes the next: `["nice", "-n",
+    /// "5"]`.
     pub launcher: &'static [&'static str],
 }
 
@@ -66,8 +67,8 @@ pub struct Daemon {
     dir: TempDir,
 }
 
-/// Runs a test on a daemon with the demo image; a failure is reported with the daemon's last lines. Without
-/// root the test is skipped.
+/// Runs a test on a daemon with the demo image; a failure is reported with the daemon's last lines.
+/// Without root the test is skipped.
 ///
 /// # Errors
 /// What the test returns, and when the daemon does not start.
@@ -156,8 +157,8 @@ impl Daemon {
         self.start_by(&[], programs)
     }
 
-    /// [`start_again`](Self::start_again) by another program with these arguments, which has to become the
-    /// daemon.
+    /// [`start_again`](Self::start_again) by another program with these arguments, which has to
+    /// become the daemon.
     ///
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
@@ -165,8 +166,8 @@ impl Daemon {
         self.start_by(words, &programs()?)
     }
 
-    /// Starts it when it was killed or stopped, and it cannot start: waits for its end, and returns its last
-    /// lines.
+    /// Starts it when it was killed or stopped, and it cannot start: waits for its end, and returns
+    /// its last lines.
     ///
     /// # Errors
     /// When it does not end in time, or ends with success.
@@ -207,7 +208,8 @@ impl Daemon {
         ensure!(program.exists(), "no {}: run make build", program.display());
         let dir = self.dir.path();
         let log = fs::File::options().create(true).append(true).open(dir.join("log")).context("the log")?;
-        // nsenter becomes the daemon, as do the programs of the chroot, so the process is the daemon's.
+        // nsenter becomes the daemon, as do the programs of the chroot, so the process is the
+        // daemon's.
         let words = if words.is_empty() { self.launcher } else { words };
         let mut command = match &self.chroot {
             None => match words {
@@ -352,7 +354,8 @@ impl Daemon {
         Ok(path)
     }
 
-    /// Writes the mirror rules of a registry's host (`hosts.toml`), or of every host for `_default`.
+    /// Writes the mirror rules of a registry's host (`hosts.toml`), or of every host for
+    /// `_default`.
     ///
     /// # Errors
     /// When they cannot be written.
@@ -361,8 +364,8 @@ impl Daemon {
         fs::write(directory.join("hosts.toml"), rules).context("writing the mirror rules")
     }
 
-    /// The request for a pod of this name, as a kubelet would write it: own network and IPC, RuntimeDefault
-    /// for seccomp, its own log directory.
+    /// The request for a pod of this name, as a kubelet would write it: own network and IPC,
+    /// RuntimeDefault for seccomp, its own log directory.
     #[must_use]
     pub fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
         v1::PodSandboxConfig {
@@ -401,7 +404,8 @@ impl Daemon {
         Ok(Pod::run(self.client(), config)?)
     }
 
-    /// The `berth` command, for this daemon and on its host: the streaming server is on loopback there.
+    /// The `berth` command, for this daemon and on its host: the streaming server is on loopback
+    /// there.
     ///
     /// # Errors
     /// When it was not built.
@@ -443,7 +447,8 @@ impl Drop for Daemon {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // Shims are on the test's host, containers in its cgroup, which ends them when it is dropped.
+        // Shims are on the test's host, containers in its cgroup, which ends them when it is
+        // dropped.
         if let Ok(host) = self.host.number() {
             for pid in crate::census::processes_in_network(host) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -459,8 +464,8 @@ impl Drop for Daemon {
     }
 }
 
-/// The namespaces that a kubelet asks for when the pod's manifest says nothing: the pod's own network and
-/// IPC, and processes of each container's own.
+/// The namespaces that a kubelet asks for when the pod's manifest says nothing: the pod's own
+/// network and IPC, and processes of each container's own.
 #[must_use]
 pub fn own_namespaces() -> v1::NamespaceOption {
     v1::NamespaceOption { pid: v1::NamespaceMode::Container.into(), ..Default::default() }

@@ -218,25 +218,61 @@ fn every_source_file_says_what_it_is_for() {
     }
 }
 
-/// `rustfmt` leaves comments alone. Rows of tables cannot be broken.
+/// The most columns of a comment. Code may have more; `rustfmt` leaves comments alone.
+const COMMENT_WIDTH: usize = 100;
+
+/// Rows of tables and drawings cannot be broken.
 #[test]
-fn comments_are_no_wider_than_code() {
-    let width = std::fs::read_to_string(repository().join("rustfmt.toml")).expect("the width of code");
-    let width: usize = width
-        .lines()
-        .find_map(|line| line.strip_prefix("max_width = ")?.parse().ok())
-        .expect("max_width in rustfmt.toml");
+fn comments_are_no_wider_than_they_may_be() {
     for (path, text) in sources() {
+        let mut is_drawing = false;
         for (number, line) in text.lines().enumerate() {
-            let comment = line.trim_start();
-            let counts =
-                comment.starts_with("//") && !comment.trim_start_matches(['/', '!', ' ']).starts_with('|');
+            let Some(comment) = line.trim_start().strip_prefix("//") else { continue };
+            let comment = comment.trim_start_matches(['/', '!', ' ']);
+            is_drawing ^= comment.starts_with("```");
             assert!(
-                !counts || line.chars().count() <= width,
-                "{}:{}: a comment is wider than {width} columns",
+                is_drawing || comment.starts_with('|') || line.chars().count() <= COMMENT_WIDTH,
+                "{}:{}: a comment is wider than {COMMENT_WIDTH} columns",
                 path.display(),
                 number + 1
             );
+        }
+    }
+}
+
+/// First the standard library, then other crates, then this one, with an empty line in between.
+/// `rustfmt` keeps
+/// such groups, but cannot make them.
+#[test]
+fn every_file_imports_in_the_same_order() {
+    for (path, text) in sources() {
+        let modules: BTreeSet<&str> = text
+            .lines()
+            .filter_map(|line| line.split_once("mod ").filter(|(before, _)| !before.trim_end().contains(' ')))
+            .filter_map(|(_, name)| name.strip_suffix(';'))
+            .collect();
+        let group = |line: &str| {
+            let name = line.strip_prefix("use ")?.split([':', ';', ' ']).next()?;
+            Some(match name {
+                "std" | "core" | "alloc" => 0,
+                "crate" | "super" | "self" => 2,
+                name if modules.contains(name) => 2,
+                _ => 1,
+            })
+        };
+        let mut before = None;
+        let mut empty = true;
+        for (number, line) in text.lines().enumerate() {
+            if let Some(group) = group(line) {
+                assert!(
+                    before.is_none_or(|before| before == group || (before < group && empty)),
+                    "{}:{}: this import belongs elsewhere",
+                    path.display(),
+                    number + 1
+                );
+                before = Some(group);
+            }
+            empty = line.is_empty();
         }
     }
 }

@@ -1,12 +1,13 @@
 //! The one moment in which an image comes to be.
 //!
-//! Order, so that a power cut at any point leaves the image absent or whole: layers are unpacked under other
-//! names; the patch layers and the image's directory are made under other names too; one `syncfs` makes all
-//! of it durable; layers and patches get their names, and their directories are synced; last the image's
-//! directory gets its name. A layer that got its name without its image is garbage, and collected.
+//! Order, so that a power cut at any point leaves the image absent or whole: layers are unpacked
+//! under other names; the patch layers and the image's directory are made under other names too;
+//! one `syncfs` makes all of it durable; layers and patches get their names, and their directories
+//! are synced; last the image's directory gets its name. A layer that got its name without its
+//! image is garbage, and collected.
 //!
-//! The same way mends what is there already: a layer or patch whose record cannot be used changes places with
-//! the new one, and stays under another name while a container has it mounted.
+//! The same way mends what is there already: a layer or patch whose record cannot be used changes
+//! places with the new one, and stays under another name while a container has it mounted.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -126,8 +127,8 @@ struct Pending {
     path: PathBuf,
 }
 
-/// Gives names to an image that is in the store already. `None` if it is not, or if something of it has to be
-/// mended.
+/// Gives names to an image that is in the store already. `None` if it is not, or if something of it
+/// has to be mended.
 pub(super) fn name_existing(
     inner: &Inner,
     id: Digest,
@@ -204,7 +205,8 @@ fn commit_locked(inner: &Inner, new: &NewImage, way: &mut Way) -> Result<Image, 
     }
     let image_path = inner.image_path(id);
     let partial = inner.partial_path(&image_path);
-    // A directory of this image may be there that cannot be used. What is known of it goes on: its names.
+    // A directory of this image may be there that cannot be used. What is known of it goes on: its
+    // names.
     let held = inner.state().held.get(&id.hex()).cloned();
     let mut record = ImageRecord {
         id,
@@ -285,8 +287,8 @@ fn enter_layer(
     Ok(())
 }
 
-/// Gives a tree its name. One that is there already keeps its content under another: containers may have it
-/// mounted.
+/// Gives a tree its name. One that is there already keeps its content under another: containers may
+/// have it mounted.
 fn enter_tree(
     inner: &Inner,
     partial: &Path,
@@ -298,8 +300,8 @@ fn enter_tree(
     let is_there = inner.state().trees.contains_key(&lower);
     if is_there && fs::symlink_metadata(&path).is_ok() {
         let replaced = inner.numbered_path(&path, "replaced");
-        // First the name under which no start deletes it, then the exchange: each of the two is whole at any
-        // moment.
+        // First the name under which no start deletes it, then the exchange: each of the two is
+        // whole at any moment.
         fs::rename(partial, &replaced).map_err(file_error("rename", partial))?;
         if let Err(error) = berth_sys::file::exchange(&replaced, &path) {
             // It has its old name again, and goes with all else that is not finished.
@@ -316,8 +318,8 @@ fn enter_tree(
     Ok(())
 }
 
-/// Writes the manifest of a listed image again, if the one on disk is not one. Nothing but what people look
-/// at hangs on it.
+/// Writes the manifest of a listed image again, if the one on disk is not one. Nothing but what
+/// people look at hangs on it.
 fn mend_manifest(inner: &Inner, id: Digest, raw_manifest: &[u8]) {
     let listed = inner.state().images.get(&id).cloned();
     let Some(listed) = listed.filter(|listed| !listed.manifest_known && is_manifest_of(raw_manifest, id))
@@ -352,8 +354,8 @@ fn write_image(path: &Path, record: &ImageRecord, new: &NewImage) -> Result<(), 
     record::write(&file, record).map(drop).map_err(|source| StoreError::Record { path: file, source })
 }
 
-/// What is mounted for the image, top first, and the patches among it with their totals. Makes the patches
-/// that are missing.
+/// What is mounted for the image, top first, and the patches among it with their totals. Makes the
+/// patches that are missing.
 type Stack = (Vec<Lower>, Vec<(Digest, LayerRecord)>);
 
 fn stack(inner: &Inner, new: &NewImage, pending: &mut Vec<Pending>) -> Result<Stack, ContentError> {
@@ -376,7 +378,8 @@ fn stack(inner: &Inner, new: &NewImage, pending: &mut Vec<Pending>) -> Result<St
             Some(staged) => staged.summary.clone(),
             None => read_summary(inner, diff_id, &path)?,
         };
-        // Overlayfs refuses one directory twice in a mount. The upper one shows all that the lower one would.
+        // Overlayfs refuses one directory twice in a mount. The upper one shows all that the lower
+        // one would.
         stacked.retain(|(lower, _)| *lower != Lower::Layer(diff_id));
         let below: Vec<&Root> = stacked.iter().rev().map(|(_, root)| root).collect();
         let patch_error = |source| ContentError::Patch { diff_id, source };
@@ -476,9 +479,10 @@ fn add_names(record: &mut ImageRecord, names: &[Names], sequence: &mut u64) {
     }
 }
 
-/// Points tags at their new owner, and takes them out of the records of the old ones. Those are written after
-/// the new owner's record: a crash in between leaves two claims, of which the later sequence number wins. So
-/// an old record that cannot be written is no failure: the names have moved.
+/// Points tags at their new owner, and takes them out of the records of the old ones. Those are
+/// written after the new owner's record: a crash in between leaves two claims, of which the later
+/// sequence number wins. So an old record that cannot be written is no failure: the names have
+/// moved.
 fn take_over(inner: &Inner, id: Digest, tags: &[String]) {
     for tag in tags {
         let old_owner = inner.state().tags.insert(tag.clone(), id).filter(|owner| *owner != id);

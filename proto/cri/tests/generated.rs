@@ -1,7 +1,7 @@
 //! Holds the committed code in `src/generated` against the proto file it comes from.
 //!
-//! After a change of the proto file, `BERTH_REGENERATE=1 cargo test -p berth-cri --test generated` writes the
-//! code.
+//! After a change of the proto file, `BERTH_REGENERATE=1 cargo test -p berth-cri --test generated`
+//! writes the code.
 
 use std::path::Path;
 use std::{env, fs};

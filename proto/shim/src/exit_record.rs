@@ -1,18 +1,20 @@
-//! The exit record: a small file that a shim writes when its container has ended, before it tells anyone.
+//! The exit record: a small file that a shim writes when its container has ended, before it tells
+//! anyone.
 //!
 //! ```text
 //! 8 bytes  "BERTHEX1"
 //! 8 bytes  FNV-1a checksum (64 bit, little-endian) of all that follows
 //! rest     ExitRecord, protobuf
 //! ```
-//! It is written under another name and renamed, so that it is there whole or not at all; the checksum finds
-//! what a power cut or a disk made of it.
+//! It is written under another name and renamed, so that it is there whole or not at all; the
+//! checksum finds what a power cut or a disk made of it.
 
 use prost::Message;
 
 const MAGIC: &[u8; 8] = b"BERTHEX1";
 
-/// The largest file that is read as an exit record; one has some 30 bytes plus the message of a failed start.
+/// The largest file that is read as an exit record; one has some 30 bytes plus the message of a
+/// failed start.
 pub const MAX_BYTES: usize = 64 * 1024;
 
 /// How a container ended.

@@ -1,7 +1,8 @@
 //! What the daemon and a shim say to each other, and the exit record that a shim leaves on disk.
 //!
-//! The messages are protobuf (prost), so that a daemon of one version talks to shims of another: fields are
-//! only added, numbers never used again. The page `docs/shim-protocol.md` draws the wire.
+//! The messages are protobuf (prost), so that a daemon of one version talks to shims of another:
+//! fields are only added, numbers never used again. The page `docs/shim-protocol.md` draws the
+//! wire.
 //!
 //! - `frame`: how a message becomes bytes on the socket;
 //! - `launch`: the plan of a container, everything that a shim has to know to start it;

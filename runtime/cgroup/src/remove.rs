@@ -7,22 +7,23 @@ use std::time::{Duration, Instant};
 
 use crate::{Cgroup, Error, control_file};
 
-/// A killed process leaves its cgroup a moment before it can be waited for, but css references can keep it
-/// busy a moment after.
+/// A killed process leaves its cgroup a moment before it can be waited for, but css references can
+/// keep it busy a moment after.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
-/// How long systemd is given to notice that a scope is empty, which takes it milliseconds, before it is asked
-/// to stop it.
+/// How long systemd is given to notice that a scope is empty, which takes it milliseconds, before
+/// it is asked to stop it.
 const UNIT_NOTICED: Duration = Duration::from_secs(1);
 
 impl Cgroup {
-    /// Removes the cgroup and those that the container made below it. What is not there is removed already.
-    /// Blocks for up to `within` while the kernel says that it is busy; processes in it are not killed,
-    /// [`Cgroup::kill`] does that.
+    /// Removes the cgroup and those that the container made below it. What is not there is removed
+    /// already. Blocks for up to `within` while the kernel says that it is busy; processes in it
+    /// are not killed, [`Cgroup::kill`] does that.
     ///
-    /// systemd removes a scope when its last process has ended. One that still exists after a second is
-    /// stopped, and, if systemd does not answer in the time that is left, removed like any other.
+    /// systemd removes a scope when its last process has ended. One that still exists after a
+    /// second is stopped, and, if systemd does not answer in the time that is left, removed like
+    /// any other.
     ///
     /// # Errors
     /// [`Error::Remove`] for the first directory that stayed, after all have been tried.

@@ -1,10 +1,11 @@
 //! systemd as the arranger of cgroups: scopes made, changed and stopped over D-Bus
 //! (org.freedesktop.systemd1(5)).
 //!
-//! One connection to the system bus on a dedicated thread, which all callers share by messages. It is
-//! made when it is first needed, and again when it has ended (a bus that was restarted, a systemd that
-//! re-executed itself). Callers block, each for [`LIMIT`] at the most, whatever the bus does; calls of
-//! different callers are under way at the same time, and nothing waits for the one that hangs.
+//! One connection to the system bus on a dedicated thread, which all callers share by messages. It
+//! is made when it is first needed, and again when it has ended (a bus that was restarted, a
+//! systemd that re-executed itself). Callers block, each for [`LIMIT`] at the most, whatever the
+//! bus does; calls of different callers are under way at the same time, and nothing waits for the
+//! one that hangs.
 
 use std::fmt;
 use std::path::Path;
@@ -19,25 +20,26 @@ use zbus::{Connection, MatchRule, MessageStream, connection};
 
 use crate::unit::{Property, Value};
 
-/// How long a call may take, with the job that it starts. A healthy systemd takes milliseconds; one that is
-/// busy with a thousand units, seconds; the kubelet gives up on a container after two minutes.
+/// How long a call may take, with the job that it starts. A healthy systemd takes milliseconds; one
+/// that is busy with a thousand units, seconds; the kubelet gives up on a container after two
+/// minutes.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// Beyond that the thread itself does not answer, which would be a bug here.
 const THREAD_LIMIT: Duration = Duration::from_secs(35);
 
-/// How often a call is made, with its connection, before it has failed. One that has ended since it was last
-/// used is found by using it; and a systemd that re-executes itself answers nothing of what it was asked
-/// before, on new connections either, and does so again when packages are upgraded. The bus keeps what it is
-/// asked until it is back.
+/// How often a call is made, with its connection, before it has failed. One that has ended since it
+/// was last used is found by using it; and a systemd that re-executes itself answers nothing of
+/// what it was asked before, on new connections either, and does so again when packages are
+/// upgraded. The bus keeps what it is asked until it is back.
 const ATTEMPTS: u32 = 5;
 
-/// How often a wait for a job looks whether the job's work is done: the word of its end is lost when the
-/// connection is, or when systemd re-executes itself.
+/// How often a wait for a job looks whether the job's work is done: the word of its end is lost
+/// when the connection is, or when systemd re-executes itself.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Ends of jobs that may wait to be read. All units of the machine count; who falls behind looks for itself,
-/// see [`LOOK`].
+/// Ends of jobs that may wait to be read. All units of the machine count; who falls behind looks
+/// for itself, see [`LOOK`].
 const JOBS_WAITING: usize = 1024;
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
@@ -100,7 +102,8 @@ impl Systemd {
     /// # Errors
     /// When the thread cannot be started.
     pub fn new() -> std::io::Result<Self> {
-        // In this thread alone: zbus takes its timers and sockets from the runtime that it is called in.
+        // In this thread alone: zbus takes its timers and sockets from the runtime that it is
+        // called in.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (requests, received) = mpsc::unbounded_channel();
         std::thread::Builder::new()
@@ -119,8 +122,8 @@ impl Systemd {
         self.ask(Request::Set { unit: unit.to_owned(), properties })
     }
 
-    /// Stops a unit, with whatever runs in it. Done when it is stopped, or was not there; not waited for
-    /// longer than `within`, and it may be stopped later then.
+    /// Stops a unit, with whatever runs in it. Done when it is stopped, or was not there; not
+    /// waited for longer than `within`, and it may be stopped later then.
     pub(crate) fn stop(&self, unit: &str, within: Duration) -> Answer {
         self.ask_within(Request::Stop { unit: unit.to_owned() }, within.min(THREAD_LIMIT))
     }
@@ -171,9 +174,9 @@ async fn serve(mut requests: mpsc::UnboundedReceiver<(Request, answers::SyncSend
             let result = match tokio::time::timeout(LIMIT, carry_out(&bus, &request)).await {
                 Ok(result) => result,
                 Err(_) => {
-                    // It may be dead without a word; the next call finds out with a new one. The lock is held
-                    // for no longer than another caller's connecting takes, and that caller has the same
-                    // limit.
+                    // It may be dead without a word; the next call finds out with a new one. The
+                    // lock is held for no longer than another caller's connecting takes, and that
+                    // caller has the same limit.
                     bus.lock().await.take();
                     Err(SystemdError::Silent)
                 }
@@ -302,7 +305,8 @@ async fn start(bus: &Bus, unit: &str, properties: &[Property], process: u32) -> 
         Err(SystemdError::Call { source, .. })
             if is_named(source.as_ref(), "org.freedesktop.systemd1.UnitExists") =>
         {
-            // A retry after a connection that ended under the first attempt, which was heard all the same.
+            // A retry after a connection that ended under the first attempt, which was heard all
+            // the same.
             if is_in(process, unit) {
                 return Ok(());
             }
@@ -365,8 +369,8 @@ async fn finished(
     }
 }
 
-/// Whether the process is in the scope: systemd sets every property of a scope before it moves the processes
-/// into it.
+/// Whether the process is in the scope: systemd sets every property of a scope before it moves the
+/// processes into it.
 fn is_in(process: u32, unit: &str) -> bool {
     let path = format!("/proc/{process}/cgroup");
     let Ok(text) = std::fs::read_to_string(Path::new(&path)) else { return false };

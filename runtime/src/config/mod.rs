@@ -1,42 +1,45 @@
-//! The configuration: what was written (file and flags, all optional), and what is used (complete and
+//! The configuration: as written (file and flags, all optional), and as used (complete and
 //! checked).
 //!
-//! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags; later ones
-//! win, key by key. Unknown keys are errors. All mistakes are reported at once, each with its key.
+//! `/etc/berth/berth.toml` first, then `/etc/berth/berth.toml.d/*.toml` in name order, then flags;
+//! later ones win, key by key. Unknown keys are errors. All mistakes are reported at once, each
+//! with its key.
 
 mod written;
 
-use crate::rlimits;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
 use berth_cgroup::{Driver, Parent};
 use berth_network::config::{BridgeConfig, BridgeName, Mtu};
 use oci_spec::runtime::PosixRlimit;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+
+use crate::rlimits;
 
 pub use written::{
     Written, WrittenCgroup, WrittenCompat, WrittenContainer, WrittenImage, WrittenNetwork, WrittenRegistry,
     WrittenStreaming,
 };
 
-/// Where the configuration is read from when no flag says otherwise. An absent file is an empty one.
+/// The default path of the configuration. An absent file counts as empty.
 pub const DEFAULT_FILE: &str = "/etc/berth/berth.toml";
 
 /// Where files lie that a reboot takes away.
 const DEFAULT_STATE: &str = "/run/berth";
 
-/// The directories of mirror rules that are used when the configuration names none, in this order: Berth's,
-/// then those that a node which ran containerd has.
+/// The directories of mirror rules if the configuration names none, in this order: Berth's,
+/// then containerd's.
 const REGISTRY_CONFIG_PATHS: [&str; 2] = ["/etc/berth/certs.d", "/etc/containerd/certs.d"];
 
-/// Where the cAdvisor of a kubelet looks; the path is fixed.
+/// The socket that the cAdvisor of a kubelet looks for; it is fixed there.
 const CADVISOR_SOCKET: &str = "/var/run/crio/crio.sock";
 
-/// What is used.
+/// The checked configuration, with all defaults.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Durable files.
+    /// Directory of durable files.
     pub root: PathBuf,
-    /// Files that a reboot takes away.
+    /// Directory of files that do not survive a reboot.
     pub state: PathBuf,
     /// The socket.
     pub socket: PathBuf,
@@ -48,15 +51,16 @@ pub struct Config {
     pub images: berth_image::StoreOptions,
     /// Where pods get their network from.
     pub network: NetworkConfig,
-    /// Who arranges cgroups; `None`: the driver whose form the parent has, else the one that fits the node.
+    /// Who arranges cgroups; `None`: the driver whose form the parent has, else the one that fits
+    /// the node.
     pub cgroup_driver: Option<Driver>,
-    /// Where pods go that name no parent; `None`: the driver's default.
+    /// The parent of pods that name none; `None`: the driver's default.
     pub cgroup_parent: Option<Parent>,
-    /// Where cAdvisor is answered; `None`: nowhere.
+    /// The socket for cAdvisor, if it is served.
     pub cadvisor_socket: Option<PathBuf>,
     /// The resource limits of programs in containers.
     pub rlimits: Vec<PosixRlimit>,
-    /// Where the clients of exec and port forwarding connect.
+    /// Where clients of exec, attach and port forwarding connect.
     pub streaming: StreamingConfig,
 }
 
@@ -123,12 +127,12 @@ pub struct CniConfig {
     pub namespace_directory: PathBuf,
 }
 
-/// Where the clients of exec and port forwarding connect.
+/// Where clients of exec, attach and port forwarding connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamingConfig {
-    /// What to listen on.
+    /// The address to listen on.
     pub address: SocketAddr,
-    /// With what to prove who listens there; `None` for plain HTTP.
+    /// The certificate; `None` for plain HTTP.
     pub tls: Option<TlsFiles>,
 }
 
@@ -230,12 +234,12 @@ impl Config {
         }
     }
 
-    /// What is in force after `newer` was read while the daemon serves, and the keys whose other values there
-    /// have to wait for the next start.
+    /// The configuration in force after a reload of `newer`, and the keys whose new values
+    /// take effect at the next start.
     #[must_use]
     pub fn taking_over(&self, newer: Self) -> (Self, Vec<&'static str>) {
         let wanted = newer.written();
-        // These take effect as soon as they are read.
+        // These take effect at once.
         let config = Self { log: newer.log, images: newer.images, rlimits: newer.rlimits, ..self.clone() };
         let waiting = config.written().differences(&wanted);
         (config, waiting)
@@ -247,7 +251,7 @@ impl Config {
         self.written().differences(&other.written())
     }
 
-    /// As it would be written, with every default in it.
+    /// In written form, including all defaults.
     #[must_use]
     pub fn written(&self) -> Written {
         Written {
@@ -287,8 +291,8 @@ impl Config {
     }
 }
 
-/// The driver that is named, and the parent in the form of that driver; where none is named, the form says
-/// which one is meant.
+/// The configured driver, and the parent in the form of that driver; if none is configured, the
+/// form says which one is meant.
 fn cgroup(check: &mut Check, written: &WrittenCgroup) -> (Option<Driver>, Option<Parent>) {
     let driver = match written.driver.as_deref() {
         None | Some("auto") => None,
@@ -307,7 +311,7 @@ fn cgroup(check: &mut Check, written: &WrittenCgroup) -> (Option<Driver>, Option
     (driver, parent)
 }
 
-/// An address that others than this node can reach is for TLS only: a URL's token is all that a client needs.
+/// An address that other machines can reach requires TLS: a URL's token is all that a client needs.
 fn streaming(check: &mut Check, written: WrittenStreaming) -> StreamingConfig {
     let address = written.address.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     let tls = match (written.tls_certificate, written.tls_key) {
@@ -441,7 +445,7 @@ fn bridge(check: &mut Check, written: &WrittenNetwork) -> Option<BridgeConfig> {
     })
 }
 
-/// The files that make up the configuration at `file`, in the order in which they count: the file, then those
+/// The files of the configuration at `file`, in order: the file itself, then those
 /// in `<file>.d`.
 ///
 /// # Errors

@@ -1,13 +1,15 @@
-//! The configuration as it is written: files, and flags over them.
+//! The configuration as written: files, overridden by flags.
 
-use crate::rlimits::WrittenRlimits;
-use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// A part of the configuration that may come from several places.
+use serde::{Deserialize, Serialize};
+
+use crate::rlimits::WrittenRlimits;
+
+/// A part of the configuration that may come from several sources.
 trait Layered: Sized {
-    /// The keys of `self`, and where it has none those of `earlier`.
+    /// The keys of `self`, and those of `earlier` that it does not set.
     #[must_use]
     fn over(self, earlier: Self) -> Self;
 }
@@ -24,7 +26,7 @@ impl Layered for WrittenRlimits {
     }
 }
 
-/// Structs of keys, all of them optional, and what can be said of all keys without naming one.
+/// Structs of optional keys, with the code that is the same for every key.
 macro_rules! written {
     ($($(#[$meta:meta])* $name:ident { $($(#[$key_meta:meta])* $key:ident: $type:ty,)* })*) => {
         $($(#[$meta])*
@@ -41,7 +43,7 @@ macro_rules! written {
         }
 
         impl $name {
-            /// The keys and sections of this one whose values differ.
+            /// The keys and sections whose values differ.
             #[must_use]
             pub fn differences(&self, other: &Self) -> Vec<&'static str> {
                 [$((stringify!($key), self.$key != other.$key)),*]
@@ -55,11 +57,11 @@ macro_rules! written {
 }
 
 written! {
-    /// What was written. Every key is optional.
+    /// The configuration as written. Every key is optional.
     Written {
         /// Durable files. Default `/var/lib/berth`.
         root: Option<PathBuf>,
-        /// Files that a reboot takes away. Default `/run/berth`.
+        /// Directory of files that do not survive a reboot. Default `/run/berth`.
         state: Option<PathBuf>,
         /// The socket. Default `berth.sock` in `state`.
         socket: Option<PathBuf>,
@@ -76,9 +78,9 @@ written! {
         network: WrittenNetwork,
         /// Cgroups.
         cgroup: WrittenCgroup,
-        /// For programs that know other runtimes only.
+        /// Compatibility with programs that only know other runtimes.
         compat: WrittenCompat,
-        /// What every container gets.
+        /// Settings of every container.
         container: WrittenContainer,
         /// Exec and port forwarding.
         streaming: WrittenStreaming,
@@ -97,7 +99,7 @@ written! {
     WrittenImage {
         /// Layers fetched and unpacked at the same time. Default 3.
         layers_at_once: Option<usize>,
-        /// The most that an image may have, unpacked, in bytes. Default 64 GiB.
+        /// The largest unpacked size of an image, in bytes. Default 64 GiB.
         max_image_bytes: Option<u64>,
         /// What unpacking leaves free, in bytes. Default 1 GiB.
         min_free_bytes: Option<u64>,
@@ -130,7 +132,7 @@ written! {
         ipv6: Option<String>,
         /// MTU. Default: the kernel's.
         mtu: Option<u32>,
-        /// Whether Berth may make the host forward packets. Default true.
+        /// Whether Berth may turn on forwarding on the host. Default true.
         forwarding: Option<bool>,
     }
 
@@ -139,15 +141,15 @@ written! {
         /// `auto`, `cgroupfs` or `systemd`. Default `auto`: the driver whose form `parent` has,
         /// else systemd where it is process 1 on cgroup v2, else cgroupfs.
         driver: Option<String>,
-        /// Where pods go that name no parent. Default `/berth`, with the systemd driver
+        /// The parent of pods that name none. Default `/berth`, with the systemd driver
         /// `berth.slice`.
         parent: Option<String>,
     }
 
     /// `[streaming]`: where the clients of exec and port forwarding connect.
     WrittenStreaming {
-        /// Address and port, 0 for any. Default `127.0.0.1:0`. One that is not a loopback address
-        /// needs TLS.
+        /// Address and port, 0 for any. Default `127.0.0.1:0`. Other than loopback addresses
+        /// require TLS.
         address: Option<SocketAddr>,
         /// The file of the server's certificate chain, PEM. With `tls_key`.
         tls_certificate: Option<PathBuf>,
@@ -162,7 +164,7 @@ written! {
         rlimits: WrittenRlimits,
     }
 
-    /// `[compat]`: what Berth does for programs that know other runtimes only.
+    /// `[compat]`: compatibility with programs that only know other runtimes.
     WrittenCompat {
         /// Whether to answer the cAdvisor in a kubelet as CRI-O would. Default
         /// false.
@@ -177,12 +179,12 @@ impl Written {
     /// Reads one file's text.
     ///
     /// # Errors
-    /// What is wrong with it, with line and column.
+    /// A syntax or type error, with line and column.
     pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
         toml::from_str(text)
     }
 
-    /// The keys of `self`, and where it has none those of `earlier`.
+    /// The keys of `self`, and those of `earlier` that it does not set.
     #[must_use]
     pub fn over(self, earlier: Self) -> Self {
         Layered::over(self, earlier)

@@ -1,16 +1,18 @@
-//! The end of a container: from its shim's record or last message, or from the loss of its shim, to the state
-//! that all observers see.
+//! The end of a container: from its shim's record or last message, or from the loss of its shim, to
+//! the state that all observers see.
 
-use super::{Container, lock};
-use crate::cgroups::CGROUP_GONE;
-use crate::record_files::may_pass;
-use berth_model::state::{ContainerEvent, ContainerState, Exit, ExitReason};
-use berth_shim_proto::exit_record::{self, ExitRecord, MAX_BYTES};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+use berth_model::state::{ContainerEvent, ContainerState, Exit, ExitReason};
+use berth_shim_proto::exit_record::{self, ExitRecord, MAX_BYTES};
+
+use super::{Container, lock};
+use crate::cgroups::CGROUP_GONE;
+use crate::record_files::may_pass;
 
 /// The code of a container whose end was not seen: containerd's.
 const EXIT_CODE_LOST: i32 = 255;
@@ -18,7 +20,7 @@ const EXIT_CODE_LOST: i32 = 255;
 /// Somewhat longer than [`CGROUP_GONE`] for the kill and the removal together.
 pub(super) const CLEARED: Duration = Duration::from_secs(25);
 
-/// What is known of an end.
+/// What is known about a container's end.
 #[derive(Debug)]
 pub(super) enum Evidence {
     /// How it ended.
@@ -29,8 +31,8 @@ pub(super) enum Evidence {
     Unread(io::Error),
 }
 
-/// Looks whether there is a record of its end: the shim's, or the daemon's where there was no room for that.
-/// Blocking.
+/// Looks whether there is a record of its end: the shim's, or the daemon's where there was no room
+/// for that. Blocking.
 pub(super) fn look(container: &Container) -> Evidence {
     match (read(&container.files.exit_record()), read(&container.files.exit_record_copy())) {
         (Evidence::Told(record), _) | (_, Evidence::Told(record)) => Evidence::Told(record),
@@ -41,7 +43,7 @@ pub(super) fn look(container: &Container) -> Evidence {
 
 fn read(path: &Path) -> Evidence {
     let mut bytes = Vec::new();
-    // One byte more than the longest, which then is none.
+    // One byte more than the longest valid one.
     let limit = u64::try_from(MAX_BYTES).unwrap_or(u64::MAX).saturating_add(1);
     match File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)) {
         Ok(_) => match exit_record::decode(&bytes) {
@@ -59,15 +61,15 @@ fn read(path: &Path) -> Evidence {
 /// Publishes how it ended, and ends whatever is left of it. Without `told` it is unknown, and
 /// `unread` says why, if there is a record that cannot be read. Blocking.
 pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unread: Option<&io::Error>) {
-    // Processes that are not in a pid namespace that died with its process 1, or all of them when the shim
-    // was lost. That they are gone takes its time, which lists do not wait for; what is left is seen to
-    // below.
+    // Processes that are not in a pid namespace that died with its process 1, or all of them when
+    // the shim was lost. Their removal takes time, which lists do not wait for; what is left is
+    // handled below.
     let _ = container.cgroup.kill(Duration::ZERO);
     let record = told.unwrap_or_else(|| lost(container));
     let mut exit = exit(&record);
     match unread {
         Some(error) if record.lost => exit.message = format!("its exit record cannot be read: {error}"),
-        // Not over one that a next daemon may be able to read.
+        // Must not replace one that the next daemon may be able to read.
         _ => keep(container, &record),
     }
     if record.log_bytes_lost > 0 || record.log_incomplete {
@@ -78,13 +80,13 @@ pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unrea
     }
     *lock(&container.shim) = None;
     container.clearing.send_replace(true);
-    // Nothing but an end follows a state, and a second end changes nothing.
+    // Every state can be followed by an end, and a second end changes nothing.
     let _ = container.apply(ContainerEvent::Ended(exit));
     clean(container);
     container.clearing.send_replace(false);
 }
 
-/// Ends what is left in its cgroup, and removes that. Blocking.
+/// Kills what is left in its cgroup, and removes it. Blocking.
 pub(super) fn clean(container: &Container) {
     if !container.cgroup.is_there() {
         return;
@@ -96,7 +98,7 @@ pub(super) fn clean(container: &Container) {
     }
 }
 
-/// Sees to it that the end is on disk, or, where that has no room, in memory for the next daemon.
+/// Ensures that the end is on disk or, if that is full, in memory for the next daemon.
 fn keep(container: &Container, record: &ExitRecord) {
     let (path, copy) = (container.files.exit_record(), container.files.exit_record_copy());
     if matches!(read(&path), Evidence::Told(_)) {
@@ -122,7 +124,7 @@ fn lost(container: &Container) -> ExitRecord {
     }
 }
 
-/// What `ContainerStatus` says about the end that `record` describes.
+/// The exit in `ContainerStatus` for `record`.
 pub(super) fn exit(record: &ExitRecord) -> Exit {
     let (reason, message) = if !record.start_error.is_empty() {
         (ExitReason::StartError, record.start_error.clone())
@@ -169,12 +171,14 @@ mod tests {
         }
     }
 
-    /// A container of which nothing is there but its two directories, of which `durable` may be missing too.
+    /// A container of which nothing is there but its two directories, of which `durable` may be
+    /// missing too.
     fn container(directory: &Path, durable: bool) -> Arc<Container> {
-        use crate::cgroups::LeftCgroups;
         use berth_cgroup::{Cgroup, Driver, Hierarchy, Parent};
         use berth_model::layout::Layout;
         use berth_model::record::ContainerRecord;
+
+        use crate::cgroups::LeftCgroups;
         let record = ContainerRecord::default();
         let files = Layout::new(directory.join("root"), directory.join("state")).container(&record.id);
         std::fs::create_dir_all(&files.state).unwrap();

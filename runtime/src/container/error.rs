@@ -1,4 +1,9 @@
-//! Why something with a container failed.
+//! Why an operation on a container failed.
+
+use std::io;
+use std::path::Path;
+
+use berth_model::id::{ContainerId, SandboxId};
 
 use crate::cgroups::MakeCgroup;
 use crate::file_error::FileError;
@@ -6,29 +11,26 @@ use crate::host_paths::HostPathError;
 use crate::names::NameTaken;
 use crate::record_files::WriteError;
 use crate::shim_client::ShimError;
-use berth_model::id::{ContainerId, SandboxId};
-use std::io;
-use std::path::Path;
 
-/// Why something with a container failed.
+/// Why an operation on a container failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ContainerError {
-    /// Another one has its name.
+    /// The name is taken.
     #[error(transparent)]
     NameTaken(#[from] NameTaken),
-    /// Its sandbox was stopped.
+    /// The sandbox was stopped.
     #[error("sandbox {id} is not ready")]
     SandboxNotReady {
         /// The sandbox.
         id: SandboxId,
     },
-    /// Its sandbox was made with a handler that this daemon does not have.
+    /// The sandbox was created with a handler that this daemon does not have.
     #[error("the sandbox was created with the runtime handler {name:?}, which is no longer configured")]
     NoHandler {
         /// Of `RunPodSandboxRequest.runtime_handler`.
         name: String,
     },
-    /// Its image is not here.
+    /// The image is not on this node.
     #[error("image {image} is not on this node")]
     NoImage {
         /// The name in the request.
@@ -43,7 +45,7 @@ pub(crate) enum ContainerError {
         #[source]
         source: berth_image::StoreError,
     },
-    /// The image says something that cannot be.
+    /// The image's configuration is invalid.
     #[error("image {image}: {reason}")]
     ImageConfig {
         /// The name in the request.
@@ -59,13 +61,13 @@ pub(crate) enum ContainerError {
         /// The `target_id` of the request.
         target: String,
     },
-    /// No random bytes.
+    /// There are no random bytes.
     #[error("cannot generate an id")]
     Id(#[source] io::Error),
-    /// What was asked for cannot be.
+    /// The request cannot be expressed as a spec.
     #[error(transparent)]
     Spec(#[from] crate::oci_spec::SpecError),
-    /// The spec cannot be carried out.
+    /// The spec cannot be turned into a plan.
     #[error(transparent)]
     Plan(#[from] crate::plan::PlanError),
     /// The seccomp profile.
@@ -100,30 +102,30 @@ pub(crate) enum ContainerError {
     /// The shim, or in it the container.
     #[error(transparent)]
     Shim(#[from] ShimError),
-    /// It is in a state in which that cannot be.
+    /// Its state does not allow this.
     #[error("container {id} is {state}")]
     WrongState {
         /// The container.
         id: ContainerId,
-        /// The word for its state.
+        /// Its state, as a word.
         state: &'static str,
     },
-    /// Its start did not come to an end in its time, and it was killed.
+    /// Its start timed out, and it was killed.
     #[error("container {id} did not start within {seconds} s, and was killed")]
     StartTimeout {
         /// The container.
         id: ContainerId,
-        /// The time.
+        /// The time limit.
         seconds: u64,
     },
-    /// Its start did not come to an end in its time, and it could not be killed either.
+    /// Its start timed out, and it could not be killed either.
     #[error(
         "container {id} did not start within {seconds} s, and could not be killed: it may be running, and is reported as running until that is known"
     )]
     StartUnknown {
         /// The container.
         id: ContainerId,
-        /// The time.
+        /// The time limit.
         seconds: u64,
     },
     /// Its shim cannot be reached now.
@@ -132,13 +134,13 @@ pub(crate) enum ContainerError {
         /// The container.
         id: ContainerId,
     },
-    /// Something else is being done with it.
+    /// Another operation on it is in progress.
     #[error("another change of container {id} is taking too long; try again")]
     Busy {
         /// The container.
         id: ContainerId,
     },
-    /// Its record is not to be written.
+    /// Its record must not be written.
     #[error(
         "cannot change container {id}: its record was written by a newer berthd or could not be read; it can be stopped and removed"
     )]
@@ -146,7 +148,7 @@ pub(crate) enum ContainerError {
         /// The container.
         id: ContainerId,
     },
-    /// It ended, and the command in it too.
+    /// It ended, and with it the command.
     #[error("container {id} ended while the command was running in it")]
     EndedUnderExec {
         /// The container.
@@ -176,19 +178,19 @@ pub(crate) enum ContainerError {
         /// How many may be.
         most: usize,
     },
-    /// It was to end and did not.
+    /// It was killed and did not end.
     #[error("container {id} was killed but has not ended; try again")]
     DoesNotEnd {
         /// The container.
         id: ContainerId,
     },
-    /// A program did not end in its time, and was killed.
+    /// A command timed out, and was killed.
     #[error("the command did not finish within {seconds} s")]
     ExecTimeout {
-        /// The time.
+        /// The time limit.
         seconds: u64,
     },
-    /// The record.
+    /// The record cannot be written.
     #[error("cannot write the record of container {id}")]
     Record {
         /// The container.
@@ -197,7 +199,7 @@ pub(crate) enum ContainerError {
         #[source]
         source: WriteError,
     },
-    /// The daemon's own task ended early.
+    /// The daemon's task ended early.
     #[error("the daemon is stopping")]
     Stopping,
 }

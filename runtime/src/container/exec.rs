@@ -1,28 +1,31 @@
 //! ExecSync: a program in a running container, its output and its exit code.
 //!
-//! The shim starts it; its output comes here by pipes that the program does not have. Each stream is kept up
-//! to [`MAX_OUTPUT`] and read to its end all the same, so that a program is never stopped by a full pipe.
+//! The shim starts it; its output arrives through pipes that the program does not have. Each stream
+//! is kept up to [`MAX_OUTPUT`] but read to its end, so that a program is never blocked by a full
+//! pipe.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_model::state::{ContainerState, ExitReason};
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
 
 use super::output_room::{Kept, OutputRoom};
 use super::{Container, ContainerError};
 use crate::shim_client::ShimError;
-use berth_model::state::{ContainerState, ExitReason};
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe;
 
-/// What is kept of each stream, in bytes: `ExecSyncResponse` of the CRI says 16 MiB.
+/// The most that is kept of each stream, in bytes: `ExecSyncResponse` of the CRI says 16 MiB.
 pub(crate) const MAX_OUTPUT: usize = 16 * 1024 * 1024;
 
-/// How long after the program's end its output may go on, written by what it left behind.
+/// How long output may continue after the program's end, from processes it left behind.
 const DRAIN: Duration = Duration::from_millis(500);
 
 /// How long it may take to find out why a connection to a shim ended.
 const EXPLAINED: Duration = Duration::from_secs(5);
 
-/// What came of it.
+/// The result.
 #[derive(Debug)]
 pub(crate) struct Output {
     pub(crate) stdout: Vec<u8>,
@@ -30,11 +33,12 @@ pub(crate) struct Output {
     pub(crate) exit_code: i32,
 }
 
-/// Runs `command` and waits for its end, at most `timeout`. Its output is kept as far as there is `room`.
+/// Runs `command` and waits for its end, at most `timeout`. Its output is kept as far as `room`
+/// allows.
 ///
-/// When the future is dropped the program is killed with its session, as containerd does when the caller of
-/// ExecSync goes away: a probe without a time limit would otherwise leave one more program behind each time
-/// that a kubelet restarts.
+/// When the future is dropped the program is killed with its session, as containerd does when the
+/// caller of ExecSync goes away: a probe without a time limit would otherwise leave one more
+/// program behind each time that a kubelet restarts.
 pub(crate) async fn exec_sync(
     container: &Arc<Container>,
     room: &OutputRoom,
@@ -65,7 +69,7 @@ pub(crate) async fn exec_sync(
             }
         };
         if !complete && ended.is_ok() {
-            // What is late is lost; the program itself has ended.
+            // Late output is lost; the program itself has ended.
             let _ = tokio::time::timeout(DRAIN, collecting).await;
         }
         ended

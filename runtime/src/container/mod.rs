@@ -1,19 +1,19 @@
-//! Containers: made in a sandbox, each served by its shim.
+//! Containers: created in a sandbox, each owned by its shim.
 //!
 //! - `create`: CreateContainer, everything up to the exec of the program;
 //! - `target`: the container whose pid namespace another one joins;
 //! - `start`: StartContainer;
-//! - `exec`, `output_room`: ExecSync, and the memory for what commands say;
+//! - `exec`, `output_room`: ExecSync, and the memory for the output of commands;
 //! - `stop`: StopContainer;
 //! - `remove`: RemoveContainer;
 //! - `follow`: finding its shim, and waiting for its end;
 //! - `end`: what happens when it has ended, on its own or not;
 //! - `shutdown`: how it ends when the machine goes down;
-//! - `recover`: what a new daemon makes of a record;
-//! - `lost`: what it makes of a container that runs and has no record any more.
+//! - `recover`: a container from its record, in a new daemon;
+//! - `lost`: a running container without a record.
 //!
-//! The state is in a watch channel: waiting for the end of a container means waiting for that value to
-//! change. It changes through `model::state` only.
+//! The state is in a watch channel: waiting for the end of a container means waiting for that value
+//! to change. It changes through `model::state` only.
 
 pub(crate) mod create;
 mod end;
@@ -31,7 +31,19 @@ pub(crate) mod stop;
 mod target;
 pub(crate) mod update;
 
-pub(crate) use error::ContainerError;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use berth_cgroup::Cgroup;
+use berth_model::container::{Config, Resources};
+use berth_model::id::{ContainerId, SandboxId};
+use berth_model::layout::ContainerFiles;
+use berth_model::record::{ContainerRecord, ProcessRecord};
+use berth_model::state::{ContainerEvent, ContainerState, Refused, container_after};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 
 use crate::cgroups::LeftCgroups;
 use crate::clock::unix_ns;
@@ -40,60 +52,53 @@ use crate::lock;
 use crate::names::Name;
 use crate::record_files::RecordFiles;
 use crate::shim_client::ShimClient;
-use berth_cgroup::Cgroup;
-use berth_model::container::{Config, Resources};
-use berth_model::id::{ContainerId, SandboxId};
-use berth_model::layout::ContainerFiles;
-use berth_model::record::{ContainerRecord, ProcessRecord};
-use berth_model::state::{ContainerEvent, ContainerState, Refused, container_after};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::Instant;
 
-/// Clients that may be attached to a container at a time. Each has two outputs, which hold 64 KiB at least.
+pub(crate) use error::ContainerError;
+
+/// Clients that may be attached to a container at a time. Each has two outputs, which hold 64 KiB
+/// at least.
 const MOST_ATTACHED: usize = 256;
 
 /// A container.
 #[derive(Debug)]
 pub(crate) struct Container {
-    /// All that does not change, the resources excepted, which [`Container::resources`] has.
+    /// Everything that does not change, except for the resources, which are in
+    /// [`Container::resources`].
     record: ContainerRecord,
     files: ContainerFiles,
     cgroup: Cgroup,
-    /// Where the cgroup goes that cannot be removed.
+    /// Takes a cgroup that cannot be removed.
     left: LeftCgroups,
     resources: Mutex<Resources>,
     state: watch::Sender<ContainerState>,
-    /// It has ended, and what is left in its cgroup is being ended.
+    /// It has ended, and what is left in its cgroup is being killed.
     clearing: watch::Sender<bool>,
     /// Held while it changes and while that is published, so that changes are published in order.
     telling: Mutex<()>,
-    /// Since when it is taken to run, while its shim has not said whether it does. What may run is reported
-    /// as running: otherwise a kubelet would start another beside it.
+    /// Since when it is assumed to run, while its shim has not confirmed it. What may run is
+    /// reported as running: otherwise a kubelet would start another beside it.
     presumed_since_unix_ns: Mutex<Option<i64>>,
-    /// Its main process. That of the record, unless that was lost.
+    /// Its main process, from the record unless that was lost.
     process: Mutex<Option<ProcessRecord>>,
     shim: Mutex<Option<Arc<ShimClient>>>,
-    /// Start, update and the removal of files, one at a time. Nothing that ends a container waits for it.
+    /// Serializes start, update and the removal of files. Nothing that ends a container waits for
+    /// it.
     operation: tokio::sync::Mutex<()>,
-    /// When a stop that is under way kills; only ever moved to be earlier.
+    /// When the current stop kills; only ever moved earlier.
     kill_at: watch::Sender<Option<Instant>>,
-    /// Notified when none of its processes is left and its shim is not to be waited for any longer.
+    /// Notified when none of its processes is left and its shim need not be waited for.
     given_up: Notify,
-    /// A task waits for its end, or it has ended.
+    /// Whether a task waits for its end, or it has ended.
     followed: AtomicBool,
     /// Places for clients that are attached to its streams.
     attached: Arc<Semaphore>,
-    /// Its record is not to be written: it is one of a newer version, or one that could not be read and may
-    /// be readable another time.
+    /// Its record must not be written: it is of a newer version, or could not be read and may
+    /// become readable later.
     keeps_record: bool,
 }
 
 impl Container {
-    /// One that waits for its start, as far as its record says.
+    /// A container that waits for its start, according to its record.
     fn new(record: ContainerRecord, files: ContainerFiles, cgroup: Cgroup, left: LeftCgroups) -> Self {
         Self {
             resources: Mutex::new(record.config.resources.clone()),
@@ -156,7 +161,7 @@ impl Container {
         }
     }
 
-    /// The identity that no other container has.
+    /// Its unique name.
     pub(crate) fn name(&self) -> Name {
         Name::Container(self.record.sandbox_id.clone(), self.record.config.metadata.clone())
     }
@@ -165,13 +170,13 @@ impl Container {
         berth_image::Digest::parse(&self.record.image_id).ok()
     }
 
-    /// The main process, as the host numbers it; `None` once it has ended.
+    /// The host's pid of the main process; `None` once it has ended.
     pub(crate) fn pid(&self) -> Option<i32> {
         let ended = matches!(*self.state.borrow(), ContainerState::Exited(_));
         lock(&self.process).filter(|_| !ended).map(|process| process.pid)
     }
 
-    /// Whether its program certainly runs.
+    /// Whether its program is certainly running.
     pub(crate) fn is_running(&self) -> bool {
         matches!(*self.state.borrow(), ContainerState::Running { .. })
     }
@@ -181,7 +186,7 @@ impl Container {
         !self.followed.load(Ordering::Relaxed)
     }
 
-    /// The pid of its shim, while it has one.
+    /// The pid of its shim, if it has one.
     pub(crate) fn shim_pid(&self) -> Option<i32> {
         lock(&self.shim).as_ref().and_then(|shim| shim.pid())
     }
@@ -190,7 +195,7 @@ impl Container {
         lock(&self.shim).clone()
     }
 
-    /// The shim of a container whose program runs.
+    /// The shim of a running container.
     pub(crate) fn running_shim(&self) -> Result<Arc<ShimClient>, ContainerError> {
         let state = self.state();
         match (&state, self.shim()) {
@@ -202,7 +207,7 @@ impl Container {
         }
     }
 
-    /// The shim of a container that waits for its start, or runs.
+    /// The shim of a created or running container.
     pub(crate) fn live_shim(&self) -> Result<Arc<ShimClient>, ContainerError> {
         match self.state() {
             ContainerState::Created => {
@@ -223,7 +228,7 @@ impl Container {
             .map_err(|_| ContainerError::TooManyAttached { id: self.id().clone(), most: MOST_ATTACHED })
     }
 
-    /// Moves the state on, as something happens.
+    /// Applies an event to the state.
     fn apply(&self, event: ContainerEvent) -> Result<(), Refused> {
         let _in_order = lock(&self.telling);
         let was_seen_running = !matches!(self.state(), ContainerState::Created);
@@ -234,7 +239,7 @@ impl Container {
             ContainerEvent::Started { .. } if was_seen_running => {}
             ContainerEvent::Started { .. } => self.tell(ContainerChange::Started),
             ContainerEvent::Ended(exit) => {
-                // Its end came before the answer to its start.
+                // It ended before the answer to its start arrived.
                 if !was_seen_running && exit.started_at_unix_ns != 0 {
                     self.tell(ContainerChange::Started);
                 }
@@ -244,7 +249,7 @@ impl Container {
         Ok(())
     }
 
-    /// Takes it to run from now on, until its shim says whether it does.
+    /// Assumes from now on that it is running, until its shim reports.
     fn presume(&self) {
         let _in_order = lock(&self.telling);
         let was_seen_running = !matches!(self.state(), ContainerState::Created);
@@ -261,13 +266,13 @@ impl Container {
         self.tell(ContainerChange::Created);
     }
 
-    /// It is not visible any more.
+    /// Makes it invisible.
     fn disappeared(&self) {
         let _in_order = lock(&self.telling);
         self.tell(ContainerChange::Removed);
     }
 
-    /// To be called with `telling` held.
+    /// The caller must hold `telling`.
     fn tell(&self, change: ContainerChange<'_>) {
         events::tell(Event::Container {
             id: self.id(),
@@ -277,7 +282,7 @@ impl Container {
         });
     }
 
-    /// Moves the state on to what it was before this daemon knew; says whether that changes it.
+    /// Sets the state that it had before this daemon; returns whether that changes it.
     fn learn(&self, event: ContainerEvent) -> Result<bool, Refused> {
         let mut result = Ok(());
         let changed = self.state.send_if_modified(|state| match container_after(state, event) {
@@ -294,7 +299,7 @@ impl Container {
         result.map(|()| changed)
     }
 
-    /// Waits until nothing is left of it in its cgroup, or that cannot be removed. For one that has ended.
+    /// Waits until its cgroup is empty or cannot be removed. For one that has ended.
     pub(crate) async fn cleared(&self) {
         let mut clearing = self.clearing.subscribe();
         let _ = tokio::time::timeout(end::CLEARED, clearing.wait_for(|clearing| !clearing)).await;
@@ -316,7 +321,7 @@ fn bytes(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
 
-/// How a process gets into `cgroup`, in the form of the plan.
+/// How a process enters `cgroup`, in the form of the plan.
 pub(crate) fn cgroup_plan(cgroup: &Cgroup) -> berth_shim_proto::launch::Cgroup {
     let oom = cgroup.oom_source();
     berth_shim_proto::launch::Cgroup {
@@ -329,16 +334,18 @@ pub(crate) fn cgroup_plan(cgroup: &Cgroup) -> berth_shim_proto::launch::Cgroup {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::events::heard::Heard;
+    use std::sync::atomic::AtomicBool;
+
     use berth_cgroup::{Driver, Hierarchy, Parent};
     use berth_model::layout::Layout;
     use berth_model::state::{Exit, ExitReason};
-    use std::sync::atomic::AtomicBool;
     use tracing::dispatcher::with_default;
 
-    /// How often the other thread is let go first by the first notification, which it uses unless it has to
-    /// wait.
+    use super::*;
+    use crate::events::heard::Heard;
+
+    /// How often the other thread is let go first by the first notification, which it uses unless
+    /// it has to wait.
     const TURNS: usize = 10_000;
 
     fn container() -> Container {
@@ -359,7 +366,8 @@ mod tests {
         ContainerEvent::Ended(Exit { code: 0, started_at_unix_ns, finished_at_unix_ns: 2, reason, message })
     }
 
-    /// What is published while `first` happens and, on another thread, `second` as soon as `is_time`.
+    /// What is published while `first` happens and, on another thread, `second` as soon as
+    /// `is_time`.
     fn told_by(
         first: impl FnOnce(&Container),
         is_time: impl Fn(&Container) -> bool + Send + Sync,

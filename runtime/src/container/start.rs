@@ -1,23 +1,26 @@
 //! StartContainer: one message to the shim, which lets the waiting process become its program.
 //!
-//! A caller that gets a failed start creates another container beside this one. So no caller gets that
-//! as long as the program may run still: a start without an answer is made definite, by ending the container.
+//! A caller that gets a failed start creates another container beside this one. So no caller gets
+//! that while the program may be running: a start without an answer is made definite by killing the
+//! container.
 
-use super::{Container, ContainerError, stop};
-use crate::shim_client::{START, ShimClient, ShimError};
-use berth_model::state::{ContainerEvent, ContainerState};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a shim that says that the start failed may take to record the end: it waits for the rest of the
-/// output, 2 s, and for its daemon, 1 s.
+use berth_model::state::{ContainerEvent, ContainerState};
+
+use super::{Container, ContainerError, stop};
+use crate::shim_client::{START, ShimClient, ShimError};
+
+/// How long a shim that reports a failed start may take to record the end: it waits for the rest of
+/// the output, 2 s, and for its daemon, 1 s.
 const ENDING: Duration = Duration::from_secs(5);
 
-/// How long it takes at the most to settle the end of a container whose shim is gone: ending what is left in
+/// The longest time to settle the end of a container whose shim is gone: killing what is left in
 /// its cgroup, and removing it.
 const SETTLED: Duration = Duration::from_secs(25);
 
-/// Starts it. On return the program runs, or the container has ended with the reason;
+/// Starts it. On return the program is running, or the container has ended with the reason;
 /// [`ContainerError::StartUnknown`] is the exception.
 pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerError> {
     let outcome = begin(container).await;
@@ -37,23 +40,23 @@ async fn begin(container: &Arc<Container>) -> Result<(), ContainerError> {
     let Some(shim) = container.shim() else {
         return Err(ContainerError::ShimUnreached { id: container.id().clone() });
     };
-    // Before the shim is asked: a daemon that comes later has to know that it may run.
+    // Before the shim is asked: a later daemon has to know that it may be running.
     note_start(container);
     let outcome = tokio::select! {
-        // The answer first: a program that has ended already was started all the same.
+        // The answer first: a program that has already ended was started nevertheless.
         biased;
         outcome = shim.start() => outcome,
-        // By a stop. Its end says more than the loss of the shim.
+        // By a stop. Its exit says more than the loss of the shim.
         () = container.exited() => Err(ShimError::Lost),
     };
     match outcome {
         Ok(at_unix_ns) => {
-            // A program that has ended already is past this state; its end has the time too.
+            // A program that has already ended is past this state; its exit has the time, too.
             let _ = container.apply(ContainerEvent::Started { at_unix_ns });
             Ok(())
         }
         Err(error @ ShimError::Failed(_)) => {
-            // It has ended, or the shim did not do it because of the state that it is in.
+            // It has ended, or the shim refused because of its state.
             if tokio::time::timeout(ENDING, container.exited()).await.is_err() {
                 ask_how_it_is(container, &shim).await?;
             }
@@ -77,12 +80,12 @@ async fn begin(container: &Arc<Container>) -> Result<(), ContainerError> {
     }
 }
 
-/// Whether it has ended, and its program ran before.
+/// Whether it has ended after its program ran.
 fn was_started(container: &Container) -> bool {
     matches!(container.state(), ContainerState::Exited(exit) if exit.started_at_unix_ns != 0)
 }
 
-/// After a refusal that did not end it: whether it waits still, or runs.
+/// After a refusal that did not end it: whether it still waits, or runs.
 async fn ask_how_it_is(container: &Arc<Container>, shim: &ShimClient) -> Result<(), ContainerError> {
     match shim.phase().await {
         Ok(phase) => match (phase.started, phase.created) {
@@ -90,13 +93,13 @@ async fn ask_how_it_is(container: &Arc<Container>, shim: &ShimClient) -> Result<
                 let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
                 Ok(())
             }
-            // A start of before goes on; `follow` tells what comes of it.
+            // An earlier start is in progress; `follow` reports its outcome.
             (None, Some(_)) if phase.starting => Ok(()),
             (None, Some(_)) => {
                 forget_start(container);
                 Ok(())
             }
-            // It drains.
+            // It is draining.
             (None, None) => match tokio::time::timeout(ENDING, container.exited()).await {
                 Ok(()) => Ok(()),
                 Err(_) => end_without_answer(container).await,
@@ -106,7 +109,7 @@ async fn ask_how_it_is(container: &Arc<Container>, shim: &ShimClient) -> Result<
     }
 }
 
-/// Makes it definite that the program does not run.
+/// Makes sure that the program is not running.
 async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerError> {
     let (id, seconds) = (container.id().clone(), START.as_secs());
     tracing::warn!(container = %id, seconds, "the shim does not report whether the program started; killing the container");
@@ -130,6 +133,7 @@ fn note_start(container: &Container) {
 }
 
 fn forget_start(container: &Container) {
-    // It stays at the worst, and a next daemon tells the container as running until its shim has said more.
+    // At worst it stays, and the next daemon reports the container as running until its shim
+    // answers.
     let _ = std::fs::remove_file(container.files.started());
 }

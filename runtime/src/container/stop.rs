@@ -1,26 +1,30 @@
-//! StopContainer: the stop signal to the main process, once; after the grace SIGKILL for everything.
+//! StopContainer: the stop signal to the main process, once; after the grace period SIGKILL for all
+//! processes.
 //!
-//! Stops may come together: the signal is sent by the first, and the shortest time counts. A stop whose
-//! caller went away goes on, because the edge runs it in its own task.
+//! Concurrent stops: the first one sends the signal, and the shortest time counts. A stop whose
+//! caller went away continues, because the edge runs it in its own task.
 
-use super::{Container, ContainerError};
-use berth_model::state::ContainerState;
-use berth_sys::process::SIGKILL;
 use std::sync::Arc;
 use std::time::Duration;
+
+use berth_model::state::ContainerState;
+use berth_sys::process::SIGKILL;
 use tokio::time::Instant;
 
-/// How long the end may take after a kill: a process in uninterruptible sleep ends when its device lets it.
+use super::{Container, ContainerError};
+
+/// How long the end may take after a kill: a process in uninterruptible sleep ends when its device
+/// responds.
 const KILLED: Duration = Duration::from_secs(10);
 
-/// How long the shim may take to tell the end after that: it waits for the rest of the output, 2 s, for its
-/// log, 2 s, and for its daemon, 1 s.
+/// How long the shim may take to tell the end after that: it waits for the rest of the output, 2 s,
+/// for its log, 2 s, and for its daemon, 1 s.
 const TOLD: Duration = Duration::from_secs(7);
 
-/// How long the shim may take to pass a kill on before the cgroup is killed without it.
+/// How long the shim may take to deliver a kill before the cgroup is killed without it.
 const SHIM: Duration = Duration::from_secs(1);
 
-/// Ends it within `grace` and a bit. Already ended is fine.
+/// Stops it, within little more than `grace`. Does nothing if it has ended.
 pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<(), ContainerError> {
     if !matches!(container.state(), ContainerState::Exited(_)) {
         end(container, grace).await?;
@@ -31,8 +35,8 @@ pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<
 }
 
 async fn end(container: &Arc<Container>, grace: Duration) -> Result<(), ContainerError> {
-    // Before its start nothing of the image runs that a grace would be for, and what waits there does not
-    // hear signals.
+    // Before its start none of the image's code runs, so a grace period is pointless, and the
+    // waiting child does not handle signals.
     let grace = if matches!(container.state(), ContainerState::Created) { Duration::ZERO } else { grace };
     let mine = Instant::now() + grace;
     let mut first = false;
@@ -54,7 +58,7 @@ async fn end(container: &Arc<Container>, grace: Duration) -> Result<(), Containe
     kill(container).await
 }
 
-/// Waits until it has ended or the shortest time of all stops is over.
+/// Waits until it has ended or the shortest grace period of all stops is over.
 async fn wait_for_time(container: &Container) {
     let mut changes = container.kill_at.subscribe();
     let exited = container.exited();
@@ -72,16 +76,16 @@ async fn wait_for_time(container: &Container) {
 
 async fn signal(container: &Container, signal: i32) {
     if let Some(shim) = container.shim() {
-        // It may have ended on its own meanwhile; if the shim hangs, the time passes and the cgroup is
-        // killed.
+        // It may have ended on its own meanwhile; if the shim hangs, the time passes and the cgroup
+        // is killed.
         let _ = tokio::time::timeout(SHIM, shim.signal(signal)).await;
     }
 }
 
-/// Kills every process of it and waits for the end.
+/// Kills all its processes and waits for the end.
 pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerError> {
-    // By the shim's pidfd: the kernel takes a whole pid namespace with its process 1. Without one of its own,
-    // the shim ends the rest when the main process has ended.
+    // By the shim's pidfd: the kernel kills a whole pid namespace with its process 1. Without its
+    // own namespace, the shim kills the rest when the main process has ended.
     signal(container, SIGKILL).await;
     if tokio::time::timeout(SHIM, container.exited()).await.is_ok() {
         return Ok(());
@@ -89,7 +93,7 @@ pub(super) async fn kill(container: &Arc<Container>) -> Result<(), ContainerErro
     kill_all(container).await
 }
 
-/// The same without the shim, which may hang; that is waited for only to tell the end.
+/// The same without the shim, which may hang; it is waited for only to report the end.
 pub(super) async fn kill_all(container: &Arc<Container>) -> Result<(), ContainerError> {
     let all = container.clone();
     tokio::task::spawn_blocking(move || all.cgroup.kill(KILLED))
@@ -98,7 +102,7 @@ pub(super) async fn kill_all(container: &Arc<Container>) -> Result<(), Container
     if tokio::time::timeout(TOLD, container.exited()).await.is_ok() {
         return Ok(());
     }
-    // None of its processes is left, and the one that ought to say so does not.
+    // None of its processes is left, and the shim, which should report that, does not.
     if let Some(shim) = container.shim() {
         tracing::warn!(container = %container.id(), "the container's shim does not answer; killing it");
         shim.kill();
@@ -106,7 +110,7 @@ pub(super) async fn kill_all(container: &Arc<Container>) -> Result<(), Container
             return Ok(());
         }
     }
-    // It cannot be killed (it waits for a disk) or not be reached.
+    // It cannot be killed (waiting for a disk) or cannot be reached.
     container.given_up.notify_one();
     match tokio::time::timeout(KILLED, container.exited()).await {
         Ok(()) => Ok(()),

@@ -1,13 +1,13 @@
-//! Errors as gRPC codes: the only place where that is decided, and where a failed request is logged.
+//! Maps errors to gRPC codes, the only place for that, and logs failed requests.
 //!
 //! | situation | code |
 //! |---|---|
-//! | an id or image that is not there | `NotFound` |
-//! | a beginning of an id that fits several | `InvalidArgument` |
-//! | a name that another object has | `AlreadyExists` |
-//! | a request that makes no sense, or asks for what cannot be | `InvalidArgument` |
-//! | a feature that is not offered | `Unimplemented` |
-//! | an object in another state than the call needs | `FailedPrecondition` |
+//! | an unknown id or image | `NotFound` |
+//! | an ambiguous id prefix | `InvalidArgument` |
+//! | a name that is taken | `AlreadyExists` |
+//! | an invalid request | `InvalidArgument` |
+//! | an unsupported feature | `Unimplemented` |
+//! | an object in the wrong state | `FailedPrecondition` |
 //! | a command or a kill that took too long, a shim or a path of the host that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
 //! | a program that cannot be started, a command whose end nobody saw, an image that cannot be had | `Unknown` |
@@ -15,10 +15,16 @@
 //! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet, a path of the host that has hung before | `Unavailable` |
 //! | anything else | `Internal` |
 //!
-//! Messages carry the whole chain of causes: they end up in a pod's events, in front of a reader who has
-//! nothing else.
+//! Messages carry the whole chain of causes: they end up in a pod's events, in front of a reader
+//! who has nothing else.
 
 use std::borrow::Cow;
+
+use berth_image::reference::ParseReferenceError;
+use berth_image::{ImportError, PullError, StoreError};
+use berth_streaming::tokens::TokenError;
+use berth_sys::errno::{EINVAL, ERANGE};
+use tonic::{Code, Status};
 
 use super::convert::Rejected;
 use crate::chain;
@@ -28,13 +34,9 @@ use crate::network::NetworkError;
 use crate::sandbox::SandboxError;
 use crate::shim_client::ShimError;
 use crate::streaming::UrlError;
-use berth_image::reference::ParseReferenceError;
-use berth_image::{ImportError, PullError, StoreError};
-use berth_streaming::tokens::TokenError;
-use berth_sys::errno::{EINVAL, ERANGE};
-use tonic::{Code, Status};
 
-/// The longest message. It travels in HTTP/2 trailers, which some stacks limit to 8 KiB, escaped.
+/// The longest message, in bytes. It travels escaped in HTTP/2 trailers, which some stacks limit to
+/// 8 KiB.
 const MAX_MESSAGE_BYTES: usize = 2048;
 
 /// Why a call failed.
@@ -82,7 +84,7 @@ pub(crate) enum CallError {
     },
 }
 
-/// The large ones are boxed: a result is passed on by every call, and hardly ever is one of these.
+/// Large variants are boxed: every call returns this type, and they are rare.
 macro_rules! boxed {
     ($($variant:ident($error:ty)),* $(,)?) => {
         $(impl From<$error> for CallError {
@@ -115,7 +117,7 @@ fn code(error: &CallError) -> Code {
         CallError::Container(error) => container(error),
         CallError::Pull(error) => match **error {
             PullError::NotFound { .. } => Code::NotFound,
-            // Unknown is what kubelets unwrap to read the beginning of the text.
+            // Kubelets match the beginning of the text of Unknown.
             _ => Code::Unknown,
         },
         CallError::Import(_) => Code::FailedPrecondition,
@@ -190,7 +192,8 @@ fn host_path(error: &HostPathError) -> Code {
     }
 }
 
-/// Whether the kernel refused a limit for what it says, such as a processor that the machine has not.
+/// Whether the kernel refused a limit because of its value, such as a CPU that the machine does not
+/// have.
 fn is_bad_value(error: &std::io::Error) -> bool {
     matches!(error.raw_os_error(), Some(EINVAL | ERANGE))
 }
@@ -210,7 +213,7 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
     {
         message.insert_str(0, "RegistryUnavailable: ");
     }
-    // Names that an image or a registry chose, and words of theirs.
+    // May contain text from an image or a registry.
     if let Cow::Owned(escaped) = berth_model::text::printable(&message) {
         message = escaped;
     }
@@ -220,9 +223,9 @@ pub(crate) fn failed(call: &'static str, error: &CallError) -> Status {
     }
     match code {
         Code::Internal => tracing::error!(call, %code, error = message, "call failed"),
-        // Kubelets ask for what is gone as a matter of course.
+        // Kubelets routinely ask for removed objects.
         Code::NotFound | Code::Unimplemented => tracing::debug!(call, %code, error = message, "call refused"),
-        // Probes go on for a while after the end of their container, each of them three times over.
+        // Probes continue for a while after the end of their container, three times each.
         Code::FailedPrecondition if call == "ExecSync" => {
             tracing::debug!(call, %code, error = message, "call refused");
         }

@@ -1,13 +1,15 @@
-//! Calls that run a program in a container, and streams into pods: `ExecSync`, and the URLs of `Exec`,
-//! `Attach` and `PortForward`.
+//! Calls that run a program in a container, and streams into pods: `ExecSync`, and the URLs of
+//! `Exec`, `Attach` and `PortForward`.
+
+use std::time::Duration;
+
+use berth_cri::v1;
+use berth_model::state::SandboxState;
+use berth_streaming::command::Wanted;
 
 use super::error::CallError;
 use super::runtime_service::RuntimeService;
 use crate::container::{self, ContainerError};
-use berth_cri::v1;
-use berth_model::state::SandboxState;
-use berth_streaming::command::Wanted;
-use std::time::Duration;
 
 impl RuntimeService {
     pub(super) async fn exec_sync(
@@ -20,7 +22,8 @@ impl RuntimeService {
         }
         let limit =
             u64::try_from(request.timeout).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs);
-        // Not apart: a caller that goes away takes this future along, and with it the program.
+        // Not in a separate task: if the caller goes away, this future is dropped, and the program
+        // is killed.
         let output =
             container::exec::exec_sync(&container, &self.node.output_room, request.cmd, limit).await?;
         let (stdout, stderr) = fitting(output.stdout, output.stderr);
@@ -62,7 +65,7 @@ impl RuntimeService {
     }
 }
 
-/// The streams of a request for them.
+/// The streams that a request asks for.
 fn wanted_streams(stdin: bool, stdout: bool, stderr: bool, terminal: bool) -> Result<Wanted, CallError> {
     if terminal && stderr {
         return Err(CallError::Argument(
@@ -77,8 +80,8 @@ fn wanted_streams(stdin: bool, stdout: bool, stderr: bool, terminal: bool) -> Re
     Ok(Wanted { stdin, stdout, stderr, terminal })
 }
 
-/// Cuts the two streams so that their message is one that clients accept; each may be as long as a message
-/// on its own. What is cut is the end of the longer one, and as little as possible.
+/// Truncates the two streams so that clients accept the message; each may be as long as a message
+/// on its own. The longer one is cut, as little as possible.
 fn fitting(mut stdout: Vec<u8>, mut stderr: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     // Tags, lengths and the exit code take less than this.
     const ENVELOPE: usize = 64;
@@ -99,8 +102,9 @@ fn fitting(mut stdout: Vec<u8>, mut stderr: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use prost::Message;
+
+    use super::*;
 
     #[test]
     fn a_request_for_streams_names_some_and_no_second_output_of_a_terminal() {

@@ -4,16 +4,18 @@
 //!  main.log.3 -> main.log.4      main.log.1 -> main.log.2      main.log -> main.log.1
 //! ```
 
-use berth_sys::beneath::{Dir, FileType, Root};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::Path;
 
-/// Files that are kept beside the one that is written.
+use berth_sys::beneath::{Dir, FileType, Root};
+
+/// Rotated files that are kept.
 const KEPT: u32 = 4;
 
-/// Moves a log away that has grown beyond the limit. Returns whether the shim has to make a new one, which is
-/// also so when there is none. Pods can plant links in their log directory, so none is followed.
+/// Moves away a log that exceeds the limit. Returns whether the shim has to reopen it, which is
+/// also the case if it is missing. Pods can create links in their log directory, so none is
+/// followed.
 pub(super) fn rotate_if_large(directory: &Path, name: &Path, limit: u64) -> io::Result<bool> {
     let below = name.parent().unwrap_or(Path::new(""));
     let Some(name) = name.file_name() else { return Ok(false) };
@@ -45,8 +47,9 @@ fn rotate(directory: &Dir, name: &OsStr) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::fs;
+
+    use super::*;
 
     #[test]
     fn a_log_that_is_too_large_is_moved_and_the_oldest_goes() {

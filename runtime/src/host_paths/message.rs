@@ -1,11 +1,13 @@
 //! What the daemon asks a worker, and what it is answered: protobuf in frames.
 
-use crate::oci_spec::ResolvedDevice;
-use berth_cgroup::{Access, DeviceKind};
-use berth_model::container::Device;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+
+use berth_cgroup::{Access, DeviceKind};
+use berth_model::container::Device;
+
+use crate::oci_spec::ResolvedDevice;
 
 /// A question.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -1,37 +1,31 @@
-//! Paths of the host that containers may share, looked at and changed without the daemon ever waiting
-//! for one.
+//! Paths of the host that containers may share, looked at and changed without the daemon ever
+//! waiting for one.
 //!
-//! A process that has a directory of the host mounted, if only read-only, can keep the kernel's lock of
-//! it for ever: getdents64(2) holds the lock while it writes to memory that nobody serves, such as a page
-//! of a file on a network filesystem. Another process that creates something in that directory, or looks
-//! up a name that is not in the kernel's memory, waits and cannot be killed. A daemon with one thread in
-//! such a wait can neither end nor give back its locks and sockets.
+//! A process that has a directory of the host mounted, if only read-only, can keep the kernel's
+//! lock of it for ever: getdents64(2) holds the lock while it writes to memory that nobody serves,
+//! such as a page of a file on a network filesystem. Another process that creates something in that
+//! directory, or looks up a name that is not in the kernel's memory, waits and cannot be killed. A
+//! daemon with one thread in such a wait can neither end nor give back its locks and sockets.
 //!
-//! So the daemon itself only asks what the kernel has in memory, which never waits. That answers almost
-//! every path, as the client has created it a moment ago. The rest is done by workers: processes of this
-//! same program that hold nothing of the daemon's. Each question has a worker to itself, and
-//! `PATIENCE`: after that the worker is killed and left behind, and the question has failed.
+//! So the daemon itself only asks what the kernel has in memory, which never waits. That answers
+//! almost every path, as the client has created it a moment ago. The rest is done by workers:
+//! processes of this same program that hold nothing of the daemon's. Each question has a worker to
+//! itself, and `PATIENCE`: after that the worker is killed and left behind, and the question has
+//! failed.
 //!
 //! ```text
 //!  idle -- question --> busy -- answer --> idle (one is kept, the others end)
 //!                        '--- PATIENCE over --> stuck (killed) -- its wait is over --> gone
 //! ```
-//! While a worker is stuck, its path and everything below fails at once. So do other names in the same
-//! directory once `AT_ONE_PLACE` workers are stuck there. `MOST` limits the workers that are busy or
-//! stuck: beyond it only what the kernel has in memory is answered.
+//! While a worker is stuck, its path and everything below fails at once. So do other names in the
+//! same directory once `AT_ONE_PLACE` workers are stuck there. `MOST` limits the workers that are
+//! busy or stuck: beyond it only what the kernel has in memory is answered.
 
 mod log_file;
 mod message;
 mod profile;
 pub mod worker;
 
-use crate::lock;
-use crate::oci_spec::ResolvedDevice;
-use berth_model::container::Device;
-use berth_shim_proto::frame;
-use berth_sys::process::{Child, Program, SIGKILL};
-use berth_sys::{host_path, process, socket};
-use message::{Answer, Ask, AskedDevices, Below, Failure, Question, Rotate, Tell, bytes_of, path_of};
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -39,10 +33,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use berth_model::container::Device;
+use berth_shim_proto::frame;
+use berth_sys::process::{Child, Program, SIGKILL};
+use berth_sys::{host_path, process, socket};
 use tokio::runtime::Handle;
 
-/// How long a question may take. Filesystems on a network take their time, and a client waits for two minutes
-/// at most.
+use crate::lock;
+use crate::oci_spec::ResolvedDevice;
+use message::{Answer, Ask, AskedDevices, Below, Failure, Question, Rotate, Tell, bytes_of, path_of};
+
+/// How long a question may take. Filesystems on a network take their time, and a client waits for
+/// two minutes at most.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How many workers may be stuck in one directory until no more are sent there.
@@ -67,7 +70,7 @@ pub(crate) enum HostPathError {
         path: String,
         /// The lowest directory on the way to it that is known.
         place: String,
-        /// The time.
+        /// The time limit.
         seconds: u64,
     },
     /// It did not answer before, and the one who asked then waits still.
@@ -282,8 +285,8 @@ impl HostPaths {
         }
     }
 
-    /// A worker that is idle, if there is one, and the right to have one; unless what is asked about is known
-    /// not to answer.
+    /// A worker that is idle, if there is one, and the right to have one; unless what is asked
+    /// about is known not to answer.
     fn begin(&self, paths: &[PathBuf]) -> Result<(Option<Worker>, Slot), HostPathError> {
         let shared = &self.shared;
         let workers = lock(&shared.workers);

@@ -1,9 +1,10 @@
 //! A seccomp profile of the node, as it is in its file.
 
-use berth_seccomp::MAX_PROFILE_BYTES;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+use berth_seccomp::MAX_PROFILE_BYTES;
 
 /// The bytes of a profile; of one that is too large, enough for the parser to refuse it.
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {

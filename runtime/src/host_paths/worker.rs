@@ -1,16 +1,18 @@
-//! The worker: a process that does what it is asked, one question after the other, until the daemon closes
-//! the connection. It has one thread, and nothing but that connection.
+//! The worker: a process that does what it is asked, one question after the other, until the daemon
+//! closes the connection. It has one thread, and nothing but that connection.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use berth_model::container::Device;
+use berth_shim_proto::frame;
+use berth_sys::{file, process, socket};
 
 use super::message::{Answer, Ask, Failure, FoundDevices, Question, Tell, bytes_of, path_of};
 use super::{log_file, profile};
 use crate::host_directory;
 use crate::oci_spec::{ResolvedDevice, devices, mounts};
-use berth_model::container::Device;
-use berth_shim_proto::frame;
-use berth_sys::{file, process, socket};
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 
 /// The word that makes `berthd` a worker. Only the daemon says it.
 pub const WORD: &str = "look-at-host-paths";

@@ -1,16 +1,18 @@
 //! The built-in bridge as a network of pods.
 
-use super::{Attached, Description, Interface, MAIN_INTERFACE, Namespace, NetworkError, NotReady};
-use crate::chain;
-use berth_model::id::SandboxId;
-use berth_network::bridge::open_in_pod;
-use berth_network::{Bridge, BridgeConfig};
-use berth_sys::ns::{self, Kind};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::Path;
+
+use berth_model::id::SandboxId;
+use berth_network::bridge::open_in_pod;
+use berth_network::{Bridge, BridgeConfig};
+use berth_sys::ns::{self, Kind};
+
+use super::{Attached, Description, Interface, MAIN_INTERFACE, Namespace, NetworkError, NotReady};
+use crate::chain;
 
 /// Whether a bridge's directory of addresses has any that are in use, or that cannot be found out.
 pub(super) fn has_addresses(config: &BridgeConfig, records: &Path) -> bool {
@@ -46,8 +48,8 @@ pub(super) fn attach(bridge: &Bridge, sandbox: &SandboxId) -> Result<Attached, N
 
 /// The namespace has been unpinned.
 ///
-/// The kernel takes the interfaces away with the namespace, on its own time, once its last user is
-/// gone. Where there is no knowing whether it is, the interface is removed by hand.
+/// The kernel removes the interfaces with the namespace, at some later time, once its last user is
+/// gone. Where that is uncertain, the interface is removed explicitly.
 pub(super) fn release(
     bridge: &Bridge,
     sandbox: &SandboxId,

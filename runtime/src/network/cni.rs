@@ -1,13 +1,5 @@
 //! The node's CNI configuration as a network of pods.
 
-use super::{Attached, Interface, MAIN_INTERFACE, NetworkError, NotReady, Pod};
-use crate::clock;
-use crate::config::CniConfig;
-use crate::{chain, lock};
-use berth_cni::{Attachment, Cache, CachedAttachment, Directory, DirectoryError, Network, NetworkConfig};
-use berth_model::id::SandboxId;
-use berth_sys::ns;
-use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::fs::{DirBuilder, File};
 use std::net::IpAddr;
@@ -16,6 +8,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use berth_cni::{Attachment, Cache, CachedAttachment, Directory, DirectoryError, Network, NetworkConfig};
+use berth_model::id::SandboxId;
+use berth_sys::ns;
+use serde_json::{Map, Value, json};
+
+use super::{Attached, Interface, MAIN_INTERFACE, NetworkError, NotReady, Pod};
+use crate::clock;
+use crate::config::CniConfig;
+use crate::{chain, lock};
 
 /// How long the plugins of a network may take to attach or detach a pod, all together.
 const OPERATION: Duration = Duration::from_secs(60);

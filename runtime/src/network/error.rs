@@ -1,9 +1,9 @@
-//! Why something with the network failed.
+//! Why a network operation failed.
 
 use std::io;
 use std::path::PathBuf;
 
-/// Why something with the network failed, of whichever kind it is.
+/// Why a network operation failed, of any kind of network.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// The built-in bridge.

@@ -8,24 +8,26 @@
 //! - *detach* and *release*: give back what a pod has, before and after its namespace is let go of,
 //!   from its id alone, so that it can be done by another daemon, for the second time, and with the
 //!   namespace gone;
-//! - *dead*: find and remove what belongs to sandboxes that are not there;
-//! - *look*: say whether pods can be attached and if not, why; repair or read again what can be.
+//! - *dead*: find and remove what belongs to missing sandboxes;
+//! - *look*: report whether pods can be attached and if not, why; repair or reread what can be.
 
 mod bridge;
 mod cni;
 mod error;
 
-use crate::config::{Config, NetworkKind};
-use crate::{chain, lock};
-use berth_model::id::SandboxId;
-use berth_model::layout::Layout;
-use berth_network::{Bridge, BridgeConfig, Netlink};
-use cni::{Cni, not_ready};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
+
+use berth_model::id::SandboxId;
+use berth_model::layout::Layout;
+use berth_network::{Bridge, BridgeConfig, Netlink};
+
+use crate::config::{Config, NetworkKind};
+use crate::{chain, lock};
+use cni::{Cni, not_ready};
 
 pub(crate) use error::NetworkError;
 
@@ -62,7 +64,7 @@ pub(crate) struct Pod<'a> {
     pub(crate) namespace: &'a Path,
 }
 
-/// What a pod got: its interfaces, the main one first.
+/// The interfaces of a pod, the main one first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Attached {
     pub(crate) interfaces: Vec<Interface>,
@@ -82,14 +84,14 @@ impl Attached {
     }
 }
 
-/// A pod's network namespace when the pod is detached.
+/// The state of a pod's network namespace at detach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Namespace {
     /// Pinned, and nothing is in it: it ends when it is unpinned.
     Unused,
-    /// Pinned, and a process that cannot be ended may be in it.
+    /// Pinned, and may contain a process that cannot be killed.
     Used,
-    /// Not pinned: a detach that is repeated, or a node that was started again.
+    /// Not pinned: a repeated detach, or the node was rebooted.
     Gone,
 }
 
@@ -100,14 +102,14 @@ pub(crate) struct NotReady {
     pub(crate) message: String,
 }
 
-/// What there is of sandboxes that are not there.
+/// What is left of missing sandboxes.
 #[derive(Debug)]
 pub(crate) struct Dead {
     bridge: Option<berth_network::Dead>,
     cni: Vec<berth_cni::CachedAttachment>,
 }
 
-/// What a person is shown of a network.
+/// A description of a network, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Description {
     pub(crate) kind: &'static str,
@@ -116,8 +118,8 @@ pub(crate) struct Description {
 }
 
 impl Network {
-    /// Sets up the network that the configuration asks for, or takes over what is there. `known`:
-    /// the sandboxes that there may be, with the addresses that they use. Blocking.
+    /// Sets up the configured network, or takes over an existing one. `known`: the sandboxes that
+    /// may exist, with their addresses. Blocking.
     pub(crate) fn set_up(
         config: &Config,
         layout: &Layout,
@@ -201,8 +203,7 @@ impl Network {
         }
     }
 
-    /// The addresses that a sandbox has, as far as that is known without its record; the main one
-    /// first.
+    /// The addresses of a sandbox, as far as known without its record; the main one first.
     pub(crate) fn addresses_of(&self, sandbox: &SandboxId) -> Vec<IpAddr> {
         let bridge = self.bridge.get().map(|bridge| bridge.addresses_of(sandbox.as_str()));
         let bridge = bridge.into_iter().flatten().map(|found| found.address);
@@ -230,9 +231,9 @@ impl Network {
         from_bridge.and(self.cni.remove_dead(&dead.cni))
     }
 
-    /// Looks whether the network is whole, repairs it if it is not, and remembers the outcome: an
-    /// administrator may flush the firewall or take the bridge down under running pods. To be
-    /// called now and then. Blocking.
+    /// Checks the network, repairs it if needed, and remembers the outcome: an administrator may
+    /// flush the firewall or take the bridge down under running pods. To be called periodically.
+    /// then. Blocking.
     pub(crate) fn look(&self) {
         let bridge = self.bridge.get().map_or(Ok(()), bridge::look);
         let state = match self.choose() {
@@ -243,7 +244,7 @@ impl Network {
         *lock(&self.state) = state;
     }
 
-    /// Whether pods can be attached, as far as is known.
+    /// Whether pods can be attached, as of the last check.
     pub(crate) fn state(&self) -> Result<(), NotReady> {
         lock(&self.state).clone()
     }

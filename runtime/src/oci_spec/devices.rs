@@ -1,44 +1,47 @@
-//! Devices: which nodes are in a container, which ones its cgroup allows, and what a request's paths stand
-//! for on the host.
+//! Devices: which nodes are in a container, which ones its cgroup allows, and what a request's
+//! paths mean on the host.
 //!
-//! Nodes are made only in the container's own `/dev` and root. Where something is mounted a node would be
-//! made in a directory of the host: a device asked for there has to be in what is mounted already
-//! ([`Covered::check`]), or the request is refused. Looking up ([`resolve_devices`], [`host_devices`],
-//! [`find_below`]) touches the host and blocks, maybe for ever: a container may share a path.
+//! Nodes are created only in the container's own `/dev` and root. Below a mount, a node would be
+//! created in a host directory: a device requested there has to exist in the mount already
+//! ([`Covered::check`]), or the request is refused. Looking up ([`resolve_devices`],
+//! [`host_devices`], [`find_below`]) touches the host and blocks, maybe for ever: a container may
+//! share a path.
 
-use super::{Inputs, ResolvedMount, SpecError, mounts};
-use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
-use berth_model::container::Device;
-use berth_model::limit::MAX_DEVICES;
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Entries of directories that are looked at for one request. What the host itself has ([`host_devices`]) is
-/// not limited.
+use berth_cgroup::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
+use berth_model::container::Device;
+use berth_model::limit::MAX_DEVICES;
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
+
+use super::{Inputs, ResolvedMount, SpecError, mounts};
+
+/// The most directory entries that are examined for one request. The host's own devices
+/// ([`host_devices`]) are not limited.
 const MAX_ENTRIES: usize = 65_536;
 
 /// How deep directories are followed; `/dev/bus/usb/001/001` is 3 below `/dev`.
 const MAX_DEPTH: usize = 8;
 
-/// Where devices are.
+/// The device directory.
 const DEV: &str = "/dev";
 
-/// Not passed on from the host, not even to privileged containers: the first is the machine's, the second a
-/// link into the container's own devpts.
+/// Never passed on from the host, not even to privileged containers: the first is the machine's,
+/// the second a link into the container's own devpts.
 const NEVER_THE_HOSTS: [&str; 2] = ["/dev/console", "/dev/ptmx"];
 
-/// OCI runtime-spec "Default Devices", but for `/dev/console` and `/dev/ptmx`, see [`NEVER_THE_HOSTS`]: name,
-/// major, minor.
+/// OCI runtime-spec "Default Devices", but for `/dev/console` and `/dev/ptmx`, see
+/// [`NEVER_THE_HOSTS`]: name, major, minor.
 const DEFAULT_NODES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
-/// A device of the host, looked up, and its place in the container.
+/// A resolved host device, and its path in the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedDevice {
-    /// In the container; absolute, without `..`.
+    /// Its path in the container; absolute, without `..`.
     pub container_path: PathBuf,
     /// Character or block.
     pub kind: DeviceKind,
@@ -52,17 +55,17 @@ pub struct ResolvedDevice {
     pub uid: u32,
     /// Group, as on the host.
     pub gid: u32,
-    /// What the container may do with it.
+    /// The container's access to it.
     pub access: Access,
 }
 
-/// A device of the request that cannot be given.
+/// A device of the request that cannot be provided.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// It is not there, or cannot be looked at.
+    /// It cannot be looked up.
     #[error("devices: cannot look up {path:?}")]
     Look {
-        /// What was looked at.
+        /// The path.
         path: PathBuf,
         /// Why it failed.
         #[source]
@@ -73,19 +76,19 @@ pub enum DeviceError {
     Outside {
         /// `Device.host_path`.
         asked: String,
-        /// Where it leads.
+        /// The resolved path.
         found: PathBuf,
     },
     /// Neither a device nor a directory.
     #[error("devices: {0:?} is not a device")]
     NotADevice(String),
-    /// `Device.container_path` that no node can have.
+    /// An invalid `Device.container_path`.
     #[error("devices: container_path {0:?} cannot be the path of a device")]
     ContainerPath(String),
-    /// `Device.permissions` with something else than `r`, `w` and `m`.
+    /// `Device.permissions` other than `r`, `w` and `m`.
     #[error("devices: permissions {0:?} are not a combination of r, w and m")]
     Permissions(String),
-    /// Something is mounted at or above `container_path`, and has no such device.
+    /// A mount at or above `container_path` does not contain the device.
     #[error("devices: {path:?} is at or below the mount {mount:?}, where there is no such device")]
     Mounted {
         /// `Device.container_path`.
@@ -98,9 +101,9 @@ pub enum DeviceError {
     TooMany(PathBuf),
 }
 
-/// Looks up the devices of a request: CRI `Device`. Links are resolved. A node may lie anywhere on the host;
-/// a directory, in `/dev`, stands for every device below it, on its own filesystem and without following
-/// links. An empty `container_path` is the host's.
+/// Looks up the devices of a request: CRI `Device`. Links are resolved. A node may be anywhere on
+/// the host; a directory in `/dev` stands for every device below it, on the same filesystem and
+/// without following links. An empty `container_path` is the host's.
 ///
 /// # Errors
 /// [`DeviceError`].
@@ -116,7 +119,7 @@ pub fn resolve_devices(devices: &[Device]) -> Result<Vec<ResolvedDevice>, Device
         let access = Access::parse(&device.permissions)
             .ok_or_else(|| DeviceError::Permissions(device.permissions.clone()))?;
         let look = |source| DeviceError::Look { path: PathBuf::from(&device.host_path), source };
-        // What is no device is not looked at any further: a request is no way to learn about the host's
+        // Other files are not examined: a request must not reveal anything about the host's
         // files.
         let metadata = std::fs::metadata(&device.host_path).map_err(look)?;
         if metadata.is_dir() {
@@ -134,9 +137,9 @@ pub fn resolve_devices(devices: &[Device]) -> Result<Vec<ResolvedDevice>, Device
     Ok(search.found)
 }
 
-/// Every device that the host's `/dev` has now, for a privileged container. What is mounted below it (`pts`,
-/// `shm`, `mqueue`) is not looked at, and what cannot be looked at, such as one that is unplugged at the
-/// moment, is left out.
+/// Every device in the host's `/dev` now, for a privileged container. Mounts below it (`pts`,
+/// `shm`, `mqueue`) are skipped, and so are devices that cannot be looked up, such as one that is
+/// unplugged at the moment.
 ///
 /// # Errors
 /// [`DeviceError::Look`], when `/dev` itself cannot be read.
@@ -169,7 +172,7 @@ pub fn covered<'a>(devices: &'a [ResolvedDevice], mounts: &'a [ResolvedMount]) -
             .iter()
             .filter_map(|mount| Some((mount, mounts::clean(&mount.asked.container_path)?)))
             .filter(|(_, place)| device.container_path.starts_with(place))
-            // Of two on one place the later one is on top.
+            // Of two at the same path, the later one is on top.
             .max_by_key(|(_, place)| place.len())?;
         let below = device.container_path.strip_prefix(&place).unwrap_or(&device.container_path).to_owned();
         Some(Covered { device, mount, below })
@@ -198,21 +201,21 @@ impl Covered<'_> {
     }
 }
 
-/// The device at `path` below a directory of the host that may be a container's as well; at the directory
-/// itself for an empty path.
+/// The device at `path` below a directory of the host that may be a container's as well; at the
+/// directory itself for an empty path.
 #[must_use]
 pub fn find_below(top: &Path, path: &Path) -> Option<ResolvedDevice> {
     let node = if path.as_os_str().is_empty() {
         std::fs::symlink_metadata(top)
     } else {
         let root = berth_sys::beneath::Root::open(top).ok()?;
-        // A descriptor without access (O_PATH): nothing of the device is opened.
+        // O_PATH: the device itself is not opened.
         std::fs::File::from(root.resolve(path).ok()?).metadata()
     };
     of_node(path.to_owned(), &node.ok()?, Access::ALL)
 }
 
-/// How much is looked at for a request.
+/// The budget of a request.
 struct Limits {
     entries: usize,
     devices: usize,
@@ -220,7 +223,7 @@ struct Limits {
 
 struct Search {
     found: Vec<ResolvedDevice>,
-    /// `None` for what the host has: all of it, as far as it can be read.
+    /// `None` for the host's own devices: unlimited.
     limits: Option<Limits>,
 }
 
@@ -250,7 +253,7 @@ impl Search {
             }
             names.push(entry.map_err(look)?.file_name());
         }
-        // The same request makes the same container, whatever order the directory has.
+        // Sorted, so that the same request creates the same container.
         names.sort();
         for name in names {
             let path = host.join(&name);
@@ -285,7 +288,7 @@ fn of_node(container_path: PathBuf, metadata: &Metadata, access: Access) -> Opti
         kind if kind.is_block_device() => DeviceKind::Block,
         _ => return None,
     };
-    // The layout of a device number in user space: makedev(3), <sys/sysmacros.h>.
+    // The user-space layout of a device number: makedev(3), <sys/sysmacros.h>.
     let number = metadata.rdev();
     let major = ((number >> 8) & 0xfff) | ((number >> 32) & 0xffff_f000);
     let minor = (number & 0xff) | ((number >> 12) & 0xffff_ff00);
@@ -301,7 +304,7 @@ fn of_node(container_path: PathBuf, metadata: &Metadata, access: Access) -> Opti
     })
 }
 
-/// What the container's cgroup allows: the default devices and those asked for, or everything for a
+/// The devices that the container's cgroup allows: the default and requested ones, or all for a
 /// privileged container.
 #[must_use]
 pub fn device_policy(privileged: bool, asked: &[ResolvedDevice]) -> DevicePolicy {
@@ -318,10 +321,10 @@ pub fn device_policy(privileged: bool, asked: &[ResolvedDevice]) -> DevicePolicy
     DevicePolicy::Only(rules)
 }
 
-/// The nodes of the container: the default ones, for a privileged container the host's, and those asked for.
-/// The last of one place wins.
+/// The nodes of the container: the default ones, for a privileged container the host's, and the
+/// requested ones. The last one at a path wins.
 ///
-/// Of those that a mount covers, the ones asked for have to be in it: the request's own mounts were checked
+/// Requested ones below a mount have to exist in it: the request's own mounts were checked
 /// ([`Covered::check`]), and the others are Berth's, where no device is.
 pub(super) fn nodes(
     inputs: &Inputs<'_>,
@@ -364,7 +367,7 @@ pub(super) fn nodes(
     Ok(nodes)
 }
 
-/// Whether something else than the container's own, new `/dev` is mounted at or above the path.
+/// Whether anything but the container's own `/dev` is mounted at or above the path.
 fn is_mounted_over(path: &Path, mounts: &[oci_spec::runtime::Mount]) -> bool {
     mounts.iter().any(|mount| path.starts_with(mount.destination()) && !mounts::is_own_dev(mount))
 }

@@ -1,17 +1,17 @@
-//! The OCI runtime spec of a container, from what was asked for and what the image says.
+//! The OCI runtime spec of a container, from the request and the image.
 //!
-//! [`build`] is pure: whatever has to be looked up on the host is looked up by its caller and handed in, by
-//! [`devices::resolve_devices`] and [`mounts::find_source`] among others. The request is checked at the
-//! edge for what its own message tells, and here for what depends on the image or the sandbox; the image's
-//! configuration is hostile text throughout.
+//! [`build`] is pure: anything that has to be looked up on the host is looked up by its caller,
+//! with [`devices::resolve_devices`] and [`mounts::find_source`] among others. The request is
+//! checked at the edge as far as the message alone allows, and here for what depends on the image
+//! or the sandbox; the image's configuration is hostile text throughout.
 //!
-//! The spec is the whole of what the container may have: [`crate::plan`] adds nothing to it, and it is what a
-//! verbose `ContainerStatus` shows as `runtimeSpec`. Left to others: who the process runs as (the shim reads
-//! the passwd and group files of the root), compiling seccomp profiles, making the directories that mounts
-//! come from.
+//! The spec is everything that the container may have: [`crate::plan`] adds nothing to it, and a
+//! verbose `ContainerStatus` shows it as `runtimeSpec`. Done elsewhere: the user of the process
+//! (the shim reads the passwd and group files of the root), compiling seccomp profiles, creating
+//! the directories that mounts come from.
 //!
-//! Facts: OCI runtime-spec 1.2 (`config.md`, `config-linux.md`), the CRI messages `ContainerConfig` and
-//! `LinuxContainerSecurityContext`.
+//! Facts: OCI runtime-spec 1.2 (`config.md`, `config-linux.md`), the CRI messages `ContainerConfig`
+//! and `LinuxContainerSecurityContext`.
 
 mod capabilities;
 pub mod devices;
@@ -21,11 +21,8 @@ mod process;
 mod resources;
 pub mod stop_signal;
 
-pub use capabilities::granted_capabilities;
-pub use devices::{ResolvedDevice, device_policy};
-pub use mounts::{CgroupDirectory, ResolvedMount};
-pub use process::set_user;
-pub use resources::{in_force, limits, of_cgroup, resources};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use berth_image::ImageConfig;
 use berth_model::id::{ContainerId, SandboxId};
@@ -35,77 +32,83 @@ use berth_model::security::NamespaceMode;
 use berth_model::{container, sandbox};
 use berth_sys::credentials::CapabilityBits;
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, PosixRlimit, Root, Spec};
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 
-/// The version of the OCI runtime spec that is written: the newest whose every property that is used here
-/// exists.
+pub use capabilities::granted_capabilities;
+pub use devices::{ResolvedDevice, device_policy};
+pub use mounts::{CgroupDirectory, ResolvedMount};
+pub use process::set_user;
+pub use resources::{in_force, limits, of_cgroup, resources};
+
+/// The version of the OCI runtime spec that is written: the newest needed for the properties used
+/// here.
 const OCI_VERSION: &str = "1.2.0";
 
 /// The host's `/dev/shm`, for pods that share the host's IPC namespace.
 const HOST_SHM: &str = "/dev/shm";
 
-/// What the spec of a container is made from. Paths are absolute.
+/// The input of the spec of a container. Paths are absolute.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
     /// The container's id.
     pub container_id: &'a ContainerId,
     /// The requested configuration.
     pub config: &'a container::Config,
-    /// Where its files lie.
+    /// Where its files are.
     pub files: &'a ContainerFiles,
     /// The sandbox's id.
     pub sandbox_id: &'a SandboxId,
-    /// What was asked for about the sandbox. Network and IPC namespaces are the sandbox's, whatever the
+    /// The sandbox's configuration. Network and IPC namespaces are the sandbox's, whatever the
     /// container's request says.
     pub sandbox: &'a sandbox::Config,
-    /// Where the sandbox's files lie.
+    /// Where the sandbox's files are.
     pub sandbox_files: &'a SandboxFiles,
-    /// The hostname that the sandbox has: the one asked for or the host's.
+    /// The hostname of the sandbox: the requested one or the host's.
     pub hostname: &'a str,
-    /// What the image says.
+    /// The image's configuration.
     pub image: &'a ImageConfig,
     /// A name of the image, for an annotation.
     pub image_name: &'a str,
-    /// The mounts asked for with their sources looked up, in the order of the request:
+    /// The requested mounts with resolved sources, in the order of the request:
     /// [`mounts::resolve_mounts`].
     pub mounts: &'a [ResolvedMount],
-    /// The devices asked for: [`devices::resolve_devices`].
+    /// The requested devices: [`devices::resolve_devices`].
     pub devices: &'a [ResolvedDevice],
-    /// Every device node of the host: [`devices::host_devices`]. Only looked at for a privileged container.
+    /// Every device node of the host: [`devices::host_devices`]. Only used for a privileged
+    /// container.
     pub host_devices: &'a [ResolvedDevice],
-    /// Berth's own AppArmor profile, when it is loaded.
+    /// Berth's own AppArmor profile, if it is loaded.
     pub default_apparmor_profile: Option<&'a str>,
     /// The container's cgroup, relative to the roots of the hierarchies.
     pub cgroup_path: &'a str,
     /// The container's own directory in each v1 hierarchy; not used on v2.
     pub cgroup_directories: &'a [CgroupDirectory],
-    /// The pid namespace to join when the request says [`NamespaceMode::Target`], as `/proc/<pid>/ns/pid`.
+    /// The pid namespace to join when the request says [`NamespaceMode::Target`], as
+    /// `/proc/<pid>/ns/pid`.
     pub target_pid_namespace: Option<&'a Path>,
-    /// The seccomp profile chosen; `None` for none. A privileged container gets none whatever this is.
+    /// The seccomp profile; `None` for none. A privileged container never gets one.
     pub seccomp: Option<&'a LinuxSeccomp>,
     /// The resource limits of the program.
     pub rlimits: &'a [PosixRlimit],
-    /// About the host.
+    /// Facts about the host.
     pub host: &'a HostFacts,
 }
 
-/// What the daemon found out about the host and itself at its start.
+/// Facts about the host and the daemon, from the start.
 #[derive(Debug, Clone, Default)]
 pub struct HostFacts {
-    /// The daemon's bounding set: no container gets what is not in it.
+    /// The daemon's bounding set, which limits every container.
     pub bounding: CapabilityBits,
     /// Controllers are on cgroup v2.
     pub unified_cgroups: bool,
     /// The kernel enforces AppArmor profiles.
     pub apparmor: bool,
-    /// Whether the kernel has SELinux on.
+    /// Whether SELinux is enabled.
     pub selinux_is_on: bool,
     /// Major and minor version of the kernel.
     pub kernel: (u32, u32),
 }
 
-/// A request or an image from which no container can be made.
+/// Why a spec cannot be built from a request and an image.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// `command` and `args` of the request and `Entrypoint` and `Cmd` of the image are all empty.
@@ -114,7 +117,7 @@ pub enum SpecError {
     /// Text that cannot be passed to a program.
     #[error("{origin} has a NUL byte: {text:?}")]
     NulByte {
-        /// Where it is from.
+        /// Its origin.
         origin: &'static str,
         /// The text.
         text: String,
@@ -122,29 +125,29 @@ pub enum SpecError {
     /// One argument or variable is too long for execve(2).
     #[error("{origin} has an entry of {length} bytes; the kernel's limit is {}", environment::MAX_TEXT_BYTES)]
     TextTooLong {
-        /// Where it is from.
+        /// Its origin.
         origin: &'static str,
         /// Its length in bytes.
         length: usize,
     },
-    /// Arguments and environment are too long in sum.
+    /// Arguments and environment together are too long.
     #[error("arguments and environment have {length} bytes; the limit is {}", environment::MAX_TOTAL_BYTES)]
     TooMuchText {
         /// Their length in bytes.
         length: usize,
     },
-    /// A path that has to be absolute is not, or has something in it that a path cannot have.
+    /// A path is not absolute, or contains something invalid.
     #[error("{origin}: {path:?} is not an absolute path")]
     Path {
-        /// Where it is from.
+        /// Its origin.
         origin: &'static str,
         /// The path.
         path: String,
     },
-    /// A path that the kernel would not take.
+    /// A path that is too long for the kernel.
     #[error("{origin}: the path is too long ({length} bytes)")]
     PathTooLong {
-        /// Where it is from.
+        /// Its origin.
         origin: &'static str,
         /// Its length.
         length: usize,
@@ -152,7 +155,7 @@ pub enum SpecError {
     /// A mount on the root itself.
     #[error("mounts: container_path {0:?} is the root directory of the container")]
     MountOnRoot(String),
-    /// A `Volumes` key of the image that is no path inside the container.
+    /// A `Volumes` key of the image that is not a path in the container.
     #[error("the image's Volumes: {0:?} is not a path in the container")]
     Volume(String),
     /// Too many mounts.
@@ -172,39 +175,39 @@ pub enum SpecError {
     /// `privileged` in a sandbox that is not.
     #[error("privileged: the sandbox does not allow privileged containers")]
     PrivilegedSandbox,
-    /// `Device.container_path` where something is mounted that has no such node.
+    /// `Device.container_path` below a mount without such a node.
     #[error("devices: {0:?} is at or below a mount, which has no such device")]
     DeviceOnMount(PathBuf),
     /// [`NamespaceMode::Target`] without a target.
     #[error("namespace_options.target_id: no container to share the pid namespace with")]
     NoTarget,
-    /// [`NamespaceMode::Pod`] in a sandbox that was made without a pid namespace to share.
+    /// [`NamespaceMode::Pod`] in a sandbox without a shared pid namespace.
     #[error("namespace_options.pid: the sandbox was created without a shared pid namespace")]
     NoSharedPid,
-    /// A namespace mode that its kind does not have.
+    /// An invalid mode for this kind of namespace.
     #[error("namespace_options.{kind}: the mode {mode:?} is not supported")]
     NamespaceMode {
-        /// Which namespace.
+        /// The kind of namespace.
         kind: &'static str,
         /// The requested mode.
         mode: NamespaceMode,
     },
-    /// A profile was named on a kernel that enforces none.
+    /// A profile was named on a kernel without AppArmor.
     #[error("apparmor: the profile {0:?} cannot be applied, because AppArmor is not enabled")]
     NoAppArmor(String),
-    /// The kernel enforces AppArmor, and Berth's own profile is not in it.
+    /// The kernel enforces AppArmor, and Berth's own profile is not loaded.
     #[error("apparmor: the kernel enforces AppArmor, and the profile of RuntimeDefault is not loaded")]
     NoDefaultAppArmor,
-    /// Not the name of a loaded profile, whatever is loaded.
+    /// Not a valid profile name.
     #[error("apparmor: {0:?} is not the name of a profile")]
     AppArmorProfile(String),
-    /// A property of the spec that the cgroup would not keep.
+    /// A property of the spec that the cgroup cannot enforce.
     #[error("cannot apply linux.resources.{property}")]
     Unsupported {
         /// The property of the spec.
         property: &'static str,
     },
-    /// A limit that does not fit the spec.
+    /// A limit that is out of range for the spec.
     #[error("resources.{field}: {value} is out of range")]
     Resource {
         /// The field.
@@ -217,7 +220,7 @@ pub enum SpecError {
 /// The spec of a container.
 ///
 /// # Errors
-/// [`SpecError`], each variant by its cause; nothing has been made by then.
+/// [`SpecError`].
 pub fn build(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
     let security = &inputs.config.security;
     if security.privileged && !inputs.sandbox.privileged {
@@ -253,13 +256,13 @@ pub fn build(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
     Ok(spec)
 }
 
-/// What a shared network namespace is by custom: the host's name too, since a container that sees the host's
-/// interfaces under another name confuses everything that registers itself.
+/// A shared network namespace usually implies the host's name, too, since a container that sees the
+/// host's interfaces under another hostname confuses programs that register themselves.
 fn has_own_uts(sandbox: &sandbox::Config) -> Result<bool, SpecError> {
     is_pods("network", sandbox.namespaces.network)
 }
 
-/// Whether the namespace is the pod's own, of the kinds that are the pod's or the node's and nothing else.
+/// Whether the namespace is the pod's own, for kinds that can only be the pod's or the node's.
 fn is_pods(kind: &'static str, mode: NamespaceMode) -> Result<bool, SpecError> {
     match mode {
         NamespaceMode::Pod => Ok(true),
@@ -302,9 +305,9 @@ fn namespaces(inputs: &Inputs<'_>) -> Result<Vec<LinuxNamespace>, SpecError> {
     Ok(namespaces)
 }
 
-/// On v2, so that the mount of the hierarchy shows the container's part and no more. On v1 that is done by
-/// what is mounted, and a namespace would only hide from cAdvisor-like tools inside which cgroup they are in.
-/// A privileged container sees the host's, as under other runtimes.
+/// On v2, so that the mount of the hierarchy shows only the container's part. On v1 that is done by
+/// the mounts, and a namespace would only hide from tools such as cAdvisor which cgroup they are
+/// in. A privileged container sees the host's, as under other runtimes.
 fn own_cgroup_namespace(inputs: &Inputs<'_>) -> bool {
     inputs.host.unified_cgroups && !inputs.config.security.privileged
 }
@@ -315,8 +318,8 @@ fn namespace(kind: LinuxNamespaceType, path: Option<PathBuf>) -> LinuxNamespace 
     namespace
 }
 
-/// Masked or read-only paths: exactly those asked for, because an empty list is how `procMount: Unmasked`
-/// arrives.
+/// Masked or read-only paths: exactly the requested ones, because an empty list is how `procMount:
+/// Unmasked` arrives.
 fn covered(privileged: bool, origin: &'static str, paths: &[String]) -> Result<Vec<String>, SpecError> {
     if privileged {
         return Ok(Vec::new());
@@ -329,9 +332,9 @@ fn covered(privileged: bool, origin: &'static str, paths: &[String]) -> Result<V
     Ok(paths.to_vec())
 }
 
-/// The annotations by which node tools (tracers, runtime security, NRI-like plugins) recognise a Kubernetes
-/// container. None of the request's: they are the pod author's text, and some tools take OCI annotations as
-/// orders (CVE-2026-44210, CVE-2024-3154).
+/// The annotations by which node tools (tracers, runtime security, NRI-like plugins) recognise a
+/// Kubernetes container. None of the request's: they are the pod author's text, and some tools
+/// treat OCI annotations as commands (CVE-2026-44210, CVE-2024-3154).
 fn annotations(inputs: &Inputs<'_>) -> HashMap<String, String> {
     let pod = &inputs.sandbox.metadata;
     [

@@ -1,27 +1,29 @@
-//! What is mounted in a container, and where that comes from.
+//! The mounts of a container, and their sources.
 //!
-//! Three kinds, in the order in which the weaker gives way: the mounts asked for; the standard ones, from
-//! `/proc` to `/etc/resolv.conf`; a directory for each volume that the image names. All are sorted by the
-//! number of path elements, so that what lies below something is mounted after it. Destinations are compared
-//! as text here and resolved below the root by the shim; a destination that a link leads elsewhere is mounted
-//! there, inside the root.
+//! Three kinds, in order of precedence: the requested mounts; the standard ones, from `/proc` to
+//! `/etc/resolv.conf`; a directory for each volume of the image. All are sorted by the number of
+//! path elements, so that nested mounts come later. Destinations are compared as text here and
+//! resolved below the root by the shim; a destination that a link redirects is mounted there,
+//! inside the root.
 
-use super::{HOST_SHM, Inputs, SpecError, is_pods};
-use crate::host_directory;
-use berth_image::ImageConfig;
-use berth_model::container::{Config, Mount as Asked, Propagation};
-use berth_model::limit::{MAX_MOUNTS, MAX_PATH_BYTES};
-use oci_spec::runtime::Mount;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Where Berth puts filesystems of the kernel. A volume of an image there would replace files that later
-/// steps write to and that the isolation rests on (CVE-2019-16884), and a mount asked for there stands for
-/// everything below it.
+use berth_image::ImageConfig;
+use berth_model::container::{Config, Mount as Asked, Propagation};
+use berth_model::limit::{MAX_MOUNTS, MAX_PATH_BYTES};
+use oci_spec::runtime::Mount;
+
+use super::{HOST_SHM, Inputs, SpecError, is_pods};
+use crate::host_directory;
+
+/// The mount points of kernel filesystems. An image's volume there would replace files that later
+/// steps write to and that isolation depends on (CVE-2019-16884), and a requested mount there
+/// replaces everything below it.
 const OF_THE_KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
-/// A mount asked for, with its source looked up.
+/// A requested mount, with its resolved source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedMount {
     /// The mount or device of the request.
@@ -33,7 +35,8 @@ pub struct ResolvedMount {
 /// A container's cgroup in one v1 hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CgroupDirectory {
-    /// The name of the hierarchy's directory below `/sys/fs/cgroup`, as on the host; such as `memory`.
+    /// The name of the hierarchy's directory below `/sys/fs/cgroup`, as on the host; such as
+    /// `memory`.
     pub name: String,
     /// The cgroup's directory on the host.
     pub directory: PathBuf,
@@ -51,7 +54,7 @@ pub enum SourceError {
         #[source]
         source: io::Error,
     },
-    /// It is absent and cannot be made.
+    /// It is missing and cannot be created.
     #[error("mounts: cannot create the directory {path:?}")]
     Make {
         /// The path.
@@ -60,29 +63,30 @@ pub enum SourceError {
         #[source]
         source: io::Error,
     },
-    /// The table of mounts cannot be read.
+    /// The mount table cannot be read.
     #[error("cannot read {MOUNTINFO}")]
     Table(#[source] io::Error),
-    /// Propagation from the host needs a mount that takes part in it.
+    /// The requested propagation needs a shared or slave mount.
     #[error("mounts: {path:?} is on a mount that is not {needed}")]
     Propagation {
         /// The source.
         path: PathBuf,
-        /// What it would have to be.
+        /// The required kind of mount.
         needed: &'static str,
     },
 }
 
-/// The mounts of this process: proc(5).
+/// The mount table of this process: proc(5).
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
-/// Looks up the source of a mount. Links are resolved. A source that is absent becomes a directory with mode
-/// 0755: the CRI calls that an error, but what runs on it was written for runtimes that make it.
+/// Looks up the source of a mount. Links are resolved. A source that is absent becomes a directory
+/// with mode 0755: the CRI calls that an error, but workloads are written for runtimes that make
+/// it.
 ///
 /// Blocks, and may do so for ever: a container may share the path.
 ///
 /// # Errors
-/// [`SourceError`]. Directories made by then stay.
+/// [`SourceError`]. Directories created by then stay.
 pub fn find_source(path: &Path) -> Result<PathBuf, SourceError> {
     match std::fs::canonicalize(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -115,8 +119,8 @@ pub fn resolve_mounts(mounts: &[Asked], sources: Vec<PathBuf>) -> Result<Vec<Res
     Ok(resolved)
 }
 
-/// mount_namespaces(7): a slave receives from a shared mount or a slave, a peer has to be one of a shared
-/// mount.
+/// mount_namespaces(7): a slave receives from a shared mount or a slave, a peer has to be one of a
+/// shared mount.
 fn check_propagation(table: &[u8], source: &Path, wanted: Propagation) -> Result<(), SourceError> {
     let tags = propagation_tags(table, source);
     let refused = |needed| Err(SourceError::Propagation { path: source.to_owned(), needed });
@@ -133,8 +137,8 @@ struct Tags {
     slave: bool,
 }
 
-/// How the mount that `path` lies on propagates, by the text of [`MOUNTINFO`]: proc(5), fields 5 (mount
-/// point) and 7 (tags, up to a dash). Of mounts on one place the last one is on top.
+/// The propagation of the mount that `path` is on, from the text of [`MOUNTINFO`]: proc(5), fields
+/// 5 (mount point) and 7 (tags, up to a dash). Of mounts at the same path the last one is on top.
 fn propagation_tags(table: &[u8], path: &Path) -> Tags {
     let mut best = (0, Tags::default());
     for line in table.split(|byte| *byte == b'\n') {
@@ -154,7 +158,8 @@ fn propagation_tags(table: &[u8], path: &Path) -> Tags {
     best.1
 }
 
-/// Space, tab, line break and backslash are `\` and three octal digits in the kernel's tables of mounts.
+/// Space, tab, line break and backslash are `\` and three octal digits in the kernel's tables of
+/// mounts.
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -172,8 +177,8 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The path without `.`, `..`, double and final slashes, by its text alone. `None` when it is not absolute,
-/// too long, or has a NUL byte.
+/// The path without `.`, `..`, double and final slashes, lexically. `None` if it is not absolute,
+/// too long, or contains a NUL byte.
 pub(super) fn clean(path: &str) -> Option<String> {
     if !path.starts_with('/') || path.len() > MAX_PATH_BYTES || path.contains('\0') {
         return None;
@@ -189,17 +194,17 @@ pub(super) fn clean(path: &str) -> Option<String> {
     Some(format!("/{}", parts.join("/")))
 }
 
-/// Whether `path` is `above` or lies below it, by text.
+/// Whether `path` is `above` or below it, lexically.
 fn is_at_or_below(path: &Path, above: &str) -> bool {
     path.starts_with(above)
 }
 
-/// Whether the mount is the container's new `/dev`, into which nodes are made.
+/// Whether the mount is the container's own `/dev`, in which nodes are created.
 pub(super) fn is_own_dev(mount: &Mount) -> bool {
     mount.destination() == Path::new("/dev") && mount.typ().as_deref() == Some("tmpfs")
 }
 
-/// All mounts of a container, in the order in which they are made.
+/// All mounts of a container, in order.
 pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<Mount>, SpecError> {
     let asked = inputs.mounts.iter().map(asked_mount).collect::<Result<Vec<_>, _>>()?;
     let found = asked.len() + image_volumes(inputs.config, inputs.image)?.len();
@@ -213,8 +218,8 @@ pub(super) fn of_container(inputs: &Inputs<'_>) -> Result<Vec<Mount>, SpecError>
     Ok(mounts)
 }
 
-/// Whether a standard mount is left out because of one that was asked for: at the same place, or above it in
-/// what would be the kernel's.
+/// Whether a requested mount replaces a standard one: at the same path, or above it in
+/// a kernel filesystem.
 fn gives_way(standard: &Path, asked: &Path) -> bool {
     let kernels = OF_THE_KERNEL.iter().any(|place| is_at_or_below(asked, place));
     standard == asked || (kernels && standard.starts_with(asked))
@@ -234,7 +239,7 @@ fn asked_mount(resolved: &ResolvedMount) -> Result<Mount, SpecError> {
         Propagation::HostToContainer => "rslave",
         Propagation::Bidirectional => "rshared",
     };
-    // The edge takes recursive_read_only with readonly and private propagation only.
+    // The edge accepts recursive_read_only only with readonly and private propagation.
     let mode = match (asked.recursive_read_only, asked.readonly) {
         (true, _) => "rro",
         (false, true) => "ro",
@@ -243,7 +248,7 @@ fn asked_mount(resolved: &ResolvedMount) -> Result<Mount, SpecError> {
     Ok(bind(&destination, resolved.source.clone(), &["rbind", propagation, mode]))
 }
 
-/// What the root's mount has to be so that the mounts below it can do what was asked for.
+/// The propagation of the root that the mounts below it require.
 pub(super) fn root_propagation(mounts: &[ResolvedMount]) -> &'static str {
     let any = |wanted| mounts.iter().any(|mount| mount.asked.propagation == wanted);
     if any(Propagation::Bidirectional) {
@@ -255,19 +260,19 @@ pub(super) fn root_propagation(mounts: &[ResolvedMount]) -> &'static str {
     }
 }
 
-/// The directories that the image wants to be writable and no part of it: those without a mount of the
-/// request at their place, absolute and cleaned. `VOLUME data` and `VOLUME ../data` mean what they do from
-/// the root, as for other runtimes; the root itself is there already. A volume where a standard mount is, or
-/// among the kernel's files, is none: such images (`VOLUME /sys/fs/cgroup`) want what is there anyway.
+/// The volumes of the image: those without a mount of the request at their path, absolute and
+/// cleaned. `VOLUME data` and `VOLUME ../data` are relative to the root, as in other runtimes; the
+/// root itself exists already. A volume at a standard mount, or in a kernel filesystem, is skipped:
+/// such images (`VOLUME /sys/fs/cgroup`) need what is there anyway.
 ///
-/// They are no mounts of the spec: the writable layer is the container's own already and goes with it, so the
-/// shim only sees to it that they are there, and writable in a root that is not.
+/// They are not mounts in the spec: the writable layer already belongs to the container and is
+/// removed with it, so the shim only ensures that they exist, and are writable in a read-only root.
 ///
 /// # Errors
-/// [`SpecError::Volume`] for a path that is too long or has a NUL byte.
+/// [`SpecError::Volume`] for a path that is too long or contains a NUL byte.
 pub fn image_volumes(config: &Config, image: &ImageConfig) -> Result<Vec<String>, SpecError> {
     let mut volumes: Vec<String> = Vec::new();
-    // Before anything is done for each of them.
+    // Checked before any work on them.
     if image.volumes.len() > MAX_MOUNTS {
         return Err(SpecError::TooManyMounts { found: image.volumes.len() });
     }
@@ -289,14 +294,15 @@ pub fn image_volumes(config: &Config, image: &ImageConfig) -> Result<Vec<String>
 /// The files of the sandbox that every container sees.
 const ETC_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
 
-/// OCI runtime-spec "Default Filesystems", and what the CRI's custom adds to them.
+/// OCI runtime-spec "Default Filesystems", and those that CRI runtimes add.
 fn standard(inputs: &Inputs<'_>, asked: &[Mount]) -> Result<Vec<Mount>, SpecError> {
     let security = &inputs.config.security;
     let system = if security.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         filesystem("/proc", "proc", &["nosuid", "noexec", "nodev"]),
         filesystem("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        // Group 5 is "tty" wherever it matters; glibc's grantpt(3) relies on nothing else being there.
+        // Group 5 is "tty" wherever it matters; glibc's grantpt(3) relies on nothing else being
+        // there.
         filesystem(
             "/dev/pts",
             "devpts",
@@ -328,7 +334,7 @@ fn cgroup_mounts(inputs: &Inputs<'_>, asked: &[Mount], system: &str) -> Vec<Moun
     if inputs.host.unified_cgroups {
         return vec![filesystem(PLACE, "cgroup2", &[&flags[..], &["relatime", system]].concat())];
     }
-    // Read-only also on its own, unless something writable was asked for in it.
+    // Read-only by itself, too, unless something writable was requested in it.
     let holds_asked = asked.iter().any(|mount| is_at_or_below(mount.destination(), PLACE));
     let own = if holds_asked { "rw" } else { system };
     let mut mounts = vec![filesystem(PLACE, "tmpfs", &[&flags[..], &["mode=755", "size=64k", own]].concat())];
@@ -359,8 +365,9 @@ fn mount(destination: &str, kind: &str, source: PathBuf, options: &[&str]) -> Mo
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
 
     #[test]
     fn paths_are_cleaned_by_their_text() {

@@ -1,9 +1,20 @@
-//! Clearing away what belongs to no object: shims whose containers were never recorded, namespaces and mounts
-//! of sandboxes that were never finished, cgroups, addresses. What only takes room on the disk is for
-//! `housekeeping`.
+//! Removes what belongs to no object: shims whose containers were never recorded, namespaces and
+//! mounts of sandboxes that were never finished, cgroups, addresses. What only takes disk space is
+//! left to `housekeeping`.
 //!
-//! It is found before the socket is there and removed after that, by name: what is being made meanwhile has
-//! other names, since ids are random, and is not touched.
+//! Remains are found before the socket opens and removed after that, by name: objects created
+//! meanwhile have different names, since ids are random, and are not touched.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_cgroup::Parent;
+use berth_model::id::ContainerId;
+use berth_model::state::ContainerState;
+use berth_sys::ns;
+use futures_util::StreamExt;
+use tokio::sync::Semaphore;
 
 use super::{RecoveryError, names, unread};
 use crate::container::{self, Container};
@@ -12,43 +23,34 @@ use crate::node::Node;
 use crate::record_files::Patience;
 use crate::shim_client::{ConnectError, ShimClient};
 use crate::trash;
-use berth_cgroup::Parent;
-use berth_model::id::ContainerId;
-use berth_model::state::ContainerState;
-use berth_sys::ns;
-use futures_util::StreamExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::sync::Semaphore;
 
-/// Things that are waited for at the same time.
+/// Waits in parallel.
 const AT_ONCE: usize = 8;
 
-/// How long remains of a cgroup may take to go.
+/// How long an orphaned cgroup may take to be empty, and to be removed.
 const CGROUP_GONE: Duration = Duration::from_secs(5);
 
-/// How often a shim that cannot be reached is tried, and how long to wait in between.
+/// How often an unreachable shim is tried, and the pause in between.
 const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What is to be cleared away, and what is to be tried again.
+/// What to remove, and what to retry.
 #[derive(Debug)]
 pub(crate) struct Remains {
-    /// Durable directories of what was never finished.
+    /// Durable directories of unfinished objects.
     directories: Vec<PathBuf>,
     container_states: Vec<PathBuf>,
     sandbox_states: Vec<PathBuf>,
     /// Orphaned cgroups.
     cgroups: Vec<(Parent, String)>,
     network: Option<Dead>,
-    /// Containers that ended while there was no daemon: their cgroups may be there.
+    /// Containers that ended while there was no daemon: their cgroups may remain.
     ended: Vec<Arc<Container>>,
     room: Arc<Semaphore>,
 }
 
 impl Remains {
-    /// Looks what there is that the registry does not know. Blocking.
+    /// Finds what the registry does not know. Blocking.
     pub(super) fn find(node: &Node, patience: &Patience) -> Result<Self, RecoveryError> {
         let unknown = |directory: &Path| -> Result<Vec<PathBuf>, RecoveryError> {
             let names = names(directory, patience)?;
@@ -59,7 +61,7 @@ impl Remains {
                 .collect())
         };
         let layout = &node.layout;
-        // What is no id in the durable directories is not of this daemon.
+        // Names other than ids in the durable directories are not this daemon's.
         let is_id = |path: &PathBuf| {
             path.file_name()
                 .and_then(|name| name.to_str())
@@ -99,11 +101,11 @@ impl Remains {
         Self { room, ..self }
     }
 
-    /// Clears it away. What cannot be removed is said, and found again at the next start.
+    /// Removes everything. Failures are logged; the next start finds them again.
     pub(crate) async fn clear(self, node: Arc<Node>) {
         tokio::spawn(unread::try_again(node.clone(), self.room.clone()));
         let shims = futures_util::stream::iter(self.container_states.clone());
-        // Those that hang are waited for side by side.
+        // In parallel, as some may hang.
         let reached: Vec<bool> =
             shims.map(|state| async move { end_shim(&state).await }).buffered(AT_ONCE).collect().await;
         let kept: Vec<String> = self
@@ -113,7 +115,7 @@ impl Remains {
             .filter(|(_, reached)| !reached)
             .filter_map(|(state, _)| Some(state.file_name()?.to_str()?.to_owned()))
             .collect();
-        // A panic in there is a bug that is logged.
+        // A panic in there is a bug, which is logged.
         let clearing = node.clone();
         let _ = tokio::task::spawn_blocking(move || self.clear_the_rest(&clearing, &kept)).await;
         node.collect_images();
@@ -162,7 +164,7 @@ impl Remains {
     }
 }
 
-/// Ends a shim that belongs to no container. `false` when there may be one that cannot be reached.
+/// Ends a shim that belongs to no container. `false` if there may be one that cannot be reached.
 async fn end_shim(state: &Path) -> bool {
     for attempt in 1..=ATTEMPTS {
         match ShimClient::connect(state) {
@@ -182,7 +184,7 @@ async fn end_shim(state: &Path) -> bool {
 
 fn remove_sandbox_state(path: &Path) {
     for kind in [ns::Kind::Network, ns::Kind::Ipc, ns::Kind::Uts, ns::Kind::Pid] {
-        // Absent is the rule here; what fails is seen when the directory cannot be removed.
+        // Usually absent; errors show up when the directory cannot be removed.
         let _ = ns::unpin(&path.join(kind.file_name()));
     }
     let _ = berth_sys::mount::detach(&path.join("shm"));

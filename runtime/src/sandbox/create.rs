@@ -1,20 +1,15 @@
 //! RunPodSandbox.
 //!
-//! The steps build on each other, and each has its undoing in [`super::stop::release`], which goes by what is
-//! there and so serves a failure here, a stop, and a daemon that finds the remains of a crash.
+//! The steps build on each other, and [`super::stop::release`] undoes each of them: it looks at
+//! what is there, and so works after a failure here, for a stop, and after a crash.
 
-use super::creations::Creations;
-use super::etc_files::{self, Contents};
-use super::namespaces::{self, PodNetwork, Wanted};
-use super::{PodProcess, Sandbox, SandboxError, hostname, stop, watch};
-use crate::cadvisor;
-use crate::clock::unix_ns;
-use crate::host_paths::HostPathError;
-use crate::names::Name;
-use crate::network::{Attached, Chosen, Pod};
-use crate::node::Node;
-use crate::random::random_bytes;
-use crate::shim_client::Pause;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
 use berth_cgroup::{Ending, Limits};
 use berth_model::id::SandboxId;
 use berth_model::layout::SandboxFiles;
@@ -28,18 +23,26 @@ use berth_sys::mount::{self, FsContext, attr};
 use berth_sys::ns::{self, Kind};
 use berth_sys::process::SIGKILL;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSyscall};
-use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
 
-/// The pod's tmpfs, which bounds what its containers can write to `/dev/shm` and to the shared files of
-/// `/etc`, in memory that is charged to the writer. 64 MiB is what other runtimes give `/dev/shm`.
+use super::creations::Creations;
+use super::etc_files::{self, Contents};
+use super::namespaces::{self, PodNetwork, Wanted};
+use super::{PodProcess, Sandbox, SandboxError, hostname, stop, watch};
+use crate::cadvisor;
+use crate::clock::unix_ns;
+use crate::host_paths::HostPathError;
+use crate::names::Name;
+use crate::network::{Attached, Chosen, Pod};
+use crate::node::Node;
+use crate::random::random_bytes;
+use crate::shim_client::Pause;
+
+/// The pod's tmpfs, which limits what its containers can write to `/dev/shm` and to the shared
+/// files of `/etc`, in memory that is charged to the writer. 64 MiB is the size of `/dev/shm` in
+/// other runtimes.
 const TMPFS_SIZE: &str = "65536k";
 
-/// Makes a sandbox. It is READY and visible on return; on an error nothing of it is left.
+/// Creates a sandbox. It is READY and visible on return; on an error nothing of it is left.
 pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbox>, SandboxError> {
     let id = SandboxId::from_bytes(random_bytes().map_err(SandboxError::Id)?);
     let reservation = node.registry.reserve(Name::Sandbox(config.metadata.clone()), id.as_str())?;
@@ -83,7 +86,7 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
         Err(error) => {
             if let Err(left) = stop::release(node, &sandbox).and_then(|()| stop::remove_files(node, &sandbox))
             {
-                // The first error is what the caller has to know; what is left is found again at the next
+                // The first error is the one to report; what is left is found again at the next
                 // start.
                 tracing::warn!(sandbox = %sandbox.id, error = %crate::chain(&left), "cannot clean up after a sandbox that could not be created");
             }
@@ -97,7 +100,7 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     make_directories(&files)?;
     let config = &sandbox.config;
     if !config.log_directory.is_empty() {
-        // The kubelet has made it; others rely on the runtime.
+        // A kubelet has created it; other clients rely on the runtime.
         node.host_paths.directory(Path::new(&config.log_directory)).map_err(|error| match error {
             HostPathError::Failed(failed) => {
                 SandboxError::file("create the log directory", failed.path())(failed.source())
@@ -149,9 +152,9 @@ fn make_directories(files: &SandboxFiles) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Mounts the pod's tmpfs. One mount holds all that containers of the pod can write to in the runtime
-/// directory: each mount of the host makes the start of every container slower, whose mount namespace begins
-/// as a copy of the host's.
+/// Mounts the pod's tmpfs. One mount holds everything that containers of the pod can write to in
+/// the runtime directory: each mount of the host makes the start of every container slower, whose
+/// mount namespace begins as a copy of the host's.
 fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> {
     let path = files.tmpfs();
     let failed = || SandboxError::file("mount the pod's tmpfs on", &path);
@@ -160,7 +163,7 @@ fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> 
         .and_then(|tmpfs| {
             tmpfs.set("source", "shm".as_ref())?;
             tmpfs.set("size", TMPFS_SIZE.as_ref())?;
-            // Containers are shown what is in it, never the directory itself.
+            // Containers see its contents, never the directory itself.
             tmpfs.set("mode", "700".as_ref())?;
             tmpfs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC)
         })
@@ -179,10 +182,10 @@ fn mount_tmpfs(files: &SandboxFiles, has_shm: bool) -> Result<(), SandboxError> 
     if has_shm { make(&files.shm(), 0o1777) } else { Ok(()) }
 }
 
-/// Makes process 1 of the pod's pid namespace, in its own cgroup below the pod's, and pins the
+/// Creates process 1 of the pod's pid namespace, in its own cgroup below the pod's, and pins the
 /// namespace.
 fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxError> {
-    // It has nothing to lose, and hears no other signal.
+    // It has nothing to clean up, and handles no other signal.
     let ending = Ending { signal: SIGKILL, grace: Duration::ZERO, before: None };
     let (cgroup, holder) = node.cgroups.make(
         &node.shim,
@@ -203,7 +206,7 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
         namespaces: launch::Namespaces {
             network: pinned(Kind::Network, host.network),
             ipc: pinned(Kind::Ipc, host.ipc),
-            // Made with the network namespace.
+            // Pinned with the network namespace.
             uts: pinned(Kind::Uts, host.network),
             own_cgroup: true,
             ..launch::Namespaces::default()
@@ -228,7 +231,7 @@ fn make_process(node: &Node, sandbox: &Sandbox) -> Result<PodProcess, SandboxErr
     Ok(process)
 }
 
-/// The filter of a pod's own process: the same for all, and made once.
+/// The filter of a pod's own process: the same for all, and compiled once.
 fn reaping_filter() -> Result<&'static Filter, CompileError> {
     static FILTER: OnceLock<Filter> = OnceLock::new();
     if let Some(filter) = FILTER.get() {
@@ -238,7 +241,7 @@ fn reaping_filter() -> Result<&'static Filter, CompileError> {
     Ok(FILTER.get_or_init(|| filter))
 }
 
-/// A seccomp profile of what a pod's own process does.
+/// A seccomp profile for what a pod's own process does.
 fn reaping() -> LinuxSeccomp {
     let mut rule = LinuxSyscall::default();
     rule.set_names(launch::REAPING.map(str::to_owned).into()).set_action(LinuxSeccompAction::ScmpActAllow);
@@ -247,8 +250,8 @@ fn reaping() -> LinuxSeccomp {
     profile
 }
 
-/// The profile of a pod's own process: the default, so that no container gets at an unconfined process
-/// through it. A pod that is not to be confined goes without if need be.
+/// The profile of a pod's own process: the default, so that no container can abuse an unconfined
+/// process. An unconfined pod does without if need be.
 fn apparmor_profile(node: &Node, config: &Config) -> Result<Option<&'static str>, SandboxError> {
     match node.default_apparmor_profile.name() {
         Err(_) if config.privileged || config.apparmor == Profile::Unconfined => Ok(None),

@@ -1,4 +1,10 @@
-//! Why something with a sandbox failed.
+//! Why an operation on a sandbox failed.
+
+use std::io;
+use std::path::Path;
+
+use berth_model::id::SandboxId;
+use berth_seccomp::CompileError;
 
 use crate::apparmor::NotLoaded;
 use crate::cgroups::MakeCgroup;
@@ -8,18 +14,14 @@ use crate::names::NameTaken;
 use crate::network::NetworkError;
 use crate::record_files::WriteError;
 use crate::shim_client::ShimError;
-use berth_model::id::SandboxId;
-use berth_seccomp::CompileError;
-use std::io;
-use std::path::Path;
 
-/// Why something with a sandbox failed.
+/// Why an operation on a sandbox failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SandboxError {
-    /// Another one has its name.
+    /// The name is taken.
     #[error(transparent)]
     NameTaken(#[from] NameTaken),
-    /// No random bytes.
+    /// There are no random bytes.
     #[error("cannot generate an id")]
     Id(#[source] io::Error),
     /// A path of the host that does not answer.
@@ -31,7 +33,7 @@ pub(crate) enum SandboxError {
     /// A namespace.
     #[error("cannot {action}")]
     Namespace {
-        /// The failed act.
+        /// The operation.
         action: &'static str,
         /// The cause.
         #[source]
@@ -40,7 +42,7 @@ pub(crate) enum SandboxError {
     /// A kernel parameter.
     #[error("cannot set the sysctl {name} to {value}")]
     Sysctl {
-        /// With dots.
+        /// Its name, with dots.
         name: String,
         /// The value in the request.
         value: String,
@@ -51,7 +53,7 @@ pub(crate) enum SandboxError {
     /// The network.
     #[error("cannot set up the network")]
     Network(#[source] NetworkError),
-    /// The network was not given back.
+    /// The network was not released.
     #[error("cannot tear down the network of sandbox {id}")]
     NetworkLeft {
         /// The sandbox.
@@ -63,7 +65,7 @@ pub(crate) enum SandboxError {
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] berth_cgroup::Error),
-    /// The cgroup parent that the request names is not there.
+    /// The cgroup parent that the request names does not exist.
     #[error("the cgroup parent {parent} does not exist")]
     NoCgroupParent {
         /// The parent in the request.
@@ -78,7 +80,7 @@ pub(crate) enum SandboxError {
     /// The pod's own process.
     #[error("cannot create the pod's first process")]
     Process(#[source] ShimError),
-    /// The record.
+    /// The record cannot be written.
     #[error("cannot write the record of sandbox {id}")]
     Record {
         /// The sandbox.
@@ -87,7 +89,7 @@ pub(crate) enum SandboxError {
         #[source]
         source: WriteError,
     },
-    /// Containers that could not be ended.
+    /// Some containers could not be stopped.
     #[error("cannot stop the containers of sandbox {id}")]
     Containers {
         /// The sandbox.
@@ -96,7 +98,7 @@ pub(crate) enum SandboxError {
         #[source]
         source: Box<crate::container::ContainerError>,
     },
-    /// The daemon's own task ended early.
+    /// The daemon's task ended early.
     #[error("the daemon is stopping")]
     Stopping,
 }

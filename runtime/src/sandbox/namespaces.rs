@@ -1,20 +1,22 @@
-//! The namespaces of a sandbox: made on a thread of their own, pinned as files, held by no process.
+//! The namespaces of a sandbox: created on a dedicated thread, pinned as files, held by no process.
 //!
-//! The thread goes into new namespaces, sets them up from inside, pins them and ends. Kernel parameters are
-//! written there too, because `/proc/sys` shows a thread its own namespaces. Whatever fails is undone from
-//! the outside by [`unpin`], which needs the files only.
+//! The thread enters new namespaces, sets them up from inside, pins them and ends. Kernel
+//! parameters are written there, too, because `/proc/sys` shows a thread its own namespaces. A
+//! failure is undone from the outside by [`unpin`], which needs the files only.
 
-use super::{Sandbox, SandboxError};
-use crate::network::{Attached, Chosen};
-use berth_model::layout::SandboxFiles;
-use berth_sys::mount;
-use berth_sys::ns::{self, Kind};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
-/// What to make.
+use berth_model::layout::SandboxFiles;
+use berth_sys::mount;
+use berth_sys::ns::{self, Kind};
+
+use super::{Sandbox, SandboxError};
+use crate::network::{Attached, Chosen};
+
+/// What to create.
 pub(super) struct Wanted<'a> {
     pub(super) sandbox: &'a Sandbox,
     pub(super) network: PodNetwork<'a>,
@@ -23,18 +25,18 @@ pub(super) struct Wanted<'a> {
     pub(super) hostname: Option<&'a str>,
 }
 
-/// Which network a pod is in.
+/// The network of a pod.
 pub(super) enum PodNetwork<'a> {
     /// The node's.
     Node,
-    /// A namespace, attached to this network.
+    /// A new namespace, attached to this network.
     Own(&'a Chosen<'a>),
 }
 
-/// The kinds that can be pinned.
+/// The kinds of namespace that can be pinned.
 const KINDS: [Kind; 4] = [Kind::Network, Kind::Ipc, Kind::Uts, Kind::Pid];
 
-/// Makes and pins them. Blocking.
+/// Creates and pins them. Blocking.
 ///
 /// On an error some may be pinned and the network attached; the caller calls `Network::detach` and
 /// `Network::release`.
@@ -75,8 +77,8 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, Sandbo
         attached = network.attach_within(&wanted.sandbox.id).map_err(SandboxError::Network)?;
     }
     for (name, value) in &wanted.sandbox.config.sysctls {
-        // Names were checked at the edge: letters, digits, dots, underscores and dashes, of namespaces that
-        // the pod owns.
+        // Names were checked at the edge: letters, digits, dots, underscores and dashes, of
+        // namespaces that the pod owns.
         let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
         std::fs::write(&path, value).map_err(|source| SandboxError::Sysctl {
             name: name.clone(),
@@ -87,11 +89,12 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, Sandbo
     Ok(attached)
 }
 
-/// Keeps the procfs of the pod's pid namespace, a detached mount, where the shims of its containers clone it.
+/// Mounts the procfs of the pod's pid namespace, a detached mount, where the shims of its
+/// containers clone it.
 pub(super) fn mount_procfs(files: &SandboxFiles, procfs: BorrowedFd<'_>) -> Result<(), SandboxError> {
     let path = files.procfs();
     let failed = || SandboxError::file("mount the pod's procfs on", &path);
-    // It comes from a process in the namespace, if from one of our own: it is what it should be, or nothing.
+    // It comes from a process in the namespace, but one of our own, so it can be trusted.
     if !mount::is_procfs(procfs).map_err(failed())? {
         return Err(failed()(io::ErrorKind::InvalidData.into()));
     }
@@ -100,7 +103,7 @@ pub(super) fn mount_procfs(files: &SandboxFiles, procfs: BorrowedFd<'_>) -> Resu
     mount::attach(procfs, target.as_fd()).map_err(failed())
 }
 
-/// Lets go of all that are pinned, and of the procfs. Absent is fine. Blocking.
+/// Unpins all of them, and unmounts the procfs. Absence is not an error. Blocking.
 pub(super) fn unpin(files: &SandboxFiles) -> Result<(), SandboxError> {
     let procfs = files.procfs();
     match mount::detach(&procfs) {
@@ -116,7 +119,7 @@ pub(super) fn unpin(files: &SandboxFiles) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Whether every namespace of `kinds` is pinned still. One of which that cannot be found out counts as
+/// Whether every namespace of `kinds` is still pinned. In doubt, it counts as
 /// pinned.
 pub(super) fn all_pinned(files: &SandboxFiles, kinds: &[Kind]) -> bool {
     kinds.iter().all(|kind| {

@@ -1,7 +1,16 @@
-//! StopPodSandbox and RemovePodSandbox, and giving back what a sandbox holds.
+//! StopPodSandbox and RemovePodSandbox, and the release of what a sandbox holds.
 //!
-//! Everything here may be done twice, and goes by what is there: a stop that failed half-way is finished by
-//! the next.
+//! Everything here may be repeated, and looks at what exists: a stop that failed half-way is
+//! finished by the next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_cgroup::Cgroup;
+use berth_model::security::NamespaceMode;
+use berth_model::state::SandboxEvent;
+use berth_sys::mount;
+use berth_sys::ns::Kind;
 
 use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
@@ -9,21 +18,15 @@ use crate::events::SandboxChange;
 use crate::network::Namespace;
 use crate::node::Node;
 use crate::trash;
-use berth_cgroup::Cgroup;
-use berth_model::security::NamespaceMode;
-use berth_model::state::SandboxEvent;
-use berth_sys::mount;
-use berth_sys::ns::Kind;
-use std::sync::Arc;
-use std::time::Duration;
 
-/// How long the cgroup named after the pod may stay busy after the end of what is in it.
+/// How long the cgroup named after the pod may stay busy after its processes have ended.
 const CGROUP_BUSY: Duration = Duration::from_secs(2);
 
-/// How long containers that are being made may take to be finished, or to give up, before they are given up.
+/// How long creations may take to finish, or to stop after being cancelled, before they are
+/// abandoned.
 const BEING_MADE: Duration = Duration::from_secs(5);
 
-/// Ends every process of the sandbox by force, gives back its network and the rest. Idempotent.
+/// Kills every process of the sandbox, and releases its network and the rest. Idempotent.
 pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), SandboxError> {
     sandbox.apply(SandboxEvent::Stopped);
     let given_up = sandbox.creations.close(BEING_MADE).await;
@@ -45,7 +48,7 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
         give_back(&node, &sandbox, used)?;
         *lock(&sandbox.torn_down) = true;
         if let Err(error) = sandbox.write_record() {
-            // The next stop does all of this again, and writes it down.
+            // The next stop repeats all of this, and records it.
             *lock(&sandbox.torn_down) = false;
             return Err(error);
         }
@@ -73,7 +76,8 @@ async fn end_containers(node: &Arc<Node>, sandbox: &Sandbox) -> Result<(), Sandb
     }
 }
 
-/// Stops it if need be, and removes it with all its containers. Log files stay: they are the kubelet's.
+/// Stops it if needed, and removes it with all its containers. Log files stay: they are the
+/// kubelet's.
 pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), SandboxError> {
     stop(node, sandbox).await?;
     for container in node.registry.containers_of(&sandbox.id) {
@@ -93,12 +97,12 @@ pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(
     Ok(())
 }
 
-/// Gives back processes, namespaces, network, mounts and cgroup. Blocking.
+/// Releases processes, namespaces, network, mounts and cgroup. Blocking.
 pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
     give_back(node, sandbox, false)
 }
 
-/// The same; `used` when a process that cannot be ended may be in its namespaces still.
+/// The same; `used` if a process that cannot be killed may still be in its namespaces.
 fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxError> {
     let process = lock(&sandbox.process).take();
     if let Some(process) = &process {
@@ -137,8 +141,8 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
         }
         cgroup.remove(CGROUP_BUSY)?;
     } else {
-        // For cAdvisor to see, whichever daemon made it, and no unit. Who has put a process in there does not
-        // keep the pod.
+        // The cgroup for cAdvisor, whichever daemon created it; not a unit. A process that was
+        // moved there does not keep the pod.
         let shown = Cgroup::open(&node.cgroups.hierarchy, &sandbox.cgroup_parent, id)?;
         if let Err(error) = shown.remove(CGROUP_BUSY) {
             tracing::warn!(sandbox = id, error = %crate::chain(&error), "cannot remove the cgroup by which cAdvisor finds the pod");
@@ -147,7 +151,7 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
     Ok(())
 }
 
-/// Takes its files away, the copy of the record first. Blocking.
+/// Removes its files, the copy of the record first. Blocking.
 pub(super) fn remove_files(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
     let files = sandbox.record_files();
     files.remove_copy().map_err(SandboxError::file("remove", &files.copy))?;

@@ -1,26 +1,30 @@
 //! Attach: the streams of a container's own program to and from a client.
 //!
-//! The shim passes output on as it comes, beside the log, and what it gets to the program. A client that does
-//! not read loses what does not fit into the pipe, which the shim tells it; nothing waits for it. Everything
-//! here can go at any time, by the client's end or the daemon's, and leaves the container as it was, but for
-//! the input of one that wants that to be closed with the first client.
+//! The shim passes output on as it comes, beside the log, and what it gets to the program. A client
+//! that does not read loses what does not fit into the pipe, which the shim tells it; nothing waits
+//! for it. Everything here can go at any time, by the client's end or the daemon's, and leaves the
+//! container as it was, but for the input of one that wants that to be closed with the first
+//! client.
+
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+
+use berth_streaming::command::{BoxFuture, Outcome, Output, Session, Size};
+use bytes::BytesMut;
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
 
 use super::pipes::{self, InputEnd};
 use crate::container::{Container, ContainerError};
 use crate::shim_client::{ShimClient, TERMINAL_OF_CONTAINER};
-use berth_streaming::command::{BoxFuture, Outcome, Output, Session, Size};
-use bytes::BytesMut;
-use std::path::Path;
-use std::pin::pin;
-use std::sync::Arc;
-use tokio::net::unix::pipe;
-use tokio::sync::watch;
 
 /// Serves a client until the container's output or the client's interest ends.
 pub(super) fn run(container: Arc<Container>, session: Session) -> BoxFuture<Outcome> {
     Box::pin(async move {
         match attach(&container, session).await {
-            // The end of the container is the client's too, however it ended: as with other runtimes.
+            // The end of the container is the client's too, however it ended: as with other
+            // runtimes.
             Ok(()) => Outcome::Exited(0),
             Err(error) => {
                 let text = crate::chain(&error);
@@ -96,8 +100,8 @@ async fn copy_out(stream: Option<(pipe::Receiver, Output)>) {
     }
 }
 
-/// Gives the container's terminal the size of the client's, whenever that changes: the last one to change it
-/// has its way.
+/// Gives the container's terminal the size of the client's, whenever that changes: the last one to
+/// change it has its way.
 async fn follow_size(size: Option<watch::Receiver<Option<Size>>>, shim: &ShimClient) {
     let Some(mut size) = size else { return };
     loop {

@@ -1,21 +1,15 @@
 //! Exec: a program in a container on the streams of a client.
 //!
-//! The shim starts it, and passes bytes on between its streams and pipes, or a socket for a terminal, that
-//! only the shim and the daemon have: a process that shares a stream with a container can be kept waiting by
-//! it. A client that goes away takes its program along: the future here is dropped, the program's session is
-//! killed, and only then its input ends, or its terminal hangs up.
+//! The shim starts it, and passes bytes on between its streams and pipes, or a socket for a
+//! terminal, that only the shim and the daemon have: a process that shares a stream with a
+//! container can be kept waiting by it. A client that goes away takes its program along: the future
+//! here is dropped, the program's session is killed, and only then its input ends, or its terminal
+//! hangs up.
 //!
-//! When a client does not want output any more but has not gone away, a pipe is closed, and the program
-//! learns it as it would from any closed pipe; of a terminal, what the program writes from then on is
-//! thrown away.
+//! When a client does not want output any more but has not gone away, a pipe is closed, and the
+//! program learns it as it would from any closed pipe; of a terminal, what the program writes from
+//! then on is thrown away.
 
-use super::pipes;
-use crate::container::exec::outcome;
-use crate::container::{Container, ContainerError};
-use crate::shim_client::{Resizer, RunningExec, ShimError};
-use berth_streaming::command::{BoxFuture, Input, Outcome, Output, Session, Size, Wanted};
-use berth_sys::{socket, tty};
-use bytes::BytesMut;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,17 +17,27 @@ use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
+
+use berth_streaming::command::{BoxFuture, Input, Outcome, Output, Session, Size, Wanted};
+use berth_sys::{socket, tty};
+use bytes::BytesMut;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// How long after the program's end more of its output is waited for, which what it left behind may write.
+use super::pipes;
+use crate::container::exec::outcome;
+use crate::container::{Container, ContainerError};
+use crate::shim_client::{Resizer, RunningExec, ShimError};
+
+/// How long after the program's end more of its output is waited for, which what it left behind may
+/// write.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// How much of it is passed on: at least what the pipe holds, which is what the program itself can have
-/// written.
+/// How much of it is passed on: at least what the pipe holds, which is what the program itself can
+/// have written.
 const DRAIN_BYTES: usize = 1024 * 1024;
 
 /// The most of that: a pipe can be made larger than memory allows it to be filled.
@@ -196,8 +200,8 @@ fn output(wanted: Option<Output>) -> Result<(Option<Source>, OwnedFd), Container
     Ok((Some(Source { from, to: Some(output), discards: false }), write))
 }
 
-/// Copies output to the client, to its end; after the end of the program only what is there, or comes soon.
-/// Output that the client does not want is read and thrown away.
+/// Copies output to the client, to its end; after the end of the program only what is there, or
+/// comes soon. Output that the client does not want is read and thrown away.
 async fn copy_out(stream: Option<Source>, mut ended: watch::Receiver<bool>) {
     let Some(Source { from, mut to, discards }) = stream else { return };
     let mut buffer = BytesMut::new();

@@ -7,10 +7,11 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use crate::network::MAIN_INTERFACE;
 use berth_network::Netlink;
 use berth_network::interfaces::{self, InterfaceCounters};
 use berth_sys::ns::{self, Kind};
+
+use crate::network::MAIN_INTERFACE;
 
 /// The number of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`,
 /// `net/flow.h`).

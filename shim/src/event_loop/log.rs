@@ -1,11 +1,13 @@
 //! The container's log: opened, opened anew, and with room again.
 
+use std::time::{Duration, Instant};
+
+use berth_shim_proto::control::{Failed, reply::Answer};
+use berth_sys::poll::Ready;
+
 use super::{Asker, Shim, State};
 use crate::failure::refused;
 use crate::log_queue::{Heard, Log};
-use berth_shim_proto::control::{Failed, reply::Answer};
-use berth_sys::poll::Ready;
-use std::time::{Duration, Instant};
 
 /// How long opening it anew may take. The daemon waits a little longer.
 const REOPEN: Duration = Duration::from_secs(8);

@@ -1,5 +1,13 @@
 //! The container's main process: from its creation to the record of its end.
 
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Instant, SystemTime};
+
+use berth_shim_proto::control::{Failed, Started, reply::Answer};
+use berth_shim_proto::exit_record::ExitRecord;
+use berth_shim_proto::launch::{Launch, PidNamespace};
+use berth_sys::process::{self, Ended as ProcessEnded};
+
 use super::{
     Asker, DRAIN, RECORD_AGAIN, SIGKILL, Shim, State, TOKEN_LOG, TOKEN_MAIN, TOKEN_OOM, TOKEN_OUTPUT,
 };
@@ -11,15 +19,9 @@ use crate::host_path::host_path;
 use crate::launch::{self, Container};
 use crate::log_queue::Log;
 use crate::stdio::Output;
-use berth_shim_proto::control::{Failed, Started, reply::Answer};
-use berth_shim_proto::exit_record::ExitRecord;
-use berth_shim_proto::launch::{Launch, PidNamespace};
-use berth_sys::process::{self, Ended as ProcessEnded};
-use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Instant, SystemTime};
 
-/// What a container exits with whose program could not be started: as shells and docker say it,
-/// POSIX "Exit Status for Commands".
+/// The exit code of a container whose program could not be started, as in shells and docker: POSIX
+/// "Exit Status for Commands".
 fn start_failure_code(failed: &Failed) -> i32 {
     failed.shell_code().unwrap_or(128)
 }
@@ -62,7 +64,7 @@ impl Shim {
         }
     }
 
-    /// Hears the main process while it is not its program.
+    /// Receives messages of the main process before its exec.
     pub(super) fn hear_main(&mut self) {
         let heard = match &mut self.state {
             State::Preparing { making, .. } => making.birth.advance(),
@@ -76,7 +78,7 @@ impl Shim {
         }
     }
 
-    /// Takes a container that is prepared over into its wait for the start.
+    /// Moves a prepared container to Waiting.
     pub(super) fn main_waits(&mut self) {
         let State::Preparing { making, .. } = &mut self.state else { return };
         let Some((created, terminal)) = making.take_ready() else { return };
@@ -96,8 +98,8 @@ impl Shim {
         match made {
             Ok((container, output, birth)) => {
                 if let Some(file) = container.oom.as_ref().and_then(crate::exit::OomCounter::changing) {
-                    // Without it the counter is read at the end, which is soon enough almost
-                    // always.
+                    // Without it the counter is read at the end, which is nearly always soon
+                    // enough.
                     let _ = self.poll.watch_content(file, TOKEN_OOM);
                 }
                 let created = container.created.clone();
@@ -112,7 +114,7 @@ impl Shim {
         }
     }
 
-    /// The main process is its program.
+    /// The main process has executed its program.
     pub(super) fn main_runs(&mut self) {
         match std::mem::replace(&mut self.state, State::Empty) {
             State::Starting { container, output, birth, asker } => {
@@ -126,8 +128,8 @@ impl Shim {
         }
     }
 
-    /// The main process will not be its program. It is killed; what it was to be for decides what
-    /// that means.
+    /// The main process will not execute its program. It is killed; the state decides what that
+    /// means.
     pub(super) fn main_failed(&mut self, failed: Failed) {
         if let Some(birth) = self.state.birth() {
             birth.kill();
@@ -156,8 +158,8 @@ impl Shim {
                 self.finish_if_drained(false);
             }
             State::Waiting { container, output, birth } => {
-                // It will be reaped, and its end recorded then; until then nothing more is to be
-                // heard.
+                // It will be reaped, and its end recorded then; until then there are no more
+                // messages.
                 self.state = State::Waiting { container, output, birth };
             }
             other => self.state = other,
@@ -208,7 +210,7 @@ impl Shim {
                 self.drain(*container, output, record);
             }
             State::Waiting { container, output, mut birth } => {
-                // Nothing of it is to be killed any more.
+                // There is nothing left to kill.
                 let _ = birth.reaped(container.created.pid);
                 record.start_error = "the container's process was killed before its start".to_owned();
                 record.oom_killed = has_risen(&container);

@@ -10,27 +10,24 @@
 //!
 //!  Draining --output at its end and in the log, or time up--> Recording --recorded, or sent--> (exit)
 //! ```
-//! All from Waiting on outlive the daemon: without a connection the shim goes on, and listens. The
-//! exit record is on disk before it is reported, unless the disk refuses it; then connected daemons
-//! get it, and without anyone it is tried again.
+//! From Waiting on, the shim outlives the daemon: without a connection it keeps running, and
+//! listens. The exit record is on disk before it is reported, unless the disk refuses it; then
+//! connected daemons get it, and without any it is retried.
 //!
 //! Nothing here waits for the log ([`crate::log_queue`]), or for a process of the container: one
-//! that is on its way to its program ([`Birth`]) is heard when it says something, and killed when
-//! its time is up.
+//! that is on its way to its program ([`Birth`]) is read when they arrive, and it is killed at its
+//! deadline.
 
 mod attach;
 mod execs;
 mod log;
 mod main_process;
 
-use crate::birth::Birth;
-use crate::connection::{Connection, Incoming};
-use crate::failure::{Step, refused};
-use crate::launch::{Container, Making};
-use crate::log_queue::Log;
-use crate::log_writer;
-use crate::relay::Relays;
-use crate::stdio::Output;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
 use berth_shim_proto::SOCKET;
 use berth_shim_proto::control::{
     Failed, Phase, Reply, Request, Started, VERSION, reply::Answer, request::Call,
@@ -40,11 +37,16 @@ use berth_shim_proto::launch::Launch;
 use berth_sys::poll::{ChildSignals, Interest, Poll, Ready};
 use berth_sys::process::{self, Child, Ended as ProcessEnded, SIGKILL};
 use berth_sys::socket;
+
+use crate::birth::Birth;
+use crate::connection::{Connection, Incoming};
+use crate::failure::{Step, refused};
+use crate::launch::{Container, Making};
+use crate::log_queue::Log;
+use crate::log_writer;
+use crate::relay::Relays;
+use crate::stdio::Output;
 use execs::Exec;
-use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
 
 /// How long after the end of the main process its output may take to end: a process outside the
 /// container can hold the pipe open.
@@ -54,11 +56,10 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// without it.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long a client may take for what is left of the output of its program when the container is
-/// over.
+/// How long a client may take to read the rest of its program's output when the container is over.
 const PARTING: Duration = Duration::from_secs(10);
 
-/// Daemons that may be connected at once; one is the rule, two happen at a restart.
+/// The most connected daemons; usually there is one, and two during a restart.
 const MAX_CONNECTIONS: usize = 4;
 
 const TOKEN_CHILDREN: u64 = 0;
@@ -71,7 +72,7 @@ const TOKEN_LOG: u64 = 6;
 /// Connections and execs count up from here.
 const TOKEN_FIRST: u64 = 16;
 
-/// How long after a failed attempt the exit record is written again.
+/// The pause before a failed write of the exit record is retried.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
 
 /// Everything that wakes the shim.
@@ -144,7 +145,7 @@ impl State {
         }
     }
 
-    /// When something is to be done without a wake-up.
+    /// The deadlines.
     fn deadline(&self) -> Option<Instant> {
         match self {
             Self::Preparing { making, .. } => Some(making.birth.deadline()),
@@ -173,11 +174,11 @@ struct Shim {
     reopens: VecDeque<Option<(Asker, Instant)>>,
 }
 
-/// Serves the container until it has ended: `connection` leads to the daemon, `directory` is where
-/// to listen for the next one.
+/// Serves the container until it has ended: `connection` leads to the daemon, and the shim listens
+/// in `directory` for the next one.
 ///
 /// # Errors
-/// When the shim itself cannot work: no descriptors, no epoll, the socket's name taken.
+/// When the shim cannot work: no descriptors, no epoll, or the socket's name is taken.
 pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
     let (writer, poll, children, listener) = match prepare(&directory) {
         Ok(prepared) => prepared,
@@ -224,7 +225,7 @@ fn prepare(directory: &OwnedFd) -> Result<(OwnedFd, Poll, ChildSignals, OwnedFd)
     let poll = Poll::new().step(STEP, "epoll")?;
     let children = ChildSignals::new().step(STEP, "signals")?;
     poll.watch(children.as_fd(), TOKEN_CHILDREN, Interest::Input).step(STEP, "signals")?;
-    // The first that needs room on the filesystem of the runtime state.
+    // The first step that needs space on the filesystem of the runtime state.
     let listener = socket::listen_below(directory.as_fd(), SOCKET).step(STEP, SOCKET)?;
     poll.watch(listener.as_fd(), TOKEN_LISTENER, Interest::Input).step(STEP, SOCKET)?;
     Ok((writer, poll, children, listener))
@@ -254,7 +255,7 @@ impl Shim {
         Ok(events)
     }
 
-    /// The first of all deadlines.
+    /// The earliest deadline.
     fn deadline(&self) -> Option<Instant> {
         let of_execs = self.execs.iter().filter_map(|exec| exec.birth().map(Birth::deadline));
         let of_reopens = self.reopens.iter().flatten().map(|(_, deadline)| *deadline);
@@ -299,7 +300,7 @@ impl Shim {
         }
     }
 
-    /// Acts on every deadline that is over.
+    /// Acts on every deadline that has passed.
     fn time_over(&mut self) {
         let now = Instant::now();
         self.fail_late_execs(now, &too_long("run the program"));
@@ -330,14 +331,14 @@ impl Shim {
         if !counter.look()
             && let Some(file) = counter.changing()
         {
-            // It would be ready for ever. That it is not watched is what is wanted.
+            // It would stay ready forever. That it is no longer watched is intended.
             let _ = self.poll.forget(file);
         }
     }
 
     fn accept(&mut self) {
         let Ok(socket) = socket::accept(self.listener.as_fd()) else { return };
-        // The directory is root's alone; this is the second lock on the same door.
+        // Only root can access the directory; this is a second check.
         if !matches!(socket::peer_uid(socket.as_fd()), Ok(0)) || self.connections.len() >= MAX_CONNECTIONS {
             return;
         }
@@ -350,7 +351,7 @@ impl Shim {
         }
     }
 
-    /// The first of so many tokens that no wake-up has borne.
+    /// Reserves so many unused tokens, and returns the first.
     fn new_tokens(&mut self, count: u64) -> u64 {
         self.next_token += count;
         self.next_token - count
@@ -383,7 +384,7 @@ impl Shim {
         self.finish_if_unwanted();
     }
 
-    /// Ends a shim without a container and without anyone who could ask for one.
+    /// Ends a shim without a container and without a connection that could create one.
     fn finish_if_unwanted(&mut self) {
         if self.connections.is_empty() && matches!(self.state, State::Empty) {
             self.state = State::Finished;
@@ -448,7 +449,7 @@ impl Shim {
         }
     }
 
-    /// Answers a request of before.
+    /// Answers an earlier request.
     fn tell(&mut self, asker: Asker, answer: Answer) {
         if self.connections.iter().any(|connection| connection.token() == asker.connection) {
             self.reply(asker.connection, asker.request_id, answer);
@@ -495,9 +496,9 @@ impl Shim {
         self.finish_if_drained(false);
     }
 
-    /// A child that has ended. A process that its maker has not named yet looks like an orphan: as
-    /// long as there may be one, only children that are known count, so that no number becomes
-    /// another process's before it is known.
+    /// Handles a child that has ended. A process that its maker has not named yet looks like an
+    /// orphan: as long as there may be one, only known children are reaped, so that no pid is
+    /// reused before it is known.
     fn ended_child(&self) -> Option<i32> {
         let births = || self.execs.iter().filter_map(Exec::birth).chain(self.state.birth());
         if !births().any(Birth::expects_successor) {
@@ -511,7 +512,7 @@ impl Shim {
             .find_map(|pid| process::ended_child(Some(pid)).ok().flatten())
     }
 
-    /// A child was reaped, so its number may be another's from now on.
+    /// Notes that a child was reaped, so its pid may be reused.
     fn child_ended(&mut self, pid: i32, ended: ProcessEnded) {
         if self.state.container().is_some_and(|container| container.created.pid == pid) {
             self.main_ended(ended);
@@ -530,7 +531,7 @@ impl Shim {
 }
 
 impl Shim {
-    /// Passes on what programs of a container that is over have written. For all others this shim
+    /// Relays the remaining output of execs when the container is over. For all others this shim
     /// has ended: no daemon can connect any more, and its own has everything.
     fn pass_on_the_rest(self) -> io::Result<()> {
         let Self { poll, mut relays, children, listener, connections, .. } = self;

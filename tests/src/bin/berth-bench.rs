@@ -1,10 +1,10 @@
 //! `make bench`: the same CRI calls on several runtimes in one run, side by side.
 //!
-//! Called as `berth-bench NAME SOCKET DAEMON_PID [NAME SOCKET DAEMON_PID]...`; `scripts/bench` starts the
-//! runtimes. Each has the image [`IMAGE`], is idle, and has no other load. The runtimes take turns
-//! round by round, so that what the machine does besides meets them alike. Times are those of one client on
-//! the socket; memory is the proportional set size of `proc_pid_smaps(5)`, in which a page that n processes
-//! share counts 1/n for each.
+//! Called as `berth-bench NAME SOCKET DAEMON_PID [NAME SOCKET DAEMON_PID]...`; `scripts/bench`
+//! starts the runtimes. Each has the image [`IMAGE`], is idle, and has no other load. The runtimes
+//! take turns round by round, so that what the machine does besides meets them alike. Times are
+//! those of one client on the socket; memory is the proportional set size of `proc_pid_smaps(5)`,
+//! in which a page that n processes share counts 1/n for each.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -38,22 +38,23 @@ const IMAGE: &str = "localhost/berth/demo:latest";
 /// Rounds of one pod per runtime.
 const ROUNDS: usize = 30;
 
-/// Rounds before those, whose times do not count: caches are cold, and a runtime may set things up on first
-/// use.
+/// Rounds before those, whose times do not count: caches are cold, and a runtime may set things up
+/// on first use.
 const WARM_UP: usize = 3;
 
 /// Execs in each round's container.
 const EXECS: usize = 5;
 
-/// Pods that are started one beside the other, and how many at a time. A node's kubelet allows 110 pods.
+/// Pods that are started one beside the other, and how many at a time. A node's kubelet allows 110
+/// pods.
 const CROWD: usize = 100;
 const AT_A_TIME: usize = 8;
 
 /// Lists of all containers' stats, with the crowd there.
 const LISTS: usize = 10;
 
-/// What a container writes to its log for the throughput: so many times a file of so many lines of a hundred
-/// bytes.
+/// What a container writes to its log for the throughput: so many times a file of so many lines of
+/// a hundred bytes.
 const LOG_FILES: u64 = 20;
 const LOG_FILE_LINES: u64 = 100_000;
 const LOG_LINE_BYTES: u64 = 100;
@@ -70,8 +71,8 @@ const ATTACHED: usize = 1000;
 /// Commands that wait with their streams open.
 const WAITING: usize = 100;
 
-/// Short commands, after which the daemon has what it had before; and some before those, for what it makes
-/// once.
+/// Short commands, after which the daemon has what it had before; and some before those, for what
+/// it makes once.
 const SHORT: usize = 500;
 const SHORT_WARM_UP: usize = 50;
 
@@ -422,7 +423,8 @@ impl Runtime {
         }
     }
 
-    /// Many pods at once: how fast they come, what they cost while they are there, how fast they go.
+    /// Many pods at once: how fast they come, what they cost while they are there, how fast they
+    /// go.
     async fn crowd(&mut self) -> Result<()> {
         let daemon_before = pss_bytes(self.daemon_pid)?;
         let configs = (0..CROWD).map(|number| self.pod_config(&format!("crowd-{number}"))).collect();
@@ -483,8 +485,8 @@ impl Streamed {
     }
 }
 
-/// What a kubelet asks for when the pod's manifest says nothing: a pid namespace for each container, the rest
-/// shared.
+/// What a kubelet asks for when the pod's manifest says nothing: a pid namespace for each
+/// container, the rest shared.
 fn namespaces() -> NamespaceOption {
     NamespaceOption { pid: NamespaceMode::Container.into(), ..NamespaceOption::default() }
 }
@@ -494,8 +496,8 @@ fn sleeping() -> Vec<String> {
     vec!["sleep".to_owned(), "1000000".to_owned()]
 }
 
-/// Between the two times that the container wrote to standard error, before and after its lines: seconds
-/// since the boot, with two decimals (`proc_uptime(5)`). An error when a line is missing.
+/// Between the two times that the container wrote to standard error, before and after its lines:
+/// seconds since the boot, with two decimals (`proc_uptime(5)`). An error when a line is missing.
 fn log_time(path: &Path) -> Result<Duration> {
     let mut times = Vec::new();
     let mut lines = 0;
@@ -555,8 +557,8 @@ async fn start_pod(
     Ok((Pod { sandbox, container }, [run, create, start]))
 }
 
-/// StopContainer without grace, StopPodSandbox, RemovePodSandbox, and how long each took. The container is
-/// removed in between, untimed, as a kubelet does.
+/// StopContainer without grace, StopPodSandbox, RemovePodSandbox, and how long each took. The
+/// container is removed in between, untimed, as a kubelet does.
 async fn end_pod(client: &mut RuntimeServiceClient<Channel>, pod: &Pod) -> Result<[Duration; 3]> {
     let request = StopContainerRequest { container_id: pod.container.clone(), timeout: 0 };
     let (_, container) = timed(client.stop_container(request)).await.context("StopContainer")?;
@@ -599,13 +601,14 @@ where
     Ok(done)
 }
 
-/// The memory of what the runtime keeps for these pods beside the programs in the containers, in bytes.
+/// The memory of what the runtime keeps for these pods beside the programs in the containers, in
+/// bytes.
 fn own_bytes(pods: &[Pod]) -> Result<u64> {
     own_processes(pods)?.into_iter().map(pss_bytes).sum()
 }
 
-/// The processes whose children the programs in the containers are (shims), their other children (which write
-/// the logs), and what runs in the sandboxes' own cgroups (pause).
+/// The processes whose children the programs in the containers are (shims), their other children
+/// (which write the logs), and what runs in the sandboxes' own cgroups (pause).
 fn own_processes(pods: &[Pod]) -> Result<BTreeSet<u32>> {
     let (mut own, mut others) = (BTreeSet::new(), Vec::new());
     for entry in fs::read_dir("/proc").context("listing processes")? {
@@ -633,7 +636,8 @@ fn parent(pid: u32) -> Option<u32> {
     status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
-/// The proportional set size of a process in bytes, from `/proc/PID/smaps_rollup` (`proc_pid_smaps(5)`).
+/// The proportional set size of a process in bytes, from `/proc/PID/smaps_rollup`
+/// (`proc_pid_smaps(5)`).
 fn pss_bytes(pid: u32) -> Result<u64> {
     memory_bytes(pid, "Pss:")
 }
@@ -648,8 +652,8 @@ fn memory_bytes(pid: u32, key: &str) -> Result<u64> {
     Ok(kib * 1024)
 }
 
-/// A row per measurement, a column per runtime, and how many times the first one's time or memory the last
-/// one takes.
+/// A row per measurement, a column per runtime, and how many times the first one's time or memory
+/// the last one takes.
 fn table(runtimes: &[Runtime]) -> String {
     let mut text = format!("{:<46}", format!("median of {ROUNDS} (95 of 100 within)"));
     for runtime in runtimes {

@@ -27,7 +27,8 @@ fn on_terminal(container: &Container) -> v1::AttachRequest {
     v1::AttachRequest { tty: true, stderr: false, ..all(container) }
 }
 
-/// Descriptors of a container's shim: they show whether a client is attached, which itself learns nothing.
+/// Descriptors of a container's shim: they show whether a client is attached, which itself learns
+/// nothing.
 fn held(container: &Container) -> Result<usize> {
     Ok(fs::read_dir(format!("/proc/{}/fd", container.shim_pid()?))?.count())
 }
@@ -366,7 +367,8 @@ fn no_more_clients_are_attached_than_there_are_places() -> Result<()> {
 /// Resident memory of a process, in KiB.
 fn resident(pid: impl std::fmt::Display) -> Result<usize> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    // Not of files: pages of the programs count for less as long as daemons of other tests have them too.
+    // Not of files: pages of the programs count for less as long as daemons of other tests have
+    // them too.
     let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss_Anon:")).context("Pss_Anon")?;
     Ok(pss.trim().trim_end_matches(" kB").parse()?)
 }

@@ -1,12 +1,13 @@
-//! A container that makes its directory as deep as it can: much deeper than any path, stack or table of
-//! descriptors.
+//! A container that makes its directory as deep as it can: much deeper than any path, stack or
+//! table of descriptors.
+
+use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{SOON, Setup, rootful_with};
 use berth_tests::deadline::within;
 use berth_tests::pod::shell;
-use std::fs;
 
 const DEPTH: u64 = 100_000;
 

@@ -1,5 +1,6 @@
-//! Directories of the host whose locks a container holds: whoever makes something in one, or looks for a name
-//! that is not in memory, waits in the kernel and cannot be killed. That is never the daemon.
+//! Directories of the host whose locks a container holds: whoever makes something in one, or looks
+//! for a name that is not in memory, waits in the kernel and cannot be killed. That is never the
+//! daemon.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -16,8 +17,9 @@ use berth_tests::pod::{Container, Pod, container, idle, volume};
 use berth_tests::skip::skip;
 use tonic::{Code, Status};
 
-/// Lists a directory into a page of a file that nobody serves: by open(2), mmap(2) and getdents64(2). The
-/// directory is locked until the page is there. Perl's own open would ask the file what else it can do.
+/// Lists a directory into a page of a file that nobody serves: by open(2), mmap(2) and
+/// getdents64(2). The directory is locked until the page is there. Perl's own open would ask the
+/// file what else it can do.
 const HOLD: &str = "
 my ($file, $directory) = @ARGV;
 my $page = syscall(9, 0, 4096, 3, 2, syscall(2, $file, 0), 0);
@@ -35,8 +37,8 @@ struct Holder {
 }
 
 impl Holder {
-    /// Has a container of the pod `config` hold `directory`, of which it has a mount that is only for
-    /// reading. `None` where that cannot be.
+    /// Has a container of the pod `config` hold `directory`, of which it has a mount that is only
+    /// for reading. `None` where that cannot be.
     fn start(daemon: &Daemon, config: v1::PodSandboxConfig, directory: &Path) -> Result<Option<Self>> {
         let place = daemon.directory("hanging")?;
         let perl = Path::new("/usr/bin/perl");
@@ -225,8 +227,8 @@ fn a_log_directory_that_a_container_holds_keeps_no_other_pod_and_no_daemon_waiti
     })
 }
 
-/// Has locked what a daemon locks, listens where a daemon listens, and waits for a held directory: by
-/// open(2) and flock(2), and by mkdir(2), or by open(2) with `O_CREAT`.
+/// Has locked what a daemon locks, listens where a daemon listens, and waits for a held directory:
+/// by open(2) and flock(2), and by mkdir(2), or by open(2) with `O_CREAT`.
 const WAIT: &str = "
 use Socket;
 my ($path, $call, $socket, @locks) = @ARGV;

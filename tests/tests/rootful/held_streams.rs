@@ -1,5 +1,5 @@
-//! Streams whose locks a container holds: a process with the other end waits in the kernel and cannot be
-//! killed. That may be the container's own shim, and never the daemon.
+//! Streams whose locks a container holds: a process with the other end waits in the kernel and
+//! cannot be killed. That may be the container's own shim, and never the daemon.
 
 use std::process::{Child, Command as Program, Stdio};
 use std::thread;
@@ -15,11 +15,12 @@ use berth_tests::pod::{Container, idle, volume, words};
 use berth_tests::skip::skip;
 use berth_tests::streams::Command;
 
-/// Fills its output and, beside that, has the kernel copy a file to it: for that the pipe is locked until the
-/// file is read.
+/// Fills its output and, beside that, has the kernel copy a file to it: for that the pipe is locked
+/// until the file is read.
 const HOLD_A_PIPE: &str = "yes & cat /volume/file";
 
-/// Asks a terminal for its size, to be written to a page of a file: the size is locked until that is read.
+/// Asks a terminal for its size, to be written to a page of a file: the size is locked until that
+/// is read.
 const HOLD_A_TERMINAL: &str = "
 import fcntl, mmap, os, sys, termios
 page = mmap.mmap(os.open(sys.argv[1], os.O_RDONLY), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -27,8 +28,8 @@ terminal = os.open(sys.argv[2], os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
 fcntl.ioctl(terminal, termios.TIOCGWINSZ, page, True)
 ";
 
-/// A process outside the container's namespaces, but in its cgroup, that holds the size of its terminal:
-/// as one inside could that has more than a shell.
+/// A process outside the container's namespaces, but in its cgroup, that holds the size of its
+/// terminal: as one inside could that has more than a shell.
 fn hold_terminal(daemon: &Daemon, container: &Container, file: &str) -> Result<Child> {
     let listed = daemon.cgroup().read("memory", &container.id, "cgroup.procs")?;
     let terminal = listed

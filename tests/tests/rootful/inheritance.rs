@@ -1,5 +1,5 @@
-//! What a process has from its parent: that of a container has nothing from the daemon, however that was
-//! started.
+//! What a process has from its parent: that of a container has nothing from the daemon, however
+//! that was started.
 
 use std::fs;
 use std::path::Path;
@@ -13,8 +13,8 @@ use berth_tests::pod::{idle, security, sharing, sharing_pod};
 use berth_tests::program::output;
 use berth_tests::skip::skip;
 
-/// A session keyring with a key that only who possesses it can see, and the early memory failure policy:
-/// add_key(2), keyctl(2), PR_MCE_KILL(2const), by their numbers on x86_64.
+/// A session keyring with a key that only who possesses it can see, and the early memory failure
+/// policy: add_key(2), keyctl(2), PR_MCE_KILL(2const), by their numbers on x86_64.
 const ODDER: &str = r#"
     my ($kind, $name, $content) = ("user", "berth-test-secret", "x");
     syscall(250, 1, 0) != -1 or die "join a session keyring: $!";
@@ -58,8 +58,8 @@ const ODD: Setup = Setup {
     ],
 };
 
-/// `PF_MCE_PROCESS` of the kernel's <linux/sched.h>, in field 9 of proc_pid_stat(5): it has a policy of its
-/// own for memory failures.
+/// `PF_MCE_PROCESS` of the kernel's <linux/sched.h>, in field 9 of proc_pid_stat(5): it has a
+/// policy of its own for memory failures.
 const PF_MCE_PROCESS: u64 = 0x80;
 
 /// What the kernel says of a process, line by line.
@@ -73,8 +73,8 @@ fn inherited(pid: i32) -> Result<Vec<String>> {
         status.lines().find(|line| line.starts_with("Cpus_allowed_list")).context("processors")?;
     let io = output(Command::new("ionice").args(["-p", &pid.to_string()]))?;
     let stat = read("stat")?;
-    // proc_pid_stat(5): field 19 is the nice value, 41 the policy; the fields after the name begin with the
-    // third.
+    // proc_pid_stat(5): field 19 is the nice value, 41 the policy; the fields after the name begin
+    // with the third.
     let fields: Vec<&str> = stat.rsplit(')').next().context("fields")?.split_ascii_whitespace().collect();
     Ok(vec![
         processors.to_owned(),
@@ -118,8 +118,8 @@ fn a_container_has_nothing_from_a_daemon_that_was_started_oddly() -> Result<()> 
              /proc/self/coredump_filter",
         )?;
         assert_eq!(said, format!("{}\n0\n00000000\n50000\n00000033\n", expected[0]), "a process of exec");
-        // Those that enter a pid namespace where others live go another way, and the first process there is
-        // Berth's own.
+        // Those that enter a pid namespace where others live go another way, and the first process
+        // there is Berth's own.
         let pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
         let main = pod.start(sharing(idle("main")))?;
         assert_eq!(inherited(main.pid()?)?, expected, "a main process in a shared namespace");

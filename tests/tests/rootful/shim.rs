@@ -17,8 +17,8 @@ use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, kill};
 use nix::unistd::Pid;
 use tonic::{Code, Status};
 
-/// The most own memory that a shim may have, in KiB: the budget of a pod of one container, of which the
-/// program takes a part.
+/// The most own memory that a shim may have, in KiB: the budget of a pod of one container, of which
+/// the program takes a part.
 const MOST_PSS_KIB: u64 = 512;
 
 fn gone(shim: i32) -> Result<()> {
@@ -151,8 +151,8 @@ fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
         let census = Census::take(daemon)?;
         let filler = daemon.state().join("filler");
         fs::create_dir(&filler)?;
-        // A container needs two directories, and its shim a socket in one: there is no place for that one
-        // only.
+        // A container needs two directories, and its shim a socket in one: there is no place for
+        // that one only.
         let mut files = 0;
         while fs::write(filler.join(files.to_string()), "").is_ok() {
             files += 1;

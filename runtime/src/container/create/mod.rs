@@ -1,10 +1,10 @@
 //! CreateContainer: everything up to the exec of the program.
 //!
-//! Step by step: `resolve` looks up what the request names, `spec` says what the container is, `cgroup` keeps
-//! the limits and devices that the finished spec has, `plan` says what the shim does, `launch` lets it. Up to
-//! `launch` all of it is on a blocking thread. On success the record is written last: it is what makes the
-//! container exist. On failure everything is taken back (`files`); what a crash leaves half-way is found by
-//! the next start, by the missing record.
+//! Step by step: `resolve` looks up what the request names, `spec` says what the container is,
+//! `cgroup` sets the limits and devices of the finished spec, `plan` says what the shim does,
+//! `launch` starts it. Up to `launch` all of it is on a blocking thread. On success the record is
+//! written last: it is what makes the container exist. On failure everything is cleaned up
+//! (`files`); what a crash leaves behind is found by the next start, by the missing record.
 
 mod cgroup;
 mod files;
@@ -14,14 +14,8 @@ mod profiles;
 mod resolve;
 mod spec;
 
-use super::target::Target;
-use super::{Container, ContainerError, follow};
-use crate::clock::unix_ns;
-use crate::names::Name;
-use crate::node::Node;
-use crate::random::random_bytes;
-use crate::sandbox::{Creation, Sandbox};
-use crate::shim_client::Holder;
+use std::sync::Arc;
+
 use ::oci_spec::runtime::Spec;
 use berth_cgroup::Cgroup;
 use berth_image::Lease;
@@ -30,10 +24,18 @@ use berth_model::id::ContainerId;
 use berth_model::layout::ContainerFiles;
 use berth_model::record::ContainerRecord;
 use berth_shim_proto::launch::Launch;
-use files::Made;
-use std::sync::Arc;
 
-/// Makes a container, which is CREATED on return. On an error nothing of it is left.
+use super::target::Target;
+use super::{Container, ContainerError, follow};
+use crate::clock::unix_ns;
+use crate::names::Name;
+use crate::node::Node;
+use crate::random::random_bytes;
+use crate::sandbox::{Creation, Sandbox};
+use crate::shim_client::Holder;
+use files::Made;
+
+/// Creates a container, which is CREATED on return. On an error nothing of it is left.
 pub(crate) async fn create(
     node: Arc<Node>,
     sandbox: Arc<Sandbox>,
@@ -97,19 +99,19 @@ async fn make(
     Ok(container)
 }
 
-/// What is ready for the shim.
+/// A container that is ready for its shim.
 struct Prepared {
     record: ContainerRecord,
     files: ContainerFiles,
     cgroup: Cgroup,
-    /// In the cgroup until the container's process is.
+    /// In the cgroup until the container's process is in it.
     holder: Option<Holder>,
     target: Option<Target>,
     spec: Spec,
     plan: Launch,
 }
 
-/// What is to be made of what.
+/// The input of a creation.
 struct Order {
     node: Arc<Node>,
     sandbox: Arc<Sandbox>,
@@ -120,7 +122,7 @@ struct Order {
 }
 
 impl Order {
-    /// Makes everything that the shim is handed; on an error nothing of it is left. Blocking.
+    /// Creates everything that the shim gets; on an error nothing of it is left. Blocking.
     fn prepare(self) -> Result<Prepared, ContainerError> {
         let node = self.node.clone();
         let mut made = Made { files: node.layout.container(&self.id), cgroup: None };

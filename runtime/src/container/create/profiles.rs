@@ -1,18 +1,20 @@
 //! The AppArmor and seccomp profiles of a request.
 
+use std::path::Path;
+
+use ::oci_spec::runtime::LinuxSeccomp;
+use berth_model::container::Config;
+use berth_model::security::Profile;
+use berth_seccomp::Circumstances;
+
 use crate::apparmor;
 use crate::container::ContainerError;
 use crate::host_paths::HostPathError;
 use crate::node::Node;
 use crate::oci_spec;
-use ::oci_spec::runtime::LinuxSeccomp;
-use berth_model::container::Config;
-use berth_model::security::Profile;
-use berth_seccomp::Circumstances;
-use std::path::Path;
 
-/// The name of Berth's own profile, if the container gets it. A kernel that enforces `AppArmor` without it
-/// makes no such container.
+/// The name of Berth's own profile, if the container gets it. Where `AppArmor` is enforced and the
+/// profile is missing, the container is refused.
 pub(super) fn default_apparmor_profile(
     node: &Node,
     config: &Config,

@@ -1,4 +1,12 @@
-//! What a request names, looked up: layers, profiles, and paths of the host. Of a container nothing is made.
+//! What a request names, looked up: layers, profiles, and paths of the host. Of a container nothing
+//! is made.
+
+use std::path::Path;
+
+use ::oci_spec::runtime::LinuxSeccomp;
+use berth_image::{Image, Lease, StoredLayer};
+use berth_model::container::{Config, Mount};
+use berth_model::limit::MAX_NAME_BYTES;
 
 use super::profiles;
 use crate::container::ContainerError;
@@ -7,13 +15,8 @@ use crate::host_paths::{HostPathError, HostPaths};
 use crate::node::Node;
 use crate::oci_spec::{ResolvedDevice, ResolvedMount, devices, mounts, stop_signal::stop_signal};
 use crate::sandbox::Sandbox;
-use ::oci_spec::runtime::LinuxSeccomp;
-use berth_image::{Image, Lease, StoredLayer};
-use berth_model::container::{Config, Mount};
-use berth_model::limit::MAX_NAME_BYTES;
-use std::path::Path;
 
-/// What was found for a request.
+/// The resolved parts of a request.
 pub(super) struct Resolved {
     /// The image's layers, the top one first; at least one.
     pub(super) layers: Vec<StoredLayer>,
@@ -23,7 +26,7 @@ pub(super) struct Resolved {
     pub(super) devices: Vec<ResolvedDevice>,
     /// The host's, for a privileged container.
     pub(super) host_devices: Vec<ResolvedDevice>,
-    /// The places that the image wants to have as volumes.
+    /// The paths of the image's volumes.
     pub(super) volumes: Vec<String>,
     pub(super) default_apparmor_profile: Option<&'static str>,
     pub(super) seccomp: Option<LinuxSeccomp>,
@@ -49,7 +52,7 @@ pub(super) fn resolve(
     let target = verified_target(node, sandbox, config)?;
     let mounts = resolve_mounts(&node.host_paths, config)?;
     let devices = resolve_devices(&node.host_paths, config, &mounts)?;
-    // Each time: disks come and go.
+    // Looked up each time: disks come and go.
     let host_devices = match config.security.privileged {
         true => node.host_paths.host_devices().map_err(|error| of_host("the host's devices", error))?,
         false => Vec::new(),

@@ -1,28 +1,30 @@
 //! `PodSandboxConfig` into [`sandbox::Config`].
 
-use super::field::{self, Field, Rejected, absolute_forward, at_most, no_longer_than, quoted};
-use super::{SeLinux, security, sysctl};
-use crate::handlers::Handlers;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
 use berth_cri::v1;
 use berth_model::limit::MAX_NAME_BYTES;
 use berth_model::sandbox::{Config, Dns, Metadata, PortMapping};
 use berth_model::security::Namespaces;
 use prost::Message;
-use std::collections::BTreeMap;
-use std::net::IpAddr;
 
-/// The largest `PodSandboxConfig` or `ContainerConfig`, in bytes on the wire. As JSON in a record it can
-/// become six times as long (each byte as `\u0001`), and a record is read up to 64 MiB.
+use super::field::{self, Field, Rejected, absolute_forward, at_most, no_longer_than, quoted};
+use super::{SeLinux, security, sysctl};
+use crate::handlers::Handlers;
+
+/// The largest `PodSandboxConfig` or `ContainerConfig`, in bytes on the wire. As JSON in a record
+/// it can become six times as long (each byte as `\u0001`), and a record is read up to 64 MiB.
 pub(super) const MAX_CONFIG_BYTES: usize = 8 << 20;
 
-/// Labels together, annotations together: bytes of keys and values. Kubernetes stores at most 256 KiB of
-/// annotations with an object.
+/// Limit on labels, and on annotations: bytes of keys and values. Kubernetes stores at most 256 KiB
+/// of annotations with an object.
 const MAX_LABELS_BYTES: usize = 1 << 20;
 
-/// Port mappings: one for each number there is.
+/// Limit on port mappings: one for each port.
 const MAX_PORT_MAPPINGS: usize = 65_536;
 
-/// Entries of one list of the DNS configuration; a kubelet allows 32 search domains.
+/// Limit on entries of one list of the DNS configuration; a kubelet allows 32 search domains.
 const MAX_DNS_ENTRIES: usize = 1024;
 
 /// The longest hostname: `HOST_NAME_MAX` of <linux/limits.h>.
@@ -31,7 +33,7 @@ const MAX_HOSTNAME_BYTES: usize = 64;
 /// The longest component of a path: `NAME_MAX` of <linux/limits.h>.
 const MAX_COMPONENT_BYTES: usize = 255;
 
-/// The sandbox asked for by `RunPodSandboxRequest`.
+/// The sandbox of a `RunPodSandboxRequest`.
 ///
 /// # Errors
 /// [`Rejected`], with the first field that is wrong.
@@ -73,7 +75,7 @@ pub fn sandbox_config(
     })
 }
 
-/// It is no larger than a record can be.
+/// Checks that it fits a record.
 pub(super) fn fits_a_record(field: &Field<'_>, message: &impl Message) -> Result<(), Rejected> {
     let bytes = message.encoded_len();
     if bytes > MAX_CONFIG_BYTES {
@@ -116,7 +118,7 @@ fn optional_directory(field: &Field<'_>, text: String) -> Result<String, Rejecte
 
 fn cgroup_parent(field: &Field<'_>, text: String) -> Result<String, Rejected> {
     let text = optional_directory(field, text)?;
-    // It shows in lines of /proc/<pid>/cgroup and becomes names of directories.
+    // It appears in lines of /proc/<pid>/cgroup and becomes directory names.
     if text.chars().any(char::is_control) {
         return Err(field.invalid("contains a control character"));
     }
@@ -134,14 +136,14 @@ fn dns(field: &Field<'_>, message: v1::DnsConfig) -> Result<Dns, Rejected> {
         for (index, entry) in entries.iter().enumerate() {
             let entry_field = list.at(index);
             field::name(&entry_field, entry)?;
-            // One word, or it would begin another entry or another line of resolv.conf.
+            // Whitespace would begin another entry or another line of resolv.conf.
             if entry.chars().any(char::is_whitespace) {
                 return Err(entry_field.invalid(format!("{} contains whitespace", quoted(entry))));
             }
         }
     }
     for (index, server) in servers.iter().enumerate() {
-        // resolver(5) takes an interface after a link-local address: fe80::1%eth0.
+        // resolver(5) accepts an interface after a link-local address: fe80::1%eth0.
         let address = server.split_once('%').map_or(server.as_str(), |(address, _)| address);
         if address.parse::<IpAddr>().is_err() {
             return Err(field
@@ -202,7 +204,7 @@ pub(super) fn labels(
     Ok(labels)
 }
 
-/// Names with dots, of parameters that belong to a namespace of the pod's own.
+/// Names with dots, of parameters in the pod's own namespaces.
 fn sysctls(
     field: &Field<'_>,
     asked: BTreeMap<String, String>,
@@ -223,9 +225,10 @@ fn sysctls(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use berth_model::security::NamespaceMode;
     use berth_model::security::Profile;
+
+    use super::*;
 
     fn asked() -> v1::PodSandboxConfig {
         v1::PodSandboxConfig {

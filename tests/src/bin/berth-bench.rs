@@ -65,8 +65,9 @@ const LOG_PATIENCE: Duration = Duration::from_secs(120);
 /// What goes through the streams of a command in each direction.
 const STREAM_BYTES: usize = 500_000_000;
 
-/// Clients that are attached and silent.
+/// Clients that are attached and silent, and pods that they are attached to: a container takes 256.
 const ATTACHED: usize = 1000;
+const ATTACHED_TO: usize = 5;
 
 /// Commands that wait with their streams open.
 const WAITING: usize = 100;
@@ -321,7 +322,7 @@ impl Runtime {
         let mut client = self.client.clone();
         let script = "while sleep 1000000; do :; done";
         let command = vec!["sh".to_owned(), "-c".to_owned(), script.to_owned()];
-        let (pod, _) = start_pod(&mut client, self.pod_config("streams"), command).await?;
+        let (pod, _) = start_pod(&mut client, self.pod_config("streams"), command.clone()).await?;
 
         let begin = Instant::now();
         let mut out = self.exec(&pod, &["head", "-c", &STREAM_BYTES.to_string(), "/dev/zero"]).await?;
@@ -350,14 +351,14 @@ impl Runtime {
         ensure!(counted.trim() == STREAM_BYTES.to_string(), "{counted} bytes went");
         drop(counting);
 
-        let before = self.own_anonymous(&pod)?;
+        let before = self.own_anonymous(std::slice::from_ref(&pod))?;
         let mut waiting = Vec::new();
         for _ in 0..WAITING {
             let mut command = self.exec(&pod, &["sh", "-c", "echo up; read line"]).await?;
             ensure!(command.says().await? == "up\n");
             waiting.push(command);
         }
-        let more = self.own_anonymous(&pod)?.saturating_sub(before);
+        let more = self.own_anonymous(std::slice::from_ref(&pod))?.saturating_sub(before);
         self.found.bytes_per_waiting = more / u64::try_from(WAITING)?;
         drop(waiting);
 
@@ -375,31 +376,39 @@ impl Runtime {
             bytes: after.bytes.saturating_sub(before.bytes),
         };
 
-        let before = self.own_anonymous(&pod)?;
-        let request = AttachRequest {
-            container_id: pod.container.clone(),
-            stdout: true,
-            stderr: true,
-            ..AttachRequest::default()
-        };
+        let mut pods = vec![pod];
+        for number in 1..ATTACHED_TO {
+            let config = self.pod_config(&format!("streams-{number}"));
+            pods.push(start_pod(&mut client, config, command.clone()).await?.0);
+        }
+        self.settled().await?;
+        let before = self.own_anonymous(&pods)?;
         let wanted = Wanted { stdout: true, stderr: true, ..Wanted::default() };
         let mut attached = Vec::new();
-        for _ in 0..ATTACHED {
-            let url = client.attach(request.clone()).await.context("Attach")?.into_inner().url;
+        for pod in pods.iter().cycle().take(ATTACHED) {
+            let request = AttachRequest {
+                container_id: pod.container.clone(),
+                stdout: true,
+                stderr: true,
+                ..AttachRequest::default()
+            };
+            let url = client.attach(request).await.context("Attach")?.into_inner().url;
             attached.push(self.stream(&url, wanted).await?);
         }
         // They are there when the daemon has nothing more to do.
         self.settled().await?;
-        let more = self.own_anonymous(&pod)?.saturating_sub(before);
+        let more = self.own_anonymous(&pods)?.saturating_sub(before);
         self.found.bytes_per_attached = more / u64::try_from(ATTACHED)?;
         drop(attached);
-        end_pod(&mut client, &pod).await?;
+        for pod in &pods {
+            end_pod(&mut client, pod).await?;
+        }
         Ok(())
     }
 
-    /// Anonymous memory of the daemon and of what it keeps for a pod.
-    fn own_anonymous(&self, pod: &Pod) -> Result<u64> {
-        let own = own_processes(std::slice::from_ref(pod))?;
+    /// Anonymous memory of the daemon and of what it keeps for pods.
+    fn own_anonymous(&self, pods: &[Pod]) -> Result<u64> {
+        let own = own_processes(pods)?;
         let own = own.into_iter().map(|pid| memory_bytes(pid, "Pss_Anon:")).sum::<Result<u64>>()?;
         Ok(own + memory_bytes(self.daemon_pid, "Pss_Anon:")?)
     }

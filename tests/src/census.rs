@@ -187,6 +187,9 @@ fn all_processes() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
+/// The name of processes that look at host paths for the daemon. It keeps one, not always the same.
+const WORKER: &str = "berthd-hostpath";
+
 /// Processes on the daemon's host, in its cgroup, or its children; the dead among them too, for a
 /// process has to wait for them.
 fn processes(daemon: &Daemon) -> Result<Vec<String>> {
@@ -200,6 +203,9 @@ fn processes(daemon: &Daemon) -> Result<Vec<String>> {
             let name = status_field(pid, "Name").unwrap_or_default();
             let state = status_field(pid, "State").unwrap_or_default();
             let dead = if state.starts_with('Z') { " (dead)" } else { "" };
+            if name == WORKER && dead.is_empty() {
+                continue;
+            }
             found.push(format!("{pid} {name}{dead}"));
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
-use berth_tests::census::{children, status_field, waiting_in_kernel};
+use berth_tests::census::{children, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
 use berth_tests::fuse::Hanging;
@@ -32,7 +32,7 @@ const GIVEN_UP: Duration = Duration::from_secs(60);
 /// A filesystem that does not serve, and a container that holds a directory with it.
 struct Holder {
     pod: Pod,
-    main: Container,
+    pid: i32,
     hanging: Hanging,
 }
 
@@ -61,13 +61,13 @@ impl Holder {
             config.mounts.push(v1::Mount { readonly: true, ..volume(from, to) });
         }
         let main = pod.start(config)?;
-        let holder = Self { pod, main, hanging };
-        within(SOON, "it holds the directory", || Ok(holder.holds(daemon)?.then_some(())))?;
+        let holder = Self { pod, pid: main.pid()?, hanging };
+        within(SOON, "it holds the directory", || Ok(holder.holds().then_some(())))?;
         Ok(Some(holder))
     }
 
-    fn holds(&self, daemon: &Daemon) -> Result<bool> {
-        Ok(waiting_in_kernel(daemon, &self.main.id)? > 0)
+    fn holds(&self) -> bool {
+        waits_in(self.pid, GETDENTS64)
     }
 
     /// Ends and removes its pod. A container that has its own file system ends that with itself.
@@ -80,6 +80,18 @@ impl Holder {
         ensure!(begin.elapsed() < patience(GIVEN_UP), "{:?}", begin.elapsed());
         Ok(())
     }
+}
+
+/// Numbers of system calls.
+const GETDENTS64: &str = "217";
+const MKDIR: &str = "83";
+const OPEN: &str = "2";
+
+/// Whether a process waits in the kernel in this system call, and hears no signal: proc_pid_syscall(5).
+fn waits_in(pid: i32, call: &str) -> bool {
+    let inside = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    let state = status_field(pid, "State").unwrap_or_default();
+    inside.split(' ').next() == Some(call) && state.starts_with('D')
 }
 
 /// A call that may take as long as it likes, and when it began.
@@ -117,10 +129,16 @@ fn create(daemon: &Daemon, pod: &Pod, name: &str, source: &Path) -> Call<v1::Cre
     Call::begin(move || client.create_container(request))
 }
 
-/// The children of the daemon that wait in the kernel.
+/// How many processes of Berth, started by the daemon or by those, wait in the kernel.
 fn held_children(daemon: &Daemon) -> Result<usize> {
-    let held = |pid: &i32| status_field(*pid, "State").is_some_and(|state| state.starts_with('D'));
-    Ok(children(i32::try_from(daemon.pid()?)?)?.iter().filter(|pid| held(pid)).count())
+    let (mut found, mut held) = (vec![i32::try_from(daemon.pid()?)?], 0);
+    while let Some(pid) = found.pop() {
+        // One that has ended meanwhile has none.
+        found.extend(children(pid).unwrap_or_default());
+        let is = |field, beginning| status_field(pid, field).is_some_and(|text| text.starts_with(beginning));
+        held += usize::from(is("Name", "berth") && is("State", "D"));
+    }
+    Ok(held)
 }
 
 /// That the daemon makes pods, and does what it should for those that are there.
@@ -165,7 +183,7 @@ fn a_directory_that_a_container_holds_keeps_no_other_pod_and_no_daemon_waiting()
         within(SOON, "another child waits", || Ok((held_children(daemon)? > 1).then_some(())))?;
         daemon.crash()?;
         under_way.refused()?;
-        ensure!(holder.holds(daemon)?, "all the time");
+        ensure!(holder.holds(), "all the time");
         serves(daemon, "of-the-next", &other)?;
 
         let under_way = create(daemon, &pod, "fourth", &held.join("fourth"));
@@ -173,7 +191,7 @@ fn a_directory_that_a_container_holds_keeps_no_other_pod_and_no_daemon_waiting()
         daemon.stop()?;
         under_way.refused()?;
         daemon.start_again()?;
-        ensure!(holder.holds(daemon)?, "all the time");
+        ensure!(holder.holds(), "all the time");
         serves(daemon, "of-the-third", &other)?;
 
         holder.remove()?;
@@ -216,12 +234,13 @@ fn a_log_directory_that_a_container_holds_keeps_no_other_pod_and_no_daemon_waiti
             config: Some(container),
             sandbox_config: Some(config),
         };
+        let before = held_children(daemon)?;
         let under_way = Call::begin(move || client.create_container(request));
-        within(SOON, "its shim waits", || Ok((held_children(daemon)? > 1).then_some(())))?;
+        within(SOON, "its writer waits", || Ok((held_children(daemon)? > before).then_some(())))?;
         serves(daemon, "beside-a-shim", &other)?;
         daemon.crash()?;
         under_way.refused()?;
-        ensure!(holder.holds(daemon)?, "all the time");
+        ensure!(holder.holds(), "all the time");
         serves(daemon, "of-the-next", &other)?;
         holder.remove()
     })
@@ -247,8 +266,7 @@ fn wait_in_place_of_a_daemon(call: &str, held: &Path, socket: &str, locks: &[Pat
     let mut command = Command::new("/usr/bin/perl");
     let child = command.args(["-e", WAIT]).arg(path).args([call, socket]).args(locks).spawn()?;
     let pid = i32::try_from(child.id())?;
-    let state = || status_field(pid, "State").context("its state");
-    within(SOON, "it waits", || Ok(state()?.starts_with('D').then_some(())))?;
+    within(SOON, "it waits", || Ok(waits_in(pid, call).then_some(())))?;
     Ok(child)
 }
 
@@ -263,7 +281,7 @@ fn a_daemon_that_was_killed_and_cannot_end_gives_way_once_it_can_change_nothing(
 
         let socket = daemon.socket().to_string_lossy().into_owned();
         let locks = [daemon.root().join("berthd.lock"), daemon.state()];
-        let mut first = wait_in_place_of_a_daemon("83", &held, &socket, &locks)?;
+        let mut first = wait_in_place_of_a_daemon(MKDIR, &held, &socket, &locks)?;
         let refused = daemon.fail_to_start()?;
         let words = format!("another berthd uses {}: process {};", daemon.root().display(), first.id());
         ensure!(refused.contains(&words), "{refused}");
@@ -277,7 +295,7 @@ fn a_daemon_that_was_killed_and_cannot_end_gives_way_once_it_can_change_nothing(
         ensure!(first.try_wait()?.is_none(), "it has not ended");
         daemon.stop()?;
 
-        let mut second = wait_in_place_of_a_daemon("2", &held, "", &[daemon.root().join("containers")])?;
+        let mut second = wait_in_place_of_a_daemon(OPEN, &held, "", &[daemon.root().join("containers")])?;
         second.kill()?;
         let refused = daemon.fail_to_start()?;
         let words = format!("process {}, which was killed but waits", second.id());

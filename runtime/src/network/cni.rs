@@ -6,6 +6,8 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -45,7 +47,9 @@ pub(crate) struct Cni {
     namespaces: PathBuf,
     /// The last configuration that could be used.
     last_good: Mutex<Option<Arc<NetworkConfig>>>,
-    /// What was wrong with the directory when it was last read, so that it is logged once.
+    /// Whether there has been one, usable or not: this node has a network of its cluster's.
+    had_one: AtomicBool,
+    /// What was wrong when the directory was last read, so that it is logged once.
     complaint: Mutex<Option<String>>,
     /// The kubelet's pod CIDR.
     pod_cidr: Mutex<Option<String>>,
@@ -59,6 +63,7 @@ impl Cni {
             cache: Cache::new(&config.cache_directory),
             namespaces: config.namespace_directory.clone(),
             last_good: Mutex::default(),
+            had_one: AtomicBool::new(false),
             complaint: Mutex::default(),
             pod_cidr: Mutex::default(),
         }
@@ -73,22 +78,32 @@ impl Cni {
     pub(super) fn configuration(&self) -> Result<Option<Arc<NetworkConfig>>, DirectoryError> {
         let error = match self.directory.first() {
             Ok(config) => {
+                self.had_one.store(true, Relaxed);
                 *lock(&self.complaint) = None;
                 *lock(&self.last_good) = Some(config.clone());
                 return Ok(Some(config));
             }
+            Err(error) => error,
+        };
+        match error {
             // Removed on purpose: attaching to what it named would fail or, worse, work.
-            Err(error @ DirectoryError::Empty { .. }) => {
-                let had_one = lock(&self.last_good).take().is_some();
-                if !had_one && lock(&self.complaint).is_none() {
+            DirectoryError::Empty { .. } => {
+                *lock(&self.last_good) = None;
+                if !self.had_one.load(Relaxed) {
+                    *lock(&self.complaint) = None;
                     return Ok(None);
                 }
                 self.complain(&error, "pods wait for a new one");
                 return Err(error);
             }
-            Err(error) => error,
-        };
-        match lock(&self.last_good).clone() {
+            // Whether there is one is not known.
+            DirectoryError::List { .. } => {}
+            DirectoryError::Read { .. } | DirectoryError::Invalid { .. } => {
+                self.had_one.store(true, Relaxed);
+            }
+        }
+        let last_good = lock(&self.last_good).clone();
+        match last_good {
             Some(config) => {
                 self.complain(&error, "the last good configuration stays in use");
                 Ok(Some(config))
@@ -331,6 +346,40 @@ fn bits(quantity: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn at(directory: &Path) -> Cni {
+        Cni::new(&CniConfig {
+            config_directory: directory.join("net.d"),
+            plugin_directories: Vec::new(),
+            cache_directory: directory.join("cache"),
+            namespace_directory: directory.join("netns"),
+        })
+    }
+
+    #[test]
+    fn a_node_without_cni_stays_one_after_an_error() {
+        let top = tempfile::tempdir().unwrap();
+        let cni = at(top.path());
+        assert_eq!(cni.configuration().unwrap(), None);
+        // It cannot be listed for a while, as when descriptors run out.
+        std::fs::write(top.path().join("net.d"), "").unwrap();
+        assert!(matches!(cni.configuration(), Err(DirectoryError::List { .. })));
+        std::fs::remove_file(top.path().join("net.d")).unwrap();
+        assert_eq!(cni.configuration().unwrap(), None);
+    }
+
+    #[test]
+    fn a_node_of_a_cluster_stays_one_without_configuration() {
+        let top = tempfile::tempdir().unwrap();
+        let (cni, file) = (at(top.path()), top.path().join("net.d/1.conf"));
+        std::fs::create_dir(top.path().join("net.d")).unwrap();
+        std::fs::write(&file, "{").unwrap();
+        assert!(matches!(cni.configuration(), Err(DirectoryError::Invalid { .. })));
+        std::fs::remove_file(&file).unwrap();
+        assert!(matches!(cni.configuration(), Err(DirectoryError::Empty { .. })));
+        std::fs::write(&file, r#"{"cniVersion": "1.0.0", "name": "n", "type": "bridge"}"#).unwrap();
+        assert!(cni.configuration().unwrap().is_some());
+    }
 
     #[test]
     fn a_bandwidth_is_a_quantity_in_the_plugins_range() {

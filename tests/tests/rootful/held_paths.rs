@@ -87,7 +87,8 @@ const GETDENTS64: &str = "217";
 const MKDIR: &str = "83";
 const OPEN: &str = "2";
 
-/// Whether a process waits in the kernel in this system call, and hears no signal: proc_pid_syscall(5).
+/// Whether a process waits in the kernel in this system call, and hears no signal:
+/// proc_pid_syscall(5).
 fn waits_in(pid: i32, call: &str) -> bool {
     let inside = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
     let state = status_field(pid, "State").unwrap_or_default();

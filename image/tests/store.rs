@@ -414,7 +414,7 @@ async fn packed_archives_are_imported_under_the_same_limits() {
     for packing in [Packing::Gzip, Packing::Zstd] {
         let bomb = packing.pack(&Layer::new().file("manifest.json", &vec![b' '; 8 << 20]).tar());
         let failed = small.import(file_of(&bomb), None, quiet()).await.unwrap_err();
-        assert!(chain(&failed).contains("more uncompressed bytes than the limit of 1048576"), "{failed:?}");
+        assert!(chain(&failed).contains("exceeds the limit of 1048576 uncompressed bytes"), "{failed:?}");
         let packed = packing.pack(&layout_tar(&image, "p:v"));
         let failed = full.import(file_of(&packed), None, quiet()).await.unwrap_err();
         assert!(matches!(failed, ImportError::DiskFull(_)), "{failed:?}");

@@ -580,7 +580,8 @@ mod tests {
             ("[image]\nmin_free_bytes = 1", &["image"], &[]),
             ("[container.rlimits]\nnofile = 7", &["container"], &[]),
             ("root = '/r'", &[], &["root"]),
-            ("state = '/s'\nsocket = '/x'", &[], &["state", "socket"]),
+            // Pinned namespaces lie in the state.
+            ("state = '/s'\nsocket = '/x'", &[], &["state", "socket", "network"]),
             ("[network]\nmtu = 1400", &[], &["network"]),
             ("[cgroup]\ndriver = 'cgroupfs'", &[], &["cgroup"]),
             ("log = 'warn'\n[compat]\ncadvisor = true", &["log"], &["compat"]),

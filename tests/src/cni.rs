@@ -96,6 +96,7 @@ impl Daemon {
     /// When one cannot be read.
     pub fn cni_attachments(&self) -> Result<Vec<Value>> {
         let entries = fs::read_dir(self.cni().join("cache/results")).into_iter().flatten().flatten();
-        entries.map(|entry| Ok(serde_json::from_slice(&fs::read(entry.path())?)?)).collect()
+        let files = entries.map(|entry| entry.path()).filter(|path| path.is_file());
+        files.map(|path| Ok(serde_json::from_slice(&fs::read(path)?)?)).collect()
     }
 }

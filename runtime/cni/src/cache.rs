@@ -34,6 +34,25 @@ pub struct Cache {
     results: PathBuf,
 }
 
+/// What is in the cache.
+#[derive(Debug, Default)]
+pub struct Entries {
+    /// Those that can be read.
+    pub entries: Vec<CachedAttachment>,
+    /// Files that are no entries, or damaged ones.
+    pub others: usize,
+    /// Files that cannot be read, and why.
+    pub unreadable: Vec<CacheError>,
+}
+
+impl Entries {
+    /// Whether every attachment is among them.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.others == 0 && self.unreadable.is_empty()
+    }
+}
+
 /// An attachment as it was made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -72,30 +91,34 @@ impl Cache {
     /// All entries of a container. Files that are no entries are passed over.
     ///
     /// # Errors
-    /// [`CacheError`] when the directory or an entry cannot be read.
+    /// [`CacheError`] when the directory or a file that is named like one of them cannot be read.
     pub fn of_container(&self, container: &str) -> Result<Vec<CachedAttachment>, CacheError> {
         let part = format!("-{container}-");
-        let mut entries = self.entries(|name| name.contains(&part))?;
-        entries.retain(|entry| entry.container_id == container);
-        Ok(entries)
+        let mut found = self.entries(|name| name.contains(&part))?;
+        if let Some(error) = found.unreadable.pop() {
+            return Err(error);
+        }
+        found.entries.retain(|entry| entry.container_id == container);
+        Ok(found.entries)
     }
 
-    /// All entries.
+    /// All entries that can be read. The directory is shared with other runtimes, whose files do not
+    /// keep us from ours.
     ///
     /// # Errors
-    /// [`CacheError`] when the directory or an entry cannot be read.
-    pub fn all(&self) -> Result<Vec<CachedAttachment>, CacheError> {
+    /// [`CacheError`] when the directory cannot be listed.
+    pub fn all(&self) -> Result<Entries, CacheError> {
         self.entries(|_| true)
     }
 
-    fn entries(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<CachedAttachment>, CacheError> {
+    fn entries(&self, wanted: impl Fn(&str) -> bool) -> Result<Entries, CacheError> {
         let list = |source| CacheError { action: "list", path: self.results.clone(), source };
         let files = match fs::read_dir(&self.results) {
             Ok(files) => files,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Entries::default()),
             Err(error) => return Err(list(error)),
         };
-        let mut entries = Vec::new();
+        let mut found = Entries::default();
         for file in files {
             let file = file.map_err(list)?;
             if file.file_name().to_str().is_none_or(|name| name.starts_with('.') || !wanted(name)) {
@@ -103,14 +126,15 @@ impl Cache {
             }
             let path = file.path();
             match read(&path) {
-                Ok(entry) => entries.extend(entry),
+                Ok(Some(entry)) => found.entries.push(entry),
+                Ok(None) => found.others += 1,
                 // Removed since the directory was listed.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(CacheError { action: "read", path, source }),
+                Err(source) => found.unreadable.push(CacheError { action: "read", path, source }),
             }
         }
-        entries.sort_by(|a, b| a.if_name.cmp(&b.if_name));
-        Ok(entries)
+        found.entries.sort_by(|a, b| a.if_name.cmp(&b.if_name));
+        Ok(found)
     }
 
     /// Writes an entry, in place of an earlier one.
@@ -226,7 +250,12 @@ mod tests {
         fs::create_dir(top.path().join("results/net-a-y")).unwrap();
         assert_eq!(cache.of_container("a").unwrap(), std::slice::from_ref(&a));
         assert_eq!(cache.of_container("b").unwrap(), std::slice::from_ref(&b));
-        assert_eq!(cache.all().unwrap().len(), 2);
+        let all = cache.all().unwrap();
+        assert_eq!((all.entries.len(), all.others, all.is_complete()), (2, 2, false));
+        std::os::unix::fs::symlink("net-c-eth0", top.path().join("results/net-c-eth0")).unwrap();
+        assert_eq!(cache.all().unwrap().unreadable.len(), 1);
+        assert!(cache.of_container("c").is_err());
+        assert_eq!(cache.of_container("b").unwrap(), std::slice::from_ref(&b));
         cache.remove(&a).unwrap();
         cache.remove(&a).unwrap();
         assert!(cache.of_container("a").unwrap().is_empty());

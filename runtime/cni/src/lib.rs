@@ -20,7 +20,7 @@ mod plugin;
 mod result;
 mod version;
 
-pub use cache::{Cache, CacheError, CachedAttachment};
+pub use cache::{Cache, CacheError, CachedAttachment, Entries};
 pub use config::{ConfigError, NetworkConfig, PluginConfig};
 pub use directory::{Directory, DirectoryError};
 pub use network::{Attachment, Network, NetworkError};

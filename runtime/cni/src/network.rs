@@ -1,5 +1,6 @@
 //! The operations on a network: section 3 of the specification.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -87,17 +88,7 @@ impl Network<'_> {
     pub fn add(&self, attachment: &Attachment, deadline: Instant) -> Result<AddResult, NetworkError> {
         check(attachment)?;
         let config = self.config;
-        let mut entry = CachedAttachment {
-            netns: attachment.netns.to_string_lossy().into_owned(),
-            cni_args: attachment.args.clone(),
-            capability_args: attachment.capabilities.clone(),
-            ..CachedAttachment::new(
-                &attachment.container_id,
-                config.name(),
-                &attachment.interface,
-                config.text(),
-            )
-        };
+        let mut entry = self.entry(attachment);
         self.cache.write(&entry)?;
         let mut previous: Option<Map<String, Value>> = None;
         for plugin in config.plugins() {
@@ -114,6 +105,23 @@ impl Network<'_> {
             (Ok(result), _) => Ok(result),
             (Err(_), None) => Ok(AddResult::default()),
             (Err(source), Some(plugin)) => Err(self.failed(plugin, Command::Add, source.into())),
+        }
+    }
+
+    /// The entry of an attachment of which no plugin has said anything: what DEL needs where that of
+    /// the cache was lost.
+    #[must_use]
+    pub fn entry(&self, attachment: &Attachment) -> CachedAttachment {
+        CachedAttachment {
+            netns: attachment.netns.to_string_lossy().into_owned(),
+            cni_args: attachment.args.clone(),
+            capability_args: attachment.capabilities.clone(),
+            ..CachedAttachment::new(
+                &attachment.container_id,
+                self.config.name(),
+                &attachment.interface,
+                self.config.text(),
+            )
         }
     }
 
@@ -146,21 +154,29 @@ impl Network<'_> {
     }
 
     /// GC, if the configuration's version has it and it is not disabled: plugins give back what
-    /// belongs to no attachment in the cache, which must be complete.
+    /// belongs neither to an attachment in the cache nor to one of the containers `living`, which
+    /// have the interface `interface`. Nothing is asked for while something in the cache cannot be
+    /// read: it may be an attachment.
     ///
     /// # Errors
     /// [`NetworkError`] of the first plugin that failed; the others were asked as well.
-    pub fn collect(&self, deadline: Instant) -> Result<(), NetworkError> {
+    pub fn collect(&self, living: &[String], interface: &str, deadline: Instant) -> Result<(), NetworkError> {
         if self.config.version() < Version::V1_1_0 || self.config.disable_gc() {
             return Ok(());
         }
-        let valid: Vec<Value> = self
-            .cache
-            .all()?
-            .into_iter()
+        let cached = self.cache.all()?;
+        if !cached.is_complete() {
+            return Ok(());
+        }
+        let mut valid: BTreeSet<(&str, &str)> = cached
+            .entries
+            .iter()
             .filter(|entry| entry.network_name == self.config.name())
-            .map(|entry| json!({"containerID": entry.container_id, "ifname": entry.if_name}))
+            .map(|entry| (entry.container_id.as_str(), entry.if_name.as_str()))
             .collect();
+        valid.extend(living.iter().map(|container| (container.as_str(), interface)));
+        let valid: Vec<Value> =
+            valid.into_iter().map(|(id, name)| json!({"containerID": id, "ifname": name})).collect();
         let mut more = Map::new();
         more.insert("cni.dev/valid-attachments".into(), valid.into());
         let mut first = Ok(());

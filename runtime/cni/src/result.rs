@@ -201,7 +201,8 @@ impl AddResult {
 
 fn address(written: &WrittenAddress, interfaces: usize) -> Result<Address, ResultError> {
     let (address, prefix) = network("ips.address", &written.address)?;
-    if address.is_unspecified() || address.is_multicast() {
+    let is_broadcast = address == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+    if address.is_unspecified() || address.is_multicast() || address.is_loopback() || is_broadcast {
         return Err(invalid("ips.address", &written.address, "which no interface can have"));
     }
     let interface = match written.interface {
@@ -301,6 +302,8 @@ mod tests {
             (r#"{"ips": [{"address": "10.0.0.1"}]}"#, "ips.address \"10.0.0.1\""),
             (r#"{"ips": [{"address": "10.0.0.1/33"}]}"#, "ips.address"),
             (r#"{"ips": [{"address": "0.0.0.0/0"}]}"#, "which no interface can have"),
+            (r#"{"ips": [{"address": "127.0.0.1/8"}]}"#, "which no interface can have"),
+            (r#"{"ips": [{"address": "255.255.255.255/8"}]}"#, "which no interface can have"),
             (r#"{"ips": [{"address": "10.0.0.1/8", "gateway": "x"}]}"#, "ips.gateway \"x\""),
             (r#"{"ips": [{"address": "10.0.0.1/8", "interface": 0}]}"#, "ips.interface \"0\""),
             (r#"{"routes": [{"dst": "x"}]}"#, "routes.dst"),

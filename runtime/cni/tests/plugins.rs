@@ -178,7 +178,7 @@ fn each_version_is_spoken_as_it_was() {
         let entry = node.cache.of_container("c0ffee").unwrap().remove(0);
         network.check(&entry, later()).unwrap();
         network.status(later()).unwrap();
-        network.collect(later()).unwrap();
+        network.collect(&[], "eth0", later()).unwrap();
         entry.delete(None, &node.directories, &node.cache, later()).unwrap();
         let asked = |command: &str| node.trace(&format!("{command}.first.json")).exists();
         assert_eq!(asked("CHECK"), version >= "0.4.0", "{version}");
@@ -194,11 +194,23 @@ fn what_is_collected_is_what_the_cache_does_not_have() {
     let config = config("1.1.0", &json!([{"type": "first"}]));
     let network = node.network(&config);
     network.add(&attachment(), later()).unwrap();
-    network.collect(later()).unwrap();
+    network.collect(&[], "eth0", later()).unwrap();
     assert_eq!(
         node.given("GC", "first")["cni.dev/valid-attachments"],
         json!([{"containerID": "c0ffee", "ifname": "eth0"}])
     );
+    // A container that is there although the cache has lost it; and nothing while a file is damaged.
+    network.collect(&["beef".to_owned(), "c0ffee".to_owned()], "eth0", later()).unwrap();
+    assert_eq!(
+        node.given("GC", "first")["cni.dev/valid-attachments"],
+        json!([
+            {"containerID": "beef", "ifname": "eth0"},
+            {"containerID": "c0ffee", "ifname": "eth0"}])
+    );
+    fs::write(node.top.path().join("cache/results/net-dead-eth0"), "{").unwrap();
+    fs::remove_file(node.trace("GC.first.json")).unwrap();
+    network.collect(&[], "eth0", later()).unwrap();
+    assert!(!node.trace("GC.first.json").exists());
     assert!(!node.environment("GC", "first").iter().any(|line| line.starts_with("CNI_CONTAINERID")));
 }
 
@@ -218,7 +230,7 @@ fn an_attachment_that_failed_can_be_deleted() {
     assert_eq!(entry.result, None);
     entry.delete(Some(Path::new("/run/netns/pod")), &node.directories, &node.cache, later()).unwrap();
     assert!(node.given("DEL", "first").get("prevResult").is_none());
-    assert!(node.cache.all().unwrap().is_empty());
+    assert!(node.cache.all().unwrap().entries.is_empty());
 }
 
 #[test]
@@ -291,7 +303,7 @@ fn what_cannot_be_passed_on_is_refused_before_any_plugin_runs() {
         let error = node.network(&config).add(&asked, later()).unwrap_err().to_string();
         assert!(error.starts_with(says), "{error}");
     }
-    assert!(node.cache.all().unwrap().is_empty());
+    assert!(node.cache.all().unwrap().entries.is_empty());
     assert!(!node.trace("order").exists());
     let missing =
         NetworkConfig::from_json(br#"{"cniVersion": "1.0.0", "name": "n", "type": "nowhere"}"#).unwrap();

@@ -37,6 +37,23 @@ const BANDWIDTH: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 /// What is sent at once: as much as the bandwidth plugin takes, as other runtimes have it.
 const BURST: u64 = u32::MAX as u64;
 
+/// What is before the id of a sandbox in the name of its pinned namespace.
+const PIN_PREFIX: &str = "berth-";
+
+/// What there is of sandboxes that are not there.
+#[derive(Debug, Default)]
+pub(crate) struct DeadAttachments {
+    entries: Vec<CachedAttachment>,
+    /// Sandboxes whose namespaces are pinned, and that are not in the cache.
+    pinned: Vec<String>,
+}
+
+impl DeadAttachments {
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.pinned.is_empty()
+    }
+}
+
 /// The network of the first configuration in a directory.
 #[derive(Debug)]
 pub(crate) struct Cni {
@@ -171,15 +188,40 @@ impl Cni {
     }
 
     fn namespace(&self, sandbox: &str) -> PathBuf {
-        self.namespaces.join(format!("berth-{sandbox}"))
+        self.namespaces.join(format!("{PIN_PREFIX}{sandbox}"))
     }
 
     /// Gives back every attachment of a sandbox, and lets go of its namespace. Blocking.
     pub(super) fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
-        for entry in self.cache.of_container(sandbox.as_str()).map_err(berth_cni::NetworkError::from)? {
+        let id = sandbox.as_str();
+        let mut entries = self.cache.of_container(id).map_err(berth_cni::NetworkError::from)?;
+        if entries.is_empty() && ns::is_pinned(&self.namespace(id)).unwrap_or(false) {
+            entries.extend(self.lost_entry(id));
+        }
+        for entry in entries {
             self.delete(&entry)?;
         }
-        self.unpin(sandbox.as_str())
+        self.unpin(id)
+    }
+
+    /// What is to be deleted of a pod that was attached, or about to be, and is not in the cache: as
+    /// far as plugins find it by the pod.
+    fn lost_entry(&self, sandbox: &str) -> Option<CachedAttachment> {
+        let config = self.configuration().ok().flatten();
+        if config.is_none() {
+            tracing::warn!(
+                sandbox,
+                "cannot delete what a pod has of its CNI network: its entry in the cache is lost, and there is no configuration"
+            );
+        }
+        let attachment = Attachment {
+            container_id: sandbox.to_owned(),
+            interface: MAIN_INTERFACE.to_owned(),
+            netns: self.namespace(sandbox),
+            args: vec![("IgnoreUnknown".to_owned(), "1".to_owned())],
+            capabilities: Map::new(),
+        };
+        config.map(|config| self.network(&config).entry(&attachment))
     }
 
     fn unpin(&self, sandbox: &str) -> Result<(), NetworkError> {
@@ -206,19 +248,41 @@ impl Cni {
     /// Attachments of sandboxes that are not among the living. By their namespaces, which are named
     /// after the sandboxes, they are this daemon's: the cache is shared with other runtimes.
     /// Blocking.
-    pub(super) fn dead(&self, living: &[&str]) -> Result<Vec<CachedAttachment>, NetworkError> {
-        let mut entries = self.cache.all().map_err(berth_cni::NetworkError::from)?;
+    pub(super) fn dead(&self, living: &[&str]) -> Result<DeadAttachments, NetworkError> {
+        let found = self.cache.all().map_err(berth_cni::NetworkError::from)?;
+        for error in &found.unreadable {
+            tracing::warn!(error = chain(error), "cannot read an entry of CNI's cache; it is left alone");
+        }
+        let mut entries = found.entries;
         entries.retain(|entry| {
             Path::new(&entry.netns) == self.namespace(&entry.container_id)
                 && !living.contains(&entry.container_id.as_str())
         });
-        Ok(entries)
+        // Pinned, and the daemon ended before anything else was done.
+        let mut pinned = self.pinned();
+        pinned.retain(|sandbox| {
+            !living.contains(&sandbox.as_str()) && !entries.iter().any(|entry| entry.container_id == *sandbox)
+        });
+        Ok(DeadAttachments { entries, pinned })
+    }
+
+    /// The sandboxes whose namespaces are pinned for plugins.
+    fn pinned(&self) -> Vec<String> {
+        let names = std::fs::read_dir(&self.namespaces).into_iter().flatten().flatten();
+        names
+            .filter_map(|entry| Some(entry.file_name().to_str()?.strip_prefix(PIN_PREFIX)?.to_owned()))
+            .filter(|id| id.parse::<SandboxId>().is_ok())
+            .collect()
     }
 
     /// Removes them, and asks the plugins to give back what else belongs to nothing. Blocking.
-    pub(super) fn remove_dead(&self, dead: &[CachedAttachment]) -> Result<(), NetworkError> {
+    pub(super) fn remove_dead(&self, dead: &DeadAttachments) -> Result<(), NetworkError> {
         let mut first = Ok(());
-        for entry in dead {
+        for sandbox in &dead.pinned {
+            let deleted = self.lost_entry(sandbox).map_or(Ok(()), |entry| self.delete(&entry));
+            first = first.and(deleted.and_then(|()| self.unpin(sandbox)));
+        }
+        for entry in &dead.entries {
             let deleted = self.delete(entry).and_then(|()| self.unpin(&entry.container_id));
             if deleted.is_ok() {
                 tracing::info!(
@@ -230,7 +294,10 @@ impl Cni {
             first = first.and(deleted);
         }
         if let Ok(Some(config)) = self.configuration() {
-            let collected = self.network(&config).collect(Instant::now() + OPERATION);
+            // Whoever is pinned has been attached, or is being so.
+            let living = self.pinned();
+            let end = Instant::now() + OPERATION;
+            let collected = self.network(&config).collect(&living, MAIN_INTERFACE, end);
             first = first.and(collected.map_err(Into::into));
         }
         first

@@ -106,7 +106,7 @@ pub(crate) struct NotReady {
 #[derive(Debug)]
 pub(crate) struct Dead {
     bridge: Option<berth_network::Dead>,
-    cni: Vec<berth_cni::CachedAttachment>,
+    cni: cni::DeadAttachments,
 }
 
 /// A description of a network, for people.
@@ -213,10 +213,13 @@ impl Network {
     /// What there is of sandboxes that are not among the living, for [`Network::remove_dead`] at a
     /// later time, when there may be new ones. Blocking.
     pub(crate) fn dead(&self, living: &[&str]) -> Result<Dead, NetworkError> {
-        Ok(Dead {
-            bridge: self.bridge.get().map(|bridge| bridge.dead(living.iter().copied())).transpose()?,
-            cni: self.cni.dead(living)?,
-        })
+        let bridge = self.bridge.get().map(|bridge| bridge.dead(living.iter().copied())).transpose()?;
+        // One kind does not keep the other from being cleared.
+        let cni = self.cni.dead(living).unwrap_or_else(|error| {
+            tracing::warn!(error = chain(&error), "cannot look for orphaned CNI attachments");
+            cni::DeadAttachments::default()
+        });
+        Ok(Dead { bridge, cni })
     }
 
     /// Removes it. Blocking.

@@ -221,6 +221,15 @@ fn what_is_left_of_pods_that_are_gone_is_given_back() -> Result<()> {
         let others = r#"{"kind":"cniCacheV1","containerId":"anothers","config":"e30=","ifName":"eth0",
             "networkName":"pods","netns":"/run/netns/anothers","result":{"cniVersion":"1.1.0"}}"#;
         fs::write(results.join("pods-anothers-eth0"), others)?;
+        // Nor do odd files of others keep ours.
+        std::os::unix::fs::symlink("pods-loop-eth0", results.join("pods-loop-eth0"))?;
+        // One whose entry is lost is deleted with the configuration of now.
+        let torn = daemon.pod("torn")?;
+        let address = torn.ip()?;
+        fs::write(results.join(format!("pods-{}-eth0", torn.id)), "{")?;
+        torn.stop()?;
+        torn.remove()?;
+        ensure!(!daemon.cni_addresses_in_use().contains(&address), "its address is leaked");
         daemon.kill()?;
         fs::remove_dir_all(daemon.root().join("sandboxes").join(&pod.id))?;
         fs::remove_file(daemon.state().join("sandboxes").join(&pod.id).join("record"))?;
@@ -231,7 +240,9 @@ fn what_is_left_of_pods_that_are_gone_is_given_back() -> Result<()> {
         within(SOON, "the addresses are free", || {
             Ok(daemon.cni_addresses_in_use().is_empty().then_some(()))
         })?;
-        fs::remove_file(results.join("pods-anothers-eth0"))?;
+        for others in ["pods-anothers-eth0", "pods-loop-eth0"] {
+            fs::remove_file(results.join(others))?;
+        }
         within(SOON, "nothing is left", || Ok(nothing_is_left(daemon).is_ok().then_some(())))
     })
 }

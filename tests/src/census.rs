@@ -44,6 +44,16 @@ impl Census {
         within(SOON, "the trash is empty", || {
             Ok(daemon.root().join("trash").read_dir()?.next().is_none().then_some(()))
         })?;
+        within(SOON, "shims are there for containers that are there only", || {
+            let containers = client.containers(v1::ContainerFilter::default())?;
+            let living = containers
+                .iter()
+                .filter(|found| found.state() != v1::ContainerState::ContainerExited)
+                .count();
+            let is_shim = |process: &&String| process.contains(" berth-shim");
+            // Each has one for its log.
+            Ok((processes(daemon)?.iter().filter(is_shim).count() <= 2 * living).then_some(()))
+        })?;
         Self::now(daemon)
     }
 

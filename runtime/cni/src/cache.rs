@@ -102,8 +102,8 @@ impl Cache {
         Ok(found.entries)
     }
 
-    /// All entries that can be read. The directory is shared with other runtimes, whose files do not
-    /// keep us from ours.
+    /// All entries that can be read. The directory is shared with other runtimes, whose files do
+    /// not keep us from ours.
     ///
     /// # Errors
     /// [`CacheError`] when the directory cannot be listed.

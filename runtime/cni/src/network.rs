@@ -108,8 +108,8 @@ impl Network<'_> {
         }
     }
 
-    /// The entry of an attachment of which no plugin has said anything: what DEL needs where that of
-    /// the cache was lost.
+    /// The entry of an attachment of which no plugin has said anything: what DEL needs where that
+    /// of the cache was lost.
     #[must_use]
     pub fn entry(&self, attachment: &Attachment) -> CachedAttachment {
         CachedAttachment {

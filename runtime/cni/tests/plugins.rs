@@ -199,7 +199,8 @@ fn what_is_collected_is_what_the_cache_does_not_have() {
         node.given("GC", "first")["cni.dev/valid-attachments"],
         json!([{"containerID": "c0ffee", "ifname": "eth0"}])
     );
-    // A container that is there although the cache has lost it; and nothing while a file is damaged.
+    // A container that is there although the cache has lost it; and nothing while a file is
+    // damaged.
     network.collect(&["beef".to_owned(), "c0ffee".to_owned()], "eth0", later()).unwrap();
     assert_eq!(
         node.given("GC", "first")["cni.dev/valid-attachments"],

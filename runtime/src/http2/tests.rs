@@ -366,8 +366,8 @@ proptest! {
         requests in prop::collection::vec(prop::collection::vec((0..NAMES.len(), 0_usize..60), 0..MAX_HEADERS), 1..30),
         authority in "[a-z0-9.-]{1,200}",
         body in prop::collection::vec(any::<u8>(), 0..40_000),
-        // Each end of `h2` stops reading while it cannot write, so there must be room for its answers
-        // to what is on the way, as there is in a socket.
+        // Each end of `h2` stops reading while it cannot write, so there must be room for its
+        // answers to what is on the way, as there is in a socket.
         buffer in 1_000_usize..70_000,
     ) {
         let result = runtime().block_on(async {

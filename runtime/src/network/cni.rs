@@ -204,8 +204,8 @@ impl Cni {
         self.unpin(id)
     }
 
-    /// What is to be deleted of a pod that was attached, or about to be, and is not in the cache: as
-    /// far as plugins find it by the pod.
+    /// What is to be deleted of a pod that was attached, or about to be, and is not in the cache:
+    /// as far as plugins find it by the pod.
     fn lost_entry(&self, sandbox: &str) -> Option<CachedAttachment> {
         let config = self.configuration().ok().flatten();
         if config.is_none() {

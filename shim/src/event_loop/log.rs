@@ -52,6 +52,9 @@ impl Shim {
         let Some(log) = output.log() else { return Ok(true) };
         log.reopen(&self.poll)?;
         self.reopens.push_back(Some((asker, Instant::now() + REOPEN)));
+        // What was held may have been sent ahead of it; then nothing else says that there is room.
+        let untold = output.go_on(&self.poll);
+        self.say_last_words(untold);
         Ok(false)
     }
 

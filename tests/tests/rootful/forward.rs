@@ -152,7 +152,6 @@ fn what_cannot_be_forwarded_is_told_and_ends_nothing() -> Result<()> {
         })?;
         // A restarted daemon is found again.
         daemon.crash()?;
-        daemon.start_again()?;
         within(SOON, "the other port still works", || {
             Ok((ask(&greeted(daemon, &forward.addresses[2])?, b"hello")? == b"hello").then_some(()))
         })?;

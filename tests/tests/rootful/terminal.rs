@@ -85,7 +85,7 @@ fn a_terminal_is_given_back_at_every_other_end() -> Result<()> {
         let program = terminal.run(&berth(daemon, &["exec", "-it", "web", "sleep", "4321"])?)?;
         terminal.becomes_raw()?;
         there(&main, "sleep 4321")?;
-        daemon.crash()?;
+        daemon.kill()?;
         assert_eq!(program.ended()?.code(), Some(125));
         terminal.shows("lost the connection")?;
         assert!(terminal.settings()? == before);

@@ -218,7 +218,7 @@ fn a_container_whose_profile_was_removed_does_not_start() -> Result<()> {
             let refuses = |refused: Option<tonic::Status>| {
                 let refused = refused.context("it runs without its profile")?;
                 ensure!(
-                    refused.message().contains("berth-default") && refused.message().contains("make"),
+                    refused.message().contains("berth-default") && refused.message().contains("recreate"),
                     "{refused}"
                 );
                 Ok(())

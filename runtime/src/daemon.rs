@@ -136,10 +136,23 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
     let root_places = [layout.root().join("berthd.lock"), layout.sandboxes(), layout.containers()];
-    let _root = take(layout.root(), &root_places).await?;
+    let root = take(layout.root(), &root_places).await?;
     // Only the directory itself: if it is full, the daemon is needed even more.
     let state_places = [layout.state().to_owned(), layout.sandbox_states(), layout.container_states()];
-    let _state = take(layout.state(), &state_places).await?;
+    let state = take(layout.state(), &state_places).await?;
+    if !root.over.is_empty() {
+        // Such a daemon has the image store's own lock as well.
+        let path = layout.root().join("lock");
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(file("remove", &path)(error));
+            }
+            _ => {}
+        }
+    }
+    // Until this process has ended, not only until it serves no more: a call that waits in the
+    // kernel by then may still write.
+    Box::leak(Box::new((root, state)));
     make_private(layout.state())?;
     let node = tokio::task::spawn_blocking(move || open(config, layout)).await.map_err(|error| {
         DaemonError::Host { what: "how the start went", source: io::Error::other(error) }

@@ -281,7 +281,8 @@ fn a_daemon_that_was_killed_and_cannot_end_gives_way_once_it_can_change_nothing(
         daemon.stop()?;
 
         let socket = daemon.socket().to_string_lossy().into_owned();
-        let locks = [daemon.root().join("berthd.lock"), daemon.state()];
+        let root = daemon.root();
+        let locks = [root.join("berthd.lock"), root.join("lock"), daemon.state()];
         let mut first = wait_in_place_of_a_daemon(MKDIR, &held, &socket, &locks)?;
         let refused = daemon.fail_to_start()?;
         let words = format!("another berthd uses {}: process {};", daemon.root().display(), first.id());

@@ -25,7 +25,6 @@ pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
             findings
         }
         // Its directories are unknown then; those of a daemon without a configuration are checked.
-        // at.
         Err(error) => vec![finding(Grade::Broken, "berthd", error.one_line())],
     };
     let mut findings = look(Path::new("/"), &daemon);

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use berth_sys::program::Run;
@@ -169,13 +169,9 @@ impl Invocation<'_> {
         self.directories
             .iter()
             .map(|directory| directory.join(self.plugin.program()))
-            .find(|path| is_program(path))
+            .find(|path| path.is_file())
             .ok_or_else(|| PluginError::Missing { directories: self.directories.to_vec() })
     }
-}
-
-fn is_program(path: &Path) -> bool {
-    path.is_file()
 }
 
 /// What a plugin that failed said, on standard output as it should, or else on standard error.

@@ -161,10 +161,7 @@ impl Network {
         if self.kind != NetworkKind::Bridge {
             match self.cni.configuration()? {
                 Some(config) => return Ok(Chosen::Cni(&self.cni, config)),
-                None if self.kind == NetworkKind::Cni => {
-                    return Err(NetworkError::NotConfigured(self.waits_for_cni()));
-                }
-                None if kubelet_is_set_up() => {
+                None if self.kind == NetworkKind::Cni || kubelet_is_set_up() => {
                     return Err(NetworkError::NotConfigured(self.waits_for_cni()));
                 }
                 None => {}
@@ -264,12 +261,12 @@ impl Network {
     }
 
     pub(crate) fn description(&self) -> Description {
-        match (self.choose(), self.bridge.get()) {
-            (Ok(Chosen::Cni(_, config)), _) => {
+        match self.choose() {
+            Ok(Chosen::Cni(_, config)) => {
                 Description { kind: "cni", name: config.name().to_owned(), subnets: Vec::new() }
             }
-            (Ok(Chosen::Bridge(bridge)), _) => bridge::description(bridge),
-            (Err(_), _) => Description { kind: "none", name: String::new(), subnets: Vec::new() },
+            Ok(Chosen::Bridge(bridge)) => bridge::description(bridge),
+            Err(_) => Description { kind: "none", name: String::new(), subnets: Vec::new() },
         }
     }
 }

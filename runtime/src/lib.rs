@@ -10,6 +10,7 @@ mod api;
 mod apparmor;
 mod atomic_file;
 mod cadvisor;
+mod call_deadline;
 mod cgroups;
 mod clock;
 pub mod config;

@@ -13,6 +13,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::api;
+use crate::call_deadline::CallDeadline;
 use crate::cri::{ImageService, RuntimeService};
 use crate::file_error::FileError;
 use crate::http2;
@@ -91,6 +92,7 @@ pub(crate) async fn serve(
     let server = tonic::transport::Server::builder()
         .http2_max_header_list_size(http2::MAX_HEADER_LIST)
         .max_frame_size(http2::MAX_FRAME)
+        .layer(CallDeadline)
         .add_service(
             RuntimeServiceServer::new(services.runtime)
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)

@@ -8,10 +8,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::daemon::rootful;
+use berth_cri::v1;
+use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::{patience, within};
+use berth_tests::pod::idle;
 use berth_tests::program::output;
 use berth_tests::skip::skip;
+use prost::Message as _;
+use tonic::Code;
 
 /// The release of grpcio, which is C-core: what Python, C++, Ruby and PHP speak gRPC with.
 const GRPCIO: &str = "grpcio==1.76.0";
@@ -152,6 +156,45 @@ fn any_authority_is_served_and_a_refused_request_is_logged() -> Result<()> {
         let many: Vec<u8> = (0..130).flat_map(|_| header("x", &[b'x'; 100])).collect();
         ensure!(ask(&socket, &many).is_ok(), "too many headers are answered");
         ensure!(daemon.log()?.contains("its headers have more than 16384 bytes"), "and the log says so");
+        Ok(())
+    })
+}
+
+/// Calls ExecSync with this `grpc-timeout`, and returns the status that the server answers with.
+/// The client has no timer of its own.
+async fn status_of_exec(socket: PathBuf, timeout: &str, request: &v1::ExecSyncRequest) -> Result<String> {
+    let stream = tokio::net::UnixStream::connect(socket).await?;
+    let (mut client, connection) = h2::client::handshake(stream).await?;
+    tokio::spawn(connection);
+    let head = http::Request::post("http://localhost/runtime.v1.RuntimeService/ExecSync")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("grpc-timeout", timeout)
+        .body(())?;
+    let (answer, mut body) = client.send_request(head, false)?;
+    let message = request.encode_to_vec();
+    let length = u32::try_from(message.len())?.to_be_bytes();
+    body.send_data([&[0][..], &length, &message].concat().into(), true)?;
+    let answer = tokio::time::timeout(patience(SOON), answer).await.context("no answer")??;
+    let status = answer.headers().get("grpc-status").context("an answer without an error")?;
+    Ok(status.to_str()?.to_owned())
+}
+
+#[test]
+fn a_call_that_is_ended_at_its_deadline_says_so() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("deadline")?.start(idle("main"))?;
+        let request = v1::ExecSyncRequest {
+            container_id: main.id.clone(),
+            cmd: ["sleep", "1000"].map(str::to_owned).to_vec(),
+            timeout: 0,
+        };
+        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // In more and less than the resolution of timers.
+        for timeout in ["300m", "1m", "900u", "1n", "0S"] {
+            let status = tokio.block_on(status_of_exec(daemon.socket(), timeout, &request))?;
+            ensure!(status == (Code::DeadlineExceeded as i32).to_string(), "{timeout}: {status}");
+        }
         Ok(())
     })
 }

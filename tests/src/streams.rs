@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_streaming::spdy::connection::{Incoming, Limits, Role};
 use berth_streaming::spdy::{Connection, Headers, ResetStatus, Stream};
 use bytes::Bytes;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
@@ -80,6 +81,14 @@ pub fn ask(stream: &mut TcpStream, path: &str, protocol: &str) -> Result<String>
     Ok(String::from_utf8(head)?)
 }
 
+/// Lets this process have as many descriptors as it may: a client takes five, and a login shell's
+/// limit is 1,024.
+fn raise_descriptor_limit() {
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+}
+
 impl Client {
     /// Connects to a URL with this sub-protocol.
     ///
@@ -90,6 +99,7 @@ impl Client {
         let answer = ask(&mut stream, path, protocol)?;
         ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
         stream.set_nonblocking(true)?;
+        raise_descriptor_limit();
         let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let connection = {
             let _inside = tokio.enter();

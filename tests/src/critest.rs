@@ -149,7 +149,7 @@ impl Exceptions {
             let exception = |line: &Exception| kinds.contains(&line.kind) && name.contains(&line.part);
             match self.0.iter().zip(&mut covered).find(|(line, _)| exception(line)) {
                 Some((_, count)) => *count += 1,
-                None => verdict.wrong.push(format!("{what}: {name}\n{why}")),
+                None => verdict.wrong.push(format!("{name} ({what}): {why}")),
             }
         }
         let applied = self.0.iter().zip(covered).filter(|(_, count)| *count > 0);
@@ -222,9 +222,9 @@ mod tests {
         assert_eq!(verdict.passed, 1);
         assert_eq!(verdict.excepted, [("streams: not offered".to_owned(), 1)]);
         let wrong = [
-            "failed: [k8s.io] Group hangs\ntimedout: too long",
-            "skipped: [k8s.io] Group confines\nno AppArmor",
-            "failed: AfterSuite\npanicked: oh",
+            "[k8s.io] Group hangs (failed): timedout: too long",
+            "[k8s.io] Group confines (skipped): no AppArmor",
+            "AfterSuite (failed): panicked: oh",
         ];
         assert_eq!(verdict.wrong, wrong);
     }

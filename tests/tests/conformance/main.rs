@@ -68,7 +68,7 @@ fn main() -> ExitCode {
     let mut counts = Counts::default();
     if geteuid().is_root() {
         if let Err(error) = run(only, &focus, &mut counts) {
-            println!("conformance: {error:?}");
+            println!("conformance: FAILED: {error:#}");
             counts.failed += 1;
         }
     } else {
@@ -102,7 +102,7 @@ fn report(pass: &str, verdict: &Verdict, counts: &mut Counts) {
         println!("{pass}: {specs} excepted, {exception}");
     }
     for wrong in &verdict.wrong {
-        println!("{pass}: {wrong}");
+        println!("{pass}: FAILED: {wrong}");
     }
     for exception in &verdict.outdated {
         println!("{pass}: all specs pass; remove from tests/conformance/exceptions: {exception}");

@@ -254,6 +254,14 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+impl Cgroup {
+    /// Removes it from every hierarchy, with all that is below it and whatever still runs there. It
+    /// may be created again, by others too, and is then removed on drop.
+    pub fn remove(&self) {
         if self.name.is_empty() {
             return;
         }

@@ -136,11 +136,10 @@ impl Cgroup {
     /// 30 s.
     ///
     /// systemd has the limits then, rounded to what it can express; [`Cgroup::apply`] has to
-    /// follow.
+    /// follow. A slice that does not exist is created by systemd.
     ///
     /// # Errors
-    /// [`Error::InvalidId`]; [`Error::InvalidLimit`]; [`Error::WrongDriver`];
-    /// [`Error::ParentMissing`]; [`Error::Unit`].
+    /// [`Error::InvalidId`]; [`Error::InvalidLimit`]; [`Error::WrongDriver`]; [`Error::Unit`].
     pub fn create_scope(
         hierarchy: &Hierarchy,
         systemd: &Systemd,
@@ -153,9 +152,6 @@ impl Cgroup {
             return Err(Error::WrongDriver { parent: parent.path().into() });
         };
         let above = below(mount, parent.path());
-        if !parent.is_ours() && !above.is_dir() {
-            return Err(Error::ParentMissing { path: above });
-        }
         let name = parent.leaf(id);
         let mut properties = unit::of_scope(format!("Berth container {id}"), slice, scope.process);
         let before = scope.ending.before.map(|other| parent.leaf(other));
@@ -445,6 +441,24 @@ fn steps(mount: &Path, path: &str) -> Vec<PathBuf> {
     steps
 }
 
+/// Creates a parent that a pod names, where it is missing. With the cgroupfs driver only: systemd
+/// creates a slice with its first scope. On v1 it is created in the hierarchies in which a
+/// container must have a cgroup. On an error, empty directories may be left.
+///
+/// # Errors
+/// [`Error::Create`]; [`Error::Read`] and [`Error::Write`] when its cpuset cannot be filled or
+/// controllers cannot be handed down to it.
+pub fn create_parent(hierarchy: &Hierarchy, parent: &Parent) -> Result<(), Error> {
+    match (parent.driver(), hierarchy) {
+        (Driver::Systemd, _) => Ok(()),
+        (Driver::Cgroupfs, Hierarchy::Unified { mount }) => make_unified_parent(mount, parent.path()),
+        (Driver::Cgroupfs, Hierarchy::Legacy { mounts }) => mounts
+            .iter()
+            .filter(|mount| mount.is_needed())
+            .try_for_each(|mount| make_legacy_parent(&mount.path, parent.path())),
+    }
+}
+
 fn make_if_missing(path: &Path) -> Result<(), Error> {
     match make_directory(path) {
         // Another container of the same daemon may make it at the same moment.
@@ -464,8 +478,7 @@ fn make_legacy_parent(mount: &Path, path: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// The default parent on v2, with the controllers handed down all the way: every step of it is
-/// ours.
+/// A parent on v2, with the controllers handed down all the way.
 fn make_unified_parent(mount: &Path, path: &str) -> Result<(), Error> {
     let mut above = mount.to_path_buf();
     for step in steps(mount, path) {

@@ -41,7 +41,7 @@ mod stats;
 mod systemd;
 mod unit;
 
-pub use cgroup::{Cgroup, Leaves, Scope, leaves, leftovers};
+pub use cgroup::{Cgroup, Leaves, Scope, create_parent, leaves, leftovers};
 pub use devices::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
 pub use driver::Driver;
 pub use error::Error;

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use berth_cgroup::{
     Ceiling, Cgroup, Detail, DevicePolicy, Driver, Error, Hierarchy, HugepageLimit, Limits, Note, Parent,
-    default_devices, leftovers, parse_oom_kills,
+    create_parent, default_devices, leftovers, parse_oom_kills,
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -372,6 +372,18 @@ fn a_parent_that_does_not_exist_is_named_and_not_made() {
         "{error}"
     );
     assert!(leftovers(&place.hierarchy, &place.parent).unwrap().is_empty());
+}
+
+#[test]
+fn a_named_parent_is_created_when_asked_for() {
+    let place = Place::new();
+    let parent = Parent::named(Driver::Cgroupfs, &format!("{}/new/pod", place.parent.path())).unwrap();
+    create_parent(&place.hierarchy, &parent).unwrap();
+    create_parent(&place.hierarchy, &parent).unwrap();
+    let cgroup = Cgroup::create(&place.hierarchy, &parent, "c").unwrap();
+    let limits = Limits { memory_limit_bytes: Some(Ceiling::At(64 << 20)), ..Limits::default() };
+    assert!(cgroup.apply(&limits).unwrap().is_empty());
+    cgroup.remove(PATIENCE).unwrap();
 }
 
 #[test]

@@ -429,13 +429,19 @@ fn many_scopes_are_made_at_the_same_time() {
 }
 
 #[test]
-fn a_named_slice_that_is_not_there_is_not_made() {
+fn a_named_slice_that_does_not_exist_is_created() {
     let Some(place) = Place::new("missing") else { return };
-    let parent = Parent::named(Driver::Systemd, "berthtest-nobodys.slice").unwrap();
+    let slice = format!("berthtest-missing{}.slice", std::process::id());
+    let parent = Parent::named(Driver::Systemd, &slice).unwrap();
     let holder = Process::new();
     let scope = Scope { process: holder.0.id(), limits: &Limits::default(), ending: ENDING };
-    let error = Cgroup::create_scope(&place.hierarchy, &place.systemd, &parent, "0a9", &scope).unwrap_err();
-    assert!(matches!(error, Error::ParentMissing { .. }), "{error}");
+    let cgroup = Cgroup::create_scope(&place.hierarchy, &place.systemd, &parent, "0a9", &scope).unwrap();
+    assert!(cgroup.path().contains(&slice), "{}", cgroup.path());
+    assert_eq!(value_of(&cgroup, "cgroup.procs"), holder.0.id().to_string());
+    drop(holder);
+    cgroup.remove(PATIENCE).unwrap();
+    let stopped = Command::new("systemctl").args(["stop", &slice]).status().unwrap();
+    assert!(stopped.success(), "{stopped}");
 }
 
 #[test]

@@ -221,10 +221,16 @@ impl Cgroups {
         Ok(Cgroup::open(&self.hierarchy, parent, id)?.with_systemd(self.systemd.as_ref()))
     }
 
-    /// Whether a cgroup that a pod names exists, according to the memory controller (or the only
-    /// hierarchy).
-    pub(crate) fn has(&self, parent: &Parent) -> bool {
-        let Some(mount) = self.hierarchy.mount_of("memory") else { return false };
-        mount.join(parent.path().trim_start_matches('/')).is_dir()
+    /// Creates the parent that a pod names, unless it exists according to the memory controller (or
+    /// the only hierarchy). A kubelet has created it; `crictl` names one that nothing has.
+    pub(crate) fn create_named_parent(&self, parent: &Parent) -> Result<(), berth_cgroup::Error> {
+        let exists = self
+            .hierarchy
+            .mount_of("memory")
+            .is_some_and(|mount| mount.join(parent.path().trim_start_matches('/')).is_dir());
+        if exists || parent.is_ours() {
+            return Ok(());
+        }
+        berth_cgroup::create_parent(&self.hierarchy, parent)
     }
 }

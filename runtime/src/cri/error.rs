@@ -132,9 +132,9 @@ fn code(error: &CallError) -> Code {
 fn sandbox(error: &SandboxError) -> Code {
     match error {
         SandboxError::NameTaken(_) => Code::AlreadyExists,
-        SandboxError::NoCgroupParent { .. }
-        | SandboxError::Sysctl { .. }
-        | SandboxError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => Code::InvalidArgument,
+        SandboxError::Sysctl { .. } | SandboxError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => {
+            Code::InvalidArgument
+        }
         SandboxError::Network(NetworkError::HostPorts) => Code::Unimplemented,
         SandboxError::Network(NetworkError::Bandwidth { .. }) => Code::InvalidArgument,
         SandboxError::Network(NetworkError::NotConfigured(_)) => Code::Unavailable,

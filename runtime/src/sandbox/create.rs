@@ -59,9 +59,6 @@ pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbo
 
 fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxError> {
     let parent = node.cgroups.parent(&config.cgroup_parent)?;
-    if !parent.is_ours() && !node.cgroups.has(&parent) {
-        return Err(SandboxError::NoCgroupParent { parent: config.cgroup_parent });
-    }
     let files = node.layout.sandbox(&id);
     let mut sandbox = Sandbox {
         created_at_unix_ns: unix_ns(),
@@ -131,6 +128,7 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
         host_network,
     };
     etc_files::write(&files, &contents)?;
+    node.cgroups.create_named_parent(&sandbox.cgroup_parent)?;
     if config.namespaces.pid == NamespaceMode::Pod {
         let process = make_process(node, sandbox)?;
         *super::lock(&sandbox.process) = Some(process);

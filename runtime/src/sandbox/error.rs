@@ -65,12 +65,6 @@ pub(crate) enum SandboxError {
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] berth_cgroup::Error),
-    /// The cgroup parent that the request names does not exist.
-    #[error("the cgroup parent {parent} does not exist")]
-    NoCgroupParent {
-        /// The parent in the request.
-        parent: String,
-    },
     /// The AppArmor profile of the pod's own process.
     #[error("cannot confine the pod's first process")]
     AppArmor(#[source] NotLoaded),

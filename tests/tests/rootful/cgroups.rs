@@ -171,6 +171,29 @@ fn cgroups_of_what_nobody_knows_any_more_go_below_the_cgroups_of_pods_too() -> R
     })
 }
 
+/// critest and users of crictl name one that nothing has created, as the other runtimes allow.
+#[test]
+fn a_cgroup_parent_that_does_not_exist_is_created() -> Result<()> {
+    rootful(|daemon| {
+        let name = format!("berth-test-missing{}", std::process::id());
+        let parent = Cgroup::create_by(Driver::of_the_environment()?, &name)?;
+        parent.remove();
+        let mut config = sharing_pod(daemon.pod_config("missing"));
+        config.linux.get_or_insert_default().cgroup_parent = parent.path();
+        let pod = daemon.pod_of(config)?;
+        let mut main = sharing(idle("main"));
+        limit(
+            &mut main,
+            v1::LinuxContainerResources { memory_limit_in_bytes: 64 * MIB, ..Default::default() },
+        );
+        let main = pod.start(main)?;
+        assert_eq!(parent.memory_limit_bytes(&main.id)?, 64 << 20);
+        pod.remove()?;
+        ensure!(parent.below(&main.id).is_empty(), "the container's cgroup is left");
+        Ok(())
+    })
+}
+
 #[test]
 fn a_process_that_cannot_be_ended_loses_the_network_of_its_pod() -> Result<()> {
     rootful(|daemon| {

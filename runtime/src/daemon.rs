@@ -340,13 +340,20 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
             .ok_or_else(|| host("the kernel's version")(io::ErrorKind::InvalidData.into()))?,
     };
     let default_apparmor_profile = DefaultProfile::new(facts.apparmor);
+    let host_paths = Arc::new(HostPaths::new(tokio::runtime::Handle::current()));
     Ok(Node {
         layout,
         default_apparmor_profile,
-        cgroups: Cgroups::new(hierarchy, default_cgroup_parent, systemd, config.root.clone()),
+        cgroups: Cgroups::new(
+            hierarchy,
+            default_cgroup_parent,
+            systemd,
+            config.root.clone(),
+            host_paths.clone(),
+        ),
         handlers: Handlers::own(),
         shim,
-        host_paths: HostPaths::new(tokio::runtime::Handle::current()),
+        host_paths,
         network,
         images,
         filters: berth_seccomp::Cache::new(),

@@ -33,7 +33,7 @@ pub(crate) struct Node {
     pub(crate) cgroups: Cgroups,
     pub(crate) handlers: Handlers,
     pub(crate) shim: ShimProgram,
-    pub(crate) host_paths: HostPaths,
+    pub(crate) host_paths: Arc<HostPaths>,
     pub(crate) network: Network,
     pub(crate) images: Store,
     pub(crate) filters: Cache,

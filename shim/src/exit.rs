@@ -11,6 +11,7 @@ use berth_shim_proto::exit_record::{ExitRecord, encode};
 use berth_shim_proto::launch::Cgroup;
 use berth_sys::process::SIGKILL;
 
+use crate::aside::aside;
 use crate::host_path::host_path;
 
 /// Nanoseconds since the epoch; 0 before it.
@@ -109,6 +110,10 @@ fn count(file: &[u8], key: &[u8]) -> u64 {
 /// its main process has ended: they would hold its output open, and nothing else stops them soon.
 /// The daemon looks again.
 pub(crate) fn end_the_rest(cgroup: &Cgroup) {
+    aside(|| kill_all(cgroup));
+}
+
+fn kill_all(cgroup: &Cgroup) {
     if !cgroup.unified_dir.is_empty() {
         // Linux 5.14. What cannot be killed here is killed by the daemon.
         let _ = std::fs::write(host_path(&cgroup.unified_dir).join("cgroup.kill"), "1");

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod apparmor;
+mod aside;
 mod attached;
 mod birth;
 mod connection;

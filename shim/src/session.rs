@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use berth_shim_proto::launch::Cgroup;
 use berth_sys::process;
 
+use crate::aside::aside;
 use crate::host_path::host_path;
 
 /// How often the session is looked through: what is born meanwhile is found the next time.
@@ -27,11 +28,13 @@ pub(crate) fn end(leader: i32, signal: i32, cgroup: Option<&Cgroup>) -> io::Resu
     if signal == process::SIGKILL
         && let Some(directory) = cgroup.and_then(directory)
     {
-        for _ in 0..ROUNDS {
-            if !kill_members(leader, &directory) {
-                break;
+        aside(|| {
+            for _ in 0..ROUNDS {
+                if !kill_members(leader, &directory) {
+                    break;
+                }
             }
-        }
+        });
     }
     told
 }

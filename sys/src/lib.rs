@@ -13,6 +13,7 @@ pub mod credentials;
 pub mod ending;
 pub mod errno;
 pub mod file;
+pub mod file_handle;
 pub mod host_path;
 pub mod identity;
 pub mod mount;

@@ -512,8 +512,8 @@ pub fn close_from(first: u32, when: CloseRange) -> io::Result<()> {
         CloseRange::OnExec => 4,
     };
     // SAFETY: close_range(2) takes only numbers. With `Now` the caller promises to use no
-    // descriptor from `first` on again; in this project only a child right before exec or a program
-    // at its start does so.
+    // descriptor from `first` on again; in this project only a child right before exec or before
+    // work after which it ends, and a program at its start do so.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flags) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -13,9 +13,10 @@ use std::collections::{BTreeSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::name::{Parent, check_id, is_unit};
-use crate::{Driver, Ending, Error, Hierarchy, Limits, Systemd, control_file, unit};
+use crate::{Direct, Driver, Ending, Error, Files, Hierarchy, Limits, Systemd, control_file, unit};
 
 /// The v2 controllers that are enabled for containers, as far as the parent has them.
 const DELEGATED: [&str; 6] = ["cpu", "cpuset", "io", "memory", "pids", "hugetlb"];
@@ -45,6 +46,8 @@ pub(crate) struct Unit {
 pub struct Cgroup {
     path: String,
     pub(crate) place: Place,
+    /// Who looks for names in its directories.
+    pub(crate) files: Arc<dyn Files>,
     /// Nothing with the cgroupfs driver, and for a scope of an earlier daemon until it is known how
     /// to reach systemd.
     pub(crate) unit: Option<Unit>,
@@ -128,7 +131,7 @@ impl Cgroup {
                 Place::Legacy(dirs)
             }
         };
-        Ok(Self { path, place, unit: None })
+        Ok(Self { path, place, files: Arc::new(Direct), unit: None })
     }
 
     /// Makes systemd create the scope `berth-<id>.scope` in the slice `parent`. Its process may end
@@ -170,7 +173,15 @@ impl Cgroup {
         let _ = hand_down_controllers(&above);
         let path = format!("{}/{name}", parent.path());
         let place = Place::Unified(below(mount, &path));
-        Ok(Self { path, place, unit: Some(Unit { name, systemd: systemd.clone() }) })
+        Ok(Self { path, place, files: Arc::new(Direct), unit: Some(Unit { name, systemd: systemd.clone() }) })
+    }
+
+    /// The same cgroup with another who looks for names in its directories, from the moment on at
+    /// which a container may see them. Until then it is this thread.
+    #[must_use]
+    pub fn with_files(mut self, files: Arc<dyn Files>) -> Self {
+        self.files = files;
+        self
     }
 
     /// The same cgroup with a connection to systemd, if it is a scope: its changes and its end are
@@ -201,7 +212,7 @@ impl Cgroup {
         make_directory(&leaf)?;
         // Without controllers it just shows less.
         let _ = hand_down_controllers(&above);
-        Ok(Self { path, place: Place::Unified(leaf), unit: None })
+        Ok(Self { path, place: Place::Unified(leaf), files: Arc::new(Direct), unit: None })
     }
 
     /// The cgroup that [`Cgroup::create`] or [`Cgroup::create_scope`] would make now, with nothing
@@ -228,7 +239,7 @@ impl Cgroup {
                     .collect(),
             ),
         };
-        Ok(Self { path, place, unit: None })
+        Ok(Self { path, place, files: Arc::new(Direct), unit: None })
     }
 
     /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon, also if
@@ -252,13 +263,13 @@ impl Cgroup {
     fn open_named(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
         check_id(parent, id)?;
         let path = format!("{}/{}", parent.path(), parent.leaf(id));
-        Ok(Self { place: Self::place_of(hierarchy, &path), path, unit: None })
+        Ok(Self { place: Self::place_of(hierarchy, &path), path, files: Arc::new(Direct), unit: None })
     }
 
     /// The cgroup of a parent itself, for its statistics.
     pub(crate) fn of_parent(hierarchy: &Hierarchy, parent: &Parent) -> Self {
         let path = parent.path().to_owned();
-        Self { place: Self::place_of(hierarchy, &path), path, unit: None }
+        Self { place: Self::place_of(hierarchy, &path), path, files: Arc::new(Direct), unit: None }
     }
 
     fn place_of(hierarchy: &Hierarchy, path: &str) -> Place {
@@ -496,14 +507,14 @@ fn make_unified_parent(mount: &Path, path: &str) -> Result<(), Error> {
 /// controllers down *to* the pod's cgroup, not below it.
 fn hand_down_controllers(dir: &Path) -> Result<(), Error> {
     let control = dir.join("cgroup.subtree_control");
-    let handed = control_file::read(&control)?;
+    let handed = control_file::read(&Direct, &control)?;
     let has = |list: &[u8], name: &str| {
         list.split(|byte| byte.is_ascii_whitespace()).any(|word| word == name.as_bytes())
     };
     if DELEGATED.iter().all(|name| has(&handed, name)) {
         return Ok(());
     }
-    let available = control_file::read(&dir.join("cgroup.controllers"))?;
+    let available = control_file::read(&Direct, &dir.join("cgroup.controllers"))?;
     let mut request = String::new();
     for name in DELEGATED {
         if has(&available, name) && !has(&handed, name) {
@@ -511,7 +522,7 @@ fn hand_down_controllers(dir: &Path) -> Result<(), Error> {
             request.push_str(name);
         }
     }
-    if request.is_empty() { Ok(()) } else { control_file::write(&control, &request) }
+    if request.is_empty() { Ok(()) } else { control_file::write(&Direct, &control, &request) }
 }
 
 /// The two files without which a v1 cpuset takes no process: a new one has them empty, and joining
@@ -522,7 +533,7 @@ const CPUSET_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 fn inherit_cpuset(dir: &Path) -> Result<(), Error> {
     let Some(parent) = dir.parent() else { return Ok(()) };
     for file in CPUSET_FILES {
-        control_file::write(&dir.join(file), &filled_cpuset(parent, file)?)?;
+        control_file::write(&Direct, &dir.join(file), &filled_cpuset(parent, file)?)?;
     }
     Ok(())
 }
@@ -530,7 +541,7 @@ fn inherit_cpuset(dir: &Path) -> Result<(), Error> {
 /// What is in a cpuset's file, after filling it from the parents when it is empty.
 fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
     let path = dir.join(file);
-    let value = control_file::read(&path)?;
+    let value = control_file::read(&Direct, &path)?;
     let value = value.trim_ascii();
     if !value.is_empty() {
         return Ok(String::from_utf8_lossy(value).into_owned());
@@ -541,7 +552,7 @@ fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
         return Err(Error::Malformed { path, expected: "processors or memory nodes" });
     };
     let value = filled_cpuset(parent, file)?;
-    control_file::write(&path, &value)?;
+    control_file::write(&Direct, &path, &value)?;
     Ok(value)
 }
 

@@ -1,13 +1,13 @@
 //! Reading and writing control files: one `write(2)` per value, a limit on reads, the path in every
 //! error.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use berth_sys::errno::ENODEV;
 
-use crate::Error;
+use crate::{Error, Files, OpenFor};
 
 /// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most
 /// 4,194,304 pids (`kernel.pid_max`, proc(5)).
@@ -15,13 +15,17 @@ const READ_LIMIT: u64 = 32 * 1024 * 1024;
 
 /// Opens for writing and never creates: a control file that is missing must be an error, on a fake
 /// tree as on the kernel's.
-pub(crate) fn open_for_writing(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).open(path)
+pub(crate) fn open_for_writing(files: &dyn Files, path: &Path) -> io::Result<File> {
+    open(files, path, OpenFor::Writing)
+}
+
+fn open(files: &dyn Files, path: &Path, purpose: OpenFor) -> io::Result<File> {
+    files.open(&[path.to_path_buf()], purpose).pop().unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()))
 }
 
 /// Writes one value in one `write(2)`, as cgroups(7) asks.
-pub(crate) fn write_value(path: &Path, value: &str) -> io::Result<()> {
-    write_to(&mut open_for_writing(path)?, value)
+pub(crate) fn write_value(files: &dyn Files, path: &Path, value: &str) -> io::Result<()> {
+    write_to(&mut open_for_writing(files, path)?, value)
 }
 
 /// The same to a file that is open, for files that take many values one after another.
@@ -32,32 +36,46 @@ pub(crate) fn write_to(file: &mut File, value: &str) -> io::Result<()> {
 }
 
 /// [`write_value`] with the file and the value in the error.
-pub(crate) fn write(path: &Path, value: &str) -> Result<(), Error> {
-    write_value(path, value).map_err(|source| Error::Write { path: path.into(), value: value.into(), source })
+pub(crate) fn write(files: &dyn Files, path: &Path, value: &str) -> Result<(), Error> {
+    write_value(files, path, value).map_err(|source| Error::Write {
+        path: path.into(),
+        value: value.into(),
+        source,
+    })
 }
 
 /// All of a control file.
-pub(crate) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+pub(crate) fn read_bytes(files: &dyn Files, path: &Path) -> io::Result<Vec<u8>> {
+    read_open(open(files, path, OpenFor::Reading)?)
+}
+
+/// The same of a file that is open.
+pub(crate) fn read_open(file: File) -> io::Result<Vec<u8>> {
     // Control files have size 0 for stat(2), so no room is reserved after it; most fit into this.
     let mut bytes = Vec::with_capacity(2048);
-    File::open(path)?.take(READ_LIMIT).read_to_end(&mut bytes)?;
+    file.take(READ_LIMIT).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
 /// [`read_bytes`] with the file in the error.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    read_bytes(path).map_err(|source| Error::Read { path: path.into(), source })
+pub(crate) fn read(files: &dyn Files, path: &Path) -> Result<Vec<u8>, Error> {
+    read_bytes(files, path).map_err(|source| Error::Read { path: path.into(), source })
 }
 
 /// The value of a file, or nothing where the file or the whole cgroup is not there.
 ///
 /// `ENODEV` is what an open control file of a removed cgroup answers: kernfs.
-pub(crate) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    match read_bytes(path) {
+pub(crate) fn read_if_there(files: &dyn Files, path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    match read_bytes(files, path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if is_gone(&error) => Ok(None),
         Err(source) => Err(Error::Read { path: path.into(), source }),
     }
+}
+
+/// Whether the error says that the directory did not answer: a container may keep it locked.
+pub(crate) fn is_silent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::TimedOut
 }
 
 /// Whether the error says that the file, or its cgroup, is not there.
@@ -67,8 +85,8 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
 
 /// A file with one number, with or without a line end. `max` (v2) is nothing, and so is a missing
 /// file.
-pub(crate) fn read_number(path: &Path) -> Result<Option<u64>, Error> {
-    let Some(bytes) = read_if_there(path)? else { return Ok(None) };
+pub(crate) fn read_number(files: &dyn Files, path: &Path) -> Result<Option<u64>, Error> {
+    let Some(bytes) = read_if_there(files, path)? else { return Ok(None) };
     let text = bytes.trim_ascii();
     if text == b"max" {
         return Ok(None);
@@ -128,6 +146,7 @@ pub(crate) fn tree(dir: &Path) -> io::Result<Vec<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Direct;
 
     #[test]
     fn numbers_are_plain_digits() {
@@ -161,7 +180,7 @@ mod tests {
     fn a_missing_file_is_not_created_by_a_write() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("pids.max");
-        assert!(matches!(write(&file, "1"), Err(Error::Write { .. })));
+        assert!(matches!(write(&Direct, &file, "1"), Err(Error::Write { .. })));
         assert!(!file.exists());
     }
 }

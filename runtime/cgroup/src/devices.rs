@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use berth_sys::bpf::{self, Instruction};
 
 use crate::cgroup::Place;
-use crate::{Cgroup, Error, control_file};
+use crate::{Cgroup, Direct, Error, control_file};
 
 /// Rules taken for one cgroup. The verifier allows a program of 1 M instructions and a jump of 32
 /// K; a privileged container needs no rules, and one that names a thousand devices is a mistake or
@@ -116,9 +116,9 @@ pub fn default_devices() -> Vec<DeviceRule> {
 }
 
 impl Cgroup {
-    /// Applies the policy, replacing an earlier one. On v1 the cgroup must have no
-    /// sub-cgroups, and there is a moment at which nothing is allowed; on v2 there is a moment at
-    /// which only what both policies allow is.
+    /// Applies the policy, replacing an earlier one, before a container sees the cgroup. On v1 the
+    /// cgroup must have no sub-cgroups, and there is a moment at which nothing is allowed; on v2
+    /// there is a moment at which only what both policies allow is.
     ///
     /// # Errors
     /// [`Error::InvalidLimit`] for numbers that no device has, or too many rules;
@@ -159,13 +159,14 @@ impl Cgroup {
             };
         };
         match policy {
-            DevicePolicy::All => control_file::write(&dir.join("devices.allow"), "a"),
+            DevicePolicy::All => control_file::write(&Direct, &dir.join("devices.allow"), "a"),
             DevicePolicy::Only(rules) => {
-                control_file::write(&dir.join("devices.deny"), "a")?;
+                control_file::write(&Direct, &dir.join("devices.deny"), "a")?;
                 let path = dir.join("devices.allow");
                 let fail =
                     |value: &str, source| Error::Write { path: path.clone(), value: value.into(), source };
-                let mut file = control_file::open_for_writing(&path).map_err(|source| fail("", source))?;
+                let mut file =
+                    control_file::open_for_writing(&Direct, &path).map_err(|source| fail("", source))?;
                 for rule in rules {
                     let line = v1_line(rule);
                     control_file::write_to(&mut file, &line).map_err(|source| fail(&line, source))?;

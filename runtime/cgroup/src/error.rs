@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::{Driver, SystemdError};
+use crate::{Driver, SystemdError, control_file};
 
 /// A cgroup operation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -187,4 +187,18 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+impl Error {
+    /// Whether a directory of the cgroup did not answer, because a container may keep it locked:
+    /// nothing is known then.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        match self {
+            Self::Read { source, .. } | Self::Write { source, .. } | Self::Remove { source, .. } => {
+                control_file::is_silent(source)
+            }
+            _ => false,
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use crate::{Driver, Error, control_file};
+use crate::{Direct, Driver, Error, control_file};
 
 /// The controllers whose limits Berth sets or whose files it needs to end and count processes. On
 /// v1 a container's cgroup must exist in each of their hierarchies that is mounted, and a named
@@ -65,8 +65,8 @@ impl Hierarchy {
     /// # Errors
     /// [`Error::Read`] when procfs cannot be read, and those of [`Hierarchy::from_proc`].
     pub fn detect() -> Result<Self, Error> {
-        let mountinfo = control_file::read(Path::new("/proc/self/mountinfo"))?;
-        let membership = control_file::read(Path::new("/proc/self/cgroup"))?;
+        let mountinfo = control_file::read(&Direct, Path::new("/proc/self/mountinfo"))?;
+        let membership = control_file::read(&Direct, Path::new("/proc/self/cgroup"))?;
         Self::from_proc(&mountinfo, &membership)
     }
 

@@ -5,9 +5,16 @@
 //! is thawed so that they can die; and so on until none is left. A container may have made
 //! sub-cgroups, in one hierarchy and not in another, so all directories of all hierarchies are
 //! read.
+//!
+//! A container that keeps one of these directories locked cannot be asked that way ([`Files`]).
+//! Then who is in it is asked of procfs instead, which is not exact while processes are born, but
+//! ends who keeps it locked.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,12 +23,18 @@ use berth_sys::errno::{EOPNOTSUPP, ESRCH};
 use berth_sys::process;
 
 use crate::cgroup::Place;
-use crate::{Cgroup, Error, control_file};
+use crate::{Cgroup, Error, OpenFor, control_file};
 
 /// Waits between two looks: from the time that a killed process with little memory needs, to one at
 /// which looking costs nothing.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
+
+/// The wait while a directory does not answer and all of procfs has to be read.
+const UNSEEN_WAIT: Duration = Duration::from_millis(100);
+
+/// How many files are open at a time.
+const AT_A_TIME: usize = 64;
 
 impl Cgroup {
     /// The pids of all processes in this cgroup and below it, as this process's pid namespace
@@ -30,14 +43,7 @@ impl Cgroup {
     /// # Errors
     /// [`Error::Read`]; a cgroup that is not there has no processes.
     pub fn processes(&self) -> Result<BTreeSet<i32>, Error> {
-        let mut pids = BTreeSet::new();
-        for dir in self.directories() {
-            let tree = control_file::tree(dir).map_err(|source| Error::Read { path: dir.into(), source })?;
-            for dir in tree {
-                read_pids(&dir, &mut pids)?;
-            }
-        }
-        Ok(pids)
+        self.pids_below(self.directories())
     }
 
     /// The same as one hierarchy has it, which is enough to look at them, not to end them: a
@@ -46,12 +52,37 @@ impl Cgroup {
     /// # Errors
     /// [`Error::Read`].
     pub fn members(&self) -> Result<BTreeSet<i32>, Error> {
+        self.pids_below(self.dir_of("memory").into_iter())
+    }
+
+    fn pids_below<'a>(&self, tops: impl Iterator<Item = &'a Path>) -> Result<BTreeSet<i32>, Error> {
+        let mut lists = Vec::new();
+        for top in tops {
+            let tree = self.tree(top).map_err(|source| Error::Read { path: top.into(), source })?;
+            lists.extend(tree.into_iter().map(|dir| dir.join("cgroup.procs")));
+        }
         let mut pids = BTreeSet::new();
-        let Some(dir) = self.dir_of("memory") else { return Ok(pids) };
-        for dir in control_file::tree(dir).map_err(|source| Error::Read { path: dir.into(), source })? {
-            read_pids(&dir, &mut pids)?;
+        for lists in lists.chunks(AT_A_TIME) {
+            for (list, opened) in lists.iter().zip(self.files.open(lists, OpenFor::Reading)) {
+                match opened.and_then(control_file::read_open) {
+                    Ok(bytes) => pids.extend(parse_pids(&bytes)),
+                    Err(error)
+                        if control_file::is_gone(&error) || error.raw_os_error() == Some(EOPNOTSUPP) => {}
+                    Err(source) => return Err(Error::Read { path: list.clone(), source }),
+                }
+            }
         }
         Ok(pids)
+    }
+
+    /// One of its directories and all below it.
+    fn tree(&self, top: &Path) -> io::Result<Vec<PathBuf>> {
+        // Two links are its own: cgroups without cgroups below, which almost all are, need not be
+        // listed.
+        match std::fs::metadata(top) {
+            Ok(metadata) if metadata.nlink() == 2 => Ok(vec![top.to_path_buf()]),
+            _ => self.files.tree(top),
+        }
     }
 
     /// Whether no process is in this cgroup or below it.
@@ -60,7 +91,8 @@ impl Cgroup {
     /// [`Error::Read`].
     pub fn is_empty(&self) -> Result<bool, Error> {
         if let Place::Unified(dir) = &self.place {
-            let Some(events) = control_file::read_if_there(&dir.join("cgroup.events"))? else {
+            let Some(events) = control_file::read_if_there(self.files.as_ref(), &dir.join("cgroup.events"))?
+            else {
                 return Ok(true);
             };
             return Ok(control_file::keyed(&events, "populated") == Some(0));
@@ -78,18 +110,24 @@ impl Cgroup {
     pub fn kill(&self, within: Duration) -> Result<(), Error> {
         let started = Instant::now();
         let mut wait = FIRST_WAIT;
-        while !self.is_empty()? {
-            match &self.place {
-                Place::Unified(dir) => match control_file::write(&dir.join("cgroup.kill"), "1") {
-                    Err(Error::Write { source, .. }) if control_file::is_gone(&source) => {}
-                    other => other?,
-                },
-                Place::Legacy(_) => self.kill_round()?,
+        loop {
+            let killed = match self.is_empty() {
+                Ok(true) => return Ok(()),
+                Ok(false) => self.kill_once(),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = &killed {
+                if !error.is_silent() {
+                    return killed;
+                }
+                self.kill_unseen()?;
+                wait = UNSEEN_WAIT;
             }
             if started.elapsed() >= within {
+                killed?;
                 let left = self.processes()?.len();
                 if left == 0 {
-                    break;
+                    return Ok(());
                 }
                 return Err(Error::StillPopulated {
                     path: self.main_dir(),
@@ -100,13 +138,47 @@ impl Cgroup {
             thread::sleep(wait);
             wait = (wait * 2).min(LONGEST_WAIT);
         }
+    }
+
+    fn kill_once(&self) -> Result<(), Error> {
+        let Place::Unified(dir) = &self.place else { return self.kill_round() };
+        match control_file::write(self.files.as_ref(), &dir.join("cgroup.kill"), "1") {
+            Err(Error::Write { source, .. }) if control_file::is_gone(&source) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Kills what procfs says is in this cgroup or below it, whatever is with its directories:
+    /// proc_pid_cgroup(5).
+    fn kill_unseen(&self) -> Result<(), Error> {
+        let path = Path::new("/proc");
+        let fail = |source| Error::Read { path: path.into(), source };
+        for entry in std::fs::read_dir(path).map_err(fail)? {
+            let name = entry.map_err(fail)?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            if !self.is_member(pid) {
+                continue;
+            }
+            // One that has ended is no longer there to be killed. The number may be another's by
+            // now, which is not in the cgroup.
+            if let Ok(pidfd) = process::open_pidfd(pid)
+                && self.is_member(pid)
+            {
+                let _ = process::signal_pidfd(pidfd.as_fd(), process::SIGKILL);
+            }
+        }
         Ok(())
+    }
+
+    fn is_member(&self, pid: i32) -> bool {
+        let listed = std::fs::read(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        is_listed(&listed, self.path())
     }
 
     /// v1: one round of freeze, list, kill, thaw.
     fn kill_round(&self) -> Result<(), Error> {
         let _thaw = match self.dir_of("freezer") {
-            Some(dir) => Some(Frozen::new(dir)?),
+            Some(dir) => Some(Frozen::new(self, dir)?),
             None => None,
         };
         let mut held = Vec::new();
@@ -139,7 +211,11 @@ impl Cgroup {
 /// cgroup cannot die and would outlive its pod. With it those below, which a container may have
 /// frozen on its own.
 struct Frozen<'a> {
+    cgroup: &'a Cgroup,
     dir: &'a Path,
+    /// Open before it is frozen, so that it can be thawed whatever happens. Nothing where the
+    /// cgroup is gone.
+    state: Option<File>,
 }
 
 /// freezer-subsystem.txt of the kernel's cgroup v1 documents.
@@ -148,36 +224,40 @@ const STATE: &str = "freezer.state";
 impl<'a> Frozen<'a> {
     /// Asks for the freeze and does not wait for it: who is still moving is caught in the next
     /// round.
-    fn new(dir: &'a Path) -> Result<Self, Error> {
-        let frozen = Self { dir };
-        match control_file::write(&dir.join(STATE), "FROZEN") {
-            Err(Error::Write { source, .. }) if control_file::is_gone(&source) => Ok(frozen),
-            other => other.map(|()| frozen),
+    fn new(cgroup: &'a Cgroup, dir: &'a Path) -> Result<Self, Error> {
+        let (path, value) = (dir.join(STATE), "FROZEN");
+        let mut frozen = Self { cgroup, dir, state: None };
+        let opened = control_file::open_for_writing(cgroup.files.as_ref(), &path);
+        let written = opened.and_then(|file| control_file::write_to(frozen.state.insert(file), value));
+        match written {
+            Err(source) if !control_file::is_gone(&source) => {
+                Err(Error::Write { path, value: value.into(), source })
+            }
+            _ => Ok(frozen),
         }
     }
 }
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        let below = control_file::tree(self.dir).unwrap_or_default();
-        for dir in below.iter().map(PathBuf::as_path).chain([self.dir]) {
-            // Cannot be refused but for the cgroup being gone.
-            let _ = control_file::write_value(&dir.join(STATE), "THAWED");
+        const THAWED: &str = "THAWED";
+        // Cannot be refused but for the cgroup being gone.
+        if let Some(state) = &mut self.state {
+            let _ = control_file::write_to(state, THAWED);
+        }
+        for dir in self.cgroup.tree(self.dir).unwrap_or_default().iter().skip(1) {
+            let _ = control_file::write_value(self.cgroup.files.as_ref(), &dir.join(STATE), THAWED);
         }
     }
 }
 
-fn read_pids(dir: &Path, into: &mut BTreeSet<i32>) -> Result<(), Error> {
-    let path = dir.join("cgroup.procs");
-    let bytes = match control_file::read_bytes(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if control_file::is_gone(&error) || error.raw_os_error() == Some(EOPNOTSUPP) => {
-            return Ok(());
-        }
-        Err(source) => return Err(Error::Read { path, source }),
-    };
-    into.extend(parse_pids(&bytes));
-    Ok(())
+/// Whether a `/proc/<pid>/cgroup` has the cgroup `path` or one below it, in any hierarchy. Paths in
+/// there begin at the root of the hierarchy, wherever that is mounted.
+fn is_listed(listed: &[u8], path: &str) -> bool {
+    String::from_utf8_lossy(listed).lines().any(|line| {
+        let place = line.splitn(3, ':').nth(2).unwrap_or_default();
+        place.ends_with(path) || place.contains(&format!("{path}/"))
+    })
 }
 
 /// One pid a line. A process of a pid namespace that the reader cannot see is 0, which must never
@@ -193,6 +273,21 @@ fn parse_pids(bytes: &[u8]) -> impl Iterator<Item = i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn members_are_found_in_what_procfs_lists() {
+        for (listed, expected) in [
+            ("4:memory:/pods/1/ab\n", true),
+            ("4:memory:/\n0::/pods/1/ab/below\n", true),
+            ("0::/outer/pods/1/ab\n", true),
+            ("0::/pods/1/abc\n4:cpu:/pods/1\n", false),
+            ("0::/pods/1/ab (deleted)\n", false),
+            ("/pods/1/ab\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_listed(listed.as_bytes(), "/pods/1/ab"), expected, "{listed:?}");
+        }
+    }
 
     #[test]
     fn only_real_pids_are_taken() {

@@ -11,9 +11,10 @@
 //!         .kill(within)  .remove(within)
 //! ```
 //!
-//! Everything here is synchronous and touches only control files; nothing is kept in memory that
-//! those files do not hold, so a daemon that was restarted goes on with [`Cgroup::open`]. Who may
-//! be in which cgroup, and what the limits should be, is the caller's.
+//! Everything here is synchronous and touches only control files, through [`Files`] where a
+//! container may see them; nothing is kept in memory that those files do not hold, so a daemon that
+//! was restarted goes on with [`Cgroup::open`]. Who may be in which cgroup, and what the limits
+//! should be, is the caller's.
 //!
 //! A parent that the caller names is never created: it is kubelet's, with kubelet's limits, and a
 //! container outside it would escape them (CVE-2025-47291 was that). Only the default parent, which
@@ -31,6 +32,7 @@ mod control_file;
 mod devices;
 mod driver;
 mod error;
+mod files;
 mod hierarchy;
 mod kill;
 mod limits;
@@ -45,6 +47,7 @@ pub use cgroup::{Cgroup, Leaves, Scope, create_parent, leaves, leftovers};
 pub use devices::{Access, DeviceKind, DevicePolicy, DeviceRule, default_devices};
 pub use driver::Driver;
 pub use error::Error;
+pub use files::{Direct, Files, OpenFor};
 pub use hierarchy::{Hierarchy, LegacyMount};
 pub use limits::{Ceiling, HugepageLimit, Limits, Note, cpu_weight};
 pub use name::{Naming, Parent};

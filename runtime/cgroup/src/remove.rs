@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::{Cgroup, Error, control_file};
+use crate::{Cgroup, Error};
 
 /// A killed process leaves its cgroup a moment before it can be waited for, but css references can
 /// keep it busy a moment after.
@@ -35,12 +35,7 @@ impl Cgroup {
             // Whether that worked is seen at the directory, below.
             let _ = unit.systemd.stop(&unit.name, until.saturating_duration_since(Instant::now()));
         }
-        let mut failed: Vec<(PathBuf, io::Error)> = Vec::new();
-        for dir in self.directories() {
-            if let Err(error) = remove_directory(dir, until) {
-                failed.push((dir.to_path_buf(), error));
-            }
-        }
+        let failed = self.remove_directories(until);
         let more = failed.len().saturating_sub(1);
         match failed.into_iter().next() {
             None => Ok(()),
@@ -50,6 +45,28 @@ impl Cgroup {
 }
 
 impl Cgroup {
+    /// What could not be removed until then.
+    fn remove_directories(&self, until: Instant) -> Vec<(PathBuf, io::Error)> {
+        let mut left: Vec<PathBuf> = self.directories().map(Path::to_path_buf).collect();
+        let mut wait = FIRST_WAIT;
+        while !left.is_empty() {
+            let removed = self.files.remove(&left);
+            let failed: Vec<(PathBuf, io::Error)> = left
+                .into_iter()
+                .zip(removed)
+                .filter_map(|(dir, removed)| Some((dir, removed.err()?)))
+                .collect();
+            let is_busy = failed.iter().any(|(_, error)| error.kind() == io::ErrorKind::ResourceBusy);
+            if !is_busy || Instant::now() >= until {
+                return failed;
+            }
+            left = failed.into_iter().map(|(dir, _)| dir).collect();
+            thread::sleep(wait);
+            wait = (wait * 2).min(LONGEST_WAIT);
+        }
+        Vec::new()
+    }
+
     /// Whether all its directories go without our doing within this time.
     fn is_gone(&self, within: Duration) -> bool {
         let until = Instant::now() + within;
@@ -64,40 +81,6 @@ impl Cgroup {
             thread::sleep(wait);
             wait = (wait * 2).min(LONGEST_WAIT);
         }
-    }
-}
-
-fn remove_directory(dir: &Path, until: Instant) -> io::Result<()> {
-    let mut wait = FIRST_WAIT;
-    loop {
-        match remove_tree(dir) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
-                thread::sleep(wait);
-                wait = (wait * 2).min(LONGEST_WAIT);
-            }
-            other => return other,
-        }
-    }
-}
-
-/// One attempt, deepest first. The files of a cgroup are not removed; they go with it.
-fn remove_tree(dir: &Path) -> io::Result<()> {
-    let busy = match rmdir(dir) {
-        Ok(()) => return Ok(()),
-        Err(error) => error,
-    };
-    let below = control_file::tree(dir)?;
-    if below.len() == 1 {
-        return Err(busy);
-    }
-    // Parents come before their children in the list.
-    below.iter().rev().try_for_each(|dir| rmdir(dir))
-}
-
-fn rmdir(dir: &Path) -> io::Result<()> {
-    match std::fs::remove_dir(dir) {
-        Err(error) if control_file::is_gone(&error) => Ok(()),
-        other => other,
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use berth_sys::errno::EOPNOTSUPP;
 
 use crate::cgroup::Place;
-use crate::{Cgroup, Error, Hierarchy, Parent, control_file, parse_oom_kills};
+use crate::{Cgroup, Error, Files, Hierarchy, Parent, control_file, parse_oom_kills};
 
 /// Devices whose reads and writes are reported. A cgroup has a line for each that it ever used; a
 /// node with more disks than this has its figures elsewhere.
@@ -167,7 +167,7 @@ impl Cgroup {
     /// [`Error::Read`] and [`Error::Malformed`] with the file.
     pub fn stats(&self, detail: Detail) -> Result<Option<Stats>, Error> {
         let stats = match &self.place {
-            Place::Unified(dir) => unified(dir, detail)?,
+            Place::Unified(dir) => unified(self.files.as_ref(), dir, detail)?,
             Place::Legacy(_) => self.legacy(detail)?,
         };
         Ok(Some(stats).filter(|stats| *stats != Stats::default()))
@@ -175,11 +175,11 @@ impl Cgroup {
 
     fn legacy(&self, detail: Detail) -> Result<Stats, Error> {
         let number = |controller: &str, file: &str| match self.dir_of(controller) {
-            Some(dir) => control_file::read_number(&dir.join(file)),
+            Some(dir) => control_file::read_number(self.files.as_ref(), &dir.join(file)),
             None => Ok(None),
         };
         let bytes = |controller: &str, file: &str| match self.dir_of(controller) {
-            Some(dir) => control_file::read_if_there(&dir.join(file)),
+            Some(dir) => control_file::read_if_there(self.files.as_ref(), &dir.join(file)),
             None => Ok(None),
         };
         let mut cpu =
@@ -228,7 +228,7 @@ impl Cgroup {
 
     fn oom_kills(&self) -> Result<Option<u64>, Error> {
         let Some(source) = self.oom_source() else { return Ok(None) };
-        let bytes = control_file::read_if_there(&source.file)?.unwrap_or_default();
+        let bytes = control_file::read_if_there(self.files.as_ref(), &source.file)?.unwrap_or_default();
         Ok(parse_oom_kills(&bytes, source.key))
     }
 }
@@ -237,9 +237,9 @@ impl Cgroup {
 /// of any size that is above this.
 const V1_UNLIMITED: u64 = 0x7fff_ffff_0000_0000;
 
-fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
-    let number = |file: &str| control_file::read_number(&dir.join(file));
-    let cpu = match control_file::read_if_there(&dir.join("cpu.stat"))? {
+fn unified(files: &dyn Files, dir: &Path, detail: Detail) -> Result<Stats, Error> {
+    let number = |file: &str| control_file::read_number(files, &dir.join(file));
+    let cpu = match control_file::read_if_there(files, &dir.join("cpu.stat"))? {
         Some(stat) => {
             let ns = |key| control_file::keyed(&stat, key).map(|us| us.saturating_mul(1000));
             let usage_ns = ns("usage_usec")
@@ -251,7 +251,7 @@ fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
                 periods: control_file::keyed(&stat, "nr_periods"),
                 throttled_periods: control_file::keyed(&stat, "nr_throttled"),
                 throttled_ns: ns("throttled_usec"),
-                pressure: pressure(dir, "cpu.pressure")?,
+                pressure: pressure(files, dir, "cpu.pressure")?,
             })
         }
         None => None,
@@ -259,11 +259,11 @@ fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
     let mut memory = None;
     let mut swap = None;
     if let Some(usage_bytes) = number("memory.current")? {
-        let stat = control_file::read_if_there(&dir.join("memory.stat"))?.unwrap_or_default();
+        let stat = control_file::read_if_there(files, &dir.join("memory.stat"))?.unwrap_or_default();
         let (mut peak_bytes, mut limit_hits, mut oom_kills) = (None, None, None);
         if detail == Detail::All {
             peak_bytes = number("memory.peak")?;
-            let events = control_file::read_if_there(&dir.join("memory.events"))?.unwrap_or_default();
+            let events = control_file::read_if_there(files, &dir.join("memory.events"))?.unwrap_or_default();
             limit_hits = control_file::keyed(&events, "max");
             oom_kills = parse_oom_kills(&events, "oom_kill");
         }
@@ -272,7 +272,7 @@ fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
             kernel_bytes: control_file::keyed(&stat, "kernel"),
             limit_hits,
             oom_kills,
-            pressure: pressure(dir, "memory.pressure")?,
+            pressure: pressure(files, dir, "memory.pressure")?,
             ..memory_stats(usage_bytes, number("memory.max")?, &stat, &UNIFIED_KEYS)
         });
         if let Some(usage_bytes) = number("memory.swap.current")? {
@@ -283,11 +283,11 @@ fn unified(dir: &Path, detail: Detail) -> Result<Stats, Error> {
             });
         }
     }
-    let io_pressure = pressure(dir, "io.pressure")?;
+    let io_pressure = pressure(files, dir, "io.pressure")?;
     let (mut pids_limit, mut io) = (None, Vec::new());
     if detail == Detail::All {
         pids_limit = number("pids.max")?;
-        io = unified_io(&control_file::read_if_there(&dir.join("io.stat"))?.unwrap_or_default());
+        io = unified_io(&control_file::read_if_there(files, &dir.join("io.stat"))?.unwrap_or_default());
     }
     Ok(Stats { cpu, memory, swap, pids: number("pids.current")?, pids_limit, io, io_pressure })
 }
@@ -402,8 +402,8 @@ fn memory_stats(usage_bytes: u64, limit_bytes: Option<u64>, stat: &[u8], keys: &
 
 /// A pressure file, or nothing where the kernel keeps none (`EOPNOTSUPP` when it is switched off,
 /// psi=0).
-fn pressure(dir: &Path, file: &str) -> Result<Option<Pressure>, Error> {
-    match control_file::read_bytes(&dir.join(file)) {
+fn pressure(files: &dyn Files, dir: &Path, file: &str) -> Result<Option<Pressure>, Error> {
+    match control_file::read_bytes(files, &dir.join(file)) {
         Ok(bytes) => Ok(parse_pressure(&bytes)),
         Err(error) if control_file::is_gone(&error) || error.raw_os_error() == Some(EOPNOTSUPP) => Ok(None),
         Err(source) => Err(Error::Read { path: dir.join(file), source }),

@@ -1,6 +1,7 @@
 //! The node's cgroups: who arranges them, and how one is made, found again, and recognised as this
 //! daemon's own.
 
+mod guarded;
 mod left;
 mod unanswered;
 
@@ -10,13 +11,16 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use berth_cgroup::{Cgroup, Driver, Ending, Hierarchy, Limits, Parent, Scope, Systemd, SystemdError};
 use berth_model::id::ContainerId;
 use berth_sys::xattr;
 
+use crate::host_paths::HostPaths;
 use crate::shim_client::{Holder, ShimError, ShimProgram};
+use guarded::{Guarded, Roots};
 use unanswered::Unanswered;
 
 pub(crate) use left::LeftCgroups;
@@ -52,6 +56,8 @@ pub(crate) struct Cgroups {
     left: LeftCgroups,
     /// The daemon's root, by which it recognises its own.
     root: PathBuf,
+    host: Arc<HostPaths>,
+    roots: Arc<Roots>,
 }
 
 impl Cgroups {
@@ -60,10 +66,12 @@ impl Cgroups {
         default_parent: Parent,
         systemd: Option<Systemd>,
         root: PathBuf,
+        host: Arc<HostPaths>,
     ) -> Self {
         let driver = if systemd.is_some() { Driver::Systemd } else { Driver::Cgroupfs };
         let (unanswered, left) = (Unanswered::default(), LeftCgroups::default());
-        Self { hierarchy, driver, default_parent, systemd, unanswered, left, root }
+        let roots = Arc::new(Roots::open(&hierarchy));
+        Self { hierarchy, driver, default_parent, systemd, unanswered, left, root, host, roots }
     }
 
     /// Retries, in the background, to kill what is in `cgroup` and to remove it, until that is
@@ -137,7 +145,7 @@ impl Cgroups {
                 for note in notes {
                     tracing::warn!(id, %note, "cannot set a limit as requested");
                 }
-                Ok((cgroup, holder))
+                Ok((self.guarded(cgroup), holder))
             }
             Err(error) => {
                 drop(holder);
@@ -218,7 +226,14 @@ impl Cgroups {
 
     /// The cgroup of `id`, which may exist still. Its absence is not an error.
     pub(crate) fn open(&self, parent: &Parent, id: &str) -> Result<Cgroup, berth_cgroup::Error> {
-        Ok(Cgroup::open(&self.hierarchy, parent, id)?.with_systemd(self.systemd.as_ref()))
+        Ok(self.guarded(Cgroup::open(&self.hierarchy, parent, id)?.with_systemd(self.systemd.as_ref())))
+    }
+
+    /// A cgroup that a container may see, and keep locked.
+    fn guarded(&self, cgroup: Cgroup) -> Cgroup {
+        let directories = cgroup.directories().map(Path::to_path_buf).collect();
+        let files = Guarded::new(self.host.clone(), self.roots.clone(), directories);
+        cgroup.with_files(Arc::new(files))
     }
 
     /// Creates the parent that a pod names, unless it exists according to the memory controller (or

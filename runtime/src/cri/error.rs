@@ -125,6 +125,7 @@ fn code(error: &CallError) -> Code {
         CallError::Url(UrlError::Token(TokenError::TooMany)) => Code::ResourceExhausted,
         CallError::Url(UrlError::Token(TokenError::Random(_))) => Code::Internal,
         CallError::Cancelled => Code::Cancelled,
+        CallError::Stats(error) if error.is_silent() => Code::Unavailable,
         CallError::Store(_) | CallError::Stats(_) | CallError::File { .. } => Code::Internal,
     }
 }
@@ -164,6 +165,7 @@ fn container(error: &ContainerError) -> Code {
         | ContainerError::AppArmor { .. }
         | ContainerError::Mount { .. }
         | ContainerError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => Code::InvalidArgument,
+        ContainerError::Cgroup(error) if error.is_silent() => Code::Unavailable,
         ContainerError::Cgroup(berth_cgroup::Error::Write { source, .. }) if is_bad_value(source) => {
             Code::InvalidArgument
         }

@@ -12,7 +12,7 @@ use crate::oci_spec::ResolvedDevice;
 /// A question.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Question {
-    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub(super) ask: Option<Ask>,
 }
 
@@ -40,6 +40,58 @@ pub(super) enum Ask {
     /// To rotate a log: [`Tell::Done`], whether there has to be a new one.
     #[prost(message, tag = "7")]
     Rotate(Rotate),
+    /// To open files of a cgroup: [`Tell::Outcomes`], with a descriptor for each that is open.
+    #[prost(message, tag = "8")]
+    OpenControl(OpenControl),
+    /// The cgroups below one: [`Tell::Tree`].
+    #[prost(message, tag = "9")]
+    Tree(AskedTree),
+    /// To remove the directories of a cgroup: [`Tell::Outcomes`].
+    #[prost(message, tag = "10")]
+    RemoveCgroup(Paths),
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Paths {
+    #[prost(bytes, repeated, tag = "1")]
+    pub(super) paths: Vec<Vec<u8>>,
+}
+
+/// Files in or below these directories of one cgroup.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct OpenControl {
+    #[prost(bytes, repeated, tag = "1")]
+    pub(super) directories: Vec<Vec<u8>>,
+    #[prost(bytes, repeated, tag = "2")]
+    pub(super) paths: Vec<Vec<u8>>,
+    #[prost(bool, tag = "3")]
+    pub(super) for_writing: bool,
+}
+
+/// A directory, and how many below it are known already.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct AskedTree {
+    #[prost(bytes, tag = "1")]
+    pub(super) directory: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub(super) known: u64,
+}
+
+/// Paths relative to the directory, which is the first with an empty one.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct FoundTree {
+    #[prost(bytes, repeated, tag = "1")]
+    pub(super) paths: Vec<Vec<u8>>,
+    /// These are not all.
+    #[prost(bool, tag = "2")]
+    pub(super) is_cut: bool,
+}
+
+/// For each path errno(3), or 0.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Outcomes {
+    #[prost(int32, repeated, tag = "1")]
+    pub(super) errnos: Vec<i32>,
 }
 
 /// CRI `Device`, of which there are several.
@@ -82,7 +134,7 @@ pub(super) struct Rotate {
 /// An answer.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Answer {
-    #[prost(oneof = "Tell", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "Tell", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub(super) tell: Option<Tell>,
 }
 
@@ -99,6 +151,10 @@ pub(super) enum Tell {
     Devices(FoundDevices),
     #[prost(bytes, tag = "5")]
     Content(Vec<u8>),
+    #[prost(message, tag = "6")]
+    Outcomes(Outcomes),
+    #[prost(message, tag = "7")]
+    Tree(FoundTree),
 }
 
 /// Why something could not be done.
@@ -158,7 +214,15 @@ impl Ask {
             Self::DeviceBelow(below) => vec![path_of(&below.top).join(path_of(&below.path))],
             Self::HostDevices(()) => vec![PathBuf::from("/dev")],
             Self::Rotate(rotate) => vec![path_of(&rotate.directory).join(path_of(&rotate.name))],
+            Self::OpenControl(open) => paths_of(&open.directories),
+            Self::Tree(asked) => vec![path_of(&asked.directory).to_owned()],
+            Self::RemoveCgroup(asked) => paths_of(&asked.paths),
         }
+    }
+
+    /// Whether it is about a cgroup.
+    pub(super) fn is_of_a_cgroup(&self) -> bool {
+        matches!(self, Self::OpenControl(_) | Self::Tree(_) | Self::RemoveCgroup(_))
     }
 }
 
@@ -177,6 +241,11 @@ impl From<Tell> for Answer {
 /// A path in a message.
 pub(super) fn path_of(bytes: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(bytes))
+}
+
+/// Paths in a message.
+pub(super) fn paths_of(bytes: &[Vec<u8>]) -> Vec<PathBuf> {
+    bytes.iter().map(|bytes| path_of(bytes).to_owned()).collect()
 }
 
 /// A path for a message.

@@ -20,7 +20,13 @@
 //! While a worker is stuck, its path and everything below fails at once. So do other names in the
 //! same directory once `AT_ONE_PLACE` workers are stuck there. `MOST` limits the workers that are
 //! busy or stuck: beyond it only what the kernel has in memory is answered.
+//!
+//! The directories of cgroups, which containers see of their own, are looked at by workers too
+//! ([`crate::cgroups`]). There the kernel does not say what it has in memory, but as nothing is
+//! slow in them, they have less patience (`CGROUP_PATIENCE`), and those that hang leave room for
+//! the other paths (`MOST_OF_CGROUPS`).
 
+mod cgroup;
 mod log_file;
 mod message;
 mod profile;
@@ -34,6 +40,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use berth_cgroup::OpenFor;
 use berth_model::container::Device;
 use berth_shim_proto::frame;
 use berth_sys::process::{Child, Program, SIGKILL};
@@ -42,17 +49,30 @@ use tokio::runtime::Handle;
 
 use crate::lock;
 use crate::oci_spec::ResolvedDevice;
-use message::{Answer, Ask, AskedDevices, Below, Failure, Question, Rotate, Tell, bytes_of, path_of};
+use message::{
+    Answer, Ask, AskedDevices, AskedTree, Below, Failure, OpenControl, Paths, Question, Rotate, Tell,
+    bytes_of, path_of,
+};
 
 /// How long a question may take. Filesystems on a network take their time, and a client waits for
 /// two minutes at most.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The same for a cgroup, whose files are in memory.
+const CGROUP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How many workers may be stuck in one directory until no more are sent there.
 const AT_ONE_PLACE: usize = 2;
 
 /// How many workers there may be, busy or stuck.
 const MOST: usize = 64;
+
+/// How many of them may be stuck in cgroups.
+const MOST_OF_CGROUPS: usize = 32;
+
+/// How long to wait for a worker that is at work in a cgroup before another is started, which takes
+/// longer than most of that work.
+const NEXT: Duration = Duration::from_millis(5);
 
 /// When and how often to see whether a worker that is to end has ended.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
@@ -148,6 +168,8 @@ struct Shared {
     workers: Mutex<Workers>,
     /// Told when there is a worker less.
     one_less: Condvar,
+    /// Told when a worker is idle.
+    one_idle: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -170,6 +192,7 @@ struct Stuck {
     paths: Vec<PathBuf>,
     /// For each path the lowest directory on the way that is known.
     places: Vec<PathBuf>,
+    of_a_cgroup: bool,
     since: Instant,
 }
 
@@ -185,7 +208,7 @@ impl HostPaths {
         if let Some(found) = host_path::resolve_cached(path) {
             return Ok(found);
         }
-        match self.ask(Ask::Source(bytes_of(path)))? {
+        match self.ask(Ask::Source(bytes_of(path)))?.0 {
             Tell::Path(found) => Ok(path_of(&found).to_owned()),
             _ => Err(lost(path)),
         }
@@ -224,7 +247,7 @@ impl HostPaths {
 
     /// What is in the file of a seccomp profile.
     pub(crate) fn profile(&self, path: &Path) -> Result<Vec<u8>, HostPathError> {
-        match self.ask(Ask::Profile(bytes_of(path)))? {
+        match self.ask(Ask::Profile(bytes_of(path)))?.0 {
             Tell::Content(content) => Ok(content),
             _ => Err(lost(path)),
         }
@@ -233,44 +256,89 @@ impl HostPaths {
     /// Moves a log away that has more than `limit` bytes. Whether there has to be a new one.
     pub(crate) fn rotate(&self, directory: &Path, name: &Path, limit: u64) -> Result<bool, HostPathError> {
         let rotate = Rotate { directory: bytes_of(directory), name: bytes_of(name), limit };
-        match self.ask(Ask::Rotate(rotate))? {
+        match self.ask(Ask::Rotate(rotate))?.0 {
             Tell::Done(has_moved) => Ok(has_moved),
             _ => Err(lost(directory)),
         }
     }
 
+    /// Opens files that are in the directories of a cgroup, or below.
+    pub(crate) fn open_control(
+        &self,
+        directories: &[PathBuf],
+        paths: &[PathBuf],
+        purpose: OpenFor,
+    ) -> Result<Vec<io::Result<File>>, HostPathError> {
+        let all = |paths: &[PathBuf]| paths.iter().map(|path| bytes_of(path)).collect();
+        let open = OpenControl {
+            directories: all(directories),
+            paths: all(paths),
+            for_writing: purpose == OpenFor::Writing,
+        };
+        let (tell, descriptors) = self.ask(Ask::OpenControl(open))?;
+        let mut files = descriptors.into_iter().map(File::from);
+        let opened = outcomes(tell, paths)?.into_iter().map(|outcome| {
+            outcome.and_then(|()| files.next().ok_or_else(|| io::ErrorKind::UnexpectedEof.into()))
+        });
+        Ok(opened.collect())
+    }
+
+    /// A directory of a cgroup and all below it, parents before their children.
+    pub(crate) fn tree(&self, directory: &Path) -> Result<Vec<PathBuf>, HostPathError> {
+        let mut all = Vec::new();
+        loop {
+            let known = u64::try_from(all.len()).unwrap_or(u64::MAX);
+            let ask = Ask::Tree(AskedTree { directory: bytes_of(directory), known });
+            let (Tell::Tree(found), _) = self.ask(ask)? else { return Err(lost(directory)) };
+            all.extend(found.paths.iter().map(|path| directory.join(path_of(path))));
+            if !found.is_cut {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Removes the directories of a cgroup, as far as they can be.
+    pub(crate) fn remove_cgroup(
+        &self,
+        directories: &[PathBuf],
+    ) -> Result<Vec<io::Result<()>>, HostPathError> {
+        let paths = directories.iter().map(|path| bytes_of(path)).collect();
+        outcomes(self.ask(Ask::RemoveCgroup(Paths { paths }))?.0, directories)
+    }
+
     fn find_devices(&self, ask: Ask) -> Result<Vec<ResolvedDevice>, HostPathError> {
         let paths = ask.paths();
-        match self.ask(ask)? {
+        match self.ask(ask)?.0 {
             Tell::Devices(found) => Ok(found.devices.into_iter().map(Into::into).collect()),
             _ => Err(lost(&paths.into_iter().next().unwrap_or_default())),
         }
     }
 
-    fn ask(&self, ask: Ask) -> Result<Tell, HostPathError> {
-        let paths = ask.paths();
+    fn ask(&self, ask: Ask) -> Result<(Tell, Vec<OwnedFd>), HostPathError> {
+        let (paths, of_a_cgroup) = (ask.paths(), ask.is_of_a_cgroup());
+        let patience = if of_a_cgroup { CGROUP_PATIENCE } else { PATIENCE };
         let first = || paths.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
         let frame = frame::encode(&Question::from(ask)).map_err(|error| {
             HostPathError::Failed(Failed { text: error.to_string(), path: first().to_owned(), errno: 0 })
         })?;
-        let (mut idle, _slot) = self.begin(&paths)?;
+        let (mut idle, _slot) = self.begin(&paths, of_a_cgroup)?;
         loop {
             let was_idle = idle.is_some();
             let worker = match idle.take() {
                 Some(worker) => worker,
                 None => Worker::start().map_err(HostPathError::Ask)?,
             };
-            match worker.converse(&frame) {
-                Ok(Some(Tell::Failed(Failure { text, path, errno }))) => {
+            match worker.converse(&frame, patience) {
+                Ok(Some((Tell::Failed(Failure { text, path, errno }), _))) => {
                     self.keep(worker);
                     let path = path_of(&path).to_owned();
                     return Err(HostPathError::Failed(Failed { text, path, errno }));
                 }
-                Ok(Some(tell)) => {
+                Ok(Some(found)) => {
                     self.keep(worker);
-                    return Ok(tell);
+                    return Ok(found);
                 }
-                Ok(None) => return Err(self.give_up(worker, paths)),
+                Ok(None) => return Err(self.give_up(worker, paths, patience, of_a_cgroup)),
                 Err(error) => {
                     tracing::warn!(pid = worker.pid, %error, "a process that looks at paths of the host failed");
                     // If it has not ended, it is confused.
@@ -287,20 +355,23 @@ impl HostPaths {
 
     /// A worker that is idle, if there is one, and the right to have one; unless what is asked
     /// about is known not to answer.
-    fn begin(&self, paths: &[PathBuf]) -> Result<(Option<Worker>, Slot), HostPathError> {
+    fn begin(&self, paths: &[PathBuf], of_a_cgroup: bool) -> Result<(Option<Worker>, Slot), HostPathError> {
         let shared = &self.shared;
-        let workers = lock(&shared.workers);
-        workers.refuse_what_is_stuck(paths)?;
+        let mut workers = lock(&shared.workers);
+        workers.refuse_what_is_stuck(paths, of_a_cgroup)?;
+        if of_a_cgroup {
+            if workers.stuck.iter().filter(|stuck| stuck.of_a_cgroup).count() >= MOST_OF_CGROUPS {
+                return Err(workers.too_many(paths));
+            }
+            let is_next = |workers: &mut Workers| workers.idle.is_none() && workers.busy > 0;
+            let waited = shared.one_idle.wait_timeout_while(workers, NEXT, is_next);
+            workers = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         let is_full = |workers: &mut Workers| workers.busy + workers.stuck.len() >= MOST;
         let waited = shared.one_less.wait_timeout_while(workers, PATIENCE, is_full);
         let (mut workers, wait) = waited.unwrap_or_else(PoisonError::into_inner);
         if wait.timed_out() {
-            let example = workers.stuck.first().and_then(|stuck| stuck.paths.first());
-            return Err(HostPathError::TooMany {
-                path: shown(paths),
-                count: workers.stuck.len(),
-                example: example.map_or_else(String::new, |path| path.display().to_string()),
-            });
+            return Err(workers.too_many(paths));
         }
         workers.busy += 1;
         Ok((workers.idle.take(), Slot(shared.clone())))
@@ -311,6 +382,7 @@ impl HostPaths {
         let mut workers = lock(&self.shared.workers);
         if workers.idle.is_none() {
             workers.idle = Some(worker);
+            self.shared.one_idle.notify_one();
         } else {
             drop(workers);
             // It ends when it sees that.
@@ -319,19 +391,29 @@ impl HostPaths {
         }
     }
 
-    fn give_up(&self, worker: Worker, paths: Vec<PathBuf>) -> HostPathError {
+    fn give_up(
+        &self,
+        worker: Worker,
+        paths: Vec<PathBuf>,
+        patience: Duration,
+        of_a_cgroup: bool,
+    ) -> HostPathError {
         let Worker { pid, connection } = worker;
         let _ = process::signal_child(pid, SIGKILL);
         drop(connection);
-        let places: Vec<PathBuf> = paths.iter().map(|path| place(path)).collect();
-        let (path, seconds) = (shown(&paths), PATIENCE.as_secs());
+        let places: Vec<PathBuf> = match of_a_cgroup {
+            true => paths.clone(),
+            false => paths.iter().map(|path| place(path)).collect(),
+        };
+        let (path, seconds) = (shown(&paths), patience.as_secs());
         tracing::warn!(
             path,
             pid,
             "a path of the host did not answer within {seconds} s; what is there is not looked at until it does"
         );
         let error = HostPathError::Silent { path, place: shown(&places), seconds };
-        lock(&self.shared.workers).stuck.push(Stuck { pid, paths, places, since: Instant::now() - PATIENCE });
+        let since = Instant::now() - patience;
+        lock(&self.shared.workers).stuck.push(Stuck { pid, paths, places, of_a_cgroup, since });
         self.reap(pid);
         error
     }
@@ -367,7 +449,7 @@ impl Drop for Slot {
 }
 
 impl Workers {
-    fn refuse_what_is_stuck(&self, paths: &[PathBuf]) -> Result<(), HostPathError> {
+    fn refuse_what_is_stuck(&self, paths: &[PathBuf], of_a_cgroup: bool) -> Result<(), HostPathError> {
         for path in paths.iter().filter(|_| !self.stuck.is_empty()) {
             let refused = |stuck: &Stuck, what: &Path| HostPathError::SilentBefore {
                 path: path.display().to_string(),
@@ -379,6 +461,9 @@ impl Workers {
                     return Err(refused(stuck, above));
                 }
             }
+            if of_a_cgroup {
+                continue;
+            }
             let place = place(path);
             let mut there = self.stuck.iter().filter(|stuck| stuck.places.contains(&place));
             if let Some(stuck) = there.nth(AT_ONE_PLACE - 1) {
@@ -386,6 +471,17 @@ impl Workers {
             }
         }
         Ok(())
+    }
+}
+
+impl Workers {
+    fn too_many(&self, paths: &[PathBuf]) -> HostPathError {
+        let example = self.stuck.first().and_then(|stuck| stuck.paths.first());
+        HostPathError::TooMany {
+            path: shown(paths),
+            count: self.stuck.len(),
+            example: example.map_or_else(String::new, |path| path.display().to_string()),
+        }
     }
 }
 
@@ -406,13 +502,14 @@ impl Worker {
     }
 
     /// Puts a question. `None` when there is no answer in time.
-    fn converse(&self, frame: &[u8]) -> io::Result<Option<Tell>> {
-        let (connection, end) = (self.connection.as_fd(), Instant::now() + PATIENCE);
-        worker::send_all(connection, frame)?;
-        let (mut received, mut buffer) = (Vec::new(), [0; 4096]);
+    fn converse(&self, frame: &[u8], patience: Duration) -> io::Result<Option<(Tell, Vec<OwnedFd>)>> {
+        let (connection, end) = (self.connection.as_fd(), Instant::now() + patience);
+        worker::send_all(connection, frame, &[])?;
+        let (mut received, mut descriptors, mut buffer) = (Vec::new(), Vec::new(), [0; 4096]);
         loop {
             if let Some(answer) = frame::take::<Answer>(&mut received).map_err(io::Error::other)? {
-                return answer.tell.ok_or_else(|| io::ErrorKind::InvalidData.into()).map(Some);
+                let tell = answer.tell.ok_or(io::ErrorKind::InvalidData)?;
+                return Ok(Some((tell, descriptors)));
             }
             let left = end.saturating_duration_since(Instant::now());
             if left < Duration::from_millis(1) {
@@ -421,7 +518,10 @@ impl Worker {
             socket::limit_waits(connection, left)?;
             match socket::receive(connection, &mut buffer) {
                 Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok((length, _)) => received.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+                Ok((length, more)) => {
+                    received.extend_from_slice(buffer.get(..length).unwrap_or_default());
+                    descriptors.extend(more);
+                }
                 Err(error)
                     if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(error) => return Err(error),
@@ -437,7 +537,25 @@ fn place(path: &Path) -> PathBuf {
 }
 
 fn shown(paths: &[PathBuf]) -> String {
-    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    /// Of a list that is longer, one stands for all.
+    const MOST_SHOWN: usize = 4;
+    match paths {
+        [first, more @ ..] if more.len() >= MOST_SHOWN => {
+            format!("{} and {} others", first.display(), more.len())
+        }
+        _ => paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "),
+    }
+}
+
+/// What became of each of the paths.
+fn outcomes(tell: Tell, paths: &[PathBuf]) -> Result<Vec<io::Result<()>>, HostPathError> {
+    let result = |errno| if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) };
+    match tell {
+        Tell::Outcomes(outcomes) if outcomes.errnos.len() == paths.len() => {
+            Ok(outcomes.errnos.into_iter().map(result).collect())
+        }
+        _ => Err(lost(paths.first().map(PathBuf::as_path).unwrap_or(Path::new("")))),
+    }
 }
 
 fn lost(path: &Path) -> HostPathError {
@@ -453,6 +571,7 @@ mod tests {
             pid: 0,
             paths: paths.iter().map(|path| path.to_path_buf()).collect(),
             places: paths.iter().map(|path| place(path)).collect(),
+            of_a_cgroup: false,
             since: Instant::now(),
         }
     }
@@ -464,7 +583,7 @@ mod tests {
         std::fs::create_dir(top.join("held")).unwrap();
         std::fs::create_dir(top.join("other")).unwrap();
         let mut workers = Workers::default();
-        let asked = |workers: &Workers, path: &str| workers.refuse_what_is_stuck(&[top.join(path)]);
+        let asked = |workers: &Workers, path: &str| workers.refuse_what_is_stuck(&[top.join(path)], false);
         asked(&workers, "held/a").unwrap();
         workers.stuck.push(stuck(&[&top.join("held/a/b")]));
         for path in ["held", "held/a", "held/a/bc", "held/x", "other"] {

@@ -1,6 +1,7 @@
 //! The worker: a process that does what it is asked, one question after the other, until the daemon
 //! closes the connection. It has one thread, and nothing but that connection.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
@@ -10,7 +11,7 @@ use berth_shim_proto::frame;
 use berth_sys::{file, process, socket};
 
 use super::message::{Answer, Ask, Failure, FoundDevices, Question, Tell, bytes_of, path_of};
-use super::{log_file, profile};
+use super::{cgroup, log_file, profile};
 use crate::host_directory;
 use crate::oci_spec::{ResolvedDevice, devices, mounts};
 
@@ -39,14 +40,15 @@ fn serve(connection: BorrowedFd<'_>) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {
         while let Some(question) = frame::take::<Question>(&mut received).map_err(io::Error::other)? {
-            let answer = Answer::from(answer(question).unwrap_or_else(Tell::Failed));
+            let (tell, opened) = answer(question).unwrap_or_else(|failure| Tell::Failed(failure).into());
+            let answer = Answer::from(tell);
             let frame = match frame::encode(&answer) {
                 Ok(frame) => frame,
                 Err(error) => {
                     frame::encode(&Answer::from(Tell::Failed(failure(&error)))).map_err(io::Error::other)?
                 }
             };
-            send_all(connection, &frame)?;
+            send_all(connection, &frame, &opened)?;
         }
         match socket::receive(connection, &mut buffer) {
             Ok((0, _)) => return Ok(()),
@@ -57,11 +59,15 @@ fn serve(connection: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// Sends the whole frame.
-pub(super) fn send_all(connection: BorrowedFd<'_>, mut frame: &[u8]) -> io::Result<()> {
+/// Sends the whole frame, and descriptors with its beginning.
+pub(super) fn send_all(connection: BorrowedFd<'_>, mut frame: &[u8], files: &[File]) -> io::Result<()> {
+    let mut files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     while !frame.is_empty() {
-        match socket::send(connection, frame, &[]) {
-            Ok(sent) => frame = frame.get(sent..).unwrap_or_default(),
+        match socket::send(connection, frame, &files) {
+            Ok(sent) => {
+                files.clear();
+                frame = frame.get(sent..).unwrap_or_default();
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
@@ -69,36 +75,53 @@ pub(super) fn send_all(connection: BorrowedFd<'_>, mut frame: &[u8]) -> io::Resu
     Ok(())
 }
 
-fn answer(question: Question) -> Result<Tell, Failure> {
-    match question.ask {
+/// What is found, and what is open.
+pub(super) type Found = (Tell, Vec<File>);
+
+impl From<Tell> for Found {
+    fn from(tell: Tell) -> Self {
+        (tell, Vec::new())
+    }
+}
+
+fn answer(question: Question) -> Result<Found, Failure> {
+    let tell = match question.ask {
         Some(Ask::Source(path)) => {
             let found = mounts::find_source(path_of(&path)).map_err(|error| failure(&error))?;
-            Ok(Tell::Path(bytes_of(&found)))
+            Tell::Path(bytes_of(&found))
         }
         Some(Ask::Directory(path)) => {
             host_directory::make_missing(path_of(&path)).map_err(|(at, error)| failed_at(&at, &error))?;
-            Ok(Tell::Done(true))
+            Tell::Done(true)
         }
         Some(Ask::Devices(asked)) => {
             let asked: Vec<Device> = asked.devices.into_iter().map(Device::from).collect();
-            devices::resolve_devices(&asked).map(found).map_err(|error| failure(&error))
+            found(devices::resolve_devices(&asked).map_err(|error| failure(&error))?)
         }
         Some(Ask::DeviceBelow(below)) => {
             let device = devices::find_below(path_of(&below.top), path_of(&below.path));
-            Ok(found(device.into_iter().collect()))
+            found(device.into_iter().collect())
         }
-        Some(Ask::HostDevices(())) => devices::host_devices().map(found).map_err(|error| failure(&error)),
-        Some(Ask::Profile(path)) => profile::read(path_of(&path))
-            .map(Tell::Content)
-            .map_err(|error| failed_at(path_of(&path), &error)),
+        Some(Ask::HostDevices(())) => found(devices::host_devices().map_err(|error| failure(&error))?),
+        Some(Ask::Profile(path)) => {
+            Tell::Content(profile::read(path_of(&path)).map_err(|error| failed_at(path_of(&path), &error))?)
+        }
         Some(Ask::Rotate(rotate)) => {
             let directory = path_of(&rotate.directory);
-            log_file::rotate_if_large(directory, path_of(&rotate.name), rotate.limit)
-                .map(Tell::Done)
-                .map_err(|error| failed_at(directory, &error))
+            let rotated = log_file::rotate_if_large(directory, path_of(&rotate.name), rotate.limit);
+            Tell::Done(rotated.map_err(|error| failed_at(directory, &error))?)
         }
-        None => Err(Failure { text: "a question without content".to_owned(), ..Failure::default() }),
-    }
+        Some(Ask::OpenControl(open)) => return Ok(cgroup::open(&open)),
+        Some(Ask::Tree(asked)) => {
+            let at = path_of(&asked.directory);
+            Tell::Tree(cgroup::tree(at, asked.known).map_err(|error| failed_at(at, &error))?)
+        }
+        Some(Ask::RemoveCgroup(asked)) => Tell::Outcomes(cgroup::remove(&asked)),
+        None => {
+            return Err(Failure { text: "a question without content".to_owned(), ..Failure::default() });
+        }
+    };
+    Ok(tell.into())
 }
 
 fn found(devices: Vec<ResolvedDevice>) -> Tell {
@@ -123,7 +146,7 @@ mod tests {
         let (ours, theirs) = socket::stream_pair().unwrap();
         let worker = std::thread::spawn(move || serve(theirs.as_fd()));
         let answers = questions.iter().map(|ask| {
-            send_all(ours.as_fd(), &frame::encode(&Question::from(ask.clone())).unwrap()).unwrap();
+            send_all(ours.as_fd(), &frame::encode(&Question::from(ask.clone())).unwrap(), &[]).unwrap();
             let (mut received, mut buffer) = (Vec::new(), [0; 100]);
             loop {
                 if let Some(answer) = frame::take::<Answer>(&mut received).unwrap() {

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use berth_cgroup::{Cgroup, CpuStats, Detail, MemoryStats, Stats, stats_of_parent};
+use berth_cgroup::{CpuStats, Detail, MemoryStats, Stats, stats_of_parent};
 use berth_model::id::SandboxId;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
@@ -94,7 +94,7 @@ pub(crate) fn usage_of_pod(
         return stats_of_parent(&node.cgroups.hierarchy, parent, detail).ok().flatten();
     }
     let own_process = sandbox.pid().and_then(|_| {
-        let cgroup = Cgroup::open(&node.cgroups.hierarchy, parent, sandbox.id().as_str()).ok()?;
+        let cgroup = node.cgroups.open(parent, sandbox.id().as_str()).ok()?;
         cgroup.stats(detail).ok().flatten()
     });
     of_containers.chain(own_process).reduce(sum)

@@ -27,7 +27,7 @@ syscall(217, syscall(2, $directory, 0200000), $page, 4096);
 ";
 
 /// Longer than the daemon waits for a path.
-const GIVEN_UP: Duration = Duration::from_secs(60);
+pub(super) const GIVEN_UP: Duration = Duration::from_secs(60);
 
 /// A filesystem that does not serve, and a container that holds a directory with it.
 struct Holder {
@@ -83,36 +83,36 @@ impl Holder {
 }
 
 /// Numbers of system calls.
-const GETDENTS64: &str = "217";
+pub(super) const GETDENTS64: &str = "217";
 const MKDIR: &str = "83";
-const OPEN: &str = "2";
+pub(super) const OPEN: &str = "2";
 
 /// Whether a process waits in the kernel in this system call, and hears no signal:
 /// proc_pid_syscall(5).
-fn waits_in(pid: i32, call: &str) -> bool {
+pub(super) fn waits_in(pid: i32, call: &str) -> bool {
     let inside = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
     let state = status_field(pid, "State").unwrap_or_default();
     inside.split(' ').next() == Some(call) && state.starts_with('D')
 }
 
 /// A call that may take as long as it likes, and when it began.
-struct Call<T> {
+pub(super) struct Call<T> {
     thread: JoinHandle<Result<T, Status>>,
     begin: Instant,
 }
 
 impl<T: Send + 'static> Call<T> {
-    fn begin(call: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Self {
+    pub(super) fn begin(call: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Self {
         Self { thread: thread::spawn(call), begin: Instant::now() }
     }
 
     /// What it answers, within the time that the daemon waits for a path.
-    fn answer(self) -> Result<Result<T, Status>> {
+    pub(super) fn answer(self) -> Result<Result<T, Status>> {
         within(GIVEN_UP, "the call is answered", || Ok(self.thread.is_finished().then_some(())))?;
         self.thread.join().map_err(|_| anyhow!("the thread panicked"))
     }
 
-    fn refused(self) -> Result<Status> {
+    pub(super) fn refused(self) -> Result<Status> {
         self.answer()?.err().context("it is refused")
     }
 }
@@ -131,7 +131,7 @@ fn create(daemon: &Daemon, pod: &Pod, name: &str, source: &Path) -> Call<v1::Cre
 }
 
 /// How many processes of Berth, started by the daemon or by those, wait in the kernel.
-fn held_children(daemon: &Daemon) -> Result<usize> {
+pub(super) fn held_children(daemon: &Daemon) -> Result<usize> {
     let (mut found, mut held) = (vec![i32::try_from(daemon.pid()?)?], 0);
     while let Some(pid) = found.pop() {
         // One that has ended meanwhile has none.
@@ -143,7 +143,7 @@ fn held_children(daemon: &Daemon) -> Result<usize> {
 }
 
 /// That the daemon makes pods, and does what it should for those that are there.
-fn serves(daemon: &Daemon, name: &str, other: &Container) -> Result<()> {
+pub(super) fn serves(daemon: &Daemon, name: &str, other: &Container) -> Result<()> {
     let begin = Instant::now();
     let pod = daemon.pod(name)?;
     ensure!(pod.idle("main")?.sh("echo alive")? == "alive\n");

@@ -23,6 +23,7 @@ mod faults;
 mod floods;
 mod forward;
 mod full_disk;
+mod held_cgroups;
 mod held_logs;
 mod held_paths;
 mod held_streams;

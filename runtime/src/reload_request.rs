@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use berth_sys::errno::ESRCH;
 use berth_sys::process;
 use berth_sys::process::SIGHUP;
 
@@ -130,8 +131,9 @@ pub fn reload(pid: i32) -> Result<(), ReloadError> {
             return if seen.mistakes.is_empty() { Ok(()) } else { Err(ReloadError::Mistakes(seen.mistakes)) };
         }
         // Signal 0 only checks that it exists.
-        if process::signal_pidfd(pidfd.as_fd(), 0).is_err() {
-            return Err(ReloadError::Ended { pid });
+        match process::signal_pidfd(pidfd.as_fd(), 0) {
+            Err(error) if error.raw_os_error() == Some(ESRCH) => return Err(ReloadError::Ended { pid }),
+            _ => {}
         }
         if Instant::now() > deadline {
             return Err(ReloadError::Late { pid });

@@ -42,6 +42,10 @@ use crate::shim_client::Pause;
 /// other runtimes.
 const TMPFS_SIZE: &str = "65536k";
 
+/// The first and the longest pause before what could not be cleaned up is tried again.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
 /// Creates a sandbox. It is READY and visible on return; on an error nothing of it is left.
 pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbox>, SandboxError> {
     let id = SandboxId::from_bytes(random_bytes().map_err(SandboxError::Id)?);
@@ -57,7 +61,7 @@ pub(crate) async fn create(node: Arc<Node>, config: Config) -> Result<Arc<Sandbo
     Ok(sandbox)
 }
 
-fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxError> {
+fn make(node: &Arc<Node>, id: SandboxId, config: Config) -> Result<Sandbox, SandboxError> {
     let parent = node.cgroups.parent(&config.cgroup_parent)?;
     let files = node.layout.sandbox(&id);
     let mut sandbox = Sandbox {
@@ -81,13 +85,40 @@ fn make(node: &Node, id: SandboxId, config: Config) -> Result<Sandbox, SandboxEr
     match fill(node, &mut sandbox) {
         Ok(()) => Ok(sandbox),
         Err(error) => {
-            if let Err(left) = stop::release(node, &sandbox).and_then(|()| stop::remove_files(node, &sandbox))
-            {
-                // The first error is the one to report; what is left is found again at the next
-                // start.
-                tracing::warn!(sandbox = %sandbox.id, error = %crate::chain(&left), "cannot clean up after a sandbox that could not be created");
+            if let Err(left) = undo(node, &sandbox) {
+                // The first error is the one to report.
+                tracing::warn!(sandbox = %sandbox.id, error = %crate::chain(&left), "cannot clean up after a sandbox that could not be created; trying again");
+                tokio::spawn(undo_later(node.clone(), Arc::new(sandbox)));
             }
             Err(error)
+        }
+    }
+}
+
+/// Blocking.
+fn undo(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
+    stop::release(node, sandbox)?;
+    stop::remove_files(node, sandbox)
+}
+
+/// Tries until nothing of it is left, its address above all. If the daemon ends first, the next one
+/// finds what is.
+async fn undo_later(node: Arc<Node>, sandbox: Arc<Sandbox>) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+        let (of, undone) = (node.clone(), sandbox.clone());
+        match tokio::task::spawn_blocking(move || undo(&of, &undone)).await {
+            Ok(Ok(())) => {
+                tracing::info!(sandbox = %sandbox.id, "cleaned up after a sandbox that could not be created");
+                return;
+            }
+            Ok(Err(_)) => {}
+            // A bug, which is logged.
+            Err(error) if error.is_panic() => {}
+            // The daemon is stopping.
+            Err(_) => return,
         }
     }
 }

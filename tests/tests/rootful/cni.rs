@@ -211,6 +211,35 @@ esac
 }
 
 #[test]
+fn what_a_pod_that_could_not_be_made_has_is_given_back_when_that_can_be() -> Result<()> {
+    rootful_with(ONLY_CNI, |daemon| {
+        let (broken, trace) = (daemon.cni().join("broken"), daemon.cni().join("trace"));
+        let script = format!(
+            r#"#!/bin/sh
+case $CNI_COMMAND in
+ADD) echo '{{"code": 11, "msg": "no"}}'; exit 1 ;;
+DEL) [ ! -e {broken} ] || exit 1; echo deleted >> {trace} ;;
+esac
+"#,
+            broken = broken.display(),
+            trace = trace.display()
+        );
+        daemon.install_cni_script("odd", &script)?;
+        daemon.configure_cni("10-odd.conf", r#"{"cniVersion": "1.0.0", "name": "odd", "type": "odd"}"#)?;
+        is_ready(daemon, true)?;
+        fs::write(&broken, "")?;
+        daemon.pod("fails").unwrap_err();
+        ensure!(daemon.log()?.contains("cannot clean up after a sandbox"), "the undo did not fail");
+        let sandboxes = daemon.root().join("sandboxes");
+        ensure!(fs::read_dir(&sandboxes)?.next().is_some(), "it is forgotten");
+        fs::remove_file(&broken)?;
+        within(SOON, "what is left is given back", || {
+            Ok((trace.exists() && fs::read_dir(&sandboxes)?.next().is_none()).then_some(()))
+        })
+    })
+}
+
+#[test]
 fn what_is_left_of_pods_that_are_gone_is_given_back() -> Result<()> {
     rootful_with(ONLY_CNI, |daemon| {
         daemon.install_cni_plugins()?;

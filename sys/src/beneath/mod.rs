@@ -322,6 +322,39 @@ mod tests {
     }
 
     #[test]
+    fn what_is_opened_for_appending_is_a_file_and_nothing_else_is_touched() {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let tree = Tree::new("append");
+        let dir = tree.root().open_dir(Path::new("")).unwrap();
+        dir.make_node(OsStr::new("pipe"), Node::Fifo, 0o600).unwrap();
+        // One without a driver: to open it is another error, after a search for a module.
+        dir.make_node(OsStr::new("device"), Node::CharDevice(4000, 1), 0o600).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(tree.inside("socket")).unwrap();
+        fs::create_dir(tree.inside("directory")).unwrap();
+        fs::write(tree.inside("two"), "names").unwrap();
+        fs::hard_link(tree.inside("two"), tree.inside("names")).unwrap();
+        symlink("file", tree.inside("link")).unwrap();
+        symlink("nowhere", tree.inside("dangling")).unwrap();
+        let reader = tree.root().open_with(Path::new("pipe"), crate::file::READ_NONBLOCKING).unwrap();
+        let open = |name: &str| tree.root().open_append(Path::new(name));
+        for name in ["pipe", "device", "socket", "directory", "two", "names"] {
+            assert_eq!(errno(open(name)), libc::EINVAL, "{name}");
+        }
+        for name in ["link", "dangling"] {
+            assert_eq!(errno(open(name)), libc::ELOOP, "{name}");
+        }
+        // A reader hears a hang-up when there was a writer, pipe(7).
+        let mut polled = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut polled, PollTimeout::ZERO).unwrap(), 0);
+        for text in ["a", "b"] {
+            io::Write::write_all(&mut open("file").unwrap(), text.as_bytes()).unwrap();
+        }
+        assert_eq!(fs::read(tree.inside("file")).unwrap(), b"ab");
+        assert_eq!(fs::metadata(tree.inside("file")).unwrap().mode() & 0o777, 0o640);
+        assert!(!tree.inside("nowhere").exists());
+    }
+
+    #[test]
     fn renames_by_others_do_not_open_a_way_out() {
         let tree = Tree::new("race");
         fs::create_dir_all(tree.inside("a/b")).unwrap();

@@ -148,32 +148,45 @@ impl Root {
 
     /// Opens a regular file for appending and makes it when absent (mode 0640); any link on the way
     /// is an error, and so is a file that has a second name: in a directory that others can write,
-    /// both are ways to make the caller write elsewhere.
+    /// both are ways to make the caller write elsewhere. The type is looked at before the open, as
+    /// with [`Root::open_regular`].
     ///
     /// # Errors
     /// As openat2(2); `ELOOP` for a link; `EINVAL` for what is not a regular file or has other
     /// names.
     pub fn open_append(&self, path: &Path) -> io::Result<File> {
-        let path = c_string(path.as_os_str())?;
-        // Non-blocking for the case that a FIFO lies there; it means nothing for the regular file
-        // that is wanted.
-        let flags = libc::O_WRONLY
-            | libc::O_APPEND
-            | libc::O_CREAT
-            | libc::O_NOFOLLOW
-            | libc::O_NONBLOCK
-            | libc::O_NOCTTY;
-        let how = OpenHow {
-            flags: u64::from((flags | libc::O_CLOEXEC).cast_unsigned()),
-            mode: 0o640,
-            resolve: RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS,
+        const FLAGS: i32 = libc::O_WRONLY | libc::O_APPEND | libc::O_NOCTTY;
+        let is_wanted = |fd: BorrowedFd<'_>| {
+            let stat = stat_fd(fd)?;
+            let is_wanted = stat.file_type == FileType::Regular && stat.links == 1;
+            if is_wanted { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
         };
-        let fd = openat2(self.fd.as_fd(), &path, &how)?;
-        let stat = stat_fd(fd.as_fd())?;
-        if stat.file_type != FileType::Regular || stat.links != 1 {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        // Others may make and remove it meanwhile.
+        for _ in 0..MAX_TRIES {
+            match self.resolve_no_links(path) {
+                Ok(found) => {
+                    is_wanted(found.as_fd())?;
+                    let opened = reopen(found.as_fd(), FLAGS)?;
+                    // It may have got another name since.
+                    is_wanted(opened.as_fd())?;
+                    return Ok(File::from(opened));
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+            let path = c_string(path.as_os_str())?;
+            let how = OpenHow {
+                flags: u64::from((FLAGS | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC).cast_unsigned()),
+                mode: 0o640,
+                resolve: RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS,
+            };
+            match openat2(self.fd.as_fd(), &path, &how) {
+                Ok(made) => return Ok(File::from(made)),
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+                Err(error) => return Err(error),
+            }
         }
-        Ok(File::from(fd))
+        Err(io::Error::from_raw_os_error(libc::EAGAIN))
     }
 
     /// Opens the directory that the last component of `path` lies in, and returns that component.

@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -135,7 +136,12 @@ pub(crate) fn timestamp(time: SystemTime) -> [u8; 30] {
 pub(crate) struct LogFile {
     directory: PathBuf,
     name: PathBuf,
-    file: File,
+    /// `None` when it could not be opened yet.
+    file: Option<File>,
+    /// The one who wrote it before was killed, which the log does not say yet.
+    replaced: bool,
+    /// And may have written a part of what is next.
+    overlaps: bool,
     /// Bytes that could not be written since the last entry that was.
     gap_bytes: u64,
     /// The file ends inside an entry.
@@ -151,14 +157,45 @@ impl LogFile {
     /// may be reached through symbolic links, and only a regular file with one link is accepted:
     /// pods can create links in their log directory.
     pub(crate) fn open((directory, name): (PathBuf, PathBuf)) -> io::Result<Self> {
-        let file = open_below(&directory, &name)?;
-        Ok(Self { directory, name, file, gap_bytes: 0, torn: false, skips: false, lost_bytes: 0 })
+        let mut log = Self::unopened(directory, name);
+        log.reopen()?;
+        Ok(log)
+    }
+
+    /// Goes on with a log whose writer was killed, and says so in it.
+    pub(crate) fn go_on((directory, name): (PathBuf, PathBuf)) -> Self {
+        Self { replaced: true, overlaps: true, ..Self::unopened(directory, name) }
+    }
+
+    fn unopened(directory: PathBuf, name: PathBuf) -> Self {
+        Self {
+            directory,
+            name,
+            file: None,
+            replaced: false,
+            overlaps: false,
+            gap_bytes: 0,
+            torn: false,
+            skips: false,
+            lost_bytes: 0,
+        }
+    }
+
+    /// Whether it is open, if only now.
+    fn is_open(&mut self) -> bool {
+        self.file.is_some() || self.reopen_path().is_ok()
     }
 
     /// Reopens the same path, after the old file was renamed. On an error the old file stays in
     /// use.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
-        self.file = open_below(&self.directory, &self.name)?;
+        self.reopen_path()?;
+        self.overlaps = false;
+        Ok(())
+    }
+
+    fn reopen_path(&mut self) -> io::Result<()> {
+        self.file = Some(open_below(&self.directory, &self.name)?);
         self.torn = false;
         Ok(())
     }
@@ -175,12 +212,21 @@ impl LogFile {
         if entries.is_empty() {
             return;
         }
-        if self.gap_bytes > 0 && !self.mend() {
+        if !self.is_open() {
             self.lose(entries);
             return;
         }
+        let there = if std::mem::take(&mut self.overlaps) { self.find_at_end(entries) } else { 0 };
+        entries = entries.get(there..).unwrap_or_default();
+        // Never behind entries and before the next ones are asked for: the one after a writer that
+        // is killed then could not find them at the end.
+        if there == 0 && (self.replaced || self.gap_bytes > 0) && !self.mend() {
+            self.lose(entries);
+            return;
+        }
+        let Some(file) = &mut self.file else { return };
         while !entries.is_empty() {
-            match self.file.write(entries) {
+            match file.write(entries) {
                 Ok(0) => break,
                 Ok(length) => {
                     let (written, rest) = entries.split_at(length);
@@ -194,22 +240,43 @@ impl LogFile {
         self.lose(entries);
     }
 
+    /// How many bytes of `entries` the one before has written: with so many the file ends. Where
+    /// entries repeat, it may end with fewer as well; then those, so that none is lost. Without
+    /// any, an entry that the file ends inside of stays as it is.
+    fn find_at_end(&mut self, entries: &[u8]) -> usize {
+        let end = end_of(&self.directory, &self.name, entries.len()).unwrap_or_default();
+        let first = memchr::memchr(b'\n', entries).map_or(entries.len(), |end| end + 1);
+        let (first, others) = entries.split_at(first);
+        let is_at_end = |length: &usize| entries.get(..*length).is_some_and(|part| end.ends_with(part));
+        let mut lengths = 1..=entries.len();
+        let there = if others.split_inclusive(|byte| *byte == b'\n').any(|other| other == first) {
+            lengths.find(is_at_end)
+        } else {
+            lengths.rfind(is_at_end)
+        };
+        self.torn = there.is_none() && end.last().is_some_and(|last| *last != b'\n');
+        there.unwrap_or(0)
+    }
+
     /// Notes that so many bytes more are lost, which never came here, and says so in the log. The
     /// bytes that are lost in all.
     pub(crate) fn end(&mut self, more: u64) -> u64 {
         self.count(more);
-        if self.gap_bytes > 0 {
+        if (self.replaced || self.gap_bytes > 0) && self.is_open() {
+            if std::mem::take(&mut self.overlaps) {
+                self.find_at_end(b"");
+            }
             self.mend();
         }
         self.lost_bytes
     }
 
-    /// Writes what is missing, in an entry; whether that worked.
+    /// Writes what is missing, and who, in entries; whether that worked.
     fn mend(&mut self) -> bool {
-        let mend = self.gap_entry();
-        let written = self.file.write(&mend).unwrap_or(0);
+        let mend = self.notices();
+        let written = self.file.as_mut().and_then(|file| file.write(&mend).ok()).unwrap_or(0);
         if written == mend.len() {
-            (self.gap_bytes, self.torn) = (0, false);
+            (self.gap_bytes, self.replaced, self.torn) = (0, false, false);
             return true;
         }
         self.torn |= written > 0;
@@ -228,22 +295,34 @@ impl LogFile {
         self.lost_bytes = self.lost_bytes.saturating_add(bytes);
     }
 
-    fn gap_entry(&self) -> Vec<u8> {
-        let mut entry = if self.torn { b"\n".to_vec() } else { Vec::new() };
-        entry.extend_from_slice(&timestamp(SystemTime::now()));
-        entry.extend_from_slice(
-            format!(
-                " stderr F [berth: {} bytes of log were lost, the disk did not take them]\n",
-                self.gap_bytes
-            )
-            .as_bytes(),
-        );
-        entry
+    fn notices(&self) -> Vec<u8> {
+        let mut entries = if self.torn { b"\n".to_vec() } else { Vec::new() };
+        let mut say = |what: &str| {
+            entries.extend_from_slice(&timestamp(SystemTime::now()));
+            entries.extend_from_slice(format!(" stderr F [berth: {what}]\n").as_bytes());
+        };
+        if self.replaced {
+            say("the process that writes this log was killed and replaced");
+        }
+        if self.gap_bytes > 0 {
+            say(&format!("{} bytes of log were lost, the disk did not take them", self.gap_bytes));
+        }
+        entries
     }
 }
 
 fn open_below(directory: &Path, name: &Path) -> io::Result<File> {
     Root::open(directory)?.open_append(name)
+}
+
+/// The last byte of the file, or the last ones, at most so many.
+fn end_of(directory: &Path, name: &Path, most: usize) -> io::Result<Vec<u8>> {
+    let file = Root::open(directory)?.open_regular(name)?;
+    let length = file.metadata()?.len();
+    let mut end = vec![0; usize::try_from(length).unwrap_or(most).min(most.max(1))];
+    let place = length.saturating_sub(u64::try_from(end.len()).unwrap_or(u64::MAX));
+    file.read_exact_at(&mut end, place)?;
+    Ok(end)
 }
 
 #[cfg(test)]
@@ -327,16 +406,8 @@ mod tests {
         for end in [&read, &write] {
             berth_sys::file::set_nonblocking(std::os::fd::AsFd::as_fd(end)).unwrap();
         }
-        let nowhere = PathBuf::new();
-        let mut log = LogFile {
-            directory: nowhere.clone(),
-            name: nowhere,
-            file: write.into(),
-            gap_bytes: 0,
-            torn: false,
-            skips: false,
-            lost_bytes: 0,
-        };
+        let mut log =
+            LogFile { file: Some(write.into()), ..LogFile::unopened(PathBuf::new(), PathBuf::new()) };
         let (mut disk, mut out) = (File::from(read), Vec::new());
         let mut read = |out: &mut Vec<u8>| {
             let error = io::Read::read_to_end(&mut disk, out).unwrap_err();
@@ -369,6 +440,43 @@ mod tests {
         }
         assert!(told > 5 && told == lost, "{told} {lost}");
         assert_eq!(u64::try_from(all.len() - kept).unwrap() + 5, lost);
+    }
+
+    /// Killed anywhere in a write, with lines that repeat and lines that do not.
+    #[test]
+    fn what_a_killed_writer_has_begun_is_continued_and_nothing_is_lost() {
+        let directory = std::env::temp_dir().join(format!("berth-shim-log-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let (first, packet) = ("T stdout F a\n", "T stdout F b\nT stdout P b\nT stdout F a\nT stdout F c\n");
+        for cut in 0..=packet.len() {
+            let path = (directory.clone(), PathBuf::from(format!("{cut}.log")));
+            let text = || std::fs::read_to_string(path.0.join(&path.1)).unwrap();
+            let mut log = LogFile::open(path.clone()).unwrap();
+            log.write(first.as_bytes());
+            log.write(&packet.as_bytes()[..cut]);
+            let mut log = LogFile::go_on(path.clone());
+            log.write(packet.as_bytes());
+            assert!(text().starts_with(first) && text().ends_with(packet), "{}", text());
+            log.write(first.as_bytes());
+            let (notes, entries): (Vec<_>, Vec<_>) =
+                text().split_inclusive('\n').map(str::to_owned).partition(|line| line.contains("berth"));
+            assert_eq!(entries.concat(), format!("{first}{packet}{first}"), "after {cut} bytes");
+            assert!(notes.len() == 1 && notes[0].ends_with("was killed and replaced]\n"), "{notes:?}");
+            assert_eq!(log.end(0), 0);
+        }
+        // Identical ones, and the rest of something else.
+        for (file, more) in [("T stdout F b\nT stdout F b\n", ""), ("T stdout F b\nT 17", "\n")] {
+            let path = (directory.clone(), PathBuf::from(format!("other{}.log", more.len())));
+            LogFile::open(path.clone()).unwrap().write(file.as_bytes());
+            let same = "T stdout F b\n".repeat(3);
+            let mut log = LogFile::go_on(path.clone());
+            log.write(same.as_bytes());
+            assert_eq!(log.end(0), 0);
+            let text = std::fs::read_to_string(path.0.join(path.1)).unwrap();
+            let count = text.lines().filter(|line| *line == "T stdout F b").count();
+            assert_eq!((count, text.lines().count()), (4, if more.is_empty() { 5 } else { 6 }), "{text}");
+        }
+        std::fs::remove_dir_all(directory).unwrap();
     }
 
     proptest! {

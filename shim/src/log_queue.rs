@@ -5,11 +5,11 @@
 //! the container until there is room again: a program that writes faster than its disk waits in its
 //! own write.
 //!
-//! A writer that was killed is replaced, once a second at most; what was on its way to it is lost.
+//! A writer that was killed is replaced, once a second at most. What is in the queue waits for the
+//! next one.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use berth_shim_proto::control::Failed;
@@ -19,7 +19,7 @@ use berth_sys::socket;
 
 use crate::failure::{Step, refused};
 use crate::host_path::host_path;
-use crate::log_writer::{self, Answer, END, MAX_PACKET, OPEN, REOPEN, WRITE, path_of};
+use crate::log_writer::{self, Answer, END, MAX_PACKET, OPEN, REOPEN, WRITE, Writer, path, path_of};
 
 /// The room in the queue at the end, for what the container's pipes held, as with `QUEUE_BYTES` of
 /// [`crate::log_writer`]: it cannot wait any more.
@@ -28,28 +28,30 @@ const LAST_ROOM: usize = 512 * 1024;
 /// Attempts to reopen it that have no answer. A kubelet tries again and again.
 const MOST_REOPENS: usize = 4;
 
-/// How long a writer must have lived to be replaced.
-const REPLACED_AFTER: Duration = Duration::from_secs(1);
+/// The least time between two writers.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// The log of a container.
 #[derive(Debug)]
 pub(crate) struct Log {
-    /// `None` when no writer can be had any more.
-    writer: Option<OwnedFd>,
-    since: Instant,
+    /// `None` when it is closed.
+    writer: Option<Writer>,
+    /// When to replace a writer that has ended.
+    again: Option<Instant>,
     token: u64,
     directory: Vec<u8>,
     name: Vec<u8>,
     /// What there was no room for.
     held: VecDeque<Vec<u8>>,
     watches_room: bool,
-    /// Attempts to reopen it that have no answer.
-    reopens: usize,
+    /// Attempts to reopen it that have no answer, by their numbers.
+    reopens: VecDeque<u32>,
+    last_reopen: u32,
     stage: Stage,
     /// Bytes of output that were not passed on.
     left_out: u64,
-    /// A writer was killed, with what was on its way.
-    is_torn: bool,
+    /// A writer was killed, with what it knew.
+    was_killed: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,26 +80,28 @@ impl Log {
     /// When the kernel cannot watch it.
     pub(crate) fn open(
         launch: &Launch,
-        writer: OwnedFd,
+        writer: Writer,
         token: u64,
         poll: &Poll,
     ) -> Result<Option<Self>, Failed> {
         if launch.log_directory.is_empty() || launch.log_name.is_empty() {
             return Ok(None);
         }
-        poll.watch(writer.as_fd(), token, Interest::Input).step("open the log", "")?;
+        poll.watch(writer.queue(), token, Interest::Input).step("open the log", "")?;
+        let again = writer.pid().is_none().then(|| writer.since() + PAUSE);
         let mut log = Self {
             writer: Some(writer),
-            since: Instant::now(),
+            again,
             token,
             directory: launch.log_directory.clone(),
             name: launch.log_name.clone(),
             held: VecDeque::new(),
             watches_room: false,
-            reopens: 0,
+            reopens: VecDeque::new(),
+            last_reopen: 0,
             stage: Stage::Opening,
             left_out: 0,
-            is_torn: false,
+            was_killed: false,
         };
         log.send(&log.open_packet(), poll);
         Ok(Some(log))
@@ -140,11 +144,12 @@ impl Log {
     /// # Errors
     /// When too many of before have no answer.
     pub(crate) fn reopen(&mut self, poll: &Poll) -> Result<(), Failed> {
-        if self.writer.is_none() || self.reopens >= MOST_REOPENS {
+        if self.writer.is_none() || self.reopens.len() >= MOST_REOPENS {
             return Err(self.late_again());
         }
-        self.reopens += 1;
-        self.send(&[REOPEN], poll);
+        self.last_reopen = self.last_reopen.wrapping_add(1);
+        self.reopens.push_back(self.last_reopen);
+        self.send(&[[REOPEN].as_slice(), &self.last_reopen.to_le_bytes()].concat(), poll);
         Ok(())
     }
 
@@ -163,7 +168,7 @@ impl Log {
     fn set_room(&self, bytes: usize) {
         if let Some(writer) = &self.writer {
             // Without it some may be left out.
-            let _ = socket::set_send_room(writer.as_fd(), bytes);
+            let _ = socket::set_send_room(writer.queue(), bytes);
         }
     }
 
@@ -202,6 +207,9 @@ impl Log {
         self.set_room(LAST_ROOM + MAX_PACKET);
         self.send(&self.end_packet(), poll);
         self.held.clear();
+        if self.again.is_some() {
+            self.replace();
+        }
     }
 
     /// Bytes that will never be in it.
@@ -214,7 +222,7 @@ impl Log {
 
     /// Whether it is known that nothing else is missing in it.
     pub(crate) fn is_complete(&self) -> bool {
-        matches!(self.stage, Stage::Ended(_)) && !self.is_torn
+        matches!(self.stage, Stage::Ended(_)) && !self.was_killed
     }
 
     /// Acts on a wake-up.
@@ -230,15 +238,58 @@ impl Log {
         heard
     }
 
+    /// The process that writes it, until it is reaped.
+    pub(crate) fn writer(&self) -> Option<i32> {
+        self.writer.as_ref()?.pid()
+    }
+
+    /// Acts on the end of a child, if that was the writer: then there is to be another one.
+    pub(crate) fn child_ended(&mut self, pid: i32, poll: &Poll) -> Option<Vec<Heard>> {
+        let writer = self.writer.as_mut()?;
+        if !writer.reaped(pid) {
+            return None;
+        }
+        self.again = Some(writer.since() + PAUSE);
+        let mut heard = Vec::new();
+        // What it said before its end, which may have been that it ends.
+        self.hear(&mut heard, poll);
+        self.was_killed |= self.writer.is_some();
+        self.time_over(Instant::now());
+        Some(heard)
+    }
+
+    /// When to call [`time_over`](Self::time_over).
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.again
+    }
+
+    /// Replaces the writer if that is due.
+    pub(crate) fn time_over(&mut self, now: Instant) {
+        if self.again.is_some_and(|again| again <= now) {
+            self.replace();
+        }
+    }
+
+    /// Puts a new writer in the place of one that has ended.
+    fn replace(&mut self) {
+        let Some(writer) = &mut self.writer else { return };
+        // Before it is open, the path is in the queue.
+        let log = (self.stage != Stage::Opening).then(|| path(&path_of(&self.directory, &self.name)));
+        self.again = match writer.replace(log) {
+            Ok(()) => None,
+            Err(_) => Some(writer.since() + PAUSE),
+        };
+    }
+
     fn hear(&mut self, heard: &mut Vec<Heard>, poll: &Poll) {
         let mut packet = [0; 512];
         while let Some(writer) = &self.writer {
-            match socket::receive(writer.as_fd(), &mut packet) {
-                Ok((0, _)) => return self.replace(heard, poll),
+            match socket::receive(writer.queue(), &mut packet) {
                 Ok((length, _)) => match log_writer::answer(packet.get(..length).unwrap_or_default()) {
                     Some(Answer::Opened(result)) => self.opened(result, heard),
-                    Some(Answer::Reopened(result)) => {
-                        self.reopens = self.reopens.saturating_sub(1);
+                    // Not when a writer tells again what the one that it has replaced told first.
+                    Some(Answer::Reopened(number, result)) if self.reopens.front() == Some(&number) => {
+                        self.reopens.pop_front();
                         heard.push(Heard::Reopened(result.step("reopen the log", self.path())));
                     }
                     Some(Answer::Ended(lost)) => {
@@ -246,11 +297,11 @@ impl Log {
                         self.close(poll);
                         heard.push(Heard::Moved);
                     }
-                    None => {}
+                    Some(Answer::Reopened(..)) | None => {}
                 },
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return self.replace(heard, poll),
+                // Nothing more, for now.
+                Err(_) => return,
             }
         }
     }
@@ -261,38 +312,6 @@ impl Log {
                 self.stage = Stage::Open;
             }
             heard.push(Heard::Opened(result.step("open the log", self.path())));
-        }
-    }
-
-    /// Puts a new writer in the place of one that is gone.
-    fn replace(&mut self, heard: &mut Vec<Heard>, poll: &Poll) {
-        self.close(poll);
-        self.is_torn = true;
-        for _ in 0..std::mem::take(&mut self.reopens) {
-            heard.push(Heard::Reopened(Err(refused("reopen the log", "its writer was killed"))));
-        }
-        heard.push(Heard::Moved);
-        let is_open = self.stage != Stage::Opening;
-        if is_open
-            && self.since.elapsed() >= REPLACED_AFTER
-            && let Ok(writer) = log_writer::spawn()
-            && poll.watch(writer.as_fd(), self.token, Interest::Input).is_ok()
-        {
-            (self.writer, self.since, self.watches_room) = (Some(writer), Instant::now(), false);
-            self.held.retain(|packet| packet.first() != Some(&REOPEN));
-            self.held.push_front(self.open_packet());
-            if self.stage == Stage::Ending && !self.held.iter().any(|packet| packet.first() == Some(&END)) {
-                self.held.push_back(self.end_packet());
-            }
-            return self.send_held(poll);
-        }
-        for packet in std::mem::take(&mut self.held) {
-            if packet.first() == Some(&WRITE) {
-                self.leave_out(packet.len() - 1);
-            }
-        }
-        if !is_open {
-            heard.push(Heard::Opened(Err(refused("open the log", "its writer was killed"))));
         }
     }
 
@@ -312,7 +331,7 @@ impl Log {
             }
             return;
         };
-        if self.held.is_empty() && socket::send(writer.as_fd(), packet, &[]).is_ok() {
+        if self.held.is_empty() && socket::send(writer.queue(), packet, &[]).is_ok() {
             return;
         }
         self.held.push_back(packet.to_vec());
@@ -322,10 +341,10 @@ impl Log {
     fn send_held(&mut self, poll: &Poll) {
         let Some(writer) = &self.writer else { return };
         while let Some(packet) = self.held.front() {
-            match socket::send(writer.as_fd(), packet, &[]) {
+            match socket::send(writer.queue(), packet, &[]) {
                 Ok(_) => drop(self.held.pop_front()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // No room; or no writer, which is heard as the end of what it says.
+                // No room.
                 Err(_) => break,
             }
         }
@@ -334,7 +353,7 @@ impl Log {
             let interest = if watch { Interest::InputAndRoom } else { Interest::Input };
             // Without it nothing would be heard any more; it is watched, so there is nothing that
             // could fail.
-            let _ = poll.change(writer.as_fd(), self.token, interest);
+            let _ = poll.change(writer.queue(), self.token, interest);
             self.watches_room = watch;
         }
     }
@@ -342,8 +361,9 @@ impl Log {
     /// Ends the connection to the writer, which writes what it has and ends.
     pub(crate) fn close(&mut self, poll: &Poll) {
         if let Some(writer) = self.writer.take() {
-            let _ = poll.forget(writer.as_fd());
+            let _ = poll.forget(writer.queue());
         }
+        self.again = None;
     }
 
     fn path(&self) -> String {
@@ -363,17 +383,15 @@ fn part(entries: &[u8]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use berth_sys::file;
+    use std::os::fd::{AsFd, OwnedFd};
 
     use super::*;
 
     /// A log whose writer is this test.
     fn log(poll: &Poll) -> (Log, OwnedFd) {
-        let (ours, theirs) = socket::packet_pair().unwrap();
-        file::set_nonblocking(ours.as_fd()).unwrap();
-        file::set_nonblocking(theirs.as_fd()).unwrap();
+        let (writer, end) = Writer::of_test();
         let launch = Launch { log_directory: b"/d".into(), log_name: b"n".into(), ..Launch::default() };
-        (Log::open(&launch, ours, 1, poll).unwrap().unwrap(), theirs)
+        (Log::open(&launch, writer, 1, poll).unwrap().unwrap(), end)
     }
 
     fn packet(writer: &OwnedFd) -> Option<Vec<u8>> {
@@ -424,9 +442,12 @@ mod tests {
                 }
             }
         };
-        assert_eq!((reopened.len(), packets > 1, read == written), (1, true, true));
+        assert_eq!((&reopened[1..], packets > 1, read == written), (&b"\x01\0\0\0"[..], true, true));
         assert!(!log.is_full() && heard(&mut log, &poll).is_empty());
-        socket::send(writer.as_fd(), b"r\x02\0\0\0", &[]).unwrap();
+        // Each is answered once, whoever says it again.
+        for _ in 0..2 {
+            socket::send(writer.as_fd(), b"r\x01\0\0\0\x02\0\0\0", &[]).unwrap();
+        }
         let [Heard::Reopened(Err(failed))] = &heard(&mut log, &poll)[..] else { panic!("no answer") };
         assert_eq!((failed.errno, failed.detail.as_str()), (2, "/d/n"));
         assert!(log.end(&poll) && !log.end(&poll) && !log.has_ended());
@@ -478,14 +499,18 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_ends_before_the_log_is_open_is_an_error() {
+    fn what_is_in_the_queue_outlasts_a_writer() {
         let poll = Poll::new().unwrap();
         let (mut log, writer) = log(&poll);
+        log.write(&mut Vec::new(), |buffer| buffer.extend_from_slice(b"T stdout F x\n"), &poll);
         drop(writer);
-        let heard = heard(&mut log, &poll);
-        assert!(heard.iter().any(|heard| matches!(heard, Heard::Opened(Err(_)))), "{heard:?}");
+        let soon = log.deadline();
+        assert!(heard(&mut log, &poll).is_empty() && soon.is_none());
+        assert!(!log.is_full() && !log.has_ended() && log.lost_bytes() == 0);
+        log.close(&poll);
+        assert!(log.has_ended());
         // What is written then is lost, and nobody waits.
         log.write(&mut Vec::new(), |buffer| buffer.extend_from_slice(b"T stdout F x\n"), &poll);
-        assert!(!log.is_full() && log.has_ended() && log.lost_bytes() == 13);
+        assert!(!log.is_full() && log.lost_bytes() == 13);
     }
 }

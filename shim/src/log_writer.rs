@@ -10,19 +10,22 @@
 //! ```text
 //!  shim -> writer  O path     open the log            o errno words
 //!                  W entries  write them              -
-//!                  R          open its path anew      r errno words
+//!                  R number   open its path anew      r number errno words
 //!                  E count    so many bytes more are lost; write what is there, and end
 //!                                                     e bytes lost in all
 //! ```
 //! Packets wait in the socket, which is a queue of limited length. When the shim is gone, what is
 //! in there is still written.
+//!
+//! A packet is taken from the queue when it is done, and the shim keeps both ends. So nothing is
+//! lost with a writer that is killed: the next one goes on with the packet that it was at.
 
 use std::ffi::{CString, OsStr};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_sys::poll::{Interest, Poll};
 use berth_sys::process::{self, Cloned};
@@ -45,30 +48,86 @@ const QUEUE_BYTES: usize = 128 * 1024;
 /// How long after a packet the room for the next one is kept.
 const IDLE: Duration = Duration::from_millis(10);
 
-/// Makes the process; the socket to it.
-///
-/// # Errors
-/// When there is no process or no descriptor to be had.
-pub(crate) fn spawn() -> io::Result<OwnedFd> {
-    let (ours, theirs) = socket::packet_pair()?;
-    file::set_nonblocking(ours.as_fd())?;
-    file::set_nonblocking(theirs.as_fd())?;
-    socket::set_send_room(ours.as_fd(), QUEUE_BYTES)?;
-    match process::clone_process(0, None)? {
-        Cloned::Child => {
-            drop(ours);
-            process::exit_now(i32::from(serve(&theirs).is_err()))
+/// The process, and the queue to it, which outlasts it.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    ours: OwnedFd,
+    theirs: OwnedFd,
+    /// `None` when it has ended.
+    pid: Option<i32>,
+    since: Instant,
+}
+
+impl Writer {
+    /// Makes the process.
+    ///
+    /// # Errors
+    /// When there is no process or no descriptor to be had.
+    pub(crate) fn spawn() -> io::Result<Self> {
+        let (ours, theirs) = socket::packet_pair()?;
+        file::set_nonblocking(ours.as_fd())?;
+        file::set_nonblocking(theirs.as_fd())?;
+        socket::set_send_room(ours.as_fd(), QUEUE_BYTES)?;
+        let mut writer = Self { ours, theirs, pid: None, since: Instant::now() };
+        writer.run(None)?;
+        Ok(writer)
+    }
+
+    /// Makes another one in the place of one that has ended. With a directory and a name, it goes
+    /// on with that log.
+    ///
+    /// # Errors
+    /// When there is no process to be had.
+    pub(crate) fn replace(&mut self, log: Option<(PathBuf, PathBuf)>) -> io::Result<()> {
+        self.since = Instant::now();
+        self.run(log)
+    }
+
+    fn run(&mut self, log: Option<(PathBuf, PathBuf)>) -> io::Result<()> {
+        match process::clone_process(0, None)? {
+            Cloned::Child => process::exit_now(i32::from(serve(&self.theirs, log).is_err())),
+            Cloned::Parent { pid, .. } => self.pid = Some(pid),
         }
-        Cloned::Parent { .. } => Ok(ours),
+        Ok(())
+    }
+
+    /// The shim's end of the queue.
+    pub(crate) fn queue(&self) -> BorrowedFd<'_> {
+        self.ours.as_fd()
+    }
+
+    /// The process, until it is reaped.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// When the last process was made.
+    pub(crate) fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Notes that a child was reaped; whether it was this one.
+    pub(crate) fn reaped(&mut self, pid: i32) -> bool {
+        self.pid.take_if(|own| *own == pid).is_some()
+    }
+
+    /// One that is the caller, who gets the other end.
+    #[cfg(test)]
+    pub(crate) fn of_test() -> (Self, OwnedFd) {
+        let (ours, theirs) = socket::packet_pair().unwrap();
+        file::set_nonblocking(ours.as_fd()).unwrap();
+        file::set_nonblocking(theirs.as_fd()).unwrap();
+        let end = theirs.try_clone().unwrap();
+        (Self { ours, theirs, pid: Some(0), since: Instant::now() }, end)
     }
 }
 
-fn serve(socket: &OwnedFd) -> io::Result<()> {
+fn serve(socket: &OwnedFd, log: Option<(PathBuf, PathBuf)>) -> io::Result<()> {
     process::close_all_but(&[socket.as_fd()])?;
     process::set_name(&CString::new(berth_shim_proto::LOG_WRITER)?)?;
     let poll = Poll::new()?;
     poll.watch(socket.as_fd(), 0, Interest::Input)?;
-    let mut log = None;
+    let mut log = log.map(LogFile::go_on);
     let mut packet = Vec::new();
     loop {
         // Kept as long as more comes soon.
@@ -78,8 +137,8 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
         }
         packet.resize(MAX_PACKET, 0);
         loop {
-            match socket::receive(socket.as_fd(), &mut packet) {
-                Ok((length, _)) => match packet.get(..length).and_then(<[u8]>::split_first) {
+            match socket::peek(socket.as_fd(), &mut packet) {
+                Ok(length) => match packet.get(..length).and_then(<[u8]>::split_first) {
                     Some((kind, content)) => {
                         if let Some(answer) = obey(*kind, content, &mut log) {
                             // A shim that is gone does not need it.
@@ -88,6 +147,7 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
                         if *kind == END {
                             return Ok(());
                         }
+                        socket::drop_packet(socket.as_fd())?;
                     }
                     // The shim is gone.
                     None => return Ok(()),
@@ -105,11 +165,11 @@ fn obey(kind: u8, content: &[u8], log: &mut Option<LogFile>) -> Option<Vec<u8>> 
     match kind {
         OPEN => {
             let result = LogFile::open(path(content)).map(|opened| *log = Some(opened));
-            Some(outcome(b'o', result))
+            Some(outcome(b"o", result))
         }
         REOPEN => {
             let result = log.as_mut().map_or(Err(io::ErrorKind::NotFound.into()), LogFile::reopen);
-            Some(outcome(b'r', result))
+            Some(outcome(&[b"r", content].concat(), result))
         }
         WRITE => {
             if let Some(log) = log {
@@ -130,13 +190,14 @@ pub(crate) fn path_of(directory: &[u8], name: &[u8]) -> Vec<u8> {
     [directory, b"\0", name].concat()
 }
 
-fn path(content: &[u8]) -> (PathBuf, PathBuf) {
+/// The two parts of that.
+pub(crate) fn path(content: &[u8]) -> (PathBuf, PathBuf) {
     let mut parts = content.splitn(2, |byte| *byte == 0).map(|part| Path::new(OsStr::from_bytes(part)));
     let mut next = || parts.next().unwrap_or(Path::new("")).to_owned();
     (next(), next())
 }
 
-fn outcome(kind: u8, result: io::Result<()>) -> Vec<u8> {
+fn outcome(head: &[u8], result: io::Result<()>) -> Vec<u8> {
     let (errno, words) = match result {
         Ok(()) => (0, String::new()),
         Err(error) => match error.raw_os_error() {
@@ -144,7 +205,7 @@ fn outcome(kind: u8, result: io::Result<()>) -> Vec<u8> {
             None => (NOT_THE_KERNELS, error.to_string()),
         },
     };
-    [[kind].as_slice(), &i32::to_le_bytes(errno), words.as_bytes()].concat()
+    [head, &i32::to_le_bytes(errno), words.as_bytes()].concat()
 }
 
 /// Instead of an error number, for an error that is told in words.
@@ -154,7 +215,8 @@ const NOT_THE_KERNELS: i32 = -1;
 #[derive(Debug)]
 pub(crate) enum Answer {
     Opened(io::Result<()>),
-    Reopened(io::Result<()>),
+    /// For the request with this number.
+    Reopened(u32, io::Result<()>),
     /// Everything is written, but for so many bytes.
     Ended(u64),
 }
@@ -165,15 +227,21 @@ pub(crate) fn answer(packet: &[u8]) -> Option<Answer> {
     if *kind == b'e' {
         return content.try_into().ok().map(|bytes| Answer::Ended(u64::from_le_bytes(bytes)));
     }
+    match kind {
+        b'o' => Some(Answer::Opened(result(content)?)),
+        b'r' => {
+            let (number, content) = content.split_first_chunk()?;
+            Some(Answer::Reopened(u32::from_le_bytes(*number), result(content)?))
+        }
+        _ => None,
+    }
+}
+
+fn result(content: &[u8]) -> Option<io::Result<()>> {
     let (errno, words) = content.split_first_chunk()?;
-    let result = match i32::from_le_bytes(*errno) {
+    Some(match i32::from_le_bytes(*errno) {
         0 => Ok(()),
         NOT_THE_KERNELS => Err(io::Error::other(String::from_utf8_lossy(words).into_owned())),
         errno => Err(io::Error::from_raw_os_error(errno)),
-    };
-    match kind {
-        b'o' => Some(Answer::Opened(result)),
-        b'r' => Some(Answer::Reopened(result)),
-        _ => None,
-    }
+    })
 }

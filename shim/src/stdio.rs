@@ -199,7 +199,12 @@ impl Output {
     }
 
     /// The log, if it has one.
-    pub(crate) fn log(&mut self) -> Option<&mut Log> {
+    pub(crate) fn log(&self) -> Option<&Log> {
+        self.log.as_ref()
+    }
+
+    /// As [`log`](Self::log).
+    pub(crate) fn log_mut(&mut self) -> Option<&mut Log> {
         self.log.as_mut()
     }
 }
@@ -309,5 +314,53 @@ impl Source {
         if changed.is_ok() {
             self.is_watched = wanted;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::Duration;
+
+    use berth_sys::{file, tty};
+
+    use super::*;
+
+    const TOKEN: u64 = 2;
+
+    /// What would wake the shim for ever.
+    fn wakes(poll: &Poll) -> bool {
+        !poll.wait(Some(Duration::ZERO)).unwrap().is_empty()
+    }
+
+    /// A client's input goes to a copy of it.
+    #[test]
+    fn a_terminal_that_is_over_is_not_watched_whoever_has_a_copy_of_it() {
+        let poll = Poll::new().unwrap();
+        let controller = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
+        let copy = controller.try_clone().unwrap();
+        let program = tty::open_other_end(controller.as_fd()).unwrap();
+        let streams = ShimStreams::Terminal(controller.into());
+        let mut output = Output::watch(&Launch::default(), streams, None, &poll, TOKEN).unwrap();
+        File::from(program).write_all(b"x").unwrap();
+        while wakes(&poll) && !output.ended() {
+            output.readable(TOKEN, &poll);
+        }
+        assert!(output.ended() && !wakes(&poll));
+        drop(copy);
+    }
+
+    #[test]
+    fn a_stream_that_cannot_be_watched_leaves_no_other_watched() {
+        let poll = Poll::new().unwrap();
+        let (output, written) = file::pipe().unwrap();
+        let copy = output.try_clone().unwrap();
+        // epoll takes no regular file.
+        let error = File::open("/proc/self/exe").unwrap().into();
+        let streams = ShimStreams::Pipes { input: None, output, error };
+        assert!(Output::watch(&Launch::default(), streams, None, &poll, TOKEN).is_err());
+        File::from(written).write_all(b"x").unwrap();
+        assert!(!wakes(&poll));
+        drop(copy);
     }
 }

@@ -262,6 +262,14 @@ pub fn reap_any() -> io::Result<Option<(i32, Ended)>> {
     wait(libc::P_ALL, 0, libc::WNOHANG)
 }
 
+/// Whether there are children that were not reaped, which may still run: `waitid(2)`.
+///
+/// # Errors
+/// None that a caller has to act on.
+pub fn has_children() -> io::Result<bool> {
+    Ok(peek(libc::P_ALL, 0)?.is_some())
+}
+
 /// What [`reap_or_running`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Child {

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
+    accept4, bind, connect, getsockopt, listen, recv, recvmsg, sendmsg, setsockopt, socket, socketpair,
+    sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
@@ -164,6 +165,24 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     Ok((message.bytes, descriptors))
 }
 
+/// Copies the packet that is next and leaves it there: `recv(2)` with `MSG_PEEK`. Zero bytes mean
+/// the end.
+///
+/// # Errors
+/// `EAGAIN` when there is none on a non-blocking socket.
+pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    Ok(recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_PEEK)?)
+}
+
+/// Drops the packet that is next, on a socket that keeps message borders: `recv(2)`.
+///
+/// # Errors
+/// `EAGAIN` when there is none on a non-blocking socket.
+pub fn drop_packet(socket: BorrowedFd<'_>) -> io::Result<()> {
+    recv(socket.as_raw_fd(), &mut [0], MsgFlags::empty())?;
+    Ok(())
+}
+
 /// For how long the peer of a TCP connection has acknowledged nothing, while something has been
 /// sent to it that is to be acknowledged: data, or a probe whether it has room; `TCP_INFO` of
 /// tcp(7). Nothing when it owes no answer.
@@ -210,6 +229,23 @@ mod tests {
         assert_eq!((&buffer[..length], descriptors.len()), (&b"hello"[..], 2));
         drop(left);
         assert_eq!(receive(right.as_fd(), &mut buffer).unwrap().0, 0);
+    }
+
+    #[test]
+    fn a_packet_that_was_looked_at_is_still_there_until_it_is_dropped() {
+        let (left, right) = packet_pair().unwrap();
+        for packet in [b"one".as_slice(), b"second"] {
+            send(left.as_fd(), packet, &[]).unwrap();
+        }
+        drop(left);
+        let mut buffer = [0; 16];
+        for length in [3, 3] {
+            assert_eq!(peek(right.as_fd(), &mut buffer).unwrap(), length);
+        }
+        drop_packet(right.as_fd()).unwrap();
+        assert_eq!(peek(right.as_fd(), &mut buffer).unwrap(), 6);
+        drop_packet(right.as_fd()).unwrap();
+        assert_eq!(peek(right.as_fd(), &mut buffer).unwrap(), 0);
     }
 
     #[test]

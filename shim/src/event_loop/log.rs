@@ -13,10 +13,17 @@ use crate::log_queue::{Heard, Log};
 const REOPEN: Duration = Duration::from_secs(8);
 
 impl State {
-    fn log_mut(&mut self) -> Option<&mut Log> {
+    pub(super) fn log(&self) -> Option<&Log> {
+        match self {
+            Self::Preparing { making, .. } => making.log.as_ref(),
+            _ => self.output()?.log(),
+        }
+    }
+
+    pub(super) fn log_mut(&mut self) -> Option<&mut Log> {
         match self {
             Self::Preparing { making, .. } => making.log.as_mut(),
-            _ => self.output_mut()?.log(),
+            _ => self.output_mut()?.log_mut(),
         }
     }
 }
@@ -24,7 +31,24 @@ impl State {
 impl Shim {
     pub(super) fn log_ready(&mut self, ready: Ready) {
         let Some(log) = self.state.log_mut() else { return };
-        for heard in log.ready(ready, &self.poll) {
+        let heard = log.ready(ready, &self.poll);
+        self.act_on(heard);
+        self.finish_if_drained(false);
+    }
+
+    /// Handles a reaped child that may be what writes the log; whether it was.
+    pub(super) fn log_child_ended(&mut self, pid: i32) -> bool {
+        if self.writer.as_mut().is_some_and(|writer| writer.reaped(pid)) {
+            return true;
+        }
+        let Some(log) = self.state.log_mut() else { return false };
+        let Some(heard) = log.child_ended(pid, &self.poll) else { return false };
+        self.act_on(heard);
+        true
+    }
+
+    fn act_on(&mut self, heard: Vec<Heard>) {
+        for heard in heard {
             match heard {
                 Heard::Opened(Ok(())) => self.main_waits(),
                 Heard::Opened(Err(failed)) => self.main_failed(failed),
@@ -41,7 +65,6 @@ impl Shim {
                 }
             }
         }
-        self.finish_if_drained(false);
     }
 
     /// Opens the path of the log anew. Whether that is done already, there being none.
@@ -49,7 +72,7 @@ impl Shim {
         let (State::Starting { output, .. } | State::Running { output, .. }) = &mut self.state else {
             return Err(refused("reopen the log", "the container is not running"));
         };
-        let Some(log) = output.log() else { return Ok(true) };
+        let Some(log) = output.log_mut() else { return Ok(true) };
         log.reopen(&self.poll)?;
         self.reopens.push_back(Some((asker, Instant::now() + REOPEN)));
         // What was held may have been sent ahead of it; then nothing else says that there is room.

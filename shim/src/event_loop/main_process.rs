@@ -237,12 +237,12 @@ impl Shim {
             if !now {
                 return;
             }
-            is_stuck = output.log().is_some_and(|log| log.is_full());
+            is_stuck = output.log().is_some_and(Log::is_full);
             let untold = output.cut(&self.poll);
             self.say_last_words(untold);
         }
         let State::Draining { output, record, deadline, .. } = &mut self.state else { return };
-        if let Some(log) = output.log() {
+        if let Some(log) = output.log_mut() {
             let is_new = log.end(&self.poll);
             if !log.has_ended() {
                 if is_new && !is_stuck {

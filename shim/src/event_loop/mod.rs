@@ -43,7 +43,7 @@ use crate::connection::{Connection, Incoming};
 use crate::failure::{Step, refused};
 use crate::launch::{Container, Making};
 use crate::log_queue::Log;
-use crate::log_writer;
+use crate::log_writer::Writer;
 use crate::relay::Relays;
 use crate::stdio::Output;
 use execs::Exec;
@@ -58,6 +58,11 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// How long a client may take to read the rest of its program's output when the container is over.
 const PARTING: Duration = Duration::from_secs(10);
+
+/// How long what the shim has started may take to end when nothing else is left to do: its log's
+/// writer, which is not stuck as a rule, and what was killed. A parent that comes after the shim
+/// may not reap them.
+const LEAVING: Duration = Duration::from_secs(1);
 
 /// The most connected daemons; usually there is one, and two during a restart.
 const MAX_CONNECTIONS: usize = 4;
@@ -118,6 +123,17 @@ impl State {
     }
 
     /// The container's streams, until they are drained.
+    fn output(&self) -> Option<&Output> {
+        match self {
+            Self::Waiting { output, .. }
+            | Self::Starting { output, .. }
+            | Self::Running { output, .. }
+            | Self::Draining { output, .. } => Some(output),
+            _ => None,
+        }
+    }
+
+    /// As [`output`](Self::output).
     fn output_mut(&mut self) -> Option<&mut Output> {
         match self {
             Self::Waiting { output, .. }
@@ -169,7 +185,7 @@ struct Shim {
     /// The flows of clients to the container's input.
     inputs: Vec<u64>,
     /// What will write the container's log, until there is a container.
-    writer: Option<OwnedFd>,
+    writer: Option<Writer>,
     /// Who waits for the log to be opened anew, and how long; the answers come in this order.
     reopens: VecDeque<Option<(Asker, Instant)>>,
 }
@@ -188,6 +204,8 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
             if let Ok(bytes) = berth_shim_proto::frame::encode(&reply) {
                 socket::send(connection.as_fd(), &bytes, &[])?;
             }
+            drop(connection);
+            reap_the_rest()?;
             return Err(io::ErrorKind::Other.into());
         }
     };
@@ -214,13 +232,33 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
     for connection in &mut shim.connections {
         connection.flush_before_end(&shim.poll, FAREWELL);
     }
-    shim.pass_on_the_rest()
+    shim.pass_on_the_rest()?;
+    reap_the_rest()
+}
+
+/// Reaps children as they end, for a while.
+fn reap_the_rest() -> io::Result<()> {
+    let (poll, children) = (Poll::new()?, ChildSignals::new()?);
+    poll.watch(children.as_fd(), TOKEN_CHILDREN, Interest::Input)?;
+    let deadline = Instant::now() + LEAVING;
+    while process::has_children()? {
+        children.clear();
+        if process::reap_any()?.is_some() {
+            continue;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        poll.wait(Some(left))?;
+    }
+    Ok(())
 }
 
 /// What a shim needs before it can serve requests.
-fn prepare(directory: &OwnedFd) -> Result<(OwnedFd, Poll, ChildSignals, OwnedFd), Failed> {
+fn prepare(directory: &OwnedFd) -> Result<(Writer, Poll, ChildSignals, OwnedFd), Failed> {
     const STEP: &str = "start the container's shim";
-    let writer = log_writer::spawn().step(STEP, "make the writer of its log")?;
+    let writer = Writer::spawn().step(STEP, "make the writer of its log")?;
     process::become_subreaper().step(STEP, "adopt orphans")?;
     let poll = Poll::new().step(STEP, "epoll")?;
     let children = ChildSignals::new().step(STEP, "signals")?;
@@ -259,7 +297,8 @@ impl Shim {
     fn deadline(&self) -> Option<Instant> {
         let of_execs = self.execs.iter().filter_map(|exec| exec.birth().map(Birth::deadline));
         let of_reopens = self.reopens.iter().flatten().map(|(_, deadline)| *deadline);
-        of_execs.chain(of_reopens).chain(self.state.deadline()).min()
+        let of_log = self.state.log().and_then(Log::deadline);
+        of_execs.chain(of_reopens).chain(of_log).chain(self.state.deadline()).min()
     }
 
     fn handle(&mut self, event: Event) {
@@ -305,6 +344,9 @@ impl Shim {
         let now = Instant::now();
         self.fail_late_execs(now, &too_long("run the program"));
         self.fail_late_reopens(now);
+        if let Some(log) = self.state.log_mut() {
+            log.time_over(now);
+        }
         if self.state.deadline().is_none_or(|deadline| deadline > now) {
             return;
         }
@@ -506,9 +548,11 @@ impl Shim {
         }
         let running = self.execs.iter().filter_map(Exec::running);
         let main = self.state.container().map(|container| container.created.pid);
+        let writer = self.state.log().and_then(Log::writer);
         running
             .chain(births().flat_map(Birth::children))
             .chain(main)
+            .chain(writer)
             .find_map(|pid| process::ended_child(Some(pid)).ok().flatten())
     }
 
@@ -516,6 +560,9 @@ impl Shim {
     fn child_ended(&mut self, pid: i32, ended: ProcessEnded) {
         if self.state.container().is_some_and(|container| container.created.pid == pid) {
             self.main_ended(ended);
+            return;
+        }
+        if self.log_child_ended(pid) {
             return;
         }
         let failed = match &mut self.state {
@@ -534,14 +581,14 @@ impl Shim {
     /// Relays the remaining output of execs when the container is over. For all others this shim
     /// has ended: no daemon can connect any more, and its own has everything.
     fn pass_on_the_rest(self) -> io::Result<()> {
-        let Self { poll, mut relays, children, listener, connections, .. } = self;
+        let Self { poll, mut relays, children, listener, connections, writer, .. } = self;
         for connection in &connections {
             connection.forget(&poll);
         }
         for descriptor in [children.as_fd(), listener.as_fd()] {
             let _ = poll.forget(descriptor);
         }
-        drop((listener, connections));
+        drop((listener, connections, children, writer));
         relays.settle_all(&poll);
         let deadline = Instant::now() + PARTING;
         while !relays.are_settled() {

@@ -2,7 +2,6 @@
 //! else does.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Child, Command as Program, Stdio};
 use std::time::{Duration, Instant};
@@ -16,7 +15,7 @@ use berth_tests::fuse::Hanging;
 use berth_tests::log;
 use berth_tests::pod::{Container, shell};
 use berth_tests::skip::skip;
-use nix::sys::signal::{SIGKILL, SIGTERM, kill};
+use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM, kill};
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, statfs};
 use nix::unistd::Pid;
 use tonic::Status;
@@ -176,21 +175,29 @@ fn output_waits_for_a_log_that_is_held_and_is_all_there_afterwards() -> Result<(
     })
 }
 
+/// Ends it; there is another one soon.
+fn replaced(container: &Container) -> Result<()> {
+    let first = writer(container)?;
+    kill(Pid::from_raw(first), SIGKILL)?;
+    within(SOON, "there is another", || Ok(writer(container).ok().filter(|next| *next != first)))?;
+    Ok(())
+}
+
 #[test]
-fn a_writer_that_was_killed_is_replaced() -> Result<()> {
+fn a_writer_that_was_killed_at_once_is_replaced() -> Result<()> {
     rootful(|daemon| {
         let script = "trap 'echo last; exit 7' TERM; while :; do echo line; sleep 0.05; done";
-        let main = daemon.pod("web")?.start(shell("main", script))?;
-        main.says("line")?;
-        let first = writer(&main)?;
-        // One that ends as soon as it is there is not replaced.
-        within(SOON, "it has been there for a while", || {
-            Ok((fs::metadata(format!("/proc/{first}"))?.ctime() + 3 < now()?).then_some(()))
-        })?;
-        kill(Pid::from_raw(first), SIGKILL)?;
-        within(SOON, "there is another", || Ok(writer(&main).ok().filter(|next| *next != first)))?;
-        let before = fs::metadata(&main.log_path)?.len();
-        within(SOON, "the log goes on", || Ok((fs::metadata(&main.log_path)?.len() > before).then_some(())))?;
+        let main = daemon.pod("web")?.create(shell("main", script))?;
+        // Once before there is anything to write, too.
+        replaced(&main)?;
+        main.start()?;
+        for _ in 0..2 {
+            replaced(&main)?;
+            let before = fs::metadata(&main.log_path)?.len();
+            within(SOON, "the log goes on", || {
+                Ok((fs::metadata(&main.log_path)?.len() > before).then_some(()))
+            })?;
+        }
         let old = main.log_path.with_extension("old");
         fs::rename(&main.log_path, old)?;
         reopen(daemon, &main)?;
@@ -203,8 +210,108 @@ fn a_writer_that_was_killed_is_replaced() -> Result<()> {
     })
 }
 
-fn now() -> Result<i64> {
-    Ok(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs().try_into()?)
+/// Writes numbers until it is told to stop.
+const COUNTS: &str = "n=0; while [ ! -e /tmp/end ]; do
+seq $((n + 1)) $((n + 2000)); n=$((n + 2000)); sleep 0.01; done; echo $n >&2";
+
+#[test]
+fn nothing_is_lost_or_doubled_by_writers_that_are_killed_or_stopped_under_load() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let census = Census::take(daemon)?;
+        let main = pod.start(shell("main", COUNTS))?;
+        main.says("1")?;
+        let size = || Ok::<_, anyhow::Error>(fs::metadata(&main.log_path)?.len());
+        for turn in 0..4 {
+            let before = size()?;
+            within(SOON, "the log grows", || Ok((size()? > before).then_some(())))?;
+            if turn % 2 == 0 {
+                // Its queue is full, then.
+                kill(Pid::from_raw(writer(&main)?), SIGSTOP)?;
+                let mut before = 0;
+                within(SOON, "nothing more is written", || {
+                    let now = size()?;
+                    Ok((std::mem::replace(&mut before, now) == now).then_some(()))
+                })?;
+                ensure!(main.sh("echo alive")? == "alive\n");
+            }
+            replaced(&main)?;
+        }
+        main.call_off("/tmp/end");
+        let ended = main.ended()?;
+        assert_eq!(ended.status.exit_code, 0);
+        let (notes, last): (Vec<&str>, Vec<&str>) =
+            ended.stderr.lines().partition(|line| line.ends_with("was killed and replaced]"));
+        ensure!(!notes.is_empty());
+        let lines = || ended.stdout.lines().enumerate();
+        assert_eq!(lines().find(|(index, line)| line.parse() != Ok(index + 1)), None);
+        assert_eq!([lines().count().to_string()], *last);
+        main.remove()?;
+        census.stays(daemon)
+    })
+}
+
+#[test]
+fn a_request_to_reopen_outlasts_a_writer_that_is_killed() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("web")?.start(shell("main", WRITES))?;
+        main.says("begun")?;
+        kill(Pid::from_raw(writer(&main)?), SIGSTOP)?;
+        fs::rename(&main.log_path, main.log_path.with_extension("old"))?;
+        let answer = std::thread::scope(|scope| {
+            let asked = scope.spawn(|| reopen(daemon, &main));
+            replaced(&main)?;
+            asked.join().map_err(|_| anyhow::anyhow!("the thread panicked"))
+        })?;
+        answer?;
+        ensure!(main.log_path.exists());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_writer_that_is_stopped_keeps_nobody_waiting_and_writes_when_it_goes_on() -> Result<()> {
+    rootful(|daemon| {
+        let script = "trap 'echo last; exit 7' TERM; echo begun; while :; do sleep 0.05; done";
+        let main = daemon.pod("web")?.start(shell("main", script))?;
+        main.says("begun")?;
+        let (shim, writer, path) = (main.shim_pid()?, writer(&main)?, main.log_path.clone());
+        kill(Pid::from_raw(writer), SIGSTOP)?;
+        ensure!(main.sh("echo alive")? == "alive\n");
+        let begin = Instant::now();
+        main.stop(30)?;
+        ensure!(begin.elapsed() < patience(Duration::from_secs(12)), "{:?}", begin.elapsed());
+        assert_eq!(main.status()?.exit_code, 7);
+        within(SOON, "its shim ends", || Ok((!fs::exists(format!("/proc/{shim}"))?).then_some(())))?;
+        main.remove()?;
+        kill(Pid::from_raw(writer), SIGCONT)?;
+        within(SOON, "what was missing is written", || {
+            Ok(log::text(&log::read(&path)?, "stdout").ends_with("last\n").then_some(()))
+        })
+    })
+}
+
+#[test]
+fn no_writer_outlasts_its_shim_whoever_is_there_to_reap_it() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        for turn in 0..20 {
+            let main = pod.create(shell("main", "echo line"))?;
+            let (shim, writer) = (main.shim_pid()?, writer(&main)?);
+            if turn % 4 == 0 {
+                // Nothing was started.
+                main.remove()?;
+            } else {
+                main.start()?;
+                main.ended()?;
+                main.remove()?;
+            }
+            // Not even as a zombie, which nobody may reap after the shim.
+            within(SOON, "the shim ends", || Ok((!fs::exists(format!("/proc/{shim}"))?).then_some(())))?;
+            ensure!(!fs::exists(format!("/proc/{writer}"))?, "the writer is left, in turn {turn}");
+        }
+        Ok(())
+    })
 }
 
 #[test]

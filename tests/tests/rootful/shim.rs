@@ -251,6 +251,37 @@ fn a_command_whose_shim_is_killed_is_not_said_to_have_lost_its_container() -> Re
     })
 }
 
+/// That a process on its way has its three streams, two pipes to the shim and perhaps the pidfd of
+/// its container's main process, and nothing else of the shim's.
+fn holds_its_own_only(pid: i32) -> Result<()> {
+    let mut others = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let path = entry?.path();
+        let is_stream = path.file_name().is_some_and(|name| ["0", "1", "2"].iter().any(|own| name == *own));
+        if !is_stream {
+            others.push(fs::read_link(path)?.to_string_lossy().into_owned());
+        }
+    }
+    let count = |kind: &str| others.iter().filter(|link| link.starts_with(kind)).count();
+    let (pipes, pidfds) = (count("pipe:"), count("anon_inode:[pidfd]") + count("pidfd:"));
+    ensure!(pipes == 2 && pidfds <= 1 && others.len() == pipes + pidfds, "{others:?}");
+    Ok(())
+}
+
+#[test]
+fn a_process_that_waits_for_its_start_has_nothing_of_its_shim() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let mut config = berth_tests::pod::idle("terminal");
+        (config.tty, config.stdin) = (true, true);
+        for config in [berth_tests::pod::idle("main"), config] {
+            let main = pod.create(config)?;
+            holds_its_own_only(main.pid()?)?;
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn execs_that_hang_in_a_working_directory_neither_wake_a_shim_for_ever_nor_stay_open_in_it() -> Result<()> {
     rootful(|daemon| {
@@ -282,6 +313,11 @@ fn execs_that_hang_in_a_working_directory_neither_wake_a_shim_for_ever_nor_stay_
                     children.split_whitespace().filter_map(|pid| status_field(pid.parse().ok()?, "State"));
                 Ok(states.any(|state| state.starts_with('D')).then_some(()))
             })?;
+            let children = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"))?;
+            let hang = |pid: &i32| status_field(*pid, "State").is_some_and(|state| state.starts_with('D'));
+            for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(hang) {
+                holds_its_own_only(pid)?;
+            }
             for exec in execs {
                 let refused = exec.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
                 ensure!(refused.err().context("it hangs")?.code() == Code::DeadlineExceeded);

@@ -10,7 +10,7 @@ use berth_shim_proto::launch::Launch;
 use berth_sys::poll::{Interest, Poll};
 
 use crate::attached::{Clients, LastWords};
-use crate::cri_log::{DEFAULT_MAX_CONTENT, Splitter, Stream, timestamp};
+use crate::cri_log::{DEFAULT_MAX_CONTENT, Splitter, Stream, Time, timestamp};
 use crate::log_queue::Log;
 use crate::log_writer::MAX_PACKET;
 use crate::relay;
@@ -22,9 +22,6 @@ const READ_BYTES: usize = 64 * 1024;
 /// Reads of one stream before the other and the daemon get their turn.
 const READS_IN_A_ROW: usize = 16;
 
-/// Bytes that become entries at a time: a byte can become forty.
-const PIECE_BYTES: usize = 2 * 1024;
-
 /// One of the container's streams that is still open.
 #[derive(Debug)]
 struct Source {
@@ -35,7 +32,7 @@ struct Source {
     /// Read, and without room in the log: then nothing more is read.
     unwritten: Vec<u8>,
     /// When that was read.
-    time: [u8; 30],
+    time: Time,
     /// There is nothing more to read.
     over: bool,
     is_watched: bool,
@@ -219,7 +216,7 @@ impl Source {
     /// Reads what is there, gives it to clients, and has it written as far as there is room.
     /// Whether there may be more.
     fn read_some(&mut self, log: &mut Option<Log>, clients: &mut Clients, poll: &Poll, reads: usize) -> bool {
-        let mut buffer = vec![0; READ_BYTES];
+        let (mut buffer, mut packet) = (vec![0; READ_BYTES], Vec::new());
         for _ in 0..reads {
             match self.file.read(&mut buffer) {
                 Ok(0) => {
@@ -230,7 +227,7 @@ impl Source {
                     self.time = timestamp(SystemTime::now());
                     let read = buffer.get(..length).unwrap_or_default();
                     clients.pass(self.stream, read, poll);
-                    let written = self.write(read, log, poll);
+                    let written = self.write(read, log, poll, &mut packet);
                     self.unwritten = read.get(written..).unwrap_or_default().to_vec();
                     if length < READ_BYTES || !self.unwritten.is_empty() {
                         // Most likely empty now; if not, the poll says so again.
@@ -250,21 +247,17 @@ impl Source {
         true
     }
 
-    /// Has `bytes` written as far as there is room; how many were.
-    fn write(&mut self, bytes: &[u8], log: &mut Option<Log>, poll: &Poll) -> usize {
+    /// Has `bytes` written as far as there is room, with `packet` to put them together in; how many
+    /// were.
+    fn write(&mut self, bytes: &[u8], log: &mut Option<Log>, poll: &Poll, packet: &mut Vec<u8>) -> usize {
         let Some(log) = log else { return bytes.len() };
-        let (mut pieces, mut written) = (bytes.chunks(PIECE_BYTES), 0);
-        let mut buffer = Vec::new();
+        let mut written = 0;
         while !log.is_full() && written < bytes.len() {
             let entries = |entries: &mut Vec<u8>| {
-                while entries.len() < MAX_PACKET / 2
-                    && let Some(piece) = pieces.next()
-                {
-                    self.splitter.push(piece, &self.time, entries);
-                    written += piece.len();
-                }
+                let rest = bytes.get(written..).unwrap_or_default();
+                written += self.splitter.push(rest, &self.time, MAX_PACKET / 2, entries);
             };
-            log.write(&mut buffer, entries, poll);
+            log.write(packet, entries, poll);
         }
         written
     }
@@ -272,7 +265,7 @@ impl Source {
     /// Has what is left written as far as there is room.
     fn write_rest(&mut self, log: &mut Option<Log>, poll: &Poll) {
         let rest = std::mem::take(&mut self.unwritten);
-        let written = self.write(&rest, log, poll);
+        let written = self.write(&rest, log, poll, &mut Vec::new());
         self.unwritten = rest.get(written..).unwrap_or_default().to_vec();
     }
 

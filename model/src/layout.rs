@@ -150,6 +150,13 @@ impl SandboxFiles {
         self.state.join("record")
     }
 
+    /// Exists until an end of the sandbox has been reported: the next daemon reports one that came
+    /// while there was none. Sandboxes that ended under earlier versions have no such file.
+    #[must_use]
+    pub fn untold(&self) -> PathBuf {
+        self.durable.join("untold")
+    }
+
     /// The pinned namespace of this name (`net`, `ipc`, `uts`, `pid`).
     #[must_use]
     pub fn namespace(&self, name: &str) -> PathBuf {
@@ -193,6 +200,9 @@ impl SandboxFiles {
     }
 }
 
+/// What follows the time in [`ContainerFiles::started`] while the start has not been reported.
+pub const START_UNTOLD: &str = " untold";
+
 /// The files of one container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerFiles {
@@ -217,10 +227,17 @@ impl ContainerFiles {
     }
 
     /// When its start was asked for, in nanoseconds since the epoch, as text. Written before the
-    /// shim is asked.
+    /// shim is asked, and then followed by [`START_UNTOLD`] until the start has been reported.
     #[must_use]
     pub fn started(&self) -> PathBuf {
         self.state.join("started")
+    }
+
+    /// Exists until the end of the container has been reported: the next daemon reports one that
+    /// came while there was none. Containers that ended under earlier versions have no such file.
+    #[must_use]
+    pub fn untold(&self) -> PathBuf {
+        self.durable.join("untold")
     }
 
     /// The exit record, where the durable one could not be written.
@@ -273,6 +290,8 @@ mod tests {
             sandbox.record(),
             container.record(),
             container.exit_record(),
+            sandbox.untold(),
+            container.untold(),
             container.upper(),
             container.work(),
         ] {

@@ -4,11 +4,11 @@
 //! container:   Created --started--> Running --ended--> Exited
 //!                 \-----------------ended----------------^
 //!                 Removed from any of them; nothing goes back.
-//! sandbox:     Ready --stopped, process ended--> NotReady --removed--> (gone)
+//! sandbox:     Ready --stopped, process ended, lost--> NotReady --removed--> (gone)
 //! ```
 //! Who triggers: `started` StartContainer; `ended` the shim (or the loss of it); `stopped`
-//! StopPodSandbox; `process ended` the end of the pod's own process. A reboot has stopped a sandbox
-//! before a daemon sees it. On `ended` the cgroup is released, on `stopped` network and namespaces.
+//! StopPodSandbox; `process ended` the end of the pod's own process; `lost` a daemon that starts
+//! after a reboot. On `ended` the cgroup is released, on `stopped` network and namespaces.
 
 /// How a container ended, for `ContainerStatus`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,6 +135,8 @@ pub enum SandboxEvent {
     Stopped,
     /// Its own process has ended, and with it the pid namespace that its containers share.
     ProcessEnded,
+    /// A new daemon finds that its namespaces or its own process are gone, as after a reboot.
+    Lost,
 }
 
 /// The state after `event`. Nothing makes a sandbox ready again.
@@ -143,7 +145,7 @@ pub fn sandbox_after(state: SandboxState, event: SandboxEvent) -> SandboxState {
     match (state, event) {
         (
             SandboxState::Ready | SandboxState::NotReady,
-            SandboxEvent::Stopped | SandboxEvent::ProcessEnded,
+            SandboxEvent::Stopped | SandboxEvent::ProcessEnded | SandboxEvent::Lost,
         ) => SandboxState::NotReady,
     }
 }
@@ -190,7 +192,7 @@ mod tests {
     #[test]
     fn a_sandbox_that_is_not_ready_stays_so() {
         for state in [SandboxState::Ready, SandboxState::NotReady] {
-            for event in [SandboxEvent::Stopped, SandboxEvent::ProcessEnded] {
+            for event in [SandboxEvent::Stopped, SandboxEvent::ProcessEnded, SandboxEvent::Lost] {
                 assert_eq!(sandbox_after(state, event), SandboxState::NotReady, "{state:?} {event:?}");
             }
         }

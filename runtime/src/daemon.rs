@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::container::output_room::OutputRoom;
 use crate::cri::{ImageService, RuntimeService};
 use crate::directory_lock::{self, Locked, Refused};
+use crate::events::Events;
 use crate::file_error::FileError;
 use crate::handlers::Handlers;
 use crate::host_paths::HostPaths;
@@ -189,6 +190,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let stopping = async {
         stop.await;
         notifier.stopping();
+        // Their streams have no other end, and calls are waited for.
+        node.events.close();
     };
     // Before the kubelet finds the CRI, since its cAdvisor looks for this socket only once, right
     // after.
@@ -341,6 +344,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     };
     let default_apparmor_profile = DefaultProfile::new(facts.apparmor);
     let host_paths = Arc::new(HostPaths::new(tokio::runtime::Handle::current()));
+    let registry = Registry::default();
     Ok(Node {
         layout,
         default_apparmor_profile,
@@ -357,7 +361,8 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         network,
         images,
         filters: berth_seccomp::Cache::new(),
-        registry: Registry::default(),
+        events: Events::new(registry.snapshots()),
+        registry,
         output_room: OutputRoom::default(),
         boot_id: boot_id.trim().to_owned(),
         facts,

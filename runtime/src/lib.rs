@@ -45,6 +45,7 @@ mod sandbox;
 mod selinux;
 mod server;
 mod shim_client;
+mod snapshot;
 mod streaming;
 mod trash;
 mod usage;

@@ -13,6 +13,7 @@ use crate::apparmor::DefaultProfile;
 use crate::cgroups::Cgroups;
 use crate::config::Config;
 use crate::container::output_room::OutputRoom;
+use crate::events::Events;
 use crate::handlers::Handlers;
 use crate::host_paths::HostPaths;
 use crate::lock;
@@ -38,6 +39,7 @@ pub(crate) struct Node {
     pub(crate) images: Store,
     pub(crate) filters: Cache,
     pub(crate) registry: Registry,
+    pub(crate) events: Events,
     pub(crate) output_room: OutputRoom,
     /// `/proc/sys/kernel/random/boot_id`.
     pub(crate) boot_id: String,

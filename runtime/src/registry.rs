@@ -12,6 +12,7 @@ use crate::container::Container;
 use crate::lock;
 use crate::names::{Name, NameTaken};
 use crate::sandbox::Sandbox;
+use crate::snapshot::PodSnapshot;
 
 /// The result of looking up an object.
 #[derive(Debug)]
@@ -195,6 +196,22 @@ impl Registry {
 
     pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
         lock(&self.0).containers.values().cloned().collect()
+    }
+
+    /// A function that takes snapshots of pods, by the ids of their sandboxes. After this registry
+    /// is gone it finds none.
+    pub(crate) fn snapshots(&self) -> impl Fn(&SandboxId) -> PodSnapshot + Send + Sync + 'static {
+        let inner = Arc::downgrade(&self.0);
+        move |id| {
+            let Some(registry) = inner.upgrade().map(Self) else { return PodSnapshot::default() };
+            let mut containers = registry.containers_of(id);
+            containers.sort_by_key(|container| std::cmp::Reverse(container.record().created_at_unix_ns));
+            let sandbox = lock(&registry.0).sandboxes.get(id).cloned();
+            PodSnapshot {
+                sandbox: sandbox.map(|sandbox| sandbox.snapshot()),
+                containers: containers.iter().map(|container| container.snapshot()).collect(),
+            }
+        }
     }
 
     pub(crate) fn containers_of(&self, sandbox: &SandboxId) -> Vec<Arc<Container>> {

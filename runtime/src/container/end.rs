@@ -82,8 +82,15 @@ pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unrea
     container.clearing.send_replace(true);
     // Every state can be followed by an end, and a second end changes nothing.
     let _ = container.apply(ContainerEvent::Ended(exit));
+    forget_untold(container);
     clean(container);
     container.clearing.send_replace(false);
+}
+
+/// Notes that its end has been reported. Blocking.
+pub(super) fn forget_untold(container: &Container) {
+    // At worst it stays, and the next daemon reports the end again.
+    let _ = std::fs::remove_file(container.files.untold());
 }
 
 /// Kills what is left in its cgroup, and removes it. Blocking.
@@ -179,6 +186,8 @@ mod tests {
         use berth_model::record::ContainerRecord;
 
         use crate::cgroups::LeftCgroups;
+        use crate::events::Events;
+        use crate::snapshot::PodSnapshot;
         let record = ContainerRecord::default();
         let files = Layout::new(directory.join("root"), directory.join("state")).container(&record.id);
         std::fs::create_dir_all(&files.state).unwrap();
@@ -188,7 +197,8 @@ mod tests {
         let hierarchy = Hierarchy::Legacy { mounts: Vec::new() };
         let parent = Parent::named(Driver::Cgroupfs, "/nowhere").unwrap();
         let cgroup = Cgroup::open(&hierarchy, &parent, record.id.as_str()).unwrap();
-        Arc::new(Container::new(record, files, cgroup, LeftCgroups::default()))
+        let events = Events::new(|_| PodSnapshot::default());
+        Arc::new(Container::new(record, files, cgroup, LeftCgroups::default(), events))
     }
 
     fn seen(container: &Container) -> (i32, ExitReason) {

@@ -237,7 +237,7 @@ async fn ask(container: &Container, shim: &ShimClient) -> Result<(), ShimError> 
         *lock(&container.process) = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         if let Some(started) = phase.started {
             // From Created, the first state of every recovered container.
-            let _ = container.learn(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
+            let _ = container.apply(ContainerEvent::Started { at_unix_ns: started.at_unix_ns });
             return Ok(());
         }
         if !under_way {

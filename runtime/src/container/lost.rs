@@ -51,7 +51,7 @@ pub(crate) fn make(
             .map_err(ContainerError::file("create", &files.durable))
             .and_then(|()| {
                 let failed = |source| ContainerError::Record { id: id.clone(), source };
-                container.record_files().write(&container.record).map_err(failed)
+                container.record_files().write(container.record()).map_err(failed)
             });
         if let Err(error) = written {
             tracing::warn!(container = %id, error = %crate::chain(&error), "cannot write the restored record of a container");

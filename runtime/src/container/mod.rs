@@ -41,17 +41,18 @@ use berth_model::container::{Config, Resources};
 use berth_model::id::{ContainerId, SandboxId};
 use berth_model::layout::ContainerFiles;
 use berth_model::record::{ContainerRecord, ProcessRecord};
-use berth_model::state::{ContainerEvent, ContainerState, Refused, container_after};
+use berth_model::state::{ContainerEvent, ContainerState, Exit, Refused, container_after};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::cgroups::LeftCgroups;
 use crate::clock::unix_ns;
-use crate::events::{self, ContainerChange, Event};
+use crate::events::{ContainerChange, Events, What};
 use crate::lock;
 use crate::names::Name;
 use crate::record_files::RecordFiles;
 use crate::shim_client::ShimClient;
+use crate::snapshot::ContainerSnapshot;
 
 pub(crate) use error::ContainerError;
 
@@ -59,22 +60,29 @@ pub(crate) use error::ContainerError;
 /// at least.
 const MOST_ATTACHED: usize = 256;
 
+/// What was reported of a container, by this daemon or an earlier one.
+#[derive(Debug, Default)]
+struct Reported {
+    started: bool,
+}
+
 /// A container.
 #[derive(Debug)]
 pub(crate) struct Container {
     /// Everything that does not change, except for the resources, which are in
     /// [`Container::resources`].
-    record: ContainerRecord,
+    record: Arc<ContainerRecord>,
     files: ContainerFiles,
     cgroup: Cgroup,
+    events: Events,
     /// Takes a cgroup that cannot be removed.
     left: LeftCgroups,
     resources: Mutex<Resources>,
     state: watch::Sender<ContainerState>,
     /// It has ended, and what is left in its cgroup is being killed.
     clearing: watch::Sender<bool>,
-    /// Held while it changes and while that is published, so that changes are published in order.
-    telling: Mutex<()>,
+    /// Held while it changes and while that is reported, so that changes are reported in order.
+    reported: Mutex<Reported>,
     /// Since when it is assumed to run, while its shim has not confirmed it. What may run is
     /// reported as running: otherwise a kubelet would start another beside it.
     presumed_since_unix_ns: Mutex<Option<i64>>,
@@ -99,12 +107,18 @@ pub(crate) struct Container {
 
 impl Container {
     /// A container that waits for its start, according to its record.
-    fn new(record: ContainerRecord, files: ContainerFiles, cgroup: Cgroup, left: LeftCgroups) -> Self {
+    fn new(
+        record: ContainerRecord,
+        files: ContainerFiles,
+        cgroup: Cgroup,
+        left: LeftCgroups,
+        events: Events,
+    ) -> Self {
         Self {
             resources: Mutex::new(record.config.resources.clone()),
             state: watch::Sender::new(ContainerState::Created),
             clearing: watch::Sender::new(false),
-            telling: Mutex::default(),
+            reported: Mutex::default(),
             presumed_since_unix_ns: Mutex::default(),
             process: Mutex::new(record.process),
             shim: Mutex::default(),
@@ -114,9 +128,10 @@ impl Container {
             followed: AtomicBool::new(false),
             attached: Arc::new(Semaphore::new(MOST_ATTACHED)),
             keeps_record: false,
-            record,
+            record: Arc::new(record),
             files,
             cgroup,
+            events,
             left,
         }
     }
@@ -159,6 +174,14 @@ impl Container {
             }
             _ => state,
         }
+    }
+
+    /// It, as it is now.
+    pub(crate) fn snapshot(&self) -> ContainerSnapshot {
+        let resources = lock(&self.resources);
+        let changed = (*resources != self.record.config.resources).then(|| resources.clone());
+        drop(resources);
+        ContainerSnapshot { record: self.record.clone(), resources: changed, state: self.state() }
     }
 
     /// Its unique name.
@@ -228,61 +251,67 @@ impl Container {
             .map_err(|_| ContainerError::TooManyAttached { id: self.id().clone(), most: MOST_ATTACHED })
     }
 
-    /// Applies an event to the state.
+    /// Applies an event to the state, and reports it.
     fn apply(&self, event: ContainerEvent) -> Result<(), Refused> {
-        let _in_order = lock(&self.telling);
-        let was_seen_running = !matches!(self.state(), ContainerState::Created);
+        let mut reported = lock(&self.reported);
         if !self.learn(event.clone())? {
             return Ok(());
         }
-        match &event {
-            ContainerEvent::Started { .. } if was_seen_running => {}
-            ContainerEvent::Started { .. } => self.tell(ContainerChange::Started),
-            ContainerEvent::Ended(exit) => {
-                // It ended before the answer to its start arrived.
-                if !was_seen_running && exit.started_at_unix_ns != 0 {
-                    self.tell(ContainerChange::Started);
-                }
-                self.tell(ContainerChange::Ended(exit));
+        match event {
+            ContainerEvent::Started { at_unix_ns } => {
+                self.report_start(&mut reported);
+                drop(reported);
+                start::note(self, at_unix_ns, "");
             }
+            ContainerEvent::Ended(exit) => self.report_end(&mut reported, exit),
         }
         Ok(())
     }
 
     /// Assumes from now on that it is running, until its shim reports.
     fn presume(&self) {
-        let _in_order = lock(&self.telling);
-        let was_seen_running = !matches!(self.state(), ContainerState::Created);
-        lock(&self.presumed_since_unix_ns).get_or_insert_with(unix_ns);
-        if !was_seen_running {
-            self.tell(ContainerChange::Started);
-        }
+        let mut reported = lock(&self.reported);
+        let since = *lock(&self.presumed_since_unix_ns).get_or_insert_with(unix_ns);
+        self.report_start(&mut reported);
+        drop(reported);
+        start::note(self, since, "");
     }
 
     /// Makes it visible by `show`.
     fn appear(&self, show: impl FnOnce()) {
-        let _in_order = lock(&self.telling);
-        show();
-        self.tell(ContainerChange::Created);
-    }
-
-    /// Makes it invisible.
-    fn disappeared(&self) {
-        let _in_order = lock(&self.telling);
-        self.tell(ContainerChange::Removed);
-    }
-
-    /// The caller must hold `telling`.
-    fn tell(&self, change: ContainerChange<'_>) {
-        events::tell(Event::Container {
-            id: self.id(),
-            sandbox: self.sandbox_id(),
-            name: &self.config().metadata.name,
-            change,
+        let _in_order = lock(&self.reported);
+        self.events.report_if(self.what(ContainerChange::Created), || {
+            show();
+            true
         });
     }
 
-    /// Sets the state that it had before this daemon; returns whether that changes it.
+    /// Makes it invisible by `hide`, which returns whether it was visible.
+    fn disappear(&self, hide: impl FnOnce() -> bool) {
+        let _in_order = lock(&self.reported);
+        self.events.report_if(self.what(ContainerChange::Removed), hide);
+    }
+
+    /// Once, whether it is seen running before its end or not.
+    fn report_start(&self, reported: &mut Reported) {
+        if !std::mem::replace(&mut reported.started, true) {
+            self.events.report(self.what(ContainerChange::Started));
+        }
+    }
+
+    fn report_end(&self, reported: &mut Reported, exit: Exit) {
+        // It may have ended before the answer to its start arrived.
+        if exit.started_at_unix_ns != 0 {
+            self.report_start(reported);
+        }
+        self.events.report(self.what(ContainerChange::Ended(exit)));
+    }
+
+    fn what(&self, change: ContainerChange) -> What {
+        What::Container(self.record.clone(), change)
+    }
+
+    /// Sets the state; returns whether that changes it. Reports nothing.
     fn learn(&self, event: ContainerEvent) -> Result<bool, Refused> {
         let mut result = Ok(());
         let changed = self.state.send_if_modified(|state| match container_after(state, event) {
@@ -338,11 +367,12 @@ mod tests {
 
     use berth_cgroup::{Driver, Hierarchy, Parent};
     use berth_model::layout::Layout;
-    use berth_model::state::{Exit, ExitReason};
+    use berth_model::state::ExitReason;
     use tracing::dispatcher::with_default;
 
     use super::*;
     use crate::events::heard::Heard;
+    use crate::snapshot::PodSnapshot;
 
     /// How often the other thread is let go first by the first notification, which it uses unless
     /// it has to wait.
@@ -354,7 +384,7 @@ mod tests {
         let parent = Parent::named(Driver::Cgroupfs, "/nowhere").unwrap();
         let hierarchy = Hierarchy::Legacy { mounts: Vec::new() };
         let cgroup = Cgroup::open(&hierarchy, &parent, record.id.as_str()).unwrap();
-        Container::new(record, files, cgroup, LeftCgroups::default())
+        Container::new(record, files, cgroup, LeftCgroups::default(), Events::new(|_| PodSnapshot::default()))
     }
 
     fn started() -> ContainerEvent {
@@ -411,7 +441,7 @@ mod tests {
             |container| {
                 container.apply(started()).unwrap();
                 container.apply(ended(1)).unwrap();
-                container.disappeared();
+                container.disappear(|| true);
             },
         );
         assert_eq!(told, ["container created", "container started", "container ended", "container removed"]);

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use berth_cgroup::{Cgroup, Parent};
 use berth_model::id::ContainerId;
+use berth_model::layout::START_UNTOLD;
 use berth_model::record::ContainerRecord;
-use berth_model::state::ContainerEvent;
+use berth_model::state::{ContainerEvent, ContainerState};
 
 use super::end::{self, Evidence};
 use super::{Container, ContainerError, lock};
@@ -50,29 +51,53 @@ pub(crate) fn recover(
     };
     let cgroup = open_cgroup(node, &record)?;
     record_files::mend(&node.layout, "container", id.as_str(), &record_files, &health, &record);
-    let mut container = Container::new(record, files, cgroup, node.cgroups.left());
+    let mut container = Container::new(record, files, cgroup, node.cgroups.left(), node.events.clone());
     container.keeps_record = matches!(health, Health::Newer(_));
     // A daemon that writes no copies does not write this either.
-    let told_of_starts = !matches!(health, Health::NoCopy);
-    settle_what_is_known(&container, told_of_starts);
+    let notes_starts = !matches!(health, Health::NoCopy);
+    settle_what_is_known(&container, notes_starts);
     Ok(Recovered::Container(Arc::new(container)))
 }
 
-/// Sets its state, according to its files.
-pub(super) fn settle_what_is_known(container: &Container, told_of_starts: bool) {
+/// Sets its state, according to its files. `notes_starts`: whether the daemon that created it noted
+/// every start.
+pub(super) fn settle_what_is_known(container: &Container, notes_starts: bool) {
+    let created_at = container.record.created_at_unix_ns;
+    let (asked_at, reported) = match std::fs::read_to_string(container.files.started()) {
+        Ok(text) => {
+            let (time, reported) = match text.strip_suffix(START_UNTOLD) {
+                Some(time) => (time, false),
+                None => (text.as_str(), true),
+            };
+            (Some(time.trim().parse().unwrap_or(created_at)), reported)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && notes_starts => (None, false),
+        // Unknown; what may run is reported as running.
+        Err(_) => (Some(created_at), true),
+    };
+    lock(&container.reported).started = reported;
     if let Evidence::Told(record) = end::look(container) {
         // Written by its shim, which then ended, or by the daemon.
         let _ = container.learn(ContainerEvent::Ended(end::exit(&record)));
         return;
     }
-    let created_at = container.record.created_at_unix_ns;
-    let presumed = match std::fs::read_to_string(container.files.started()) {
-        Ok(text) => Some(text.trim().parse().unwrap_or(created_at)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && told_of_starts => None,
-        // Unknown; what may run is reported as running.
-        Err(_) => Some(created_at),
-    };
-    *lock(&container.presumed_since_unix_ns) = presumed;
+    *lock(&container.presumed_since_unix_ns) = asked_at;
+}
+
+/// Reports an end that came while no daemon was running, unless an earlier daemon has. For a
+/// container that is visible. Blocking.
+pub(crate) fn report_end(container: &Container) {
+    let untold = container.files.untold();
+    match container.state() {
+        ContainerState::Exited(exit) => {
+            if untold.try_exists().unwrap_or(false) {
+                container.report_end(&mut lock(&container.reported), exit);
+                end::forget_untold(container);
+            }
+        }
+        // An earlier version created it. Without the file its end is reported if a daemon sees it.
+        _ => drop(std::fs::File::create(untold)),
+    }
 }
 
 fn open_cgroup(node: &Node, record: &ContainerRecord) -> Result<Cgroup, ContainerError> {
@@ -98,7 +123,7 @@ pub(super) fn of_record(
 ) -> Result<Container, ContainerError> {
     let cgroup = open_cgroup(node, &record)?;
     let files = node.layout.container(&record.id);
-    let mut container = Container::new(record.clone(), files, cgroup, node.cgroups.left());
+    let mut container = Container::new(record, files, cgroup, node.cgroups.left(), node.events.clone());
     container.keeps_record = keeps_record;
     settle_what_is_known(&container, false);
     Ok(container)

@@ -27,9 +27,7 @@ pub(crate) async fn remove(node: &Arc<Node>, container: &Arc<Container>) -> Resu
         .await
         .map_err(|_| ContainerError::Stopping)??;
     // Another removal may have been first.
-    if node.registry.remove_container(container) {
-        container.disappeared();
-    }
+    container.disappear(|| node.registry.remove_container(container));
     node.collect_images();
     Ok(())
 }

@@ -7,9 +7,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use berth_model::layout::START_UNTOLD;
 use berth_model::state::{ContainerEvent, ContainerState};
 
 use super::{Container, ContainerError, stop};
+use crate::clock::unix_ns;
 use crate::shim_client::{START, ShimClient, ShimError};
 
 /// How long a shim that reports a failed start may take to record the end: it waits for the rest of
@@ -41,7 +43,7 @@ async fn begin(container: &Arc<Container>) -> Result<(), ContainerError> {
         return Err(ContainerError::ShimUnreached { id: container.id().clone() });
     };
     // Before the shim is asked: a later daemon has to know that it may be running.
-    note_start(container);
+    note(container, unix_ns(), START_UNTOLD);
     let outcome = tokio::select! {
         // The answer first: a program that has already ended was started nevertheless.
         biased;
@@ -125,9 +127,10 @@ async fn end_without_answer(container: &Arc<Container>) -> Result<(), ContainerE
     }
 }
 
-fn note_start(container: &Container) {
+/// Records that its start was asked for, and by `told` whether that has been reported.
+pub(super) fn note(container: &Container, at_unix_ns: i64, told: &str) {
     let path = container.files.started();
-    if let Err(error) = std::fs::write(&path, crate::clock::unix_ns().to_string()) {
+    if let Err(error) = std::fs::write(&path, format!("{at_unix_ns}{told}")) {
         tracing::warn!(path = %path.display(), %error, "cannot record that the container was started");
     }
 }

@@ -34,7 +34,7 @@ pub(crate) async fn resources<E: From<ContainerError>>(
 /// Blocking.
 fn update(container: &Container, next: Resources) -> Result<(), ContainerError> {
     let limits = oci_spec::limits(&oci_spec::resources(&next)?)?;
-    let mut content = container.record.clone();
+    let mut content = container.record().clone();
     content.config.resources = next.clone();
     let files = container.record_files();
     // Disk space first: afterwards, the record only needs a rename.
@@ -66,7 +66,7 @@ fn tell_what_is_in_force(container: &Container, limits: &Limits) {
     let now = container.cgroup.read_back(limits, &earlier.unwrap_or_default());
     let resources = oci_spec::in_force(container.resources(), now);
     *lock(&container.resources) = resources.clone();
-    let mut content = container.record.clone();
+    let mut content = container.record().clone();
     content.config.resources = resources;
     if let Err(error) = container.record_files().write(&content) {
         tracing::error!(

@@ -125,6 +125,9 @@ fn read(node: &Arc<Node>) -> Result<Remains, RecoveryError> {
             Verdict::Nothing => {}
         }
     }
+    for container in node.registry.containers() {
+        container::recover::report_end(&container);
+    }
     Remains::find(node, &patience)
 }
 

@@ -7,7 +7,7 @@ use berth_model::state::ContainerState;
 use tokio::sync::Semaphore;
 
 use super::{Verdict, container_of, sandbox_of};
-use crate::container::follow;
+use crate::container::{follow, recover};
 use crate::node::Node;
 use crate::record_files::Patience;
 use crate::sandbox;
@@ -46,12 +46,13 @@ fn try_one(node: &Arc<Node>, id: &str) {
             Verdict::Is(found) => {
                 // A container is never visible without its sandbox.
                 let sandbox = found.sandbox_id().clone();
-                node.registry.adopt_container(found);
+                node.registry.adopt_container(found.clone());
                 if !node.registry.has(sandbox.as_str())
                     && let Verdict::Is(found) = sandbox_of(node, &sandbox, &patience)
                 {
                     sandbox::recover::adopt(node, found);
                 }
+                recover::report_end(&found);
                 false
             }
             Verdict::Unread => false,

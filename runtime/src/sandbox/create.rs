@@ -69,17 +69,18 @@ fn make(node: &Arc<Node>, id: SandboxId, config: Config) -> Result<Sandbox, Sand
         boot_id: node.boot_id.clone(),
         hostname: hostname::of(&config)
             .map_err(SandboxError::file("read", Path::new(hostname::HOST_FILE)))?,
-        addresses: Vec::new(),
+        addresses: Arc::default(),
         cgroup_parent: parent,
         state: Mutex::new(SandboxState::Ready),
-        telling: Mutex::default(),
+        events: node.events.clone(),
+        reporting: Mutex::default(),
         process: Mutex::new(None),
         creations: Creations::default(),
         stopping: tokio::sync::Mutex::default(),
         torn_down: Mutex::new(false),
         keeps_record: false,
         id,
-        config,
+        config: Arc::new(config),
         files,
     };
     match fill(node, &mut sandbox) {
@@ -164,7 +165,9 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
         let process = make_process(node, sandbox)?;
         *super::lock(&sandbox.process) = Some(process);
     }
-    sandbox.addresses = addresses;
+    sandbox.addresses = addresses.into();
+    let untold = files.untold();
+    std::fs::write(&untold, []).map_err(SandboxError::file("write", &untold))?;
     sandbox.write_record()
 }
 

@@ -47,7 +47,8 @@ pub(crate) fn make(
         addresses: node.network.addresses_of(id).iter().map(ToString::to_string).collect(),
         ..SandboxRecord::default()
     };
-    let sandbox = recover::of_record(record, files, cgroup_parent, None, false, keeps_record);
+    let sandbox =
+        recover::of_record(record, files, cgroup_parent, None, false, keeps_record, node.events.clone());
     tracing::error!(
         sandbox = %id, pod = %sandbox.config.metadata, containers = containers.len(),
         "cannot read the record of a sandbox; restoring it from its containers, not ready"

@@ -22,7 +22,7 @@ pub(crate) mod stop;
 mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use berth_cgroup::Parent;
 use berth_model::id::SandboxId;
@@ -33,9 +33,10 @@ use berth_model::state::{SandboxEvent, SandboxState, sandbox_after};
 use berth_sys::errno::ESRCH;
 use berth_sys::process;
 
-use crate::events::{self, Event, SandboxChange};
+use crate::events::{Events, SandboxChange, What};
 use crate::lock;
 use crate::record_files::RecordFiles;
+use crate::snapshot::SandboxSnapshot;
 use creations::Creations;
 
 pub(crate) use creations::Creation;
@@ -97,17 +98,18 @@ impl PodProcess {
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     id: SandboxId,
-    config: Config,
+    config: Arc<Config>,
     created_at_unix_ns: i64,
     boot_id: String,
     /// Empty if its record has none.
     hostname: String,
-    addresses: Vec<String>,
+    addresses: Arc<[String]>,
     files: SandboxFiles,
     cgroup_parent: Parent,
     state: Mutex<SandboxState>,
-    /// Held while it changes and while that is published, so that changes are published in order.
-    telling: Mutex<()>,
+    events: Events,
+    /// Held while it changes and while that is reported, so that changes are reported in order.
+    reporting: Mutex<()>,
     process: Mutex<Option<PodProcess>>,
     creations: Creations,
     /// Serializes stops.
@@ -164,35 +166,77 @@ impl Sandbox {
         if dead { sandbox_after(state, SandboxEvent::ProcessEnded) } else { state }
     }
 
-    /// Applies an event to the state.
+    /// It, as it is now.
+    pub(crate) fn snapshot(&self) -> SandboxSnapshot {
+        SandboxSnapshot {
+            id: self.id.clone(),
+            config: self.config.clone(),
+            created_at_unix_ns: self.created_at_unix_ns,
+            addresses: self.addresses.clone(),
+            state: self.state(),
+        }
+    }
+
+    /// Applies an event to the state, and reports it.
     fn apply(&self, event: SandboxEvent) {
-        let _in_order = lock(&self.telling);
+        let _in_order = lock(&self.reporting);
         let changed = {
             let mut state = lock(&self.state);
             let next = sandbox_after(*state, event);
             std::mem::replace(&mut *state, next) != next
         };
         if changed {
-            self.tell(SandboxChange::NotReady(event));
+            self.events.report(self.what(SandboxChange::NotReady(event)));
         }
     }
 
     /// Makes it visible by `show`.
     fn appear(&self, show: impl FnOnce()) {
-        let _in_order = lock(&self.telling);
-        show();
-        self.tell(SandboxChange::Ready);
+        let _in_order = lock(&self.reporting);
+        self.events.report_if(self.what(SandboxChange::Ready), || {
+            show();
+            true
+        });
     }
 
-    /// Publishes that everything it held was released, or that it is no longer visible.
-    fn is_over(&self, change: SandboxChange) {
-        let _in_order = lock(&self.telling);
-        self.tell(change);
+    /// Makes it invisible by `hide`, which returns whether it was visible.
+    fn disappear(&self, hide: impl FnOnce() -> bool) {
+        let _in_order = lock(&self.reporting);
+        self.events.report_if(self.what(SandboxChange::Removed), hide);
     }
 
-    /// The caller must hold `telling`.
-    fn tell(&self, change: SandboxChange) {
-        events::tell(Event::Sandbox { id: &self.id, pod: &self.config.metadata, change });
+    /// Reports that everything it held was released.
+    fn report_stopped(&self) {
+        let _in_order = lock(&self.reporting);
+        self.events.report(self.what(SandboxChange::Stopped));
+    }
+
+    /// Reports that a previous daemon's sandbox is not ready, unless that daemon has. For one that
+    /// is visible. Blocking.
+    fn report_lost(&self) {
+        let (untold, state) = (self.files.untold(), *lock(&self.state));
+        if state == SandboxState::Ready {
+            // An earlier version created it. Without the file its end is reported if a daemon sees
+            // it.
+            return drop(std::fs::File::create(untold));
+        }
+        if !untold.try_exists().unwrap_or(false) {
+            return;
+        }
+        let in_order = lock(&self.reporting);
+        self.events.report(self.what(SandboxChange::NotReady(SandboxEvent::Lost)));
+        drop(in_order);
+        self.forget_untold();
+    }
+
+    /// Notes that its end has been reported. Blocking.
+    fn forget_untold(&self) {
+        // At worst it stays, and the next daemon reports the end again.
+        let _ = std::fs::remove_file(self.files.untold());
+    }
+
+    fn what(&self, change: SandboxChange) -> What {
+        What::Sandbox(self.snapshot(), change)
     }
 
     /// The pid of its own process, if it has one.
@@ -203,10 +247,10 @@ impl Sandbox {
     fn record(&self) -> SandboxRecord {
         SandboxRecord {
             id: self.id.clone(),
-            config: self.config.clone(),
+            config: Config::clone(&self.config),
             created_at_unix_ns: self.created_at_unix_ns,
             boot_id: self.boot_id.clone(),
-            addresses: self.addresses.clone(),
+            addresses: self.addresses.to_vec(),
             process: lock(&self.process).as_ref().map(|process| process.record),
             stopped: *lock(&self.torn_down),
             hostname: self.hostname.clone(),

@@ -12,7 +12,8 @@ use berth_model::state::SandboxState;
 use berth_sys::ns::Kind;
 
 use super::creations::Creations;
-use super::{PodProcess, Sandbox, SandboxError, lock, namespaces, watch};
+use super::{PodProcess, Sandbox, SandboxError, namespaces, watch};
+use crate::events::Events;
 use crate::node::Node;
 use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
 
@@ -64,13 +65,10 @@ pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Resul
     let whole = same_boot
         && !record.stopped
         && namespaces::all_pinned(&files, &needed)
-        && (record.process.is_none() || process.is_some());
+        && (record.process.is_none() || process.as_ref().is_some_and(|process| !process.has_ended()));
     let kept = matches!(health, Health::Newer(_));
     record_files::mend(&node.layout, "sandbox", id.as_str(), &record_files, &health, &record);
-    let sandbox = of_record(record, files, cgroup_parent, process, whole, kept);
-    if !whole && !*lock(&sandbox.torn_down) {
-        tracing::warn!(sandbox = %sandbox.id, pod = %sandbox.config.metadata, "sandbox is not ready: its namespaces or first process are gone");
-    }
+    let sandbox = of_record(record, files, cgroup_parent, process, whole, kept, node.events.clone());
     Ok(Recovered::Sandbox(Arc::new(sandbox)))
 }
 
@@ -88,10 +86,12 @@ pub(crate) fn addresses(layout: &Layout, id: &SandboxId, patience: &Patience) ->
     }
 }
 
-/// Makes a sandbox of a previous daemon visible.
+/// Makes a sandbox of a previous daemon visible. Blocking.
 pub(crate) fn adopt(node: &Node, sandbox: Arc<Sandbox>) {
+    node.registry.adopt_sandbox(sandbox.clone());
+    sandbox.report_lost();
+    // After that, since it reports an end itself.
     watch::watch(&sandbox);
-    node.registry.adopt_sandbox(sandbox);
 }
 
 /// The sandbox of a record.
@@ -102,18 +102,20 @@ pub(super) fn of_record(
     process: Option<PodProcess>,
     ready: bool,
     keeps_record: bool,
+    events: Events,
 ) -> Sandbox {
     Sandbox {
         id: record.id,
-        config: record.config,
+        config: Arc::new(record.config),
         created_at_unix_ns: record.created_at_unix_ns,
         boot_id: record.boot_id,
         hostname: record.hostname,
-        addresses: record.addresses,
+        addresses: record.addresses.into(),
         files,
         cgroup_parent,
         state: Mutex::new(if ready { SandboxState::Ready } else { SandboxState::NotReady }),
-        telling: Mutex::default(),
+        events,
+        reporting: Mutex::default(),
         process: Mutex::new(process),
         creations: Creations::default(),
         stopping: tokio::sync::Mutex::default(),

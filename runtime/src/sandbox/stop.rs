@@ -14,7 +14,6 @@ use berth_sys::ns::Kind;
 
 use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
-use crate::events::SandboxChange;
 use crate::network::Namespace;
 use crate::node::Node;
 use crate::trash;
@@ -43,6 +42,7 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     }
     let (node, sandbox) = (node.clone(), sandbox.clone());
     tokio::task::spawn_blocking(move || {
+        sandbox.forget_untold();
         // Also one of a container that has been removed.
         let used = given_up || node.cgroups.has_left_below(&sandbox.cgroup_parent);
         give_back(&node, &sandbox, used)?;
@@ -52,7 +52,7 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
             *lock(&sandbox.torn_down) = false;
             return Err(error);
         }
-        sandbox.is_over(SandboxChange::Stopped);
+        sandbox.report_stopped();
         Ok(())
     })
     .await
@@ -91,9 +91,7 @@ pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(
         .await
         .map_err(|_| SandboxError::Stopping)??;
     // Another removal may have been first.
-    if node.registry.remove_sandbox(sandbox) {
-        sandbox.is_over(SandboxChange::Removed);
-    }
+    sandbox.disappear(|| node.registry.remove_sandbox(sandbox));
     Ok(())
 }
 

@@ -29,6 +29,8 @@ pub(super) fn watch(sandbox: &Arc<Sandbox>) {
         }
         if let Some(sandbox) = sandbox.upgrade() {
             sandbox.apply(SandboxEvent::ProcessEnded);
+            // The task fails only when the daemon stops.
+            let _ = tokio::task::spawn_blocking(move || sandbox.forget_untold()).await;
         }
     });
 }
@@ -70,8 +72,10 @@ mod tests {
     use tracing::dispatcher::{set_default, with_default};
 
     use super::*;
+    use crate::events::Events;
     use crate::events::heard::Heard;
     use crate::sandbox::recover;
+    use crate::snapshot::PodSnapshot;
 
     /// A hang guard.
     const HANGS: Duration = Duration::from_secs(60);
@@ -98,7 +102,15 @@ mod tests {
         let record = SandboxRecord::default();
         let files = Layout::new("/nowhere/root".into(), "/nowhere/state".into()).sandbox(&record.id);
         let parent = Parent::named(Driver::Cgroupfs, "/nowhere").unwrap();
-        let sandbox = recover::of_record(record, files, parent, Some(process), true, true);
+        let sandbox = recover::of_record(
+            record,
+            files,
+            parent,
+            Some(process),
+            true,
+            true,
+            Events::new(|_| PodSnapshot::default()),
+        );
         (Arc::new(sandbox), child)
     }
 

@@ -216,6 +216,16 @@ fn a_daemon_that_dies_in_a_start_leaves_no_doubt_behind() -> Result<()> {
         main.says("it runs")?;
         within(SOON, "its shim is found again", || Ok(main.sh("echo alive").ok()))?;
         assert_eq!(main.status()?.state(), ContainerRunning);
+        // The daemon that asked for the start did not live to report it.
+        let started = || -> Result<usize> {
+            let log = daemon.log()?;
+            let is_it = |line: &&str| line.contains("container started") && line.contains(&main.id);
+            Ok(log.lines().filter(is_it).count())
+        };
+        within(SOON, "its start is reported", || Ok((started()? == 1).then_some(())))?;
+        daemon.crash()?;
+        main.sh("echo alive")?;
+        assert_eq!(started()?, 1, "it is not reported again");
         pod.remove()?;
         Ok(())
     })

@@ -46,16 +46,18 @@ fn copy_mode_and_owner(from: &Path, to: &Path) -> Result<(), ContainerError> {
         .map_err(ContainerError::file("set the mode of", to))
 }
 
-/// Writes the spec, then the record.
+/// Writes the spec, that no end has been reported, then the record.
 pub(super) fn write_files(container: &Container, spec: &Spec) -> Result<(), ContainerError> {
     let path = container.files.spec();
     // Only informational; not written atomically.
     let json =
         serde_json::to_vec(spec).map_err(|error| ContainerError::file("write", &path)(error.into()))?;
     std::fs::write(&path, json).map_err(ContainerError::file("write", &path))?;
+    let untold = container.files.untold();
+    std::fs::write(&untold, []).map_err(ContainerError::file("write", &untold))?;
     container
         .record_files()
-        .write(&container.record)
+        .write(container.record())
         .map_err(|source| ContainerError::Record { id: container.id().clone(), source })
 }
 

@@ -59,7 +59,7 @@ pub(super) async fn launch(
         record.process = Some(ProcessRecord { pid: created.pid, start_time: created.start_time });
         (record.uid, record.gid, record.groups) = (created.uid, created.gid, created.groups);
         oci_spec::set_user(&mut spec, record.uid, record.gid, &record.groups);
-        let container = Arc::new(Container::new(record, files, cgroup, node.cgroups.left()));
+        let container = Arc::new(Container::new(record, files, cgroup, node.cgroups.left(), node.events.clone()));
         *lock(&container.shim) = Some(shim.clone());
         if let Err(error) = files::write_files(&container, &spec) {
             shim.discard().await;

@@ -10,6 +10,7 @@ pub mod cri;
 pub mod critest;
 pub mod daemon;
 pub mod deadline;
+pub mod events;
 pub mod forge;
 pub mod fuse;
 pub mod host;

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use berth_cri::v1;
 use berth_model::container::Config as ContainerConfig;
-use berth_model::state::ContainerState;
 
 use super::convert::{self, ContainerFilter, ContainerView, Field};
 use super::error::CallError;
@@ -15,6 +14,7 @@ use super::pages::{Items, PAGE, pages};
 use super::runtime_service::{RuntimeService, absent_is_none, apart};
 use crate::container::{self, Container};
 use crate::node::Node;
+use crate::snapshot::ContainerSnapshot;
 
 impl RuntimeService {
     pub(super) async fn create_container(
@@ -74,7 +74,7 @@ impl RuntimeService {
     ) -> Result<v1::ContainerStatusResponse, CallError> {
         let container = self.container(&request.container_id)?;
         Ok(v1::ContainerStatusResponse {
-            status: Some(Seen::now(&container).with_view(convert::container_status)),
+            status: Some(with_view(&container.snapshot(), convert::container_status)),
             info: if request.verbose { info::container(&container) } else { BTreeMap::new() },
         })
     }
@@ -123,13 +123,13 @@ impl RuntimeService {
     pub(super) fn containers(&self, filter: &ContainerFilter) -> Vec<Arc<Container>> {
         let mut containers = self.node.registry.containers();
         containers.sort_by_key(|container| std::cmp::Reverse(container.record().created_at_unix_ns));
-        containers.retain(|container| Seen::now(container).with_view(|view| filter.matches(view)));
+        containers.retain(|container| with_view(&container.snapshot(), |view| filter.matches(view)));
         containers
     }
 
     fn container_messages(&self, filter: Option<v1::ContainerFilter>) -> Vec<v1::Container> {
         let containers = self.containers(&ContainerFilter::new(filter));
-        containers.iter().map(|container| Seen::now(container).with_view(convert::container)).collect()
+        containers.iter().map(|container| with_view(&container.snapshot(), convert::container)).collect()
     }
 }
 
@@ -138,38 +138,23 @@ pub(super) fn selinux(node: &Node) -> convert::SeLinux {
     if node.facts.selinux_is_on { convert::SeLinux::On } else { convert::SeLinux::Off }
 }
 
-/// A snapshot of a container.
-struct Seen<'a> {
-    container: &'a Container,
-    state: ContainerState,
-    /// With the limits in force, if they differ from the request's.
-    config: Option<ContainerConfig>,
-}
-
-impl<'a> Seen<'a> {
-    fn now(container: &'a Container) -> Self {
-        let resources = container.resources();
-        let config = (resources != container.config().resources)
-            .then(|| ContainerConfig { resources, ..container.config().clone() });
-        Self { container, state: container.state(), config }
-    }
-
-    fn with_view<T>(&self, look: impl FnOnce(&ContainerView<'_>) -> T) -> T {
-        let record = self.container.record();
-        look(&ContainerView {
-            id: &record.id,
-            sandbox_id: &record.sandbox_id,
-            config: self.config.as_ref().unwrap_or(&record.config),
-            image_id: &record.image_id,
-            image_name: &record.image_name,
-            image_ref: &record.image_ref,
-            created_at_unix_ns: record.created_at_unix_ns,
-            state: &self.state,
-            log_path: &record.log_path,
-            uid: record.uid,
-            gid: record.gid,
-            groups: &record.groups,
-            stop_signal: record.stop_signal,
-        })
-    }
+/// A container for an answer.
+pub(super) fn with_view<T>(container: &ContainerSnapshot, look: impl FnOnce(&ContainerView<'_>) -> T) -> T {
+    let ContainerSnapshot { record, resources, state } = container;
+    let changed = resources.clone().map(|resources| ContainerConfig { resources, ..record.config.clone() });
+    look(&ContainerView {
+        id: &record.id,
+        sandbox_id: &record.sandbox_id,
+        config: changed.as_ref().unwrap_or(&record.config),
+        image_id: &record.image_id,
+        image_name: &record.image_name,
+        image_ref: &record.image_ref,
+        created_at_unix_ns: record.created_at_unix_ns,
+        state,
+        log_path: &record.log_path,
+        uid: record.uid,
+        gid: record.gid,
+        groups: &record.groups,
+        stop_signal: record.stop_signal,
+    })
 }

@@ -11,7 +11,7 @@
 //! | a command or a kill that took too long, a shim or a path of the host that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
 //! | a program that cannot be started, a command whose end nobody saw, an image that cannot be had | `Unknown` |
-//! | too many streaming requests that wait for their clients, too many clients attached | `ResourceExhausted` |
+//! | too many streaming requests that wait for their clients, too many clients attached, a client that reads events too slowly | `ResourceExhausted` |
 //! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet, a path of the host that has hung before | `Unavailable` |
 //! | anything else | `Internal` |
 //!
@@ -72,6 +72,10 @@ pub(crate) enum CallError {
     Stats(#[from] berth_cgroup::Error),
     #[error(transparent)]
     Url(#[from] UrlError),
+    #[error(
+        "missed {missed} events, because this client did not read them in time; list everything and subscribe again"
+    )]
+    MissedEvents { missed: u64 },
     #[error("the pull was cancelled")]
     Cancelled,
     #[error("the daemon is stopping")]
@@ -122,7 +126,9 @@ fn code(error: &CallError) -> Code {
         },
         CallError::Import(_) => Code::FailedPrecondition,
         CallError::Stopping | CallError::Url(UrlError::NotListening { .. }) => Code::Unavailable,
-        CallError::Url(UrlError::Token(TokenError::TooMany)) => Code::ResourceExhausted,
+        CallError::Url(UrlError::Token(TokenError::TooMany)) | CallError::MissedEvents { .. } => {
+            Code::ResourceExhausted
+        }
         CallError::Url(UrlError::Token(TokenError::Random(_))) => Code::Internal,
         CallError::Cancelled => Code::Cancelled,
         CallError::Stats(error) if error.is_silent() => Code::Unavailable,

@@ -3,11 +3,9 @@
 use berth_cri::v1;
 
 use super::error::CallError;
-use super::pages::Items;
 use super::runtime_service::RuntimeService;
 
 const CHECKPOINT: CallError = CallError::NotOffered("checkpoint and restore are not offered yet");
-const EVENTS: CallError = CallError::NotOffered("container events are not offered yet; lists are");
 
 impl RuntimeService {
     pub(super) fn checkpoint_container(
@@ -29,12 +27,5 @@ impl RuntimeService {
         _request: v1::RestorePodRequest,
     ) -> Result<v1::RestorePodResponse, CallError> {
         Err(CHECKPOINT)
-    }
-
-    pub(super) fn get_container_events(
-        &self,
-        _request: v1::GetEventsRequest,
-    ) -> Result<Items<v1::ContainerEventResponse>, CallError> {
-        Err(EVENTS)
     }
 }

@@ -90,6 +90,8 @@ service! {
             -> StreamPodSandboxStatsStream = StreamPodSandboxStatsResponse, await;
         StreamPodSandboxMetrics: stream_pod_sandbox_metrics(StreamPodSandboxMetricsRequest)
             -> StreamPodSandboxMetricsStream = StreamPodSandboxMetricsResponse, await;
+
+        // `events`
         GetContainerEvents: get_container_events(GetEventsRequest)
             -> GetContainerEventsStream = ContainerEventResponse;
     }

@@ -1,16 +1,20 @@
 //! Calls about sandboxes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use berth_cri::v1;
 
-use super::container::selinux;
+use super::container::{selinux, with_view};
 use super::convert::{self, SandboxFilter, SandboxView};
 use super::error::CallError;
 use super::info;
 use super::pages::{Items, PAGE, pages};
 use super::runtime_service::{RuntimeService, absent_is_none, apart};
-use crate::sandbox::{self, Sandbox};
+use crate::clock::unix_ns;
+use crate::container::Container;
+use crate::sandbox;
+use crate::snapshot::SandboxSnapshot;
 
 impl RuntimeService {
     pub(super) async fn run_pod_sandbox(
@@ -57,10 +61,15 @@ impl RuntimeService {
         request: v1::PodSandboxStatusRequest,
     ) -> Result<v1::PodSandboxStatusResponse, CallError> {
         let sandbox = self.sandbox(&request.pod_sandbox_id)?;
+        // A kubelet with evented PLEG takes these statuses for those of this time.
+        let timestamp = unix_ns();
+        let containers = self.node.registry.containers_of(sandbox.id());
+        let status = |container: &Arc<Container>| with_view(&container.snapshot(), convert::container_status);
         Ok(v1::PodSandboxStatusResponse {
-            status: Some(convert::sandbox_status(&view(&sandbox))),
+            status: Some(convert::sandbox_status(&view(&sandbox.snapshot()))),
             info: if request.verbose { info::sandbox(&sandbox) } else { BTreeMap::new() },
-            ..v1::PodSandboxStatusResponse::default()
+            containers_statuses: containers.iter().map(status).collect(),
+            timestamp,
         })
     }
 
@@ -92,18 +101,19 @@ impl RuntimeService {
         let filter = SandboxFilter::new(filter);
         let mut sandboxes = self.node.registry.sandboxes();
         sandboxes.sort_by_key(|sandbox| std::cmp::Reverse(sandbox.created_at_unix_ns()));
-        let views = sandboxes.iter().map(|sandbox| view(sandbox));
+        let snapshots: Vec<SandboxSnapshot> = sandboxes.iter().map(|sandbox| sandbox.snapshot()).collect();
+        let views = snapshots.iter().map(view);
         views.filter(|view| filter.matches(view)).map(|view| convert::sandbox(&view)).collect()
     }
 }
 
 /// A sandbox for an answer.
-pub(super) fn view(sandbox: &Sandbox) -> SandboxView<'_> {
+pub(super) fn view(sandbox: &SandboxSnapshot) -> SandboxView<'_> {
     SandboxView {
-        id: sandbox.id(),
-        config: sandbox.config(),
-        created_at_unix_ns: sandbox.created_at_unix_ns(),
-        state: sandbox.state(),
-        addresses: sandbox.addresses(),
+        id: &sandbox.id,
+        config: &sandbox.config,
+        created_at_unix_ns: sandbox.created_at_unix_ns,
+        state: sandbox.state,
+        addresses: &sandbox.addresses,
     }
 }

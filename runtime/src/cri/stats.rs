@@ -82,7 +82,7 @@ impl RuntimeService {
     ) -> Result<Vec<v1::PodSandboxStats>, CallError> {
         let filter = SandboxFilter::of_stats(filter);
         let mut sandboxes = self.node.registry.sandboxes();
-        sandboxes.retain(|sandbox| filter.matches(&view(sandbox)));
+        sandboxes.retain(|sandbox| filter.matches(&view(&sandbox.snapshot())));
         let look = move |node: &Node, samples: &Samples| {
             samples.pods(node, sandboxes).iter().map(|usage| pod_message(node, usage)).collect()
         };

@@ -3,10 +3,10 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use berth_tests::daemon::{Daemon, rootful};
+use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::forge::Image;
 use berth_tests::peers;
@@ -74,7 +74,7 @@ fn crictl_takes_a_pod_from_the_pull_to_the_end() -> Result<()> {
         assert!(crictl.run(&["ps", "--quiet"])?.contains(&main));
         assert!(crictl.run(&["pods", "--quiet"])?.contains(&pod));
         assert_eq!(crictl.run(&["exec", "--sync", &main, "hostname"])?, "web");
-        within(berth_tests::daemon::SOON, "crictl shows the log", || {
+        within(SOON, "crictl shows the log", || {
             Ok((crictl.run(&["logs", &main])? == "hello from web").then_some(()))
         })?;
         assert!(crictl.run(&["stats", &main])?.contains("main"));
@@ -105,4 +105,50 @@ fn crictl_takes_a_pod_from_the_pull_to_the_end() -> Result<()> {
         assert!(!crictl.run(&["images"])?.contains("v1"));
         Ok(())
     })
+}
+
+#[test]
+fn crictl_shows_events_as_they_come() -> Result<()> {
+    rootful(|daemon| {
+        let program = peers::directory("crictl")?.join("crictl");
+        let crictl = Crictl { program, daemon };
+        let shown = daemon.dir().join("events");
+        let mut command = crictl.command(&["events", "--output", "json"]);
+        let child = Killed(command.stdout(fs::File::create(&shown)?).stderr(Stdio::null()).spawn()?);
+        let has = |id: &str, kind: &str| -> Result<Option<()>> {
+            let text = fs::read_to_string(&shown)?;
+            let events = serde_json::Deserializer::from_str(&text).into_iter::<serde_json::Value>();
+            // The last one may be half written.
+            let mut events = events.map_while(Result::ok);
+            Ok(events
+                .any(|event| event["containerId"] == id && event["containerEventType"] == kind)
+                .then_some(()))
+        };
+        // It does not say when it has subscribed.
+        within(SOON, "crictl shows an event", || {
+            daemon.pod("probe")?.remove()?;
+            Ok((fs::metadata(&shown)?.len() > 0).then_some(()))
+        })?;
+        let pod = daemon.pod("web")?;
+        let main = pod.idle("main")?;
+        main.stop(0)?;
+        pod.remove()?;
+        for id in [&pod.id, &main.id] {
+            for kind in ["CREATED", "STARTED", "STOPPED", "DELETED"] {
+                within(SOON, &format!("{kind} is shown"), || has(id, &format!("CONTAINER_{kind}_EVENT")))?;
+            }
+        }
+        drop(child);
+        daemon.stop()
+    })
+}
+
+/// A program that is ended with this.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

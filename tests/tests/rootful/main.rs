@@ -18,6 +18,7 @@ mod daemonsets;
 mod deep_trees;
 mod descriptors;
 mod escape;
+mod events;
 mod exec;
 mod faults;
 mod floods;

@@ -216,7 +216,7 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
         environment: &[],
         stdin: text.as_bytes(),
         deadline: PARSER_LIMIT,
-        max_output: 0,
+        max_output: None,
         max_message: MAX_COMPLAINT_BYTES,
     };
     let ended = parser.to_end().map_err(run)?.ok_or(AppArmorError::Late)?;

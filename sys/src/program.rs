@@ -35,8 +35,9 @@ pub struct Run<'a, A> {
     pub stdin: &'a [u8],
     /// From the start to the end.
     pub deadline: Duration,
-    /// Bytes kept of its standard output; the rest is read and dropped.
-    pub max_output: usize,
+    /// Bytes of its standard output, which is kept. A program that writes more is killed. Without a
+    /// number, whatever it writes is read and dropped.
+    pub max_output: Option<usize>,
     /// Bytes kept of its standard error; the rest is read and dropped.
     pub max_message: usize,
 }
@@ -48,6 +49,8 @@ pub struct Ended {
     pub status: ExitStatus,
     /// What it wrote to standard output.
     pub output: Vec<u8>,
+    /// It wrote more than that, and was killed.
+    pub flooded: bool,
     /// What it wrote to standard error.
     pub message: Vec<u8>,
 }
@@ -71,7 +74,8 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
             .stderr(Stdio::piped())
             .spawn()?;
         let conversation = self.converse(&mut child, deadline);
-        let in_time = conversation.as_ref().is_ok_and(|conversation| conversation.ended);
+        let in_time =
+            conversation.as_ref().is_ok_and(|conversation| conversation.ended || self.floods(conversation));
         // Before it is reaped, which is what lets its number become another's.
         kill_group(&child);
         let mut conversation = match conversation {
@@ -89,11 +93,16 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
             return Ok(None);
         }
         let status = child.wait()?;
+        let flooded = self.floods(&conversation);
         let Conversation { output, message, .. } = conversation;
-        Ok(in_time.then_some(Ended { status, output: output.kept, message: message.kept }))
+        Ok(in_time.then_some(Ended { status, output: output.kept, flooded, message: message.kept }))
     }
 
-    /// Talks with it until it has ended or its time is over.
+    fn floods(&self, conversation: &Conversation<'_>) -> bool {
+        self.max_output.is_some() && conversation.output.overflowed
+    }
+
+    /// Talks with it until it has ended, its time is over or it has written too much.
     fn converse<'run>(&'run self, child: &mut Child, deadline: Instant) -> io::Result<Conversation<'run>> {
         let number = i32::try_from(child.id()).map_err(io::Error::other)?;
         let mut conversation = Conversation {
@@ -101,10 +110,10 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
             ended: false,
             input: child.stdin.take().map(|stdin| nonblocking(stdin.into())).transpose()?,
             unwritten: self.stdin,
-            output: Reader::new(child.stdout.take().map(Into::into), self.max_output)?,
+            output: Reader::new(child.stdout.take().map(Into::into), self.max_output.unwrap_or(0))?,
             message: Reader::new(child.stderr.take().map(Into::into), self.max_message)?,
         };
-        conversation.go_on(deadline, |conversation| conversation.ended)?;
+        conversation.go_on(deadline, |conversation| conversation.ended || self.floods(conversation))?;
         Ok(conversation)
     }
 }
@@ -202,14 +211,16 @@ struct Reader {
     stream: Option<std::fs::File>,
     kept: Vec<u8>,
     most: usize,
+    overflowed: bool,
 }
 
 impl Reader {
     fn new(stream: Option<OwnedFd>, most: usize) -> io::Result<Self> {
-        Ok(Self { stream: stream.map(nonblocking).transpose()?, kept: Vec::new(), most })
+        Ok(Self { stream: stream.map(nonblocking).transpose()?, kept: Vec::new(), most, overflowed: false })
     }
 
-    /// Reads once. A full pipe would stop the program, so what is too much is read as well.
+    /// Reads once. A full pipe would stop the program, so a message that is too long is read to its
+    /// end.
     fn read(&mut self) {
         let Some(stream) = &mut self.stream else { return };
         let mut buffer = [0; 16 << 10];
@@ -218,6 +229,7 @@ impl Reader {
             Ok(length) => {
                 let room = self.most.saturating_sub(self.kept.len());
                 self.kept.extend_from_slice(&buffer[..length.min(room)]);
+                self.overflowed |= length > room;
             }
             Err(error) if is_passing(&error) => {}
             Err(_) => self.stream = None,
@@ -248,7 +260,7 @@ mod tests {
             environment: &[("PATH", "/usr/bin:/bin".as_ref())],
             stdin: b"input\n",
             deadline,
-            max_output: 1024,
+            max_output: Some(1024),
             max_message: 4096,
         }
         .to_end()
@@ -272,10 +284,22 @@ mod tests {
 
     #[test]
     fn both_outputs_are_kept_up_to_a_bound() {
-        let script = "head -c 1000000 /dev/zero | tr '\\0' x >&2; head -c 1000000 /dev/zero; exit 3";
+        let script = "head -c 1000000 /dev/zero | tr '\\0' x >&2; head -c 1024 /dev/zero; exit 3";
         let ended = shell(script, PATIENCE).unwrap();
         assert_eq!((ended.status.code(), ended.message.len()), (Some(3), 4096));
-        assert_eq!(ended.output, [0; 1024]);
+        assert_eq!((ended.output.as_slice(), ended.flooded), (&[0; 1024][..], false));
+    }
+
+    #[test]
+    fn one_that_floods_its_output_is_killed_with_its_group() {
+        let begin = Instant::now();
+        let ended = shell("sleep 1000 & echo $! >&2; yes", Duration::from_secs(1000)).unwrap();
+        assert!(ended.flooded && ended.output.len() == 1024, "{ended:?}");
+        let left = String::from_utf8(ended.message).unwrap();
+        while runs(left.trim()) {
+            assert!(begin.elapsed() < PATIENCE, "{left} goes on");
+            thread::sleep(Duration::from_millis(2));
+        }
     }
 
     #[test]
@@ -287,7 +311,7 @@ mod tests {
             environment: &[],
             stdin: &stdin,
             deadline: PATIENCE,
-            max_output: 1024,
+            max_output: Some(1024),
             max_message: 0,
         };
         assert_eq!(run.to_end().unwrap().unwrap().output, b"done\n");
@@ -327,7 +351,7 @@ mod tests {
             environment: &[],
             stdin: b"",
             deadline: PATIENCE,
-            max_output: 0,
+            max_output: None,
             max_message: 0,
         };
         assert_eq!(run.to_end().unwrap_err().kind(), io::ErrorKind::NotFound);

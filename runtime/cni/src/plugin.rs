@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use berth_sys::program::Run;
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::config::PluginConfig;
 use crate::result::ResultError;
@@ -80,14 +81,14 @@ pub enum PluginError {
     #[error("{}{message}{}", code_prefix(*code), in_parentheses(details))]
     Failed {
         /// Of the specification when below 100, else its own; 0 when it said none.
-        code: u64,
+        code: i64,
         /// Its words.
         message: String,
         /// More of them.
         details: String,
     },
     /// It printed too much.
-    #[error("its answer is larger than 1 MiB")]
+    #[error("it printed more than 1 MiB and was killed")]
     Flood,
     /// It printed something else than a result.
     #[error(transparent)]
@@ -98,7 +99,7 @@ fn list(directories: &[PathBuf]) -> String {
     directories.iter().map(|directory| directory.display().to_string()).collect::<Vec<_>>().join(" or ")
 }
 
-fn code_prefix(code: u64) -> String {
+fn code_prefix(code: i64) -> String {
     if code == 0 { String::new() } else { format!("code {code}: ") }
 }
 
@@ -110,11 +111,11 @@ fn in_parentheses(details: &str) -> String {
 #[derive(Deserialize)]
 struct Said {
     #[serde(default)]
-    code: u64,
+    code: Value,
     #[serde(default)]
     msg: String,
     #[serde(default)]
-    details: String,
+    details: Value,
 }
 
 /// One run of a plugin.
@@ -149,18 +150,18 @@ impl Invocation<'_> {
             environment: &environment,
             stdin: self.stdin,
             deadline: time,
-            max_output: MAX_ANSWER + 1,
+            max_output: Some(MAX_ANSWER),
             max_message: MAX_MESSAGE,
         };
         let ended = run
             .to_end()
             .map_err(|source| PluginError::Run { program: program.clone(), source })?
             .ok_or(PluginError::Late { after: time })?;
+        if ended.flooded {
+            return Err(PluginError::Flood);
+        }
         if !ended.status.success() {
             return Err(failure(&ended.output, &ended.message, &ended.status.to_string()));
-        }
-        if ended.output.len() > MAX_ANSWER {
-            return Err(PluginError::Flood);
         }
         Ok(ended.output)
     }
@@ -177,8 +178,11 @@ impl Invocation<'_> {
 /// What a plugin that failed said, on standard output as it should, or else on standard error.
 fn failure(output: &[u8], message: &[u8], status: &str) -> PluginError {
     match serde_json::from_slice(output) {
-        Ok(Said { code, msg, details }) if !msg.is_empty() || code != 0 => {
-            PluginError::Failed { code, message: words(&msg), details: words(&details) }
+        Ok(Said { code, msg, details }) if !msg.is_empty() || !code.is_null() => {
+            let code = code.as_i64().unwrap_or(0);
+            let message = if msg.is_empty() { status.to_owned() } else { words(&msg) };
+            let details = details.as_str().map(words).unwrap_or_default();
+            PluginError::Failed { code, message, details }
         }
         _ => {
             let text = String::from_utf8_lossy(if message.is_empty() { output } else { message });
@@ -204,6 +208,10 @@ mod tests {
             br#"{"cniVersion": "1.0.0", "code": 7, "msg": "Invalid\nConfiguration", "details": "ip"}"#;
         for (output, message, says) in [
             (&object[..], &b"noise"[..], "code 7: Invalid Configuration (ip)"),
+            (br#"{"code": -1, "msg": "no code of its own"}"#, b"", "code -1: no code of its own"),
+            (br#"{"msg": "none", "details": null}"#, b"", "none"),
+            (br#"{"code": "x", "msg": "odd", "details": {}}"#, b"", "odd"),
+            (br#"{"code": 7}"#, b"", "code 7: exit status: 1"),
             (b"", b"panic: x\n\ngoroutine 1", "exit status: 1: panic: x goroutine 1"),
             (b"not json", b"", "exit status: 1: not json"),
             (b"{}", b"", "exit status: 1: {}"),

@@ -88,7 +88,7 @@ fn run_program(
         environment: &[],
         stdin: script.as_bytes(),
         deadline,
-        max_output: 0,
+        max_output: None,
         max_message: MAX_MESSAGE,
     };
     let ended = run.to_end().map_err(|source| Error::Run { program: program.to_owned(), source })?;

@@ -38,8 +38,9 @@ pub const MAX_HALF_OPEN: usize = 512;
 /// How long a connection may take for its TLS handshake and its request.
 pub const REQUEST: Duration = Duration::from_secs(10);
 
-/// Connections with a token that are open at the same time.
-pub const MAX_CONNECTIONS: usize = 1000;
+/// Connections with a token that are open at the same time: with a thousand idle ones there is room
+/// for commands.
+pub const MAX_CONNECTIONS: usize = 1100;
 
 /// What is read of a request before its head has ended.
 const MAX_REQUEST_BYTES: usize = 16 * 1024;

@@ -251,8 +251,9 @@ fn a_command_whose_shim_is_killed_is_not_said_to_have_lost_its_container() -> Re
     })
 }
 
-/// That a process on its way has its three streams, two pipes to the shim and perhaps the pidfd of
-/// its container's main process, and nothing else of the shim's.
+/// That a process on its way has its three streams, two pipes to the shim, perhaps the pidfd of its
+/// container's main process, with AppArmor what it needs in the procfs to confine itself, and
+/// nothing else of the shim's.
 fn holds_its_own_only(pid: i32) -> Result<()> {
     let mut others = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -264,7 +265,10 @@ fn holds_its_own_only(pid: i32) -> Result<()> {
     }
     let count = |kind: &str| others.iter().filter(|link| link.starts_with(kind)).count();
     let (pipes, pidfds) = (count("pipe:"), count("anon_inode:[pidfd]") + count("pidfd:"));
-    ensure!(pipes == 2 && pidfds <= 1 && others.len() == pipes + pidfds, "{others:?}");
+    let confining = |link: &&String| *link == "/proc" || link.ends_with("/attr/apparmor/exec");
+    let confining = others.iter().filter(confining).count();
+    let expected = pipes == 2 && pidfds <= 1 && confining <= 1;
+    ensure!(expected && others.len() == pipes + pidfds + confining, "{others:?}");
     Ok(())
 }
 

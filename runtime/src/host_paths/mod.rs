@@ -22,7 +22,7 @@
 //! busy or stuck: beyond it only what the kernel has in memory is answered.
 //!
 //! The directories of cgroups, which containers see of their own, are looked at by workers too
-//! ([`crate::cgroups`]). There the kernel does not say what it has in memory, but as nothing is
+//! (`crate::cgroups`). There the kernel does not say what it has in memory, but as nothing is
 //! slow in them, they have less patience (`CGROUP_PATIENCE`), and those that hang leave room for
 //! the other paths (`MOST_OF_CGROUPS`).
 
@@ -472,9 +472,7 @@ impl Workers {
         }
         Ok(())
     }
-}
 
-impl Workers {
     fn too_many(&self, paths: &[PathBuf]) -> HostPathError {
         let example = self.stuck.first().and_then(|stuck| stuck.paths.first());
         HostPathError::TooMany {

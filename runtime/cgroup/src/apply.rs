@@ -28,12 +28,12 @@ impl Cgroup {
     /// own; v2 would kill, so there memory is reclaimed first (`memory.reclaim`, Linux 5.19) and
     /// the limit set only if that was enough.
     ///
-    /// For a scope systemd is updated then, so that it does not restore the earlier values; if it
-    /// does not answer within 30 s, the update fails.
+    /// For a scope, systemd is updated afterwards, so that it does not restore the earlier values;
+    /// if it does not answer within 30 s, the update fails.
     ///
     /// # Errors
     /// As [`Cgroup::apply`], also [`Error::LimitBelowUsage`] and [`Error::Unit`]; the earlier
-    /// limits are then in force again, or it is [`Error::NotRolledBack`].
+    /// limits are then in force again, or the error is [`Error::NotRolledBack`].
     pub fn update(&self, limits: &Limits) -> Result<Vec<Note>, Error> {
         let present = self.present()?;
         let steps = plan(self.version(), limits, &present)?;
@@ -155,7 +155,7 @@ impl Cgroup {
         }
         let fail = |source| Error::Unit { action: "change", unit: unit.name.clone(), source };
         unit.systemd.set(&unit.name, properties).map_err(fail)?;
-        // What is to be reported was reported the first time.
+        // Anything worth reporting was reported the first time.
         self.carry_out(steps, &mut Vec::new(), &mut None)
     }
 
@@ -202,7 +202,7 @@ impl Cgroup {
         if excess == 0 {
             return Ok(());
         }
-        // EAGAIN says that less than that could be freed, ENOENT that the kernel is older: the
+        // EAGAIN says that less than that could be freed, ENOENT that the kernel is too old: the
         // second look decides.
         let _ =
             control_file::write_value(self.files.as_ref(), &dir.join("memory.reclaim"), &excess.to_string());

@@ -46,9 +46,9 @@ pub(crate) struct Unit {
 pub struct Cgroup {
     path: String,
     pub(crate) place: Place,
-    /// Who looks for names in its directories.
+    /// Looks up names in its directories.
     pub(crate) files: Arc<dyn Files>,
-    /// Nothing with the cgroupfs driver, and for a scope of an earlier daemon until it is known how
+    /// `None` with the cgroupfs driver, and for a scope of an earlier daemon until it is known how
     /// to reach systemd.
     pub(crate) unit: Option<Unit>,
 }
@@ -61,21 +61,21 @@ pub struct Scope<'a> {
     pub process: u32,
     /// Its limits.
     pub limits: &'a Limits,
-    /// How it ends when systemd ends it.
+    /// How systemd ends it.
     pub ending: Ending<'a>,
 }
 
 impl Cgroup {
-    /// Makes `<parent>/<id>` (or as [`crate::Naming`] has it): on v2 one directory, with the
+    /// Creates `<parent>/<id>` (or as [`crate::Naming`] has it): on v2 one directory, with the
     /// controllers handed down to it by the parent; on v1 one in the hierarchy of each controller
     /// that Berth uses, and in the others that have the parent. A v1 cpuset starts with its
     /// parent's processors and memory nodes, without which no process could join.
     ///
     /// A missing default parent is created first; so is a named one in the hierarchy that a kubelet
-    /// omits, if it exists in the others. When this fails, nothing of the leaf is left.
+    /// omits, if it exists in the others. On failure, nothing of the leaf is left.
     ///
     /// # Errors
-    /// [`Error::InvalidId`]; [`Error::ParentMissing`] with the directory that should be there;
+    /// [`Error::InvalidId`]; [`Error::ParentMissing`] with the directory that should exist;
     /// [`Error::AlreadyExists`]; [`Error::Create`]; [`Error::Write`] when the parent does not hand
     /// its controllers down (on v2, a parent that has processes of its own cannot).
     pub fn create(hierarchy: &Hierarchy, parent: &Parent, id: &str) -> Result<Self, Error> {
@@ -105,8 +105,8 @@ impl Cgroup {
                     let leaf = below(&mount.path, &path);
                     let may_make_parent = parent.is_ours() || (mount.is_runtimes_own() && !dirs.is_empty());
                     let made = match make_directory(&leaf) {
-                        // The leaf is tried first: that the default parent is missing happens once
-                        // in its life.
+                        // The leaf is tried first: the default parent is missing only once in its
+                        // life.
                         Err(Error::ParentMissing { .. }) if may_make_parent => {
                             make_legacy_parent(&mount.path, parent.path())
                                 .and_then(|()| make_directory(&leaf))
@@ -138,7 +138,7 @@ impl Cgroup {
     /// as soon as another is in the scope; the scope ends with its last process. Blocks for at most
     /// 30 s.
     ///
-    /// systemd has the limits then, rounded to what it can express; [`Cgroup::apply`] has to
+    /// systemd then has the limits, rounded to what it can express; [`Cgroup::apply`] has to
     /// follow. A slice that does not exist is created by systemd.
     ///
     /// # Errors
@@ -168,24 +168,24 @@ impl Cgroup {
             unit: name.clone(),
             source,
         })?;
-        // Systemd has done it for the controllers that it knows, of which huge pages are none.
-        // Where they cannot be handed down, a limit of them will say so.
+        // systemd has done it for the controllers that it knows, which do not include huge pages.
+        // Where they cannot be handed down, setting a limit on them reports it.
         let _ = hand_down_controllers(&above);
         let path = format!("{}/{name}", parent.path());
         let place = Place::Unified(below(mount, &path));
         Ok(Self { path, place, files: Arc::new(Direct), unit: Some(Unit { name, systemd: systemd.clone() }) })
     }
 
-    /// The same cgroup with another who looks for names in its directories, from the moment on at
-    /// which a container may see them. Until then it is this thread.
+    /// The same cgroup with other [`Files`] to look up names in its directories, for use from the
+    /// moment that a container may see them. Until then it is this thread.
     #[must_use]
     pub fn with_files(mut self, files: Arc<dyn Files>) -> Self {
         self.files = files;
         self
     }
 
-    /// The same cgroup with a connection to systemd, if it is a scope: its changes and its end are
-    /// then systemd's too.
+    /// The same cgroup with a connection to systemd, if it is a scope: systemd then takes part in
+    /// its changes and its end.
     #[must_use]
     pub fn with_systemd(mut self, systemd: Option<&Systemd>) -> Self {
         let name = self.path.rsplit('/').next().unwrap_or_default();
@@ -195,9 +195,9 @@ impl Cgroup {
         self
     }
 
-    /// Creates the directory of a leaf without processes, whose name shows other programs that
-    /// there is a pod. It is not a unit with the systemd driver either, since that cannot exist
-    /// without a process; systemd leaves unknown directories alone until their slice ends.
+    /// Creates the directory of a leaf without processes, whose name shows other programs that a
+    /// pod exists. With the systemd driver too it is not a unit, since a scope cannot exist without
+    /// a process; systemd leaves unknown directories alone until their slice ends.
     ///
     /// # Errors
     /// As [`Cgroup::create`].
@@ -210,14 +210,14 @@ impl Cgroup {
         let path = format!("{}/{}", parent.path(), parent.leaf(id));
         let leaf = below(mount, &path);
         make_directory(&leaf)?;
-        // Without controllers it just shows less.
+        // Without controllers it only shows less.
         let _ = hand_down_controllers(&above);
         Ok(Self { path, place: Place::Unified(leaf), files: Arc::new(Direct), unit: None })
     }
 
-    /// The cgroup that [`Cgroup::create`] or [`Cgroup::create_scope`] would make now, with nothing
-    /// made: for what has to name its directories first. A hierarchy that lacks the parent is left
-    /// out, unless the parent would be made in it.
+    /// The cgroup that [`Cgroup::create`] or [`Cgroup::create_scope`] would create now, without
+    /// creating it: for callers that have to name its directories first. A hierarchy that lacks the
+    /// parent is left out, unless the parent would be created in it.
     ///
     /// # Errors
     /// [`Error::InvalidId`].
@@ -242,9 +242,9 @@ impl Cgroup {
         Ok(Self { path, place, files: Arc::new(Direct), unit: None })
     }
 
-    /// The cgroup `<parent>/<id>` as it may be there from an earlier life of the daemon, also if
-    /// leaves had other names then: all of it, part of it, or nothing, which is no error, so that
-    /// stopping and removing work whatever is left.
+    /// The cgroup `<parent>/<id>` as an earlier run of the daemon may have left it, even if leaves
+    /// had other names then: all of it, part of it, or nothing. Nothing is no error, so that
+    /// stopping and removing work on whatever is left.
     ///
     /// # Errors
     /// [`Error::InvalidId`].
@@ -288,7 +288,7 @@ impl Cgroup {
         }
     }
 
-    /// Whether any of its directories is there.
+    /// Whether any of its directories exists.
     #[must_use]
     pub fn is_there(&self) -> bool {
         self.directories().any(Path::is_dir)
@@ -346,7 +346,7 @@ impl Cgroup {
 }
 
 /// The ids of the cgroups directly below `parent`, in any hierarchy: what an earlier daemon may
-/// have left there. Empty when the parent is not there.
+/// have left there. Empty when the parent does not exist.
 ///
 /// # Errors
 /// [`Error::Read`].
@@ -377,16 +377,15 @@ const MAX_LOOKED_AT: usize = 50_000;
 pub struct Leaves {
     /// The parents and ids of the leaves.
     pub found: Vec<(Parent, String)>,
-    /// There are more directories than were looked at.
+    /// There are more directories than the limit; the rest were not looked at.
     pub is_cut: bool,
 }
 
 /// The leaves below any parent whose ids `is_id` accepts, as the hierarchy of the memory controller
 /// has them, or the only one.
 ///
-/// What is below a leaf is its container's, which may give it any name and mark: it is not looked
-/// at. Nor can containers of others hide a leaf by how many cgroups they make: those that are
-/// deeper come later.
+/// What is below a leaf belongs to its container, which may give it any name and mark, so it is not
+/// looked at. Nor can other containers hide a leaf by making many cgroups: deeper ones come later.
 ///
 /// # Errors
 /// [`Error::Read`].
@@ -408,7 +407,7 @@ fn leaves_among(hierarchy: &Hierarchy, is_id: impl Fn(&str) -> bool, most: usize
         }
         for dir in below {
             let path = dir.strip_prefix(mount).ok().and_then(Path::to_str).map(|path| format!("/{path}"));
-            // One that is no text, or no path of a cgroup of ours, is none.
+            // A name that is not text, or not the path of a cgroup of ours, is skipped.
             let Some((parent, path)) = path.and_then(|path| Some((Parent::of(&path).ok()?, path))) else {
                 continue;
             };
@@ -472,13 +471,13 @@ pub fn create_parent(hierarchy: &Hierarchy, parent: &Parent) -> Result<(), Error
 
 fn make_if_missing(path: &Path) -> Result<(), Error> {
     match make_directory(path) {
-        // Another container of the same daemon may make it at the same moment.
+        // Another container of the same daemon may create it at the same moment.
         Ok(()) | Err(Error::AlreadyExists { .. }) => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-/// A parent on v1. A cpuset in it must not stay empty, or nothing below it could be filled.
+/// A parent on v1. A cpuset in it must not stay empty, or none below it could be filled.
 fn make_legacy_parent(mount: &Path, path: &str) -> Result<(), Error> {
     for step in steps(mount, path) {
         make_if_missing(&step)?;
@@ -500,10 +499,10 @@ fn make_unified_parent(mount: &Path, path: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Has `dir` hand its controllers to its children, where it does not yet: `cgroup.subtree_control`,
-/// Documentation/admin-guide/cgroup-v2.rst, "Enabling and Disabling".
+/// Makes `dir` hand its controllers to its children where it does not yet:
+/// `cgroup.subtree_control`, Documentation/admin-guide/cgroup-v2.rst, "Enabling and Disabling".
 ///
-/// For a named parent this is all that is changed, and it has to be done here: kubelet hands
+/// For a named parent this is the only change, and it has to be done here: kubelet hands
 /// controllers down *to* the pod's cgroup, not below it.
 fn hand_down_controllers(dir: &Path) -> Result<(), Error> {
     let control = dir.join("cgroup.subtree_control");
@@ -538,7 +537,7 @@ fn inherit_cpuset(dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// What is in a cpuset's file, after filling it from the parents when it is empty.
+/// The content of a cpuset's file, after filling it from the parents if it is empty.
 fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
     let path = dir.join(file);
     let value = control_file::read(&Direct, &path)?;
@@ -557,7 +556,7 @@ fn filled_cpuset(dir: &Path, file: &str) -> Result<String, Error> {
 }
 
 /// Removes what a failed creation made. These directories are empty and not yet known to anyone, so
-/// this can only fail where making them would have failed; the first error is the one to tell.
+/// this can only fail where making them would have failed; the first error is the one to report.
 fn undo(dirs: &[LegacyDir]) {
     for dir in dirs {
         let _ = std::fs::remove_dir(&dir.path);

@@ -28,7 +28,7 @@ pub(crate) fn write_value(files: &dyn Files, path: &Path, value: &str) -> io::Re
     write_to(&mut open_for_writing(files, path)?, value)
 }
 
-/// The same to a file that is open, for files that take many values one after another.
+/// The same for a file that is open, for files that take many values one after another.
 pub(crate) fn write_to(file: &mut File, value: &str) -> io::Result<()> {
     // Not write_all: the rest of a value, written alone, would be another value.
     let written = file.write(value.as_bytes())?;
@@ -44,14 +44,14 @@ pub(crate) fn write(files: &dyn Files, path: &Path, value: &str) -> Result<(), E
     })
 }
 
-/// All of a control file.
+/// Reads all of a control file.
 pub(crate) fn read_bytes(files: &dyn Files, path: &Path) -> io::Result<Vec<u8>> {
     read_open(open(files, path, OpenFor::Reading)?)
 }
 
-/// The same of a file that is open.
+/// The same for a file that is open.
 pub(crate) fn read_open(file: File) -> io::Result<Vec<u8>> {
-    // Control files have size 0 for stat(2), so no room is reserved after it; most fit into this.
+    // Control files have size 0 in stat(2), so no room is reserved by it; most fit into this.
     let mut bytes = Vec::with_capacity(2048);
     file.take(READ_LIMIT).read_to_end(&mut bytes)?;
     Ok(bytes)
@@ -62,9 +62,9 @@ pub(crate) fn read(files: &dyn Files, path: &Path) -> Result<Vec<u8>, Error> {
     read_bytes(files, path).map_err(|source| Error::Read { path: path.into(), source })
 }
 
-/// The value of a file, or nothing where the file or the whole cgroup is not there.
+/// The value of a file, or nothing where the file or the whole cgroup does not exist.
 ///
-/// `ENODEV` is what an open control file of a removed cgroup answers: kernfs.
+/// `ENODEV` is what kernfs answers for an open control file of a removed cgroup.
 pub(crate) fn read_if_there(files: &dyn Files, path: &Path) -> Result<Option<Vec<u8>>, Error> {
     match read_bytes(files, path) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -78,7 +78,7 @@ pub(crate) fn is_silent(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::TimedOut
 }
 
-/// Whether the error says that the file, or its cgroup, is not there.
+/// Whether the error says that the file, or its cgroup, does not exist.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ENODEV)
 }
@@ -111,7 +111,7 @@ pub(crate) fn keyed(bytes: &[u8], key: &str) -> Option<u64> {
     })
 }
 
-/// The directories directly below one: its sub-cgroups. Nothing where it is not there.
+/// The directories directly below one: its sub-cgroups. Empty where it does not exist.
 pub(crate) fn sub_directories(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let entries = match std::fs::read_dir(dir) {
@@ -131,8 +131,8 @@ pub(crate) fn sub_directories(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// A directory and all below it, parents before their children. What bounds the kernel's tree
-/// bounds this.
+/// A directory and all below it, parents before their children. The kernel's own limits on the tree
+/// bound this.
 pub(crate) fn tree(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut all = vec![dir.to_path_buf()];
     let mut next = 0;

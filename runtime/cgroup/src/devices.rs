@@ -23,7 +23,7 @@ const MAX_RULES: usize = 1024;
 const MAX_MAJOR: u32 = 0xfff;
 const MAX_MINOR: u32 = 0xf_ffff;
 
-/// What kind of device.
+/// The kind of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceKind {
     /// A character device.
@@ -32,26 +32,26 @@ pub enum DeviceKind {
     Block,
 }
 
-/// What may be done with a device: OCI runtime-spec "Allowed Device list", `access`, a subset of
-/// `rwm`.
+/// What a container may do with a device: OCI runtime-spec "Allowed Device list", `access`, a
+/// subset of `rwm`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Access {
     /// Open for reading.
     pub read: bool,
     /// Open for writing.
     pub write: bool,
-    /// Make a node of it, mknod(2).
+    /// Create a node for it, mknod(2).
     pub mknod: bool,
 }
 
 impl Access {
     /// Everything.
     pub const ALL: Self = Self { read: true, write: true, mknod: true };
-    /// Only making the node.
+    /// Only creating the node.
     pub const MKNOD: Self = Self { read: false, write: false, mknod: true };
 
     /// From CRI's `Device.permissions`: letters of `rwm`, each at most once, at least one. Nothing
-    /// for anything else.
+    /// for any other text.
     #[must_use]
     pub fn parse(letters: &str) -> Option<Self> {
         let mut access = Self { read: false, write: false, mknod: false };
@@ -93,9 +93,9 @@ pub enum DevicePolicy {
 }
 
 /// The devices that every container may use: those that the OCI runtime-spec ("Default Devices")
-/// puts into its /dev, pseudo-terminals, and making (not opening) any node, which package managers
-/// and image builders do. Not 5:1: a container's /dev/console is a pseudo-terminal, and that device
-/// is the console of the host.
+/// puts into its /dev, pseudo-terminals, and creating (not opening) any node, which package
+/// managers and image builders do. Not 5:1: a container's /dev/console is a pseudo-terminal, and
+/// that device is the console of the host.
 #[must_use]
 pub fn default_devices() -> Vec<DeviceRule> {
     let any = |kind| DeviceRule { kind, major: None, minor: None, access: Access::MKNOD };
@@ -276,7 +276,7 @@ fn program(rules: &[DeviceRule]) -> Vec<Instruction> {
         }
         let mut block = vec![
             op(code::JUMP_UNLESS_EQUAL, KIND, 0, 0, kind),
-            // What is asked for beyond what the rule allows must be nothing.
+            // An access that asks for more than the rule allows must not match.
             op(code::MOVE, SCRATCH, ACCESS, 0, 0),
             op(code::AND_CONSTANT, SCRATCH, 0, 0, !allowed),
             op(code::JUMP_UNLESS_EQUAL, SCRATCH, 0, 0, 0),
@@ -308,7 +308,7 @@ mod tests {
 
     use super::*;
 
-    /// What the rules mean, said directly.
+    /// What the rules mean, stated directly.
     fn allows(rules: &[DeviceRule], kind: DeviceKind, access: i32, major: u32, minor: u32) -> bool {
         rules.iter().any(|rule| {
             rule.kind == kind

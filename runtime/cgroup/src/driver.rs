@@ -5,9 +5,9 @@ use std::fmt;
 /// The cgroup driver of this node: CRI `LinuxRuntimeConfiguration.cgroup_driver`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Driver {
-    /// Directories are made and removed directly.
+    /// Directories are created and removed directly.
     Cgroupfs,
-    /// Parents are slices and leaves are scopes, made by systemd, which is process 1.
+    /// Parents are slices and leaves are scopes, both created by systemd, which is process 1.
     Systemd,
 }
 

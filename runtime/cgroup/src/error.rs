@@ -12,8 +12,8 @@ pub enum Error {
     /// No cgroup file system is mounted, or none that has controllers.
     #[error("no cgroup hierarchy with controllers is mounted")]
     NoHierarchy,
-    /// The kernel has bound a controller to a v1 hierarchy that is mounted nowhere, so its limits
-    /// could not be set.
+    /// The kernel has bound a controller to a v1 hierarchy that is not mounted anywhere, so its
+    /// limits could not be set.
     #[error("the cgroup controller {controller} belongs to a v1 hierarchy that is not mounted")]
     ControllerNotMounted {
         /// The controller, such as `memory`.
@@ -37,14 +37,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The parent that the caller named does not exist. It is not ours to create.
+    /// The parent that the caller named does not exist, and Berth must not create it.
     #[error("the parent cgroup {path:?} does not exist")]
     ParentMissing {
-        /// The directory that was looked for.
+        /// The directory that was expected.
         path: PathBuf,
     },
-    /// A slice cannot be used without systemd, nor another parent with it, nor either on the other
-    /// version of cgroups.
+    /// A slice needs the systemd driver, and that driver needs a slice; and neither works on the
+    /// other version of cgroups.
     #[error("cannot create a cgroup in {parent:?} with the requested driver")]
     WrongDriver {
         /// The parent's path.
@@ -53,7 +53,7 @@ pub enum Error {
     /// An operation on a systemd unit failed.
     #[error("cannot {action} the unit {unit}")]
     Unit {
-        /// The failed act.
+        /// The operation.
         action: &'static str,
         /// The unit.
         unit: String,
@@ -96,12 +96,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// A control file says something that its format does not allow.
+    /// The content of a control file does not have the documented format.
     #[error("{path:?} does not hold {expected}")]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What should be there.
+        /// What was expected.
         expected: &'static str,
     },
     /// A limit needs a controller that this kernel, or this cgroup's parent, does not offer.
@@ -114,7 +114,7 @@ pub enum Error {
         /// The cgroup.
         path: PathBuf,
     },
-    /// A limit whose value makes no sense, whatever the kernel.
+    /// A limit whose value is invalid on any kernel.
     #[error("the limit {limit} cannot be {value:?}: {reason}")]
     InvalidLimit {
         /// The limit as [`crate::Limits`] names it.
@@ -124,7 +124,7 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// A lower memory limit would have the kernel kill processes of the container at once.
+    /// A lower memory limit would make the kernel kill processes of the container at once.
     #[error(
         "the memory limit of {path:?} cannot be lowered to {limit_bytes} bytes while {usage_bytes} bytes are in use"
     )]
@@ -165,14 +165,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// Processes were left when the time was up.
+    /// Processes were left when the time ran out.
     #[error("{left} processes of the cgroup {path:?} have not ended after {waited_ms} ms")]
     StillPopulated {
         /// The cgroup.
         path: PathBuf,
         /// The number of processes.
         left: usize,
-        /// How long was waited.
+        /// How long it waited.
         waited_ms: u128,
     },
     /// A cgroup directory could not be removed in time; all failures are counted, the first is
@@ -181,7 +181,7 @@ pub enum Error {
     Remove {
         /// The first directory that stayed.
         path: PathBuf,
-        /// How many stayed besides.
+        /// How many others stayed.
         more: usize,
         /// Why the first stayed.
         #[source]
@@ -191,7 +191,7 @@ pub enum Error {
 
 impl Error {
     /// Whether a directory of the cgroup did not answer, because a container may keep it locked:
-    /// nothing is known then.
+    /// its state is then unknown.
     #[must_use]
     pub fn is_silent(&self) -> bool {
         match self {

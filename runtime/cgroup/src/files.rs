@@ -1,10 +1,10 @@
 //! How the files of a cgroup are reached once a container may see its directory.
 //!
-//! A process that sees a directory can keep the kernel's lock of it for ever: getdents64(2) holds
-//! it while it writes to memory that nobody serves. Whoever then looks for a name in there that the
-//! kernel has not in memory, lists the directory or removes it waits, and cannot be killed. So
-//! these three go through [`Files`], and whoever uses this crate decides who waits; everything else
-//! is done to files that are open.
+//! A process that sees a directory can keep the kernel's lock on it forever: getdents64(2) holds
+//! the lock while it writes to memory, which may be a page that is never served. Anyone else who
+//! then looks up a name that is not in the kernel's cache, lists the directory or removes it waits
+//! and cannot be killed. So these three go through [`Files`], and the user of this crate decides
+//! which process waits; everything else is done on files that are already open.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -22,10 +22,10 @@ pub enum OpenFor {
     Writing,
 }
 
-/// Looks for names in directories of cgroups. An answer that does not come is
+/// Looks up names in directories of cgroups. If no answer comes, the error is
 /// [`io::ErrorKind::TimedOut`].
 pub trait Files: fmt::Debug + Send + Sync {
-    /// Opens all of these, each of which is a file that there may be.
+    /// Opens all of these, each of which may or may not exist.
     fn open(&self, paths: &[PathBuf], purpose: OpenFor) -> Vec<io::Result<File>>;
 
     /// A directory and all below it, parents before their children.
@@ -34,13 +34,13 @@ pub trait Files: fmt::Debug + Send + Sync {
     /// As readdir(3).
     fn tree(&self, directory: &Path) -> io::Result<Vec<PathBuf>>;
 
-    /// One attempt to remove each of these directories and what is below it. What is not there is
-    /// removed already.
+    /// One attempt to remove each of these directories and everything below it. An absent one
+    /// counts as removed.
     fn remove(&self, directories: &[PathBuf]) -> Vec<io::Result<()>>;
 }
 
-/// By this very thread, which may wait for ever where a container sees the directory: for those
-/// that none does, and for processes that may be left behind.
+/// Done by the calling thread, which may wait forever where a container sees the directory: for
+/// directories that no container sees, and for processes that may be left behind.
 #[derive(Debug, Clone, Copy)]
 pub struct Direct;
 
@@ -65,8 +65,8 @@ impl Files for Direct {
 
 /// Deepest first. The files of a cgroup are not removed; they go with it.
 fn remove_tree(directory: &Path) -> io::Result<()> {
-    // rmdir(2) waits for the directory's lock while it has that of the directory above, which pods
-    // share. This waits for the first alone.
+    // rmdir(2) waits for the directory's lock while it holds that of the parent directory, which
+    // pods share. This waits for the first lock alone.
     let unheld = std::fs::metadata(directory)
         .and_then(|metadata| std::fs::set_permissions(directory, metadata.permissions()));
     match unheld {

@@ -16,7 +16,7 @@ use crate::{Direct, Driver, Error, control_file};
 /// parent must too: kubelet and cAdvisor look for the container there.
 pub(crate) const NEEDED: [&str; 7] = ["cpu", "cpuacct", "cpuset", "memory", "pids", "devices", "freezer"];
 
-/// Of these, the ones without which a node cannot keep its promises about limits.
+/// Those of them without which a node cannot enforce its limits.
 const LIMITING: [&str; 3] = ["cpu", "memory", "pids"];
 
 /// One v1 hierarchy.
@@ -37,8 +37,8 @@ impl LegacyMount {
     }
 
     /// Whether the creator of pods' cgroups may have left this hierarchy out. A kubelet does so
-    /// with `devices`, which it sets no limit in (runc's `SkipDevices`, set by kubelet's cgroup
-    /// manager); what a container may open is the runtime's affair.
+    /// with `devices`, in which it sets no limit (runc's `SkipDevices`, set by kubelet's cgroup
+    /// manager); what a container may open is decided by the runtime.
     pub(crate) fn is_runtimes_own(&self) -> bool {
         self.controllers.iter().all(|name| name == "devices")
     }
@@ -73,10 +73,9 @@ impl Hierarchy {
     /// The same from the bytes of `/proc/self/mountinfo` (proc(5)) and `/proc/self/cgroup`
     /// (cgroups(7)).
     ///
-    /// # Errors
     /// [`Error::NoHierarchy`], or [`Error::ControllerNotMounted`] when cpu, memory or pids is bound
     /// to a v1 hierarchy that is not mounted: the v2 mount then lacks it too, and limits would
-    /// silently not hold.
+    /// silently not be enforced.
     pub fn from_proc(mountinfo: &[u8], membership: &[u8]) -> Result<Self, Error> {
         let mut unified: Option<(bool, PathBuf)> = None;
         let mut legacy: Vec<(bool, LegacyMount)> = Vec::new();
@@ -126,8 +125,8 @@ impl Hierarchy {
         matches!(self, Self::Unified { .. })
     }
 
-    /// The mount of a controller: on v2 the one mount there is (which need not have the
-    /// controller), on v1 its own.
+    /// The mount of a controller: on v2 the only mount (which need not have the controller), on v1
+    /// its own.
     #[must_use]
     pub fn mount_of(&self, controller: &str) -> Option<&Path> {
         match self {

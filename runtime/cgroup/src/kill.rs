@@ -1,14 +1,14 @@
-//! Who is in a cgroup, and ending all of them.
+//! Which processes are in a cgroup, and killing all of them.
 //!
-//! v2 has `cgroup.kill` (Linux 5.14), which cannot miss anyone. v1 has not: there the cgroup is
-//! frozen, so that no process forks while the list is read, each on the list gets SIGKILL, and it
-//! is thawed so that they can die; and so on until none is left. A container may have made
-//! sub-cgroups, in one hierarchy and not in another, so all directories of all hierarchies are
-//! read.
+//! v2 has `cgroup.kill` (Linux 5.14), which misses no process. v1 does not: there the cgroup is
+//! frozen, so that no process forks while the list is read, each on the list gets SIGKILL, and the
+//! cgroup is thawed so that they can die; this repeats until none is left. A container may have
+//! created sub-cgroups in one hierarchy and not in another, so all directories of all hierarchies
+//! are read.
 //!
-//! A container that keeps one of these directories locked cannot be asked that way ([`Files`]).
-//! Then who is in it is asked of procfs instead, which is not exact while processes are born, but
-//! ends who keeps it locked.
+//! A container that keeps one of these directories locked blocks that ([`Files`]). Its processes
+//! are then found through procfs, which is not exact while new processes are born, but kills the
+//! one that holds the lock.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -25,8 +25,8 @@ use berth_sys::process;
 use crate::cgroup::Place;
 use crate::{Cgroup, Error, OpenFor, control_file};
 
-/// Waits between two looks: from the time that a killed process with little memory needs, to one at
-/// which looking costs nothing.
+/// Waits between two looks: from the time that a killed process with little memory needs, up to one
+/// at which looking costs nothing.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
@@ -38,16 +38,17 @@ const AT_A_TIME: usize = 64;
 
 impl Cgroup {
     /// The pids of all processes in this cgroup and below it, as this process's pid namespace
-    /// numbers them. Those that it cannot see are left out.
+    /// numbers them. Those that are invisible to it are left out.
     ///
     /// # Errors
-    /// [`Error::Read`]; a cgroup that is not there has no processes.
+    /// [`Error::Read`]; an absent cgroup has no processes.
     pub fn processes(&self) -> Result<BTreeSet<i32>, Error> {
         self.pids_below(self.directories())
     }
 
-    /// The same as one hierarchy has it, which is enough to look at them, not to end them: a
-    /// process may have been moved in another. A twelfth of the work on a v1 machine with twelve.
+    /// The same as seen in one hierarchy, which is enough to inspect processes but not to kill
+    /// them: one may have been moved in another hierarchy. This is a twelfth of the work on a v1
+    /// machine with twelve.
     ///
     /// # Errors
     /// [`Error::Read`].
@@ -77,8 +78,7 @@ impl Cgroup {
 
     /// One of its directories and all below it.
     fn tree(&self, top: &Path) -> io::Result<Vec<PathBuf>> {
-        // Two links are its own: cgroups without cgroups below, which almost all are, need not be
-        // listed.
+        // Two links mean no sub-cgroups, as in almost all cgroups: nothing to list.
         match std::fs::metadata(top) {
             Ok(metadata) if metadata.nlink() == 2 => Ok(vec![top.to_path_buf()]),
             _ => self.files.tree(top),
@@ -105,8 +105,8 @@ impl Cgroup {
     ///
     /// # Errors
     /// [`Error::StillPopulated`] when the time is up (a process in an uninterruptible wait, for
-    /// example); [`Error::Kill`], [`Error::Read`], [`Error::Write`]. Whatever happens, the cgroup
-    /// is not left frozen.
+    /// example); [`Error::Kill`], [`Error::Read`], [`Error::Write`]. In every case the cgroup is
+    /// not left frozen.
     pub fn kill(&self, within: Duration) -> Result<(), Error> {
         let started = Instant::now();
         let mut wait = FIRST_WAIT;
@@ -148,8 +148,8 @@ impl Cgroup {
         }
     }
 
-    /// Kills what procfs says is in this cgroup or below it, whatever is with its directories:
-    /// proc_pid_cgroup(5).
+    /// Kills what is in this cgroup or below it according to procfs, whatever the state of its
+    /// directories: proc_pid_cgroup(5).
     fn kill_unseen(&self) -> Result<(), Error> {
         let path = Path::new("/proc");
         let fail = |source| Error::Read { path: path.into(), source };
@@ -159,8 +159,8 @@ impl Cgroup {
             if !self.is_member(pid) {
                 continue;
             }
-            // One that has ended is no longer there to be killed. The number may be another's by
-            // now, which is not in the cgroup.
+            // A process that has ended can no longer be killed. Its number may already belong to
+            // another process, which is not in the cgroup.
             if let Ok(pidfd) = process::open_pidfd(pid)
                 && self.is_member(pid)
             {
@@ -189,8 +189,8 @@ impl Cgroup {
                 Err(source) => return Err(Error::Kill { pid, path: self.main_dir(), source }),
             }
         }
-        // A pid may have been reused between the list and the pidfd. Who is on a second list with
-        // the pidfd already held is that process.
+        // A pid may have been reused between the list and the pidfd. If it is on a second list
+        // while the pidfd is held, it is that process.
         let still = self.processes()?;
         for (pid, pidfd) in held {
             if !still.contains(&pid) {
@@ -207,14 +207,14 @@ impl Cgroup {
     }
 }
 
-/// A v1 freezer, thawed when this goes out of scope, also on the way out of an error: a frozen
-/// cgroup cannot die and would outlive its pod. With it those below, which a container may have
-/// frozen on its own.
+/// A v1 freezer, thawed when this goes out of scope, also after an error: a frozen cgroup cannot
+/// die and would outlive its pod. The same for the cgroups below, which a container may have frozen
+/// on its own.
 struct Frozen<'a> {
     cgroup: &'a Cgroup,
     dir: &'a Path,
-    /// Open before it is frozen, so that it can be thawed whatever happens. Nothing where the
-    /// cgroup is gone.
+    /// Opened before it is frozen, so that it can always be thawed. `None` where the cgroup is
+    /// gone.
     state: Option<File>,
 }
 
@@ -222,8 +222,8 @@ struct Frozen<'a> {
 const STATE: &str = "freezer.state";
 
 impl<'a> Frozen<'a> {
-    /// Asks for the freeze and does not wait for it: who is still moving is caught in the next
-    /// round.
+    /// Asks for the freeze without waiting for it: a process that is still running is caught in the
+    /// next round.
     fn new(cgroup: &'a Cgroup, dir: &'a Path) -> Result<Self, Error> {
         let (path, value) = (dir.join(STATE), "FROZEN");
         let mut frozen = Self { cgroup, dir, state: None };
@@ -241,7 +241,7 @@ impl<'a> Frozen<'a> {
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         const THAWED: &str = "THAWED";
-        // Cannot be refused but for the cgroup being gone.
+        // This fails only if the cgroup is gone.
         if let Some(state) = &mut self.state {
             let _ = control_file::write_to(state, THAWED);
         }
@@ -251,8 +251,8 @@ impl Drop for Frozen<'_> {
     }
 }
 
-/// Whether a `/proc/<pid>/cgroup` has the cgroup `path` or one below it, in any hierarchy. Paths in
-/// there begin at the root of the hierarchy, wherever that is mounted.
+/// Whether the content of a `/proc/<pid>/cgroup` names the cgroup `path` or one below it, in any
+/// hierarchy. Paths in that file begin at the root of the hierarchy, wherever that is mounted.
 fn is_listed(listed: &[u8], path: &str) -> bool {
     String::from_utf8_lossy(listed).lines().any(|line| {
         let place = line.splitn(3, ':').nth(2).unwrap_or_default();
@@ -260,8 +260,8 @@ fn is_listed(listed: &[u8], path: &str) -> bool {
     })
 }
 
-/// One pid a line. A process of a pid namespace that the reader cannot see is 0, which must never
-/// reach kill(2).
+/// One pid a line. A process in a pid namespace that is invisible to the reader is 0, which must
+/// never reach kill(2).
 fn parse_pids(bytes: &[u8]) -> impl Iterator<Item = i32> {
     bytes
         .split(|&byte| byte == b'\n')

@@ -1,5 +1,5 @@
-//! The cgroups of containers: made, limited, watched and removed, on cgroup v2 and on v1, directly
-//! or by systemd.
+//! The cgroups of containers: created, limited, watched and removed, on cgroup v2 and on v1,
+//! directly or through systemd.
 //!
 //! ```text
 //! Hierarchy::detect()                      which version, mounted where (once, at start)
@@ -12,15 +12,15 @@
 //! ```
 //!
 //! Everything here is synchronous and touches only control files, through [`Files`] where a
-//! container may see them; nothing is kept in memory that those files do not hold, so a daemon that
-//! was restarted goes on with [`Cgroup::open`]. Who may be in which cgroup, and what the limits
-//! should be, is the caller's.
+//! container may see them; nothing is kept in memory that is not in those files, so a restarted
+//! daemon continues with [`Cgroup::open`]. The caller decides which process belongs in which
+//! cgroup, and what the limits are.
 //!
 //! A parent that the caller names is never created: it is kubelet's, with kubelet's limits, and a
 //! container outside it would escape them (CVE-2025-47291 was that). Only the default parent, which
-//! is Berth's own, is made when it is missing.
+//! is Berth's own, is created when it is missing.
 //!
-//! With the systemd driver the first step is [`Cgroup::create_scope`] instead: systemd makes the
+//! With the systemd driver the first step is [`Cgroup::create_scope`] instead: systemd creates the
 //! cgroup, as the scope of a unit, and is notified of the limits and their changes. Everything else
 //! is the same, and is done with the same files: what systemd delegates, it leaves alone.
 

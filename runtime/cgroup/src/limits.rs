@@ -93,8 +93,8 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Note {
-    /// The kernel accounts no swap, so memory alone is limited. Without swap on the machine that is
-    /// the same.
+    /// The kernel does not account swap, so memory alone is limited. On a machine without swap that
+    /// is the same.
     NoSwapAccounting,
 }
 
@@ -133,7 +133,7 @@ pub fn cpu_weight(shares: u64) -> u64 {
     weight.clamp(1, 10_000)
 }
 
-/// What decides about a step, beside the limits.
+/// What decides on a step, besides the limits.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Version {
     V1,
@@ -163,11 +163,11 @@ pub(crate) struct Step {
     pub(crate) value: String,
     pub(crate) if_missing: IfMissing,
     /// A step that the kernel may refuse with `EINVAL` until the next one is done; both are then
-    /// tried the other way round.
+    /// tried in reverse order.
     pub(crate) swaps_with_next: bool,
 }
 
-/// What to do when the control file is not there.
+/// What to do when the control file does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum IfMissing {
     Fail,
@@ -274,8 +274,7 @@ fn plan_memory(
             let memory_step = memory
                 .map(|memory| step("memory_limit_bytes", "memory", "memory.limit_in_bytes", memory.v1()));
             let total_step = total.map(|total| Step {
-                // A limit of swap that was asked for beyond the memory limit cannot weaken anything
-                // by being absent.
+                // A swap limit above the memory limit makes nothing weaker by being absent.
                 if_missing: IfMissing::Tell(Note::NoSwapAccounting),
                 ..step("memory_swap_limit_bytes", "memory", "memory.memsw.limit_in_bytes", total.v1())
             });

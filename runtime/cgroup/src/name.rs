@@ -7,9 +7,9 @@
 //!
 //! With [`Naming::Crio`] the leaf is `crio-<id>.scope` with both drivers.
 //!
-//! Kubelet cuts the id out again: a last element that ends in `.scope` gives what follows its last
-//! dash, any other is the id itself (`extractIDFromCgroupPath`). So an id must have no dash with
-//! systemd.
+//! Kubelet extracts the id again: from a last element that ends in `.scope` it takes what follows
+//! the last dash, any other is the id itself (`extractIDFromCgroupPath`). So an id must have no
+//! dash with systemd.
 
 use crate::{Driver, Error};
 
@@ -17,8 +17,8 @@ use crate::{Driver, Error};
 /// name.
 const MAX_PARENT_BYTES: usize = 3072;
 
-/// `NAME_MAX`: the longest name of a directory, limits.h. Also that of a unit, systemd.unit(5): 255
-/// characters.
+/// `NAME_MAX`, limits.h: the longest name of a directory. A unit's name has the same limit,
+/// systemd.unit(5): 255 characters.
 const MAX_NAME_BYTES: usize = 255;
 
 const SLICE: &str = ".slice";
@@ -34,10 +34,10 @@ pub enum Naming {
     /// `<id>`, with the systemd driver `berth-<id>.scope`.
     #[default]
     Own,
-    /// `crio-<id>.scope` with both drivers, which is the one form that two readers agree on:
-    /// cAdvisor's handler for CRI-O takes cgroups that begin with `crio` and have an id in them
-    /// (cAdvisor 0.56, `container/crio/factory.go`); kubelet cuts the id out of a name only when
-    /// that ends in `.scope`.
+    /// `crio-<id>.scope` with both drivers, the only form that suits two readers: cAdvisor's
+    /// handler for CRI-O takes cgroups that begin with `crio` and contain an id (cAdvisor 0.56,
+    /// `container/crio/factory.go`); kubelet extracts the id only from a name that ends in
+    /// `.scope`.
     Crio,
 }
 
@@ -63,13 +63,13 @@ pub struct Parent {
 
 impl Parent {
     /// The parent that the caller of CRI named. It must exist; it is never created. With the
-    /// systemd driver, its last element is the name of the slice, and where that is follows from
-    /// the name: systemd.slice(5).
+    /// systemd driver, its last element is the name of the slice, and the name determines its
+    /// place: systemd.slice(5).
     ///
     /// # Errors
-    /// [`Error::InvalidParent`] when it is empty, not absolute (a slice may come by its name
-    /// alone), has a `.` or `..` element or a NUL or line end in it, is too long, or belongs to the
-    /// other driver: its caller would look for the container elsewhere.
+    /// [`Error::InvalidParent`] when it is empty, not absolute (a slice may be given by its name
+    /// alone), has a `.` or `..` element or contains a NUL or line end, is too long, or belongs to
+    /// the other driver: its caller would look for the container elsewhere.
     pub fn named(driver: Driver, parent: &str) -> Result<Self, Error> {
         let path = match driver {
             Driver::Cgroupfs => {
@@ -101,8 +101,8 @@ impl Parent {
         Ok(Self { ours: true, ..parent_checked })
     }
 
-    /// The parent of the cgroup at `path`, which an earlier life of the daemon made, with whatever
-    /// driver it had then.
+    /// The parent of the cgroup at `path`, which an earlier run of the daemon created, with
+    /// whatever driver it had then.
     ///
     /// # Errors
     /// [`Error::InvalidParent`].
@@ -119,7 +119,7 @@ impl Parent {
         if parent.trim_end_matches('/').ends_with(SLICE) { Driver::Systemd } else { Driver::Cgroupfs }
     }
 
-    /// The same parent with leaves that have such names.
+    /// The same parent with leaves that are named this way.
     #[must_use]
     pub fn with_naming(self, naming: Naming) -> Self {
         Self { naming, ..self }
@@ -158,8 +158,8 @@ impl Parent {
         }
     }
 
-    /// The id in the name of a leaf, whichever way leaves were named when it was made; nothing for
-    /// names that are not of the form of leaves.
+    /// The id in the name of a leaf, by any of the namings; nothing for names that are not of the
+    /// form of leaves.
     pub(crate) fn id_of<'a>(&self, leaf: &'a str) -> Option<&'a str> {
         if is_crio(leaf) {
             return leaf.strip_prefix(CRIO_PREFIX)?.strip_suffix(SCOPE);
@@ -187,9 +187,9 @@ fn is_crio(leaf: &str) -> bool {
     leaf.starts_with(CRIO_PREFIX) && leaf.ends_with(SCOPE)
 }
 
-/// Whether the cgroup at `path` is a unit of systemd's: a scope in a slice that is where its name
-/// says. Any other directory may be called the same, such as one that a container has made in its
-/// own cgroup.
+/// Whether the cgroup at `path` is a systemd unit: a scope in a slice that is at the place its name
+/// says. Any other directory may have the same name, such as one that a container has created in
+/// its own cgroup.
 pub(crate) fn is_unit(path: &str) -> bool {
     let (parent, leaf) = path.rsplit_once('/').unwrap_or(("", path));
     leaf.ends_with(SCOPE) && (parent.is_empty() || slice_path(parent).is_ok_and(|slice| slice == parent))
@@ -199,8 +199,8 @@ fn invalid(driver: Driver, parent: &str, reason: &'static str) -> Error {
     Error::InvalidParent { parent: parent.into(), driver, reason }
 }
 
-/// `//a//b/` becomes `/a/b`. What would climb is refused rather than resolved: no honest caller
-/// writes it.
+/// `//a//b/` becomes `/a/b`. Elements that would climb are refused rather than resolved: no honest
+/// caller writes them.
 fn normal(driver: Driver, parent: &str) -> Result<String, Error> {
     let invalid = |reason| Err(invalid(driver, parent, reason));
     if !parent.starts_with('/') {
@@ -228,7 +228,7 @@ fn normal(driver: Driver, parent: &str) -> Result<String, Error> {
 
 /// Where systemd puts the slice that the last element of `parent` names: `a-b.slice` is in
 /// `a.slice`, and `-.slice` is the root, systemd.slice(5). What kubelet writes before the last
-/// element is the same again; both of its peers look at the last only.
+/// element is redundant; both of its peers look at the last only.
 fn slice_path(parent: &str) -> Result<String, Error> {
     let refuse = |reason| Err(invalid(Driver::Systemd, parent, reason));
     let path = normal(Driver::Systemd, &format!("/{parent}"))?;

@@ -20,7 +20,7 @@ pub struct OomSource {
 }
 
 impl Cgroup {
-    /// The counter of this cgroup; nothing where the memory controller is not.
+    /// The counter of this cgroup; `None` without a memory controller.
     #[must_use]
     pub fn oom_source(&self) -> Option<OomSource> {
         let file = match self.place {

@@ -8,18 +8,19 @@ use std::time::{Duration, Instant};
 use crate::{Cgroup, Error};
 
 /// A killed process leaves its cgroup a moment before it can be waited for, but css references can
+/// keep it busy for a moment longer.
 /// keep it busy a moment after.
 const FIRST_WAIT: Duration = Duration::from_micros(200);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 
-/// How long systemd is given to notice that a scope is empty, which takes it milliseconds, before
-/// it is asked to stop it.
+/// How long systemd may take to notice that a scope is empty, which takes it milliseconds, before
+/// it is asked to stop the scope.
 const UNIT_NOTICED: Duration = Duration::from_secs(1);
 
 impl Cgroup {
-    /// Removes the cgroup and those that the container made below it. What is not there is removed
-    /// already. Blocks for up to `within` while the kernel says that it is busy; processes in it
-    /// are not killed, [`Cgroup::kill`] does that.
+    /// Removes the cgroup and those that the container created below it. An absent one counts as
+    /// removed. Blocks for up to `within` while the kernel reports it as busy; processes in it are
+    /// not killed, [`Cgroup::kill`] does that.
     ///
     /// systemd removes a scope when its last process has ended. One that still exists after a
     /// second is stopped, and, if systemd does not answer in the time that is left, removed like
@@ -32,7 +33,7 @@ impl Cgroup {
         if let Some(unit) = &self.unit
             && !self.is_gone(UNIT_NOTICED.min(within))
         {
-            // Whether that worked is seen at the directory, below.
+            // The directory shows below whether that worked.
             let _ = unit.systemd.stop(&unit.name, until.saturating_duration_since(Instant::now()));
         }
         let failed = self.remove_directories(until);
@@ -45,7 +46,7 @@ impl Cgroup {
 }
 
 impl Cgroup {
-    /// What could not be removed until then.
+    /// What could not be removed so far.
     fn remove_directories(&self, until: Instant) -> Vec<(PathBuf, io::Error)> {
         let mut left: Vec<PathBuf> = self.directories().map(Path::to_path_buf).collect();
         let mut wait = FIRST_WAIT;
@@ -67,7 +68,7 @@ impl Cgroup {
         Vec::new()
     }
 
-    /// Whether all its directories go without our doing within this time.
+    /// Whether all its directories disappear on their own within this time.
     fn is_gone(&self, within: Duration) -> bool {
         let until = Instant::now() + within;
         let mut wait = FIRST_WAIT;

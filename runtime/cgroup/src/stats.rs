@@ -1,7 +1,7 @@
 //! What a cgroup uses: the numbers behind CRI's `ContainerStats` and `LinuxPodSandboxStats`.
 //!
-//! All files are read on each call and nothing is cached; rates are the caller's, from two samples.
-//! What the kernel does not offer is absent, never zero.
+//! All files are read on each call and nothing is cached; the caller computes rates from two
+//! samples. What the kernel does not offer is absent, never zero.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::cgroup::Place;
 use crate::{Cgroup, Error, Files, Hierarchy, Parent, control_file, parse_oom_kills};
 
 /// Devices whose reads and writes are reported. A cgroup has a line for each that it ever used; a
-/// node with more disks than this has its figures elsewhere.
+/// node with more disks than this gets its figures elsewhere.
 const MAX_DEVICES: usize = 64;
 
 /// One sample.
@@ -25,7 +25,7 @@ pub struct Stats {
     pub swap: Option<SwapStats>,
     /// Processes and threads.
     pub pids: Option<u64>,
-    /// The most that there may be, nothing without a limit; with [`Detail::All`].
+    /// The maximum number, nothing without a limit; with [`Detail::All`].
     pub pids_limit: Option<u64>,
     /// Reads and writes by device, at most 64 of them; with [`Detail::All`]. On v1 only where the
     /// blkio hierarchy has the cgroup too.
@@ -136,8 +136,8 @@ pub struct PressureLine {
     pub total_ns: u64,
 }
 
-/// How much a sample says. Each control file costs about 10 µs, and some calls take samples of a
-/// hundred containers.
+/// How much detail a sample has. Each control file costs about 10 µs, and some calls take samples
+/// of a hundred containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detail {
     /// What CRI's `ContainerStats` has.
@@ -146,8 +146,8 @@ pub enum Detail {
     All,
 }
 
-/// A sample of a parent, with all that is below it: a pod's, when the parent is one pod's. Nothing
-/// when it is not there.
+/// A sample of a parent, with all that is below it: a pod's, when the parent is one pod's. `None`
+/// when it does not exist.
 ///
 /// # Errors
 /// [`Error::Read`] and [`Error::Malformed`] with the file.
@@ -160,8 +160,8 @@ pub fn stats_of_parent(
 }
 
 impl Cgroup {
-    /// Takes a sample. Nothing when the cgroup is not there, which is what a container that ends
-    /// during a list looks like.
+    /// Takes a sample. `None` when the cgroup does not exist, as for a container that ends during a
+    /// list.
     ///
     /// # Errors
     /// [`Error::Read`] and [`Error::Malformed`] with the file.
@@ -400,7 +400,7 @@ fn memory_stats(usage_bytes: u64, limit_bytes: Option<u64>, stat: &[u8], keys: &
     }
 }
 
-/// A pressure file, or nothing where the kernel keeps none (`EOPNOTSUPP` when it is switched off,
+/// A pressure file, or `None` where the kernel has none (`EOPNOTSUPP` when it is switched off,
 /// psi=0).
 fn pressure(files: &dyn Files, dir: &Path, file: &str) -> Result<Option<Pressure>, Error> {
     match control_file::read_bytes(files, &dir.join(file)) {

@@ -1,11 +1,10 @@
-//! systemd as the arranger of cgroups: scopes made, changed and stopped over D-Bus
+//! systemd as the manager of cgroups: scopes created, changed and stopped over D-Bus
 //! (org.freedesktop.systemd1(5)).
 //!
 //! One connection to the system bus on a dedicated thread, which all callers share by messages. It
-//! is made when it is first needed, and again when it has ended (a bus that was restarted, a
-//! systemd that re-executed itself). Callers block, each for [`LIMIT`] at the most, whatever the
-//! bus does; calls of different callers are under way at the same time, and nothing waits for the
-//! one that hangs.
+//! is made when first needed, and again after it has ended (a bus that was restarted, a systemd
+//! that re-executed itself). Callers block, each for at most [`LIMIT`], whatever the bus does;
+//! calls of different callers run concurrently, and none waits for one that hangs.
 
 use std::fmt;
 use std::path::Path;
@@ -25,21 +24,21 @@ use crate::unit::{Property, Value};
 /// minutes.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
-/// Beyond that the thread itself does not answer, which would be a bug here.
+/// Beyond that the thread itself does not answer, which would be a bug in this file.
 const THREAD_LIMIT: Duration = Duration::from_secs(35);
 
-/// How often a call is made, with its connection, before it has failed. One that has ended since it
-/// was last used is found by using it; and a systemd that re-executes itself answers nothing of
-/// what it was asked before, on new connections either, and does so again when packages are
-/// upgraded. The bus keeps what it is asked until it is back.
+/// How often a call is made, each with its connection, before it counts as failed. A connection
+/// that has ended since its last use is noticed only by using it; and a systemd that re-executes
+/// itself answers none of the earlier calls, on new connections either, and re-executes itself
+/// again when packages are upgraded. The bus keeps calls until it is back.
 const ATTEMPTS: u32 = 5;
 
-/// How often a wait for a job looks whether the job's work is done: the word of its end is lost
-/// when the connection is, or when systemd re-executes itself.
+/// How often a wait for a job checks whether the job's work is done: the signal of its end is lost
+/// with the connection, or when systemd re-executes itself.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Ends of jobs that may wait to be read. All units of the machine count; who falls behind looks
-/// for itself, see [`LOOK`].
+/// Ends of jobs that may wait to be read. All units of the machine count; a caller that falls
+/// behind checks for itself, see [`LOOK`].
 const JOBS_WAITING: usize = 1024;
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
@@ -84,7 +83,7 @@ enum Request {
 
 type Answer = Result<(), SystemdError>;
 
-/// The way to systemd. Clones share it; it ends with the last.
+/// The connection to systemd. Clones share it; it ends with the last.
 #[derive(Clone)]
 pub struct Systemd {
     requests: mpsc::UnboundedSender<(Request, answers::SyncSender<Answer>)>,
@@ -102,7 +101,7 @@ impl Systemd {
     /// # Errors
     /// When the thread cannot be started.
     pub fn new() -> std::io::Result<Self> {
-        // In this thread alone: zbus takes its timers and sockets from the runtime that it is
+        // On this thread alone: zbus takes its timers and sockets from the runtime that it is
         // called in.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (requests, received) = mpsc::unbounded_channel();
@@ -122,13 +121,13 @@ impl Systemd {
         self.ask(Request::Set { unit: unit.to_owned(), properties })
     }
 
-    /// Stops a unit, with whatever runs in it. Done when it is stopped, or was not there; not
-    /// waited for longer than `within`, and it may be stopped later then.
+    /// Stops a unit, with whatever runs in it. Returns when it is stopped or was absent; it waits
+    /// no longer than `within`, and the unit may stop later.
     pub(crate) fn stop(&self, unit: &str, within: Duration) -> Answer {
         self.ask_within(Request::Stop { unit: unit.to_owned() }, within.min(THREAD_LIMIT))
     }
 
-    /// One that answers nothing, and what it was asked.
+    /// A service that answers nothing, and the calls it got.
     #[cfg(test)]
     pub(crate) fn silent() -> (Self, mpsc::UnboundedReceiver<impl Sized>) {
         let (requests, received) = mpsc::unbounded_channel();
@@ -157,12 +156,12 @@ struct JobEnd {
     result: String,
 }
 
-/// A connection that was whole when it was last used.
+/// A connection that worked when it was last used.
 #[derive(Clone)]
 struct Bus {
     connection: Connection,
     jobs: broadcast::Sender<JobEnd>,
-    /// Set when the peer has closed the connection: a call would wait for its answer in vain.
+    /// Set when the peer has closed the connection: a call would wait for its answer forever.
     ended: Arc<AtomicBool>,
 }
 
@@ -174,8 +173,8 @@ async fn serve(mut requests: mpsc::UnboundedReceiver<(Request, answers::SyncSend
             let result = match tokio::time::timeout(LIMIT, carry_out(&bus, &request)).await {
                 Ok(result) => result,
                 Err(_) => {
-                    // It may be dead without a word; the next call finds out with a new one. The
-                    // lock is held for no longer than another caller's connecting takes, and that
+                    // It may be dead without notice; the next call finds out with a new one. The
+                    // lock is held for no longer than another caller takes to connect, and that
                     // caller has the same limit.
                     bus.lock().await.take();
                     Err(SystemdError::Silent)
@@ -263,7 +262,7 @@ where
         .map_err(|error| SystemdError::Call { method, source: Box::new(error) })
 }
 
-/// Whether the connection is to blame, and not what was asked.
+/// Whether the connection failed, and not the call.
 fn is_lost(error: &(dyn std::error::Error + 'static)) -> bool {
     matches!(error.downcast_ref::<zbus::Error>(), Some(zbus::Error::InputOutput(_)))
         || is_named(error, "org.freedesktop.DBus.Error.NoReply")
@@ -298,19 +297,19 @@ type Auxiliary<'a> = Vec<(&'a str, Vec<(&'a str, Variant<'a>)>)>;
 
 async fn start(bus: &Bus, unit: &str, properties: &[Property], process: u32) -> Answer {
     const METHOD: &str = "StartTransientUnit";
-    // Before the call, or the end could come before there is a listener.
+    // Before the call, so that the end cannot come before there is a listener.
     let mut ends = bus.jobs.subscribe();
     let body = (unit, "fail", variants(properties), Auxiliary::new());
     let reply = match call(&bus.connection, METHOD, &body).await {
         Err(SystemdError::Call { source, .. })
             if is_named(source.as_ref(), "org.freedesktop.systemd1.UnitExists") =>
         {
-            // A retry after a connection that ended under the first attempt, which was heard all
-            // the same.
+            // A retry after a connection that ended during the first attempt, which systemd
+            // received all the same.
             if is_in(process, unit) {
                 return Ok(());
             }
-            // What is left of one of that name that failed.
+            // Left over from a failed unit of that name.
             call(&bus.connection, "ResetFailedUnit", &(unit,)).await?;
             call(&bus.connection, METHOD, &body).await?
         }

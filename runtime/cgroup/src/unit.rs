@@ -1,10 +1,10 @@
-//! Limits as properties of a systemd unit: what systemd has to know, so that it writes the same
-//! values again when it rewrites a unit's files (at a daemon-reload, when another property changes)
-//! as the daemon has put there.
+//! Limits as properties of a systemd unit: what systemd has to know, so that when it rewrites a
+//! unit's files (at a daemon-reload, when another property changes) it writes the same values as
+//! the daemon did.
 //!
-//! The properties are taken from the writes that [`crate::limits`] plans for the v2 files, so that
-//! there is one reading of every limit. What systemd has no property for (huge pages, `io.cost.*`,
-//! devices) it leaves alone, and is written to the files only.
+//! The properties are derived from the writes that [`crate::limits`] plans for the v2 files, so
+//! that every limit is interpreted in one place. What systemd has no property for (huge pages,
+//! `io.cost.*`, devices) it leaves alone; it is written to the files only.
 //!
 //! Names and types: org.freedesktop.systemd1(5); their meaning: systemd.resource-control(5),
 //! systemd 244 and later.
@@ -35,9 +35,9 @@ pub(crate) enum Value {
 /// How systemd ends a scope when asked to, above all at shutdown: systemd.kill(5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ending<'a> {
-    /// What every process in it gets first.
+    /// The signal that every process in it gets first.
     pub signal: i32,
-    /// What is left then gets SIGKILL. At least a second is given.
+    /// How long until the rest get SIGKILL. At least one second.
     pub grace: Duration,
     /// The id of another scope of the same parent, which is ended only after this one.
     pub before: Option<&'a str>,
@@ -53,7 +53,7 @@ const INFINITY: u64 = u64::MAX;
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// systemd keeps a quota in whole percents of a processor, 10 ms of each second. A part of one is
-/// rounded up: what has to be exact is the file, which is written after.
+/// rounded up: the exact value is in the file, which is written afterwards.
 const QUOTA_STEP_US: u64 = 10_000;
 
 /// The unit that every packaging of kubelet has.
@@ -71,10 +71,10 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
         // What is below the scope is the container's; systemd enables every controller for it and
         // keeps out.
         ("Delegate", Value::Flag(true)),
-        // No order beside services that containers have nothing to do with. A shutdown ends them
-        // all the same, with their slice.
+        // No ordering against services that containers have nothing to do with. A shutdown still
+        // ends them, with their slice.
         ("DefaultDependencies", Value::Flag(false)),
-        // A unit that failed, such as by an OOM kill, goes like any other.
+        // A unit that failed, such as by an OOM kill, is removed like any other.
         ("CollectMode", Value::Text("inactive-or-failed".to_owned())),
         ("CPUAccounting", Value::Flag(true)),
         ("MemoryAccounting", Value::Flag(true)),
@@ -90,8 +90,8 @@ pub(crate) fn of_scope(description: String, slice: &str, process: u32) -> Vec<Pr
 pub(crate) fn of_ending(ending: &Ending<'_>, before: Option<String>) -> Vec<Property> {
     // 0 would be no limit.
     let grace = ending.grace.max(Duration::from_secs(1));
-    // A kubelet that ends with the machine does so first, or it would see its containers die and
-    // want them back.
+    // A kubelet that ends with the machine must end first, or it would see its containers die and
+    // try to restart them.
     let mut properties = vec![
         ("KillSignal", Value::Signal(ending.signal)),
         ("TimeoutStopUSec", Value::Number(u64::try_from(grace.as_micros()).unwrap_or(INFINITY))),
@@ -102,8 +102,9 @@ pub(crate) fn of_ending(ending: &Ending<'_>, before: Option<String>) -> Vec<Prop
     properties
 }
 
-/// The properties that say what the v2 files get. Of several for one property the last counts, as
-/// of the writes. `period_us` is the period in force, which a quota without one keeps.
+/// The properties for what is written to the v2 files. If one property occurs several times the
+/// last counts, as with the writes. `period_us` is the period in force, which a quota without one
+/// keeps.
 pub(crate) fn of_files<'a>(
     files: impl Iterator<Item = (&'a str, &'a str)>,
     period_us: Option<u64>,
@@ -144,8 +145,8 @@ fn of_file(file: &str, value: &str, period_us: Option<u64>) -> Vec<Property> {
     }
 }
 
-/// A number, or `max`. Anything else that the kernel may understand (`1G`) stays between it and the
-/// file.
+/// A number, or `max`. Anything else that the kernel may understand (`1G`) is not passed to
+/// systemd.
 fn amount(value: &str) -> Option<u64> {
     if value == "max" { Some(INFINITY) } else { value.parse().ok() }
 }

@@ -6,16 +6,16 @@
 //! ```
 //!
 //! The file name is the claim: it is created with `O_EXCL`, so that not even two processes can
-//! assign an address twice. The files are the truth; a map in memory saves reading them again.
+//! assign an address twice. The files are authoritative; a map in memory saves reading them again.
 //! Nothing is synced to the disk: after a power cut no sandbox lives. A crash can leave a file
 //! without content, or one whose sandbox was never finished; the first kind is removed when the
 //! store is opened, the second by [`AddressStore::reconcile`]. A record that cannot be read keeps
-//! its address taken. One that was lost is made again from what the sandbox itself knows
+//! its address taken. A lost record is restored from what the sandbox itself knows
 //! ([`AddressStore::restore`]).
 //!
 //! Addresses are assigned in a circle, so that a freed one is reused as late as possible: peers and
 //! load balancers may still hold connections and neighbour entries of its last owner. After a
-//! restart the circle goes on behind the newest record.
+//! restart the circle continues after the newest record.
 //!
 //! One daemon owns the directory; its mode (0700) keeps others out.
 
@@ -31,7 +31,7 @@ use std::time::SystemTime;
 
 use crate::identity;
 
-/// The addresses that may be given out: first and last, of one family.
+/// The range of assignable addresses: first and last, of one family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Range {
     /// IPv4, both ends included.
@@ -56,7 +56,7 @@ impl Range {
         }
     }
 
-    /// The address behind one, the first again behind the last.
+    /// The next address, and the first one after the last.
     fn after(self, address: IpAddr) -> IpAddr {
         let next = match address {
             IpAddr::V4(address) => u32::from(address).checked_add(1).map(|next| IpAddr::V4(next.into())),
@@ -99,7 +99,7 @@ pub enum Error {
     /// Not a sandbox id ([`identity::is_sandbox_id`]).
     #[error("{text:?} is not a sandbox id")]
     SandboxId {
-        /// The text that is refused.
+        /// The refused text.
         text: String,
     },
 }
@@ -115,15 +115,15 @@ pub struct AddressStore {
 #[derive(Debug)]
 struct State {
     owners: BTreeMap<IpAddr, String>,
-    /// Addresses whose records could not be read. They are taken, by an unknown sandbox.
+    /// Addresses whose records could not be read. They are taken, by unknown sandboxes.
     unread: BTreeSet<IpAddr>,
     /// For each range, the address to try first.
     cursors: Vec<IpAddr>,
 }
 
 impl AddressStore {
-    /// Opens the store, making the directory where it is absent. Records outside the ranges (of an
-    /// earlier configuration) stay until their sandboxes go. Files whose names are not addresses
+    /// Opens the store, creating the directory where it is absent. Records outside the ranges (of
+    /// an earlier configuration) stay until their sandboxes go. Files whose names are not addresses
     /// are left alone.
     ///
     /// # Errors
@@ -169,8 +169,8 @@ impl AddressStore {
         Ok(Self { directory: directory.to_owned(), ranges: ranges.to_vec(), state })
     }
 
-    /// Gives a sandbox one address of each range, in the order of the ranges. Either all are taken
-    /// or none.
+    /// Assigns a sandbox one address of each range, in the order of the ranges. Either all are
+    /// taken or none.
     ///
     /// # Errors
     /// [`Error::Exhausted`], [`Error::Owned`], [`Error::SandboxId`], [`Error::File`].
@@ -188,8 +188,8 @@ impl AddressStore {
                 Ok(address) => taken.push(address),
                 Err(error) => {
                     for address in taken {
-                        // What cannot be removed here is in the map, and freed with its sandbox or
-                        // by reconcile.
+                        // What cannot be removed here stays in the map, and is freed with its
+                        // sandbox or by reconcile.
                         let _ = self.release(&mut state, address);
                     }
                     return Err(error);
@@ -199,10 +199,10 @@ impl AddressStore {
         Ok(taken)
     }
 
-    /// Frees all addresses of a sandbox and returns them; there may be none.
+    /// Frees all addresses of a sandbox and returns them; it may have none.
     ///
     /// # Errors
-    /// [`Error::File`]; what could be freed is free.
+    /// [`Error::File`]; everything else is freed all the same.
     pub fn free(&self, sandbox_id: &str) -> Result<Vec<IpAddr>, Error> {
         let mut state = self.lock();
         let addresses = state.of(sandbox_id);
@@ -210,10 +210,10 @@ impl AddressStore {
     }
 
     /// Frees the addresses of every sandbox that is not among the living, and returns them. A
-    /// sandbox that is being made must be among them.
+    /// sandbox that is being created must be among them.
     ///
     /// # Errors
-    /// [`Error::File`]; what could be freed is free.
+    /// [`Error::File`]; everything else is freed all the same.
     pub fn reconcile(&self, living: &HashSet<&str>) -> Result<Vec<IpAddr>, Error> {
         let mut state = self.lock();
         let dead = state
@@ -242,10 +242,10 @@ impl AddressStore {
         owners
     }
 
-    /// Frees those of these addresses that `owner` still has, and returns them.
+    /// Frees those of these addresses that `owner` still owns, and returns them.
     ///
     /// # Errors
-    /// [`Error::File`]; what could be freed is free.
+    /// [`Error::File`]; everything else is freed all the same.
     pub fn free_of(&self, owner: &str, addresses: &[IpAddr]) -> Result<Vec<IpAddr>, Error> {
         let mut state = self.lock();
         let own = |address: &&IpAddr| state.owners.get(*address).is_some_and(|found| found == owner);
@@ -254,7 +254,7 @@ impl AddressStore {
     }
 
     /// Restores the address records of a sandbox, and returns the addresses that had none. An
-    /// address of another of the `known` sandboxes stays assigned to that.
+    /// address that belongs to another of the `known` sandboxes stays with that one.
     ///
     /// # Errors
     /// [`Error::File`], [`Error::SandboxId`].
@@ -305,7 +305,7 @@ impl AddressStore {
         self.lock().owners.len()
     }
 
-    /// Removes the directory of a store in which nothing is taken.
+    /// Removes the directory of a store without taken addresses.
     ///
     /// # Errors
     /// [`Error::File`], also when the directory holds something else.
@@ -319,8 +319,8 @@ impl AddressStore {
         }
     }
 
-    /// A panic elsewhere leaves the map as it was before or after one whole change, so that it can
-    /// go on being used.
+    /// A panic elsewhere leaves the map as it was before or after one whole change, so it remains
+    /// usable.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -331,8 +331,8 @@ impl AddressStore {
         let (range, mut candidate) = (self.ranges[position], state.cursors[position]);
         let mut taken = state.owners.keys().filter(|address| range.contains(**address)).count();
         let mut tried = 0;
-        // Among one more addresses than are taken there is a free one, unless the circle is shorter
-        // than that.
+        // Among one more addresses than are taken one is free, unless the circle is shorter than
+        // that.
         while tried <= taken {
             if let Entry::Vacant(vacant) = state.owners.entry(candidate) {
                 let owner = self.claim(candidate, sandbox_id)?;
@@ -350,15 +350,15 @@ impl AddressStore {
         Err(Error::Exhausted { first: range.first(), taken })
     }
 
-    /// Makes the record of an address and returns its owner: the sandbox, or the owner of a record
-    /// that the map does not know.
+    /// Creates the record of an address and returns its owner: the sandbox, or the owner in an
+    /// existing record that is not in the map.
     fn claim(&self, address: IpAddr, sandbox_id: &str) -> Result<String, Error> {
         let path = self.path(address);
         let fail = |operation, source| Error::File { operation, path: path.clone(), source };
         let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
             Ok(file) => file,
             Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
-                // No sandbox is called "", so that a record without an owner goes at the next
+                // No sandbox is called "", so a record without an owner is removed at the next
                 // reconcile.
                 let read = read_owner(&path).map_err(|source| fail("read the record", source))?;
                 return Ok(read.map(|(owner, _)| owner).unwrap_or_default());
@@ -412,8 +412,8 @@ impl State {
     }
 }
 
-/// An address in the one spelling that the store itself uses, so that no two files mean the same
-/// address.
+/// Parses an address in the one spelling that the store itself uses, so that no two files mean the
+/// same address.
 fn canonical_address(name: &str) -> Option<IpAddr> {
     name.parse::<IpAddr>().ok().filter(|address| address.to_string() == name)
 }
@@ -425,7 +425,7 @@ fn write_owner(path: &Path, owner: &str) -> io::Result<()> {
 
 /// The owner in a record and the time it was written; `None` when the content is not a sandbox id.
 fn read_owner(path: &Path) -> io::Result<Option<(String, SystemTime)>> {
-    // A longer file is not a record; one byte more than the longest shows it.
+    // A longer file is not a record; reading one byte more than the longest record detects it.
     const BOUND: u64 = identity::MAX_SANDBOX_ID as u64 + 1;
     let file = File::open(path)?;
     let written = file.metadata()?.modified()?;

@@ -1,9 +1,9 @@
-//! The settings of the built-in network, checked where they are made: a [`BridgeConfig`] that
-//! exists is usable.
+//! The settings of the built-in network, checked on construction: a [`BridgeConfig`] that exists is
+//! usable.
 //!
-//! Reading them from a file is the daemon's work; here are the types that a string must become
-//! first. Because the names and subnets end up inside firewall rules and paths, their character
-//! sets are closed: nothing in them ever needs escaping.
+//! The daemon reads them from a file; these are the types that a string has to be parsed into.
+//! Because the names and subnets end up inside firewall rules and paths, their character sets are
+//! closed: nothing in them ever needs escaping.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -21,7 +21,7 @@ pub const MAX_MTU: u32 = 65535;
 /// Why a setting was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Not a name that an interface of ours may have.
+    /// Not a name that a bridge may have.
     #[error("bridge name {name:?} must be 1 to 15 of the characters a-z A-Z 0-9 _ - and not a reserved word")]
     BridgeName {
         /// The name as given.
@@ -30,13 +30,13 @@ pub enum Error {
     /// Not `address/prefix`.
     #[error("subnet {text:?} does not have the form address/prefix")]
     SubnetForm {
-        /// The text that is refused.
+        /// The refused text.
         text: String,
     },
-    /// A prefix outside the range in which there is room for a gateway and pods.
+    /// A prefix outside the range that leaves room for a gateway and pods.
     #[error("subnet {text:?}: the prefix must be from {shortest} to {longest}")]
     SubnetPrefix {
-        /// The text that is refused.
+        /// The refused text.
         text: String,
         /// Smallest prefix accepted.
         shortest: u8,
@@ -46,13 +46,13 @@ pub enum Error {
     /// Bits are set to the right of the prefix: probably an address was meant to be a network.
     #[error("subnet {text:?} has bits set after its prefix")]
     SubnetHostBits {
-        /// The text that is refused.
+        /// The refused text.
         text: String,
     },
     /// Loopback, link-local, multicast or reserved space.
     #[error("subnet {text:?} is in address space that pods cannot use")]
     SubnetReserved {
-        /// The text that is refused.
+        /// The refused text.
         text: String,
     },
     /// Not a usable MTU.

@@ -1,7 +1,7 @@
 //! The host's sysctls: forwarding for the pods' traffic, and router advertisements.
 //!
 //! A sysctl below `/proc/sys/net` belongs to the network namespace of the thread that opens it, so
-//! every function here must be called on a thread in the namespace that is meant.
+//! every function in this file must be called on a thread in the intended namespace.
 
 use std::fs;
 use std::io;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// `net.ipv4.ip_forward` (kernel documentation, networking/ip-sysctl).
 const IPV4_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
-/// One directory for each interface, and `all` and `default`.
+/// One directory for each interface, plus `all` and `default`.
 const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf";
 
 /// Which address families a function is about.
@@ -38,7 +38,7 @@ pub enum Error {
     Write {
         /// The file.
         path: PathBuf,
-        /// What was to be written.
+        /// The value to write.
         value: &'static str,
         /// The error.
         #[source]
@@ -69,9 +69,9 @@ pub fn is_on(families: Families) -> Result<bool, Error> {
 
 /// Turns forwarding on where it is off.
 ///
-/// A host that forwards IPv6 stops taking router advertisements, and forgets the routes it has from
-/// them, on interfaces with `accept_ra` 1. Where the host relied on them they are kept by setting
-/// 2, "even when forwarding", before the switch.
+/// A host that forwards IPv6 stops accepting router advertisements, and drops the routes it has
+/// from them, on interfaces with `accept_ra` 1. Where the host relied on them they are kept by
+/// setting 2, "even when forwarding", before forwarding is turned on.
 ///
 /// # Errors
 /// [`enum@Error`].
@@ -88,8 +88,7 @@ pub fn turn_on(families: Families) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes one interface ignore router advertisements; `default` for the interfaces that are still to
-/// come.
+/// Makes one interface ignore router advertisements; `default` is for interfaces created later.
 ///
 /// # Errors
 /// [`Error::Write`].
@@ -108,7 +107,7 @@ fn keep_router_advertisements() -> Result<(), Error> {
             continue;
         }
         let path = entry.path().join("accept_ra");
-        // An interface may go away between the listing and here.
+        // An interface may disappear between the listing and this write.
         let Ok(value) = fs::read_to_string(&path) else { continue };
         if value.trim() == "1" {
             match write(&path, "2") {

@@ -1,9 +1,9 @@
 //! Talking to the packet filter in the kernel directly: which addresses a pod's port may use, and
-//! whether a table is there.
+//! whether a table exists.
 //!
 //! The rules of [`crate::masquerade`] look a frame's port and sender up in sets. Starting a program
-//! to add a pod to them would cost more than all else of its start, so that elements are put in and
-//! taken out by netlink, in one transaction of some 30 µs.
+//! to add a pod to them would cost more than the rest of the pod's start, so elements are added and
+//! removed by netlink, in one transaction of some 30 µs.
 //!
 //! Wire format: `linux/netfilter/nfnetlink.h` and `nf_tables.h`. A transaction is a datagram of
 //! messages between a "begin" and an "end"; the kernel carries out all of them or none.
@@ -67,7 +67,7 @@ const NAME_BYTES: usize = 16;
 /// Whether a table exists in the kernel: one exchange, some 10 µs.
 ///
 /// # Errors
-/// What the kernel said, other than that there is no such table.
+/// The kernel's error, except for "no such table".
 pub(crate) fn table_exists(netfilter: &mut Netlink, family: Family, table: &str) -> Result<bool, Error> {
     let mut body = header(family as u8, 0);
     put(&mut body, TABLE, &text(table));
@@ -78,26 +78,26 @@ pub(crate) fn table_exists(netfilter: &mut Netlink, family: Family, table: &str)
     }
 }
 
-/// Lets a port send from its addresses. What it may already, it may still.
+/// Lets a port send from its addresses. Addresses that it may already use stay allowed.
 ///
 /// # Errors
-/// What the kernel said; `ENOENT` when the firewall was flushed. Nothing is changed then.
+/// The kernel's error; `ENOENT` when the firewall was flushed. Nothing is changed then.
 pub(crate) fn admit(netfilter: &mut Netlink, table: &str, port: &Port) -> Result<(), Error> {
     let messages = elements("allow the pod its addresses", NEW_ELEMENT, NLM_F_CREATE, table, port);
     transact(netfilter, messages)
 }
 
-/// Takes the leave back. What it may not, it still may not; the same when the firewall was flushed.
+/// Revokes that permission. It is no error if there was none, or if the firewall was flushed.
 ///
 /// # Errors
-/// What the kernel said.
+/// The kernel's error.
 pub(crate) fn dismiss(netfilter: &mut Netlink, table: &str, port: &Port) -> Result<(), Error> {
     let messages = || elements("revoke the pod's addresses", DELETE_ELEMENT, 0, table, port);
     match transact(netfilter, messages()) {
         Err(error) if error.errno() == Some(Errno::ENOENT) => {}
         outcome => return outcome,
     }
-    // One is absent, and none is removed: so each separately.
+    // If one is absent, none is removed: so each is removed separately.
     for message in messages() {
         match transact(netfilter, vec![message]) {
             Err(error) if error.errno() == Some(Errno::ENOENT) => {}

@@ -1,4 +1,4 @@
-//! Names and MAC addresses that are derived, so that nothing has to be stored to find them again.
+//! Names and MAC addresses that are derived, so that they can be found again without being stored.
 //!
 //! Host interface of a pod: `bv`, three hex digits of the bridge's name, ten hex digits of the
 //! sandbox id. The digits of the bridge keep two daemons on one host apart: their firewall rules
@@ -10,7 +10,7 @@ use std::net::Ipv4Addr;
 
 use crate::config::BridgeName;
 
-/// Shortest sandbox id in bytes: enough to fill the part of an interface name.
+/// Shortest sandbox id in bytes: enough to fill its part of an interface name.
 pub const MIN_SANDBOX_ID: usize = 10;
 
 /// Longest sandbox id in bytes: twice the 64 digits that are usual; keeps an address record small.
@@ -33,9 +33,9 @@ impl fmt::Display for MacAddress {
     }
 }
 
-/// The MAC address of a bridge. Fixed, because a bridge without one of its own takes the lowest of
-/// its ports' and changes it when a pod goes, which breaks the neighbour entries of all others. It
-/// also marks a bridge as ours.
+/// The MAC address of a bridge. Fixed, because a bridge without its own takes the lowest of its
+/// ports' and changes it when a pod ends, which breaks the neighbour entries of all others. It also
+/// marks a bridge as ours.
 ///
 /// The second-lowest bit of the first octet says "locally administered" (IEEE 802, section 8.4).
 pub fn bridge_mac(bridge: &BridgeName) -> MacAddress {
@@ -50,7 +50,7 @@ pub fn pod_mac(address: Ipv4Addr) -> MacAddress {
     MacAddress([0x0a, 0xbe, a, b, c, d])
 }
 
-/// What the host interfaces of all pods of a bridge begin with.
+/// The prefix of the host interfaces of all pods of a bridge.
 pub fn host_interface_prefix(bridge: &BridgeName) -> String {
     format!("bv{:03x}", fnv1a(bridge.as_str()) & 0xfff)
 }

@@ -34,8 +34,8 @@ pub struct InterfaceCounters {
     pub tx_dropped: u64,
 }
 
-/// Interfaces that are reported of one namespace. A pod has a handful; one that may make interfaces
-/// could have thousands, which would keep the statistics of all the others waiting.
+/// The limit on reported interfaces of one namespace. A pod has a handful; one that may create
+/// interfaces could have thousands, which would delay the statistics of all others.
 pub const MAX_INTERFACES: usize = 32;
 
 /// The counters of the interfaces, loopback included, of the namespace that the socket was opened
@@ -43,7 +43,7 @@ pub const MAX_INTERFACES: usize = 32;
 /// number.
 ///
 /// # Errors
-/// What the kernel said.
+/// The kernel's error.
 pub fn counters(inside: Netlink) -> Result<Vec<InterfaceCounters>, Error> {
     let operation = "list the interfaces of a namespace";
     let request = Request::route(operation, 0, &RouteNetlinkMessage::GetLink(LinkMessage::default()));

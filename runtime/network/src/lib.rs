@@ -1,4 +1,4 @@
-//! The built-in bridge network: what gives a pod its addresses. CNI configuration is not looked at.
+//! The built-in bridge network, which gives a pod its addresses. CNI configuration is ignored.
 //!
 //! One Linux bridge per node, one veth pair per pod, IPv4 and (when the host has it) IPv6,
 //! masquerading by nftables towards everything outside the pods' subnets. `docs/network.md` lists

@@ -9,11 +9,11 @@
 //!   is one of that pod's own addresses, and when they advertise routes, redirect, aim at loopback
 //!   addresses, or are neither IP nor ARP (a VLAN tag would hide the rest from these rules).
 //!
-//! Which addresses a port may use stands in sets. This text fills them for the pods that are there;
-//! those that come later are added by [`crate::guard`], without `nft`.
+//! The addresses that a port may use are in sets. This text fills them for existing pods; later
+//! pods are added by [`crate::guard`], without `nft`.
 //!
-//! Each rule counts what it meets, so that `nft list table bridge berth-<bridge>` shows who is
-//! being stopped by what.
+//! Each rule has a counter, so that `nft list table bridge berth-<bridge>` shows which rule stops
+//! what.
 //!
 //! Nothing in the text comes from a user unchecked: names and subnets are types with closed
 //! character sets ([`crate::config`]). Syntax and priorities: `nft(8)`; the bridge family's
@@ -30,8 +30,8 @@ pub fn table(bridge: &BridgeName) -> String {
     format!("berth-{bridge}")
 }
 
-/// A script that puts both tables in place, whatever was there under their names, with the given
-/// pods in the sets.
+/// A script that puts both tables in place, replacing whatever has their names, with the given pods
+/// in the sets.
 pub fn installation(
     bridge: &BridgeName,
     ipv4: Ipv4Subnet,
@@ -90,7 +90,7 @@ pub fn installation(
     );
     if ipv6.is_some() {
         text += "    icmpv6 type { nd-router-advert, nd-redirect } counter drop\n";
-        // 0x3fa: the ten bits of fe80::/10. A pod makes its link-local address on its own.
+        // 0x3fa: the ten bits of fe80::/10. A pod chooses its link-local address itself.
         text += &format!(
             "    icmpv6 type nd-neighbor-advert @th,64,10 != 0x3fa iifname . @th,64,128 != @{} counter drop\n",
             guard::IPV6_TARGETS
@@ -121,7 +121,7 @@ fn elements(pods: &[Port], show: impl Fn(IpAddr) -> Option<String>) -> Vec<Strin
     pods.iter().flat_map(of).collect()
 }
 
-/// A script that removes both tables, whether or not they are there.
+/// A script that removes both tables, whether or not they exist.
 pub fn removal(bridge: &BridgeName) -> String {
     let table = table(bridge);
     // `add` first, because `delete` fails on what is absent, and `destroy` needs kernel 6.3.

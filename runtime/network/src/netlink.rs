@@ -6,10 +6,10 @@
 //! notifications, which are not subscribed to here). The socket is therefore non-blocking: an
 //! answer that is not there will not come, and waiting for it would hang.
 //!
-//! Several requests travel in one message (RFC 3549, section 2.3.2.1); the kernel goes on after one
-//! that fails, and acks each. Requests are encoded by `netlink-packet-route`. Answers are decoded
-//! here, and only the few attributes that are used: a full decoder fails on a whole message when a
-//! newer kernel changes an attribute that was not asked for.
+//! Several requests travel in one message (RFC 3549, section 2.3.2.1); the kernel continues after
+//! one that fails, and acks each. Requests are encoded by `netlink-packet-route`. Answers are
+//! decoded here, and only the few attributes that are used: a full decoder fails on a whole message
+//! when a newer kernel changes an attribute that was not requested.
 //!
 //! A socket belongs to the network namespace that the calling thread was in when it was opened,
 //! keeps that namespace alive until it is dropped, and works from any thread.
@@ -33,20 +33,20 @@ const RECEIVE_BYTES: usize = 64 * 1024;
 /// Most messages taken from one dump: more links or addresses than a node can have, yet a bound.
 const MAX_DUMP_MESSAGES: usize = 1 << 18;
 
-/// How often a dump is begun again when the tables changed under it (`NLM_F_DUMP_INTR`).
+/// How often a dump is restarted when the tables changed while it was read (`NLM_F_DUMP_INTR`).
 const DUMP_ATTEMPTS: u32 = 10;
 
 /// Size of `struct nlmsghdr` (`linux/netlink.h`): length u32, type u16, flags u16, sequence u32,
 /// port u32.
 const HEADER_BYTES: usize = 16;
 
-/// Why a conversation with the kernel failed.
+/// Why an exchange with the kernel failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The socket could not be made; `EPROTONOSUPPORT` when the kernel lacks the protocol.
+    /// The socket could not be created; `EPROTONOSUPPORT` when the kernel lacks the protocol.
     #[error("cannot open a netlink socket")]
     Open {
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
@@ -55,7 +55,7 @@ pub enum Error {
     Send {
         /// The operation.
         operation: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
@@ -64,7 +64,7 @@ pub enum Error {
     Receive {
         /// The operation.
         operation: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
@@ -77,7 +77,7 @@ pub enum Error {
         #[source]
         errno: Errno,
     },
-    /// The answer is not netlink as it is documented.
+    /// The answer is not valid netlink.
     #[error("the answer to the request to {operation} is malformed")]
     Malformed {
         /// The operation.
@@ -108,7 +108,7 @@ pub(crate) struct Request {
     kind: u16,
     flags: u16,
     body: Vec<u8>,
-    /// Whether the kernel is asked to say that it is done, and the answer is awaited.
+    /// Whether the kernel is asked for an acknowledgement, and it is awaited.
     acknowledged: bool,
 }
 
@@ -190,8 +190,8 @@ impl Netlink {
         Ok(Self { socket, sequence: 1, buffer: Vec::with_capacity(RECEIVE_BYTES) })
     }
 
-    /// Sends requests together and returns when the kernel has acknowledged each. The messages with
-    /// which it answered the ones that ask for something come back in order.
+    /// Sends requests together and returns when the kernel has acknowledged each. The messages that
+    /// answer requests for data are returned in order.
     ///
     /// # Errors
     /// The first request's failure, in the order given; the later ones have been carried out as far
@@ -202,8 +202,8 @@ impl Netlink {
         let mut outcomes: Vec<Option<Result<(), Errno>>> =
             requests.iter().map(|request| (!request.acknowledged).then_some(Ok(()))).collect();
         let mut replies = Vec::new();
-        // An error to a message that is not acknowledged stands for all of them: the others get no
-        // answer any more.
+        // An error to a message that is not acknowledged stands for all of them: no answers to the
+        // others follow.
         let mut refused = false;
         while !refused && outcomes.iter().any(Option::is_none) {
             for message in self.receive(last.operation)? {
@@ -233,7 +233,7 @@ impl Netlink {
     /// Sends a request for a whole table and returns its entries as one consistent list.
     ///
     /// # Errors
-    /// [`Error::Unsteady`] when the table never kept still; else what the kernel said.
+    /// [`Error::Unsteady`] when the table kept changing; otherwise the kernel's error.
     pub(crate) fn dump(&mut self, request: &Request) -> Result<Vec<Reply>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
             if let Some(replies) = self.dump_once(request)? {
@@ -244,11 +244,11 @@ impl Netlink {
     }
 
     /// Sends a request for a whole table and returns the first entries of it, as many as `most` or
-    /// a datagram more. Entries that come or go meanwhile may be among them or not. What the kernel
-    /// has not sent yet is thrown away with the socket.
+    /// a datagram more. Entries that appear or disappear meanwhile may or may not be among them.
+    /// What the kernel has not sent yet is discarded with the socket.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel's error.
     pub(crate) fn beginning_of_dump(mut self, request: &Request, most: usize) -> Result<Vec<Reply>, Error> {
         let operation = request.operation;
         let sequence = self.send(std::slice::from_ref(request), NLM_F_DUMP)?;
@@ -337,7 +337,7 @@ impl Netlink {
                 Ok(length) => break length,
             }
         };
-        // With MSG_TRUNC the length is the datagram's own: longer than what was stored means that a
+        // With MSG_TRUNC the length is the datagram's own: if it is longer than what was stored, a
         // part is lost.
         if length != self.buffer.len() {
             return Err(Error::Malformed { operation });
@@ -396,7 +396,7 @@ fn read_i32(bytes: &[u8], offset: usize) -> Option<i32> {
     bytes.get(offset..)?.first_chunk().copied().map(i32::from_ne_bytes)
 }
 
-/// What is used of a link: `struct ifinfomsg` and a few attributes (`rtnetlink(7)`,
+/// The parts of a link that are used: `struct ifinfomsg` and a few attributes (`rtnetlink(7)`,
 /// `linux/if_link.h`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Link {
@@ -467,7 +467,7 @@ fn decode_link(body: &[u8]) -> Option<Link> {
 }
 
 /// A C string attribute. Interface names may be any bytes but `/`, `:` and blanks; one that is not
-/// UTF-8 is not ours, and only has to be different from ours.
+/// UTF-8 is not ours, and only has to differ from ours.
 fn text(value: &[u8]) -> Option<String> {
     let bytes = value.split(|byte| *byte == 0).next()?;
     Some(String::from_utf8_lossy(bytes).into_owned())

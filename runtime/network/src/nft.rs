@@ -14,8 +14,8 @@ use berth_sys::program::{Ended, Run};
 /// Where the program may be.
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
-/// How long one run may take. It needs some 10 ms; the rest is for a node that is busy, or a
-/// firewall with many sets, which `nft` reads in whole before it acts.
+/// How long one run may take. It needs some 10 ms; the rest is for a busy node, or a firewall with
+/// many sets, which `nft` reads in whole before it acts.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Most bytes kept of what the program says about an error.
@@ -27,7 +27,7 @@ pub enum Error {
     /// The program is in none of the system's directories.
     #[error("nft is not installed in /usr/sbin, /sbin, /usr/bin or /bin: install the package nftables")]
     Missing,
-    /// The program could not be started or spoken to.
+    /// The program could not be started, or its pipes failed.
     #[error("cannot run {}", program.display())]
     Run {
         /// The program.
@@ -54,7 +54,7 @@ pub enum Error {
     },
 }
 
-/// Carries out a script as one transaction: all of it or nothing (`nft(8)`).
+/// Runs a script as one transaction: all of it or nothing (`nft(8)`).
 ///
 /// # Errors
 /// [`enum@Error`], by cause.

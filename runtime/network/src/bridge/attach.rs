@@ -17,7 +17,7 @@ use crate::identity::{self, MacAddress};
 use crate::netlink::{self, Netlink, Request};
 use crate::{forwarding, masquerade};
 
-/// Name of a pod's interface: what CRI and every CNI set-up call it.
+/// Name of a pod's interface, the same in CRI and in every CNI configuration.
 pub const POD_INTERFACE: &str = "eth0";
 
 /// The network of a pod.
@@ -54,8 +54,7 @@ impl Bridge {
     /// `inside` comes from [`open_in_pod`] in the sandbox's namespace, and `netns` is that
     /// namespace (an open `/proc/<pid>/ns/net` or a bind mount of one). Loopback comes up too.
     ///
-    /// # Errors
-    /// [`Error::Addresses`] (none left, the sandbox has some, not an id),
+    /// [`Error::Addresses`] (none left, the sandbox already has some, not an id),
     /// [`Error::InterfaceTaken`], [`Error::Interface`], [`Error::Guard`], [`Error::Pod`]. After an
     /// error the sandbox owns nothing; only its loopback may be up.
     pub fn attach(
@@ -88,8 +87,8 @@ impl Bridge {
     /// Removes a sandbox's interface and frees its addresses. Either may already be gone, with the
     /// namespace or after a crash. May be called from any thread.
     ///
-    /// Removing the pair waits until no processor uses it any more (an RCU grace period): 37 ms
-    /// were measured on a machine of two processors. Where the namespace has ended anyway,
+    /// Removing the pair waits until no processor uses it any more (an RCU grace period): 37 ms,
+    /// measured on a machine with two processors. Where the namespace has ended anyway,
     /// [`Bridge::release`] takes 0.08 ms.
     ///
     /// # Errors
@@ -112,16 +111,16 @@ impl Bridge {
         self.free(sandbox_id)
     }
 
-    /// Brings loopback up in a namespace that gets no other interface from here.
+    /// Brings loopback up in a namespace that gets no other interface from Berth.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// The kernel's error.
     pub fn loopback_up(inside: &mut Netlink) -> Result<(), netlink::Error> {
         inside.request(&[set_up_link("bring loopback up", LOOPBACK_INDEX, Vec::new())]).map(drop)
     }
 
-    /// The addresses that a sandbox has, as in its [`Attachment`]; empty when it has none. For a
-    /// daemon that comes back.
+    /// The addresses of a sandbox, as in its [`Attachment`]; empty when it has none. For a daemon
+    /// that was restarted.
     pub fn addresses_of(&self, sandbox_id: &str) -> Vec<InterfaceAddress> {
         self.addresses.of(sandbox_id).into_iter().map(|address| self.with_prefix(address)).collect()
     }
@@ -139,8 +138,8 @@ impl Bridge {
     }
 
     fn attachment(&self, interface: &str, addresses: &[IpAddr]) -> Attachment {
-        // The IPv4 range comes first in the store, so there always is one; the gateway's would be a
-        // harmless stand-in.
+        // The IPv4 range comes first in the store, so there always is one; the gateway's address is
+        // a harmless fallback.
         let ipv4 = addresses.iter().find_map(|address| match address {
             IpAddr::V4(ipv4) => Some(*ipv4),
             IpAddr::V6(_) => None,
@@ -162,7 +161,7 @@ impl Bridge {
     ) -> Result<(), Error> {
         let mtu = self.config.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes()));
         // Not up yet: a veth end refuses to come up (ENOTCONN) before it knows its peer, and this
-        // one is made first.
+        // one is created first.
         let mut peer = LinkMessage::default();
         peer.attributes = vec![
             LinkAttribute::IfName(POD_INTERFACE.to_owned()),
@@ -189,7 +188,7 @@ impl Bridge {
         let mut netlink = lock(&self.node);
         let Err(source) = netlink.request(&[request]) else { return Ok(()) };
         let (sandbox_id, interface) = (sandbox_id.to_owned(), attachment.host_interface.clone());
-        // EEXIST may mean either end's name. In doubt the kernel's own words do.
+        // EEXIST may mean either end's name. In doubt the kernel's own message is kept.
         if source.errno() == Some(Errno::EEXIST) && matches!(find_link(&mut netlink, &interface), Ok(Some(_)))
         {
             return Err(Error::InterfaceTaken { sandbox_id, interface });
@@ -202,7 +201,7 @@ impl Bridge {
         const FIND: &str = "find the pod's interface";
         let replies = inside.request(&[
             set_up_link("bring loopback up", LOOPBACK_INDEX, Vec::new()),
-            // Number 0: the one that the name says.
+            // Number 0: look up the interface by name.
             set_up_link(
                 "bring the pod's interface up",
                 0,
@@ -226,7 +225,7 @@ impl Bridge {
     }
 }
 
-/// The first error, and beside it that of the undoing, if that failed too.
+/// The first error, together with that of the rollback, if it failed too.
 fn with_undo(first: Error, undo: Result<(), Error>) -> Error {
     match undo {
         Ok(()) => first,

@@ -27,16 +27,16 @@ pub struct Dead {
 
 impl Bridge {
     /// Removes interfaces and frees addresses of all sandboxes that are not among the living.
-    /// Sandboxes that are being made must be among them, so this is for the start, or under
-    /// whatever keeps new ones from being made.
+    /// Sandboxes that are being created must be among them, so this is for startup, or for a time
+    /// when no new ones can be created.
     ///
     /// # Errors
-    /// The first failure; the rest was tried.
+    /// The first failure, after everything was tried.
     pub fn reconcile<'a>(&self, living: impl IntoIterator<Item = &'a str>) -> Result<Reconciled, Error> {
         self.remove_dead(&self.dead(living)?)
     }
 
-    /// What there is of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a
+    /// The remains of sandboxes that are not among the living, for [`Bridge::remove_dead`] at a
     /// later time, when there may be new ones.
     ///
     /// # Errors
@@ -53,7 +53,7 @@ impl Bridge {
     /// Removes the interfaces, permissions and addresses of dead sandboxes.
     ///
     /// # Errors
-    /// The first failure; the rest was tried.
+    /// The first failure, after everything was tried.
     pub fn remove_dead(&self, dead: &Dead) -> Result<Reconciled, Error> {
         let mut result = Reconciled::default();
         let mut failure = None;
@@ -65,7 +65,7 @@ impl Bridge {
         }
         let table = masquerade::table(&self.config.name);
         for (id, addresses) in &dead.owners {
-            // Without a valid owner it was never let through the firewall.
+            // Without a valid owner the firewall never let it through.
             if let Some(interface) = identity::host_interface(&self.config.name, id) {
                 let port = Port { interface, addresses: addresses.clone() };
                 if let Err(source) = guard::dismiss(&mut lock(&self.netfilter), &table, &port) {

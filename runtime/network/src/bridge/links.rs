@@ -53,7 +53,7 @@ pub(super) fn get_link(operation: &'static str, name: &str) -> Request {
     let mut message = LinkMessage::default();
     message.attributes = vec![
         LinkAttribute::IfName(name.to_owned()),
-        // Counters are most of the answer, and summed up over all processors.
+        // Counters are most of the answer, and have to be summed over all processors.
         LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]),
     ];
     Request::route(operation, 0, &RouteNetlinkMessage::GetLink(message))
@@ -105,8 +105,8 @@ fn address_message(index: u32, address: InterfaceAddress) -> AddressMessage {
         }
         IpAddr::V6(_) => {
             message.header.family = AddressFamily::Inet6;
-            // The store knows that it is unique; looking for a duplicate would keep it from use for
-            // a second.
+            // The store ensures that it is unique; duplicate detection would delay its use by a
+            // second.
             message.header.flags = AddressHeaderFlags::Nodad;
         }
     }

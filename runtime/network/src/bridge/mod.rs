@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Attaching takes four exchanges with the kernel: one lets the pod's addresses through the
-//! firewall; one makes the pair whole (peer named and placed in the pod's namespace, host end up
+//! firewall; one creates the whole pair (peer named and placed in the pod's namespace, host end up
 //! and a port of the bridge); two in the pod bring its interfaces up and find the number of `eth0`,
 //! and set addresses and routes. What a sandbox owns is found again from its id: the interface by
 //! its derived name, the addresses in their store.
@@ -20,8 +20,8 @@
 //! pods' namespaces, and lets no two daemons use one bridge name. Left to others: host ports, and
 //! rules of other firewalls that stop forwarded packets.
 //!
-//! `set_up` creates it and `repair` restores it; `attach` attaches and detaches pods, `dead`
-//! removes remains; `links` has the requests to the kernel.
+//! `set_up` creates the bridge and `repair` restores it; `attach` attaches and detaches pods,
+//! `dead` removes remains; `links` has the requests to the kernel.
 
 mod attach;
 mod dead;
@@ -48,9 +48,9 @@ pub use dead::{Dead, Reconciled};
 pub use repair::NotReady;
 
 /// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace
-/// period, tens of milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c): no
-/// one who makes interfaces should wait for that, and several that are deleted at the same time
-/// share one period. Eight is what a daemon stops at once.
+/// period, tens of milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c):
+/// creating an interface should not have to wait for that, and several deletions at the same time
+/// share one period. A daemon stops eight pods at once.
 const REMOVERS: usize = 8;
 
 /// Why a network operation failed.
@@ -102,7 +102,7 @@ pub enum Error {
         /// The name.
         interface: String,
     },
-    /// An interface has the bridge's name, but was not made here.
+    /// An interface has the bridge's name, but was not created by Berth.
     #[error(
         "interface {name} exists and was not created by Berth (its MAC address is not {expected}); remove it or set network.bridge"
     )]
@@ -112,7 +112,7 @@ pub enum Error {
         /// The MAC address that a bridge of ours has.
         expected: MacAddress,
     },
-    /// The bridge has pods that have no addresses here.
+    /// The bridge has pods of which this store has no addresses.
     #[error(
         "interface {interface} of bridge {name} belongs to a pod without an address record here: another berthd uses the bridge, or \
          the records were deleted; set network.bridge and network.ipv4 for this one, or remove the interface"
@@ -195,7 +195,7 @@ impl Bridge {
         self.addresses.unread()
     }
 
-    /// The configuration in use; without IPv6 on a host that has none.
+    /// The configuration in use; without IPv6 on a host that lacks it.
     pub fn config(&self) -> &BridgeConfig {
         &self.config
     }
@@ -206,7 +206,7 @@ impl Bridge {
 
     /// Deletes an interface of the node; absence is not an error.
     fn remove_link(&self, interface: &str) -> Result<(), netlink::Error> {
-        // In turn; the vector is never empty, and the stand-in would only be slow.
+        // In turn; the vector is never empty, and the fallback would only be slow.
         let turn = self.next_remover.fetch_add(1, Ordering::Relaxed) % REMOVERS;
         let remover = self.removers.get(turn).unwrap_or(&self.node);
         match lock(remover).request(&[delete_link(interface)]) {
@@ -225,7 +225,7 @@ impl Bridge {
         let prefix = match address {
             IpAddr::V4(_) => self.config.ipv4.prefix(),
             // An IPv6 address of an earlier configuration may outlive its subnet here; a host route
-            // is true of any address.
+            // is valid for any address.
             IpAddr::V6(_) => self.config.ipv6.map_or(128, |subnet| subnet.prefix()),
         };
         InterfaceAddress { address, prefix }

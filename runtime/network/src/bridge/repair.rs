@@ -21,7 +21,7 @@ use crate::{identity, masquerade, nft};
 /// Why pods have no network.
 #[derive(Debug, thiserror::Error)]
 pub enum NotReady {
-    /// There is no interface with the bridge's name and MAC address.
+    /// No interface has the bridge's name and MAC address.
     #[error("the bridge {name} is gone")]
     BridgeGone {
         /// Its name.
@@ -39,10 +39,10 @@ pub enum NotReady {
         /// Its name.
         table: String,
     },
-    /// The host stopped forwarding, though it was allowed to be set to.
+    /// The host stopped forwarding, though Berth may turn it on.
     #[error("the host does not forward packets")]
     ForwardingOff,
-    /// The state could not be asked for.
+    /// The state could not be queried.
     #[error("cannot query the state of the network")]
     Netlink {
         /// The cause.
@@ -80,8 +80,8 @@ impl Bridge {
                     .ok_or_else(|| Error::BridgeTaken { name: name.to_owned(), expected })?
             }
         };
-        // The MAC is set in the request that makes the bridge, so that even a crash right after it
-        // leaves the mark.
+        // The MAC is set in the request that creates the bridge, so that even a crash right after
+        // it leaves the mark.
         if link.mac != Some(expected.0) {
             return Err(Error::BridgeTaken { name: name.to_owned(), expected });
         }
@@ -99,9 +99,9 @@ impl Bridge {
         if self.config.forwarding {
             forwarding::turn_on(self.families()).map_err(|source| Error::Forwarding { source })?;
         }
-        // Under this lock a pod that is attached meanwhile is admitted before, and then has its
-        // address already and is in the script, or after. One that is detached has neither address
-        // nor leave, or both.
+        // Under this lock a pod that is attached meanwhile is either admitted before, and then has
+        // its address already and is in the script, or after. A pod that is detached has either
+        // neither address nor permission, or both.
         let _admissions = lock(&self.netfilter);
         let owners = self.addresses.owners().into_iter();
         let pods: Vec<Port> = owners
@@ -187,7 +187,7 @@ impl Bridge {
         for conflict in conflicts {
             let interface =
                 links.iter().find(|link| link.index == conflict.index).map(|link| link.name.as_str());
-            // An interface that went away between the two lists holds no address any more.
+            // An interface that disappeared between the two lists no longer has an address.
             if let Some(interface) = interface.filter(|interface| *interface != self.config.name.as_str()) {
                 let (interface, address) = (interface.to_owned(), conflict.address);
                 return Err(Error::SubnetTaken { interface, address });
@@ -196,8 +196,7 @@ impl Bridge {
         Ok(())
     }
 
-    /// Makes the host ends that no bridge holds ports of this one: they lost theirs when it was
-    /// deleted.
+    /// Makes host ends without a bridge ports of this one: they lost theirs when it was deleted.
     fn enslave_orphans(&self, netlink: &mut Netlink, index: u32) -> Result<(), Error> {
         for link in self.pod_links(netlink)? {
             if link.master == Some(index) {

@@ -22,25 +22,25 @@ impl Bridge {
     /// [`Bridge::set_up_for`] no sandboxes.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Bridge::set_up_for`].
     pub fn set_up(config: BridgeConfig, address_directory: &Path) -> Result<Self, Error> {
         Self::set_up_for(config, address_directory, &BTreeMap::new())
     }
 
-    /// Makes the bridge, its addresses, the firewall tables, and forwarding if allowed; or takes
-    /// over what is there already. To be called on a thread in the node's network namespace. Runs
+    /// Creates the bridge, its addresses, the firewall tables, and turns forwarding on if allowed;
+    /// or takes over what exists. To be called on a thread in the node's network namespace. Runs
     /// `nft` once.
     ///
     /// `address_directory` is the parent of the bridge's own directory of address records,
     /// `<address_directory>/<bridge name>`. `sandboxes` are those of the caller that may have an
-    /// interface, each with the addresses that it is known to use: records that were lost are made
-    /// again.
+    /// interface, each with the addresses that it is known to use: lost records are restored from
+    /// them.
     ///
     /// # Errors
     /// [`Error::BridgeShared`], and then nothing was changed; [`Error::BridgeTaken`],
     /// [`Error::SubnetTaken`], [`Error::Node`], [`Error::Addresses`], [`Error::Firewall`],
-    /// [`Error::Forwarding`]. What was made before the failure stays; another set-up goes on from
-    /// there.
+    /// [`Error::Forwarding`]. What was created before the failure stays; another set-up continues
+    /// from there.
     pub fn set_up_for(
         mut config: BridgeConfig,
         address_directory: &Path,
@@ -72,7 +72,7 @@ impl Bridge {
         Ok(bridge)
     }
 
-    /// Makes the address records of sandboxes again that have an interface and lack them.
+    /// Restores the address records of sandboxes that have an interface and lack them.
     fn restore_addresses(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
         if sandboxes.is_empty() {
             return Ok(());
@@ -89,9 +89,9 @@ impl Bridge {
         Ok(())
     }
 
-    /// Refuses a bridge with pods when there is no record of any, and none of them is the caller's:
-    /// a second daemon would give their addresses away once more. The links of pods that have gone
-    /// just now are waited for.
+    /// Refuses a bridge with pods when no address of any is recorded, and none of them is the
+    /// caller's: a second daemon would assign their addresses again. It waits for the links of pods
+    /// that have just ended.
     fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
         let own: HashSet<String> =
             sandboxes.keys().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
@@ -120,9 +120,8 @@ impl Bridge {
     /// Removes the bridge, the firewall tables and the directory of address records. The forwarding
     /// sysctls stay as they are: others may have come to rely on them. Runs `nft` once.
     ///
-    /// # Errors
-    /// [`Error::InUse`], and then nothing was removed; else the first failure, after everything was
-    /// tried.
+    /// [`Error::InUse`], and then nothing was removed; otherwise the first failure, after
+    /// everything was tried.
     pub fn tear_down(self) -> Result<(), Error> {
         let taken = self.addresses.taken();
         if taken != 0 {

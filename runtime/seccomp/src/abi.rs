@@ -111,8 +111,7 @@ impl Abi {
     /// The interface of the programs that this crate is compiled for.
     pub(crate) const NATIVE: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
 
-    /// The interface behind an OCI architecture; nothing for those of machines that Berth does not
-    /// run on.
+    /// The interface of an OCI architecture; `None` for machines that Berth does not run on.
     pub(crate) fn from_oci(arch: Arch) -> Option<Self> {
         match arch {
             Arch::ScmpArchNative => Some(Self::NATIVE),
@@ -124,7 +123,7 @@ impl Abi {
         }
     }
 
-    /// The name by which Docker's form of a profile calls it: Go's.
+    /// The name that Docker's form of a profile uses for it, which is Go's.
     pub(crate) fn go_name(self) -> &'static str {
         match self {
             Self::X86_64 | Self::X32 => "amd64",
@@ -133,7 +132,7 @@ impl Abi {
         }
     }
 
-    /// What is in `seccomp_data.arch`.
+    /// The value of `seccomp_data.arch`.
     pub(crate) fn audit_arch(self) -> u32 {
         match self {
             Self::X86_64 | Self::X32 => AUDIT_ARCH_X86_64,
@@ -146,7 +145,7 @@ impl Abi {
     pub(crate) fn has_wide_arguments(self) -> bool {
         match self {
             Self::X86_64 | Self::Aarch64 => true,
-            // libseccomp takes x32 for a 32-bit interface too.
+            // libseccomp treats x32 as a 32-bit interface too.
             Self::X32 | Self::X86 => false,
         }
     }
@@ -169,7 +168,7 @@ impl Abi {
         u32::try_from(id).ok()
     }
 
-    /// All numbers that the table knows to be given away, in order.
+    /// All numbers that are assigned in the table, in order.
     pub(crate) fn assigned(self) -> Vec<u32> {
         let numbers =
             |ids: &mut dyn Iterator<Item = i32>| ids.filter_map(|id| u32::try_from(id).ok()).collect();
@@ -187,8 +186,8 @@ impl Abi {
         assigned
     }
 
-    /// The older way to the same call on i386: the number of the call that does it, and what its
-    /// first argument then is.
+    /// The older way to make the same call on i386: the number of the multiplexing call, and its
+    /// first argument.
     pub(crate) fn multiplexer(self, name: &str) -> Option<(u32, u64)> {
         if self != Self::X86 {
             return None;

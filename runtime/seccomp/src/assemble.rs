@@ -8,7 +8,7 @@
 //!     └─ left half … down to a leaf: ret action, or rules one after another
 //! ```
 //! A search takes about eight comparisons where a list would take hundreds, and for calls that are
-//! always allowed the kernel (since 5.11) evaluates the filter once and remembers it.
+//! always allowed the kernel (since 5.11) evaluates the filter once and caches the result.
 
 use crate::CompileError;
 use crate::abi::{Abi, MAX_INSTRUCTIONS, X32_BIT};
@@ -69,8 +69,8 @@ pub(crate) fn assemble(lowered: &Lowered) -> Result<Vec<u8>, CompileError> {
     Ok(program.iter().flat_map(bytes).collect())
 }
 
-/// `filter`, but for calls of this machine's own architecture that have one of these numbers and
-/// exactly these first arguments: those are let through.
+/// `filter`, except that calls of this machine's own architecture with one of these numbers and
+/// exactly these first arguments are let through.
 pub(crate) fn letting_through(filter: &[u8], calls: &[(u32, &[u64])]) -> Result<Vec<u8>, CompileError> {
     let mut program = vec![plain(code::LOAD, OFFSET_ARCH)];
     let mut native = Vec::new();
@@ -96,13 +96,13 @@ fn bytes(instruction: &Instruction) -> [u8; 8] {
     [c0, c1, instruction.if_true, instruction.if_false, k0, k1, k2, k3]
 }
 
-/// The block when the test holds, else on behind it.
+/// The block when the test holds, otherwise the code after it.
 fn skip_unless(test: Instruction, block: Vec<Instruction>) -> Vec<Instruction> {
     let mut out = Vec::with_capacity(block.len() + 2);
     match u8::try_from(block.len()) {
         Ok(length) => out.push(Instruction { if_false: length, ..test }),
-        // A conditional jump reaches 255 instructions; beyond, a plain one, which reaches all,
-        // takes over.
+        // A conditional jump reaches 255 instructions; beyond that a plain one takes over, which
+        // reaches any.
         Err(_) => {
             out.push(Instruction { if_true: 1, ..test });
             out.push(plain(code::JUMP, distance(block.len())));
@@ -157,7 +157,7 @@ fn leaf(decision: &Decision, abi: Abi) -> Vec<Instruction> {
     }
 }
 
-/// Where a step of a condition goes on.
+/// Where a step of a condition continues.
 #[derive(Clone, Copy)]
 enum To {
     /// To the next step.
@@ -183,7 +183,7 @@ fn test(code: u16, operand: u32, if_true: To, if_false: To) -> Step {
     Step { instruction: plain(code, operand), if_true, if_false }
 }
 
-/// All conditions of a rule, then its action; behind it where one fails.
+/// All conditions of a rule, then its action; if one fails, the code after it.
 fn rule_block(rule: &Rule, abi: Abi) -> Vec<Instruction> {
     let conditions: Vec<Vec<Step>> = rule.conditions.iter().map(|condition| steps(*condition, abi)).collect();
     let mut left: usize = conditions.iter().map(Vec::len).sum::<usize>();

@@ -1,4 +1,4 @@
-//! Filters that were made before: a node has few profiles and many containers.
+//! Cached filters: a node has few profiles and many containers.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use crate::{CompileError, Filter, compile};
 /// Localhost file one; a filter has a few KiB.
 const KEPT: usize = 64;
 
-/// The filters made last, by the digest of their profile. Shared between threads.
+/// The most recent filters, by the digest of their profile. Shared between threads.
 #[derive(Debug, Default)]
 pub struct Cache {
     filters: Mutex<VecDeque<([u8; 32], Arc<Filter>)>>,
@@ -25,21 +25,23 @@ impl Cache {
         Self::default()
     }
 
-    /// The filter of a profile, made if it is not there.
+    /// The filter of a profile, compiled if it is not cached.
     ///
     /// # Errors
     /// Those of [`compile`]; they are not kept.
     pub fn get(&self, profile: &LinuxSeccomp) -> Result<Arc<Filter>, CompileError> {
-        // A profile consists of strings and numbers, whose serialization cannot fail; were it to,
-        // the profile is just not kept.
+        // A profile consists of strings and numbers, whose serialization cannot fail; if it did,
+        // the profile would just not be cached.
         let Ok(text) = serde_json::to_vec(profile) else { return compile(profile).map(Arc::new) };
         let digest: [u8; 32] = Sha256::digest(&text).into();
-        // Nothing in here leaves the list half changed, so a panic elsewhere does not spoil it.
+        // Nothing in this file leaves the list half changed, so a panic elsewhere does not spoil
+        // it.
         let lock = || self.filters.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, filter)) = lock().iter().find(|(known, _)| *known == digest) {
             return Ok(Arc::clone(filter));
         }
-        // Without the lock: two may make the same filter at the same time, and one of them is kept.
+        // Without the lock: two threads may compile the same filter at the same time, and one of
+        // them is kept.
         let filter = Arc::new(compile(profile)?);
         let mut filters = lock();
         if !filters.iter().any(|(known, _)| *known == digest) {

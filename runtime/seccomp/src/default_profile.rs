@@ -1,12 +1,12 @@
 //! RuntimeDefault: the profile for containers that ask for the runtime's own.
 //!
-//! An allow list, arranged by what the calls are for. A call is on it when an ordinary program may
-//! need it and the kernel's own checks (ids, capabilities, namespaces) decide about its use; calls
-//! that need a capability are on it when the container has that capability, because that was a
-//! decision. Off the list are calls that reach into the whole machine, that widen the kernel's
+//! An allow list, arranged by the purpose of the calls. A call is on it when an ordinary program
+//! may need it and the kernel's own checks (ids, capabilities, namespaces) decide about its use;
+//! calls that need a capability are on it when the container has that capability, because that was
+//! a decision. Off the list are calls that reach into the whole machine, that widen the kernel's
 //! attack surface without need (io_uring, userfaultfd, keyrings, AF_VSOCK and AF_ALG sockets), and
 //! relics. Every call of the tables is either on a list here or on [`REFUSED`], each with its
-//! group's reason; a test sees to it that none is forgotten.
+//! group's reason; a test checks that none is forgotten.
 
 use std::collections::BTreeSet;
 
@@ -22,16 +22,16 @@ const ENOSYS: u32 = 38;
 /// there and is for clone3 and unshare only.
 const CLONE_NAMESPACES: u64 = 0x7e02_0000;
 
-/// Address families of socket(2). AF_ALG gives the kernel's cipher code to all (CVE-2026-31431 and
-/// before); AF_VSOCK reaches the hypervisor and, on a host of virtual machines, all of them, past
-/// every network policy.
+/// Address families of socket(2). AF_ALG exposes the kernel's cipher code to everyone
+/// (CVE-2026-31431 and earlier ones); AF_VSOCK reaches the hypervisor and, on a host of virtual
+/// machines, all of them, past every network policy.
 const AF_ALG: u64 = 38;
-/// The others from there on: NFC, and those after AF_VSOCK (40), up to MCTP in Linux 6.18. One by
-/// one, not "above 40": the kernel cuts the argument down to an int, so 2^32 + 38, which is above
-/// 40, is AF_ALG to it.
+/// The other families above that: NFC, and those after AF_VSOCK (40), up to MCTP in Linux 6.18. One
+/// by one, not "above 40": the kernel cuts the argument down to an int, so 2^32 + 38, which is
+/// above 40, is AF_ALG to it.
 const AF_ABOVE_ALG: [u64; 6] = [39, 41, 42, 43, 44, 45];
 
-/// personality(2): Linux, 32-bit, either with `UNAME26`, and the question what it is. Not
+/// personality(2): Linux, 32-bit, either with `UNAME26`, and the query for the current one. Not
 /// `ADDR_NO_RANDOMIZE` and the like.
 const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
@@ -401,7 +401,7 @@ const ALLOWED: [&[&str]; 13] = [
         "timerfd_settime",
         "timerfd_settime64",
     ],
-    // Sockets that exist. Making them has rules of its own.
+    // Existing sockets. Creating them has its own rules.
     &[
         "accept",
         "accept4",
@@ -508,7 +508,7 @@ const CONDITIONAL: [&str; 6] = ["clone", "clone3", "personality", "socket", "soc
 /// decided reads this.
 #[cfg(test)]
 const REFUSED: [&[&str]; 5] = [
-    // Of the whole machine: another kernel, swap, the root of the mount tree.
+    // They affect the whole machine: another kernel, swap, the root of the mount tree.
     &["kexec_file_load", "kexec_load", "pivot_root", "swapoff", "swapon"],
     // Attack surface without need: keyrings are not namespaced, io_uring does calls that no filter
     // sees, userfaultfd makes races easy.
@@ -528,7 +528,7 @@ const REFUSED: [&[&str]; 5] = [
     &["migrate_pages", "move_pages"],
     // Superseded, and little tested since.
     &["_sysctl", "bdflush", "nfsservctl", "sysfs", "uselib", "ustat"],
-    // Never there, or no more.
+    // Never implemented, or removed.
     &[
         "afs_syscall",
         "break",
@@ -561,12 +561,12 @@ const REFUSED: [&[&str]; 5] = [
 /// The profile for a container with these capabilities (`CAP_SYS_ADMIN` or `SYS_ADMIN`; unknown
 /// names mean nothing).
 ///
-/// Besides the lists: `clone` makes no namespaces, and `clone3`, whose flags are out of a filter's
-/// sight, is said not to exist, so that C libraries use `clone`; both are free with CAP_SYS_ADMIN.
-/// `socket` and `socketpair` make neither AF_ALG nor AF_VSOCK sockets; the way to them through
-/// i386's `socketcall`, where the family is out of sight, is closed (`ENOSYS`: musl and Go then use
-/// the direct calls, which Linux has had since 4.3; a 32-bit glibc does not, and needs another
-/// profile). `personality` takes five harmless values.
+/// Besides the lists: `clone` creates no namespaces, and `clone3`, whose flags a filter cannot see,
+/// is reported as not implemented, so that C libraries use `clone`; both are free with
+/// CAP_SYS_ADMIN. `socket` and `socketpair` create neither AF_ALG nor AF_VSOCK sockets; the way to
+/// them through i386's `socketcall`, where a filter cannot see the family, is closed (`ENOSYS`:
+/// musl and Go then use the direct calls, which Linux has had since 4.3; a 32-bit glibc does not,
+/// and needs another profile). `personality` takes five harmless values.
 ///
 /// Covers x86_64 with i386; x32 is left out, since it doubles what can be reached and is unused.
 #[must_use]
@@ -686,7 +686,7 @@ mod tests {
         decided.extend(REFUSED.concat());
         let all: BTreeSet<&str> = decided.iter().copied().collect();
         assert_eq!(all.len(), decided.len(), "one is decided twice");
-        // The tables have one name that is a word of Rust: `r#break`.
+        // The tables contain one name that is a keyword of Rust: `r#break`.
         for table in [
             syscalls::x86_64::Sysno::iter().map(|call| call.name()).collect::<Vec<_>>(),
             syscalls::x86::Sysno::iter().map(|call| call.name()).collect(),
@@ -699,7 +699,7 @@ mod tests {
             assert!(forgotten.is_empty(), "{forgotten:?}");
         }
         // Names inside socketcall have no number, and the crate spells `break`, which no kernel
-        // ever had behind it, as Rust does.
+        // ever implemented, as Rust does.
         let nowhere: Vec<_> = all
             .into_iter()
             .filter(|name| Abi::X86_64.number(name).is_none() && Abi::X86.number(name).is_none())
@@ -709,8 +709,8 @@ mod tests {
 
     type Verdict = (&'static str, &'static [u64], Option<u32>, Option<u32>);
 
-    /// Name, arguments, and what is said on amd64 and on i386 (nothing where the call does not
-    /// exist) with the usual capabilities.
+    /// Name, arguments, and the answer on amd64 and on i386 (nothing where the call does not exist)
+    /// with the usual capabilities.
     #[rustfmt::skip]
     const VERDICTS: [Verdict; 75] = [
         ("read", &[], Some(ALLOW), Some(ALLOW)),

@@ -1,15 +1,17 @@
-//! The filter for a process on its way into a container where others live.
+//! The filter for a process that is about to enter a container where other processes live.
 //!
-//! What such a process is not to do must be forbidden from its birth on, because others in there
-//! may take it over. Where the program's own filter forbids what the way takes, this one is in
-//! force until the end of the way: the program's, but for exactly those calls.
+//! What such a process must not do has to be forbidden from its birth on, because others in the
+//! container may take it over. Where the program's own filter forbids calls that entering needs,
+//! this filter is in force until the process has entered: the program's, except for exactly those
+//! calls.
 
 use crate::abi::Abi;
 use crate::{CompileError, Filter, assemble};
 
 impl Filter {
-    /// The filter for the way that takes `calls` (names, and their first arguments) and in the end
-    /// `last`, which installs this one. Empty when this filter lets all of `calls` through itself.
+    /// The filter for a process that enters by making `calls` (names, and their first arguments)
+    /// and at the end `last`, which installs the program's own filter. Empty when that filter lets
+    /// all of `calls` through itself.
     ///
     /// # Errors
     /// [`CompileError::TooLong`].

@@ -1,5 +1,5 @@
-//! What a filter answers to a call, as the kernel would run it: for who has to make calls under a
-//! filter before the program does.
+//! What a filter answers to a call, evaluated as the kernel does: for code that has to make calls
+//! under a filter before the program does.
 
 use crate::Filter;
 use crate::abi::Abi;
@@ -27,7 +27,7 @@ impl Call {
     }
 }
 
-/// Runs a filter. Nothing for what the kernel's checker would have refused.
+/// Runs a filter. `None` for a filter that the kernel's checker would have refused.
 pub(crate) fn run(filter: &[u8], call: &Call) -> Option<u32> {
     let mut accumulator = 0_u32;
     let mut rest = filter;
@@ -59,8 +59,8 @@ pub(crate) fn run(filter: &[u8], call: &Call) -> Option<u32> {
 
 impl Filter {
     /// Whether the filter lets a program of this machine's own architecture make a call with these
-    /// first arguments; those not given are 0. A name that the architecture does not have is no
-    /// call of its, and let through.
+    /// first arguments; those not given are 0. A name that the architecture lacks cannot be called,
+    /// and counts as let through.
     #[must_use]
     pub fn admits(&self, name: &str, args: &[u64]) -> bool {
         let Some(number) = Abi::NATIVE.number(name) else { return true };

@@ -39,7 +39,7 @@ pub struct Filter {
     pub flags: u32,
 }
 
-/// Why a profile cannot be made into a filter.
+/// Why a profile cannot be compiled into a filter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompileError {
@@ -74,17 +74,17 @@ pub enum CompileError {
         /// The value that is refused.
         index: usize,
     },
-    /// The kernel takes no longer programs: `BPF_MAXINSNS`, <linux/bpf_common.h>.
+    /// The kernel accepts no longer programs: `BPF_MAXINSNS`, <linux/bpf_common.h>.
     #[error("the seccomp filter has {instructions} instructions, more than 4096")]
     TooLong {
-        /// How many it would have.
+        /// The length that it would have.
         instructions: usize,
     },
 }
 
-/// Makes the filter of a profile.
+/// Compiles the filter of a profile.
 ///
-/// What the runtime-spec leaves open is decided so:
+/// Where the runtime-spec leaves something open, these rules apply:
 /// - Conditions of one rule must all hold, but when an argument index occurs twice in it, each
 ///   condition becomes its own rule, as in runc and crun: any of them suffices.
 /// - A rule without conditions wins over all rules with conditions for the same system call,
@@ -235,7 +235,7 @@ mod tests {
         ];
         (number, prop::array::uniform6(value())).prop_map(|((arch, number), mut args)| {
             if arch == 0x4000_0003 {
-                // What a 32-bit program passes has no high half.
+                // The arguments of a 32-bit program have no high half.
                 args = args.map(|arg| arg & 0xffff_ffff);
             }
             Call { number, arch, args }
@@ -303,7 +303,7 @@ mod tests {
         assert!(
             compile(&one(long.clone())).is_err_and(|error| matches!(error, CompileError::TooLong { .. }))
         );
-        // Names times conditions, which is refused before it takes memory.
+        // Names times conditions, refused before it takes memory.
         long.set_names(vec!["read".into(); 100_000]);
         assert!(
             compile(&one(long.clone())).is_err_and(|error| matches!(error, CompileError::TooLong { .. }))

@@ -19,7 +19,7 @@ pub(crate) mod ret {
     pub(crate) const TRACE: u32 = 0x7ff0_0000;
     pub(crate) const LOG: u32 = 0x7ffc_0000;
     pub(crate) const ALLOW: u32 = 0x7fff_0000;
-    /// Which part of the value is the action.
+    /// The part of the value that is the action.
     pub(crate) const ACTION: u32 = 0xffff_0000;
     pub(crate) const ENOSYS: u32 = ERRNO | 38;
 }
@@ -27,7 +27,7 @@ pub(crate) mod ret {
 const EPERM: u32 = 1;
 /// The kernel cuts a larger errno down to this: `MAX_ERRNO`, <linux/err.h>.
 const MAX_ERRNO: u32 = 4095;
-/// What a tracer receives has 16 bits: `SECCOMP_RET_DATA`.
+/// A tracer receives 16 bits: `SECCOMP_RET_DATA`.
 const MAX_TRACE: u32 = 0xffff;
 
 const FLAG_LOG: u32 = 1 << 1;
@@ -63,7 +63,7 @@ pub(crate) struct Rule {
     pub(crate) action: u32,
 }
 
-/// What happens to one number, or a range of them.
+/// The decision for one number, or a range of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Decision {
     Always(u32),
@@ -86,7 +86,7 @@ pub(crate) struct Lowered {
     pub(crate) flags: u32,
 }
 
-/// A rule of the profile, before it is known which numbers it is about.
+/// A rule of the profile, before its numbers are known.
 struct Stated<'a> {
     names: &'a [String],
     action: u32,
@@ -96,7 +96,7 @@ struct Stated<'a> {
 
 /// See [`crate::compile`] for what is decided here.
 pub(crate) fn lower(profile: &LinuxSeccomp) -> Result<Lowered, CompileError> {
-    // Empty is how profiles and generators say that there is none.
+    // Profiles and generators leave it empty to say that there is none.
     if profile.listener_path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
         return Err(CompileError::Notification { feature: "listenerPath" });
     }
@@ -128,7 +128,7 @@ fn flags(flags: &[LinuxSeccompFilterFlag]) -> Result<u32, CompileError> {
         bits |= match flag {
             LinuxSeccompFilterFlag::SeccompFilterFlagLog => FLAG_LOG,
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => FLAG_SPEC_ALLOW,
-            // It is about other threads of the installer, and the shim's child has none.
+            // It concerns other threads of the installer, and the shim's child has none.
             LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
             LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
                 return Err(CompileError::Notification { feature: "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV" });
@@ -195,7 +195,7 @@ fn alternatives(syscall: &str, args: &[LinuxSeccompArg]) -> Result<Vec<Vec<Condi
     Ok(vec![conditions])
 }
 
-/// Whether an action lets the call happen, now or at a tracer's word.
+/// Whether an action lets the call happen, now or by a tracer's decision.
 fn permits(action: u32) -> bool {
     matches!(action & ret::ACTION, ret::ALLOW | ret::LOG | ret::TRACE)
 }
@@ -206,8 +206,8 @@ fn table(abi: Abi, default: u32, rules: &[Stated<'_>]) -> Result<Table, CompileE
     let mut newest = None;
     let mut count = 0;
     let mut add = |number: u32, conditions: Vec<Condition>, action: u32| {
-        // Each takes instructions. A hostile profile multiplies names by conditions, so the end is
-        // drawn here already.
+        // Each takes instructions. A hostile profile multiplies names by conditions, so the limit
+        // is already enforced here.
         count += 1;
         if count > MAX_INSTRUCTIONS {
             return Err(CompileError::TooLong { instructions: count });

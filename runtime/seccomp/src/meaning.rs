@@ -1,4 +1,5 @@
-//! For tests: what a profile means for a call, in the plainest way, to hold filters against.
+//! For tests: the meaning of a profile for a call, computed in the plainest way, to check filters
+//! against.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -8,13 +9,13 @@ use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompOper
 use crate::abi::{Abi, X32_BIT};
 use crate::evaluate::Call;
 
-/// What a filter that the kernel takes answers.
+/// The answer of a filter that the kernel accepts.
 pub(crate) fn run(filter: &[u8], call: &Call) -> u32 {
     crate::evaluate::run(filter, call).expect("the kernel would have refused this filter")
 }
 
 thread_local! {
-    /// Looking names up is slow in a build without optimization.
+    /// Looking up names is slow in a build without optimization.
     static NUMBERS: RefCell<HashMap<(Abi, String), Option<u32>>> = RefCell::default();
 }
 
@@ -22,7 +23,7 @@ fn number(abi: Abi, name: &str) -> Option<u32> {
     NUMBERS.with_borrow_mut(|known| *known.entry((abi, name.to_owned())).or_insert_with(|| abi.number(name)))
 }
 
-/// What a profile means for a call: the text of [`crate::compile`] as code, rule by rule, without
+/// What a profile means for a call: the rules of [`crate::compile`] as code, one by one, without
 /// tables.
 pub(crate) fn meaning(profile: &LinuxSeccomp, call: &Call) -> u32 {
     let wanted: Vec<Arch> = profile.architectures().clone().unwrap_or_default();

@@ -1,9 +1,9 @@
 //! Reading a profile from the file that a pod names as `Localhost`.
 //!
-//! The form is the `seccomp` object of the OCI runtime-spec. Docker's own form has more, and is
-//! what many files are written in: `archMap`, `name` in place of `names`, errors by name, and rules
-//! with `includes` and `excludes`, which hold only for some capabilities, architectures and kernels
-//! ([`Circumstances`]). All of that is resolved here; what comes out is plain OCI.
+//! The form is the `seccomp` object of the OCI runtime-spec. Docker's own form, in which many files
+//! are written, has more: `archMap`, `name` in place of `names`, errors by name, and rules with
+//! `includes` and `excludes`, which apply only for some capabilities, architectures and kernels
+//! ([`Circumstances`]). All of that is resolved here into plain OCI.
 
 use oci_spec::runtime::{Arch, LinuxSeccomp};
 use serde::Deserialize;
@@ -19,7 +19,7 @@ pub const MAX_PROFILE_BYTES: usize = 1024 * 1024;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseError {
-    /// More than a profile can reasonably have.
+    /// Larger than a profile can reasonably be.
     #[error("the seccomp profile is larger than 1 MiB")]
     TooLarge,
     /// Not JSON, or not of the form.
@@ -32,7 +32,7 @@ pub enum ParseError {
     /// A rule with both `name` and `names`.
     #[error("a seccomp rule has both name and names: {name:?}")]
     TwoNames {
-        /// The former.
+        /// The `name`.
         name: String,
     },
     /// `minKernel` that is not a version.
@@ -41,18 +41,19 @@ pub enum ParseError {
         /// As written.
         text: String,
     },
-    /// An error that has no number here.
+    /// An error name that is not known here.
     #[error("the seccomp profile has an unknown errno: {name:?}")]
     Errno {
         /// As written.
         name: String,
     },
-    /// Both ways to say architectures.
+    /// Both ways of naming architectures.
     #[error("the seccomp profile has both architectures and archMap")]
     TwoArchitectures,
 }
 
-/// What rules with conditions are judged by: the container that the profile is for, and the node.
+/// What the conditions of rules are evaluated against: the container that the profile is for, and
+/// the node.
 #[derive(Debug, Clone, Default)]
 pub struct Circumstances<'a> {
     /// The capabilities in the container's bounding set, with or without `CAP_`.
@@ -91,7 +92,7 @@ struct SyscallExtras {
     errno: Option<String>,
 }
 
-/// When a rule holds, or does not. An empty field says nothing.
+/// When a rule applies, or does not. An empty field is no condition.
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 struct Conditions {
@@ -103,7 +104,7 @@ struct Conditions {
     min_kernel: Option<String>,
 }
 
-/// What each part of [`Conditions`] comes to; `None` where it says nothing.
+/// The result of each part of [`Conditions`]; `None` where it is no condition.
 struct Verdicts {
     all_caps: Option<bool>,
     any_cap: Option<bool>,
@@ -171,8 +172,8 @@ const ERRNOS: [(&str, u32); 12] = [
     ("EAFNOSUPPORT", 97),
 ];
 
-/// The number of an error that is given by name, which wins over one by number. A name without a
-/// number here needs the number beside it.
+/// The number of an error that is given by name, which wins over one given by number. A name that
+/// is not known here needs the number beside it.
 fn errno(name: Option<String>, number: Option<u32>) -> Result<Option<u32>, ParseError> {
     let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(number) };
     match ERRNOS.iter().find(|(known, _)| *known == name) {

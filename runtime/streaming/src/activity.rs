@@ -1,11 +1,11 @@
-//! When something was last said on a connection, in either direction.
+//! The time of the last traffic on a connection, in either direction.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The last time of a connection.
+/// The last activity of a connection.
 #[derive(Debug)]
 pub(crate) struct Activity {
     start: Instant,
@@ -20,13 +20,13 @@ impl Default for Activity {
 }
 
 impl Activity {
-    /// Something was said just now.
+    /// Records activity now.
     pub(crate) fn note(&self) {
         let millis = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last.fetch_max(millis, Ordering::Relaxed);
     }
 
-    /// Resolves when nothing has been said for this long.
+    /// Resolves after this long without activity.
     pub(crate) async fn ends(&self, after: Duration) {
         loop {
             let end = self.start + Duration::from_millis(self.last.load(Ordering::Relaxed)) + after;

@@ -1,4 +1,4 @@
-//! What a client has sent and is not read yet: how much of it a connection may hold.
+//! Data that a client has sent and that is not read yet: how much of it a connection may hold.
 //!
 //! Each stream of a connection has a queue, and all of them together have one [`Budget`] of bytes.
 //! When it is used up, the connection is not read until a queue is read or dropped; TCP slows the
@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-/// What waits for its readers on one connection, in bytes.
+/// Bytes of one connection that wait for their readers.
 pub(crate) const CONNECTION_BYTES: usize = 1024 * 1024;
 
 /// Pieces of data that wait for the reader of a stream.
 pub(crate) const QUEUE: usize = 16;
 
-/// What a piece costs beside its bytes: one of a single byte takes room too.
+/// The overhead of a piece beyond its bytes: one of a single byte takes room too.
 const PIECE_BYTES: usize = 128;
 
 /// The bytes that a connection may hold.
@@ -35,7 +35,7 @@ struct Piece {
     _held: OwnedSemaphorePermit,
 }
 
-/// The queue will not be read any more.
+/// The queue is no longer read.
 #[derive(Debug)]
 pub(crate) struct Unread;
 
@@ -48,11 +48,11 @@ impl Budget {
     }
 }
 
-/// Why nothing more comes into a queue.
+/// Why no more data comes into a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum End {
-    /// The connection is over, or the stream was given up here.
+    /// The connection has ended, or the stream was given up here.
     Broken = 0,
     /// The peer has sent everything.
     Finished = 1,
@@ -88,7 +88,7 @@ impl Sender {
         QUEUE - self.queue.capacity()
     }
 
-    /// Says why nothing more comes: to be told before the queue is dropped.
+    /// Sets why no more data comes: to be called before the queue is dropped.
     pub(crate) fn end(&self, why: End) {
         self.end.store(why as u8, Ordering::Release);
     }
@@ -102,12 +102,12 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    /// The next bytes; `None` when nothing more comes.
+    /// The next bytes; `None` when no more come.
     pub(crate) async fn receive(&mut self) -> Option<Bytes> {
         self.queue.recv().await.map(|piece| piece.bytes)
     }
 
-    /// Why nothing more comes. Decided once that is so.
+    /// Why no more data comes. Set by the time [`receive`](Self::receive) has returned `None`.
     pub(crate) fn end(&self) -> End {
         match self.end.load(Ordering::Acquire) {
             1 => End::Finished,

@@ -1,8 +1,8 @@
 //! A client of the URLs: the request, and the streams of a command or of a forwarded connection,
 //! over SPDY.
 //!
-//! Connecting is the caller's: to the address in the URL, or to the server's local socket.
-//! Everything here works on a connected stream; [`Target`] is what to ask for there.
+//! The caller connects: to the address in the URL, or to the server's local socket. Everything here
+//! works on a connected stream; [`Target`] is what to request on it.
 
 use std::time::Duration;
 
@@ -23,30 +23,30 @@ use crate::{forward, upgrade};
 /// How long a server may take to answer the request.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// How often a connection on which nothing is said is kept alive: well within [`IDLE`].
+/// How often an idle connection is kept alive: well within [`IDLE`].
 const KEEP_ALIVE: Duration = Duration::from_secs(15 * 60);
 
-/// What is read of the text that a server refuses with.
+/// The limit on the text of a server's refusal.
 const MAX_REFUSAL_BYTES: usize = 4096;
 
-/// Why there is no connection.
+/// Why the connection failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The URL is not one of a streaming server.
     #[error("{0} is not the URL of a streaming server")]
     Url(String),
-    /// The connection broke before the answer, or the answer is no HTTP.
+    /// The connection broke before the answer, or the answer is not HTTP.
     #[error("cannot send the request to the streaming server")]
     Http(#[source] hyper::Error),
-    /// It takes too long.
+    /// The answer takes too long.
     #[error("the streaming server does not answer")]
     Silent,
-    /// The server said no.
+    /// The server refused.
     #[error("the streaming server refused: {status}: {text}")]
     Refused {
         /// The status of HTTP.
         status: StatusCode,
-        /// What it said.
+        /// The text of its answer.
         text: String,
     },
     /// The connection broke after the answer.
@@ -59,7 +59,7 @@ pub enum ClientError {
 pub struct Target {
     /// Host and port, as in the URL.
     pub authority: String,
-    /// What to ask for there.
+    /// What to request there.
     path: String,
 }
 
@@ -79,7 +79,7 @@ impl Target {
     }
 }
 
-/// Asks for the upgrade and begins to speak SPDY.
+/// Requests the upgrade and begins to speak SPDY.
 async fn connect<T>(io: T, target: &Target, protocol: &'static str) -> Result<Connection, ClientError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -119,28 +119,27 @@ async fn refused(answer: Response<hyper::body::Incoming>) -> ClientError {
     ClientError::Refused { status, text }
 }
 
-/// A command on the other side: its streams, and what becomes of it. It is given up when this is
-/// dropped.
+/// A command on the other side: its streams, and its outcome. It is given up when this is dropped.
 #[derive(Debug)]
 pub struct Command {
-    /// Where its standard input goes, if that was wanted.
+    /// Its standard input, if that was requested.
     pub stdin: Option<Outgoing>,
-    /// Its standard output, if that was wanted.
+    /// Its standard output, if that was requested.
     pub stdout: Option<Incoming>,
-    /// Its standard error, if that was wanted.
+    /// Its standard error, if that was requested.
     pub stderr: Option<Incoming>,
-    /// Where the size of its terminal goes, if it has one.
+    /// Takes the size of its terminal, if it has one.
     pub resize: Option<Resize>,
-    /// What becomes of it.
+    /// Its outcome.
     pub ending: Ending,
 }
 
-/// Where the size of a terminal goes.
+/// Takes the size of a terminal.
 #[derive(Debug)]
 pub struct Resize(Outgoing);
 
 impl Resize {
-    /// Says that the client's terminal has this size now.
+    /// Reports the current size of the client's terminal.
     ///
     /// # Errors
     /// [`Closed`].
@@ -150,19 +149,19 @@ impl Resize {
     }
 }
 
-/// What becomes of a command. It holds the connection.
+/// The outcome of a command. It holds the connection.
 #[derive(Debug)]
 pub struct Ending {
     error: Incoming,
     connection: Connection,
 }
 
-/// The longest status that is read. One has some hundred bytes, and the message of an error.
+/// The limit on the length of a status. One has some hundred bytes, and the message of an error.
 const MAX_STATUS_BYTES: usize = 64 * 1024;
 
 impl Ending {
-    /// Waits for the outcome; `None` when the connection broke before. Cancel safe only in that a
-    /// status that has come in part is lost.
+    /// Waits for the outcome; `None` when the connection broke first. Cancel safe, except that a
+    /// partly received status is lost.
     pub async fn outcome(&mut self) -> Option<Outcome> {
         let mut status = Vec::new();
         while let Some(bytes) = self.error.receive().await {
@@ -174,14 +173,14 @@ impl Ending {
         command::outcome(&status)
     }
 
-    /// Closes the connection with a goodbye.
+    /// Closes the connection with a GOAWAY.
     pub async fn close(self) {
         self.connection.close().await;
     }
 }
 
-/// Starts the command of a URL of Exec, or joins the one of a URL of Attach, on a connection to
-/// `target`. `wanted` has to be what the URL was asked for.
+/// Starts the command of an Exec URL, or joins the one of an Attach URL, on a connection to
+/// `target`. `wanted` has to match the request that returned the URL.
 ///
 /// # Errors
 /// [`ClientError`].
@@ -217,11 +216,11 @@ pub struct Forwarded {
     pub incoming: Incoming,
     /// Data to the port.
     pub outgoing: Outgoing,
-    /// What becomes of it.
+    /// Its outcome.
     pub ending: ForwardEnding,
 }
 
-/// What becomes of a forwarded connection, which is given up when this is dropped.
+/// The outcome of a forwarded connection, which is given up when this is dropped.
 #[derive(Debug)]
 pub struct ForwardEnding {
     error: Incoming,
@@ -229,7 +228,7 @@ pub struct ForwardEnding {
 }
 
 impl ForwardEnding {
-    /// Waits for the end; why the connection failed, if it did.
+    /// Waits for the end; returns why the connection failed, if it did.
     pub async fn failure(&mut self) -> Option<String> {
         let mut text = Vec::new();
         while let Some(bytes) = self.error.receive().await {
@@ -242,7 +241,7 @@ impl ForwardEnding {
 
 /// Opens a connection to `port` by a URL of PortForward, on a connection to `target`.
 ///
-/// A URL can carry many; one for each keeps those apart whose readers are slow.
+/// A URL can carry many; with one URL each, slow readers do not hold up the others.
 ///
 /// # Errors
 /// [`ClientError`].

@@ -1,4 +1,4 @@
-//! A command with its streams: what exec and attach have in common, whatever carries it.
+//! A command with its streams: what exec and attach have in common, on any transport.
 //!
 //! The sub-protocols are those of Kubernetes' remote command: `channel.k8s.io` and `v2` to `v4` of
 //! it over SPDY, in which each stream has a header `streamType`; over WebSocket, messages whose
@@ -49,37 +49,37 @@ pub struct Size {
 pub enum Outcome {
     /// With this exit code.
     Exited(i32),
-    /// Its program is not there or cannot be run. Why, in words for the client, and the exit code
-    /// that a shell has for that: 127 or 126.
+    /// Its program does not exist or cannot be run. The reason, as text for the client, and the
+    /// exit code that a shell uses for it: 127 or 126.
     NotRun {
-        /// Why.
+        /// The reason.
         text: String,
-        /// What a shell exits with.
+        /// The exit code of a shell.
         code: i32,
     },
-    /// It could not be run, or its end is not known. In words, for the client.
+    /// It could not be run, or its end is not known. Text for the client.
     Failed(String),
 }
 
-/// The client's end of the streams that were wanted.
+/// The client's end of the requested streams.
 ///
-/// Output that is waiting when this is dropped is still sent, up to the outcome.
+/// Output that is still queued when this is dropped is sent before the outcome.
 #[derive(Debug)]
 pub struct Session {
-    /// What the client types.
+    /// Standard input, from the client.
     pub stdin: Option<Input>,
-    /// Where standard output goes.
+    /// Standard output, to the client.
     pub stdout: Option<Output>,
-    /// Where standard error goes.
+    /// Standard error, to the client.
     pub stderr: Option<Output>,
-    /// The latest size of the client's terminal, when it has said one.
+    /// The latest size of the client's terminal, once the client has sent one.
     pub size: Option<watch::Receiver<Option<Size>>>,
 }
 
 /// A future without a name.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// What runs a command on the streams of a client. The future is dropped when the client goes away.
+/// Runs a command on the streams of a client. The future is dropped when the client goes away.
 pub type Run = Box<dyn FnOnce(Session) -> BoxFuture<Outcome> + Send>;
 
 /// Standard input, as it comes from the client.
@@ -91,7 +91,7 @@ impl Input {
         Self(data)
     }
 
-    /// The next bytes; `None` at the end of the input. A connection that breaks is none: nothing
+    /// The next bytes; `None` at the end of the input. A broken connection is not an end: nothing
     /// comes then, and the command is given up.
     pub async fn receive(&mut self) -> Option<Bytes> {
         let received = self.0.receive().await;
@@ -120,7 +120,7 @@ impl Output {
     /// Sends bytes; waits while the client is slow.
     ///
     /// # Errors
-    /// [`Closed`] when the client does not want them any more.
+    /// [`Closed`] when the client no longer wants them.
     pub async fn send(&self, bytes: Bytes) -> Result<(), Closed> {
         match &self.0 {
             Way::Spdy(outgoing) => outgoing.send(bytes).await,
@@ -147,11 +147,11 @@ pub(crate) const OVER_SPDY: [(&str, Version); 4] = [
     ("channel.k8s.io", Version::V1),
 ];
 
-/// The reason of the cause that has a shell's exit code. Ours; Kubernetes' clients print the
-/// message.
+/// The reason of the cause that has a shell's exit code. It is Berth's own; Kubernetes' clients
+/// print the message.
 const SHELL_CODE: &str = "ShellExitCode";
 
-/// What is said on the error stream; `None` for nothing.
+/// The text on the error stream; `None` for none.
 pub(crate) fn status(version: Version, outcome: &Outcome) -> Option<Bytes> {
     const NON_ZERO: &str = "command terminated with non-zero exit code";
     if version < Version::V4 {
@@ -225,12 +225,12 @@ struct WrittenSize {
     height: u16,
 }
 
-/// The stream is not one of sizes.
+/// The stream does not contain sizes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct NoSize;
 
 impl Sizes {
-    /// The last size in what has come so far; `None` for none that is whole, or with a zero in it.
+    /// The last size in the data so far; `None` if none is complete, or it has a zero in it.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<Option<Size>, NoSize> {
         self.0.extend_from_slice(bytes);
         let (mut last, mut read) = (None, 0);
@@ -252,7 +252,7 @@ impl Sizes {
     }
 }
 
-/// Passes sizes on until the stream ends or is not one of sizes.
+/// Passes sizes on until the stream ends or no longer contains sizes.
 async fn follow_sizes(mut incoming: Incoming, sizes: watch::Sender<Option<Size>>) {
     let mut parsed = Sizes::default();
     while let Some(bytes) = incoming.receive().await {
@@ -275,7 +275,7 @@ struct Streams {
 }
 
 impl Streams {
-    /// Where a stream of this type goes, if it is wanted.
+    /// The place for a stream of this type, if it is requested.
     fn place(&mut self, kind: &str, wanted: Wanted, version: Version) -> Option<&mut Option<Stream>> {
         match kind {
             "error" => Some(&mut self.error),
@@ -296,7 +296,7 @@ impl Streams {
     }
 }
 
-/// Waits for the streams that are wanted; `None` when they do not come in time.
+/// Waits for the requested streams; `None` when they do not come in time.
 async fn collect(connection: &mut Connection, wanted: Wanted, version: Version) -> Option<Streams> {
     let mut streams = Streams::default();
     while !streams.complete(wanted, version) {
@@ -307,7 +307,7 @@ async fn collect(connection: &mut Connection, wanted: Wanted, version: Version) 
                 stream.outgoing.reply().await.ok()?;
                 *place = Some(stream);
             }
-            // Not asked for, or there already.
+            // Not requested, or there already.
             _ => stream.outgoing.reset(ResetStatus::RefusedStream).await,
         }
     }
@@ -343,7 +343,7 @@ where
         size,
     };
     let outcome = tokio::select! {
-        // First: the command must not take a connection that breaks for the end of its input.
+        // First: the command must not mistake a broken connection for the end of its input.
         biased;
         () = connection.closed() => None,
         outcome = run(session) => Some(outcome),
@@ -351,7 +351,7 @@ where
     if let Some(outcome) = outcome {
         let say = async {
             for end in ends {
-                // One that the client has reset needs no end.
+                // A stream that the client has reset needs no end.
                 let _ = end.finish().await;
             }
             if let Some(status) = status(version, &outcome) {
@@ -360,14 +360,14 @@ where
             error.finish().await?;
             connection.written().await
         };
-        // The client may read what is left as slowly as it read while the program ran.
+        // The client may read the rest as slowly as it read while the program ran.
         let said = tokio::select! {
             said = tokio::time::timeout(IDLE, say) => matches!(said, Ok(Ok(()))),
             () = connection.closed() => false,
         };
         if said {
-            // It closes when it has read the status; a connection that is closed before may take
-            // the status along.
+            // The client closes when it has read the status; if the connection is closed before,
+            // the status may be lost with it.
             let _ = tokio::time::timeout(LINGER, connection.closed()).await;
         }
     }
@@ -412,7 +412,7 @@ pub(crate) mod tests {
         ] {
             assert_eq!(outcome(&status(Version::V4, &written).unwrap()), Some(written));
         }
-        // Of another server, without causes.
+        // From another server, without causes.
         let other =
             br#"{"status":"Failure","message":"Internal error occurred: x","reason":"InternalError"}"#;
         assert_eq!(outcome(other), Some(Outcome::Failed("Internal error occurred: x".to_owned())));
@@ -501,7 +501,7 @@ pub(crate) mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_pauses_at_the_end_gets_all_output_and_the_status() {
         let (near, far) = duplex(1024);
-        // It fits into what waits for the writer: the program ends at once.
+        // It fits into the writer's queue: the program ends at once.
         let output = Bytes::from(vec![b'x'; 300_000]);
         let (sent, ended) = (output.clone(), tokio::sync::oneshot::channel::<()>());
         let run: Run = Box::new(move |session| {
@@ -524,7 +524,7 @@ pub(crate) mod tests {
         server.await.unwrap();
     }
 
-    /// A command that says when its input has ended.
+    /// A command that reports when its input has ended.
     pub(crate) fn reading_its_input(ended: tokio::sync::oneshot::Sender<()>) -> Run {
         Box::new(move |mut session| {
             Box::pin(async move {

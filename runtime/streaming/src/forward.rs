@@ -2,11 +2,12 @@
 //!
 //! For each TCP connection the client opens two streams with the headers `streamType` (`error`,
 //! then `data`), `port` and `requestID`, the same for both. Clients before Kubernetes 1.6 send no
-//! `requestID`: their data stream has the id after that of its error stream. A connection that
-//! fails says why on its error stream, and takes nothing else along.
+//! `requestID`: the id of their data stream follows that of its error stream. A connection that
+//! fails reports why on its error stream, and does not affect the others.
 //!
-//! The port sees an end only where its client, or itself, has ended: a client that vanishes or
-//! gives up is a connection that breaks, so that half a request is not taken for a whole one.
+//! The port sees an end only where its client, or the port itself, has ended: a client that
+//! vanishes or gives up is seen as a broken connection, so that half a request is not mistaken for
+//! a whole one.
 
 use std::collections::HashMap;
 use std::io;
@@ -35,10 +36,10 @@ const MAX_STREAMS: usize = 1000;
 /// Bytes read at a time from a forwarded connection.
 const READ_BYTES: usize = 32 * 1024;
 
-/// What connects to a port inside of the sandbox. An error is in words, for the client.
+/// Connects to a port inside the sandbox. An error is text for the client.
 pub type Connect = Arc<dyn Fn(u16) -> BoxFuture<Result<TcpStream, String>> + Send + Sync>;
 
-/// Which streams belong together.
+/// Identifies the streams that belong together.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Request {
     Named(String),
@@ -46,7 +47,7 @@ enum Request {
     Numbered(u32),
 }
 
-/// The part of a stream in its pair.
+/// The role of a stream in its pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
     Error,
@@ -89,7 +90,7 @@ where
             Some(_) = forwards.join_next() => {}
         }
     }
-    // What is being forwarded ends with the set.
+    // What is being forwarded ends when the set is dropped.
 }
 
 /// The two streams of a forwarded connection.
@@ -100,7 +101,7 @@ struct Pair {
     data: Stream,
 }
 
-/// Accepts a stream; the pair, when it is the second one.
+/// Accepts a stream; returns the pair if it completes one.
 async fn matched(stream: Stream, halves: &mut HashMap<Request, Half>) -> Option<Pair> {
     let Some((request, part, port)) = described(&stream) else {
         stream.outgoing.reset(ResetStatus::ProtocolError).await;
@@ -120,7 +121,7 @@ async fn matched(stream: Stream, halves: &mut HashMap<Request, Half>) -> Option<
             Part::Error => Pair { port, error: stream, data: first.stream },
         }),
         Some(first) => {
-            // Two of the same, or for two ports.
+            // Two with the same role, or for two ports.
             stream.outgoing.reset(ResetStatus::ProtocolError).await;
             halves.insert(request, first);
             None
@@ -128,7 +129,7 @@ async fn matched(stream: Stream, halves: &mut HashMap<Request, Half>) -> Option<
     }
 }
 
-/// What the headers of a stream say; `None` when they cannot be.
+/// The meaning of a stream's headers; `None` when they are invalid.
 fn described(stream: &Stream) -> Option<(Request, Part, u16)> {
     let part = match stream.headers.get("streamtype")? {
         "error" => Part::Error,
@@ -136,7 +137,7 @@ fn described(stream: &Stream) -> Option<(Request, Part, u16)> {
         _ => return None,
     };
     let port = stream.headers.get("port")?;
-    // "+80" is a number to `parse`.
+    // `parse` would accept "+80" as a number.
     let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse::<u16>().ok())??;
     let id = stream.outgoing.id();
     let request = match (stream.headers.get("requestid"), part) {
@@ -147,7 +148,7 @@ fn described(stream: &Stream) -> Option<(Request, Part, u16)> {
     (port != 0).then_some((request, part, port))
 }
 
-/// Gives up what has waited too long for its other half.
+/// Gives up streams that have waited too long for their other half.
 async fn give_up_late(halves: &mut HashMap<Request, Half>) {
     let now = Instant::now();
     let late: Vec<Request> =
@@ -165,7 +166,7 @@ async fn give_up_late(halves: &mut HashMap<Request, Half>) {
     }
 }
 
-/// Says on an error stream why there is no connection.
+/// Reports on an error stream why there is no connection.
 async fn fail(error: &Outgoing, text: &str) {
     // A failure to send it does not matter.
     if error.send(Bytes::copy_from_slice(text.as_bytes())).await.is_ok() {
@@ -173,8 +174,8 @@ async fn fail(error: &Outgoing, text: &str) {
     }
 }
 
-/// The port's side of a connection. The port sees it break when this is dropped before either side
-/// has ended.
+/// The port's side of a connection. If this is dropped before either side has ended, the port sees
+/// a broken connection.
 #[derive(Debug)]
 pub(crate) struct PortSide {
     stream: TcpStream,
@@ -188,7 +189,7 @@ impl From<TcpStream> for PortSide {
 }
 
 impl PortSide {
-    /// Both directions, and where it is noted that one has ended.
+    /// Both directions, and a record of which side has ended.
     pub(crate) fn split(&mut self) -> (ReadHalf<'_>, WriteHalf<'_>, &AtomicBool) {
         let (from, to) = self.stream.split();
         (from, to, &self.ended)
@@ -221,16 +222,15 @@ async fn forward(pair: Pair, connect: Connect) {
     let connected = async {
         let mut side = PortSide::from(connect(port).await?);
         let (from, to, ended) = side.split();
-        // A port that reads no more may have answered all the same: that is passed on before it is
-        // said.
+        // A port that reads no more may still have answered: that is passed on before the error is
+        // reported.
         let uploading = async { Ok(upload(incoming, to, ended).await) };
         match tokio::try_join!(uploading, download(from, both, ended)) {
             Ok((Ok(()), ())) => Ok(()),
             Ok((Err(failed), ())) | Err(failed) => Err(format!("forward port {port}: {failed}")),
         }
     };
-    // A client that resets its stream is not waited for by the pod's side, which may never say
-    // anything again.
+    // After a client's reset, the pod's side is not waited for: it may never send anything again.
     let result = tokio::select! {
         biased;
         result = connected => result,
@@ -258,7 +258,7 @@ async fn upload(mut from: Incoming, mut to: WriteHalf<'_>, ended: &AtomicBool) -
         to.write_all(&bytes).await?;
     }
     if !from.is_finished() {
-        // It broke, which ends all of this.
+        // The stream broke, which ends the whole connection.
         return std::future::pending().await;
     }
     ended.store(true, Ordering::Relaxed);
@@ -271,7 +271,7 @@ async fn upload(mut from: Incoming, mut to: WriteHalf<'_>, ended: &AtomicBool) -
 async fn download(from: ReadHalf<'_>, to: Outgoing, ended: &AtomicBool) -> io::Result<()> {
     let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
     loop {
-        // No room is kept for a connection on which nothing comes.
+        // No buffer is kept for an idle connection.
         from.readable().await?;
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         match from.try_read_buf(&mut buffer) {
@@ -338,8 +338,8 @@ mod tests {
         tokio::spawn(async move {
             while let Ok((mut socket, _)) = listener.accept().await {
                 tokio::spawn(async move {
-                    // It answers only when the client has finished: the end has to be passed on
-                    // separately.
+                    // The port answers only when the client has finished: the end has to be passed
+                    // on separately.
                     let mut text = Vec::new();
                     socket.read_to_end(&mut text).await.unwrap();
                     text.reverse();
@@ -391,7 +391,7 @@ mod tests {
             let mut stream = open(&mut client, headers).await;
             assert!(all_of(&mut stream).await.is_empty(), "{headers:?}");
         }
-        // Two of the same, and one for another port; the first waits on.
+        // Two with the same role, and one for another port; the first keeps waiting.
         let id = ("requestID", "0");
         let mut error = open(&mut client, &[("streamType", "error"), ("port", "80"), id]).await;
         for headers in
@@ -440,7 +440,7 @@ mod tests {
         }
     }
 
-    /// A client that keeps to no window, as all of the CRI's do.
+    /// A client that ignores flow-control windows, as all CRI clients do.
     #[tokio::test]
     async fn a_port_that_reads_nothing_is_given_up_and_the_others_go_on() {
         let deaf = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -482,7 +482,7 @@ mod tests {
         let (mut client, _server) = served(Arc::new(move |_| {
             Box::pin(async move {
                 let mut socket = TcpStream::connect(address).await.unwrap();
-                // Whatever is written from now on fails.
+                // All later writes fail.
                 socket.shutdown().await.unwrap();
                 Ok(socket)
             })
@@ -512,7 +512,7 @@ mod tests {
                 open(&mut client, &[("streamType", "error"), ("port", "80"), ("requestID", &id)]).await,
             );
         }
-        // The server has seen all of them when it has answered what comes behind them.
+        // Once the server has answered what follows, it has seen all of them.
         assert!(all_of(&mut open(&mut client, &[]).await).await.is_empty());
         for half in halves {
             half.outgoing.reset(ResetStatus::Cancel).await;

@@ -1,9 +1,9 @@
-//! Bytes of a hostile peer through everything that reads them: what the fuzz targets in `fuzz/`
-//! call, and the test that replays their corpus.
+//! Feeds the bytes of a hostile peer to everything that reads them: called by the fuzz targets in
+//! `fuzz/` and by the test that replays their corpus.
 //!
-//! Each function returns when the connection is over. It panics when what it calls does, when the
-//! same bytes are read differently in pieces, and when a connection does not end although its peer
-//! has closed it.
+//! Each function returns when the connection has ended. It panics when the code it calls does, when
+//! the same bytes are read differently in pieces, and when a connection does not end although its
+//! peer has closed it.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, LazyLock};
@@ -20,7 +20,7 @@ use crate::spdy::{Decoder, Frame, Headers, ProtocolError};
 use crate::tokens::{Endpoint, Task};
 use crate::{client, command, forward, websocket};
 
-/// A connection that takes longer hangs. Microseconds are usual.
+/// A connection that takes longer counts as hung. Microseconds are usual.
 const ENDS: Duration = Duration::from_secs(60);
 
 /// What the wire holds: less than some frames.
@@ -31,7 +31,7 @@ pub fn spdy_frames(data: &[u8]) {
     let Some((piece, data)) = data.split_first() else { return };
     let whole = frames(data, usize::MAX);
     assert_eq!(whole, frames(data, usize::from(*piece).max(1)), "read differently in pieces");
-    // What a decoder has no words for is not written again.
+    // What the decoder cannot represent is not written again.
     if let Ok(headers) = Headers::decode(data) {
         assert_eq!(headers.encode(), data);
     }
@@ -64,7 +64,7 @@ fn frames(data: &[u8], piece: usize) -> (Vec<Frame>, Result<(), ProtocolError>) 
     (frames, Ok(()))
 }
 
-/// A connection that speaks SPDY. The first byte says to whom: a command without or with a
+/// A connection that speaks SPDY. The first byte selects the other end: a command without or with a
 /// terminal, with each version of the protocol, forwarded ports, or a client of ours.
 pub fn spdy_connection(data: &[u8]) {
     let Some((to, data)) = data.split_first() else { return };
@@ -120,7 +120,7 @@ pub fn request(data: &[u8]) {
 const PIPES: Wanted = Wanted { stdin: true, stdout: true, stderr: true, terminal: false };
 const TERMINAL: Wanted = Wanted { stdin: true, stdout: true, stderr: false, terminal: true };
 
-/// Says what it hears, and ends with its input.
+/// Echoes its input, and ends with it.
 fn echo() -> Run {
     Box::new(|session| {
         Box::pin(async move {
@@ -137,7 +137,7 @@ fn echo() -> Run {
     })
 }
 
-/// An even port is not there, an odd one says what it hears.
+/// An even port does not exist, an odd one echoes.
 fn connect() -> Connect {
     static LISTENER: LazyLock<std::net::TcpListener> = LazyLock::new(|| {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
@@ -165,7 +165,7 @@ fn connect() -> Connect {
     })
 }
 
-/// A client of ours, whose server says this.
+/// A client of ours whose server sends this.
 async fn client(io: DuplexStream) {
     let target = client::Target::of_url("http://127.0.0.1:1/exec/x").expect("a URL");
     let Ok(mut command) = client::command(io, &target, TERMINAL).await else { return };
@@ -179,7 +179,7 @@ async fn client(io: DuplexStream) {
     command.ending.close().await;
 }
 
-/// Serves a peer that says all of `data` and closes, while it reads what it is told.
+/// Serves a peer that sends all of `data` and closes, while it reads what it gets.
 fn attack<F>(data: &[u8], serve: impl FnOnce(DuplexStream) -> F)
 where
     F: Future<Output = ()> + Send + 'static,

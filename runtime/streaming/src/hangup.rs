@@ -1,10 +1,10 @@
-//! Noticing that a peer has closed its connection while what it has sent is not read.
+//! Noticing that a peer has closed its connection while its data is not being read.
 //!
-//! A command that does not read its input holds up the reading of its connection, and a read is how
-//! an end is found otherwise.
+//! A command that does not read its input holds up the reading of its connection, and normally only
+//! a read finds the end.
 //!
-//! An end that is behind more than the socket's buffers hold is seen only when they empty: TCP
-//! delivers it after the data.
+//! An end that comes after more data than the socket's buffers hold is seen only when they empty:
+//! TCP delivers it after the data.
 
 use std::io;
 use std::net::Shutdown;
@@ -39,17 +39,17 @@ impl Hangup {
 
     /// Ends the connection in both directions, for all its users.
     pub(crate) fn shut_down(&self) {
-        // One that is over already is what is wanted.
+        // If it has ended already, that is what was wanted.
         let _ = SockRef::from(&self.0).shutdown(Shutdown::Both);
     }
 
     /// Resolves when the peer has shut down its side of the connection, or it was reset:
     /// `EPOLLRDHUP` of epoll_ctl(2).
     async fn wait(&self) -> io::Result<()> {
-        // A name only: what epoll says of it is the same for a Unix socket.
+        // TCP by type only: epoll reports the same for a Unix socket.
         let watched = TcpStream::from_std(std::net::TcpStream::from(self.0.try_clone()?))?;
         while !watched.ready(Interest::READABLE).await?.is_read_closed() {
-            // Nothing is read here; each further event on the socket looks again.
+            // Nothing is read here; each further event on the socket causes another look.
             let nothing: io::Result<()> =
                 watched.try_io(Interest::READABLE, || Err(io::ErrorKind::WouldBlock.into()));
             drop(nothing);

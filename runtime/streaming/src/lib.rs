@@ -1,8 +1,8 @@
 //! The streaming side of the CRI: exec, attach and port forwarding, from the wire formats up to a
 //! server.
 //!
-//! A CRI call stores what is to be done under a [`Token`](tokens::Tokens) and answers with a URL.
-//! The client connects there by HTTP/1.1 and upgrades to SPDY/3.1 or WebSocket:
+//! A CRI call stores the task under a [`Token`](tokens::Tokens) and answers with a URL. The client
+//! connects there by HTTP/1.1 and upgrades to SPDY/3.1 or WebSocket:
 //!
 //! ```text
 //!  tokens   what a URL stands for: once, for a minute
@@ -10,11 +10,10 @@
 //!  command  exec and attach: streams, sizes, status           -> spdy, or websocket
 //!  forward  port forwarding: pairs of streams, connections    -> spdy, also in a websocket
 //! ```
-//! What one client can make the server hold is bounded by `budget`; `hangup` and `vanished` notice
-//! that it is gone, and `activity` that it is silent. `client` is the other end of a URL, over
-//! SPDY.
+//! `budget` bounds what one client can make the server hold; `hangup` and `vanished` notice that it
+//! is gone, and `activity` that it is silent. `client` is the other end of a URL, over SPDY.
 //!
-//! Nothing of the daemon is in here: it hands over what runs a command on streams
+//! Nothing in this crate belongs to the daemon, which passes in what runs a command on streams
 //! ([`command::Run`]) and what connects to a port ([`forward::Connect`]).
 #![forbid(unsafe_code)]
 
@@ -35,17 +34,17 @@ mod websocket;
 
 use std::time::Duration;
 
-/// How long a client may take to open the streams that it has asked for. Kubernetes' own server has
-/// the same.
+/// How long a client may take to open the streams that it has requested. Kubernetes' own server has
+/// the same limit.
 pub const STREAMS_WITHIN: Duration = Duration::from_secs(30);
 
-/// How long a connection lives on which nothing is said. Kubernetes' own server has the same.
+/// How long an idle connection lives. Kubernetes' own server has the same limit.
 pub const IDLE: Duration = Duration::from_secs(4 * 3600);
 
 /// How long one forwarded connection may hold up the others of its client when its port reads
 /// nothing. A port that is slow reads a little in that time.
 pub const STALL: Duration = Duration::from_secs(10);
 
-/// How long a client may take to close, once everything that its command said has been written:
-/// handed to the kernel, which goes on sending it when the connection has been closed.
+/// How long a client may take to close after all output of its command has been written: handed to
+/// the kernel, which continues to send it after the connection has been closed.
 pub const LINGER: Duration = Duration::from_secs(10);

@@ -1,9 +1,9 @@
 //! The server: from a listening socket to upgraded connections.
 //!
-//! Any process on the node, in a pod with the node's network too, can connect to it. So what a
-//! connection can take before it has shown a token is little and for a short time: it counts among
-//! at most [`MAX_HALF_OPEN`], of which the oldest has to go for a new one, and ends after
-//! [`REQUEST`]. A client with a token needs a millisecond for that.
+//! Any process on the node, and in a pod with the node's network, can connect to it. So before a
+//! connection has shown a token it can use little, and only for a short time: it is one of at most
+//! [`MAX_HALF_OPEN`], of which the oldest is closed for a new one, and ends after [`REQUEST`]. A
+//! client with a token needs a millisecond for that.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -42,18 +42,18 @@ pub const REQUEST: Duration = Duration::from_secs(10);
 /// for commands.
 pub const MAX_CONNECTIONS: usize = 1100;
 
-/// What is read of a request before its head has ended.
+/// The limit on a request's head.
 const MAX_REQUEST_BYTES: usize = 16 * 1024;
 
 /// Headers of a request.
 const MAX_HEADERS: usize = 64;
 
-/// After a connection that could not be accepted: no descriptors are left for a moment.
+/// The pause after a connection that could not be accepted, for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// When a peer is asked whether it is there, how often, and how many times without an answer:
-/// tcp(7). Half a minute for one that has lost its network while nothing is sent; [`vanished`] is
-/// for the others.
+/// When a peer is probed, how often, and how many times without an answer: tcp(7). This takes half
+/// a minute for one that has lost its network while nothing is sent; [`vanished`] is for the
+/// others.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 3;
@@ -106,14 +106,14 @@ impl Server {
         self.half_open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Accepts connections for ever, from peers that `admits` lets in. For clients on this machine,
+    /// Accepts connections forever, from peers that `admits` lets in. For clients on this machine,
     /// which need no address for it.
     pub async fn serve_local(self: Arc<Self>, listener: UnixListener, admits: impl Fn(&UnixStream) -> bool) {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) if admits(&stream) => {
                     let hangup = Hangup::of(&stream).ok();
-                    // A local peer does not vanish without a word.
+                    // A local peer does not vanish without notice.
                     self.admit(std::future::ready(Ok(stream)), hangup, |_| Ok(None));
                 }
                 Ok(_) => tracing::warn!("refused a streaming client on the local socket: it is not root"),
@@ -125,8 +125,7 @@ impl Server {
         }
     }
 
-    /// Accepts connections for ever. `secure` makes each one ready to be read, by TLS or not at
-    /// all.
+    /// Accepts connections forever. `secure` prepares each one for reading, with or without TLS.
     pub async fn serve<T, S, F>(
         self: Arc<Self>,
         listener: TcpListener,
@@ -146,7 +145,7 @@ impl Server {
                     continue;
                 }
             };
-            // Each of them only makes a connection quicker, or its end sooner to be noticed.
+            // Each of these options only speeds up a connection, or the detection of its end.
             let _ = stream.set_nodelay(true);
             let _ = SockRef::from(&stream).set_tcp_keepalive(
                 &TcpKeepalive::new()
@@ -179,7 +178,7 @@ impl Server {
                 let Ok(io) = secured.await else { return };
                 server.answer(io, hangup, unacknowledged).await;
             };
-            // A peer that disconnected knows; one that took too long is disconnected.
+            // A peer that disconnected needs no answer; one that took too long is disconnected.
             let _ = tokio::time::timeout(REQUEST, request).await;
         });
         half_open.open.insert(number, task.abort_handle());
@@ -190,7 +189,7 @@ impl Server {
         }
     }
 
-    /// Reads one request and answers it. An upgraded connection goes on in its own task.
+    /// Reads one request and answers it. An upgraded connection continues in its own task.
     pub(crate) async fn answer<T>(
         self: Arc<Self>,
         io: T,
@@ -205,8 +204,8 @@ impl Server {
             let response = self.respond(request, hangup, unacknowledged);
             async { Ok::<_, Infallible>(response) }
         });
-        // Not without keep-alive: hyper would add "close" to the answer 101, and Go's client would
-        // then take it for none. Refusals say themselves that they close.
+        // With keep-alive: without it hyper would add "close" to the answer 101, and Go's client
+        // would then reject the upgrade. Refusals say themselves that they close.
         let connection = http1::Builder::new()
             .max_buf_size(MAX_REQUEST_BYTES)
             .max_headers(MAX_HEADERS)
@@ -259,7 +258,7 @@ impl Server {
         if !self.tokens.is_known(endpoint, token) {
             return Err(unknown());
         }
-        // A request that is refused for its form does not use the token up.
+        // A malformed request does not use up the token.
         let upgrade = upgrade::negotiate(endpoint, request.method(), request.headers())?;
         let ports = match upgrade.protocol {
             Protocol::ForwardOverChannels(_) => self.ports(token, request.uri().query())?,
@@ -276,7 +275,7 @@ impl Server {
         Ok((upgrade, task, permit))
     }
 
-    /// The ports to forward on channels, which have to be known before.
+    /// The ports to forward on channels, which have to be known in advance.
     fn ports(&self, token: &str, query: Option<&str>) -> Result<Vec<u16>, Refused> {
         let asked = self.tokens.ports(token);
         if (1..=MAX_PORTS).contains(&asked.len()) {
@@ -352,8 +351,7 @@ pub(crate) mod tests {
         server.tokens().insert(Endpoint::Exec, Task::Command(wanted, run)).unwrap()
     }
 
-    /// Sends a request with these headers and returns what comes until the head of the answer has
-    /// ended.
+    /// Sends a request with these headers and returns the answer up to the end of its head.
     async fn ask(address: SocketAddr, request: &str, headers: &str) -> String {
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes()).await.unwrap();
@@ -404,7 +402,7 @@ pub(crate) mod tests {
         assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
         assert!(start.elapsed() < REQUEST / 2);
         assert!(server.half_open().open.len() <= MAX_HALF_OPEN);
-        // The oldest had to go.
+        // The oldest was closed.
         let mut byte = [0];
         assert_eq!(idle[0].read(&mut byte).await.unwrap_or(0), 0);
     }
@@ -422,7 +420,7 @@ pub(crate) mod tests {
         });
         let start = Instant::now();
         let mut answer = Vec::new();
-        // Whether it learns so is up to the HTTP library.
+        // Whether it notices depends on the HTTP library.
         let _ = from.read_to_end(&mut answer).await;
         assert!(start.elapsed() <= REQUEST);
         trickle.await.unwrap();
@@ -436,7 +434,7 @@ pub(crate) mod tests {
         let serving = tokio::spawn(Arc::new(Server::default()).serve_local(listener, admits));
         let mut client = UnixStream::connect(&path).await.unwrap();
         std::fs::remove_file(&path).unwrap();
-        // One that is not admitted may be gone already.
+        // A peer that is not admitted may be gone already.
         let _ = client.write_all(b"GET /exec/none HTTP/1.1\r\nHost: x\r\n\r\n").await;
         let mut answer = Vec::new();
         let _ = client.read_to_end(&mut answer).await;

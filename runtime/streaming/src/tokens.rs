@@ -1,7 +1,7 @@
 //! What a streaming URL stands for: once, and for a minute.
 //!
 //! A token has 256 random bits and is the only protection of a URL. It is looked up in a hash table
-//! with a random key, so how long a lookup takes says nothing about the tokens that are there.
+//! with a random key, so the time of a lookup says nothing about the existing tokens.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -46,7 +46,7 @@ impl Endpoint {
     }
 }
 
-/// What is to be done for the client that comes.
+/// The task for the client that shows the token.
 pub enum Task {
     /// Run a command on its streams.
     Command(Wanted, Run),
@@ -63,13 +63,13 @@ impl std::fmt::Debug for Task {
     }
 }
 
-/// Why there is no token.
+/// Why no token was issued.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
-    /// [`MAX_PENDING`] wait already.
+    /// [`MAX_PENDING`] are pending already.
     #[error("too many streaming requests: {MAX_PENDING} are already waiting for their clients")]
     TooMany,
-    /// The kernel gives no random bytes.
+    /// The kernel returned no random bytes.
     #[error("cannot generate a token")]
     Random(#[source] getrandom::Error),
 }
@@ -96,14 +96,14 @@ impl Tokens {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Those that are not too old.
+    /// Those that have not expired.
     fn current(&self) -> MutexGuard<'_, HashMap<String, Pending>> {
         let (mut pending, now) = (self.pending(), Instant::now());
         pending.retain(|_, pending| pending.until > now);
         pending
     }
 
-    /// Keeps `task` for the client that comes with the token that is returned.
+    /// Keeps `task` for the client that shows the returned token.
     ///
     /// # Errors
     /// [`TokenError`].
@@ -124,7 +124,7 @@ impl Tokens {
         self.current().get(token).is_some_and(|pending| pending.endpoint == endpoint)
     }
 
-    /// The ports that were asked for with the token.
+    /// The ports that were requested with the token.
     pub(crate) fn ports(&self, token: &str) -> Vec<u16> {
         match self.current().get(token) {
             Some(Pending { task: Task::Forward(_, ports), .. }) => ports.clone(),

@@ -20,7 +20,7 @@ pub(crate) const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-strea
 const ACCEPTED_VERSIONS: HeaderName = HeaderName::from_static("x-accepted-stream-protocol-versions");
 pub(crate) const SPDY: &str = "SPDY/3.1";
 
-/// What a connection is from the answer on.
+/// The protocol of a connection after the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protocol {
     CommandOverSpdy(Version),
@@ -35,7 +35,7 @@ pub(crate) enum Protocol {
 #[derive(Debug)]
 pub(crate) struct Upgrade {
     pub(crate) protocol: Protocol,
-    /// Of the answer 101.
+    /// For the answer 101.
     pub(crate) headers: HeaderMap,
 }
 
@@ -126,7 +126,7 @@ fn over_websocket(endpoint: Endpoint, method: &Method, headers: &HeaderMap) -> R
     Ok(Upgrade { protocol, headers })
 }
 
-/// The first of `offered` that is known.
+/// The first of `offered` that is supported.
 fn chosen(offered: &[&str], known: &[(&'static str, Protocol)]) -> Result<(&'static str, Protocol), Refused> {
     let mut found = offered.iter().filter_map(|name| known.iter().find(|(known, _)| known == name));
     if let Some(found) = found.next() {

@@ -1,10 +1,10 @@
-//! Noticing that a peer is gone without a word: its machine died, or its network.
+//! Noticing that a peer is gone without notice: its machine died, or its network.
 //!
-//! A connection on which nothing is sent is kept alive by TCP's own probes, whose answers end it
-//! when they do not come. Not so one on which something waits to be acknowledged: the kernel tries
-//! for a quarter of an hour. `TCP_USER_TIMEOUT` of tcp(7) would be shorter, but also ends a peer
-//! that is there and reads nothing for that time, such as a pager. So what tells them apart is
-//! looked at: such a peer answers each probe.
+//! TCP's own probes cover a connection on which nothing is sent: they end it when their answers do
+//! not come. Not so one on which something waits to be acknowledged: the kernel retries for a
+//! quarter of an hour. `TCP_USER_TIMEOUT` of tcp(7) would be shorter, but also ends a living peer
+//! that reads nothing for that time, such as a pager. So this checks what tells them apart: a
+//! living peer answers each probe.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -14,23 +14,23 @@ use tokio::time::Instant;
 
 use crate::hangup::Hangup;
 
-/// For how long a TCP peer has acknowledged nothing, while something has been sent to it that is to
-/// be acknowledged; nothing when all of it has been.
+/// For how long a TCP peer has acknowledged nothing, while something that was sent to it waits to
+/// be acknowledged; `None` when all of it has been.
 pub type Unacknowledged = fn(BorrowedFd<'_>) -> io::Result<Option<Duration>>;
 
-/// How often it is looked at.
+/// How often this is checked.
 const EVERY: Duration = Duration::from_secs(10);
 
 /// How long a peer may be silent: as long as one on which nothing is sent.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Since when a peer owes an answer. An answer that is a long time ago means nothing on its own:
-/// the kernel asks a peer that has no room less and less often.
+/// Since when a peer owes an answer. That its last answer was long ago means nothing by itself: the
+/// kernel probes a peer that has no room less and less often.
 #[derive(Debug, Default)]
 struct Owing(Option<Instant>);
 
 impl Owing {
-    /// Takes one look; whether the peer has vanished.
+    /// Checks once; returns whether the peer has vanished.
     fn look(&mut self, now: Instant, unacknowledged: Option<Duration>) -> bool {
         let Some(silent) = unacknowledged else {
             self.0 = None;
@@ -72,10 +72,10 @@ mod tests {
         for (looks, vanished) in [
             // Everything arrives.
             (vec![(0, None), (100, None), (200, None)], false),
-            // The kernel has just asked one that it asks every two minutes.
+            // The kernel has just sent one of its probes, which come every two minutes.
             (vec![(0, Some(119)), (10, None), (120, Some(120)), (130, None)], false),
-            // Each look hits upon a probe that has not been answered yet, and was answered by the
-            // next.
+            // Each check finds a probe that has not been answered yet, and that was answered by the
+            // next check.
             (vec![(0, Some(50)), (10, Some(5)), (20, Some(5)), (30, Some(5)), (40, Some(5))], false),
             (vec![(0, Some(1)), (10, Some(11)), (20, Some(21)), (30, Some(31))], true),
             (vec![(0, None), (10, Some(90)), (20, Some(100)), (30, Some(110)), (40, Some(120))], true),

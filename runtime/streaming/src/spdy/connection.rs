@@ -8,8 +8,8 @@
 //! ```
 //! Data waits for its reader in a short queue, and all queues of a connection share a budget. When
 //! either is full the reader task waits, and with it the whole connection: SPDY's flow control is
-//! not used by the clients of the CRI, so TCP is what slows the peer down. [`Limits::stall`] says
-//! for how long. A peer that goes away meanwhile is noticed by [`Hangup`].
+//! not used by the clients of the CRI, so TCP is what slows the peer down. [`Limits::stall`] limits
+//! this wait. A peer that goes away meanwhile is noticed by [`Hangup`].
 
 use std::collections::HashMap;
 use std::io;
@@ -28,10 +28,10 @@ use crate::activity::Activity;
 use crate::budget::{self, Budget, End};
 use crate::hangup::Hangup;
 
-/// Bytes read at a time while more are there than [`IDLE_READ_BYTES`].
+/// Bytes read at a time while more than [`IDLE_READ_BYTES`] are available.
 const READ_BYTES: usize = 16 * 1024;
 
-/// What a connection on which little is said reads at a time, and keeps room for.
+/// Bytes read at a time, and room kept for them, on a connection with little traffic.
 const IDLE_READ_BYTES: usize = 1024;
 
 /// Commands that wait for the writer task.
@@ -49,20 +49,20 @@ pub enum Role {
     Client,
 }
 
-/// What a peer may take.
+/// The limits on a peer.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Streams of the peer that this end holds at the same time. More are refused with RST_STREAM.
+    /// Open streams of the peer at the same time. More are refused with RST_STREAM.
     pub streams: usize,
     /// How long a connection lives without a frame in either direction.
     pub idle: Duration,
-    /// How long the connection may wait for a stream that nobody reads. The stream is given up
-    /// then, so that it does not hold up the others for ever. `None` where the others mean nothing
-    /// without it.
+    /// How long the connection may wait for a stream that is not read. The stream is then given up,
+    /// so that it does not hold up the others forever. `None` where the others are useless without
+    /// it.
     pub stall: Option<Duration>,
 }
 
-/// The connection is over, or the stream is.
+/// The connection or the stream has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the stream is closed")]
 pub struct Closed;
@@ -85,7 +85,7 @@ enum Command {
         stream: u32,
         status: ResetStatus,
     },
-    /// Of the peer, sent back, or a client's own.
+    /// The peer's, sent back, or the client's own.
     Ping(u32),
     /// Sends nothing; answered when everything before it has been written.
     Flush(oneshot::Sender<()>),
@@ -99,21 +99,21 @@ enum Command {
 pub enum BrokenOff {
     /// The peer has reset it.
     ByPeer,
-    /// Nobody read it for longer than [`Limits::stall`].
+    /// It was not read for longer than [`Limits::stall`].
     Unread,
 }
 
-/// What becomes of data from the peer.
+/// What happens to data from the peer.
 #[derive(Debug)]
 enum Reading {
     Queued(budget::Sender),
     /// The peer has finished.
     Finished,
-    /// It is thrown away.
+    /// It is discarded.
     GivenUp,
 }
 
-/// An open stream, as the two tasks and its owner see it.
+/// An open stream, as shared by the two tasks and its owner.
 #[derive(Debug)]
 struct Entry {
     incoming: Reading,
@@ -134,9 +134,9 @@ struct Shared {
     /// The largest id that the peer has opened.
     last_stream: AtomicU32,
     activity: Activity,
-    /// What all streams may hold of the peer's data.
+    /// The budget of all streams for the peer's data.
     budget: Budget,
-    /// Whether the connection is over.
+    /// Whether the connection has ended.
     closed: watch::Sender<bool>,
 }
 
@@ -146,13 +146,13 @@ impl Shared {
     }
 
     fn close(&self) {
-        // First, so that a reader that sees its input end can tell that from an end that the peer
-        // sent.
+        // First, so that a reader that sees its input end can distinguish this from an end that the
+        // peer sent.
         self.closed.send_replace(true);
         self.streams().clear();
     }
 
-    /// Notes that this end has sent its last data.
+    /// Records that this end has sent its last data.
     fn finish(&self, stream: u32) {
         let mut streams = self.streams();
         if let Some(entry) = streams.get_mut(&stream) {
@@ -163,7 +163,7 @@ impl Shared {
         }
     }
 
-    /// Notes that the peer has sent its last data.
+    /// Records that the peer has sent its last data.
     fn peer_finished(&self, stream: u32) {
         let mut streams = self.streams();
         if let Some(entry) = streams.get_mut(&stream) {
@@ -177,8 +177,8 @@ impl Shared {
         }
     }
 
-    /// Gives up the stream of which the most waits to be read: while the connection stood still,
-    /// whoever reads has emptied its queue. `full` is it if its own queue is.
+    /// Gives up the stream with the most unread data, which is `full` if its own queue is full:
+    /// while the connection stood still, active readers have emptied their queues.
     fn give_up(&self, full: u32) {
         let mut streams = self.streams();
         let waiting = |entry: &Entry| match &entry.incoming {
@@ -208,7 +208,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Begins to read and write `io`. `hangup` tells when the peer is gone while nothing is read.
+    /// Begins to read and write `io`. `hangup` notices that the peer is gone while nothing is read.
     pub fn new<T>(io: T, role: Role, limits: Limits, hangup: Option<Hangup>) -> Self
     where
         T: AsyncRead + AsyncWrite + Send + 'static,
@@ -238,13 +238,13 @@ impl Connection {
         Self { accepted, commands, shared, next_id: 1, reader, writer }
     }
 
-    /// The next stream that the peer opens; `None` when the connection is over.
+    /// The next stream that the peer opens; `None` when the connection has ended.
     pub async fn accept(&mut self) -> Option<Stream> {
         self.accepted.recv().await
     }
 
-    /// Refuses all streams that the peer opens from now on, and gives up what it takes to read
-    /// their headers.
+    /// Refuses all streams that the peer opens from now on, and frees the memory for reading their
+    /// headers.
     pub fn accept_no_more(&mut self) {
         self.accepted.close();
     }
@@ -264,11 +264,11 @@ impl Connection {
         Ok(stream)
     }
 
-    /// Resolves when the connection is over, whichever side ended it.
+    /// Resolves when the connection has ended, whichever side ended it.
     pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut closed = self.shared.closed.subscribe();
         async move {
-            // The sender is gone only with the connection.
+            // The sender is dropped only with the connection.
             let _ = closed.wait_for(|closed| *closed).await;
         }
     }
@@ -284,9 +284,9 @@ impl Connection {
     }
 
     /// Sends a ping after each `pause`, as a client, for as long as the connection lives: a server
-    /// closes those on which nothing is said.
+    /// closes idle ones.
     pub fn keep_alive(&self, pause: Duration) -> impl Future<Output = ()> + Send + use<> {
-        // Not a strong sender: the writer must not live for the pings.
+        // Not a strong sender: the pings must not keep the writer alive.
         let commands = self.commands.downgrade();
         async move {
             loop {
@@ -299,7 +299,7 @@ impl Connection {
         }
     }
 
-    /// Says goodbye and closes, after everything that was sent before.
+    /// Sends GOAWAY and closes, after everything that was sent before.
     pub async fn close(mut self) {
         let last_stream = self.shared.last_stream.load(Ordering::Relaxed);
         let goodbye = async {
@@ -345,7 +345,7 @@ fn new_stream(
 /// One stream.
 #[derive(Debug)]
 pub struct Stream {
-    /// What it was opened with.
+    /// The headers that it was opened with.
     pub headers: Headers,
     /// Data from the peer.
     pub incoming: Incoming,
@@ -354,25 +354,25 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The half that is written; whatever the peer sends is thrown away from now on.
+    /// The write half; whatever the peer sends is discarded from now on.
     #[must_use]
     pub fn without_input(self) -> Outgoing {
         self.outgoing
     }
 }
 
-/// The half of a stream that is read.
+/// The read half of a stream.
 #[derive(Debug)]
 pub struct Incoming(pub(crate) budget::Receiver);
 
 impl Incoming {
-    /// The next data; `None` when the peer has finished or reset the stream, or the connection is
-    /// over.
+    /// The next data; `None` when the peer has finished or reset the stream, or the connection has
+    /// ended.
     pub async fn receive(&mut self) -> Option<Bytes> {
         self.0.receive().await
     }
 
-    /// Whether the peer has finished the stream: nothing that it sent is missing. Decided once
+    /// Whether the peer has finished the stream, so that none of its data is missing. Decided once
     /// [`receive`](Self::receive) has returned `None`.
     #[must_use]
     pub fn is_finished(&self) -> bool {
@@ -380,15 +380,15 @@ impl Incoming {
     }
 }
 
-/// The half of a stream that is written.
+/// The write half of a stream.
 #[derive(Debug, Clone)]
 pub struct Outgoing {
     id: u32,
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
     was_broken_off: watch::Receiver<Option<BrokenOff>>,
-    /// What the peer may have is counted by what its owner holds, not by what the peer says is
-    /// over.
+    /// The peer's allowance is counted by what its owner holds, not by what the peer claims to have
+    /// ended.
     _held: Arc<Option<OwnedSemaphorePermit>>,
 }
 
@@ -399,7 +399,7 @@ impl Outgoing {
         self.id
     }
 
-    /// Resolves when the peer has reset the stream, or nobody reads it; never, when it ends in
+    /// Resolves when the peer has reset the stream, or it is not read; never when it ends in
     /// another way.
     pub async fn broken_off(&self) -> BrokenOff {
         let mut broken_off = self.was_broken_off.clone();
@@ -418,11 +418,11 @@ impl Outgoing {
         self.command(Command::Reply { stream: self.id }).await
     }
 
-    /// Sends data; waits while the peer is slow. Not sent in part when the future is dropped, but
-    /// for whole frames of it.
+    /// Sends data; waits while the peer is slow. If the future is dropped, only whole frames of it
+    /// have been sent.
     ///
     /// # Errors
-    /// [`Closed`] when the peer has reset the stream, or the connection is over.
+    /// [`Closed`] when the peer has reset the stream, or the connection has ended.
     pub async fn send(&self, mut bytes: Bytes) -> Result<(), Closed> {
         while !bytes.is_empty() {
             let piece = bytes.split_to(bytes.len().min(MAX_DATA_BYTES));
@@ -431,7 +431,7 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Says that no more data follows.
+    /// Ends this direction: no more data follows.
     ///
     /// # Errors
     /// [`Closed`].
@@ -441,9 +441,9 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Gives the stream up in both directions. Does nothing when it is over.
+    /// Gives the stream up in both directions. Does nothing when it has ended.
     pub async fn reset(&self, status: ResetStatus) {
-        // Whether the peer can still be reached does not matter.
+        // It does not matter whether the peer can still be reached.
         let _ = self.command(Command::Reset { stream: self.id, status }).await;
         self.shared.streams().remove(&self.id);
     }
@@ -509,7 +509,7 @@ impl Reader {
         }
     }
 
-    /// Acts on a frame; `false` when the connection is over.
+    /// Handles a frame; `false` when the connection has ended.
     async fn handle(&self, frame: Frame) -> Result<bool, ProtocolError> {
         match frame {
             Frame::SynStream { stream, headers, last, unidirectional } => {
@@ -539,18 +539,18 @@ impl Reader {
                 }
                 Ok(true)
             }
-            // Clients of the CRI count up in odd numbers, as the ids of their streams do. An even
-            // one answers a ping of ours, of which there are none.
+            // Clients of the CRI use increasing odd numbers, like the ids of their streams. An even
+            // one answers a ping of ours, and there are none.
             Frame::Ping(id) if id.is_multiple_of(2) != (self.role == Role::Server) => {
                 self.order(Command::Ping(id)).await
             }
-            // The peer opens no more streams; what is open goes on.
+            // The peer opens no more streams; open ones continue.
             Frame::Ping(_) | Frame::GoAway | Frame::Ignored => Ok(true),
         }
     }
 
     async fn open(&self, id: u32, headers: Headers, peer_finished: bool) -> Result<bool, ProtocolError> {
-        // Streams of a client have odd ids, which only ever go up; a server opens none.
+        // Streams of a client have odd ids, which only ever increase; a server opens none.
         if self.role == Role::Client
             || id.is_multiple_of(2)
             || id <= self.shared.last_stream.load(Ordering::Relaxed)
@@ -563,7 +563,7 @@ impl Reader {
         };
         let stream = new_stream(id, headers, &self.commands, &self.shared, peer_finished, Some(permit));
         if self.opened.try_send(stream).is_err() {
-            // Streams are no longer accepted, or as many wait as may be open.
+            // Streams are no longer accepted, or the queue has as many as may be open.
             self.shared.streams().remove(&id);
             return self.order(Command::Reset { stream: id, status: ResetStatus::RefusedStream }).await;
         }
@@ -584,7 +584,7 @@ impl Reader {
         match to {
             Some(To::Queue(queue)) => Ok(self.unless_gone(self.pass_on(id, queue, bytes)).await),
             Some(To::Nobody) => Ok(true),
-            // It said that it had finished.
+            // The peer had said that it had finished.
             Some(To::Finished) => {
                 self.shared.streams().remove(&id);
                 self.order(Command::Reset { stream: id, status: ResetStatus::ProtocolError }).await
@@ -640,7 +640,7 @@ async fn write<T: AsyncWrite>(
         let closing = matches!(command, Command::Close { .. });
         let written = write_one(&mut io, &mut encoder, command, &mut head).await;
         let flushed = match written {
-            // More is to be written at once.
+            // More can be written at once.
             Ok(()) if !closing && !commands.is_empty() => Ok(()),
             Ok(()) => io.flush().await,
             Err(error) => Err(error),
@@ -839,7 +839,7 @@ mod tests {
 
     const WIRE: usize = 64 * 1024;
 
-    /// How many pieces of this length a server takes on 1,000 unread streams, and no more.
+    /// How many pieces of this length a server accepts on 1,000 unread streams.
     async fn taken(length: usize) -> usize {
         const STREAMS: u32 = 1000;
         let (mut client, server) = duplex(WIRE);
@@ -868,7 +868,7 @@ mod tests {
         let bytes = taken(READ_BYTES).await * READ_BYTES;
         let most = budget::CONNECTION_BYTES;
         assert!((most / 2..most + 2 * WIRE).contains(&bytes), "{bytes}");
-        // Small ones cost what it takes to keep them.
+        // Small ones count with their overhead.
         let pieces = taken(1).await;
         assert!((1000..(most + 2 * WIRE) / 64).contains(&pieces), "{pieces}");
     }

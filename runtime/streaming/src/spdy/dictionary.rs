@@ -1,4 +1,4 @@
-//! The dictionary that both ends of SPDY/3 give to zlib (SPDY protocol draft 3, section 2.6.10.1).
+//! The dictionary that both ends of SPDY/3 use for zlib (SPDY protocol draft 3, section 2.6.10.1).
 //!
 //! It is a list of words, each with its length before it, and a tail of common values without
 //! lengths.

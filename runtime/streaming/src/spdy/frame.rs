@@ -15,7 +15,7 @@ use super::header_block::{Deflater, Headers, Inflater};
 /// The longest body of a control frame, in bytes. Clients of the CRI send less than 200.
 pub const MAX_CONTROL_BYTES: usize = 4 * 1024;
 
-/// The longest body of a data frame that is written, in bytes; the wire has room for 2^24 - 1.
+/// The longest body of a data frame that is written, in bytes; the format allows 2^24 - 1.
 pub const MAX_DATA_BYTES: usize = 64 * 1024;
 
 const HEAD: usize = 8;
@@ -37,13 +37,13 @@ const WINDOW_UPDATE: u16 = 9;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ResetStatus {
-    /// The peer did something that the protocol forbids.
+    /// The peer violated the protocol.
     ProtocolError = 1,
     /// Data for a stream that is not open.
     InvalidStream = 2,
     /// The stream is not wanted.
     RefusedStream = 3,
-    /// The stream is over.
+    /// The stream has ended.
     Cancel = 5,
 }
 
@@ -58,7 +58,7 @@ pub enum Frame {
         headers: Headers,
         /// The peer will send no data on it.
         last: bool,
-        /// No answer on it is wanted.
+        /// No answer on it is expected.
         unidirectional: bool,
     },
     /// The peer accepts a stream.
@@ -106,7 +106,7 @@ pub enum Frame {
 /// Reads frames from bytes as they arrive.
 #[derive(Debug)]
 pub struct Decoder {
-    /// Nothing when header blocks are not read any more.
+    /// `None` when header blocks are no longer read.
     inflater: Option<Inflater>,
     /// The data frame that is being read.
     data: Option<DataFrame>,
@@ -126,13 +126,13 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// Reads no header blocks any more: they count as empty. What it takes to decompress them, 40
-    /// KiB, is given back.
+    /// Stops reading header blocks: they count as empty. The memory for decompressing them, 40 KiB,
+    /// is freed.
     pub fn forget_headers(&mut self) {
         self.inflater = None;
     }
 
-    /// Whether more of the data frame follows that the last piece was of.
+    /// Whether more follows of the data frame that the last piece was from.
     #[cfg(feature = "fuzzing")]
     pub(crate) fn is_inside_data(&self) -> bool {
         self.data.is_some()
@@ -146,7 +146,7 @@ impl Decoder {
     /// are needed. `buffer` never has to hold more than 8 bytes and [`MAX_CONTROL_BYTES`].
     ///
     /// # Errors
-    /// [`ProtocolError`]; the connection is of no more use then.
+    /// [`ProtocolError`]; the connection is unusable then.
     pub fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Frame>, ProtocolError> {
         if let Some(data) = &mut self.data {
             return Ok(data.piece(buffer).inspect(|frame| {
@@ -304,7 +304,7 @@ impl Encoder {
         to.put_u32(id);
     }
 
-    /// GOAWAY with status 0 (OK): `stream` is the last one of the peer's that was looked at.
+    /// GOAWAY with status 0 (OK): `stream` is the last one of the peer's that was processed.
     pub fn go_away(stream: u32, to: &mut BytesMut) {
         control(to, GOAWAY, 8);
         to.put_u32(stream);
@@ -427,7 +427,7 @@ mod tests {
             (control(1, 0, &[0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0]), ProtocolError::Malformed("SYN_STREAM")),
             (control(2, 0, &[0, 0]), ProtocolError::Malformed("SYN_REPLY")),
             (control(3, 0, &[0, 0, 0, 1]), ProtocolError::Malformed("RST_STREAM")),
-            // CVE-2026-35469: a count that says more than there is.
+            // CVE-2026-35469: a count that exceeds the data.
             (control(4, 0, &[0xff, 0xff, 0xff, 0xff]), ProtocolError::Malformed("SETTINGS")),
             (control(4, 0, &[0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1]), ProtocolError::Malformed("SETTINGS")),
             (control(6, 0, &[0; 5]), ProtocolError::Malformed("PING")),

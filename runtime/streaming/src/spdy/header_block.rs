@@ -15,18 +15,18 @@ use super::ProtocolError;
 use super::dictionary::DICTIONARY;
 
 /// The longest header block, decompressed, in bytes. Clients of the CRI send some 100:
-/// `streamType`, `port` and `requestID`. Each stream keeps its own.
+/// `streamType`, `port` and `requestID`. Each stream keeps its own block.
 pub const MAX_BYTES: usize = 2 * 1024;
 
 /// The most pairs in a block.
 pub const MAX_PAIRS: usize = 32;
 
-/// Names and values. Names are lower case and each is there once.
+/// Names and values. Names are lower case and unique.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Headers(Vec<(String, String)>);
 
 impl Headers {
-    /// These pairs; names are turned to lower case.
+    /// These pairs; names are converted to lower case.
     #[must_use]
     pub fn of(pairs: &[(&str, &str)]) -> Self {
         Self(pairs.iter().map(|(name, value)| (name.to_ascii_lowercase(), (*value).to_owned())).collect())
@@ -54,7 +54,7 @@ impl Headers {
     ///
     /// # Errors
     /// When a length does not fit, there are too many pairs, a name is empty, in upper case or
-    /// there twice, or text is not UTF-8.
+    /// repeated, or text is not UTF-8.
     pub fn decode(mut bytes: &[u8]) -> Result<Self, ProtocolError> {
         let count = take_number(&mut bytes)?;
         if count > MAX_PAIRS {
@@ -141,7 +141,7 @@ const ZLIB_HEAD: u16 = 0x78bb;
 
 /// Writes the header blocks of one direction, in their order.
 ///
-/// A block of ours has some bytes, and none at all in what a server answers. So they are stored and
+/// A block of ours has some bytes, and in a server's answers none at all. So blocks are stored and
 /// not compressed: a compressor would take 270 KiB for each connection.
 #[derive(Debug, Default)]
 pub struct Deflater {
@@ -166,8 +166,8 @@ impl Deflater {
             block.extend_from_slice(&(!length).to_le_bytes());
             block.extend_from_slice(stored);
         }
-        // The end of a block is marked as by zlib's sync flush, by an empty one: Go's decompressor
-        // keeps what it has read until then.
+        // The end of a block is marked by an empty one, as by zlib's sync flush: Go's decompressor
+        // holds back what it has read until then.
         block.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
         block
     }

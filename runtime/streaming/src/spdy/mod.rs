@@ -16,7 +16,7 @@ pub use connection::{Connection, Limits, Stream};
 pub use frame::{Decoder, Encoder, Frame, ResetStatus};
 pub use header_block::Headers;
 
-/// Why the bytes of a peer cannot be read. The connection is of no more use after any of these.
+/// Why the bytes of a peer cannot be read. The connection is unusable after any of these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
     /// A control frame of another protocol version.

@@ -1,8 +1,8 @@
 //! Commands over WebSocket: exec and attach.
 //!
 //! The channels: 0 standard input, 1 standard output, 2 standard error, 3 the status, 4 sizes of
-//! the terminal. The server begins with an empty message on the lowest channel that it writes, as
-//! Kubernetes' own server does to say that it is ready.
+//! the terminal. The server begins with an empty message on the lowest channel that it writes, by
+//! which Kubernetes' own server signals that it is ready.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ const STDERR: u8 = 2;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 
-/// Reads what the client sends, until it goes away or says what cannot be.
+/// Reads what the client sends, until it goes away or violates the protocol.
 struct Reader {
     protocol: Protocol,
     stdin: Option<budget::Sender>,
@@ -111,7 +111,7 @@ where
         Some(run(session).await)
     };
     let outcome: Option<Outcome> = tokio::select! {
-        // First: the command must not take a connection that breaks for the end of its input.
+        // First: the command must not mistake a broken connection for the end of its input.
         biased;
         _ = &mut reader => None,
         outcome = served => outcome,
@@ -124,12 +124,11 @@ where
                 // The writer is gone only with the client.
                 let _ = error.send(&status).await;
             }
-            // The writer says goodbye when nothing is to be sent any more, and the client answers
-            // that.
+            // The writer sends Close when nothing is left to send, and the client answers it.
             drop((error, messages));
             let _ = writer.await;
         };
-        // The client may read what is left as slowly as it read while the program ran.
+        // The client may read the rest as slowly as it read while the program ran.
         let said = tokio::select! {
             said = tokio::time::timeout(IDLE, say) => said.is_ok(),
             _ = &mut reader => false,
@@ -239,7 +238,7 @@ mod tests {
         let (sender, ended) = tokio::sync::oneshot::channel::<()>();
         let run: Run = Box::new(move |session| {
             Box::pin(async move {
-                // They fit into what waits for the writer, and leave no room for the status.
+                // They fit into the writer's queue, and leave no room for the status.
                 let stdout = session.stdout.unwrap();
                 for _ in 0..PIECES {
                     stdout.send(vec![b'x'; 32 * 1024].into()).await.unwrap();
@@ -308,9 +307,9 @@ mod tests {
             // Longer than a message may be, and than any memory.
             length(u64::try_from(MAX_MESSAGE_BYTES).unwrap() + 1),
             length(u64::MAX),
-            // The rest of a message that has not begun.
+            // The continuation of a message that has not begun.
             vec![0x80, 0x81, 0, 0, 0, 0, STDIN],
-            // No text, in base64 or otherwise.
+            // Not text, in base64 or otherwise.
             vec![0x81, 0x81, 0, 0, 0, 0, 0xff],
         ] {
             let (mut near, far) = duplex(64 * 1024);
@@ -331,7 +330,7 @@ mod tests {
         }
     }
 
-    /// What a client hears of a program that runs for ever, with this said all the time.
+    /// What a client receives from a program that runs forever, while it keeps sending this.
     async fn lives(said: Option<&'static str>) -> Duration {
         let (near, far) = duplex(64 * 1024);
         let run: Run = Box::new(move |session| {

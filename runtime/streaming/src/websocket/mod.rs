@@ -42,7 +42,7 @@ pub(crate) const MAX_MESSAGE_BYTES: usize = 128 * 1024;
 /// Room for reading that each connection keeps. Longer messages take more while they come.
 const READ_BYTES: usize = 4 * 1024;
 
-/// What is collected before it is written.
+/// Bytes that are collected before a write.
 const WRITE_BYTES: usize = 16 * 1024;
 
 /// Messages that wait to be sent.
@@ -84,7 +84,7 @@ fn config() -> WebSocketConfig {
         .max_write_buffer_size(WRITE_BYTES + 2 * MAX_MESSAGE_BYTES)
 }
 
-/// What the server of channels says, in a task: everything that is sent, then goodbye when no
+/// The sending half of a server of channels, in a task: everything that is sent, then Close when no
 /// sender is left. The other half is for reading.
 fn begin<T>(
     io: WebSocketStream<T>,
@@ -143,14 +143,14 @@ fn encode(channel: u8, base64: bool, bytes: &[u8]) -> Message {
     }
 }
 
-/// What a client said.
+/// A message from a client.
 #[derive(Debug, PartialEq, Eq)]
 enum Said {
     Data {
         channel: u8,
         bytes: Bytes,
     },
-    /// There is no more for this channel.
+    /// This channel has ended.
     End {
         channel: u8,
     },
@@ -158,8 +158,7 @@ enum Said {
     Nothing,
 }
 
-/// The next message of a client; `None` when it is gone, or nothing is said in either direction for
-/// too long.
+/// The next message of a client; `None` when it is gone, or the connection is idle for too long.
 async fn next<T>(stream: &mut SplitStream<WebSocketStream<T>>, activity: &Activity) -> Option<Message>
 where
     T: AsyncRead + AsyncWrite + Unpin,
@@ -185,7 +184,7 @@ fn decode(protocol: Protocol, message: Message) -> Result<Said, Malformed> {
     };
     let Some((first, rest)) = payload.split_first() else { return Ok(Said::Nothing) };
     if protocol.base64 {
-        // Kubernetes counts on after the digits.
+        // Kubernetes continues with the characters after the digits.
         let channel = first.checked_sub(b'0').ok_or(Malformed)?;
         let bytes = STANDARD.decode(rest).map_err(|_| Malformed)?.into();
         return Ok(Said::Data { channel, bytes });

@@ -2,8 +2,8 @@
 //! `v4.base64.channel.k8s.io`.
 //!
 //! The ports are those of the CRI's request, or of the query (`?port=80,81` or `?ports=80`) when
-//! that has none. Each has one connection, which is made at once, and two channels: 2n for data and
-//! 2n + 1 for why it failed. The server begins both with the port, two bytes with the lower one
+//! that names none. Each has one connection, which is made at once, and two channels: 2n for data
+//! and 2n + 1 for the error. The server begins both with the port, two bytes with the lower one
 //! first. There is no way to end one direction, but a client that closes the WebSocket has sent
 //! everything. The WebSocket is closed when all connections have ended.
 
@@ -34,14 +34,14 @@ pub(crate) const MAX_PORTS: usize = 32;
 /// Bytes read at a time from a forwarded connection.
 const READ_BYTES: usize = 32 * 1024;
 
-/// The ports that a query names; `None` when it names none, too many, or what is none.
+/// The ports that a query names; `None` when it names none, too many, or an invalid one.
 pub(crate) fn ports_of_query(query: &str) -> Option<Vec<u16>> {
     let values =
         query.split('&').filter_map(|pair| pair.strip_prefix("port=").or(pair.strip_prefix("ports=")));
     let ports: Option<Vec<u16>> = values
         .flat_map(|value| value.split(',').flat_map(|value| value.split("%2C")))
         .map(|port| {
-            // "+80" is a number to `parse`.
+            // `parse` would accept "+80" as a number.
             let port: u16 = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
             (port != 0).then_some(port)
         })
@@ -52,9 +52,9 @@ pub(crate) fn ports_of_query(query: &str) -> Option<Vec<u16>> {
 /// Where data for a port goes.
 #[derive(Debug)]
 struct Input {
-    /// Nothing when it is thrown away.
+    /// `None` when it is discarded.
     queue: Option<Sender>,
-    /// Nobody reads it, and it holds up the others.
+    /// It is not read, and holds up the others.
     unread: Arc<Notify>,
 }
 
@@ -108,8 +108,7 @@ where
     let abort = writer.abort_handle();
     let said = async {
         while forwards.join_next().await.is_some() {}
-        // The writer says goodbye behind what is left, which the client may read as slowly as all
-        // before.
+        // The writer sends Close after the rest, which the client may read as slowly as all before.
         tokio::time::timeout(IDLE, writer).await.is_ok()
     };
     let (said, has_closed) = tokio::select! {
@@ -117,7 +116,7 @@ where
         said = said => (said, false),
     };
     if said {
-        // The client answers the goodbye.
+        // The client answers the Close.
         let _ = tokio::time::timeout(LINGER, reading).await;
     } else if has_closed {
         // What it has sent before is passed on.
@@ -126,7 +125,7 @@ where
     abort.abort();
 }
 
-/// Passes on what a client said; `false` when that was nonsense, or it is gone.
+/// Passes on a client's message; `false` when it was invalid, or the client is gone.
 async fn deliver(said: Option<Said>, inputs: &mut [Input], hangup: Option<&Hangup>) -> bool {
     match said {
         Some(Said::Data { channel, bytes }) if channel.is_multiple_of(2) => {
@@ -142,16 +141,16 @@ async fn deliver(said: Option<Said>, inputs: &mut [Input], hangup: Option<&Hangu
     }
 }
 
-/// Waits for whoever reads the input, within [`STALL`].
+/// Waits for the reader of the input, within [`STALL`].
 async fn pass_on(to: usize, bytes: Bytes, inputs: &mut [Input]) {
-    // A connection that has ended reads no more: what comes for it is thrown away.
+    // A connection that has ended reads no more: its further input is discarded.
     while let Some(queue) = inputs.get(to).and_then(|input| input.queue.as_ref()) {
         if tokio::time::timeout(STALL, queue.send(&bytes)).await.is_ok() {
             return;
         }
         let is_full = queue.waiting() == QUEUE;
         let waiting = |input: &Input| input.queue.as_ref().map_or(0, Sender::waiting);
-        // Whoever reads has emptied its queue meanwhile.
+        // An active reader has emptied its queue meanwhile.
         let most = if is_full { inputs.get_mut(to) } else { inputs.iter_mut().max_by_key(|it| waiting(it)) };
         if let Some(input) = most {
             input.queue = None;
@@ -174,8 +173,8 @@ async fn one(
     }
     let mut side = PortSide::from(connect(port).await?);
     let (from, to, over) = side.split();
-    // The client cannot say that it has finished: the end of the other direction is the end. A port
-    // that reads no more may have answered all the same.
+    // The client cannot say that it has finished, so the end of the other direction ends the
+    // connection. A port that reads no more may still have answered.
     let mut downloading = pin!(download(from, data, over));
     let ended = tokio::select! {
         failed = upload(input, to, over) => downloading.await.and(failed),
@@ -302,7 +301,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_pauses_at_the_end_gets_everything() {
-        // What waits for the writer holds this, but the client's side of the connection does not.
+        // The writer's queue holds this, but the client's side of the connection does not.
         const LENGTH: usize = 300_000;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (mut client, server) = served(false, vec![listener.local_addr().unwrap().port()]).await;

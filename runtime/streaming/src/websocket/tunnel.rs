@@ -11,7 +11,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use super::accepted;
 
-/// How often the client of a tunnel is pinged: load balancers drop what is silent.
+/// How often the client of a tunnel is pinged: load balancers drop idle connections.
 const PING: Duration = Duration::from_secs(10);
 
 /// Carries the bytes of `inner` in binary messages, until either side ends.

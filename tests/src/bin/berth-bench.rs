@@ -408,9 +408,7 @@ impl Runtime {
 
     /// Anonymous memory of the daemon and of what it keeps for pods.
     fn own_anonymous(&self, pods: &[Pod]) -> Result<u64> {
-        let own = own_processes(pods)?;
-        let own = own.into_iter().map(|pid| memory_bytes(pid, "Pss_Anon:")).sum::<Result<u64>>()?;
-        Ok(own + memory_bytes(self.daemon_pid, "Pss_Anon:")?)
+        Ok(own_bytes(pods, "Pss_Anon:")? + memory_bytes(self.daemon_pid, "Pss_Anon:")?)
     }
 
     /// What the daemon holds when that does not change any more.
@@ -455,7 +453,7 @@ impl Runtime {
             self.found.list_stats.push(took);
         }
         let pods_count = u64::try_from(CROWD)?;
-        self.found.own_bytes_per_pod = own_bytes(&pods)? / pods_count;
+        self.found.own_bytes_per_pod = own_bytes(&pods, "Pss:")? / pods_count;
         self.found.daemon_growth_per_pod =
             pss_bytes(self.daemon_pid)?.saturating_sub(daemon_before) / pods_count;
 
@@ -610,10 +608,19 @@ where
     Ok(done)
 }
 
-/// The memory of what the runtime keeps for these pods beside the programs in the containers, in
-/// bytes.
-fn own_bytes(pods: &[Pod]) -> Result<u64> {
-    own_processes(pods)?.into_iter().map(pss_bytes).sum()
+/// The memory of what the runtime keeps for these pods beside the programs in the containers, by
+/// a line of `smaps_rollup`, in bytes.
+fn own_bytes(pods: &[Pod], key: &str) -> Result<u64> {
+    let gone = |error: &anyhow::Error| {
+        let errno = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        matches!(errno, Some(nix::libc::ENOENT | nix::libc::ESRCH))
+    };
+    // One that has ended since it was found holds nothing any more.
+    let bytes = |pid| match memory_bytes(pid, key) {
+        Err(error) if gone(&error) => Ok(0),
+        bytes => bytes,
+    };
+    own_processes(pods)?.into_iter().map(bytes).sum()
 }
 
 /// The processes whose children the programs in the containers are (shims), their other children

@@ -135,7 +135,7 @@ mod tests {
         ] {
             let troubles = troubles(&[], &daemon);
             let [trouble] = troubles.as_slice() else { panic!("{troubles:?}") };
-            assert_eq!((trouble.grade, trouble.subject), (Grade::Broken, "disk"));
+            assert_eq!((trouble.grade, trouble.subject.as_ref()), (Grade::Broken, "disk"));
             assert!(trouble.text.contains(key) && trouble.text.contains("/var/lib/berth"), "{trouble:?}");
         }
     }

@@ -11,10 +11,13 @@ mod host;
 mod kubelet;
 mod runtimes;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 /// How bad it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Grade {
     /// As it should be.
     Good,
@@ -25,23 +28,23 @@ pub enum Grade {
 }
 
 /// One line of the report: the subject, the finding and, unless it is good, what to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// How bad it is.
     pub grade: Grade,
     /// A word.
-    pub subject: &'static str,
+    pub subject: Cow<'static, str>,
     /// A sentence without line ends.
     pub text: String,
 }
 
 /// Makes a finding.
 pub fn finding(grade: Grade, subject: &'static str, text: impl Into<String>) -> Finding {
-    Finding { grade, subject, text: text.into() }
+    Finding { grade, subject: Cow::Borrowed(subject), text: text.into() }
 }
 
 /// What the checks need to know about the daemon.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Daemon {
     /// Its persistent directory.
     pub root: PathBuf,
@@ -171,7 +174,11 @@ mod tests {
             let daemon = Daemon { network_kind: kind.to_owned(), ..daemon() };
             let troubles = troubles(&[(path, *text)], &daemon);
             let [trouble] = troubles.as_slice() else { panic!("{path} {text:?}: {troubles:?}") };
-            assert_eq!((&trouble.grade, &trouble.subject), (grade, subject), "{path} {text:?}: {trouble:?}");
+            assert_eq!(
+                (&trouble.grade, trouble.subject.as_ref()),
+                (grade, *subject),
+                "{path} {text:?}: {trouble:?}"
+            );
             assert!(trouble.text.contains(words), "{path} {text:?}: {trouble:?}");
         }
     }

@@ -118,6 +118,8 @@ pub struct SandboxRecord {
     pub hostname: String,
     /// The files that its containers share are in its tmpfs; if not, an earlier version made it.
     pub shared_in_tmpfs: bool,
+    /// No CNI plugin knows of it; if not, one may, or an earlier version made it.
+    pub without_plugins: bool,
 }
 
 /// A process, identified by pid and start time, since pids are reused.
@@ -141,6 +143,7 @@ impl Default for SandboxRecord {
             stopped: false,
             hostname: String::new(),
             shared_in_tmpfs: false,
+            without_plugins: false,
         }
     }
 }

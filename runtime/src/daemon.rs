@@ -332,7 +332,9 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
     };
     let images = Store::open(layout.root(), config.images.clone()).map_err(DaemonError::Images)?;
     let known = recovery::known_addresses(&layout);
-    let network = Network::set_up(&config, &layout, &known).map_err(DaemonError::Network)?;
+    let tokio = tokio::runtime::Handle::current();
+    let for_cni = HostPaths::for_cni(tokio.clone());
+    let network = Network::set_up(&config, &layout, for_cni, &known).map_err(DaemonError::Network)?;
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(host("the boot id"))?;
     let facts = HostFacts {
         bounding: berth_sys::credentials::bounding_set().map_err(host("the capabilities"))?,
@@ -343,7 +345,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
             .ok_or_else(|| host("the kernel's version")(io::ErrorKind::InvalidData.into()))?,
     };
     let default_apparmor_profile = DefaultProfile::new(facts.apparmor);
-    let host_paths = Arc::new(HostPaths::new(tokio::runtime::Handle::current()));
+    let host_paths = Arc::new(HostPaths::new(tokio));
     let registry = Registry::default();
     Ok(Node {
         layout,
@@ -385,9 +387,17 @@ async fn tell_what_the_node_lacks(node: &Arc<Node>) {
         min_free_percent: images.min_free_percent,
         cadvisor_socket: config.cadvisor_socket.clone(),
     };
-    // A disk may be slow. A panic in there is a bug, which is logged.
-    let findings = tokio::task::spawn_blocking(move || berth_checkup::look(Path::new("/"), &daemon)).await;
-    for Finding { grade, subject, text } in findings.unwrap_or_default() {
+    let looking = node.clone();
+    // A panic in there is a bug, which is logged.
+    let Ok(found) = tokio::task::spawn_blocking(move || looking.host_paths.checkup(&daemon)).await else {
+        return;
+    };
+    let findings = found.unwrap_or_else(|error| {
+        tracing::warn!(error = crate::chain(&error), "cannot find out what this node lacks");
+        Vec::new()
+    });
+    for Finding { grade, subject, text } in findings {
+        let subject = subject.as_ref();
         match grade {
             Grade::Broken => tracing::error!(subject, "{text}"),
             Grade::Note => tracing::warn!(subject, "{text}"),

@@ -8,7 +8,7 @@
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -42,25 +42,98 @@ pub fn make_dir_all(path: &Path, mode: u32) -> Result<(), (PathBuf, io::Error)> 
     Ok(())
 }
 
+/// <linux/openat2.h>, Linux 5.12; nix lacks it.
+const RESOLVE_CACHED: u64 = 0x20;
+
 /// The absolute path without links of what `path` leads to, if the kernel has all of it in memory:
 /// `openat2(2)` with `RESOLVE_CACHED`, which takes no lock and asks no filesystem. `None` for
 /// everything else, also when nothing is there: finding that out may take for ever.
 #[must_use]
 pub fn resolve_cached(path: &Path) -> Option<PathBuf> {
-    use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
-    /// <linux/openat2.h>, Linux 5.12; nix lacks it.
-    const RESOLVE_CACHED: u64 = 0x20;
-    if !path.is_absolute() {
-        return None;
-    }
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::from_bits_retain(RESOLVE_CACHED));
-    let opened = openat2(AT_FDCWD, path, how).ok()?;
+    let opened = open_cached(path).ok()?;
     let found = std::fs::read_link(format!("/proc/thread-self/fd/{}", opened.as_raw_fd())).ok()?;
     // What was removed has this behind its name, and what is out of reach is no path.
     let is_path = found.is_absolute() && !found.as_os_str().as_bytes().ends_with(b" (deleted)");
     is_path.then_some(found)
+}
+
+/// What the kernel has in memory of a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cached {
+    /// It leads to this.
+    Is(Facts),
+    /// It leads to nothing.
+    Absent,
+    /// Not enough to say.
+    Unknown,
+}
+
+/// What tells a file or directory from another, and from itself before a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Facts {
+    /// The filesystem: major and minor number.
+    pub device: (u32, u32),
+    /// Its number there.
+    pub inode: u64,
+    /// In bytes.
+    pub size: u64,
+    /// When it was last changed in any way: seconds since the epoch, and nanoseconds.
+    pub changed: (i64, u32),
+}
+
+/// What `path` leads to, as far as the kernel has it in memory. As [`resolve_cached`], this never
+/// waits.
+#[must_use]
+pub fn look_cached(path: &Path) -> Cached {
+    match open_cached(path) {
+        Ok(opened) => facts(opened.as_fd()).map_or(Cached::Unknown, Cached::Is),
+        Err(nix::errno::Errno::ENOENT) => Cached::Absent,
+        Err(_) => Cached::Unknown,
+    }
+}
+
+/// The facts about an open file, as they are in memory: `statx(2)`, `AT_STATX_DONT_SYNC`.
+///
+/// # Errors
+/// When they are not there.
+pub fn facts(file: BorrowedFd<'_>) -> io::Result<Facts> {
+    let wanted = libc::STATX_INO | libc::STATX_SIZE | libc::STATX_CTIME;
+    // SAFETY: a statx is plain numbers, for which zero is a value.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: statx(2) takes an open descriptor, an empty NUL-terminated name with AT_EMPTY_PATH,
+    // and a structure to fill, all of which live until it returns.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC,
+            wanted,
+            &raw mut found,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if found.stx_mask & wanted != wanted {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    Ok(Facts {
+        device: (found.stx_dev_major, found.stx_dev_minor),
+        inode: found.stx_ino,
+        size: found.stx_size,
+        changed: (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec),
+    })
+}
+
+fn open_cached(path: &Path) -> nix::Result<OwnedFd> {
+    use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+    if !path.is_absolute() {
+        return Err(nix::errno::Errno::EINVAL);
+    }
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::from_bits_retain(RESOLVE_CACHED));
+    openat2(AT_FDCWD, path, how)
 }
 
 fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {

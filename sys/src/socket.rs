@@ -110,6 +110,17 @@ pub fn limit_waits(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
     Ok(setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::microseconds(microseconds))?)
 }
 
+/// Has sending to `socket` fail with `EAGAIN` when there is no room for so long: `SO_SNDTIMEO`,
+/// socket(7).
+///
+/// # Errors
+/// As with [`limit_waits`].
+pub fn limit_sends(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
+    let microseconds =
+        i64::try_from(limit.as_micros()).map_err(|_| io::Error::from_raw_os_error(libc::EDOM))?;
+    Ok(setsockopt(&socket, sockopt::SendTimeout, &TimeVal::microseconds(microseconds))?)
+}
+
 /// Sets how many bytes may be sent that the other end has not received: `SO_SNDBUF`, socket(7),
 /// which the kernel doubles. More than everybody may have is for `CAP_NET_ADMIN` only.
 ///

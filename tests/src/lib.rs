@@ -13,6 +13,7 @@ pub mod deadline;
 pub mod events;
 pub mod forge;
 pub mod fuse;
+pub mod held;
 pub mod host;
 pub mod kubelet;
 pub mod kubepods;

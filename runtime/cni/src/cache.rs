@@ -88,6 +88,12 @@ impl Cache {
         Self { results: directory.join("results") }
     }
 
+    /// The directory of the entries.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.results
+    }
+
     /// All entries of a container. Files that are no entries are passed over.
     ///
     /// # Errors
@@ -137,7 +143,8 @@ impl Cache {
         Ok(found)
     }
 
-    /// Writes an entry, in place of an earlier one.
+    /// Writes an entry, in place of an earlier one. Once this has returned, there is one even if
+    /// the power fails.
     ///
     /// # Errors
     /// [`CacheError`]
@@ -146,10 +153,22 @@ impl Cache {
         let failed = |source| CacheError { action: "write", path: path.clone(), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.results).map_err(failed)?;
         let text = serde_json::to_vec(entry).map_err(|error| failed(error.into()))?;
-        let mut file =
-            tempfile::Builder::new().prefix(".berth-").tempfile_in(&self.results).map_err(failed)?;
-        file.write_all(&text).map_err(failed)?;
-        file.persist(&path).map_err(|error| failed(error.error))?;
+        let new = self.unfinished(&entry.container_id);
+        remove_file(&new).map_err(failed)?;
+        let written = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)
+            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
+        let is_new = !path.exists();
+        if let Err(source) = written.and_then(|()| fs::rename(&new, &path)) {
+            let _ = remove_file(&new);
+            return Err(failed(source));
+        }
+        if is_new {
+            fs::File::open(&self.results).and_then(|directory| directory.sync_all()).map_err(failed)?;
+        }
         Ok(())
     }
 
@@ -159,12 +178,21 @@ impl Cache {
     /// [`CacheError`]
     pub fn remove(&self, entry: &CachedAttachment) -> Result<(), CacheError> {
         let path = self.path(entry);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(CacheError { action: "remove", path, source })
-            }
-            _ => Ok(()),
-        }
+        remove_file(&path).map_err(|source| CacheError { action: "remove", path, source })
+    }
+
+    /// Removes what is left of an entry of this container whose writer was killed.
+    ///
+    /// # Errors
+    /// [`CacheError`]
+    pub fn remove_unfinished(&self, container: &str) -> Result<(), CacheError> {
+        let path = self.unfinished(container);
+        remove_file(&path).map_err(|source| CacheError { action: "remove", path, source })
+    }
+
+    /// What becomes an entry once it is complete. A container's are written one after the other.
+    fn unfinished(&self, container: &str) -> PathBuf {
+        self.results.join(format!(".berth-{container}"))
     }
 
     fn path(&self, entry: &CachedAttachment) -> PathBuf {
@@ -186,6 +214,14 @@ impl CachedAttachment {
             capability_args: Map::new(),
             result: None,
         }
+    }
+}
+
+/// Absent is success.
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -117,6 +117,12 @@ impl NetworkConfig {
         &self.plugins
     }
 
+    /// Whether plugins can be asked for their status.
+    #[must_use]
+    pub fn has_status(&self) -> bool {
+        self.version >= Version::V1_1_0
+    }
+
     /// Whether attachments of this network are not to be checked.
     #[must_use]
     pub const fn disable_check(&self) -> bool {

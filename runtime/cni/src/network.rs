@@ -5,10 +5,12 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::cache::{Cache, CacheError, CachedAttachment};
+use crate::cache::{CacheError, CachedAttachment};
 use crate::config::{ConfigError, NetworkConfig, PluginConfig, is_identifier};
+use crate::host::{Host, Step};
 use crate::plugin::{Command, Invocation, PluginError};
 use crate::result::{self, AddResult};
 use crate::version::Version;
@@ -55,7 +57,7 @@ pub enum NetworkError {
 }
 
 /// What is attached to a network: an interface in a namespace.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Attachment {
     /// `CNI_CONTAINERID`; of a pod, its sandbox.
     pub container_id: String,
@@ -69,15 +71,13 @@ pub struct Attachment {
     pub capabilities: Map<String, Value>,
 }
 
-/// A network's configuration, where its plugins are, and where its attachments are kept.
+/// A network's configuration, and what it uses of the host.
 #[derive(Debug, Clone, Copy)]
 pub struct Network<'a> {
     /// What its plugins are given.
     pub config: &'a NetworkConfig,
-    /// `CNI_PATH`: directories of plugins, in the order in which they are searched.
-    pub directories: &'a [PathBuf],
-    /// The attachments.
-    pub cache: &'a Cache,
+    /// Where they are, and the attachments.
+    pub host: Host<'a>,
 }
 
 impl Network<'_> {
@@ -89,7 +89,7 @@ impl Network<'_> {
         check(attachment)?;
         let config = self.config;
         let mut entry = self.entry(attachment);
-        self.cache.write(&entry)?;
+        self.write(&entry)?;
         let mut previous: Option<Map<String, Value>> = None;
         for plugin in config.plugins() {
             let answer = self.run(plugin, Command::Add, &entry, previous.as_ref(), deadline)?;
@@ -100,12 +100,17 @@ impl Network<'_> {
         let result = previous.unwrap_or_default();
         let read = AddResult::from_object(&result);
         entry.result = Some(result);
-        self.cache.write(&entry)?;
+        self.write(&entry)?;
         match (read, config.plugins().last()) {
             (Ok(result), _) => Ok(result),
             (Err(_), None) => Ok(AddResult::default()),
             (Err(source), Some(plugin)) => Err(self.failed(plugin, Command::Add, source.into())),
         }
+    }
+
+    fn write(&self, entry: &CachedAttachment) -> Result<(), NetworkError> {
+        (self.host.announce)(Step::Path(self.host.cache.directory()));
+        Ok(self.host.cache.write(entry)?)
     }
 
     /// The entry of an attachment of which no plugin has said anything: what DEL needs where that
@@ -144,7 +149,7 @@ impl Network<'_> {
     /// # Errors
     /// [`NetworkError`], naming the plugin that is not ready.
     pub fn status(&self, deadline: Instant) -> Result<(), NetworkError> {
-        if self.config.version() < Version::V1_1_0 {
+        if !self.config.has_status() {
             return Ok(());
         }
         for plugin in self.config.plugins() {
@@ -164,7 +169,8 @@ impl Network<'_> {
         if self.config.version() < Version::V1_1_0 || self.config.disable_gc() {
             return Ok(());
         }
-        let cached = self.cache.all()?;
+        (self.host.announce)(Step::Path(self.host.cache.directory()));
+        let cached = self.host.cache.all()?;
         if !cached.is_complete() {
             return Ok(());
         }
@@ -248,8 +254,8 @@ impl Network<'_> {
         deadline: Instant,
     ) -> Result<Vec<u8>, NetworkError> {
         let stdin = Value::Object(object.clone()).to_string().into_bytes();
-        let directories = self.directories;
-        Invocation { plugin, directories, command, environment, stdin: &stdin, deadline }
+        let host = self.host;
+        Invocation { plugin, host, command, environment, stdin: &stdin, deadline }
             .run()
             .map_err(|source| self.failed(plugin, command, source))
     }
@@ -270,15 +276,14 @@ impl CachedAttachment {
     pub fn delete(
         &self,
         netns: Option<&Path>,
-        directories: &[PathBuf],
-        cache: &Cache,
+        host: Host<'_>,
         deadline: Instant,
     ) -> Result<(), NetworkError> {
         let config = NetworkConfig::from_json(&self.config).map_err(|source| {
             let network = self.network_name.clone();
             NetworkError::Cached { network, source: Box::new(source) }
         })?;
-        let network = Network { config: &config, directories, cache };
+        let network = Network { config: &config, host };
         let entry = Self {
             netns: netns.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
             ..self.clone()
@@ -287,7 +292,8 @@ impl CachedAttachment {
         for plugin in config.plugins().iter().rev() {
             network.run(plugin, Command::Del, &entry, previous, deadline)?;
         }
-        Ok(cache.remove(&entry)?)
+        (host.announce)(Step::Path(host.cache.directory()));
+        Ok(host.cache.remove(&entry)?)
     }
 }
 

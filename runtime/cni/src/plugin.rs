@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::config::PluginConfig;
+use crate::host::{Host, Step};
 use crate::result::ResultError;
 
 /// Most bytes of an answer. Real ones have a few KiB.
@@ -122,7 +123,7 @@ struct Said {
 #[derive(Debug)]
 pub(crate) struct Invocation<'a> {
     pub(crate) plugin: &'a PluginConfig,
-    pub(crate) directories: &'a [PathBuf],
+    pub(crate) host: Host<'a>,
     pub(crate) command: Command,
     /// Variables besides the command and the path.
     pub(crate) environment: Vec<(&'static str, OsString)>,
@@ -135,7 +136,7 @@ impl Invocation<'_> {
     pub(crate) fn run(&self) -> Result<Vec<u8>, PluginError> {
         let program = self.program()?;
         let command = self.command.to_string();
-        let path = std::env::join_paths(self.directories).map_err(|error| PluginError::Run {
+        let path = std::env::join_paths(self.host.directories).map_err(|error| PluginError::Run {
             program: program.clone(),
             source: io::Error::other(error),
         })?;
@@ -153,6 +154,7 @@ impl Invocation<'_> {
             max_output: Some(MAX_ANSWER),
             max_message: MAX_MESSAGE,
         };
+        (self.host.announce)(Step::Plugin(&program, time));
         let ended = run
             .to_end()
             .map_err(|source| PluginError::Run { program: program.clone(), source })?
@@ -167,11 +169,15 @@ impl Invocation<'_> {
     }
 
     fn program(&self) -> Result<PathBuf, PluginError> {
-        self.directories
+        self.host
+            .directories
             .iter()
             .map(|directory| directory.join(self.plugin.program()))
-            .find(|path| path.is_file())
-            .ok_or_else(|| PluginError::Missing { directories: self.directories.to_vec() })
+            .find(|path| {
+                (self.host.announce)(Step::Path(path));
+                path.is_file()
+            })
+            .ok_or_else(|| PluginError::Missing { directories: self.host.directories.to_vec() })
     }
 }
 

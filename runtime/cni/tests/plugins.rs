@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use berth_cni::{Attachment, Cache, Network, NetworkConfig, NetworkError, PluginError};
+use berth_cni::{Attachment, Cache, Host, Network, NetworkConfig, NetworkError, PluginError};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -60,7 +60,11 @@ impl Node {
     }
 
     fn network<'a>(&'a self, config: &'a NetworkConfig) -> Network<'a> {
-        Network { config, directories: &self.directories, cache: &self.cache }
+        Network { config, host: self.host() }
+    }
+
+    fn host(&self) -> Host<'_> {
+        Host { directories: &self.directories, cache: &self.cache, announce: &|_| {} }
     }
 
     fn given(&self, command: &str, plugin: &str) -> Value {
@@ -152,7 +156,7 @@ fn a_chain_is_added_checked_and_deleted_in_reverse() {
     let [entry] = entries.as_slice() else { panic!("{entries:?}") };
     network.check(entry, later()).unwrap();
     assert_eq!(node.given("CHECK", "first")["prevResult"]["ips"][0]["address"], "10.0.0.2/24");
-    entry.delete(None, &node.directories, &node.cache, later()).unwrap();
+    entry.delete(None, node.host(), later()).unwrap();
     assert_eq!(node.given("DEL", "first")["prevResult"]["ips"][0]["address"], "10.0.0.2/24");
     assert_eq!(node.environment("DEL", "second"), environment("", "DEL"));
     assert!(node.cache.of_container("c0ffee").unwrap().is_empty());
@@ -179,7 +183,7 @@ fn each_version_is_spoken_as_it_was() {
         network.check(&entry, later()).unwrap();
         network.status(later()).unwrap();
         network.collect(&[], "eth0", later()).unwrap();
-        entry.delete(None, &node.directories, &node.cache, later()).unwrap();
+        entry.delete(None, node.host(), later()).unwrap();
         let asked = |command: &str| node.trace(&format!("{command}.first.json")).exists();
         assert_eq!(asked("CHECK"), version >= "0.4.0", "{version}");
         assert_eq!((asked("STATUS"), asked("GC")), (version == "1.1.0", version == "1.1.0"), "{version}");
@@ -229,7 +233,7 @@ fn an_attachment_that_failed_can_be_deleted() {
     assert_eq!(whole(&error), "CNI plugin second of network net failed on ADD: code 11: not yet");
     let entry = node.cache.of_container("c0ffee").unwrap().remove(0);
     assert_eq!(entry.result, None);
-    entry.delete(Some(Path::new("/run/netns/pod")), &node.directories, &node.cache, later()).unwrap();
+    entry.delete(Some(Path::new("/run/netns/pod")), node.host(), later()).unwrap();
     assert!(node.given("DEL", "first").get("prevResult").is_none());
     assert!(node.cache.all().unwrap().entries.is_empty());
 }

@@ -145,6 +145,8 @@ fn sandbox(error: &SandboxError) -> Code {
         SandboxError::Network(NetworkError::HostPorts) => Code::Unimplemented,
         SandboxError::Network(NetworkError::Bandwidth { .. }) => Code::InvalidArgument,
         SandboxError::Network(NetworkError::NotConfigured(_)) => Code::Unavailable,
+        SandboxError::Network(NetworkError::Cni(error))
+        | SandboxError::NetworkLeft { source: NetworkError::Cni(error), .. } => host_path(error),
         SandboxError::AppArmor(_) => Code::FailedPrecondition,
         SandboxError::HostPath(error) => host_path(error),
         SandboxError::Containers { source, .. } => container(source),

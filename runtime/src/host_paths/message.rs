@@ -12,7 +12,7 @@ use crate::oci_spec::ResolvedDevice;
 /// A question.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Question {
-    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub(super) ask: Option<Ask>,
 }
 
@@ -49,6 +49,14 @@ pub(super) enum Ask {
     /// To remove the directories of a cgroup: [`Tell::Outcomes`].
     #[prost(message, tag = "10")]
     RemoveCgroup(Paths),
+    /// Something about CNI, [`super::cni::Asked`] as JSON: any number of [`Tell::At`], then
+    /// [`Tell::Content`], a [`super::cni::Outcome`] as JSON.
+    #[prost(message, tag = "11")]
+    Cni(AskedCni),
+    /// What the node lacks, with a [`berth_checkup::Daemon`] as JSON: [`Tell::Content`], the
+    /// findings as JSON.
+    #[prost(bytes, tag = "12")]
+    Checkup(Vec<u8>),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -131,10 +139,30 @@ pub(super) struct Rotate {
     pub(super) limit: u64,
 }
 
+/// Something about CNI.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct AskedCni {
+    #[prost(bytes, tag = "1")]
+    pub(super) asked: Vec<u8>,
+    /// The directories that it may need.
+    #[prost(bytes, repeated, tag = "2")]
+    pub(super) paths: Vec<Vec<u8>>,
+}
+
+/// Where a worker is.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct At {
+    #[prost(bytes, tag = "1")]
+    pub(super) path: Vec<u8>,
+    /// How long this may take, when it is a program that runs.
+    #[prost(uint64, optional, tag = "2")]
+    pub(super) milliseconds: Option<u64>,
+}
+
 /// An answer.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Answer {
-    #[prost(oneof = "Tell", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "Tell", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub(super) tell: Option<Tell>,
 }
 
@@ -155,6 +183,9 @@ pub(super) enum Tell {
     Outcomes(Outcomes),
     #[prost(message, tag = "7")]
     Tree(FoundTree),
+    /// Not the answer yet, but where it is looked for.
+    #[prost(message, tag = "8")]
+    At(At),
 }
 
 /// Why something could not be done.
@@ -217,6 +248,8 @@ impl Ask {
             Self::OpenControl(open) => paths_of(&open.directories),
             Self::Tree(asked) => vec![path_of(&asked.directory).to_owned()],
             Self::RemoveCgroup(asked) => paths_of(&asked.paths),
+            Self::Cni(cni) => cni.paths.iter().map(|path| path_of(path).to_owned()).collect(),
+            Self::Checkup(_) => Vec::new(),
         }
     }
 

@@ -18,15 +18,20 @@
 //!                        '--- PATIENCE over --> stuck (killed) -- its wait is over --> gone
 //! ```
 //! While a worker is stuck, its path and everything below fails at once. So do other names in the
-//! same directory once `AT_ONE_PLACE` workers are stuck there. `MOST` limits the workers that are
-//! busy or stuck: beyond it only what the kernel has in memory is answered.
+//! same directory once `AT_ONE_PLACE` workers are stuck there; if they are slow only, others wait.
+//! `MOST` limits the workers that are busy or stuck: beyond it only what the kernel has in memory
+//! is answered.
 //!
 //! The directories of cgroups, which containers see of their own, are looked at by workers too
 //! (`crate::cgroups`). There the kernel does not say what it has in memory, but as nothing is
 //! slow in them, they have less patience (`CGROUP_PATIENCE`), and those that hang leave room for
 //! the other paths (`MOST_OF_CGROUPS`).
+//!
+//! What is done for CNI goes to several directories and runs plugins ([`cni`]). Its worker says
+//! where it is before each step, and each step has `PATIENCE` to itself.
 
 mod cgroup;
+pub(crate) mod cni;
 mod log_file;
 mod message;
 mod profile;
@@ -41,6 +46,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use berth_cgroup::OpenFor;
+use berth_checkup::Finding;
 use berth_model::container::Device;
 use berth_shim_proto::frame;
 use berth_sys::process::{Child, Program, SIGKILL};
@@ -50,8 +56,8 @@ use tokio::runtime::Handle;
 use crate::lock;
 use crate::oci_spec::ResolvedDevice;
 use message::{
-    Answer, Ask, AskedDevices, AskedTree, Below, Failure, OpenControl, Paths, Question, Rotate, Tell,
-    bytes_of, path_of,
+    Answer, Ask, AskedCni, AskedDevices, AskedTree, At, Below, Failure, OpenControl, Paths, Question, Rotate,
+    Tell, bytes_of, path_of,
 };
 
 /// How long a question may take. Filesystems on a network take their time, and a client waits for
@@ -64,11 +70,17 @@ const CGROUP_PATIENCE: Duration = Duration::from_secs(5);
 /// How many workers may be stuck in one directory until no more are sent there.
 const AT_ONE_PLACE: usize = 2;
 
+/// When a worker that is busy counts as slow.
+const SLOW: Duration = Duration::from_secs(1);
+
 /// How many workers there may be, busy or stuck.
 const MOST: usize = 64;
 
 /// How many of them may be stuck in cgroups.
 const MOST_OF_CGROUPS: usize = 32;
+
+/// How many there may be for CNI, where plugins may take a minute.
+const MOST_FOR_CNI: usize = 256;
 
 /// How long to wait for a worker that is at work in a cgroup before another is started, which takes
 /// longer than most of that work.
@@ -78,9 +90,12 @@ const NEXT: Duration = Duration::from_millis(5);
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LOOK: Duration = Duration::from_secs(1);
 
+/// How long a path counts as silent that kept its worker waiting only until it was killed.
+const AGAIN: Duration = Duration::from_secs(10);
+
 /// Why nothing is known of a path.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum HostPathError {
+pub enum HostPathError {
     /// It does not answer.
     #[error(
         "{path} did not answer within {seconds} s: its filesystem hangs, or a container keeps {place} locked; end that container or unmount the filesystem, and try again"
@@ -134,7 +149,7 @@ pub(crate) enum HostPathError {
 /// Why something on the host could not be done.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
-pub(crate) struct Failed {
+pub struct Failed {
     /// With all causes.
     pub(crate) text: String,
     path: PathBuf,
@@ -163,8 +178,9 @@ pub(crate) struct HostPaths {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    most: usize,
     workers: Mutex<Workers>,
     /// Told when there is a worker less.
     one_less: Condvar,
@@ -175,14 +191,25 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Workers {
     idle: Option<Worker>,
-    busy: usize,
+    busy: Vec<Busy>,
     stuck: Vec<Stuck>,
+    /// How many questions there have been.
+    questions: u64,
 }
 
 #[derive(Debug)]
 struct Worker {
     pid: i32,
     connection: OwnedFd,
+}
+
+/// A worker that has a question.
+#[derive(Debug)]
+struct Busy {
+    question: u64,
+    /// Where it is; empty when that may take long.
+    paths: Vec<PathBuf>,
+    since: Instant,
 }
 
 /// A worker that was killed and cannot end.
@@ -196,10 +223,30 @@ struct Stuck {
     since: Instant,
 }
 
+/// What a worker has said.
+#[derive(Debug)]
+enum Heard {
+    /// With descriptors.
+    Answer(Tell, Vec<OwnedFd>),
+    /// Nothing more for so long, and where it was, if it has said.
+    Silence(Duration, Option<PathBuf>),
+}
+
 impl HostPaths {
     /// No worker is started before there is something to ask.
     pub(crate) fn new(runtime: Handle) -> Self {
-        Self { runtime, shared: Arc::default() }
+        Self::with_most(runtime, MOST)
+    }
+
+    /// For CNI: what is busy there takes nothing from others.
+    pub(crate) fn for_cni(runtime: Handle) -> Self {
+        Self::with_most(runtime, MOST_FOR_CNI)
+    }
+
+    fn with_most(runtime: Handle, most: usize) -> Self {
+        let shared =
+            Shared { most, workers: Mutex::default(), one_less: Condvar::new(), one_idle: Condvar::new() };
+        Self { runtime, shared: Arc::new(shared) }
     }
 
     /// The source of a mount: absolute, without links. It is made if it is absent. Blocking, for
@@ -210,7 +257,7 @@ impl HostPaths {
         }
         match self.ask(Ask::Source(bytes_of(path)))?.0 {
             Tell::Path(found) => Ok(path_of(&found).to_owned()),
-            _ => Err(lost(path)),
+            _ => Err(lost(&path.to_string_lossy())),
         }
     }
 
@@ -249,7 +296,7 @@ impl HostPaths {
     pub(crate) fn profile(&self, path: &Path) -> Result<Vec<u8>, HostPathError> {
         match self.ask(Ask::Profile(bytes_of(path)))?.0 {
             Tell::Content(content) => Ok(content),
-            _ => Err(lost(path)),
+            _ => Err(lost(&path.to_string_lossy())),
         }
     }
 
@@ -258,7 +305,35 @@ impl HostPaths {
         let rotate = Rotate { directory: bytes_of(directory), name: bytes_of(name), limit };
         match self.ask(Ask::Rotate(rotate))?.0 {
             Tell::Done(has_moved) => Ok(has_moved),
-            _ => Err(lost(directory)),
+            _ => Err(lost(&directory.to_string_lossy())),
+        }
+    }
+
+    /// Whether one of the paths is known not to answer.
+    pub(crate) fn check(&self, paths: &[PathBuf]) -> Result<(), HostPathError> {
+        lock(&self.shared.workers).refuse_what_is_stuck(paths, false)
+    }
+
+    /// Does something about CNI, and waits for each directory for `patience` at most.
+    pub(crate) fn cni(&self, asked: &cni::Asked, patience: Duration) -> Result<cni::Outcome, HostPathError> {
+        let paths = asked.paths();
+        let encoded = serde_json::to_vec(asked).map_err(|error| failed(&paths, &error))?;
+        let ask =
+            Ask::Cni(AskedCni { asked: encoded, paths: paths.iter().map(|path| bytes_of(path)).collect() });
+        match self.ask_within(ask, patience.min(PATIENCE))?.0 {
+            Tell::Content(outcome) => {
+                serde_json::from_slice(&outcome).map_err(|error| failed(&paths, &error))
+            }
+            _ => Err(lost(&shown(&paths))),
+        }
+    }
+
+    /// What this node lacks.
+    pub(crate) fn checkup(&self, daemon: &berth_checkup::Daemon) -> Result<Vec<Finding>, HostPathError> {
+        let encoded = serde_json::to_vec(daemon).map_err(|error| failed(&[], &error))?;
+        match self.ask(Ask::Checkup(encoded))?.0 {
+            Tell::Content(findings) => serde_json::from_slice(&findings).map_err(|error| failed(&[], &error)),
+            _ => Err(lost("what the node lacks")),
         }
     }
 
@@ -289,7 +364,9 @@ impl HostPaths {
         loop {
             let known = u64::try_from(all.len()).unwrap_or(u64::MAX);
             let ask = Ask::Tree(AskedTree { directory: bytes_of(directory), known });
-            let (Tell::Tree(found), _) = self.ask(ask)? else { return Err(lost(directory)) };
+            let (Tell::Tree(found), _) = self.ask(ask)? else {
+                return Err(lost(&directory.to_string_lossy()));
+            };
             all.extend(found.paths.iter().map(|path| directory.join(path_of(path))));
             if !found.is_cut {
                 return Ok(all);
@@ -310,43 +387,51 @@ impl HostPaths {
         let paths = ask.paths();
         match self.ask(ask)?.0 {
             Tell::Devices(found) => Ok(found.devices.into_iter().map(Into::into).collect()),
-            _ => Err(lost(&paths.into_iter().next().unwrap_or_default())),
+            _ => Err(lost(&shown(&paths))),
         }
     }
 
     fn ask(&self, ask: Ask) -> Result<(Tell, Vec<OwnedFd>), HostPathError> {
+        let patience = if ask.is_of_a_cgroup() { CGROUP_PATIENCE } else { PATIENCE };
+        self.ask_within(ask, patience)
+    }
+
+    fn ask_within(&self, ask: Ask, patience: Duration) -> Result<(Tell, Vec<OwnedFd>), HostPathError> {
         let (paths, of_a_cgroup) = (ask.paths(), ask.is_of_a_cgroup());
-        let patience = if of_a_cgroup { CGROUP_PATIENCE } else { PATIENCE };
-        let first = || paths.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
-        let frame = frame::encode(&Question::from(ask)).map_err(|error| {
-            HostPathError::Failed(Failed { text: error.to_string(), path: first().to_owned(), errno: 0 })
-        })?;
-        let (mut idle, _slot) = self.begin(&paths, of_a_cgroup)?;
+        let frame = frame::encode(&Question::from(ask)).map_err(|error| failed(&paths, &error))?;
+        let (mut idle, slot) = self.begin(&paths, patience, of_a_cgroup)?;
         loop {
             let was_idle = idle.is_some();
             let worker = match idle.take() {
                 Some(worker) => worker,
                 None => Worker::start().map_err(HostPathError::Ask)?,
             };
-            match worker.converse(&frame, patience) {
-                Ok(Some((Tell::Failed(Failure { text, path, errno }), _))) => {
+            let mut has_begun = false;
+            let heard = worker.converse(&frame, patience, |at| {
+                has_begun = true;
+                slot.is_at(at);
+            });
+            match heard {
+                Ok(Heard::Answer(Tell::Failed(Failure { text, path, errno }), _)) => {
                     self.keep(worker);
                     let path = path_of(&path).to_owned();
                     return Err(HostPathError::Failed(Failed { text, path, errno }));
                 }
-                Ok(Some(found)) => {
+                Ok(Heard::Answer(tell, descriptors)) => {
                     self.keep(worker);
-                    return Ok(found);
+                    return Ok((tell, descriptors));
                 }
-                Ok(None) => return Err(self.give_up(worker, paths, patience, of_a_cgroup)),
+                Ok(Heard::Silence(limit, at)) => {
+                    return Err(self.give_up(worker, paths, at, limit, of_a_cgroup));
+                }
                 Err(error) => {
                     tracing::warn!(pid = worker.pid, %error, "a process that looks at paths of the host failed");
                     // If it has not ended, it is confused.
                     let _ = process::signal_child(worker.pid, SIGKILL);
                     self.reap(worker.pid);
                     // Somebody may have ended it long ago.
-                    if !was_idle {
-                        return Err(lost(first()));
+                    if !was_idle || has_begun {
+                        return Err(lost(&shown(&paths)));
                     }
                 }
             }
@@ -355,26 +440,47 @@ impl HostPaths {
 
     /// A worker that is idle, if there is one, and the right to have one; unless what is asked
     /// about is known not to answer.
-    fn begin(&self, paths: &[PathBuf], of_a_cgroup: bool) -> Result<(Option<Worker>, Slot), HostPathError> {
+    fn begin(
+        &self,
+        paths: &[PathBuf],
+        patience: Duration,
+        of_a_cgroup: bool,
+    ) -> Result<(Option<Worker>, Slot), HostPathError> {
         let shared = &self.shared;
+        // Those who make room may have more patience.
+        let end = Instant::now() + if of_a_cgroup { PATIENCE } else { patience };
         let mut workers = lock(&shared.workers);
         workers.refuse_what_is_stuck(paths, of_a_cgroup)?;
         if of_a_cgroup {
             if workers.stuck.iter().filter(|stuck| stuck.of_a_cgroup).count() >= MOST_OF_CGROUPS {
                 return Err(workers.too_many(paths));
             }
-            let is_next = |workers: &mut Workers| workers.idle.is_none() && workers.busy > 0;
+            let is_next = |workers: &mut Workers| workers.idle.is_none() && !workers.busy.is_empty();
             let waited = shared.one_idle.wait_timeout_while(workers, NEXT, is_next);
             workers = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let is_full = |workers: &mut Workers| workers.busy + workers.stuck.len() >= MOST;
-        let waited = shared.one_less.wait_timeout_while(workers, PATIENCE, is_full);
-        let (mut workers, wait) = waited.unwrap_or_else(PoisonError::into_inner);
-        if wait.timed_out() {
-            return Err(workers.too_many(paths));
+        loop {
+            let is_full = workers.busy.len() + workers.stuck.len() >= shared.most;
+            let crowded = if of_a_cgroup { None } else { workers.crowded(paths) };
+            if !is_full && crowded.is_none() {
+                break;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(match crowded {
+                    Some((path, busy)) => silent_before(path, path, busy.since),
+                    None => workers.too_many(paths),
+                });
+            }
+            // Nobody tells when one has become slow.
+            let waited = shared.one_less.wait_timeout(workers, left.min(SLOW));
+            (workers, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            workers.refuse_what_is_stuck(paths, of_a_cgroup)?;
         }
-        workers.busy += 1;
-        Ok((workers.idle.take(), Slot(shared.clone())))
+        workers.questions += 1;
+        let question = workers.questions;
+        workers.busy.push(Busy { question, paths: paths.to_vec(), since: Instant::now() });
+        Ok((workers.idle.take(), Slot { shared: shared.clone(), question }))
     }
 
     /// Takes back a worker that has answered.
@@ -391,30 +497,44 @@ impl HostPaths {
         }
     }
 
+    /// `at` is where it was, if it has said so.
     fn give_up(
         &self,
         worker: Worker,
-        paths: Vec<PathBuf>,
-        patience: Duration,
+        asked: Vec<PathBuf>,
+        at: Option<PathBuf>,
+        limit: Duration,
         of_a_cgroup: bool,
     ) -> HostPathError {
         let Worker { pid, connection } = worker;
         let _ = process::signal_child(pid, SIGKILL);
         drop(connection);
-        let places: Vec<PathBuf> = match of_a_cgroup {
+        let is_at_itself = of_a_cgroup || at.is_some();
+        let (path, paths) = match at {
+            // One directory of many, which is locked itself.
+            Some(at) => {
+                let known = asked.into_iter().filter(|directory| at.starts_with(directory));
+                let directory = known.max_by_key(|directory| directory.as_os_str().len());
+                (at.display().to_string(), vec![directory.unwrap_or(at)])
+            }
+            None => (shown(&asked), asked),
+        };
+        let places: Vec<PathBuf> = match is_at_itself {
             true => paths.clone(),
             false => paths.iter().map(|path| place(path)).collect(),
         };
-        let (path, seconds) = (shown(&paths), patience.as_secs());
+        let seconds = limit.as_secs();
         tracing::warn!(
             path,
             pid,
             "a path of the host did not answer within {seconds} s; what is there is not looked at until it does"
         );
         let error = HostPathError::Silent { path, place: shown(&places), seconds };
-        let since = Instant::now() - patience;
+        let since = Instant::now() - limit;
         lock(&self.shared.workers).stuck.push(Stuck { pid, paths, places, of_a_cgroup, since });
         self.reap(pid);
+        // Those who wait for room there are refused now.
+        self.shared.one_less.notify_all();
         error
     }
 
@@ -422,16 +542,24 @@ impl HostPaths {
     fn reap(&self, pid: i32) {
         let shared = self.shared.clone();
         self.runtime.spawn(async move {
-            let mut pause = FIRST_LOOK;
+            let (mut pause, begin) = (FIRST_LOOK, tokio::time::Instant::now());
             while matches!(process::reap_or_running(pid), Ok(Child::Running)) {
                 tokio::time::sleep(pause).await;
                 pause = LOOK.min(pause * 2);
             }
+            // The kernel lets some waits end with a signal that kills, which says nothing of the
+            // path. A container that holds its cgroup ends soon, and the cgroup is to be removed
+            // then.
+            let is_its = |stuck: &Stuck| stuck.pid == pid && !stuck.of_a_cgroup;
+            let is_stuck = lock(&shared.workers).stuck.iter().any(is_its);
+            if is_stuck && begin.elapsed() < LOOK {
+                tokio::time::sleep(AGAIN).await;
+            }
             let mut workers = lock(&shared.workers);
             if let Some(at) = workers.stuck.iter().position(|stuck| stuck.pid == pid) {
                 let stuck = workers.stuck.swap_remove(at);
-                shared.one_less.notify_one();
-                tracing::info!(path = shown(&stuck.paths), pid, "a path of the host answers again");
+                shared.one_less.notify_all();
+                tracing::info!(path = shown(&stuck.paths), pid, "a path of the host is looked at again");
             }
         });
     }
@@ -439,26 +567,39 @@ impl HostPaths {
 
 /// The right to have a worker busy.
 #[derive(Debug)]
-struct Slot(Arc<Shared>);
+struct Slot {
+    shared: Arc<Shared>,
+    question: u64,
+}
+
+impl Slot {
+    /// Keeps where its worker is.
+    fn is_at(&self, at: &At) {
+        let mut workers = lock(&self.shared.workers);
+        if let Some(busy) = workers.busy.iter_mut().find(|busy| busy.question == self.question) {
+            busy.since = Instant::now();
+            busy.paths.clear();
+            if at.milliseconds.is_none() {
+                busy.paths.push(path_of(&at.path).to_owned());
+            }
+        }
+    }
+}
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        lock(&self.0.workers).busy -= 1;
-        self.0.one_less.notify_one();
+        lock(&self.shared.workers).busy.retain(|busy| busy.question != self.question);
+        // More than one may wait, each for another place.
+        self.shared.one_less.notify_all();
     }
 }
 
 impl Workers {
     fn refuse_what_is_stuck(&self, paths: &[PathBuf], of_a_cgroup: bool) -> Result<(), HostPathError> {
         for path in paths.iter().filter(|_| !self.stuck.is_empty()) {
-            let refused = |stuck: &Stuck, what: &Path| HostPathError::SilentBefore {
-                path: path.display().to_string(),
-                stuck: what.display().to_string(),
-                seconds: stuck.since.elapsed().as_secs(),
-            };
             for stuck in &self.stuck {
                 if let Some(above) = stuck.paths.iter().find(|above| path.starts_with(above)) {
-                    return Err(refused(stuck, above));
+                    return Err(silent_before(path, above, stuck.since));
                 }
             }
             if of_a_cgroup {
@@ -467,19 +608,42 @@ impl Workers {
             let place = place(path);
             let mut there = self.stuck.iter().filter(|stuck| stuck.places.contains(&place));
             if let Some(stuck) = there.nth(AT_ONE_PLACE - 1) {
-                return Err(refused(stuck, &place));
+                return Err(silent_before(path, &place, stuck.since));
             }
         }
         Ok(())
     }
 
+    /// The first of the paths where as many are slow as may be stuck, and one of those.
+    fn crowded<'a>(&'a self, paths: &'a [PathBuf]) -> Option<(&'a Path, &'a Busy)> {
+        let slow: Vec<&Busy> = self.busy.iter().filter(|busy| busy.since.elapsed() > SLOW).collect();
+        if slow.len() < AT_ONE_PLACE {
+            return None;
+        }
+        paths.iter().find_map(|path| {
+            let its_place = place(path);
+            let is_there = |other: &PathBuf| path.starts_with(other) || place(other) == its_place;
+            let mut there = slow.iter().filter(|busy| busy.paths.iter().any(is_there));
+            there.nth(AT_ONE_PLACE - 1).map(|busy| (path.as_path(), *busy))
+        })
+    }
+
     fn too_many(&self, paths: &[PathBuf]) -> HostPathError {
-        let example = self.stuck.first().and_then(|stuck| stuck.paths.first());
+        let known = self.stuck.iter().flat_map(|stuck| &stuck.paths);
+        let example = known.chain(self.busy.iter().flat_map(|busy| &busy.paths)).next();
         HostPathError::TooMany {
             path: shown(paths),
-            count: self.stuck.len(),
+            count: self.stuck.len() + self.busy.len(),
             example: example.map_or_else(String::new, |path| path.display().to_string()),
         }
+    }
+}
+
+fn silent_before(path: &Path, stuck: &Path, since: Instant) -> HostPathError {
+    HostPathError::SilentBefore {
+        path: path.display().to_string(),
+        stuck: stuck.display().to_string(),
+        seconds: since.elapsed().as_secs(),
     }
 }
 
@@ -499,19 +663,35 @@ impl Worker {
         Ok(Self { pid: process::spawn(&program)?, connection })
     }
 
-    /// Puts a question. `None` when there is no answer in time.
-    fn converse(&self, frame: &[u8], patience: Duration) -> io::Result<Option<(Tell, Vec<OwnedFd>)>> {
-        let (connection, end) = (self.connection.as_fd(), Instant::now() + patience);
-        worker::send_all(connection, frame, &[])?;
+    /// Puts a question, and listens until it is answered. Where the worker is in between goes to
+    /// `is_at`, and it has `patience` anew from then on.
+    fn converse(&self, frame: &[u8], patience: Duration, mut is_at: impl FnMut(&At)) -> io::Result<Heard> {
+        let connection = self.connection.as_fd();
+        let (mut limit, mut at) = (patience, None);
+        let mut end = Instant::now() + limit;
+        // It reads what it is sent, unless it was stopped.
+        socket::limit_sends(connection, patience)?;
+        match worker::send_all(connection, frame, &[]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Silence(limit, at)),
+            sent => sent?,
+        }
         let (mut received, mut descriptors, mut buffer) = (Vec::new(), Vec::new(), [0; 4096]);
         loop {
-            if let Some(answer) = frame::take::<Answer>(&mut received).map_err(io::Error::other)? {
-                let tell = answer.tell.ok_or(io::ErrorKind::InvalidData)?;
-                return Ok(Some((tell, descriptors)));
+            while let Some(answer) = frame::take::<Answer>(&mut received).map_err(io::Error::other)? {
+                match answer.tell {
+                    Some(Tell::At(now)) => {
+                        is_at(&now);
+                        limit = patience + Duration::from_millis(now.milliseconds.unwrap_or(0));
+                        end = Instant::now() + limit;
+                        at = Some(path_of(&now.path).to_owned());
+                    }
+                    Some(tell) => return Ok(Heard::Answer(tell, descriptors)),
+                    None => return Err(io::ErrorKind::InvalidData.into()),
+                }
             }
             let left = end.saturating_duration_since(Instant::now());
             if left < Duration::from_millis(1) {
-                return Ok(None);
+                return Ok(Heard::Silence(limit, at));
             }
             socket::limit_waits(connection, left)?;
             match socket::receive(connection, &mut buffer) {
@@ -538,6 +718,8 @@ fn shown(paths: &[PathBuf]) -> String {
     /// Of a list that is longer, one stands for all.
     const MOST_SHOWN: usize = 4;
     match paths {
+        // It is one of many.
+        [] => "a path of the host".to_owned(),
         [first, more @ ..] if more.len() >= MOST_SHOWN => {
             format!("{} and {} others", first.display(), more.len())
         }
@@ -552,12 +734,18 @@ fn outcomes(tell: Tell, paths: &[PathBuf]) -> Result<Vec<io::Result<()>>, HostPa
         Tell::Outcomes(outcomes) if outcomes.errnos.len() == paths.len() => {
             Ok(outcomes.errnos.into_iter().map(result).collect())
         }
-        _ => Err(lost(paths.first().map(PathBuf::as_path).unwrap_or(Path::new("")))),
+        _ => Err(lost(&shown(paths))),
     }
 }
 
-fn lost(path: &Path) -> HostPathError {
-    HostPathError::Lost { path: path.display().to_string() }
+fn lost(path: &str) -> HostPathError {
+    HostPathError::Lost { path: path.to_owned() }
+}
+
+/// Of a question that cannot be put, or an answer that is none.
+fn failed(paths: &[PathBuf], error: &dyn std::error::Error) -> HostPathError {
+    let path = paths.first().cloned().unwrap_or_default();
+    HostPathError::Failed(Failed { text: error.to_string(), path, errno: 0 })
 }
 
 #[cfg(test)]
@@ -605,6 +793,49 @@ mod tests {
         asked(&workers, "held/a/b").unwrap();
     }
 
+    #[test]
+    fn where_workers_are_slow_no_more_are_sent() {
+        let directory = tempfile::tempdir().unwrap();
+        let top = std::fs::canonicalize(directory.path()).unwrap();
+        std::fs::create_dir(top.join("held")).unwrap();
+        let slow = Instant::now().checked_sub(SLOW * 2).unwrap();
+        let busy = |name: &str, since| Busy { question: 0, paths: vec![top.join(name)], since };
+        let mut workers = Workers::default();
+        let is_crowded = |workers: &Workers, name: &str| workers.crowded(&[top.join(name)]).is_some();
+        workers.busy = vec![busy("held/a", slow), busy("held/b", Instant::now())];
+        workers.busy.push(Busy { question: 0, paths: Vec::new(), since: slow });
+        assert!(!is_crowded(&workers, "held/x"), "one is new, and one runs a plugin");
+        workers.busy.push(busy("held/c", slow));
+        assert!(is_crowded(&workers, "held/x") && is_crowded(&workers, "held/a/b"));
+        assert!(!is_crowded(&workers, "held") && !is_crowded(&workers, "other"));
+    }
+
+    #[test]
+    fn a_worker_that_reads_nothing_is_given_up() {
+        let (connection, _kept) = socket::stream_pair().unwrap();
+        let worker = Worker { pid: 0, connection };
+        let heard = worker.converse(&vec![0; 4 << 20], Duration::from_millis(50), |_| {}).unwrap();
+        assert!(matches!(heard, Heard::Silence(_, None)), "{heard:?}");
+    }
+
+    #[test]
+    fn each_step_of_a_worker_has_its_own_time() {
+        let (connection, theirs) = socket::stream_pair().unwrap();
+        let worker = Worker { pid: 0, connection };
+        let at = |path: &str, milliseconds| {
+            let at = At { path: path.as_bytes().to_vec(), milliseconds };
+            let frame = frame::encode(&Answer::from(Tell::At(at))).unwrap();
+            worker::send_all(theirs.as_fd(), &frame, &[]).unwrap();
+        };
+        at("/held", None);
+        at("/plugin", Some(30));
+        let mut seen = Vec::new();
+        let heard = worker.converse(&[], Duration::from_millis(20), |at| seen.push(at.clone())).unwrap();
+        let Heard::Silence(limit, Some(path)) = heard else { panic!("{heard:?}") };
+        assert_eq!((limit, path), (Duration::from_millis(50), PathBuf::from("/plugin")));
+        assert_eq!(seen.len(), 2);
+    }
+
     #[tokio::test]
     async fn what_the_kernel_has_in_memory_needs_nobody() {
         let directory = tempfile::tempdir().unwrap();
@@ -613,6 +844,6 @@ mod tests {
         assert_eq!(host.source(&top).unwrap(), top);
         host.directory(&top).unwrap();
         let workers = lock(&host.shared.workers);
-        assert!(workers.idle.is_none() && workers.busy == 0);
+        assert!(workers.idle.is_none() && workers.busy.is_empty());
     }
 }

@@ -6,12 +6,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
+use berth_cni::Step;
 use berth_model::container::Device;
 use berth_shim_proto::frame;
 use berth_sys::{file, process, socket};
 
-use super::message::{Answer, Ask, Failure, FoundDevices, Question, Tell, bytes_of, path_of};
-use super::{cgroup, log_file, profile};
+use super::message::{Answer, Ask, AskedCni, At, Failure, FoundDevices, Question, Tell, bytes_of, path_of};
+use super::{cgroup, cni, log_file, profile};
 use crate::host_directory;
 use crate::oci_spec::{ResolvedDevice, devices, mounts};
 
@@ -40,7 +41,8 @@ fn serve(connection: BorrowedFd<'_>) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {
         while let Some(question) = frame::take::<Question>(&mut received).map_err(io::Error::other)? {
-            let (tell, opened) = answer(question).unwrap_or_else(|failure| Tell::Failed(failure).into());
+            let (tell, opened) =
+                answer(question, connection).unwrap_or_else(|failure| Tell::Failed(failure).into());
             let answer = Answer::from(tell);
             let frame = match frame::encode(&answer) {
                 Ok(frame) => frame,
@@ -84,7 +86,7 @@ impl From<Tell> for Found {
     }
 }
 
-fn answer(question: Question) -> Result<Found, Failure> {
+fn answer(question: Question, connection: BorrowedFd<'_>) -> Result<Found, Failure> {
     let tell = match question.ask {
         Some(Ask::Source(path)) => {
             let found = mounts::find_source(path_of(&path)).map_err(|error| failure(&error))?;
@@ -117,11 +119,38 @@ fn answer(question: Question) -> Result<Found, Failure> {
             Tell::Tree(cgroup::tree(at, asked.known).map_err(|error| failed_at(at, &error))?)
         }
         Some(Ask::RemoveCgroup(asked)) => Tell::Outcomes(cgroup::remove(&asked)),
+        Some(Ask::Cni(AskedCni { asked, paths: _ })) => {
+            // Plugins get the daemon's, and what is made for them is only for root.
+            process::set_umask(0o077);
+            let outcome = cni::perform(&asked, &|step| announce(connection, step));
+            process::set_umask(0);
+            Tell::Content(outcome.map_err(|text| Failure { text, ..Failure::default() })?)
+        }
+        Some(Ask::Checkup(daemon)) => {
+            let daemon = serde_json::from_slice(&daemon).map_err(|error| failure(&error))?;
+            let findings = berth_checkup::look(Path::new("/"), &daemon);
+            Tell::Content(serde_json::to_vec(&findings).map_err(|error| failure(&error))?)
+        }
         None => {
             return Err(Failure { text: "a question without content".to_owned(), ..Failure::default() });
         }
     };
     Ok(tell.into())
+}
+
+/// Says where it is. Without a daemon that hears it, nothing more is begun: the next daemon gives
+/// back what there is by then, and nothing may come after that.
+fn announce(connection: BorrowedFd<'_>, step: Step<'_>) {
+    let (path, milliseconds) = match step {
+        Step::Path(path) => (path, None),
+        Step::Plugin(path, limit) => (path, Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX))),
+    };
+    let at = Answer::from(Tell::At(At { path: bytes_of(path), milliseconds }));
+    let said =
+        frame::encode(&at).map_err(io::Error::other).and_then(|frame| send_all(connection, &frame, &[]));
+    if said.is_err() {
+        process::exit_now(1);
+    }
 }
 
 fn found(devices: Vec<ResolvedDevice>) -> Tell {

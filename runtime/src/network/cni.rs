@@ -1,31 +1,39 @@
 //! The node's CNI configuration as a network of pods.
+//!
+//! What touches CNI's directories is done by workers ([`crate::host_paths::cni`]): containers of
+//! network add-ons have mounts of them, and may keep them locked. While one does not answer, the
+//! last good configuration stays in use, and what needs the directory fails with its name.
 
 use std::borrow::Cow;
-use std::fs::{DirBuilder, File};
 use std::net::IpAddr;
-use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use berth_cni::{Attachment, Cache, CachedAttachment, Directory, DirectoryError, Network, NetworkConfig};
+use berth_cni::{Attachment, Cache, NetworkConfig, Seen};
 use berth_model::id::SandboxId;
-use berth_sys::ns;
+use berth_sys::host_path::{self, Cached};
 use serde_json::{Map, Value, json};
 
 use super::{Attached, Interface, MAIN_INTERFACE, NetworkError, NotReady, Pod};
 use crate::clock;
 use crate::config::CniConfig;
+use crate::host_paths::cni::{Asked, Configuration, Directories, Outcome, Task};
+use crate::host_paths::{HostPathError, HostPaths};
 use crate::{chain, lock};
 
-/// How long the plugins of a network may take to attach or detach a pod, all together.
-const OPERATION: Duration = Duration::from_secs(60);
+/// How long a directory may take to answer, at most: as long as workers have.
+const PATIENCE: Duration = Duration::MAX;
 
-/// How long they may take to say whether they are ready.
+/// The same before the daemon serves.
+pub(super) const AT_START: Duration = Duration::from_secs(1);
+
+/// The same when plugins are asked for their status, which is repeated soon.
 const STATUS: Duration = Duration::from_secs(5);
+
+/// What tells that this node belongs to a cluster, which brings its network: kubeadm and most
+/// others put the kubelet's configuration there.
+const KUBELET: &str = "/var/lib/kubelet/config.yaml";
 
 /// The annotations that limit a pod's traffic, in bits per second: Kubernetes, "Network Plugins".
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
@@ -37,107 +45,151 @@ const BANDWIDTH: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 /// What is sent at once: as much as the bandwidth plugin takes, as other runtimes have it.
 const BURST: u64 = u32::MAX as u64;
 
-/// What is before the id of a sandbox in the name of its pinned namespace.
-const PIN_PREFIX: &str = "berth-";
-
-/// What there is of sandboxes that are not there.
-#[derive(Debug, Default)]
-pub(crate) struct DeadAttachments {
-    entries: Vec<CachedAttachment>,
-    /// Sandboxes whose namespaces are pinned, and that are not in the cache.
-    pinned: Vec<String>,
-}
-
-impl DeadAttachments {
-    pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.pinned.is_empty()
-    }
-}
-
 /// The network of the first configuration in a directory.
 #[derive(Debug)]
 pub(crate) struct Cni {
-    directory: Directory,
-    plugins: Vec<PathBuf>,
-    cache: Cache,
-    /// Where pods' namespaces are pinned for plugins and agents.
-    namespaces: PathBuf,
-    /// The last configuration that could be used.
-    last_good: Mutex<Option<Arc<NetworkConfig>>>,
-    /// Whether there has been one, usable or not: this node has a network of its cluster's.
-    had_one: AtomicBool,
-    /// What was wrong when the directory was last read, so that it is logged once.
-    complaint: Mutex<Option<String>>,
+    directories: Directories,
+    workers: HostPaths,
+    known: Mutex<Known>,
     /// The kubelet's pod CIDR.
     pod_cidr: Mutex<Option<String>>,
 }
 
+/// What is known of the directory of configurations.
+#[derive(Debug, Default)]
+struct Known {
+    /// The last configuration that could be used.
+    last_good: Option<Arc<NetworkConfig>>,
+    /// Whether there has been one, usable or not: this node has a network of its cluster's.
+    had_one: bool,
+    /// The directory as it was when that was found out, if it can tell a change.
+    seen: Option<Seen>,
+    /// What was wrong when the directory was last read, so that it is logged once.
+    complaint: Option<String>,
+}
+
+/// What the directory says.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Configured {
+    Network(Arc<NetworkConfig>),
+    /// Nothing, and it never has.
+    Nothing {
+        /// The cluster's network will come.
+        has_kubelet: bool,
+    },
+}
+
 impl Cni {
-    pub(super) fn new(config: &CniConfig) -> Self {
+    pub(super) fn new(config: &CniConfig, workers: HostPaths) -> Self {
+        let CniConfig { config_directory, plugin_directories, cache_directory, namespace_directory } =
+            config.clone();
         Self {
-            directory: Directory::new(&config.config_directory),
-            plugins: config.plugin_directories.clone(),
-            cache: Cache::new(&config.cache_directory),
-            namespaces: config.namespace_directory.clone(),
-            last_good: Mutex::default(),
-            had_one: AtomicBool::new(false),
-            complaint: Mutex::default(),
+            directories: Directories {
+                configurations: config_directory,
+                plugins: plugin_directories,
+                cache: cache_directory,
+                namespaces: namespace_directory,
+            },
+            workers,
+            known: Mutex::default(),
             pod_cidr: Mutex::default(),
         }
     }
 
     pub(super) fn directory(&self) -> &Path {
-        self.directory.path()
+        &self.directories.configurations
     }
 
-    /// The configuration to attach with; `None` when there is none and never was. One that has
-    /// become unusable leaves the last good one in use. Blocking.
-    pub(super) fn configuration(&self) -> Result<Option<Arc<NetworkConfig>>, DirectoryError> {
-        let error = match self.directory.first() {
-            Ok(config) => {
-                self.had_one.store(true, Relaxed);
-                *lock(&self.complaint) = None;
-                *lock(&self.last_good) = Some(config.clone());
-                return Ok(Some(config));
+    fn ask(&self, task: Task) -> Result<Outcome, HostPathError> {
+        self.ask_within(task, PATIENCE)
+    }
+
+    fn ask_within(&self, task: Task, patience: Duration) -> Result<Outcome, HostPathError> {
+        self.workers.cni(&Asked { task, directories: self.directories.clone() }, patience)
+    }
+
+    /// The configuration to attach with. One that has become unusable leaves the last good one in
+    /// use. Blocking.
+    pub(super) fn configuration(&self) -> Result<Configured, NetworkError> {
+        self.configuration_within(PATIENCE)
+    }
+
+    pub(super) fn configuration_within(&self, patience: Duration) -> Result<Configured, NetworkError> {
+        if let Some(unchanged) = self.unchanged() {
+            return Ok(unchanged);
+        }
+        let task = Task::Configuration { kubelet: PathBuf::from(KUBELET) };
+        match self.ask_within(task, patience) {
+            Ok(Outcome::Configuration(found)) => self.take(found),
+            Ok(other) => self.take(Configuration::Unknown(format!("{other:?} is no answer"))),
+            // Whether there is one is not known. The log has it when it begins and when it ends.
+            Err(error) => {
+                let mut known = lock(&self.known);
+                known.seen = None;
+                known.last_good.clone().map(Configured::Network).ok_or(NetworkError::Cni(error))
             }
-            Err(error) => error,
-        };
-        match error {
-            // Removed on purpose: attaching to what it named would fail or, worse, work.
-            DirectoryError::Empty { .. } => {
-                *lock(&self.last_good) = None;
-                if !self.had_one.load(Relaxed) {
-                    *lock(&self.complaint) = None;
-                    return Ok(None);
+        }
+    }
+
+    /// What is known, if the directory has not changed. For pods this is the usual way, and takes
+    /// two system calls.
+    fn unchanged(&self) -> Option<Configured> {
+        let known = lock(&self.known);
+        if !known.seen.as_ref()?.is_unchanged(self.directory()) {
+            return None;
+        }
+        match &known.last_good {
+            Some(config) => Some(Configured::Network(config.clone())),
+            None if known.had_one => None,
+            None => match host_path::look_cached(Path::new(KUBELET)) {
+                Cached::Is(_) => Some(Configured::Nothing { has_kubelet: true }),
+                Cached::Absent => Some(Configured::Nothing { has_kubelet: false }),
+                Cached::Unknown => None,
+            },
+        }
+    }
+
+    fn take(&self, found: Configuration) -> Result<Configured, NetworkError> {
+        let mut known = lock(&self.known);
+        known.seen = None;
+        let error = match found {
+            Configuration::Found { text, seen } => match NetworkConfig::from_json(text.as_bytes()) {
+                Ok(config) => {
+                    let config = Arc::new(config);
+                    *known = Known { last_good: Some(config.clone()), had_one: true, seen, complaint: None };
+                    return Ok(Configured::Network(config));
                 }
-                self.complain(&error, "pods wait for a new one");
-                return Err(error);
+                // It was parsed already.
+                Err(error) => chain(&error),
+            },
+            // Removed on purpose: attaching to what it named would fail or, worse, work.
+            Configuration::Nothing { has_kubelet, seen } => {
+                known.last_good = None;
+                if !known.had_one {
+                    known.complaint = None;
+                    known.seen = seen;
+                    return Ok(Configured::Nothing { has_kubelet });
+                }
+                let error = format!("there is no CNI configuration in {}", self.directory().display());
+                known.complain(&error, "pods wait for a new one");
+                return Err(NetworkError::CniConfiguration(error));
             }
             // Whether there is one is not known.
-            DirectoryError::List { .. } => {}
-            DirectoryError::Read { .. } | DirectoryError::Invalid { .. } => {
-                self.had_one.store(true, Relaxed);
+            Configuration::Unknown(error) => error,
+            Configuration::Unusable(error) => {
+                known.had_one = true;
+                error
             }
-        }
-        let last_good = lock(&self.last_good).clone();
-        match last_good {
+        };
+        match known.last_good.clone() {
             Some(config) => {
-                self.complain(&error, "the last good configuration stays in use");
-                Ok(Some(config))
+                known.complain(&error, "the last good configuration stays in use");
+                Ok(Configured::Network(config))
             }
             None => {
-                self.complain(&error, "pods wait until it is mended");
-                Err(error)
+                known.complain(&error, "pods wait until it is mended");
+                Err(NetworkError::CniConfiguration(error))
             }
-        }
-    }
-
-    fn complain(&self, error: &DirectoryError, consequence: &str) {
-        let text = chain(error);
-        let mut complaint = lock(&self.complaint);
-        if complaint.as_deref() != Some(&text) {
-            tracing::warn!(error = text, "{consequence}");
-            *complaint = Some(text);
         }
     }
 
@@ -147,21 +199,25 @@ impl Cni {
 
     /// Asks the plugins whether attaching would work. Blocking.
     pub(super) fn status(&self, config: &NetworkConfig) -> Result<(), NotReady> {
-        self.network(config).status(Instant::now() + STATUS).map_err(|error| not_ready(chain(&error)))
+        if !config.has_status() {
+            return Ok(());
+        }
+        let asked = self.ask_within(Task::Status { config: text(config) }, STATUS);
+        asked.map(drop).map_err(|error| not_ready(chain(&error)))
     }
 
     pub(super) fn attach(&self, config: &NetworkConfig, pod: &Pod<'_>) -> Result<Attached, NetworkError> {
-        let netns = self.pin(pod)?;
         let attachment = Attachment {
-            container_id: pod.id.to_string(),
-            interface: MAIN_INTERFACE.to_owned(),
-            netns,
             args: args(pod),
             capabilities: self.capabilities(pod)?,
+            ..self.attachment(pod.id.as_str())
         };
         let begin = clock::unix_ns();
-        let result = self.network(config).add(&attachment, Instant::now() + OPERATION)?;
-        let addresses: Vec<IpAddr> = in_order(result.inside().map(|inside| inside.address));
+        let namespace = pod.namespace.to_owned();
+        let addresses = match self.ask(Task::Attach { config: text(config), namespace, attachment })? {
+            Outcome::Addresses(addresses) => in_order(addresses),
+            _ => Vec::new(),
+        };
         if addresses.is_empty() {
             return Err(NetworkError::NoAddress { network: config.name().to_owned() });
         }
@@ -172,139 +228,74 @@ impl Cni {
         Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }] })
     }
 
-    /// Pins a pod's namespace where plugins and agents look for it.
-    fn pin(&self, pod: &Pod<'_>) -> Result<PathBuf, NetworkError> {
-        let path = self.namespace(pod.id.as_str());
-        let pinned = DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&self.namespaces)
-            .and_then(|()| File::open(pod.namespace))
-            .and_then(|namespace| ns::pin_fd(namespace.as_fd(), &path));
-        match pinned {
-            Ok(()) => Ok(path),
-            Err(source) => Err(NetworkError::Pin { path, source }),
-        }
+    /// Whether a directory is known not to answer: then nothing of a pod is made.
+    pub(super) fn check(&self) -> Result<(), NetworkError> {
+        let Directories { configurations: _, plugins, cache, namespaces } = &self.directories;
+        let results = Cache::new(cache).directory().to_owned();
+        let needed = [plugins.as_slice(), &[results, namespaces.clone()]].concat();
+        Ok(self.workers.check(&needed)?)
     }
 
-    fn namespace(&self, sandbox: &str) -> PathBuf {
-        self.namespaces.join(format!("{PIN_PREFIX}{sandbox}"))
+    /// As far as it is known from the sandbox's id.
+    fn attachment(&self, sandbox: &str) -> Attachment {
+        Attachment {
+            container_id: sandbox.to_owned(),
+            interface: MAIN_INTERFACE.to_owned(),
+            netns: self.directories.pin(sandbox),
+            args: vec![("IgnoreUnknown".to_owned(), "1".to_owned())],
+            capabilities: Map::new(),
+        }
     }
 
     /// Gives back every attachment of a sandbox, and lets go of its namespace. Blocking.
-    pub(super) fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
-        let id = sandbox.as_str();
-        let mut entries = self.cache.of_container(id).map_err(berth_cni::NetworkError::from)?;
-        if entries.is_empty() && ns::is_pinned(&self.namespace(id)).unwrap_or(false) {
-            entries.extend(self.lost_entry(id));
-        }
-        for entry in entries {
-            self.delete(&entry)?;
-        }
-        self.unpin(id)
-    }
-
-    /// What is to be deleted of a pod that was attached, or about to be, and is not in the cache:
-    /// as far as plugins find it by the pod.
-    fn lost_entry(&self, sandbox: &str) -> Option<CachedAttachment> {
-        let config = self.configuration().ok().flatten();
-        if config.is_none() {
+    pub(super) fn detach(&self, sandbox: &str) -> Result<(), NetworkError> {
+        let config = lock(&self.known).last_good.as_deref().map(text);
+        let task = Task::Detach { sandbox: sandbox.to_owned(), config, lost: self.attachment(sandbox) };
+        if matches!(self.ask(task)?, Outcome::Lost) {
             tracing::warn!(
                 sandbox,
                 "cannot delete what a pod has of its CNI network: its entry in the cache is lost, and there is no configuration"
             );
         }
-        let attachment = Attachment {
-            container_id: sandbox.to_owned(),
-            interface: MAIN_INTERFACE.to_owned(),
-            netns: self.namespace(sandbox),
-            args: vec![("IgnoreUnknown".to_owned(), "1".to_owned())],
-            capabilities: Map::new(),
-        };
-        config.map(|config| self.network(&config).entry(&attachment))
+        Ok(())
     }
 
-    fn unpin(&self, sandbox: &str) -> Result<(), NetworkError> {
-        let path = self.namespace(sandbox);
-        ns::unpin(&path).map_err(|source| NetworkError::Pin { path, source })
-    }
-
-    fn delete(&self, entry: &CachedAttachment) -> Result<(), NetworkError> {
-        let netns = Path::new(&entry.netns);
-        // Nothing to enter after a restart of the node: plugins then give back what they hold
-        // elsewhere.
-        let netns = ns::is_pinned(netns).unwrap_or(false).then_some(netns);
-        Ok(entry.delete(netns, &self.plugins, &self.cache, Instant::now() + OPERATION)?)
-    }
-
+    /// The addresses of a sandbox, unless they take long to find out.
     pub(super) fn addresses_of(&self, sandbox: &SandboxId) -> Vec<IpAddr> {
-        let entries = self.cache.of_container(sandbox.as_str()).unwrap_or_default();
-        let results = entries.iter().filter_map(|entry| entry.result.as_ref());
-        let results: Vec<_> =
-            results.filter_map(|result| berth_cni::AddResult::from_object(result).ok()).collect();
-        in_order(results.iter().flat_map(|result| result.inside()).map(|inside| inside.address))
-    }
-
-    /// Attachments of sandboxes that are not among the living. By their namespaces, which are named
-    /// after the sandboxes, they are this daemon's: the cache is shared with other runtimes.
-    /// Blocking.
-    pub(super) fn dead(&self, living: &[&str]) -> Result<DeadAttachments, NetworkError> {
-        let found = self.cache.all().map_err(berth_cni::NetworkError::from)?;
-        for error in &found.unreadable {
-            tracing::warn!(error = chain(error), "cannot read an entry of CNI's cache; it is left alone");
+        match self.ask_within(Task::Addresses { sandbox: sandbox.to_string() }, AT_START) {
+            Ok(Outcome::Addresses(addresses)) => in_order(addresses),
+            _ => Vec::new(),
         }
-        let mut entries = found.entries;
-        entries.retain(|entry| {
-            Path::new(&entry.netns) == self.namespace(&entry.container_id)
-                && !living.contains(&entry.container_id.as_str())
-        });
-        // Pinned, and the daemon ended before anything else was done.
-        let mut pinned = self.pinned();
-        pinned.retain(|sandbox| {
-            !living.contains(&sandbox.as_str()) && !entries.iter().any(|entry| entry.container_id == *sandbox)
-        });
-        Ok(DeadAttachments { entries, pinned })
     }
 
-    /// The sandboxes whose namespaces are pinned for plugins.
-    fn pinned(&self) -> Vec<String> {
-        let names = std::fs::read_dir(&self.namespaces).into_iter().flatten().flatten();
-        names
-            .filter_map(|entry| Some(entry.file_name().to_str()?.strip_prefix(PIN_PREFIX)?.to_owned()))
-            .filter(|id| id.parse::<SandboxId>().is_ok())
-            .collect()
-    }
-
-    /// Removes them, and asks the plugins to give back what else belongs to nothing. Blocking.
-    pub(super) fn remove_dead(&self, dead: &DeadAttachments) -> Result<(), NetworkError> {
+    /// Gives back what there is of sandboxes that `exists` does not know. If this is the network of
+    /// the node's pods, or was, the plugins also give back what else belongs to nothing. Blocking.
+    pub(super) fn remove_dead(
+        &self,
+        exists: &dyn Fn(&str) -> bool,
+        mut is_in_use: bool,
+    ) -> Result<(), NetworkError> {
+        let (ids, unreadable) = match self.ask(Task::Sandboxes)? {
+            Outcome::Sandboxes { ids, unreadable } => (ids, unreadable),
+            _ => (Vec::new(), Vec::new()),
+        };
+        for error in unreadable {
+            tracing::warn!(error, "cannot read an entry of CNI's cache; it is left alone");
+        }
         let mut first = Ok(());
-        for sandbox in &dead.pinned {
-            let deleted = self.lost_entry(sandbox).map_or(Ok(()), |entry| self.delete(&entry));
-            first = first.and(deleted.and_then(|()| self.unpin(sandbox)));
-        }
-        for entry in &dead.entries {
-            let deleted = self.delete(entry).and_then(|()| self.unpin(&entry.container_id));
-            if deleted.is_ok() {
-                tracing::info!(
-                    sandbox = entry.container_id,
-                    network = entry.network_name,
-                    "gave back what a sandbox that is gone had of a CNI network"
-                );
+        for sandbox in ids.iter().filter(|id| !exists(id)) {
+            is_in_use = true;
+            let detached = self.detach(sandbox);
+            if detached.is_ok() {
+                tracing::info!(sandbox, "gave back what a sandbox that is gone had of a CNI network");
             }
-            first = first.and(deleted);
+            first = first.and(detached);
         }
-        if let Ok(Some(config)) = self.configuration() {
-            // Whoever is pinned has been attached, or is being so.
-            let living = self.pinned();
-            let end = Instant::now() + OPERATION;
-            let collected = self.network(&config).collect(&living, MAIN_INTERFACE, end);
-            first = first.and(collected.map_err(Into::into));
+        if let Some(Configured::Network(config)) = is_in_use.then(|| self.configuration().ok()).flatten() {
+            let task = Task::Collect { config: text(&config), interface: MAIN_INTERFACE.to_owned() };
+            first = first.and(self.ask(task).map(drop).map_err(Into::into));
         }
         first
-    }
-
-    fn network<'a>(&'a self, config: &'a NetworkConfig) -> Network<'a> {
-        Network { config, directories: &self.plugins, cache: &self.cache }
     }
 
     /// What plugins may have of a pod if their configuration asks for it: the conventions of CNI's
@@ -365,6 +356,20 @@ impl Cni {
     }
 }
 
+impl Known {
+    fn complain(&mut self, error: &str, consequence: &str) {
+        if self.complaint.as_deref() != Some(error) {
+            tracing::warn!(error, "{consequence}");
+            self.complaint = Some(error.to_owned());
+        }
+    }
+}
+
+/// A configuration was read from JSON, which is UTF-8.
+fn text(config: &NetworkConfig) -> String {
+    String::from_utf8_lossy(config.text()).into_owned()
+}
+
 pub(super) fn not_ready(message: String) -> NotReady {
     NotReady { reason: "NetworkPluginNotReady", message }
 }
@@ -384,8 +389,7 @@ fn args(pod: &Pod<'_>) -> Vec<(String, String)> {
 }
 
 /// The first of IPv4 is the pod's main address, as other runtimes have it.
-fn in_order(addresses: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
-    let mut addresses: Vec<IpAddr> = addresses.collect();
+fn in_order(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     addresses.sort_by_key(IpAddr::is_ipv6);
     addresses
 }
@@ -414,38 +418,53 @@ fn bits(quantity: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
-    fn at(directory: &Path) -> Cni {
-        Cni::new(&CniConfig {
-            config_directory: directory.join("net.d"),
+    async fn cni() -> Cni {
+        let config = CniConfig {
+            config_directory: "/nonexistent/net.d".into(),
             plugin_directories: Vec::new(),
-            cache_directory: directory.join("cache"),
-            namespace_directory: directory.join("netns"),
-        })
+            cache_directory: "/nonexistent/cache".into(),
+            namespace_directory: "/nonexistent/netns".into(),
+        };
+        Cni::new(&config, HostPaths::for_cni(tokio::runtime::Handle::current()))
     }
 
-    #[test]
-    fn a_node_without_cni_stays_one_after_an_error() {
-        let top = tempfile::tempdir().unwrap();
-        let cni = at(top.path());
-        assert_eq!(cni.configuration().unwrap(), None);
+    fn nothing() -> Configuration {
+        Configuration::Nothing { has_kubelet: false, seen: None }
+    }
+
+    fn found() -> Configuration {
+        let text = r#"{"cniVersion": "1.0.0", "name": "n", "type": "bridge"}"#;
+        Configuration::Found { text: text.to_owned(), seen: None }
+    }
+
+    fn unknown() -> Configuration {
+        Configuration::Unknown("it does not answer".to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_node_without_cni_stays_one_after_an_error() {
+        let cni = cni().await;
+        let is_nothing = |taken: Result<Configured, NetworkError>| {
+            assert_eq!(taken.unwrap(), Configured::Nothing { has_kubelet: false });
+        };
+        is_nothing(cni.take(nothing()));
         // It cannot be listed for a while, as when descriptors run out.
-        std::fs::write(top.path().join("net.d"), "").unwrap();
-        assert!(matches!(cni.configuration(), Err(DirectoryError::List { .. })));
-        std::fs::remove_file(top.path().join("net.d")).unwrap();
-        assert_eq!(cni.configuration().unwrap(), None);
+        assert_eq!(cni.take(unknown()).unwrap_err().to_string(), "it does not answer");
+        is_nothing(cni.take(nothing()));
     }
 
-    #[test]
-    fn a_node_of_a_cluster_stays_one_without_configuration() {
-        let top = tempfile::tempdir().unwrap();
-        let (cni, file) = (at(top.path()), top.path().join("net.d/1.conf"));
-        std::fs::create_dir(top.path().join("net.d")).unwrap();
-        std::fs::write(&file, "{").unwrap();
-        assert!(matches!(cni.configuration(), Err(DirectoryError::Invalid { .. })));
-        std::fs::remove_file(&file).unwrap();
-        assert!(matches!(cni.configuration(), Err(DirectoryError::Empty { .. })));
-        std::fs::write(&file, r#"{"cniVersion": "1.0.0", "name": "n", "type": "bridge"}"#).unwrap();
-        assert!(cni.configuration().unwrap().is_some());
+    #[tokio::test]
+    async fn a_node_of_a_cluster_stays_one_without_configuration() {
+        let cni = cni().await;
+        assert!(cni.take(Configuration::Unusable("it is torn".to_owned())).is_err());
+        assert!(cni.take(nothing()).unwrap_err().to_string().contains("there is no CNI configuration in"));
+        let is_network = |taken| matches!(taken, Ok(Configured::Network(_)));
+        assert!(is_network(cni.take(found())));
+        // The last good one.
+        assert!(is_network(cni.take(unknown())));
+        assert!(is_network(cni.take(Configuration::Unusable("it is torn".to_owned()))));
+        assert!(cni.take(nothing()).is_err());
+        assert!(cni.take(unknown()).is_err());
     }
 
     #[test]

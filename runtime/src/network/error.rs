@@ -1,7 +1,8 @@
 //! Why a network operation failed.
 
 use std::io;
-use std::path::PathBuf;
+
+use crate::host_paths::HostPathError;
 
 /// Why a network operation failed, of any kind of network.
 #[derive(Debug, thiserror::Error)]
@@ -9,12 +10,12 @@ pub enum NetworkError {
     /// The built-in bridge.
     #[error(transparent)]
     Bridge(#[from] berth_network::bridge::Error),
-    /// CNI's plugins.
+    /// CNI's plugins, or the directories that they need.
     #[error(transparent)]
-    Cni(#[from] berth_cni::NetworkError),
+    Cni(#[from] HostPathError),
     /// The node's CNI configuration.
-    #[error(transparent)]
-    CniConfiguration(#[from] berth_cni::DirectoryError),
+    #[error("{0}")]
+    CniConfiguration(String),
     /// There is none, and the built-in bridge is not for this node.
     #[error("{0}")]
     NotConfigured(String),
@@ -35,19 +36,18 @@ pub enum NetworkError {
     /// A port of the host's, and a kind of network that has none to give.
     #[error("config.port_mappings: host ports are not offered by the built-in bridge")]
     HostPorts,
-    /// The pod's namespace, where plugins look for it.
-    #[error("cannot pin or unpin the pod's network namespace at {}", path.display())]
-    Pin {
-        /// The place.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
     /// Loopback in the pod.
     #[error("cannot bring loopback up in the pod")]
     Loopback(#[source] berth_network::netlink::Error),
     /// The pod's namespace, from inside.
     #[error("cannot open the pod's network namespace")]
     Namespace(#[source] io::Error),
+}
+
+impl NetworkError {
+    /// Whether a directory does not answer, which may end.
+    pub(crate) fn is_silence(&self) -> bool {
+        use HostPathError::{Silent, SilentBefore, TooMany};
+        matches!(self, Self::Cni(Silent { .. } | SilentBefore { .. } | TooMany { .. }))
+    }
 }

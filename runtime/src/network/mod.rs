@@ -8,7 +8,7 @@
 //! - *detach* and *release*: give back what a pod has, before and after its namespace is let go of,
 //!   from its id alone, so that it can be done by another daemon, for the second time, and with the
 //!   namespace gone;
-//! - *dead*: find and remove what belongs to missing sandboxes;
+//! - *remove dead*: find and remove what belongs to missing sandboxes;
 //! - *look*: report whether pods can be attached and if not, why; repair or reread what can be.
 
 mod bridge;
@@ -26,8 +26,9 @@ use berth_model::layout::Layout;
 use berth_network::{Bridge, BridgeConfig, Netlink};
 
 use crate::config::{Config, NetworkKind};
+use crate::host_paths::HostPaths;
 use crate::{chain, lock};
-use cni::{Cni, not_ready};
+use cni::{Cni, Configured, not_ready};
 
 pub(crate) use error::NetworkError;
 
@@ -46,6 +47,8 @@ pub(crate) struct Network {
     cni: Cni,
     /// What was found when it was last looked at.
     state: Mutex<Result<(), NotReady>>,
+    /// What the last pod was given, or the next would have been when it was last looked at.
+    chosen: Mutex<Description>,
 }
 
 /// The network that a pod is given.
@@ -53,6 +56,22 @@ pub(crate) struct Network {
 pub(crate) enum Chosen<'a> {
     Bridge(&'a Bridge),
     Cni(&'a Cni, Arc<berth_cni::NetworkConfig>),
+}
+
+/// What there is once a thread has been in the pod's namespace.
+#[derive(Debug)]
+pub(crate) enum Within<'a> {
+    /// All of it.
+    Attached(Attached),
+    /// Plugins attach it from the node.
+    Plugins(Plugins<'a>),
+}
+
+/// The plugins of a network.
+#[derive(Debug)]
+pub(crate) struct Plugins<'a> {
+    cni: &'a Cni,
+    config: Arc<berth_cni::NetworkConfig>,
 }
 
 /// What a network has to know of a pod.
@@ -102,15 +121,12 @@ pub(crate) struct NotReady {
     pub(crate) message: String,
 }
 
-/// What is left of missing sandboxes.
+/// What is left of missing sandboxes on the bridge.
 #[derive(Debug)]
-pub(crate) struct Dead {
-    bridge: Option<berth_network::Dead>,
-    cni: cni::DeadAttachments,
-}
+pub(crate) struct Dead(Option<berth_network::Dead>);
 
 /// A description of a network, for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Description {
     pub(crate) kind: &'static str,
     pub(crate) name: String,
@@ -123,6 +139,7 @@ impl Network {
     pub(crate) fn set_up(
         config: &Config,
         layout: &Layout,
+        cni_workers: HostPaths,
         known: &BTreeMap<String, Vec<IpAddr>>,
     ) -> Result<Self, NetworkError> {
         let network = Self {
@@ -131,13 +148,19 @@ impl Network {
             bridge_config: config.network.bridge.clone(),
             addresses: layout.network(),
             setting_up: Mutex::default(),
-            cni: Cni::new(&config.network.cni),
+            cni: Cni::new(&config.network.cni, cni_workers),
             state: Mutex::new(Ok(())),
+            chosen: Mutex::default(),
         };
+        // A directory that does not answer is known to be silent then, and delays nothing more.
+        let configured =
+            (network.kind != NetworkKind::Bridge).then(|| network.cni.configuration_within(cni::AT_START));
         let is_bridge = match network.kind {
             NetworkKind::Bridge => true,
             NetworkKind::Cni => false,
-            NetworkKind::Auto => matches!(network.cni.configuration(), Ok(None)) && !kubelet_is_set_up(),
+            NetworkKind::Auto => {
+                matches!(configured, Some(Ok(Configured::Nothing { has_kubelet: false })))
+            }
         };
         // Pods that are on it from before, whatever new ones get.
         if is_bridge || bridge::has_addresses(&network.bridge_config, &network.addresses) {
@@ -158,13 +181,25 @@ impl Network {
 
     /// The network that a pod is given now. Blocking.
     pub(crate) fn choose(&self) -> Result<Chosen<'_>, NetworkError> {
+        let chosen = self.choose_unseen();
+        *lock(&self.chosen) = match &chosen {
+            Ok(Chosen::Cni(_, config)) => {
+                Description { kind: "cni", name: config.name().to_owned(), subnets: Vec::new() }
+            }
+            Ok(Chosen::Bridge(bridge)) => bridge::description(bridge),
+            Err(_) => Description { kind: "none", ..Description::default() },
+        };
+        chosen
+    }
+
+    fn choose_unseen(&self) -> Result<Chosen<'_>, NetworkError> {
         if self.kind != NetworkKind::Bridge {
             match self.cni.configuration()? {
-                Some(config) => return Ok(Chosen::Cni(&self.cni, config)),
-                None if self.kind == NetworkKind::Cni || kubelet_is_set_up() => {
+                Configured::Network(config) => return Ok(Chosen::Cni(&self.cni, config)),
+                Configured::Nothing { has_kubelet } if has_kubelet || self.kind == NetworkKind::Cni => {
                     return Err(NetworkError::NotConfigured(self.waits_for_cni()));
                 }
-                None => {}
+                Configured::Nothing { .. } => {}
             }
         }
         match self.bridge.get() {
@@ -188,7 +223,7 @@ impl Network {
     /// Gives back what a sandbox has of plugins, while its namespaces are pinned still. May be
     /// repeated. Blocking.
     pub(crate) fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
-        self.cni.detach(sandbox)
+        self.cni.detach(sandbox.as_str())
     }
 
     /// Gives back what a sandbox has of the node, once its namespaces are unpinned. May be
@@ -207,33 +242,30 @@ impl Network {
         bridge.chain(self.cni.addresses_of(sandbox)).collect()
     }
 
-    /// What there is of sandboxes that are not among the living, for [`Network::remove_dead`] at a
-    /// later time, when there may be new ones. Blocking.
+    /// What the bridge has of sandboxes that are not among the living, for [`Network::remove_dead`]
+    /// at a later time, when there may be new ones. Blocking.
     pub(crate) fn dead(&self, living: &[&str]) -> Result<Dead, NetworkError> {
         let bridge = self.bridge.get().map(|bridge| bridge.dead(living.iter().copied())).transpose()?;
-        // One kind does not keep the other from being cleared.
-        let cni = self.cni.dead(living).unwrap_or_else(|error| {
-            tracing::warn!(error = chain(&error), "cannot look for orphaned CNI attachments");
-            cni::DeadAttachments::default()
-        });
-        Ok(Dead { bridge, cni })
+        Ok(Dead(bridge))
     }
 
     /// Removes it. Blocking.
     pub(crate) fn remove_dead(&self, dead: &Dead) -> Result<(), NetworkError> {
-        let from_bridge = match (self.bridge.get(), &dead.bridge) {
+        match (self.bridge.get(), &dead.0) {
             (Some(bridge), Some(dead)) => bridge.remove_dead(dead).map(drop).map_err(Into::into),
             _ => Ok(()),
-        };
-        if self.kind == NetworkKind::Bridge && dead.cni.is_empty() {
-            return from_bridge;
         }
-        from_bridge.and(self.cni.remove_dead(&dead.cni))
+    }
+
+    /// Gives back what plugins have of sandboxes that `exists` does not know. May be repeated.
+    /// Blocking.
+    pub(crate) fn detach_dead(&self, exists: &dyn Fn(&str) -> bool) -> Result<(), NetworkError> {
+        self.cni.remove_dead(exists, self.kind != NetworkKind::Bridge)
     }
 
     /// Checks the network, repairs it if needed, and remembers the outcome: an administrator may
     /// flush the firewall or take the bridge down under running pods. To be called periodically.
-    /// then. Blocking.
+    /// Blocking.
     pub(crate) fn look(&self) {
         let bridge = self.bridge.get().map_or(Ok(()), bridge::look);
         let state = match self.choose() {
@@ -260,37 +292,23 @@ impl Network {
         }
     }
 
+    /// The network of the next pod, as far as that is known without a look.
     pub(crate) fn description(&self) -> Description {
-        match self.choose() {
-            Ok(Chosen::Cni(_, config)) => {
-                Description { kind: "cni", name: config.name().to_owned(), subnets: Vec::new() }
-            }
-            Ok(Chosen::Bridge(bridge)) => bridge::description(bridge),
-            Err(_) => Description { kind: "none", name: String::new(), subnets: Vec::new() },
-        }
+        lock(&self.chosen).clone()
     }
 }
 
-impl Chosen<'_> {
+impl<'a> Chosen<'a> {
     /// What is done on a thread in the sandbox's new network namespace, which is pinned already.
-    /// `None` when [`Chosen::attach_from_node`] has to follow. On an error the sandbox may own
-    /// something, and has to be detached and released. Blocking.
-    pub(crate) fn attach_within(&self, sandbox: &SandboxId) -> Result<Option<Attached>, NetworkError> {
+    /// On an error the sandbox may own something, and has to be detached and released. Blocking.
+    pub(crate) fn attach_within(&self, sandbox: &SandboxId) -> Result<Within<'a>, NetworkError> {
         match self {
-            Self::Bridge(bridge) => bridge::attach(bridge, sandbox).map(Some),
-            Self::Cni(..) => {
+            Self::Bridge(bridge) => bridge::attach(bridge, sandbox).map(Within::Attached),
+            Self::Cni(cni, config) => {
                 let mut inside = Netlink::open().map_err(NetworkError::Loopback)?;
                 Bridge::loopback_up(&mut inside).map_err(NetworkError::Loopback)?;
-                Ok(None)
+                Ok(Within::Plugins(Plugins { cni, config: config.clone() }))
             }
-        }
-    }
-
-    /// What is done from the node's namespaces. Blocking.
-    pub(crate) fn attach_from_node(&self, pod: &Pod<'_>) -> Result<Attached, NetworkError> {
-        match self {
-            Self::Bridge(_) => Ok(Attached { interfaces: Vec::new() }),
-            Self::Cni(cni, config) => cni.attach(config, pod),
         }
     }
 
@@ -300,13 +318,15 @@ impl Chosen<'_> {
             Self::Bridge(_) if config.port_mappings.iter().any(|mapping| mapping.host_port != 0) => {
                 Err(NetworkError::HostPorts)
             }
-            _ => Ok(()),
+            Self::Bridge(_) => Ok(()),
+            Self::Cni(cni, _) => cni.check(),
         }
     }
 }
 
-/// Whether this node belongs to a cluster, which brings its network: kubeadm and most others put
-/// the kubelet's configuration there.
-fn kubelet_is_set_up() -> bool {
-    Path::new("/var/lib/kubelet/config.yaml").exists()
+impl Plugins<'_> {
+    /// What is done from the node's namespaces. Blocking.
+    pub(crate) fn attach(&self, pod: &Pod<'_>) -> Result<Attached, NetworkError> {
+        self.cni.attach(&self.config, pod)
+    }
 }

@@ -34,6 +34,9 @@ const CGROUP_GONE: Duration = Duration::from_secs(5);
 const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// The longest pause before another attempt to detach pods that are gone.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
 /// What to remove, and what to retry.
 #[derive(Debug)]
 pub(crate) struct Remains {
@@ -118,6 +121,7 @@ impl Remains {
         // A panic in there is a bug, which is logged.
         let clearing = node.clone();
         let _ = tokio::task::spawn_blocking(move || self.clear_the_rest(&clearing, &kept)).await;
+        tokio::spawn(detach_dead(node.clone()));
         node.collect_images();
     }
 
@@ -161,6 +165,32 @@ impl Remains {
         {
             tracing::warn!(error = %crate::chain(&error), "cannot free orphaned addresses");
         }
+    }
+}
+
+/// Has CNI's plugins give back what they have of pods that no longer exist, as soon as the
+/// directories that this needs answer.
+async fn detach_dead(node: Arc<Node>) {
+    let mut pause = PAUSE;
+    loop {
+        let detaching = node.clone();
+        let detached = tokio::task::spawn_blocking(move || {
+            // In this order: what is made meanwhile is complete once it is not being made.
+            let exists = |id: &str| detaching.registry.is_being_made(id) || detaching.registry.has(id);
+            detaching.network.detach_dead(&exists)
+        });
+        let again = match detached.await {
+            Ok(Err(error)) => {
+                tracing::warn!(error = %crate::chain(&error), "cannot give back what pods that are gone have of CNI networks");
+                error.is_silence()
+            }
+            _ => false,
+        };
+        if !again {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = LONGEST_PAUSE.min(pause * 2);
     }
 }
 

@@ -32,7 +32,7 @@ use crate::cadvisor;
 use crate::clock::unix_ns;
 use crate::host_paths::HostPathError;
 use crate::names::Name;
-use crate::network::{Attached, Chosen, Pod};
+use crate::network::{Attached, Chosen, Pod, Within};
 use crate::node::Node;
 use crate::random::random_bytes;
 use crate::shim_client::Pause;
@@ -70,6 +70,7 @@ fn make(node: &Arc<Node>, id: SandboxId, config: Config) -> Result<Sandbox, Sand
         hostname: hostname::of(&config)
             .map_err(SandboxError::file("read", Path::new(hostname::HOST_FILE)))?,
         addresses: Arc::default(),
+        has_plugins: false,
         cgroup_parent: parent,
         state: Mutex::new(SandboxState::Ready),
         events: node.events.clone(),
@@ -127,7 +128,7 @@ async fn undo_later(node: Arc<Node>, sandbox: Arc<Sandbox>) {
 fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     let files = sandbox.files.clone();
     make_directories(&files)?;
-    let config = &sandbox.config;
+    let config = sandbox.config.clone();
     if !config.log_directory.is_empty() {
         // A kubelet has created it; other clients rely on the runtime.
         node.host_paths.directory(Path::new(&config.log_directory)).map_err(|error| match error {
@@ -138,18 +139,23 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
         })?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
-    let network = if host_network { None } else { Some(choose_network(node, config)?) };
-    let mut attached = namespaces::make(&Wanted {
+    let network = if host_network { None } else { Some(choose_network(node, &config)?) };
+    let within = namespaces::make(&Wanted {
         sandbox,
         network: network.as_ref().map_or(PodNetwork::Node, PodNetwork::Own),
         ipc: config.namespaces.ipc != NamespaceMode::Node,
         hostname: (!host_network).then_some(sandbox.hostname.as_str()),
     })?;
-    if let (Some(network), None) = (&network, &attached) {
-        let namespace = files.namespace(Kind::Network.file_name());
-        let pod = Pod { id: &sandbox.id, config, namespace: &namespace };
-        attached = Some(network.attach_from_node(&pod).map_err(SandboxError::Network)?);
-    }
+    let attached = match within {
+        None => None,
+        Some(Within::Attached(attached)) => Some(attached),
+        Some(Within::Plugins(plugins)) => {
+            sandbox.has_plugins = true;
+            let namespace = files.namespace(Kind::Network.file_name());
+            let pod = Pod { id: &sandbox.id, config: &config, namespace: &namespace };
+            Some(plugins.attach(&pod).map_err(SandboxError::Network)?)
+        }
+    };
     let addresses: Vec<String> =
         attached.iter().flat_map(Attached::addresses).map(ToString::to_string).collect();
     mount_tmpfs(&files, config.namespaces.ipc != NamespaceMode::Node)?;

@@ -104,6 +104,8 @@ pub(crate) struct Sandbox {
     /// Empty if its record has none.
     hostname: String,
     addresses: Arc<[String]>,
+    /// Plugins may have something of it.
+    has_plugins: bool,
     files: SandboxFiles,
     cgroup_parent: Parent,
     state: Mutex<SandboxState>,
@@ -254,6 +256,7 @@ impl Sandbox {
             process: lock(&self.process).as_ref().map(|process| process.record),
             stopped: *lock(&self.torn_down),
             hostname: self.hostname.clone(),
+            without_plugins: !self.has_plugins,
             shared_in_tmpfs: self.files.shared == Shared::InTmpfs,
         }
     }

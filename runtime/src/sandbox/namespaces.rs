@@ -14,12 +14,12 @@ use berth_sys::mount;
 use berth_sys::ns::{self, Kind};
 
 use super::{Sandbox, SandboxError};
-use crate::network::{Attached, Chosen};
+use crate::network::{Chosen, Within};
 
 /// What to create.
-pub(super) struct Wanted<'a> {
+pub(super) struct Wanted<'a, 'n> {
     pub(super) sandbox: &'a Sandbox,
-    pub(super) network: PodNetwork<'a>,
+    pub(super) network: PodNetwork<'n>,
     pub(super) ipc: bool,
     /// A UTS namespace with this hostname.
     pub(super) hostname: Option<&'a str>,
@@ -40,7 +40,7 @@ const KINDS: [Kind; 4] = [Kind::Network, Kind::Ipc, Kind::Uts, Kind::Pid];
 ///
 /// On an error some may be pinned and the network attached; the caller calls `Network::detach` and
 /// `Network::release`.
-pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attached>, SandboxError> {
+pub(super) fn make<'n>(wanted: &Wanted<'_, 'n>) -> Result<Option<Within<'n>>, SandboxError> {
     let mut flags = 0;
     for (kind, asked) in [
         (Kind::Network, matches!(wanted.network, PodNetwork::Own(_))),
@@ -58,7 +58,7 @@ pub(super) fn make(wanted: &Wanted<'_>) -> Result<Option<Attached>, SandboxError
         .map_err(SandboxError::namespace("start a thread"))?
 }
 
-fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, SandboxError> {
+fn make_here<'n>(wanted: &Wanted<'_, 'n>, flags: i32) -> Result<Option<Within<'n>>, SandboxError> {
     ns::unshare(flags).map_err(SandboxError::namespace("create namespaces"))?;
     let pin = |kind: Kind| {
         let path = wanted.sandbox.files.namespace(kind.file_name());
@@ -74,7 +74,7 @@ fn make_here(wanted: &Wanted<'_>, flags: i32) -> Result<Option<Attached>, Sandbo
     let mut attached = None;
     if let PodNetwork::Own(network) = wanted.network {
         pin(Kind::Network)?;
-        attached = network.attach_within(&wanted.sandbox.id).map_err(SandboxError::Network)?;
+        attached = Some(network.attach_within(&wanted.sandbox.id).map_err(SandboxError::Network)?);
     }
     for (name, value) in &wanted.sandbox.config.sysctls {
         // Names were checked at the edge: letters, digits, dots, underscores and dashes, of

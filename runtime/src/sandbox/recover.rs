@@ -111,6 +111,7 @@ pub(super) fn of_record(
         boot_id: record.boot_id,
         hostname: record.hostname,
         addresses: record.addresses.into(),
+        has_plugins: !record.without_plugins,
         files,
         cgroup_parent,
         state: Mutex::new(if ready { SandboxState::Ready } else { SandboxState::NotReady }),

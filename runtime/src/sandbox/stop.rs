@@ -113,7 +113,7 @@ fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxEr
         true => Namespace::Unused,
         false => Namespace::Gone,
     };
-    if has_network {
+    if has_network && sandbox.has_plugins {
         node.network.detach(&sandbox.id).map_err(left)?;
     }
     namespaces::unpin(&sandbox.files)?;

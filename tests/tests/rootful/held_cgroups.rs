@@ -10,11 +10,12 @@ use berth_cri::v1;
 use berth_tests::census::{children, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
+use berth_tests::held::{Call, GETDENTS64, GIVEN_UP, OPEN, held_children, waits_in};
 use berth_tests::pod::{Container, Pod, container, security, sharing, sharing_pod, volume};
 use berth_tests::skip::skip;
 use tonic::Code;
 
-use super::held_paths::{Call, GETDENTS64, GIVEN_UP, OPEN, held_children, serves, waits_in};
+use super::held_paths::serves;
 
 /// Lists each directory of its cgroup, by a child for each, into a page that is to be served by who
 /// does not: by mmap(2), userfaultfd(2), ioctl_userfaultfd(2) and getdents64(2). The directory is

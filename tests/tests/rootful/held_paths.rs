@@ -4,118 +4,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use berth_cri::v1;
-use berth_tests::census::{children, status_field};
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
-use berth_tests::fuse::Hanging;
-use berth_tests::pod::{Container, Pod, container, idle, volume};
-use berth_tests::skip::skip;
-use tonic::{Code, Status};
-
-/// Lists a directory into a page of a file that nobody serves: by open(2), mmap(2) and
-/// getdents64(2). The directory is locked until the page is there. Perl's own open would ask the
-/// file what else it can do.
-const HOLD: &str = "
-my ($file, $directory) = @ARGV;
-my $page = syscall(9, 0, 4096, 3, 2, syscall(2, $file, 0), 0);
-syscall(217, syscall(2, $directory, 0200000), $page, 4096);
-";
-
-/// Longer than the daemon waits for a path.
-pub(super) const GIVEN_UP: Duration = Duration::from_secs(60);
-
-/// A filesystem that does not serve, and a container that holds a directory with it.
-struct Holder {
-    pod: Pod,
-    pid: i32,
-    hanging: Hanging,
-}
-
-impl Holder {
-    /// Has a container of the pod `config` hold `directory`, of which it has a mount that is only
-    /// for reading. `None` where that cannot be.
-    fn start(daemon: &Daemon, config: v1::PodSandboxConfig, directory: &Path) -> Result<Option<Self>> {
-        let place = daemon.directory("hanging")?;
-        let perl = Path::new("/usr/bin/perl");
-        let Some(hanging) = perl.exists().then(|| Hanging::mount_with_files(&place)).transpose()?.flatten()
-        else {
-            skip("held_paths", "no FUSE or no /usr/bin/perl here");
-            return Ok(None);
-        };
-        let pod = daemon.pod_of(config)?;
-        let mut config = container("holder", &["/usr/bin/perl", "-e", HOLD, "/volume/file", "/held"]);
-        let library = Path::new("/lib").canonicalize()?;
-        let loader = Path::new("/lib64").canonicalize()?;
-        for (from, to) in [
-            (place.as_path(), "/volume"),
-            (directory, "/held"),
-            (Path::new("/usr"), "/usr"),
-            (&library, "/lib"),
-            (&loader, "/lib64"),
-        ] {
-            config.mounts.push(v1::Mount { readonly: true, ..volume(from, to) });
-        }
-        let main = pod.start(config)?;
-        let holder = Self { pod, pid: main.pid()?, hanging };
-        within(SOON, "it holds the directory", || Ok(holder.holds().then_some(())))?;
-        Ok(Some(holder))
-    }
-
-    fn holds(&self) -> bool {
-        waits_in(self.pid, GETDENTS64)
-    }
-
-    /// Ends and removes its pod. A container that has its own file system ends that with itself.
-    fn remove(self) -> Result<()> {
-        let Self { pod, hanging, .. } = self;
-        let begin = Instant::now();
-        let removal = Call::begin(move || pod.stop().and_then(|()| pod.remove()));
-        drop(hanging);
-        removal.answer()??;
-        ensure!(begin.elapsed() < patience(GIVEN_UP), "{:?}", begin.elapsed());
-        Ok(())
-    }
-}
-
-/// Numbers of system calls.
-pub(super) const GETDENTS64: &str = "217";
-const MKDIR: &str = "83";
-pub(super) const OPEN: &str = "2";
-
-/// Whether a process waits in the kernel in this system call, and hears no signal:
-/// proc_pid_syscall(5).
-pub(super) fn waits_in(pid: i32, call: &str) -> bool {
-    let inside = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
-    let state = status_field(pid, "State").unwrap_or_default();
-    inside.split(' ').next() == Some(call) && state.starts_with('D')
-}
-
-/// A call that may take as long as it likes, and when it began.
-pub(super) struct Call<T> {
-    thread: JoinHandle<Result<T, Status>>,
-    begin: Instant,
-}
-
-impl<T: Send + 'static> Call<T> {
-    pub(super) fn begin(call: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Self {
-        Self { thread: thread::spawn(call), begin: Instant::now() }
-    }
-
-    /// What it answers, within the time that the daemon waits for a path.
-    pub(super) fn answer(self) -> Result<Result<T, Status>> {
-        within(GIVEN_UP, "the call is answered", || Ok(self.thread.is_finished().then_some(())))?;
-        self.thread.join().map_err(|_| anyhow!("the thread panicked"))
-    }
-
-    pub(super) fn refused(self) -> Result<Status> {
-        self.answer()?.err().context("it is refused")
-    }
-}
+use berth_tests::held::{Call, GIVEN_UP, Holder, MKDIR, OPEN, held_children, waits_in};
+use berth_tests::pod::{Container, Pod, idle, volume};
+use tonic::Code;
 
 /// Creates a container of the pod `id` with a mount of `source`.
 fn create(daemon: &Daemon, pod: &Pod, name: &str, source: &Path) -> Call<v1::CreateContainerResponse> {
@@ -128,18 +25,6 @@ fn create(daemon: &Daemon, pod: &Pod, name: &str, source: &Path) -> Call<v1::Cre
     };
     let client = daemon.client();
     Call::begin(move || client.create_container(request))
-}
-
-/// How many processes of Berth, started by the daemon or by those, wait in the kernel.
-pub(super) fn held_children(daemon: &Daemon) -> Result<usize> {
-    let (mut found, mut held) = (vec![i32::try_from(daemon.pid()?)?], 0);
-    while let Some(pid) = found.pop() {
-        // One that has ended meanwhile has none.
-        found.extend(children(pid).unwrap_or_default());
-        let is = |field, beginning| status_field(pid, field).is_some_and(|text| text.starts_with(beginning));
-        held += usize::from(is("Name", "berth") && is("State", "D"));
-    }
-    Ok(held)
 }
 
 /// That the daemon makes pods, and does what it should for those that are there.
@@ -303,8 +188,7 @@ fn a_daemon_that_was_killed_and_cannot_end_gives_way_once_it_can_change_nothing(
         let words = format!("process {}, which was killed but waits", second.id());
         ensure!(refused.contains(&words) && refused.contains("may still write"), "{refused}");
 
-        let Holder { pod: hostile, hanging, .. } = holder;
-        drop(hanging);
+        let hostile = holder.let_go();
         for mut ended in [first, second] {
             within(SOON, "it ends", || Ok(ended.try_wait()?))?;
         }

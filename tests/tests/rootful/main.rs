@@ -25,6 +25,7 @@ mod floods;
 mod forward;
 mod full_disk;
 mod held_cgroups;
+mod held_cni;
 mod held_logs;
 mod held_paths;
 mod held_streams;

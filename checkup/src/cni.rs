@@ -1,10 +1,10 @@
 //! What CNI configurations say, of which the first by name is the pods' network.
 
-use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::error::Error;
+use std::fs;
 use std::path::Path;
 
-use serde::Deserialize;
+use berth_cni::{DirectoryError, NetworkConfig, PluginConfig};
 
 use crate::{Daemon, Finding, Grade, finding, kubelet};
 
@@ -15,28 +15,9 @@ const CONFIGURATIONS: &str = "etc/cni/net.d";
 /// package.
 const PLUGIN_DIRECTORIES: [&str; 2] = ["opt/cni/bin", "usr/lib/cni"];
 
-/// Real ones have a few KiB.
-const LARGEST_BYTES: u64 = 1 << 20;
-
-/// A configuration of one plugin (`*.conf`, `*.json`), or a list of them (`*.conflist`): CNI
-/// specification 1.1, section 1, "Network configuration format". Other keys belong to the plugins.
-#[derive(Deserialize)]
-struct Configuration {
-    #[serde(rename = "type")]
-    plugin: Option<String>,
-    #[serde(default)]
-    plugins: Vec<Plugin>,
-}
-
-#[derive(Deserialize)]
-struct Plugin {
-    #[serde(rename = "type")]
-    plugin: String,
-}
-
 /// A finding for each configuration, or one if there is none.
 pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
-    let names = names(node);
+    let mut names = names(node);
     if daemon.network_kind == "bridge" {
         let text = "pods are on Berth's own bridge (network.kind is bridge)";
         let mut findings = vec![finding(Grade::Good, "network", text)];
@@ -49,14 +30,40 @@ pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
         }
         return findings;
     }
-    let Some((first, rest)) = names.split_first() else { return vec![without_configuration(node, daemon)] };
-    let mut findings = vec![configuration(node, first)];
-    findings.extend(rest.iter().map(|name| {
+    let found = berth_cni::first(&node.join(CONFIGURATIONS));
+    let path = match &found {
+        Ok(found) => &found.path,
+        Err(DirectoryError::Empty { .. }) => return vec![without_configuration(node, daemon)],
+        Err(
+            DirectoryError::List { path, .. }
+            | DirectoryError::Read { path, .. }
+            | DirectoryError::Invalid { path, .. },
+        ) => path,
+    };
+    let first = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let shown = format!("/{CONFIGURATIONS}/{}", first.escape_debug());
+    let mut findings = vec![match &found {
+        Ok(found) => match NetworkConfig::from_json(&found.text) {
+            Ok(config) => configuration(node, &shown, &config),
+            Err(error) => unusable(&shown, &error),
+        },
+        Err(DirectoryError::List { source, .. }) => {
+            let text = format!("cannot list /{CONFIGURATIONS}, so pods wait: {source}");
+            finding(Grade::Broken, "network", text)
+        }
+        Err(error) => unusable(&shown, error.source().unwrap_or(error)),
+    }];
+    names.retain(|name| *name != first);
+    findings.extend(names.iter().map(|name| {
         let (name, first) = (name.escape_debug(), first.escape_debug());
         let text = format!("/{CONFIGURATIONS}/{name} is not used: {first} comes first by name");
         finding(Grade::Note, "network", text)
     }));
     findings
+}
+
+fn unusable(path: &str, error: &dyn Error) -> Finding {
+    finding(Grade::Broken, "network", format!("{path} cannot be used ({error}): fix or remove it"))
 }
 
 /// Pods wait where a cluster brings their network; a single machine has the built-in one.
@@ -77,6 +84,7 @@ fn names(node: &Path) -> Vec<String> {
         .into_iter()
         .flatten()
         .flatten()
+        .filter(|entry| !entry.path().is_dir())
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .filter(|name| {
             let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
@@ -88,66 +96,32 @@ fn names(node: &Path) -> Vec<String> {
 }
 
 /// What is to be said of the configuration that is used.
-fn configuration(node: &Path, name: &str) -> Finding {
-    let broken = |text: String| finding(Grade::Broken, "network", text);
-    let path = format!("/{CONFIGURATIONS}/{}", name.escape_debug());
-    let plugins = match plugins(&node.join(CONFIGURATIONS).join(name)) {
-        Ok(plugins) => plugins,
-        Err(error) => {
-            return broken(format!("{path} is not a CNI configuration ({error}): fix or remove it"));
-        }
-    };
-    if let Some(plugin) = plugins.iter().find(|plugin| !is_name(plugin)) {
-        let plugin = plugin.escape_debug();
-        return broken(format!(
-            "{path} names a CNI plugin \"{plugin}\", which cannot be the name of a program: fix or remove it"
-        ));
-    }
-    let is_missing = |plugin: &&String| {
+fn configuration(node: &Path, path: &str, config: &NetworkConfig) -> Finding {
+    let is_missing = |plugin: &&str| {
         !PLUGIN_DIRECTORIES.iter().any(|directory| node.join(directory).join(plugin).is_file())
     };
-    let mut missing: Vec<&str> = plugins.iter().filter(is_missing).map(String::as_str).collect();
+    let mut missing: Vec<&str> =
+        config.plugins().iter().map(PluginConfig::program).filter(is_missing).collect();
     missing.dedup();
     if !missing.is_empty() {
-        return broken(format!(
+        let text = format!(
             "{path} needs CNI plugins that are not in /opt/cni/bin: {}; no pod can be created: install them (many are in the package containernetworking-plugins), or remove the file",
             missing.join(", ")
-        ));
+        );
+        return finding(Grade::Broken, "network", text);
     }
     finding(Grade::Good, "network", format!("the CNI configuration {path}"))
-}
-
-/// The plugins that a configuration names, in its order.
-fn plugins(path: &Path) -> io::Result<Vec<String>> {
-    // Opening a pipe would wait for a writer.
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
-    }
-    let mut text = Vec::new();
-    File::open(path)?.take(LARGEST_BYTES + 1).read_to_end(&mut text)?;
-    if text.len() as u64 > LARGEST_BYTES {
-        return Err(io::Error::other("it is larger than 1 MiB"));
-    }
-    let its: Configuration = serde_json::from_slice(&text)?;
-    let plugins: Vec<String> =
-        its.plugin.into_iter().chain(its.plugins.into_iter().map(|one| one.plugin)).collect();
-    if plugins.is_empty() {
-        return Err(io::Error::other("it names no plugin"));
-    }
-    Ok(plugins)
-}
-
-/// Whether a plugin's name is a plain file name. Others would lead out of the directory:
-/// CVE-2021-20206.
-fn is_name(plugin: &str) -> bool {
-    let is_part = |character: char| character.is_ascii_alphanumeric() || ".-_".contains(character);
-    !plugin.is_empty() && plugin.chars().all(is_part) && !plugin.starts_with('.')
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::tests::{daemon, each_is_named, troubles};
+
+    const LOOPBACK: &str = r#"{"cniVersion": "1.0.0", "name": "lo", "type": "loopback"}"#;
+    const OUTSIDE: &str = r#"{"cniVersion": "1.0.0", "name": "x", "type": "../../x"}"#;
+    const OLD: &str = r#"{"cniVersion": "0.2.0", "name": "x", "type": "x"}"#;
+    const EMPTY: &str = r#"{"cniVersion": "1.0.0", "name": "x", "plugins": []}"#;
 
     const FLANNEL: (&str, Option<&str>) = (
         "etc/cni/net.d/10-flannel.conflist",
@@ -165,18 +139,13 @@ mod tests {
         let list = "etc/cni/net.d/a.conflist";
         each_is_named(&[
             (FLANNEL.0, FLANNEL.1, Broken, "network", "not in /opt/cni/bin: flannel, portmap;"),
-            (conf, Some(r#"{"type": "loopback"}"#), Broken, "network", "99-loopback.conf needs"),
-            (conf, Some(r#"{"type": "../../x"}"#), Broken, "network", r#"plugin "../../x""#),
-            (conf, Some(r#"{"type": ".."}"#), Broken, "network", r#"plugin "..""#),
-            (conf, Some(r#"{"type": ""}"#), Broken, "network", r#"plugin """#),
-            (conf, Some(r#"{"type": "a\nb"}"#), Broken, "network", r#"plugin "a\nb""#),
-            (conf, Some(""), Broken, "network", "is not a CNI configuration (EOF"),
-            (conf, Some("{}"), Broken, "network", "it names no plugin"),
-            (list, Some(r#"{"plugins": []}"#), Broken, "network", "it names no plugin"),
-            (list, Some(r#"{"plugins": [{}]}"#), Broken, "network", "missing field `type`"),
-            (list, Some(r#"{"plugins": 7}"#), Broken, "network", "invalid type"),
-            ("etc/cni/net.d/a\nb.json", Some("x"), Broken, "network", "net.d/a\\nb.json is no"),
-            ("etc/cni/net.d/c.json/file", Some(""), Broken, "network", "it is not a regular file"),
+            (conf, Some(LOOPBACK), Broken, "network", "99-loopback.conf needs"),
+            (conf, Some(r#"{"type": "loopback"}"#), Broken, "network", "name is missing"),
+            (conf, Some(OUTSIDE), Broken, "network", r#"type "../../x" is not the name"#),
+            (conf, Some(OLD), Broken, "network", "cniVersion 0.2.0 is not supported"),
+            (conf, Some(""), Broken, "network", "conf cannot be used (it is not a JSON object: EOF"),
+            (list, Some(EMPTY), Broken, "network", "plugins is empty"),
+            ("etc/cni/net.d/a\nb.json", Some("x"), Broken, "network", "net.d/a\\nb.json cannot"),
         ]);
         let large = format!("{{\"type\": \"{}\"}}", "x".repeat(1 << 20));
         each_is_named(&[(conf, Some(&large), Broken, "network", "larger than 1 MiB")]);
@@ -217,7 +186,7 @@ mod tests {
 
     #[test]
     fn each_configuration_is_told_in_their_order() {
-        let other = ("etc/cni/net.d/00-other.conf", Some(r#"{"type": "other"}"#));
+        let other = ("etc/cni/net.d/00-other.conf", Some(LOOPBACK));
         let found = troubles(&[FLANNEL, other, ("etc/cni/net.d/README", Some(""))], &daemon());
         let [first, second] = found.as_slice() else { panic!("{found:?}") };
         assert!(first.text.contains("00-other") && second.text.contains("10-flannel"), "{found:?}");

@@ -65,7 +65,7 @@ fn crates_depend_on_each_other_only_in_the_promised_directions() {
         ("berth-seccomp", base.to_vec()),
         ("berth-streaming", vec![]),
         ("berth-shim", vec!["berth-shim-proto", "berth-sys"]),
-        ("berth-checkup", vec!["berth-sys"]),
+        ("berth-checkup", vec!["berth-cni", "berth-sys"]),
         ("berth-cli", vec!["berth-api", "berth-checkup", "berth-cri", "berth-streaming", "berth-sys"]),
         (
             "berth-runtime",

@@ -20,8 +20,9 @@ use berth_cri::v1::{
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
+use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use crate::names::{Inventory, short_id};
 
@@ -116,6 +117,13 @@ pub(crate) async fn answer<T>(
         Ok(response) => Ok(response.into_inner()),
         Err(status) => Err(CallError { act: act.into(), refusal: status.into() }),
     }
+}
+
+/// A request for a URL that will be asked for on the daemon's streaming socket: [`crate::remote`].
+pub(crate) fn for_streams<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert(berth_api::STREAMS, MetadataValue::from_static(berth_api::STREAMS_SOCKET));
+    request
 }
 
 /// A connected daemon. Clones share the connection.

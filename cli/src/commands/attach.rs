@@ -9,7 +9,7 @@ use berth_streaming::command::{Outcome, Wanted};
 use serde_json::Value;
 
 use crate::args::AttachArgs;
-use crate::daemon::{Daemon, answer};
+use crate::daemon::{Daemon, answer, for_streams};
 use crate::ending::{exit_code, wait_for_end};
 use crate::error::Error;
 use crate::interrupts::Interrupts;
@@ -100,6 +100,7 @@ pub(super) async fn connect(
         stdout: wanted.stdout,
         stderr: wanted.stderr,
     };
-    let url = answer(format!("attach to {label}"), daemon.runtime.clone().attach(request)).await?.url;
+    let url =
+        answer(format!("attach to {label}"), daemon.runtime.clone().attach(for_streams(request))).await?.url;
     Ok(remote::command(daemon, &url, wanted).await?)
 }

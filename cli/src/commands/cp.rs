@@ -21,7 +21,7 @@ use crate::copy::extract::{ExtractError, Rules, extract};
 use crate::copy::pack::{Modes, PackError, pack};
 use crate::copy::place::Place;
 use crate::copy::{self, Destination, PlanError, Source};
-use crate::daemon::{Daemon, answer};
+use crate::daemon::{Daemon, answer, for_streams};
 use crate::error::Error;
 use crate::{output, remote, table};
 
@@ -365,7 +365,7 @@ impl Inside {
         let request =
             ExecRequest { container_id: self.id.clone(), cmd, tty: false, stdin, stdout: true, stderr: true };
         let act = format!("run tar in {}", self.label);
-        let url = answer(act, self.daemon.runtime.clone().exec(request)).await?.url;
+        let url = answer(act, self.daemon.runtime.clone().exec(for_streams(request))).await?.url;
         Ok(remote::command(&self.daemon, &url, wanted).await?)
     }
 

@@ -8,7 +8,7 @@ use berth_cri::v1::{ContainerState, ExecRequest};
 use berth_streaming::command::{Outcome, Wanted};
 
 use crate::args::ExecArgs;
-use crate::daemon::{Daemon, answer};
+use crate::daemon::{Daemon, answer, for_streams};
 use crate::error::Error;
 use crate::interrupts::Interrupts;
 use crate::relay::{Ended, relay};
@@ -78,7 +78,7 @@ pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Er
     let mut interrupts = Interrupts::listen().map_err(ExecError::Terminal)?;
     let act = format!("run the program in {label}");
     let starting = async {
-        let url = answer(act, daemon.runtime.clone().exec(request)).await?.url;
+        let url = answer(act, daemon.runtime.clone().exec(for_streams(request))).await?.url;
         Ok::<_, Error>(remote::command(daemon, &url, wanted).await?)
     };
     let command = tokio::select! {

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::args::PortForwardArgs;
-use crate::daemon::{Daemon, answer};
+use crate::daemon::{Daemon, answer, for_streams};
 use crate::error::Error;
 use crate::names::{Target, pod_name};
 use crate::port_spec::PortSpec;
@@ -160,7 +160,8 @@ async fn serve(socket: TcpStream, to: Destination) {
 
 async fn connect(to: &Destination) -> Result<Forwarded, Error> {
     let request = PortForwardRequest { pod_sandbox_id: to.pod_id.clone(), port: vec![i32::from(to.port)] };
-    let url = answer("forward the port", to.daemon.runtime.clone().port_forward(request)).await?.url;
+    let url =
+        answer("forward the port", to.daemon.runtime.clone().port_forward(for_streams(request))).await?.url;
     Ok(remote::forward(&to.daemon, &url, to.port).await?)
 }
 

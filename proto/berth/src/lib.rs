@@ -38,6 +38,13 @@ pub fn streams_socket(socket: &Path) -> PathBuf {
     path.into()
 }
 
+/// Metadata of Exec, Attach and PortForward by a client that will connect to [`streams_socket`]: so
+/// the URL needs no address that the daemon can listen on.
+pub const STREAMS: &str = "berth-streams";
+
+/// The value of [`STREAMS`].
+pub const STREAMS_SOCKET: &str = "socket";
+
 /// The largest piece of an archive in one `ImportRequest`, in bytes.
 ///
 /// Large enough that the call's own cost is nothing beside the copy, small enough that a slow

@@ -10,6 +10,7 @@ use berth_streaming::command::Wanted;
 use super::error::CallError;
 use super::runtime_service::RuntimeService;
 use crate::container::{self, ContainerError};
+use crate::streaming::Reach;
 
 impl RuntimeService {
     pub(super) async fn exec_sync(
@@ -30,28 +31,33 @@ impl RuntimeService {
         Ok(v1::ExecSyncResponse { stdout, stderr, exit_code: output.exit_code })
     }
 
-    pub(super) fn exec(&self, request: v1::ExecRequest) -> Result<v1::ExecResponse, CallError> {
+    pub(super) fn exec(&self, request: v1::ExecRequest, reach: Reach) -> Result<v1::ExecResponse, CallError> {
         let container = self.container(&request.container_id)?;
         if request.cmd.is_empty() {
             return Err(CallError::Missing("cmd"));
         }
         let wanted = wanted_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
         container.running_shim()?;
-        Ok(v1::ExecResponse { url: self.streaming.exec(container, request.cmd, wanted)? })
+        Ok(v1::ExecResponse { url: self.streaming.exec(reach, container, request.cmd, wanted)? })
     }
 
-    pub(super) async fn attach(&self, request: v1::AttachRequest) -> Result<v1::AttachResponse, CallError> {
+    pub(super) async fn attach(
+        &self,
+        request: v1::AttachRequest,
+        reach: Reach,
+    ) -> Result<v1::AttachResponse, CallError> {
         let container = self.container(&request.container_id)?;
         let wanted = wanted_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
         container.live_shim()?.check_attach().await.map_err(ContainerError::from)?;
         // The client needs one as well when it comes; until then it keeps none from others.
         drop(container.attach()?);
-        Ok(v1::AttachResponse { url: self.streaming.attach(container, wanted)? })
+        Ok(v1::AttachResponse { url: self.streaming.attach(reach, container, wanted)? })
     }
 
     pub(super) fn port_forward(
         &self,
         request: v1::PortForwardRequest,
+        reach: Reach,
     ) -> Result<v1::PortForwardResponse, CallError> {
         let sandbox = self.sandbox(&request.pod_sandbox_id)?;
         if let Some(port) = request.port.iter().find(|port| !(1..=65535).contains(*port)) {
@@ -61,7 +67,7 @@ impl RuntimeService {
             return Err(ContainerError::SandboxNotReady { id: sandbox.id().clone() }.into());
         }
         let ports = request.port.iter().filter_map(|port| u16::try_from(*port).ok()).collect();
-        Ok(v1::PortForwardResponse { url: self.streaming.port_forward(sandbox, ports)? })
+        Ok(v1::PortForwardResponse { url: self.streaming.port_forward(reach, sandbox, ports)? })
     }
 }
 

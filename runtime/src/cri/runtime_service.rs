@@ -57,9 +57,6 @@ service! {
 
         // `exec`
         ExecSync: exec_sync(ExecSyncRequest) -> ExecSyncResponse, await;
-        Exec: exec(ExecRequest) -> ExecResponse;
-        Attach: attach(AttachRequest) -> AttachResponse, await;
-        PortForward: port_forward(PortForwardRequest) -> PortForwardResponse;
 
         // `stats`
         ContainerStats: container_stats(ContainerStatsRequest) -> ContainerStatsResponse, await;
@@ -78,6 +75,12 @@ service! {
         CheckpointContainer: checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse;
         CheckpointPod: checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse;
         RestorePod: restore_pod(RestorePodRequest) -> RestorePodResponse;
+    }
+    urls {
+        // `exec`
+        Exec: exec(ExecRequest) -> ExecResponse;
+        Attach: attach(AttachRequest) -> AttachResponse, await;
+        PortForward: port_forward(PortForwardRequest) -> PortForwardResponse;
     }
     streams {
         StreamPodSandboxes: stream_pod_sandboxes(StreamPodSandboxesRequest)

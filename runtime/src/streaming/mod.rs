@@ -31,6 +31,7 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{self, ServerConfig};
+use tonic::metadata::MetadataMap;
 
 use crate::config::StreamingConfig;
 use crate::container::Container;
@@ -78,6 +79,25 @@ pub(crate) enum UrlError {
     /// There is no token.
     #[error(transparent)]
     Token(#[from] TokenError),
+}
+
+/// How a client will reach the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// At the configured address.
+    Address,
+    /// Through the socket in the file system.
+    Socket,
+}
+
+impl Reach {
+    /// What the metadata of a call says.
+    pub(crate) fn of(metadata: &MetadataMap) -> Self {
+        match metadata.get(berth_api::STREAMS) {
+            Some(value) if value == berth_api::STREAMS_SOCKET => Self::Socket,
+            _ => Self::Address,
+        }
+    }
 }
 
 /// The server. It ends when this is dropped; what runs on its connections goes on until the daemon
@@ -132,21 +152,27 @@ impl Streaming {
     /// [`UrlError`].
     pub(crate) fn exec(
         &self,
+        reach: Reach,
         container: Arc<Container>,
         command: Vec<String>,
         wanted: Wanted,
     ) -> Result<String, UrlError> {
         let run = Box::new(move |session| exec::run(container, command, wanted, session));
-        self.url(Endpoint::Exec, Task::Command(wanted, run))
+        self.url(reach, Endpoint::Exec, Task::Command(wanted, run))
     }
 
     /// A URL for a client that attaches to a container.
     ///
     /// # Errors
     /// [`UrlError`].
-    pub(crate) fn attach(&self, container: Arc<Container>, wanted: Wanted) -> Result<String, UrlError> {
+    pub(crate) fn attach(
+        &self,
+        reach: Reach,
+        container: Arc<Container>,
+        wanted: Wanted,
+    ) -> Result<String, UrlError> {
         let run = Box::new(move |session| attach::run(container, session));
-        self.url(Endpoint::Attach, Task::Command(wanted, run))
+        self.url(reach, Endpoint::Attach, Task::Command(wanted, run))
     }
 
     /// A URL for a client that connects to ports of a sandbox: to any, or to `ports` if it cannot
@@ -154,19 +180,30 @@ impl Streaming {
     ///
     /// # Errors
     /// [`UrlError`].
-    pub(crate) fn port_forward(&self, sandbox: Arc<Sandbox>, ports: Vec<u16>) -> Result<String, UrlError> {
+    pub(crate) fn port_forward(
+        &self,
+        reach: Reach,
+        sandbox: Arc<Sandbox>,
+        ports: Vec<u16>,
+    ) -> Result<String, UrlError> {
         let connect = Arc::new(move |port| port_forward::connect(sandbox.clone(), port));
-        self.url(Endpoint::PortForward, Task::Forward(connect, ports))
+        self.url(reach, Endpoint::PortForward, Task::Forward(connect, ports))
     }
 
-    fn url(&self, endpoint: Endpoint, task: Task) -> Result<String, UrlError> {
-        let base = lock(&self.base)
-            .clone()
-            .map_err(|error| UrlError::NotListening { address: self.address, error })?;
+    fn url(&self, reach: Reach, endpoint: Endpoint, task: Task) -> Result<String, UrlError> {
+        let base = match reach {
+            Reach::Address => lock(&self.base)
+                .clone()
+                .map_err(|error| UrlError::NotListening { address: self.address, error })?,
+            Reach::Socket => LOCAL_BASE.to_owned(),
+        };
         let token = self.server.tokens().insert(endpoint, task)?;
         Ok(format!("{base}/{}/{token}", endpoint.name()))
     }
 }
+
+/// What URLs begin with for clients of the local socket: none connects to it.
+const LOCAL_BASE: &str = "http://localhost:80";
 
 /// The mode of the local socket's file.
 const LOCAL_MODE: u32 = 0o600;

@@ -11,9 +11,9 @@ use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{Pod, shell};
 
 /// A running port-forward, killed when dropped, and the addresses that it announced.
-struct Forward {
+pub(crate) struct Forward {
     child: Child,
-    addresses: Vec<String>,
+    pub(crate) addresses: Vec<String>,
     stderr: Arc<Mutex<String>>,
 }
 
@@ -31,7 +31,7 @@ impl Drop for Forward {
     }
 }
 
-fn forward(daemon: &Daemon, arguments: &[&str], lines: usize) -> Result<Forward> {
+pub(crate) fn forward(daemon: &Daemon, arguments: &[&str], lines: usize) -> Result<Forward> {
     let mut command = daemon.berth()?;
     let mut child =
         command.arg("port-forward").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
@@ -76,7 +76,7 @@ fn ask(stream: &TcpStream, text: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// A pod with a server on port 8080 that sends everything back.
-fn serve(daemon: &Daemon) -> Result<Pod> {
+pub(crate) fn serve(daemon: &Daemon) -> Result<Pod> {
     let pod = daemon.pod("web")?;
     let main = pod.start(shell("main", "nc -ll -p 8080 -e cat & sleep 1000 & wait"))?;
     within(SOON, "it listens", || Ok(main.sh("netstat -ltn")?.contains(":8080 ").then_some(())))?;
@@ -84,7 +84,7 @@ fn serve(daemon: &Daemon) -> Result<Pod> {
 }
 
 /// Connects and waits until the server has accepted: its queue is short.
-fn greeted(daemon: &Daemon, address: &str) -> Result<TcpStream> {
+pub(crate) fn greeted(daemon: &Daemon, address: &str) -> Result<TcpStream> {
     let mut stream = connect(daemon, address)?;
     stream.write_all(b"?")?;
     let mut byte = [0];

@@ -1,8 +1,9 @@
 //! What streaming clients do that no good one does, and a server that cannot listen.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -15,10 +16,11 @@ use berth_tests::streams::{Command, ask, dial};
 use bytes::BytesMut;
 use tonic::Code;
 
+use crate::forward::{forward, greeted, serve};
 use crate::streams::{forward_url, piped};
 
 /// The resident memory of the daemon in KiB that is its own.
-fn resident(daemon: &Daemon) -> Result<u64> {
+pub(crate) fn resident(daemon: &Daemon) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()?))?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
     Ok(line.split_whitespace().next().context("no number")?.parse()?)
@@ -178,6 +180,36 @@ fn an_address_in_use_delays_streams_and_nothing_else() -> Result<()> {
         drop(listener);
         within(SOON, "the streaming server is listening", || Ok(daemon.client().exec(request.clone()).ok()))?;
         assert_eq!(Command::start(daemon, request)?.finished()?.code(), Some(0));
+        Ok(())
+    })
+}
+
+/// The command comes through a socket of its own.
+#[test]
+fn an_address_in_use_is_nothing_to_the_command() -> Result<()> {
+    let setup = Setup { configuration: "[streaming]\naddress = '127.0.0.1:41235'\n", ..Setup::default() };
+    rootful_with(setup, |daemon| {
+        let pod = serve(daemon)?;
+        let program = pod.start(shell("program", "while :; do echo alive; sleep 0.1; done"))?;
+        daemon.stop()?;
+        let _taken = daemon.host().inside(|| Ok(std::net::TcpListener::bind("127.0.0.1:41235")?))?;
+        daemon.start_again()?;
+        let refused = daemon.client().exec(piped(&program, &["true"])).err().context("nobody listens")?;
+        assert_eq!(refused.code(), Code::Unavailable);
+
+        let output =
+            daemon.berth()?.args(["exec", "web/program", "sh", "-c", "echo here; exit 3"]).output()?;
+        ensure!(output.status.code() == Some(3) && output.stdout == b"here\n", "{output:?}");
+        let output = daemon.berth()?.args(["cp", "web/program:/etc/passwd", "-"]).output()?;
+        ensure!(output.status.success() && !output.stdout.is_empty(), "{output:?}");
+        greeted(daemon, &forward(daemon, &["web", ":8080"], 2)?.addresses[0])?;
+        let mut attach = daemon.berth()?;
+        let mut attached = attach.args(["attach", "web/program"]).stdout(Stdio::piped()).spawn()?;
+        let mut line = String::new();
+        BufReader::new(attached.stdout.take().context("stdout")?).read_line(&mut line)?;
+        let _ = attached.kill();
+        attached.wait()?;
+        assert_eq!(line, "alive\n");
         Ok(())
     })
 }

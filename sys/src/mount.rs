@@ -452,13 +452,17 @@ fn open_directory(path: &CStr) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// Which mount `path` is on: `statx(2)`, `STATX_MNT_ID`.
+/// Which mount `path` is on.
 fn mount_id(path: &Path) -> io::Result<u64> {
-    let path = c_string(path.as_os_str().as_bytes())?;
+    mount_id_at(libc::AT_FDCWD, &c_string(path.as_os_str().as_bytes())?, 0)
+}
+
+/// Which mount a path below the directory `raw` is on: `statx(2)`, `STATX_MNT_ID`.
+pub(crate) fn mount_id_at(raw: RawFd, path: &CStr, flags: i32) -> io::Result<u64> {
     // SAFETY: all fields of the structure are numbers.
     let mut found: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the path is a NUL-terminated string, and `found` has room for what the call writes.
-    let result = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, libc::STATX_MNT_ID, &raw mut found) };
+    let result = unsafe { libc::statx(raw, path.as_ptr(), flags, libc::STATX_MNT_ID, &raw mut found) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -198,12 +198,15 @@ async fn out_to_stream(inside: Inside, root: Root, path: PathBuf, source: Source
 async fn into(inside: Inside, root: Root, from: PathBuf, to: &Path) -> Result<(), Error> {
     let here = Root::open(Path::new("/")).map_err(CpError::Root)?;
     let source = copy::source(&here, &from).map_err(CpError::from)?;
-    let Destination { into, top } = copy::destination(&root, to, &source).map_err(CpError::from)?;
+    let destination = copy::destination(&root, to, &source).map_err(CpError::from)?;
+    let is_mounted = !source.is_directory && destination.is_mounted_on(&root).map_err(CpError::from)?;
+    let Destination { into, top } = destination;
+    let existing = if is_mounted { Existing::Overwritten } else { Existing::Replaced };
     let (sender, receiver) = mpsc::channel(QUEUE);
     let packing = tokio::task::spawn_blocking(move || {
         pack(&here, &from, top.as_deref(), Modes::Plain, Writer::new(sender))
     });
-    let written = write_container(&inside, root, into, receiver).await;
+    let written = write_container(&inside, root, into, existing, receiver).await;
     let packed = joined(packing.await);
     match (packed, written) {
         // An archive that cannot be written is not read further.
@@ -239,7 +242,7 @@ async fn into_from_stream(inside: Inside, root: Root, to: PathBuf) -> Result<(),
         let mut to = Writer::new(sender);
         io::copy(&mut io::stdin().lock(), &mut to).and_then(|_| to.flush())
     });
-    write_container(&inside, root, to, receiver).await?;
+    write_container(&inside, root, to, Existing::Replaced, receiver).await?;
     joined(reading.await).map_err(|error| CpError::Stream(error).into())
 }
 
@@ -248,6 +251,15 @@ async fn into_from_stream(inside: Inside, root: Root, to: PathBuf) -> Result<(),
 enum Direction {
     In,
     Out,
+}
+
+/// What becomes of an existing file with the name of a copied one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Existing {
+    /// It is removed first.
+    Replaced,
+    /// It is written over: something is mounted on it.
+    Overwritten,
 }
 
 /// How the transfer of an archive ended.
@@ -314,6 +326,7 @@ async fn write_container(
     inside: &Inside,
     root: Root,
     into: PathBuf,
+    existing: Existing,
     mut from: mpsc::Receiver<Vec<u8>>,
 ) -> Result<(), Error> {
     if !inside.has_tar {
@@ -327,7 +340,10 @@ async fn write_container(
         return Ok(());
     }
     // Everything is owned by the container's user.
-    let command = vec!["tar".into(), "-xof".into(), "-".into(), "-C".into(), text(&into)?];
+    let mut command = vec!["tar".into(), "-xof".into(), "-".into(), "-C".into(), text(&into)?];
+    if existing == Existing::Overwritten {
+        command.push("--overwrite".into());
+    }
     let Command { stdin, stderr, ending, .. } = inside.run(command, true).await?;
     let pump = async {
         let Some(stdin) = stdin else { return Pumped::All };

@@ -6,14 +6,15 @@
 //! - a path is walked name by name from the directory's descriptor, without following links;
 //! - `..` is refused, and the leading slash of an absolute path is dropped;
 //! - anything outside the one requested name is refused;
-//! - a file is always created, never opened through an existing name;
+//! - a file is created, never opened through an existing name, except one that something is mounted
+//!   on;
 //! - a hard link must lead to a file that this archive created;
 //! - devices and FIFOs are skipped.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 
@@ -169,10 +170,15 @@ impl Extraction<'_> {
                 }
             }
             Kind::File => {
-                let mut file = new_file(parent, &name).map_err(failed)?;
-                // An error of the archive is not about this file.
-                archive.copy_content(&mut file).map_err(failed)?;
-                self.made.insert(finish_file(&file, entry, self.rules.owner).map_err(failed)?);
+                if let Some(mut file) = mounted_file(parent, &name).map_err(failed)? {
+                    archive.copy_content(&mut file).map_err(failed)?;
+                } else {
+                    make_way(parent, &name).map_err(failed)?;
+                    let mut file = parent.create_file(&name, 0o600).map_err(failed)?;
+                    // An error of the archive is not about this file.
+                    archive.copy_content(&mut file).map_err(failed)?;
+                    self.made.insert(finish_file(&file, entry, self.rules.owner).map_err(failed)?);
+                }
             }
             Kind::Symlink(target) => {
                 make_way(parent, &name).map_err(failed)?;
@@ -243,7 +249,8 @@ impl Extraction<'_> {
     }
 }
 
-/// Removes an existing file or link. Devices, FIFOs and sockets are kept: the system may need them.
+/// Removes an existing file or link. Devices, FIFOs and sockets are kept: the system may need them;
+/// and mounts, which a container would lose.
 fn make_way(parent: &Dir, name: &OsStr) -> io::Result<()> {
     match parent.stat(name).map(|stat| stat.file_type) {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -252,6 +259,9 @@ fn make_way(parent: &Dir, name: &OsStr) -> io::Result<()> {
             return Err(error(io::ErrorKind::AlreadyExists, "a device, FIFO or socket is in the way"));
         }
         Err(error) => return Err(error),
+    }
+    if parent.is_mounted_on(name)? {
+        return Err(error(io::ErrorKind::ResourceBusy, "something is mounted on it"));
     }
     match parent.unlink(name) {
         Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -276,19 +286,16 @@ fn make_directory(parent: &Dir, name: &OsStr, mode: u32, owner: Option<(u32, u32
     Ok(true)
 }
 
-/// A new file in place of an existing one. A file that cannot be removed, because something is
-/// mounted on it, is truncated.
-fn new_file(parent: &Dir, name: &OsStr) -> io::Result<File> {
-    match make_way(parent, name) {
-        Err(busy) if busy.kind() == io::ErrorKind::ResourceBusy => {
-            let mut file = parent.open_to_overwrite(name)?;
-            file.set_len(0)?;
-            file.rewind()?;
-            Ok(file)
-        }
-        Err(other) => Err(other),
-        Ok(()) => parent.create_file(name, 0o600),
-    }
+/// A file that something is mounted on, emptied: it keeps its place, owner and mode.
+fn mounted_file(parent: &Dir, name: &OsStr) -> io::Result<Option<File>> {
+    match parent.is_mounted_on(name) {
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Ok(false) => return Ok(None),
+        is_mounted => is_mounted?,
+    };
+    let file = parent.open_to_overwrite(name)?;
+    file.set_len(0)?;
+    Ok(Some(file))
 }
 
 /// Sets owner, mode and time, and returns device and inode number. Set-user-id and similar bits are

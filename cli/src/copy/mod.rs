@@ -59,6 +59,21 @@ pub(crate) struct Destination {
     pub(crate) top: Option<OsString>,
 }
 
+impl Destination {
+    /// Whether something is mounted on what would be written: it can be written over, and nothing
+    /// can take its place.
+    ///
+    /// # Errors
+    /// [`PlanError::Look`].
+    pub(crate) fn is_mounted_on(&self, root: &Root) -> Result<bool, PlanError> {
+        let Some(top) = &self.top else { return Ok(false) };
+        match root.open_dir(&self.into).and_then(|into| into.is_mounted_on(top)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            looked => looked.map_err(|error| PlanError::Look(self.into.join(top), error)),
+        }
+    }
+}
+
 fn ends_with(path: &Path, end: &str) -> bool {
     path.as_os_str().as_bytes().ends_with(end.as_bytes())
 }

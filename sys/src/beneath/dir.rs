@@ -11,6 +11,7 @@ use super::{
     FileType, Root, Stat, Timestamp, c_string, invalid, owned, proc_path, read_link_at, reopen,
     retry_interrupted, stat_fd,
 };
+use crate::mount::mount_id_at;
 
 /// One directory inside a tree, open for reading. Its methods take a single name and act on that
 /// very entry, not on what a link of that name points at.
@@ -147,6 +148,16 @@ impl Dir {
     /// As fstatat(2).
     pub fn stat(&self, name: &OsStr) -> io::Result<Stat> {
         stat_at(self.fd.as_fd(), &single_name(name)?, libc::AT_SYMLINK_NOFOLLOW)
+    }
+
+    /// Whether something is mounted on `name`, in whichever mount namespace this directory is. Only
+    /// in that namespace does unlinkat(2) refuse such a name; from others, it takes the mount away.
+    ///
+    /// # Errors
+    /// As statx(2).
+    pub fn is_mounted_on(&self, name: &OsStr) -> io::Result<bool> {
+        let id = |name: &CStr, flags| mount_id_at(self.fd.as_raw_fd(), name, flags);
+        Ok(id(&single_name(name)?, libc::AT_SYMLINK_NOFOLLOW)? != id(c"", libc::AT_EMPTY_PATH)?)
     }
 
     /// Target of the link `name`.

@@ -79,10 +79,12 @@ fn files_and_directories_go_both_ways() -> Result<()> {
             assert_eq!(fs::read(here.join(name))?, b"dash");
             assert_eq!(fs::metadata(here.join(name))?.mode() & 0o7777, 0o755, "no set-user-id comes out");
             // A file that something is mounted on.
-            if *name == "without" {
-                copies(daemon, &path("tree/-dash"), &inside("/etc/hosts"))?;
-                assert_eq!(container.sh("cat /etc/hosts")?, "dash");
-            }
+            let mount = "grep ' /etc/hosts ' /proc/mounts; stat -c %u:%a /etc/hosts";
+            container.sh("echo before >/etc/hosts; chown 7 /etc/hosts")?;
+            let before = container.sh(mount)?;
+            copies(daemon, &path("tree/-dash"), &inside("/etc/hosts"))?;
+            assert_eq!(container.sh("cat /etc/hosts")?, "dash", "{name}");
+            assert_eq!(container.sh(mount)?, before, "{name}");
             // An archive, out and in.
             let archive = cp(daemon, &inside("/tmp/new/sub"), "-")?;
             ensure!(archive.status.success(), "{archive:?}");

@@ -11,6 +11,10 @@ use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::peers;
 use berth_tests::pod::{Container, shell, words};
 use berth_tests::repeats::repeats;
+use berth_tests::streams::Command;
+
+use crate::stream_faults::resident;
+use crate::streams::piped;
 
 const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
@@ -128,13 +132,27 @@ fn many_short_commands_leave_the_daemon_as_it_was() -> Result<()> {
             ensure!(code == i32::try_from(number % 100).ok(), "{transport}: {code:?} {messages}");
             Ok(())
         };
-        for number in 0..10 {
+        // A client in this process, which takes less time.
+        let quick = |number: usize| -> Result<()> {
+            let code = i32::try_from(number % 100)?;
+            let request = piped(&main, &["sh", "-c", &format!("exit {code}")]);
+            assert_eq!(Command::start(daemon, request)?.finished()?.code(), Some(code));
+            Ok(())
+        };
+        for number in 0..20 {
             turn(number)?;
+            quick(number)?;
         }
-        let before = held()?;
+        let (before, memory) = (held()?, resident(daemon)?);
         for number in 0..repeats(100)? {
             turn(number)?;
         }
+        for number in 0..repeats(400)? {
+            quick(number)?;
+        }
+        let more = resident(daemon)?.saturating_sub(memory);
+        // What the allocator of each thread keeps, and not 4 KiB of each command.
+        ensure!(more < 2000, "the daemon holds {more} KiB more");
         berth_tests::deadline::within(
             berth_tests::daemon::SOON,
             "descriptors and threads are given back",

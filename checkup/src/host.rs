@@ -103,9 +103,9 @@ fn forwarding(node: &Path) -> Finding {
     }
 }
 
-/// Pods of a node are on one bridge. Packets between them pass the rules of kube-proxy, which
-/// change the address of a Service into a pod's and back, only when the bridge shows them to the
-/// firewall: Kubernetes, "Container Runtimes", "Network configuration".
+/// Packets between pods on one bridge pass the rules of kube-proxy, which change the address of a
+/// Service into a pod's and back, only when the bridge shows them to the firewall. Berth sees to
+/// that for its own bridge; CNI plugins that use one leave it to the node.
 fn bridge_filter(node: &Path) -> Finding {
     match text(node, "proc/sys/net/bridge/bridge-nf-call-iptables").as_deref() {
         Some("1") => {
@@ -114,12 +114,12 @@ fn bridge_filter(node: &Path) -> Finding {
         Some(_) => finding(
             Grade::Note,
             "services",
-            "pods may not reach Services with pods on this node: sysctl -w net.bridge.bridge-nf-call-iptables=1",
+            "pods on a CNI network with a Linux bridge may not reach Services with pods on this node: sysctl -w net.bridge.bridge-nf-call-iptables=1",
         ),
         None => finding(
             Grade::Note,
             "services",
-            "pods may not reach Services with pods on this node: modprobe br_netfilter",
+            "pods on a CNI network with a Linux bridge may not reach Services with pods on this node: modprobe br_netfilter",
         ),
     }
 }

@@ -36,8 +36,7 @@ pub struct Dns {
     pub options: Vec<String>,
 }
 
-/// A container port that the pod names: `PortMapping`. Host ports are refused at the edge until
-/// they can be served.
+/// A container port that the pod names: `PortMapping`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortMapping {
     /// `TCP`, `UDP` or `SCTP`.

@@ -331,7 +331,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         Driver::Systemd => Some(Systemd::new().map_err(DaemonError::Systemd)?),
     };
     let images = Store::open(layout.root(), config.images.clone()).map_err(DaemonError::Images)?;
-    let known = recovery::known_addresses(&layout);
+    let known = recovery::known_networks(&layout);
     let tokio = tokio::runtime::Handle::current();
     let for_cni = HostPaths::for_cni(tokio.clone());
     let network = Network::set_up(&config, &layout, for_cni, &known).map_err(DaemonError::Network)?;

@@ -124,6 +124,28 @@ pub struct InterfaceAddress {
     pub prefix: u8,
 }
 
+impl InterfaceAddress {
+    /// Whether an address is in the network that this one is in.
+    pub(crate) fn is_in_subnet(&self, address: IpAddr) -> bool {
+        self.network() == Self { address, prefix: self.prefix }.network()
+    }
+
+    /// The network's own address: the bits behind the prefix are 0.
+    pub(crate) fn network(&self) -> IpAddr {
+        let prefix = u32::from(self.prefix);
+        match self.address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32_u32.saturating_sub(prefix)).unwrap_or(0);
+                IpAddr::V4((u32::from(address) & mask).into())
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128_u32.saturating_sub(prefix)).unwrap_or(0);
+                IpAddr::V6((u128::from(address) & mask).into())
+            }
+        }
+    }
+}
+
 impl fmt::Display for InterfaceAddress {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{}/{}", self.address, self.prefix)
@@ -324,6 +346,17 @@ pub struct BridgeConfig {
     /// on. Default `true`: without forwarding pods reach each other and the node, but nothing
     /// beyond it.
     pub forwarding: bool,
+}
+
+impl BridgeConfig {
+    /// The node's own addresses in the subnets, IPv4 first.
+    pub(crate) fn gateways(&self) -> Vec<InterfaceAddress> {
+        let ipv4 = InterfaceAddress { address: self.ipv4.gateway().into(), prefix: self.ipv4.prefix() };
+        let ipv6 = self
+            .ipv6
+            .map(|subnet| InterfaceAddress { address: subnet.gateway().into(), prefix: subnet.prefix() });
+        std::iter::once(ipv4).chain(ipv6).collect()
+    }
 }
 
 impl Default for BridgeConfig {

@@ -11,29 +11,32 @@
 //! | [`addresses`] | which sandbox owns which address: one file each |
 //! | [`netlink`] | a synchronous rtnetlink socket |
 //! | [`interfaces`] | traffic counters of a network namespace |
-//! | [`masquerade`] | the firewall rules as text |
 //! | [`nft`] | running the `nft` program |
-//! | [`guard`] | which addresses a pod's port may use: firewall sets, changed by netlink |
+//! | [`firewall`] | masquerading, host ports and what pods must not send: rules as text, elements of sets by netlink, tracked connections |
+//! | [`host_ports`] | which sandbox has which port of the node |
 //! | [`forwarding`] | the host's forwarding sysctls |
+//! | `bridged` | the kernel's module that shows bridged packets to the firewall |
 //! | [`identity`] | interface names and MAC addresses, derived rather than stored |
 //!
 //! Everything blocks and nothing changes a thread's namespaces: the caller enters a pod's network
 //! namespace on its own thread, calls [`bridge::open_in_pod`] there, and hands the socket over.
 //!
-//! Not here: creating and pinning network namespaces, host ports, CNI plugins, network policy.
+//! Not here: creating and pinning network namespaces, CNI plugins, network policy.
 #![forbid(unsafe_code)]
 
 pub mod addresses;
 pub mod bridge;
+mod bridged;
 pub mod config;
+pub mod firewall;
 pub mod forwarding;
-pub mod guard;
+pub mod host_ports;
 pub mod identity;
 pub mod interfaces;
-pub mod masquerade;
 pub mod netlink;
 pub mod nft;
 
-pub use bridge::{Attachment, Bridge, Dead};
+pub use bridge::{Attachment, Bridge, Dead, Known};
 pub use config::BridgeConfig;
+pub use host_ports::{HostPort, Protocol};
 pub use netlink::Netlink;

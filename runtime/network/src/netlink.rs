@@ -426,6 +426,11 @@ const IFLA_STATS64: u16 = 23;
 const IFINFOMSG_BYTES: usize = 16;
 
 impl Reply {
+    /// What follows the netlink header.
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
     /// Reads an `RTM_NEWLINK` message.
     pub(crate) fn link(&self, operation: &'static str) -> Result<Link, Error> {
         decode_link(&self.body).ok_or(Error::Malformed { operation })

@@ -5,170 +5,28 @@
 //! A namespace is entered on its own thread that ends with the visit, so that no other test runs in
 //! it by accident.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot prepare its ground should fail at that line")]
+mod common;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket};
+use std::fs;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use berth_network::bridge::{Error, NotReady, POD_INTERFACE, open_in_pod};
 use berth_network::config::{BridgeName, Mtu};
-use berth_network::{Attachment, Bridge, BridgeConfig, Netlink, addresses, identity, interfaces};
+use berth_network::{Bridge, BridgeConfig, Known, Netlink, addresses, identity, interfaces};
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{
     self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, setsockopt, sockopt,
 };
 
-/// Longest wait for anything that should be there at once.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A network namespace that lives as long as this does.
-struct Namespace(File);
-
-impl Namespace {
-    fn new() -> Self {
-        let open = || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            Self(File::open("/proc/thread-self/ns/net").unwrap())
-        };
-        thread::spawn(open).join().unwrap()
-    }
-
-    /// Runs something on a thread inside.
-    fn run<T: Send>(&self, visit: impl FnOnce() -> T + Send) -> T {
-        thread::scope(|scope| {
-            let visitor = scope.spawn(|| {
-                setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
-                visit()
-            });
-            visitor.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-
-    /// Runs a program inside and returns what it printed.
-    fn command(&self, line: &str) -> String {
-        let mut words = line.split(' ');
-        let program = words.next().unwrap();
-        let output = self.run(|| Command::new(program).args(words).output().unwrap());
-        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-}
-
-/// A node: its namespace, its bridge, the directory of its address records.
-struct Node {
-    namespace: Namespace,
-    directory: tempfile::TempDir,
-    bridge: Bridge,
-}
-
-impl Node {
-    fn new() -> Self {
-        Self::with(BridgeConfig::default())
-    }
-
-    fn with(config: BridgeConfig) -> Self {
-        let namespace = Namespace::new();
-        let directory = tempfile::tempdir().unwrap();
-        namespace.command("ip link set lo up");
-        // A new namespace takes over the machine's IPv4 settings, whatever they are
-        // (net.core.devconf_inherit_init_net).
-        namespace.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0")).unwrap();
-        let bridge = namespace.run(|| Bridge::set_up(config, directory.path())).unwrap();
-        Self { namespace, directory, bridge }
-    }
-
-    fn attach(&self, number: u32) -> Pod {
-        let namespace = Namespace::new();
-        let attachment = self.try_attach(number, &namespace).unwrap();
-        Pod { id: id(number), namespace, attachment }
-    }
-
-    fn try_attach(&self, number: u32, namespace: &Namespace) -> Result<Attachment, Error> {
-        let mut inside = namespace.run(open_in_pod)?;
-        self.bridge.attach(&id(number), &mut inside, namespace.0.as_fd())
-    }
-
-    fn records(&self) -> Vec<String> {
-        let directory = self.directory.path().join(self.bridge.config().name.as_str());
-        let mut names: Vec<String> = fs::read_dir(directory)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-
-    fn interfaces(&self) -> Vec<String> {
-        let list = self.namespace.command("ip -o link show");
-        let mut names: Vec<String> =
-            list.lines().map(|line| line.split([':', '@']).nth(1).unwrap().trim().to_owned()).collect();
-        names.sort();
-        names
-    }
-
-    /// Waits until the kernel has removed what a dead namespace leaves behind for a moment.
-    fn wait_for_interfaces(&self, expected: &[&str]) {
-        let end = Instant::now() + PATIENCE;
-        while self.interfaces() != expected {
-            assert!(Instant::now() < end, "{:?} instead of {expected:?}", self.interfaces());
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// Packets that the firewall rule with this text has met.
-    fn met(&self, family: &str, rule: &str) -> u64 {
-        let rules = self.namespace.command(&format!("nft list table {family} berth-berth0"));
-        let line = rules.lines().find(|line| line.contains(rule));
-        let line = line.unwrap_or_else(|| panic!("no rule {rule:?} in {rules}"));
-        line.split("counter packets ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
-    }
-}
-
-struct Pod {
-    id: String,
-    namespace: Namespace,
-    attachment: Attachment,
-}
-
-impl Pod {
-    fn address(&self, family: usize) -> IpAddr {
-        self.attachment.addresses[family].address
-    }
-}
-
-/// An id whose first digits differ, as those of real ones do.
-fn id(number: u32) -> String {
-    format!("{number:08x}").repeat(8)
-}
-
-/// Whether a TCP connection from one namespace to an address in another carries bytes both ways;
-/// the source the server saw.
-fn talk(from: &Namespace, to: &Namespace, address: IpAddr) -> IpAddr {
-    let listener = to.run(|| TcpListener::bind(SocketAddr::new(address, 0))).unwrap();
-    let target = listener.local_addr().unwrap();
-    let client = from.run(|| TcpStream::connect_timeout(&target, PATIENCE));
-    let mut client = client.unwrap_or_else(|error| panic!("connect to {target}: {error}"));
-    let (mut server, source) = listener.accept().unwrap();
-    for stream in [&client, &server] {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    }
-    let mut bytes = [0; 4];
-    client.write_all(b"ping").unwrap();
-    server.read_exact(&mut bytes).unwrap();
-    server.write_all(b"pong").unwrap();
-    client.read_exact(&mut bytes).unwrap();
-    assert_eq!(&bytes, b"pong");
-    source.ip()
-}
+use common::{Namespace, Node, PATIENCE, Pod, id, talk, uplink, wait_until};
 
 #[test]
 fn two_pods_and_the_node_reach_each_other_by_ipv4_and_ipv6() {
@@ -206,24 +64,6 @@ fn what_attach_returns_is_what_the_pod_has() {
     let accept_ra =
         pod.namespace.run(|| fs::read_to_string("/proc/sys/net/ipv6/conf/eth0/accept_ra")).unwrap();
     assert_eq!(accept_ra.trim(), "0");
-}
-
-/// Joins a node to a namespace outside: the node has .1, the outside .2 of 192.0.2.0/24 and
-/// 2001:db8::/64.
-fn uplink(node: &Node) -> Namespace {
-    let outside = Namespace::new();
-    let mut joined = node.namespace.command("ip link add up0 type veth peer name out0");
-    // The outside is named by a file descriptor of this process.
-    let fd = outside.0.as_raw_fd();
-    joined +=
-        &node.namespace.command(&format!("ip link set out0 netns /proc/{}/fd/{fd}", std::process::id()));
-    assert_eq!(joined, "");
-    for (namespace, name, host) in [(&node.namespace, "up0", 1), (&outside, "out0", 2)] {
-        namespace.command(&format!("ip addr add 192.0.2.{host}/24 dev {name}"));
-        namespace.command(&format!("ip addr add 2001:db8::{host}/64 dev {name} nodad"));
-        namespace.command(&format!("ip link set {name} up"));
-    }
-    outside
 }
 
 #[test]
@@ -329,7 +169,7 @@ fn every_failing_step_of_attach_is_undone() {
     // The socket is of another namespace, where there is no eth0: after the pair was made.
     let (pod, other) = (Namespace::new(), Namespace::new());
     let mut elsewhere = other.run(open_in_pod).unwrap();
-    let error = node.bridge.attach(&id(1), &mut elsewhere, pod.0.as_fd()).unwrap_err();
+    let error = node.bridge.attach(&id(1), &[], &mut elsewhere, pod.0.as_fd()).unwrap_err();
     assert!(
         matches!(&error, Error::Pod { source, .. } if source.errno() == Some(Errno::ENODEV)),
         "{error:?}"
@@ -340,7 +180,7 @@ fn every_failing_step_of_attach_is_undone() {
     let pod = Namespace::new();
     let mut inside = pod.run(open_in_pod).unwrap();
     pod.run(|| fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")).unwrap();
-    let error = node.bridge.attach(&id(1), &mut inside, pod.0.as_fd()).unwrap_err();
+    let error = node.bridge.attach(&id(1), &[], &mut inside, pod.0.as_fd()).unwrap_err();
     assert!(
         matches!(&error, Error::Pod { source, .. } if source.errno() == Some(Errno::EACCES)),
         "{error:?}"
@@ -349,7 +189,7 @@ fn every_failing_step_of_attach_is_undone() {
 
     // Not a namespace at all.
     let file = tempfile::tempfile().unwrap();
-    let error = node.bridge.attach(&id(1), &mut inside, file.as_fd()).unwrap_err();
+    let error = node.bridge.attach(&id(1), &[], &mut inside, file.as_fd()).unwrap_err();
     assert!(matches!(error, Error::Interface { .. }), "{error:?}");
     clean(error);
 }
@@ -361,7 +201,7 @@ fn ids_that_share_ten_digits_do_not_share_an_interface() {
     let namespace = Namespace::new();
     let mut inside = namespace.run(open_in_pod).unwrap();
     let twin = format!("{}ff", &pod.id[..10]);
-    let error = node.bridge.attach(&twin, &mut inside, namespace.0.as_fd()).unwrap_err();
+    let error = node.bridge.attach(&twin, &[], &mut inside, namespace.0.as_fd()).unwrap_err();
     assert!(matches!(error, Error::InterfaceTaken { .. }), "{error:?}");
     // The twin's failure did not cost the first its network.
     talk(&node.namespace, &pod.namespace, pod.address(0));
@@ -374,7 +214,7 @@ fn odd_ids_are_refused_in_words() {
     let namespace = Namespace::new();
     let mut inside = namespace.run(open_in_pod).unwrap();
     for text in ["", "..", "0123456789/../x", "0123456789\0", "ABCDEF0123456789"] {
-        let error = node.bridge.attach(text, &mut inside, namespace.0.as_fd()).unwrap_err();
+        let error = node.bridge.attach(text, &[], &mut inside, namespace.0.as_fd()).unwrap_err();
         assert!(
             matches!(error, Error::Addresses { source: addresses::Error::SandboxId { .. } }),
             "{error:?}"
@@ -462,13 +302,20 @@ fn a_flushed_firewall_is_noticed_and_repaired() {
     ready().unwrap();
     let rules = node.namespace.command("nft -s list ruleset");
     for family in ["inet", "bridge"] {
-        node.namespace.command(&format!("nft delete table {family} berth-berth0"));
-        assert!(matches!(ready(), Err(NotReady::FirewallGone { .. })));
-        node.namespace.run(|| node.bridge.repair()).unwrap();
-        ready().unwrap();
+        for change in [
+            format!("nft delete table {family} berth-berth0"),
+            // The table is there, and nothing in it.
+            format!("nft flush table {family} berth-berth0"),
+            format!("nft insert rule {family} berth-berth0 prerouting accept"),
+        ] {
+            node.namespace.command(&change);
+            assert!(matches!(ready(), Err(NotReady::FirewallChanged { .. })), "{change}");
+            node.namespace.run(|| node.bridge.repair()).unwrap();
+            ready().unwrap();
+        }
     }
     node.namespace.command("nft flush ruleset");
-    assert!(matches!(ready(), Err(NotReady::FirewallGone { .. })));
+    assert!(matches!(ready(), Err(NotReady::FirewallChanged { .. })));
     // Until then no pod starts without its guard; one that ends is not held up.
     assert!(matches!(node.try_attach(2, &Namespace::new()), Err(Error::Guard { .. })));
     node.bridge.detach(&id(2)).unwrap();
@@ -533,6 +380,42 @@ fn another_subnet_takes_the_place_of_the_old_gateway_address() {
 }
 
 #[test]
+fn another_subnet_does_not_cut_off_the_pods_in_the_old_one() {
+    let node = Node::new();
+    let outside = uplink(&node);
+    let (first, second) = (node.attach(1), node.attach(2));
+    let config = BridgeConfig {
+        ipv4: "10.77.0.0/24".parse().unwrap(),
+        ipv6: Some("fd00:77::/64".parse().unwrap()),
+        ..BridgeConfig::default()
+    };
+    let set_up = || node.namespace.run(|| Bridge::set_up(config.clone(), node.directory.path())).unwrap();
+    let bridge = set_up();
+    let namespace = Namespace::new();
+    let mut inside = namespace.run(open_in_pod).unwrap();
+    let third = bridge.attach(&id(3), &[], &mut inside, namespace.0.as_fd()).unwrap();
+    drop(inside);
+    assert_eq!(third.addresses[0].to_string(), "10.77.0.2/24");
+    for (family, (beyond, source)) in
+        [("192.0.2.2", "192.0.2.1"), ("2001:db8::2", "2001:db8::1")].into_iter().enumerate()
+    {
+        talk(&first.namespace, &second.namespace, second.address(family));
+        talk(&first.namespace, &namespace, third.addresses[family].address);
+        talk(&namespace, &first.namespace, first.address(family));
+        for pod in [&first.namespace, &namespace] {
+            assert_eq!(talk(pod, &outside, beyond.parse().unwrap()).to_string(), source);
+        }
+    }
+    // The old gateways go when no pod needs them.
+    for pod in [&first, &second] {
+        bridge.detach(&pod.id).unwrap();
+    }
+    set_up();
+    let shown = node.namespace.command("ip addr show berth0");
+    assert!(shown.contains("10.77.0.1/24") && !shown.contains("10.88") && !shown.contains("fd62"), "{shown}");
+}
+
+#[test]
 fn what_belongs_to_others_is_not_taken_over() {
     let directory = tempfile::tempdir().unwrap();
     let namespace = Namespace::new();
@@ -590,7 +473,8 @@ fn a_pod_whose_address_records_are_lost_gets_them_back_from_its_daemon() {
     let pods: Vec<Pod> = (1..=2).map(|number| node.attach(number)).collect();
     let addresses =
         |pod: &Pod| pod.attachment.addresses.iter().map(|found| found.address).collect::<Vec<_>>();
-    let known: BTreeMap<_, _> = pods.iter().map(|pod| (pod.id.clone(), addresses(pod))).collect();
+    let known = |pod: &Pod| Known { addresses: addresses(pod), ..Known::default() };
+    let known: BTreeMap<_, _> = pods.iter().map(|pod| (pod.id.clone(), known(pod))).collect();
     let directory = node.directory.path().join("berth0");
     // One record is emptied, one names no sandbox, the others are gone.
     fs::remove_dir_all(&directory).unwrap();
@@ -621,7 +505,7 @@ fn two_bridges_on_one_node_keep_out_of_each_others_way() {
     let stranger = Namespace::new();
     let mut inside = stranger.run(open_in_pod).unwrap();
     // The same id on both: interfaces differ in the bridge's digits.
-    let attachment = other.attach(&id(1), &mut inside, stranger.0.as_fd()).unwrap();
+    let attachment = other.attach(&id(1), &[], &mut inside, stranger.0.as_fd()).unwrap();
     talk(&node.namespace, &stranger, attachment.addresses[0].address);
     other.reconcile([]).unwrap();
     other.tear_down().unwrap();
@@ -634,7 +518,7 @@ fn tear_down_removes_everything_once_nobody_is_left() {
     let Node { namespace, directory, bridge } = Node::new();
     let pod = Namespace::new();
     let mut inside = pod.run(open_in_pod).unwrap();
-    bridge.attach(&id(1), &mut inside, pod.0.as_fd()).unwrap();
+    bridge.attach(&id(1), &[], &mut inside, pod.0.as_fd()).unwrap();
     assert!(matches!(namespace.run(|| bridge.tear_down()), Err(Error::InUse { addresses: 2 })));
     let bridge = namespace.run(|| Bridge::set_up(BridgeConfig::default(), directory.path())).unwrap();
     talk(&namespace, &pod, "10.88.0.2".parse().unwrap());
@@ -664,14 +548,6 @@ fn on_a_host_without_ipv6_pods_have_ipv4_only_and_no_ipv6_frame_passes() {
     let socket = first.namespace.run(|| UdpSocket::bind("[fd00::5]:0")).unwrap();
     socket.send_to(b"x", "[fd00::6]:9").unwrap();
     wait_until(|| node.met("bridge", "ether type") > before);
-}
-
-fn wait_until(condition: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < end, "the condition was not met in time");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]
@@ -710,6 +586,25 @@ fn a_pod_cannot_send_from_any_address_but_its_own() {
         assert!(node.met("bridge", rule) > before, "{address}");
         pod.namespace.command(&format!("ip addr del {address} dev eth0"));
     }
+}
+
+#[test]
+fn a_frame_with_the_mac_address_of_another_pod_does_not_take_its_traffic() {
+    let node = Node::new();
+    let (pod, victim) = (node.attach(1), node.attach(2));
+    let gateway: IpAddr = "10.88.0.1".parse().unwrap();
+    talk(&node.namespace, &victim.namespace, victim.address(0));
+    let before = node.met("bridge", "iifname . ether saddr");
+    // An honest sender, but for its MAC address: the bridge would send there what is for the
+    // victim.
+    pod.namespace.command(&format!("ip link set eth0 address {}", victim.attachment.mac));
+    let socket = pod.namespace.run(|| UdpSocket::bind(SocketAddr::new(pod.address(0), 0))).unwrap();
+    let _ = socket.send_to(b"x", (gateway, 9));
+    wait_until(|| node.met("bridge", "iifname . ether saddr") > before);
+    talk(&node.namespace, &victim.namespace, victim.address(0));
+    let learned = node.namespace.command("bridge fdb show br berth0");
+    let wrong = format!("{} dev {}", victim.attachment.mac, pod.attachment.host_interface);
+    assert!(!learned.contains(&wrong), "{learned}");
 }
 
 #[test]
@@ -843,7 +738,7 @@ fn how_long_it_takes() {
             inside
         });
         let begin = Instant::now();
-        node.bridge.attach(&id(number), &mut inside, namespace.0.as_fd()).unwrap();
+        node.bridge.attach(&id(number), &[], &mut inside, namespace.0.as_fd()).unwrap();
         attach.push(begin.elapsed());
         drop(inside);
         if number % 2 == 0 {

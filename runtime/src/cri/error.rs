@@ -22,6 +22,7 @@ use std::borrow::Cow;
 
 use berth_image::reference::ParseReferenceError;
 use berth_image::{ImportError, PullError, StoreError};
+use berth_network::bridge::Error as BridgeError;
 use berth_streaming::tokens::TokenError;
 use berth_sys::errno::{EINVAL, ERANGE};
 use tonic::{Code, Status};
@@ -142,7 +143,9 @@ fn sandbox(error: &SandboxError) -> Code {
         SandboxError::Sysctl { .. } | SandboxError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => {
             Code::InvalidArgument
         }
-        SandboxError::Network(NetworkError::HostPorts) => Code::Unimplemented,
+        SandboxError::Network(NetworkError::Bridge(
+            BridgeError::HostPort(_) | BridgeError::HostPortFamily { .. },
+        )) => Code::FailedPrecondition,
         SandboxError::Network(NetworkError::Bandwidth { .. }) => Code::InvalidArgument,
         SandboxError::Network(NetworkError::NotConfigured(_)) => Code::Unavailable,
         SandboxError::Network(NetworkError::Cni(error))

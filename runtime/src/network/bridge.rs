@@ -7,8 +7,9 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use berth_model::id::SandboxId;
+use berth_model::sandbox;
 use berth_network::bridge::open_in_pod;
-use berth_network::{Bridge, BridgeConfig};
+use berth_network::{Bridge, BridgeConfig, HostPort, Known, Protocol};
 use berth_sys::ns::{self, Kind};
 
 use super::{Attached, Description, Interface, MAIN_INTERFACE, Namespace, NetworkError, NotReady};
@@ -25,7 +26,7 @@ pub(super) fn has_addresses(config: &BridgeConfig, records: &Path) -> bool {
 pub(super) fn set_up(
     config: BridgeConfig,
     records: &Path,
-    known: &BTreeMap<String, Vec<IpAddr>>,
+    known: &BTreeMap<String, Known>,
 ) -> Result<Bridge, NetworkError> {
     let bridge = Bridge::set_up_for(config, records, known)?;
     let unread = bridge.unread_addresses();
@@ -38,10 +39,32 @@ pub(super) fn set_up(
     Ok(bridge)
 }
 
-pub(super) fn attach(bridge: &Bridge, sandbox: &SandboxId) -> Result<Attached, NetworkError> {
+/// The ports of the node that a sandbox asks for. What cannot be read was refused at the edge.
+pub(crate) fn host_ports(config: &sandbox::Config) -> Vec<HostPort> {
+    let host_port = |mapping: &sandbox::PortMapping| {
+        let protocol = match mapping.protocol.as_str() {
+            "UDP" => Protocol::Udp,
+            "SCTP" => Protocol::Sctp,
+            _ => Protocol::Tcp,
+        };
+        HostPort {
+            protocol,
+            address: mapping.host_ip.parse().ok().map(|address: IpAddr| address.to_canonical()),
+            host_port: mapping.host_port,
+            container_port: mapping.container_port,
+        }
+    };
+    config.port_mappings.iter().filter(|mapping| mapping.host_port != 0).map(host_port).collect()
+}
+
+pub(super) fn attach(
+    bridge: &Bridge,
+    sandbox: &SandboxId,
+    config: &sandbox::Config,
+) -> Result<Attached, NetworkError> {
     let mut inside = open_in_pod()?;
     let own = ns::open_own(Kind::Network).map_err(NetworkError::Namespace)?;
-    let attachment = bridge.attach(sandbox.as_str(), &mut inside, own.as_fd())?;
+    let attachment = bridge.attach(sandbox.as_str(), &host_ports(config), &mut inside, own.as_fd())?;
     let addresses = attachment.addresses.iter().map(|address| address.address).collect();
     Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }] })
 }

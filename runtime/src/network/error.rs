@@ -33,9 +33,6 @@ pub enum NetworkError {
         /// Its value.
         value: String,
     },
-    /// A port of the host's, and a kind of network that has none to give.
-    #[error("config.port_mappings: host ports are not offered by the built-in bridge")]
-    HostPorts,
     /// Loopback in the pod.
     #[error("cannot bring loopback up in the pod")]
     Loopback(#[source] berth_network::netlink::Error),

@@ -23,13 +23,15 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use berth_model::id::SandboxId;
 use berth_model::layout::Layout;
-use berth_network::{Bridge, BridgeConfig, Netlink};
+use berth_model::sandbox;
+use berth_network::{Bridge, BridgeConfig, Known, Netlink};
 
 use crate::config::{Config, NetworkKind};
 use crate::host_paths::HostPaths;
 use crate::{chain, lock};
 use cni::{Cni, Configured, not_ready};
 
+pub(crate) use bridge::host_ports;
 pub(crate) use error::NetworkError;
 
 /// What the main interface of a pod is called, whichever kind made it.
@@ -78,7 +80,7 @@ pub(crate) struct Plugins<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Pod<'a> {
     pub(crate) id: &'a SandboxId,
-    pub(crate) config: &'a berth_model::sandbox::Config,
+    pub(crate) config: &'a sandbox::Config,
     /// Where its network namespace is pinned.
     pub(crate) namespace: &'a Path,
 }
@@ -140,7 +142,7 @@ impl Network {
         config: &Config,
         layout: &Layout,
         cni_workers: HostPaths,
-        known: &BTreeMap<String, Vec<IpAddr>>,
+        known: &BTreeMap<String, Known>,
     ) -> Result<Self, NetworkError> {
         let network = Self {
             kind: config.network.kind,
@@ -170,7 +172,7 @@ impl Network {
         Ok(network)
     }
 
-    fn bridge_for(&self, known: &BTreeMap<String, Vec<IpAddr>>) -> Result<&Bridge, NetworkError> {
+    fn bridge_for(&self, known: &BTreeMap<String, Known>) -> Result<&Bridge, NetworkError> {
         let _alone = lock(&self.setting_up);
         if let Some(bridge) = self.bridge.get() {
             return Ok(bridge);
@@ -301,9 +303,13 @@ impl Network {
 impl<'a> Chosen<'a> {
     /// What is done on a thread in the sandbox's new network namespace, which is pinned already.
     /// On an error the sandbox may own something, and has to be detached and released. Blocking.
-    pub(crate) fn attach_within(&self, sandbox: &SandboxId) -> Result<Within<'a>, NetworkError> {
+    pub(crate) fn attach_within(
+        &self,
+        sandbox: &SandboxId,
+        config: &sandbox::Config,
+    ) -> Result<Within<'a>, NetworkError> {
         match self {
-            Self::Bridge(bridge) => bridge::attach(bridge, sandbox).map(Within::Attached),
+            Self::Bridge(bridge) => bridge::attach(bridge, sandbox, config).map(Within::Attached),
             Self::Cni(cni, config) => {
                 let mut inside = Netlink::open().map_err(NetworkError::Loopback)?;
                 Bridge::loopback_up(&mut inside).map_err(NetworkError::Loopback)?;
@@ -312,12 +318,9 @@ impl<'a> Chosen<'a> {
         }
     }
 
-    /// Whether it can do what the pod asks for, before anything is made.
-    pub(crate) fn check(&self, config: &berth_model::sandbox::Config) -> Result<(), NetworkError> {
+    /// Whether a pod can be attached, before anything is made.
+    pub(crate) fn check(&self) -> Result<(), NetworkError> {
         match self {
-            Self::Bridge(_) if config.port_mappings.iter().any(|mapping| mapping.host_port != 0) => {
-                Err(NetworkError::HostPorts)
-            }
             Self::Bridge(_) => Ok(()),
             Self::Cni(cni, _) => cni.check(),
         }

@@ -250,16 +250,17 @@ fn names(path: &Path, patience: &Patience) -> Result<Vec<String>, RecoveryError>
     patiently(patience, list).map_err(|source| RecoveryError::List { path: path.to_owned(), source })
 }
 
-/// The addresses of the sandboxes that may have an interface, from their records. Blocking.
-pub(crate) fn known_addresses(
+/// The addresses and host ports of the sandboxes that may have an interface, from their records.
+/// Blocking.
+pub(crate) fn known_networks(
     layout: &berth_model::layout::Layout,
-) -> std::collections::BTreeMap<String, Vec<std::net::IpAddr>> {
+) -> std::collections::BTreeMap<String, berth_network::Known> {
     let patience = Patience::of(Duration::ZERO);
     let durable = ids::<SandboxId>(&layout.sandboxes(), &patience).unwrap_or_default();
     let state = ids::<SandboxId>(&layout.sandbox_states(), &patience).unwrap_or_default();
-    let addresses = |id: SandboxId| {
-        let addresses = sandbox::recover::addresses(layout, &id, &patience)?;
-        Some((id.to_string(), addresses))
+    let known = |id: SandboxId| {
+        let known = sandbox::recover::network(layout, &id, &patience)?;
+        Some((id.to_string(), known))
     };
-    durable.union(&state).cloned().filter_map(addresses).collect()
+    durable.union(&state).cloned().filter_map(known).collect()
 }

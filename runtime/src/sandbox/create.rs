@@ -139,7 +139,7 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
         })?;
     }
     let host_network = config.namespaces.network == NamespaceMode::Node;
-    let network = if host_network { None } else { Some(choose_network(node, &config)?) };
+    let network = if host_network { None } else { Some(choose_network(node)?) };
     let within = namespaces::make(&Wanted {
         sandbox,
         network: network.as_ref().map_or(PodNetwork::Node, PodNetwork::Own),
@@ -177,9 +177,9 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     sandbox.write_record()
 }
 
-fn choose_network<'a>(node: &'a Node, config: &Config) -> Result<Chosen<'a>, SandboxError> {
+fn choose_network(node: &Node) -> Result<Chosen<'_>, SandboxError> {
     let network = node.network.choose().map_err(SandboxError::Network)?;
-    network.check(config).map_err(SandboxError::Network)?;
+    network.check().map_err(SandboxError::Network)?;
     Ok(network)
 }
 

@@ -74,7 +74,8 @@ fn make_here<'n>(wanted: &Wanted<'_, 'n>, flags: i32) -> Result<Option<Within<'n
     let mut attached = None;
     if let PodNetwork::Own(network) = wanted.network {
         pin(Kind::Network)?;
-        attached = Some(network.attach_within(&wanted.sandbox.id).map_err(SandboxError::Network)?);
+        let attaching = network.attach_within(&wanted.sandbox.id, &wanted.sandbox.config);
+        attached = Some(attaching.map_err(SandboxError::Network)?);
     }
     for (name, value) in &wanted.sandbox.config.sysctls {
         // Names were checked at the edge: letters, digits, dots, underscores and dashes, of

@@ -1,6 +1,5 @@
 //! Sandboxes of a previous daemon.
 
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 use berth_cgroup::Parent;
@@ -9,11 +8,13 @@ use berth_model::layout::{Layout, SandboxFiles, Shared};
 use berth_model::record::SandboxRecord;
 use berth_model::security::NamespaceMode;
 use berth_model::state::SandboxState;
+use berth_network::Known;
 use berth_sys::ns::Kind;
 
 use super::creations::Creations;
 use super::{PodProcess, Sandbox, SandboxError, namespaces, watch};
 use crate::events::Events;
+use crate::network::host_ports;
 use crate::node::Node;
 use crate::record_files::{self, Fault, Found, Health, Patience, RecordFiles};
 
@@ -72,17 +73,19 @@ pub(crate) fn recover(node: &Node, id: &SandboxId, patience: &Patience) -> Resul
     Ok(Recovered::Sandbox(Arc::new(sandbox)))
 }
 
-/// The addresses in the record of `id`; empty if it was stopped, or there is no readable
-/// record. Blocking.
-pub(crate) fn addresses(layout: &Layout, id: &SandboxId, patience: &Patience) -> Option<Vec<IpAddr>> {
+/// The addresses and host ports in the record of `id`; none if there is no readable record, `None`
+/// if it was stopped. Blocking.
+pub(crate) fn network(layout: &Layout, id: &SandboxId, patience: &Patience) -> Option<Known> {
     let files = layout.sandbox(id);
     let record_files = RecordFiles { record: files.record(), copy: files.record_copy() };
     match record_files.read(patience, |record: &SandboxRecord| record.id == *id) {
-        Found::Whole { content, .. } => (!content.stopped)
-            .then(|| content.addresses.iter().filter_map(|text| text.parse().ok()).collect()),
+        Found::Whole { content, .. } => (!content.stopped).then(|| Known {
+            addresses: content.addresses.iter().filter_map(|text| text.parse().ok()).collect(),
+            host_ports: host_ports(&content.config),
+        }),
         // It may have an interface, whose address is unknown.
-        Found::Unusable { .. } => Some(Vec::new()),
-        Found::Absent => files.state.exists().then(Vec::new),
+        Found::Unusable { .. } => Some(Known::default()),
+        Found::Absent => files.state.exists().then(Known::default),
     }
 }
 

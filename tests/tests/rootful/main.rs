@@ -29,6 +29,7 @@ mod held_cni;
 mod held_logs;
 mod held_paths;
 mod held_streams;
+mod host_ports;
 mod image_faults;
 mod images;
 mod inheritance;

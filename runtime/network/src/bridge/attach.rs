@@ -9,13 +9,17 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage};
 use nix::errno::Errno;
 
-use super::links::{LOOPBACK_INDEX, add_address, add_default_route, find_link, get_link, raise, set_up_link};
-use super::{Bridge, Error, lock};
+use super::links::{
+    LOOPBACK_INDEX, add_address, add_default_route, find_link, get_link, hairpin, list_addresses, raise,
+    route_localnet, set_up_link,
+};
+use super::{Bridge, Error, lock, node};
 use crate::config::InterfaceAddress;
-use crate::guard::{self, Port};
+use crate::firewall::{Port, conntrack, kernel, table};
+use crate::forwarding;
+use crate::host_ports::{HostPort, HostPorts, Protocol};
 use crate::identity::{self, MacAddress};
 use crate::netlink::{self, Netlink, Request};
-use crate::{forwarding, masquerade};
 
 /// Name of a pod's interface, the same in CRI and in every CNI configuration.
 pub const POD_INTERFACE: &str = "eth0";
@@ -49,35 +53,38 @@ pub fn open_in_pod() -> Result<Netlink, Error> {
 }
 
 impl Bridge {
-    /// Gives a sandbox its interface, addresses and routes. May be called from any thread.
+    /// Gives a sandbox its interface, addresses, routes and host ports. May be called from any
+    /// thread.
     ///
     /// `inside` comes from [`open_in_pod`] in the sandbox's namespace, and `netns` is that
     /// namespace (an open `/proc/<pid>/ns/net` or a bind mount of one). Loopback comes up too.
     ///
+    /// # Errors
+    /// [`Error::HostPort`], [`Error::HostPortFamily`], [`Error::Conntrack`],
     /// [`Error::Addresses`] (none left, the sandbox already has some, not an id),
     /// [`Error::InterfaceTaken`], [`Error::Interface`], [`Error::Guard`], [`Error::Pod`]. After an
     /// error the sandbox owns nothing; only its loopback may be up.
     pub fn attach(
         &self,
         sandbox_id: &str,
+        host_ports: &[HostPort],
         inside: &mut Netlink,
         netns: BorrowedFd<'_>,
     ) -> Result<Attachment, Error> {
         let interface = self.host_interface(sandbox_id)?;
         let addresses = self.addresses.allocate(sandbox_id).map_err(|source| Error::Addresses { source })?;
         let attachment = self.attachment(&interface, &addresses);
-        let port = Port { interface, addresses };
-        // Apart from the `if`, which would hold the lock while undoing.
-        let admitted = guard::admit(&mut lock(&self.netfilter), &masquerade::table(&self.config.name), &port);
-        if let Err(source) = admitted {
-            let error = Error::Guard { sandbox_id: sandbox_id.to_owned(), source };
+        let port = Port { interface, addresses, host_ports: host_ports.to_vec() };
+        if let Err(error) = self.admit(sandbox_id, &port) {
             return Err(with_undo(error, self.free(sandbox_id)));
         }
         if let Err(error) = self.create_pair(sandbox_id, &attachment, netns) {
             // No pair was made; one with the name, if any, was created by another process.
             return Err(with_undo(error, self.free(sandbox_id)));
         }
-        if let Err(source) = self.configure_inside(inside, &attachment) {
+        let hairpin = hairpin(&attachment.host_interface);
+        let configured = lock(&self.node).request(&[hairpin]).map(drop);
+        if let Err(source) = configured.and_then(|()| self.configure_inside(inside, &attachment)) {
             let error = Error::Pod { sandbox_id: sandbox_id.to_owned(), source };
             return Err(with_undo(error, self.detach(sandbox_id)));
         }
@@ -125,16 +132,93 @@ impl Bridge {
         self.addresses.of(sandbox_id).into_iter().map(|address| self.with_prefix(address)).collect()
     }
 
-    /// Revokes the permission to use the addresses, then frees them.
+    /// Reserves the host ports, and lets the pod through the firewall.
+    fn admit(&self, sandbox_id: &str, port: &Port) -> Result<(), Error> {
+        self.take_host_ports(sandbox_id, &port.host_ports)?;
+        kernel::admit(&mut lock(&self.netfilter), &table(&self.config.name), port)
+            .map_err(|source| Error::Guard { sandbox_id: sandbox_id.to_owned(), source })?;
+        self.forget_passed_by(sandbox_id, &port.host_ports)
+    }
+
+    /// Revokes the permission to use the addresses and withdraws the host ports, then frees both.
     fn free(&self, sandbox_id: &str) -> Result<(), Error> {
         let interface = self.host_interface(sandbox_id)?;
         let mut netfilter = lock(&self.netfilter);
-        let port = Port { interface, addresses: self.addresses.of(sandbox_id) };
+        let host_ports = lock(&self.host_ports).of(sandbox_id);
+        let port = Port { interface, addresses: self.addresses.of(sandbox_id), host_ports };
         if !port.addresses.is_empty() {
-            let dismissed = guard::dismiss(&mut netfilter, &masquerade::table(&self.config.name), &port);
-            dismissed.map_err(|source| Error::Guard { sandbox_id: sandbox_id.to_owned(), source })?;
+            self.dismiss(&mut netfilter, sandbox_id, &port)?;
         }
+        self.free_host_ports(sandbox_id)?;
         self.addresses.free(sandbox_id).map(drop).map_err(|source| Error::Addresses { source })
+    }
+
+    /// Takes a pod out of the firewall, and forgets who still sends to its host ports.
+    pub(super) fn dismiss(
+        &self,
+        netfilter: &mut Netlink,
+        sandbox_id: &str,
+        port: &Port,
+    ) -> Result<(), Error> {
+        let dismissed = kernel::dismiss(netfilter, &table(&self.config.name), port);
+        dismissed.map_err(|source| Error::Guard { sandbox_id: sandbox_id.to_owned(), source })?;
+        for number in udp(&port.host_ports) {
+            conntrack::forget_udp(netfilter, number, |found| port.addresses.contains(&found.answered_by))
+                .map_err(|source| Error::Conntrack { sandbox_id: sandbox_id.to_owned(), source })?;
+        }
+        Ok(())
+    }
+
+    fn take_host_ports(&self, sandbox_id: &str, ports: &[HostPort]) -> Result<(), Error> {
+        if ports.is_empty() {
+            return Ok(());
+        }
+        let is_ipv6 = |port: &&HostPort| port.address.is_some_and(|address| address.is_ipv6());
+        if self.config.ipv6.is_none()
+            && let Some(port) = ports.iter().find(is_ipv6)
+        {
+            return Err(Error::HostPortFamily { port: *port });
+        }
+        let mut taken = lock(&self.host_ports);
+        taken.take(sandbox_id, ports)?;
+        self.settle_localnet(&taken)
+    }
+
+    pub(super) fn free_host_ports(&self, sandbox_id: &str) -> Result<(), Error> {
+        let mut taken = lock(&self.host_ports);
+        if taken.of(sandbox_id).is_empty() {
+            return Ok(());
+        }
+        taken.free(sandbox_id);
+        if taken.is_empty() { self.settle_localnet(&taken) } else { Ok(()) }
+    }
+
+    /// Allows packets from 127.0.0.0/8 on the bridge while there are host ports, to which they can
+    /// be translated. Those that pods send to such addresses are dropped before.
+    pub(super) fn settle_localnet(&self, taken: &HostPorts) -> Result<(), Error> {
+        let request = route_localnet(self.index.load(Ordering::Acquire), !taken.is_empty());
+        match lock(&self.node).request(&[request]) {
+            // The bridge is gone; its repair sees to the next one.
+            Err(error) if error.errno() == Some(Errno::ENODEV) => Ok(()),
+            outcome => outcome.map(drop).map_err(node),
+        }
+    }
+
+    /// Forgets UDP connections to addresses of the node that bypass new host ports.
+    fn forget_passed_by(&self, sandbox_id: &str, ports: &[HostPort]) -> Result<(), Error> {
+        let mut numbers = udp(ports).peekable();
+        if numbers.peek().is_none() {
+            return Ok(());
+        }
+        let present = list_addresses(&mut lock(&self.node)).map_err(node)?;
+        let is_local = |address: IpAddr| {
+            address.is_loopback() || present.iter().any(|present| present.address == address)
+        };
+        for number in numbers {
+            conntrack::forget_udp(&mut lock(&self.netfilter), number, |found| is_local(found.destination))
+                .map_err(|source| Error::Conntrack { sandbox_id: sandbox_id.to_owned(), source })?;
+        }
+        Ok(())
     }
 
     fn attachment(&self, interface: &str, addresses: &[IpAddr]) -> Attachment {
@@ -223,6 +307,11 @@ impl Bridge {
             gateways.map(|gateway| add_default_route("add a default route to the pod", index, gateway));
         inside.request(&addresses.chain(routes).collect::<Vec<_>>()).map(drop)
     }
+}
+
+/// The numbers of those that are for UDP.
+fn udp(ports: &[HostPort]) -> impl Iterator<Item = u16> {
+    ports.iter().filter(|port| port.protocol == Protocol::Udp).map(|port| port.host_port)
 }
 
 /// The first error, together with that of the rollback, if it failed too.

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 use super::{Bridge, Error, lock, node};
-use crate::guard::{self, Port};
-use crate::{identity, masquerade};
+use crate::firewall::Port;
+use crate::identity;
 
 /// What [`Bridge::reconcile`] found and removed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -63,13 +63,14 @@ impl Bridge {
                 Err(error) => failure = failure.or(Some(node(error))),
             }
         }
-        let table = masquerade::table(&self.config.name);
         for (id, addresses) in &dead.owners {
             // Without a valid owner the firewall never let it through.
             if let Some(interface) = identity::host_interface(&self.config.name, id) {
-                let port = Port { interface, addresses: addresses.clone() };
-                if let Err(source) = guard::dismiss(&mut lock(&self.netfilter), &table, &port) {
-                    failure = failure.or(Some(Error::Guard { sandbox_id: id.clone(), source }));
+                let host_ports = lock(&self.host_ports).of(id);
+                let port = Port { interface, addresses: addresses.clone(), host_ports };
+                let dismissed = self.dismiss(&mut lock(&self.netfilter), id, &port);
+                if let Err(error) = dismissed.and_then(|()| self.free_host_ports(id)) {
+                    failure = failure.or(Some(error));
                 }
             }
             match self.addresses.free_of(id, addresses) {

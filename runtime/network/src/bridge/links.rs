@@ -2,16 +2,21 @@
 
 use std::net::IpAddr;
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{
+    InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, LinkAttribute,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+};
 use netlink_packet_route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
+use nix::libc::RTM_NEWLINK;
 
 use crate::config::InterfaceAddress;
+use crate::firewall::kernel::{nest, put};
 use crate::identity::MacAddress;
 use crate::netlink::{self, Link, Netlink, Request};
 
@@ -37,6 +42,56 @@ pub(super) fn create_bridge(name: &str, mac: MacAddress) -> Request {
         LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
     ];
     Request::route("create the bridge", NLM_F_CREATE | NLM_F_EXCL, &RouteNetlinkMessage::NewLink(message))
+}
+
+/// Makes packets that only cross the bridge pass the rules for routed ones, as
+/// `net.bridge.bridge-nf-call-iptables` does for all bridges of a host.
+pub(super) fn track_bridged(index: u32) -> Request {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes = vec![LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Bridge),
+        LinkInfo::Data(InfoData::Bridge(vec![
+            InfoBridge::NfCallIpTables(true),
+            InfoBridge::NfCallIp6Tables(true),
+        ])),
+    ])];
+    Request::route("track the bridge's connections", 0, &RouteNetlinkMessage::NewLink(message))
+}
+
+/// Lets a port of the bridge have back what came from it: a pod may reach itself by the address of
+/// a Service or the node.
+pub(super) fn hairpin(interface: &str) -> Request {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(interface.to_owned()),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::PortKind(InfoPortKind::Bridge),
+            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
+        ]),
+    ];
+    Request::route("set the mode of the bridge's port", 0, &RouteNetlinkMessage::NewLink(message))
+}
+
+/// `IFLA_AF_SPEC`, in it `AF_INET`, in it `IFLA_INET_CONF`: the sysctls of an interface by number
+/// (`linux/if_link.h`).
+const AF_SPEC: u16 = 26;
+const INET: u16 = 2;
+const INET_CONF: u16 = 1;
+/// `IPV4_DEVCONF_ROUTE_LOCALNET` (`linux/ip.h`).
+const ROUTE_LOCALNET: u16 = 26;
+
+/// Whether packets of 127.0.0.0/8 may leave and enter by an interface: what
+/// `net.ipv4.conf.<interface>.route_localnet` says. By netlink because the caller may be on a
+/// thread in another network namespace.
+pub(super) fn route_localnet(index: u32, allowed: bool) -> Request {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    let mut body = vec![0; message.buffer_len()];
+    message.emit(&mut body);
+    let value = nest(ROUTE_LOCALNET, &u32::from(allowed).to_ne_bytes());
+    put(&mut body, AF_SPEC, &nest(INET, &nest(INET_CONF, &value)));
+    Request::raw("allow packets from loopback on the bridge", RTM_NEWLINK, 0, body)
 }
 
 pub(super) fn set_up_link(operation: &'static str, index: u32, attributes: Vec<LinkAttribute>) -> Request {

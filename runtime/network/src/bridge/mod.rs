@@ -17,8 +17,8 @@
 //! socket, which costs nothing: the kernel serialises them under one lock (`rtnl_mutex`) anyway.
 //!
 //! Assumed: the caller is root in the network namespace of the node (`CAP_NET_ADMIN`), creates the
-//! pods' namespaces, and lets no two daemons use one bridge name. Left to others: host ports, and
-//! rules of other firewalls that stop forwarded packets.
+//! pods' namespaces, and lets no two daemons use one bridge name. Left to others: rules of other
+//! firewalls that stop forwarded packets.
 //!
 //! `set_up` creates the bridge and `repair` restores it; `attach` attaches and detaches pods,
 //! `dead` removes remains; `links` has the requests to the kernel.
@@ -38,6 +38,7 @@ use nix::errno::Errno;
 use crate::addresses::{self, AddressStore};
 use crate::config::{BridgeConfig, InterfaceAddress};
 use crate::forwarding::{self, Families};
+use crate::host_ports::{self, HostPorts};
 use crate::identity::{self, MacAddress};
 use crate::netlink::{self, Link, Netlink};
 use crate::nft;
@@ -46,6 +47,7 @@ use links::{delete_link, list_links};
 pub use attach::{Attachment, POD_INTERFACE, open_in_pod};
 pub use dead::{Dead, Reconciled};
 pub use repair::NotReady;
+pub use set_up::Known;
 
 /// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace
 /// period, tens of milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c):
@@ -87,6 +89,24 @@ pub enum Error {
     /// was flushed and not yet repaired.
     #[error("cannot change the firewall sets for the addresses of sandbox {sandbox_id}")]
     Guard {
+        /// The sandbox.
+        sandbox_id: String,
+        /// The request and the reason.
+        #[source]
+        source: netlink::Error,
+    },
+    /// Another sandbox has a host port, or it was requested twice.
+    #[error(transparent)]
+    HostPort(#[from] host_ports::Conflict),
+    /// A host port on an IPv6 address, and no IPv6 in the pods' network.
+    #[error("host port {port} is on an IPv6 address, but pods of this node have no IPv6")]
+    HostPortFamily {
+        /// The port.
+        port: host_ports::HostPort,
+    },
+    /// Old connections to a host port could not be found or forgotten.
+    #[error("cannot forget tracked connections to the UDP host ports of sandbox {sandbox_id}")]
+    Conntrack {
         /// The sandbox.
         sandbox_id: String,
         /// The request and the reason.
@@ -187,6 +207,13 @@ pub struct Bridge {
     netfilter: Mutex<Netlink>,
     /// Interface number of the bridge.
     index: AtomicU32,
+    /// Gateway addresses of earlier configurations, in whose subnets pods still have addresses.
+    former: Mutex<Vec<InterfaceAddress>>,
+    /// The ports of the node that lead to pods. Locked alone, or after `netfilter`.
+    host_ports: Mutex<HostPorts>,
+    /// How often the firewall's chains were used when they were written: what differs from that was
+    /// changed by another program.
+    chain_uses: Mutex<Vec<Option<u32>>>,
 }
 
 impl Bridge {
@@ -240,10 +267,10 @@ impl Bridge {
     }
 }
 
-/// A panic leaves the socket usable: answers to the interrupted request carry an old sequence
-/// number and are skipped.
-fn lock(netlink: &Mutex<Netlink>) -> MutexGuard<'_, Netlink> {
-    netlink.lock().unwrap_or_else(PoisonError::into_inner)
+/// A panic leaves what is locked usable: a socket skips answers to the interrupted request, which
+/// carry an old sequence number, and the host ports are changed as a whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn node(source: netlink::Error) -> Error {

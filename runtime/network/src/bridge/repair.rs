@@ -8,15 +8,15 @@ use netlink_packet_route::link::LinkAttribute;
 use nix::errno::Errno;
 
 use super::links::{
-    IFF_UP, SCOPE_GLOBAL, add_address, create_bridge, delete_address, find_link, list_addresses, list_links,
-    set_up_link,
+    IFF_UP, SCOPE_GLOBAL, add_address, create_bridge, delete_address, find_link, hairpin, list_addresses,
+    list_links, set_up_link, track_bridged,
 };
 use super::{Bridge, Error, lock, node};
 use crate::config::InterfaceAddress;
+use crate::firewall::{Port, kernel, rules};
 use crate::forwarding;
-use crate::guard::{self, Family, Port};
-use crate::netlink::{self, Netlink, Request};
-use crate::{identity, masquerade, nft};
+use crate::netlink::{self, Netlink};
+use crate::{bridged, firewall, identity, nft};
 
 /// Why pods have no network.
 #[derive(Debug, thiserror::Error)]
@@ -33,9 +33,9 @@ pub enum NotReady {
         /// Its name.
         name: String,
     },
-    /// A firewall table is gone: the firewall was flushed.
-    #[error("the nftables table {table} is gone")]
-    FirewallGone {
+    /// Rules of a firewall table are gone, or others were added: the firewall was flushed.
+    #[error("the rules of the nftables table {table} were changed or removed")]
+    FirewallChanged {
         /// Its name.
         table: String,
     },
@@ -94,7 +94,12 @@ impl Bridge {
         netlink.request(&[set_up_link("bring the bridge up", link.index, attributes)]).map_err(node)?;
         self.index.store(link.index, Ordering::Release);
         self.enslave_orphans(&mut netlink, link.index)?;
+        let tracks_bridged = bridged::can_be_tracked();
+        if tracks_bridged {
+            netlink.request(&[track_bridged(link.index)]).map_err(node)?;
+        }
         drop(netlink);
+        self.settle_localnet(&lock(&self.host_ports))?;
 
         if self.config.forwarding {
             forwarding::turn_on(self.families()).map_err(|source| Error::Forwarding { source })?;
@@ -102,15 +107,21 @@ impl Bridge {
         // Under this lock a pod that is attached meanwhile is either admitted before, and then has
         // its address already and is in the script, or after. A pod that is detached has either
         // neither address nor permission, or both.
-        let _admissions = lock(&self.netfilter);
-        let owners = self.addresses.owners().into_iter();
-        let pods: Vec<Port> = owners
-            .filter_map(|(id, addresses)| {
-                Some(Port { interface: identity::host_interface(&self.config.name, &id)?, addresses })
-            })
-            .collect();
-        let script = masquerade::installation(&self.config.name, self.config.ipv4, self.config.ipv6, &pods);
-        nft::apply(&script).map_err(|source| Error::Firewall { source })
+        let mut netfilter = lock(&self.netfilter);
+        let host_ports = lock(&self.host_ports);
+        let port = |(id, addresses): (String, Vec<IpAddr>)| {
+            let interface = identity::host_interface(&self.config.name, &id)?;
+            Some(Port { interface, addresses, host_ports: host_ports.of(&id) })
+        };
+        let pods: Vec<Port> = self.addresses.owners().into_iter().filter_map(port).collect();
+        drop(host_ports);
+        let subnets = self.subnets();
+        let setting = rules::Setting { bridge: &self.config.name, subnets: &subnets, tracks_bridged };
+        nft::apply(&rules::installation(setting, &pods)).map_err(|source| Error::Firewall { source })?;
+        let table = firewall::table(&self.config.name);
+        let uses = kernel::chain_uses(&mut netfilter, &table, &rules::CHAINS).map_err(node)?;
+        *lock(&self.chain_uses) = uses;
+        Ok(())
     }
 
     /// Whether the network is complete: the bridge up, the firewall tables present, forwarding on
@@ -130,12 +141,11 @@ impl Bridge {
         if link.flags & IFF_UP == 0 || link.index != self.index.load(Ordering::Acquire) {
             return Err(NotReady::BridgeChanged { name: name() });
         }
-        let table = masquerade::table(&self.config.name);
-        for family in [Family::Inet, Family::Bridge] {
-            let exists = guard::table_exists(&mut lock(&self.netfilter), family, &table);
-            if !exists.map_err(|source| NotReady::Netlink { source })? {
-                return Err(NotReady::FirewallGone { table });
-            }
+        let table = firewall::table(&self.config.name);
+        let uses = kernel::chain_uses(&mut lock(&self.netfilter), &table, &rules::CHAINS)
+            .map_err(|source| NotReady::Netlink { source })?;
+        if uses != *lock(&self.chain_uses) {
+            return Err(NotReady::FirewallChanged { table });
         }
         if self.config.forwarding
             && !forwarding::is_on(self.families()).map_err(|source| NotReady::Forwarding { source })?
@@ -145,29 +155,34 @@ impl Bridge {
         Ok(())
     }
 
-    /// Gives the bridge its gateway addresses and takes away global ones of an earlier
-    /// configuration.
+    /// Gives the bridge its gateway addresses. Those of an earlier configuration stay while pods
+    /// have addresses in their subnets.
     fn settle_addresses(&self, netlink: &mut Netlink, index: u32) -> Result<(), Error> {
-        let mut wanted = vec![InterfaceAddress {
-            address: self.config.ipv4.gateway().into(),
-            prefix: self.config.ipv4.prefix(),
-        }];
-        wanted.extend(
-            self.config
-                .ipv6
-                .map(|subnet| InterfaceAddress { address: subnet.gateway().into(), prefix: subnet.prefix() }),
-        );
+        let gateways = self.config.gateways();
+        let owners = self.addresses.owners();
+        let taken = || owners.values().flatten();
+        let mut former = Vec::new();
         for present in list_addresses(netlink).map_err(node)? {
             let address = InterfaceAddress { address: present.address, prefix: present.prefix };
-            if present.index == index && present.scope == SCOPE_GLOBAL && !wanted.contains(&address) {
-                netlink.request(&[delete_address(index, address)]).map_err(node)?;
+            if present.index != index || present.scope != SCOPE_GLOBAL || gateways.contains(&address) {
+                continue;
+            }
+            match taken().any(|taken| address.is_in_subnet(*taken) && *taken != address.address) {
+                true => former.push(address),
+                false => drop(netlink.request(&[delete_address(index, address)]).map_err(node)?),
             }
         }
-        let requests: Vec<Request> = wanted
-            .iter()
-            .map(|address| add_address("assign the bridge its address", index, *address))
-            .collect();
-        netlink.request(&requests).map(drop).map_err(node)
+        let add = |address: &InterfaceAddress| add_address("assign the bridge its address", index, *address);
+        netlink.request(&gateways.iter().map(add).collect::<Vec<_>>()).map_err(node)?;
+        *lock(&self.former) = former;
+        Ok(())
+    }
+
+    /// The subnets that pods have addresses in.
+    fn subnets(&self) -> Vec<InterfaceAddress> {
+        let mut subnets = self.config.gateways();
+        subnets.extend(lock(&self.former).iter());
+        subnets
     }
 
     fn refuse_taken_subnet(&self, netlink: &mut Netlink) -> Result<(), Error> {
@@ -199,15 +214,12 @@ impl Bridge {
     /// Makes host ends without a bridge ports of this one: they lost theirs when it was deleted.
     fn enslave_orphans(&self, netlink: &mut Netlink, index: u32) -> Result<(), Error> {
         for link in self.pod_links(netlink)? {
-            if link.master == Some(index) {
-                continue;
+            let mut requests = vec![hairpin(&link.name)];
+            if link.master != Some(index) {
+                let controller = vec![LinkAttribute::Controller(index)];
+                requests.insert(0, set_up_link("attach an interface to the bridge", link.index, controller));
             }
-            let request = set_up_link(
-                "attach an interface to the bridge",
-                link.index,
-                vec![LinkAttribute::Controller(index)],
-            );
-            match netlink.request(&[request]) {
+            match netlink.request(&requests) {
                 Err(error) if error.errno() != Some(Errno::ENODEV) => return Err(node(error)),
                 _ => {}
             }

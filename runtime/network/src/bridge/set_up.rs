@@ -10,13 +10,23 @@ use std::time::{Duration, Instant};
 use super::{Bridge, Error, REMOVERS, lock, node};
 use crate::addresses::{AddressStore, Range};
 use crate::config::BridgeConfig;
+use crate::host_ports::HostPort;
 use crate::netlink::Netlink;
-use crate::{forwarding, identity, masquerade, nft};
+use crate::{firewall, forwarding, identity, nft};
 
 /// How long the kernel may take to remove the links of pods that have gone, and how often to look.
 /// It ends namespaces many at a time.
 const GOING: Duration = Duration::from_secs(10);
 const GOING_PAUSE: Duration = Duration::from_millis(20);
+
+/// What is known of a sandbox that may have an interface.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Known {
+    /// The addresses that it has.
+    pub addresses: Vec<IpAddr>,
+    /// The ports of the node that lead to it.
+    pub host_ports: Vec<HostPort>,
+}
 
 impl Bridge {
     /// [`Bridge::set_up_for`] no sandboxes.
@@ -44,7 +54,7 @@ impl Bridge {
     pub fn set_up_for(
         mut config: BridgeConfig,
         address_directory: &Path,
-        sandboxes: &BTreeMap<String, Vec<IpAddr>>,
+        sandboxes: &BTreeMap<String, Known>,
     ) -> Result<Self, Error> {
         config.ipv6 = config.ipv6.filter(|_| forwarding::has_ipv6());
         let (first, last) = config.ipv4.pods();
@@ -65,34 +75,52 @@ impl Bridge {
             next_remover: AtomicUsize::new(0),
             netfilter: Mutex::new(Netlink::open_netfilter().map_err(node)?),
             index: AtomicU32::new(0),
+            former: Mutex::default(),
+            host_ports: Mutex::default(),
+            chain_uses: Mutex::default(),
         };
         bridge.restore_addresses(sandboxes)?;
         bridge.refuse_strangers(sandboxes)?;
+        bridge.restore_host_ports(sandboxes);
         bridge.repair()?;
         Ok(bridge)
     }
 
     /// Restores the address records of sandboxes that have an interface and lack them.
-    fn restore_addresses(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+    fn restore_addresses(&self, sandboxes: &BTreeMap<String, Known>) -> Result<(), Error> {
         if sandboxes.is_empty() {
             return Ok(());
         }
         let links = self.pod_links(&mut lock(&self.node))?;
         let links: HashSet<&str> = links.iter().map(|link| link.name.as_str()).collect();
-        for (id, addresses) in sandboxes {
+        for (id, sandbox) in sandboxes {
             let interface = self.host_interface(id)?;
             if links.contains(interface.as_str()) {
                 let known = |owner: &str| sandboxes.contains_key(owner);
-                self.addresses.restore(id, addresses, known).map_err(|source| Error::Addresses { source })?;
+                self.addresses
+                    .restore(id, &sandbox.addresses, known)
+                    .map_err(|source| Error::Addresses { source })?;
             }
         }
         Ok(())
     }
 
+    /// Remembers the host ports of the sandboxes that have addresses.
+    fn restore_host_ports(&self, sandboxes: &BTreeMap<String, Known>) {
+        let mut host_ports = lock(&self.host_ports);
+        for (id, sandbox) in sandboxes {
+            if !self.addresses.of(id).is_empty() {
+                // They were taken without a conflict once; of two that are in conflict now, because
+                // a record was changed, the first has them.
+                let _ = host_ports.take(id, &sandbox.host_ports);
+            }
+        }
+    }
+
     /// Refuses a bridge with pods when no address of any is recorded, and none of them is the
     /// caller's: a second daemon would assign their addresses again. It waits for the links of pods
     /// that have just ended.
-    fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+    fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Known>) -> Result<(), Error> {
         let own: HashSet<String> =
             sandboxes.keys().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
         let end = Instant::now() + GOING;
@@ -128,8 +156,8 @@ impl Bridge {
             return Err(Error::InUse { addresses: taken });
         }
         let link = self.remove_link(self.config.name.as_str()).map_err(node);
-        let firewall =
-            nft::apply(&masquerade::removal(&self.config.name)).map_err(|source| Error::Firewall { source });
+        let firewall = nft::apply(&firewall::rules::removal(&self.config.name))
+            .map_err(|source| Error::Firewall { source });
         let directory = self.addresses.remove().map_err(|source| Error::Addresses { source });
         link.and(firewall).and(directory)
     }

@@ -168,6 +168,9 @@ fn port_mapping(field: &Field<'_>, mapping: v1::PortMapping) -> Result<PortMappi
         .map_err(|_| field.of("protocol").invalid(format!("unknown protocol {}", mapping.protocol)))?;
     let container_port = port("container_port", mapping.container_port)?;
     let host_port = port("host_port", mapping.host_port)?;
+    if host_port != 0 && container_port == 0 {
+        return Err(field.of("container_port").invalid(format!("host port {host_port} leads to no port")));
+    }
     if !mapping.host_ip.is_empty() && mapping.host_ip.parse::<IpAddr>().is_err() {
         return Err(field.of("host_ip").invalid(format!("{} is not an address", quoted(&mapping.host_ip))));
     }
@@ -248,6 +251,7 @@ mod tests {
             port_mappings: vec![v1::PortMapping {
                 protocol: v1::Protocol::Udp.into(),
                 container_port: 53,
+                host_port: 8053,
                 ..Default::default()
             }],
             labels: BTreeMap::from([("a".into(), "b\n\0".into())]),
@@ -306,7 +310,7 @@ mod tests {
             port_mappings: vec![PortMapping {
                 protocol: "UDP".into(),
                 container_port: 53,
-                host_port: 0,
+                host_port: 8053,
                 host_ip: String::new(),
             }],
             labels: asked().labels,
@@ -335,13 +339,6 @@ mod tests {
             "everything else is unset"
         );
         assert_eq!(config.dns, None, "an absent DNS configuration is not an empty one");
-    }
-
-    #[test]
-    fn host_ports_are_for_the_network_to_judge() {
-        let mut message = asked();
-        message.port_mappings[0].host_port = 53;
-        assert_eq!(sandbox_config(message, "", SeLinux::On).unwrap().port_mappings[0].host_port, 53);
     }
 
     #[test]
@@ -393,6 +390,9 @@ mod tests {
             ("config.port_mappings[0].container_port", |m| m.port_mappings[0].container_port = 65_536),
             ("config.port_mappings[0].container_port", |m| m.port_mappings[0].container_port = -1),
             ("config.port_mappings[0].host_port", |m| m.port_mappings[0].host_port = 1 << 20),
+            ("config.port_mappings[0].container_port", |m| {
+                m.port_mappings[0] = v1::PortMapping { host_port: 80, ..v1::PortMapping::default() };
+            }),
             ("config.port_mappings[0].host_ip", |m| m.port_mappings[0].host_ip = "all".into()),
             ("config.port_mappings", |m| m.port_mappings = vec![v1::PortMapping::default(); 65_537]),
             ("config.labels", |m| drop(m.labels.insert("big".into(), "x".repeat(1 << 20)))),

@@ -1,10 +1,13 @@
 //! A real registry, Debian's `docker-registry`, on loopback of a test's host.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
+use reqwest::StatusCode;
 use reqwest::blocking::{Client, Response};
 use reqwest::header::{CONTENT_TYPE, LOCATION};
 
@@ -22,6 +25,8 @@ pub struct Registry<'host> {
     process: Child,
     host: &'host Host,
     data: PathBuf,
+    /// The blobs that it has, with a repository for each.
+    blobs: Mutex<HashMap<String, String>>,
     /// Host and port, as references name them.
     pub address: String,
 }
@@ -53,7 +58,7 @@ impl<'host> Registry<'host> {
             .stderr(log)
             .spawn()
             .context("starting docker-registry")?;
-        let registry = Self { process, host, data, address };
+        let registry = Self { process, host, data, blobs: Mutex::default(), address };
         within(SOON, "docker-registry answers", || {
             let answer = registry.ask(|http, root| http.get(format!("{root}/v2/")).send())?;
             Ok(answer.status().is_success().then_some(()))
@@ -66,9 +71,16 @@ impl<'host> Registry<'host> {
     /// # Errors
     /// When the registry refuses a part.
     pub fn push(&self, repository: &str, tag: &str, image: &Sealed) -> Result<String> {
+        let mut blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
         for (digest, bytes) in &image.blobs {
-            let begun =
-                self.ask(|http, root| http.post(format!("{root}/v2/{repository}/blobs/uploads/")).send())?;
+            let known = blobs.get(digest).map(|from| format!("?mount={digest}&from={from}"));
+            let begun = self.ask(|http, root| {
+                let uploads = format!("{root}/v2/{repository}/blobs/uploads/");
+                http.post(uploads + known.as_deref().unwrap_or_default()).send()
+            })?;
+            if known.is_some() && begun.status() == StatusCode::CREATED {
+                continue;
+            }
             let location =
                 begun.headers().get(LOCATION).context("no place to upload to")?.to_str()?.to_owned();
             let put = self.ask(|http, root| {
@@ -76,6 +88,7 @@ impl<'host> Registry<'host> {
                 http.put(format!("{location}&digest={digest}")).body(bytes.clone()).send()
             })?;
             ensure!(put.status().is_success(), "the registry refuses {digest}: {}", put.status());
+            blobs.insert(digest.clone(), repository.to_owned());
         }
         let put = self.ask(|http, root| {
             http.put(format!("{root}/v2/{repository}/manifests/{tag}"))

@@ -188,14 +188,16 @@ impl Critest<'_> {
 
     /// The command that runs critest in the daemon's namespaces.
     fn command(&self, report: &Path, focus: &[&str]) -> Result<Command> {
+        let endpoint = format!("unix://{}", self.daemon.socket().display());
         let mut command = self.daemon.host().command("nsenter");
         command
             .arg(format!("--ipc=/proc/{}/ns/ipc", self.daemon.pid()?))
             .arg("--")
             .arg(self.programs.join("critest"))
-            .arg(format!("-runtime-endpoint=unix://{}", self.daemon.socket().display()))
-            // Not /etc/crictl.yaml, which may be for another runtime.
-            .arg("-config=/dev/null")
+            // Both: critest takes one that is missing from /etc/crictl.yaml, which may be for
+            // another runtime, and which it reads before it looks at `-config`.
+            .arg(format!("-runtime-endpoint={endpoint}"))
+            .arg(format!("-image-endpoint={endpoint}"))
             .arg("-ginkgo.no-color")
             .arg(format!("-ginkgo.timeout={LIMIT}"))
             .arg(format!("-ginkgo.json-report={}", report.display()))

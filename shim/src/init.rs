@@ -11,11 +11,11 @@
 //! ([`go_on_inside`]). What that sibling says is not trusted ([`crate::handshake`]).
 
 use std::ffi::CString;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use berth_shim_proto::control::{Created, Failed};
 use berth_shim_proto::launch::{Cgroup, Launch, Namespaces, PidNamespace, Process};
@@ -47,6 +47,36 @@ pub(crate) struct Stdio {
     pub(crate) error: OwnedFd,
 }
 
+/// The container that a process of exec enters.
+pub(crate) struct Entered<'a> {
+    /// Its main process.
+    pub(crate) main: BorrowedFd<'a>,
+    pub(crate) user: &'a Resolved,
+    /// Where it has its processes, if not in its own cgroup.
+    pub(crate) joins: Option<&'a SubCgroup>,
+}
+
+/// A cgroup below a container's own.
+pub(crate) struct SubCgroup {
+    /// The container's own directory.
+    pub(crate) own: OwnedFd,
+    pub(crate) below: PathBuf,
+}
+
+impl SubCgroup {
+    /// Moves this process there. The names are the container's, so they are resolved below its
+    /// directory, and that may take for ever.
+    fn join(&self) -> Result<(), Failed> {
+        let members = self.below.join("cgroup.procs");
+        self.own
+            .try_clone()
+            .and_then(Root::from_fd)
+            .and_then(|own| own.open_with(&members, file::READ_WRITE))
+            .and_then(|members| File::from(members).write_all(b"0"))
+            .step("join the cgroup", members.display())
+    }
+}
+
 impl Stdio {
     fn all(&self) -> [BorrowedFd<'_>; 3] {
         [self.input.as_fd(), self.output.as_fd(), self.error.as_fd()]
@@ -65,16 +95,15 @@ pub(crate) fn run_main(
     process::exit_now(127)
 }
 
-/// A process of exec, in the container of the main process `main`. Never returns.
+/// A process of exec. Never returns.
 pub(crate) fn run_exec(
     launch: &Launch,
     program: &Process,
-    main: BorrowedFd<'_>,
-    user: &Resolved,
+    entered: &Entered<'_>,
     streams: ExecStreams,
     end: &mut ChildEnd,
 ) -> ! {
-    let failed = become_exec(launch, program, main, user, streams, end);
+    let failed = become_exec(launch, program, entered, streams, end);
     end.failed(&failed);
     process::exit_now(127)
 }
@@ -177,12 +206,11 @@ fn lead_session(has_terminal: bool) -> Result<(), Failed> {
 fn become_exec(
     launch: &Launch,
     program: &Process,
-    main: BorrowedFd<'_>,
-    user: &Resolved,
+    entered: &Entered<'_>,
     streams: ExecStreams,
     end: &mut ChildEnd,
 ) -> Failed {
-    match prepare_exec(launch, program, main, user, streams, end) {
+    match prepare_exec(launch, program, entered, streams, end) {
         Ok((exec, privileges)) => execute::finish_exec(program, &exec, privileges),
         Err(failed) => failed,
     }
@@ -191,19 +219,21 @@ fn become_exec(
 fn prepare_exec(
     launch: &Launch,
     program: &Process,
-    main: BorrowedFd<'_>,
-    user: &Resolved,
+    entered: &Entered<'_>,
     streams: ExecStreams,
     end: &mut ChildEnd,
 ) -> Result<(Program, Privileges), Failed> {
+    let Entered { main, user, joins } = *entered;
     let mut kept = end.all();
     match &streams {
         ExecStreams::Pipes(stdio) => kept.extend(stdio.all()),
         ExecStreams::Terminal(taker) => kept.push(taker.as_fd()),
     }
     kept.push(main);
+    kept.extend(joins.map(|place| place.own.as_fd()));
     keep_only(&kept)?;
     begin(&launch.cgroup)?;
+    joins.map_or(Ok(()), SubCgroup::join)?;
     let mut notes = Vec::new();
     execute::set_limits(program, &mut notes)?;
     let profile = Profile::find(&program.apparmor_profile)?;
@@ -326,7 +356,7 @@ fn place(stdio: Stdio, user: &Resolved) -> Result<(), Failed> {
 }
 
 fn give_away(descriptor: BorrowedFd<'_>, user: &Resolved) -> Result<(), Failed> {
-    let file = std::fs::File::from(descriptor.try_clone_to_owned().step("copy a descriptor", "")?);
+    let file = File::from(descriptor.try_clone_to_owned().step("copy a descriptor", "")?);
     let metadata = file.metadata().step("examine a standard stream", "")?;
     // The null device is shared.
     if metadata.file_type().is_fifo() && metadata.uid() != user.uid {

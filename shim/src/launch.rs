@@ -9,7 +9,6 @@ use std::path::Path;
 
 use berth_shim_proto::control::{Created, ExecRequest, Failed, exec_process};
 use berth_shim_proto::launch::{Cgroup, Launch, PidNamespace};
-use berth_sys::beneath::Root;
 use berth_sys::process::{self, Cloned, namespace};
 use berth_sys::{file, socket};
 
@@ -19,7 +18,7 @@ use crate::exit::{self, OomCounter};
 use crate::failure::{Step, refused};
 use crate::handshake;
 use crate::host_path::host_path;
-use crate::init::{self, ExecStreams, Stdio};
+use crate::init::{self, Entered, ExecStreams, Stdio, SubCgroup};
 use crate::log_queue::Log;
 use crate::null_device;
 use crate::procfs::Target;
@@ -232,17 +231,12 @@ pub(crate) fn exec(
         home: container.created.home.clone(),
     };
     let (end, mut child_end) = handshake::pair(false).step("create a pipe", "")?;
-    match clone_into(container).step(STEP, "")? {
+    let (cloned, joins) = clone_into(container).step(STEP, "")?;
+    match cloned {
         Cloned::Child => {
             drop((end, streams));
-            init::run_exec(
-                &container.launch,
-                &program,
-                container.pidfd.as_fd(),
-                &user,
-                child_streams,
-                &mut child_end,
-            )
+            let entered = Entered { main: container.pidfd.as_fd(), user: &user, joins: joins.as_ref() };
+            init::run_exec(&container.launch, &program, &entered, child_streams, &mut child_end)
         }
         Cloned::Parent { pid, .. } => Ok((Birth::of_exec(end, pid), streams)),
     }
@@ -270,12 +264,12 @@ fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> Result<OwnedFd, Fai
 ///
 /// A container that manages its own part of the tree (systemd in a privileged pod) has its
 /// processes in cgroups below, and enabled controllers for them: then no process may be in the
-/// cgroup itself, cgroups(7), "no internal processes", and the child joins where the main process
-/// is.
-fn clone_into(container: &Container) -> io::Result<Cloned> {
+/// cgroup itself, cgroups(7), "no internal processes". The child, which may have to wait for ever
+/// for a directory that the container keeps locked, joins where the main process is by itself.
+fn clone_into(container: &Container) -> io::Result<(Cloned, Option<SubCgroup>)> {
     let unified = &container.launch.cgroup.unified_dir;
     if unified.is_empty() {
-        return process::clone_process(0, None);
+        return Ok((process::clone_process(0, None)?, None));
     }
     let own = File::open(host_path(unified))?;
     match process::clone_process(0, Some(own.as_fd())) {
@@ -283,11 +277,10 @@ fn clone_into(container: &Container) -> io::Result<Cloned> {
             let below = Path::new("/proc").join(container.created.pid.to_string()).join("cgroup");
             let listed = std::fs::read(below)?;
             let Some(below) = below_in_hierarchy(unified, &listed) else { return Err(error) };
-            // Names in there are the container's; they cannot lead out.
-            let place = Root::from_fd(own.into())?.resolve(Path::new(below))?;
-            process::clone_process(0, Some(place.as_fd()))
+            let place = SubCgroup { own: own.into(), below: below.into() };
+            Ok((process::clone_process(0, None)?, Some(place)))
         }
-        other => other,
+        other => Ok((other?, None)),
     }
 }
 

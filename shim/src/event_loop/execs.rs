@@ -28,6 +28,10 @@ const RESERVED_DESCRIPTORS: u64 = 64;
 /// The most descriptors that an exec uses while it starts.
 const DESCRIPTORS_OF_ONE: usize = 16;
 
+/// How many children that were killed before their program may be unable to end. Each is one that
+/// waits for a directory that the container keeps locked, or for its filesystem.
+const MOST_ABANDONED: usize = 64;
+
 /// A program of exec: starting, running, or ended.
 #[derive(Debug)]
 pub(super) struct Exec {
@@ -95,6 +99,14 @@ impl Shim {
         let State::Running { container, .. } = &self.state else {
             return Err(refused(STEP, "it is not running"));
         };
+        if self.abandoned.len() >= MOST_ABANDONED {
+            let detail = format!(
+                "{} earlier ones were killed on their way in and cannot end: a filesystem of the container \
+                 hangs, or it keeps its cgroup locked; end the container",
+                self.abandoned.len()
+            );
+            return Err(refused(STEP, detail));
+        }
         self.check_descriptors(STEP)?;
         let (birth, streams) = launch::exec(container, request, descriptors)?;
         let token = self.new_tokens(1);
@@ -192,6 +204,7 @@ impl Shim {
         if let Some(birth) = exec.birth() {
             birth.kill();
             self.unwatch(birth);
+            self.abandoned.extend(birth.children());
         }
         self.relays.end(exec.token, &self.poll);
         self.reply(exec.asker.connection, exec.asker.request_id, Answer::Failed(failed));
@@ -209,6 +222,7 @@ impl Shim {
 
     /// Handles a reaped child that may belong to an exec.
     pub(super) fn exec_child_ended(&mut self, pid: i32, exit_code: i32) {
+        self.abandoned.retain(|abandoned| *abandoned != pid);
         for index in (0..self.execs.len()).rev() {
             let Some(exec) = self.execs.get_mut(index) else { continue };
             match &mut exec.stage {

@@ -181,6 +181,8 @@ struct Shim {
     next_token: u64,
     state: State,
     execs: Vec<Exec>,
+    /// Children of failed execs that were not reaped yet.
+    abandoned: Vec<i32>,
     relays: Relays,
     /// The flows of clients to the container's input.
     inputs: Vec<u64>,
@@ -219,6 +221,7 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
         next_token: TOKEN_FIRST + 1,
         state: State::Empty,
         execs: Vec::new(),
+        abandoned: Vec::new(),
         relays: Relays::default(),
         inputs: Vec::new(),
         writer: Some(writer),

@@ -40,6 +40,42 @@ for my $directory (@directories) {
 sleep 100000;
 ";
 
+/// Moves to a cgroup below its own and enables controllers there, as systemd does in a pod, so that
+/// programs of exec have to find the way. Holds its own, has another wait to create something in
+/// there, and has the kernel forget the names of cgroups: by memory.reclaim.
+const MANAGE: &str = "
+sub put { open my $file, '>', $_[0] or die \"$_[0]: $!\"; print $file $_[1]; close $file or die \"$_[0]: $!\"; }
+sub is_in { open my $file, '<', \"/proc/$_[0]/syscall\" or return 0; return <$file> =~ /^$_[1] /; }
+sub until_in { until (is_in(@_)) { select undef, undef, undef, 0.01; } }
+open my $list, '<', '/proc/self/cgroup';
+my ($path) = map { /^0::(.*)/ } <$list>;
+my $own = \"/sys/fs/cgroup$path\";
+mkdir \"$own/below\" or die \"mkdir: $!\";
+put(\"$own/below/cgroup.procs\", $$);
+open my $controllers, '<', \"$own/cgroup.controllers\";
+put(\"$own/cgroup.subtree_control\", \"+$_\") for split ' ', <$controllers>;
+open my $reclaim, '>', \"$own/memory.reclaim\" or die \"memory.reclaim: $!\";
+my $holder = fork;
+if (!$holder) {
+    my $page = syscall(9, 0, 4096, 3, 0x22, -1, 0);
+    my $faults = syscall(323, 0);
+    my $version = pack('QQQ', 0xaa, 0, 0);
+    syscall(16, $faults, 0xc018aa3f, $version) == 0 or die \"userfaultfd: $!\";
+    my $range = pack('QQQQ', $page, 4096, 1, 0);
+    syscall(16, $faults, 0xc020aa00, $range) == 0 or die \"userfaultfd: $!\";
+    syscall(217, syscall(2, $own, 0200000), $page, 4096);
+    exit;
+}
+until_in($holder, 217);
+my $waiting = fork;
+if (!$waiting) { syscall(2, \"$own/new\", 0101, 0600); exit; }
+until_in($waiting, 2);
+syswrite $reclaim, '1G' for 1 .. 20;
+$| = 1;
+print \"held\\n\";
+sleep 100000;
+";
+
 /// A container that keeps its cgroup locked.
 struct Holder {
     pod: Pod,
@@ -54,6 +90,21 @@ fn is_in(pid: i32, call: &str) -> bool {
     inside.split(' ').next() == Some(call)
 }
 
+/// A container that runs this in the node's Perl. `None` where that cannot be.
+fn perl(script: &str) -> Result<Option<v1::ContainerConfig>> {
+    if !Path::new("/usr/bin/perl").exists() || !Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists() {
+        skip("held_cgroups", "no userfaultfd or no /usr/bin/perl here");
+        return Ok(None);
+    }
+    let mut config = container("holder", &["/usr/bin/perl", "-e", script]);
+    let library = Path::new("/lib").canonicalize()?;
+    let loader = Path::new("/lib64").canonicalize()?;
+    for (from, to) in [(Path::new("/usr"), "/usr"), (&library, "/lib"), (&loader, "/lib64")] {
+        config.mounts.push(v1::Mount { readonly: true, ..volume(from, to) });
+    }
+    Ok(Some(config))
+}
+
 impl Holder {
     /// `None` where that cannot be.
     fn start(
@@ -61,18 +112,8 @@ impl Holder {
         pod: Pod,
         change: fn(v1::ContainerConfig) -> v1::ContainerConfig,
     ) -> Result<Option<Self>> {
-        if !Path::new("/usr/bin/perl").exists()
-            || !Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists()
-        {
-            skip("held_cgroups", "no userfaultfd or no /usr/bin/perl here");
-            return Ok(None);
-        }
-        let mut config = change(container("holder", &["/usr/bin/perl", "-e", HOLD]));
-        let library = Path::new("/lib").canonicalize()?;
-        let loader = Path::new("/lib64").canonicalize()?;
-        for (from, to) in [(Path::new("/usr"), "/usr"), (&library, "/lib"), (&loader, "/lib64")] {
-            config.mounts.push(v1::Mount { readonly: true, ..volume(from, to) });
-        }
+        let Some(config) = perl(HOLD)? else { return Ok(None) };
+        let mut config = change(config);
         // Who has a filesystem of its own mounted needs neither.
         let context = security(&mut config);
         context.capabilities.get_or_insert_default().add_capabilities.push("SYS_PTRACE".to_owned());
@@ -198,5 +239,40 @@ fn processes_that_hold_their_cgroup_end_with_their_container_in_a_shared_pid_nam
         assert_eq!(holder.main.status()?.state(), v1::ContainerState::ContainerExited);
         holder.pod.remove()?;
         is_gone(daemon, holder)
+    })
+}
+
+#[test]
+fn a_container_that_holds_its_cgroup_keeps_only_the_program_waiting_that_enters_below() -> Result<()> {
+    rootful(|daemon| {
+        if !daemon.cgroup().is_unified() {
+            skip("held_cgroups", "cgroup v1 allows processes in every cgroup");
+            return Ok(());
+        }
+        let Some(mut config) = perl(MANAGE)? else { return Ok(()) };
+        let mut of_pod = daemon.pod_config("manages");
+        of_pod.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+        let pod = daemon.pod_of(of_pod)?;
+        security(&mut config).privileged = true;
+        let main = pod.start(config)?;
+        main.says("held")?;
+        let shim = main.shim_pid()?;
+        let (client, container_id) = (daemon.client(), main.id.clone());
+        let enters = Call::begin(move || {
+            let cmd = ["/usr/bin/perl", "-e", "1"].map(str::to_owned).to_vec();
+            client.exec_sync(v1::ExecSyncRequest { container_id, cmd, timeout: 0 })
+        });
+        let waits = |pid: i32| status_field(pid, "State").is_some_and(|state| state.starts_with('D'));
+        within(SOON, "the program waits on its way in", || {
+            let waiting = children(shim)?.into_iter().filter(|pid| *pid != main.pid().unwrap_or(0));
+            Ok(waiting.into_iter().any(waits).then_some(()))
+        })?;
+        ensure!(!waits(shim), "the shim waits");
+        let (client, id) = (daemon.client(), main.id.clone());
+        Call::begin(move || client.stop(&id, 0)).answer()??;
+        assert_eq!(main.status()?.state(), v1::ContainerState::ContainerExited);
+        let _ = enters.answer()?;
+        pod.remove()?;
+        within(SOON, "its cgroup is gone", || Ok(daemon.cgroup().below(&main.id).is_empty().then_some(())))
     })
 }

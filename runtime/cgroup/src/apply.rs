@@ -50,7 +50,7 @@ impl Cgroup {
         let Err(error) = changed else { return Ok(notes) };
         let mut failures = Vec::new();
         for (file, earlier) in done.into_iter().flatten().rev() {
-            failures.extend(control_file::write(self.files.as_ref(), &file, &earlier).err());
+            failures.extend(self.write(&file, &earlier).err());
         }
         if failures.is_empty() {
             Err(error)
@@ -64,14 +64,10 @@ impl Cgroup {
     #[must_use]
     pub fn read_back(&self, asked: &Limits, earlier: &Limits) -> Limits {
         let number = |controller: &str, file: &str| {
-            self.dir_of(controller).and_then(|dir| {
-                control_file::read_number(self.files.as_ref(), &dir.join(file)).ok().flatten()
-            })
+            self.dir_of(controller).and_then(|dir| self.read_number(&dir.join(file)).ok().flatten())
         };
         let text = |controller: &str, file: &str| -> Option<String> {
-            let bytes =
-                control_file::read_if_there(self.files.as_ref(), &self.dir_of(controller)?.join(file))
-                    .ok()??;
+            let bytes = self.read_if_there(&self.dir_of(controller)?.join(file)).ok()??;
             Some(String::from_utf8_lossy(bytes.trim_ascii()).into_owned())
         };
         let word = |controller: &str, file: &str, at: usize| -> Option<Ceiling> {
@@ -171,20 +167,16 @@ impl Cgroup {
         let Some(memory) = self.dir_of("memory") else { return Ok(Present::default()) };
         match &self.place {
             Place::Legacy(_) => Ok(Present {
-                memory_and_swap_bytes: control_file::read_number(
-                    self.files.as_ref(),
-                    &memory.join("memory.memsw.limit_in_bytes"),
-                )?,
+                memory_and_swap_bytes: self.read_number(&memory.join("memory.memsw.limit_in_bytes"))?,
                 ..Present::default()
             }),
             Place::Unified(dir) => {
-                let cpu_max = control_file::read_if_there(self.files.as_ref(), &dir.join("cpu.max"))?
-                    .unwrap_or_default();
+                let cpu_max = self.read_if_there(&dir.join("cpu.max"))?.unwrap_or_default();
                 let mut words = cpu_max.split(u8::is_ascii_whitespace).map(String::from_utf8_lossy);
                 let quota = words.next().unwrap_or_default().into_owned();
                 let period = words.next().and_then(|period| period.parse().ok());
                 Ok(Present {
-                    memory_bytes: control_file::read_number(self.files.as_ref(), &memory.join("memory.max"))?,
+                    memory_bytes: self.read_number(&memory.join("memory.max"))?,
                     cpu_quota: Some(quota).filter(|quota| !quota.is_empty()),
                     cpu_period_us: period,
                     ..Present::default()
@@ -196,16 +188,14 @@ impl Cgroup {
     /// v2 only: ensures that a memory limit of `bytes` will not cause an OOM kill.
     fn make_room(&self, bytes: u64) -> Result<(), Error> {
         let Place::Unified(dir) = &self.place else { return Ok(()) };
-        let usage =
-            || Ok(control_file::read_number(self.files.as_ref(), &dir.join("memory.current"))?.unwrap_or(0));
+        let usage = || Ok(self.read_number(&dir.join("memory.current"))?.unwrap_or(0));
         let excess = usage()?.saturating_sub(bytes);
         if excess == 0 {
             return Ok(());
         }
         // EAGAIN says that less than that could be freed, ENOENT that the kernel is too old: the
         // second look decides.
-        let _ =
-            control_file::write_value(self.files.as_ref(), &dir.join("memory.reclaim"), &excess.to_string());
+        let _ = self.write_value(&dir.join("memory.reclaim"), &excess.to_string());
         let usage_bytes = usage()?;
         if usage_bytes > bytes {
             return Err(Error::LimitBelowUsage { path: dir.clone(), limit_bytes: bytes, usage_bytes });
@@ -256,10 +246,10 @@ impl Cgroup {
         let Some(dir) = self.dir_of(step.controller) else { return missing(notes, self.main_dir()) };
         let path = dir.join(&step.file);
         let earlier = match done {
-            Some(_) => control_file::read_if_there(self.files.as_ref(), &path)?,
+            Some(_) => self.read_if_there(&path)?,
             None => None,
         };
-        match control_file::write_value(self.files.as_ref(), &path, &step.value) {
+        match self.write_value(&path, &step.value) {
             Ok(()) => {
                 if let (Some(done), Some(earlier)) = (done, earlier) {
                     done.push((path, String::from_utf8_lossy(earlier.trim_ascii()).into_owned()));

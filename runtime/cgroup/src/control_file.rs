@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use berth_sys::errno::ENODEV;
 
-use crate::{Error, Files, OpenFor};
+use crate::{Cgroup, Error, Files, OpenFor};
 
 /// The most that is read from one file. The longest is `cgroup.procs`: 8 bytes for each of at most
 /// 4,194,304 pids (`kernel.pid_max`, proc(5)).
@@ -70,6 +70,29 @@ pub(crate) fn read_if_there(files: &dyn Files, path: &Path) -> Result<Option<Vec
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if is_gone(&error) => Ok(None),
         Err(source) => Err(Error::Read { path: path.into(), source }),
+    }
+}
+
+/// The same of a cgroup, by those who look for names in its directories.
+impl Cgroup {
+    pub(crate) fn open_for_writing(&self, path: &Path) -> io::Result<File> {
+        open_for_writing(self.files.as_ref(), path)
+    }
+
+    pub(crate) fn write_value(&self, path: &Path, value: &str) -> io::Result<()> {
+        write_value(self.files.as_ref(), path, value)
+    }
+
+    pub(crate) fn write(&self, path: &Path, value: &str) -> Result<(), Error> {
+        write(self.files.as_ref(), path, value)
+    }
+
+    pub(crate) fn read_if_there(&self, path: &Path) -> Result<Option<Vec<u8>>, Error> {
+        read_if_there(self.files.as_ref(), path)
+    }
+
+    pub(crate) fn read_number(&self, path: &Path) -> Result<Option<u64>, Error> {
+        read_number(self.files.as_ref(), path)
     }
 }
 

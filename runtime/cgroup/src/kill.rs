@@ -91,8 +91,7 @@ impl Cgroup {
     /// [`Error::Read`].
     pub fn is_empty(&self) -> Result<bool, Error> {
         if let Place::Unified(dir) = &self.place {
-            let Some(events) = control_file::read_if_there(self.files.as_ref(), &dir.join("cgroup.events"))?
-            else {
+            let Some(events) = self.read_if_there(&dir.join("cgroup.events"))? else {
                 return Ok(true);
             };
             return Ok(control_file::keyed(&events, "populated") == Some(0));
@@ -142,7 +141,7 @@ impl Cgroup {
 
     fn kill_once(&self) -> Result<(), Error> {
         let Place::Unified(dir) = &self.place else { return self.kill_round() };
-        match control_file::write(self.files.as_ref(), &dir.join("cgroup.kill"), "1") {
+        match self.write(&dir.join("cgroup.kill"), "1") {
             Err(Error::Write { source, .. }) if control_file::is_gone(&source) => Ok(()),
             other => other,
         }
@@ -227,7 +226,7 @@ impl<'a> Frozen<'a> {
     fn new(cgroup: &'a Cgroup, dir: &'a Path) -> Result<Self, Error> {
         let (path, value) = (dir.join(STATE), "FROZEN");
         let mut frozen = Self { cgroup, dir, state: None };
-        let opened = control_file::open_for_writing(cgroup.files.as_ref(), &path);
+        let opened = cgroup.open_for_writing(&path);
         let written = opened.and_then(|file| control_file::write_to(frozen.state.insert(file), value));
         match written {
             Err(source) if !control_file::is_gone(&source) => {
@@ -246,7 +245,7 @@ impl Drop for Frozen<'_> {
             let _ = control_file::write_to(state, THAWED);
         }
         for dir in self.cgroup.tree(self.dir).unwrap_or_default().iter().skip(1) {
-            let _ = control_file::write_value(self.cgroup.files.as_ref(), &dir.join(STATE), THAWED);
+            let _ = self.cgroup.write_value(&dir.join(STATE), THAWED);
         }
     }
 }

@@ -43,9 +43,7 @@ impl Cgroup {
             Some((path, source)) => Err(Error::Remove { path, more, source }),
         }
     }
-}
 
-impl Cgroup {
     /// What could not be removed so far.
     fn remove_directories(&self, until: Instant) -> Vec<(PathBuf, io::Error)> {
         let mut left: Vec<PathBuf> = self.directories().map(Path::to_path_buf).collect();

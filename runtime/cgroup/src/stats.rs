@@ -175,11 +175,11 @@ impl Cgroup {
 
     fn legacy(&self, detail: Detail) -> Result<Stats, Error> {
         let number = |controller: &str, file: &str| match self.dir_of(controller) {
-            Some(dir) => control_file::read_number(self.files.as_ref(), &dir.join(file)),
+            Some(dir) => self.read_number(&dir.join(file)),
             None => Ok(None),
         };
         let bytes = |controller: &str, file: &str| match self.dir_of(controller) {
-            Some(dir) => control_file::read_if_there(self.files.as_ref(), &dir.join(file)),
+            Some(dir) => self.read_if_there(&dir.join(file)),
             None => Ok(None),
         };
         let mut cpu =
@@ -228,7 +228,7 @@ impl Cgroup {
 
     fn oom_kills(&self) -> Result<Option<u64>, Error> {
         let Some(source) = self.oom_source() else { return Ok(None) };
-        let bytes = control_file::read_if_there(self.files.as_ref(), &source.file)?.unwrap_or_default();
+        let bytes = self.read_if_there(&source.file)?.unwrap_or_default();
         Ok(parse_oom_kills(&bytes, source.key))
     }
 }

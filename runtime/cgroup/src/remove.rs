@@ -44,6 +44,20 @@ impl Cgroup {
         }
     }
 
+    /// Kills everything in it and removes it. Blocks for up to twice `within`.
+    ///
+    /// # Errors
+    /// As [`Cgroup::kill`] and [`Cgroup::remove`].
+    pub fn end(&self, within: Duration) -> Result<(), Error> {
+        // Nobody is left in most that are to go, which the kernel says as well. A scope is removed
+        // by systemd.
+        if self.unit.is_none() && self.remove_directories(Instant::now()).is_empty() {
+            return Ok(());
+        }
+        self.kill(within)?;
+        self.remove(within)
+    }
+
     /// What could not be removed so far.
     fn remove_directories(&self, until: Instant) -> Vec<(PathBuf, io::Error)> {
         let mut left: Vec<PathBuf> = self.directories().map(Path::to_path_buf).collect();

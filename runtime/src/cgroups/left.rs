@@ -76,7 +76,7 @@ async fn try_again(left: Arc<Mutex<Vec<Cgroup>>>, end: fn(&Cgroup) -> bool) {
 }
 
 fn end(cgroup: &Cgroup) -> bool {
-    cgroup.kill(ATTEMPT).and_then(|()| cgroup.remove(ATTEMPT)).is_ok()
+    cgroup.end(ATTEMPT).is_ok()
 }
 
 #[cfg(test)]

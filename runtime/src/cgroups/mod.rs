@@ -149,7 +149,7 @@ impl Cgroups {
             }
             Err(error) => {
                 drop(holder);
-                if let Err(left) = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE)) {
+                if let Err(left) = cgroup.end(CGROUP_GONE) {
                     tracing::warn!(id, error = %crate::chain(&left), "cannot remove a cgroup that could not be set up; trying again");
                     self.left.keep(&cgroup);
                 }

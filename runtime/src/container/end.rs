@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use berth_model::security::NamespaceMode;
 use berth_model::state::{ContainerEvent, ContainerState, Exit, ExitReason};
 use berth_shim_proto::exit_record::{self, ExitRecord, MAX_BYTES};
 
@@ -61,11 +62,14 @@ fn read(path: &Path) -> Evidence {
 /// Publishes how it ended, and ends whatever is left of it. Without `told` it is unknown, and
 /// `unread` says why, if there is a record that cannot be read. Blocking.
 pub(super) fn settle(container: &Arc<Container>, told: Option<ExitRecord>, unread: Option<&io::Error>) {
+    let record = told.unwrap_or_else(|| lost(container));
     // Processes that are not in a pid namespace that died with its process 1, or all of them when
     // the shim was lost. Their removal takes time, which lists do not wait for; what is left is
     // handled below.
-    let _ = container.cgroup.kill(Duration::ZERO);
-    let record = told.unwrap_or_else(|| lost(container));
+    let has_own_pids = container.config().security.namespaces.pid == NamespaceMode::Container;
+    if record.lost || !has_own_pids {
+        let _ = container.cgroup.kill(Duration::ZERO);
+    }
     let mut exit = exit(&record);
     match unread {
         Some(error) if record.lost => exit.message = format!("its exit record cannot be read: {error}"),
@@ -98,8 +102,7 @@ pub(super) fn clean(container: &Container) {
     if !container.cgroup.is_there() {
         return;
     }
-    let gone = container.cgroup.kill(CGROUP_GONE).and_then(|()| container.cgroup.remove(CGROUP_GONE));
-    if let Err(error) = gone {
+    if let Err(error) = container.cgroup.end(CGROUP_GONE) {
         tracing::warn!(container = %container.id(), error = %crate::chain(&error), "cannot remove the cgroup of a container; trying again");
         container.left.keep(&container.cgroup);
     }

@@ -304,6 +304,17 @@ pub fn is_child(pid: i32) -> io::Result<bool> {
     Ok(pid > 0 && peek(libc::P_PID, pid.unsigned_abs())?.is_some())
 }
 
+/// The children of the process `pid`, as far as the kernel lists them:
+/// `/proc/PID/task/TID/children`, proc_pid_task(5). Nothing without `CONFIG_PROC_CHILDREN`.
+#[must_use]
+pub fn children(pid: i32) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
 /// A child that has ended and was not reaped, which it still is not afterwards: of all children,
 /// or, with `pid`, that one.
 ///

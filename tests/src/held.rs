@@ -141,7 +141,15 @@ impl<T: Send + 'static> Call<T> {
     /// # Errors
     /// When it does not.
     pub fn answer(self) -> Result<Result<T, Status>> {
-        within(GIVEN_UP, "the call is answered", || Ok(self.thread.is_finished().then_some(())))?;
+        self.answer_within(GIVEN_UP)
+    }
+
+    /// What it answers within `limit`.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn answer_within(self, limit: Duration) -> Result<Result<T, Status>> {
+        within(limit, "the call is answered", || Ok(self.thread.is_finished().then_some(())))?;
         self.thread.join().map_err(|_| anyhow!("the thread panicked"))
     }
 

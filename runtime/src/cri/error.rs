@@ -200,7 +200,9 @@ fn container(error: &ContainerError) -> Code {
 fn host_path(error: &HostPathError) -> Code {
     match error {
         HostPathError::Silent { .. } => Code::DeadlineExceeded,
-        HostPathError::SilentBefore { .. } | HostPathError::TooMany { .. } => Code::Unavailable,
+        HostPathError::SilentBefore { .. }
+        | HostPathError::TooMany { .. }
+        | HostPathError::TooManyPlugins { .. } => Code::Unavailable,
         HostPathError::Failed(_) | HostPathError::Ask(_) | HostPathError::Lost { .. } => Code::Internal,
     }
 }

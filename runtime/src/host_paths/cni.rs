@@ -109,6 +109,16 @@ impl Directories {
     }
 }
 
+impl Task {
+    /// Whether plugins may be run for it.
+    pub(super) fn runs_plugins(&self) -> bool {
+        match self {
+            Self::Attach { .. } | Self::Detach { .. } | Self::Status { .. } | Self::Collect { .. } => true,
+            Self::Configuration { .. } | Self::Addresses { .. } | Self::Sandboxes => false,
+        }
+    }
+}
+
 impl Asked {
     /// The directories that it may need.
     pub(crate) fn paths(&self) -> Vec<PathBuf> {

@@ -257,6 +257,18 @@ impl Ask {
     pub(super) fn is_of_a_cgroup(&self) -> bool {
         matches!(self, Self::OpenControl(_) | Self::Tree(_) | Self::RemoveCgroup(_))
     }
+
+    /// Whether it certainly changes nothing, also when it is answered late.
+    pub(super) fn only_looks(&self) -> bool {
+        matches!(
+            self,
+            Self::Devices(_)
+                | Self::DeviceBelow(_)
+                | Self::HostDevices(())
+                | Self::Profile(_)
+                | Self::Checkup(_)
+        )
+    }
 }
 
 impl From<Ask> for Question {

@@ -10,13 +10,15 @@
 //! So the daemon itself only asks what the kernel has in memory, which never waits. That answers
 //! almost every path, as the client has created it a moment ago. The rest is done by workers:
 //! processes of this same program that hold nothing of the daemon's. Each question has a worker to
-//! itself, and `PATIENCE`: after that the worker is killed and left behind, and the question has
-//! failed.
+//! itself, and `PATIENCE`: after that the worker is left behind, and the question has failed.
 //!
 //! ```text
 //!  idle -- question --> busy -- answer --> idle (one is kept, the others end)
-//!                        '--- PATIENCE over --> stuck (killed) -- its wait is over --> gone
+//!                        '--- PATIENCE over --> stuck -- its wait is over --> gone
 //! ```
+//! One that is stuck is killed, so that it does nothing late. That ends some waits, and says
+//! nothing of the path; one that only looks is left to find out, with nobody to tell.
+//!
 //! While a worker is stuck, its path and everything below fails at once. So do other names in the
 //! same directory once `AT_ONE_PLACE` workers are stuck there; if they are slow only, others wait.
 //! `MOST` limits the workers that are busy or stuck: beyond it only what the kernel has in memory
@@ -28,7 +30,8 @@
 //! the other paths (`MOST_OF_CGROUPS`).
 //!
 //! What is done for CNI goes to several directories and runs plugins ([`cni`]). Its worker says
-//! where it is before each step, and each step has `PATIENCE` to itself.
+//! where it is before each step, and each step has `PATIENCE` to itself. Plugins that were killed
+//! and cannot end count as their worker does, and beyond `MOST_PLUGINS` no more are run.
 
 mod cgroup;
 pub(crate) mod cni;
@@ -49,6 +52,7 @@ use berth_cgroup::OpenFor;
 use berth_checkup::Finding;
 use berth_model::container::Device;
 use berth_shim_proto::frame;
+use berth_sys::ending::{Ending, ending};
 use berth_sys::process::{Child, Program, SIGKILL};
 use berth_sys::{host_path, process, socket};
 use tokio::runtime::Handle;
@@ -81,6 +85,9 @@ const MOST_OF_CGROUPS: usize = 32;
 
 /// How many there may be for CNI, where plugins may take a minute.
 const MOST_FOR_CNI: usize = 256;
+
+/// How many workers may be stuck because of plugins that were killed and cannot end.
+const MOST_PLUGINS: usize = 8;
 
 /// How long to wait for a worker that is at work in a cgroup before another is started, which takes
 /// longer than most of that work.
@@ -130,6 +137,16 @@ pub enum HostPathError {
         /// How many.
         count: usize,
         /// One of them.
+        example: String,
+    },
+    /// There are too many plugins that cannot end.
+    #[error(
+        "no CNI plugin is run: {count} were killed and cannot end, {example} among them, because a filesystem hangs or a container keeps a directory locked; end that container or unmount the filesystem, and try again"
+    )]
+    TooManyPlugins {
+        /// How many workers have such plugins.
+        count: usize,
+        /// One of the plugins.
         example: String,
     },
     /// It answered that it cannot.
@@ -212,15 +229,52 @@ struct Busy {
     since: Instant,
 }
 
-/// A worker that was killed and cannot end.
+/// A worker that was left behind and has not ended.
 #[derive(Debug)]
 struct Stuck {
     pid: i32,
     paths: Vec<PathBuf>,
     /// For each path the lowest directory on the way that is known.
     places: Vec<PathBuf>,
-    of_a_cgroup: bool,
+    kind: Kind,
+    /// It may have ended only because it was killed.
+    was_killed: bool,
+    /// What it ran and what cannot end.
+    plugin: Option<PathBuf>,
     since: Instant,
+}
+
+/// What a question is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Paths of the host.
+    Paths,
+    /// The directories of a cgroup.
+    Cgroup,
+    /// What CNI plugins are run for.
+    Plugins,
+}
+
+/// What is known of a question before it is put.
+#[derive(Debug)]
+struct Scope {
+    kind: Kind,
+    /// Nothing is changed for it.
+    only_looks: bool,
+    paths: Vec<PathBuf>,
+    /// How long each step may take.
+    patience: Duration,
+}
+
+impl Scope {
+    fn new(kind: Kind, paths: Vec<PathBuf>) -> Self {
+        let patience = if kind == Kind::Cgroup { CGROUP_PATIENCE } else { PATIENCE };
+        Self { kind, only_looks: false, paths, patience }
+    }
+
+    fn of_a_cgroup(&self) -> bool {
+        self.kind == Kind::Cgroup
+    }
 }
 
 /// What a worker has said.
@@ -230,6 +284,38 @@ enum Heard {
     Answer(Tell, Vec<OwnedFd>),
     /// Nothing more for so long, and where it was, if it has said.
     Silence(Duration, Option<PathBuf>),
+}
+
+/// Processes that were started by a worker.
+#[derive(Debug, Default)]
+struct Started(Vec<OwnedFd>);
+
+impl Started {
+    /// By the worker `pid`, and there still.
+    fn all(pid: i32) -> Self {
+        Self(process::children(pid).into_iter().filter_map(|child| process::open_pidfd(child).ok()).collect())
+    }
+
+    /// Those of them that were killed and cannot end.
+    fn killed(pid: i32) -> Self {
+        let was_killed = |child: &i32| matches!(ending(*child), Ok(Ending::Killed | Ending::Over));
+        let killed = process::children(pid).into_iter().filter(was_killed);
+        let mut killed = Self(killed.filter_map(|child| process::open_pidfd(child).ok()).collect());
+        killed.forget_ended();
+        killed
+    }
+
+    fn kill(&self) {
+        for process in &self.0 {
+            let _ = process::signal_pidfd(process.as_fd(), SIGKILL);
+        }
+    }
+
+    /// Whether there is one left.
+    fn forget_ended(&mut self) -> bool {
+        self.0.retain(|process| !process::has_ended(process.as_fd()).unwrap_or(false));
+        !self.0.is_empty()
+    }
 }
 
 impl HostPaths {
@@ -309,9 +395,9 @@ impl HostPaths {
         }
     }
 
-    /// Whether one of the paths is known not to answer.
-    pub(crate) fn check(&self, paths: &[PathBuf]) -> Result<(), HostPathError> {
-        lock(&self.shared.workers).refuse_what_is_stuck(paths, false)
+    /// Whether CNI plugins, which need these directories, are known not to answer.
+    pub(crate) fn check_plugins(&self, paths: Vec<PathBuf>) -> Result<(), HostPathError> {
+        lock(&self.shared.workers).refuse_what_is_stuck(&Scope::new(Kind::Plugins, paths))
     }
 
     /// Does something about CNI, and waits for each directory for `patience` at most.
@@ -320,7 +406,10 @@ impl HostPaths {
         let encoded = serde_json::to_vec(asked).map_err(|error| failed(&paths, &error))?;
         let ask =
             Ask::Cni(AskedCni { asked: encoded, paths: paths.iter().map(|path| bytes_of(path)).collect() });
-        match self.ask_within(ask, patience.min(PATIENCE))?.0 {
+        let only_looks = !asked.task.runs_plugins();
+        let kind = if only_looks { Kind::Paths } else { Kind::Plugins };
+        let scope = Scope { kind, only_looks, paths: paths.clone(), patience: patience.min(PATIENCE) };
+        match self.ask_about(ask, scope)?.0 {
             Tell::Content(outcome) => {
                 serde_json::from_slice(&outcome).map_err(|error| failed(&paths, &error))
             }
@@ -392,46 +481,46 @@ impl HostPaths {
     }
 
     fn ask(&self, ask: Ask) -> Result<(Tell, Vec<OwnedFd>), HostPathError> {
-        let patience = if ask.is_of_a_cgroup() { CGROUP_PATIENCE } else { PATIENCE };
-        self.ask_within(ask, patience)
+        let kind = if ask.is_of_a_cgroup() { Kind::Cgroup } else { Kind::Paths };
+        let scope = Scope { only_looks: ask.only_looks(), ..Scope::new(kind, ask.paths()) };
+        self.ask_about(ask, scope)
     }
 
-    fn ask_within(&self, ask: Ask, patience: Duration) -> Result<(Tell, Vec<OwnedFd>), HostPathError> {
-        let (paths, of_a_cgroup) = (ask.paths(), ask.is_of_a_cgroup());
-        let frame = frame::encode(&Question::from(ask)).map_err(|error| failed(&paths, &error))?;
-        let (mut idle, slot) = self.begin(&paths, patience, of_a_cgroup)?;
+    fn ask_about(&self, ask: Ask, scope: Scope) -> Result<(Tell, Vec<OwnedFd>), HostPathError> {
+        let frame = frame::encode(&Question::from(ask)).map_err(|error| failed(&scope.paths, &error))?;
+        let (mut idle, slot) = self.begin(&scope)?;
         loop {
             let was_idle = idle.is_some();
             let worker = match idle.take() {
                 Some(worker) => worker,
                 None => Worker::start().map_err(HostPathError::Ask)?,
             };
-            let mut has_begun = false;
-            let heard = worker.converse(&frame, patience, |at| {
+            let (mut has_begun, mut plugin) = (false, None);
+            let heard = worker.converse(&frame, scope.patience, |at| {
                 has_begun = true;
                 slot.is_at(at);
+                plugin = at.milliseconds.map(|_| path_of(&at.path).to_owned()).or(plugin.take());
             });
             match heard {
-                Ok(Heard::Answer(Tell::Failed(Failure { text, path, errno }), _)) => {
-                    self.keep(worker);
-                    let path = path_of(&path).to_owned();
-                    return Err(HostPathError::Failed(Failed { text, path, errno }));
-                }
                 Ok(Heard::Answer(tell, descriptors)) => {
-                    self.keep(worker);
-                    return Ok((tell, descriptors));
+                    self.take_back(worker, plugin);
+                    return match tell {
+                        Tell::Failed(Failure { text, path, errno }) => {
+                            let path = path_of(&path).to_owned();
+                            Err(HostPathError::Failed(Failed { text, path, errno }))
+                        }
+                        tell => Ok((tell, descriptors)),
+                    };
                 }
-                Ok(Heard::Silence(limit, at)) => {
-                    return Err(self.give_up(worker, paths, at, limit, of_a_cgroup));
-                }
+                Ok(Heard::Silence(limit, at)) => return Err(self.give_up(worker, scope, at, limit)),
                 Err(error) => {
                     tracing::warn!(pid = worker.pid, %error, "a process that looks at paths of the host failed");
                     // If it has not ended, it is confused.
                     let _ = process::signal_child(worker.pid, SIGKILL);
-                    self.reap(worker.pid);
+                    self.reap(worker.pid, Started::default());
                     // Somebody may have ended it long ago.
                     if !was_idle || has_begun {
-                        return Err(lost(&shown(&paths)));
+                        return Err(lost(&shown(&scope.paths)));
                     }
                 }
             }
@@ -440,19 +529,15 @@ impl HostPaths {
 
     /// A worker that is idle, if there is one, and the right to have one; unless what is asked
     /// about is known not to answer.
-    fn begin(
-        &self,
-        paths: &[PathBuf],
-        patience: Duration,
-        of_a_cgroup: bool,
-    ) -> Result<(Option<Worker>, Slot), HostPathError> {
-        let shared = &self.shared;
+    fn begin(&self, scope: &Scope) -> Result<(Option<Worker>, Slot), HostPathError> {
+        let Scope { paths, patience, .. } = scope;
+        let (shared, of_a_cgroup) = (&self.shared, scope.of_a_cgroup());
         // Those who make room may have more patience.
-        let end = Instant::now() + if of_a_cgroup { PATIENCE } else { patience };
+        let end = Instant::now() + if of_a_cgroup { PATIENCE } else { *patience };
         let mut workers = lock(&shared.workers);
-        workers.refuse_what_is_stuck(paths, of_a_cgroup)?;
+        workers.refuse_what_is_stuck(scope)?;
         if of_a_cgroup {
-            if workers.stuck.iter().filter(|stuck| stuck.of_a_cgroup).count() >= MOST_OF_CGROUPS {
+            if workers.stuck.iter().filter(|stuck| stuck.kind == Kind::Cgroup).count() >= MOST_OF_CGROUPS {
                 return Err(workers.too_many(paths));
             }
             let is_next = |workers: &mut Workers| workers.idle.is_none() && !workers.busy.is_empty();
@@ -475,15 +560,32 @@ impl HostPaths {
             // Nobody tells when one has become slow.
             let waited = shared.one_less.wait_timeout(workers, left.min(SLOW));
             (workers, _) = waited.unwrap_or_else(PoisonError::into_inner);
-            workers.refuse_what_is_stuck(paths, of_a_cgroup)?;
+            workers.refuse_what_is_stuck(scope)?;
         }
         workers.questions += 1;
         let question = workers.questions;
-        workers.busy.push(Busy { question, paths: paths.to_vec(), since: Instant::now() });
+        workers.busy.push(Busy { question, paths: paths.clone(), since: Instant::now() });
         Ok((workers.idle.take(), Slot { shared: shared.clone(), question }))
     }
 
-    /// Takes back a worker that has answered.
+    /// Takes back a worker that has answered, unless the plugin that it ran cannot end.
+    fn take_back(&self, worker: Worker, plugin: Option<PathBuf>) {
+        let left = plugin.as_ref().map(|_| Started::killed(worker.pid)).unwrap_or_default();
+        match plugin {
+            Some(plugin) if !left.0.is_empty() => {
+                tracing::warn!(plugin = %plugin.display(), "a CNI plugin was killed and cannot end");
+                let Worker { pid, connection } = worker;
+                drop(connection);
+                let (kind, paths, places, since) = (Kind::Plugins, Vec::new(), Vec::new(), Instant::now());
+                let stuck =
+                    Stuck { pid, paths, places, kind, was_killed: false, plugin: Some(plugin), since };
+                lock(&self.shared.workers).stuck.push(stuck);
+                self.reap(pid, left);
+            }
+            _ => self.keep(worker),
+        }
+    }
+
     fn keep(&self, worker: Worker) {
         let mut workers = lock(&self.shared.workers);
         if workers.idle.is_none() {
@@ -493,23 +595,24 @@ impl HostPaths {
             drop(workers);
             // It ends when it sees that.
             drop(worker.connection);
-            self.reap(worker.pid);
+            self.reap(worker.pid, Started::default());
         }
     }
 
     /// `at` is where it was, if it has said so.
-    fn give_up(
-        &self,
-        worker: Worker,
-        asked: Vec<PathBuf>,
-        at: Option<PathBuf>,
-        limit: Duration,
-        of_a_cgroup: bool,
-    ) -> HostPathError {
+    fn give_up(&self, worker: Worker, scope: Scope, at: Option<PathBuf>, limit: Duration) -> HostPathError {
         let Worker { pid, connection } = worker;
-        let _ = process::signal_child(pid, SIGKILL);
+        let Scope { kind, only_looks, paths: asked, patience: _ } = scope;
+        let started = Started::all(pid);
+        let was_killed = !only_looks;
+        if was_killed {
+            // What it was about to run must not be, once it can.
+            started.kill();
+            let _ = process::signal_child(pid, SIGKILL);
+        }
         drop(connection);
-        let is_at_itself = of_a_cgroup || at.is_some();
+        let plugin = at.clone().filter(|_| !started.0.is_empty());
+        let is_at_itself = kind == Kind::Cgroup || at.is_some();
         let (path, paths) = match at {
             // One directory of many, which is locked itself.
             Some(at) => {
@@ -531,26 +634,27 @@ impl HostPaths {
         );
         let error = HostPathError::Silent { path, place: shown(&places), seconds };
         let since = Instant::now() - limit;
-        lock(&self.shared.workers).stuck.push(Stuck { pid, paths, places, of_a_cgroup, since });
-        self.reap(pid);
+        lock(&self.shared.workers).stuck.push(Stuck { pid, paths, places, kind, was_killed, plugin, since });
+        self.reap(pid, started);
         // Those who wait for room there are refused now.
         self.shared.one_less.notify_all();
         error
     }
 
     /// Sees to it that a worker which is to end is waited for, however late it does.
-    fn reap(&self, pid: i32) {
+    /// What it has started counts as it does.
+    fn reap(&self, pid: i32, mut started: Started) {
         let shared = self.shared.clone();
         self.runtime.spawn(async move {
             let (mut pause, begin) = (FIRST_LOOK, tokio::time::Instant::now());
-            while matches!(process::reap_or_running(pid), Ok(Child::Running)) {
+            while matches!(process::reap_or_running(pid), Ok(Child::Running)) || started.forget_ended() {
                 tokio::time::sleep(pause).await;
                 pause = LOOK.min(pause * 2);
             }
             // The kernel lets some waits end with a signal that kills, which says nothing of the
             // path. A container that holds its cgroup ends soon, and the cgroup is to be removed
             // then.
-            let is_its = |stuck: &Stuck| stuck.pid == pid && !stuck.of_a_cgroup;
+            let is_its = |stuck: &Stuck| stuck.pid == pid && stuck.was_killed && stuck.kind != Kind::Cgroup;
             let is_stuck = lock(&shared.workers).stuck.iter().any(is_its);
             if is_stuck && begin.elapsed() < LOOK {
                 tokio::time::sleep(AGAIN).await;
@@ -559,7 +663,14 @@ impl HostPaths {
             if let Some(at) = workers.stuck.iter().position(|stuck| stuck.pid == pid) {
                 let stuck = workers.stuck.swap_remove(at);
                 shared.one_less.notify_all();
-                tracing::info!(path = shown(&stuck.paths), pid, "a path of the host is looked at again");
+                match stuck {
+                    Stuck { plugin: Some(plugin), .. } => {
+                        tracing::info!(plugin = %plugin.display(), "a CNI plugin that was killed has ended");
+                    }
+                    Stuck { paths, .. } => {
+                        tracing::info!(path = shown(&paths), pid, "a path of the host is looked at again");
+                    }
+                }
             }
         });
     }
@@ -595,14 +706,23 @@ impl Drop for Slot {
 }
 
 impl Workers {
-    fn refuse_what_is_stuck(&self, paths: &[PathBuf], of_a_cgroup: bool) -> Result<(), HostPathError> {
-        for path in paths.iter().filter(|_| !self.stuck.is_empty()) {
+    fn refuse_what_is_stuck(&self, scope: &Scope) -> Result<(), HostPathError> {
+        if scope.kind == Kind::Plugins {
+            let plugins: Vec<&Path> = self.stuck.iter().filter_map(|stuck| stuck.plugin.as_deref()).collect();
+            if let [example, .., _] = plugins.as_slice()
+                && plugins.len() >= MOST_PLUGINS
+            {
+                let example = example.display().to_string();
+                return Err(HostPathError::TooManyPlugins { count: plugins.len(), example });
+            }
+        }
+        for path in scope.paths.iter().filter(|_| !self.stuck.is_empty()) {
             for stuck in &self.stuck {
                 if let Some(above) = stuck.paths.iter().find(|above| path.starts_with(above)) {
                     return Err(silent_before(path, above, stuck.since));
                 }
             }
-            if of_a_cgroup {
+            if scope.of_a_cgroup() {
                 continue;
             }
             let place = place(path);
@@ -757,7 +877,9 @@ mod tests {
             pid: 0,
             paths: paths.iter().map(|path| path.to_path_buf()).collect(),
             places: paths.iter().map(|path| place(path)).collect(),
-            of_a_cgroup: false,
+            kind: Kind::Paths,
+            was_killed: true,
+            plugin: None,
             since: Instant::now(),
         }
     }
@@ -769,7 +891,8 @@ mod tests {
         std::fs::create_dir(top.join("held")).unwrap();
         std::fs::create_dir(top.join("other")).unwrap();
         let mut workers = Workers::default();
-        let asked = |workers: &Workers, path: &str| workers.refuse_what_is_stuck(&[top.join(path)], false);
+        let scope = |path: &str| Scope::new(Kind::Paths, vec![top.join(path)]);
+        let asked = |workers: &Workers, path: &str| workers.refuse_what_is_stuck(&scope(path));
         asked(&workers, "held/a").unwrap();
         workers.stuck.push(stuck(&[&top.join("held/a/b")]));
         for path in ["held", "held/a", "held/a/bc", "held/x", "other"] {

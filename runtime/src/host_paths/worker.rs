@@ -30,6 +30,8 @@ pub fn run() -> io::Result<()> {
     process::close_from(CONNECTION.unsigned_abs() + 1, process::CloseRange::Now)?;
     let connection = file::take_inherited(CONNECTION)?;
     process::set_name(c"berthd-hostpath")?;
+    // What plugins leave behind is found here.
+    process::become_subreaper()?;
     std::env::set_current_dir("/")?;
     // What it makes is the pods', and has the mode that it is made with.
     process::set_umask(0);
@@ -123,6 +125,8 @@ fn answer(question: Question, connection: BorrowedFd<'_>) -> Result<Found, Failu
             // Plugins get the daemon's, and what is made for them is only for root.
             process::set_umask(0o077);
             let outcome = cni::perform(&asked, &|step| announce(connection, step));
+            // The daemon looks for those that cannot end.
+            while matches!(process::reap_any(), Ok(Some(_))) {}
             process::set_umask(0);
             Tell::Content(outcome.map_err(|text| Failure { text, ..Failure::default() })?)
         }

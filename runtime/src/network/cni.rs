@@ -233,7 +233,7 @@ impl Cni {
         let Directories { configurations: _, plugins, cache, namespaces } = &self.directories;
         let results = Cache::new(cache).directory().to_owned();
         let needed = [plugins.as_slice(), &[results, namespaces.clone()]].concat();
-        Ok(self.workers.check(&needed)?)
+        Ok(self.workers.check_plugins(needed)?)
     }
 
     /// As far as it is known from the sandbox's id.

@@ -44,7 +44,10 @@ pub enum NetworkError {
 impl NetworkError {
     /// Whether a directory does not answer, which may end.
     pub(crate) fn is_silence(&self) -> bool {
-        use HostPathError::{Silent, SilentBefore, TooMany};
-        matches!(self, Self::Cni(Silent { .. } | SilentBefore { .. } | TooMany { .. }))
+        use HostPathError::{Silent, SilentBefore, TooMany, TooManyPlugins};
+        matches!(
+            self,
+            Self::Cni(Silent { .. } | SilentBefore { .. } | TooMany { .. } | TooManyPlugins { .. })
+        )
     }
 }

@@ -3,13 +3,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::census::status_field;
 use berth_tests::daemon::{Daemon, SOON, Setup, own_namespaces, rootful, rootful_with};
 use berth_tests::deadline::within;
-use berth_tests::held::{Call, Holder, Queued, held_children};
+use berth_tests::held::{Call, GIVEN_UP, Holder, MKDIR, Queued, held_children, waits_in};
 use berth_tests::pod::{Pod, idle, security};
 use tonic::Code;
 
@@ -111,6 +112,7 @@ fn configurations_that_are_held_leave_the_last_good_one_in_use() -> Result<()> {
         serves(daemon, "of-the-next")?;
         let refused = run(daemon, "waits").refused()?;
         ensure!(refused.message().contains(&*held.to_string_lossy()), "{refused:?}");
+        ensure!(held_children(daemon)? > 0, "who only looks was ended, so nobody knows when it answers");
         // What pods have is given back with the configuration that it came from.
         before.remove()?;
         assert_eq!(asked(&trace, "DEL", "before")?, 1);
@@ -191,6 +193,60 @@ fn plugins_that_are_held_keep_only_their_pods_waiting() -> Result<()> {
         daemon.install_cni_script("other", "#!/bin/sh\n")?;
         configure(daemon, "odd")?;
         let pod = within(SOON, "pods are made again", || Ok(daemon.pod("first").ok()))?;
+        pod.remove()?;
+        nothing_is_left(daemon)
+    })
+}
+
+/// How many plugins that were killed may be unable to end.
+const MOST_PLUGINS: usize = 8;
+
+/// How long plugins may take, and who asked waits for them.
+const OPERATION: Duration = Duration::from_secs(60);
+
+/// The processes that make something in `held`, which wait in the kernel.
+fn makers(held: &Path) -> Result<usize> {
+    let mut found = 0;
+    for process in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let is_maker = words.starts_with(b"mkdir")
+            && words.windows(held.as_os_str().len()).any(|part| part == held.as_os_str().as_encoded_bytes());
+        found += usize::from(is_maker && waits_in(pid, MKDIR));
+    }
+    Ok(found)
+}
+
+#[test]
+fn plugins_that_cannot_end_are_no_more_than_some() -> Result<()> {
+    rootful_with(ONLY_CNI, |daemon| {
+        network(daemon)?;
+        let held = daemon.cni().join("held");
+        fs::create_dir(&held)?;
+        let Some(holder) = Holder::start(daemon, agent(daemon, "hostile"), &held)? else { return Ok(()) };
+        // As plugins have others hand out addresses.
+        let plugin =
+            format!("#!/bin/sh\n[ $CNI_COMMAND != ADD ] || mkdir {}/$CNI_CONTAINERID\n", held.display());
+        daemon.install_cni_script("slow", &plugin)?;
+        configure(daemon, "slow")?;
+        let calls: Vec<_> = (0..MOST_PLUGINS).map(|number| run(daemon, &format!("pod-{number}"))).collect();
+        within(SOON, "all wait", || Ok((makers(&held)? == MOST_PLUGINS).then_some(())))?;
+        serves(daemon, "meanwhile")?;
+        for call in calls {
+            let refused = call.answer_within(OPERATION + GIVEN_UP)?.err().context("it is refused")?;
+            ensure!(refused.message().contains("did not finish within"), "{refused:?}");
+        }
+        let refused = run(daemon, "one-more").refused()?;
+        assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+        ensure!(refused.message().contains("8 were killed and cannot end"), "{refused:?}");
+        ensure!(refused.message().contains(&*daemon.cni().join("bin/slow").to_string_lossy()), "{refused:?}");
+        assert_eq!(makers(&held)?, MOST_PLUGINS);
+        ensure!(holder.holds(), "all the time");
+
+        holder.remove()?;
+        within(SOON, "they end", || Ok((makers(&held)? == 0).then_some(())))?;
+        configure(daemon, "odd")?;
+        let pod = within(SOON, "pods are made again", || Ok(daemon.pod("one-more").ok()))?;
         pod.remove()?;
         nothing_is_left(daemon)
     })

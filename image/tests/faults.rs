@@ -44,7 +44,7 @@ impl Pair {
 async fn import(store: &Store, image: &Built, name: &str) -> Image {
     let dir = tempfile::tempdir().unwrap();
     image.write_layout(dir.path(), name);
-    let source = ImportSource::Directory(dir.path().to_owned());
+    let source = ImportSource::directory(dir.path()).unwrap();
     store.import(source, None, quiet()).await.unwrap().pop().unwrap()
 }
 

@@ -249,7 +249,7 @@ async fn import(store: &Store, layers: &[Vec<u8>]) -> Result<Image, ImportError>
     let image = Built::new(layers, Packing::Plain, Family::Oci, "hostile");
     let layout = tempfile::tempdir().unwrap();
     image.write_layout(layout.path(), "hostile:v");
-    let source = ImportSource::Directory(layout.path().to_owned());
+    let source = ImportSource::directory(layout.path()).unwrap();
     store.import(source, None, quiet()).await.map(|mut images| images.pop().unwrap())
 }
 

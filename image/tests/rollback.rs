@@ -17,7 +17,7 @@ use support::*;
 async fn import(store: &Store, image: &Built, progress: Arc<dyn Progress>) -> Result<Image, ImportError> {
     let dir = tempfile::tempdir().unwrap();
     image.write_layout(dir.path(), "app:v");
-    let source = ImportSource::Directory(dir.path().to_owned());
+    let source = ImportSource::directory(dir.path()).unwrap();
     store.import(source, None, progress).await.map(|mut images| images.pop().unwrap())
 }
 

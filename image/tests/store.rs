@@ -21,7 +21,7 @@ use support::*;
 async fn import(store: &Store, image: &Built, name: &str) -> Result<Image, ImportError> {
     let dir = tempfile::tempdir().unwrap();
     image.write_layout(dir.path(), name);
-    let source = ImportSource::Directory(dir.path().to_owned());
+    let source = ImportSource::directory(dir.path()).unwrap();
     store.import(source, None, quiet()).await.map(|mut images| images.pop().unwrap())
 }
 
@@ -312,8 +312,9 @@ async fn a_layout_cannot_make_us_read_files_of_the_host() {
     let outside = dir.path().join("outside");
     fs::rename(&blob, &outside).unwrap();
     std::os::unix::fs::symlink(&outside, &blob).unwrap();
-    let failed =
-        store(&dir.path().join("store")).import(ImportSource::Directory(layout), None, quiet()).await;
+    let failed = store(&dir.path().join("store"))
+        .import(ImportSource::directory(&layout).unwrap(), None, quiet())
+        .await;
     assert!(matches!(failed, Err(ImportError::Missing(_))), "{failed:?}");
 }
 
@@ -469,7 +470,7 @@ async fn images_without_layers_have_an_empty_root_and_outlive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let id = write_odd(&dir.path().join("layout"), config, layers, "");
         let root = dir.path().join("store");
-        let source = || ImportSource::Directory(dir.path().join("layout"));
+        let source = || ImportSource::directory(&dir.path().join("layout")).unwrap();
         let images = store(&root).import(source(), None, quiet()).await.unwrap();
         assert_eq!(images[0].id(), id, "{config}");
         let again = store(&root);
@@ -494,8 +495,9 @@ async fn an_index_corrects_what_an_image_says_of_its_machine() {
         let dir = tempfile::tempdir().unwrap();
         write_odd(&dir.path().join("layout"), wrong, "", &platform);
         let root = dir.path().join("store");
-        let imported =
-            store(&root).import(ImportSource::Directory(dir.path().join("layout")), None, quiet()).await;
+        let imported = store(&root)
+            .import(ImportSource::directory(&dir.path().join("layout")).unwrap(), None, quiet())
+            .await;
         assert_eq!(imported.is_ok(), fine, "{platform}: {imported:?}");
         assert_eq!(store(&root).find("odd:v").is_some(), fine, "{platform}");
     }

@@ -31,7 +31,7 @@ async fn a_nasty_image_is_the_tree_that_umoci_makes() {
     assert!(umoci.status.success(), "{}", String::from_utf8_lossy(&umoci.stderr));
 
     let store = store(&dir.path().join("store"));
-    let images = store.import(ImportSource::Directory(layout), None, quiet()).await.unwrap();
+    let images = store.import(ImportSource::directory(&layout).unwrap(), None, quiet()).await.unwrap();
     let lower = directories(store.stored_layers(&images[0])).unwrap();
     let ours = without_unknown_times(&describe_overlay(&lower, dir.path()));
     let theirs = without_unknown_times(&describe(&bundle.join("rootfs")));

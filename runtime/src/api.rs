@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::chain;
 use crate::cri::error::{CallError, failed};
+use crate::host_paths::HostPathError;
 use crate::node::Node;
 
 /// Events in order; the last one is the result.
@@ -103,7 +104,7 @@ async fn pull(
 
 /// The source of an import.
 async fn source(
-    node: &Node,
+    node: &Arc<Node>,
     start: &v1::ImportStart,
     requests: &mut Streaming<v1::ImportRequest>,
 ) -> Result<ImportSource, CallError> {
@@ -114,26 +115,20 @@ async fn source(
             if !path.is_absolute() {
                 return Err(CallError::Argument(format!("start.path: {} is not absolute", path.display())));
             }
-            tokio::task::spawn_blocking(move || open(&path)).await.map_err(|_| CallError::Stopping)?
+            let node = node.clone();
+            tokio::task::spawn_blocking(move || open(&node, &path)).await.map_err(|_| CallError::Stopping)?
         }
         Some(import_start::Source::Upload(_)) => upload(node, requests).await.map(ImportSource::Archive),
     }
 }
 
-fn open(path: &Path) -> Result<ImportSource, CallError> {
-    let failed =
-        |source: std::io::Error| CallError::Argument(format!("start.path: {}: {source}", path.display()));
-    let metadata = std::fs::metadata(path).map_err(failed)?;
-    if metadata.is_dir() {
-        return Ok(ImportSource::Directory(path.to_owned()));
-    }
-    if !metadata.is_file() {
-        return Err(CallError::Argument(format!(
-            "start.path: {} is neither a file nor a directory",
-            path.display()
-        )));
-    }
-    File::open(path).map(ImportSource::Archive).map_err(failed)
+fn open(node: &Node, path: &Path) -> Result<ImportSource, CallError> {
+    node.host_paths.import(path).map_err(|error| match error {
+        HostPathError::Failed(failed) => {
+            CallError::Argument(format!("start.path: {}: {failed}", path.display()))
+        }
+        error => error.into(),
+    })
 }
 
 /// Collects the chunks in an unnamed file, which vanishes with its descriptor.
@@ -168,7 +163,10 @@ async fn upload(node: &Node, requests: &mut Streaming<v1::ImportRequest>) -> Res
     Ok(file)
 }
 
-async fn import(node: &Node, mut requests: Streaming<v1::ImportRequest>) -> Result<Vec<Image>, CallError> {
+async fn import(
+    node: &Arc<Node>,
+    mut requests: Streaming<v1::ImportRequest>,
+) -> Result<Vec<Image>, CallError> {
     let first = requests.next().await.transpose().map_err(|status| {
         CallError::Argument(format!("the request was interrupted: {}", status.message()))
     })?;

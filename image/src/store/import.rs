@@ -2,7 +2,8 @@
 //! writes.
 //!
 //! The same layers, checks and commit as for a pull; only where the bytes come from differs. A
-//! directory is read through `berth_sys::beneath`, so that links in a hostile layout lead nowhere.
+//! directory is read through [`Layout`], so that whoever calls decides who waits for it; links in a
+//! hostile layout have to lead nowhere.
 //! A tar file is indexed once and its members are read in place.
 //!
 //! Formats: OCI image-spec 1.1, image-layout.md; the `manifest.json` of `docker save` (moby,
@@ -10,6 +11,7 @@
 //! docker have both; `manifest.json` is read then, for it has the full names.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -48,14 +50,40 @@ const CONTAINERD_NAME: &str = "io.containerd.image.name";
 /// Name or just tag (OCI image-spec 1.1, annotations.md).
 const OCI_REF_NAME: &str = "org.opencontainers.image.ref.name";
 
+/// A directory with an OCI image layout, in which links lead nowhere else.
+pub trait Layout: fmt::Debug + Send + Sync {
+    /// Opens a regular file in it, for reading.
+    ///
+    /// # Errors
+    /// Why it cannot; [`io::ErrorKind::NotFound`] when it is absent.
+    fn open(&self, member: &Path) -> io::Result<File>;
+}
+
+impl Layout for Root {
+    fn open(&self, member: &Path) -> io::Result<File> {
+        self.open_regular(member)
+    }
+}
+
 /// Where an import reads from.
 #[derive(Debug)]
 pub enum ImportSource {
-    /// A directory with an OCI image layout.
-    Directory(PathBuf),
+    /// A directory.
+    Layout(Arc<dyn Layout>),
     /// A tar file, seekable: an OCI image layout or what `docker save` writes. It may be packed by
     /// gzip or zstd.
     Archive(File),
+}
+
+impl ImportSource {
+    /// The directory `path`, read by the threads that import it. They may wait for ever if others
+    /// can keep it locked.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn directory(path: &Path) -> io::Result<Self> {
+        Ok(Self::Layout(Arc::new(Root::open(path)?)))
+    }
 }
 
 /// Why an import failed.
@@ -134,7 +162,7 @@ struct Found {
 /// A piece of content that can be read from any thread.
 #[derive(Debug, Clone)]
 enum Content {
-    File(PathBuf, Arc<Root>),
+    File(PathBuf, Arc<dyn Layout>),
     Member {
         file: Arc<File>,
         offset: u64,
@@ -226,7 +254,7 @@ impl LayerInput for Counted {}
 impl Content {
     fn open(&self) -> io::Result<Box<dyn Read + Send>> {
         Ok(match self {
-            Self::File(path, root) => Box::new(root.open_regular(path)?),
+            Self::File(path, layout) => Box::new(layout.open(path)?),
             Self::Member { file, offset, size } => {
                 Box::new(Window { file: Arc::clone(file), offset: *offset, left: *size })
             }
@@ -262,7 +290,7 @@ impl Read for Window {
 
 /// Something with named members.
 enum Source {
-    Directory(Arc<Root>),
+    Layout(Arc<dyn Layout>),
     Archive(HashMap<PathBuf, Member>, Arc<File>),
 }
 
@@ -286,9 +314,7 @@ struct DockerImage {
 impl Source {
     fn open(source: ImportSource, inner: &Inner) -> Result<Self, ImportError> {
         match source {
-            ImportSource::Directory(path) => Root::open(&path)
-                .map(|root| Self::Directory(Arc::new(root)))
-                .map_err(|source| ImportError::Read { what: path.display().to_string(), source }),
+            ImportSource::Layout(layout) => Ok(Self::Layout(layout)),
             ImportSource::Archive(file) => {
                 let failed = |source| ImportError::Read { what: "archive".to_owned(), source };
                 let mut magic = [0; 4];
@@ -321,8 +347,8 @@ impl Source {
         };
         let mut member = clean(name.as_bytes())?;
         match self {
-            Self::Directory(root) => match root.resolve(&member) {
-                Ok(_) => Ok(Some(Content::File(member, Arc::clone(root)))),
+            Self::Layout(layout) => match layout.open(&member) {
+                Ok(_) => Ok(Some(Content::File(member, Arc::clone(layout)))),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
                 Err(source) => Err(ImportError::Read { what: shown(name), source }),
             },

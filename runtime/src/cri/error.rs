@@ -63,6 +63,8 @@ pub(crate) enum CallError {
     Pull(Box<PullError>),
     #[error(transparent)]
     Import(Box<ImportError>),
+    #[error(transparent)]
+    HostPath(Box<HostPathError>),
     #[error("{0}")]
     Auth(&'static str),
     #[error("{0}")]
@@ -105,6 +107,7 @@ boxed!(
     Container(ContainerError),
     Pull(PullError),
     Import(ImportError),
+    HostPath(HostPathError),
     Store(StoreError),
 );
 
@@ -126,6 +129,7 @@ fn code(error: &CallError) -> Code {
             _ => Code::Unknown,
         },
         CallError::Import(_) => Code::FailedPrecondition,
+        CallError::HostPath(error) => host_path(error),
         CallError::Stopping | CallError::Url(UrlError::NotListening { .. }) => Code::Unavailable,
         CallError::Url(UrlError::Token(TokenError::TooMany)) | CallError::MissedEvents { .. } => {
             Code::ResourceExhausted

@@ -12,7 +12,7 @@ use crate::oci_spec::ResolvedDevice;
 /// A question.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Question {
-    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub(super) ask: Option<Ask>,
 }
 
@@ -57,6 +57,13 @@ pub(super) enum Ask {
     /// findings as JSON.
     #[prost(bytes, tag = "12")]
     Checkup(Vec<u8>),
+    /// To open what is imported: [`Tell::Done`], with a descriptor if it is a file and not a
+    /// directory.
+    #[prost(bytes, tag = "13")]
+    Import(Vec<u8>),
+    /// To open a file of a directory that is imported: [`Tell::Done`], with a descriptor.
+    #[prost(message, tag = "14")]
+    Member(Below),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -236,13 +243,15 @@ impl Ask {
     /// The paths of the host that are looked at.
     pub(super) fn paths(&self) -> Vec<PathBuf> {
         match self {
-            Self::Source(path) | Self::Directory(path) | Self::Profile(path) => {
+            Self::Source(path) | Self::Directory(path) | Self::Profile(path) | Self::Import(path) => {
                 vec![path_of(path).to_owned()]
             }
             Self::Devices(asked) => {
                 asked.devices.iter().map(|device| PathBuf::from(&device.host_path)).collect()
             }
-            Self::DeviceBelow(below) => vec![path_of(&below.top).join(path_of(&below.path))],
+            Self::DeviceBelow(below) | Self::Member(below) => {
+                vec![path_of(&below.top).join(path_of(&below.path))]
+            }
             Self::HostDevices(()) => vec![PathBuf::from("/dev")],
             Self::Rotate(rotate) => vec![path_of(&rotate.directory).join(path_of(&rotate.name))],
             Self::OpenControl(open) => paths_of(&open.directories),
@@ -267,6 +276,8 @@ impl Ask {
                 | Self::HostDevices(())
                 | Self::Profile(_)
                 | Self::Checkup(_)
+                | Self::Import(_)
+                | Self::Member(_)
         )
     }
 }

@@ -35,6 +35,7 @@
 
 mod cgroup;
 pub(crate) mod cni;
+mod import;
 mod log_file;
 mod message;
 mod profile;
@@ -50,6 +51,7 @@ use std::time::{Duration, Instant};
 
 use berth_cgroup::OpenFor;
 use berth_checkup::Finding;
+use berth_image::ImportSource;
 use berth_model::container::Device;
 use berth_shim_proto::frame;
 use berth_sys::ending::{Ending, ending};
@@ -59,6 +61,7 @@ use tokio::runtime::Handle;
 
 use crate::lock;
 use crate::oci_spec::ResolvedDevice;
+use import::Imported;
 use message::{
     Answer, Ask, AskedCni, AskedDevices, AskedTree, At, Below, Failure, OpenControl, Paths, Question, Rotate,
     Tell, bytes_of, path_of,
@@ -384,6 +387,21 @@ impl HostPaths {
             Tell::Content(content) => Ok(content),
             _ => Err(lost(&path.to_string_lossy())),
         }
+    }
+
+    /// What is imported.
+    pub(crate) fn import(self: &Arc<Self>, path: &Path) -> Result<ImportSource, HostPathError> {
+        Ok(match self.ask(Ask::Import(bytes_of(path)))?.1.pop() {
+            Some(file) => ImportSource::Archive(file.into()),
+            None => ImportSource::Layout(Arc::new(Imported { host: self.clone(), top: path.to_owned() })),
+        })
+    }
+
+    /// Opens a file in a directory that is imported.
+    fn member(&self, top: &Path, path: &Path) -> Result<File, HostPathError> {
+        let below = Below { top: bytes_of(top), path: bytes_of(path) };
+        let opened = self.ask(Ask::Member(below))?.1.pop();
+        opened.map(File::from).ok_or_else(|| lost(&top.join(path).to_string_lossy()))
     }
 
     /// Moves a log away that has more than `limit` bytes. Whether there has to be a new one.

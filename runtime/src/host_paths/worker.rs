@@ -11,8 +11,10 @@ use berth_model::container::Device;
 use berth_shim_proto::frame;
 use berth_sys::{file, process, socket};
 
-use super::message::{Answer, Ask, AskedCni, At, Failure, FoundDevices, Question, Tell, bytes_of, path_of};
-use super::{cgroup, cni, log_file, profile};
+use super::message::{
+    Answer, Ask, AskedCni, At, Below, Failure, FoundDevices, Question, Tell, bytes_of, path_of,
+};
+use super::{cgroup, cni, import, log_file, profile};
 use crate::host_directory;
 use crate::oci_spec::{ResolvedDevice, devices, mounts};
 
@@ -129,6 +131,15 @@ fn answer(question: Question, connection: BorrowedFd<'_>) -> Result<Found, Failu
             while matches!(process::reap_any(), Ok(Some(_))) {}
             process::set_umask(0);
             Tell::Content(outcome.map_err(|text| Failure { text, ..Failure::default() })?)
+        }
+        Some(Ask::Import(path)) => {
+            let opened = import::open(path_of(&path)).map_err(|error| failed_at(path_of(&path), &error))?;
+            return Ok((Tell::Done(true), opened.into_iter().collect()));
+        }
+        Some(Ask::Member(Below { top, path })) => {
+            let at = path_of(&top).join(path_of(&path));
+            let opened = import::open_member(path_of(&top), path_of(&path));
+            return Ok((Tell::Done(true), vec![opened.map_err(|error| failed_at(&at, &error))?]));
         }
         Some(Ask::Checkup(daemon)) => {
             let daemon = serde_json::from_slice(&daemon).map_err(|error| failure(&error))?;

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
-use berth_tests::held::{Call, GIVEN_UP, Holder, MKDIR, OPEN, held_children, waits_in};
+use berth_tests::held::{Call, GIVEN_UP, Holder, MKDIR, OPEN, Queued, held_children, waits_in};
 use berth_tests::pod::{Container, Pod, idle, volume};
 use tonic::Code;
 
@@ -196,5 +196,28 @@ fn a_daemon_that_was_killed_and_cannot_end_gives_way_once_it_can_change_nothing(
         serves(daemon, "of-the-last", &other)?;
         hostile.remove()?;
         Ok(())
+    })
+}
+
+#[test]
+fn an_import_from_a_directory_that_a_container_holds_keeps_no_daemon_waiting() -> Result<()> {
+    rootful(|daemon| {
+        let other = daemon.pod("other")?.idle("other")?;
+        let held = daemon.directory("held")?;
+        let Some(holder) = Holder::start(daemon, daemon.pod_config("hostile"), &held)? else { return Ok(()) };
+        let queued = Queued::start(&held)?;
+        let (client, archive) = (daemon.client(), held.join("archive.tar"));
+        let path = archive.clone();
+        let import = Call::begin(move || client.import(&path));
+        within(SOON, "a child of the daemon waits", || Ok((held_children(daemon)? > 0).then_some(())))?;
+        serves(daemon, "meanwhile", &other)?;
+        let refused = import.refused()?;
+        assert_eq!(refused.code(), Code::DeadlineExceeded, "{refused:?}");
+        ensure!(refused.message().contains(&*archive.to_string_lossy()), "{refused:?}");
+        daemon.stop()?;
+        daemon.start_again()?;
+        ensure!(holder.holds(), "all the time");
+        drop(queued);
+        holder.remove()
     })
 }

@@ -28,12 +28,12 @@ fn is_ready(daemon: &Daemon, ready: bool) -> Result<v1::RuntimeCondition> {
 }
 
 fn nothing_is_left(daemon: &Daemon) -> Result<()> {
-    assert_eq!(daemon.cni_addresses_in_use(), Vec::<String>::new());
-    assert_eq!(daemon.cni_attachments()?, Vec::<serde_json::Value>::new());
+    let (addresses, attachments) = (daemon.cni_addresses_in_use(), daemon.cni_attachments()?);
+    ensure!(addresses.is_empty() && attachments.is_empty(), "{addresses:?}, {attachments:?}");
     let links = daemon.host().run("ip", &["-o", "link", "show", "type", "veth"])?;
-    assert_eq!(links, "");
+    ensure!(links.is_empty(), "{links}");
     let pinned = fs::read_dir(daemon.state().join("netns")).map_or(0, Iterator::count);
-    assert_eq!(pinned, 0, "namespaces are left");
+    ensure!(pinned == 0, "{pinned} namespaces are left");
     Ok(())
 }
 

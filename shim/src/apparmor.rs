@@ -5,13 +5,13 @@
 //!  exec      where no other process lives: the profile that the next exec changes to
 //!  current   where others do: the profile from now on
 //! ```
-//! Processes in the pid namespace may trace what is born there, as far as the profiles of the two
-//! allow it. So a process that enters it has its program's profile before it is created, and that
-//! profile has to let the program be executed. An intermediate profile would not work: the kernel
-//! lets a confined process that has no_new_privs change to no other.
+//! Processes in the pid namespace may trace a process that is born there, as far as the profiles of
+//! both allow it. So a process that enters it has its program's profile before it is created, and
+//! that profile has to allow executing the program. An intermediate profile would not work: the
+//! kernel does not let a confined process with no_new_privs change to another profile.
 //!
-//! Removing a profile from the kernel leaves its processes unconfined, even if it
-//! is loaded again. So it is checked again after the wait for the start.
+//! Removing a profile from the kernel leaves its processes unconfined, even if it is loaded again.
+//! So the profile is checked again after the wait for the start.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -67,8 +67,8 @@ impl Profile {
         Ok(way)
     }
 
-    /// Opens the file to enter it before an exec. A kernel that restricts leaving the unconfined
-    /// state requires `CAP_MAC_OVERRIDE` for it
+    /// Opens the file through which to enter it before an exec. A kernel that restricts leaving the
+    /// unconfined state requires `CAP_MAC_OVERRIDE` for this
     /// (`kernel.apparmor_restrict_unprivileged_unconfined`).
     pub(crate) fn open_current(self) -> Result<Way, Failed> {
         self.open("current")
@@ -100,12 +100,12 @@ impl Way {
     }
 }
 
-/// Whether another process has the profile `name`; an empty one is any.
+/// Checks whether another process has the profile `name`; an empty name matches any.
 ///
-/// To open the file takes a lock that an exec of the process holds for a moment
-/// (`exec_update_lock`). Whoever may trace the process, and has its memory mapped by a file system
-/// of his own, can make that moment long. It ends when the process is killed: by its cgroup, for
-/// which the daemon needs no answer from here.
+/// Opening the file takes a lock that an exec of the process holds for a moment
+/// (`exec_update_lock`). Anyone who may trace the process, and has mapped memory of it to a file
+/// system under their control, can make that moment long. It ends when the process is killed by its
+/// cgroup, for which the daemon needs no answer from the shim.
 pub(crate) fn check_process(pid: i32, name: &str) -> Result<(), Failed> {
     if name.is_empty() {
         return Ok(());
@@ -113,7 +113,7 @@ pub(crate) fn check_process(pid: i32, name: &str) -> Result<(), Failed> {
     check(&File::open(format!("/proc/{pid}/attr/apparmor/current")).step(STEP, name)?, name)
 }
 
-/// In one read, which every filter allows.
+/// In a single read, which every filter allows.
 fn check(mut file: &File, name: &str) -> Result<(), Failed> {
     let mut label = [0; MAX_LABEL];
     let length = file.read(&mut label).step(STEP, name)?;
@@ -130,7 +130,7 @@ fn check(mut file: &File, name: &str) -> Result<(), Failed> {
     ))
 }
 
-/// Whether a label is the one profile: `NAME (MODE)`. Names may have brackets in them.
+/// Whether a label is exactly this profile: `NAME (MODE)`. Names may contain brackets.
 fn is_of(label: &[u8], name: &str) -> bool {
     label
         .strip_prefix(name.as_bytes())

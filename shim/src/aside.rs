@@ -1,7 +1,7 @@
-//! What may have to wait for ever: done by a child that is left behind then.
+//! Runs work that may block forever in a child process, which is then left behind.
 //!
-//! A container can keep the directories of its cgroup locked, and whoever looks for a name in one
-//! waits and cannot be killed.
+//! A container can keep the directories of its cgroup locked: anyone else who looks up a name in
+//! one then waits and cannot be killed.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use std::time::Duration;
 use berth_sys::poll::{Interest, Poll};
 use berth_sys::process::{self, Cloned, CloseRange};
 
-/// How long the child is waited for. It is reaped whenever it ends.
+/// How long to wait for the child. It is reaped whenever it ends.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Has a child do `work`, which may fail: with nothing that is open here.
+/// Runs `work`, which may fail, in a child that keeps nothing open that is open here.
 pub(crate) fn aside(work: impl FnOnce()) {
     match process::clone_process(0, None) {
         Ok(Cloned::Child) => {
@@ -28,11 +28,11 @@ pub(crate) fn aside(work: impl FnOnce()) {
                 poll.wait(Some(PATIENCE))
             });
             if ended.is_ok_and(|ended| !ended.is_empty()) {
-                // Else it is reaped with the other children.
+                // Otherwise it is reaped with the other children.
                 let _ = process::reap_or_running(pid);
             }
         }
-        // Like the work itself, this may fail: the daemon looks again.
+        // Like the work itself, this may fail: the daemon tries again.
         Err(_) => {}
     }
 }

@@ -1,9 +1,9 @@
 //! Clients that are attached to the output of the container.
 //!
-//! Each gets the output from now on, in addition to the log, and none is waited for: what a client
-//! has not read waits in its pipe. That is enlarged as far as [`MOST_BYTES`], and
-//! [`MOST_BYTES_OF_ALL`], once it is full, and when it is full again, output is left out for this
-//! client. A line says how much, where that would have been.
+//! Each gets the output from now on, in addition to the log, and the shim waits for none of them:
+//! what a client has not read stays in its pipe. When a pipe is full, it is enlarged as far as
+//! [`MOST_BYTES`] and [`MOST_BYTES_OF_ALL`] allow; when it is full again, output is dropped for
+//! this client. A line in its place says how much.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,11 +17,11 @@ use crate::cri_log::Stream;
 /// The limit on unread output of one stream. More is in transit: in the daemon and in sockets.
 const MOST_BYTES: usize = 4 * 1024 * 1024;
 
-/// What all of them together may have unread before pipes are not enlarged any more, and new ones
-/// are small.
+/// The unread output of all clients together beyond which pipes are no longer enlarged, and new
+/// ones are small.
 const MOST_BYTES_OF_ALL: usize = 8 * 1024 * 1024;
 
-/// What a pipe holds that is small.
+/// The capacity of a small pipe.
 const SMALL_BYTES: i32 = 16 * 1024;
 
 /// A client and one of its streams.
@@ -30,15 +30,15 @@ struct Attached {
     stream: Stream,
     to: File,
     token: u64,
-    /// What its pipe can hold.
+    /// The capacity of its pipe.
     room: usize,
-    /// The container has a terminal, where lines end differently.
+    /// Whether the container has a terminal, where lines end differently.
     terminal: bool,
-    /// Bytes left out since the last such line.
+    /// Bytes dropped since the last line that reported some.
     left_out: u64,
 }
 
-/// What is still to be sent to a client when a stream is over.
+/// The rest of what a client gets when a stream is over.
 #[derive(Debug)]
 pub(crate) struct LastWords {
     pub(crate) to: File,
@@ -46,7 +46,7 @@ pub(crate) struct LastWords {
     pub(crate) words: Vec<u8>,
 }
 
-/// All of them.
+/// All attached clients.
 #[derive(Debug, Default)]
 pub(crate) struct Clients(Vec<Attached>);
 
@@ -67,7 +67,7 @@ impl Clients {
         poll.watch(to.as_fd(), token, Interest::Failure)?;
         let mut room = file::pipe_size(to.as_fd()).unwrap_or(0);
         if self.room() + room > MOST_BYTES_OF_ALL {
-            // As it is, where the kernel does not make it smaller.
+            // If the kernel does not shrink it, it stays as it is.
             let _ = file::resize_pipe(to.as_fd(), SMALL_BYTES);
             room = file::pipe_size(to.as_fd()).unwrap_or(room);
         }
@@ -75,17 +75,17 @@ impl Clients {
         Ok(())
     }
 
-    /// What all pipes can hold.
+    /// The capacity of all pipes together.
     fn room(&self) -> usize {
         self.0.iter().map(|client| client.room).sum()
     }
 
-    /// How many pipes there are.
+    /// The number of pipes.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Gives `bytes` of a stream to every client that gets that.
+    /// Passes `bytes` of a stream to every client of that stream.
     pub(crate) fn pass(&mut self, stream: Stream, bytes: &[u8], poll: &Poll) {
         let mut spare = MOST_BYTES_OF_ALL.saturating_sub(self.room());
         let mut passes = |client: &mut Attached| client.pass(bytes, &mut spare).is_ok();
@@ -93,14 +93,14 @@ impl Clients {
         gone.for_each(|client| client.close(poll));
     }
 
-    /// Forgets the client with this token, if there is one, which has closed its pipe.
+    /// Forgets the client with this token, if any, after it has closed its pipe.
     pub(crate) fn leave(&mut self, token: u64, poll: &Poll) -> bool {
         let Some(index) = self.0.iter().position(|client| client.token == token) else { return false };
         self.0.swap_remove(index).close(poll);
         true
     }
 
-    /// Ends a stream for every client that gets it. What they have not read stays in their pipes.
+    /// Ends a stream for all its clients. What they have not read stays in their pipes.
     pub(crate) fn end(&mut self, stream: Stream, poll: &Poll) -> Vec<LastWords> {
         let (mut untold, all) = (Vec::new(), self.0.extract_if(.., |client| client.stream == stream));
         for client in all {
@@ -116,13 +116,13 @@ impl Clients {
 }
 
 impl Attached {
-    /// `spare`: how much larger pipes may become.
+    /// `spare`: by how many bytes pipes may grow.
     ///
     /// # Errors
     /// When the client has closed its pipe.
     fn pass(&mut self, mut bytes: &[u8], spare: &mut usize) -> io::Result<()> {
         if self.left_out > 0 {
-            // Whole or not at all, being short: pipe(7), `PIPE_BUF`.
+            // All of it or nothing, since it is short: pipe(7), `PIPE_BUF`.
             match self.to.write(&self.notice()) {
                 Ok(_) => self.left_out = 0,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -148,7 +148,7 @@ impl Attached {
         Ok(())
     }
 
-    /// Makes its pipe larger, if it may be; whether it is.
+    /// Enlarges its pipe, if it may grow; returns whether it did.
     fn enlarge(&mut self, spare: &mut usize) -> bool {
         let most = MOST_BYTES.min(self.room + *spare);
         if !i32::try_from(most).is_ok_and(|most| file::enlarge_pipe(self.to.as_fd(), most)) {
@@ -166,7 +166,7 @@ impl Attached {
 
     fn notice(&self) -> Vec<u8> {
         let end = if self.terminal { "\r\n" } else { "\n" };
-        format!("{end}[berth: {} bytes left out here, which were not read in time]{end}", self.left_out)
+        format!("{end}[berth: {} bytes dropped: not read in time]{end}", self.left_out)
             .into_bytes()
     }
 
@@ -227,7 +227,7 @@ mod tests {
         assert!(clients.leave(1, &poll) && !clients.leave(1, &poll));
         clients.pass(Stream::Stdout, b"x", &poll);
         assert_eq!(read(&mut second), b"x");
-        // Also when it is written to first.
+        // This also holds for a client that is written to first.
         drop(second);
         clients.pass(Stream::Stdout, b"x", &poll);
         assert_eq!(clients.len(), 0);
@@ -252,9 +252,9 @@ mod tests {
             all.extend(read(&mut slow));
             let all = String::from_utf8(all).unwrap();
             let line = if terminal { "\r\n" } else { "\n" };
-            let end = format!(" bytes left out here, which were not read in time]{line}");
+            let end = format!(" bytes dropped: not read in time]{line}");
             assert!(all.ends_with(&format!("{end}again")), "{}", &all[all.len() - 100..]);
-            // A first word of it may have found room behind the last bytes.
+            // Its first part may have found room behind the last bytes.
             let begin = format!("{line}[berth: ");
             let counts = all.split(&begin).skip(1);
             let left_out: usize =
@@ -279,7 +279,7 @@ mod tests {
         }
         let unread: usize = slow.iter_mut().map(|slow| read(slow).len()).sum();
         assert!(unread <= before.max(MOST_BYTES_OF_ALL), "{unread}");
-        // Those who have gone leave room.
+        // Clients that have left make room.
         drop(slow);
         clients.pass(Stream::Stdout, b"x", &poll);
         assert_eq!(clients.room(), 0);
@@ -293,7 +293,7 @@ mod tests {
         clients.pass(Stream::Stdout, &vec![b'x'; 2 * MOST], &poll);
         let mut last = clients.end(Stream::Stdout, &poll);
         let LastWords { to, token, words } = last.pop().unwrap();
-        assert!(last.is_empty() && String::from_utf8(words.clone()).unwrap().contains("left out"));
+        assert!(last.is_empty() && String::from_utf8(words.clone()).unwrap().contains("dropped"));
         let mut relays = crate::relay::Relays::default();
         relays.add_last_words(to, token, words.clone(), &poll);
         assert!(!relays.are_settled());

@@ -8,9 +8,9 @@
 //! its pid namespace; the loop continues, and kills it at its deadline.
 //!
 //! The kernel identifies the process: the maker is the shim's own child, created by `clone3(2)`. It
-//! names the successor by its own name, which is read once it has ended and before it is reaped;
+//! names the successor by its own name, which is read after it has ended and before it is reaped;
 //! the successor has to be a child of the shim, and no unknown child is reaped before that. So the
-//! pids cannot be reused while this lists them.
+//! pids cannot be reused while they are in use here.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -23,14 +23,14 @@ use crate::failure::refused;
 use crate::handshake::{self, Report, ShimEnd};
 
 /// How long a main process may take from the start until the exec. The daemon waits a little
-/// longer, and its caller for little more than that.
+/// longer, and the daemon's caller only a little longer than that.
 const START: Duration = Duration::from_secs(10);
 
-/// The same for a process of exec, which has to prepare as well. A request with a shorter limit is
-/// ended by the daemon.
+/// The same for a process of exec, which also has to prepare. The daemon ends a request with a
+/// shorter limit.
 const ENTER: Duration = Duration::from_secs(30);
 
-/// How long preparing a container may take: mounts of slow filesystems are in it. The daemon waits
+/// How long preparing a container may take, including mounts of slow filesystems. The daemon waits
 /// a little longer.
 const PREPARE: Duration = Duration::from_secs(60);
 
@@ -46,7 +46,7 @@ pub(crate) struct Birth {
     named: bool,
     /// Whether it may continue as soon as it is known.
     at_once: bool,
-    /// Whether it was let continue.
+    /// Whether it was allowed to continue.
     released: bool,
     report: Option<Report>,
     deadline: Instant,
@@ -55,19 +55,19 @@ pub(crate) struct Birth {
 /// The progress of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// It goes on.
+    /// It is still on its way.
     Pending,
     /// It has executed its program.
     Executed,
 }
 
 impl Birth {
-    /// Of the container's main process, the child `pid` itself.
+    /// The birth of the container's main process, the child `pid` itself.
     pub(crate) fn direct(end: ShimEnd, pid: i32) -> Self {
         Self { process: Some(pid), named: true, ..Self::by_maker(end, pid) }
     }
 
-    /// Of the container's main process, which the child `maker` makes.
+    /// The birth of the container's main process, which the child `maker` creates.
     pub(crate) fn by_maker(end: ShimEnd, maker: i32) -> Self {
         Self {
             end,
@@ -81,8 +81,8 @@ impl Birth {
         }
     }
 
-    /// Of a process of exec, which the child `maker` makes and which goes on as soon as it is
-    /// known.
+    /// The birth of a process of exec, which the child `maker` creates and which continues as soon
+    /// as it is known.
     pub(crate) fn of_exec(end: ShimEnd, maker: i32) -> Self {
         Self { at_once: true, deadline: Instant::now() + ENTER, ..Self::by_maker(end, maker) }
     }
@@ -102,7 +102,7 @@ impl Birth {
         self.process
     }
 
-    /// Whether there may be a process that is not known yet: until then no unknown child may be
+    /// Whether a process may exist that is not known yet: until then no unknown child may be
     /// reaped.
     pub(crate) fn expects_successor(&self) -> bool {
         !self.named && self.maker.is_some()
@@ -132,12 +132,12 @@ impl Birth {
             Some(Some(failed)) => Err(failed),
             Some(None) if self.named && self.released => Ok(Progress::Executed),
             Some(None) if self.named => Err(refused("prepare the process", handshake::KILLED)),
-            // With its maker ended it is known, or there is none.
+            // Once its maker has ended, it is known or does not exist.
             Some(None) | None => Ok(Progress::Pending),
         }
     }
 
-    /// Reads the name of a maker that has ended and was not reaped.
+    /// Reads the name of a maker that has ended and has not been reaped.
     fn look_for_successor(&mut self) {
         let Some(maker) = self.maker else { return };
         if !matches!(process::ended_child(Some(maker)), Ok(Some(_))) {
@@ -157,7 +157,7 @@ impl Birth {
         self.report.take().map(|Report { created, terminal }| (created, terminal))
     }
 
-    /// Lets a process that waits go on.
+    /// Lets a waiting process continue.
     ///
     /// # Errors
     /// When it has ended.
@@ -172,8 +172,8 @@ impl Birth {
         Ok(())
     }
 
-    /// Notes that a child was reaped, so that its pid may be reused. An error if
-    /// the program can no longer start.
+    /// Notes that a child was reaped, so that its pid may be reused. An error if the program can no
+    /// longer start.
     pub(crate) fn reaped(&mut self, pid: i32) -> Result<(), Failed> {
         if self.maker == Some(pid) {
             self.maker = None;
@@ -187,7 +187,7 @@ impl Birth {
         Ok(())
     }
 
-    /// Kills all of it that is there; the end is found as that of other children is.
+    /// Kills both maker and process, as far as they exist; the loop reaps them like other children.
     pub(crate) fn kill(&self) {
         for pid in self.children() {
             // It may have ended on its own.
@@ -234,7 +234,7 @@ mod tests {
         (Birth::of_exec(end, pid(maker)), child)
     }
 
-    /// What comes of an end. A process that another test has just forked may hold a copy of the
+    /// The outcome of an end. A process that another test has just forked may hold a copy of the
     /// pipe until its exec.
     fn heard(birth: &mut Birth) -> Result<Progress, Failed> {
         loop {
@@ -280,7 +280,7 @@ mod tests {
     fn a_maker_that_runs_has_not_named_anybody() {
         let maker = child();
         let (mut birth, child_end) = of_exec(&maker);
-        // Words of a successor that is not known are no reason to believe anything.
+        // Messages of a successor that is not known prove nothing.
         drop(child_end);
         for _ in 0..100 {
             assert_eq!(birth.advance().unwrap(), Progress::Pending);

@@ -14,7 +14,7 @@ use berth_sys::socket;
 
 /// Bytes that may be queued for a daemon that does not read. Replies are small, except for one with
 /// many groups (65536 of five bytes); a daemon that lets this many pile up is stuck, and finds
-/// everything in the exit record when it comes back.
+/// everything in the exit record when it reconnects.
 const MAX_WAITING: usize = 1024 * 1024;
 
 /// A connection that may be closed at any time.

@@ -1,10 +1,10 @@
 //! The log file in the CRI format: `<RFC 3339 time> <stream> <P|F> <content>` and a newline, one
-//! entry a line.
+//! entry per line.
 //!
-//! The format is the one of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say
-//! whether the content ends a line (`F`) or goes on in the next entry of the same stream (`P`).
-//! Entries are never torn: what a full disk cut short is repaired by a newline and an entry with
-//! the number of lost bytes.
+//! The format is that of the kubelet's log reader (`pkg/kubelet/kuberuntime/logs`); its tags say
+//! whether the content ends a line (`F`) or continues in the next entry of the same stream (`P`).
+//! Entries are never torn: where a full disk cut one short, a newline and an entry with the number
+//! of lost bytes repair it.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use berth_sys::beneath::Root;
 
-/// The longest content of one entry by default, in bytes; longer lines are cut. containerd's
-/// `max_container_log_line_size`.
+/// The longest content of one entry by default, in bytes; longer lines are split. The same as
+/// containerd's `max_container_log_line_size`.
 pub(crate) const DEFAULT_MAX_CONTENT: usize = 16 * 1024;
 
 /// One of a container's two streams.
@@ -49,8 +49,8 @@ impl Splitter {
         Self { stream, max_content: max_content.max(1), terminal, pending: Vec::new() }
     }
 
-    /// Appends entries that `bytes` complete to `out`, all stamped `time`, until there are `most`
-    /// bytes or some more. How many of `bytes` are in them, or held.
+    /// Appends the entries that `bytes` complete to `out`, all stamped `time`, until `out` has at
+    /// least `most` bytes. Returns how many of `bytes` are in these entries or held.
     pub(crate) fn push(&mut self, bytes: &[u8], time: &Time, most: usize, out: &mut Vec<u8>) -> usize {
         let head = self.head(time);
         let mut rest = bytes;
@@ -77,15 +77,15 @@ impl Splitter {
         bytes.len() - rest.len()
     }
 
-    /// The stream has ended: what is left of a line without a newline becomes a partial entry.
+    /// Ends the stream: the rest of a line without a newline becomes a partial entry.
     pub(crate) fn finish(&mut self, time: &Time, out: &mut Vec<u8>) {
         if !self.pending.is_empty() {
             self.entry(self.head(time), b'P', b"", out);
         }
     }
 
-    /// What is before the content of an entry, but for its tag. Entries are short and many, and to
-    /// copy one thing of a length that is known costs a fraction of what copying its parts does.
+    /// The part of an entry before its content, except for the tag. Entries are short and many, and
+    /// one copy of a known length costs a fraction of copying the parts.
     fn head(&self, time: &Time) -> [u8; HEAD] {
         let mut head = [b' '; HEAD];
         let (in_time, rest) = head.split_at_mut(time.len());
@@ -96,7 +96,7 @@ impl Splitter {
         head
     }
 
-    /// An entry of what is held and `more`.
+    /// An entry of the held bytes and `more`.
     fn entry(&mut self, mut head: [u8; HEAD], tag: u8, more: &[u8], out: &mut Vec<u8>) {
         let pending = std::mem::take(&mut self.pending);
         head[TAG] = tag;
@@ -117,12 +117,12 @@ impl Splitter {
     }
 }
 
-/// A time as entries have it.
+/// A time in the form that entries have.
 pub(crate) type Time = [u8; 30];
 
-/// The length of what is before the content: time, stream and tag, each with a space.
+/// The length of the part before the content: time, stream and tag, each with a space.
 const HEAD: usize = 40;
-/// Where the tag is in that.
+/// The position of the tag in that part.
 const TAG: usize = 38;
 
 /// `time` as RFC 3339 in UTC with nine digits of the second.
@@ -165,15 +165,15 @@ pub(crate) struct LogFile {
     name: PathBuf,
     /// `None` when it could not be opened yet.
     file: Option<File>,
-    /// The one who wrote it before was killed, which the log does not say yet.
+    /// The previous writer was killed, and the log does not say so yet.
     replaced: bool,
-    /// And may have written a part of what is next.
+    /// That writer may have written part of what comes next.
     overlaps: bool,
     /// Bytes that could not be written since the last entry that was.
     gap_bytes: u64,
     /// The file ends inside an entry.
     torn: bool,
-    /// What comes next is the rest of an entry of which a part is lost.
+    /// The next bytes are the rest of an entry whose first part is lost.
     skips: bool,
     /// All bytes that could not be written.
     lost_bytes: u64,
@@ -189,7 +189,7 @@ impl LogFile {
         Ok(log)
     }
 
-    /// Goes on with a log whose writer was killed, and says so in it.
+    /// Continues a log whose writer was killed, and says so in it.
     pub(crate) fn go_on((directory, name): (PathBuf, PathBuf)) -> Self {
         Self { replaced: true, overlaps: true, ..Self::unopened(directory, name) }
     }
@@ -208,7 +208,7 @@ impl LogFile {
         }
     }
 
-    /// Whether it is open, if only now.
+    /// Whether it is open; tries to open it if not.
     fn is_open(&mut self) -> bool {
         self.file.is_some() || self.reopen_path().is_ok()
     }
@@ -227,8 +227,8 @@ impl LogFile {
         Ok(())
     }
 
-    /// Writes entries, of which the last may go on in the next call. Never fails: what a full or
-    /// broken disk does not take is counted.
+    /// Writes entries, the last of which may continue in the next call. Never fails: bytes that a
+    /// full or broken disk does not take are counted.
     pub(crate) fn write(&mut self, mut entries: &[u8]) {
         if self.skips {
             let end = memchr::memchr(b'\n', entries).map_or(entries.len(), |end| end + 1);
@@ -245,8 +245,8 @@ impl LogFile {
         }
         let there = if std::mem::take(&mut self.overlaps) { self.find_at_end(entries) } else { 0 };
         entries = entries.get(there..).unwrap_or_default();
-        // Never behind entries and before the next ones are asked for: the one after a writer that
-        // is killed then could not find them at the end.
+        // Never behind entries and before the next ones are requested: the successor of a killed
+        // writer could then not find them at the end.
         if there == 0 && (self.replaced || self.gap_bytes > 0) && !self.mend() {
             self.lose(entries);
             return;
@@ -267,9 +267,9 @@ impl LogFile {
         self.lose(entries);
     }
 
-    /// How many bytes of `entries` the one before has written: with so many the file ends. Where
-    /// entries repeat, it may end with fewer as well; then those, so that none is lost. Without
-    /// any, an entry that the file ends inside of stays as it is.
+    /// How many bytes of `entries` the previous writer has written: the file ends with these. Where
+    /// entries repeat, it may also end with fewer; then the smaller number counts, so that none is
+    /// lost. Without any, an entry that is cut off at the end of the file stays as it is.
     fn find_at_end(&mut self, entries: &[u8]) -> usize {
         let end = end_of(&self.directory, &self.name, entries.len()).unwrap_or_default();
         let first = memchr::memchr(b'\n', entries).map_or(entries.len(), |end| end + 1);
@@ -285,8 +285,8 @@ impl LogFile {
         there.unwrap_or(0)
     }
 
-    /// Notes that so many bytes more are lost, which never came here, and says so in the log. The
-    /// bytes that are lost in all.
+    /// Counts bytes that were lost before they reached this writer, and reports them in the log.
+    /// Returns the bytes that are lost in all.
     pub(crate) fn end(&mut self, more: u64) -> u64 {
         self.count(more);
         if (self.replaced || self.gap_bytes > 0) && self.is_open() {
@@ -298,7 +298,7 @@ impl LogFile {
         self.lost_bytes
     }
 
-    /// Writes what is missing, and who, in entries; whether that worked.
+    /// Writes entries about lost bytes and replaced writers; returns whether that worked.
     fn mend(&mut self) -> bool {
         let mend = self.notices();
         let written = self.file.as_mut().and_then(|file| file.write(&mend).ok()).unwrap_or(0);
@@ -332,7 +332,7 @@ impl LogFile {
             say("the process that writes this log was killed and replaced");
         }
         if self.gap_bytes > 0 {
-            say(&format!("{} bytes of log were lost, the disk did not take them", self.gap_bytes));
+            say(&format!("{} bytes of log were lost: the disk did not accept them", self.gap_bytes));
         }
         entries
     }
@@ -342,7 +342,7 @@ fn open_below(directory: &Path, name: &Path) -> io::Result<File> {
     Root::open(directory)?.open_append(name)
 }
 
-/// The last byte of the file, or the last ones, at most so many.
+/// The last bytes of the file, at most this many.
 fn end_of(directory: &Path, name: &Path, most: usize) -> io::Result<Vec<u8>> {
     let file = Root::open(directory)?.open_regular(name)?;
     let length = file.metadata()?.len();
@@ -426,7 +426,7 @@ mod tests {
         }
     }
 
-    /// A pipe stands for a disk: it takes a part, and more when it was read.
+    /// A pipe stands in for a disk: it takes a part, and more when it was read.
     #[test]
     fn what_a_disk_does_not_take_is_counted_between_whole_entries() {
         let (read, write) = berth_sys::file::pipe().unwrap();
@@ -443,7 +443,7 @@ mod tests {
         let entries: Vec<String> =
             (0..3000).map(|number| format!("T stdout F {}.\n", "x".repeat(number % 997))).collect();
         let all = entries.concat();
-        // Calls end anywhere.
+        // Calls may end anywhere.
         for (index, part) in all.as_bytes().chunks(1009).enumerate() {
             log.write(part);
             if index % 150 == 0 {
@@ -458,7 +458,7 @@ mod tests {
             match line.split_once("[berth: ") {
                 Some((_, rest)) => told += rest.split(' ').next().unwrap().parse::<u64>().unwrap(),
                 None if entries.iter().any(|entry| entry == line) => kept += line.len(),
-                // The beginning of one, and the newline that mends it.
+                // The beginning of one, and the newline that repairs it.
                 None => {
                     assert!(all.contains(line.trim_end()), "{line:?}");
                     kept += line.len() - 1;
@@ -491,7 +491,7 @@ mod tests {
             assert!(notes.len() == 1 && notes[0].ends_with("was killed and replaced]\n"), "{notes:?}");
             assert_eq!(log.end(0), 0);
         }
-        // Identical ones, and the rest of something else.
+        // Identical entries, and the rest of another file.
         for (file, more) in [("T stdout F b\nT stdout F b\n", ""), ("T stdout F b\nT 17", "\n")] {
             let path = (directory.clone(), PathBuf::from(format!("other{}.log", more.len())));
             LogFile::open(path.clone()).unwrap().write(file.as_bytes());

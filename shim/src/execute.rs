@@ -1,9 +1,9 @@
 //! The last part of a new process, the same for a container's main process and for exec:
 //! privileges, filter, program.
 //!
-//! It runs in the child, after the namespaces and the root are in place. The order is the kernel's:
-//! each step says why it is where it is. Everything that can be done before the wait for the start
-//! is done before it.
+//! It runs in the child, after the namespaces and the root are in place. The kernel dictates the
+//! order: each step says why it is where it is. Everything that can be done before the wait for the
+//! start is done before it.
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::AsFd;
@@ -22,8 +22,8 @@ use crate::failure::{Step, from_io, refused, shown};
 use crate::handshake::ChildEnd;
 use crate::user::Resolved;
 
-/// The program with everything that exec needs, converted before privileges are dropped so that
-/// memory errors come early.
+/// The program with everything that exec needs, converted before privileges are dropped so that an
+/// allocation failure comes early.
 pub(crate) struct Program {
     candidates: Vec<CString>,
     name: String,
@@ -179,8 +179,8 @@ pub(crate) fn enter_directory(cwd: &[u8], owner: &Resolved) -> Result<(), Failed
 }
 
 /// Creates the missing components of `path`, owned by the program's user. By descriptor: a
-/// container that shares a volume could replace a directory by a link between its creation and the
-/// change of owner, and the user would get the link's target.
+/// container that shares a volume could replace a directory by a link before its owner is changed,
+/// and the user would get the link's target.
 fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
     const STEP: &str = "create the working directory";
     let root = Root::open(Path::new("/")).step(STEP, "/")?;
@@ -196,13 +196,12 @@ fn make_directories(path: &Path, owner: &Resolved) -> Result<(), Failed> {
     .map(drop)
 }
 
-/// What a process still has to do before its exec.
+/// What a process has left to do before its exec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Privileges {
-    /// It has what dropping them takes besides what the program may. Only where no other process
-    /// can see it.
+    /// It still has what it takes to drop its privileges. Only where no other process can see it.
     Shedding,
-    /// It is as its program will be, except for the last filter: the one in force allows what
+    /// It is as its program will be, except for the last filter: the filter in force allows what
     /// entering needs.
     Entering,
     /// It is as its program will be.
@@ -269,7 +268,7 @@ const SYS_ADMIN: u64 = 1 << 21;
 
 const MAC_OVERRIDE: u64 = 1 << 32;
 
-/// What is effective while a filter is installed without no_new_privs: seccomp(2), capabilities(7).
+/// The effective set while a filter is installed without no_new_privs: seccomp(2), capabilities(7).
 const FOR_THE_FILTER: u64 = SYS_ADMIN | SETPCAP;
 
 /// Drops every capability that neither the program nor [`shed`] needs: a container may wait

@@ -21,11 +21,11 @@ pub(crate) fn unix_ns(time: SystemTime) -> i64 {
 
 /// The counter of kills by the OOM killer in the container's cgroup.
 ///
-/// systemd removes a scope as soon as its last process has ended, which may be before this process
-/// has seen that end, and a removed cgroup's files cannot be read, even by a descriptor that was
-/// open. So the counter is read whenever the kernel reports a change, which is before the killed
-/// process has released its memory and ended; and should that be too late as well, the counter of
-/// the parent cgroup, which includes all below it, decides for a process that ended by SIGKILL.
+/// systemd removes a scope as soon as its last process has ended, which may be before the shim has
+/// seen that end, and the files of a removed cgroup cannot be read, even through a descriptor that
+/// was open. So the counter is read whenever the kernel reports a change, which is before the
+/// killed process has released its memory and ended. If even that is too late, the counter of the
+/// parent cgroup, which includes all below it, decides for a process that ended by SIGKILL.
 #[derive(Debug)]
 pub(crate) struct OomCounter {
     file: File,
@@ -66,7 +66,7 @@ impl OomCounter {
         }
     }
 
-    /// Whether there was a kill. `killed`: the container's main process ended by SIGKILL.
+    /// Whether a kill was counted. `killed`: the container's main process ended by SIGKILL.
     pub(crate) fn has_risen(&self, killed: bool) -> bool {
         match read(&self.file, &self.key) {
             Ok(kills) => kills > 0,
@@ -82,10 +82,10 @@ impl OomCounter {
     }
 }
 
-/// The counter on v2, which tells of its changes.
+/// The counter on v2, whose changes can be polled.
 const TELLS_OF_CHANGES: &str = "memory.events";
 
-/// The counter of the cgroup above; nothing when that has none, being the root.
+/// The counter of the parent cgroup; `None` for the root, which has none.
 fn above(path: &Path, key: &[u8]) -> Option<(File, u64)> {
     let file = File::open(path.parent()?.parent()?.join(TELLS_OF_CHANGES)).ok()?;
     let kills = read(&file, key).ok()?;
@@ -106,9 +106,9 @@ fn count(file: &[u8], key: &[u8]) -> u64 {
         .unwrap_or(0)
 }
 
-/// Ends every process that is left in the cgroup of a container without its own pid namespace, when
+/// Ends every process that is left in the cgroup of a container without its own pid namespace, once
 /// its main process has ended: they would hold its output open, and nothing else stops them soon.
-/// The daemon looks again.
+/// The daemon checks again.
 pub(crate) fn end_the_rest(cgroup: &Cgroup) {
     aside(|| kill_all(cgroup));
 }
@@ -123,7 +123,7 @@ fn kill_all(cgroup: &Cgroup) {
     let list = host_path(tasks).with_file_name("cgroup.procs");
     let processes = std::fs::read_to_string(list).unwrap_or_default();
     for pid in processes.lines().filter_map(|line| line.parse().ok()) {
-        // By descriptor; the process with the number is in the list still, or has ended.
+        // By descriptor; the process with this number is still in the list, or has ended.
         if let Ok(pidfd) = berth_sys::process::open_pidfd(pid) {
             let _ = berth_sys::process::signal_pidfd(pidfd.as_fd(), SIGKILL);
         }
@@ -206,7 +206,7 @@ mod tests {
             std::fs::write(path.join("memory.events"), format!("oom 9\noom_kill {kills}\n")).unwrap();
         };
         let gone = || {
-            // A directory cannot be read, as a file of a removed cgroup cannot.
+            // A directory cannot be read, just like a file of a removed cgroup.
             File::open(&leaf).unwrap()
         };
         let cgroup = Cgroup {
@@ -242,7 +242,8 @@ mod tests {
         write_record(&path, &record).unwrap();
         assert_eq!(berth_shim_proto::exit_record::decode(&std::fs::read(&path).unwrap()), Ok(record.clone()));
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
-        // Also without a reservation, and the words of a failed start as far as there is room.
+        // It works without a reservation too, and keeps as much of a failed start's message as
+        // fits.
         let record = ExitRecord { start_error: "ä".repeat(100_000), ..record };
         write_record(&path, &record).unwrap();
         let read = berth_shim_proto::exit_record::decode(&std::fs::read(&path).unwrap()).unwrap();

@@ -27,7 +27,7 @@ pub(crate) fn from_io(error: &io::Error, step: &str, about: impl Display) -> Fai
     }
 }
 
-/// A failure other than the kernel's: the plan or the image is invalid.
+/// A failure that is not the kernel's: the plan or the image is invalid.
 pub(crate) fn refused(step: &str, detail: impl Display) -> Failed {
     Failed { step: step.to_owned(), errno: 0, detail: detail.to_string() }
 }

@@ -14,10 +14,10 @@
 //!
 //! A process that is born in a pid namespace where others live has what its creator had open, and a
 //! process that may trace it there has that, too. So the maker closes the report before it creates
-//! the other, which has two pipes: it can be let continue, and it can send a text of limited
-//! length, after which it is killed. A pipe carries no descriptors, which a socket would: to close
-//! one that hangs, a socket that lingers (socket(7)) or a file of a filesystem in the container,
-//! the shim would have to wait.
+//! the other, which has two pipes: it can be allowed to continue, and it can send a text of limited
+//! length, after which it is killed. A pipe carries no descriptors, as a socket would: to close a
+//! descriptor that hangs, such as a socket that lingers (socket(7)) or a file of a filesystem in
+//! the container, the shim would have to wait.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -149,13 +149,13 @@ impl ChildEnd {
         socket::send(socket.as_fd(), &[b"R", rest].concat(), &descriptors).step(STEP, "").map(drop)
     }
 
-    /// Waits for permission to continue. The shim's end closed instead means that the child is not
-    /// wanted any more.
+    /// Waits for permission to continue. If the shim's end closes instead, the child is not wanted
+    /// any more.
     pub(crate) fn wait_for_go(&self) -> Result<(), Failed> {
         (&self.go).read_exact(&mut [0]).step("start", "the shim has ended")
     }
 
-    /// Says that a step failed. A failure to send it does not matter to the child.
+    /// Reports a failed step. A failure to send it does not matter to the child.
     pub(crate) fn failed(&self, failed: &Failed) {
         // It may quote the image, and the pipe has limited room.
         let _ = (&self.words).write_all(&bounded(failed.clone()).encode_to_vec());
@@ -223,7 +223,7 @@ impl ShimEnd {
         }
     }
 
-    /// Lets the child go on.
+    /// Lets the child continue.
     ///
     /// # Errors
     /// When it has ended.

@@ -22,7 +22,7 @@ const TIMER_SLACK_NS: u32 = 50_000;
 /// The kernel's default: core(5), `/proc/pid/coredump_filter`.
 const COREDUMP_FILTER: &str = "0x33";
 
-/// What the children of a shim can only inherit: the default timer slack of a process is its
+/// Resets what the children of a shim can only inherit: the default timer slack of a process is its
 /// parent's, and the core dump filter is a file, which would cost each child three calls. For a
 /// shim at its start.
 ///
@@ -37,12 +37,12 @@ pub(crate) fn reset_for_children() -> io::Result<()> {
     }
 }
 
-/// Everything else. For a child, before it joins its cgroup: a real-time policy could be refused
-/// there.
+/// Resets everything else. For a child, before it joins its cgroup: a real-time policy could be
+/// refused there.
 ///
 /// # Errors
-/// When the kernel refuses, but for what it does not know at all, and for shares of processor, disk
-/// and memory that a daemon without `CAP_SYS_NICE` may not set: that weakens no isolation.
+/// When the kernel refuses, except for features that it lacks, and for priorities of processor,
+/// disk and memory that a daemon without `CAP_SYS_NICE` may not set: that weakens no isolation.
 pub(crate) fn reset() -> Result<(), Failed> {
     const STEP: &str = "reset what is inherited";
     where_allowed(scheduling::use_default_policy()).step(STEP, "scheduling policy and nice value")?;
@@ -55,8 +55,8 @@ pub(crate) fn reset() -> Result<(), Failed> {
     where_known(scheduling::use_default_memory_failure_policy()).step(STEP, "memory failure policy")?;
     where_allowed(scheduling::flush_no_io()).step(STEP, "I/O flusher")?;
     scheduling::use_default_personality().step(STEP, "personality")?;
-    // Its own empty one for each process that the shim starts, exec too: keys that one of them adds
-    // are not the others'.
+    // A new empty keyring for each process that the shim starts, exec too: keys that one of them
+    // adds are not visible to the others.
     where_known(process::join_new_session_keyring()).step(STEP, "session keyring")
 }
 
@@ -67,7 +67,7 @@ fn where_allowed(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// A kernel without a feature has nothing of it to inherit.
+/// A kernel that lacks a feature has nothing of it to inherit.
 fn where_known(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::Unsupported || error.raw_os_error() == Some(EINVAL) => {

@@ -7,8 +7,8 @@
 //! what it has: its root, its working directory, its descriptors, its memory, and through that its
 //! privileges. So nothing of the host enters a namespace where others live. A process bound for one
 //! prepares outside until the root is the container's and the descriptors, privileges, filter and
-//! profile are the program's, reports, and only then goes on as a sibling born inside
-//! ([`go_on_inside`]). What that sibling says is not trusted ([`crate::handshake`]).
+//! profile are the program's, reports, and only then continues as a sibling born inside
+//! ([`go_on_inside`]). Messages of that sibling are not trusted ([`crate::handshake`]).
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -154,7 +154,7 @@ fn prepare_main(
         _ => None,
     };
     let inhabited = procfs.is_some();
-    // While all capabilities are there.
+    // While all capabilities are present.
     let (profile, at_exec) = match profile {
         Some(profile) if !inhabited => (None, Some(profile.take_on_at_exec()?)),
         profile => (profile, None),
@@ -179,7 +179,7 @@ fn prepare_main(
     let created = Created { uid, gid, groups, home, notes, ..Created::default() };
     let has_terminal = terminal.is_some();
     if inhabited {
-        // Out here, where it is trusted.
+        // Still outside, where it is trusted.
         end.ready(&created, terminal.as_ref().map(AsFd::as_fd))?;
         drop(terminal);
         let privileges = go_on_inside(&launch.process, profile, end)?;
@@ -193,8 +193,8 @@ fn prepare_main(
     }
 }
 
-/// Its own session: signals of a terminal reach only it, and the shim signals an exec as a
-/// whole.
+/// A session for the process: signals of a terminal reach only it, and the shim can signal an exec
+/// as a whole.
 fn lead_session(has_terminal: bool) -> Result<(), Failed> {
     process::new_session().step("create a session", "")?;
     if has_terminal {
@@ -258,7 +258,7 @@ fn prepare_exec(
         ExecStreams::Pipes(stdio) => place(stdio, user)?,
         ExecStreams::Terminal(taker) => {
             let controller = open_terminal(user, false)?;
-            // Out here, where messages are trusted.
+            // Still outside, where messages are trusted.
             socket::send(taker.as_fd(), b"T", &[controller.as_fd()]).step("hand over the terminal", "")?;
         }
     }
@@ -272,8 +272,8 @@ fn prepare_exec(
 }
 
 /// Closes the child's copies of everything else that the shim has open. A copy would keep it open
-/// after the shim closes it: daemons would not see its end, and epoll would continue to report
-/// it. A child may hang for long.
+/// after the shim closes it: daemons would not see its end, and epoll would continue to report it.
+/// A child may hang for a long time.
 fn keep_only(kept: &[BorrowedFd<'_>]) -> Result<(), Failed> {
     process::close_all_but(kept).step("close descriptors", "")
 }
@@ -313,7 +313,7 @@ fn go_on_inside(
     let single = SingleThreaded::check().step(STEP, "")?;
     let privileges = execute::shed_before_birth(program, profile)?;
     match process::clone_sibling(single).step(STEP, "")? {
-        // It does nothing before the shim knows it, and ends if the shim never does.
+        // It does nothing before the shim knows it, and ends if that never happens.
         None => Ok(privileges),
         Some(pid) => {
             let name = CString::new(handshake::name_of_maker(pid)).unwrap_or_default();

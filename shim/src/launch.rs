@@ -46,22 +46,22 @@ pub(crate) struct Container {
     pub(crate) oom: Option<OomCounter>,
 }
 
-/// The error for a container that the kernel killed before it was ready. Preparing takes some
+/// The error for a container that the kernel killed before it was ready. Preparing takes a few
 /// hundred KiB.
 const TOO_LITTLE_MEMORY: &str = "out of memory: its memory limit is too low to start anything";
 
-/// What [`Making::finish`] made.
+/// The result of [`Making::finish`].
 pub(crate) struct NewContainer {
     pub(crate) container: Container,
     pub(crate) streams: ShimStreams,
     pub(crate) log: Option<Log>,
 }
 
-/// Clones the main process, which does everything up to its exec. `descriptors` are those that the
-/// request came with; `log` is on its way to be opened.
+/// Clones the main process, which does everything up to its exec. `descriptors` came with the
+/// request; `log` is being opened.
 ///
 /// # Errors
-/// When there is no process; nothing is left then.
+/// When no process was created; nothing is left then.
 pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>, log: Option<Log>) -> Result<Making, Failed> {
     const STEP: &str = "prepare the container";
     let pid_flags = match &launch.namespaces.pid {
@@ -100,12 +100,12 @@ pub(crate) fn create(launch: Launch, descriptors: Vec<OwnedFd>, log: Option<Log>
 }
 
 impl Making {
-    /// Takes what the process has reported, once it waits for its start and the log is open.
+    /// Takes the report of the process, once it waits for its start and the log is open.
     pub(crate) fn take_ready(&mut self) -> Option<(Created, Option<OwnedFd>)> {
         if self.log.as_ref().is_none_or(Log::is_open) { self.birth.take_ready() } else { None }
     }
 
-    /// The container, and its birth, which goes on until exec.
+    /// The container, and its birth, which lasts until exec.
     ///
     /// # Errors
     /// When something is missing. The process is killed then.
@@ -151,11 +151,11 @@ impl Making {
 }
 
 impl Container {
-    /// Whether a main process that waits in a shared pid namespace still has its profile. Elsewhere
-    /// the process checks itself.
+    /// Checks that a main process that waits in a shared pid namespace still has its profile.
+    /// Elsewhere the process checks itself.
     ///
     /// # Errors
-    /// When it has not, or that cannot be found out.
+    /// When it does not, or when the profile cannot be read.
     pub(crate) fn check_profile(&self) -> Result<(), Failed> {
         if is_inhabited(&self.launch) {
             apparmor::check_process(self.created.pid, &self.launch.process.apparmor_profile)
@@ -165,7 +165,7 @@ impl Container {
     }
 }
 
-/// Whether it joins a pid namespace with other processes, apart from the host's.
+/// Whether it joins a pid namespace of other processes, other than the host's.
 fn is_inhabited(launch: &Launch) -> bool {
     matches!(launch.namespaces.pid, Some(PidNamespace::Join(_) | PidNamespace::Target(())))
 }
@@ -183,18 +183,18 @@ fn without_what_is_done(mut launch: Launch) -> Launch {
 /// The shim's side of the streams of an exec.
 #[derive(Debug)]
 pub(crate) enum Streams {
-    /// Pipes of the program, each with the daemon's pipe that it is relayed to.
+    /// Pipes of the program, each with the daemon's pipe at the other side of the relay.
     Pipes(Vec<Ends>),
     /// A terminal, which arrives on the first; the daemon waits for its side on the other.
     Terminal { handed_over: OwnedFd, taker: OwnedFd },
 }
 
-/// Starts a program in the container. `descriptors` are the daemon's ends of its standard
-/// output, error and, if there is a third, input; with a terminal, the socket on which the daemon
-/// wants its side of that.
+/// Starts a program in the container. `descriptors` are the daemon's ends of its standard output,
+/// error and, if there is a third, input; with a terminal, the socket on which the daemon expects
+/// its side of it.
 ///
 /// # Errors
-/// When there is no process.
+/// When no process was created.
 pub(crate) fn exec(
     container: &Container,
     request: &ExecRequest,
@@ -242,9 +242,9 @@ pub(crate) fn exec(
     }
 }
 
-/// The program's end for the stream whose other end is `outer`: that of a separate pipe, for a
-/// pipe, of which the other end goes to `pipes`. Anything else is the host's null device, and
-/// stands for ours.
+/// The program's end for the stream whose other end is `outer`: for a pipe, the end of a separate
+/// pipe whose other end goes to `pipes`. Anything else is the host's null device, which is replaced
+/// by the container's.
 fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> Result<OwnedFd, Failed> {
     const STEP: &str = "create a pipe";
     let outer = File::from(outer);
@@ -284,9 +284,9 @@ fn clone_into(container: &Container) -> io::Result<(Cloned, Option<SubCgroup>)> 
     }
 }
 
-/// Where a process is below the cgroup directory `unified`, by its `/proc/<pid>/cgroup`,
-/// proc_pid_cgroup(5). `None` when it is somewhere else. The paths in that file begin at the root
-/// of the hierarchy, wherever that is mounted.
+/// The cgroup of a process below the cgroup directory `unified`, from its `/proc/<pid>/cgroup`,
+/// proc_pid_cgroup(5). `None` when it is elsewhere. The paths in that file begin at the root of the
+/// hierarchy, wherever that is mounted.
 fn below_in_hierarchy<'a>(unified: &[u8], listed: &'a [u8]) -> Option<&'a std::ffi::OsStr> {
     let path = listed.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
     let mut rest = unified;

@@ -1,11 +1,11 @@
-//! The shim's end of a container's log: what is to be written waits here for the writer
-//! ([`crate::log_writer`]), and nothing here waits for that.
+//! The shim's end of a container's log: entries wait here for the writer ([`crate::log_writer`]),
+//! and nothing here waits for the writer.
 //!
-//! What has no room in the queue is held, once; then the log is full, and nothing more is read from
-//! the container until there is room again: a program that writes faster than its disk waits in its
-//! own write.
+//! One run of entries that does not fit into the queue is held; then the log is full, and nothing
+//! more is read from the container until there is room again: a program that writes faster than its
+//! disk blocks in its own write.
 //!
-//! A writer that was killed is replaced, once a second at most. What is in the queue waits for the
+//! A writer that was killed is replaced, at most once per second. Packets in the queue wait for the
 //! next one.
 
 use std::collections::VecDeque;
@@ -21,14 +21,14 @@ use crate::failure::{Step, refused};
 use crate::host_path::host_path;
 use crate::log_writer::{self, Answer, END, MAX_PACKET, OPEN, REOPEN, WRITE, Writer, path, path_of};
 
-/// The room in the queue at the end, for what the container's pipes held, as with `QUEUE_BYTES` of
-/// [`crate::log_writer`]: it cannot wait any more.
+/// The room in the queue at the end, for the content of the container's pipes, as with
+/// `QUEUE_BYTES` of [`crate::log_writer`]: at that point it cannot wait any more.
 const LAST_ROOM: usize = 512 * 1024;
 
-/// Attempts to reopen it that have no answer. A kubelet tries again and again.
+/// The most unanswered requests to reopen the log. A kubelet retries again and again.
 const MOST_REOPENS: usize = 4;
 
-/// The least time between two writers.
+/// The shortest time between two writers.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// The log of a container.
@@ -41,16 +41,16 @@ pub(crate) struct Log {
     token: u64,
     directory: Vec<u8>,
     name: Vec<u8>,
-    /// What there was no room for.
+    /// Entries that did not fit into the queue.
     held: VecDeque<Vec<u8>>,
     watches_room: bool,
-    /// Attempts to reopen it that have no answer, by their numbers.
+    /// The numbers of unanswered requests to reopen it.
     reopens: VecDeque<u32>,
     last_reopen: u32,
     stage: Stage,
     /// Bytes of output that were not passed on.
     left_out: u64,
-    /// A writer was killed, with what it knew.
+    /// A writer was killed, and its knowledge is lost.
     was_killed: bool,
 }
 
@@ -58,23 +58,23 @@ pub(crate) struct Log {
 enum Stage {
     Opening,
     Open,
-    /// The end was asked for.
+    /// The end was requested.
     Ending,
-    /// Everything is written, but for so many bytes.
+    /// Everything is written, except for this many bytes.
     Ended(u64),
 }
 
-/// What became known of a log.
+/// News about a log.
 #[derive(Debug)]
 pub(crate) enum Heard {
     Opened(Result<(), Failed>),
     Reopened(Result<(), Failed>),
-    /// There is room, or the end.
+    /// It has room, or has ended.
     Moved,
 }
 
 impl Log {
-    /// Begins to open the log of `launch`, if it has one. There are wake-ups with `token`.
+    /// Begins to open the log of `launch`, if it has one. Wake-ups come with `token`.
     ///
     /// # Errors
     /// When the kernel cannot watch it.
@@ -112,20 +112,20 @@ impl Log {
         self.stage != Stage::Opening
     }
 
-    /// Why it is not open in time.
+    /// The error for a log that was not opened in time.
     pub(crate) fn late(&self) -> Failed {
         refused("open the log", format!("{}: its file system does not answer", self.path()))
     }
 
-    /// Whether nothing more is to be written now.
+    /// Whether it takes nothing more now.
     pub(crate) fn is_full(&self) -> bool {
         !self.held.is_empty()
     }
 
-    /// Has a run of entries written, which `entries` adds to what is there.
+    /// Queues a run of entries, which `entries` appends to its argument.
     pub(crate) fn write(&mut self, buffer: &mut Vec<u8>, entries: impl FnOnce(&mut Vec<u8>), poll: &Poll) {
         buffer.clear();
-        // The head of the packet; that of the next one takes the place of a byte that is sent.
+        // The header of the packet; that of the next one replaces a byte that was already sent.
         buffer.push(WRITE);
         entries(buffer);
         let mut packets = buffer.as_mut_slice();
@@ -139,10 +139,11 @@ impl Log {
         }
     }
 
-    /// Has the path opened anew. The answer is [`Heard::Reopened`], in the order of the requests.
+    /// Reopens the log by its path. The answer is [`Heard::Reopened`], in the order of the
+    /// requests.
     ///
     /// # Errors
-    /// When too many of before have no answer.
+    /// When too many earlier requests are unanswered.
     pub(crate) fn reopen(&mut self, poll: &Poll) -> Result<(), Failed> {
         if self.writer.is_none() || self.reopens.len() >= MOST_REOPENS {
             return Err(self.late_again());
@@ -153,13 +154,13 @@ impl Log {
         Ok(())
     }
 
-    /// Why it is not reopened in time.
+    /// The error for a log that was not reopened in time.
     pub(crate) fn late_again(&self) -> Failed {
         let why = "its file system does not answer; the old file stays in use until it does";
         refused("reopen the log", format!("{}: {why}", self.path()))
     }
 
-    /// Makes room for what cannot wait, being the last.
+    /// Makes room for the last entries, which cannot wait.
     pub(crate) fn make_last_room(&mut self, poll: &Poll) {
         self.set_room(LAST_ROOM);
         self.send_held(poll);
@@ -167,17 +168,17 @@ impl Log {
 
     fn set_room(&self, bytes: usize) {
         if let Some(writer) = &self.writer {
-            // Without it some may be left out.
+            // Without it some may be dropped.
             let _ = socket::set_send_room(writer.queue(), bytes);
         }
     }
 
-    /// Notes that so many bytes of output are not passed on.
+    /// Counts bytes of output that are not passed on.
     pub(crate) fn leave_out(&mut self, bytes: usize) {
         self.left_out = self.left_out.saturating_add(u64::try_from(bytes).unwrap_or(u64::MAX));
     }
 
-    /// Asks for the end; whether that is a new request.
+    /// Requests the end; returns whether that is a new request.
     pub(crate) fn end(&mut self, poll: &Poll) -> bool {
         let is_new = matches!(self.stage, Stage::Opening | Stage::Open);
         if is_new {
@@ -192,7 +193,7 @@ impl Log {
         matches!(self.stage, Stage::Ended(_)) || self.writer.is_none()
     }
 
-    /// Lets the writer go on alone, with what is in its queue.
+    /// Leaves the writer alone with the content of its queue.
     pub(crate) fn give_up(&mut self, poll: &Poll) {
         if self.has_ended() {
             return;
@@ -212,7 +213,7 @@ impl Log {
         }
     }
 
-    /// Bytes that will never be in it.
+    /// The number of bytes that will never be in it.
     pub(crate) fn lost_bytes(&self) -> u64 {
         match self.stage {
             Stage::Ended(lost) => lost,
@@ -225,7 +226,7 @@ impl Log {
         matches!(self.stage, Stage::Ended(_)) && !self.was_killed
     }
 
-    /// Acts on a wake-up.
+    /// Handles a wake-up.
     pub(crate) fn ready(&mut self, ready: Ready, poll: &Poll) -> Vec<Heard> {
         let mut heard = Vec::new();
         if ready.readable {
@@ -243,7 +244,7 @@ impl Log {
         self.writer.as_ref()?.pid()
     }
 
-    /// Acts on the end of a child, if that was the writer: then there is to be another one.
+    /// Handles the end of a child. If it was the writer, it will be replaced.
     pub(crate) fn child_ended(&mut self, pid: i32, poll: &Poll) -> Option<Vec<Heard>> {
         let writer = self.writer.as_mut()?;
         if !writer.reaped(pid) {
@@ -251,7 +252,7 @@ impl Log {
         }
         self.again = Some(writer.since() + PAUSE);
         let mut heard = Vec::new();
-        // What it said before its end, which may have been that it ends.
+        // Read its last messages, which may say that it ends.
         self.hear(&mut heard, poll);
         self.was_killed |= self.writer.is_some();
         self.time_over(Instant::now());
@@ -270,7 +271,7 @@ impl Log {
         }
     }
 
-    /// Puts a new writer in the place of one that has ended.
+    /// Replaces a writer that has ended.
     fn replace(&mut self) {
         let Some(writer) = &mut self.writer else { return };
         // Before it is open, the path is in the queue.
@@ -287,7 +288,7 @@ impl Log {
             match socket::receive(writer.queue(), &mut packet) {
                 Ok((length, _)) => match log_writer::answer(packet.get(..length).unwrap_or_default()) {
                     Some(Answer::Opened(result)) => self.opened(result, heard),
-                    // Not when a writer tells again what the one that it has replaced told first.
+                    // Not when a writer repeats an answer of the one that it has replaced.
                     Some(Answer::Reopened(number, result)) if self.reopens.front() == Some(&number) => {
                         self.reopens.pop_front();
                         heard.push(Heard::Reopened(result.step("reopen the log", self.path())));
@@ -300,7 +301,7 @@ impl Log {
                     Some(Answer::Reopened(..)) | None => {}
                 },
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing more, for now.
+                // Nothing more for now.
                 Err(_) => return,
             }
         }
@@ -351,14 +352,14 @@ impl Log {
         let watch = !self.held.is_empty();
         if watch != self.watches_room {
             let interest = if watch { Interest::InputAndRoom } else { Interest::Input };
-            // Without it nothing would be heard any more; it is watched, so there is nothing that
-            // could fail.
+            // Without it nothing would be received any more; it is watched already, so this cannot
+            // fail.
             let _ = poll.change(writer.queue(), self.token, interest);
             self.watches_room = watch;
         }
     }
 
-    /// Ends the connection to the writer, which writes what it has and ends.
+    /// Closes the connection to the writer, which writes what it has and ends.
     pub(crate) fn close(&mut self, poll: &Poll) {
         if let Some(writer) = self.writer.take() {
             let _ = poll.forget(writer.queue());
@@ -371,7 +372,7 @@ impl Log {
     }
 }
 
-/// How many bytes of a run of entries go into one packet: whole entries, if there is one that fits.
+/// How many bytes of a run of entries go into one packet: whole entries, if at least one fits.
 fn part(entries: &[u8]) -> usize {
     const MOST: usize = MAX_PACKET - 1;
     if entries.len() <= MOST {
@@ -444,7 +445,7 @@ mod tests {
         };
         assert_eq!((&reopened[1..], packets > 1, read == written), (&b"\x01\0\0\0"[..], true, true));
         assert!(!log.is_full() && heard(&mut log, &poll).is_empty());
-        // Each is answered once, whoever says it again.
+        // Each is answered once, even if a second writer repeats the answer.
         for _ in 0..2 {
             socket::send(writer.as_fd(), b"r\x01\0\0\0\x02\0\0\0", &[]).unwrap();
         }
@@ -494,7 +495,7 @@ mod tests {
             }
         }
         assert_eq!(usize::try_from(lost).unwrap(), bytes - read + 7);
-        // Room for one more packet than there may be is for the privileged only.
+        // Only a privileged process can have room for one more packet than allowed.
         assert!(end.is_none_or(|end| end == lost), "{end:?} {lost}");
     }
 
@@ -509,7 +510,7 @@ mod tests {
         assert!(!log.is_full() && !log.has_ended() && log.lost_bytes() == 0);
         log.close(&poll);
         assert!(log.has_ended());
-        // What is written then is lost, and nobody waits.
+        // What is written then is lost, and nothing waits.
         log.write(&mut Vec::new(), |buffer| buffer.extend_from_slice(b"T stdout F x\n"), &poll);
         assert!(!log.is_full() && log.lost_bytes() == 13);
     }

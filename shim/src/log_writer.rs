@@ -1,24 +1,24 @@
-//! The process that has a container's log open: whoever may read a file can hold its lock, as
-//! `O_DIRECT` reads into a page that never comes do on ext4, and a disk on the network may be gone.
-//! Then it is this process that waits in the kernel and cannot be killed, not the shim.
+//! The process that has a container's log open: any process that may read a file can hold its lock,
+//! as `O_DIRECT` reads into a page that never arrives do on ext4, and a network disk may be gone.
+//! Then this process waits in the kernel and cannot be killed, and the shim does not.
 //!
-//! A process and not a thread: the shim makes children, which is sound for a program with one
-//! thread only, and a thread that waits in the kernel would keep the whole program, with all that
-//! it has open, from ending. It shares nothing with the shim but one socket, and is made before the
-//! shim has anything.
+//! It is a process and not a thread: the shim creates children, which is sound only for a program
+//! with one thread, and a thread that waits in the kernel would keep the whole program, with
+//! everything that it has open, from ending. It shares nothing with the shim but one socket, and is
+//! created before the shim has anything.
 //!
 //! ```text
 //!  shim -> writer  O path     open the log            o errno words
 //!                  W entries  write them              -
-//!                  R number   open its path anew      r number errno words
-//!                  E count    so many bytes more are lost; write what is there, and end
+//!                  R number   reopen it by its path   r number errno words
+//!                  E count    so many more bytes are lost; write the rest, and end
 //!                                                     e bytes lost in all
 //! ```
-//! Packets wait in the socket, which is a queue of limited length. When the shim is gone, what is
-//! in there is still written.
+//! Packets wait in the socket, which is a queue of limited length. When the shim is gone, the rest
+//! of the queue is still written.
 //!
-//! A packet is taken from the queue when it is done, and the shim keeps both ends. So nothing is
-//! lost with a writer that is killed: the next one goes on with the packet that it was at.
+//! A packet is taken from the queue once it is done, and the shim keeps both ends. So nothing is
+//! lost with a writer that is killed: the next one continues with the packet that it was at.
 
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -45,7 +45,7 @@ pub(crate) const MAX_PACKET: usize = 64 * 1024;
 /// socket(7).
 const QUEUE_BYTES: usize = 128 * 1024;
 
-/// How long after a packet the room for the next one is kept.
+/// How long the memory for the next packet is kept after a packet.
 const IDLE: Duration = Duration::from_millis(10);
 
 /// The process, and the queue to it, which outlasts it.
@@ -59,10 +59,10 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Makes the process.
+    /// Creates the process.
     ///
     /// # Errors
-    /// When there is no process or no descriptor to be had.
+    /// When there are no processes or descriptors left.
     pub(crate) fn spawn() -> io::Result<Self> {
         let (ours, theirs) = socket::packet_pair()?;
         file::set_nonblocking(ours.as_fd())?;
@@ -73,11 +73,11 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Makes another one in the place of one that has ended. With a directory and a name, it goes
-    /// on with that log.
+    /// Creates a process to replace one that has ended. With a directory and a name, it continues
+    /// that log.
     ///
     /// # Errors
-    /// When there is no process to be had.
+    /// When there are no processes left.
     pub(crate) fn replace(&mut self, log: Option<(PathBuf, PathBuf)>) -> io::Result<()> {
         self.since = Instant::now();
         self.run(log)
@@ -101,17 +101,17 @@ impl Writer {
         self.pid
     }
 
-    /// When the last process was made.
+    /// When the last process was created.
     pub(crate) fn since(&self) -> Instant {
         self.since
     }
 
-    /// Notes that a child was reaped; whether it was this one.
+    /// Notes that a child was reaped; returns whether it was this one.
     pub(crate) fn reaped(&mut self, pid: i32) -> bool {
         self.pid.take_if(|own| *own == pid).is_some()
     }
 
-    /// One that is the caller, who gets the other end.
+    /// A writer that is the calling test itself, which gets its end of the socket.
     #[cfg(test)]
     pub(crate) fn of_test() -> (Self, OwnedFd) {
         let (ours, theirs) = socket::packet_pair().unwrap();
@@ -160,7 +160,7 @@ fn serve(socket: &OwnedFd, log: Option<(PathBuf, PathBuf)>) -> io::Result<()> {
     }
 }
 
-/// Does what a packet says; the answer, if there is one.
+/// Handles a packet; returns the answer, if it has one.
 fn obey(kind: u8, content: &[u8], log: &mut Option<LogFile>) -> Option<Vec<u8>> {
     match kind {
         OPEN => {
@@ -185,12 +185,12 @@ fn obey(kind: u8, content: &[u8], log: &mut Option<LogFile>) -> Option<Vec<u8>> 
     }
 }
 
-/// A directory and a name in it, between which there is a byte that is in neither.
+/// A directory and a name in it, separated by a byte that neither contains.
 pub(crate) fn path_of(directory: &[u8], name: &[u8]) -> Vec<u8> {
     [directory, b"\0", name].concat()
 }
 
-/// The two parts of that.
+/// Splits it into these two parts.
 pub(crate) fn path(content: &[u8]) -> (PathBuf, PathBuf) {
     let mut parts = content.splitn(2, |byte| *byte == 0).map(|part| Path::new(OsStr::from_bytes(part)));
     let mut next = || parts.next().unwrap_or(Path::new("")).to_owned();
@@ -208,20 +208,20 @@ fn outcome(head: &[u8], result: io::Result<()>) -> Vec<u8> {
     [head, &i32::to_le_bytes(errno), words.as_bytes()].concat()
 }
 
-/// Instead of an error number, for an error that is told in words.
+/// In place of an error number, for an error that is described in words only.
 const NOT_THE_KERNELS: i32 = -1;
 
-/// What the writer has said.
+/// A message of the writer.
 #[derive(Debug)]
 pub(crate) enum Answer {
     Opened(io::Result<()>),
-    /// For the request with this number.
+    /// The answer to the request with this number.
     Reopened(u32, io::Result<()>),
-    /// Everything is written, but for so many bytes.
+    /// Everything is written, except for this many bytes.
     Ended(u64),
 }
 
-/// Reads an answer; `None` for none of ours.
+/// Parses an answer; `None` for anything else.
 pub(crate) fn answer(packet: &[u8]) -> Option<Answer> {
     let (kind, content) = packet.split_first()?;
     if *kind == b'e' {

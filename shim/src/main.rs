@@ -1,14 +1,14 @@
 //! One small process per container: starts it, writes its log, runs execs, and records its end.
 //!
 //! One thread, no async runtime, no policy: the daemon parses and decides, the shim follows a plan
-//! (`berth_shim_proto::launch`). It outlives the daemon. Its log is written by a process of its own
-//! ([`log_writer`]), which may have to wait for a disk. The same binary, started as `berth-shim
-//! pause`, is process 1 of a pod whose containers share a pid namespace; as `berth-shim hold` it
-//! does nothing in a new systemd scope, which cannot exist without a process.
+//! (`berth_shim_proto::launch`). It outlives the daemon. A separate process ([`log_writer`]) writes
+//! its log, since that may have to wait for a disk. The same binary, started as `berth-shim pause`,
+//! is process 1 of a pod whose containers share a pid namespace; as `berth-shim hold` it does
+//! nothing in a new systemd scope, which cannot exist without a process.
 //!
 //! Descriptors that the daemon passes: 0, 1, 2 are `/dev/null`; 3 is a connection to the daemon; 4
 //! (for `container` only) is the container's state directory, in which the shim listens as
-//! `shim.sock` for daemons to come.
+//! `shim.sock` for later daemons.
 #![forbid(unsafe_code)]
 
 mod apparmor;
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Keeps a new systemd scope from being empty, until the daemon closes the connection: by then
+/// Keeps a new systemd scope from being empty until the daemon closes the connection: by then
 /// another process is in it.
 fn hold(connection: OwnedFd) -> std::io::Result<()> {
     let mut byte = [0];
@@ -72,7 +72,7 @@ fn hold(connection: OwnedFd) -> std::io::Result<()> {
     }
 }
 
-/// The first steps of every kind: drop everything inherited that is not meant for it.
+/// The first steps of every kind: drop everything inherited that the shim is not meant to have.
 fn prepare(first_foreign: u32) -> std::io::Result<()> {
     berth_sys::process::close_from(first_foreign, berth_sys::process::CloseRange::Now)?;
     // Started from a memory file, its name would be a descriptor number.

@@ -1,9 +1,9 @@
 //! Where requested mounts may go: not into `/proc`, and into `/dev` only by its own name.
 //!
-//! The runtime's own set-up of a container depends on these: masks and read-only paths of `/proc`,
-//! the device nodes and the terminal of `/dev`. A path of the request can lead there without saying
-//! so, through a link in a volume that another container writes. So the resolved place is checked,
-//! after the path was resolved.
+//! The runtime's own set-up of a container depends on these directories: masks and read-only paths
+//! of `/proc`, the device nodes and the terminal of `/dev`. A requested path can lead there
+//! indirectly, through a link in a volume that another container writes. So the resolved place is
+//! checked, after the path was resolved.
 
 use std::ffi::OsStr;
 use std::io;
@@ -25,7 +25,7 @@ const PROC_ROOT_INODE: u64 = 1;
 const STEP: &str = "find the mount point";
 
 /// Checks `place`, to which the path of `mount` has led below `root`, and returns the place to
-/// mount on. `source` is what a bind mounts.
+/// mount on. `source` is what a bind mount shows.
 ///
 /// # Errors
 /// When nothing may be mounted there.

@@ -1,8 +1,7 @@
 //! The null device that a program gets for an unused stream.
 //!
-//! It is on a file system of its own. A descriptor of the host's `/dev/null` would be one of an
-//! inode of the host, whose mode and owner its holder could change for everyone: `chmod
-//! /proc/self/fd/0`.
+//! It is on its own file system. A descriptor of the host's `/dev/null` would refer to an inode of
+//! the host, whose mode and owner its holder could change for everyone: `chmod /proc/self/fd/0`.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -18,11 +17,11 @@ use crate::failure::Step;
 
 const STEP: &str = "create the null device";
 
-/// Where it lies in its file system, as links to open files show it.
+/// Its path in its file system, as links to open files show it.
 const PLACE: &str = "dev/null";
 
-/// A descriptor of it, for reading and writing. There is one device for all programs of the
-/// container.
+/// A descriptor for it, open for reading and writing. All programs of the container share one
+/// device.
 pub(crate) fn open() -> Result<OwnedFd, Failed> {
     static OPENED: OnceLock<OwnedFd> = OnceLock::new();
     if let Some(opened) = OPENED.get() {
@@ -37,7 +36,7 @@ pub(crate) fn open() -> Result<OwnedFd, Failed> {
 
 fn make() -> Result<OwnedFd, Failed> {
     let context = FsContext::open(c"tmpfs").step(STEP, "tmpfs")?;
-    // The mount goes with the last file that is open in it.
+    // The mount disappears with the last file that is open in it.
     let mount = context.mount(attr::NOSUID | attr::NOEXEC).step(STEP, "tmpfs")?;
     let root = Root::from_fd(mount).step(STEP, "tmpfs")?;
     let directory = root.make_dir_all(Path::new("dev"), 0o755).step(STEP, "dev")?;

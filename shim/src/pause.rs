@@ -1,12 +1,12 @@
 //! Process 1 of a pod whose containers share a pid namespace (`NamespaceMode.POD`): it reaps
 //! orphans and does nothing else.
 //!
-//! `berth-shim pause` creates it and ends: a child in a new pid and mount namespace whose root is
-//! an empty read-only tmpfs, in the pod's other namespaces, without capabilities, without
-//! descriptors, under a filter for what it does, which lives until it is killed. The daemon sends
-//! `launch::Pause` as one frame and is answered with `Failed`, or with `Created` and two
-//! descriptors: the pid namespace, and a procfs of it as a detached mount, made while the process
-//! is alone in there ([`crate::procfs`]).
+//! `berth-shim pause` creates it and ends. It is a child in a new pid and mount namespace whose
+//! root is an empty read-only tmpfs, in the pod's other namespaces, without capabilities or
+//! descriptors, under a filter that allows only what it does, and it lives until it is killed. The
+//! daemon sends `launch::Pause` as one frame and is answered with `Failed`, or with `Created` and
+//! two descriptors: the pid namespace, and a procfs of it as a detached mount, created while the
+//! process is alone in there ([`crate::procfs`]).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -80,7 +80,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
                 );
                 process::exit_now(1);
             }
-            // Everything, the signal descriptor of the loop excepted, which is made after this.
+            // Everything except for the signal descriptor of the loop, which is created later.
             let _ = process::close_from(0, CloseRange::Now);
             reap_for_ever()
         }
@@ -93,7 +93,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
                     let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
                     return Err(refused(STEP, if text.is_empty() { "it was killed".into() } else { text }));
                 };
-                // Its own child, which has not been reaped: the pid is valid.
+                // This process's own child, which has not been reaped: the pid is valid.
                 let path = format!("/proc/{pid}/ns/{}", ns::Kind::Pid.file_name());
                 let pid_namespace = ns::open(Path::new(&path)).step("open the pid namespace", &path)?;
                 let start_time =
@@ -101,7 +101,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
                 Ok((Created { pid, start_time, ..Created::default() }, [pid_namespace, procfs]))
             });
             if made.is_err() {
-                // It may have ended on its own; it is reaped all the same.
+                // It may have ended already; it is reaped all the same.
                 let _ = process::signal_child(pid, SIGKILL);
                 let _ = process::wait_for(pid);
             }
@@ -111,7 +111,7 @@ fn make(request: &Pause) -> Result<(Created, [OwnedFd; 2]), Failed> {
 }
 
 /// The first steps of the process; returns the procfs of its pid namespace, in which it is the only
-/// process, and the file to enter its profile.
+/// process, and the file through which it enters its profile.
 fn begin(request: &Pause) -> Result<(OwnedFd, Option<Way>), Failed> {
     crate::init::begin(&request.cgroup)?;
     crate::init::enter(&request.namespaces)?;

@@ -1,15 +1,15 @@
-//! The procfs of a pid namespace in which others live.
+//! The procfs of a pid namespace in which other processes live.
 //!
 //! A procfs shows the pid namespace of the process that created it (pid_namespaces(7)). A process
-//! that creates one in an inhabited namespace would be seen there, with the privilege that mounting
-//! takes, and a process that may trace it would have that privilege. So none is created: a procfs
-//! that was made before any process lived there is cloned.
+//! that creates one in an inhabited namespace would be visible there, with the privilege that
+//! mounting takes, and a process that may trace it would have that privilege. So none is created: a
+//! procfs that was created before any process lived there is cloned.
 //!
-//! - A pod that shares its pid namespace has one, made at the birth of the pod's first process and
-//!   mounted on the host (`Namespaces.procfs`).
+//! - A pod that shares its pid namespace has one, created at the birth of the pod's first process
+//!   and mounted on the host (`Namespaces.procfs`).
 //! - A container that is the target of another has its own, in its own mount namespace. Its
-//!   processes may have mounted anything there, so it is checked to be a complete procfs, of that
-//!   pid namespace.
+//!   processes may have mounted anything there, so the shim checks that it is a complete procfs, of
+//!   that pid namespace.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,7 +29,7 @@ use crate::failure::{Step, refused};
 pub(crate) struct Target {
     /// Its main process.
     process: OwnedFd,
-    /// That one's pid namespace.
+    /// The pid namespace of that process.
     pid_namespace: OwnedFd,
 }
 
@@ -62,7 +62,7 @@ impl Target {
     ///
     /// Another process, outside its pid namespace, looks into its mount namespace: joining a mount
     /// namespace changes root and working directory for good, setns(2). It may hang in a filesystem
-    /// that the target serves, so it has [`LOOK`], and ends with this process.
+    /// that the target serves, so its time is limited to [`LOOK`], and it ends with this process.
     pub(crate) fn procfs(&self) -> Result<OwnedFd, Failed> {
         const STEP: &str = "take the target's procfs";
         let (own, other) = socket::packet_pair().step("create a socket", "")?;
@@ -73,7 +73,7 @@ impl Target {
                 let code = match guarded.and_then(|()| self.clone_procfs()) {
                     Ok(procfs) => socket::send(other.as_fd(), b"p", &[procfs.as_fd()]).is_err().into(),
                     Err(failed) => {
-                        // Without a message the parent has its own.
+                        // Without a message the parent has its own error.
                         let _ = socket::send(other.as_fd(), failed.to_string().as_bytes(), &[]);
                         1
                     }
@@ -117,10 +117,10 @@ pub(crate) fn pinned(path: &Path) -> Result<OwnedFd, Failed> {
     mount::clone_tree(place.as_fd(), Path::new(""), false).step(STEP, path.display())
 }
 
-/// Whether `place` is the root of a procfs that shows the pid namespace of this number.
+/// Checks that `place` is the root of a procfs that shows the pid namespace of this number.
 ///
 /// Its process 1 is that of the namespace it shows, so the link to its pid namespace identifies it.
-/// The link is read past everything that is mounted over it.
+/// The link is read beneath anything that is mounted over it.
 fn check(place: BorrowedFd<'_>, number: u64) -> io::Result<()> {
     let is_root = mount::is_procfs(place)? && stat_fd(place)?.identity.1 == ROOT_INODE;
     if is_root {
@@ -144,7 +144,7 @@ mod tests {
             let root = Root::open(Path::new(path)).unwrap();
             check(root.resolve(Path::new("")).unwrap().as_fd(), number).is_ok()
         };
-        // The link of process 1 is for those who may trace it.
+        // Only a process that may trace process 1 can read its link.
         if std::fs::read_link("/proc/1/ns/pid").is_ok() {
             assert!(is("/proc", own));
         }

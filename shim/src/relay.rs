@@ -1,4 +1,4 @@
-//! Bytes between the streams of a program and those of the daemon.
+//! Copies bytes between the streams of a program and those of the daemon.
 //!
 //! ```text
 //!  program  --inner pipe-->  shim  --outer pipe-->  daemon      output
@@ -6,13 +6,13 @@
 //!  program  <---terminal-->  shim  <----socket--->  daemon      both
 //! ```
 //! A process that has a pipe or a terminal open can hold its lock for as long as it likes: the
-//! kernel keeps it while it copies from or to memory, and if that is a page of a file, waits for
-//! the file. Reading, writing, closing and resizing at the other end then wait too, and cannot be
-//! killed. So what a program has never reaches the daemon. A container can stall only its own shim
-//! this way.
+//! kernel keeps the lock while it copies from or to memory, and if that is a page of a file, waits
+//! for the file. Reading, writing, closing and resizing at the other end then wait too, and cannot
+//! be killed. So no stream of a program ever reaches the daemon. A container can only stall its own
+//! shim this way.
 //!
 //! Bytes are copied, not spliced: to splice from pipe to pipe, the kernel takes the locks of both
-//! at once, and so could block the daemon on a container after all.
+//! at once, and so a container could block the daemon after all.
 //!
 //! A flow reads only when the previous bytes have been written, so it holds at most one read, and
 //! nothing while idle. At the end of its source it closes the other side once everything is
@@ -33,15 +33,15 @@ const READ_BYTES: usize = 32 * 1024;
 /// Reads or writes of one flow per turn.
 const TURNS: usize = 16;
 
-/// Bytes of output that are passed on after the end of its program before that is reported: at
-/// least what its pipe holds, which is all that the program itself can have left. Other processes
-/// may write forever.
+/// How many bytes of output are passed on after the end of its program before the end is reported:
+/// at least the content of its pipe, which is all that the program itself can have left. Other
+/// processes may write forever.
 const SETTLE_BYTES: usize = 1024 * 1024;
 
-/// The most of that: a pipe can be made larger than memory allows it to be filled.
+/// The limit on that: a pipe can be enlarged to more than memory allows it to hold.
 const MOST_SETTLE_BYTES: usize = 64 * 1024 * 1024;
 
-/// What a program can have left in a stream when it ends, in bytes.
+/// How many bytes a program can have left in a stream when it ends.
 pub(crate) fn left_in(stream: BorrowedFd<'_>) -> usize {
     file::pipe_size(stream).unwrap_or(0).clamp(SETTLE_BYTES, MOST_SETTLE_BYTES)
 }
@@ -68,20 +68,19 @@ pub(crate) struct Ends {
 enum Waits {
     /// Something to read; and for the other side to be closed.
     Input,
-    /// Room to write; and for the end of the source, which is heard once.
+    /// Room to write; the end of the source is noticed once.
     Room,
 }
 
-/// Flows of which the source has ended, which is nobody's any more, and which wait for room all the
-/// same: what was typed for a program that does not read. The program may go on to read, so there
-/// may be some.
+/// The most flows without a source or a running program that still wait for room: input for a
+/// program that does not read. Some other process may go on to read it, so a few are kept.
 const MOST_ORPHANS: usize = 8;
 
 #[derive(Debug)]
 struct Flow {
     group: u64,
     way: Way,
-    /// None for the last words of what has ended.
+    /// `None` for the last bytes of a source that has ended.
     from: Option<File>,
     from_token: u64,
     to: File,
@@ -89,10 +88,11 @@ struct Flow {
     /// Read and not written yet.
     held: Vec<u8>,
     waits: Waits,
-    /// The source has ended behind what is held; a number that says which ended first. It is not
-    /// watched any more: its end would be reported again and again.
+    /// The source has ended, with bytes still held; the number orders such flows by age. The source
+    /// is no longer watched: its end would be reported again and again.
     orphaned: Option<u64>,
-    /// Output of a program that has ended: how much more of it may follow before that is reported.
+    /// After the end of the program: how much more of its output may follow before the end is
+    /// reported.
     settling: Option<usize>,
 }
 
@@ -106,15 +106,15 @@ enum After {
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     flows: Vec<Flow>,
-    /// How many sources have ended behind what was held.
+    /// The number of sources that have ended with bytes still held.
     orphaned: u64,
 }
 
-/// The tokens that a flow takes.
+/// How many tokens a flow takes.
 pub(crate) const TOKENS: u64 = 2;
 
 impl Relays {
-    /// Begins a flow. It is woken by `token` and the one after it.
+    /// Begins a flow. Its wake-ups come with `token` and the one after it.
     ///
     /// # Errors
     /// When the kernel cannot watch it.
@@ -142,8 +142,8 @@ impl Relays {
         Ok(())
     }
 
-    /// Passes on what was to be written to `to`, which is watched under `token`, and closes it. It
-    /// does not wait.
+    /// Passes on the remaining bytes for `to`, which is watched under `token`, and closes it. Does
+    /// not block.
     pub(crate) fn add_last_words(&mut self, to: File, token: u64, words: Vec<u8>, poll: &Poll) {
         let settling = Some(SETTLE_BYTES);
         let waits = Waits::Room;
@@ -166,24 +166,24 @@ impl Relays {
         }
     }
 
-    /// Whether there is a flow of this group.
+    /// Whether the group has a flow.
     pub(crate) fn has(&self, group: u64) -> bool {
         self.flows.iter().any(|flow| flow.group == group)
     }
 
-    /// How many descriptors they have.
+    /// How many descriptors they use.
     pub(crate) fn descriptors(&self) -> usize {
         self.flows.len() * 2
     }
 
-    /// Acts on a wake-up; the group of the flow that it was for, if it was for one.
+    /// Handles a wake-up; returns the group of the flow that it was for, if any.
     pub(crate) fn ready(&mut self, ready: Ready, poll: &Poll) -> Option<u64> {
         let of = |flow: &Flow| flow.from_token == ready.token || flow.to_token == ready.token;
         let index = self.flows.iter().position(of)?;
         let flow = self.flows.get_mut(index)?;
         let group = flow.group;
-        // A wake-up may be from before the last change of what it waits for: room that nothing
-        // waits for.
+        // A wake-up may date from before the flow began to wait for something else, and may report
+        // room that it no longer waits for.
         let mut is_over = ready.token == flow.to_token && ready.failed && flow.waits == Waits::Input;
         if ready.token == flow.from_token && ready.failed && flow.waits == Waits::Room {
             self.orphaned += 1;
@@ -195,8 +195,8 @@ impl Relays {
         Some(group)
     }
 
-    /// Drops the oldest of those whose source is nobody's any more and whose sink does not take
-    /// what is held, if there are too many of them. Those of groups that are `in_use` do not count.
+    /// Drops the oldest flows that have lost their source and whose sink does not take the held
+    /// bytes, if there are more than [`MOST_ORPHANS`]. Groups that are `in_use` do not count.
     pub(crate) fn drop_orphans(&mut self, in_use: impl Fn(u64) -> bool, poll: &Poll) {
         let mut orphans: Vec<u64> = self
             .flows
@@ -219,8 +219,8 @@ impl Relays {
         }
     }
 
-    /// The program of a group has ended: what it has written is passed on, and what others write no
-    /// more waited for than that takes.
+    /// The program of a group has ended: its output is passed on, and output of other processes is
+    /// waited for only until then.
     pub(crate) fn settle(&mut self, group: u64, poll: &Poll) {
         self.settle_where(|flow| flow.group == group, poll);
     }
@@ -259,7 +259,7 @@ impl Relays {
         }
     }
 
-    /// Where the output of a group comes from.
+    /// The source of a group's output.
     pub(crate) fn source(&self, group: u64) -> Option<BorrowedFd<'_>> {
         let found = self.flows.iter().find(|flow| flow.group == group && flow.way == Way::Out);
         found?.from.as_ref().map(AsFd::as_fd)
@@ -337,10 +337,10 @@ impl Flow {
         }
     }
 
-    /// Its source has ended behind what is held.
+    /// Its source has ended, with bytes still held.
     fn orphan(&mut self, number: u64, poll: &Poll) -> After {
         let Some(from) = &self.from else { return After::Open };
-        // The socket of a terminal, which hangs up with it.
+        // The socket of a terminal, which hangs up together with it.
         let hangs_up = from.metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
         if hangs_up && self.way == Way::In {
             return After::Ended;
@@ -367,8 +367,8 @@ mod tests {
 
     const GROUP: u64 = 7;
 
-    /// A relay between two pipes: what the program or the daemon writes to, and the other reads
-    /// from.
+    /// A relay between two pipes: one end for the program or the daemon to write to, and one for
+    /// the other to read from.
     struct Pair {
         poll: Poll,
         relays: Relays,
@@ -387,9 +387,9 @@ mod tests {
             Self { poll, relays, near: Some(near.into()), far: Some(far.into()) }
         }
 
-        /// Acts on wake-ups until there are none.
+        /// Handles wake-ups until there are none.
         fn turn(&mut self) {
-            // More than a pipe takes; a relay that is woken without an end would go on.
+            // More than a pipe takes; a relay that is woken endlessly would never stop.
             for _ in 0..10_000 {
                 let ready = self.poll.wait(Some(Duration::ZERO)).unwrap();
                 if ready.is_empty() {
@@ -402,7 +402,7 @@ mod tests {
             panic!("it is woken again and again");
         }
 
-        /// Writes as much as goes in.
+        /// Writes as much as fits.
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             match self.near.as_mut().unwrap().write(bytes) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
@@ -410,7 +410,7 @@ mod tests {
             }
         }
 
-        /// Reads what is there; whether it has ended.
+        /// Reads what is available; returns whether it has ended.
         fn read(&mut self, all: &mut Vec<u8>) -> bool {
             match self.far.as_mut().unwrap().read_to_end(all) {
                 Ok(_) => true,
@@ -469,7 +469,7 @@ mod tests {
             }
         }
         assert!(pair.held() <= READ_BYTES, "{}", pair.held());
-        // Also when the program has ended, whose pipe then tells its end for ever.
+        // Also after the program has ended, whose pipe then reports its end forever.
         pair.near = None;
         pair.turn();
         let mut read = Vec::new();
@@ -517,7 +517,7 @@ mod tests {
             pair.turn();
         }
         pair.near = None;
-        // Without being woken for ever.
+        // Without endless wake-ups.
         pair.turn();
         pair.relays.drop_orphans(|_| false, &pair.poll);
         let mut read = Vec::new();
@@ -554,7 +554,7 @@ mod tests {
             }
             assert!(relays.descriptors() <= 2 * (MOST_ORPHANS + 1), "{}", relays.descriptors());
         }
-        // One that belongs to a program that runs waits as long as that.
+        // A flow of a running program waits as long as that runs.
         assert!(relays.has(in_use) && relays.has(100) && !relays.has(2));
     }
 
@@ -590,7 +590,7 @@ mod tests {
         }
         pair.read(&mut read);
         assert_eq!(read.len(), sent);
-        // What that one writes goes on.
+        // What the other process writes is still passed on.
         pair.write(b"more").unwrap();
         pair.turn();
         pair.read(&mut read);
@@ -651,7 +651,8 @@ mod tests {
         assert!(all.starts_with(b"in\r\n") || all.starts_with(b"out\r\n"), "{}", all.escape_ascii());
         let length = (&program).read(&mut line).unwrap();
         assert_eq!(&line[..length], b"in\n");
-        // The daemon goes, and the terminal hangs up: there is nothing more to read, pty(7).
+        // The daemon closes its end, and the terminal hangs up: there is nothing more to read,
+        // pty(7).
         drop(daemon);
         while turn() > 0 {}
         assert_eq!((&program).read(&mut line).unwrap(), 0);

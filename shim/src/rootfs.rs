@@ -36,7 +36,7 @@ const DEV_LINKS: [(&str, &str); 5] = [
 /// A root that is ready on its mount point.
 pub(crate) struct Assembled {
     pub(crate) root: OwnedFd,
-    /// As they are without the masks.
+    /// The accounts as the program would see them without the masks.
     pub(crate) accounts: Accounts,
 }
 
@@ -60,11 +60,11 @@ pub(crate) fn enter_empty_root() -> Result<(), Failed> {
 /// `procfs` is the one for `/proc`, a detached mount; without it, a new one shows the caller's own
 /// pid namespace.
 pub(crate) fn assemble(launch: &Launch, mut procfs: Option<OwnedFd>) -> Result<Assembled, Failed> {
-    // Sources are pinned first: they are the host's, and below this line nothing of the host is
-    // looked up by path again.
+    // Sources are pinned first: they are the host's, and after this no path of the host is looked
+    // up again.
     let sources = pin_sources(launch)?;
     let from_host = propagation(launch.rootfs.propagation);
-    // What is done here must not reach the host, above all the unmounting of the old root. Clones
+    // Changes made here must not reach the host, above all the unmounting of the old root. Clones
     // pinned above have kept their peers, so a shared mount stays shared with the host.
     let whole = match from_host {
         mount::Propagation::Private => mount::Propagation::Private,
@@ -91,8 +91,8 @@ pub(crate) fn assemble(launch: &Launch, mut procfs: Option<OwnedFd>) -> Result<A
     for path in &launch.readonly_paths {
         make_readonly(&root, path)?;
     }
-    // Who the process runs as is looked up in the files that the program sees, those of a volume
-    // too, but not by a mask: that is there to keep them from the program.
+    // The user is looked up in the files that the program sees, including those of a volume, but
+    // ignoring masks: they are there to keep files from the program.
     let accounts = Accounts::read(&root)?;
     for path in &launch.masked_paths {
         covers.hide(&root, path)?;
@@ -104,7 +104,7 @@ pub(crate) fn assemble(launch: &Launch, mut procfs: Option<OwnedFd>) -> Result<A
     Ok(Assembled { root: mounted, accounts })
 }
 
-/// Whether `/dev` is a tmpfs that was made for this container, and not something of the host.
+/// Whether `/dev` is a tmpfs created for this container, and not something of the host.
 pub(crate) fn has_own_dev(launch: &Launch) -> bool {
     launch
         .mounts
@@ -129,7 +129,7 @@ pub(crate) fn show_console(terminal: std::os::fd::BorrowedFd<'_>) -> Result<(), 
     mount::attach(clone.as_fd(), place.as_fd()).step(STEP, "")
 }
 
-/// What can only be done once the root is the root.
+/// The steps that are possible only once the root is the root.
 pub(crate) fn finish_inside(launch: &Launch) -> Result<(), Failed> {
     // Propagation of the container's own mounts, for containers that asked for some; pivot_root(2)
     // refuses a shared root.
@@ -209,7 +209,7 @@ fn new_overlay(rootfs: &Rootfs) -> Result<OwnedFd, Failed> {
     overlay.mount(0).map_err(|error| with_log(&overlay, &error, STEP, "overlay"))
 }
 
-/// Off, whatever the kernel's default: they change what is stored in the writable layer, and Berth
+/// Off, whatever the kernel's default: they change the format of the writable layer, and Berth
 /// reads none of it.
 const OVERLAY_OPTIONS: [(&str, &str); 3] = [("index", "off"), ("redirect_dir", "off"), ("metacopy", "off")];
 
@@ -289,8 +289,8 @@ fn attach(
             )
             .step("set the flags of the mount", &path)?;
             let own = propagation(bind.propagation);
-            // Shared stays what it was cloned as, a peer of the host's; made shared here it would
-            // be a peer of none.
+            // Shared stays as it was cloned, a peer of the host's mount; sharing it here would make
+            // it a peer of none.
             if own != mount::Propagation::Shared {
                 mount::set_attributes(clone.as_fd(), 0, 0, Some(own), true)
                     .step("set the propagation of the mount", &path)?;
@@ -302,11 +302,11 @@ fn attach(
     mount::attach(mounted.as_fd(), target.as_fd()).step("mount", path)
 }
 
-/// What a cloned mount brings along, and a new one has only when asked for.
+/// The attributes that a cloned mount already has, and a new one gets only on request.
 const CLONED_FLAGS: u64 = attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC;
 
 /// A directory is mounted on a directory, anything else on anything else: mount(2), `ENOTDIR`. The
-/// kernel would not say which is which.
+/// kernel's error would not say which is which.
 fn check_kind(root: &Root, target: &[u8], source_is_directory: bool) -> Result<(), Failed> {
     let Some(place) = if_present(root, target, "find the mount point")? else { return Ok(()) };
     let about = shown(target);
@@ -349,7 +349,7 @@ fn new_filesystem(filesystem: &Filesystem, attributes: u64, path: &str) -> Resul
     context.mount(attributes).map_err(|error| with_log(&context, &error, STEP, &about))
 }
 
-/// Resolves the place for a mount, and makes it when absent: a directory for a directory, else an
+/// Resolves the place for a mount, and creates it when absent: a directory for a directory, else an
 /// empty file.
 fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> Result<OwnedFd, Failed> {
     const STEP: &str = "find the mount point";
@@ -382,8 +382,8 @@ fn target_for(root: &Root, path: &[u8], directory: bool, no_symlinks: bool) -> R
 /// As many links as the kernel follows: path_resolution(7).
 const MAX_LINKS: usize = 40;
 
-/// Makes an empty file and the directories that it lies in. A link to a file that is not there is
-/// followed inside the root, and its target made: in many images `/etc/resolv.conf` is one.
+/// Creates an empty file and its parent directories. A link to a file that does not exist is
+/// followed inside the root, and its target created: in many images `/etc/resolv.conf` is one.
 fn make_file(root: &Root, path: &Path) -> io::Result<()> {
     let mut path = path.to_owned();
     for _ in 0..=MAX_LINKS {
@@ -408,8 +408,8 @@ fn relative(path: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(path.get(start..).unwrap_or_default()))
 }
 
-/// A volume of the image: a directory of the writable layer like others, but with its own mount in
-/// a root that is made read-only, so that it keeps its content and takes writes.
+/// A volume of the image: an ordinary directory of the writable layer, but with its own mount in a
+/// root that is made read-only, so that it keeps its content and takes writes.
 fn keep_writable(root: &Root, path: &[u8], read_only: bool) -> Result<(), Failed> {
     const STEP: &str = "create the image's volume";
     let about = shown(path);
@@ -474,8 +474,8 @@ fn make_readonly(root: &Root, path: &[u8]) -> Result<(), Failed> {
     mount::attach(clone.as_fd(), target.as_fd()).step(STEP, about)
 }
 
-/// Only an absent target is skipped; an error in looking is one (CVE-2025-31133: a mask skipped is
-/// a mask missing).
+/// Only an absent target is skipped; an error in looking is returned (CVE-2025-31133: a mask
+/// skipped is a mask missing).
 fn if_present(root: &Root, path: &[u8], step: &str) -> Result<Option<OwnedFd>, Failed> {
     match root.resolve(relative(path)) {
         Ok(target) => Ok(Some(target)),
@@ -487,7 +487,7 @@ fn if_present(root: &Root, path: &[u8], step: &str) -> Result<Option<OwnedFd>, F
 }
 
 /// One empty read-only directory and one empty device, which hide everything that is masked. Both
-/// are made here, and none is taken from the root, where it could be something else
+/// are created here, and neither is taken from the root, where it could be something else
 /// (CVE-2025-31133).
 struct Covers {
     directory: OwnedFd,

@@ -1,9 +1,8 @@
 //! A program of exec and everything in its session: setsid(2).
 //!
-//! The kernel signals a process or a group. A shell that runs jobs gives each its own group, so the
-//! session is looked for among the processes of the container. What has left it, with its own
-//! session, stays: as with other runtimes, it is on its own from then on and ends with the
-//! container.
+//! The kernel signals a process or a group. A shell that runs jobs gives each its own group, so
+//! this searches the processes of the container for the session. A process that has left it for its
+//! own session stays: as with other runtimes, it is then independent and ends with the container.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,14 +14,14 @@ use berth_sys::process;
 use crate::aside::aside;
 use crate::host_path::host_path;
 
-/// How often the session is looked through: what is born meanwhile is found the next time.
+/// How often the processes are searched: one that is born meanwhile is found the next time.
 const ROUNDS: usize = 8;
 
-/// Cgroups below the container's own that are looked through; it can make any number.
+/// How many cgroups below the container's own are searched; it can create any number.
 const MOST_CGROUPS: usize = 256;
 
-/// Signals the session that `leader` leads, a child that was not reaped; or `leader` alone, while
-/// it is not in its own session.
+/// Signals the session of `leader`, a child that was not reaped; or `leader` alone, while it is not
+/// in its own session.
 pub(crate) fn end(leader: i32, signal: i32, cgroup: Option<&Cgroup>) -> io::Result<()> {
     let told = process::signal_group(leader, signal).or_else(|_| process::signal_child(leader, signal));
     if signal == process::SIGKILL
@@ -47,7 +46,8 @@ fn directory(cgroup: &Cgroup) -> Option<PathBuf> {
     Some(host_path(cgroup.tasks_files.first()?).parent()?.to_owned())
 }
 
-/// Kills the members of a session that are neither its leader nor ended; whether there was one.
+/// Kills the members of a session that are neither its leader nor ended; returns whether there was
+/// one.
 fn kill_members(leader: i32, directory: &Path) -> bool {
     let mut directories = vec![directory.to_owned()];
     let (mut seen, mut found) = (0, false);
@@ -57,8 +57,8 @@ fn kill_members(leader: i32, directory: &Path) -> bool {
             if pid == leader || !matches!(process::session(pid), Ok(session) if session == leader) {
                 continue;
             }
-            // By descriptor, and asked again: the number may be another's by now, the session is
-            // not.
+            // By descriptor, and checked again: the number may belong to another process by now,
+            // but then it is in another session.
             if let Ok(pidfd) = process::open_pidfd(pid)
                 && matches!(process::session(pid), Ok(session) if session == leader)
             {

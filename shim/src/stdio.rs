@@ -29,11 +29,11 @@ struct Source {
     token: u64,
     stream: Stream,
     splitter: Splitter,
-    /// Read, and without room in the log: then nothing more is read.
+    /// Read, but not written for lack of room in the log: until then nothing more is read.
     unwritten: Vec<u8>,
-    /// When that was read.
+    /// When these bytes were read.
     time: Time,
-    /// There is nothing more to read.
+    /// Nothing more can be read.
     over: bool,
     is_watched: bool,
 }
@@ -100,8 +100,8 @@ impl Output {
         Ok(Self { sources: watched, log, clients: Clients::default(), has_terminal, input })
     }
 
-    /// Something can be read from the stream of this token. What is still to be sent to clients
-    /// when it is over.
+    /// Handles input on the stream of this token. Returns the rest of what clients get when the
+    /// stream is over.
     pub(crate) fn readable(&mut self, token: u64, poll: &Poll) -> Vec<LastWords> {
         // A wake-up may be from before the log was full.
         if let Some(source) = self.sources.iter_mut().find(|source| source.token == token)
@@ -112,7 +112,7 @@ impl Output {
         self.go_on(poll)
     }
 
-    /// Goes on as far as the log has room.
+    /// Continues as far as the log has room.
     pub(crate) fn go_on(&mut self, poll: &Poll) -> Vec<LastWords> {
         let mut untold = Vec::new();
         let mut sources = std::mem::take(&mut self.sources);
@@ -136,49 +136,50 @@ impl Output {
         if self.sources.iter().any(|source| source.stream == stream) {
             return self.clients.add(stream, to, self.has_terminal, token, poll);
         }
-        // It is over, as the client sees by its end.
+        // It is over, which the client sees from the end of its pipe.
         Ok(())
     }
 
-    /// A client has closed its pipe, if there is one with this token.
+    /// Forgets the client with this token, if any, which has closed its pipe.
     pub(crate) fn leave(&mut self, token: u64, poll: &Poll) -> bool {
         self.clients.leave(token, poll)
     }
 
-    /// How many descriptors its clients take.
+    /// How many descriptors its clients use.
     pub(crate) fn descriptors_of_clients(&self) -> usize {
         self.clients.len()
     }
 
-    /// Where input goes: `None` when the container has none, or it is closed.
+    /// The input: `None` when the container has none, or it is closed.
     pub(crate) fn input(&self) -> Option<BorrowedFd<'_>> {
         self.input.as_ref().map(AsFd::as_fd).or_else(|| self.terminal())
     }
 
-    /// Closes the input, which is no terminal's.
+    /// Closes the input, unless it is a terminal's.
     pub(crate) fn close_input(&mut self) {
         self.input = None;
     }
 
-    /// The terminal, if it has one, and that is open.
+    /// The terminal, if it has one that is open.
     pub(crate) fn terminal(&self) -> Option<BorrowedFd<'_>> {
         self.sources.first().filter(|_| self.has_terminal).map(|source| source.file.as_fd())
     }
 
-    /// Every stream has come to its end.
+    /// Whether every stream has come to its end.
     pub(crate) fn ended(&self) -> bool {
         self.sources.is_empty()
     }
 
-    /// Takes what is there now and drops the rest: a process outside the container holds a stream
-    /// open, or the log does not go on.
+    /// Takes what is available now and drops the rest: a process outside the container holds a
+    /// stream open, or the log makes no progress.
     pub(crate) fn cut(&mut self, poll: &Poll) -> Vec<LastWords> {
         if let Some(log) = &mut self.log {
             log.make_last_room(poll);
         }
         let mut untold = Vec::new();
         for mut source in std::mem::take(&mut self.sources) {
-            // Not for ever, whatever is written: what the program can have left is in these reads.
+            // A limited number of reads, whatever is written: what the program can have left is in
+            // them.
             for _ in 0..=relay::left_in(source.file.as_fd()).div_ceil(READ_BYTES) {
                 source.write_rest(&mut self.log, poll);
                 source.leave_out_rest(&mut self.log);
@@ -213,8 +214,8 @@ enum After {
 }
 
 impl Source {
-    /// Reads what is there, gives it to clients, and has it written as far as there is room.
-    /// Whether there may be more.
+    /// Reads what is available, passes it to clients, and queues it for the log as far as there is
+    /// room. Returns whether there may be more.
     fn read_some(&mut self, log: &mut Option<Log>, clients: &mut Clients, poll: &Poll, reads: usize) -> bool {
         let (mut buffer, mut packet) = (vec![0; READ_BYTES], Vec::new());
         for _ in 0..reads {
@@ -236,8 +237,8 @@ impl Source {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // EIO: the last process has closed the terminal, pty(7). Nothing else is to be had
-                // from a stream that fails.
+                // EIO: the last process has closed the terminal, pty(7). A stream that fails has
+                // nothing more to give.
                 Err(_) => {
                     self.over = true;
                     return false;
@@ -247,8 +248,8 @@ impl Source {
         true
     }
 
-    /// Has `bytes` written as far as there is room, with `packet` to put them together in; how many
-    /// were.
+    /// Queues `bytes` for the log as far as there is room, assembled in `packet`; returns how many
+    /// were queued.
     fn write(&mut self, bytes: &[u8], log: &mut Option<Log>, poll: &Poll, packet: &mut Vec<u8>) -> usize {
         let Some(log) = log else { return bytes.len() };
         let mut written = 0;
@@ -262,14 +263,14 @@ impl Source {
         written
     }
 
-    /// Has what is left written as far as there is room.
+    /// Queues the rest as far as there is room.
     fn write_rest(&mut self, log: &mut Option<Log>, poll: &Poll) {
         let rest = std::mem::take(&mut self.unwritten);
         let written = self.write(&rest, log, poll, &mut Vec::new());
         self.unwritten = rest.get(written..).unwrap_or_default().to_vec();
     }
 
-    /// Gives up what is left.
+    /// Gives up the rest.
     fn leave_out_rest(&mut self, log: &mut Option<Log>) {
         let rest = std::mem::take(&mut self.unwritten);
         if let Some(log) = log {
@@ -277,7 +278,7 @@ impl Source {
         }
     }
 
-    /// Goes on as far as there is room. Whether it is over.
+    /// Continues as far as there is room. Returns whether it is over.
     fn go_on(&mut self, log: &mut Option<Log>, poll: &Poll) -> After {
         self.write_rest(log, poll);
         if !self.over || !self.unwritten.is_empty() {
@@ -297,8 +298,7 @@ impl Source {
         if wanted == self.is_watched {
             return;
         }
-        // What could be missing are descriptors and memory of the kernel; then it is tried at the
-        // next turn.
+        // The kernel may lack descriptors or memory; then it is tried again at the next turn.
         let changed = if wanted {
             poll.watch(self.file.as_fd(), self.token, Interest::Input)
         } else {
@@ -321,7 +321,7 @@ mod tests {
 
     const TOKEN: u64 = 2;
 
-    /// What would wake the shim for ever.
+    /// What would wake the shim endlessly.
     fn wakes(poll: &Poll) -> bool {
         !poll.wait(Some(Duration::ZERO)).unwrap().is_empty()
     }

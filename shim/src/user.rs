@@ -1,4 +1,4 @@
-//! Who a process runs as: the words of the request resolved by the container's own `/etc/passwd`
+//! The user of a process: the text of the request, resolved by the container's own `/etc/passwd`
 //! and `/etc/group`.
 //!
 //! The rules are the CRI's (`LinuxContainerSecurityContext.run_as_user`, `run_as_username`,
@@ -68,7 +68,7 @@ fn read(root: &Root, name: &str) -> Result<Vec<u8>, Failed> {
 pub(crate) struct Resolved {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
-    /// All supplementary groups, the primary one first, none twice.
+    /// All supplementary groups, the primary one first, without duplicates.
     pub(crate) groups: Vec<u32>,
     /// The home directory, `/` when the passwd file has none.
     pub(crate) home: Vec<u8>,
@@ -76,8 +76,8 @@ pub(crate) struct Resolved {
 
 const STEP: &str = "find the user";
 
-/// A number if the text is one. One with a sign is an error, not a name: its author did not mean
-/// the account that an image may call so.
+/// A number if the text is one. A number with a sign is an error, not a name: its author did not
+/// mean an account that the image gives that name.
 fn number(text: &[u8]) -> Result<Option<u32>, Failed> {
     let digits = text.strip_prefix(b"-").or(text.strip_prefix(b"+")).unwrap_or(text);
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
@@ -104,7 +104,7 @@ struct PasswdEntry<'a> {
     home: &'a [u8],
 }
 
-/// Lines with a number that does not fit are no entries: passwd(5).
+/// A line with a number that does not fit is not an entry: passwd(5).
 fn passwd_entries(file: &[u8]) -> impl Iterator<Item = PasswdEntry<'_>> {
     lines(file).filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b':');
@@ -131,7 +131,7 @@ fn group_entries(file: &[u8]) -> impl Iterator<Item = GroupEntry<'_>> {
     })
 }
 
-/// Lines that end as in DOS are taken too: editors of other systems write them.
+/// Lines with DOS line endings are accepted too: editors of other systems write them.
 fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
     let lines = file.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     lines.filter(|line| line.len() <= MAX_LINE && !line.starts_with(b"#"))

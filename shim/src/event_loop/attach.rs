@@ -1,8 +1,8 @@
 //! Clients that attach to the container's own streams.
 //!
-//! Output goes to them beside the log ([`crate::attached`]), their input to the container's by
-//! flows ([`crate::relay`]). They may come from when the container waits for its start, in any
-//! number, and what they type is interleaved.
+//! Their output is copied beside the log ([`crate::attached`]), their input goes to the container's
+//! by flows ([`crate::relay`]). Any number may attach, from when the container waits for its start,
+//! and their input is interleaved.
 
 use std::os::fd::OwnedFd;
 

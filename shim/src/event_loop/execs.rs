@@ -1,4 +1,4 @@
-//! Programs that run in the container besides its own: exec.
+//! Programs of exec: those that run in the container besides its own.
 //!
 //! ```text
 //!  Entering --its program--> Running --reaped--> Ended --its output passed on--> (answered)
@@ -21,8 +21,8 @@ use crate::launch::{self, Streams};
 use crate::relay::{self, Ends, Way};
 use crate::session;
 
-/// Descriptors of the shim that streams leave for everything else: its container, its daemons, and
-/// processes on their way.
+/// Descriptors that streams leave free for everything else: the container, daemons, and processes
+/// that are starting.
 const RESERVED_DESCRIPTORS: u64 = 64;
 
 /// The most descriptors that an exec uses while it starts.
@@ -152,7 +152,7 @@ impl Shim {
         Err(refused(step, detail))
     }
 
-    /// Starts to relay bytes for the group `group`.
+    /// Begins the flows of the group `group`.
     fn relay(&mut self, pipes: Vec<Ends>, group: u64) -> std::io::Result<()> {
         pipes.into_iter().try_for_each(|ends| {
             let token = self.new_tokens(relay::TOKENS);
@@ -198,7 +198,7 @@ impl Shim {
         }
     }
 
-    /// Ends an exec before its program.
+    /// Ends an exec before its program has started.
     pub(super) fn fail_exec(&mut self, index: usize, failed: Failed) {
         let exec = self.execs.swap_remove(index);
         if let Some(birth) = exec.birth() {
@@ -311,7 +311,7 @@ impl Shim {
         match &exec.stage {
             Stage::Entering(birth) => birth.kill(),
             Stage::Running { pid } => {
-                // It may have ended on its own.
+                // It may have ended already.
                 let _ = session::end(*pid, SIGKILL, self.cgroup());
             }
             Stage::Ended { .. } => {}
@@ -344,8 +344,8 @@ fn take_terminal(
         set_size(terminal.as_fd(), size)?;
     }
     let (ours, theirs) = socket::stream_pair().step(TERMINAL, "")?;
-    // A daemon that does not read has room for this byte. One that is gone ends
-    // the program in other ways.
+    // A daemon that does not read has room for this byte. One that is gone ends the program in
+    // other ways.
     berth_sys::file::set_nonblocking(taker).step(TERMINAL, "")?;
     let _ = socket::send(taker, b"T", &[theirs.as_fd()]);
     let copies = (terminal.try_clone().step(TERMINAL, "")?, ours.try_clone().step(TERMINAL, "")?);

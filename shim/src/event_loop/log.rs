@@ -1,4 +1,4 @@
-//! The container's log: opened, opened anew, and with room again.
+//! The container's log: opening and reopening it, and continuing when it has room again.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use super::{Asker, Shim, State};
 use crate::failure::refused;
 use crate::log_queue::{Heard, Log};
 
-/// How long opening it anew may take. The daemon waits a little longer.
+/// How long reopening it may take. The daemon waits a little longer.
 const REOPEN: Duration = Duration::from_secs(8);
 
 impl State {
@@ -36,7 +36,7 @@ impl Shim {
         self.finish_if_drained(false);
     }
 
-    /// Handles a reaped child that may be what writes the log; whether it was.
+    /// Handles a reaped child that may be the log's writer; returns whether it was.
     pub(super) fn log_child_ended(&mut self, pid: i32) -> bool {
         if self.writer.as_mut().is_some_and(|writer| writer.reaped(pid)) {
             return true;
@@ -67,7 +67,7 @@ impl Shim {
         }
     }
 
-    /// Opens the path of the log anew. Whether that is done already, there being none.
+    /// Reopens the log by its path. Returns whether that is already done because there is no log.
     pub(super) fn reopen_log(&mut self, asker: Asker) -> Result<bool, Failed> {
         let (State::Starting { output, .. } | State::Running { output, .. }) = &mut self.state else {
             return Err(refused("reopen the log", "the container is not running"));
@@ -75,13 +75,13 @@ impl Shim {
         let Some(log) = output.log_mut() else { return Ok(true) };
         log.reopen(&self.poll)?;
         self.reopens.push_back(Some((asker, Instant::now() + REOPEN)));
-        // What was held may have been sent ahead of it; then nothing else says that there is room.
+        // Held entries may have been sent before it; then nothing else reports that there is room.
         let untold = output.go_on(&self.poll);
         self.say_last_words(untold);
         Ok(false)
     }
 
-    /// Answers those who have waited too long. What they wait for may happen yet.
+    /// Answers the requests that have waited too long. The log may still be reopened later.
     pub(super) fn fail_late_reopens(&mut self, now: Instant) {
         let Some(failed) = self.state.log_mut().map(|log| log.late_again()) else { return };
         let late = |waits: &mut Option<(Asker, Instant)>| waits.take_if(|(_, deadline)| *deadline <= now);

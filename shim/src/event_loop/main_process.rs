@@ -128,8 +128,8 @@ impl Shim {
         }
     }
 
-    /// The main process will not execute its program. It is killed; the state decides what that
-    /// means.
+    /// The main process will not execute its program. It is killed; what that means depends on the
+    /// state.
     pub(super) fn main_failed(&mut self, failed: Failed) {
         if let Some(birth) = self.state.birth() {
             birth.kill();
@@ -228,8 +228,8 @@ impl Shim {
         }
     }
 
-    /// Goes on to record the end as soon as the output is complete and in the log. When `now`, time
-    /// is up for what it waits for.
+    /// Records the end as soon as the output is complete and in the log. `now`: the time to wait
+    /// for that is up.
     pub(super) fn finish_if_drained(&mut self, now: bool) {
         let State::Draining { output, .. } = &mut self.state else { return };
         let mut is_stuck = false;
@@ -267,8 +267,9 @@ impl Shim {
         }
     }
 
-    /// Records the end and reports it. Room was reserved, so a full disk does not matter; what
-    /// else a disk may have leaves the message, and another attempt until one was received.
+    /// Records the end and reports it. Room was reserved, so a full disk does not matter; after any
+    /// other error of the disk, the message is sent, and recording is retried until a daemon has
+    /// received it.
     pub(super) fn record(&mut self) {
         let State::Recording { launch, record, again } = &mut self.state else { return };
         *again = Instant::now() + RECORD_AGAIN;

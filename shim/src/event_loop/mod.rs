@@ -1,6 +1,6 @@
 //! The shim's one loop: every wake-up is one variant of [`Event`], and every change of the
-//! container's state happens here, those of its main process in `main_process`, of execs in
-//! `execs`, of clients that are attached in `attach`, and of its log in `log`.
+//! container's state happens here: those of its main process in `main_process`, of execs in
+//! `execs`, of attached clients in `attach`, and of its log in `log`.
 //!
 //! ```text
 //!  Empty --Create--> Preparing --ready--> Waiting --Start--> Starting --exec--> Running --ended--> Draining
@@ -14,9 +14,9 @@
 //! listens. The exit record is on disk before it is reported, unless the disk refuses it; then
 //! connected daemons get it, and without any it is retried.
 //!
-//! Nothing here waits for the log ([`crate::log_queue`]), or for a process of the container: one
-//! that is on its way to its program ([`Birth`]) is read when they arrive, and it is killed at its
-//! deadline.
+//! Nothing here waits for the log ([`crate::log_queue`]), or for a process of the container:
+//! messages of one that is still on its way to its program ([`Birth`]) are read when they arrive,
+//! and it is killed at its deadline.
 
 mod attach;
 mod execs;
@@ -59,9 +59,9 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// How long a client may take to read the rest of its program's output when the container is over.
 const PARTING: Duration = Duration::from_secs(10);
 
-/// How long what the shim has started may take to end when nothing else is left to do: its log's
-/// writer, which is not stuck as a rule, and what was killed. A parent that comes after the shim
-/// may not reap them.
+/// How long processes of the shim may take to end when nothing else is left to do: its log's
+/// writer, which normally is not stuck, and those that were killed. A parent that adopts them after
+/// the shim may not reap them.
 const LEAVING: Duration = Duration::from_secs(1);
 
 /// The most connected daemons; usually there is one, and two during a restart.
@@ -144,7 +144,7 @@ impl State {
         }
     }
 
-    /// The plan of the container, from when it has a main process.
+    /// The plan of the container, once it has a main process.
     fn launch(&self) -> Option<&Launch> {
         match self {
             Self::Draining { launch, .. } | Self::Recording { launch, .. } => Some(launch),
@@ -152,7 +152,7 @@ impl State {
         }
     }
 
-    /// The main process, while it is not its program.
+    /// The main process, before it has executed its program.
     fn birth(&self) -> Option<&Birth> {
         match self {
             Self::Preparing { making, .. } => Some(&making.birth),
@@ -186,9 +186,9 @@ struct Shim {
     relays: Relays,
     /// The flows of clients to the container's input.
     inputs: Vec<u64>,
-    /// What will write the container's log, until there is a container.
+    /// The future writer of the container's log, until there is a container.
     writer: Option<Writer>,
-    /// Who waits for the log to be opened anew, and how long; the answers come in this order.
+    /// Requests to reopen the log, with their deadlines; the answers come in this order.
     reopens: VecDeque<Option<(Asker, Instant)>>,
 }
 
@@ -239,7 +239,7 @@ pub(crate) fn run(connection: OwnedFd, directory: OwnedFd) -> io::Result<()> {
     reap_the_rest()
 }
 
-/// Reaps children as they end, for a while.
+/// Reaps children as they end, for a limited time.
 fn reap_the_rest() -> io::Result<()> {
     let (poll, children) = (Poll::new()?, ChildSignals::new()?);
     poll.watch(children.as_fd(), TOKEN_CHILDREN, Interest::Input)?;
@@ -261,7 +261,7 @@ fn reap_the_rest() -> io::Result<()> {
 /// What a shim needs before it can serve requests.
 fn prepare(directory: &OwnedFd) -> Result<(Writer, Poll, ChildSignals, OwnedFd), Failed> {
     const STEP: &str = "start the container's shim";
-    let writer = Writer::spawn().step(STEP, "make the writer of its log")?;
+    let writer = Writer::spawn().step(STEP, "create the log writer")?;
     process::become_subreaper().step(STEP, "adopt orphans")?;
     let poll = Poll::new().step(STEP, "epoll")?;
     let children = ChildSignals::new().step(STEP, "signals")?;
@@ -396,7 +396,7 @@ impl Shim {
         }
     }
 
-    /// Reserves so many unused tokens, and returns the first.
+    /// Reserves this many unused tokens, and returns the first.
     fn new_tokens(&mut self, count: u64) -> u64 {
         self.next_token += count;
         self.next_token - count
@@ -523,12 +523,12 @@ impl Shim {
         }
     }
 
-    /// One waiter for all children: the main process, execs, and orphans of either that became the
-    /// shim's.
+    /// The only waiter for all children: the main process, execs, and orphans of either that the
+    /// shim has adopted.
     fn reap(&mut self) {
         self.children.clear();
         while let Some(pid) = self.ended_child() {
-            // What it said before its end is read before it is dropped.
+            // Its last messages are read before it is dropped.
             self.hear_main();
             for index in (0..self.execs.len()).rev() {
                 self.hear_exec(index);
@@ -542,8 +542,8 @@ impl Shim {
     }
 
     /// Handles a child that has ended. A process that its maker has not named yet looks like an
-    /// orphan: as long as there may be one, only known children are reaped, so that no pid is
-    /// reused before it is known.
+    /// orphan: as long as one may exist, only known children are reaped, so that no pid is reused
+    /// before it is known.
     fn ended_child(&self) -> Option<i32> {
         let births = || self.execs.iter().filter_map(Exec::birth).chain(self.state.birth());
         if !births().any(Birth::expects_successor) {
@@ -581,7 +581,7 @@ impl Shim {
 }
 
 impl Shim {
-    /// Relays the remaining output of execs when the container is over. For all others this shim
+    /// Relays the remaining output of execs when the container is over. For everyone else this shim
     /// has ended: no daemon can connect any more, and its own has everything.
     fn pass_on_the_rest(self) -> io::Result<()> {
         let Self { poll, mut relays, children, listener, connections, writer, .. } = self;

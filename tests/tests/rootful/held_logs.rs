@@ -144,7 +144,7 @@ fn a_log_that_somebody_holds_keeps_nobody_from_exec_stop_and_the_exit_code() -> 
         drop(held);
         within(SOON, "what was missing is told", || {
             let lines = String::from_utf8(fs::read(&path)?)?;
-            Ok(lines.trim_end().ends_with("the disk did not take them]").then_some(()))
+            Ok(lines.trim_end().ends_with("the disk did not accept them]").then_some(()))
         })?;
         // Whole entries, the last one with them.
         log::read(&path)?;

@@ -166,8 +166,7 @@ impl Attached {
 
     fn notice(&self) -> Vec<u8> {
         let end = if self.terminal { "\r\n" } else { "\n" };
-        format!("{end}[berth: {} bytes dropped: not read in time]{end}", self.left_out)
-            .into_bytes()
+        format!("{end}[berth: {} bytes dropped: not read in time]{end}", self.left_out).into_bytes()
     }
 
     /// As with [`crate::connection::Connection::forget`].

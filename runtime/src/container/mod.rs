@@ -328,6 +328,11 @@ impl Container {
         result.map(|()| changed)
     }
 
+    /// Waits until every change of its state that can be seen has been reported.
+    pub(crate) fn reported(&self) {
+        drop(lock(&self.reported));
+    }
+
     /// Waits until its cgroup is empty or cannot be removed. For one that has ended.
     pub(crate) async fn cleared(&self) {
         let mut clearing = self.clearing.subscribe();

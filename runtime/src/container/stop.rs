@@ -29,6 +29,8 @@ pub(crate) async fn stop(container: &Arc<Container>, grace: Duration) -> Result<
     if !matches!(container.state(), ContainerState::Exited(_)) {
         end(container, grace).await?;
     }
+    // The caller may go on to report that the pod has stopped.
+    container.reported();
     // Its namespaces and its pod's cgroup are released next.
     container.cleared().await;
     Ok(())

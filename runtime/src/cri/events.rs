@@ -59,7 +59,8 @@ fn messages(event: &Event) -> Vec<Result<v1::ContainerEventResponse, Status>> {
 }
 
 /// A sandbox of other runtimes is a container that is created and then started. Ours is both at
-/// once, and has stopped as soon as it is not ready, whatever it has to release after that.
+/// once, and counts as stopped when it is not ready and a stop has ended its containers, whatever
+/// it has to release after that.
 fn kinds_of_sandbox(change: SandboxChange) -> &'static [Kind] {
     match change {
         SandboxChange::Ready => &[Kind::ContainerCreatedEvent, Kind::ContainerStartedEvent],

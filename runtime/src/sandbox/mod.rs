@@ -111,7 +111,8 @@ pub(crate) struct Sandbox {
     state: Mutex<SandboxState>,
     events: Events,
     /// Held while it changes and while that is reported, so that changes are reported in order.
-    reporting: Mutex<()>,
+    /// Whether a stop has made it not ready and is still to be reported.
+    reporting: Mutex<bool>,
     process: Mutex<Option<PodProcess>>,
     creations: Creations,
     /// Serializes stops.
@@ -182,14 +183,31 @@ impl Sandbox {
     /// Applies an event to the state, and reports it.
     fn apply(&self, event: SandboxEvent) {
         let _in_order = lock(&self.reporting);
-        let changed = {
-            let mut state = lock(&self.state);
-            let next = sandbox_after(*state, event);
-            std::mem::replace(&mut *state, next) != next
-        };
-        if changed {
+        if self.change(event) {
             self.events.report(self.what(SandboxChange::NotReady(event)));
         }
+    }
+
+    /// Applies a stop to the state. [`Self::report_stop`] reports it, once the containers have
+    /// ended: like other runtimes, Berth reports their ends first.
+    fn begin_stop(&self) {
+        let mut unreported = lock(&self.reporting);
+        *unreported |= self.change(SandboxEvent::Stopped);
+    }
+
+    /// Reports the stop that has begun, if that has not been done.
+    fn report_stop(&self) {
+        let mut unreported = lock(&self.reporting);
+        if std::mem::take(&mut *unreported) {
+            self.events.report(self.what(SandboxChange::NotReady(SandboxEvent::Stopped)));
+        }
+    }
+
+    /// Applies an event to the state; returns whether that changes it.
+    fn change(&self, event: SandboxEvent) -> bool {
+        let mut state = lock(&self.state);
+        let next = sandbox_after(*state, event);
+        std::mem::replace(&mut *state, next) != next
     }
 
     /// Makes it visible by `show`.

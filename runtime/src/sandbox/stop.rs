@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use berth_cgroup::Cgroup;
 use berth_model::security::NamespaceMode;
-use berth_model::state::SandboxEvent;
 use berth_sys::mount;
 use berth_sys::ns::Kind;
 
@@ -27,10 +26,12 @@ const BEING_MADE: Duration = Duration::from_secs(5);
 
 /// Kills every process of the sandbox, and releases its network and the rest. Idempotent.
 pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(), SandboxError> {
-    sandbox.apply(SandboxEvent::Stopped);
+    sandbox.begin_stop();
     let given_up = sandbox.creations.close(BEING_MADE).await;
     let _alone = sandbox.stopping.lock().await;
-    end_containers(node, sandbox).await?;
+    let ended = end_containers(node, sandbox).await;
+    sandbox.report_stop();
+    ended?;
     if *lock(&sandbox.torn_down) {
         return Ok(());
     }

@@ -1,7 +1,7 @@
 //! GetContainerEvents: every change once, in order, with the state of its pod; and clients that
 //! read slowly, go away, or see the daemon end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
@@ -76,8 +76,8 @@ fn every_change_is_an_event_once_and_in_order_with_the_state_of_its_pod() -> Res
             (main_id, STOPPED, SandboxReady, vec![(main_id, ContainerExited)]),
             (other_id, CREATED, SandboxReady, vec![(other_id, ContainerCreated), (main_id, ContainerExited)]),
             (main_id, DELETED, SandboxReady, vec![(other_id, ContainerCreated)]),
-            (pod_id, STOPPED, SandboxNotready, vec![(other_id, ContainerCreated)]),
             (other_id, STOPPED, SandboxNotready, vec![(other_id, ContainerExited)]),
+            (pod_id, STOPPED, SandboxNotready, vec![(other_id, ContainerExited)]),
             (other_id, DELETED, SandboxNotready, vec![]),
             (pod_id, DELETED, SandboxNotready, vec![]),
         ];
@@ -112,6 +112,36 @@ fn every_change_is_an_event_once_and_in_order_with_the_state_of_its_pod() -> Res
             let stopped = all.iter().find(|event| is(main_id, STOPPED)(event)).context("its end")?;
             let status = stopped.containers_statuses.first().context("its status")?;
             assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"), "{status:?}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_that_is_stopped_reports_the_ends_of_its_containers_first() -> Result<()> {
+    rootful(|daemon| {
+        let mut events = Events::subscribe(daemon)?;
+        let own = daemon.pod("own")?;
+        let shared = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
+        for pod in [&own, &shared] {
+            let mut expected = BTreeSet::new();
+            for name in ["one", "two", "three"] {
+                expected.insert(pod.start(shell(name, "exec sleep 1000"))?.id);
+            }
+            // Each stop looks for containers to end; one of them reports.
+            std::thread::scope(|scope| -> Result<()> {
+                let stops = [(); 3].map(|()| scope.spawn(|| pod.stop()));
+                for stop in stops {
+                    stop.join().map_err(|_| anyhow!("the thread panicked"))??;
+                }
+                Ok(())
+            })?;
+            pod.remove()?;
+            let all = events.until(is(&pod.id, DELETED))?;
+            let stopped = all.iter().filter(|event| event.container_event_type() == STOPPED);
+            let mut stopped: Vec<String> = stopped.map(|event| event.container_id.clone()).collect();
+            assert_eq!(stopped.pop().as_ref(), Some(&pod.id), "the pod is the last to stop: {stopped:?}");
+            assert_eq!(stopped.into_iter().collect::<BTreeSet<_>>(), expected);
         }
         Ok(())
     })
@@ -207,7 +237,7 @@ fn containers_that_end_at_once_have_all_their_events() -> Result<()> {
 }
 
 #[test]
-fn a_client_that_does_not_read_misses_events_is_told_and_holds_nobody_up() -> Result<()> {
+fn a_client_that_does_not_read_misses_events_and_gets_an_error() -> Result<()> {
     rootful(|daemon| {
         let (mut waits, mut reads) = (Events::subscribe_and_wait(daemon)?, Events::subscribe(daemon)?);
         std::thread::scope(|scope| -> Result<()> {

@@ -3,8 +3,8 @@
 //!
 //! Cgroup v2 has no device files; which devices a cgroup may use is decided by a program of type
 //! `BPF_PROG_TYPE_CGROUP_DEVICE` (Linux 4.15; Documentation/admin-guide/cgroup-v2.rst, "Device
-//! controller"). What the program says is the caller's (`berth-cgroup`); this file knows only how
-//! it goes into the kernel. Needs `CAP_BPF` with `CAP_NET_ADMIN`, or `CAP_SYS_ADMIN`.
+//! controller"). The caller (`berth-cgroup`) writes that program; this file only gets it into the
+//! kernel. Needs `CAP_BPF` with `CAP_NET_ADMIN`, or `CAP_SYS_ADMIN`.
 
 use std::ffi::CString;
 use std::io;
@@ -18,16 +18,16 @@ const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
-/// Further programs may be attached beside ours, and by sub-cgroups; a device then needs the
-/// consent of all of them. systemd attaches with it too, and mixing it with an exclusive attachment
-/// in an ancestor is refused.
+/// Further programs may be attached beside ours, and by sub-cgroups; a device must then be allowed
+/// by all of them. systemd attaches with it too, and mixing it with an exclusive attachment in an
+/// ancestor is refused.
 const BPF_F_ALLOW_MULTI: u32 = 1 << 1;
 
 /// Programs that one cgroup can carry for one attach type: `BPF_CGROUP_MAX_PROGS` of
 /// kernel/bpf/cgroup.c.
 const MAX_ATTACHED: usize = 64;
 
-/// Room for the verifier's words when it refuses a program. More than any refusal of a loop-free
+/// Room for the verifier's log when it refuses a program. More than any refusal of a loop-free
 /// filter needs.
 const VERIFIER_LOG: usize = 16 * 1024;
 
@@ -50,7 +50,7 @@ pub struct Instruction {
 }
 
 /// The part of `union bpf_attr` that `BPF_PROG_LOAD` reads, up to `prog_name` (Linux 4.15). The
-/// kernel takes what is left out as zero.
+/// kernel takes the rest as zero.
 #[repr(C)]
 #[derive(Default)]
 struct LoadAttributes {
@@ -109,7 +109,7 @@ unsafe fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// A descriptor's number as `union bpf_attr` wants it.
+/// A descriptor's number in the type that `union bpf_attr` has for it.
 fn number(file: BorrowedFd<'_>) -> u32 {
     // An open descriptor is never negative, so nothing is lost.
     file.as_raw_fd().cast_unsigned()
@@ -130,7 +130,7 @@ fn owned(raw: libc::c_long) -> io::Result<OwnedFd> {
 /// allows, 0 refuses with `EPERM`.
 ///
 /// # Errors
-/// `EINVAL` or `EACCES` when the verifier refuses it (its last words are in the error's text),
+/// `EINVAL` or `EACCES` when the verifier refuses it (the end of its log is in the error's text),
 /// `EPERM` without the capability.
 pub fn load_device_filter(name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
     let count = u32::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
@@ -197,7 +197,7 @@ pub fn attach_device_filter(cgroup: BorrowedFd<'_>, filter: BorrowedFd<'_>) -> i
     unsafe { bpf(BPF_PROG_ATTACH, &mut attributes) }.map(drop)
 }
 
-/// Takes a filter off a cgroup again: `BPF_PROG_DETACH`.
+/// Detaches a filter from a cgroup: `BPF_PROG_DETACH`.
 ///
 /// # Errors
 /// `ENOENT` when it is not attached there.

@@ -51,8 +51,8 @@ pub const CAPABILITIES: [&str; 41] = [
 /// A set of capabilities, one bit for each number.
 pub type CapabilityBits = u64;
 
-/// The number of the capability `name` (with or without `CAP_`, in any case), or `None` when there
-/// is no such one.
+/// The number of the capability `name` (with or without `CAP_`, in any case), or `None` for an
+/// unknown name.
 #[must_use]
 pub fn capability_number(name: &str) -> Option<u32> {
     let upper = name.to_ascii_uppercase();

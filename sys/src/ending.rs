@@ -1,16 +1,16 @@
-//! Processes that were killed and cannot end, because the kernel has one of their threads wait: for
+//! Processes that were killed and cannot end, because one of their threads waits in the kernel: for
 //! a lock of a directory, for a disk. Until that is over they keep what they have open.
 //!
-//! A thread with a pending `SIGKILL` runs no more of its program. What it may still do is finish
-//! the system call that it is in, so what that is matters to who takes its place.
+//! A thread with a pending `SIGKILL` no longer runs its program. It may still finish the system
+//! call that it is in, so a successor has to know what that call can change.
 
 use std::io;
 use std::path::Path;
 
-/// What there is to say of a process that is to be gone.
+/// The state of a process that is expected to be gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// There is none of that number.
+    /// No process has that number.
     Gone,
     /// It was killed, and every thread that has not ended is in a system call that changes no file:
     /// it will never write anything again.
@@ -24,7 +24,7 @@ pub enum Ending {
 /// How far the end of the process `pid` has come: proc_pid_status(5), proc_pid_syscall(5).
 ///
 /// # Errors
-/// When that cannot be found out.
+/// When that cannot be determined.
 pub fn ending(pid: i32) -> io::Result<Ending> {
     match of_threads(Path::new(&format!("/proc/{pid}/task"))) {
         Err(error) if is_gone(&error) => Ok(Ending::Gone),
@@ -41,7 +41,7 @@ fn of_threads(tasks: &Path) -> io::Result<Ending> {
             found => found?,
         };
         match of_thread {
-            // A kill reaches all threads in one step, and no more are made then.
+            // A kill reaches all threads in one step, and none are created afterwards.
             Ending::Alive | Ending::Gone => return Ok(Ending::Alive),
             Ending::Killed => ending = Ending::Killed,
             Ending::Over => {}
@@ -83,8 +83,9 @@ fn is_killed(status: &str) -> bool {
     })
 }
 
-/// Whether a thread that waits in this call will have changed no file when that is over, but for an
-/// empty directory that it may make. What the kernel does not tell ("running") may be anything.
+/// Whether a thread that waits in this call will have changed no file when the call returns, except
+/// for an empty directory that it may create. A call that the kernel does not name ("running") may
+/// be any.
 fn changes_nothing(call: &str) -> bool {
     const READING: [libc::c_long; 15] = [
         libc::SYS_read,
@@ -114,7 +115,7 @@ fn changes_nothing(call: &str) -> bool {
         flags.is_some_and(|flags| flags & u64::from(making) == 0)
     };
     match number {
-        // In no call.
+        // Not in a call.
         -1 => true,
         libc::SYS_open => only_opens(argument(1)),
         libc::SYS_openat => only_opens(argument(2)),

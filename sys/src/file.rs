@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Open flags: for reading and writing a terminal, without making it the controlling one.
 pub const READ_WRITE: i32 = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-/// Open flags: for reading what may turn out to be a FIFO or a device, without waiting.
+/// Open flags: for reading a file that may turn out to be a FIFO or a device, without waiting.
 pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
 
 /// A copy of a program that cannot be written to: a file in memory with every seal
@@ -14,10 +14,10 @@ pub const READ_NONBLOCKING: i32 = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NO
 ///
 /// A process started from it cannot be used to overwrite the file on disk that it came from.
 ///
-/// A kernel may refuse to make files in memory that can be executed: `vm.memfd_noexec=2`,
-/// proc_sys_vm(5), which is a setting of each pid namespace. Then the copy is a file of a tmpfs
-/// that is mounted nowhere, read-only as a filesystem and as a mount. Who may change mounts on the
-/// host could make it writable again, but not while a process runs from it (`ETXTBSY`).
+/// A kernel may refuse to create executable files in memory: `vm.memfd_noexec=2`, proc_sys_vm(5),
+/// which is a setting of each pid namespace. Then the copy is a file of a tmpfs that is not mounted
+/// anywhere, read-only as a filesystem and as a mount. A process that may change mounts on the host
+/// could make it writable again, but not while a process runs from it (`ETXTBSY`).
 ///
 /// # Errors
 /// `ENOMEM`; with that setting `EPERM` without `CAP_SYS_ADMIN`.
@@ -38,7 +38,7 @@ pub fn sealed_program(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd
     Ok(read_only.into())
 }
 
-/// <linux/memfd.h>, Linux 6.3: without it, `vm.memfd_noexec=1` makes a file that cannot be
+/// <linux/memfd.h>, Linux 6.3: without it, `vm.memfd_noexec=1` creates a file that cannot be
 /// executed.
 const MFD_EXEC: libc::c_uint = 0x10;
 
@@ -54,7 +54,7 @@ fn memory_for_program(name: &std::ffi::CStr) -> io::Result<OwnedFd> {
         Ok(unsafe { OwnedFd::from_raw_fd(raw) })
     };
     match make(MFD_EXEC) {
-        // A kernel that does not know the flag makes files that can be executed.
+        // A kernel that does not know the flag creates files that can be executed.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => make(0),
         made => made,
     }
@@ -78,7 +78,7 @@ fn program_on_tmpfs(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd> 
     Ok(dir.open_regular(name)?.into())
 }
 
-/// Writes everything that the filesystem of `file` has not written yet to the disk: `syncfs(2)`.
+/// Writes all unwritten data of the filesystem of `file` to the disk: `syncfs(2)`.
 ///
 /// # Errors
 /// `EIO`, `ENOSPC`, `EDQUOT` from the disk.
@@ -87,8 +87,8 @@ pub fn sync_filesystem(file: BorrowedFd<'_>) -> io::Result<()> {
     if unsafe { libc::syncfs(file.as_raw_fd()) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Lets two existing names change places, at once: `renameat2(2)` with `RENAME_EXCHANGE`. Both are
-/// on one filesystem.
+/// Atomically swaps two existing names: `renameat2(2)` with `RENAME_EXCHANGE`. Both are on one
+/// filesystem.
 ///
 /// # Errors
 /// As renameat2(2): `ENOENT` if either is absent, `EINVAL` where the filesystem cannot.
@@ -153,8 +153,8 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
 }
 
-/// Doubles what a pipe holds, up to `most` bytes: `F_SETPIPE_SZ` of fcntl(2). Whether it holds more
-/// now.
+/// Doubles the capacity of a pipe, up to `most` bytes: `F_SETPIPE_SZ` of fcntl(2). Returns whether
+/// it has grown.
 #[must_use]
 pub fn enlarge_pipe(pipe: BorrowedFd<'_>, most: i32) -> bool {
     use nix::fcntl::{FcntlArg, fcntl};
@@ -162,21 +162,21 @@ pub fn enlarge_pipe(pipe: BorrowedFd<'_>, most: i32) -> bool {
         let larger = fcntl(pipe, FcntlArg::F_GETPIPE_SZ)?.checked_mul(2).filter(|larger| *larger <= most);
         larger.map(|larger| fcntl(pipe, FcntlArg::F_SETPIPE_SZ(larger))).transpose()
     };
-    // It may be no pipe, or there is no more to be had.
+    // It may not be a pipe, or no more memory is allowed.
     matches!(enlarge(), Ok(Some(_)))
 }
 
-/// How many bytes a pipe can hold: `F_GETPIPE_SZ` of fcntl(2). `None` for what is no pipe.
+/// The capacity of a pipe in bytes: `F_GETPIPE_SZ` of fcntl(2). `None` for anything but a pipe.
 #[must_use]
 pub fn pipe_size(pipe: BorrowedFd<'_>) -> Option<usize> {
     let size = nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_GETPIPE_SZ).ok()?;
     usize::try_from(size).ok()
 }
 
-/// Makes a pipe hold so many bytes, or some more: `F_SETPIPE_SZ` of fcntl(2).
+/// Sets the capacity of a pipe to this many bytes, or a few more: `F_SETPIPE_SZ` of fcntl(2).
 ///
 /// # Errors
-/// `EBUSY` when there is more in it, `EBADF` for what is no pipe.
+/// `EBUSY` when it holds more than that, `EBADF` for anything but a pipe.
 pub fn resize_pipe(pipe: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
     nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(bytes))?;
     Ok(())
@@ -193,8 +193,8 @@ pub fn set_nonblocking(file: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes room for the first `bytes` bytes of a file, which becomes that long if it is shorter:
-/// `fallocate(2)`, or zeros where a filesystem cannot.
+/// Reserves room for the first `bytes` bytes of a file, which becomes that long if it is shorter:
+/// `fallocate(2)`, or zeros where a filesystem does not support it.
 ///
 /// # Errors
 /// `ENOSPC` when there is no room.
@@ -209,8 +209,8 @@ pub fn allocate(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// The bytes and inodes that a filesystem has in all and free for root, in this order: bytes, bytes
-/// free, inodes, inodes free: `statvfs(3)`.
+/// The total and free (for root) bytes and inodes of a filesystem, in the order bytes, bytes free,
+/// inodes, inodes free: `statvfs(3)`.
 ///
 /// # Errors
 /// `ENOENT` and the like from the lookup.
@@ -220,9 +220,9 @@ pub fn space(path: &std::path::Path) -> io::Result<(u64, u64, u64, u64)> {
     Ok((found.blocks() * unit, found.blocks_free() * unit, found.files(), found.files_free()))
 }
 
-/// The next part of a file that is no hole, at `from` or behind it: where it begins and where it
-/// ends, in bytes. `None` if only a hole follows. lseek(2), `SEEK_DATA` and `SEEK_HOLE`; a file
-/// system without holes calls everything data.
+/// The next part of a file that is not a hole, at or after `from`: its begin and end in bytes.
+/// `None` if only a hole follows. lseek(2), `SEEK_DATA` and `SEEK_HOLE`; a filesystem without holes
+/// reports everything as data.
 pub fn next_data(file: impl AsFd, from: u64) -> io::Result<Option<(u64, u64)>> {
     use nix::unistd::{Whence, lseek};
     let seek = |at: u64, whence| {

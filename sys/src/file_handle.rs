@@ -1,14 +1,14 @@
-//! Handles of files: they open one again without looking for its name, open_by_handle_at(2).
+//! Handles of files: they open a file again without looking up its name, open_by_handle_at(2).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// The longest handle that is kept. Filesystems of the kernel's own objects have 8 bytes.
+/// The longest supported handle. Filesystems of the kernel's own objects use 8 bytes.
 const MOST_BYTES: usize = 8;
 
-/// What a file is for its filesystem, whatever its name. It keeps nothing open, and means nothing
-/// any more once the file is removed.
+/// Identifies a file in its filesystem, whatever its name. It keeps nothing open, and becomes
+/// invalid once the file is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileHandle {
     kind: i32,
@@ -16,7 +16,7 @@ pub struct FileHandle {
     bytes: [u8; MOST_BYTES],
 }
 
-/// `struct file_handle` of `<linux/fs.h>`, with room.
+/// `struct file_handle` of `<linux/fs.h>`, with room for the handle.
 #[repr(C)]
 struct Raw {
     length: u32,
@@ -52,7 +52,7 @@ impl FileHandle {
         Ok(Self { kind: raw.kind, length, bytes: raw.bytes })
     }
 
-    /// Opens the file for reading, which is on the filesystem of `mount`: `open_by_handle_at(2)`.
+    /// Opens the file, which is on the filesystem of `mount`, for reading: `open_by_handle_at(2)`.
     ///
     /// # Errors
     /// `ESTALE` when it is removed, `EPERM` without `CAP_DAC_READ_SEARCH`.
@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn a_file_is_opened_without_its_name() {
-        // Which files have handles depends on the filesystem: those of a cgroup have.
+        // Which files have handles depends on the filesystem: those of a cgroup do.
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let point = mounts.lines().find(|line| line.contains(" - cgroup")).map(|line| line.split(' ').nth(4));
         let Some(Some(point)) = point else { panic!("there is no cgroup filesystem") };
@@ -97,7 +97,7 @@ mod tests {
         let mut text = String::new();
         match handle.open(mount.as_fd()) {
             Ok(mut file) => file.read_to_string(&mut text).map(drop).unwrap(),
-            // In a container of the kind that may not.
+            // A container that lacks the capability.
             Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{error}"),
         }
         assert!(text.lines().all(|line| line.parse::<u32>().is_ok()), "{text}");

@@ -1,10 +1,9 @@
-//! Paths of the host: directories that are made on the way to one, and what one means, without a
-//! wait.
+//! Paths of the host: creating missing directories, and resolving a path without blocking.
 //!
 //! Unlike the paths of [`beneath`](crate::beneath), a path of the host may lead through symbolic
 //! links: administrators move `/var/lib/kubelet` to another disk that way. But a container may own
-//! a directory on the path, and swap what is in it at any time. So the walk goes by descriptor, the
-//! kernel resolves each component once, and what was made is entered without following a link.
+//! a directory on the path, and swap its entries at any time. So the walk goes by descriptor, the
+//! kernel resolves each component once, and a new directory is entered without following a link.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
@@ -12,15 +11,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-/// Makes the directories of the absolute `path` that are absent, with `mode` less the umask:
+/// Creates the missing directories of the absolute `path`, with `mode` less the umask:
 /// `mkdirat(2)`.
 ///
 /// The mode is never set afterwards: a container could have put another directory in the place of
 /// the new one.
 ///
 /// # Errors
-/// The part of the path that could not be made or entered, and why: `ENOTDIR` for a file in the
-/// way, `ENOENT` for a link to nothing, `EINVAL` when `path` is not absolute.
+/// The part of the path that could not be created or entered, and why: `ENOTDIR` for a file in the
+/// way, `ENOENT` for a dangling link, `EINVAL` when `path` is not absolute.
 pub fn make_dir_all(path: &Path, mode: u32) -> Result<(), (PathBuf, io::Error)> {
     let mut reached = PathBuf::from("/");
     let mut dir = None;
@@ -45,14 +44,14 @@ pub fn make_dir_all(path: &Path, mode: u32) -> Result<(), (PathBuf, io::Error)> 
 /// <linux/openat2.h>, Linux 5.12; nix lacks it.
 const RESOLVE_CACHED: u64 = 0x20;
 
-/// The absolute path without links of what `path` leads to, if the kernel has all of it in memory:
-/// `openat2(2)` with `RESOLVE_CACHED`, which takes no lock and asks no filesystem. `None` for
-/// everything else, also when nothing is there: finding that out may take for ever.
+/// The absolute path, without links, that `path` leads to, if the kernel has all of it in memory:
+/// `openat2(2)` with `RESOLVE_CACHED`, which takes no lock and asks no filesystem. `None`
+/// otherwise, even when nothing exists there: finding that out may take forever.
 #[must_use]
 pub fn resolve_cached(path: &Path) -> Option<PathBuf> {
     let opened = open_cached(path).ok()?;
     let found = std::fs::read_link(format!("/proc/thread-self/fd/{}", opened.as_raw_fd())).ok()?;
-    // What was removed has this behind its name, and what is out of reach is no path.
+    // A removed file has this after its name, and an unreachable one has no absolute path.
     let is_path = found.is_absolute() && !found.as_os_str().as_bytes().ends_with(b" (deleted)");
     is_path.then_some(found)
 }
@@ -148,7 +147,7 @@ fn enter(dir: &OwnedFd, name: &OsStr, mode: u32) -> io::Result<OwnedFd> {
         return open(dir.as_raw_fd(), &name, libc::O_NOFOLLOW);
     }
     match io::Error::last_os_error() {
-        // Another process made it just now, or it is a dangling link, which the open refuses.
+        // Another process created it just now, or it is a dangling link, which the open refuses.
         error if error.raw_os_error() == Some(libc::EEXIST) => open(dir.as_raw_fd(), &name, 0),
         error => Err(error),
     }

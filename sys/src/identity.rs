@@ -1,9 +1,9 @@
-//! Processes that were written down: found again by number and start time, and held so that another
-//! process with the same number is never taken for them.
+//! Recorded processes: found again by number and start time, and held so that another process with
+//! the same number is never mistaken for them.
 //!
-//! A number is one process's until it is reaped. So who still has the recorded start time is the
-//! recorded process, and as long as its pidfd takes signals, everything that was looked up by its
-//! number since was its own.
+//! A number belongs to one process until that is reaped. So a process that still has the recorded
+//! start time is the recorded process, and as long as its pidfd takes signals, everything that was
+//! looked up by its number so far was its own.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::process;
 #[derive(Debug)]
 pub struct Identified {
     pidfd: OwnedFd,
-    /// Its directory in `/proc`, which goes on to mean this process when the number is another's:
+    /// Its directory in `/proc`, which still means this process after its number is reused:
     /// proc(5).
     directory: OwnedFd,
 }
@@ -45,8 +45,8 @@ impl Identified {
         let mut stat = Vec::new();
         std::fs::File::from(found.open(c"stat")?).read_to_end(&mut stat)?;
         let same = process::parse_start_time(&stat) == Some(start_time);
-        // The descriptor of the process and the directory could be of two; both are of the one that
-        // still lives.
+        // The descriptor and the directory could belong to two processes; both belong to the one
+        // that is still alive.
         if same && found.holds_its_number() { Ok(found) } else { Err(gone()) }
     }
 
@@ -58,7 +58,7 @@ impl Identified {
         Self::find(pid, process::start_time(pid)?)
     }
 
-    /// What is in one of its files in `/proc`, such as `cgroup`.
+    /// The content of one of its files in `/proc`, such as `cgroup`.
     ///
     /// # Errors
     /// `ESRCH` or `ENOENT` when it has ended.
@@ -83,8 +83,8 @@ impl Identified {
         self.pidfd
     }
 
-    /// Whether it was not reaped yet, and everything that was looked up by its number so far was
-    /// its own.
+    /// Whether it has not been reaped yet, so that everything that was looked up by its number so
+    /// far was its own.
     #[must_use]
     pub fn holds_its_number(&self) -> bool {
         process::signal_pidfd(self.pidfd.as_fd(), 0).is_ok()
@@ -167,8 +167,7 @@ mod tests {
     #[test]
     fn another_process_with_its_number_is_not_taken_for_it() {
         let (mut child, pid, start_time) = sleeper();
-        // Stands for a number that was used again: the process of that number started at another
-        // time.
+        // Stands in for a reused number: its process started at another time.
         let error = Identified::find(pid, start_time - 1).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
         end(&mut child);

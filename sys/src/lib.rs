@@ -1,11 +1,11 @@
 //! Thin safe wrappers over Linux: the one crate with unsafe code.
 //!
 //! Each is a function or an owned handle over one system call or a fixed small sequence of them;
-//! policy lives with the callers. Errors are the kernel's (`io::Error` with the errno), to which
-//! callers add what they were doing and to what.
+//! policy lives with the callers. Errors are the kernel's (`io::Error` with the errno); callers add
+//! what they were doing and to what.
 //!
 //! Everything here works in a static musl program with one thread (the shim) and in the daemon.
-//! What changes a whole process or thread says so in its docs.
+//! Functions that change a whole process or thread say so in their docs.
 
 pub mod beneath;
 pub mod bpf;

@@ -1,6 +1,6 @@
 //! Mounts as file descriptors: the mount API of Linux 5.2 and `mount_setattr` of 5.12.
 //!
-//! A mount is made detached, gets its flags, and is attached by descriptor to a target that was
+//! A mount is created detached, gets its flags, and is attached by descriptor to a target that was
 //! resolved beforehand, so no path that a container can change is looked up twice. `mount(2)`
 //! itself is only used where the kernel has no other way (an overlay with many lower layers before
 //! 6.5, a change of propagation).
@@ -32,7 +32,7 @@ pub mod attr {
 /// How mount events travel between this mount and its peers: mount_namespaces(7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Propagation {
-    /// Nothing travels.
+    /// Nothing is propagated.
     Private,
     /// Events come in from the peer group, none go out.
     Slave,
@@ -101,7 +101,7 @@ impl FsContext {
         owned(unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), FSOPEN_CLOEXEC) }).map(Self)
     }
 
-    /// Goes on with a configuration that another process has begun.
+    /// Continues a configuration that another process has begun.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self(fd)
@@ -116,7 +116,7 @@ impl FsContext {
     /// Sets `key` to the string `value` (at most 255 bytes: the kernel's limit for one parameter).
     ///
     /// # Errors
-    /// `EINVAL` for an unknown key or a value that does not fit; the kernel's words are in
+    /// `EINVAL` for an unknown key or a value that does not fit; the kernel's message is in
     /// [`FsContext::log`].
     pub fn set(&self, key: &str, value: &OsStr) -> io::Result<()> {
         let key = c_string(key.as_bytes())?;
@@ -161,19 +161,20 @@ impl FsContext {
     /// ([`attr`]).
     ///
     /// # Errors
-    /// Whatever the filesystem says to its configuration; see [`FsContext::log`].
+    /// Whatever the filesystem reports about its configuration; see [`FsContext::log`].
     pub fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
         self.command(FSCONFIG_CMD_CREATE)?;
         // SAFETY: fsmount(2) takes only numbers.
         owned(unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes) })
     }
 
-    /// Makes the filesystem, which [`FsContext::mount`] has made, read-only for every mount of it.
+    /// Makes the filesystem, which [`FsContext::mount`] has created, read-only for every mount of
+    /// it.
     ///
     /// # Errors
     /// `EBUSY` while a file in it is open for writing.
     pub fn make_read_only(&self) -> io::Result<()> {
-        // After fsmount(2) the context is one for a reconfiguration.
+        // After fsmount(2) the context is for reconfiguration.
         self.set_flag("ro")?;
         self.command(FSCONFIG_CMD_RECONFIGURE)
     }
@@ -193,13 +194,12 @@ impl FsContext {
         .map(drop)
     }
 
-    /// What the kernel wrote about this configuration, for error messages; empty when it wrote
-    /// nothing.
+    /// The kernel's messages about this configuration, for error texts; empty when there are none.
     #[must_use]
     pub fn log(&self) -> String {
         let mut text = String::new();
         let mut buffer = [0_u8; 512];
-        // A read returns one message, ENODATA when there is none left. 16 are more than any
+        // A read returns one message, and ENODATA when none is left. 16 are more than any
         // filesystem writes.
         for _ in 0..16 {
             match nix::unistd::read(&self.0, &mut buffer) {
@@ -334,8 +334,8 @@ pub fn mount_overlay_with_options(target: &Path, options: &OsStr) -> io::Result<
     .map(drop)
 }
 
-/// What kind of filesystem a place lies on, of those that the kernel keeps and a container has its
-/// own of: `fstatfs(2)`.
+/// The kind of filesystem of a place, among those that the kernel provides and that a container has
+/// its own of: `fstatfs(2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filesystem {
     /// `PROC_SUPER_MAGIC`.
@@ -348,7 +348,7 @@ pub enum Filesystem {
     Other,
 }
 
-/// The filesystem that `place` lies on, by the kernel and not by its path.
+/// The filesystem of `place`, according to the kernel and not to its path.
 ///
 /// # Errors
 /// None in practice.
@@ -407,9 +407,9 @@ pub fn detach(path: &Path) -> io::Result<()> {
 /// under `pivot_root(".", ".")`; no directory in the new root is needed. The working directory is
 /// the new root afterwards.
 ///
-/// It is the namespace's root that goes, also for a caller in a chroot (whose root has to be a
-/// mount as well): were only the caller's root replaced, everything of the host would stay in the
-/// namespace, and who joins it would begin there.
+/// The namespace's root is replaced, even for a caller in a chroot (whose root has to be a mount as
+/// well): if only the caller's root were replaced, everything of the host would stay in the
+/// namespace, and a process that joins it would begin there.
 ///
 /// # Errors
 /// `EINVAL` when `root` is not a mount point, its parent mount is shared, or the namespace's root
@@ -417,13 +417,13 @@ pub fn detach(path: &Path) -> io::Result<()> {
 /// `CAP_SYS_CHROOT`.
 pub fn pivot_into(root: BorrowedFd<'_>) -> io::Result<()> {
     let seen = mount_id(Path::new("/"))?;
-    // Who joins a mount namespace gets its root, also who is in it: setns(2).
+    // A process that joins a mount namespace gets its root, even if it is in it already: setns(2).
     let own = crate::process::open_pidfd(nix::unistd::getpid().as_raw())?;
     crate::ns::join(own.as_fd(), crate::ns::MOUNT)?;
     let chroot = mount_id(Path::new("/"))? != seen;
     if chroot {
-        // pivot_root(2) wants it private; what was mounted below the caller's own root is the
-        // caller's matter.
+        // pivot_root(2) requires it to be private; what was mounted below the caller's own root is
+        // up to the caller.
         set_propagation(Path::new("/"), Propagation::Private, false)?;
     }
     let old = open_directory(c"/")?;
@@ -432,7 +432,7 @@ pub fn pivot_into(root: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) })?;
     nix::unistd::fchdir(old.as_fd())?;
     if chroot {
-        // Or the mounts of the host would go with their copies here.
+        // Otherwise the mounts of the host would be unmounted with their copies here.
         set_propagation(Path::new("."), Propagation::Private, true)?;
     }
     // SAFETY: the path is a NUL-terminated string.
@@ -441,7 +441,7 @@ pub fn pivot_into(root: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// A directory to go to later: `open(2)`, `O_PATH`.
+/// A directory to change to later: `open(2)`, `O_PATH`.
 fn open_directory(path: &CStr) -> io::Result<OwnedFd> {
     // SAFETY: the path is a NUL-terminated string.
     let raw = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) };

@@ -1,4 +1,4 @@
-//! Namespaces: joining them, and making ones that live without a process, pinned as files.
+//! Namespaces: joining them, and creating ones that live without a process, pinned as files.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -77,7 +77,7 @@ pub fn unshare(flags: i32) -> io::Result<()> {
 /// Opens a namespace file without blocking on it or following a link.
 ///
 /// # Errors
-/// `ENOENT` when it is not there.
+/// `ENOENT` when it does not exist.
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY).open(path)?;
     Ok(file.into())
@@ -95,7 +95,7 @@ pub fn open_own(kind: Kind) -> io::Result<OwnedFd> {
 /// bind mount of the file in `/proc/thread-self/ns`, namespaces(7). It lives until [`unpin`].
 ///
 /// # Errors
-/// `EEXIST` when the file exists, else what `mount(2)` says.
+/// `EEXIST` when the file exists; otherwise that of `mount(2)`.
 pub fn pin_own(kind: Kind, path: &Path) -> io::Result<()> {
     pin(Path::new(&format!("/proc/thread-self/ns/{}", kind.file_name())), path)
 }
@@ -108,11 +108,11 @@ pub fn pin_fd(namespace: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     pin(Path::new(&format!("/proc/thread-self/fd/{}", namespace.as_raw_fd())), path)
 }
 
-/// The number that tells the namespace behind `namespace` from all others of its kind: the inode of
-/// nsfs, namespaces(7), which links in `/proc/<pid>/ns` show as `pid:[number]`.
+/// The number that distinguishes the namespace behind `namespace` from all others of its kind: the
+/// inode of nsfs, namespaces(7), which links in `/proc/<pid>/ns` show as `pid:[number]`.
 ///
 /// # Errors
-/// `EINVAL` when it is no namespace.
+/// `EINVAL` when it is not a namespace.
 pub fn number(namespace: BorrowedFd<'_>) -> io::Result<u64> {
     if !is_namespace(namespace) {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -123,15 +123,15 @@ pub fn number(namespace: BorrowedFd<'_>) -> io::Result<u64> {
 fn pin(source: &Path, path: &Path) -> io::Result<()> {
     OpenOptions::new().write(true).create_new(true).mode(0o400).open(path)?;
     mount::bind(source, path).inspect_err(|_| {
-        // The empty file is ours, made above; the error of the mount is the one to report.
+        // The empty file is ours, created above; the error of the mount is the one to report.
         let _ = std::fs::remove_file(path);
     })
 }
 
-/// Takes back [`pin_own`]: unmounts and deletes the file. Absent is success.
+/// Undoes [`pin_own`]: unmounts and deletes the file. An absent one is success.
 ///
 /// # Errors
-/// What `umount2(2)` and `unlink(2)` say, but for "not mounted" and "not there".
+/// Those of `umount2(2)` and `unlink(2)`, except for "not mounted" and "does not exist".
 pub fn unpin(path: &Path) -> io::Result<()> {
     match mount::detach(path) {
         Ok(()) => {}
@@ -148,7 +148,7 @@ pub fn unpin(path: &Path) -> io::Result<()> {
 /// `NSFS_MAGIC`. Takes no descriptor.
 ///
 /// # Errors
-/// When that cannot be found out; an absent path is `false`.
+/// When that cannot be determined; an absent path is `false`.
 pub fn is_pinned(path: &Path) -> io::Result<bool> {
     match nix::sys::statfs::statfs(path) {
         Ok(found) => Ok(found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC),
@@ -173,11 +173,11 @@ pub fn set_hostname(name: &str) -> io::Result<()> {
 
 /// Runs `work` on a new thread, which may change its namespaces freely and ends with the work.
 ///
-/// The thread gets its own filesystem attributes (`CLONE_FS` unshared), so that also a mount
-/// namespace can be joined.
+/// The thread gets its own filesystem attributes (`CLONE_FS` unshared), so that it can also join a
+/// mount namespace.
 ///
 /// # Errors
-/// When the thread cannot be made.
+/// When the thread cannot be created.
 ///
 /// # Panics
 /// When `work` panics, with its panic.

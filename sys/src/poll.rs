@@ -24,7 +24,7 @@ pub struct Ready {
 /// What a descriptor is watched for. Errors and hang-ups are always reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interest {
-    /// Nothing else.
+    /// Only these.
     Failure,
     /// Something to read.
     Input,
@@ -67,13 +67,13 @@ impl Poll {
         Ok(self.0.add(descriptor, EpollEvent::new(interest.flags(), token))?)
     }
 
-    /// Watches a file of the kernel for changes of its content, which come as `EPOLLPRI`, under the
-    /// number `token`; a control file of a cgroup is one such,
+    /// Watches a file of the kernel, such as a control file of a cgroup, for changes of its
+    /// content, which come as `EPOLLPRI`, under the number `token`:
     /// Documentation/admin-guide/cgroup-v2.rst, "Interface Files". Reading it ends the readiness.
-    /// When the cgroup is removed, the file is ready for ever: then [`Poll::forget`] it.
+    /// When the cgroup is removed, the file is ready forever: then [`Poll::forget`] it.
     ///
     /// # Errors
-    /// `EEXIST` when it is watched already, `EPERM` for a file that does not tell of changes.
+    /// `EEXIST` when it is watched already, `EPERM` for a file that does not report changes.
     pub fn watch_content(&self, descriptor: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         Ok(self.0.add(descriptor, EpollEvent::new(EpollFlags::EPOLLPRI, token))?)
     }
@@ -94,8 +94,8 @@ impl Poll {
         Ok(self.0.delete(descriptor)?)
     }
 
-    /// Waits until something is ready or `timeout` is over (`None`: for ever). A signal counts as
-    /// nothing ready.
+    /// Waits until something is ready or `timeout` is over (`None`: forever). After a signal
+    /// nothing is ready.
     ///
     /// # Errors
     /// None in practice.
@@ -145,7 +145,7 @@ impl ChildSignals {
         Ok(Self(SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?))
     }
 
-    /// Takes the signals that wait, so that the descriptor is no longer readable.
+    /// Takes the pending signals, so that the descriptor is no longer readable.
     pub fn clear(&self) {
         // Only the wake-up matters; who ended is found by waitid. WouldBlock ends the loop, as does
         // any error.

@@ -63,9 +63,9 @@ pub enum Cloned {
     },
 }
 
-/// Makes a child that goes on from here with a copy of the memory, like fork, in the `namespaces`
-/// ([`namespace`], or 0) and, when `cgroup` is a directory of the cgroup2 filesystem, born inside
-/// that cgroup: `clone3(2)`.
+/// Creates a child that continues from here with a copy of the memory, like fork, in the
+/// `namespaces` ([`namespace`], or 0) and, when `cgroup` is a directory of the cgroup2 filesystem,
+/// born inside that cgroup: `clone3(2)`.
 ///
 /// # Errors
 /// `EAGAIN` at a pids limit, `EBUSY`/`EOPNOTSUPP` when the cgroup cannot hold processes, `ENOMEM`
@@ -104,16 +104,17 @@ pub fn clone_process(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Res
     }
 }
 
-/// That the calling process has one thread, and so makes no child that inherits locks whose owner
-/// does not exist in it. A process that makes no thread can find out early and use it later.
+/// Proof that the calling process has one thread, and so creates no child that inherits locks whose
+/// owner does not exist in it. A process that starts no thread can obtain it early and use it
+/// later.
 #[derive(Debug, Clone, Copy)]
 pub struct SingleThreaded(());
 
 impl SingleThreaded {
-    /// Finds out by `unshare(2)`.
+    /// Checks by `unshare(2)`.
     ///
     /// # Errors
-    /// When a filter forbids the question.
+    /// When a filter forbids the call.
     ///
     /// # Panics
     /// When there are more threads.
@@ -123,18 +124,19 @@ impl SingleThreaded {
     }
 }
 
-/// Makes a sibling of the caller that goes on from here with a copy of the memory: a child of the
-/// caller's parent (`CLONE_PARENT`), born in the pid namespace that the caller has joined for its
-/// children. `None` in the sibling, in the caller the sibling's pid as the caller's own pid
-/// namespace numbers it.
+/// Creates a sibling of the caller that continues from here with a copy of the memory: a child of
+/// the caller's parent (`CLONE_PARENT`), born in the pid namespace that the caller has joined for
+/// its children. Returns `None` in the sibling, and in the caller the sibling's pid in the caller's
+/// own pid namespace.
 ///
-/// By `clone(2)`: filters see its flags, and those that let programs make processes forbid
+/// By `clone(2)`: filters see its flags, and those that let programs create processes forbid
 /// `clone3(2)`, whose flags they cannot see.
 ///
 /// # Errors
 /// Those of [`clone_process`].
 pub fn clone_sibling(_: SingleThreaded) -> io::Result<Option<i32>> {
-    // No signal of its own: the parent learns of the sibling's end as it does of the caller's.
+    // No signal of its own: the parent learns of the sibling's end in the same way as of the
+    // caller's.
     let flags = libc::c_long::from(libc::CLONE_PARENT);
     // SAFETY: no CLONE_VM and no new stack, so the sibling runs on a copy of this one; the null
     // pointers are for what is not asked for; there is one thread, so no lock in the copy is held
@@ -254,7 +256,7 @@ impl Ended {
     }
 }
 
-/// Reaps one child that has ended, whichever: `waitid(2)` with `P_ALL`. `None` when none has.
+/// Reaps any one child that has ended: `waitid(2)` with `P_ALL`. `None` when none has.
 ///
 /// # Errors
 /// None that a caller has to act on: without children it returns `None`.
@@ -270,10 +272,10 @@ pub fn has_children() -> io::Result<bool> {
     Ok(peek(libc::P_ALL, 0)?.is_some())
 }
 
-/// What [`reap_or_running`] found.
+/// The result of [`reap_or_running`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Child {
-    /// It runs still.
+    /// It is still running.
     Running,
     /// It has ended and is reaped now.
     Ended(Ended),
@@ -430,8 +432,8 @@ pub fn become_subreaper() -> io::Result<()> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, 1)
 }
 
-/// Has the kernel kill this process when its parent ends: `PR_SET_PDEATHSIG`. A parent that has
-/// ended already is not noticed.
+/// Makes the kernel kill this process when its parent ends: `PR_SET_PDEATHSIG`. A parent that has
+/// already ended is not noticed.
 ///
 /// # Errors
 /// None in practice.
@@ -456,7 +458,7 @@ pub fn keep_capabilities() -> io::Result<()> {
     prctl(libc::PR_SET_KEEPCAPS, 1)
 }
 
-/// The name that `ps` shows for this thread, at most 15 bytes: `PR_SET_NAME`.
+/// Sets the name that `ps` shows for this thread, at most 15 bytes: `PR_SET_NAME`.
 ///
 /// # Errors
 /// None in practice.
@@ -537,7 +539,7 @@ pub fn close_from(first: u32, when: CloseRange) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Closes every descriptor but 0, 1, 2 and `kept`: [`close_from`] on all sides of them.
+/// Closes every descriptor except for 0, 1, 2 and `kept`: [`close_from`] on all sides of them.
 ///
 /// # Errors
 /// None in practice.
@@ -567,7 +569,7 @@ pub enum CloseRange {
     OnExec,
 }
 
-/// The number of descriptors that may be open: getrlimit(2), `<asm-generic/resource.h>`.
+/// The resource limit on open descriptors: getrlimit(2), `<asm-generic/resource.h>`.
 pub const RLIMIT_NOFILE: u32 = 7;
 
 /// Sets the soft and hard value of a resource limit (`RLIMIT_*` number): `setrlimit(2)`.
@@ -604,9 +606,9 @@ pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok((limit.rlim_cur, limit.rlim_max)) }
 }
 
-/// Has the kernel keep ended children until they are waited for, whatever the caller was started
-/// with: where SIGCHLD is ignored, which is inherited, their statuses are lost and `wait(2)` says
-/// `ECHILD`.
+/// Makes the kernel keep ended children until they are waited for, whatever the caller was started
+/// with: where SIGCHLD is ignored, which is inherited, their statuses are lost and `wait(2)` fails
+/// with `ECHILD`.
 ///
 /// # Errors
 /// None in practice.
@@ -617,16 +619,15 @@ pub fn keep_ended_children() -> io::Result<()> {
     Ok(())
 }
 
-/// Resets every signal to its default action and unblocks all: what a fresh program expects,
-/// signal(7).
+/// Resets every signal to its default action and unblocks all, as a new program expects: signal(7).
 ///
 /// # Errors
 /// None in practice.
 pub fn reset_signals() -> io::Result<()> {
     use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-    // Past the C library, which keeps signals 32 and up for itself: posix_spawn(3) of glibc leaves
-    // them ignored in a child, and ignored they would stay in a program whose C library has other
-    // uses for them.
+    // Bypasses the C library, which keeps signals 32 and up for itself: posix_spawn(3) of glibc
+    // leaves them ignored in a child, and they would stay ignored in a program whose C library uses
+    // them for something else.
     let by_default = [0_u64; 4];
     for signal in 1..=64 {
         // SAFETY: all zero bytes are a kernel sigaction without a function, flags and mask; 8 is
@@ -649,7 +650,7 @@ pub fn new_session() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes `descriptor` the standard stream `number` (0, 1 or 2) too, which stays open over exec:
+/// Makes `descriptor` also the standard stream `number` (0, 1 or 2), which stays open over exec:
 /// `dup2(2)`.
 ///
 /// # Errors
@@ -682,8 +683,7 @@ pub struct Program<'a> {
     pub args: &'a [CString],
     /// Its whole environment, as `NAME=value`.
     pub env: &'a [CString],
-    /// What it finds as descriptors 0, 1, 2, … in this order; everything else is closed by
-    /// close-on-exec.
+    /// Its descriptors 0, 1, 2, … in this order; everything else is closed by close-on-exec.
     pub descriptors: &'a [BorrowedFd<'a>],
 }
 
@@ -693,7 +693,7 @@ pub struct Program<'a> {
 /// Signals are reset to default and unblocked in it. The caller has to reap it.
 ///
 /// # Errors
-/// What exec says, `EAGAIN` at a process limit, `EMFILE` at the descriptor limit.
+/// Those of exec, `EAGAIN` at a process limit, `EMFILE` at the descriptor limit.
 pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
     let count = i32::try_from(program.descriptors.len()).map_err(|_| Errno::EMFILE)?;
@@ -702,8 +702,8 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
         return Err(Errno::EMFILE.into());
     }
     let mut actions = PosixSpawnFileActions::init()?;
-    // A descriptor may be on a number that a dup2 for another one overwrites; a copy above them all
-    // is not.
+    // A descriptor may have a number that a dup2 for another one overwrites; a copy above them all
+    // does not.
     let mut copies = Vec::new();
     for (fd, place) in program.descriptors.iter().zip(0..) {
         let from = if fd.as_raw_fd() < count {
@@ -738,7 +738,7 @@ fn copy_from(descriptor: BorrowedFd<'_>, least: RawFd) -> io::Result<OwnedFd> {
 const POSIX_SPAWN_SETSID: libc::c_int = 0x80;
 
 /// The time at which process `pid` started, in clock ticks since boot: field 22 of
-/// proc_pid_stat(5). With the pid it names a process for good; a pid alone is used again.
+/// proc_pid_stat(5). Together with the pid it identifies a process for good; a pid alone is reused.
 ///
 /// # Errors
 /// `ENOENT`/`ESRCH` when there is no such process, `InvalidData` when the file is not as
@@ -748,21 +748,21 @@ pub fn start_time(pid: i32) -> io::Result<u64> {
     parse_start_time(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
-/// Whether the process `pid` that started at `start_time` ([`start_time`]) is there still, if only
-/// as a zombie.
+/// Whether the process `pid` that started at `start_time` ([`start_time`]) still exists, if only as
+/// a zombie.
 ///
 /// # Errors
-/// When that cannot be found out.
+/// When that cannot be determined.
 pub fn is_there(pid: i32, start_time: u64) -> io::Result<bool> {
     match self::start_time(pid) {
         Ok(found) => Ok(found == start_time),
-        // The second when it is reaped between the open and the read.
+        // ESRCH when it is reaped between the open and the read.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// The session that process `pid` is in: field 6 of proc_pid_stat(5).
+/// The session of process `pid`: field 6 of proc_pid_stat(5).
 ///
 /// # Errors
 /// As with [`start_time`].
@@ -775,10 +775,10 @@ pub(crate) fn parse_start_time(stat: &[u8]) -> Option<u64> {
     parse_stat(stat, 22)
 }
 
-/// A field behind the name, by the number that proc_pid_stat(5) gives it.
+/// A field after the name, by its number in proc_pid_stat(5).
 fn parse_stat<T: std::str::FromStr>(stat: &[u8], field: usize) -> Option<T> {
-    // The name in parentheses may hold anything, also spaces and parentheses: the fields go on
-    // after the last one, with number 3.
+    // The name in parentheses may contain anything, even spaces and parentheses: the fields
+    // continue after the last one, with number 3.
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
     rest.split_ascii_whitespace().nth(field.checked_sub(3)?)?.parse().ok()

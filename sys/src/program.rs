@@ -1,8 +1,8 @@
 //! Running a program of the system to its end.
 //!
-//! It gets nothing of the caller's but its arguments, an environment and a text on its standard
-//! input. It is the leader of a process group, has a deadline and a bound on what is kept of its
-//! output, and nothing of its group is left when it has ended.
+//! It gets nothing from the caller but its arguments, an environment and a text on its standard
+//! input. It leads a process group, has a deadline and a limit on how much of its output is kept,
+//! and nothing of its group is left when it has ended.
 
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
@@ -17,12 +17,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::process;
 
-/// How long its streams are read after its end, and how long a killed program may take to be gone.
-/// The streams stay open longer only if a process that has left the group holds them, and a killed
-/// program stays only if it sleeps in the kernel.
+/// How long its streams are read after its end, and how long a killed program may take to
+/// disappear. The streams stay open longer only if a process that has left the group holds them,
+/// and a killed program stays only if it sleeps in the kernel.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// What is run.
+/// The program to run.
 #[derive(Debug, Clone, Copy)]
 pub struct Run<'a, A> {
     /// The file.
@@ -35,8 +35,8 @@ pub struct Run<'a, A> {
     pub stdin: &'a [u8],
     /// From the start to the end.
     pub deadline: Duration,
-    /// Bytes of its standard output, which is kept. A program that writes more is killed. Without a
-    /// number, whatever it writes is read and dropped.
+    /// How many bytes of its standard output to keep. A program that writes more is killed. With
+    /// `None`, all of it is read and dropped.
     pub max_output: Option<usize>,
     /// Bytes kept of its standard error; the rest is read and dropped.
     pub max_message: usize,
@@ -49,14 +49,14 @@ pub struct Ended {
     pub status: ExitStatus,
     /// What it wrote to standard output.
     pub output: Vec<u8>,
-    /// It wrote more than that, and was killed.
+    /// It wrote more than was kept, and was killed.
     pub flooded: bool,
     /// What it wrote to standard error.
     pub message: Vec<u8>,
 }
 
 impl<A: AsRef<OsStr>> Run<'_, A> {
-    /// Runs it in the root directory. `None` when it did not end in time; it was killed then.
+    /// Runs it in the root directory. `None` when it did not end in time; it was then killed.
     /// Blocking, at most a few seconds longer than the deadline.
     ///
     /// # Errors
@@ -76,7 +76,7 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
         let conversation = self.converse(&mut child, deadline);
         let in_time =
             conversation.as_ref().is_ok_and(|conversation| conversation.ended || self.floods(conversation));
-        // Before it is reaped, which is what lets its number become another's.
+        // Before it is reaped, after which its number may be reused.
         kill_group(&child);
         let mut conversation = match conversation {
             Ok(conversation) => conversation,
@@ -88,7 +88,7 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
         let soon = Instant::now() + LAST_WORDS;
         conversation.go_on(soon, |conversation| conversation.ended && conversation.is_over())?;
         if !conversation.ended {
-            // It sleeps in the kernel, and is gone when that lets it go.
+            // It sleeps in the kernel, and disappears when the kernel lets it go.
             thread::Builder::new().spawn(move || child.wait())?;
             return Ok(None);
         }
@@ -102,7 +102,7 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
         self.max_output.is_some() && conversation.output.overflowed
     }
 
-    /// Talks with it until it has ended, its time is over or it has written too much.
+    /// Serves its streams until it has ended, its time is over or it has written too much.
     fn converse<'run>(&'run self, child: &mut Child, deadline: Instant) -> io::Result<Conversation<'run>> {
         let number = i32::try_from(child.id()).map_err(io::Error::other)?;
         let mut conversation = Conversation {
@@ -128,7 +128,7 @@ fn kill_group(child: &Child) {
 struct Conversation<'run> {
     process: OwnedFd,
     ended: bool,
-    /// None when all is written or the program has closed its end.
+    /// `None` when all is written or the program has closed its end.
     input: Option<std::fs::File>,
     unwritten: &'run [u8],
     output: Reader,
@@ -136,7 +136,7 @@ struct Conversation<'run> {
 }
 
 impl Conversation<'_> {
-    /// Both of its output streams are closed.
+    /// Whether both of its output streams are closed.
     fn is_over(&self) -> bool {
         self.output.stream.is_none() && self.message.stream.is_none()
     }
@@ -163,8 +163,8 @@ impl Conversation<'_> {
         Ok(())
     }
 
-    /// Waits until something can be done, and says with which of process, input, output and
-    /// message.
+    /// Waits until something can be done, and returns which of process, input, output and message
+    /// are ready.
     fn ready(&self, left: Duration) -> io::Result<[bool; 4]> {
         let process = (!self.ended).then(|| self.process.as_fd());
         let input = self.input.as_ref().map(AsFd::as_fd);
@@ -178,7 +178,7 @@ impl Conversation<'_> {
                 descriptor.map(|descriptor| (index, PollFd::new(descriptor, interest)))
             })
             .unzip();
-        // Up to the next millisecond, so that a rest of less does not spin.
+        // Rounded up to the next millisecond, so that a fraction of one does not spin.
         let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
         match poll(&mut watched, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -196,7 +196,7 @@ impl Conversation<'_> {
         match input.write(self.unwritten) {
             Ok(written) => self.unwritten = &self.unwritten[written..],
             Err(error) if is_passing(&error) => {}
-            // A program that stops reading early says why in its message and status.
+            // A program that stops reading early explains that in its message and status.
             Err(_) => self.unwritten = &[],
         }
         if self.unwritten.is_empty() {
@@ -205,9 +205,9 @@ impl Conversation<'_> {
     }
 }
 
-/// What a program writes to one of its streams.
+/// The output of a program on one of its streams.
 struct Reader {
-    /// None when it is closed.
+    /// `None` when it is closed.
     stream: Option<std::fs::File>,
     kept: Vec<u8>,
     most: usize,
@@ -322,7 +322,7 @@ mod tests {
         let begin = Instant::now();
         let ended = shell("sleep 1000 & echo $! >&2", PATIENCE).unwrap();
         let left = String::from_utf8(ended.message).unwrap();
-        // Killed already, it may take a moment to be gone.
+        // Already killed, it may take a moment to disappear.
         while runs(left.trim()) {
             assert!(begin.elapsed() < PATIENCE, "{left} goes on");
             thread::sleep(Duration::from_millis(2));

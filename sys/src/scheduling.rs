@@ -1,8 +1,8 @@
-//! What the kernel passes on from a process to its children besides credentials, limits and
-//! descriptors: scheduling, processors, memory policy, personality. A container gets the kernel's
-//! own defaults, whatever its daemon was started with.
+//! What a process passes on to its children besides credentials, limits and descriptors:
+//! scheduling, processors, memory policy, personality. A container gets the kernel's own defaults,
+//! whatever its daemon was started with.
 //!
-//! All of these act on the calling thread, and a child made by it has the same.
+//! All of these act on the calling thread, and its children inherit the result.
 
 use std::io;
 
@@ -27,7 +27,7 @@ struct SchedAttr {
 const SCHED_ATTR_SIZE: u32 = 48;
 const _: () = assert!(size_of::<SchedAttr>() == 48);
 
-/// The policy `SCHED_OTHER` with the nice value 0, and without reset-on-fork: `sched_setattr(2)`.
+/// Sets the policy `SCHED_OTHER` with nice value 0 and without reset-on-fork: `sched_setattr(2)`.
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_NICE` when the nice value is above 0 or the policy is `SCHED_IDLE`.
@@ -39,7 +39,8 @@ pub fn use_default_policy() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
 }
 
-/// All processors, of which the kernel takes those that the cpuset allows: `sched_setaffinity(2)`.
+/// Allows all processors, of which the kernel uses those that the cpuset allows:
+/// `sched_setaffinity(2)`.
 ///
 /// # Errors
 /// None in practice.
@@ -51,8 +52,7 @@ pub fn use_all_processors() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&all), all.as_ptr()) })
 }
 
-/// No I/O priority of its own, so the one that the nice value gives: `ioprio_set(2)`,
-/// `IOPRIO_CLASS_NONE`.
+/// Removes the I/O priority, so that the nice value decides: `ioprio_set(2)`, `IOPRIO_CLASS_NONE`.
 ///
 /// # Errors
 /// `ENOSYS` on a kernel without block devices.
@@ -62,7 +62,7 @@ pub fn use_default_io_priority() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, 0) })
 }
 
-/// Memory from wherever the kernel sees fit: `set_mempolicy(2)`, `MPOL_DEFAULT`.
+/// Lets the kernel place memory as it sees fit: `set_mempolicy(2)`, `MPOL_DEFAULT`.
 ///
 /// # Errors
 /// `ENOSYS` on a kernel without NUMA.
@@ -71,7 +71,7 @@ pub fn use_default_memory_policy() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_set_mempolicy, 0, std::ptr::null::<libc::c_ulong>(), 0) })
 }
 
-/// The personality of Linux, with addresses at random: `personality(2)`, `PER_LINUX`.
+/// Sets the Linux personality, with address space randomization: `personality(2)`, `PER_LINUX`.
 ///
 /// # Errors
 /// None in practice.
@@ -80,8 +80,8 @@ pub fn use_default_personality() -> io::Result<()> {
     check(libc::c_long::from(unsafe { libc::personality(0) }))
 }
 
-/// The slack of timers, in nanoseconds: `PR_SET_TIMERSLACK`. A child's is the same, and so is the
-/// value that the child can go back to.
+/// Sets the slack of timers, in nanoseconds: `PR_SET_TIMERSLACK`. A child inherits it, also as its
+/// default.
 ///
 /// # Errors
 /// None in practice.
@@ -89,7 +89,7 @@ pub fn set_timer_slack(nanoseconds: u32) -> io::Result<()> {
     prctl(libc::PR_SET_TIMERSLACK, libc::c_ulong::from(nanoseconds))
 }
 
-/// Lets the kernel use transparent huge pages as the host is set up: `PR_SET_THP_DISABLE` off.
+/// Uses the host's setting for transparent huge pages: `PR_SET_THP_DISABLE` off.
 ///
 /// # Errors
 /// `EINVAL` on a kernel without them.
@@ -97,8 +97,8 @@ pub fn allow_huge_pages() -> io::Result<()> {
     prctl(libc::PR_SET_THP_DISABLE, 0)
 }
 
-/// Lets the kernel merge no pages of this process with those of others unless it asks for that:
-/// `PR_SET_MEMORY_MERGE` off.
+/// Keeps the kernel from merging pages of this process with those of others, unless it asks for
+/// that: `PR_SET_MEMORY_MERGE` off.
 ///
 /// # Errors
 /// `EINVAL` on a kernel without it (Linux 6.4, KSM).
@@ -107,7 +107,7 @@ pub fn merge_no_memory() -> io::Result<()> {
     prctl(PR_SET_MEMORY_MERGE, 0)
 }
 
-/// What becomes of the process when its memory breaks, as the host is set up: `PR_MCE_KILL_CLEAR`.
+/// Uses the host's setting for processes whose memory fails: `PR_MCE_KILL_CLEAR`.
 ///
 /// # Errors
 /// `EINVAL` on a kernel without machine checks.
@@ -115,7 +115,7 @@ pub fn use_default_memory_failure_policy() -> io::Result<()> {
     prctl(libc::PR_MCE_KILL, 0)
 }
 
-/// Memory is allocated as for any process, not as for one that filesystems depend on:
+/// Allocates memory as for any process, not as for one that filesystems depend on:
 /// `PR_SET_IO_FLUSHER` off.
 ///
 /// # Errors
@@ -136,7 +136,7 @@ fn prctl(option: libc::c_int, value: libc::c_ulong) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// What the kernel tells of the calling thread.
+    /// The kernel's state of the calling thread.
     fn told(name: &str) -> String {
         std::fs::read_to_string(format!("/proc/thread-self/{name}")).unwrap().trim().to_owned()
     }

@@ -1,5 +1,5 @@
-//! Unix sockets with descriptors: pairs, listening below a directory whatever the length of its
-//! path, `SCM_RIGHTS`. And whether a TCP peer answers.
+//! Unix sockets with descriptors: pairs, listening below a directory with a path of any length,
+//! `SCM_RIGHTS`. And whether a TCP peer answers.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -27,7 +27,7 @@ pub fn stream_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
-/// A connected pair of sockets that keep message borders, close-on-exec: `SOCK_SEQPACKET` of
+/// A connected pair of sockets that keep message boundaries, close-on-exec: `SOCK_SEQPACKET` of
 /// unix(7).
 ///
 /// # Errors
@@ -62,8 +62,8 @@ pub fn listen_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd
 /// A non-blocking stream socket connected to `name` in `directory`. It does not wait: unix(7).
 ///
 /// # Errors
-/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nothing is listening, `EAGAIN` when a
-/// process does and has not taken the connections that wait already.
+/// `ENOENT` when there is no such socket, `ECONNREFUSED` when nothing is listening, `EAGAIN` when
+/// its queue of pending connections is full.
 pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -71,10 +71,10 @@ pub fn connect_below(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedF
     Ok(socket)
 }
 
-/// Takes one waiting connection, non-blocking and close-on-exec: `accept4(2)`.
+/// Accepts one pending connection, non-blocking and close-on-exec: `accept4(2)`.
 ///
 /// # Errors
-/// `EAGAIN` when none waits, `EMFILE` at the descriptor limit.
+/// `EAGAIN` when none is pending, `EMFILE` at the descriptor limit.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let raw = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
     // SAFETY: accept4 returned `raw` as a new descriptor that nothing else owns.
@@ -99,8 +99,8 @@ pub fn peer_pid(socket: BorrowedFd<'_>) -> io::Result<i32> {
     Ok(getsockopt(&socket, sockopt::PeerCredentials)?.pid())
 }
 
-/// Has receiving from `socket` fail with `EAGAIN` when nothing comes for so long: `SO_RCVTIMEO`,
-/// socket(7).
+/// Makes receiving from `socket` fail with `EAGAIN` when nothing arrives for this long:
+/// `SO_RCVTIMEO`, socket(7).
 ///
 /// # Errors
 /// `EDOM` for more time than the kernel can count.
@@ -122,7 +122,7 @@ pub fn limit_sends(socket: BorrowedFd<'_>, limit: Duration) -> io::Result<()> {
 }
 
 /// Sets how many bytes may be sent that the other end has not received: `SO_SNDBUF`, socket(7),
-/// which the kernel doubles. More than everybody may have is for `CAP_NET_ADMIN` only.
+/// which the kernel doubles. More than the system-wide maximum takes `CAP_NET_ADMIN`.
 ///
 /// # Errors
 /// None in practice.
@@ -152,8 +152,8 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]
 /// `EAGAIN` on an empty non-blocking socket; `EMFILE` when there was no room for a descriptor, and
 /// `EMSGSIZE` when there are more than [`MAX_DESCRIPTORS`] (none is kept then).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    // Room for as many as there can be: those that are cut off for want of room would stay open,
-    // and be unowned.
+    // Room for as many as there can be: those that are cut off for lack of room would stay open
+    // without an owner.
     let mut space = nix::cmsg_space!([RawFd; KERNELS_MOST]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message =
@@ -166,7 +166,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
-    // The space was enough, so it was the process that could not take one.
+    // There was enough space, so the process could not take a descriptor.
     if message.flags.contains(MsgFlags::MSG_CTRUNC) {
         return Err(io::Error::from_raw_os_error(libc::EMFILE));
     }
@@ -176,7 +176,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
     Ok((message.bytes, descriptors))
 }
 
-/// Copies the packet that is next and leaves it there: `recv(2)` with `MSG_PEEK`. Zero bytes mean
+/// Copies the next packet and leaves it in the queue: `recv(2)` with `MSG_PEEK`. Zero bytes mean
 /// the end.
 ///
 /// # Errors
@@ -185,7 +185,7 @@ pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_PEEK)?)
 }
 
-/// Drops the packet that is next, on a socket that keeps message borders: `recv(2)`.
+/// Drops the next packet of a socket that keeps message boundaries: `recv(2)`.
 ///
 /// # Errors
 /// `EAGAIN` when there is none on a non-blocking socket.
@@ -194,9 +194,9 @@ pub fn drop_packet(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// For how long the peer of a TCP connection has acknowledged nothing, while something has been
-/// sent to it that is to be acknowledged: data, or a probe whether it has room; `TCP_INFO` of
-/// tcp(7). Nothing when it owes no answer.
+/// How long the peer of a TCP connection has acknowledged nothing although something was sent to it
+/// that needs an acknowledgement: data, or a window probe; `TCP_INFO` of tcp(7). `None` when it
+/// owes no answer.
 ///
 /// # Errors
 /// `EOPNOTSUPP` for a socket that is not TCP's.
@@ -265,7 +265,7 @@ mod tests {
         let file = std::fs::File::open("/dev/null").unwrap();
         let mut buffer = [0; 16];
         for count in [MAX_DESCRIPTORS + 1, KERNELS_MOST] {
-            // One pipe, whose end is seen when its last copy is closed.
+            // One pipe, which ends when its last copy is closed.
             let (read, write) = crate::file::pipe().unwrap();
             let mut many = vec![file.as_fd(); count - 1];
             many.push(write.as_fd());

@@ -8,21 +8,20 @@ use nix::sys::termios::{self, SetArg, Termios};
 /// The signal of a process that continues after a stop, when another may have changed its terminal.
 pub use libc::SIGCONT;
 
-/// Whether `file` is on a devpts. Any filesystem can have a file that looks like a `ptmx` and
-/// answers an `ioctl` with what it likes, but says itself what it is.
+/// Whether `file` is on a devpts. On any filesystem a file can look like a `ptmx` and answer an
+/// `ioctl` with anything, but the filesystem's own type does not lie.
 ///
 /// # Errors
-/// When that cannot be found out.
+/// When that cannot be determined.
 pub fn is_devpts(file: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(nix::sys::statfs::fstatfs(file)?.filesystem_type() == nix::sys::statfs::DEVPTS_SUPER_MAGIC)
 }
 
 /// Opens the terminal that belongs to the open `ptmx` descriptor `controller`, without a path
-/// lookup: `TIOCGPTPEER`, ioctl_tty(2). The lock of a fresh one is taken off first.
+/// lookup: `TIOCGPTPEER`, ioctl_tty(2). A new one is unlocked first.
 ///
 /// # Errors
-/// `ENOTTY` when `controller` is not a `ptmx`; `EPERM` when it is something else than a
-/// pseudo-terminal.
+/// `ENOTTY` when `controller` is not a `ptmx`; `EPERM` when it is not a pseudo-terminal.
 pub fn open_other_end(controller: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     /// ioctl_tty(2), the same number on x86_64 and aarch64.
     const TIOCGPTPEER: libc::c_ulong = 0x5441;
@@ -107,9 +106,8 @@ pub fn size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
     Ok((size.ws_col, size.ws_row))
 }
 
-/// A terminal in raw mode: what is typed is passed on as it is, unechoed, at once and without
-/// signals: `cfmakeraw`, termios(3). Dropping this gives the terminal the settings that it had
-/// before.
+/// A terminal in raw mode: input is passed on unchanged, at once, without echo or signals:
+/// `cfmakeraw`, termios(3). Dropping this restores the previous settings.
 #[derive(Debug)]
 pub struct RawMode {
     terminal: OwnedFd,
@@ -135,7 +133,7 @@ impl RawMode {
     pub fn apply(&self) -> io::Result<()> {
         let mut raw = self.before.clone();
         termios::cfmakeraw(&mut raw);
-        // Without waiting for output, which a person may have stopped.
+        // Without waiting for output, which the user may have stopped.
         Ok(termios::tcsetattr(self.terminal.as_fd(), SetArg::TCSANOW, &raw)?)
     }
 }
@@ -162,7 +160,7 @@ mod tests {
         set_size(terminal.as_fd(), 80, 25).unwrap();
         assert_eq!(size(controller.as_fd()).unwrap(), (80, 25));
         std::fs::File::from(terminal).write_all(b"hi\n").unwrap();
-        // The kernel may hand the line over in parts.
+        // The kernel may deliver the line in parts.
         let mut line = [0; 4];
         (&controller).read_exact(&mut line).unwrap();
         assert_eq!(&line, b"hi\r\n");

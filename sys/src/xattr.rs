@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// `XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MAX_SIZE: usize = 65536;
 
-/// Sets an attribute, over an older value.
+/// Sets an attribute, replacing an older value.
 ///
 /// # Errors
 /// As fsetxattr(2): `EOPNOTSUPP` where the filesystem or the type of the inode has no such
@@ -24,7 +24,7 @@ pub fn set(fd: BorrowedFd<'_>, name: &CStr, value: &[u8]) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Reads an attribute; `None` if there is none of that name, or the filesystem has none at all.
+/// Reads an attribute; `None` if it is absent, or if the filesystem has no attributes at all.
 ///
 /// # Errors
 /// As fgetxattr(2).

@@ -1,4 +1,4 @@
-//! One directory, and what is done to an entry of it by its name.
+//! One directory, and operations on its entries by name.
 
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::fs::File;
@@ -14,13 +14,13 @@ use super::{
 use crate::mount::mount_id_at;
 
 /// One directory inside a tree, open for reading. Its methods take a single name and act on that
-/// very entry, not on what a link of that name points at.
+/// entry itself, not on the target of a link of that name.
 #[derive(Debug)]
 pub struct Dir {
     pub(super) fd: OwnedFd,
 }
 
-/// What [`Dir::make_node`] makes.
+/// What [`Dir::make_node`] creates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Node {
     /// Named pipe.
@@ -43,7 +43,7 @@ impl Dir {
     /// Opens the directory `name`; a link is not followed.
     ///
     /// # Errors
-    /// As openat(2): `ENOTDIR` for anything else than a directory, links included.
+    /// As openat(2): `ENOTDIR` for anything but a directory, links included.
     pub fn open_dir(&self, name: &OsStr) -> io::Result<Self> {
         self.open_raw(name, libc::O_RDONLY | libc::O_DIRECTORY, 0).map(|fd| Self { fd })
     }
@@ -68,8 +68,8 @@ impl Dir {
         self.open_raw(name, libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL, mode).map(File::from)
     }
 
-    /// Opens the regular file `name` for writing over what is in it; a link is not followed. For a
-    /// file that something is mounted on, and that cannot be made new.
+    /// Opens the regular file `name` to overwrite its content; a link is not followed. For a file
+    /// that something is mounted on, and that cannot be replaced.
     ///
     /// # Errors
     /// As openat(2); `EINVAL` if it is not a regular file.
@@ -131,7 +131,8 @@ impl Dir {
             Node::CharDevice(major, minor) => (libc::S_IFCHR, major, minor),
             Node::BlockDevice(major, minor) => (libc::S_IFBLK, major, minor),
         };
-        // The C library's type is wider than the kernel's; what does not fit would be cut silently.
+        // The C library's type is wider than the kernel's; a number that does not fit would be
+        // truncated silently.
         if major >= 1 << 12 || minor >= 1 << 20 {
             return Err(invalid());
         }
@@ -142,7 +143,7 @@ impl Dir {
             .map(drop)
     }
 
-    /// What `name` is; a link is not followed.
+    /// The type and attributes of `name`; a link is not followed.
     ///
     /// # Errors
     /// As fstatat(2).
@@ -163,7 +164,7 @@ impl Dir {
     /// Target of the link `name`.
     ///
     /// # Errors
-    /// As readlinkat(2): `EINVAL` if it is no link.
+    /// As readlinkat(2): `EINVAL` if it is not a link.
     pub fn read_link(&self, name: &OsStr) -> io::Result<OsString> {
         read_link_at(self.fd.as_fd(), &single_name(name)?)
     }
@@ -181,8 +182,8 @@ impl Dir {
         .map(drop)
     }
 
-    /// Changes the permission bits of the entry itself, which must not be a link. For what must not
-    /// be opened, as devices; for files and directories use [`chmod`](super::chmod).
+    /// Changes the permission bits of the entry itself, which must not be a link. For an entry that
+    /// must not be opened, such as a device; for files and directories use [`chmod`](super::chmod).
     ///
     /// # Errors
     /// `EOPNOTSUPP` for a link (inodes of links have no mode of their own); as chmod(2).
@@ -228,7 +229,7 @@ impl Dir {
         unlink_at(self.fd.as_fd(), &single_name(name)?, libc::AT_REMOVEDIR)
     }
 
-    /// Moves `name` to `to_name` in `to`, over what is there if types allow.
+    /// Moves `name` to `to_name` in `to`, replacing an existing entry if the types allow it.
     ///
     /// # Errors
     /// As renameat(2).

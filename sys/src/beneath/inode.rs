@@ -1,4 +1,4 @@
-//! What an inode is, and its owner, mode and times.
+//! The type of an inode, and its owner, mode and times.
 
 use std::ffi::CStr;
 use std::io;
@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::{invalid, retry_interrupted};
 
-/// What an inode is.
+/// The type of an inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileType {
     /// `S_IFREG`
@@ -25,7 +25,7 @@ pub enum FileType {
     Socket,
 }
 
-/// A point in time as inodes have it.
+/// A point in time as stored in inodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Timestamp {
     /// Seconds since 1970; may be negative.
@@ -34,7 +34,7 @@ pub struct Timestamp {
     pub nanoseconds: u32,
 }
 
-/// What `fstatat(2)` says of an inode.
+/// The attributes of an inode, as `fstatat(2)` returns them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stat {
     /// Type of the inode.
@@ -59,7 +59,7 @@ pub struct Stat {
     pub identity: (u64, u64),
 }
 
-/// What the inode behind a descriptor (`O_PATH` too) is.
+/// The attributes of the inode behind a descriptor (`O_PATH` too).
 ///
 /// # Errors
 /// As fstatat(2).

@@ -1,4 +1,4 @@
-//! Whole directories: their names, and removing them with all that is in them.
+//! Whole directories: their names, and removing them with all their content.
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString, OsStr, OsString};
@@ -9,23 +9,24 @@ use std::os::unix::ffi::OsStrExt;
 use super::dir::{single_name, unlink_at};
 use super::{Dir, stat_fd};
 
-/// Bytes asked from `getdents64` at once: some hundred entries.
+/// Bytes requested from `getdents64` at once: some hundred entries.
 pub(super) const LISTING_BUFFER: usize = 32 * 1024;
 
-/// Entries that could not be removed, after which a removal gives up: the filesystem will not have
-/// the rest removed either.
+/// After this many entries that cannot be removed, a removal gives up: the filesystem will not let
+/// the rest be removed either.
 const MAX_STUCK: usize = 1000;
 
 impl Dir {
-    /// Removes `name` whatever it is, a directory with all that is in it. Absent is success.
+    /// Removes `name` of any type, a directory with all its content. An absent name is success.
     ///
     /// Works without recursion and with two descriptors at a time, however deep the tree is, and
-    /// needs no free space. Nothing is followed. An entry that cannot be removed (immutable:
-    /// `EPERM`; a mount point: `EBUSY`) keeps only the directories that it is in; all else goes,
-    /// and the first such error is returned. A tree that is moved meanwhile ends it with `EAGAIN`.
+    /// needs no free space. No link is followed. An entry that cannot be removed (immutable:
+    /// `EPERM`; a mount point: `EBUSY`) keeps only its parent directories; everything else is
+    /// removed, and the first such error is returned. If the tree is moved meanwhile, it ends with
+    /// `EAGAIN`.
     ///
     /// # Errors
-    /// As unlinkat(2) and openat(2); what was removed until then stays removed.
+    /// As unlinkat(2) and openat(2); what was removed by then stays removed.
     pub fn remove_all(&self, name: &OsStr) -> io::Result<()> {
         let name = single_name(name)?;
         match remove_one(self.as_fd(), &name) {
@@ -33,8 +34,8 @@ impl Dir {
             done => return done,
         }
         // The directories above the current one: their names, to remove them when they are empty,
-        // who their parents are, to notice when `..` is no longer where we came from, and what is
-        // stuck in those.
+        // their parents' identities, to notice when `..` no longer leads back, and the entries that
+        // are stuck in them.
         let mut above = vec![(name.clone(), stat_fd(self.as_fd())?.identity, HashSet::new())];
         let mut current = self.open_raw_c(&name, libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
         let mut stuck = Stuck::default();
@@ -98,7 +99,7 @@ impl Dir {
     }
 }
 
-/// What could not be removed.
+/// An entry that could not be removed.
 #[derive(Default)]
 struct Stuck {
     /// In the current directory, by name.
@@ -121,7 +122,7 @@ impl Stuck {
 }
 
 /// Removes what can be removed from a directory. Returns the first child that is a directory with
-/// something in it and not known to be stuck.
+/// content and not known to be stuck.
 fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::Result<Option<CString>> {
     loop {
         // From the start again each time: what was listed before is gone, and positions in a
@@ -144,7 +145,7 @@ fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::R
                     Err(error) => stuck.add(name.to_owned(), error)?,
                 }
             }
-            // Behind a listing that was all stuck, there may be more.
+            // After a listing in which everything was stuck, more may follow.
             if removed || length == 0 {
                 break;
             }
@@ -155,7 +156,7 @@ fn empty_dir(dir: BorrowedFd<'_>, buffer: &mut [u8], stuck: &mut Stuck) -> io::R
     }
 }
 
-/// Removes one entry. `ENOTEMPTY` says: a directory with something in it. Absent is success.
+/// Removes one entry. `ENOTEMPTY` means a directory with content. An absent one is success.
 fn remove_one(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     let first = unlink_at(dir, name, 0);
     let result = match &first {
@@ -186,7 +187,7 @@ pub(super) fn getdents(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usi
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-/// The names in what `getdents64` wrote, without `.` and `..`.
+/// The names in the output of `getdents64`, without `.` and `..`.
 ///
 /// `struct linux_dirent64` (getdents64(2)): d_ino u64, d_off i64, d_reclen u16, d_type u8, then the
 /// NUL-terminated name.

@@ -2,12 +2,12 @@
 //!
 //! Everything is relative to a directory descriptor. A path of several components is resolved by
 //! the kernel with `openat2(RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)`: symbolic links and `..` are
-//! followed, but as if the tree's root were `/` (openat2(2)). What changes the tree takes a [`Dir`]
-//! and one name in it, and never follows a link in that name. There is no fallback for kernels
-//! without openat2 (Linux 5.6): a weaker walk is a hole.
+//! followed, but as if the tree's root were `/` (openat2(2)). Operations that change the tree take
+//! a [`Dir`] and one name in it, and never follow a link in that name. There is no fallback for
+//! kernels without openat2 (Linux 5.6): a weaker walk would be a hole.
 //!
 //! `RESOLVE_IN_ROOT` answers `EAGAIN` while directories inside the tree are renamed (openat2(2),
-//! ERRORS); it is tried again [`MAX_TRIES`] times, then the call fails.
+//! ERRORS); it is retried [`MAX_TRIES`] times, then the call fails.
 //!
 //! Callers decide what to do with types, owners and modes. Errors are the kernel's errno.
 
@@ -27,8 +27,8 @@ pub use inode::{FileType, Stat, Timestamp, chmod, chown, set_times, stat_fd};
 pub use root::{MissingDir, Root};
 pub use walk::{Usage, Walk};
 
-/// How often an `EAGAIN` of openat2 is answered with another try. A rename storm that lasts through
-/// 128 tries is an attack.
+/// How often an `EAGAIN` of openat2 is retried. A storm of renames that lasts through 128 tries is
+/// an attack.
 pub const MAX_TRIES: usize = 128;
 
 /// Opens an `O_PATH` descriptor again. The descriptor pins the inode; the link in /proc leads to
@@ -66,7 +66,7 @@ fn invalid() -> io::Error {
     io::Error::from_raw_os_error(libc::EINVAL)
 }
 
-/// Makes a descriptor that a call just returned owned.
+/// Takes ownership of a descriptor that a call just returned.
 fn owned(fd: i32) -> OwnedFd {
     // SAFETY: every caller passes what a successful open call has just returned: open, and owned by
     // nothing else.
@@ -108,7 +108,7 @@ mod tests {
 
     use super::*;
 
-    /// A directory with `root/` (the tree) and `canary` beside it (what must stay out of reach).
+    /// A directory with `root/` (the tree) and `canary` beside it (which must stay out of reach).
     struct Tree(PathBuf);
 
     impl Tree {
@@ -236,7 +236,8 @@ mod tests {
 
     #[test]
     fn removal_takes_a_tree_deeper_than_any_path_and_follows_nothing() {
-        // In memory: what ext4 takes to make or remove one directory grows with their number.
+        // In memory: on ext4, the cost of creating or removing one directory grows with their
+        // number.
         let tree = Tree::below(Path::new("/dev/shm"), "deep");
         let mut dir = tree.root().open_dir(Path::new("")).unwrap();
         let name = OsStr::new("d");
@@ -248,8 +249,8 @@ mod tests {
                 dir.create_file(OsStr::new("file"), 0o600).unwrap();
             }
         }
-        // Held, it keeps those above it, all of which the kernel walks with each one that is
-        // removed.
+        // While held, it keeps those above it, and the kernel walks all of these with each one that
+        // is removed.
         drop(dir);
         let top = tree.root().open_dir(Path::new("")).unwrap();
         let mut walk = Walk::new(&top).unwrap();
@@ -276,8 +277,8 @@ mod tests {
         assert!(!tree.inside("wide").exists());
     }
 
-    /// Many at one place, one deep down: what can be removed is removed, and the mounts are not
-    /// entered.
+    /// Many mount points in one place and one deep down: everything else is removed, and the mounts
+    /// are not entered.
     #[test]
     fn removal_leaves_what_is_stuck_and_takes_the_rest() {
         const WIDE: usize = 500;
@@ -327,7 +328,8 @@ mod tests {
         let tree = Tree::new("append");
         let dir = tree.root().open_dir(Path::new("")).unwrap();
         dir.make_node(OsStr::new("pipe"), Node::Fifo, 0o600).unwrap();
-        // One without a driver: to open it is another error, after a search for a module.
+        // A device without a driver: opening it fails with another error, after a search for a
+        // module.
         dir.make_node(OsStr::new("device"), Node::CharDevice(4000, 1), 0o600).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(tree.inside("socket")).unwrap();
         fs::create_dir(tree.inside("directory")).unwrap();
@@ -343,7 +345,7 @@ mod tests {
         for name in ["link", "dangling"] {
             assert_eq!(errno(open(name)), libc::ELOOP, "{name}");
         }
-        // A reader hears a hang-up when there was a writer, pipe(7).
+        // A reader sees a hang-up if there was a writer, pipe(7).
         let mut polled = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
         assert_eq!(poll(&mut polled, PollTimeout::ZERO).unwrap(), 0);
         for text in ["a", "b"] {

@@ -11,7 +11,8 @@ use super::{
     stat_fd,
 };
 
-/// Symbolic links followed while directories are made; the kernel's own limit (path_resolution(7)).
+/// Symbolic links followed while directories are created; the kernel's own limit
+/// (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
 /// The boundary: paths are resolved as if this directory were `/`. Holds an `O_PATH` descriptor.
@@ -25,11 +26,11 @@ pub struct Root {
 pub struct MissingDir<'a> {
     /// Its path from the boundary, without links.
     pub path: &'a Path,
-    /// The directory that it must be made in.
+    /// The directory in which to create it.
     pub parent: &'a Dir,
     /// Its name there.
     pub name: &'a OsStr,
-    /// What has that name and is neither a directory nor a link, if anything.
+    /// Anything with that name that is neither a directory nor a link.
     pub obstacle: Option<Stat>,
 }
 
@@ -50,7 +51,7 @@ impl Root {
     /// Opens the boundary itself. `path` is trusted: links in it are followed.
     ///
     /// # Errors
-    /// As open(2); `ENOTDIR` if it is no directory.
+    /// As open(2); `ENOTDIR` if it is not a directory.
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = c_string(path.as_os_str())?;
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
@@ -63,7 +64,7 @@ impl Root {
     /// Takes a descriptor of a directory as the boundary.
     ///
     /// # Errors
-    /// `ENOTDIR` if it is none.
+    /// `ENOTDIR` if it is not one.
     pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
         if stat_fd(fd.as_fd())?.file_type != FileType::Directory {
             return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
@@ -71,7 +72,7 @@ impl Root {
         Ok(Self { fd })
     }
 
-    /// Resolves `path`, links included, to an `O_PATH` descriptor of whatever is there.
+    /// Resolves `path`, links included, to an `O_PATH` descriptor of any type of file.
     ///
     /// # Errors
     /// As openat2(2).
@@ -95,12 +96,12 @@ impl Root {
         self.open_raw(path, libc::O_PATH, RESOLVE_NO_SYMLINKS)
     }
 
-    /// Target of the link at `path`, reached through no other link and through no mount point: what
-    /// the filesystem at the boundary has, whatever is mounted over it.
+    /// Target of the link at `path`, reached through no other link and through no mount point: the
+    /// link of the filesystem at the boundary, even if something is mounted over it.
     ///
     /// # Errors
     /// As openat2(2): `EXDEV` for a mount point, `ELOOP` for a link on the way; `EINVAL` or
-    /// `ENOENT` when it is no link.
+    /// `ENOENT` when it is not a link.
     pub fn read_link_of_own_mount(&self, path: &Path) -> io::Result<OsString> {
         let link =
             self.open_raw(path, libc::O_PATH | libc::O_NOFOLLOW, RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)?;
@@ -123,8 +124,8 @@ impl Root {
         Ok(Dir { fd: self.open_raw(path, libc::O_RDONLY | libc::O_DIRECTORY, RESOLVE_NO_SYMLINKS)? })
     }
 
-    /// Opens a regular file for reading; links are followed inside the boundary. The type is looked
-    /// at before the open, so that no device is touched and no FIFO is waited for.
+    /// Opens a regular file for reading; links are followed inside the boundary. The type is
+    /// checked before the open, so that no device is touched and no FIFO is waited for.
     ///
     /// # Errors
     /// As openat2(2); `EINVAL` if it is not a regular file.
@@ -136,9 +137,9 @@ impl Root {
         reopen(fd.as_fd(), libc::O_RDONLY | libc::O_NOCTTY).map(File::from)
     }
 
-    /// Opens what is at `path` with the given open(2) flags; links are followed inside the
-    /// boundary. For what is known to be safe to open: a device waits or acts, a FIFO blocks unless
-    /// the flags say otherwise.
+    /// Opens `path` with the given open(2) flags; links are followed inside the boundary. For files
+    /// that are known to be safe to open: a device waits or acts, a FIFO blocks unless the flags
+    /// say otherwise.
     ///
     /// # Errors
     /// As openat2(2).
@@ -146,14 +147,13 @@ impl Root {
         self.open_raw(path, flags, 0)
     }
 
-    /// Opens a regular file for appending and makes it when absent (mode 0640); any link on the way
-    /// is an error, and so is a file that has a second name: in a directory that others can write,
-    /// both are ways to make the caller write elsewhere. The type is looked at before the open, as
-    /// with [`Root::open_regular`].
+    /// Opens a regular file for appending and creates it when absent (mode 0640); any link on the
+    /// way is an error, and so is a file that has a second name: in a directory that others can
+    /// write, both are ways to make the caller write elsewhere. The type is checked before the
+    /// open, as with [`Root::open_regular`].
     ///
     /// # Errors
-    /// As openat2(2); `ELOOP` for a link; `EINVAL` for what is not a regular file or has other
-    /// names.
+    /// As openat2(2); `ELOOP` for a link; `EINVAL` for anything but a regular file with one name.
     pub fn open_append(&self, path: &Path) -> io::Result<File> {
         const FLAGS: i32 = libc::O_WRONLY | libc::O_APPEND | libc::O_NOCTTY;
         let is_wanted = |fd: BorrowedFd<'_>| {
@@ -161,13 +161,13 @@ impl Root {
             let is_wanted = stat.file_type == FileType::Regular && stat.links == 1;
             if is_wanted { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
         };
-        // Others may make and remove it meanwhile.
+        // Others may create and remove it meanwhile.
         for _ in 0..MAX_TRIES {
             match self.resolve_no_links(path) {
                 Ok(found) => {
                     is_wanted(found.as_fd())?;
                     let opened = reopen(found.as_fd(), FLAGS)?;
-                    // It may have got another name since.
+                    // It may have acquired another name since.
                     is_wanted(opened.as_fd())?;
                     return Ok(File::from(opened));
                 }
@@ -189,7 +189,7 @@ impl Root {
         Err(io::Error::from_raw_os_error(libc::EAGAIN))
     }
 
-    /// Opens the directory that the last component of `path` lies in, and returns that component.
+    /// Opens the directory that contains the last component of `path`, and returns that component.
     /// Links on the way are followed.
     ///
     /// # Errors
@@ -199,11 +199,11 @@ impl Root {
         Ok((self.open_dir(path.parent().unwrap_or(Path::new("")))?, name))
     }
 
-    /// Opens the directory `path` and makes it and its parents where they are absent, owned by the
-    /// caller and with `mode` (less the umask).
+    /// Opens the directory `path` and creates it and its parents where they are absent, owned by
+    /// the caller and with `mode` (less the umask).
     ///
-    /// A link on the way is followed inside the boundary, also one that points at nothing yet: then
-    /// its target is made.
+    /// A link on the way is followed inside the boundary, even a dangling one: then its target is
+    /// created.
     ///
     /// # Errors
     /// As openat2(2) and mkdirat(2); `ENOTDIR` if something else is in the way; `ELOOP` after 40
@@ -215,7 +215,7 @@ impl Root {
         })
     }
 
-    /// Like [`Root::make_dir_all`], but `make` makes each directory that is missing, or fails.
+    /// Like [`Root::make_dir_all`], but `make` creates each directory that is missing, or fails.
     ///
     /// # Errors
     /// As openat2(2), and what `make` fails with; `ELOOP` after 40 links.
@@ -228,7 +228,7 @@ impl Root {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {}
             opened => return opened,
         }
-        // The components that are still to be walked, last first, and where the walk is: a path
+        // The components that are still to be walked, last first, and the current place: a path
         // without any link.
         let mut ahead: Vec<OsString> = Vec::new();
         push_components(&mut ahead, path);

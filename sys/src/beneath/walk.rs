@@ -9,7 +9,7 @@ use super::inode::stat_at;
 use super::listing::{DirEntries, LISTING_BUFFER, getdents};
 use super::{Dir, FileType, stat_fd};
 
-/// What lies below a directory, as far as it was counted.
+/// The totals of everything below a directory, as far as it was counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {
     /// Allocated on the disk, in bytes.
@@ -18,16 +18,16 @@ pub struct Usage {
     pub inodes: u64,
 }
 
-/// Counts what lies below a directory, without following links.
+/// Counts everything below a directory, without following links.
 ///
-/// It uses two descriptors at a time, however deep the tree is, and no recursion. What it remembers
-/// is the names of directories that are to be looked at and the inodes with several names: at most
-/// as much as the caller lets it count.
+/// It uses two descriptors at a time, however deep the tree is, and no recursion. It remembers the
+/// names of directories that are still to be walked and the inodes with several names: at most as
+/// many as the caller lets it count.
 #[derive(Debug)]
 pub struct Walk {
     current: OwnedFd,
-    /// The directories that are open, the top one first: who they are, to notice when `..` is no
-    /// longer where we came from, and those of their directories that were not looked at yet.
+    /// The directories that are open, the top one first: their identities, to notice when `..` no
+    /// longer leads back, and those of their subdirectories that were not walked yet.
     levels: Vec<Level>,
     /// Whether all entries of the current directory were seen.
     listed: bool,
@@ -61,17 +61,18 @@ impl Walk {
         })
     }
 
-    /// What was counted until now.
+    /// The totals so far.
     #[must_use]
     pub fn usage(&self) -> Usage {
         self.usage
     }
 
-    /// Goes on by some hundred entries, or to another directory. `false` when all was seen.
+    /// Continues by some hundred entries, or to another directory. `false` when everything was
+    /// counted.
     ///
     /// # Errors
-    /// `EAGAIN` when directories were moved about so that the way back is lost; what else
-    /// getdents64(2) says. The walk is over then.
+    /// `EAGAIN` when directories were moved so that the way back is lost; otherwise those of
+    /// getdents64(2). The walk is then over.
     pub fn step(&mut self) -> io::Result<bool> {
         if !self.listed {
             let length = getdents(self.current.as_fd(), &mut self.buffer)?;
@@ -85,7 +86,7 @@ impl Walk {
         }
         let Some(level) = self.levels.last_mut() else { return Ok(false) };
         if let Some(name) = level.pending.pop() {
-            // One that has vanished, or is something else by now, has nothing below it.
+            // One that has vanished, or has become something else, has nothing below it.
             if let Ok(child) = self.at(&name) {
                 let identity = stat_fd(child.as_fd())?.identity;
                 self.levels.push(Level { identity, pending: Vec::new() });
@@ -109,7 +110,7 @@ impl Walk {
     }
 
     fn count(&mut self, name: &CStr) {
-        // What vanishes meanwhile is not counted.
+        // Entries that vanish meanwhile are not counted.
         let Ok(stat) = stat_at(self.current.as_fd(), name, libc::AT_SYMLINK_NOFOLLOW) else { return };
         if stat.file_type == FileType::Directory {
             if let Some(level) = self.levels.last_mut() {

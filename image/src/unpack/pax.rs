@@ -12,7 +12,7 @@ use berth_sys::beneath::Timestamp;
 
 use super::decimal::decimal;
 use super::is_wanted_xattr;
-use super::sparse::{self, Segment, SparseError};
+use super::sparse::{self, Segment, SparseError, SparseRecords};
 
 /// Names and values of the extended attributes of one inode together: the kernel's `XATTR_LIST_MAX`
 /// and `XATTR_SIZE_MAX`.
@@ -37,21 +37,6 @@ pub(crate) struct Overrides {
     pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     xattr_bytes: usize,
     pub(crate) sparse: Option<SparseRecords>,
-}
-
-/// The records of a sparse file, whose forms differ in what they use of these.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(crate) struct SparseRecords {
-    pub(crate) major: Option<u64>,
-    pub(crate) minor: Option<u64>,
-    pub(crate) name: Option<Vec<u8>>,
-    pub(crate) size: Option<u64>,
-    pub(crate) real_size: Option<u64>,
-    /// Stated number of parts.
-    pub(crate) count: Option<u64>,
-    pub(crate) map: VecDeque<Segment>,
-    /// Form 0.0: an offset whose length has not come yet.
-    pub(crate) lone_offset: Option<u64>,
 }
 
 /// What is wrong with a block of records.
@@ -153,7 +138,7 @@ fn apply_sparse(found: &mut SparseRecords, word: &[u8], value: &[u8]) -> Result<
         b"size" => found.size = Some(number(value)?),
         b"realsize" => found.real_size = Some(number(value)?),
         b"numblocks" => found.count = Some(number(value)?),
-        b"map" if found.map.is_empty() => found.map = sparse::of_list(value)?,
+        b"map" if found.map.is_empty() => found.map = sparse_list(value)?,
         b"offset" if found.lone_offset.is_none() => found.lone_offset = Some(number(value)?),
         b"numbytes" => {
             let offset = found.lone_offset.take().ok_or(SparseError::Map)?;
@@ -162,6 +147,22 @@ fn apply_sparse(found: &mut SparseRecords, word: &[u8], value: &[u8]) -> Result<
         _ => return Err(SparseError::Form.into()),
     }
     Ok(())
+}
+
+/// The map of a sparse file in form 0.1: `offset,length,offset,length...`.
+fn sparse_list(text: &[u8]) -> Result<VecDeque<Segment>, PaxError> {
+    let mut map = VecDeque::new();
+    if text.is_empty() {
+        return Ok(map);
+    }
+    let mut numbers = text.split(|&b| b == b',').map(decimal);
+    while let Some(offset) = numbers.next() {
+        let (Some(offset), Some(Some(length))) = (offset, numbers.next()) else {
+            return Err(PaxError::Value);
+        };
+        sparse::push(&mut map, Segment { offset, length })?;
+    }
+    Ok(map)
 }
 
 fn text(value: &[u8]) -> Result<Option<Vec<u8>>, PaxError> {
@@ -362,6 +363,17 @@ mod tests {
         #[test]
         fn any_bytes_end_in_a_result(block in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = parse(&block);
+        }
+    }
+
+    #[test]
+    fn a_list_has_pairs_of_numbers() {
+        assert_eq!(
+            sparse_list(b"0,5,10,5"),
+            Ok([(0, 5), (10, 5)].map(|(offset, length)| Segment { offset, length }).into())
+        );
+        for bad in [&b"0"[..], b"0,5,", b"0,5,7", b",", b"0,-5", b"a,b"] {
+            assert_eq!(sparse_list(bad), Err(PaxError::Value), "{}", bad.escape_ascii());
         }
     }
 }

@@ -7,8 +7,6 @@
 
 use std::collections::VecDeque;
 
-use super::pax::{PaxError, SparseRecords};
-
 /// Most parts of one file. As text in a PAX record they would take about as much as an extension
 /// header may have.
 pub(crate) const MAX_SEGMENTS: usize = 65_536;
@@ -18,6 +16,21 @@ pub(crate) const MAX_SEGMENTS: usize = 65_536;
 pub(crate) struct Segment {
     pub(crate) offset: u64,
     pub(crate) length: u64,
+}
+
+/// The PAX records of a sparse file, of which each form uses some.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct SparseRecords {
+    pub(crate) major: Option<u64>,
+    pub(crate) minor: Option<u64>,
+    pub(crate) name: Option<Vec<u8>>,
+    pub(crate) size: Option<u64>,
+    pub(crate) real_size: Option<u64>,
+    /// Stated number of parts.
+    pub(crate) count: Option<u64>,
+    pub(crate) map: VecDeque<Segment>,
+    /// Form 0.0: an offset whose length has not been read yet.
+    pub(crate) lone_offset: Option<u64>,
 }
 
 /// What is wrong with a sparse file.
@@ -152,22 +165,6 @@ impl MapText {
     }
 }
 
-/// Text of form 0.1: `offset,length,offset,length...`.
-pub(crate) fn of_list(text: &[u8]) -> Result<VecDeque<Segment>, PaxError> {
-    let mut map = VecDeque::new();
-    if text.is_empty() {
-        return Ok(map);
-    }
-    let mut numbers = text.split(|&b| b == b',').map(super::decimal::decimal);
-    while let Some(offset) = numbers.next() {
-        let (Some(offset), Some(Some(length))) = (offset, numbers.next()) else {
-            return Err(PaxError::Value);
-        };
-        push(&mut map, Segment { offset, length })?;
-    }
-    Ok(map)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,13 +202,5 @@ mod tests {
             assert_eq!(MapText::default().take(bad), Err(SparseError::Map), "{}", bad.escape_ascii());
         }
         assert_eq!(MapText::default().take(b"65537\n"), Err(SparseError::TooLong));
-    }
-
-    #[test]
-    fn a_list_has_pairs_of_numbers() {
-        assert_eq!(of_list(b"0,5,10,5"), Ok(map(&[(0, 5), (10, 5)])));
-        for bad in [&b"0"[..], b"0,5,", b"0,5,7", b",", b"0,-5", b"a,b"] {
-            assert_eq!(of_list(bad), Err(PaxError::Value), "{}", bad.escape_ascii());
-        }
     }
 }

@@ -253,14 +253,6 @@ fn hostile_text_is_refused_with_its_origin() {
             |fixture| fixture.image.volumes = (0..=MAX_MOUNTS).map(|n| format!("/{n}")).collect(),
             SpecError::TooManyMounts { found: MAX_MOUNTS + 1 },
         ),
-        (
-            |fixture| fixture.config.security.masked_paths = texts(&["proc/kcore"]),
-            SpecError::Path { origin: "masked_paths", path: "proc/kcore".to_owned() },
-        ),
-        (
-            |fixture| fixture.config.security.readonly_paths = texts(&["/a\0"]),
-            SpecError::Path { origin: "readonly_paths", path: "/a\0".to_owned() },
-        ),
     ];
     for (change, expected) in cases {
         assert_eq!(Fixture::new().with(change).build().unwrap_err(), *expected);

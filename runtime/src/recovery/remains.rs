@@ -28,7 +28,7 @@ use crate::trash;
 const AT_ONCE: usize = 8;
 
 /// How long an orphaned cgroup may take to be empty, and to be removed.
-const CGROUP_GONE: Duration = Duration::from_secs(5);
+const ORPHAN_GONE: Duration = Duration::from_secs(5);
 
 /// How often an unreachable shim is tried, and the pause in between.
 const ATTEMPTS: u32 = 5;
@@ -140,7 +140,7 @@ impl Remains {
                 if node.cgroups.is_anothers(&cgroup) {
                     return Ok(());
                 }
-                let gone = cgroup.kill(CGROUP_GONE).and_then(|()| cgroup.remove(CGROUP_GONE));
+                let gone = cgroup.kill(ORPHAN_GONE).and_then(|()| cgroup.remove(ORPHAN_GONE));
                 gone.inspect_err(|_| node.cgroups.keep_left(&cgroup))
             });
             if let Err(error) = gone {

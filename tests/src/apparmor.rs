@@ -1,5 +1,5 @@
-//! AppArmor on the machine: profiles that a test loads, and namespaces of policy, in which they are
-//! no one else's.
+//! AppArmor on the machine: profiles that a test loads, and policy namespaces, in which they are
+//! private to the test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub fn is_enforced() -> bool {
     fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|enabled| enabled.starts_with(b"Y"))
 }
 
-/// A profile as a request names it; `name` is for that of the node.
+/// A profile as a request names it; `name` is that of the profile on the node.
 #[must_use]
 pub fn profile(kind: ProfileType, name: &str) -> Option<v1::SecurityProfile> {
     Some(v1::SecurityProfile { profile_type: kind.into(), localhost_ref: name.to_owned() })
@@ -30,13 +30,13 @@ pub fn profile(kind: ProfileType, name: &str) -> Option<v1::SecurityProfile> {
 /// A profile in the kernel until this is dropped.
 #[derive(Debug)]
 pub struct Loaded {
-    /// Its name, of this test only.
+    /// Its name, which only this test uses.
     pub name: String,
     file: NamedTempFile,
 }
 
 impl Loaded {
-    /// Loads one with these rules (apparmor.d(5)), a line each.
+    /// Loads a profile with these rules (apparmor.d(5)), one per line.
     ///
     /// # Errors
     /// When the parser refuses it.
@@ -52,7 +52,7 @@ impl Loaded {
         Ok(Self { name, file })
     }
 
-    /// As a request names it.
+    /// The profile as a request names it.
     #[must_use]
     pub fn asked_for(&self) -> Option<v1::SecurityProfile> {
         profile(ProfileType::Localhost, &self.name)
@@ -69,28 +69,28 @@ fn parse(option: &str, file: &Path) -> Result<String> {
     output(Command::new("apparmor_parser").arg(option).arg("--skip-cache").arg(file))
 }
 
-/// A namespace of policy, until this is dropped: a process that is started in it (`aa-exec
-/// --namespace`) sees and loads profiles there only.
+/// A policy namespace, until this is dropped: a process that is started in it (`aa-exec
+/// --namespace`) sees and loads profiles only there.
 #[derive(Debug)]
 pub struct PolicyNamespace {
     name: &'static str,
 }
 
 impl PolicyNamespace {
-    /// Makes one.
+    /// Creates one.
     ///
     /// # Errors
-    /// When the kernel refuses, as when there is one of that name.
+    /// When the kernel refuses, as when one of that name exists.
     pub fn create(name: &'static str) -> Result<Self> {
         let namespace = Self { name };
         fs::create_dir(namespace.directory()).context("making a namespace of policy")?;
         Ok(namespace)
     }
 
-    /// Takes the profile `profile` out of it.
+    /// Removes the profile `profile` from it.
     ///
     /// # Errors
-    /// When there is none.
+    /// When it does not exist.
     pub fn remove_profile(&self, profile: &str) -> Result<()> {
         fs::write(Path::new(KERNEL).join(".remove"), format!(":{}:{profile}", self.name))
             .with_context(|| format!("removing the profile {profile} of {}", self.name))

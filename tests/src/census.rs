@@ -1,9 +1,9 @@
-//! Everything that a daemon and its pods hold on a machine, counted: to see that what they did left
+//! A census of everything that a daemon and its pods hold on a machine, to check that they left
 //! nothing behind.
 //!
 //! Processes, mounts, links, firewall rules, cgroups, files, and the daemon's own descriptors, each
-//! as a sorted list of texts that stay the same as long as the thing does. Network namespaces show
-//! as mounts (pinned), as processes (in use) or as descriptors (held).
+//! as a sorted list of texts that stay the same as long as the object exists. Network namespaces
+//! show up as mounts (pinned), as processes (in use) or as descriptors (held).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -15,16 +15,16 @@ use berth_cri::v1;
 use crate::daemon::{Daemon, SOON};
 use crate::deadline::within;
 
-/// The lists that a restart of the daemon changes on its own.
+/// The lists that a restart of the daemon changes by itself.
 const OF_THE_DAEMON: [&str; 2] = ["daemon", "descriptors"];
 
-/// What is there at one moment.
+/// The objects that exist at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Census(Vec<(&'static str, Vec<String>)>);
 
 impl Census {
-    /// Looks at everything that belongs to `daemon`, once the kernel has taken away the links of
-    /// pods that are gone, and the daemon their files, which both do on their own time.
+    /// Counts everything that belongs to `daemon`, once the kernel has removed the links of pods
+    /// that are gone, and the daemon their files; both take their time.
     ///
     /// # Errors
     /// When a tool that lists something fails, more links stay than there are pods, or the trash is
@@ -51,7 +51,7 @@ impl Census {
                 .filter(|found| found.state() != v1::ContainerState::ContainerExited)
                 .count();
             let is_shim = |process: &&String| process.contains(" berth-shim");
-            // Each has one for its log.
+            // Each has one child for its log.
             Ok((processes(daemon)?.iter().filter(is_shim).count() <= 2 * living).then_some(()))
         })?;
         Self::now(daemon)
@@ -61,7 +61,7 @@ impl Census {
         let host = daemon.host();
         let links = host.run("ip", &["-oneline", "link", "show"])?;
         let links = links.lines().filter_map(|line| line.split(": ").nth(1)).map(str::to_owned).collect();
-        // Stateless: without the counters of packets, which go on by themselves.
+        // Stateless: without packet counters, which change by themselves.
         let rules = host.run("nft", &["-s", "list", "ruleset"])?.lines().map(str::to_owned).collect();
         let text = |paths: Vec<PathBuf>| paths.iter().map(|path| path.display().to_string()).collect();
         let mut cgroups: Vec<String> = text(daemon.cgroup().below(""));
@@ -85,11 +85,11 @@ impl Census {
         self
     }
 
-    /// Waits until the same is there as at this census. Some things go a moment after the call that
-    /// ended them has answered.
+    /// Waits until everything is the same as in this census. Some objects disappear a moment after
+    /// the call that ended them has answered.
     ///
     /// # Errors
-    /// When something is missing or too many after the time; the message names it.
+    /// When objects are still missing or left over after that; the message names them.
     pub fn stays(&self, daemon: &Daemon) -> Result<()> {
         within(SOON, "what is there is what was there before", || {
             let mut now = Self::now(daemon)?;
@@ -114,7 +114,7 @@ impl Census {
     }
 }
 
-/// What `of` has and `from` has not, or not so often.
+/// The elements that `of` has and `from` lacks, counting repetitions.
 fn lacking(of: &[String], from: &[String]) -> Vec<String> {
     let mut rest = from.to_vec();
     let mut lacking = Vec::new();
@@ -127,8 +127,8 @@ fn lacking(of: &[String], from: &[String]) -> Vec<String> {
     lacking
 }
 
-/// The places at and below `dir` where something is mounted, in the order of mounting; more than
-/// once where mounts lie on top of each other.
+/// The mount points at and below `dir`, in the order of mounting, and more than once where mounts
+/// are stacked.
 #[must_use]
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -151,8 +151,8 @@ pub fn parent(pid: i32) -> Option<i32> {
     status_field(pid, "PPid").and_then(|text| text.parse().ok())
 }
 
-/// Whether a process has a child of this name: proc_pid_task(5), `children`. `true` as well when it
-/// has gone.
+/// Whether a process has a child of this name: proc_pid_task(5), `children`. Also `true` when the
+/// process has ended.
 #[must_use]
 pub fn has_child(pid: i32, name: &str) -> bool {
     let Ok(children) = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")) else { return true };
@@ -164,7 +164,7 @@ pub fn has_child(pid: i32, name: &str) -> bool {
 /// The children of a process: proc_pid_task(5), `children`, of all its threads.
 ///
 /// # Errors
-/// When it has gone.
+/// When it has ended.
 pub fn children(pid: i32) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -174,7 +174,7 @@ pub fn children(pid: i32) -> Result<Vec<i32>> {
     Ok(found)
 }
 
-/// How many processes of the container `id` wait in the kernel and hear no signal.
+/// How many processes of the container `id` wait in the kernel and ignore every signal.
 ///
 /// # Errors
 /// When it has none.
@@ -184,7 +184,7 @@ pub fn waiting_in_kernel(daemon: &Daemon, id: &str) -> Result<usize> {
     Ok(listed.lines().filter_map(state).filter(|state| state.starts_with('D')).count())
 }
 
-/// A field of `/proc/PID/status`, without the white space around it.
+/// A field of `/proc/PID/status`, without surrounding white space.
 #[must_use]
 pub fn status_field(pid: i32, field: &str) -> Option<String> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -197,10 +197,10 @@ fn all_processes() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The name of processes that look at host paths for the daemon. It keeps one, not always the same.
+/// The name of the daemon's workers, which look at host paths. It keeps one, not always the same.
 const WORKER: &str = "berthd-hostpath";
 
-/// Processes on the daemon's host, in its cgroup, or its children; the dead among them too, for a
+/// Processes on the daemon's host, in its cgroup, or its children; including dead ones, since a
 /// process has to wait for them.
 fn processes(daemon: &Daemon) -> Result<Vec<String>> {
     let (host, cgroup) = (daemon.host().number()?, daemon.cgroup().path());
@@ -223,7 +223,7 @@ fn processes(daemon: &Daemon) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// What the daemon keeps below its root and its state.
+/// The files that the daemon keeps below its root and its state.
 fn files(daemon: &Daemon) -> Vec<String> {
     let mut found = Vec::new();
     for top in [daemon.root(), daemon.state()] {
@@ -240,7 +240,7 @@ fn files(daemon: &Daemon) -> Vec<String> {
 fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).into_iter().flatten().filter_map(std::result::Result::ok) {
         found.push(entry.path());
-        // The content of layers is the image's, and much.
+        // The content of layers comes from the image, and is large.
         let is_layers = entry.file_name() == "layers" || directory.ends_with("layers");
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !(is_layers && directory.ends_with("layers"))
         {
@@ -249,7 +249,8 @@ fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// What a process holds open, without the numbers that differ from one socket or pipe to the next.
+/// The open files of a process, without the numbers that differ from one socket or pipe to the
+/// next.
 fn descriptors(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
     let targets = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());

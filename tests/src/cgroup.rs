@@ -1,9 +1,9 @@
-//! A cgroup of a test's own, for what it starts: made below the root of every hierarchy, read, and
-//! taken away.
+//! A private cgroup for what a test starts: created below the root of every hierarchy, read, and
+//! removed.
 //!
-//! Works on cgroup v1, on v2, and on hybrid machines, where the controllers sit on v1 hierarchies
-//! and the v2 one has none (`cgroups(7)`, "Cgroups version 2"); runtimes and kubelets make their
-//! cgroups there all the same. Limits are read as numbers, whichever version says them.
+//! Works on cgroup v1, on v2, and on hybrid machines, where the controllers are on v1 hierarchies
+//! and the v2 one has none (`cgroups(7)`, "Cgroups version 2"); runtimes and kubelets create their
+//! cgroups there all the same. Limits are read as numbers, from either version.
 
 use std::fs;
 use std::io;
@@ -18,10 +18,10 @@ use nix::unistd::Pid;
 
 use crate::program::output;
 
-/// The controllers that a kubelet wants to find in the cgroup it is given.
+/// The controllers that a kubelet requires in the cgroup it is given.
 const CONTROLLERS: &str = "+cpuset +cpu +io +memory +hugetlb +pids";
 
-/// Who makes the cgroups of pods: what `[cgroup] driver` says to a daemon.
+/// The creator of pods' cgroups: `[cgroup] driver` in a daemon's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Driver {
     /// The daemon itself.
@@ -54,8 +54,8 @@ struct Hierarchy {
     controllers: Vec<String>,
 }
 
-/// A cgroup of one name in every hierarchy, removed on drop with all that is below it and whatever
-/// still runs there; or the machine's own root, which is only looked at.
+/// A cgroup of one name in every hierarchy, removed on drop with everything below it and all
+/// processes in it; or the machine's own root, which is only read.
 #[derive(Debug)]
 pub struct Cgroup {
     /// Empty for the root.
@@ -75,11 +75,11 @@ pub struct CpuLimit {
 }
 
 impl Cgroup {
-    /// Makes the cgroup `name` below the root of every hierarchy.
+    /// Creates the cgroup `name` below the root of every hierarchy.
     ///
     /// # Errors
-    /// When no hierarchy is mounted or a directory cannot be made; a cgroup of that name that is
-    /// there already is an error too, for it may be someone else's.
+    /// When no hierarchy is mounted or a directory cannot be created; also when a cgroup of that
+    /// name already exists, since it may belong to someone else.
     pub fn create(name: &str) -> Result<Self> {
         let mountinfo = fs::read_to_string("/proc/self/mountinfo").context("reading the mounts")?;
         let (hierarchies, unified) = hierarchies(&mountinfo);
@@ -91,8 +91,8 @@ impl Cgroup {
             if cgroup.unified
                 && let Some(root) = directory.parent()
             {
-                // Controllers that the kernel does not have make the whole write fail, so one at a
-                // time; what is missing shows when a limit is read.
+                // A controller that the kernel lacks makes the whole write fail, so they are
+                // enabled one at a time; a missing one shows when a limit is read.
                 for controller in CONTROLLERS.split(' ') {
                     let _ = fs::write(root.join("cgroup.subtree_control"), controller);
                 }
@@ -107,8 +107,8 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// Has `driver` make a cgroup: `name` itself for cgroupfs; for systemd a slice below the root,
-    /// named so without its dashes, which would put it into others (`systemd.slice(5)`).
+    /// Creates a cgroup by `driver`: `name` itself for cgroupfs; for systemd a slice below the
+    /// root, with the name without its dashes, which would nest it (`systemd.slice(5)`).
     ///
     /// # Errors
     /// Those of [`create`](Self::create); for systemd, when the machine has cgroup v1, or
@@ -125,7 +125,7 @@ impl Cgroup {
         Ok(slice)
     }
 
-    /// Who made it, and makes what is below it.
+    /// The driver that created it, and creates the cgroups below it.
     #[must_use]
     pub fn driver(&self) -> Driver {
         self.driver
@@ -140,7 +140,7 @@ impl Cgroup {
         }
     }
 
-    /// The root of every hierarchy, which nothing happens to.
+    /// The root of every hierarchy, which is never changed.
     ///
     /// # Errors
     /// When no hierarchy is mounted.
@@ -259,19 +259,19 @@ impl Drop for Cgroup {
 }
 
 impl Cgroup {
-    /// Removes it from every hierarchy, with all that is below it and whatever still runs there. It
-    /// may be created again, by others too, and is then removed on drop.
+    /// Removes it from every hierarchy, with everything below it and all processes in it. It may be
+    /// created again, by others too, and is then removed on drop.
     pub fn remove(&self) {
         if self.name.is_empty() {
             return;
         }
         if self.driver == Driver::Systemd {
-            // Or systemd asks what runs in there to end first, and waits.
+            // Otherwise systemd asks its processes to end first, and waits.
             self.end_everything();
             let _ = output(Command::new("systemctl").args(["stop", &self.name]));
         }
-        // A process that is killed leaves its cgroup a moment later, and only an empty cgroup can
-        // go.
+        // A killed process leaves its cgroup a moment later, and only an empty cgroup can be
+        // removed.
         for _ in 0..100 {
             let left: Vec<PathBuf> =
                 self.directories().into_iter().filter(|directory| directory.exists()).collect();
@@ -291,7 +291,7 @@ impl Cgroup {
     }
 }
 
-/// Kills what is in this very cgroup.
+/// Kills the processes in this cgroup itself.
 fn end_processes(cgroup: &Path) {
     let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     for pid in processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0) {
@@ -299,8 +299,8 @@ fn end_processes(cgroup: &Path) {
     }
 }
 
-/// Calls `visit` with `directory` and every directory below it, parents first. What vanishes
-/// meanwhile is passed over.
+/// Calls `visit` with `directory` and every directory below it, parents first. Directories that
+/// vanish meanwhile are skipped.
 fn walk(directory: &Path, visit: &mut impl FnMut(&Path)) {
     visit(directory);
     let entries: io::Result<Vec<_>> = fs::read_dir(directory).and_then(Iterator::collect);

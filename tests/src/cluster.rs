@@ -1,14 +1,14 @@
-//! A Kubernetes cluster of one node on a daemon of a test's own: etcd, API server, controller
+//! A single-node Kubernetes cluster on a test's private daemon: etcd, API server, controller
 //! manager, scheduler and a kubelet, all on the daemon's test host.
 //!
 //! The programs come from `scripts/build-peer etcd kubernetes kubelet`. Ports are those that every
-//! cluster uses, because the host is the test's alone; pods get their network from Berth, and there
-//! is no kube-proxy and no DNS. Who calls the API server shows a token, and believes it by a
-//! certificate authority that `openssl` makes for this one cluster.
+//! cluster uses, because the host is private to the test; pods get their network from Berth, and
+//! there is no kube-proxy and no DNS. Clients of the API server present a token, and verify it by a
+//! certificate authority that `openssl` creates for this one cluster.
 //!
 //! A kubelet insists on `/var/lib/kubelet` and `/var/log/containers`; they are removed on drop if
-//! they were not there before. Everything else lies in the daemon's directory, cgroup and host, and
-//! goes with them.
+//! they did not exist before. Everything else is in the daemon's directory, cgroup and host, and is
+//! removed with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -47,9 +47,9 @@ const UNAVOIDABLE: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
 /// How much of each log a failed test shows.
 const LAST_LINES: usize = 12;
 
-/// Who calls the API server: the file of each kubeconfig, with the user and the group that its
-/// token stands for. Roles of these names are what the API server makes for itself (Kubernetes,
-/// "Using RBAC Authorization", "Core component roles").
+/// The clients of the API server: the file of each kubeconfig, with the user and the group of its
+/// token. The API server itself creates roles of these names (Kubernetes, "Using RBAC
+/// Authorization", "Core component roles").
 const CALLERS: [(&str, &str, &str); 4] = [
     ("admin", "admin", "system:masters"),
     ("controller-manager", "system:kube-controller-manager", ""),
@@ -87,14 +87,14 @@ pub struct Pod {
     pub address: String,
     /// Whether its condition `Ready` is true and it is not being deleted.
     pub ready: bool,
-    /// The ids of its containers by their names, without the runtime's name before them. One that
-    /// has none yet is not among them.
+    /// The ids of its containers by their names, without the prefix that names the runtime.
+    /// Containers without an id are left out.
     pub container_ids: BTreeMap<String, String>,
     /// How often its first container was restarted.
     pub restart_count: u64,
     /// Why its first container waits, if it does.
     pub waiting: String,
-    /// Exit code of the first container's instance before, if there was one.
+    /// Exit code of the previous instance of the first container, if there was one.
     pub previous_exit_code: Option<i64>,
 }
 
@@ -202,7 +202,7 @@ impl<'a> Cluster<'a> {
         fs::write(self.dir.join("kubelet.yaml"), configuration)
             .context("writing the kubelet's configuration")?;
 
-        // The main package of etcd has the name that `scripts/build-peer` says.
+        // `scripts/build-peer` names the main package of etcd.
         self.spawn("etcd", &peers::directory("etcd")?.join("server"), &etcd)?;
         self.spawn("kube-apiserver", &kubernetes.join("kube-apiserver"), &apiserver)?;
         self.answers("the API server is ready", |cluster| {
@@ -213,7 +213,7 @@ impl<'a> Cluster<'a> {
         self.spawn("kube-scheduler", &kubernetes.join("kube-scheduler"), &scheduler)?;
         self.spawn("kubelet", &peers::directory("kubelet")?.join("kubelet"), &kubelet)?;
         self.answers("the node is there, and pods can have an account", |cluster| {
-            // A pod that is asked for before the namespace has its account is refused.
+            // A pod that is requested before the namespace has its account is refused.
             cluster.get(&format!("/api/v1/nodes/{NODE}"))?;
             cluster.get("/api/v1/namespaces/default/serviceaccounts/default").map(Some)
         })?;
@@ -273,7 +273,7 @@ impl<'a> Cluster<'a> {
     /// prints.
     ///
     /// # Errors
-    /// When it does not end with success; the message has what it said.
+    /// When it does not end with success; the message has its output.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         output(self.kubectl_command()?.args(arguments))
     }
@@ -304,12 +304,12 @@ impl<'a> Cluster<'a> {
     pub fn kubectl_command(&self) -> Result<Command> {
         let mut command = self.daemon.host().command(peers::directory("kubernetes")?.join("kubectl"));
         command.env("KUBECONFIG", self.dir.join("admin.kubeconfig"));
-        // Its cache of what the API server offers would go into the home directory.
+        // Its cache of the API server's resources would go into the home directory.
         command.env("KUBECACHEDIR", self.dir.join("kubectl-cache"));
         Ok(command)
     }
 
-    /// What the API server has at a path.
+    /// The object of the API server at a path.
     ///
     /// # Errors
     /// When it does not answer, or not with JSON.
@@ -336,7 +336,7 @@ impl<'a> Cluster<'a> {
     /// The pod of this name in the namespace `default`.
     ///
     /// # Errors
-    /// When the API server has none.
+    /// When there is no such pod.
     pub fn pod(&self, name: &str) -> Result<Pod> {
         self.get(&format!("/api/v1/namespaces/default/pods/{name}")).map(|pod| Pod::read(&pod))
     }
@@ -353,7 +353,7 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// What a web server on the test's host or in a pod answers when asked for `path`.
+    /// The answer of a web server on the test's host or in a pod to a request for `path`.
     ///
     /// # Errors
     /// When there is no such server or page.
@@ -364,12 +364,12 @@ impl<'a> Cluster<'a> {
         Ok(answer.text().with_context(|| format!("reading {url}"))?.trim_end().to_owned())
     }
 
-    /// What is on the machine for this cluster, beside the daemon and the servers: processes on the
-    /// test's host (shims; what runs in a pod shows by its cgroup), mounts, links, firewall rules,
-    /// cgroups, and the files of the daemon.
+    /// The objects on the machine that belong to this cluster, beside the daemon and the servers:
+    /// processes on the test's host (shims; processes in a pod show up by its cgroup), mounts,
+    /// links, firewall rules, cgroups, and the files of the daemon.
     ///
-    /// The cgroups of the kubelet's QoS classes are left out: it makes them when it starts, and
-    /// again when a pod needs them in a hierarchy where it had not.
+    /// Without the cgroups of the kubelet's QoS classes: it creates them when it starts, and again
+    /// when a pod needs them in a hierarchy that lacks them.
     ///
     /// # Errors
     /// When a tool that lists something fails.
@@ -385,7 +385,7 @@ impl<'a> Cluster<'a> {
         let links = host.run("ip", &["-oneline", "link", "show"])?;
         // -s leaves counters out.
         let rules = host.run("nft", &["-s", "list", "ruleset"])?;
-        // The content of layers is the image's, and much.
+        // The content of layers comes from the image, and is large.
         let (root, state) = (self.daemon.root(), self.daemon.state());
         let files = ["-path", "*/layers/*", "-prune", "-o", "-print"];
         let files = output(Command::new("find").args([root, state]).args(files))?;
@@ -456,7 +456,8 @@ impl Drop for Cluster<'_> {
             if let Ok(pid) = i32::try_from(server.process.id()) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
             }
-            // Only the kubelet has something to tidy up; the API server would wait for its callers.
+            // Only the kubelet has something to clean up; the API server would wait for its
+            // clients.
             let patience = if server.name == "kubelet" { ANSWER } else { Duration::from_secs(1) };
             if within(patience, "a server ends", || Ok(server.process.try_wait()?)).is_err() {
                 let _ = server.process.kill();
@@ -535,20 +536,20 @@ fn give_an_address(daemon: &Daemon) -> Result<()> {
     Ok(())
 }
 
-/// A client on the test's host that believes the cluster's certificate authority and no other.
+/// A client on the test's host that trusts the cluster's certificate authority and no other.
 fn client(daemon: &Daemon, dir: &Path) -> Result<Client> {
-    // Refused when another test of this process was first, which is as good.
+    // Refused when another test of this process was first, which is just as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let authority = fs::read(dir.join("ca.crt")).context("reading the certificate authority")?;
     let authority =
         reqwest::Certificate::from_pem(&authority).context("reading the certificate authority")?;
-    // The client makes its sockets on a thread that it starts here, and which stays in the
+    // The client creates its sockets on a thread that it starts here, and which stays in the
     // namespace.
     daemon.host().inside(|| {
         Client::builder()
             .tls_certs_only([authority])
             .no_proxy()
-            // Pods come and go, and their addresses are used again.
+            // Pods come and go, and their addresses are reused.
             .pool_max_idle_per_host(0)
             .timeout(ANSWER)
             .build()

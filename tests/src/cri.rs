@@ -23,7 +23,7 @@ use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
-/// A connection, made with the first call, and again when it broke.
+/// A connection, established by the first call, and again after it broke.
 #[derive(Debug, Clone)]
 pub struct Client {
     tokio: Arc<Runtime>,
@@ -61,7 +61,7 @@ impl Client {
         self.tokio.block_on(call).map(Response::into_inner)
     }
 
-    /// Brings the image in this archive or layout directory into the store.
+    /// Imports the image in this archive or layout directory.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -84,8 +84,9 @@ impl Client {
         })
     }
 
-    /// `ExecSync` that is given up when `enough` returns: the call is cancelled, and the connection
-    /// closed with the last clone of the client. `None` then; the answer, if it comes before.
+    /// `ExecSync` that is abandoned when `enough` returns: the call is cancelled, and the
+    /// connection closed with the last clone of the client. Returns `None` then, or the answer if
+    /// it comes first.
     ///
     /// # Errors
     /// The daemon's refusal, and that of `enough`.
@@ -113,7 +114,7 @@ impl Client {
         Ok(self.pull_image(request)?.image_ref)
     }
 
-    /// `ImageStatus`; `None` for an image that is not there.
+    /// `ImageStatus`; `None` for an absent image.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -172,8 +173,8 @@ impl Client {
         Ok(self.list_containers(v1::ListContainersRequest { filter: Some(filter) })?.containers)
     }
 
-    /// `RunPodSandbox` by a client that waits only for so long and then resets the call; `None`
-    /// when it did.
+    /// `RunPodSandbox` by a client that waits only this long and then resets the call, which is
+    /// `None`.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -187,8 +188,8 @@ impl Client {
         self.tokio.block_on(call).ok().transpose().map(|answer| answer.map(Response::into_inner))
     }
 
-    /// `CreateContainer` by a client that waits only for so long and then resets the call; `None`
-    /// when it did.
+    /// `CreateContainer` by a client that waits only this long and then resets the call, which is
+    /// `None`.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -237,7 +238,7 @@ impl Client {
 }
 
 impl Client {
-    /// `StreamPodSandboxStats`, all that comes.
+    /// `StreamPodSandboxStats`, all messages.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -256,7 +257,7 @@ impl Client {
         })
     }
 
-    /// `StreamPodSandboxMetrics`, all that comes.
+    /// `StreamPodSandboxMetrics`, all messages.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -328,7 +329,7 @@ calls! { image:
     image_fs_info(ImageFsInfoRequest) -> ImageFsInfoResponse;
 }
 
-/// An image by name, as CRI wants it.
+/// An image by name, in the form that CRI wants.
 #[must_use]
 pub fn image_spec(image: &str) -> v1::ImageSpec {
     v1::ImageSpec { image: image.to_owned(), ..Default::default() }

@@ -84,7 +84,7 @@ impl fmt::Display for Exception {
 #[derive(Debug)]
 pub struct Exceptions(Vec<Exception>);
 
-/// What is true of a run, given the exceptions.
+/// The results of a run, given the exceptions.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
     /// How many specs passed.

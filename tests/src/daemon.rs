@@ -1,10 +1,11 @@
-//! A daemon of a test's own: `berthd` and `berth-shim` from `dist/`, with directories, a network
-//! and a cgroup that nothing else has.
+//! A private daemon for a test: `berthd` and `berth-shim` from `dist/`, with their own directories,
+//! network and cgroup.
 //!
 //! The programs are those of the directory that `BERTH_BIN_DIR` names, else of `dist/` in the
 //! repository; its cgroup driver is the one that `BERTH_TEST_CGROUP_DRIVER` names
-//! ([`Driver::of_the_environment`]). Whatever becomes of the test, all that the daemon and its
-//! containers made goes when the value is dropped: processes, mounts, network, cgroups, files.
+//! ([`Driver::of_the_environment`]). Whatever the outcome of the test, everything that the daemon
+//! and its containers created is removed when the value is dropped: processes, mounts, network,
+//! cgroups, files.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -30,13 +31,13 @@ use crate::pod::Pod;
 use crate::program::last_lines;
 use crate::skip::skip;
 
-/// The image that every daemon here has: what `scripts/build-image demo` makes.
+/// The image that every daemon here has: that of `scripts/build-image demo`.
 pub const IMAGE: &str = "localhost/berth/demo:latest";
 
 /// Time for something that the daemon does at once, on a machine that is busy with other things.
 pub const SOON: Duration = Duration::from_secs(60);
 
-/// What a test wants otherwise than usual.
+/// Deviations from the usual daemon.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Setup {
     /// More lines for the section `[network]` of `berth.toml`.
@@ -76,7 +77,7 @@ pub fn rootful(test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
     rootful_with(Setup::default(), test)
 }
 
-/// [`rootful`] on a daemon that is set up otherwise.
+/// [`rootful`] on a daemon that is set up differently.
 ///
 /// # Errors
 /// What the test returns, and when the daemon does not start.
@@ -107,7 +108,7 @@ impl Daemon {
         let cgroup = Cgroup::create_by(Driver::of_the_environment()?, &name)?;
         let host = Host::create(dir.path().join("netns"))?;
         fs::create_dir(dir.path().join("certs.d")).context("making a directory for mirror rules")?;
-        // A name of this test only, of at most 15 characters.
+        // A name that is unique to this test, of at most 15 characters.
         let bridge = format!("bt{}", name.trim_start_matches("berth-test-"));
         let configuration = format!(
             "[cgroup]\nparent = \"{}\"\n[registry]\nconfig_path = \"{}\"\n[network]\nbridge = \"{bridge}\"\n{}{}{}",
@@ -141,7 +142,8 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Starts it when it was killed or stopped, on what it left, and waits until it answers.
+    /// Starts it again after it was killed or stopped, on the state that it left, and waits until
+    /// it answers.
     ///
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
@@ -149,7 +151,7 @@ impl Daemon {
         self.start_from(&programs()?)
     }
 
-    /// [`start_again`](Self::start_again) with the programs of another directory than usual.
+    /// [`start_again`](Self::start_again) with the programs of another directory.
     ///
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
@@ -166,8 +168,8 @@ impl Daemon {
         self.start_by(words, &programs()?)
     }
 
-    /// Starts it when it was killed or stopped, and it cannot start: waits for its end, and returns
-    /// its last lines.
+    /// Starts it after it was killed or stopped, when it cannot start: waits for its end, and
+    /// returns its last lines.
     ///
     /// # Errors
     /// When it does not end in time, or ends with success.
@@ -185,11 +187,11 @@ impl Daemon {
         let child = self.spawn(words, programs)?;
         *self.process() = Some(child);
         let ended = within(SOON, "the daemon answers", || {
-            // An end is not worth waiting on: nothing follows it.
+            // After its end there is nothing to wait for.
             if let Some(status) = self.process().as_mut().and_then(|child| child.try_wait().ok().flatten()) {
                 return Ok(Some(Some(status)));
             }
-            // A listener of before may never answer.
+            // A listener of the previous daemon may never answer.
             if socket() == before {
                 return Ok(None);
             }
@@ -246,7 +248,7 @@ impl Daemon {
             .with_context(|| format!("starting {}", program.display()))
     }
 
-    /// Ends it without a warning, as a crash does. What it runs goes on.
+    /// Ends it without a warning, as a crash does. Its containers go on running.
     ///
     /// # Errors
     /// When it is not running.
@@ -273,7 +275,7 @@ impl Daemon {
     /// [`kill`](Self::kill), then [`start_again`](Self::start_again).
     ///
     /// # Errors
-    /// Those of the two.
+    /// Those of both.
     pub fn crash(&self) -> Result<()> {
         self.kill()?;
         self.start_again()
@@ -302,19 +304,19 @@ impl Daemon {
         self.client.clone()
     }
 
-    /// The host that it is on.
+    /// Its host.
     #[must_use]
     pub fn host(&self) -> &Host {
         &self.host
     }
 
-    /// The cgroup that pods go below that name no other.
+    /// The cgroup of pods that name no other.
     #[must_use]
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
     }
 
-    /// The directory with everything that it, its pods and the test keep.
+    /// The directory with all files of the daemon, its pods and the test.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -338,13 +340,13 @@ impl Daemon {
         self.dir.path().join("berth.sock")
     }
 
-    /// The directory that the directories of pods' logs are in.
+    /// The parent directory of the pods' log directories.
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.dir.path().join("logs")
     }
 
-    /// Makes the directory `name` for a test's own files, and returns its path.
+    /// Creates the directory `name` for the test's own files, and returns its path.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -388,7 +390,7 @@ impl Daemon {
         }
     }
 
-    /// Makes the pod of [`pod_config`](Self::pod_config).
+    /// Creates the pod of [`pod_config`](Self::pod_config).
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -396,7 +398,7 @@ impl Daemon {
         self.pod_of(self.pod_config(name))
     }
 
-    /// Makes a pod.
+    /// Creates a pod.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -417,7 +419,7 @@ impl Daemon {
         Ok(command)
     }
 
-    /// What it has logged, since the test began.
+    /// Its log since the test began.
     ///
     /// # Errors
     /// When there is none.
@@ -447,8 +449,7 @@ impl Drop for Daemon {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // Shims are on the test's host, containers in its cgroup, which ends them when it is
-        // dropped.
+        // Shims are on the test's host, containers in its cgroup; dropping them ends both.
         if let Ok(host) = self.host.number() {
             for pid in crate::census::processes_in_network(host) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -464,8 +465,8 @@ impl Drop for Daemon {
     }
 }
 
-/// The namespaces that a kubelet asks for when the pod's manifest says nothing: the pod's own
-/// network and IPC, and processes of each container's own.
+/// The namespaces that a kubelet requests when the pod's manifest does not mention them: the pod's
+/// own network and IPC, and a pid namespace for each container.
 #[must_use]
 pub fn own_namespaces() -> v1::NamespaceOption {
     v1::NamespaceOption { pid: v1::NamespaceMode::Container.into(), ..Default::default() }

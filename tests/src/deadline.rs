@@ -1,17 +1,17 @@
-//! Waiting for something that another process brings about: never for a time, always for a
-//! condition, and never for ever.
+//! Waiting for the effect of another process: never for a time, always for a condition, and never
+//! forever.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-/// How long to wait between two looks. Short against everything that is waited for, long against
-/// what a look costs.
+/// The pause between two attempts. Short compared with everything that is waited for, long compared
+/// with the cost of an attempt.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// What `limit` is on this machine: `BERTH_TEST_PATIENCE` times as long, once where it is not set.
-/// For machines whose processor is emulated.
+/// `limit` for this machine: multiplied by `BERTH_TEST_PATIENCE`, if that is set. For machines with
+/// an emulated processor.
 ///
 /// # Panics
 /// When `BERTH_TEST_PATIENCE` is not a whole number above 0.
@@ -21,11 +21,10 @@ pub fn patience(limit: Duration) -> Duration {
     limit * factor.expect("BERTH_TEST_PATIENCE is a whole number above 0")
 }
 
-/// Looks again and again until `look` has something, for at most `limit`, with this machine's
-/// [`patience`].
+/// Calls `look` until it returns something, for at most `limit`, with this machine's [`patience`].
 ///
-/// A look that fails is not the end: a daemon that is just starting refuses connections. The last
-/// failure is reported when time runs out.
+/// An attempt that fails does not end the wait: a daemon that is just starting refuses connections.
+/// The last failure is reported when time runs out.
 ///
 /// # Errors
 /// When `limit` has passed; the message names `what`.
@@ -33,7 +32,7 @@ pub fn within<T>(limit: Duration, what: &str, look: impl FnMut() -> Result<Optio
     within_looks(limit, PAUSE, what, look)
 }
 
-/// [`within`] with another pause between two looks, for those that cost a lot.
+/// [`within`] with another pause between two attempts, for those that are expensive.
 ///
 /// # Errors
 /// When `limit` has passed; the message names `what`.

@@ -15,7 +15,7 @@ use crate::deadline::patience;
 /// The smallest window that HTTP/2 lets a connection begin with.
 const SMALL_WINDOW: u32 = 65_535;
 
-/// An event without the statuses in it: the object's id, and what happened to it.
+/// An event without the statuses in it: the object's id, and the kind of event.
 pub type Brief = (String, v1::ContainerEventType);
 
 /// A subscription. It ends when dropped, and its connection too.
@@ -64,7 +64,7 @@ impl Events {
     /// The next event.
     ///
     /// # Errors
-    /// When none comes in time, and the end of the stream.
+    /// When none comes in time, and at the end of the stream.
     pub fn receive(&mut self) -> Result<v1::ContainerEventResponse> {
         match self.received(SOON)? {
             Ok(Some(event)) => Ok(event),

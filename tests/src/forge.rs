@@ -19,7 +19,7 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const TAR_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// An image in parts. The fields are what will be written, also when they do not fit each other.
+/// An image in parts. The fields are written as they are, even when they do not match.
 #[derive(Debug, Clone)]
 pub struct Image {
     /// The configuration, whose `rootfs.diff_ids` follow from the layers unless a test sets them.
@@ -28,7 +28,7 @@ pub struct Image {
     pub layers: Vec<Layer>,
 }
 
-/// A layer and what the manifest says about it.
+/// A layer and its description in the manifest.
 #[derive(Debug, Clone)]
 pub struct Layer {
     /// Its media type.
@@ -41,7 +41,7 @@ pub struct Layer {
     pub bytes: Vec<u8>,
 }
 
-/// What a layer has at one of its paths.
+/// The object at one of a layer's paths.
 #[derive(Debug, Clone, Copy)]
 pub enum Entry<'a> {
     /// A file with this content.
@@ -201,7 +201,7 @@ impl Image {
 }
 
 impl Layer {
-    /// A layer of this tar.
+    /// A layer with this tar.
     #[must_use]
     pub fn of_tar(bytes: Vec<u8>) -> Self {
         Self { media_type: TAR_LAYER.to_owned(), digest: sha256(&bytes), size: bytes.len(), bytes }
@@ -227,7 +227,7 @@ impl Layer {
                 Entry::Fifo => (tar::EntryType::Fifo, 0o666, b"", ""),
             };
             let mut header = tar::Header::new_ustar();
-            // Not by set_path and set_link_name, which refuse what hostile images have.
+            // Not by set_path and set_link_name, which refuse the content of hostile images.
             let old = header.as_old_mut();
             for (place, byte) in old.name.iter_mut().zip(path.as_bytes()) {
                 *place = *byte;
@@ -248,7 +248,7 @@ impl Layer {
     }
 }
 
-/// A digest as the specs write it.
+/// A digest in the form of the specifications.
 #[must_use]
 pub fn sha256(bytes: &[u8]) -> String {
     let hash = Sha256::digest(bytes);

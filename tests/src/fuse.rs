@@ -1,14 +1,13 @@
-//! A file system whose server has stopped to answer, as one on the network does: what waits for it
-//! cannot be killed.
+//! A file system whose server has stopped answering, as a network server may: processes that wait
+//! for it cannot be killed.
 //!
-//! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and says what its
-//! root is, a directory or a file. Any other request, such as to look for a name in it, it takes
-//! and leaves without an answer: the kernel waits for that in an uninterruptible state until the
-//! session ends, where a request that no server has taken would be given up with a signal that
-//! kills.
+//! The server is this process, by `/dev/fuse`, fuse(4). It begins the session and describes its
+//! root, a directory or a file. It takes any other request, such as a lookup, and leaves it without
+//! an answer: the kernel waits for the answer in an uninterruptible state until the session ends,
+//! whereas a fatal signal would cancel a request that no server has taken.
 //!
-//! One with files has every name, and answers no read: a process that reads such a file, or a page
-//! of memory that is mapped to it, waits until the session ends.
+//! A file system with files has every name, and answers no read: a process that reads such a file,
+//! or a page of memory that is mapped to it, waits until the session ends.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -45,13 +44,13 @@ const FILE: u64 = 2;
 const DIRECTORY: u32 = 0o40755;
 const REGULAR: u32 = 0o100_644;
 
-/// For how long the kernel does not ask again.
+/// How long the kernel does not ask again.
 const VALID_SECONDS: u64 = 3600;
 
-/// The version of the protocol that is spoken, of Linux 4.20.
+/// The version of the protocol, that of Linux 4.20.
 const VERSION: [u32; 2] = [7, 28];
 
-/// A mounted file system. Dropped, it ends, and whatever waits for it gets an error.
+/// A mounted file system. Dropping it ends the session, and all waiting processes get an error.
 #[derive(Debug)]
 pub struct Hanging {
     path: PathBuf,
@@ -74,7 +73,7 @@ impl Hanging {
         Self::mount_as(path, REGULAR, false)
     }
 
-    /// As [`mount`](Self::mount), with files.
+    /// Like [`mount`](Self::mount), with files.
     ///
     /// # Errors
     /// When the mount is refused.
@@ -131,15 +130,15 @@ pub fn with_unkillable(
             Ok(states.any(|state| state.starts_with('D')).then_some(()))
         })?;
         test(&main, hanging)?;
-        // Whatever became of its program.
+        // Whatever the program's outcome.
         let _ = waiting.join();
         Ok(())
     })
 }
 
-/// Until the session ends, which a read says.
+/// Until the session ends, which a read reports.
 fn serve(mut device: File, mode: u32, has_files: bool) {
-    // The kernel wants room for a write of the longest kind.
+    // The kernel requires room for a write of the longest kind.
     let mut request = vec![0; 256 * 1024];
     while let Ok(length) = device.read(&mut request) {
         let Some((header, _)) = request.get(..length).and_then(|request| request.split_at_checked(40)) else {
@@ -184,9 +183,9 @@ fn entry() -> Vec<u8> {
     answer
 }
 
-/// `struct fuse_open_out`: a number, then flags, then what may be 0.
+/// `struct fuse_open_out`: a number, then flags, then a field that may be 0.
 fn opened() -> Vec<u8> {
-    /// Else the second who opens it waits for the pages that the first one wants.
+    /// Otherwise the second process that opens it waits for the pages that the first one wants.
     const FOPEN_KEEP_CACHE: u32 = 1 << 1;
     let mut answer = vec![0; 16];
     answer[8..12].copy_from_slice(&FOPEN_KEEP_CACHE.to_ne_bytes());
@@ -201,7 +200,7 @@ fn attributes(number: u64, mode: u32) -> Vec<u8> {
     answer
 }
 
-/// `struct fuse_attr` of what has this number, kind and mode: 64 KiB.
+/// `struct fuse_attr` for this number, kind and mode: 64 KiB.
 fn attribute(number: u64, mode: u32) -> [u8; 88] {
     let mut answer = [0; 88];
     answer[..8].copy_from_slice(&number.to_ne_bytes());

@@ -1,8 +1,7 @@
-//! The host that a daemon under test believes to be on: its own network namespace, with nothing but
-//! loopback in it.
+//! The host of a daemon under test: a private network namespace, with nothing but loopback in it.
 //!
-//! Bridges, addresses, firewall rules and registries of tests live there, side by side with those
-//! of other tests and apart from those of the machine.
+//! Bridges, addresses, firewall rules and registries of tests are in there, beside those of other
+//! tests and apart from those of the machine.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -23,7 +22,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// Makes one, pinned as the new file `file`, with loopback up.
+    /// Creates one, pinned as the new file `file`, with loopback up.
     ///
     /// # Errors
     /// When the file or the namespace cannot be made.
@@ -51,7 +50,7 @@ impl Host {
         output(self.command(program).args(arguments))
     }
 
-    /// Calls `work` on a thread that is in it. Sockets that it makes stay in it wherever they are
+    /// Calls `work` on a thread that is in it. Its sockets stay in the namespace wherever they are
     /// used afterwards.
     ///
     /// # Errors
@@ -61,7 +60,7 @@ impl Host {
     /// When `work` does.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
-            // A separate thread, for there is no sure way back out of a namespace.
+            // A separate thread, since there is no sure way back out of a namespace.
             let thread = scope.spawn(|| {
                 let file = fs::File::open(&self.file).context("opening the network namespace")?;
                 setns(file, CloneFlags::CLONE_NEWNET).context("entering the network namespace")?;

@@ -4,8 +4,8 @@
 //! from `tests/kubelet/config.yaml`. It runs without an API server, with its own directories and
 //! port, and below its own cgroup or in the machine's real `kubepods.slice` ([`Place::driver`]). It
 //! insists on `/var/lib/kubelet/device-plugins` and `/var/log/containers`, and mounts its root
-//! directory over itself: these are undone on drop, and the directories removed if they were not
-//! there before.
+//! directory over itself: these are undone on drop, and the directories removed if they did not
+//! exist before.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -25,7 +25,7 @@ use crate::deadline::within;
 use crate::host::Host;
 use crate::peers;
 
-/// What the kubelet calls its node; it ends every static pod's name.
+/// The kubelet's name for its node, which ends every static pod's name.
 const NODE: &str = "berth-test";
 
 /// The node's address on a host that has been given one ([`Place::address`]).
@@ -41,24 +41,24 @@ const START_OR_END: Duration = Duration::from_secs(60);
 /// Directories that a kubelet makes on the host whatever its configuration says.
 const UNAVOIDABLE: [&str; 2] = ["/var/lib/kubelet", "/var/log/containers"];
 
-/// Where a kubelet is to run.
+/// Where and how a kubelet runs.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
-    /// The directory of everything that it keeps.
+    /// The directory of all its files.
     pub dir: &'a Path,
     /// The runtime's CRI socket.
     pub socket: &'a Path,
     /// The host whose network it is in; the machine's own when there is none.
     pub host: Option<&'a Host>,
-    /// Whether its node has the address [`ADDRESS`]; else it takes what it finds. A kubelet needs
-    /// one for pods on the network of the node.
+    /// Whether its node has the address [`ADDRESS`]; otherwise it uses an address that it finds. A
+    /// kubelet needs one for pods on the network of the node.
     pub address: bool,
-    /// Who makes its cgroups: itself, below its own cgroup, so that no one else's pods are touched;
+    /// The creator of its cgroups: itself, below its own cgroup, so that no other pods are touched;
     /// or systemd, as slices below the machine's real `kubepods.slice`.
     pub driver: Driver,
-    /// Which of them, by its name at `scripts/build-peer`.
+    /// The version to run, by its name in `scripts/build-peer`.
     pub peer: &'a str,
-    /// A file of `tests/kubelet` with settings that win over those of `config.yaml`, if any.
+    /// A file of `tests/kubelet` whose settings override those of `config.yaml`, if any.
     pub settings: Option<&'a str>,
 }
 
@@ -66,14 +66,14 @@ pub struct Place<'a> {
 #[derive(Debug)]
 pub struct Kubelet {
     process: Mutex<Child>,
-    /// Starts it once more.
+    /// The command that starts it again.
     command: Mutex<Command>,
     dir: PathBuf,
     port: u16,
     http: reqwest::blocking::Client,
     made: Vec<PathBuf>,
     driver: Driver,
-    // Last: dropped when the kubelet is gone, which makes new cgroups as long as it lives.
+    // Dropped last, when the kubelet is gone: it creates new cgroups as long as it lives.
     cgroup: Cgroup,
 }
 
@@ -104,21 +104,22 @@ pub struct Pod {
 pub struct PodContainer {
     /// Its name in the manifest.
     pub name: String,
-    /// The runtime's id, without the runtime's name before it; empty before the container was made.
+    /// The runtime's id, without the prefix that names the runtime; empty before the container was
+    /// created.
     pub id: String,
     /// How often it was restarted.
     pub restart_count: u64,
     /// Whether its readiness probe says so.
     pub ready: bool,
-    /// Whether its startup probe has said so, or it has none and runs.
+    /// Whether its startup probe has succeeded, or it has none and is running.
     pub started: bool,
-    /// Since when it runs; empty when it does not.
+    /// When it started; empty when it is not running.
     pub running_since: String,
-    /// Why it does not run yet, or not again: the reason and the message.
+    /// Why it is not running yet, or not again: the reason and the message.
     pub waiting: Option<(String, String)>,
     /// How this instance ended, if it did.
     pub end: Option<End>,
-    /// How the instance before ended, if there was one.
+    /// How the previous instance ended, if there was one.
     pub previous_end: Option<End>,
 }
 
@@ -150,7 +151,7 @@ impl Pod {
         self.name == full_name(name)
     }
 
-    /// All containers, those for the pod's start first.
+    /// All containers, init containers first.
     pub fn all_containers(&self) -> impl Iterator<Item = &PodContainer> {
         self.init_containers.iter().chain(&self.containers)
     }
@@ -176,13 +177,13 @@ impl Pod {
 }
 
 impl PodContainer {
-    /// The code that this instance ended with, if it did.
+    /// The exit code of this instance, if it has ended.
     #[must_use]
     pub fn exit_code(&self) -> Option<i64> {
         self.end.as_ref().map(|end| end.exit_code)
     }
 
-    /// The code that the instance before ended with, if there was one.
+    /// The exit code of the previous instance, if there was one.
     #[must_use]
     pub fn previous_exit_code(&self) -> Option<i64> {
         self.previous_end.as_ref().map(|end| end.exit_code)
@@ -228,7 +229,7 @@ fn text(value: &Value, pointer: &str) -> String {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
-/// The place of a container's log to read.
+/// Which instance's log to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instance {
     /// The container that runs now.
@@ -277,7 +278,7 @@ impl Kubelet {
         let configuration_file = dir.join("config.yaml");
         fs::write(&configuration_file, configuration).context("writing the kubelet's configuration")?;
         if let Some(settings) = place.settings {
-            // The kubelet takes files of no other ending from there.
+            // The kubelet ignores files there with any other ending.
             fs::write(dir.join("settings/more.conf"), template(settings, &[])?)
                 .context("writing the kubelet's settings")?;
         }
@@ -306,8 +307,8 @@ impl Kubelet {
             .stderr(output);
         let process = command.spawn().with_context(|| format!("starting {}", program.display()))?;
         let http = match host {
-            // The client makes its sockets on a thread that it starts here, and which stays in the
-            // namespace.
+            // The client creates its sockets on a thread that it starts here, and which stays in
+            // the namespace.
             Some(host) => host.inside(client)?,
             None => client()?,
         };
@@ -349,13 +350,13 @@ impl Kubelet {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who makes the cgroups of its pods.
+    /// The creator of its pods' cgroups.
     #[must_use]
     pub fn driver(&self) -> Driver {
         self.driver
     }
 
-    /// The cgroup that every pod's is below; with [`Driver::Systemd`] the machine's root.
+    /// The parent cgroup of all pods; with [`Driver::Systemd`] the machine's root.
     #[must_use]
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
@@ -381,7 +382,7 @@ impl Kubelet {
     /// When a file cannot be read or written.
     pub fn run_pods(&self, name: &str, words: &[(&str, &str)]) -> Result<()> {
         let manifests = template(&format!("pods/{name}.yaml"), words)?;
-        // A file can have one pod only.
+        // A file can contain only one pod.
         for (index, manifest) in manifests.split("\n---\n").enumerate() {
             let written = self.dir.join(format!("{name}.yaml"));
             fs::write(&written, manifest).context("writing a manifest")?;
@@ -391,7 +392,7 @@ impl Kubelet {
         Ok(())
     }
 
-    /// Takes all manifests away; the kubelet then ends the pods.
+    /// Removes all manifests; the kubelet then ends the pods.
     ///
     /// # Errors
     /// When one cannot be removed.
@@ -428,12 +429,12 @@ impl Kubelet {
         pods.find(|pod| pod.is_called(name)).with_context(|| format!("the kubelet knows no pod {name}"))
     }
 
-    /// What a command prints that the kubelet runs in a container. The kubelet takes a line and
-    /// cuts it at each space, and a code other than 0 is an error.
+    /// Makes the kubelet run a command in a container, and returns its output. The kubelet splits
+    /// the line at each space, and a code other than 0 is an error.
     ///
     /// # Errors
-    /// When the API does not answer, or the command does not run or fails; the message has what the
-    /// kubelet says.
+    /// When the API does not answer, or the command does not run or fails; the message has the
+    /// kubelet's answer.
     pub fn run(&self, pod: &str, container: &str, command: &str) -> Result<String> {
         let pod = full_name(pod);
         let url = format!("https://127.0.0.1:{}/run/default/{pod}/{container}", self.port);
@@ -445,7 +446,7 @@ impl Kubelet {
         Ok(text)
     }
 
-    /// What a web server in a pod, or on the host, answers.
+    /// The answer of a web server in a pod or on the host.
     ///
     /// # Errors
     /// When there is no such server or page.
@@ -456,8 +457,8 @@ impl Kubelet {
         answer.text().with_context(|| format!("reading {url}"))
     }
 
-    /// The log of a container of a pod in the namespace `default`, as the kubelet's API gives it:
-    /// what is in the newest file.
+    /// The log of a container of a pod in the namespace `default`, as the kubelet's API returns it:
+    /// the content of the newest file.
     ///
     /// # Errors
     /// When the API does not answer, or has no such log.
@@ -494,7 +495,7 @@ impl Kubelet {
         format!("the kubelet's last lines:\n{}", last.join("\n"))
     }
 
-    /// What its API answers at a path.
+    /// The answer of its API at a path.
     ///
     /// # Errors
     /// When it does not answer, or not with success.
@@ -527,7 +528,7 @@ impl Drop for Kubelet {
             let _ = fs::remove_dir_all(directory);
         }
         if self.driver == Driver::Systemd {
-            // With whatever a failed test left in it.
+            // With everything that a failed test left in it.
             let _ = Command::new("systemctl").args(["stop", "kubepods.slice"]).status();
         }
     }
@@ -557,16 +558,16 @@ fn template(name: &str, words: &[(&str, &str)]) -> Result<String> {
     Ok(text)
 }
 
-/// A port of loopback that nothing listens on just now.
+/// A port of loopback on which nothing is listening now.
 fn free_port() -> Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("finding a free port")?;
     Ok(listener.local_addr().context("finding a free port")?.port())
 }
 
-/// A client that takes the certificate which a kubelet without an API server signs for itself. It
-/// is only used with 127.0.0.1.
+/// A client that accepts the self-signed certificate of a kubelet without an API server. It is only
+/// used with 127.0.0.1.
 fn client() -> Result<reqwest::blocking::Client> {
-    // Refused when another test of this process was first, which is as good.
+    // Refused when another test of this process was first, which is just as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::blocking::Client::builder()
         .tls_danger_accept_invalid_certs(true)

@@ -1,4 +1,4 @@
-//! The cgroups of pods, under the names that a kubelet makes them by and looks for them by.
+//! The cgroups of pods, under the names by which a kubelet creates and finds them.
 //!
 //! | driver | pod | container |
 //! |---|---|---|
@@ -6,8 +6,8 @@
 //! | systemd | `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid>.slice`, `_` for `-` in the uid | `<pod>/<runtime>-<id>.scope` |
 //!
 //! A pod of the class Guaranteed has no class in its name. The names of pods are the kubelet's
-//! (`pkg/kubelet/cm`), and so is the rule by which it finds a container's id again: what follows
-//! the last `-` of a scope, else the whole name.
+//! (`pkg/kubelet/cm`), and so is the rule by which it finds a container's id: the part after the
+//! last `-` of a scope, else the whole name.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::cgroup::{CpuLimit, Driver};
 use crate::kubelet::{Kubelet, Pod};
 
-/// The least number that v1 has for memory without a limit: the greatest of 63 bits, in whole pages
+/// The smallest number by which v1 means no memory limit: the greatest of 63 bits, in whole pages
 /// of up to 64 KiB.
 const V1_UNLIMITED: u64 = i64::MAX as u64 & !0xffff;
 
@@ -29,12 +29,12 @@ pub struct PodCgroup<'a> {
     path: PathBuf,
 }
 
-/// What is in force in a cgroup; `None` for no limit.
+/// The limits in force in a cgroup; `None` for no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// CPU time.
     pub cpu: Option<CpuLimit>,
-    /// `cpu.weight` of v2 or `cpu.shares` of v1, which are numbers of different meaning.
+    /// `cpu.weight` of v2 or `cpu.shares` of v1, whose scales differ.
     pub cpu_weight: u64,
     /// Memory.
     pub memory_bytes: Option<u64>,
@@ -82,10 +82,10 @@ impl PodCgroup<'_> {
         }
     }
 
-    /// The limits that its files say.
+    /// The limits in its files.
     ///
     /// # Errors
-    /// When it is not there, or a file says something else than a number.
+    /// When it does not exist, or a file does not contain a number.
     pub fn limits(&self) -> Result<Limits> {
         if self.kubelet.cgroup().is_unified() {
             let cpu = self.read("cpu", "cpu.max")?;

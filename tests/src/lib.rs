@@ -1,4 +1,4 @@
-//! Integration tests' fixtures.
+//! Fixtures of the integration tests.
 #![forbid(unsafe_code)]
 
 pub mod apparmor;

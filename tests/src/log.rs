@@ -1,5 +1,5 @@
 //! Container logs in the CRI format, read strictly: `<RFC 3339 time> <stdout|stderr> <P|F>
-//! <content>` and a newline, one entry a line (the kubelet's `pkg/kubelet/kuberuntime/logs`).
+//! <content>` and a newline, one entry per line (the kubelet's `pkg/kubelet/kuberuntime/logs`).
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ pub struct Entry {
     pub time: String,
     /// `stdout` or `stderr`.
     pub stream: String,
-    /// Whether the line of the container goes on in the next entry of its stream.
+    /// Whether the container's line continues in the next entry of its stream.
     pub partial: bool,
     /// What the container wrote, without the newline.
     pub content: Vec<u8>,
@@ -22,13 +22,13 @@ pub struct Entry {
 /// Reads a whole log.
 ///
 /// # Errors
-/// When the file cannot be read, or a line is not exactly as the format says.
+/// When the file cannot be read, or a line does not have exactly this format.
 pub fn read(path: &Path) -> Result<Vec<Entry>> {
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     parse(&bytes).with_context(|| format!("the log {}", path.display()))
 }
 
-/// What the container wrote to `stream`, put together again.
+/// The output of the container to `stream`, reassembled.
 #[must_use]
 pub fn text(entries: &[Entry], stream: &str) -> String {
     let mut text = Vec::new();
@@ -44,7 +44,7 @@ pub fn text(entries: &[Entry], stream: &str) -> String {
 /// Reads the bytes of a whole log.
 ///
 /// # Errors
-/// When a line is not exactly as the format says.
+/// When a line does not have exactly this format.
 pub fn parse(bytes: &[u8]) -> Result<Vec<Entry>> {
     if bytes.is_empty() {
         return Ok(Vec::new());

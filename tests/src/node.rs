@@ -2,8 +2,8 @@
 //! fixture of `tests/node`.
 //!
 //! The runtime is a private daemon of `dist/`, on any machine. With `BERTH_TEST_NODE=installed` it
-//! is the Berth that the machine has installed as a service of systemd, with the driver that it
-//! chose and with real slices: for a machine that may be broken, as the guest of `scripts/vm`.
+//! is the Berth that is installed on the machine as a systemd service, with the driver that it
+//! chose and with real slices: for a machine that may be broken, such as the guest of `scripts/vm`.
 //! `BERTH_TEST_DEB` names a package of it, for the replacement of a running daemon.
 
 use std::collections::BTreeMap;
@@ -27,22 +27,22 @@ use crate::kubelet::{ADDRESS, Kubelet, Place, Pod};
 use crate::program::output;
 use crate::skip::skip;
 
-/// Time for what the kubelet and the runtime do at once or within some of their periods of seconds:
-/// for sixty containers, on a machine whose processor may be emulated.
+/// Time for operations that the kubelet and the runtime do at once or within a few of their periods
+/// of seconds: for sixty containers, on a machine whose processor may be emulated.
 const SOON: Duration = Duration::from_secs(400);
 
-/// How long to wait between two looks. Each has the kubelet write long answers, and many tests look
+/// The pause between two attempts. Each makes the kubelet write long answers, and many tests poll
 /// at the same time.
 const PAUSE: Duration = Duration::from_millis(300);
 
-/// The files of pods, without those that only some machines can have.
+/// The manifests, without those that only some machines support.
 const PODS: [&str; 9] =
     ["crashes", "lifecycle", "probes", "logs", "resources", "volumes", "security", "messages", "deletion"];
 
 /// A program that does nothing until it is asked to end.
 const IDLE: &str = "[sh, -c, 'trap exit TERM; sleep 1000000 & wait']";
 
-/// A seccomp profile (runtime-spec, "Seccomp") by which directories cannot be made.
+/// A seccomp profile (runtime-spec, "Seccomp") that forbids creating directories.
 const NO_DIRECTORIES: &str = r#"{
     "defaultAction": "SCMP_ACT_ALLOW",
     "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1 }]
@@ -57,11 +57,11 @@ const SERVICE: &str = "berthd.service";
 /// The runtime of a node.
 #[derive(Debug)]
 enum Runtime<'a> {
-    /// A daemon of the test's own.
+    /// A private daemon of the test.
     Private(&'a Daemon),
-    /// The machine's.
+    /// The installed one.
     Installed {
-        /// When the test began, as journalctl(1) takes it.
+        /// When the test began, in the format of journalctl(1).
         since: String,
     },
 }
@@ -71,18 +71,18 @@ enum Runtime<'a> {
 pub struct Node<'a> {
     /// The kubelet.
     pub kubelet: Kubelet,
-    // After the kubelet, for that may still use it when it ends.
+    // After the kubelet, which may still use it when it ends.
     runtime: Runtime<'a>,
     client: Client,
-    /// The pods as they were some time less than [`PAUSE`] ago, and when.
+    /// The pods at a time less than [`PAUSE`] ago, and that time.
     pods: Mutex<Option<(Instant, Vec<Pod>)>>,
-    /// What was on the machine before there were pods.
+    /// The objects on the machine before there were pods.
     before: Vec<String>,
     dir: tempfile::TempDir,
 }
 
-/// Runs `test` on a node of which every pod was asked for; a failure is reported with the last
-/// lines of both. Without root the test is skipped.
+/// Runs `test` on a node to which every pod was given; a failure is reported with the last lines of
+/// both. Without root the test is skipped.
 ///
 /// # Errors
 /// What the test returns, and when the runtime or the kubelet does not start.
@@ -142,7 +142,7 @@ impl<'a> Node<'a> {
         let evidence = self.kubelet.evidence();
         let tree = evidence.join("tree");
         fs::create_dir(&tree).context("making a directory for a volume")?;
-        // Not every machine's file systems pass mounts on as systemd's do.
+        // Not every machine's file systems propagate mounts as systemd's do.
         for flags in [MsFlags::MS_BIND, MsFlags::MS_SHARED] {
             mount(Some(&tree), &tree, None::<&str>, flags, None::<&str>).context("mounting a volume")?;
         }
@@ -166,10 +166,10 @@ impl<'a> Node<'a> {
         self.kubelet.run_pods("resized", &words)
     }
 
-    /// The pod, once a look at it is what `is` wants.
+    /// Waits until `is` accepts the pod.
     ///
     /// # Errors
-    /// When it is not in time; the message has what it was instead.
+    /// When it does not in time; the message has the pod's actual state.
     pub fn pod_that(&self, name: &str, what: &str, is: impl Fn(&Pod) -> Result<bool>) -> Result<Pod> {
         soon(&format!("{name}: {what}"), || {
             let pod = self.recent_pod(name)?;
@@ -178,7 +178,7 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// The pod as one of the last looks saw it, which many tests share. Each look is later than
+    /// The pod as one of the last polls saw it, which many tests share. Each poll is later than
     /// those that any test has had before.
     fn recent_pod(&self, name: &str) -> Result<Pod> {
         let mut recent = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
@@ -199,8 +199,8 @@ impl<'a> Node<'a> {
         self.pod_that(name, "it is ready", |pod| Ok(pod.ready))
     }
 
-    /// Asks the first process of a container to end. Whether that works shows in what becomes of
-    /// the container: the command that asks may be ended with it.
+    /// Asks the first process of a container to end. Whether that works shows in the state of the
+    /// container: the command that asks may be ended with it.
     pub fn end(&self, pod: &str, container: &str) {
         let _ = self.kubelet.run(pod, container, "kill 1");
     }
@@ -208,7 +208,7 @@ impl<'a> Node<'a> {
     /// A file that the pods left for the test.
     ///
     /// # Errors
-    /// When it is not there.
+    /// When it does not exist.
     pub fn evidence(&self, name: &str) -> Result<String> {
         let path = self.kubelet.evidence().join(name);
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
@@ -223,7 +223,7 @@ impl<'a> Node<'a> {
     /// The process id of the daemon.
     ///
     /// # Errors
-    /// When it does not run.
+    /// When it is not running.
     pub fn daemon_pid(&self) -> Result<u32> {
         match &self.runtime {
             Runtime::Private(daemon) => daemon.pid(),
@@ -240,7 +240,7 @@ impl<'a> Node<'a> {
     /// Whether the daemon has a capability, by its number (`capabilities(7)`).
     ///
     /// # Errors
-    /// When it does not run.
+    /// When it is not running.
     pub fn daemon_has(&self, capability: u32) -> Result<bool> {
         let pid = i32::try_from(self.daemon_pid()?).context("the daemon's process id")?;
         let set = status_field(pid, "CapEff").context("the daemon has no capabilities")?;
@@ -249,7 +249,7 @@ impl<'a> Node<'a> {
         Ok(set & (1 << capability) != 0)
     }
 
-    /// Ends the daemon as its owner would, and starts it again.
+    /// Ends the daemon as an administrator would, and starts it again.
     ///
     /// # Errors
     /// When it does not end or start in time.
@@ -263,10 +263,10 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// Kills the daemon; a new one starts when this one is gone.
+    /// Kills the daemon; a new one starts when it is gone.
     ///
     /// # Errors
-    /// When there is none, or the new one does not start in time.
+    /// When none is running, or the new one does not start in time.
     pub fn kill_daemon(&self) -> Result<()> {
         self.anew(|| match &self.runtime {
             Runtime::Private(daemon) => daemon.crash(),
@@ -274,8 +274,8 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// Replaces the daemon and the shim by another build, as an upgrade does: by files that are
-    /// others, whatever is in them.
+    /// Replaces the daemon and the shim by another build, as an upgrade does: by new files,
+    /// whatever their content.
     ///
     /// # Errors
     /// When the package is missing or cannot be installed, or the new daemon does not start in time
@@ -299,7 +299,7 @@ impl<'a> Node<'a> {
             Runtime::Installed { .. } => {
                 let package =
                     std::env::var_os("BERTH_TEST_DEB").context("BERTH_TEST_DEB names no package")?;
-                // What is installed already is installed once more, which replaces its files.
+                // An installed package is installed again, which replaces its files.
                 output(Command::new("dpkg").arg("--install").arg(package)).map(drop)
             }
         })?;
@@ -314,7 +314,7 @@ impl<'a> Node<'a> {
         Ok(())
     }
 
-    /// Does what makes the daemon another process, and waits until that answers.
+    /// Runs an operation that replaces the daemon's process, and waits until the new one answers.
     fn anew(&self, act: impl FnOnce() -> Result<()>) -> Result<()> {
         let old = self.daemon_pid()?;
         act()?;
@@ -328,7 +328,7 @@ impl<'a> Node<'a> {
     /// the kernel gives each (`namespaces(7)`).
     ///
     /// # Errors
-    /// When one cannot be looked at.
+    /// When one cannot be read.
     pub fn namespace(&self, kind: &str) -> Result<PathBuf> {
         let path = format!("/proc/{}/ns/{kind}", self.daemon_pid()?);
         fs::read_link(&path).with_context(|| format!("reading {path}"))
@@ -348,8 +348,8 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// What is on the machine that was not there before there were pods: cgroups of pods, mounts,
-    /// links into pods, volumes.
+    /// The objects on the machine that did not exist before there were pods: cgroups of pods,
+    /// mounts, links into pods, volumes.
     ///
     /// # Errors
     /// When links cannot be listed.
@@ -408,8 +408,8 @@ impl Drop for Node<'_> {
         for mount in mounts_below(&self.kubelet.evidence()).into_iter().rev() {
             let _ = umount2(&mount, MntFlags::MNT_DETACH);
         }
-        // Everything on an installed runtime has to go by hand; a private one goes with its host
-        // and its cgroup.
+        // Everything on an installed runtime has to be removed explicitly; a private one goes with
+        // its host and its cgroup.
         if let Runtime::Installed { .. } = self.runtime {
             let _ = self.kubelet.delete_pods();
             for sandbox in self.client.sandboxes(v1::PodSandboxFilter::default()).unwrap_or_default() {
@@ -421,8 +421,8 @@ impl Drop for Node<'_> {
     }
 }
 
-/// Looks again and again until `look` has something, as [`within`](crate::deadline::within) does,
-/// for as long as things on a node may take and no more often than a kubelet bears.
+/// Calls `look` until it returns something, as [`within`](crate::deadline::within) does, for as
+/// long as operations on a node may take and no more often than a kubelet tolerates.
 ///
 /// # Errors
 /// When that time has passed; the message names `what`.

@@ -1,4 +1,4 @@
-//! containerd with runc, started by `scripts/peer-containerd`: to check a test of ours on an
+//! containerd with runc, started by `scripts/peer-containerd`: to check one of our tests on an
 //! established runtime.
 
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ impl Containerd {
     /// it, which takes minutes.
     ///
     /// # Errors
-    /// When the script fails; what it said is on standard error.
+    /// When the script fails; its message is on standard error.
     pub fn start(dir: &Path, bridge: &str) -> Result<Self> {
         let output = script("start", dir)
             .env("PEER_BRIDGE", bridge)
@@ -32,10 +32,10 @@ impl Containerd {
         Ok(Self { dir: dir.to_owned(), socket: socket.trim_end().into() })
     }
 
-    /// Ends containerd itself with SIGKILL; the containers go on.
+    /// Kills containerd itself with SIGKILL; the containers go on running.
     ///
     /// # Errors
-    /// When the script fails; what it said is on standard error.
+    /// When the script fails; its message is on standard error.
     pub fn kill(&self) -> Result<()> {
         self.run("kill")
     }
@@ -43,7 +43,7 @@ impl Containerd {
     /// Starts containerd again after a [`kill`](Self::kill).
     ///
     /// # Errors
-    /// When the script fails; what it said is on standard error.
+    /// When the script fails; its message is on standard error.
     pub fn start_again(&self) -> Result<()> {
         self.run("start")
     }

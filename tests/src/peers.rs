@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 /// lists.
 ///
 /// # Errors
-/// When it has not been built; the message says how to.
+/// When it has not been built; the message says how to build it.
 pub fn directory(name: &str) -> Result<PathBuf> {
     let peers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/peers");
     let built = fs::read_dir(&peers).into_iter().flatten().filter_map(Result::ok).find(|entry| {

@@ -1,6 +1,6 @@
-//! Pods and containers of a test, made by CRI calls: handles, and requests to start from.
+//! Pods and containers of a test, created by CRI calls: handles, and requests to start from.
 //!
-//! Nothing is removed on drop: the daemon's end takes everything, and tests of removal want to do
+//! Nothing is removed on drop: the daemon's end removes everything, and tests of removal want to do
 //! it themselves.
 
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ pub struct Container {
     client: Client,
     /// Its id.
     pub id: String,
-    /// Where its log has to be.
+    /// Where its log should be.
     pub log_path: PathBuf,
 }
 
@@ -42,13 +42,13 @@ pub struct Container {
 pub struct Ended {
     /// Its status.
     pub status: v1::ContainerStatus,
-    /// All that it wrote to standard output.
+    /// All its standard output.
     pub stdout: String,
-    /// All that it wrote to standard error.
+    /// All its standard error.
     pub stderr: String,
 }
 
-/// What a program in a container did, as ExecSync tells it.
+/// The outcome of a program in a container, as ExecSync reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
     /// Its exit code.
@@ -86,7 +86,7 @@ impl Pod {
         Ok(Container { client: self.client.clone(), id, log_path })
     }
 
-    /// Makes a container and starts it.
+    /// Creates a container and starts it.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -96,7 +96,7 @@ impl Pod {
         Ok(container)
     }
 
-    /// Makes a container, starts it and waits for its end.
+    /// Creates a container, starts it and waits for its end.
     ///
     /// # Errors
     /// The daemon's refusal, and when it does not end in time.
@@ -104,8 +104,8 @@ impl Pod {
         self.start(config)?.ended()
     }
 
-    /// Runs a shell script in a container with what `change` makes of its request, and returns what
-    /// it printed.
+    /// Runs a shell script in a container whose request `change` has modified, and returns its
+    /// output.
     ///
     /// # Errors
     /// When it does not end with success; the message has its standard error.
@@ -124,15 +124,15 @@ impl Pod {
         Ok(ended.stdout)
     }
 
-    /// A container that does nothing until it is asked to end, for tests that look at it from
+    /// A container that does nothing until it is asked to end, for tests that observe it from
     /// outside or by exec.
     ///
     /// # Errors
     /// The daemon's refusal.
     pub fn idle(&self, name: &str) -> Result<Container, Status> {
         let container = self.start(idle(name))?;
-        // Tests stop it and count processes at once: by then its shell hears signals, and its child
-        // has its name.
+        // Tests stop it and count processes at once: by now its shell handles signals, and its
+        // child has its name.
         if let Ok(pid) = container.pid() {
             let _ = within(SOON, "it idles", || Ok(census::has_child(pid, "sleep").then_some(())));
         }
@@ -196,7 +196,7 @@ impl Container {
         self.client.start_container(v1::StartContainerRequest { container_id: self.id.clone() }).map(drop)
     }
 
-    /// `ExecSync` with a limit in seconds, 0 for none. Output that is no text is shown with
+    /// `ExecSync` with a limit in seconds, 0 for none. Output that is not text is shown with
     /// replacement characters.
     ///
     /// # Errors
@@ -214,7 +214,7 @@ impl Container {
         })
     }
 
-    /// [`exec_within`](Self::exec_within) half a minute, which none of the programs here takes.
+    /// [`exec_within`](Self::exec_within) half a minute, more than any of the programs here takes.
     ///
     /// # Errors
     /// The daemon's refusal.
@@ -222,14 +222,14 @@ impl Container {
         self.exec_within(command, 30)
     }
 
-    /// Makes the file `path` in it, for which its program waits to end. The container may end
-    /// before the program that makes the file has, and end that one with it; what is made of that
-    /// is the caller's to see.
+    /// Creates the file `path` in it, for which its program waits to end. The container may end
+    /// before the program that creates the file does, and end that one with it; the caller judges
+    /// the outcome.
     pub fn call_off(&self, path: &str) {
         let _ = self.exec(&["touch", path]);
     }
 
-    /// Runs a shell script in it and returns what it printed.
+    /// Runs a shell script in it and returns its output.
     ///
     /// # Errors
     /// When it does not end with success; the message has its standard error.
@@ -274,10 +274,10 @@ impl Container {
         Ok(Ended { status, stdout: log::text(&entries, "stdout"), stderr: log::text(&entries, "stderr") })
     }
 
-    /// Waits until its log has this text on standard output, and returns all of it.
+    /// Waits until its log contains this text on standard output, and returns all of it.
     ///
     /// # Errors
-    /// When that does not come in time.
+    /// When that does not happen in time.
     pub fn says(&self, text: &str) -> Result<String> {
         within(SOON, &format!("the log has {text:?}"), || {
             let said = log::text(&self.log()?, "stdout");
@@ -307,10 +307,10 @@ impl Container {
         census::parent(pid).with_context(|| format!("process {pid} has no parent"))
     }
 
-    /// What the verbose status says beyond CRI.
+    /// The part of the verbose status that is not in CRI.
     ///
     /// # Errors
-    /// The daemon's refusal, and when it says nothing.
+    /// The daemon's refusal, and when the status has none.
     pub fn details(&self) -> Result<serde_json::Value> {
         let request = v1::ContainerStatusRequest { container_id: self.id.clone(), verbose: true };
         let info = self.client.container_status(request)?.info;
@@ -335,8 +335,8 @@ impl Container {
     }
 }
 
-/// The request for a container of the demo image with a command, as a kubelet would write it when
-/// the manifest says nothing.
+/// The request for a container of the demo image with a command, as a kubelet would write it for a
+/// manifest without further settings.
 #[must_use]
 pub fn container(name: &str, command: &[&str]) -> v1::ContainerConfig {
     v1::ContainerConfig {
@@ -426,7 +426,7 @@ pub fn limit(config: &mut v1::ContainerConfig, resources: v1::LinuxContainerReso
     config.linux.get_or_insert_default().resources = Some(resources);
 }
 
-/// Words as CRI wants them.
+/// Words in the form that CRI wants.
 #[must_use]
 pub fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()

@@ -1,4 +1,4 @@
-//! Programs that the tests run: to their end, or what is left of them when they fail.
+//! Programs that the tests run: to their end, or the end of their logs when they fail.
 
 use std::fs;
 use std::io::Write as _;
@@ -8,11 +8,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Runs a program without input to its end and returns what it prints.
+/// Runs a program without input to its end and returns its output.
 ///
 /// # Errors
-/// When it cannot be started or does not end with success; the message has what it wrote to
-/// standard error.
+/// When it cannot be started or does not end with success; the message has its standard error.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("running {command:?}"))?;
     let said = String::from_utf8_lossy(&output.stderr);

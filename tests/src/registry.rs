@@ -16,7 +16,7 @@ use crate::deadline::within;
 use crate::forge::Sealed;
 use crate::host::Host;
 
-/// Where Debian's package puts it.
+/// The path in Debian's package.
 const PROGRAM: &str = "/usr/bin/docker-registry";
 
 /// A running registry, ended on drop.
@@ -66,7 +66,7 @@ impl<'host> Registry<'host> {
         Ok(registry)
     }
 
-    /// Puts an image into it, and returns the reference with the tag.
+    /// Pushes an image to it, and returns the reference with the tag.
     ///
     /// # Errors
     /// When the registry refuses a part.
@@ -100,7 +100,7 @@ impl<'host> Registry<'host> {
         Ok(format!("{}/{repository}:{tag}", self.address))
     }
 
-    /// Changes the bytes that it has for a digest, which it serves as they are from now on.
+    /// Changes the bytes that it has for a digest, and serves from now on.
     ///
     /// # Errors
     /// When it has none.
@@ -119,8 +119,8 @@ impl<'host> Registry<'host> {
     ) -> Result<Response> {
         let root = format!("http://{}", self.address);
         self.host.inside(|| {
-            // Refused when another test of this process was first, which is as good. Only plain
-            // HTTP is spoken here.
+            // Refused when another test of this process was first, which is just as good. Only
+            // plain HTTP is spoken here.
             let _ = rustls::crypto::ring::default_provider().install_default();
             let client =
                 Client::builder().no_proxy().timeout(SOON).build().context("making an HTTP client")?;

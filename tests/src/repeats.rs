@@ -1,12 +1,12 @@
-//! How often a test repeats what is tried many times.
+//! How often a test repeats an operation that it tries many times.
 
 use anyhow::{Context as _, Result, ensure};
 
-/// As many of `times` as `BERTH_TEST_REPEATS` says, in percent, and at least one; all of them where
-/// it says nothing. For machines whose processor is emulated.
+/// `BERTH_TEST_REPEATS` percent of `times`, and at least one; all of them if it is not set. For
+/// machines with an emulated processor.
 ///
 /// # Errors
-/// When `BERTH_TEST_REPEATS` is no number from 1 to 100.
+/// When `BERTH_TEST_REPEATS` is not a number from 1 to 100.
 pub fn repeats(times: usize) -> Result<usize> {
     let percent: usize = match std::env::var("BERTH_TEST_REPEATS") {
         Ok(percent) => percent.parse().context("BERTH_TEST_REPEATS is no number")?,

@@ -1,15 +1,15 @@
-//! Tests that cannot run on a machine: said and counted, never passed over in silence.
+//! Tests that cannot run on a machine: reported and counted, never silently passed over.
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
 
-/// Notes that the test of this name did not run, and why. The test returns after it.
+/// Notes that the test of this name did not run, and why. The test has to return afterwards.
 ///
 /// The line goes to the file that the environment variable `BERTH_SKIPS` names; `scripts/run-tests`
-/// sets it and takes every line there from the count of passed tests to that of skipped ones.
+/// sets it and moves every line there from the count of passed tests to that of skipped ones.
 /// Without the variable it goes to standard error, which the test harness shows with
-/// `--show-output`. Each line is one write(2), since tests of one program, and programs, write at
-/// the same time.
+/// `--show-output`. Each line is one write(2), since several tests and programs write at the same
+/// time.
 ///
 /// # Panics
 /// When the file cannot be written: a skip that is not counted would look like a pass.

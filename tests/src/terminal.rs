@@ -1,5 +1,5 @@
-//! A pseudo-terminal with a program on it, as a person has it: what is typed, what is shown, the
-//! size, and the settings that the program leaves behind.
+//! A pseudo-terminal with a program on it, as a user has it: input, output, the size, and the
+//! settings that the program leaves behind.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -18,7 +18,7 @@ use crate::daemon::SOON;
 use crate::deadline::within;
 use crate::program::output;
 
-/// A terminal whose person is the test. It outlives what runs on it.
+/// A terminal whose user is the test. It outlives the programs on it.
 #[derive(Debug)]
 pub struct Terminal {
     keyboard: File,
@@ -32,10 +32,10 @@ pub struct Terminal {
 pub struct OnTerminal(Child);
 
 impl Terminal {
-    /// Makes one of this size.
+    /// Creates one of this size.
     ///
     /// # Errors
-    /// When the kernel gives none.
+    /// When the kernel does not provide one.
     pub fn open(columns: u16, rows: u16) -> Result<Self> {
         let pair = openpty(None, None).context("opening a terminal")?;
         let (screen, keyboard) = (File::from(pair.master.try_clone()?), File::from(pair.master));
@@ -71,15 +71,15 @@ impl Terminal {
         Ok(OnTerminal(on_terminal.spawn().context("starting a program on the terminal")?))
     }
 
-    /// Types.
+    /// Types text.
     ///
     /// # Errors
-    /// When the terminal takes no more.
+    /// When the terminal accepts no more.
     pub fn types(&self, keys: &str) -> Result<()> {
         Ok((&self.keyboard).write_all(keys.as_bytes())?)
     }
 
-    /// Waits until this is shown, and returns everything that was.
+    /// Waits until this text is shown, and returns everything shown so far.
     ///
     /// # Errors
     /// When it is not shown in time.
@@ -104,15 +104,15 @@ impl Terminal {
     /// Its settings.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// When they cannot be read.
     pub fn settings(&self) -> Result<Termios> {
         Ok(tcgetattr(self.terminal.as_fd())?)
     }
 
-    /// Waits until what is typed is neither shown nor collected into lines nor made signals.
+    /// Waits until the terminal is in raw mode: no echo, no line editing, no signals.
     ///
     /// # Errors
-    /// When that does not come in time.
+    /// When that does not happen in time.
     pub fn becomes_raw(&self) -> Result<()> {
         let cooked = LocalFlags::ECHO | LocalFlags::ICANON | LocalFlags::ISIG;
         within(SOON, "the terminal is raw", || {

@@ -1,9 +1,9 @@
-//! The program of a hostile container that may trace (`CAP_SYS_PTRACE`): it stops what is born
-//! beside it, at once.
+//! The program of a hostile container that may trace (`CAP_SYS_PTRACE`): it stops every process
+//! born beside it, at once.
 //!
-//! A test program runs itself as this program inside of a container: its file and the C library's
-//! are mounted there ([`in_container`]). What it does is in its environment, what it finds goes to
-//! its standard output, a line for each birth.
+//! A test program runs itself as this program inside a container: its file and the C library's are
+//! mounted there ([`in_container`]). Its orders are in its environment, its findings go to its
+//! standard output, one line per birth.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -23,24 +23,24 @@ use crate::pod::{container, security, volume, words};
 use crate::program;
 
 /// The environment variable that makes a test program a tracer. Its value is `watch`, or the number
-/// of a process of the host that the shim is to take for the one that it has made.
+/// of a process of the host that the shim is meant to mistake for the one that it created.
 const ORDER: &str = "BERTH_TRACER";
 
 /// The first word of every line about a birth.
 const BORN: &str = "born";
 
-/// What it said when it began.
+/// The message with which it begins.
 pub const READY: &str = "tracing";
 
 /// How many numbers after the last one it tries.
 const AHEAD: i32 = 40;
 
-/// What was seen of a process in the instant of its birth.
+/// The observations of a process at the instant of its birth.
 #[derive(Debug)]
 pub struct Birth(BTreeMap<String, String>);
 
 impl Birth {
-    /// All that are in the output of a tracer.
+    /// All births in the output of a tracer.
     #[must_use]
     pub fn all(said: &str) -> Vec<Self> {
         let of_line = |line: &str| {
@@ -53,7 +53,7 @@ impl Birth {
     /// A field of proc_pid_status(5), a kind of namespace, or `fds`, `label`, `forged`.
     ///
     /// # Errors
-    /// When it was not seen: the process had gone by then.
+    /// When it was not observed: the process had ended by then.
     pub fn get(&self, key: &str) -> Result<&str> {
         self.0.get(key).map(String::as_str).with_context(|| format!("no {key} in {:?}", self.0))
     }
@@ -61,12 +61,12 @@ impl Birth {
     /// A field that is a set of capabilities.
     ///
     /// # Errors
-    /// As [`Birth::get`], and when it is none.
+    /// As [`Birth::get`], and when it is not one.
     pub fn set(&self, key: &str) -> Result<u64> {
         u64::from_str_radix(self.get(key)?, 16).with_context(|| key.to_owned())
     }
 
-    /// Whether it is a process of Berth's, which has not become its program.
+    /// Whether it is a process of Berth's that has not executed its program yet.
     #[must_use]
     pub fn is_a_shims(&self) -> bool {
         self.0.get("Name").is_some_and(|name| name == "berth-shim")
@@ -93,7 +93,7 @@ pub fn in_container(test: &str, order: &str) -> Result<v1::ContainerConfig> {
     let security = security(&mut config);
     security.capabilities =
         Some(v1::Capability { add_capabilities: words(&["SYS_PTRACE"]), ..Default::default() });
-    // AppArmor's default profile lets no process trace what is not confined by it.
+    // AppArmor's default profile lets no process trace one that it does not confine.
     let unconfined = || {
         let profile_type = v1::security_profile::ProfileType::Unconfined.into();
         Some(v1::SecurityProfile { profile_type, ..Default::default() })
@@ -102,7 +102,7 @@ pub fn in_container(test: &str, order: &str) -> Result<v1::ContainerConfig> {
     Ok(config)
 }
 
-/// Traces for ever if this process is to, else returns.
+/// Traces forever if this process is a tracer, else returns.
 ///
 /// # Errors
 /// When it cannot trace.
@@ -113,8 +113,8 @@ pub fn obey() -> Result<()> {
     }
 }
 
-/// Stops whatever is born beside this process, writes down what it is, and lets it go on. With a
-/// `victim` it has each one say to the shim that it goes on as that process.
+/// Stops every process born beside this one, records its state, and lets it continue. With a
+/// `victim` it makes each one tell the shim that it continues as that process.
 fn trace(victim: Option<i32>) -> Result<Infallible> {
     let mut out = std::io::stdout();
     let mut last = getpid().as_raw();
@@ -126,7 +126,7 @@ fn trace(victim: Option<i32>) -> Result<Infallible> {
                 continue;
             }
             last = pid.as_raw();
-            // One that ends under the tracer is as good as not seen.
+            // One that ends under the tracer counts as not seen.
             if let Ok(line) = look(pid, victim) {
                 writeln!(out, "{BORN}{line}")?;
                 out.flush()?;
@@ -174,8 +174,8 @@ fn look(pid: Pid, victim: Option<i32>) -> Result<String> {
     Ok(line)
 }
 
-/// Has the process say in every way that it has that it goes on as the victim: by its name, as a
-/// maker does, and through whatever leads to the shim. In how many ways it could.
+/// Makes the process claim in every way it has that it continues as the victim: by its name, as a
+/// maker does, and through everything that leads to the shim. Returns how many ways succeeded.
 fn forge(pid: Pid, ways: &[u64], victim: i32) -> Result<usize> {
     const WRITE: u64 = 1;
     const PRCTL: u64 = 157;
@@ -201,7 +201,7 @@ fn at(address: u64) -> *mut std::ffi::c_void {
     std::ptr::with_exposed_provenance_mut(address.try_into().unwrap_or_default())
 }
 
-/// Has the process, whose registers are these, make a system call; what that returned.
+/// Makes the process, whose registers are these, run a system call; returns the result.
 fn call(pid: Pid, registers: nix::libc::user_regs_struct, number: u64, args: [u64; 3]) -> Result<i64> {
     const SYSCALL: i64 = 0x050f;
     let code = ptrace::read(pid, at(registers.rip))?;
@@ -217,11 +217,11 @@ fn call(pid: Pid, registers: nix::libc::user_regs_struct, number: u64, args: [u6
     Ok(returned)
 }
 
-/// Traces what is born in a pid namespace that this makes, with the test `name` of the calling
-/// program as in [`in_container`].
+/// Traces every process born in a pid namespace that this creates, with the test `name` of the
+/// calling program as in [`in_container`].
 ///
 /// # Errors
-/// When `unshare(1)` cannot make one, as for anyone but root.
+/// When `unshare(1)` cannot create one, as for anyone but root.
 pub fn in_own_namespace(test: &str) -> Result<Vec<Birth>> {
     const SCRIPT: &str = "\"$0\" --exact \"$1\" --nocapture & sleep 1; for i in 1 2 3 4 5 6 7 8 9; do sleep 0.1; done; kill $!";
     let mut command = Command::new("unshare");

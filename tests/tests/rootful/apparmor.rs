@@ -1,6 +1,6 @@
-//! AppArmor: the runtime's own profile, one that the node has loaded, and one that it has not.
+//! AppArmor: the runtime's own profile, one that is loaded on the node, and one that is not.
 //!
-//! On a kernel without AppArmor there is nothing to hold, and each test counts itself as skipped.
+//! On a kernel without AppArmor there is nothing to test, and each test counts itself as skipped.
 
 use std::fs;
 use std::process::Command;
@@ -14,7 +14,7 @@ use berth_tests::pod::{Pod, idle, security, sharing, sharing_pod, words};
 use berth_tests::program::output;
 use berth_tests::skip::skip;
 
-/// What a process is confined by (`apparmor(7)`).
+/// The profile that confines a process (`apparmor(7)`).
 const READ: &str = "cat /proc/self/attr/current";
 
 fn with_apparmor(name: &str, test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
@@ -36,7 +36,7 @@ fn the_default_profile_is_applied_in_exec_too_and_left_off_only_when_asked() -> 
         let main = pod.idle("main")?;
         assert_eq!(main.sh(READ)?, "berth-default (enforce)\n");
         assert_eq!(pod.script(READ, |_| {})?, "berth-default (enforce)\n");
-        // A process that is born among others, too.
+        // Also a process that is born among others.
         let sharing_pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
         let shared = sharing_pod.start(sharing(idle("shared")))?;
         assert_eq!(shared.sh(READ)?, "berth-default (enforce)\n");
@@ -46,7 +46,7 @@ fn the_default_profile_is_applied_in_exec_too_and_left_off_only_when_asked() -> 
             security(config).apparmor = profile(ProfileType::RuntimeDefault, "");
         })?;
         assert_eq!(asked, "berth-default (enforce)\n");
-        // Only the profile is between this capability and a mount.
+        // Only the profile stands between this capability and a mount.
         let mount = "mount -t tmpfs none /tmp 2>&1 && echo mounted || echo refused";
         let with_mount = |config: &mut v1::ContainerConfig| {
             security(config).capabilities.get_or_insert_default().add_capabilities = words(&["SYS_ADMIN"]);
@@ -99,14 +99,13 @@ fn a_profile_that_is_not_loaded_is_refused_by_name() -> Result<()> {
             let refused = pod.create(config).err().with_context(|| format!("{name:?} is refused"))?;
             assert!(refused.message().contains("apparmor") && refused.message().contains(name), "{refused}");
         }
-        // Nothing is in the way of the right one.
+        // Nothing prevents the right one.
         assert_eq!(pod.idle("main")?.sh(READ)?, "berth-default (enforce)\n");
         Ok(())
     })
 }
 
-/// Where others live a process has its profile before it is born, and so does with what that
-/// allows.
+/// Where others live, a process has its profile before it is born, and works with what that allows.
 #[test]
 fn a_profile_need_not_allow_what_entering_it_takes() -> Result<()> {
     with_apparmor("a_profile_need_not_allow_what_entering_it_takes", |daemon| {
@@ -142,7 +141,7 @@ fn a_profile_need_not_allow_what_entering_it_takes() -> Result<()> {
     })
 }
 
-/// A request of each kind of pod: processes of each container's own, and of the pod.
+/// Requests of each kind of pod: with a pid namespace for each container, and for the pod.
 fn pods(daemon: &Daemon) -> Result<[(Pod, Request); 2]> {
     let own = daemon.pod("own")?;
     Ok([(own, idle), (daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?, |name| sharing(idle(name)))])
@@ -204,7 +203,7 @@ fn without_the_parser_only_what_is_unconfined_starts() -> Result<()> {
     with_apparmor_and(setup, "without_the_parser_only_what_is_unconfined_starts", test)
 }
 
-/// A profile that is taken out of the kernel leaves its processes unconfined.
+/// Removing a profile from the kernel leaves its processes unconfined.
 #[test]
 fn a_container_whose_profile_was_removed_does_not_start() -> Result<()> {
     const NAMESPACE: &str = "berth-test-removed";
@@ -224,7 +223,7 @@ fn a_container_whose_profile_was_removed_does_not_start() -> Result<()> {
                 Ok(())
             };
             refuses(alone.start().err())?;
-            // The next one loads it again, which is too late for those that were made before.
+            // The next one loads it again, which is too late for those that were created before.
             let next = pod.start(request("next"))?;
             ensure!(next.sh(READ)? == "berth-default (enforce)\n");
             refuses(replaced.start().err())?;

@@ -1,6 +1,6 @@
-//! What a process is in the instant in which others can see it, and what those others can make of
-//! it: a container with `CAP_SYS_PTRACE` stops each birth in its pid namespace, looks at it, and
-//! speaks for it.
+//! The state of a process at the instant in which others can see it, and what those others can do
+//! with it: a container with `CAP_SYS_PTRACE` stops each birth in its pid namespace, examines it,
+//! and speaks for it.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -44,8 +44,8 @@ fn tracing(pod: &Pod, order: &str, change: impl FnOnce(&mut v1::ContainerConfig)
     Ok(container)
 }
 
-/// Holds everything that a tracer saw of Berth's processes against what the program has that they
-/// became.
+/// Compares everything that a tracer saw of Berth's processes with the state of the program that
+/// they became.
 fn holds(tracer: &Container, program: &Container, what: &str) -> Result<()> {
     let status = fs::read_to_string(format!("/proc/{}/status", program.pid()?))?;
     let expected = |key: &str| -> Result<String> {
@@ -72,7 +72,7 @@ fn holds(tracer: &Container, program: &Container, what: &str) -> Result<()> {
             let of_program = fs::read_link(format!("/proc/{}/ns/{kind}", program.pid()?))?;
             let of_host = fs::read_link(format!("/proc/self/ns/{kind}"))?;
             let is = birth.get(kind)?;
-            // These two are each container's own, unless it has the host's.
+            // Each container has its own of these two, unless it has the host's.
             let fits = if matches!(kind, "mnt" | "cgroup") && of_program != of_host {
                 *is != *of_host.to_string_lossy()
             } else {
@@ -131,8 +131,8 @@ fn what_is_born_beside_a_target_is_its_program_from_the_first_moment() -> Result
     })
 }
 
-/// A container whose profile lets it trace whatever there is, unconfined processes too: it gets at
-/// nothing that is not confined as it is.
+/// A container whose profile lets it trace everything, even unconfined processes: it gets at
+/// nothing that is not confined like itself.
 #[test]
 fn a_confined_tracer_gets_at_nothing_that_is_confined_otherwise() -> Result<()> {
     const TIMES: usize = 10;
@@ -217,8 +217,8 @@ fn a_target_that_has_covered_its_procfs_is_not_joined() -> Result<()> {
     })
 }
 
-/// The tracer writes in place of the process that it stops: that it goes on as a process of the
-/// host.
+/// The tracer writes in place of the process that it stops, claiming that it continues as a process
+/// of the host.
 #[test]
 fn a_process_of_the_host_that_is_named_from_inside_lives_on() -> Result<()> {
     const EXECS: usize = 150;
@@ -245,13 +245,13 @@ fn name_victim(daemon: &Daemon, victim: u32, execs: usize) -> Result<()> {
     let births = Birth::all(&said);
     let forged = births.iter().filter(|birth| birth.is_a_shims() && matches!(birth.get("forged"), Ok("2")));
     ensure!(forged.count() > 0, "it could not speak for one birth: nothing was tried");
-    // The shim is as good as before.
+    // The shim works as before.
     within(SOON, "an exec works", || Ok(tracer.exec_within(&["true"], 20).ok()))?;
     tracer.stop(1)?;
     Ok(())
 }
 
-/// `kill -STOP -1` reaches a process of exec before it is its program.
+/// `kill -STOP -1` reaches a process of exec before it has become its program.
 #[test]
 fn a_process_that_is_stopped_on_its_way_holds_nobody() -> Result<()> {
     const EXECS: usize = 100;
@@ -265,7 +265,7 @@ fn a_process_that_is_stopped_on_its_way_holds_nobody() -> Result<()> {
                 Err(error) if error.code() == Code::DeadlineExceeded => held += 1,
                 _ => continue,
             }
-            // The loop goes on: it answers, and later it has the end and its code.
+            // The loop continues: it answers, and later it has the end and its code.
             let begin = Instant::now();
             daemon
                 .client()

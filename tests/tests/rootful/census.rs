@@ -6,7 +6,7 @@ use berth_tests::daemon::rootful;
 use berth_tests::pod::shell;
 use berth_tests::repeats::repeats;
 
-/// Pods in all, and how many threads make them.
+/// The total number of pods, and how many threads create them.
 const PODS: usize = 200;
 const AT_ONCE: usize = 4;
 
@@ -15,8 +15,9 @@ fn pods_that_come_and_go_leave_nothing() -> Result<()> {
     let each = repeats(PODS)? / AT_ONCE;
     ensure!(each >= 4, "with fewer pods, some are of no kind: {each}");
     rootful(|daemon| {
-        // The first pod is not counted: what it makes on a host, a bridge and its rules, stays for
-        // the others, and so does the daemon's connection to systemd, which its container needs.
+        // The first pod is not counted: what it creates on a host, a bridge and its rules, stays
+        // for the others, and so does the daemon's connection to systemd, which its container
+        // needs.
         let first = daemon.pod("first")?;
         first.idle("main")?;
         first.remove()?;
@@ -28,8 +29,8 @@ fn pods_that_come_and_go_leave_nothing() -> Result<()> {
                         for number in 0..each {
                             let pod = daemon.pod(&format!("pod-{thread}-{number}"))?;
                             match number % 4 {
-                                // One that ended, one that runs, one that only was made, and none
-                                // at all.
+                                // A container that ended, one that runs, one that was only created,
+                                // and none at all.
                                 0 => drop(pod.run_container(shell("main", "echo hello"))?),
                                 1 => {
                                     let main = pod.idle("main")?;

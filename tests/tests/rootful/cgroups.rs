@@ -1,4 +1,4 @@
-//! Cgroups that cannot be changed or removed as they should: what is reported, and what becomes of
+//! Cgroups that cannot be changed or removed as they should: what is reported, and what happens to
 //! them.
 
 use std::fs;
@@ -21,7 +21,7 @@ use tonic::Code;
 
 const MIB: i64 = 1 << 20;
 
-/// A file that cannot be written to, with what the kernel has in it to be read.
+/// A file that cannot be written, and reads as the kernel's content.
 struct ReadOnly(PathBuf);
 
 impl ReadOnly {
@@ -41,7 +41,7 @@ impl Drop for ReadOnly {
     }
 }
 
-/// An empty directory, removed also after a failure.
+/// An empty directory, removed even after a failure.
 struct Made(PathBuf);
 
 impl Drop for Made {
@@ -90,7 +90,7 @@ fn limits_that_are_half_changed_are_reported_as_the_kernel_has_them() -> Result<
         };
         let unified = cgroup.is_unified();
         let shares = file("cpu", if unified { "cpu.weight" } else { "cpu.shares" })?;
-        // What is written behind the shares, and not read before.
+        // Written after the shares, and not read before.
         let behind = file("memory", if unified { "memory.swap.max" } else { "memory.limit_in_bytes" })?;
         let Some(hanging) = Hanging::mount_on_file(&behind)? else {
             skip("cgroups::limits_that_are_half_changed", "no FUSE here");
@@ -108,7 +108,7 @@ fn limits_that_are_half_changed_are_reported_as_the_kernel_has_them() -> Result<
             within(SOON, "the shares are written", || {
                 Ok((fs::read_to_string(&shares)? != before).then_some(()))
             })?;
-            // The next limit is waited for. From now on there is no way back for the shares.
+            // The next limit blocks. From now on the shares cannot be rolled back.
             let read_only = ReadOnly::make(&shares)?;
             drop(hanging);
             let refused = changing.join().map_err(|_| anyhow!("the thread panicked"))?;
@@ -252,7 +252,7 @@ fn what_a_container_makes_in_its_cgroup_is_not_taken_for_a_container() -> Result
         let lost = daemon.pod_of(config.clone())?;
         config.metadata.get_or_insert_default().name = "stays".to_owned();
         let main = daemon.pod_of(config)?.idle("main")?;
-        // One that may mount cgroups, and has all that root may have, could do this.
+        // A container that may mount cgroups, and has root's privileges, could do this.
         let memory = parent.directory("memory")?;
         let own = parent.below(&main.id).into_iter().find(|found| found.starts_with(&memory));
         let forged = own.context("the container's cgroup")?.join("6".repeat(64));
@@ -275,7 +275,7 @@ fn what_a_container_makes_in_its_cgroup_is_not_taken_for_a_container() -> Result
         let state = daemon.state().join("sandboxes").join(&lost.id);
         fs::remove_file(state.join("record")).context("and its copy")?;
         daemon.start_again()?;
-        // What belongs to no record has been cleared away, cgroups first.
+        // What belongs to no record has been removed, cgroups first.
         within(SOON, "what is left of the lost pod is gone", || Ok((!state.exists()).then_some(())))?;
         ensure!(parent.below(&lost.id).is_empty(), "the cgroup of the lost pod is there");
         ensure!(forged.is_dir(), "a cgroup that a container had made was removed");

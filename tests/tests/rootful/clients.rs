@@ -1,5 +1,5 @@
-//! gRPC clients of other makes: what they send as `:authority` over a Unix socket is any text, and
-//! it says nothing.
+//! gRPC clients in other languages: over a Unix socket they send any text as `:authority`, and it
+//! means nothing.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -17,12 +17,12 @@ use berth_tests::skip::skip;
 use prost::Message as _;
 use tonic::Code;
 
-/// The release of grpcio, which is C-core: what Python, C++, Ruby and PHP speak gRPC with.
+/// The release of grpcio, which is C-core: the gRPC of Python, C++, Ruby and PHP.
 const GRPCIO: &str = "grpcio==1.76.0";
 
 /// Calls Version of the CRI, of an unknown service, and Facts of `berth.v1`, without generated
-/// code: an empty message goes, and bytes come. The arguments are the socket and, if it is not what
-/// the library chooses, the authority.
+/// code: it sends an empty message, and receives bytes. The arguments are the socket and, unless
+/// the library chooses it, the authority.
 const SCRIPT: &str = r#"
 import sys, grpc
 options = [("grpc.default_authority", sys.argv[2])] if len(sys.argv) > 2 else []
@@ -99,8 +99,8 @@ fn header(name: &str, value: &[u8]) -> Vec<u8> {
     [&[0, length(name.as_bytes())], name.as_bytes(), &[length(value)], value].concat()
 }
 
-/// Asks for Version with these headers before the usual ones, and returns the kinds of frames that
-/// come on the stream until it ends.
+/// Calls Version with these headers before the usual ones, and returns the kinds of frames that
+/// arrive on the stream until it ends.
 fn ask(socket: &Path, headers: &[u8]) -> Result<Vec<u8>> {
     let block = [
         &[0x83, 0x86][..],
@@ -146,7 +146,7 @@ fn any_authority_is_served_and_a_refused_request_is_logged() -> Result<()> {
         }
         ensure!(ask(&socket, &[])? == served, "none at all");
         ensure!(!daemon.log()?.contains("refused a request"), "nothing was refused");
-        // A second path is not a request that has a meaning.
+        // A request with two paths has no meaning.
         ensure!(ask(&socket, &header(":path", b"/x"))?.contains(&3), "it is reset");
         within(Duration::from_secs(10), "the log says so", || {
             let log = daemon.log()?;
@@ -190,7 +190,7 @@ fn a_call_that_is_ended_at_its_deadline_says_so() -> Result<()> {
             timeout: 0,
         };
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        // In more and less than the resolution of timers.
+        // In units coarser and finer than the resolution of timers.
         for timeout in ["300m", "1m", "900u", "1n", "0S"] {
             let status = tokio.block_on(status_of_exec(daemon.socket(), timeout, &request))?;
             ensure!(status == (Code::DeadlineExceeded as i32).to_string(), "{timeout}: {status}");

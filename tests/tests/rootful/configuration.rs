@@ -22,7 +22,7 @@ fn reload(daemon: &Daemon, text: &str, outcome: &str) -> Result<String> {
     })
 }
 
-/// What the daemon says is in force.
+/// The configuration in force, according to the daemon.
 fn in_force(daemon: &Daemon, key: &str) -> Result<Value> {
     let status = daemon.client().status(v1::StatusRequest { verbose: true })?;
     let config: Value = serde_json::from_str(status.info.get("config").context("no configuration")?)?;

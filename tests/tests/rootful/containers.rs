@@ -1,4 +1,4 @@
-//! Containers: what the program gets, and what becomes of it.
+//! Containers: what the program gets, and how it ends.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -166,8 +166,8 @@ fn statuses_follow_the_life_of_a_container() -> Result<()> {
         assert_eq!((ended.exit_code, ended.reason.as_str()), (3, "Error"));
         assert_eq!(pod.run_container(shell("good", "exit 0"))?.status.reason, "Completed");
         let killed = pod.run_container(shell("killed", "kill -9 $$"))?.status;
-        // Process 1 of a namespace does not take signals from inside that it does not handle, not
-        // even this one.
+        // Process 1 of a namespace ignores signals from inside that it does not handle, even this
+        // one.
         assert_eq!((killed.exit_code, killed.reason.as_str()), (0, "Completed"));
         Ok(())
     })
@@ -179,7 +179,7 @@ fn a_container_that_is_killed_from_outside_has_the_code_of_its_signal() -> Resul
         let pod = daemon.pod("web")?;
         for (signal, number) in [(nix::sys::signal::SIGKILL, 9), (nix::sys::signal::SIGTERM, 15)] {
             let name = format!("killed-by-{number}");
-            // A program without a handler is safe from signals of its own namespace only.
+            // Only in its own pid namespace is a program without a handler safe from signals.
             let main = pod.start(container(&name, &["sh", "-c", "trap - TERM; sleep 1000"]))?;
             let pid = main.pid()?;
             if number == 15 {

@@ -143,7 +143,7 @@ fn crictl_shows_events_as_they_come() -> Result<()> {
     })
 }
 
-/// A program that is ended with this.
+/// A program that is killed when this is dropped.
 struct Killed(Child);
 
 impl Drop for Killed {

@@ -1,5 +1,5 @@
-//! Pods as DaemonSets of well-known projects make them: what a kubelet asks for in their name is
-//! accepted, and works.
+//! Pods of DaemonSets of well-known projects: the requests that a kubelet makes for them are
+//! accepted, and work.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
@@ -34,7 +34,7 @@ fn selinux(kind: &str, level: &str) -> Option<v1::SeLinuxOption> {
     Some(v1::SeLinuxOption { r#type: kind.to_owned(), level: level.to_owned(), ..Default::default() })
 }
 
-/// A container in such a pod, with the namespaces that it has to have.
+/// A container in such a pod, with the required namespaces.
 fn container(name: &str, change: impl FnOnce(&mut v1::ContainerConfig)) -> v1::ContainerConfig {
     let mut config = idle(name);
     let namespaces = security(&mut config).namespace_options.get_or_insert_default();
@@ -78,7 +78,7 @@ fn what_daemonsets_ask_for_is_accepted_and_works() -> Result<()> {
             "test -r /host/proc/1/stat && test -d /host/sys/class/net && test -d /host/root/etc && id -u",
             "65534\n",
         )?;
-        // Cilium's agent: not privileged, with capabilities of its own, and an SELinux type.
+        // Cilium's agent: not privileged, with its own capabilities and an SELinux type.
         works(
             container("cilium-agent", |config| {
                 config.mounts = vec![

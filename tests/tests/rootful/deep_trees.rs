@@ -1,4 +1,4 @@
-//! A container that makes its directory as deep as it can: much deeper than any path, stack or
+//! A container that makes its directory tree as deep as it can: much deeper than any path, stack or
 //! table of descriptors.
 
 use std::fs;
@@ -11,8 +11,8 @@ use berth_tests::pod::shell;
 
 const DEPTH: u64 = 100_000;
 
-/// From the bottom to the top, since a path has at most 4096 bytes and a shell asks for that of its
-/// directory.
+/// From the bottom to the top, since a path has at most 4096 bytes and a shell looks up the path of
+/// its directory.
 const SCRIPT: &str = "
     p=/next/$(printf 'd/%.0s' $(seq 199))
     mkdir /tree
@@ -23,7 +23,7 @@ const SCRIPT: &str = "
 #[test]
 fn a_tree_of_a_hundred_thousand_levels_is_counted_and_removed() -> Result<()> {
     let setup = Setup {
-        // In memory, where such a tree is made and removed quickly.
+        // In memory, where such a tree is quickly created and removed.
         disk_bytes: Some(64 << 20),
         configuration: "[image]\nmin_free_bytes = 0\nmin_free_percent = 0\n",
         ..Setup::default()
@@ -39,7 +39,7 @@ fn a_tree_of_a_hundred_thousand_levels_is_counted_and_removed() -> Result<()> {
             let layer = stats.writable_layer.context("a writable layer")?;
             Ok(layer.inodes_used.context("inodes")?.value)
         };
-        // Each call counts for a while and tells how far that came.
+        // Each call counts for a while and reports its progress.
         within(SOON, "all of it is counted", || Ok((inodes()? >= DEPTH).then_some(())))?;
         main.stop(0)?;
         main.remove()?;

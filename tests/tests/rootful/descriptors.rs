@@ -1,5 +1,5 @@
-//! A daemon that is at its limit of open files: a call does what it is for, or says that there are
-//! no descriptors left.
+//! A daemon at its limit of open files: a call succeeds, or says that there are no descriptors
+//! left.
 
 use std::fs;
 
@@ -8,19 +8,19 @@ use berth_tests::daemon::{Daemon, rootful};
 use berth_tests::pod::{Pod, idle, sharing_pod};
 use tonic::Status;
 
-/// Sets the limit of the daemon, the soft one only, which a process may raise again.
+/// Sets the daemon's soft limit only, which a process may raise again.
 fn limit(daemon: &Daemon, most: usize) -> Result<()> {
     let limit = format!("--nofile={most}:");
     daemon.host().run("prlimit", &["--pid", &daemon.pid()?.to_string(), &limit]).map(drop)
 }
 
-/// An attempt to do something, after which what it made is removed.
+/// An operation to attempt, whose results are then removed.
 type Attempt<'a> = Box<dyn Fn() -> Result<(), Status> + 'a>;
 
 #[test]
 fn calls_of_a_daemon_without_descriptors_name_them() -> Result<()> {
-    /// With so many fewer than the daemon holds at rest nothing succeeds, and with so many more
-    /// everything does.
+    /// With this many fewer descriptors than the daemon holds at rest nothing succeeds, and with
+    /// this many more everything does.
     const FEWER: usize = 4;
     const MORE: usize = 12;
     const UNLIMITED: usize = 4096;
@@ -37,7 +37,7 @@ fn calls_of_a_daemon_without_descriptors_name_them() -> Result<()> {
                 Box::new(|| Pod::run(daemon.client(), sharing_pod(daemon.pod_config("shared"))).map(drop)),
             ),
             ("ExecSync", Box::new(|| main.exec(&["true"]).map(drop))),
-            // Nothing listens there; to find that out takes a name and a connection.
+            // Nothing is listening there; finding that out takes a name and a connection.
             ("PullImage", Box::new(|| daemon.client().pull("localhost:1/absent/image:v1").map(drop))),
         ];
         for (call, attempt) in &attempts {

@@ -1,6 +1,6 @@
-//! What hostile images and containers do to reach the host: paths that change while the runtime
-//! walks them, links where it expects directories, looks at its own processes. The numbers of known
-//! attacks on other runtimes stand beside the tests.
+//! Attempts of hostile images and containers to reach the host: paths that change while the runtime
+//! walks them, links where it expects directories, inspection of its own processes. The numbers of
+//! known attacks on other runtimes are noted at the tests.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,14 +23,14 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::json;
 use tonic::Code;
 
-/// A directory of the host that no container was given: its contents have to stay as they are.
+/// A directory of the host that no container was given: its contents must not change.
 struct Canary {
     directory: PathBuf,
     before: Vec<String>,
 }
 
 impl Canary {
-    /// Makes it, with a file or directory of every name that a runtime writes to in a root.
+    /// Creates it, with a file or directory of every name that a runtime writes to in a root.
     fn new(daemon: &Daemon) -> Result<Self> {
         let directory = daemon.directory("canary")?;
         for name in ["hosts", "hostname", "resolv.conf", "mtab", "passwd", "group", "null", "console", "ptmx"]
@@ -49,7 +49,7 @@ impl Canary {
         self.directory.to_str().context("a path that is text")
     }
 
-    /// Looks whether anything was made, changed, opened for writing or mounted in it.
+    /// Checks that nothing was created, changed, opened for writing or mounted in it.
     fn is_untouched(&self) -> Result<()> {
         let now = listing(&self.directory)?;
         ensure!(now == self.before, "the host was changed: {:?}, before {:?}", now, self.before);
@@ -91,10 +91,10 @@ fn listing(directory: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// How long names rest between two exchanges, in microseconds. At first they do not: the machine
-/// decides how far a container gets then, and on some it is never made. So each refusal lets them
-/// rest longer, and each container that is made shorter: the exchanges come close to the moments
-/// that decide, on every machine.
+/// How long names rest between two exchanges, in microseconds; not at all at first. How far a
+/// container gets then depends on the machine, and on some it is never created. So each refusal
+/// makes them rest longer, and each created container shorter: on every machine the exchanges come
+/// close to the decisive moments.
 #[derive(Default)]
 struct Pace(AtomicU64);
 
@@ -115,7 +115,7 @@ impl Pace {
     }
 }
 
-/// Exchanges two names of the host for as long as `work` takes, at the pace that it sets.
+/// Exchanges two names of the host while `work` runs, at the pace that it sets.
 fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce(&Pace) -> Result<T>) -> Result<T> {
     let over = AtomicBool::new(false);
     let pace = Pace::default();
@@ -138,8 +138,8 @@ fn while_exchanging<T>(one: &Path, other: &Path, work: impl FnOnce(&Pace) -> Res
     })
 }
 
-/// CVE-2021-30465, CVE-2024-45310: places for mounts lie in a volume in which another process
-/// exchanges a directory and a link to the host while they are made. 2,000 of them.
+/// CVE-2021-30465, CVE-2024-45310: mount points lie in a volume in which another process exchanges
+/// a directory and a link to the host while they are created. 2,000 of them.
 #[test]
 fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_lead_to_the_host() -> Result<()>
 {
@@ -151,7 +151,7 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
         fs::write(given.join("file"), "given\n")?;
         let pod = daemon.pod("race")?;
         let mut made = 0;
-        // Read from the root, and from where the link lies.
+        // Read from the root, and from the place of the link.
         for (turn, target) in [canary.path()?.to_owned(), climbing(canary.path()?)].iter().enumerate() {
             let shared = daemon.directory(&format!("shared-{turn}"))?;
             let (directory, link) = (shared.join("turn"), shared.join("link"));
@@ -170,7 +170,7 @@ fn places_that_are_exchanged_for_links_while_things_are_mounted_on_them_do_not_l
                         }
                     }
                     let expected = config.mounts.len() - 1;
-                    // A refusal is right too: the place is not what it was.
+                    // A refusal is right too: the place has changed.
                     let outcome = pod.create(config);
                     pace.after(&outcome);
                     if let Ok(container) = outcome {
@@ -204,7 +204,7 @@ fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Re
     rootful(|daemon| {
         let canary = Canary::new(daemon)?;
         let shared = daemon.directory("dev")?;
-        // What is exchanged, and what is there at first.
+        // The exchanged path, and its original content.
         let names = ["null", "console", "ptmx", "pts"];
         let other = daemon.directory("dev/other")?;
         for name in names {
@@ -223,7 +223,7 @@ fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Re
                     let script = "cat /proc/kcore /proc/keys /proc/timer_list 2>/dev/null | wc -c; ls -A /sys/firmware | wc -l; \
                         grep -c ' /proc/keys ' /proc/self/mountinfo";
                     let mut config = shell(&format!("{name}-{number}"), script);
-                    // A terminal is of a devpts or none; this /dev has none, so it has to be
+                    // A terminal has to be on a devpts; this /dev has none, so it has to be
                     // refused.
                     config.tty = name != "null";
                     config.mounts = vec![volume(&shared, "/dev")];
@@ -253,7 +253,7 @@ fn masks_and_the_terminal_do_not_rest_on_a_dev_that_somebody_else_writes() -> Re
     })
 }
 
-/// What a container of each hostile image sees has to be what it sees in a good one.
+/// A container of each hostile image has to see exactly what it sees in a good one.
 const VIEW: &str = "awk '$2 ~ \"^/(proc|sys|dev)\" { print $2, $3 }' /proc/mounts; \
     cat /proc/kcore /proc/keys /proc/timer_list 2>/dev/null | wc -c; ls -A /sys/firmware | wc -l; \
     stat -c %F:%t:%T /dev/null /dev/zero /dev/random; (echo x > /proc/sys/kernel/hostname) 2>/dev/null; echo $?; \
@@ -284,8 +284,8 @@ fn a_root_with_links_files_and_pipes_in_place_of_what_belongs_there_leads_nowher
                 ("directory", place, Entry::Directory),
                 ("gap", gone.as_str(), Entry::File(b"")),
             ] {
-                // What does not belong there is refused by name; everything else runs as if it were
-                // not there.
+                // Misplaced objects are refused by name; everything else runs as if they were
+                // absent.
                 let is_refused = matches!(
                     (*place, form),
                     ("proc" | "sys" | "dev", "link" | "climbing link" | "circle" | "file" | "pipe")
@@ -322,7 +322,7 @@ fn a_root_with_links_files_and_pipes_in_place_of_what_belongs_there_leads_nowher
     })
 }
 
-/// Where a runtime mounts, makes, writes or reads something.
+/// A place where a runtime mounts, creates, writes or reads something.
 const PLACES_OF_A_ROOT: &[&str] = &[
     "proc",
     "sys",
@@ -348,9 +348,9 @@ fn climbing(path: &str) -> String {
     format!("{}{}", "../".repeat(12), path.trim_start_matches('/'))
 }
 
-/// Looks at every process but the first from its first moment on, by what /proc says of it, until
-/// `/tmp/over` is there; says what it sees of the host. Only builtins of the shell, so that no look
-/// takes longer than the moment that it is for.
+/// Examines every process but the first from its first moment on, through /proc, until `/tmp/over`
+/// exists; prints what it sees of the host. Only shell builtins, so that no look takes longer than
+/// the moment that it is for.
 fn look_for_the_host(canary: &str) -> String {
     format!(
         "while [ ! -e /tmp/over ]; do for p in /proc/[2-9]* /proc/1?*; do \
@@ -366,7 +366,7 @@ fn may_trace(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
     config
 }
 
-/// What a container that looks said, each line once.
+/// The output of a container that looks, each line once.
 fn seen_by(container: &Container) -> Result<BTreeSet<String>> {
     Ok(container.ended()?.stdout.lines().map(str::to_owned).collect())
 }
@@ -392,7 +392,7 @@ fn exec_brings_nothing_of_the_host_into_a_container() -> Result<()> {
     })
 }
 
-/// The same for containers that are made in a pid namespace where another process looks.
+/// The same for containers that are created in a pid namespace where another process looks.
 #[test]
 fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> Result<()> {
     const CONTAINERS: usize = 30;
@@ -404,8 +404,7 @@ fn a_new_container_brings_nothing_of_the_host_into_a_shared_pid_namespace() -> R
             pod.start(sharing(idle(&format!("c{number}"))))?.remove()?;
         }
         looks.call_off("/tmp/over");
-        // They are in it all the same, with a /proc that says so and a terminal if they asked for
-        // one.
+        // They are in it all the same, with a matching /proc and, if requested, a terminal.
         let mut config =
             sharing(shell("terminal", "grep Name /proc/1/status; [ -e /proc/$$ ] && [ -t 0 ] && echo own"));
         config.tty = true;
@@ -437,14 +436,14 @@ fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() 
             config.mounts = vec![volume(&shared, "/volume")];
             config
         };
-        // It is called off from outside: what a program of the container is run from may be written
+        // It is stopped from outside: the program file of a process in the container may be written
         // once that has ended.
         let write = "while [ ! -e /volume/over ]; do for p in /proc/[0-9]*; do { echo evil > $p/exe; } 2>/dev/null && echo wrote $p; done; done; echo over";
         let main = pod.start(with_volume(may_trace(shell("writes", write))))?;
         let shim = main.shim_pid()?;
         let own = sha256(&fs::read(format!("/proc/{shim}/exe"))?);
         for _ in 0..repeats(EXECS)? {
-            // Refused by the kernel or ended with an error; which one is the kernel's matter.
+            // Refused by the kernel or ended with an error; which one is up to the kernel.
             let _ = main.exec(&["/volume/evil"]);
         }
         let _ = pod.start(with_volume(container("entrypoint", &["/volume/evil"])));
@@ -460,7 +459,7 @@ fn the_programs_of_the_host_cannot_be_written_through_processes_that_run_them() 
     })
 }
 
-/// The masks and read-only paths that a kubelet of today asks for.
+/// The masks and read-only paths of a current kubelet.
 const MASKED: &[&str] = &[
     "/proc/asound",
     "/proc/acpi",
@@ -476,13 +475,13 @@ const MASKED: &[&str] = &[
     "/sys/devices/virtual/powercap",
 ];
 
-/// Root of a container without CAP_SYS_ADMIN takes masks away, mounts over them, or mounts a procfs
-/// of its own; also without a filter, and as root of a user namespace that it makes.
+/// Root of a container without CAP_SYS_ADMIN removes masks, mounts over them, or mounts its own
+/// procfs; also without a filter, and as root of a user namespace that it creates.
 #[test]
 fn masks_and_read_only_paths_cannot_be_taken_away_from_inside() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("masks")?;
-        // How much of what is masked can be read, and whether what is read-only takes writes.
+        // How much of the masked content can be read, and whether read-only paths take writes.
         let state = "for p in $MASKED; do [ ! -e $p ] || [ -z \"$(ls -A $p/ 2>/dev/null; cat $p 2>/dev/null | head -c 1)\" ] || echo open $p; done; \
             for p in /proc/sys/kernel/hostname /proc/irq/default_smp_affinity /proc/sysrq-trigger; do { echo x > $p; } 2>/dev/null && echo wrote $p; done;";
         let tries = "for p in $MASKED /proc/sys /proc/irq /proc/sysrq-trigger; do \
@@ -505,7 +504,7 @@ fn masks_and_read_only_paths_cannot_be_taken_away_from_inside() -> Result<()> {
             let ended = pod.run_container(config)?;
             assert_eq!(ended.stdout, "start\nend\n", "{name}: {}", ended.stderr);
         }
-        // The same script sees what is open when nothing is masked.
+        // The same script sees the content when nothing is masked.
         let mut config = shell("open", &format!("{state} echo end"));
         config.envs = vec![v1::KeyValue { key: "MASKED".to_owned(), value: MASKED.join(" ").into_bytes() }];
         security(&mut config).masked_paths.clear();
@@ -542,7 +541,7 @@ fn devices_stay_closed_for_program_and_exec_when_the_daemon_starts_anew_or_limit
             DEVICES.iter().enumerate().fold(String::new(), |text, (number, (kind, major, minor))| {
                 text + &format!("mknod /tmp/d{number} {kind} {major} {minor}; ")
             });
-        // Opening without reading: some devices wait.
+        // Opening without reading: some devices block.
         let open = "for d in /tmp/d*; do why=$( ( : < $d ) 2>&1 ) && echo opened $d; case $why in *'not permitted'*) ;; *) echo $d $why; esac; done";
         let main =
             pod.start(shell("main", &format!("{nodes} echo made; while :; do {open}; sleep 0.1; done")))?;
@@ -563,12 +562,12 @@ fn devices_stay_closed_for_program_and_exec_when_the_daemon_starts_anew_or_limit
     })
 }
 
-/// What a user without rights on the host, and root in a container on the host's network, can get
-/// at.
+/// What a user without rights on the host, and root in a container on the host's network, can
+/// reach.
 #[test]
 fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -> Result<()> {
     rootful(|daemon| {
-        // Not by the directory of the test itself.
+        // Not through the directory of the test itself.
         fs::set_permissions(daemon.dir(), fs::Permissions::from_mode(0o755))?;
         let pod = daemon.pod("closed")?;
         let main = pod.idle("main")?;
@@ -594,7 +593,7 @@ fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -
             );
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         };
-        // The directory that systemd makes for root and state may be entered; nothing in it.
+        // The directory that systemd creates for root and state may be entered; nothing in it.
         assert_eq!(nobody(&format!("{look}; true"))?, "");
         assert_eq!(
             nobody(&format!(
@@ -627,9 +626,9 @@ fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -
              echo $state ${local%:*}; wget -O - http://127.0.0.1:$((0x${local#*:}))/exec/x 2>&1; done; true",
             |config| security(config).namespace_options = Some(hosts_network.clone()),
         )?;
-        // One listens (0A), on loopback: the streaming server, which answers no one without a
-        // token. The kernel keeps the closed connections of wget for a while, but they came after
-        // the list was read.
+        // One is listening (0A), on loopback: the streaming server, which answers no request
+        // without a token. The kernel keeps the closed connections of wget for a while, but they
+        // came after the list was read.
         let mut lines = said.lines();
         assert_eq!(
             (lines.next(), lines.next(), lines.next()),
@@ -643,7 +642,7 @@ fn neither_users_of_the_host_nor_its_network_lead_to_the_daemon_or_its_files() -
     })
 }
 
-/// Words that other runtimes, and tools beside them, take as orders; to this one they are text.
+/// Words that other runtimes and tools interpret as orders; to Berth they are text.
 const ORDERS: &[(&str, &str)] = &[
     ("org.systemd.property.ExecStart", "'/bin/touch'"),
     ("run.oci.handler", "krun"),
@@ -712,11 +711,11 @@ fn annotations_and_an_images_labels_order_nothing_and_stay_where_they_are() -> R
                 "{container:?}"
             );
         }
-        // What orders devices by their names is not offered, and not passed over either.
+        // A request for devices by name is not supported, and not ignored either.
         let mut config = idle("cdi");
         config.annotations.insert("cdi.k8s.io/device".to_owned(), "vendor.com/class=all".to_owned());
         assert_eq!(pod.create(config).err().map(|refused| refused.code()), Some(Code::Unimplemented));
-        // So many ports are more than a configuration may have.
+        // This many ports are more than a configuration may have.
         let directory = daemon.directory("ports")?;
         let ports: serde_json::Map<String, serde_json::Value> =
             (0..400_000).map(|port| (format!("{port}/tcp"), json!({}))).collect();
@@ -732,7 +731,7 @@ fn annotations_and_an_images_labels_order_nothing_and_stay_where_they_are() -> R
             daemon.client().import(&directory)?;
             let mut config = idle(&format!("signal-{number}"));
             config.image = Some(image_spec(&name));
-            // Refused in words, or taken as if it were not there: it ends at the usual signal.
+            // Refused with a clear error, or ignored: it ends at the usual signal.
             match pod.start(config) {
                 Ok(main) => {
                     main.stop(20)?;

@@ -1,6 +1,6 @@
-//! Faults of the daemon, its shims and the machine: killed at every moment of a pod's making,
-//! nowhere to write logs, process ids that come again, processes that hide, no descriptors left.
-//! Afterwards: what is reported is true, requests can be repeated, and nothing is left.
+//! Faults of the daemon, its shims and the machine: kills at every moment of a pod's creation, no
+//! place to write logs, reused process ids, processes that hide, no descriptors left. Afterwards:
+//! reports are true, requests can be repeated, and nothing is left.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,8 +25,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SIGKILL, kill};
 use nix::unistd::Pid;
 
-/// A daemon answers this soon after its start, and a request that was cut off is answered again, on
-/// a machine that is busy with other tests.
+/// How soon a daemon answers after its start, and again after an interrupted request, on a machine
+/// that is busy with other tests.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 fn is_alive(pid: i32) -> bool {
@@ -42,7 +42,7 @@ fn start_anew(daemon: &Daemon) -> Result<()> {
     Ok(())
 }
 
-/// Everything that is listed has a status that is so.
+/// Every listed object has a status that agrees.
 fn what_is_told_is_true(client: &Client) -> Result<()> {
     for sandbox in client.sandboxes(v1::PodSandboxFilter::default())? {
         client.sandbox(&sandbox.id)?;
@@ -60,8 +60,8 @@ fn what_is_told_is_true(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// What a kubelet does that was cut off: it lists what there is, asks again for what is missing,
-/// and goes on.
+/// What a kubelet does after an interruption: it lists the objects, requests the missing ones
+/// again, and continues.
 fn go_on_with_the_pod(daemon: &Daemon) -> Result<()> {
     let client = daemon.client();
     let config = daemon.pod_config("swept");
@@ -108,8 +108,8 @@ fn a_daemon_killed_at_any_moment_of_a_pods_making_leaves_nothing_in_the_way() ->
             daemon.pod("swept")?.idle("main")?;
             Ok(begun.elapsed())
         };
-        // The first one is slower than those that follow: its image has not been mounted before.
-        // Each one that is not cut off says better how long it takes.
+        // The first one is slower than the following ones: its image has not been mounted before.
+        // Each one that is not interrupted gives a better estimate of the duration.
         let mut whole = make()?;
         go_on_with_the_pod(daemon)?;
         daemon.crash()?;
@@ -243,11 +243,11 @@ fn a_log_that_has_no_room_blocks_nobody_and_says_how_much_it_lost() -> Result<()
         fs::write(shared.join("go"), "")?;
         let ended = main.ended()?;
         assert_eq!((ended.status.exit_code, ended.stdout.as_str()), (3, "after\n"));
-        // The bytes of the entries: what was written, what was lost.
+        // The bytes of the entries: those written and those lost.
         let (_, lost) = ended.stderr.split_once("[berth: ").with_context(|| format!("{:?}", ended.stderr))?;
         let lost: u64 = lost.split(' ').next().context("a number")?.parse()?;
         ensure!(lost > 10_000_000, "400,000 entries are more than {lost} bytes");
-        // What is there is what was said first; the last entry may have been cut short by the disk.
+        // The content begins with the first output; the disk may have cut the last entry short.
         let bytes = fs::read(&old)?;
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').context("an entry")?;
         let entries = log::parse(bytes.get(..=whole).context("entries")?)?;
@@ -259,7 +259,7 @@ fn a_log_that_has_no_room_blocks_nobody_and_says_how_much_it_lost() -> Result<()
     })
 }
 
-/// A process with this very number, as the kernel reuses it some time after its owner has ended:
+/// A process with exactly this number, as the kernel reuses it some time after its owner has ended:
 /// proc(5), `/proc/sys/kernel/ns_last_pid`.
 fn decoy(pid: i32) -> Option<Child> {
     for _ in 0..100 {
@@ -338,8 +338,8 @@ fn processes_that_hide_in_cgroups_of_their_own_or_behind_a_parent_that_left_are_
                 Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
             })
         };
-        // In cgroups below its own, one of them frozen by the container itself.
-        // On version 2 a privileged one sees all of the host's.
+        // In cgroups below its own, one of them frozen by the container itself. On version 2 a
+        // privileged one sees all of the host's.
         let hide = "set -- /sys/fs/cgroup/*; \
             [ ! -e /sys/fs/cgroup/cgroup.controllers ] || set -- /sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup); \
             for c; do [ -e $c/cgroup.procs ] || continue; \
@@ -357,12 +357,12 @@ fn processes_that_hide_in_cgroups_of_their_own_or_behind_a_parent_that_left_are_
             ends(&main)?;
             main.remove()?;
         }
-        // The parent leaves; in the pod's pid namespace that ends none of them.
+        // The parent ends; in the pod's pid namespace that ends none of them.
         let leave = "for i in 1 2 3 4 5; do (setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' > /dev/null 2>&1 &); done; echo left";
         let main = pod.start(trusted(shell("daemons", leave)))?;
         assert_eq!(main.ended()?.stdout, "left\n");
         within(SOON, "its cgroup is gone", || Ok(daemon.cgroup().below(&main.id).is_empty().then_some(())))?;
-        // It makes new ones faster than they can be counted.
+        // It creates new ones faster than they can be counted.
         let bomb = "trap '' TERM; echo begins; i=0; while [ $i -lt 60 ]; do i=$((i + 1)); \
             (setsid sh -c 'while :; do (sleep 0.05 &); sleep 0.02; done' &); done; while :; do sleep 1; done";
         let main = pod.start(trusted(shell("bomb", bomb)))?;
@@ -395,8 +395,8 @@ fn a_daemon_without_descriptors_waits_and_goes_on_when_it_has_some_again() -> Re
         // Only the soft one, which a process may raise again.
         let limit = format!("--nofile={}:", held + MORE);
         daemon.host().run("prlimit", &["--pid", &pid.to_string(), &limit])?;
-        // Those that are not accepted any more wait in the socket's queue, and then in connect(2):
-        // not on this thread.
+        // Connections that are no longer accepted wait in the socket's queue, and then in
+        // connect(2): not on this thread.
         let socket = daemon.socket();
         let connecting: Vec<_> = (0..CONNECTIONS)
             .map(|_| {
@@ -414,7 +414,7 @@ fn a_daemon_without_descriptors_waits_and_goes_on_when_it_has_some_again() -> Re
         ensure!(used < 1.0, "it took {used} seconds of two to wait");
         assert_eq!(daemon.pid()?, pid);
         ensure!(is_alive(i32::try_from(pid)?), "it ended: {}", daemon.last_words());
-        // Each is let go as soon as it is there.
+        // Each is released as soon as it exists.
         daemon.host().run("prlimit", &["--pid", &pid.to_string(), "--nofile=4096:"])?;
         for connection in connecting {
             drop(connection.join().map_err(|_| anyhow!("the thread panicked"))?);

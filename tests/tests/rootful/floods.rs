@@ -1,5 +1,5 @@
-//! Too much of everything: output of commands, lines of logs, messages, streams of HTTP/2. What is
-//! asked for by others goes on, and memory has a bound.
+//! Too much of everything: output of commands, lines of logs, messages, streams of HTTP/2. Requests
+//! of others are served all the same, and memory is bounded.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -35,12 +35,12 @@ fn forget_peak(pid: i32) -> Result<()> {
 #[test]
 fn commands_that_flood_their_output_cost_a_bounded_memory_and_no_disk() -> Result<()> {
     const COMMANDS: u64 = 10;
-    /// A kubelet takes 16 MiB. Beside them the daemon holds them once more as the message, and some
-    /// of either while it grows.
+    /// A kubelet takes 16 MiB. Besides, the daemon holds them again as the message, and part of
+    /// each while it grows.
     const EACH: u64 = 64 * MIB;
     rootful(|daemon| {
-        // One process, which is the same before and after, and beside it one that reaps whatever
-        // the commands leave behind.
+        // One process, which is the same before and after, and beside it one that reaps what the
+        // commands leave behind.
         let pod = daemon.pod_of(sharing_pod(daemon.pod_config("floods")))?;
         let main = pod.start(sharing(container("main", &["sleep", "1000"])))?;
         main.sh("true")?;
@@ -53,7 +53,7 @@ fn commands_that_flood_their_output_cost_a_bounded_memory_and_no_disk() -> Resul
                 .map(|number| {
                     let (client, id) = (daemon.client(), main.id.clone());
                     scope.spawn(move || {
-                        // The last ones do not end by themselves.
+                        // The last ones do not end on their own.
                         let (script, timeout) = if number < COMMANDS - 2 {
                             ("head -c 40000000 /dev/zero; head -c 40000000 /dev/zero >&2; exit 5", 120)
                         } else {
@@ -115,15 +115,14 @@ fn logs_that_are_flooded_and_rotated_all_the_time_lose_no_byte() -> Result<()> {
                     let old = main.log_path.with_extension(format!("log.{turns}"));
                     fs::rename(&main.log_path, &old)?;
                     let request = v1::ReopenContainerLogRequest { container_id: main.id.clone() };
-                    // It may end at this moment; then what is left of its log is in the file that
-                    // was renamed.
+                    // It may end at this moment; then the rest of its log is in the renamed file.
                     let _ = daemon.client().reopen_container_log(request);
                     parts.entry(number).or_default().push(old);
                 }
             }
             turns += 1;
         }
-        // A rotation takes longer on an emulated processor than what is printed meanwhile.
+        // On an emulated processor a rotation takes longer than the printing meanwhile.
         ensure!(turns > repeats(4)?.max(2), "only {turns} rotations");
         for shim in shims.unwrap_or_default() {
             if let Ok(most) = peak(shim) {
@@ -245,11 +244,11 @@ fn headers(path: &str) -> Vec<u8> {
     block
 }
 
-/// A connection that has said what every client says first.
+/// A connection that has sent the preface of every client.
 fn connect(daemon: &Daemon) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(daemon.socket())?;
     stream.set_read_timeout(Some(patience(Duration::from_secs(10))))?;
-    // A server that takes no more from a client that reads nothing does right.
+    // A server may refuse more data from a client that reads nothing.
     stream.set_write_timeout(Some(Duration::from_millis(500)))?;
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")?;
     stream.write_all(&frame(SETTINGS, 0, 0, &[]))?;
@@ -292,8 +291,8 @@ fn streams_that_break_the_protocol_disturb_nobody_else() -> Result<()> {
         let main = pod.idle("main")?;
         let pid = i32::try_from(daemon.pid()?)?;
         ensure!(is_answered(daemon, b"\x0a\x01v")?, "a good call by hand");
-        // Text that is none, a length beyond the end, a field beyond the message, a group that
-        // never ends.
+        // Invalid text, a length beyond the end, a field beyond the message, a group without an
+        // end.
         for bad in [
             &b"\x0a\x02\xff\xfe"[..],
             b"\x0a\x7fv",
@@ -335,7 +334,7 @@ fn streams_that_break_the_protocol_disturb_nobody_else() -> Result<()> {
                 let flooding = scope.spawn(|| -> Result<()> {
                     for _ in 0..2 {
                         let mut stream = connect(daemon)?;
-                        // The daemon may close it in the middle: that is what is wanted.
+                        // The daemon may close it in the middle, as intended.
                         let _ = stream.write_all(&flood);
                     }
                     Ok(())

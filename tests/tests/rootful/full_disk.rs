@@ -1,4 +1,4 @@
-//! Containers that end while the disk under the durable root has not one byte left: their exit
+//! Containers that end while the disk under the durable root has not a single byte left: their exit
 //! codes are reported all the same.
 
 use std::fs::{self, OpenOptions};
@@ -11,7 +11,7 @@ use berth_tests::pod::{Container, shell};
 use nix::sys::signal::{SIGTERM, kill};
 use nix::unistd::Pid;
 
-/// Takes all room that there is, down to the last block.
+/// Takes all free space, down to the last block.
 fn fill(daemon: &Daemon) -> Result<()> {
     let mut file = OpenOptions::new().create(true).append(true).open(daemon.root().join("filler"))?;
     for size in [1 << 20, 4096, 1] {

@@ -1,5 +1,5 @@
 //! Files of the image store that cannot be read, are damaged or cannot be deleted, and images that
-//! are removed while they are in use: no container loses what it stands on, and no call waits.
+//! are removed while in use: no container loses its layers, and no call waits.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use berth_tests::pod::{Container, Pod, shell};
 use berth_tests::repeats::repeats;
 use nix::mount::{MsFlags, mount};
 
-/// An image beside the demo image, which it has the lowest layer of.
+/// An image beside the demo image, with which it shares the lowest layer.
 const APP: &str = "localhost/app:1";
 
 /// Reads one file of each of the two layers.
@@ -33,7 +33,7 @@ fn of_app(name: &str, script: &str) -> v1::ContainerConfig {
     v1::ContainerConfig { image: Some(image_spec(APP)), ..shell(name, script) }
 }
 
-/// A container of the image that does nothing, and what it sees.
+/// A container of the image that does nothing, and the files it sees.
 fn idle_app(pod: &Pod) -> Result<(Container, String)> {
     let main = pod.start(of_app("main", "sleep 100000"))?;
     let seen = main.sh(LOOK)?;
@@ -49,7 +49,7 @@ fn names(directory: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// What is listed in the store's directories, but for what is on its way out.
+/// The names in the store's directories, except for those being removed.
 fn layers(daemon: &Daemon) -> Result<Vec<String>> {
     let mut names = names(&daemon.root().join("layers"))?;
     names.retain(|name| !name.ends_with(".partial"));
@@ -63,8 +63,7 @@ fn files(daemon: &Daemon, directory: &str, name: &str) -> Result<Vec<PathBuf>> {
     Ok(files.filter(|file| file.exists()).collect())
 }
 
-/// Makes the daemon look for unneeded layers, as it does when an image is removed and when a
-/// container is.
+/// Makes the daemon look for unneeded layers, as it does when an image or a container is removed.
 fn remove_something_else(daemon: &Daemon, pod: &Pod) -> Result<()> {
     let directory = daemon.directory("else")?;
     Image::demo()?.on_top(Layer::of_files(&[("else", b"x")])).write_layout(&directory, "localhost/else:1")?;
@@ -96,7 +95,7 @@ fn a_file_that_cannot_be_read_at_the_start_costs_no_container_anything() -> Resu
             let unread = files(daemon, directory, name)?;
             daemon.kill()?;
             for file in &unread {
-                // To read a directory is an error that says nothing about the file (read(2),
+                // Reading a directory is an error that says nothing about the file (read(2),
                 // EISDIR).
                 fs::rename(file, file.with_extension("aside"))?;
                 fs::create_dir(file)?;
@@ -104,7 +103,7 @@ fn a_file_that_cannot_be_read_at_the_start_costs_no_container_anything() -> Resu
             daemon.start_again()?;
             assert_eq!(main.sh(LOOK)?, seen, "{name}");
             if directory == "layers" {
-                // The image can be used: the record is needed for other images only.
+                // The image can be used: only other images need the record.
                 let other = pod.start(of_app("other", "cat /note"))?;
                 assert_eq!(other.ended()?.stdout, "noted\n");
                 other.remove()?;

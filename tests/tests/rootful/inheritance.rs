@@ -1,5 +1,5 @@
-//! What a process has from its parent: that of a container has nothing from the daemon, however
-//! that was started.
+//! What a process inherits from its parent: a container's process gets nothing from the daemon,
+//! however that was started.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use berth_tests::pod::{idle, security, sharing, sharing_pod};
 use berth_tests::program::output;
 use berth_tests::skip::skip;
 
-/// A session keyring with a key that only who possesses it can see, and the early memory failure
+/// A session keyring with a key that only its possessor can see, and the early memory failure
 /// policy: add_key(2), keyctl(2), PR_MCE_KILL(2const), by their numbers on x86_64.
 const ODDER: &str = r#"
     my ($kind, $name, $content) = ("user", "berth-test-secret", "x");
@@ -27,7 +27,7 @@ const ODDER: &str = r#"
     exec @ARGV;
 "#;
 
-/// A daemon with everything that can be passed on set to something else than the default.
+/// A daemon with every inherited attribute set to something other than the default.
 const ODD: Setup = Setup {
     network: "",
     configuration: "",
@@ -58,11 +58,11 @@ const ODD: Setup = Setup {
     ],
 };
 
-/// `PF_MCE_PROCESS` of the kernel's <linux/sched.h>, in field 9 of proc_pid_stat(5): it has a
-/// policy of its own for memory failures.
+/// `PF_MCE_PROCESS` of the kernel's <linux/sched.h>, in field 9 of proc_pid_stat(5): it has its own
+/// policy for memory failures.
 const PF_MCE_PROCESS: u64 = 0x80;
 
-/// What the kernel says of a process, line by line.
+/// The kernel's state of a process, line by line.
 fn inherited(pid: i32) -> Result<Vec<String>> {
     let proc = Path::new("/proc").join(pid.to_string());
     let read = |name: &str| {
@@ -80,7 +80,7 @@ fn inherited(pid: i32) -> Result<Vec<String>> {
         processors.to_owned(),
         format!("nice {}, policy {}", fields[16], fields[38]),
         format!("memory failure {:x}", fields[6].parse::<u64>()? & PF_MCE_PROCESS),
-        // The number behind the class means nothing for "none".
+        // With class "none" the number means nothing.
         format!("io {}", io.split(':').next().unwrap_or_default()),
         format!("personality {}", read("personality")?),
         format!("slack {}", read("timerslack_ns")?),
@@ -105,7 +105,7 @@ fn a_container_has_nothing_from_a_daemon_that_was_started_oddly() -> Result<()> 
         for (odd, expected) in odd.iter().zip(&expected) {
             ensure!(odd != expected || online.trim() == "0", "the daemon was not started oddly: {odd}");
         }
-        // Of programs that it runs itself it hears how they ended: one sets up the network.
+        // It learns how programs that it runs itself have ended: one sets up the network.
         let status = daemon.client().status(v1::StatusRequest::default())?.status.context("a status")?;
         for condition in &status.conditions {
             ensure!(condition.status, "{condition:?}");
@@ -118,8 +118,8 @@ fn a_container_has_nothing_from_a_daemon_that_was_started_oddly() -> Result<()> 
              /proc/self/coredump_filter",
         )?;
         assert_eq!(said, format!("{}\n0\n00000000\n50000\n00000033\n", expected[0]), "a process of exec");
-        // Those that enter a pid namespace where others live go another way, and the first process
-        // there is Berth's own.
+        // Processes that enter a pid namespace where others live take another path, and the first
+        // process there is Berth's own.
         let pod = daemon.pod_of(sharing_pod(daemon.pod_config("shared")))?;
         let main = pod.start(sharing(idle("main")))?;
         assert_eq!(inherited(main.pid()?)?, expected, "a main process in a shared namespace");
@@ -138,7 +138,7 @@ fn a_container_has_nothing_from_a_daemon_that_was_started_oddly() -> Result<()> 
     })
 }
 
-/// `vm.memfd_noexec` is a setting of a pid namespace, so the daemon has one of its own here.
+/// `vm.memfd_noexec` is a setting of a pid namespace, so the daemon gets its own here.
 fn starts_containers_with(test: &str, noexec: &'static [&'static str]) -> Result<()> {
     if !fs::exists("/proc/sys/vm/memfd_noexec")? {
         skip(test, "this kernel has no vm.memfd_noexec");
@@ -157,7 +157,7 @@ fn starts_containers_with(test: &str, noexec: &'static [&'static str]) -> Result
     })
 }
 
-/// Its own pid namespace, with what `$0` says in `vm.memfd_noexec`.
+/// Its own pid namespace, with the value of `$0` in `vm.memfd_noexec`.
 const SETTING: [&str; 8] = [
     "unshare",
     "--pid",

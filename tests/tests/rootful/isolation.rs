@@ -11,7 +11,7 @@ use berth_tests::pod::{container, idle, security, words};
 use berth_tests::program::output;
 use berth_tests::streams;
 
-/// The capabilities that images are written for: Docker's and containerd's default set, by number
+/// The capabilities that images expect: Docker's and containerd's default set, by number
 /// (capability.h).
 const DEFAULT: [u32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
 
@@ -32,7 +32,7 @@ fn sets(status: &str) -> Result<[u64; 5]> {
 #[test]
 fn capabilities_are_exactly_those_of_the_request() -> Result<()> {
     rootful(|daemon| {
-        // What the daemon does not have itself it cannot give.
+        // The daemon cannot grant what it lacks itself.
         let own =
             berth_tests::census::status_field(i32::try_from(daemon.pid()?)?, "CapBnd").context("CapBnd")?;
         let own = u64::from_str_radix(&own, 16)?;
@@ -221,7 +221,7 @@ fn proc_sys_and_dev_have_what_containers_need_and_no_more() -> Result<()> {
         assert_eq!(main.sh("readlink /proc/1/exe")?, "/bin/sh\n");
         let mut devices: Vec<String> = main.sh("ls /dev")?.lines().map(str::to_owned).collect();
         devices.sort();
-        // A link to /proc/kcore, which some kernels have not.
+        // A link to /proc/kcore, which some kernels lack.
         devices.retain(|name| name != "core");
         let expected = [
             "fd", "full", "mqueue", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout",
@@ -265,7 +265,7 @@ fn devices_of_the_host_cannot_be_made_and_opened() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("devices")?;
         let main = pod.idle("main")?;
-        // Making nodes is allowed by the default capabilities; opening them is not.
+        // The default capabilities allow creating nodes, but not opening them.
         for (name, kind, major, minor) in [
             ("mem", "c", "1", "1"),
             ("kmsg", "c", "1", "11"),
@@ -278,8 +278,8 @@ fn devices_of_the_host_cannot_be_made_and_opened() -> Result<()> {
             assert!(opened.code != 0 && opened.stderr.contains("not permitted"), "{name}: {opened:?}");
         }
         main.sh("mknod /tmp/null c 1 3; echo x > /tmp/null")?;
-        // One that is asked for is there, with these rights and no others. Loop control: opening it
-        // does nothing, and it is not among the devices that every container has.
+        // A requested device exists, with these rights and no others. Loop control: opening it does
+        // nothing, and it is not among the devices that every container has.
         if !std::path::Path::new("/dev/loop-control").exists() {
             berth_tests::skip::skip(
                 "isolation::devices (those asked for)",
@@ -371,7 +371,7 @@ fn a_device_may_lie_outside_of_dev_and_in_what_is_mounted() -> Result<()> {
     })
 }
 
-/// What Docker's own default profile looks like: an allow list with rules that hold for some
+/// In the form of Docker's own default profile: an allow list with rules that depend on
 /// capabilities, architectures and kernels.
 #[test]
 fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
@@ -383,8 +383,8 @@ fn a_profile_in_dockers_form_gives_what_its_conditions_say() -> Result<()> {
             profile_type: v1::security_profile::ProfileType::Localhost.into(),
             localhost_ref: file.to_string_lossy().into_owned(),
         };
-        // By number where a shell has no word for it: unshare(2) is for CAP_SYS_ADMIN, and so is
-        // what else the profile says of it.
+        // By number where a shell has no command for it: unshare(2) needs CAP_SYS_ADMIN, and so
+        // does everything else that the profile says about it.
         let script = "mkdir /tmp/a && echo made; hostname x 2>&1 | grep -o 'not permitted\\|not implemented'; \
             hostname; grep Seccomp: /proc/self/status; chroot / true && echo rooted; sync && echo synced";
         let seen = |caps: &[&str]| {
@@ -414,7 +414,7 @@ fn limits_of(limits: &str, name: &str) -> Result<(String, String)> {
 #[test]
 fn resource_limits_of_a_program_do_not_depend_on_how_the_daemon_was_started() -> Result<()> {
     rootful(|daemon| {
-        // What a unit file or a shell might have said. Only the hard ones bind, and only a daemon
+        // Limits that a unit file or a shell may have set. Only hard ones bind, and only a daemon
         // that may not raise them.
         let daemon_has =
             ["--nofile=4321:", "--core=0:", "--stack=1048576:", "--memlock=65536:", "--nproc=5000:"];
@@ -436,7 +436,7 @@ fn resource_limits_of_a_program_do_not_depend_on_how_the_daemon_was_started() ->
         ] {
             let (found_soft, found_hard) = limits_of(&limits, name)?;
             let (_, most) = limits_of(&own, name)?;
-            // Without CAP_SYS_RESOURCE the daemon's own hard limit is the most there is.
+            // Without CAP_SYS_RESOURCE the daemon's own hard limit is the maximum.
             let lowered = found_hard == most && (found_soft == soft || found_soft == most);
             assert!(
                 lowered || (found_soft == soft && found_hard == hard),
@@ -452,7 +452,7 @@ fn resource_limits_of_a_program_do_not_depend_on_how_the_daemon_was_started() ->
 fn a_program_inherits_no_signals_that_are_ignored_or_blocked() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("inherits")?;
-        // Without a shell, which has ideas of its own.
+        // Without a shell, which would change some itself.
         let states = ["grep", "-e", "^SigBlk", "-e", "^SigIgn", "/proc/self/status"];
         let none = "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n";
         assert_eq!(pod.run_container(container("program", &states))?.stdout, none);
@@ -461,7 +461,7 @@ fn a_program_inherits_no_signals_that_are_ignored_or_blocked() -> Result<()> {
     })
 }
 
-/// What /proc says of the privileges of a process.
+/// The privileges of a process, from /proc.
 const PRIVILEGES: &str = "grep -e ^Uid -e ^Gid -e ^Groups -e ^Cap -e ^NoNewPrivs -e ^Seccomp /proc/$WHO/status; umask; cat /proc/$WHO/limits; id";
 
 #[test]
@@ -520,7 +520,7 @@ fn resource_limits_can_be_configured() -> Result<()> {
 fn nothing_of_the_daemon_is_open_in_a_container() -> Result<()> {
     rootful(|daemon| {
         let main = daemon.pod("fds")?.idle("main")?;
-        // What a shell or ls opens for itself is in the container; what the daemon or the shim left
+        // What a shell or ls opens itself is in the container; what the daemon or the shim left
         // open would not be.
         for (what, process) in [("the program", "1"), ("exec", "$$")] {
             let open = main.sh(&format!(
@@ -566,7 +566,7 @@ fn no_stream_of_a_container_is_a_file_of_the_host() -> Result<()> {
     })
 }
 
-/// Where something is mounted, but for what tests have mounted.
+/// The mount points, except for those of tests.
 fn host_mounts() -> Result<std::collections::BTreeSet<String>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));

@@ -1,4 +1,4 @@
-//! Lists, their filters, and what the runtime says of itself.
+//! Lists, their filters, and the runtime's description of itself.
 
 use anyhow::{Context as _, Result};
 use berth_cri::v1;

@@ -1,4 +1,4 @@
-//! What containers write, in files of the CRI format.
+//! The output of containers, in files of the CRI format.
 
 use std::fmt::Write as _;
 use std::fs;

@@ -1,5 +1,5 @@
-//! Where a request may mount something: not over the kernel's files that the runtime and the
-//! isolation of containers rest on, whatever links lead there.
+//! Where a request may mount something: not over files of the kernel on which the runtime and the
+//! isolation of containers depend, whatever links lead there.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -44,7 +44,7 @@ fn nothing_is_mounted_in_proc_by_its_name_or_through_a_link_of_a_volume() -> Res
             (&directory, "/volume/climbing"),
             (&file, "/volume/attr"),
             (&file, "/volume/sysrq"),
-            // A place that is allowed, but only by its own name.
+            // An allowed place, but only by its own name.
             (&file, "/volume/cpuinfo"),
             (&directory, "/volume/dev"),
             (&directory, "/volume/pts"),
@@ -98,7 +98,7 @@ fn what_tools_replace_in_proc_can_be_replaced() -> Result<()> {
         config.mounts = vec![
             volume(&given.join("file"), "/proc/cpuinfo"),
             volume(&given.join("file"), "/proc/uptime"),
-            // What looks at the host has its /proc elsewhere, and may mount in there.
+            // A container that observes the host has its /proc elsewhere, and may mount in there.
             volume(Path::new("/proc"), "/host/proc"),
             volume(&given.join("file"), "/host/proc/version"),
         ];
@@ -109,7 +109,7 @@ fn what_tools_replace_in_proc_can_be_replaced() -> Result<()> {
             "{}",
             ended.stderr
         );
-        // The kernel's own filesystem may take the place of the container's.
+        // The kernel's own filesystem may replace the container's.
         let mut config = shell("proc", "grep -c ' /proc proc ' /proc/mounts; cat /proc/keys | wc -c");
         config.mounts = vec![volume(Path::new("/proc"), "/proc")];
         let ended = pod.run_container(config)?;

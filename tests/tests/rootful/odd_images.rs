@@ -1,5 +1,5 @@
-//! Images that builders make and that are odd where it does not matter; and text of images and
-//! requests on its way out.
+//! Images that builders create and that are odd where it does not matter; and text of images and
+//! requests in output.
 
 use std::fs;
 use std::process::Command;
@@ -90,7 +90,7 @@ fn volumes_of_any_spelling_are_writable() -> Result<()> {
         config.image = Some(image_spec("localhost/odd:volumes"));
         security(&mut config).readonly_rootfs = true;
         let ended = daemon.pod("pod")?.run_container(config)?;
-        // The root itself stays as the request wants it.
+        // The root itself keeps the mode that the request wants.
         ensure!(ended.stdout == "made\nrefused\n", "{}{}", ended.stdout, ended.stderr);
         Ok(())
     })
@@ -127,8 +127,8 @@ fn text_of_images_and_requests_leaves_escaped() -> Result<()> {
         config.working_dir = HOSTILE.to_owned();
         told.push(daemon.pod("pod")?.create(config).err().context("the name is taken")?.message().to_owned());
         told.push(client.pull(&format!("localhost/{HOSTILE}")).err().context("pulled")?.message().to_owned());
-        // What asks for what is not there is reported to the client only; the others are in the log
-        // too.
+        // A request for something absent is reported only to the client; other errors are in the
+        // log too.
         let log = daemon.log()?;
         ensure!(log.contains("up"), "the import is not in the log:\n{log}");
         told.push(log);

@@ -179,7 +179,7 @@ fn containers_that_share_a_pid_namespace_see_each_other_and_orphans_are_reaped()
             security(&mut config).namespace_options = Some(v1::NamespaceOption::default());
             config
         };
-        // The inner shell ends at once and leaves its child to process 1, which is not of this
+        // The inner shell ends at once and leaves its child to process 1, which is not in this
         // container.
         let script = "sh -c 'sleep 0.2 &'; exec sleep 1000";
         let first = pod.start(shared(shell("first", script)))?;
@@ -293,7 +293,7 @@ fn pods_can_be_made_and_removed_side_by_side() -> Result<()> {
 #[test]
 fn a_client_that_gives_up_does_not_leave_half_a_pod() -> Result<()> {
     rootful(|daemon| {
-        // A kubelet gives up on a call by resetting it; a client that ends does the same.
+        // A kubelet gives up a call by resetting it; so does a client that ends.
         let config = daemon.pod_config("web");
         let request = v1::RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
         let client = daemon.client();

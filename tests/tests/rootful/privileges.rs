@@ -1,5 +1,5 @@
-//! What a process may do on its way into a pid namespace where others may trace it: never more than
-//! its program.
+//! The privileges of a process on its way into a pid namespace where others may trace it: never
+//! more than its program's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -27,7 +27,7 @@ fn profile_file(daemon: &Daemon, text: &str) -> Result<v1::SecurityProfile> {
     })
 }
 
-/// What the kernel says of a process: `/proc/<pid>/status`.
+/// The kernel's view of a process: `/proc/<pid>/status`.
 struct Status(BTreeMap<String, String>);
 
 impl Status {
@@ -46,7 +46,7 @@ impl Status {
     }
 }
 
-/// Looks at a container between its making and its start, and then at its program.
+/// Examines a container between its creation and its start, and then its program.
 fn before_and_after(pod: &Pod, config: v1::ContainerConfig) -> Result<(Status, Status)> {
     let container = pod.create(config)?;
     let before = Status::of(&container)?;
@@ -99,12 +99,12 @@ fn who_waits_for_its_start_has_the_filter_and_the_capabilities_of_its_program() 
     })
 }
 
-/// CVE-2016-9962, of which this is the part that is left when nothing of the host is open: who
-/// traces a process before its program begins has what it has.
+/// The part of CVE-2016-9962 that is left when nothing of the host is open: a process that traces
+/// another before its program begins has everything that it has.
 #[test]
 fn processes_of_exec_have_the_capabilities_of_their_program_from_their_birth_on() -> Result<()> {
     const EXECS: usize = 250;
-    // Only builtins: programs of its own would be among what it sees.
+    // Only builtins: external programs would be among what it sees.
     const LOOK: &str = "echo ready; while [ ! -e /tmp/over ]; do for p in /proc/[2-9]* /proc/1?*; do \
         while read -r key value; do [ $key = CapPrm: ] && echo $value; done < $p/status; done 2>/dev/null; done";
     rootful(|daemon| {
@@ -132,9 +132,9 @@ fn in_own(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
     config
 }
 
-/// What is called under a filter before the program begins is what the daemon asks the filter for,
-/// and no more: any other call would end the process. A tracer gets nothing from it that the pod
-/// does not have.
+/// The calls made under a filter before the program begins are exactly those that the daemon
+/// requires of the filter: any other call would end the process. A tracer gains nothing from them
+/// that the pod does not have.
 #[test]
 fn the_first_process_of_a_pod_is_in_its_namespaces_and_under_a_filter() -> Result<()> {
     rootful(|daemon| {
@@ -156,8 +156,8 @@ fn the_first_process_of_a_pod_is_in_its_namespaces_and_under_a_filter() -> Resul
 
 #[test]
 fn a_filter_that_just_admits_entering_is_in_force_before_it() -> Result<()> {
-    // The first lines are those of the list of the plan, `ENTERING`; the others are a static
-    // busybox's.
+    // The first lines are those of the list of the plan, `ENTERING`; the others are those of a
+    // static busybox.
     const PROFILE: &str = r#"{"defaultAction": "SCMP_ACT_KILL_PROCESS", "syscalls": [{"action": "SCMP_ACT_ALLOW", "names": [
         "clone", "read", "write", "close", "sendmsg", "recvmsg", "setsid", "execve", "exit_group",
         "brk", "mmap", "mremap", "munmap", "madvise", "capset", "prctl",
@@ -181,8 +181,8 @@ fn a_filter_that_just_admits_entering_is_in_force_before_it() -> Result<()> {
     })
 }
 
-/// There the last filter is installed inside. On the way one is in force that differs by no more
-/// than what the way takes.
+/// There the last filter is installed inside. The filter in force until then allows only the calls
+/// of entering in addition.
 #[test]
 fn a_filter_that_forbids_to_make_processes_is_in_force_all_the_same() -> Result<()> {
     const PROFILE: &str = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [

@@ -1,5 +1,5 @@
-//! The daemon dies at any moment, and so may shims: what runs goes on, what ended is reported
-//! correctly, what was half made goes.
+//! The daemon dies at any moment, and so may shims: running containers continue, ends are reported
+//! correctly, and half-created objects are removed.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -136,8 +136,8 @@ fn what_a_crash_leaves_half_made_is_gone_after_the_next_start() -> Result<()> {
         daemon.crash()?;
         let census = Census::take(daemon)?.without_the_daemon();
         for round in 0..6_u64 {
-            // The daemon dies somewhere in the middle of making pods and containers, each round
-            // somewhere else.
+            // The daemon dies somewhere in the middle of creating pods and containers, each round
+            // at another point.
             std::thread::scope(|scope| -> Result<()> {
                 let making = scope.spawn(|| {
                     for number in 0..100 {
@@ -176,7 +176,7 @@ fn the_end_of_a_pods_first_process_is_in_the_log_when_it_comes_and_once() -> Res
     const TOLD: &str = "sandbox not ready: its first process ended";
     rootful(|daemon| {
         let told = || Ok::<_, anyhow::Error>(daemon.log()?.matches(TOLD).count());
-        // One that this daemon made, and one that it found.
+        // One that this daemon created, and one that it found.
         for (restart, earlier) in [(false, 0), (true, 1)] {
             let pod = daemon.pod_of(sharing_pod(daemon.pod_config(&format!("web-{restart}"))))?;
             if restart {
@@ -241,7 +241,7 @@ fn a_second_daemon_is_kept_from_what_the_first_one_has() -> Result<()> {
             ("berth.sock", own("root"), own("state"), daemon.socket(), &own_file),
             ("network.bridge", own("root"), own("state"), own("sock"), &first),
         ] {
-            // One that is not refused would run for ever.
+            // A daemon that is not refused would run forever.
             let output = daemon
                 .host()
                 .command("timeout")
@@ -259,8 +259,8 @@ fn a_second_daemon_is_kept_from_what_the_first_one_has() -> Result<()> {
             assert_eq!(main.sh("echo alive")?, "alive\n", "{what}");
             assert_eq!(pod.status()?.state(), v1::PodSandboxState::SandboxReady, "{what}");
         }
-        // One with the same parent of cgroups starts, got as far as its socket above, and leaves
-        // alone what is not its own.
+        // A daemon with the same parent cgroup starts, gets as far as its socket above, and does
+        // not touch what is not its own.
         daemon.host().run("ip", &["link", "delete", "btsecond"])?;
         for mount in berth_tests::census::mounts_below(&own("")).into_iter().rev() {
             nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH)?;

@@ -1,4 +1,4 @@
-//! Requests that make no sense or cannot be met: an error that names what is wrong, and nothing
+//! Requests that make no sense or cannot be fulfilled: an error that names the problem, and nothing
 //! left behind.
 
 use std::fs;
@@ -21,7 +21,7 @@ type ChangeContainer = Box<dyn Fn(&mut v1::ContainerConfig)>;
 #[test]
 fn pods_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<()> {
     rootful(|daemon| {
-        // One pod first: what the first of all makes on a host stays.
+        // One pod first: what the first of all pods creates on a host stays.
         daemon.pod("first")?.remove()?;
         let census = Census::take(daemon)?;
         let linux = |change: fn(&mut v1::LinuxPodSandboxConfig)| -> ChangePod {
@@ -93,7 +93,7 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
         fs::write(directory.join("file"), "")?;
         let dir = directory.to_string_lossy().into_owned();
         let file = directory.join("file").to_string_lossy().into_owned();
-        // The log's directory is a file, so that no log can be in it.
+        // The log's directory is a file, so no log can be in it.
         fs::write(daemon.logs().join("web/blocked"), "")?;
         pod.idle("first")?.remove()?;
         let census = Census::take(daemon)?;
@@ -153,7 +153,7 @@ fn containers_that_cannot_be_are_refused_by_name_and_leave_nothing() -> Result<(
                     }];
                 }),
             ),
-            // Where Berth or the request mounts something there is no place for a node.
+            // Where Berth or the request mounts something, a node has no place.
             ("/proc/self/x", device("/dev/null", "/proc/self/x")),
             ("/dev/shm/x", device("/dev/null", "/dev/shm/x")),
             ("/etc/hosts", device("/dev/null", "/etc/hosts")),
@@ -349,7 +349,7 @@ fn images_that_say_what_cannot_be_are_refused_by_what_they_say_and_leave_nothing
         let (refused, _) = import(layers(501)?)?;
         let refused = refused.err().context("501 layers")?;
         assert!(refused.message().contains("501 layers; the limit is 500"), "{refused}");
-        // As many as there may be, and as many variables as real pods have, are accepted.
+        // The maximum, and as many variables as real pods have, are accepted.
         let many: Vec<String> = (0..10_000).map(|number| format!("E{number}=x")).collect();
         let (imported, name) = import(layers(500)?.with("Env", json!(many)))?;
         imported?;
@@ -381,7 +381,7 @@ fn a_root_that_becomes_read_only_is_told_and_what_runs_goes_on() -> Result<()> {
         let refused = pod.create(idle("new")).err().context("no new container")?;
         assert!(refused.message().contains("Read-only file system"), "{refused}");
         assert_eq!(main.sh("echo alive")?, "alive\n");
-        // A daemon that starts on it says what to do, and does nothing.
+        // A daemon that starts on it says what to do, and changes nothing.
         daemon.kill()?;
         let refused = format!("{:?}", daemon.start_again().err().context("it does not start")?);
         let words = format!("{} is on a read-only file system: mount it writable", root.display());

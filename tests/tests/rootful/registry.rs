@@ -10,7 +10,7 @@ use berth_tests::pod::container;
 use berth_tests::registry::Registry;
 use tonic::{Code, Status};
 
-/// An image that is not the demo image, and shares its layer.
+/// An image other than the demo image that shares its layer.
 fn image(note: &str) -> Result<Image> {
     Ok(Image::demo()?.on_top(Layer::of_files(&[("note", note.as_bytes())])))
 }
@@ -136,7 +136,7 @@ fn what_is_not_there_is_not_found_and_a_registry_that_is_away_is_told_as_that() 
         let absent = format!("{}/no/such@{}", registry.address, sha256(b"absent"));
         assert_eq!(refused(daemon, &absent)?.code(), Code::NotFound);
         let away = refused(daemon, "127.0.0.1:1/app:v1")?;
-        // What a kubelet looks at: this code and this beginning.
+        // A kubelet checks this code and this beginning.
         assert_eq!(away.code(), Code::Unknown, "{away}");
         assert!(away.message().starts_with("RegistryUnavailable"), "{away}");
         for name in [
@@ -171,7 +171,7 @@ fn damaged_images_leave_nothing() -> Result<()> {
         assert!(!cut.message().is_empty());
         let longer = damage("longer", &|bytes| bytes.push(0))?;
         assert!(!longer.message().is_empty());
-        // The layer is what the manifest says, but not what the configuration says.
+        // The layer matches the manifest, but not the configuration.
         let mut lying = image("lying")?;
         lying.config["rootfs"]["diff_ids"][1] = serde_json::json!(sha256(b"something else"));
         let reference = registry.push("damaged", "lying", &lying.seal())?;
@@ -183,7 +183,7 @@ fn damaged_images_leave_nothing() -> Result<()> {
         (short.digest, short.size) = (sha256(&short.bytes), short.bytes.len());
         let reference = registry.push("damaged", "short", &Image::demo()?.on_top(short).seal())?;
         refused(daemon, &reference)?;
-        // And after all of that a good one still comes.
+        // And after all of these a good one still succeeds.
         let good = image("good")?.seal();
         let reference = registry.push("good", "v1", &good)?;
         assert_eq!(daemon.client().pull(&reference)?, good.id);

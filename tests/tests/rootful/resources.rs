@@ -34,7 +34,7 @@ fn limits_of_the_request_are_in_the_cgroup() -> Result<()> {
         let reported =
             main.status()?.resources.and_then(|resources| resources.linux).context("the limits")?;
         assert_eq!((reported.memory_limit_in_bytes, reported.cpu_quota), (64 * MIB, 20_000));
-        // Exec is in there too: nothing runs beside the limits.
+        // Exec is in there too: nothing runs outside the limits.
         assert_eq!(main.sh("cat /proc/self/cgroup")?, main.sh("cat /proc/1/cgroup")?);
         Ok(())
     })
@@ -112,7 +112,7 @@ fn a_limit_of_processes_is_in_force() -> Result<()> {
     rootful(|daemon| {
         if !daemon.cgroup().is_unified() {
             // CRI has no field for it; `unified` is refused or ignored on v1, so there is nothing
-            // to ask for.
+            // to request.
             berth_tests::skip::skip(
                 "resources::a_limit_of_processes_is_in_force",
                 "CRI names a limit of processes only in `unified`, which is of cgroup v2",

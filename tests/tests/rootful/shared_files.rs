@@ -13,7 +13,7 @@ use berth_tests::forge::sha256;
 use berth_tests::pod::{Pod, idle};
 use serde_json::Value;
 
-/// What a pod's tmpfs holds, in KiB.
+/// The size of a pod's tmpfs, in KiB.
 const TMPFS_KIB: u64 = 65_536;
 
 const FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
@@ -23,7 +23,7 @@ fn what_a_container_writes_into_its_hostname_is_not_what_its_siblings_are_called
     rootful(|daemon| {
         let pod = daemon.pod("named")?;
         let first = pod.idle("first")?;
-        // A file as large as this, read whole, would take the daemon seconds and its memory.
+        // Reading a file of this size whole would take the daemon seconds and its memory.
         first.sh("truncate -s 60M /etc/hostname && printf 'evil\\nname\\n' | dd of=/etc/hostname conv=notrunc 2>&1")?;
         let second = pod.idle("second")?;
         assert_eq!(second.sh("echo $HOSTNAME; hostname")?, "named\nnamed\n");
@@ -117,7 +117,7 @@ fn rewrite_record(
     fs::write(path, record).context("writing the record")
 }
 
-/// As a version before this one has left it: the tmpfs is `/dev/shm`, and the files lie beside it.
+/// As an earlier version left it: the tmpfs is `/dev/shm`, and the files lie beside it.
 #[test]
 fn a_pod_of_an_earlier_version_goes_on_and_takes_new_containers() -> Result<()> {
     rootful(|daemon| {

@@ -1,4 +1,4 @@
-//! The shim: what one costs, and what it holds.
+//! The shim: its cost, and the resources it holds.
 
 use std::fs;
 use std::path::Path;
@@ -17,8 +17,8 @@ use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, kill};
 use nix::unistd::Pid;
 use tonic::{Code, Status};
 
-/// The most own memory that a shim may have, in KiB: the budget of a pod of one container, of which
-/// the program takes a part.
+/// The most private memory that a shim may have, in KiB: the budget of a pod of one container, of
+/// which the program takes a part.
 const MOST_PSS_KIB: u64 = 512;
 
 fn gone(shim: i32) -> Result<()> {
@@ -141,18 +141,18 @@ fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
         for mount in berth_tests::census::mounts_below(&daemon.state()).into_iter().rev() {
             umount2(&mount, MntFlags::MNT_DETACH)?;
         }
-        // Room for some pods, and soon for none.
+        // Room for a few pods, and soon for none.
         let (tmpfs, flags) = (Some("tmpfs"), MsFlags::empty());
         mount(Some("state"), &daemon.state(), tmpfs, flags, Some("size=1m,nr_inodes=60"))?;
         daemon.start_again()?;
         let pod = daemon.pod("web")?;
-        // What is opened for the first container and kept is not the question: the way to systemd.
+        // What is opened once for the first container does not count: the connection to systemd.
         pod.idle("first")?.remove()?;
         let census = Census::take(daemon)?;
         let filler = daemon.state().join("filler");
         fs::create_dir(&filler)?;
-        // A container needs two directories, and its shim a socket in one: there is no place for
-        // that one only.
+        // A container needs two directories, and its shim a socket in one: there is only no room
+        // for the socket.
         let mut files = 0;
         while fs::write(filler.join(files.to_string()), "").is_ok() {
             files += 1;
@@ -173,7 +173,7 @@ fn a_shim_that_cannot_even_begin_says_why() -> Result<()> {
     })
 }
 
-/// An abandoned request is taken back, as long as the shim has not read it.
+/// An abandoned request is withdrawn if the shim has not read it yet.
 #[test]
 fn execs_of_a_shim_that_hangs_do_not_pile_up_in_the_daemon() -> Result<()> {
     const AT_A_TIME: usize = 40;
@@ -236,7 +236,7 @@ fn a_command_whose_shim_is_killed_is_not_said_to_have_lost_its_container() -> Re
                 running.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?
             })?;
             ensure!(said.contains("the shim of container") && said.contains("was killed"), "{said}");
-            // And one whose container ends is told that.
+            // And an attached client of a container that ends gets an error.
             let main = pod.idle(&format!("ends-{streamed}"))?;
             thread::scope(|scope| -> Result<()> {
                 let running = scope.spawn(|| main.exec_within(&command, 0));
@@ -251,8 +251,8 @@ fn a_command_whose_shim_is_killed_is_not_said_to_have_lost_its_container() -> Re
     })
 }
 
-/// That a process on its way has its three streams, two pipes to the shim, perhaps the pidfd of its
-/// container's main process, with AppArmor what it needs in the procfs to confine itself, and
+/// Checks that a process on its way has its three streams, two pipes to the shim, perhaps the pidfd
+/// of its container's main process, with AppArmor the procfs file by which it confines itself, and
 /// nothing else of the shim's.
 fn holds_its_own_only(pid: i32) -> Result<()> {
     let mut others = Vec::new();

@@ -1,5 +1,5 @@
-//! Shims, starts and creations that take long or hang: what is not known is not made up, and what
-//! is to end ends all the same.
+//! Shims, starts and creations that take long or hang: nothing unknown is invented, and everything
+//! that should end does.
 
 use std::fs;
 use std::os::fd::AsRawFd as _;
@@ -21,7 +21,7 @@ use nix::sys::signal::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM, kill};
 use nix::unistd::Pid;
 use tonic::Code;
 
-/// Whether it runs still; one that waits to be reaped by a shim that is stopped does not.
+/// Whether it is still running; one that a stopped shim has yet to reap is not.
 fn is_alive(pid: i32) -> bool {
     status_field(pid, "State").is_some_and(|state| !state.starts_with('Z'))
 }
@@ -38,14 +38,14 @@ fn a_daemon_serves_before_slow_shims_answer_and_ends_none_of_their_containers() 
         for shim in &shims {
             kill(Pid::from_raw(*shim), SIGSTOP)?;
         }
-        // More often than the queue of a shim's socket has places.
+        // More often than the queue of a shim's socket has room for.
         for _ in 0..12 {
             let begin = Instant::now();
             daemon.crash()?;
             ensure!(begin.elapsed() < patience(Duration::from_secs(10)), "{:?}", begin.elapsed());
             assert_eq!(good.sh("echo alive")?, "alive\n");
         }
-        // Longer than a shim is waited for.
+        // Longer than the daemon waits for a shim.
         sleep(Duration::from_secs(12));
         for (container, pid) in slow.iter().zip(&pids) {
             assert_eq!(container.status()?.state(), ContainerRunning);
@@ -130,7 +130,7 @@ fn a_start_without_an_answer_is_made_definite_before_anybody_is_told() -> Result
         let pid = main.pid()?;
         freeze(daemon, &main, true)?;
         std::thread::scope(|scope| -> Result<()> {
-            // Another one meanwhile holds nothing up.
+            // Another one meanwhile delays nothing.
             let starts = [scope.spawn(|| main.start()), scope.spawn(|| main.start())];
             for start in starts {
                 let begin = Instant::now();
@@ -172,7 +172,7 @@ fn a_start_that_hangs_keeps_nobody_from_stopping_and_removing() -> Result<()> {
                 }
                 main.remove()?;
                 ensure!(begin.elapsed() < patience(Duration::from_secs(10)), "{:?}", begin.elapsed());
-                // Which of the two came first is all the same.
+                // Either of the two may come first.
                 let _ = start.join().map_err(|_| anyhow!("the thread panicked"))?;
                 Ok(())
             })?;
@@ -210,13 +210,13 @@ fn a_daemon_that_dies_in_a_start_leaves_no_doubt_behind() -> Result<()> {
             Ok(())
         })?;
         daemon.start_again()?;
-        // It may run any moment, and a kubelet must not start another beside it.
+        // It may start at any moment, and a kubelet must not start another beside it.
         assert_eq!(main.status()?.state(), ContainerRunning);
         freeze(daemon, &main, false)?;
         main.says("it runs")?;
         within(SOON, "its shim is found again", || Ok(main.sh("echo alive").ok()))?;
         assert_eq!(main.status()?.state(), ContainerRunning);
-        // The daemon that asked for the start did not live to report it.
+        // The daemon that requested the start did not live to report it.
         let started = || -> Result<usize> {
             let log = daemon.log()?;
             let is_it = |line: &&str| line.contains("container started") && line.contains(&main.id);
@@ -239,7 +239,7 @@ fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_tha
             main.ended()?;
             main.remove()?;
             ensure!(!daemon.cgroup().below(&main.id).is_empty(), "it holds a process");
-            // Which learns now that there will be no answer.
+            // It learns now that there will be no answer.
             drop(hanging);
             within(SOON, "the cgroup is removed", || {
                 Ok(daemon.cgroup().below(&main.id).is_empty().then_some(()))
@@ -248,7 +248,7 @@ fn the_cgroup_of_a_removed_container_goes_with_its_last_process_however_late_tha
     })
 }
 
-/// A filesystem that does not answer, as one on the network whose server is gone: nothing reads
+/// A filesystem that does not answer, like a network filesystem whose server is gone: nothing reads
 /// from its descriptor.
 struct Hung {
     _device: fs::File,
@@ -306,7 +306,7 @@ fn a_creation_that_hangs_on_a_host_path_keeps_no_pod_from_being_stopped_and_remo
             assert_eq!(refused.err().context("the pod is gone")?.code(), Code::FailedPrecondition);
             Ok(())
         })?;
-        // Whatever waits for it gets an error then.
+        // Everything that waits for it gets an error then.
         drop(hung);
         census.stays(daemon)
     })
@@ -329,11 +329,11 @@ fn a_creation_that_its_client_gave_up_holds_its_name_until_it_is_done_or_undone(
             sandbox_config: Some(pod.config.clone()),
         };
         ensure!(client.create_container_or_give_up(request, Duration::from_secs(1))?.is_none(), "it hangs");
-        // It goes on: what the client asks for once more would be a second one beside it.
+        // It continues: another request by the client would be for a second one beside it.
         let again = pod.create(idle("main")).err().context("the name is held")?;
         assert_eq!(again.code(), Code::AlreadyExists, "{again:?}");
         ensure!(client.containers(v1::ContainerFilter::default())?.is_empty(), "half a container is listed");
-        // It fails then, and the name is free.
+        // Now it fails, and the name is free.
         drop(hung);
         let main = within(SOON, "the name is free", || Ok(Some(pod.create(idle("main"))?)))?;
         main.start()?;
@@ -346,7 +346,7 @@ fn a_shim_that_dies_is_told_apart_from_one_that_only_lost_its_connection() -> Re
     rootful(|daemon| {
         let pod = daemon.pod("web")?;
         let (main, other) = (pod.idle("main")?, pod.idle("other")?);
-        // The way to the shim is gone, and nothing else.
+        // Only the connection to the shim is gone.
         daemon.kill()?;
         fs::remove_file(daemon.state().join("containers").join(&main.id).join("shim.sock"))?;
         daemon.start_again()?;

@@ -1,4 +1,4 @@
-//! What pods use, as kubelet, Prometheus and cAdvisor ask for it.
+//! Usage of pods, as requested by kubelet, Prometheus and cAdvisor.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -22,7 +22,7 @@ use tonic::Code;
 
 const MIB: u64 = 1 << 20;
 
-/// What a server pod sends to a client pod.
+/// The number of bytes that a server pod sends to a client pod.
 const SENT: u64 = 5_000_000;
 
 fn number(value: Option<v1::UInt64Value>) -> u64 {
@@ -46,7 +46,7 @@ fn list(daemon: &Daemon, filter: v1::PodSandboxStatsFilter) -> Result<Vec<v1::Po
     Ok(daemon.client().list_pod_sandbox_stats(request)?.stats)
 }
 
-/// Has one pod send [`SENT`] bytes to another.
+/// Makes one pod send [`SENT`] bytes to another.
 fn send(server: &Pod, client: &Pod) -> Result<()> {
     server.start(shell(
         "server",
@@ -146,7 +146,7 @@ fn memory_processes_and_processor_time_of_a_pod_are_those_of_its_cgroup() -> Res
             assert!(number(memory.page_faults) > 0, "{memory:?}");
             let cpu = of_pod.cpu.context("cpu")?;
             assert!(number(cpu.usage_core_nano_seconds) > 1_000_000, "{cpu:?}");
-            // Two shells, one with a sleep, and what idle does.
+            // Two shells, one with a sleep, and the processes of idle.
             let processes = number(of_pod.process.context("processes")?.process_count);
             assert!((2..=8).contains(&processes), "{processes} processes");
             let mut names: Vec<String> = of_pod
@@ -160,7 +160,7 @@ fn memory_processes_and_processor_time_of_a_pod_are_those_of_its_cgroup() -> Res
         }
         let small = number(stats(daemon, &other)?.memory.context("memory")?.usage_bytes);
         assert!(small < 20 * MIB, "{small} bytes of others are counted for a pod that shares their parent");
-        // A rate needs two looks.
+        // A rate takes two samples.
         within(SOON, "the rate is known", || {
             Ok(stats(daemon, &named)?.cpu.and_then(|cpu| cpu.usage_nano_cores))
         })?;
@@ -236,8 +236,8 @@ fn a_pod_that_has_ended_has_its_containers_and_nothing_else() -> Result<()> {
 /// Values by the metric's name and its labels.
 type Metrics = BTreeMap<(String, BTreeMap<String, String>), u64>;
 
-/// The metrics of all pods by name and labels, and whether two have the same, which Prometheus does
-/// not take.
+/// The metrics of all pods by name and labels; an error if two have the same, which Prometheus does
+/// not accept.
 fn metrics(daemon: &Daemon) -> Result<Metrics> {
     let client = daemon.client();
     let described = client.list_metric_descriptors(v1::ListMetricDescriptorsRequest::default())?.descriptors;
@@ -368,7 +368,7 @@ fn a_hundred_pods_are_counted_without_keeping_anybody_waiting() -> Result<()> {
             Ok(client.list_pod_sandbox_metrics(request)?.pod_metrics.len())
         })?;
         println_figures(&[("containers", containers), ("pods", pods), ("metrics", metrics)]);
-        // A machine may be busy; ten times what is measured on one that is not.
+        // A machine may be busy; ten times the figure of an idle one.
         assert!(pods < containers + Duration::from_millis(300), "{pods:?}, containers alone {containers:?}");
         Ok(())
     })
@@ -381,11 +381,11 @@ fn println_figures(figures: &[(&str, Duration)]) {
     }
 }
 
-/// One question of a cAdvisor: the status and the body.
+/// One request of a cAdvisor: the status and the body.
 fn ask(socket: &Path, request: &str) -> Result<(u16, String)> {
     let mut stream = UnixStream::connect(socket).context("connecting")?;
     stream.set_read_timeout(Some(patience(SOON)))?;
-    // A client that is refused early must not take it all.
+    // A client that is refused early may be unable to send all of it.
     let _ = stream.write_all(request.as_bytes());
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer);
@@ -502,7 +502,7 @@ fn a_container_is_told_also_while_it_is_being_made() -> Result<()> {
         let pod = daemon.pod("web")?;
         let stop = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| -> Result<()> {
-            // As a cAdvisor does: each cgroup is asked for once, as soon as it is there.
+            // As a cAdvisor does: it requests each cgroup once, as soon as it exists.
             let watcher = scope.spawn(|| -> Result<usize> {
                 let mut asked = HashSet::new();
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
@@ -545,7 +545,7 @@ fn odd_requests_and_slow_clients_of_the_socket_harm_nobody() -> Result<()> {
                 ask(&socket, &request).with_context(|| request.chars().take(60).collect::<String>())?;
             assert_eq!(status, expected, "{:?}", request.chars().take(60).collect::<String>());
         }
-        // More than are taken at a time, none of which says anything.
+        // More than are accepted at a time, none of which sends anything.
         let silent: Vec<_> = (0..40).map(|_| UnixStream::connect(&socket)).collect::<Result<_, _>>()?;
         daemon.pod("web")?.idle("main")?;
         assert_eq!(get(&socket, "/info")?.0, 200, "it is answered when they have been let go");

@@ -10,7 +10,7 @@ use berth_tests::deadline::{patience, within};
 use berth_tests::pod::{container, idle, shell};
 use tonic::Code;
 
-/// A program that goes on when asked to end.
+/// A program that ignores requests to end.
 const STUBBORN: &str = "trap 'echo asked' TERM; echo ready; while true; do sleep 0.1; done";
 
 #[test]
@@ -170,7 +170,7 @@ fn a_removal_during_a_stop_ends_both() -> Result<()> {
 fn a_crowd_of_forks_is_ended() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("stop")?;
-        // Each child makes others, in sessions of their own, and none waits for any.
+        // Each child creates others, in sessions of their own, and none waits for any.
         let script = "i=0; while [ $i -lt 200 ]; do i=$((i + 1)); setsid sleep 1000 & done; echo ready; wait";
         let main = pod.start(container("main", &["sh", "-c", script]))?;
         main.says("ready")?;

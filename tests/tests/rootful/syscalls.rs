@@ -1,5 +1,5 @@
-//! The filter of system calls, asked by programs of a few instructions: one call each, by each of
-//! the kernel's interfaces. x86-64 only, for that is what the instructions are of.
+//! The filter of system calls, probed by programs of a few instructions: one call each, by each of
+//! the kernel's interfaces. x86-64 only, like the instructions.
 #![cfg(target_arch = "x86_64")]
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use berth_cri::v1;
 use berth_tests::daemon::rootful;
 use berth_tests::pod::{idle, security, volume};
 
-/// How a call is made.
+/// The interface of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Interface {
     /// `syscall` with the numbers of x86-64, or of x32 when their bit is set.
@@ -67,7 +67,7 @@ fn program(interface: Interface, number: u32, arguments: [u32; 3]) -> Vec<u8> {
 }
 
 /// Calls under RuntimeDefault for a container with the usual capabilities: name, interface, number,
-/// arguments, the error that it has to give, 0 for none.
+/// arguments, and the expected error, 0 for none.
 const CALLS: &[(&str, Interface, u32, [u32; 3], i32)] = &[
     ("getpid", Long, 39, [0; 3], 0),
     ("socket(AF_INET)", Long, 41, [2, 1, 0], 0),
@@ -161,7 +161,7 @@ fn the_default_filter_answers_by_every_interface_of_the_kernel_for_program_and_e
         for (number, (name, interface, _, _, expected)) in CALLS.iter().enumerate() {
             let (found, without) =
                 (program.get(&number).context("an answer")?, free.get(&number).context("an answer")?);
-            // A kernel without i386's interface ends the program.
+            // A kernel without i386's interface kills the program.
             if *interface == Short && *without > 128 {
                 continue;
             }

@@ -1,5 +1,5 @@
-//! `NamespaceMode.TARGET`: a container that joins the pid namespace of another one, and of that one
-//! only.
+//! `NamespaceMode.TARGET`: a container that joins the pid namespace of another one, and only that
+//! one.
 
 use std::fs::{self, OpenOptions};
 use std::process::{Child, Command};
@@ -57,7 +57,7 @@ fn a_target_whose_number_another_process_has_is_not_joined() -> Result<()> {
         there.remove()?;
 
         let pid = target.pid()?;
-        // The shim waits for the end of its output, and the daemon has not heard of the end by
+        // The shim waits for the end of its output, and the daemon has not been told of the end by
         // then.
         let _output = OpenOptions::new().write(true).open(format!("/proc/{pid}/fd/1"))?;
         kill(Pid::from_raw(pid), Signal::SIGKILL)?;

@@ -21,7 +21,7 @@ fn records(daemon: &Daemon, pod: &Pod, container: &Container) -> [(PathBuf, Path
     })
 }
 
-/// The pod and its container are as they were.
+/// The pod and its container are unchanged.
 fn are_as_before(pod: &Pod, container: &Container, pid: i32) -> Result<()> {
     assert_eq!(pod.status()?.state(), v1::PodSandboxState::SandboxReady);
     assert_eq!(container.status()?.state(), v1::ContainerState::ContainerRunning);
@@ -38,7 +38,7 @@ fn records_that_cannot_be_read_end_nothing_and_are_left_alone() -> Result<()> {
         let pid = main.pid()?;
         for (record, _) in records(daemon, &pod, &main) {
             // Neither absent nor damaged: reading it fails with an error that says nothing about
-            // what is there.
+            // its content.
             let aside = record.with_extension("aside");
             daemon.kill()?;
             fs::rename(&record, &aside)?;
@@ -242,7 +242,7 @@ fn a_record_of_a_newer_version_is_served_and_never_written() -> Result<()> {
         for (record, _, changed) in &newer {
             assert_eq!(fs::read(record)?, changed.as_bytes());
         }
-        // The newer version again, as far as this one is one.
+        // The newer version again, as far as this build can stand in for it.
         daemon.kill()?;
         for (record, bytes, _) in &newer {
             fs::write(record, bytes)?;
@@ -268,7 +268,7 @@ fn few_descriptors_at_the_start_end_nothing() -> Result<()> {
             assert_eq!((running.count(), listed.len()), (CONTAINERS, CONTAINERS));
             Ok(())
         };
-        // Not enough for all, and not to be raised.
+        // Not enough for all, and cannot be raised.
         daemon.kill()?;
         daemon.start_under(&["prlimit", "--nofile=64:64"])?;
         all_run()?;

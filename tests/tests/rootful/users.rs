@@ -1,4 +1,4 @@
-//! Who a program runs as: the words of the image and of the request, resolved by the image's own
+//! The user of a program: the text of the image and of the request, resolved by the image's own
 //! files.
 
 use anyhow::{Context as _, Result, ensure};
@@ -8,7 +8,7 @@ use berth_tests::forge::{Image, Layer};
 use berth_tests::pod::{Pod, security, shell, volume, words};
 use serde_json::json;
 
-/// What a program sees of itself: user, group, and all groups.
+/// A program's view of itself: user, group, and all groups.
 const IDENTITY: &str = "id -u; id -g; id -G";
 
 /// Imports the demo image with this `User`, and returns a name for it.
@@ -20,7 +20,7 @@ fn image_of_user(daemon: &Daemon, number: usize, user: &str) -> Result<String> {
     Ok(name)
 }
 
-/// Runs [`IDENTITY`], and returns what it prints or why it was not created.
+/// Runs [`IDENTITY`], and returns its output or why it was not created.
 fn identity(
     pod: &Pod,
     name: &str,
@@ -86,8 +86,8 @@ fn an_images_user_is_resolved_by_its_own_files_and_never_becomes_root_by_mistake
     })
 }
 
-/// Accounts of hostile images: numbers as names, numbers that do not fit, lines that are none, and
-/// what is no file of accounts at all.
+/// Accounts of hostile images: numbers as names, numbers that do not fit, invalid lines, and files
+/// that are not accounts at all.
 const HOSTILE_ACCOUNTS: [(&str, &str, &str); 3] = [
     (
         "numbers as names",
@@ -106,8 +106,8 @@ const HOSTILE_ACCOUNTS: [(&str, &str, &str); 3] = [
     ),
 ];
 
-/// CVE-2016-3697, CVE-2024-40635, CVE-2026-46680, CVE-2026-30892: no text but the number 0 and a
-/// name that is there becomes root.
+/// CVE-2016-3697, CVE-2024-40635, CVE-2026-46680, CVE-2026-30892: only the number 0 and an existing
+/// name can become root.
 #[test]
 fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result<()> {
     const USERS: [&str; 30] = [
@@ -166,8 +166,7 @@ fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result
                 match &found {
                     Ok(ids) => {
                         let uid: i64 = ids.split(',').next().unwrap_or_default().parse()?;
-                        // A name stays a name. Digits are not one, with a
-                        // sign or without.
+                        // A name stays a name. Digits are not one, with a sign or without.
                         let unsigned = user.trim_start_matches(['-', '+']);
                         let digits = unsigned.bytes().all(|byte| byte.is_ascii_digit());
                         let named =
@@ -184,8 +183,7 @@ fn no_words_of_an_image_become_root_by_accounts_that_are_made_for_it() -> Result
                 }
             }
         }
-        // The good ones among them run: 1000 and what it is combined with, and the one user that is
-        // there.
+        // The valid ones among them run: 1000 and its combinations, and the one user that exists.
         ensure!(refused < 3 * USERS.len() - 8, "{refused} were refused");
         Ok(())
     })
@@ -307,7 +305,7 @@ fn masks_hide_the_accounts_from_the_program_and_not_from_berth() -> Result<()> {
         security(&mut config).run_as_username = "demo".to_owned();
         security(&mut config).masked_paths = words(&["/etc/passwd", "/etc/group"]);
         assert_eq!(pod.run_container(config)?.stdout, "1000\n1000\n1000 50\n0\n");
-        // With the whole directory hidden the names are gone for the program only.
+        // With the whole directory hidden, the names are gone for the program only.
         let mut config = shell("hidden", &format!("{IDENTITY}; ls -A /etc | wc -l"));
         security(&mut config).run_as_username = "demo".to_owned();
         security(&mut config).masked_paths = words(&["/etc"]);

@@ -1,10 +1,10 @@
-//! The structure that `docs/ARCHITECTURE.md` promises, held against the code.
+//! The structure that `docs/ARCHITECTURE.md` promises, checked against the code.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Those whose modules the map names.
+/// The crates whose modules the map names.
 const LARGE_CRATES: [&str; 9] = [
     "runtime/src",
     "shim/src",
@@ -118,8 +118,8 @@ fn only_sys_has_unsafe_code() {
     }
 }
 
-/// What stands between backquotes and has a slash or an ending is a path of the repository, or of
-/// the part that its section is about.
+/// A text between backquotes with a slash or a file ending is a path of the repository, or of the
+/// part that its section is about.
 #[test]
 fn the_map_names_only_what_exists() {
     let text = std::fs::read_to_string(repository().join("docs/ARCHITECTURE.md")).expect("the map");
@@ -146,7 +146,8 @@ fn the_map_names_only_what_exists() {
     }
 }
 
-/// What the threat model names as `module::test…` is a test of the rootful suite, or begins one.
+/// What the threat model names as `module::test…` is a test of the rootful suite, or the beginning
+/// of one's name.
 #[test]
 fn the_threat_model_names_only_tests_that_exist() {
     let text = std::fs::read_to_string(repository().join("docs/security.md")).expect("the threat model");
@@ -188,7 +189,7 @@ fn the_map_names_every_module_of_the_large_crates() {
     assert!(checked > 30, "only {checked} modules were found");
 }
 
-/// All source files that people write, with what is in them.
+/// All source files that are written by hand, with their content.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut directories = ["proto", "model", "sys", "image", "runtime", "checkup", "cli", "shim", "tests"]
         .map(|name| repository().join(name))

@@ -1,9 +1,9 @@
-//! What a real kubelet tells of pods, to `kubectl top`, to Prometheus and to autoscalers, in each
-//! of the ways that it can learn it.
+//! A real kubelet's reports about pods, for `kubectl top`, Prometheus and autoscalers, in each of
+//! the ways by which it can get the figures.
 //!
-//! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to tell
+//! One pod fetches a page of another; then `/stats/summary` and `/metrics/cadvisor` have to show
 //! it. Each kubelet is alone on the machine: it has directories there that it shares with others.
-//! Who makes cgroups is what `BERTH_TEST_CGROUP_DRIVER` says.
+//! `BERTH_TEST_CGROUP_DRIVER` chooses the cgroup driver.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -67,12 +67,12 @@ fn a_plain_kubelet_whose_cadvisor_is_answered_knows_everything() -> Result<()> {
     })
 }
 
-/// A directory of the host that is to go with the test, whatever becomes of that.
+/// A directory of the host that is removed with the test, whatever the outcome.
 struct Removed(&'static Path);
 
 impl Drop for Removed {
     fn drop(&mut self) {
-        // Nothing but sockets of ours can be in it: it was not there before.
+        // Only our own sockets can be in it: it did not exist before.
         let _ = std::fs::remove_dir_all(self.0);
     }
 }

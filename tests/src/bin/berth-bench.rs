@@ -32,7 +32,7 @@ use nix::sched::{CloneFlags, setns};
 use tokio::task::JoinSet;
 use tonic::transport::{Channel, Endpoint};
 
-/// What every container is made of: `scripts/build-image demo`.
+/// The image of every container: that of `scripts/build-image demo`.
 const IMAGE: &str = "localhost/berth/demo:latest";
 
 /// Rounds of one pod per runtime.
@@ -53,8 +53,8 @@ const AT_A_TIME: usize = 8;
 /// Lists of all containers' stats, with the crowd there.
 const LISTS: usize = 10;
 
-/// What a container writes to its log for the throughput: so many times a file of so many lines of
-/// a hundred bytes.
+/// What a container writes to its log for the throughput: a file of this many lines of a hundred
+/// bytes, this many times.
 const LOG_FILES: u64 = 20;
 const LOG_FILE_LINES: u64 = 100_000;
 const LOG_LINE_BYTES: u64 = 100;
@@ -62,7 +62,7 @@ const LOG_LINE_BYTES: u64 = 100;
 /// Time for that, on a slow machine.
 const LOG_PATIENCE: Duration = Duration::from_secs(120);
 
-/// What goes through the streams of a command in each direction.
+/// Bytes that go through the streams of a command in each direction.
 const STREAM_BYTES: usize = 500_000_000;
 
 /// Clients that are attached and silent, and pods that they are attached to: a container takes 256.
@@ -72,12 +72,12 @@ const ATTACHED_TO: usize = 5;
 /// Commands that wait with their streams open.
 const WAITING: usize = 100;
 
-/// Short commands, after which the daemon has what it had before; and some before those, for what
-/// it makes once.
+/// Short commands, after which the daemon holds what it held before; and a few before those, for
+/// what it allocates once.
 const SHORT: usize = 500;
 const SHORT_WARM_UP: usize = 50;
 
-/// How long it may take until that is so, and until a stream says something, on a slow machine.
+/// How long that may take, and how long a stream may take to answer, on a slow machine.
 const STREAM_PATIENCE: Duration = Duration::from_secs(120);
 
 /// A runtime to measure.
@@ -90,7 +90,7 @@ struct Runtime {
     found: Found,
 }
 
-/// What was measured of one runtime.
+/// The measurements of one runtime.
 #[derive(Default)]
 struct Found {
     idle_daemon_bytes: u64,
@@ -317,7 +317,7 @@ impl Runtime {
         Ok(Streamed(client::command(tokio::net::TcpStream::from_std(stream)?, &target, wanted).await?))
     }
 
-    /// What streams cost and carry.
+    /// The cost and throughput of streams.
     async fn streams(&mut self) -> Result<()> {
         let mut client = self.client.clone();
         let script = "while sleep 1000000; do :; done";
@@ -395,7 +395,7 @@ impl Runtime {
             let url = client.attach(request).await.context("Attach")?.into_inner().url;
             attached.push(self.stream(&url, wanted).await?);
         }
-        // They are there when the daemon has nothing more to do.
+        // They exist once the daemon has nothing more to do.
         self.settled().await?;
         let more = self.own_anonymous(&pods)?.saturating_sub(before);
         self.found.bytes_per_attached = more / u64::try_from(ATTACHED)?;
@@ -406,12 +406,12 @@ impl Runtime {
         Ok(())
     }
 
-    /// Anonymous memory of the daemon and of what it keeps for pods.
+    /// Anonymous memory of the daemon and of its processes for pods.
     fn own_anonymous(&self, pods: &[Pod]) -> Result<u64> {
         Ok(own_bytes(pods, "Pss_Anon:")? + memory_bytes(self.daemon_pid, "Pss_Anon:")?)
     }
 
-    /// What the daemon holds when that does not change any more.
+    /// The daemon's resources once they no longer change.
     async fn settled(&self) -> Result<Held> {
         let process = format!("/proc/{}", self.daemon_pid);
         let begin = Instant::now();
@@ -430,8 +430,7 @@ impl Runtime {
         }
     }
 
-    /// Many pods at once: how fast they come, what they cost while they are there, how fast they
-    /// go.
+    /// Many pods at once: how fast they start, what they cost while they exist, how fast they end.
     async fn crowd(&mut self) -> Result<()> {
         let daemon_before = pss_bytes(self.daemon_pid)?;
         let configs = (0..CROWD).map(|number| self.pod_config(&format!("crowd-{number}"))).collect();
@@ -472,7 +471,7 @@ impl Runtime {
 struct Streamed(client::Command);
 
 impl Streamed {
-    /// Waits for its end; the exit code.
+    /// Waits for its end; returns the exit code.
     async fn ended(&mut self) -> Result<i32> {
         match self.0.ending.outcome().await {
             Some(Outcome::Exited(code)) => Ok(code),
@@ -492,13 +491,13 @@ impl Streamed {
     }
 }
 
-/// What a kubelet asks for when the pod's manifest says nothing: a pid namespace for each
-/// container, the rest shared.
+/// The namespaces that a kubelet requests when the pod's manifest does not mention them: a pid
+/// namespace for each container, the rest shared.
 fn namespaces() -> NamespaceOption {
     NamespaceOption { pid: NamespaceMode::Container.into(), ..NamespaceOption::default() }
 }
 
-/// What the containers run whose program does not matter.
+/// The command of containers whose program does not matter.
 fn sleeping() -> Vec<String> {
     vec!["sleep".to_owned(), "1000000".to_owned()]
 }
@@ -528,7 +527,7 @@ fn log_time(path: &Path) -> Result<Duration> {
     }
 }
 
-/// RunPodSandbox, CreateContainer, StartContainer, and how long each took.
+/// RunPodSandbox, CreateContainer and StartContainer, with the time that each took.
 async fn start_pod(
     client: &mut RuntimeServiceClient<Channel>,
     config: PodSandboxConfig,
@@ -564,8 +563,8 @@ async fn start_pod(
     Ok((Pod { sandbox, container }, [run, create, start]))
 }
 
-/// StopContainer without grace, StopPodSandbox, RemovePodSandbox, and how long each took. The
-/// container is removed in between, untimed, as a kubelet does.
+/// StopContainer without grace, StopPodSandbox and RemovePodSandbox, with the time that each took.
+/// The container is removed in between, untimed, as a kubelet does.
 async fn end_pod(client: &mut RuntimeServiceClient<Channel>, pod: &Pod) -> Result<[Duration; 3]> {
     let request = StopContainerRequest { container_id: pod.container.clone(), timeout: 0 };
     let (_, container) = timed(client.stop_container(request)).await.context("StopContainer")?;
@@ -587,7 +586,7 @@ async fn timed<T>(
     Ok((answer.into_inner(), begin.elapsed()))
 }
 
-/// Does `work` for every item, [`AT_A_TIME`] at a time.
+/// Runs `work` for every item, [`AT_A_TIME`] at a time.
 async fn side_by_side<I, T, F>(items: Vec<I>, work: impl Fn(I) -> F) -> Result<Vec<T>>
 where
     T: Send + 'static,
@@ -623,8 +622,8 @@ fn own_bytes(pods: &[Pod], key: &str) -> Result<u64> {
     own_processes(pods)?.into_iter().map(bytes).sum()
 }
 
-/// The processes whose children the programs in the containers are (shims), their other children
-/// (which write the logs), and what runs in the sandboxes' own cgroups (pause).
+/// The parents of the programs in the containers (shims), their other children (which write the
+/// logs), and the processes in the sandboxes' own cgroups (pause).
 fn own_processes(pods: &[Pod]) -> Result<BTreeSet<u32>> {
     let (mut own, mut others) = (BTreeSet::new(), Vec::new());
     for entry in fs::read_dir("/proc").context("listing processes")? {
@@ -668,8 +667,8 @@ fn memory_bytes(pid: u32, key: &str) -> Result<u64> {
     Ok(kib * 1024)
 }
 
-/// A row per measurement, a column per runtime, and how many times the first one's time or memory
-/// the last one takes.
+/// A row per measurement, a column per runtime, and the last one's time or memory as a multiple of
+/// the first one's.
 fn table(runtimes: &[Runtime]) -> String {
     let mut text = format!("{:<46}", format!("median of {ROUNDS} (95 of 100 within)"));
     for runtime in runtimes {
@@ -746,7 +745,7 @@ fn table(runtimes: &[Runtime]) -> String {
     text
 }
 
-/// `cost` is what the row is about as a number of which less is better; its ratio ends the row.
+/// `cost` is the subject of the row as a number of which less is better; its ratio ends the row.
 fn row(
     text: &mut String,
     name: &str,

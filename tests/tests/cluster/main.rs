@@ -1,9 +1,9 @@
-//! A whole Kubernetes cluster of one node on the daemon: what people put on clusters, until nothing
-//! of it is left.
+//! A whole Kubernetes cluster of one node on the daemon: common workloads, until nothing of them is
+//! left.
 //!
-//! One cluster and one test, because a cluster takes half a minute to start. What is asserted comes
-//! from the API server, from `kubectl` and from the pods themselves; only at the end is the daemon
-//! asked what it still has.
+//! One cluster and one test, because a cluster takes half a minute to start. Assertions use the API
+//! server, `kubectl` and the pods themselves; only at the end the daemon is asked what it still
+//! has.
 
 mod streams;
 
@@ -18,14 +18,14 @@ use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::within;
 use serde_json::{Value, json};
 
-/// Time for what takes several servers and some of their periods of seconds, for many pods, on a
-/// machine that is busy with other things.
+/// Time for operations that take several servers and a few of their periods of seconds, for many
+/// pods, on a machine that is busy with other things.
 const ROLLOUT: Duration = Duration::from_secs(180);
 
 /// [`ROLLOUT`] for kubectl.
 const ROLLOUT_FLAG: &str = "--timeout=180s";
 
-/// Time for the kubelet to collect what has ended. It does so once a minute.
+/// Time for the kubelet to collect ended containers. It does so once a minute.
 const COLLECTION: Duration = Duration::from_secs(180);
 
 #[test]
@@ -39,7 +39,7 @@ fn a_cluster_runs_its_workloads_on_the_daemon_and_leaves_nothing() -> Result<()>
 fn workloads_come_and_go(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     let before = cluster.remains()?;
     the_node_is_well(cluster).context("the node")?;
-    // Its waits grow from restart to restart, so it is looked at last.
+    // Its waits grow from restart to restart, so it is checked last.
     cluster.apply("crashing.yaml")?;
 
     a_deployment_is_scaled_and_rolled_over(cluster, daemon).context("the deployment")?;
@@ -56,7 +56,7 @@ fn workloads_come_and_go(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     leaves_nothing(cluster, daemon, &before)
 }
 
-/// Its conditions say so, and it tells which runtime it has and what that can do.
+/// Its conditions say so, and it reports its runtime and that runtime's features.
 fn the_node_is_well(cluster: &Cluster) -> Result<()> {
     let node = cluster.get(&format!("/api/v1/nodes/{NODE}"))?;
     let conditions = node.pointer("/status/conditions").and_then(Value::as_array).context("no conditions")?;
@@ -119,7 +119,7 @@ fn rolled_out(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["rollout", "status", ROLLOUT_FLAG, "deployment/web"]).map(drop)
 }
 
-/// There are exactly so many ready pods, none was ever restarted, each has its own address, and
+/// There are exactly this many ready pods, none was ever restarted, each has its own address, and
 /// each answers there with its own name and this version.
 fn serve(cluster: &Cluster, count: usize, version: &str) -> Result<BTreeMap<String, Pod>> {
     // Those of an old template may take a moment longer to end than the rollout.
@@ -162,7 +162,7 @@ fn settings_are_files_and_environment(cluster: &Cluster) -> Result<()> {
     let address = cluster.pod("settings")?.address;
     let look = || cluster.page(&address, 8080, "/cgi-bin/look");
     let found = look()?;
-    // The last word: the secret cannot be written.
+    // The exit code of the last command: the secret cannot be written.
     let files = "good morning, open sesame\nfirst line\nsecond line\n400\nrefused";
     ensure!(found == files, "its files: {found:?}");
 
@@ -172,9 +172,9 @@ fn settings_are_files_and_environment(cluster: &Cluster) -> Result<()> {
     cluster.delete("settings.yaml")
 }
 
-/// Up and down, by the API server's subresource `resize`: what is in force changes, what the pod's
-/// status and the container see too, and the container is the same. One that wants to be started
-/// again for it is. Beside: mounts below a read-only one are read-only.
+/// Up and down, by the API server's subresource `resize`: the limits in force change, the pod's
+/// status and the container see it too, and the container is the same. One that has to be restarted
+/// for it is. Beside that: mounts below a read-only one are read-only.
 fn limits_change_in_place(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     cluster.apply("resized.yaml")?;
     cluster.kubectl(&["wait", "--for=condition=Ready", ROLLOUT_FLAG, "pod/resized"])?;
@@ -289,8 +289,8 @@ fn a_daemon_set_serves_on_the_node(cluster: &Cluster) -> Result<()> {
     within(SOON, "it answers no more", || Ok(cluster.page(ADDRESS, 8099, "/").is_err().then_some(())))
 }
 
-/// The API server forgets it at once. The kubelet still gives it the time that its manifest names,
-/// for it does not hear of the force; then its processes have to end.
+/// The API server forgets it at once. The kubelet still gives it the grace period of its manifest,
+/// since it is not told of the force; then its processes have to end.
 fn a_stubborn_pod_ends_by_force(cluster: &Cluster, daemon: &Daemon) -> Result<()> {
     cluster.apply("stubborn.yaml")?;
     cluster.kubectl(&["wait", "--for=condition=Ready", ROLLOUT_FLAG, "pod/stubborn"])?;
@@ -306,7 +306,7 @@ fn a_stubborn_pod_ends_by_force(cluster: &Cluster, daemon: &Daemon) -> Result<()
     ended(daemon, [pod].iter())
 }
 
-/// It waits longer and longer, is counted, and what it said before can be read.
+/// It waits longer and longer, is counted, and its previous output can be read.
 fn a_crashing_container_is_started_again_and_again(cluster: &Cluster) -> Result<()> {
     let pod = within(ROLLOUT, "it waits for its third start", || {
         let pod = cluster.pod("crashing")?;

@@ -1,9 +1,9 @@
 //! The images that critest pulls, made from Debian packages and served by a registry on loopback.
 //!
 //! Names and tags are constants of critest v1.37.0 (`pkg/validate/consts.go`, `consts_linux.go`,
-//! `multi_container_linux.go`, `security_context_linux.go`); what each image has to contain is in
-//! its `images/`. A mirror rule for all hosts makes this registry stand in for those that critest
-//! names.
+//! `multi_container_linux.go`, `security_context_linux.go`); the required content of each image is
+//! in its `images/`. A mirror rule for all hosts makes this registry stand in for those that
+//! critest names.
 
 use std::fs;
 use std::path::Path;

@@ -46,7 +46,7 @@ const PASSES: [Pass; 3] = [
     },
 ];
 
-/// When critest gives up a pass, as ginkgo writes it. A pass takes under a minute on two cores, and
+/// When critest gives up a pass, in ginkgo's format. A pass takes under a minute on two cores, and
 /// all have to end within the limit of `scripts/run-tests`.
 const LIMIT: &str = "9m";
 
@@ -121,8 +121,8 @@ fn exceptions() -> Result<Exceptions> {
     Ok(if has_apparmor { exceptions.without("AppArmor") } else { exceptions })
 }
 
-/// Runs all passes, or only the one with this name. When it returns, the daemon is gone and so is
-/// everything that it and critest made.
+/// Runs all passes, or only the one with this name. When it returns, the daemon is gone, with
+/// everything that it and critest created.
 fn run(only: Option<&str>, focus: &[&str], counts: &mut Counts) -> Result<()> {
     let passes: Vec<&Pass> = PASSES.iter().filter(|pass| only.is_none_or(|only| pass.name == only)).collect();
     ensure!(!passes.is_empty(), "there is no pass {only:?}");
@@ -179,7 +179,7 @@ impl Critest<'_> {
         RUNNING.store(0, Ordering::SeqCst);
         let status = ended.context("waiting for critest")?;
         ensure!(!INTERRUPTED.load(Ordering::SeqCst), "interrupted");
-        // The exit status says no more than the report does, if there is one.
+        // The exit status says no more than the report, if there is one.
         let json = fs::read(&report)
             .with_context(|| format!("critest left no report ({status}); see {}", output.display()))?;
         let specs = read_report(&json).with_context(|| format!("{status}; see {}", output.display()))?;

@@ -1,4 +1,4 @@
-//! Containers that end or cannot start, and what the pod's status says of it.
+//! Containers that end or cannot start, and how the pod's status describes it.
 
 use anyhow::{Result, ensure};
 use berth_tests::kubelet::Instance;
@@ -14,9 +14,9 @@ tests![
     what_cannot_start_says_why,
 ];
 
-/// It waits before each start, is counted, and the log of the instance before can be read.
+/// It waits before each start, is counted, and the log of the previous instance can be read.
 fn a_crash_loop_is_counted_and_its_logs_are_kept(node: &Node<'_>) -> Result<()> {
-    // Between its end and the kubelet's next look at the pod it does not wait yet.
+    // Between its end and the kubelet's next look at the pod it is not waiting yet.
     node.pod_that("crash", "main waits", |pod| Ok(pod.container("main")?.waits_for("CrashLoopBackOff")))?;
     let pod = node.pod_that("crash", "main was started a third time, and its log is kept", |pod| {
         let lives = pod.container("main")?.restart_count + 1;
@@ -24,7 +24,7 @@ fn a_crash_loop_is_counted_and_its_logs_are_kept(node: &Node<'_>) -> Result<()> 
         let log = |instance| node.kubelet.log("crash", "main", instance);
         let (current, previous) = (log(Instance::Current)?, log(Instance::Previous)?);
         ensure!(current == format!("life {lives}\n"), "the log of life {lives}: {current:?}");
-        // The one before is the last one too, while it waits. The volume outlives them all.
+        // The previous instance is also the last one, while it waits. The volume outlives them all.
         let before = [format!("life {}\n", lives - 1), current];
         ensure!(before.contains(&previous), "the log before that of life {lives}: {previous:?}");
         Ok(true)
@@ -81,7 +81,7 @@ fn a_container_over_its_memory_limit_is_oom_killed(node: &Node<'_>) -> Result<()
         ensure!(end.is_some_and(|end| end.exit_code == 137 && end.reason == "OOMKilled"), "parent: {end:?}");
     } else {
         node.pod_that("oom", "parent tells of its child", |_| {
-            // What its shell says of the end of a child is in the log too.
+            // Its shell's message about the end of a child is in the log too.
             Ok(node.kubelet.log("oom", "parent", Instance::Current)?.ends_with("child 137\n"))
         })?;
         let pod = node.kubelet.pod("oom")?;

@@ -1,5 +1,4 @@
-//! The daemon goes and comes under all the pods, and the kubelet does, and none of the pods
-//! notices.
+//! The daemon is replaced under all the pods, and so is the kubelet, and none of the pods notices.
 
 use std::collections::BTreeMap;
 
@@ -20,10 +19,10 @@ tests![
     the_new_daemon_starts_and_ends_containers,
 ];
 
-/// Pods whose containers change by themselves.
+/// Pods whose containers change on their own.
 const RESTLESS: [&str; 3] = ["crash-", "refused-", "hooks-"];
 
-/// Answers of `/healthz`, which a node's own supervisor asks.
+/// Answers of `/healthz`, which a node's supervisor requests.
 fn the_kubelet_says_that_it_is_well(node: &Node<'_>) -> Result<()> {
     soon("the kubelet is well", || Ok((node.kubelet.get("/healthz")? == "ok").then_some(())))
 }
@@ -40,12 +39,12 @@ fn containers_live_through_another_build_of_the_daemon(node: &Node<'_>) -> Resul
     nothing_changes_while(node, |node| node.replace_daemon())
 }
 
-/// It finds by what the runtime tells that there is nothing to do.
+/// From the runtime's answers it sees that there is nothing to do.
 fn containers_live_through_a_restart_of_the_kubelet(node: &Node<'_>) -> Result<()> {
     nothing_changes_while(node, |node| node.kubelet.restart())
 }
 
-/// Commands run in what the daemons before have started, and what ends is started again.
+/// Commands run in containers that earlier daemons have started, and ended ones are started again.
 fn the_new_daemon_starts_and_ends_containers(node: &Node<'_>) -> Result<()> {
     let before = node.ready_pod("burstable")?.container("unlimited")?.clone();
     node.end("burstable", "unlimited");
@@ -58,7 +57,7 @@ fn the_new_daemon_starts_and_ends_containers(node: &Node<'_>) -> Result<()> {
 }
 
 /// The same containers, with the same ids and no more restarts, ready as before; the log of one
-/// goes on without a gap; and the kubelet has looked at the new daemon several times.
+/// continues without a gap; and the kubelet has listed the new daemon's containers several times.
 fn nothing_changes_while(node: &Node<'_>, act: impl FnOnce(&Node<'_>) -> Result<()>) -> Result<()> {
     let before = soon("the pods have come to rest", || {
         let first = containers(node)?;
@@ -70,7 +69,7 @@ fn nothing_changes_while(node: &Node<'_>, act: impl FnOnce(&Node<'_>) -> Result<
 
     act(node)?;
 
-    // Those that it had asked for before the end may still be on their way.
+    // Those that it had requested before the end may still be on their way.
     let (looks, probes) = (relists(node)?, probed(node, "asked", "Liveness", "successful")?);
     soon("the kubelet looks at the runtime again", || Ok((relists(node)? > looks + 5).then_some(())))?;
     soon("probes by command go on", || {
@@ -87,8 +86,8 @@ fn nothing_changes_while(node: &Node<'_>, act: impl FnOnce(&Node<'_>) -> Result<
     })
 }
 
-/// Every container of the pods that do not change by themselves, without what the kubelet remembers
-/// of earlier instances: it has these removed, and forgets them when it ends.
+/// Every container of the pods that do not change on their own, without the kubelet's memory of
+/// earlier instances: it has these removed, and forgets them when it ends.
 fn containers(node: &Node<'_>) -> Result<BTreeMap<String, PodContainer>> {
     let mut pods = node.kubelet.pods()?;
     pods.retain(|pod| !RESTLESS.iter().any(|name| pod.name.starts_with(name)));

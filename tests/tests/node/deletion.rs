@@ -1,5 +1,5 @@
-//! The manifests go, and so do the pods: in their own time if that is less than they are given, and
-//! without a trace.
+//! When the manifests go, so do the pods: in their own time if that is within their grace period,
+//! and without a trace.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
@@ -9,12 +9,12 @@ use crate::harness::tests;
 
 tests![pods_end_when_their_manifests_go, nothing_is_left_of_them];
 
-/// What ends on its own may, in the order that belongs to it; what does not is killed when its time
-/// is over, and not before.
+/// A container that ends on its own does so, in the right order; one that does not is killed when
+/// its grace period is over, and not before.
 fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
     let lines_before = node.evidence("order")?.lines().count();
     node.kubelet.delete_pods()?;
-    // The kubelet's API forgets pods of files at once.
+    // The kubelet's API forgets static pods at once.
     soon("no container runs", || {
         let running = v1::ContainerStateValue { state: v1::ContainerState::ContainerRunning.into() };
         let filter = v1::ContainerFilter { state: Some(running), ..Default::default() };
@@ -31,8 +31,7 @@ fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
     let (Some(first), Some(last)) = (times.first(), times.last()) else {
         anyhow::bail!("the stubborn one was not asked to end")
     };
-    // It was given six seconds. What it writes last may be a while before its end, on a slow
-    // machine.
+    // It had six seconds. On a slow machine its last output may come a while before its end.
     let time = last - first;
     ensure!((3.0..12.0).contains(&time), "the stubborn one had {time} s");
 
@@ -46,7 +45,7 @@ fn pods_end_when_their_manifests_go(node: &Node<'_>) -> Result<()> {
 }
 
 fn nothing_is_left_of_them(node: &Node<'_>) -> Result<()> {
-    // The kubelet collects what has ended once a minute.
+    // The kubelet collects ended containers once a minute.
     soon("the kubelet has the runtime remove everything", || {
         let containers = node.client().containers(v1::ContainerFilter::default())?;
         let sandboxes = node.client().sandboxes(v1::PodSandboxFilter::default())?;

@@ -1,4 +1,4 @@
-//! Runs tests in phases on one node, and tells of them as cargo's own harness does: with its lines,
+//! Runs tests in phases on one node, and reports them as cargo's own harness does: with its lines,
 //! its filters, its `--list`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +18,7 @@ pub(crate) struct Test {
     pub(crate) run: fn(&Node<'_>) -> Result<()>,
 }
 
-/// Makes the constant `TESTS` of a module, of its functions.
+/// Defines the constant `TESTS` of a module, with its functions.
 macro_rules! tests {
     ($($test:ident),+ $(,)?) => {
         /// The tests of this module.
@@ -30,7 +30,7 @@ macro_rules! tests {
 }
 pub(crate) use tests;
 
-/// Tests between which others wait.
+/// A group of tests that the next group waits for.
 pub(crate) enum Phase {
     /// All at once.
     SideBySide(&'static [&'static [Test]]),
@@ -45,7 +45,7 @@ impl Phase {
     }
 }
 
-/// What has become of the tests so far.
+/// The results so far.
 #[derive(Default)]
 struct Outcomes {
     passed: usize,
@@ -97,7 +97,7 @@ pub(crate) fn run(phases: &[Phase]) -> ExitCode {
     if !started {
         outcomes.failed.push("the node");
     } else if !called && chosen > 0 {
-        // Skipped, which is counted elsewhere: as one that returned.
+        // Skipped, which is counted elsewhere: like one that returned.
         outcomes.passed += 1;
     }
     let failed = outcomes.failed.len();
@@ -114,7 +114,7 @@ pub(crate) fn run(phases: &[Phase]) -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Runs one test and says what came of it.
+/// Runs one test and reports its result.
 #[expect(clippy::print_stdout, reason = "what a test harness says")]
 fn tell(test: &'static Test, node: &Node<'_>, outcomes: &Mutex<Outcomes>) {
     let begin = Instant::now();

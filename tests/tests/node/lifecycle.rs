@@ -1,4 +1,4 @@
-//! What of a pod is started before what, and the hooks of its containers. Their ends are in
+//! The order in which a pod's containers start, and their hooks. Their ends are in
 //! [`crate::deletion`].
 
 use anyhow::{Result, ensure};
@@ -13,8 +13,8 @@ tests![
     a_hook_that_fails_ends_its_container,
 ];
 
-/// The sidecar is between the two that end, runs beside the main container, and is started again
-/// when it ends, which leaves the others alone.
+/// The sidecar starts between the two that end, runs beside the main container, and is started
+/// again when it ends, which leaves the others alone.
 fn init_containers_and_the_sidecar_come_in_order_before_the_others(node: &Node<'_>) -> Result<()> {
     let pod = node.ready_pod("order")?;
     let order = node.evidence("order")?;

@@ -14,7 +14,7 @@ use crate::harness::tests;
 tests![rotation_loses_no_line];
 
 /// The container writes while the kubelet rotates again and again; every line is in one of the
-/// files, in order, and the kubelet's API gives what is in the newest.
+/// files, in order, and the kubelet's API returns the content of the newest.
 fn rotation_loses_no_line(node: &Node<'_>) -> Result<()> {
     node.ready_pod("chatty")?;
     node.kubelet.run("chatty", "main", "touch /tmp/begin")?;
@@ -39,8 +39,8 @@ fn rotation_loses_no_line(node: &Node<'_>) -> Result<()> {
 }
 
 /// The lines of the container `main` of a pod in all its log files, which must be numbered 1, 2, 3
-/// ... without a gap or a repetition. What the kubelet renames meanwhile is an error; a second look
-/// helps.
+/// ... without a gap or a repetition. A file that the kubelet renames meanwhile is an error; a
+/// second attempt helps.
 pub(crate) fn lines(node: &Node<'_>, pod: &str) -> Result<Vec<String>> {
     let mut all = String::new();
     for path in files(node, pod)? {
@@ -65,8 +65,8 @@ fn number(line: &str) -> Result<usize> {
     word.parse().with_context(|| format!("the log says {line:?}"))
 }
 
-/// The log files of the container `main` of a pod, the oldest first: what the kubelet rotates away
-/// gets the time to its name.
+/// The log files of the container `main` of a pod, the oldest first: the kubelet adds the time to
+/// the name of a rotated file.
 fn files(node: &Node<'_>, pod: &str) -> Result<Vec<PathBuf>> {
     let pod = node.kubelet.pod(pod)?;
     let directory = node.kubelet.log_directory(&pod, "main");

@@ -1,4 +1,4 @@
-//! What the programs say while all goes well, or goes wrong as it should: nothing again and again.
+//! The programs' messages while all goes well, or fails as it should: none is repeated endlessly.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ fn the_kubelet_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
     )
 }
 
-/// What the node lacks is said once in each life of the daemon, of which there are several.
+/// What the node lacks is logged once in each life of the daemon, of which there are several.
 fn the_daemon_repeats_no_complaint(node: &Node<'_>) -> Result<()> {
     let log = node.daemon_log()?;
     let lives: Vec<&str> = log.split(" berthd is serving ").collect();
@@ -81,8 +81,8 @@ fn repeats(log: &str, complaint: fn(&str) -> Option<String>, allowed: &[(&str, &
     bail!("said again and again:\n{}", told.join("\n"))
 }
 
-/// The kind of a line of klog at the levels error and warning: the place in the source that says
-/// it, `E1121 06:33:24.052164 17631 kubelet.go:2420] ...`.
+/// The kind of a klog line at the levels error and warning: its place in the source, `E1121
+/// 06:33:24.052164 17631 kubelet.go:2420] ...`.
 fn kubelet_complaint(line: &str) -> Option<String> {
     if !line.starts_with(['E', 'W']) || !line.get(1..5)?.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;

@@ -1,4 +1,4 @@
-//! Probes of every kind, asked in every way: what they say decides what the kubelet does.
+//! Probes of every kind and transport: their results decide what the kubelet does.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::node::{Node, soon};
@@ -11,7 +11,7 @@ tests![
     by_connections_a_container_is_restarted,
 ];
 
-/// Nothing else is asked before the startup probe succeeds; readiness comes and goes without a
+/// No other probe runs before the startup probe succeeds; readiness comes and goes without a
 /// restart; a liveness probe that fails restarts the container, and the new instance starts over.
 fn over_http_a_container_starts_is_ready_and_is_restarted(node: &Node<'_>) -> Result<()> {
     soon("the startup probe asks more than once", || {
@@ -48,13 +48,13 @@ fn over_http_a_container_starts_is_ready_and_is_restarted(node: &Node<'_>) -> Re
     let now = pod.container("web")?;
     ensure!(now.id != web.id && now.previous_end.is_some(), "it is a new instance: {now:?}");
     ensure!(!now.ready, "it has to start anew: {now:?}");
-    // Its files were those of the instance before.
+    // Its files were those of the previous instance.
     node.kubelet.run("probes", "web", "touch /srv/started")?;
     node.kubelet.run("probes", "web", "touch /srv/ready")?;
     node.pod_that("probes", "web is ready again", |pod| Ok(pod.container("web")?.ready)).map(drop)
 }
 
-/// A command that takes longer than it may is as good as one that fails.
+/// A command that exceeds its time counts as one that fails.
 fn by_commands_a_container_is_ready_and_is_restarted(node: &Node<'_>) -> Result<()> {
     let first = node.pod_that("probes", "asked is ready", |pod| Ok(pod.container("asked")?.ready))?;
     node.kubelet.run("probes", "asked", "touch /tmp/slow")?;
@@ -78,7 +78,7 @@ fn by_commands_a_container_is_ready_and_is_restarted(node: &Node<'_>) -> Result<
     .map(drop)
 }
 
-/// The program runs on, but no longer listens.
+/// The program is still running, but no longer listening.
 fn by_connections_a_container_is_restarted(node: &Node<'_>) -> Result<()> {
     node.pod_that("probes", "listener runs", |pod| Ok(pod.container("listener")?.ready))?;
     soon("listener is asked", || {
@@ -93,7 +93,7 @@ fn by_connections_a_container_is_restarted(node: &Node<'_>) -> Result<()> {
     .map(drop)
 }
 
-/// How often a probe of a container of the pod had this result, as the kubelet counts
+/// How often a probe of a container of the pod had this result, by the kubelet's counter
 /// (`/metrics/probes`).
 pub(crate) fn probed(node: &Node<'_>, container: &str, kind: &str, result: &str) -> Result<u64> {
     let metrics = node.kubelet.get("/metrics/probes")?;

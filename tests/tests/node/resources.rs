@@ -1,5 +1,5 @@
-//! Limits as they are in force: in the cgroups' files, under the names that the kubelet expects,
-//! and as the pods see them.
+//! Limits in force: in the cgroups' files, under the names that the kubelet expects, and as the
+//! pods see them.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::cgroup::CpuLimit;
@@ -18,7 +18,7 @@ tests![
     limits_change_in_place,
 ];
 
-/// What `podPidsLimit` in `node.conf` says.
+/// The value of `podPidsLimit` in `node.conf`.
 const POD_PIDS: u64 = 300;
 
 /// Linux's number of the capability to lower one's own adjustment (`capabilities(7)`).
@@ -62,7 +62,7 @@ fn a_best_effort_pod_has_none(node: &Node<'_>) -> Result<()> {
     let main = limits(node, &pod, "main")?;
     for limits in [whole, main] {
         ensure!(limits.cpu.is_none() && limits.memory_bytes.is_none(), "{limits:?}");
-        // The least that there is: two shares of v1, one of ten thousand of v2 (`cgroups(7)`).
+        // The minimum: two shares of v1, one of ten thousand of v2 (`cgroups(7)`).
         let least = if node.kubelet.cgroup().is_unified() { 1 } else { 2 };
         ensure!(limits.cpu_weight == least, "{limits:?}");
     }
@@ -75,7 +75,7 @@ fn limits_of_a_pod_as_a_whole_are_in_force(node: &Node<'_>) -> Result<()> {
     ensure!(whole.cpu == Some(milli_cpu(300)) && whole.memory_bytes == Some(96 << 20), "the pod: {whole:?}");
     let (limited, unlimited) = (limits(node, &pod, "limited")?, limits(node, &pod, "unlimited")?);
     ensure!(limited.memory_bytes == Some(24 << 20), "{limited:?}");
-    // Nothing, or what the pod has.
+    // None, or the pod's limit.
     ensure!(unlimited.memory_bytes.is_none_or(|bytes| bytes == 96 << 20), "{unlimited:?}");
     ensure!(unlimited.cpu.is_none_or(|cpu| cpu == milli_cpu(300)), "{unlimited:?}");
     Ok(())

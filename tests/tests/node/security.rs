@@ -1,4 +1,4 @@
-//! Who containers are, what they may do, and which namespaces they share.
+//! The users of containers, what they may do, and which namespaces they share.
 
 use std::fs;
 
@@ -25,8 +25,8 @@ const NET_BIND_SERVICE: u32 = 10;
 const SYS_TIME: u32 = 25;
 const MKNOD: u32 = 27;
 
-/// The set that containers have when their pod says nothing: the same in all runtimes, as people's
-/// images are made for it.
+/// The set that containers have when their pod does not mention any: the same in all runtimes,
+/// since images are made for it.
 const USUAL: u64 = 0xa804_25fb;
 
 fn users_and_groups_are_those_of_the_pod_or_of_the_container(node: &Node<'_>) -> Result<()> {
@@ -48,7 +48,7 @@ fn users_and_groups_are_those_of_the_pod_or_of_the_container(node: &Node<'_>) ->
             ensure!(found == groups, "{container}: groups {found}");
         }
     }
-    // fsGroup: volumes are of the group, and so is what is written to them.
+    // fsGroup: volumes belong to the group, and so do files written to them.
     for volume in ["/disk", "/memory"] {
         let owner = run("of-the-pod", &format!("stat -c %g:%A {volume}"))?;
         ensure!(owner.starts_with("3000:drwxrws"), "{volume} is {owner:?}");
@@ -114,7 +114,8 @@ fn a_privileged_container_may_do_everything(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A kubelet asks for no filter where the pod says nothing (Kubernetes, "Seccomp and Kubernetes").
+/// A kubelet requests no filter where the pod does not mention one (Kubernetes, "Seccomp and
+/// Kubernetes").
 fn system_calls_are_filtered_as_the_profile_says(node: &Node<'_>) -> Result<()> {
     node.ready_pod("filters")?;
     for (pod, container, mode) in [
@@ -137,7 +138,7 @@ fn system_calls_are_filtered_as_the_profile_says(node: &Node<'_>) -> Result<()> 
     refused(run("own", "mkdir /tmp/directory"), "Operation not permitted")
 }
 
-/// What tells of the kernel or the machine is covered or cannot be written.
+/// Files that reveal the kernel or the machine are masked or cannot be written.
 fn proc_is_masked(node: &Node<'_>) -> Result<()> {
     node.ready_pod("filters")?;
     let run = |command: &str| node.kubelet.run("filters", "default", command);
@@ -204,7 +205,7 @@ fn processes_are_seen_by_each_other_only_where_shared(node: &Node<'_>) -> Result
     ensure!(processes.contains("sleep 1234567"), "the other's process is there: {processes}");
     let processes = node.kubelet.run("apart", "main", "ps")?;
     let count = processes.lines().filter(|line| line.contains("sleep 1000000")).count();
-    // The shell that waits, and what it waits for.
+    // The waiting shell, and the process it waits for.
     ensure!(count == 2, "only its own processes are there: {processes}");
     let ipc = |container: &str| node.kubelet.run("apart", container, "readlink /proc/self/ns/ipc");
     ensure!(ipc("main")? == ipc("other")?, "containers of a pod share memory");

@@ -1,5 +1,5 @@
-//! What the kubelet tells about the use of resources: to autoscalers, to `kubectl top`, and to
-//! those who draw curves.
+//! The kubelet's reports on the use of resources: for autoscalers, for `kubectl top`, and for
+//! dashboards.
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::node::{Node, soon};
@@ -21,12 +21,12 @@ const PODS: [(&str, &[&str]); 4] = [
     ("users", &["of-the-pod", "of-its-own"]),
 ];
 
-/// CPU, memory, network and file systems of each pod and container. Each pod has received
-/// something: its kernel asks for its neighbours, and probes ask `probes`.
+/// CPU, memory, network and file systems of each pod and container. Each pod has received some
+/// bytes: its kernel discovers its neighbours, and probes request from `probes`.
 fn the_summary_has_every_pod(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
         node.ready_pod(name)?;
-        // The kubelet looks again every ten seconds.
+        // The kubelet samples again every ten seconds.
         soon("the summary is complete", || {
             let summary: Value =
                 serde_json::from_str(&node.kubelet.get("/stats/summary")?).context("reading the summary")?;
@@ -56,7 +56,7 @@ fn the_summary_has_every_pod(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// `/metrics/resource`, which `kubectl top` and the horizontal autoscaler live from.
+/// `/metrics/resource`, on which `kubectl top` and the horizontal autoscaler depend.
 fn resource_metrics_have_every_container(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
         let pod = node.ready_pod(name)?.name;
@@ -74,7 +74,7 @@ fn resource_metrics_have_every_container(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// `/metrics/cadvisor`, which Prometheus reads, with the names that people's queries have.
+/// `/metrics/cadvisor`, which Prometheus reads, with the names that common queries use.
 fn cadvisor_metrics_have_every_container(node: &Node<'_>) -> Result<()> {
     for (name, containers) in PODS {
         let pod = node.ready_pod(name)?.name;

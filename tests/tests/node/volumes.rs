@@ -23,7 +23,7 @@ fn an_empty_directory_is_shared_whole_and_in_parts(node: &Node<'_>) -> Result<()
     run(node, "writer", "cp /etc/hostname /disk/whole")?;
     run(node, "writer", "cp /etc/hostname /part/part")?;
     run(node, "writer", "cp /etc/hostname /named/named")?;
-    // Another test makes a file of this name meanwhile.
+    // Another test creates a file of this name meanwhile.
     let files = run(node, "reader", "find /disk -type f ! -name x")?;
     let mut files: Vec<&str> = files.lines().collect();
     files.sort_unstable();
@@ -34,7 +34,7 @@ fn an_empty_directory_is_shared_whole_and_in_parts(node: &Node<'_>) -> Result<()
     Ok(())
 }
 
-/// It is a tmpfs of its limit's size, and the same for both containers.
+/// It is a tmpfs with the size of its limit, and the same for both containers.
 fn a_directory_in_memory_has_its_size(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
     let size = run(node, "writer", "df -k /memory")?;
@@ -57,7 +57,7 @@ fn directories_and_files_of_the_host_are_there(node: &Node<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A mount, what is mounted below it, a root; and what is not to be is not.
+/// A mount, a mount below it, a root: read-only where they should be.
 fn what_is_to_be_read_only_is(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
     let read_only = "Read-only file system";
@@ -71,13 +71,13 @@ fn what_is_to_be_read_only_is(node: &Node<'_>) -> Result<()> {
     run(node, "writer", "touch /x /tree/x").map(drop)
 }
 
-/// What is mounted on the host while the pod runs is seen, and read-only where the mount is that as
-/// a whole; what a privileged container mounts is seen on the host and in the others.
+/// A mount made on the host while the pod runs is visible, and read-only where the volume is
+/// recursively so; a mount made by a privileged container is visible on the host and in the others.
 fn mounts_pass_from_the_host_and_to_it(node: &Node<'_>) -> Result<()> {
     node.ready_pod("volumes")?;
     let tree = node.kubelet.evidence().join("tree");
     // The kubelet and this test share a mount namespace, and the directory is on a mount that
-    // passes things on.
+    // propagates.
     let from_host = tree.join("from-host");
     fs::create_dir(&from_host).context("making a directory")?;
     mount(Some("tmpfs"), &from_host, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))

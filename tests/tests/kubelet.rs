@@ -1,9 +1,9 @@
 //! A real kubelet runs a static pod on the runtime: from its start, through a crash of the daemon
 //! and the restart of a container, to its end.
 //!
-//! One pod and one test, because every step looks at what the steps before left. With the feature
-//! `peer` the same runs on containerd: what fails there is a mistake of the test. The daemon is
-//! that of the directory that `BERTH_BIN_DIR` names, else of `dist/`.
+//! One pod and one test, because every step depends on the state that earlier steps left. With the
+//! feature `peer` the same runs on containerd: a failure there is a mistake of the test. The daemon
+//! is that of the directory that `BERTH_BIN_DIR` names, else of `dist/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,17 +27,17 @@ const SOON: Duration = Duration::from_secs(60);
 /// Time for the kubelet to collect a pod that has ended. It does so once a minute.
 const COLLECTION: Duration = Duration::from_secs(180);
 
-/// How long the daemon stays away between its end and its new start: not at all, and longer than
-/// the kubelet takes to notice. The kubelet looks at the runtime once a second.
+/// How long the daemon is away between its end and its new start: not at all, and longer than the
+/// kubelet takes to notice. The kubelet lists the runtime's containers once a second.
 const ABSENCES: [Duration; 2] = [Duration::ZERO, Duration::from_secs(3)];
 
-/// What the test needs to know and do about a runtime, beside its socket.
+/// What the test needs from a runtime, beside its socket.
 trait Runtime {
     /// Its CRI socket.
     fn socket(&self) -> &Path;
-    /// The directory that everything it keeps is below.
+    /// The directory of all its files.
     fn dir(&self) -> &Path;
-    /// The host's ends of the links into pods, one a line.
+    /// The host's ends of the links into pods, one per line.
     fn pod_links(&self) -> Result<String>;
     /// Kills the daemon without a warning, and starts it again after `absence`.
     fn crash(&mut self, absence: Duration) -> Result<()>;
@@ -56,6 +56,34 @@ fn a_kubelet_one_minor_version_older_does_the_same() -> Result<()> {
     rootful(|daemon| run("kubelet-previous", &mut Berth { daemon, socket: daemon.socket() }))
 }
 
+/// It looks at the pod because an event says that the container has ended, and then sees all that a
+/// kubelet without events sees.
+#[test]
+fn a_kubelet_that_follows_events_sees_starts_ends_and_restarts() -> Result<()> {
+    rootful(|daemon| {
+        let mut berth = Berth { daemon, socket: daemon.socket() };
+        on_a_kubelet("kubelet", Some("events.conf"), &mut berth, |kubelet, _| {
+            let before = starts(kubelet)?;
+            began_as_the_manifest_says(kubelet, &before)?;
+            within(SOON, "the client counts", || {
+                Ok((count(kubelet, &before.name, Instance::Current)? > 100).then_some(()))
+            })?;
+            let pod = an_exit_is_followed_by_a_restart(kubelet, &before)?;
+            let ended = [before.container("init")?, before.container("client")?];
+            let log = kubelet.own_log()?;
+            for container in ended {
+                let followed = log.lines().any(|line| {
+                    line.contains("requested pod relist after container termination")
+                        && line.contains(&container.id)
+                });
+                ensure!(followed, "the kubelet acts on the event of the end of {container:?}");
+            }
+            kubelet.delete_pods()?;
+            ends_gracefully(kubelet, &ids(&pod))
+        })
+    })
+}
+
 #[cfg(feature = "peer")]
 #[test]
 fn the_same_pod_lives_and_ends_on_containerd() -> Result<()> {
@@ -67,7 +95,16 @@ fn the_same_pod_lives_and_ends_on_containerd() -> Result<()> {
 }
 
 fn run(peer: &str, runtime: &mut dyn Runtime) -> Result<()> {
-    // A kubelet has directories of the machine, so there is one at a time.
+    on_a_kubelet(peer, None, runtime, live_and_end)
+}
+
+fn on_a_kubelet(
+    peer: &str,
+    settings: Option<&str>,
+    runtime: &mut dyn Runtime,
+    test: impl FnOnce(&Kubelet, &mut dyn Runtime) -> Result<()>,
+) -> Result<()> {
+    // A kubelet uses directories of the machine, so there is one at a time.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir().context("making a directory for the kubelet")?;
@@ -78,9 +115,9 @@ fn run(peer: &str, runtime: &mut dyn Runtime) -> Result<()> {
         host: None,
         address: false,
         driver: Driver::of_the_environment()?,
-        settings: None,
+        settings,
     })?;
-    let outcome = live_and_end(&kubelet, runtime);
+    let outcome = test(&kubelet, runtime);
     outcome.with_context(|| format!("{}\n{}", kubelet.last_words(), runtime.last_words()))
 }
 
@@ -88,9 +125,7 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     let client = Client::new(runtime.socket())?;
     let mounts_before = mounts_below(runtime.dir());
 
-    let evidence = kubelet.evidence();
-    kubelet.run_pods("web", &[("IMAGE", IMAGE), ("EVIDENCE", &evidence.to_string_lossy())])?;
-    let pod = within(SOON, "the pod is ready", || Ok(Some(kubelet.pod("web")?).filter(|pod| pod.ready)))?;
+    let pod = starts(kubelet)?;
     began_as_the_manifest_says(kubelet, &pod)?;
     limits_are_those_of_the_manifest(kubelet, &pod)?;
 
@@ -105,10 +140,20 @@ fn live_and_end(kubelet: &Kubelet, runtime: &mut dyn Runtime) -> Result<()> {
     let pod = an_exit_is_followed_by_a_restart(kubelet, &pod)?;
     probes_go_on(kubelet)?;
 
-    let ids: Vec<&str> = pod.containers.iter().map(|container| container.id.as_str()).collect();
     kubelet.delete_pods()?;
-    ends_gracefully(kubelet, &ids)?;
+    ends_gracefully(kubelet, &ids(&pod))?;
     leaves_nothing(kubelet, &pod, &client, runtime, &mounts_before)
+}
+
+/// Gives the kubelet the pod, and waits until it is ready.
+fn starts(kubelet: &Kubelet) -> Result<Pod> {
+    let evidence = kubelet.evidence();
+    kubelet.run_pods("web", &[("IMAGE", IMAGE), ("EVIDENCE", &evidence.to_string_lossy())])?;
+    within(SOON, "the pod is ready", || Ok(Some(kubelet.pod("web")?).filter(|pod| pod.ready)))
+}
+
+fn ids(pod: &Pod) -> Vec<&str> {
+    pod.containers.iter().map(|container| container.id.as_str()).collect()
 }
 
 /// The init container came first, both containers run, the volume is one and the same, localhost
@@ -125,7 +170,7 @@ fn began_as_the_manifest_says(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
     }
 
     // The page was written by `init`, served by `server` from the volume, and fetched by `client`
-    // over localhost, which put what it got into the volume again.
+    // over localhost, which wrote it to the volume again.
     let page = format!("page of {}", pod.name);
     let read = format!("client read: {page}");
     within(SOON, "the client tells what it read, in its log", || {
@@ -142,7 +187,7 @@ fn began_as_the_manifest_says(kubelet: &Kubelet, pod: &Pod) -> Result<()> {
     probes_go_on(kubelet)
 }
 
-/// The liveness probe leaves a line each time.
+/// The liveness probe writes a line each time.
 fn probes_go_on(kubelet: &Kubelet) -> Result<()> {
     let before = evidence(kubelet, "liveness").unwrap_or_default().lines().count();
     within(SOON, "the liveness probe runs again", || {
@@ -181,7 +226,7 @@ fn containers_live_on(kubelet: &Kubelet, before: &Pod, counted: u64) -> Result<(
     Ok(())
 }
 
-/// The client ends with code 3 when asked to, and is started again; the server is left alone.
+/// The client ends with code 3 on request, and is started again; the server is left alone.
 fn an_exit_is_followed_by_a_restart(kubelet: &Kubelet, before: &Pod) -> Result<Pod> {
     fs::write(kubelet.evidence().join("exit"), "").context("asking the client to exit")?;
     let pod = within(SOON, "the client runs again and the pod is ready", || {
@@ -200,7 +245,7 @@ fn an_exit_is_followed_by_a_restart(kubelet: &Kubelet, before: &Pod) -> Result<P
 }
 
 /// The hook before the stop ran, then the signal came, and there was time for both. The kubelet's
-/// API forgets the pod at once, so the containers' cgroups tell when they have ended.
+/// API forgets the pod at once, so the containers' cgroups show when they have ended.
 fn ends_gracefully(kubelet: &Kubelet, ids: &[&str]) -> Result<()> {
     within(SOON, "the containers' cgroups are gone", || {
         Ok(ids.iter().all(|id| kubelet.cgroup().below(id).is_empty()).then_some(()))

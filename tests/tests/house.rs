@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The crates whose modules the map names.
-const LARGE_CRATES: [&str; 9] = [
+const LARGE_CRATES: [&str; 10] = [
     "runtime/src",
     "shim/src",
     "image/src",
@@ -14,6 +14,7 @@ const LARGE_CRATES: [&str; 9] = [
     "runtime/cni/src",
     "runtime/network/src",
     "runtime/seccomp/src",
+    "runtime/streaming/src",
     "sys/src",
 ];
 

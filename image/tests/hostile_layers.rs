@@ -408,3 +408,84 @@ fn a_sparse_file_has_its_content_and_takes_no_room_for_its_holes() {
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut buffer, middle - 1).unwrap();
     assert_eq!(&buffer, b"\0there\0\0");
 }
+
+/// Each of 39 links leads through 1,600 directories, and then through the link before it.
+fn with_long_links(mut layer: Layer) -> Layer {
+    let through = "a/../".repeat(800);
+    for number in 0..39 {
+        let before = if number == 0 { "a".to_owned() } else { format!("l{}", number - 1) };
+        layer = layer.symlink(&format!("l{number}"), &format!("{through}{before}"));
+    }
+    layer
+}
+
+/// Where they lead is found out once, for all kinds of entries.
+#[test]
+fn paths_that_lead_through_many_links_are_taken() {
+    let case = Case::new();
+    let mut layer = with_long_links(Layer::new().dir("a", 0o755).file("a/target", b"x"));
+    for number in 0..300 {
+        layer = layer
+            .file(&format!("l38/file{number}"), b"x")
+            .file(&format!("other{number}"), b"")
+            .hard_link(&format!("link{number}"), "l38/target")
+            .file(&format!("l37/.wh.gone{number}"), b"")
+            .hard_link(&format!("lower{number}"), &format!("l36/absent{number}"))
+            .file(&format!("l38/made{number}/file"), b"");
+    }
+    let summary = case.unpack(layer.file("l38/.wh..wh..opq", b"")).unwrap();
+    assert_eq!(summary.lower_links.len(), 300);
+    assert_eq!(fs::read_dir(case.root().join("a")).unwrap().count(), 1 + 3 * 300);
+    assert_eq!(fs::metadata(case.root().join("a/target")).unwrap().nlink(), 1 + 300);
+}
+
+#[test]
+fn a_link_that_is_replaced_leads_elsewhere() {
+    let case = Case::new();
+    let through = |layer: Layer, number: usize| {
+        layer
+            .file(&format!("link/{number}"), b"")
+            .file(&format!("link/below/{number}"), b"")
+            .hard_link(&format!("hard{number}"), &format!("link/{number}"))
+            .file("between", b"")
+    };
+    let layer = Layer::new().dir("a/inside", 0o755).symlink("a/back", "..").symlink("link", "a/back/a");
+    let layer = through(layer, 1).symlink("link", "b");
+    let layer = through(layer.dir("b", 0o755), 2).symlink("a/back", "inside").symlink("link", "a/back");
+    let layer = through(layer, 3).dir("link", 0o755);
+    case.unpack(through(layer, 4)).unwrap();
+    for (number, place) in [(1, "a"), (2, "b"), (3, "a/inside"), (4, "link")] {
+        for path in [format!("{place}/{number}"), format!("{place}/below/{number}")] {
+            assert!(case.root().join(&path).is_file(), "{path}");
+        }
+        assert_eq!(fs::metadata(case.root().join(format!("hard{number}"))).unwrap().nlink(), 2, "{place}");
+    }
+}
+
+/// For each entry they lead elsewhere, as far as anyone knows.
+#[test]
+fn paths_that_lead_through_links_for_long_are_refused() {
+    type Add = fn(Layer, usize) -> Layer;
+    let layers: [(&str, Add); 4] = [
+        ("file", |layer, number| layer.file(&format!("l38/file{number}"), b"")),
+        ("directory", |layer, number| layer.file(&format!("l38/directory{number}/file"), b"")),
+        ("whiteout", |layer, number| layer.file(&format!("l38/.wh.name{number}"), b"")),
+        ("hard link", |layer, number| layer.hard_link(&format!("link{number}"), "l38/target")),
+    ];
+    for (kind, add) in layers {
+        let mut layer = with_long_links(Layer::new().dir("a", 0o755).file("a/target", b"x"));
+        for number in 0..100 {
+            layer = add(layer.symlink("again", "a").symlink("again", "a"), number);
+        }
+        let refused = Case::new().unpack(layer).unwrap_err();
+        assert!(matches!(refused, UnpackError::TooManySteps), "{kind}: {refused}");
+    }
+    // Lower layers are asked about these at the end.
+    let mut layer = with_long_links(Layer::new().dir("a", 0o755));
+    for number in 0..100 {
+        layer = layer.hard_link(&format!("link{number}"), "l38/absent/file");
+    }
+    layer = layer.symlink("l0", "absent/directory");
+    let refused = Case::new().unpack(layer).unwrap_err();
+    assert!(matches!(refused, UnpackError::TooManySteps), "{refused}");
+}

@@ -18,6 +18,7 @@
 
 pub mod archive;
 pub(crate) mod decimal;
+mod parents;
 pub(crate) mod path;
 pub(crate) mod pax;
 pub(crate) mod sparse;
@@ -34,6 +35,7 @@ use berth_sys::beneath::{self, Dir, FileType, MissingDir, Node, Root, Stat, Time
 use berth_sys::xattr;
 
 use archive::{Archive, ArchiveError, Entry, EntryKind, Piece};
+use parents::{ParentError, Parents, Place};
 
 pub use path::PathError;
 pub use pax::PaxError;
@@ -139,6 +141,9 @@ pub enum UnpackError {
     /// Paths without entries, or links to lower layers, beyond 64 MiB.
     #[error("layer has too many directories without an entry or links to lower layers")]
     TooManyOpenQuestions,
+    /// Paths through links that take more than two million steps.
+    #[error("paths of the layer lead through too many links and directories")]
+    TooManySteps,
     /// A file operation failed.
     #[error("cannot {operation} '{path}'")]
     File {
@@ -239,18 +244,19 @@ fn is(error: &io::Error, kind: io::ErrorKind) -> bool {
 #[derive(Debug)]
 struct OpenDir {
     path: PathBuf,
-    dir: Dir,
+    place: Place,
     modified: Timestamp,
 }
 
 struct Tree<'a> {
     root: &'a Root,
+    parents: Parents<'a>,
     has_room: &'a dyn Fn() -> io::Result<()>,
     /// The number of inodes at which that is asked next.
     ask_at: u64,
     root_identity: (u64, u64),
-    /// Dropped whenever something is removed, so that it never means a directory that its path does
-    /// not mean any more.
+    /// Dropped whenever a directory or link is removed, so that it never means a directory that its
+    /// path does not mean any more.
     open: Option<OpenDir>,
     /// By device and inode, so that an entry finds its directory whatever links its path went
     /// through.
@@ -271,6 +277,7 @@ impl<'a> Tree<'a> {
         let root_identity = describe().map_err(file_error("set attributes of", b"/"))?;
         Ok(Self {
             root,
+            parents: Parents::new(root),
             has_room,
             ask_at: 0,
             root_identity,
@@ -320,10 +327,12 @@ impl<'a> Tree<'a> {
             whiteout::Name::Whiteout(target) => self.hide(&open, OsStr::from_bytes(target), entry),
             whiteout::Name::Opaque | whiteout::Name::Aufs => self.make_opaque(&open, entry),
         };
-        // `make` may have removed something: then the directory is reopened for the next entry.
         match result? {
             Keep::Yes => self.open = Some(open),
-            Keep::No => Self::leave(open, &entry.path)?,
+            Keep::No => {
+                self.parents.forget();
+                Self::leave(&open, &entry.path)?;
+            }
         }
         Ok(())
     }
@@ -334,7 +343,7 @@ impl<'a> Tree<'a> {
             return Err(refused(entry, Refusal::RootNotDirectory));
         }
         if let Some(open) = self.open.take() {
-            Self::leave(open, &entry.path)?;
+            Self::leave(&open, &entry.path)?;
         }
         let dir = self.root.open_dir(Path::new("")).map_err(file_error("open", &entry.path))?;
         self.implicit.remove(&self.root_identity);
@@ -343,17 +352,19 @@ impl<'a> Tree<'a> {
 
     /// Opens the directory that an entry goes into and makes what is missing of it.
     fn enter(&mut self, parent: &Path, entry_path: &[u8]) -> Result<OpenDir, UnpackError> {
-        if let Some(open) = self.open.take() {
-            if open.path == parent {
-                return Ok(open);
-            }
+        let before = match self.open.take() {
+            Some(open) if open.path == parent => return Ok(open),
+            before => before,
+        };
+        if let Some(open) = &before {
             Self::leave(open, entry_path)?;
         }
+        let near = before.map(|open| (open.path, open.place));
         let mut made: Vec<((u64, u64), Option<PathBuf>)> = Vec::new();
         let mut too_many = false;
         let mut inodes = self.summary.inodes;
         let (has_room, mut ask_at) = (self.has_room, self.ask_at);
-        let opened = self.root.make_dir_all_with(parent, |missing| {
+        let opened = self.parents.make(near, parent, |missing| {
             inodes += 1;
             too_many = inodes > MAX_INODES;
             if too_many {
@@ -378,22 +389,20 @@ impl<'a> Tree<'a> {
                 self.implicit.insert(identity, path);
             }
         }
-        let dir = match opened {
-            Err(error) if is(&error, io::ErrorKind::NotADirectory) => {
-                return Err(UnpackError::Refused {
-                    path: printable(entry_path),
-                    reason: Refusal::FileInTheWay,
-                });
+        let failed = |operation| file_error(operation, entry_path);
+        let place = opened.map_err(|error| match error {
+            ParentError::TooManySteps => UnpackError::TooManySteps,
+            ParentError::File(error) if is(&error, io::ErrorKind::NotADirectory) => {
+                UnpackError::Refused { path: printable(entry_path), reason: Refusal::FileInTheWay }
             }
-            opened => opened.map_err(file_error("open the directory of", entry_path))?,
-        };
-        let stat =
-            beneath::stat_fd(dir.as_fd()).map_err(file_error("examine the directory of", entry_path))?;
-        Ok(OpenDir { path: parent.to_owned(), dir, modified: stat.modified })
+            ParentError::File(error) => failed("open the directory of")(error),
+        })?;
+        let stat = beneath::stat_fd(place.dir.as_fd()).map_err(failed("examine the directory of"))?;
+        Ok(OpenDir { path: parent.to_owned(), place, modified: stat.modified })
     }
 
-    fn leave(open: OpenDir, entry_path: &[u8]) -> Result<(), UnpackError> {
-        beneath::set_times(open.dir.as_fd(), open.modified)
+    fn leave(open: &OpenDir, entry_path: &[u8]) -> Result<(), UnpackError> {
+        beneath::set_times(open.place.dir.as_fd(), open.modified)
             .map_err(file_error("set the time of the directory before", entry_path))
     }
 
@@ -416,7 +425,7 @@ impl<'a> Tree<'a> {
         entry: &Entry,
         content: &mut impl FnMut(&mut [u8]) -> Result<Piece, UnpackError>,
     ) -> Result<Keep, UnpackError> {
-        let dir = &open.dir;
+        let dir = &open.place.dir;
         match entry.kind {
             EntryKind::Regular => {
                 let (mut file, keep) = replacing(dir, name, || dir.create_file(name, 0o600))
@@ -494,7 +503,7 @@ impl<'a> Tree<'a> {
                     over_whiteout = is_whiteout(&there);
                     dir.unlink(name).map_err(failed("replace"))?;
                     dir.make_dir(name, 0o700).map_err(failed("create the directory"))?;
-                    keep = Keep::No;
+                    keep = Keep::without(&there);
                     true
                 }
             }
@@ -529,14 +538,15 @@ impl<'a> Tree<'a> {
         };
         let absent =
             |error: &io::Error| is(error, io::ErrorKind::NotFound) || is(error, io::ErrorKind::NotADirectory);
-        let found = match self.root.open_dir(target_parent) {
-            Ok(from) => match from.stat(target_name) {
+        let found = match self.parents.find(target_parent) {
+            Ok(Place { dir: from, .. }) => match from.stat(target_name) {
                 Ok(stat) => Some((from, stat)),
                 Err(error) if absent(&error) => None,
                 Err(error) => return Err(failed("examine the target of")(error)),
             },
-            Err(error) if absent(&error) => None,
-            Err(error) => return Err(failed("open the target's directory of")(error)),
+            Err(ParentError::TooManySteps) => return Err(UnpackError::TooManySteps),
+            Err(ParentError::File(error)) if absent(&error) => None,
+            Err(ParentError::File(error)) => return Err(failed("open the target's directory of")(error)),
         };
         let Some((from, stat)) = found else {
             // A link to a link that waits for the lower layer waits for the same file.
@@ -546,9 +556,9 @@ impl<'a> Tree<'a> {
             }
             self.note(path.as_os_str().len() + target.as_os_str().len())?;
             let keep = match dir.stat(name) {
-                Ok(_) => {
+                Ok(there) => {
                     dir.remove_all(name).map_err(failed("replace"))?;
-                    Keep::No
+                    Keep::without(&there)
                 }
                 Err(_) => Keep::Yes,
             };
@@ -573,15 +583,16 @@ impl<'a> Tree<'a> {
     /// anyway.
     fn hide(&mut self, open: &OpenDir, target: &OsStr, entry: &Entry) -> Result<Keep, UnpackError> {
         let failed = |operation| file_error(operation, &entry.path);
-        match open.dir.stat(target) {
+        match open.place.dir.stat(target) {
             Ok(there) if there.file_type == FileType::Directory => {
-                let dir = open.dir.open_dir(target).map_err(failed("open the directory"))?;
+                let dir = open.place.dir.open_dir(target).map_err(failed("open the directory"))?;
                 xattr::set(dir.as_fd(), OPAQUE_XATTR, b"y").map_err(failed("make opaque"))?;
                 self.implicit.remove(&there.identity);
             }
             Ok(_) => {}
             Err(error) if is(&error, io::ErrorKind::NotFound) => {
-                open.dir
+                open.place
+                    .dir
                     .make_node(target, Node::CharDevice(0, 0), 0o600)
                     .map_err(failed("create the whiteout"))?;
                 self.count(0);
@@ -593,13 +604,13 @@ impl<'a> Tree<'a> {
 
     fn make_opaque(&mut self, open: &OpenDir, entry: &Entry) -> Result<Keep, UnpackError> {
         let failed = |operation| file_error(operation, &entry.path);
-        let identity = beneath::stat_fd(open.dir.as_fd()).map_err(failed("examine"))?.identity;
+        let identity = beneath::stat_fd(open.place.dir.as_fd()).map_err(failed("examine"))?.identity;
         if identity == self.root_identity {
             // Overlayfs does not read the attribute on the root of a layer: the mount leaves the
             // lower layers out.
             self.summary.opaque_root = true;
         } else {
-            xattr::set(open.dir.as_fd(), OPAQUE_XATTR, b"y").map_err(failed("make opaque"))?;
+            xattr::set(open.place.dir.as_fd(), OPAQUE_XATTR, b"y").map_err(failed("make opaque"))?;
         }
         Ok(Keep::Yes)
     }
@@ -611,7 +622,7 @@ impl<'a> Tree<'a> {
 
     fn finish(mut self) -> Result<Summary, UnpackError> {
         if let Some(open) = self.open.take() {
-            Self::leave(open, b"")?;
+            Self::leave(&open, b"")?;
         }
         // Replaced directories took implicit ones with them, and their inode numbers may be another
         // file's by now.
@@ -627,35 +638,53 @@ impl<'a> Tree<'a> {
             .map(|(_, path)| path)
             .collect();
         implicit.sort();
-        let mut links: Vec<LowerLink> = self
-            .lower_links
-            .into_iter()
-            .filter(|(name, _)| root.resolve_no_follow(name).is_err())
-            .map(|(name, target)| {
-                let target_replaced = root.resolve_no_follow(&target).is_ok();
-                LowerLink { name, target, target_replaced }
-            })
-            .collect();
-        links.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut links: Vec<(PathBuf, PathBuf)> = self.lower_links.into_iter().collect();
+        links.sort();
+        for (name, target) in links {
+            if !exists(&mut self.parents, &name)? {
+                let target_replaced = exists(&mut self.parents, &target)?;
+                self.summary.lower_links.push(LowerLink { name, target, target_replaced });
+            }
+        }
         self.summary.implicit_dirs = implicit;
-        self.summary.lower_links = links;
         Ok(self.summary)
     }
 }
 
-/// Whether the open directory may serve the next entry too.
+/// Whether there is anything at a path.
+fn exists(parents: &mut Parents<'_>, path: &Path) -> Result<bool, UnpackError> {
+    let Some((parent, name)) = path::split(path) else { return Ok(true) };
+    match parents.find(parent) {
+        Ok(place) => Ok(place.dir.stat(name).is_ok()),
+        Err(ParentError::TooManySteps) => Err(UnpackError::TooManySteps),
+        Err(ParentError::File(_)) => Ok(false),
+    }
+}
+
+/// Whether paths still lead where they led before an entry was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Keep {
     Yes,
     No,
 }
 
+impl Keep {
+    /// After this was removed.
+    fn without(removed: &Stat) -> Self {
+        match removed.file_type {
+            FileType::Directory | FileType::Symlink => Self::No,
+            _ => Self::Yes,
+        }
+    }
+}
+
 /// Makes an entry; if the name is taken, removes what has it first.
 fn replacing<T>(dir: &Dir, name: &OsStr, mut make: impl FnMut() -> io::Result<T>) -> io::Result<(T, Keep)> {
     match make() {
         Err(error) if is(&error, io::ErrorKind::AlreadyExists) => {
+            let keep = Keep::without(&dir.stat(name)?);
             dir.remove_all(name)?;
-            make().map(|made| (made, Keep::No))
+            make().map(|made| (made, keep))
         }
         made => made.map(|made| (made, Keep::Yes)),
     }

@@ -430,6 +430,25 @@ fn what_belongs_to_others_is_not_taken_over() {
     assert!(matches!(&error, Error::SubnetTaken { interface, .. } if interface == "podman0"), "{error:?}");
     assert_eq!(namespace.command("nft list ruleset"), "");
     assert!(!namespace.command("ip -o link show").contains("berth0"));
+
+    // A network that the subnet is a part of: hosts of it would be out of reach.
+    namespace.command("ip link delete podman0");
+    namespace.command("ip link add lan0 type bridge");
+    namespace.command("ip addr add 10.1.2.3/8 dev lan0");
+    let error = set_up();
+    assert!(matches!(&error, Error::SubnetWithin { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains("10.88.0.0/16 is a part of the network of interface lan0 (10.1.2.3/8)")
+    );
+    assert!(!namespace.command("ip -o link show").contains("berth0"));
+    // A host route is no network.
+    namespace.command("ip addr del 10.1.2.3/8 dev lan0");
+    namespace.command("ip addr add 10.1.2.3/32 dev lan0");
+    let daemon = || namespace.run(|| Bridge::set_up(BridgeConfig::default(), directory.path()));
+    daemon().unwrap();
+    // A node that is given such an address later keeps its pods.
+    namespace.command("ip addr add 10.1.2.3/8 dev lan0");
+    daemon().unwrap();
 }
 
 #[test]

@@ -15,6 +15,7 @@ use berth_cni::{
     NetworkError, Seen, Step,
 };
 use berth_model::id::SandboxId;
+use berth_model::sandbox::Dns;
 use berth_sys::ns;
 use serde::{Deserialize, Serialize};
 
@@ -55,7 +56,7 @@ pub(crate) enum Task {
     /// To find the configuration: [`Outcome::Configuration`]. Without one, whether there is a
     /// kubelet's.
     Configuration { kubelet: PathBuf },
-    /// To pin a namespace and attach it: [`Outcome::Addresses`].
+    /// To pin a namespace and attach it: [`Outcome::Attached`].
     Attach { config: String, namespace: PathBuf, attachment: Attachment },
     /// To give back every attachment of a sandbox and let go of its namespace: [`Outcome::Done`].
     /// The configuration is for one whose entry in the cache is lost, with what is known of it.
@@ -78,6 +79,11 @@ pub(crate) enum Outcome {
     Lost,
     Configuration(Configuration),
     Addresses(Vec<IpAddr>),
+    Attached {
+        addresses: Vec<IpAddr>,
+        /// What the network says about name servers, if anything.
+        dns: Option<Dns>,
+    },
     Sandboxes {
         ids: Vec<String>,
         /// Why some entries of the cache could not be read.
@@ -214,7 +220,8 @@ impl Doing<'_> {
             .network(&config)
             .add(attachment, Instant::now() + OPERATION)
             .map_err(|error| chain(&error))?;
-        Ok(Outcome::Addresses(result.inside().map(|inside| inside.address).collect()))
+        let addresses = result.inside().map(|inside| inside.address).collect();
+        Ok(Outcome::Attached { addresses, dns: dns(result.dns) })
     }
 
     /// Pins a pod's namespace where plugins and agents look for it.
@@ -308,4 +315,15 @@ impl Doing<'_> {
 
 fn parsed(config: &str) -> Result<NetworkConfig, String> {
     NetworkConfig::from_json(config.as_bytes()).map_err(|error| chain(&error))
+}
+/// As lines of a `resolv.conf`. Nothing that is not one word gets there.
+fn dns(result: berth_cni::Dns) -> Option<Dns> {
+    let is_word = |word: &String| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_graphic());
+    let words = |words: Vec<String>| words.into_iter().filter(is_word).collect::<Vec<_>>();
+    let mut searches = words(result.search);
+    if searches.is_empty() {
+        searches = words(vec![result.domain]);
+    }
+    let dns = Dns { servers: words(result.nameservers), searches, options: words(result.options) };
+    (!dns.servers.is_empty()).then_some(dns)
 }

@@ -66,7 +66,7 @@ pub(super) fn attach(
     let own = ns::open_own(Kind::Network).map_err(NetworkError::Namespace)?;
     let attachment = bridge.attach(sandbox.as_str(), &host_ports(config), &mut inside, own.as_fd())?;
     let addresses = attachment.addresses.iter().map(|address| address.address).collect();
-    Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }] })
+    Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }], dns: None })
 }
 
 /// The namespace has been unpinned.

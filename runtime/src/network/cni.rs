@@ -214,9 +214,9 @@ impl Cni {
         };
         let begin = clock::unix_ns();
         let namespace = pod.namespace.to_owned();
-        let addresses = match self.ask(Task::Attach { config: text(config), namespace, attachment })? {
-            Outcome::Addresses(addresses) => in_order(addresses),
-            _ => Vec::new(),
+        let (addresses, dns) = match self.ask(Task::Attach { config: text(config), namespace, attachment })? {
+            Outcome::Attached { addresses, dns } => (in_order(addresses), dns),
+            _ => (Vec::new(), None),
         };
         if addresses.is_empty() {
             return Err(NetworkError::NoAddress { network: config.name().to_owned() });
@@ -225,7 +225,7 @@ impl Cni {
             sandbox = %pod.id, network = config.name(), ?addresses,
             took_ms = (clock::unix_ns() - begin) / 1_000_000, "attached to a CNI network"
         );
-        Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }] })
+        Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }], dns })
     }
 
     /// Whether a directory is known not to answer: then nothing of a pod is made.

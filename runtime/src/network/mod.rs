@@ -89,6 +89,8 @@ pub(crate) struct Pod<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Attached {
     pub(crate) interfaces: Vec<Interface>,
+    /// The network's own name servers, for a pod that asks for none.
+    pub(crate) dns: Option<sandbox::Dns>,
 }
 
 /// An interface in a pod.

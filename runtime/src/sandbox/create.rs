@@ -161,7 +161,7 @@ fn fill(node: &Node, sandbox: &mut Sandbox) -> Result<(), SandboxError> {
     mount_tmpfs(&files, config.namespaces.ipc != NamespaceMode::Node)?;
     let contents = Contents {
         hostname: &sandbox.hostname,
-        dns: config.dns.as_ref(),
+        dns: config.dns.as_ref().or_else(|| attached.as_ref()?.dns.as_ref()),
         addresses: &addresses,
         host_network,
     };

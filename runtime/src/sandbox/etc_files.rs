@@ -3,6 +3,7 @@
 //! The kubelet mounts its own `/etc/hosts`, which wins; this one is for all other clients. Pure
 //! text functions, and one that writes.
 
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -24,6 +25,41 @@ fn resolv_conf(dns: &Dns) -> String {
         text.push_str(&format!("options {}\n", dns.options.join(" ")));
     }
     text
+}
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// The servers that systemd-resolved itself asks, where the file above names only its own address
+/// on loopback (systemd-resolved.service(8)).
+const UPSTREAM_OF_SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";
+
+/// The host's resolv.conf for a pod with a network of its own, whose loopback is another. Servers
+/// on the host's loopback are left out; if there are no others, `upstream` is used.
+fn in_another_network(
+    host: &[u8],
+    upstream: impl FnOnce() -> Result<Vec<u8>, SandboxError>,
+) -> Result<Vec<u8>, SandboxError> {
+    let server = |line: &[u8]| {
+        let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+        let address = words.next().filter(|word| *word == "nameserver").and_then(|_| words.next())?;
+        address.parse::<IpAddr>().ok()
+    };
+    let lines =
+        |text: &[u8]| text.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect::<Vec<_>>();
+    let on_loopback =
+        |line: &Vec<u8>| server(line).is_some_and(|address| address.to_canonical().is_loopback());
+    let mut kept = lines(host);
+    if !kept.iter().any(on_loopback) {
+        return Ok(host.to_vec());
+    }
+    if kept.iter().all(|line| server(line).is_none() || on_loopback(line)) {
+        let upstream = lines(&upstream()?);
+        if upstream.iter().any(|line| server(line).is_some()) {
+            kept = upstream;
+        }
+    }
+    kept.retain(|line| !on_loopback(line));
+    Ok(kept.concat())
 }
 
 /// hosts(5): localhost, and the pod by its first addresses.
@@ -51,7 +87,8 @@ pub(super) struct Contents<'a> {
 pub(super) fn write(files: &SandboxFiles, contents: &Contents<'_>) -> Result<(), SandboxError> {
     let resolv = match contents.dns {
         Some(dns) => resolv_conf(dns).into_bytes(),
-        None => copy_of("/etc/resolv.conf")?,
+        None if contents.host_network => copy_of(RESOLV_CONF)?,
+        None => in_another_network(&copy_of(RESOLV_CONF)?, || copy_of(UPSTREAM_OF_SYSTEMD))?,
     };
     let hosts = if contents.host_network {
         copy_of("/etc/hosts")?
@@ -97,6 +134,24 @@ mod tests {
             "search a.b c\nnameserver 10.10.10.10\nnameserver fd00::1\noptions ndots:5 edns0\n"
         );
         assert_eq!(resolv_conf(&Dns::default()), "");
+    }
+
+    #[test]
+    fn servers_on_the_loopback_of_the_host_are_not_for_another_network() {
+        let convert = |host: &str, upstream: &str| {
+            let text = in_another_network(host.as_bytes(), || Ok(upstream.as_bytes().to_vec())).unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        let systemd = "# comment\nnameserver 127.0.0.53\noptions edns0 trust-ad\nsearch lan\n";
+        let upstream = "nameserver 192.0.2.1\nnameserver 2001:db8::1\nsearch lan\n";
+        assert_eq!(convert(systemd, upstream), upstream);
+        // Without systemd-resolved, a name is not found at once instead of after a wait.
+        assert_eq!(convert(systemd, ""), "# comment\noptions edns0 trust-ad\nsearch lan\n");
+        // What others there are is enough.
+        let mixed = "nameserver ::1\nnameserver 192.0.2.7\n";
+        assert_eq!(convert(mixed, upstream), "nameserver 192.0.2.7\n");
+        let usual = "nameserver 192.0.2.7\nnameserver fe80::1%eth0\n";
+        assert_eq!(convert(usual, upstream), usual);
     }
 
     #[test]

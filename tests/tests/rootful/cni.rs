@@ -138,6 +138,31 @@ fn a_single_machine_has_the_bridge_until_cni_is_configured() -> Result<()> {
 }
 
 #[test]
+fn the_name_servers_of_the_network_are_for_pods_that_ask_for_none() -> Result<()> {
+    rootful_with(ONLY_CNI, |daemon| {
+        let script = r#"#!/bin/sh
+[ "$CNI_COMMAND" != ADD ] ||
+    echo '{"cniVersion": "1.0.0", "ips": [{"address": "10.99.0.7/24"}], "dns": {
+        "nameservers": ["192.0.2.53", "192.0.2.54\\noptions debug"], "domain": "net.example", "options": ["ndots:2"]}}'
+"#;
+        daemon.install_cni_script("odd", script)?;
+        daemon.configure_cni("10-odd.conf", r#"{"cniVersion": "1.0.0", "name": "odd", "type": "odd"}"#)?;
+        let resolver = |name: &str, dns: Option<v1::DnsConfig>| {
+            let pod = daemon.pod_of(v1::PodSandboxConfig { dns_config: dns, ..daemon.pod_config(name) })?;
+            let text = pod.script("cat /etc/resolv.conf", |_| {})?;
+            pod.remove()?;
+            anyhow::Ok(text)
+        };
+        let own = resolver("none", None)?;
+        ensure!(own.trim() == "search net.example\nnameserver 192.0.2.53\noptions ndots:2", "{own}");
+        let dns = v1::DnsConfig { servers: vec!["10.96.0.10".to_owned()], ..v1::DnsConfig::default() };
+        let asked = resolver("some", Some(dns))?;
+        ensure!(asked.trim() == "nameserver 10.96.0.10", "{asked}");
+        Ok(())
+    })
+}
+
+#[test]
 fn host_ports_are_portmaps() -> Result<()> {
     rootful_with(ONLY_CNI, |daemon| {
         daemon.install_cni_plugins()?;

@@ -153,6 +153,19 @@ pub enum Error {
         /// Its address.
         address: IpAddr,
     },
+    /// The pods' subnet is a part of a network that an interface of the node is in.
+    #[error(
+        "the pod subnet {subnet} is a part of the network of interface {interface} ({address}), whose hosts there could not be \
+         reached; set network.ipv4 or network.ipv6 to another subnet"
+    )]
+    SubnetWithin {
+        /// The pods' subnet.
+        subnet: InterfaceAddress,
+        /// The interface.
+        interface: String,
+        /// Its address.
+        address: InterfaceAddress,
+    },
     /// The address store failed.
     #[error("cannot record pod addresses")]
     Addresses {

@@ -15,7 +15,7 @@ use super::{Bridge, Error, lock, node};
 use crate::config::InterfaceAddress;
 use crate::firewall::{Port, kernel, rules};
 use crate::forwarding;
-use crate::netlink::{self, Netlink};
+use crate::netlink::{self, LinkAddress, Netlink};
 use crate::{bridged, firewall, identity, nft};
 
 /// Why pods have no network.
@@ -70,7 +70,7 @@ impl Bridge {
         let name = self.config.name.as_str();
         let expected = identity::bridge_mac(&self.config.name);
         let found = find_link(&mut netlink, name).map_err(node)?;
-        self.refuse_taken_subnet(&mut netlink)?;
+        self.refuse_taken_subnet(&mut netlink, found.as_ref().map(|link| link.index))?;
         let link = match found {
             Some(link) => link,
             None => {
@@ -185,28 +185,43 @@ impl Bridge {
         subnets
     }
 
-    fn refuse_taken_subnet(&self, netlink: &mut Netlink) -> Result<(), Error> {
-        let taken = |address: IpAddr| match address {
-            IpAddr::V4(address) => self.config.ipv4.contains(address),
-            IpAddr::V6(address) => self.config.ipv6.is_some_and(|subnet| subnet.contains(address)),
+    /// Refuses subnets that overlap with a network of the node's. Where the bridge has its address
+    /// already, only an address within: what works stays, also after the node is given another.
+    fn refuse_taken_subnet(&self, netlink: &mut Netlink, bridge: Option<u32>) -> Result<(), Error> {
+        let present = list_addresses(netlink).map_err(node)?;
+        let with_prefix =
+            |found: &LinkAddress| InterfaceAddress { address: found.address, prefix: found.prefix };
+        let gateways = self.config.gateways();
+        let is_new = |gateway: &InterfaceAddress| {
+            !present.iter().any(|found| Some(found.index) == bridge && with_prefix(found) == *gateway)
         };
-        let conflicts: Vec<_> = list_addresses(netlink)
-            .map_err(node)?
-            .into_iter()
-            .filter(|present| taken(present.address))
-            .collect();
+        let mut conflicts = Vec::new();
+        for gateway in &gateways {
+            let is_new = is_new(gateway);
+            conflicts.extend(present.iter().filter_map(|found| {
+                let address = with_prefix(found);
+                let within = is_new && found.scope == SCOPE_GLOBAL && address.is_in_subnet(gateway.network());
+                (gateway.is_in_subnet(found.address) || within).then_some((found.index, address, *gateway))
+            }));
+        }
         if conflicts.is_empty() {
             return Ok(());
         }
         let links = list_links(netlink).map_err(node)?;
-        for conflict in conflicts {
-            let interface =
-                links.iter().find(|link| link.index == conflict.index).map(|link| link.name.as_str());
+        for (index, address, gateway) in conflicts {
             // An interface that disappeared between the two lists no longer has an address.
-            if let Some(interface) = interface.filter(|interface| *interface != self.config.name.as_str()) {
-                let (interface, address) = (interface.to_owned(), conflict.address);
-                return Err(Error::SubnetTaken { interface, address });
+            let Some(link) = links.iter().find(|link| link.index == index) else { continue };
+            if link.name == self.config.name.as_str() {
+                continue;
             }
+            let interface = link.name.clone();
+            return Err(match gateway.is_in_subnet(address.address) {
+                true => Error::SubnetTaken { interface, address: address.address },
+                false => {
+                    let subnet = InterfaceAddress { address: gateway.network(), ..gateway };
+                    Error::SubnetWithin { subnet, interface, address }
+                }
+            });
         }
         Ok(())
     }

@@ -626,6 +626,64 @@ fn a_frame_with_the_mac_address_of_another_pod_does_not_take_its_traffic() {
     assert!(!learned.contains(&wrong), "{learned}");
 }
 
+/// Makes a pod send to an address in a frame to a group that no bridge forwards, which the firewall
+/// of the bridge does not see (`br_handle_frame`).
+fn send_by_group(pod: &Pod, group: u8, target: &str) {
+    let lladdr = format!("01:80:c2:00:00:{group:02x}");
+    pod.namespace.command(&format!("ip neigh replace {target} lladdr {lladdr} dev eth0 nud permanent"));
+}
+
+#[test]
+fn frames_to_groups_that_no_bridge_forwards_do_not_get_past_the_firewall() {
+    let node = Node::with(BridgeConfig { ipv6: None, ..BridgeConfig::default() });
+    let (pod, victim) = (node.attach(1), node.attach(2));
+    let on_port = "iifname \"bv";
+    talk(&node.namespace, &victim.namespace, victim.address(0));
+    let service = node.namespace.run(|| UdpSocket::bind("10.88.0.1:53")).unwrap();
+    service.set_nonblocking(true).unwrap();
+    // Forged senders, one of them with the MAC address of the victim.
+    pod.namespace.command("ip addr add 198.51.100.7/32 dev eth0");
+    let forged = pod.namespace.run(|| UdpSocket::bind("198.51.100.7:53")).unwrap();
+    for (group, mac) in
+        [(0x0e, &victim.attachment.mac), (0x03, &victim.attachment.mac), (0x0e, &pod.attachment.mac)]
+    {
+        pod.namespace.command(&format!("ip link set eth0 address {mac}"));
+        send_by_group(&pod, group, "10.88.0.1");
+        let before = node.met("inet", on_port);
+        forged.send_to(b"forged", "10.88.0.1:53").unwrap();
+        wait_until(|| node.met("inet", on_port) > before);
+        assert_eq!(service.recv(&mut [0; 16]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        let learned = node.namespace.command("bridge fdb show br berth0");
+        let wrong = format!("{} dev {}", victim.attachment.mac, pod.attachment.host_interface);
+        assert!(!learned.contains(&wrong), "{learned}");
+        talk(&node.namespace, &victim.namespace, victim.address(0));
+    }
+
+    // The port itself has IPv6, though pods have none, and would take a router's advertisement.
+    let shown = node.namespace.command(&format!("ip -6 -o addr show dev {}", pod.attachment.host_interface));
+    let port = shown.split_whitespace().find_map(|word| word.strip_suffix("/64")).unwrap().to_owned();
+    let IpAddr::V6(target) = port.parse::<IpAddr>().unwrap() else { panic!("{port}") };
+    let link = pod.namespace.command("ip -o link show eth0");
+    let index = link.split(':').next().unwrap().parse().unwrap();
+    pod.namespace.command("ip addr add fe80::bad/64 dev eth0 nodad");
+    send_by_group(&pod, 0x0e, &port);
+    let sender = pod.namespace.run(|| {
+        let kind = (SockType::Raw, SockProtocol::IcmpV6);
+        let socket = socket::socket(AddressFamily::Inet6, kind.0, SockFlag::SOCK_CLOEXEC, kind.1).unwrap();
+        setsockopt(&socket, sockopt::Ipv6Ttl, &255).unwrap();
+        socket
+    });
+    // Router for 1,800 s (RFC 4861, 4.2). The kernel sets the checksum.
+    let mut advertisement = [0_u8; 16];
+    (advertisement[0], advertisement[6], advertisement[7]) = (134, 7, 8);
+    let before = node.met("inet", on_port);
+    let target = SockaddrIn6::from(SocketAddrV6::new(target, 0, 0, index));
+    socket::sendto(sender.as_raw_fd(), &advertisement, &target, MsgFlags::empty()).unwrap();
+    wait_until(|| node.met("inet", on_port) > before);
+    let routes = node.namespace.command("ip -6 route show default");
+    assert_eq!(routes, "");
+}
+
 #[test]
 fn a_pod_that_claims_the_address_of_the_gateway_or_of_another_pod_does_not_get_its_traffic() {
     let node = Node::new();

@@ -15,7 +15,8 @@ use super::links::{
 };
 use super::{Bridge, Error, lock, node};
 use crate::config::InterfaceAddress;
-use crate::firewall::{Port, conntrack, kernel, table};
+use crate::firewall::conntrack::{self, Connection};
+use crate::firewall::{Port, kernel, table};
 use crate::forwarding;
 use crate::host_ports::{HostPort, HostPorts, Protocol};
 use crate::identity::{self, MacAddress};
@@ -150,10 +151,12 @@ impl Bridge {
             self.dismiss(&mut netfilter, sandbox_id, &port)?;
         }
         self.free_host_ports(sandbox_id)?;
-        self.addresses.free(sandbox_id).map(drop).map_err(|source| Error::Addresses { source })
+        self.addresses.free(sandbox_id).map_err(|source| Error::Addresses { source })?;
+        drop(netfilter);
+        self.forget_gone(sandbox_id, &port)
     }
 
-    /// Takes a pod out of the firewall, and forgets who still sends to its host ports.
+    /// Takes a pod out of the firewall.
     pub(super) fn dismiss(
         &self,
         netfilter: &mut Netlink,
@@ -161,9 +164,14 @@ impl Bridge {
         port: &Port,
     ) -> Result<(), Error> {
         let dismissed = kernel::dismiss(netfilter, &table(&self.config.name), port);
-        dismissed.map_err(|source| Error::Guard { sandbox_id: sandbox_id.to_owned(), source })?;
+        dismissed.map_err(|source| Error::Guard { sandbox_id: sandbox_id.to_owned(), source })
+    }
+
+    /// Forgets UDP connections to the host ports of a pod that is out of the firewall.
+    pub(super) fn forget_gone(&self, sandbox_id: &str, port: &Port) -> Result<(), Error> {
         for number in udp(&port.host_ports) {
-            conntrack::forget_udp(netfilter, number, |found| port.addresses.contains(&found.answered_by))
+            let is_gone = |found: &Connection| port.addresses.contains(&found.answered_by);
+            conntrack::forget_udp(&mut lock(&self.conntrack), number, is_gone)
                 .map_err(|source| Error::Conntrack { sandbox_id: sandbox_id.to_owned(), source })?;
         }
         Ok(())
@@ -215,7 +223,7 @@ impl Bridge {
             address.is_loopback() || present.iter().any(|present| present.address == address)
         };
         for number in numbers {
-            conntrack::forget_udp(&mut lock(&self.netfilter), number, |found| is_local(found.destination))
+            conntrack::forget_udp(&mut lock(&self.conntrack), number, |found| is_local(found.destination))
                 .map_err(|source| Error::Conntrack { sandbox_id: sandbox_id.to_owned(), source })?;
         }
         Ok(())

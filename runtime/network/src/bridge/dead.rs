@@ -69,7 +69,8 @@ impl Bridge {
                 let host_ports = lock(&self.host_ports).of(id);
                 let port = Port { interface, addresses: addresses.clone(), host_ports };
                 let dismissed = self.dismiss(&mut lock(&self.netfilter), id, &port);
-                if let Err(error) = dismissed.and_then(|()| self.free_host_ports(id)) {
+                let freed = dismissed.and_then(|()| self.free_host_ports(id));
+                if let Err(error) = freed.and_then(|()| self.forget_gone(id, &port)) {
                     failure = failure.or(Some(error));
                 }
             }

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, LinkAttribute,
-    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    BridgeBooleanOptionFlags, BridgeBooleanOptions, InfoBridge, InfoBridgePort, InfoData, InfoKind,
+    InfoPortData, InfoPortKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -57,6 +57,23 @@ pub(super) fn track_bridged(index: u32) -> Request {
         ])),
     ])];
     Request::route("track the bridge's connections", 0, &RouteNetlinkMessage::NewLink(message))
+}
+
+/// Keeps the bridge from learning where a MAC address is from frames to the groups that no bridge
+/// forwards (`01:80:c2:00:00:0x`). The firewall of the bridge does not see these (`br_handle_frame`,
+/// `net/bridge/br_input.c`), so that their sender is not checked.
+pub(super) fn learn_from_checked_frames(index: u32) -> Request {
+    let flag = BridgeBooleanOptionFlags::NoLinkLocalLearn;
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes = vec![LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Bridge),
+        LinkInfo::Data(InfoData::Bridge(vec![InfoBridge::MultiBoolOpt(BridgeBooleanOptions {
+            value: flag,
+            mask: flag,
+        })])),
+    ])];
+    Request::route("set what the bridge learns from", 0, &RouteNetlinkMessage::NewLink(message))
 }
 
 /// Lets a port of the bridge have back what came from it: a pod may reach itself by the address of

@@ -218,6 +218,8 @@ pub struct Bridge {
     next_remover: AtomicUsize,
     /// The packet filter of the node's namespace.
     netfilter: Mutex<Netlink>,
+    /// The same, for tracked connections: a client may have many, and others should not wait.
+    conntrack: Mutex<Netlink>,
     /// Interface number of the bridge.
     index: AtomicU32,
     /// Gateway addresses of earlier configurations, in whose subnets pods still have addresses.

@@ -8,8 +8,8 @@ use netlink_packet_route::link::LinkAttribute;
 use nix::errno::Errno;
 
 use super::links::{
-    IFF_UP, SCOPE_GLOBAL, add_address, create_bridge, delete_address, find_link, hairpin, list_addresses,
-    list_links, set_up_link, track_bridged,
+    IFF_UP, SCOPE_GLOBAL, add_address, create_bridge, delete_address, find_link, hairpin,
+    learn_from_checked_frames, list_addresses, list_links, set_up_link, track_bridged,
 };
 use super::{Bridge, Error, lock, node};
 use crate::config::InterfaceAddress;
@@ -88,6 +88,7 @@ impl Bridge {
         if forwarding::has_ipv6() {
             forwarding::ignore_router_advertisements(name).map_err(|source| Error::Forwarding { source })?;
         }
+        netlink.request(&[learn_from_checked_frames(link.index)]).map_err(node)?;
         self.settle_addresses(&mut netlink, link.index)?;
         let mut attributes = Vec::new();
         attributes.extend(self.config.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes())));

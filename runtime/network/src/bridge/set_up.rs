@@ -74,6 +74,7 @@ impl Bridge {
             removers: removers.map_err(node)?,
             next_remover: AtomicUsize::new(0),
             netfilter: Mutex::new(Netlink::open_netfilter().map_err(node)?),
+            conntrack: Mutex::new(Netlink::open_netfilter().map_err(node)?),
             index: AtomicU32::new(0),
             former: Mutex::default(),
             host_ports: Mutex::default(),

@@ -48,6 +48,9 @@ const NESTED: u16 = 0x8000;
 /// Size of `struct nfgenmsg`.
 const NFGENMSG_BYTES: usize = 4;
 
+/// How many are forgotten with one datagram, whose answers have to fit into the socket's buffer.
+const AT_ONCE: usize = 100;
+
 const LIST: &str = "list tracked connections";
 
 /// A tracked connection.
@@ -57,9 +60,8 @@ pub(crate) struct Connection {
     pub(crate) destination: IpAddr,
     /// Who answers.
     pub(crate) answered_by: IpAddr,
-    /// The attributes that name it to the kernel, and the family they belong to.
+    /// The attributes that name it to the kernel.
     name: Vec<u8>,
-    family: u8,
 }
 
 /// Forgets the UDP connections to a port for which `is_wrong` says so.
@@ -73,11 +75,14 @@ pub(crate) fn forget_udp(
 ) -> Result<(), Error> {
     for family in [AF_INET, AF_INET6] {
         let family = u8::try_from(family).unwrap_or(0);
-        for connection in list_udp(netfilter, family, port)?.iter().filter(|found| is_wrong(found)) {
-            let mut body = header(connection.family, 0);
-            body.extend_from_slice(&connection.name);
-            let request = Request::raw("forget a tracked connection", DELETE, 0, body);
-            match netfilter.request(&[request]) {
+        let mut wrong = list_udp(netfilter, family, port)?;
+        wrong.retain(&is_wrong);
+        for connections in wrong.chunks(AT_ONCE) {
+            let forget = |connection: &Connection| {
+                let body = [header(family, 0), connection.name.clone()].concat();
+                Request::raw("forget a tracked connection", DELETE, 0, body)
+            };
+            match netfilter.request(&connections.iter().map(forget).collect::<Vec<_>>()) {
                 Err(error) if error.errno() == Some(Errno::ENOENT) => {}
                 outcome => drop(outcome?),
             }
@@ -95,11 +100,11 @@ fn list_udp(netfilter: &mut Netlink, family: u8, port: u16) -> Result<Vec<Connec
     let flags = (MATCH_PROTOCOL | MATCH_DESTINATION_PORT).to_ne_bytes();
     put(&mut body, FILTER | NESTED, &nest(FILTER_FLAGS, &flags));
     let replies = netfilter.dump(&Request::raw(LIST, GET, 0, body))?;
-    let read = |body| connection(body, family).ok_or(Error::Malformed { operation: LIST });
+    let read = |body| connection(body).ok_or(Error::Malformed { operation: LIST });
     replies.iter().map(|reply| read(reply.body())).collect()
 }
 
-fn connection(body: &[u8], family: u8) -> Option<Connection> {
+fn connection(body: &[u8]) -> Option<Connection> {
     let (mut destination, mut answered_by, mut name) = (None, None, Vec::new());
     for attribute in NlasIterator::new(body.get(NFGENMSG_BYTES..)?) {
         let attribute: NlaBuffer<&[u8]> = attribute.ok()?;
@@ -114,7 +119,7 @@ fn connection(body: &[u8], family: u8) -> Option<Connection> {
             _ => {}
         }
     }
-    Some(Connection { destination: destination?, answered_by: answered_by?, name, family })
+    Some(Connection { destination: destination?, answered_by: answered_by?, name })
 }
 
 /// An address of a tuple: the first attribute of these kinds.

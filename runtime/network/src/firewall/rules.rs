@@ -23,7 +23,8 @@ use crate::config::{BridgeName, InterfaceAddress};
 use crate::identity;
 
 /// The chains of the tables.
-pub(crate) const CHAINS: [(Family, &str); 7] = [
+pub(crate) const CHAINS: [(Family, &str); 8] = [
+    (Family::Inet, "ports"),
     (Family::Inet, "prerouting"),
     (Family::Inet, "output"),
     (Family::Inet, "local"),
@@ -68,6 +69,12 @@ pub fn installation(setting: Setting<'_>, pods: &[Port]) -> String {
     let mut text = removal(bridge);
     text += &format!("table inet {table} {{\n");
     text += &sets(Family::Inet, ipv6, pods);
+    // A bridge passes frames to groups that it does not forward (01:80:c2:00:00:0x) to the port that
+    // they came by, past its own firewall; and without its bridge a port is an interface like any
+    // other. Nothing is received by one: what the bridge receives enters by the bridge.
+    let ports = format!("{}*", identity::host_interface_prefix(bridge));
+    text += "  chain ports {\n    type filter hook prerouting priority raw; policy accept;\n";
+    text += &format!("    iifname \"{ports}\" counter drop\n  }}\n");
     text += "  chain prerouting {\n    type nat hook prerouting priority dstnat; policy accept;\n    fib daddr type local jump local\n  }\n";
     text += "  chain output {\n    type nat hook output priority -100; policy accept;\n    fib daddr type local jump local\n  }\n";
     // From ::1 nothing can be sent to another interface: there, a client shall be refused and try

@@ -9,7 +9,8 @@ use std::process::{Output, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, rootful};
-use berth_tests::pod::{Container, idle, security};
+use berth_tests::pod::{Container, idle, security, shell};
+use berth_tests::repeats::repeats;
 
 fn cp(daemon: &Daemon, from: &str, to: &str) -> Result<Output> {
     daemon.berth()?.args(["cp", from, to]).output().context("running berth")
@@ -230,6 +231,64 @@ fn a_hostile_tar_writes_only_what_was_asked_for() -> Result<()> {
                 } else {
                     fs::remove_dir_all(path)?
                 }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Exchanges a directory and a link of the same name for ever.
+fn exchanging(name: &str, directory: &str, link: &str) -> v1::ContainerConfig {
+    shell(
+        name,
+        &format!(
+            "mkdir -p {directory}/sub; cd {directory}
+             while :; do mv sub aside; ln -s {link} sub; rm sub; mv aside sub; done"
+        ),
+    )
+}
+
+#[test]
+fn directories_that_become_links_while_files_are_copied_lead_to_no_file_of_the_host() -> Result<()> {
+    rootful(|daemon| {
+        let (here, shared) = (daemon.directory("here")?, daemon.directory("shared")?);
+        let canary = daemon.directory("canary")?;
+        fs::write(canary.join("secret"), "of the host")?;
+        let canary_text = canary.to_string_lossy();
+        fs::create_dir_all(here.join("in/sub"))?;
+        fs::write(here.join("in/sub/secret"), "copied")?;
+        let pod = daemon.pod("web")?;
+        // A directory of the host that the container shares, and one of its own.
+        let mut sharing = exchanging("sharing", "/shared", &canary_text);
+        sharing.mounts.push(v1::Mount {
+            host_path: shared.to_string_lossy().into_owned(),
+            container_path: "/shared".to_owned(),
+            ..v1::Mount::default()
+        });
+        pod.start(sharing)?;
+        for (name, has_tar) in [("with", true), ("without", false)] {
+            let own = pod.start(exchanging(name, "/data", &canary_text))?;
+            if !has_tar {
+                own.sh("rm /bin/tar")?;
+            }
+            own.sh("mkdir -p /source/sub; echo copied >/source/sub/secret")?;
+            for _ in 0..repeats(20)? {
+                let out = tempfile::tempdir_in(&here)?;
+                for (from, to) in [
+                    (format!("web/{name}:/source/."), shared.to_string_lossy().into_owned()),
+                    (here.join("in/.").to_string_lossy().into_owned(), format!("web/{name}:/data")),
+                    (format!("web/{name}:/data/."), out.path().to_string_lossy().into_owned()),
+                ] {
+                    // Whether that can be done depends on what is there at the moment.
+                    let _whatever = cp(daemon, &from, &to)?;
+                }
+                let sub = out.path().join("sub");
+                if !sub.is_symlink() {
+                    let copied = fs::read_to_string(sub.join("secret")).unwrap_or_default();
+                    assert!(matches!(copied.as_str(), "" | "copied\n" | "copied"), "{name}: {copied}");
+                }
+                assert_eq!(fs::read(canary.join("secret"))?, b"of the host", "{name}");
+                assert_eq!(fs::read_dir(&canary)?.count(), 1, "{name}");
             }
         }
         Ok(())

@@ -149,6 +149,11 @@ impl Extraction<'_> {
         }
         let whole = place.clone();
         let failed = |source| ExtractError::Write { path: text(&entry.path), source };
+        // The end of the stream within a file is not about this file.
+        let copying = |source: io::Error| match source.kind() {
+            io::ErrorKind::UnexpectedEof => ExtractError::Read(source),
+            _ => ExtractError::Write { path: text(&entry.path), source },
+        };
         let Some(name) = place.pop() else {
             // The destination directory, which exists.
             return if entry.kind == Kind::Directory { Ok(()) } else { Err(unexpected()) };
@@ -171,12 +176,11 @@ impl Extraction<'_> {
             }
             Kind::File => {
                 if let Some(mut file) = mounted_file(parent, &name).map_err(failed)? {
-                    archive.copy_content(&mut file).map_err(failed)?;
+                    archive.copy_content(&mut file).map_err(copying)?;
                 } else {
                     make_way(parent, &name).map_err(failed)?;
                     let mut file = parent.create_file(&name, 0o600).map_err(failed)?;
-                    // An error of the archive is not about this file.
-                    archive.copy_content(&mut file).map_err(failed)?;
+                    archive.copy_content(&mut file).map_err(copying)?;
                     self.made.insert(finish_file(&file, entry, self.rules.owner).map_err(failed)?);
                 }
             }

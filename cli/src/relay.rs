@@ -51,6 +51,8 @@ pub(crate) async fn relay(
     mut terminal: Option<Terminal>,
     keys: Option<DetachKeys>,
 ) -> Result<Ended, Error> {
+    // The end of a terminal's input would detach from it.
+    let stays = keys.is_some() && terminal.is_some();
     let keys = keys.filter(|_| terminal.as_ref().is_some_and(Terminal::is_raw));
     let Command { stdin, stdout, stderr, resize, mut ending } = command;
     let program = async {
@@ -60,7 +62,7 @@ pub(crate) async fn relay(
     let ended = tokio::select! {
         biased;
         outcome = program => outcome?.map_or(Ended::Lost, Ended::Program),
-        detached = copy_in(stdin, keys) => {
+        detached = copy_in(stdin, keys, stays) => {
             detached.map_err(Error::Input)?;
             Ended::Detached
         }
@@ -74,11 +76,12 @@ pub(crate) async fn relay(
     Ok(ended)
 }
 
-/// Sends standard input, to its end. Returns only when the detach keys are typed.
+/// Sends standard input, to its end, and then that end, unless it `stays`. Returns only when the
+/// detach keys are typed.
 ///
 /// # Errors
 /// When it cannot be read to its end.
-async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) -> io::Result<()> {
+async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>, stays: bool) -> io::Result<()> {
     if let Some(to) = to {
         let mut watcher = keys.map(Watcher::new);
         let mut input = read_input();
@@ -101,7 +104,9 @@ async fn copy_in(to: Option<Outgoing>, keys: Option<DetachKeys>) -> io::Result<(
         if let Some(watcher) = &watcher {
             let _ = to.send(watcher.rest().to_vec().into()).await;
         }
-        let _ = to.finish().await;
+        if !stays {
+            let _ = to.finish().await;
+        }
     }
     std::future::pending().await
 }

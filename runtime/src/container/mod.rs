@@ -100,9 +100,21 @@ pub(crate) struct Container {
     followed: AtomicBool,
     /// Places for clients that are attached to its streams.
     attached: Arc<Semaphore>,
+    /// Clients that are to be attached before its start, and are not yet.
+    joining: watch::Sender<usize>,
     /// Its record must not be written: it is of a newer version, or could not be read and may
     /// become readable later.
     keeps_record: bool,
+}
+
+/// A client that is not attached yet. Dropping it ends the wait for it.
+#[derive(Debug)]
+pub(crate) struct Joining(Arc<Container>);
+
+impl Drop for Joining {
+    fn drop(&mut self) {
+        self.0.joining.send_modify(|joining| *joining -= 1);
+    }
 }
 
 impl Container {
@@ -127,6 +139,7 @@ impl Container {
             given_up: Notify::new(),
             followed: AtomicBool::new(false),
             attached: Arc::new(Semaphore::new(MOST_ATTACHED)),
+            joining: watch::Sender::new(0),
             keeps_record: false,
             record: Arc::new(record),
             files,
@@ -238,6 +251,18 @@ impl Container {
             }
             _ => self.running_shim(),
         }
+    }
+
+    /// A client that is to be attached before the start, which waits for it a while.
+    pub(crate) fn expect_client(self: &Arc<Self>) -> Joining {
+        self.joining.send_modify(|joining| *joining += 1);
+        Joining(self.clone())
+    }
+
+    /// Resolves when no such client is missing.
+    pub(crate) async fn joined(&self) {
+        // The sender is this container's.
+        let _ = self.joining.subscribe().wait_for(|joining| *joining == 0).await;
     }
 
     /// A place for a client that attaches to its streams.

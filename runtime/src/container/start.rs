@@ -22,9 +22,14 @@ const ENDING: Duration = Duration::from_secs(5);
 /// its cgroup, and removing it.
 const SETTLED: Duration = Duration::from_secs(25);
 
+/// How long a start waits for clients that are to be attached before it.
+const JOINED: Duration = Duration::from_secs(10);
+
 /// Starts it. On return the program is running, or the container has ended with the reason;
 /// [`ContainerError::StartUnknown`] is the exception.
 pub(crate) async fn start(container: &Arc<Container>) -> Result<(), ContainerError> {
+    // They would miss its first output. One that does not come is not waited for any longer.
+    let _ = tokio::time::timeout(JOINED, container.joined()).await;
     let outcome = begin(container).await;
     if outcome.is_err() && matches!(container.state(), ContainerState::Exited(_)) {
         // Killed, but its last process may not be gone yet.

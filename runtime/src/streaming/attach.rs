@@ -16,13 +16,17 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
 use super::pipes::{self, InputEnd};
-use crate::container::{Container, ContainerError};
+use crate::container::{Container, ContainerError, Joining};
 use crate::shim_client::{ShimClient, TERMINAL_OF_CONTAINER};
 
 /// Serves a client until the container's output or the client's interest ends.
-pub(super) fn run(container: Arc<Container>, session: Session) -> BoxFuture<Outcome> {
+pub(super) fn run(
+    container: Arc<Container>,
+    session: Session,
+    joining: Option<Joining>,
+) -> BoxFuture<Outcome> {
     Box::pin(async move {
-        match attach(&container, session).await {
+        match attach(&container, session, joining).await {
             // The end of the container is the client's too, however it ended: as with other
             // runtimes.
             Ok(()) => Outcome::Exited(0),
@@ -35,7 +39,11 @@ pub(super) fn run(container: Arc<Container>, session: Session) -> BoxFuture<Outc
     })
 }
 
-async fn attach(container: &Arc<Container>, session: Session) -> Result<(), ContainerError> {
+async fn attach(
+    container: &Arc<Container>,
+    session: Session,
+    joining: Option<Joining>,
+) -> Result<(), ContainerError> {
     let shim = container.live_shim()?;
     let _place = container.attach()?;
     let failed = |error| ContainerError::file("create", Path::new("a pipe"))(error);
@@ -60,6 +68,7 @@ async fn attach(container: &Arc<Container>, session: Session) -> Result<(), Cont
     let has_output = stdout.is_some() || stderr.is_some();
     let [stdout_end, stderr_end, stdin_end] = ends;
     shim.attach(stdout_end, stderr_end, stdin_end).await?;
+    drop(joining);
 
     let config = container.config();
     // A terminal is never closed, and input that stays open is the next client's.

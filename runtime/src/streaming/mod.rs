@@ -171,7 +171,9 @@ impl Streaming {
         container: Arc<Container>,
         wanted: Wanted,
     ) -> Result<String, UrlError> {
-        let run = Box::new(move |session| attach::run(container, session));
+        // `berth run` starts the container when it has connected.
+        let joining = (reach == Reach::Socket).then(|| container.expect_client());
+        let run = Box::new(move |session| attach::run(container, session, joining));
         self.url(reach, Endpoint::Attach, Task::Command(wanted, run))
     }
 

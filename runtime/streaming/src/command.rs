@@ -14,13 +14,13 @@ use std::pin::Pin;
 use bytes::Bytes;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::budget::{self, End};
 use crate::hangup::Hangup;
 use crate::spdy::connection::{Closed, Incoming, Outgoing, Role};
 use crate::spdy::{Connection, Limits, ResetStatus, Stream};
-use crate::{IDLE, LINGER, STREAMS_WITHIN, websocket};
+use crate::{IDLE, LEAVING, LINGER, STREAMS_WITHIN, websocket};
 
 /// The streams that a request is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -84,18 +84,25 @@ pub type Run = Box<dyn FnOnce(Session) -> BoxFuture<Outcome> + Send>;
 
 /// Standard input, as it comes from the client.
 #[derive(Debug)]
-pub struct Input(budget::Receiver);
+pub struct Input {
+    data: budget::Receiver,
+    /// Told when the connection is broken and everything that came before was received.
+    drained: Option<oneshot::Sender<()>>,
+}
 
 impl Input {
-    pub(crate) fn new(data: budget::Receiver) -> Self {
-        Self(data)
+    /// The input, and what resolves when the command has it all, or is gone.
+    pub(crate) fn new(data: budget::Receiver) -> (Self, oneshot::Receiver<()>) {
+        let (sender, drained) = oneshot::channel();
+        (Self { data, drained: Some(sender) }, drained)
     }
 
     /// The next bytes; `None` at the end of the input. A broken connection is not an end: nothing
     /// comes then, and the command is given up.
     pub async fn receive(&mut self) -> Option<Bytes> {
-        let received = self.0.receive().await;
-        if received.is_none() && self.0.end() == End::Broken {
+        let received = self.data.receive().await;
+        if received.is_none() && self.data.end() == End::Broken {
+            drop(self.drained.take());
             return std::future::pending().await;
         }
         received
@@ -336,18 +343,23 @@ where
     });
     let ends: Vec<Outgoing> =
         stdout.iter().chain(stderr.iter()).map(|stream| stream.outgoing.clone()).collect();
+    let (stdin, drained) = stdin.map(|stream| Input::new(stream.incoming.0)).unzip();
     let session = Session {
-        stdin: stdin.map(|stream| Input(stream.incoming.0)),
+        stdin,
         stdout: stdout.map(|stream| Output(Way::Spdy(stream.outgoing))),
         stderr: stderr.map(|stream| Output(Way::Spdy(stream.outgoing))),
         size,
     };
+    let mut running = run(session);
     let outcome = tokio::select! {
         // First: the command must not mistake a broken connection for the end of its input.
         biased;
         () = connection.closed() => None,
-        outcome = run(session) => Some(outcome),
+        outcome = &mut running => Some(outcome),
     };
+    if outcome.is_none() {
+        hand_out(running, drained).await;
+    }
     if let Some(outcome) = outcome {
         let say = async {
             for end in ends {
@@ -374,8 +386,23 @@ where
     connection.close().await;
 }
 
+/// Gives a command what its client sent before it left, such as a line that was typed before the
+/// keys to detach.
+pub(crate) async fn hand_out(running: BoxFuture<Outcome>, drained: Option<oneshot::Receiver<()>>) {
+    let Some(drained) = drained else { return };
+    let _ = tokio::time::timeout(LEAVING, async {
+        tokio::select! {
+            _ = drained => {}
+            _ = running => {}
+        }
+    })
+    .await;
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::{Arc, Mutex};
+
     use proptest::prelude::*;
     use tokio::io::duplex;
 
@@ -503,7 +530,7 @@ pub(crate) mod tests {
         let (near, far) = duplex(1024);
         // It fits into the writer's queue: the program ends at once.
         let output = Bytes::from(vec![b'x'; 300_000]);
-        let (sent, ended) = (output.clone(), tokio::sync::oneshot::channel::<()>());
+        let (sent, ended) = (output.clone(), oneshot::channel::<()>());
         let run: Run = Box::new(move |session| {
             Box::pin(async move {
                 session.stdout.unwrap().send(sent).await.unwrap();
@@ -525,7 +552,7 @@ pub(crate) mod tests {
     }
 
     /// A command that reports when its input has ended.
-    pub(crate) fn reading_its_input(ended: tokio::sync::oneshot::Sender<()>) -> Run {
+    pub(crate) fn reading_its_input(ended: oneshot::Sender<()>) -> Run {
         Box::new(move |mut session| {
             Box::pin(async move {
                 while session.stdin.as_mut().unwrap().receive().await.is_some() {}
@@ -535,12 +562,66 @@ pub(crate) mod tests {
         })
     }
 
+    /// A terminal that is detached right after a line was typed.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_a_client_sends_before_it_leaves_is_the_commands() {
+        for _ in 0..100 {
+            let (near, far) = duplex(1024);
+            let (began, begin) = oneshot::channel::<()>();
+            let kept = Arc::new(Mutex::new(Vec::new()));
+            let keeper = kept.clone();
+            let run: Run = Box::new(move |mut session| {
+                Box::pin(async move {
+                    let _ = began.send(());
+                    while let Some(bytes) = session.stdin.as_mut().unwrap().receive().await {
+                        // As long as a write to a busy program's terminal takes.
+                        tokio::task::yield_now().await;
+                        keeper.lock().unwrap().extend_from_slice(&bytes);
+                    }
+                    Outcome::Exited(0)
+                })
+            });
+            let wanted = Wanted { stdin: true, ..Wanted::default() };
+            let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
+            let limits = Limits { streams: 100, idle: IDLE, stall: None };
+            let mut client = Connection::new(near, Role::Client, limits, None);
+            let (stdin, _error) = (open(&mut client, "stdin").await, open(&mut client, "error").await);
+            begin.await.unwrap();
+            for piece in ["exit", "\n"] {
+                stdin.outgoing.send(Bytes::from_static(piece.as_bytes())).await.unwrap();
+            }
+            client.close().await;
+            server.await.unwrap();
+            assert_eq!(*kept.lock().unwrap(), b"exit\n");
+        }
+    }
+
+    /// A program that does not read does not keep its command alive.
+    #[tokio::test(start_paused = true)]
+    async fn a_command_that_does_not_read_ends_soon_after_its_client_has_left() {
+        let (near, far) = duplex(1024);
+        let run: Run = Box::new(|session| {
+            Box::pin(async move {
+                let _session = session;
+                std::future::pending().await
+            })
+        });
+        let wanted = Wanted { stdin: true, ..Wanted::default() };
+        let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
+        let limits = Limits { streams: 100, idle: IDLE, stall: None };
+        let mut client = Connection::new(near, Role::Client, limits, None);
+        let (stdin, _error) = (open(&mut client, "stdin").await, open(&mut client, "error").await);
+        stdin.outgoing.send(Bytes::from_static(b"unread")).await.unwrap();
+        client.close().await;
+        tokio::time::timeout(2 * LEAVING, server).await.unwrap().unwrap();
+    }
+
     /// Some programs act on what they have read once their input ends.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_connection_that_breaks_is_not_the_end_of_the_input() {
         for _ in 0..100 {
             let (near, far) = duplex(1024);
-            let (sender, input_ended) = tokio::sync::oneshot::channel::<()>();
+            let (sender, input_ended) = oneshot::channel::<()>();
             let run = reading_its_input(sender);
             let wanted = Wanted { stdin: true, ..Wanted::default() };
             let server = tokio::spawn(over_spdy(far, None, wanted, Version::V4, run));
@@ -559,7 +640,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn a_client_that_goes_away_ends_its_command() {
         let (near, far) = duplex(1024);
-        let (sender, ended) = tokio::sync::oneshot::channel::<()>();
+        let (sender, ended) = oneshot::channel::<()>();
         let run: Run = Box::new(move |_session| {
             Box::pin(async move {
                 let _sender = sender;

@@ -48,3 +48,6 @@ pub const STALL: Duration = Duration::from_secs(10);
 /// How long a client may take to close after all output of its command has been written: handed to
 /// the kernel, which continues to send it after the connection has been closed.
 pub const LINGER: Duration = Duration::from_secs(10);
+
+/// How long a command whose client has left may take to read what came before.
+pub const LEAVING: Duration = Duration::from_secs(1);

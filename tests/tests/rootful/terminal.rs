@@ -198,6 +198,68 @@ fn streams_of_exec_are_apart_binary_and_whole() -> Result<()> {
 }
 
 #[test]
+fn a_run_misses_nothing_of_what_its_program_says_first() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
+        for _ in 0..10 {
+            for option in ["-t", "-i", "-it"] {
+                let mut command = berth(
+                    daemon,
+                    &["run", option, "--log-dir", &logs, berth_tests::daemon::IMAGE, "echo", "hello"],
+                )?;
+                let output = command.stdin(Stdio::null()).output()?;
+                let shown = String::from_utf8_lossy(&output.stdout);
+                ensure!(output.status.success() && shown.trim_end() == "hello", "{option}: {output:?}");
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_typed_just_before_the_keys_to_detach_is_the_programs() -> Result<()> {
+    rootful(|daemon| {
+        let logs = daemon.directory("logs")?.to_string_lossy().into_owned();
+        let script = "echo ready; while read line; do echo $line >>/tmp/lines; done";
+        let arguments = [
+            "run",
+            "-it",
+            "--name",
+            "job",
+            "--log-dir",
+            &logs,
+            berth_tests::daemon::IMAGE,
+            "sh",
+            "-c",
+            script,
+        ];
+        let attach = ["attach", "job"];
+        let mut expected = String::new();
+        for number in 0..10 {
+            let terminal = Terminal::open(80, 24)?;
+            let program = terminal.run(&berth(daemon, if number == 0 { &arguments } else { &attach })?)?;
+            terminal.becomes_raw()?;
+            if number == 0 {
+                terminal.shows("ready\r\n")?;
+            } else {
+                // It is attached when it echoes.
+                terminal.types("x")?;
+                terminal.shows("x")?;
+                expected.push('x');
+            }
+            terminal.types(&format!("line {number}\n\x10\x11"))?;
+            assert!(program.ended()?.success());
+            expected += &format!("line {number}\n");
+            within(SOON, "the line has come", || {
+                let read = berth(daemon, &["exec", "job", "cat", "/tmp/lines"])?.output()?.stdout;
+                Ok((String::from_utf8_lossy(&read) == expected).then_some(()))
+            })?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn a_run_whose_terminal_goes_away_leaves_nothing_behind() -> Result<()> {
     rootful(|daemon| {
         let logs = daemon.directory("logs")?.to_string_lossy().into_owned();

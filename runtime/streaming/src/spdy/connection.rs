@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 
 use super::frame::{Decoder, Encoder, Frame, MAX_DATA_BYTES, ResetStatus};
 use super::{Headers, ProtocolError};
+use crate::LEAVING;
 use crate::activity::Activity;
 use crate::budget::{self, Budget, End};
 use crate::hangup::Hangup;
@@ -636,8 +637,9 @@ async fn write<T: AsyncWrite>(
     shared: Arc<Shared>,
 ) {
     let (mut encoder, mut head) = (Encoder::default(), BytesMut::new());
+    let mut closing = false;
     while let Some(command) = commands.recv().await {
-        let closing = matches!(command, Command::Close { .. });
+        closing = matches!(command, Command::Close { .. });
         let written = write_one(&mut io, &mut encoder, command, &mut head).await;
         let flushed = match written {
             // More can be written at once.
@@ -652,6 +654,12 @@ async fn write<T: AsyncWrite>(
     }
     // The peer may be gone already.
     let _ = io.shutdown().await;
+    drop(commands);
+    if !closing {
+        // It is; what it sent before is read to its end first.
+        let mut closed = shared.closed.subscribe();
+        let _ = tokio::time::timeout(LEAVING, closed.wait_for(|closed| *closed)).await;
+    }
     shared.close();
 }
 

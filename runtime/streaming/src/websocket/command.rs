@@ -14,7 +14,7 @@ use tokio_tungstenite::WebSocketStream;
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
 use crate::activity::Activity;
 use crate::budget::{self, Budget, End};
-use crate::command::{Input, Outcome, Output, Run, Session, Size, Sizes, Wanted, status};
+use crate::command::{Input, Output, Run, Session, Size, Sizes, Wanted, hand_out, status};
 use crate::hangup::{self, Hangup};
 use crate::{IDLE, LINGER};
 
@@ -93,8 +93,9 @@ where
         activity,
     };
     let mut reader = tokio::spawn(reader.run(stream));
+    let (stdin, drained) = wanted.stdin.then(|| Input::new(input)).unzip();
     let session = Session {
-        stdin: wanted.stdin.then(|| Input::new(input)),
+        stdin,
         stdout: wanted.stdout.then(|| Output::over_websocket(channel(STDOUT))),
         stderr: wanted.stderr.then(|| Output::over_websocket(channel(STDERR))),
         size: wanted.terminal.then_some(size),
@@ -106,15 +107,27 @@ where
     } else {
         ERROR
     };
-    let served = async {
-        channel(lowest).send(&[]).await.ok()?;
-        Some(run(session).await)
-    };
-    let outcome: Option<Outcome> = tokio::select! {
-        // First: the command must not mistake a broken connection for the end of its input.
+    let first = channel(lowest);
+    let is_there = tokio::select! {
         biased;
-        _ = &mut reader => None,
-        outcome = served => outcome,
+        _ = &mut reader => false,
+        sent = first.send(&[]) => sent.is_ok(),
+    };
+    drop(first);
+    let outcome = if is_there {
+        let mut running = run(session);
+        let outcome = tokio::select! {
+            // First: the command must not mistake a broken connection for the end of its input.
+            biased;
+            _ = &mut reader => None,
+            outcome = &mut running => Some(outcome),
+        };
+        if outcome.is_none() {
+            hand_out(running, drained).await;
+        }
+        outcome
+    } else {
+        None
     };
     let abort = writer.abort_handle();
     if let Some(outcome) = outcome {
@@ -158,6 +171,7 @@ mod tests {
 
     use super::super::{CLOSE, FOR_COMMANDS, MAX_MESSAGE_BYTES};
     use super::*;
+    use crate::command::Outcome;
     use crate::command::Version;
     use crate::command::tests::reading_its_input;
 

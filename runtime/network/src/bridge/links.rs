@@ -60,8 +60,8 @@ pub(super) fn track_bridged(index: u32) -> Request {
 }
 
 /// Keeps the bridge from learning where a MAC address is from frames to the groups that no bridge
-/// forwards (`01:80:c2:00:00:0x`). The firewall of the bridge does not see these (`br_handle_frame`,
-/// `net/bridge/br_input.c`), so that their sender is not checked.
+/// forwards (`01:80:c2:00:00:0x`). The firewall of the bridge does not see these
+/// (`br_handle_frame`, `net/bridge/br_input.c`), so their sender is not checked.
 pub(super) fn learn_from_checked_frames(index: u32) -> Request {
     let flag = BridgeBooleanOptionFlags::NoLinkLocalLearn;
     let mut message = LinkMessage::default();

@@ -69,9 +69,9 @@ pub fn installation(setting: Setting<'_>, pods: &[Port]) -> String {
     let mut text = removal(bridge);
     text += &format!("table inet {table} {{\n");
     text += &sets(Family::Inet, ipv6, pods);
-    // A bridge passes frames to groups that it does not forward (01:80:c2:00:00:0x) to the port that
-    // they came by, past its own firewall; and without its bridge a port is an interface like any
-    // other. Nothing is received by one: what the bridge receives enters by the bridge.
+    // A bridge passes frames to groups that it does not forward (01:80:c2:00:00:0x) to the port
+    // that they came by, past its own firewall; and without its bridge a port is an interface like
+    // any other. Nothing is received by one: what the bridge receives enters by the bridge.
     let ports = format!("{}*", identity::host_interface_prefix(bridge));
     text += "  chain ports {\n    type filter hook prerouting priority raw; policy accept;\n";
     text += &format!("    iifname \"{ports}\" counter drop\n  }}\n");

@@ -29,7 +29,7 @@
 //! slow in them, they have less patience (`CGROUP_PATIENCE`), and those that hang leave room for
 //! the other paths (`MOST_OF_CGROUPS`).
 //!
-//! What is done for CNI goes to several directories and runs plugins ([`cni`]). Its worker says
+//! What is done for CNI goes to several directories and runs plugins (`cni`). Its worker says
 //! where it is before each step, and each step has `PATIENCE` to itself. Plugins that were killed
 //! and cannot end count as their worker does, and beyond `MOST_PLUGINS` no more are run.
 

@@ -49,5 +49,9 @@ pub const STALL: Duration = Duration::from_secs(10);
 /// the kernel, which continues to send it after the connection has been closed.
 pub const LINGER: Duration = Duration::from_secs(10);
 
+/// How often a client whose input is not read is sent a ping. One that has closed the connection
+/// answers with a reset; its close itself comes only behind the input.
+pub const PROBE: Duration = Duration::from_secs(10);
+
 /// How long a command whose client has left may take to read what came before.
 pub const LEAVING: Duration = Duration::from_secs(1);

@@ -105,6 +105,76 @@ fn a_client_whose_machine_vanishes_while_output_comes_takes_its_program_along() 
     })
 }
 
+/// Sends input until the server takes no more.
+fn flood(stream: &mut TcpStream, frame: &[u8]) -> Result<()> {
+    stream.set_nonblocking(true)?;
+    let mut full = None;
+    for _ in 0..64 * 1024 {
+        let mut rest = frame;
+        while !rest.is_empty() {
+            match stream.write(rest) {
+                Ok(length) => {
+                    rest = &rest[length..];
+                    full = None;
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    let since = *full.get_or_insert_with(Instant::now);
+                    if since.elapsed() > Duration::from_secs(1) {
+                        return Ok(());
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    anyhow::bail!("the server takes whatever comes")
+}
+
+/// Its close is behind what is not read, and TCP tells nobody.
+#[test]
+fn a_client_that_closes_behind_input_that_is_not_read_takes_its_program_along() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("streams")?.idle("main")?;
+        let request = |seconds: &str| v1::ExecRequest {
+            container_id: main.id.clone(),
+            cmd: vec!["sleep".to_owned(), seconds.to_owned()],
+            stdin: true,
+            stdout: true,
+            ..v1::ExecRequest::default()
+        };
+        let (mut spdy, path) = dial(daemon, &daemon.client().exec(request("2001"))?.url)?;
+        ensure!(ask(&mut spdy, path, "v4.channel.k8s.io")?.starts_with("HTTP/1.1 101 "), "no upgrade");
+        let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+        for (id, kind) in [(1, "error"), (3, "stdin"), (5, "stdout")] {
+            encoder.syn_stream(id, &Headers::of(&[("streamType", kind)]), &mut bytes);
+        }
+        spdy.write_all(&bytes)?;
+        bytes.clear();
+        Encoder::data(3, 16 * 1024, false, &mut bytes);
+        bytes.resize(bytes.len() + 16 * 1024, 7);
+        flood(&mut spdy, &bytes)?;
+
+        let (mut websocket, path) = dial(daemon, &daemon.client().exec(request("2002"))?.url)?;
+        let upgrade = format!(
+            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+             Sec-WebSocket-Protocol: v4.channel.k8s.io\r\n\r\n"
+        );
+        websocket.write_all(upgrade.as_bytes())?;
+        // A masked message of 16,000 bytes on channel 0, with a mask of zeros.
+        let mut frame = vec![0x82, 0x80 | 126, 0x3e, 0x80];
+        frame.resize(4 + 4 + 16_000, 0);
+        flood(&mut websocket, &frame)?;
+
+        let programs = || main.sh("ps -o args");
+        ensure!(programs()?.contains("sleep 2001") && programs()?.contains("sleep 2002"), "they run");
+        drop((spdy, websocket));
+        within(SOON, "the programs are gone", || Ok((!programs()?.contains("sleep 200")).then_some(())))?;
+        Ok(())
+    })
+}
+
 #[test]
 fn ports_are_forwarded_on_the_channels_of_a_websocket() -> Result<()> {
     rootful(|daemon| {

@@ -1,7 +1,7 @@
 //! The firewall of a bridge: masquerading, host ports, and what pods must not send.
 //!
 //! Two tables, both named after the bridge, hold all of it. [`rules`] writes them as a whole, as
-//! text for `nft`; [`kernel`] changes the elements of their [`sets`] by netlink when a pod comes or
+//! text for `nft`; `kernel` changes the elements of their `sets` by netlink when a pod comes or
 //! goes, because starting a program for that would cost more than the rest of the pod's start.
 
 pub(crate) mod conntrack;

@@ -13,6 +13,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -24,16 +25,19 @@ use tokio::task::JoinHandle;
 
 use super::frame::{Decoder, Encoder, Frame, MAX_DATA_BYTES, ResetStatus};
 use super::{Headers, ProtocolError};
-use crate::LEAVING;
 use crate::activity::Activity;
 use crate::budget::{self, Budget, End};
 use crate::hangup::Hangup;
+use crate::{LEAVING, PROBE};
 
 /// Bytes read at a time while more than [`IDLE_READ_BYTES`] are available.
 const READ_BYTES: usize = 16 * 1024;
 
 /// Bytes read at a time, and room kept for them, on a connection with little traffic.
 const IDLE_READ_BYTES: usize = 1024;
+
+/// The id of pings of a server; an even number, and the answers are ignored.
+const OWN_PING: u32 = 2;
 
 /// Commands that wait for the writer task.
 const COMMANDS: usize = 16;
@@ -541,7 +545,7 @@ impl Reader {
                 Ok(true)
             }
             // Clients of the CRI use increasing odd numbers, like the ids of their streams. An even
-            // one answers a ping of ours, and there are none.
+            // one answers a ping of ours.
             Frame::Ping(id) if id.is_multiple_of(2) != (self.role == Role::Server) => {
                 self.order(Command::Ping(id)).await
             }
@@ -603,8 +607,12 @@ impl Reader {
     /// Waits for the reader of a stream, within [`Limits::stall`].
     async fn pass_on(&self, id: u32, queue: budget::Sender, bytes: Bytes) {
         let Some(stall) = self.limits.stall else {
-            // It is no longer read, so it is discarded.
-            let _ = queue.send(&bytes).await;
+            let mut sending = pin!(queue.send(&bytes));
+            // If it is no longer read, it is discarded.
+            while tokio::time::timeout(PROBE, sending.as_mut()).await.is_err() {
+                // If there is no room, there is something else to send.
+                let _ = self.commands.try_send(Command::Ping(OWN_PING));
+            }
             return;
         };
         while tokio::time::timeout(stall, queue.send(&bytes)).await.is_err() {

@@ -4,19 +4,22 @@
 //! the terminal. The server begins with an empty message on the lowest channel that it writes, by
 //! which Kubernetes' own server signals that it is ready.
 
+use std::pin::pin;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::stream::SplitStream;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
 
 use super::{Channel, Protocol, Said, accepted, begin, decode, next};
 use crate::activity::Activity;
 use crate::budget::{self, Budget, End};
 use crate::command::{Input, Output, Run, Session, Size, Sizes, Wanted, hand_out, status};
 use crate::hangup::{self, Hangup};
-use crate::{IDLE, LINGER};
+use crate::{IDLE, LINGER, PROBE};
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -32,6 +35,8 @@ struct Reader {
     parsed: Sizes,
     hangup: Option<Hangup>,
     activity: Arc<Activity>,
+    /// To the writer, which does not live for this.
+    messages: mpsc::WeakSender<Message>,
 }
 
 impl Reader {
@@ -46,10 +51,18 @@ impl Reader {
             match said {
                 Said::Data { channel: STDIN, bytes } if !bytes.is_empty() => {
                     let Some(stdin) = &self.stdin else { continue };
+                    let mut sending = pin!(stdin.send(&bytes));
+                    let passing_on = async {
+                        // If it is no longer read, it is discarded.
+                        while tokio::time::timeout(PROBE, sending.as_mut()).await.is_err() {
+                            if let Some(messages) = self.messages.upgrade() {
+                                let _ = messages.try_send(Message::Ping(Bytes::new()));
+                            }
+                        }
+                    };
                     tokio::select! {
                         biased;
-                        // It is no longer read, so it is discarded.
-                        _ = stdin.send(&bytes) => {}
+                        () = passing_on => {}
                         () = hangup::of(self.hangup.as_ref()) => break,
                     }
                 }
@@ -91,6 +104,7 @@ where
         parsed: Sizes::default(),
         hangup,
         activity,
+        messages: messages.downgrade(),
     };
     let mut reader = tokio::spawn(reader.run(stream));
     let (stdin, drained) = wanted.stdin.then(|| Input::new(input)).unzip();
@@ -165,7 +179,6 @@ mod tests {
     use proptest::prelude::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::time::Instant;
-    use tokio_tungstenite::tungstenite::Message;
     use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
     use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
 

@@ -238,6 +238,10 @@ pub(crate) struct ExecArgs {
     /// Allocate a terminal for the program.
     #[arg(short, long)]
     pub(crate) tty: bool,
+    /// Keys that detach from the program, which keeps running, when typed on its terminal, such as
+    /// ctrl-p,ctrl-q or ctrl-@,x; empty for none.
+    #[arg(long, value_name = "KEYS", default_value = detach_keys::DEFAULT)]
+    pub(crate) detach_keys: DetachKeys,
     /// Kill the program after this many seconds [default: never].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) timeout: Option<u32>,

@@ -29,6 +29,16 @@ const READ_BYTES: usize = 32 * 1024;
 /// Chunks that wait for their reader.
 const QUEUE: usize = 4;
 
+/// Whose program it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// The container's, whose clients come and go. The end of the input to its terminal would make
+    /// this client go.
+    OfContainer,
+    /// That of exec, which ends with its client, unless that says that it detaches.
+    OfExec,
+}
+
 /// How the relay ended.
 #[derive(Debug)]
 pub(crate) enum Ended {
@@ -49,12 +59,13 @@ pub(crate) enum Ended {
 pub(crate) async fn relay(
     command: Command,
     mut terminal: Option<Terminal>,
-    keys: Option<DetachKeys>,
+    keys: DetachKeys,
+    of: Program,
 ) -> Result<Ended, Error> {
-    // The end of a terminal's input would detach from it.
-    let stays = keys.is_some() && terminal.is_some();
-    let keys = keys.filter(|_| terminal.as_ref().is_some_and(Terminal::is_raw));
+    let stays = of == Program::OfContainer && terminal.is_some();
+    let keys = Some(keys).filter(|_| terminal.as_ref().is_some_and(Terminal::is_raw));
     let Command { stdin, stdout, stderr, resize, mut ending } = command;
+    let leaving = resize.clone().filter(|_| of == Program::OfExec);
     let program = async {
         tokio::try_join!(copy_out(stdout, Stream::Stdout), copy_out(stderr, Stream::Stderr))?;
         Ok::<_, OutputError>(ending.outcome().await)
@@ -70,6 +81,10 @@ pub(crate) async fn relay(
     };
     drop(terminal);
     if matches!(ended, Ended::Detached) {
+        if let Some(leaving) = leaving {
+            // One that is gone cannot be left.
+            let _ = leaving.detach().await;
+        }
         // What was typed before the keys has been sent.
         ending.close().await;
     }

@@ -14,7 +14,7 @@ use crate::ending::{exit_code, wait_for_end};
 use crate::error::Error;
 use crate::interrupts::Interrupts;
 use crate::output;
-use crate::relay::{Ended, relay};
+use crate::relay::{Ended, Program, relay};
 use crate::remote;
 use crate::terminal::Terminal;
 
@@ -59,7 +59,7 @@ pub(crate) async fn attach(daemon: &Daemon, args: AttachArgs) -> Result<ExitCode
     let command = connect(daemon, &container.id, &label, wanted).await?;
     let terminal = Terminal::of_program(wanted).map_err(AttachError::Terminal)?;
     let ended = tokio::select! {
-        ended = relay(command, terminal, Some(args.detach_keys)) => ended?,
+        ended = relay(command, terminal, args.detach_keys, Program::OfContainer) => ended?,
         interrupt = interrupts.next() => return Ok(ExitCode::from(interrupt.exit_code())),
     };
     match ended {

@@ -11,7 +11,8 @@ use crate::args::ExecArgs;
 use crate::daemon::{Daemon, answer, for_streams};
 use crate::error::Error;
 use crate::interrupts::Interrupts;
-use crate::relay::{Ended, relay};
+use crate::output;
+use crate::relay::{Ended, Program, relay};
 use crate::remote;
 use crate::terminal::Terminal;
 
@@ -94,7 +95,7 @@ pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Er
         }
     };
     let ended = tokio::select! {
-        ended = relay(command, terminal, None) => ended?,
+        ended = relay(command, terminal, args.detach_keys, Program::OfExec) => ended?,
         interrupt = interrupts.next() => return Ok(ExitCode::from(interrupt.exit_code())),
         () = too_long => {
             let seconds = args.timeout.unwrap_or_default();
@@ -107,6 +108,10 @@ pub(crate) async fn exec(daemon: &Daemon, args: ExecArgs) -> Result<ExitCode, Er
             Err(ExecError::NotRun { container: label, text, code }.into())
         }
         Ended::Program(Outcome::Failed(text)) => Err(ExecError::Failed { container: label, text }.into()),
-        Ended::Lost | Ended::Detached => Err(ExecError::Lost(label).into()),
+        Ended::Lost => Err(ExecError::Lost(label).into()),
+        Ended::Detached => {
+            output::remark(format_args!("detached from the program in {label}, which keeps running"));
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }

@@ -4,7 +4,8 @@
 //! terminal, that only the shim and the daemon have: a process that shares a stream with a
 //! container can be kept waiting by it. A client that goes away takes its program along: the future
 //! here is dropped, the program's session is killed, and only then its input ends, or its terminal
-//! hangs up.
+//! hangs up. The command `berth` can leave a program behind on purpose, when the keys to detach are
+//! typed.
 //!
 //! When a client does not want output any more but has not gone away, a pipe is closed, and the
 //! program learns it as it would from any closed pipe; of a terminal, what the program writes from
@@ -16,6 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use berth_streaming::command::{BoxFuture, Input, Outcome, Output, Session, Size, Wanted};
@@ -25,6 +27,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::pipes;
@@ -57,6 +60,38 @@ enum Terminal {
     OfShim(Resizer),
     /// A shim of before that: its other end is here.
     Own(OwnedFd),
+}
+
+/// A program that goes on without its client if that has detached.
+struct Detachable {
+    program: JoinHandle<Outcome>,
+    detached: Arc<AtomicBool>,
+}
+
+impl Drop for Detachable {
+    fn drop(&mut self) {
+        if !self.detached.load(Ordering::Acquire) {
+            self.program.abort();
+        }
+    }
+}
+
+/// The same as [`run`], for a client that may detach.
+pub(super) fn run_detachable(
+    container: Arc<Container>,
+    command: Vec<String>,
+    wanted: Wanted,
+    session: Session,
+) -> BoxFuture<Outcome> {
+    Box::pin(async move {
+        let detached = session.detached.clone();
+        let program = tokio::spawn(run(container, command, wanted, session));
+        let mut running = Detachable { program, detached };
+        match (&mut running.program).await {
+            Ok(outcome) => outcome,
+            Err(error) => Outcome::Failed(format!("the command was given up: {error}")),
+        }
+    })
 }
 
 /// Runs `command` until it has ended; how it did.

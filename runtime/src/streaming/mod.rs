@@ -157,7 +157,9 @@ impl Streaming {
         command: Vec<String>,
         wanted: Wanted,
     ) -> Result<String, UrlError> {
-        let run = Box::new(move |session| exec::run(container, command, wanted, session));
+        // Output that nobody takes is thrown away on a terminal; a closed pipe ends its program.
+        let run = if reach == Reach::Socket && wanted.terminal { exec::run_detachable } else { exec::run };
+        let run = Box::new(move |session| run(container, command, wanted, session));
         self.url(reach, Endpoint::Exec, Task::Command(wanted, run))
     }
 

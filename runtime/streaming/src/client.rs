@@ -135,7 +135,7 @@ pub struct Command {
 }
 
 /// Takes the size of a terminal.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Resize(Outgoing);
 
 impl Resize {
@@ -146,6 +146,17 @@ impl Resize {
     pub async fn send(&self, size: Size) -> Result<(), Closed> {
         let Size { width, height } = size;
         self.0.send(format!("{{\"Width\":{width},\"Height\":{height}}}").into()).await
+    }
+}
+
+impl Resize {
+    /// Says that the client detaches: on a server that lets it, the program goes on when the
+    /// connection is closed.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub async fn detach(&self) -> Result<(), Closed> {
+        self.0.send("{\"Detach\":true}".into()).await
     }
 }
 

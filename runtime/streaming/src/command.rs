@@ -10,6 +10,8 @@
 //! | 4, 5 | a JSON object in the form of `metav1.Status`, always |
 
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -74,6 +76,9 @@ pub struct Session {
     pub stderr: Option<Output>,
     /// The latest size of the client's terminal, once the client has sent one.
     pub size: Option<watch::Receiver<Option<Size>>>,
+    /// Set when the client has said that it detaches: the program is to go on without it, if that
+    /// can be.
+    pub detached: Arc<AtomicBool>,
 }
 
 /// A future without a name.
@@ -220,7 +225,11 @@ pub(crate) fn outcome(status: &[u8]) -> Option<Outcome> {
 
 /// The sizes in a resize stream: JSON objects one after the other, cut anywhere.
 #[derive(Debug, Default)]
-pub(crate) struct Sizes(Vec<u8>);
+pub(crate) struct Sizes {
+    bytes: Vec<u8>,
+    /// Whether the client has said that it detaches: `{"Detach":true}`.
+    detaches: bool,
+}
 
 /// A size has some 30 bytes.
 const MAX_SIZE_BYTES: usize = 4096;
@@ -228,8 +237,10 @@ const MAX_SIZE_BYTES: usize = 4096;
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct WrittenSize {
-    width: u16,
-    height: u16,
+    #[serde(default)]
+    detach: bool,
+    width: Option<u16>,
+    height: Option<u16>,
 }
 
 /// The stream does not contain sizes.
@@ -239,34 +250,42 @@ pub(crate) struct NoSize;
 impl Sizes {
     /// The last size in the data so far; `None` if none is complete, or it has a zero in it.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<Option<Size>, NoSize> {
-        self.0.extend_from_slice(bytes);
+        self.bytes.extend_from_slice(bytes);
         let (mut last, mut read) = (None, 0);
-        let mut sizes = serde_json::Deserializer::from_slice(&self.0).into_iter::<WrittenSize>();
+        let mut sizes = serde_json::Deserializer::from_slice(&self.bytes).into_iter::<WrittenSize>();
         loop {
             match sizes.next() {
-                Some(Ok(WrittenSize { width, height })) => {
+                Some(Ok(WrittenSize { width: Some(width), height: Some(height), .. })) => {
                     read = sizes.byte_offset();
                     if width > 0 && height > 0 {
                         last = Some(Size { width, height });
                     }
                 }
+                Some(Ok(WrittenSize { detach: true, .. })) => {
+                    read = sizes.byte_offset();
+                    self.detaches = true;
+                }
+                Some(Ok(_)) => return Err(NoSize),
                 Some(Err(error)) if !error.is_eof() => return Err(NoSize),
                 Some(Err(_)) | None => break,
             }
         }
-        self.0.drain(..read);
-        if self.0.len() > MAX_SIZE_BYTES { Err(NoSize) } else { Ok(last) }
+        self.bytes.drain(..read);
+        if self.bytes.len() > MAX_SIZE_BYTES { Err(NoSize) } else { Ok(last) }
     }
 }
 
-/// Passes sizes on until the stream ends or no longer contains sizes.
-async fn follow_sizes(mut incoming: Incoming, sizes: watch::Sender<Option<Size>>) {
+/// Passes sizes on until the stream ends or no longer contains sizes, and that the client detaches.
+async fn follow_sizes(mut incoming: Incoming, sizes: watch::Sender<Option<Size>>, detached: Arc<AtomicBool>) {
     let mut parsed = Sizes::default();
     while let Some(bytes) = incoming.receive().await {
         match parsed.push(&bytes) {
             Ok(Some(size)) => drop(sizes.send_replace(Some(size))),
             Ok(None) => {}
             Err(NoSize) => return,
+        }
+        if parsed.detaches {
+            detached.store(true, Ordering::Release);
         }
     }
 }
@@ -336,11 +355,13 @@ where
     };
     connection.accept_no_more();
     let error = error.without_input();
-    let size = resize.map(|stream| {
-        let (sender, size) = watch::channel(None);
-        tokio::spawn(follow_sizes(stream.incoming, sender));
-        size
-    });
+    let detached = Arc::new(AtomicBool::new(false));
+    let (size, following) = resize
+        .map(|stream| {
+            let (sender, size) = watch::channel(None);
+            (size, tokio::spawn(follow_sizes(stream.incoming, sender, detached.clone())))
+        })
+        .unzip();
     let ends: Vec<Outgoing> =
         stdout.iter().chain(stderr.iter()).map(|stream| stream.outgoing.clone()).collect();
     let (stdin, drained) = stdin.map(|stream| Input::new(stream.incoming.0)).unzip();
@@ -349,6 +370,7 @@ where
         stdout: stdout.map(|stream| Output(Way::Spdy(stream.outgoing))),
         stderr: stderr.map(|stream| Output(Way::Spdy(stream.outgoing))),
         size,
+        detached,
     };
     let mut running = run(session);
     let outcome = tokio::select! {
@@ -358,6 +380,10 @@ where
         outcome = &mut running => Some(outcome),
     };
     if outcome.is_none() {
+        // It may have said that it detaches.
+        if let Some(following) = following {
+            let _ = tokio::time::timeout(LEAVING, following).await;
+        }
         hand_out(running, drained).await;
     }
     if let Some(outcome) = outcome {
@@ -401,7 +427,7 @@ pub(crate) async fn hand_out(running: BoxFuture<Outcome>, drained: Option<onesho
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use proptest::prelude::*;
     use tokio::io::duplex;
@@ -457,6 +483,15 @@ pub(crate) mod tests {
         assert_eq!(sizes.push(two), Ok(Some(Size { width: 3, height: 4 })));
         assert_eq!(sizes.push(br#"dth":0,"Height":4}"#), Ok(None));
         assert_eq!(sizes.push(br#"{"Width":70000,"Height":4}"#), Err(NoSize));
+        assert_eq!(Sizes::default().push(b"{}"), Err(NoSize));
+        let mut leaving = Sizes::default();
+        assert_eq!(
+            leaving.push(br#"{"Detach":false,"Width":3,"Height":4}"#),
+            Ok(Some(Size { width: 3, height: 4 }))
+        );
+        assert!(!leaving.detaches);
+        assert_eq!(leaving.push(br#"{"Detach":true}"#), Ok(None));
+        assert!(leaving.detaches);
         assert_eq!(Sizes::default().push(b"hello"), Err(NoSize));
         assert_eq!(Sizes::default().push(&[b' '; MAX_SIZE_BYTES + 1]), Err(NoSize));
     }

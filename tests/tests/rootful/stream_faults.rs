@@ -143,7 +143,10 @@ fn a_client_that_closes_behind_input_that_is_not_read_takes_its_program_along() 
             stdout: true,
             ..v1::ExecRequest::default()
         };
-        let (mut spdy, path) = dial(daemon, &daemon.client().exec(request("2001"))?.url)?;
+        let [spdy_url, websocket_url] =
+            ["2001", "2002"].map(|seconds| daemon.client().exec(request(seconds)));
+        let (spdy_url, websocket_url) = (spdy_url?.url, websocket_url?.url);
+        let (mut spdy, path) = dial(daemon, &spdy_url)?;
         ensure!(ask(&mut spdy, path, "v4.channel.k8s.io")?.starts_with("HTTP/1.1 101 "), "no upgrade");
         let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
         for (id, kind) in [(1, "error"), (3, "stdin"), (5, "stdout")] {
@@ -155,7 +158,7 @@ fn a_client_that_closes_behind_input_that_is_not_read_takes_its_program_along() 
         bytes.resize(bytes.len() + 16 * 1024, 7);
         flood(&mut spdy, &bytes)?;
 
-        let (mut websocket, path) = dial(daemon, &daemon.client().exec(request("2002"))?.url)?;
+        let (mut websocket, path) = dial(daemon, &websocket_url)?;
         let upgrade = format!(
             "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
              Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\

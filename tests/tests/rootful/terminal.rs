@@ -347,6 +347,40 @@ fn run_on_a_terminal_is_left_by_keys_joined_again_and_ends_with_its_program() ->
 }
 
 #[test]
+fn a_program_of_exec_that_is_detached_from_keeps_running() -> Result<()> {
+    rootful(|daemon| {
+        let main = daemon.pod("web")?.idle("main")?;
+        // It writes more than its terminal holds after everybody has left.
+        let script = "stty -echo; echo ready; read line; echo $line >/tmp/line; until [ -e /tmp/end ]; do echo 4321; done; \
+                      echo ended >>/tmp/line; sleep 4322";
+        let terminal = Terminal::open(80, 24)?;
+        let program = terminal.run(&berth(daemon, &["exec", "-it", "web", "sh", "-c", script])?)?;
+        terminal.becomes_raw()?;
+        terminal.shows("ready\r\n")?;
+        terminal.types("typed\n\x10\x11")?;
+        assert_eq!(program.ended()?.code(), Some(0));
+        terminal.shows("detached from the program")?;
+        within(SOON, "it has the line", || Ok((main.sh("cat /tmp/line")? == "typed\n").then_some(())))?;
+        main.sh("touch /tmp/end")?;
+        within(SOON, "it goes on", || Ok((main.sh("cat /tmp/line")? == "typed\nended\n").then_some(())))?;
+        there(&main, "sleep 4322")?;
+        // Without keys, they are the program's.
+        let terminal = Terminal::open(80, 24)?;
+        let script = "stty raw -echo; echo ready; head -c 2 | od -An -tx1; sleep 4323";
+        let arguments = ["exec", "-it", "--detach-keys", "", "web", "sh", "-c", script];
+        let program = terminal.run(&berth(daemon, &arguments)?)?;
+        terminal.becomes_raw()?;
+        terminal.shows("ready")?;
+        terminal.types("\x10\x11")?;
+        terminal.shows("10 11")?;
+        // Whoever leaves in another way takes the program along.
+        program.signal(Signal::SIGTERM)?;
+        gone(&main, "sleep 4323")?;
+        there(&main, "sleep 4322")
+    })
+}
+
+#[test]
 fn a_command_that_waits_for_a_program_without_streams_can_be_interrupted() -> Result<()> {
     rootful(|daemon| {
         let logs = daemon.directory("logs")?.to_string_lossy().into_owned();

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::interrupts::{GivenUp, Interrupts};
 use crate::log_stream::{Following, Selection};
 use crate::output;
-use crate::relay::{Ended, relay};
+use crate::relay::{Ended, Program, relay};
 use crate::terminal::Terminal;
 
 /// The grace period of the first interrupt: that of `berth stop`.
@@ -80,7 +80,7 @@ pub(super) async fn share(
     let terminal = Terminal::of_program(wanted).map_err(RunError::Terminal)?;
     let sharing = async {
         // If the reader of our output has gone away, the caller cleans up.
-        match relay(command, terminal, Some(keys)).await? {
+        match relay(command, terminal, keys, Program::OfContainer).await? {
             Ended::Detached => Ok(Shared::Detached),
             Ended::Lost if runs_on(daemon, id).await? => Ok(Shared::Lost),
             // The streams may end before the program does.

@@ -113,6 +113,8 @@ where
         stdout: wanted.stdout.then(|| Output::over_websocket(channel(STDOUT))),
         stderr: wanted.stderr.then(|| Output::over_websocket(channel(STDERR))),
         size: wanted.terminal.then_some(size),
+        // Only the project's own command detaches, and it speaks SPDY.
+        detached: Arc::default(),
     };
     let lowest = if wanted.stdout {
         STDOUT

@@ -3,8 +3,9 @@
 //! A command that does not read its input holds up the reading of its connection, and normally only
 //! a read finds the end.
 //!
-//! An end that comes after more data than the socket's buffers hold is seen only when they empty:
-//! TCP delivers it after the data.
+//! TCP delivers an end only after the data before it, which may be more than the socket's buffers
+//! hold. So a reader that is held up sends pings ([`crate::PROBE`]): a peer that has closed answers
+//! with a reset, which comes at once.
 
 use std::io;
 use std::net::Shutdown;

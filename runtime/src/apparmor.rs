@@ -218,6 +218,7 @@ pub(crate) fn load_default() -> Result<(), AppArmorError> {
         deadline: PARSER_LIMIT,
         max_output: None,
         max_message: MAX_COMPLAINT_BYTES,
+        caller: None,
     };
     let ended = parser.to_end().map_err(run)?.ok_or(AppArmorError::Late)?;
     if ended.status.success() {

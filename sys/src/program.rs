@@ -6,7 +6,7 @@
 
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -40,6 +40,8 @@ pub struct Run<'a, A> {
     pub max_output: Option<usize>,
     /// Bytes kept of its standard error; the rest is read and dropped.
     pub max_message: usize,
+    /// A connection to who wants the program: when the other end is closed, it is killed.
+    pub caller: Option<BorrowedFd<'a>>,
 }
 
 /// How a program ended.
@@ -60,7 +62,7 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
     /// Blocking, at most a few seconds longer than the deadline.
     ///
     /// # Errors
-    /// When it cannot be started or waited for.
+    /// When it cannot be started or waited for, or its caller has gone away.
     pub fn to_end(&self) -> io::Result<Option<Ended>> {
         let deadline = Instant::now() + self.deadline;
         let mut child = Command::new(self.program)
@@ -112,6 +114,7 @@ impl<A: AsRef<OsStr>> Run<'_, A> {
             unwritten: self.stdin,
             output: Reader::new(child.stdout.take().map(Into::into), self.max_output.unwrap_or(0))?,
             message: Reader::new(child.stderr.take().map(Into::into), self.max_message)?,
+            caller: self.caller,
         };
         conversation.go_on(deadline, |conversation| conversation.ended || self.floods(conversation))?;
         Ok(conversation)
@@ -133,6 +136,7 @@ struct Conversation<'run> {
     unwritten: &'run [u8],
     output: Reader,
     message: Reader,
+    caller: Option<BorrowedFd<'run>>,
 }
 
 impl Conversation<'_> {
@@ -148,7 +152,11 @@ impl Conversation<'_> {
             if left.is_zero() {
                 return Ok(());
             }
-            let [process, input, output, message] = self.ready(left)?;
+            let [process, input, output, message, abandoned] = self.ready(left)?;
+            if abandoned {
+                self.caller = None;
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
             self.ended |= process;
             if input {
                 self.write();
@@ -164,17 +172,22 @@ impl Conversation<'_> {
     }
 
     /// Waits until something can be done, and returns which of process, input, output and message
-    /// are ready.
-    fn ready(&self, left: Duration) -> io::Result<[bool; 4]> {
+    /// are ready, and whether the caller has gone away.
+    fn ready(&self, left: Duration) -> io::Result<[bool; 5]> {
         let process = (!self.ended).then(|| self.process.as_fd());
         let input = self.input.as_ref().map(AsFd::as_fd);
         let output = self.output.stream.as_ref().map(AsFd::as_fd);
         let message = self.message.stream.as_ref().map(AsFd::as_fd);
-        let (indices, mut watched): (Vec<_>, Vec<_>) = [process, input, output, message]
+        let (indices, mut watched): (Vec<_>, Vec<_>) = [process, input, output, message, self.caller]
             .into_iter()
             .enumerate()
             .filter_map(|(index, descriptor)| {
-                let interest = if index == 1 { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+                let interest = match index {
+                    1 => PollFlags::POLLOUT,
+                    // A hang-up is always told.
+                    4 => PollFlags::empty(),
+                    _ => PollFlags::POLLIN,
+                };
                 descriptor.map(|descriptor| (index, PollFd::new(descriptor, interest)))
             })
             .unzip();
@@ -184,7 +197,7 @@ impl Conversation<'_> {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let mut ready = [false; 4];
+        let mut ready = [false; 5];
         for (index, watched) in indices.into_iter().zip(watched) {
             ready[index] = watched.any().unwrap_or(true);
         }
@@ -262,6 +275,7 @@ mod tests {
             deadline,
             max_output: Some(1024),
             max_message: 4096,
+            caller: None,
         }
         .to_end()
         .unwrap()
@@ -280,6 +294,44 @@ mod tests {
         let mut lines: Vec<&str> = output.lines().filter(|line| !line.starts_with("SHLVL=")).collect();
         lines.sort_unstable();
         assert_eq!(lines, ["PATH=/usr/bin:/bin", "input"]);
+    }
+
+    #[test]
+    fn a_program_whose_caller_goes_away_is_killed() {
+        let file = std::env::temp_dir().join(format!("berth-program-{}", std::process::id()));
+        let script =
+            format!("trap '' TERM; echo $$ >{0}.new; mv {0}.new {0}; sleep 1000 & wait", file.display());
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let pid = thread::scope(|scope| {
+            let running = scope.spawn(|| {
+                Run {
+                    program: Path::new("/bin/sh"),
+                    arguments: &["-c", &script],
+                    environment: &[("PATH", "/usr/bin:/bin".as_ref())],
+                    stdin: b"",
+                    deadline: 10 * PATIENCE,
+                    max_output: None,
+                    max_message: 0,
+                    caller: Some(ours.as_fd()),
+                }
+                .to_end()
+                .map(drop)
+            });
+            while !file.exists() {
+                thread::sleep(Duration::from_millis(5));
+            }
+            drop(theirs);
+            let error = running.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+            let pid = std::fs::read_to_string(&file).unwrap();
+            std::fs::remove_file(&file).unwrap();
+            pid
+        });
+        let end = Instant::now() + PATIENCE;
+        while runs(pid.trim()) {
+            assert!(Instant::now() < end, "it runs on");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     #[test]
@@ -313,6 +365,7 @@ mod tests {
             deadline: PATIENCE,
             max_output: Some(1024),
             max_message: 0,
+            caller: None,
         };
         assert_eq!(run.to_end().unwrap().unwrap().output, b"done\n");
     }
@@ -353,6 +406,7 @@ mod tests {
             deadline: PATIENCE,
             max_output: None,
             max_message: 0,
+            caller: None,
         };
         assert_eq!(run.to_end().unwrap_err().kind(), io::ErrorKind::NotFound);
     }

@@ -1,5 +1,6 @@
 //! What networks use of the host, and where that may never answer.
 
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,11 +15,13 @@ pub struct Host<'a> {
     pub cache: &'a Cache,
     /// Told of each step before it is taken.
     pub announce: &'a dyn Fn(Step<'_>),
+    /// A connection to who asked: a plugin does not outlive it.
+    pub caller: Option<BorrowedFd<'a>>,
 }
 
 impl std::fmt::Debug for Host<'_> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { directories, cache, announce: _ } = self;
+        let Self { directories, cache, announce: _, caller: _ } = self;
         formatter
             .debug_struct("Host")
             .field("directories", directories)

@@ -153,6 +153,7 @@ impl Invocation<'_> {
             deadline: time,
             max_output: Some(MAX_ANSWER),
             max_message: MAX_MESSAGE,
+            caller: self.host.caller,
         };
         (self.host.announce)(Step::Plugin(&program, time));
         let ended = run

@@ -64,7 +64,7 @@ impl Node {
     }
 
     fn host(&self) -> Host<'_> {
-        Host { directories: &self.directories, cache: &self.cache, announce: &|_| {} }
+        Host { directories: &self.directories, cache: &self.cache, announce: &|_| {}, caller: None }
     }
 
     fn given(&self, command: &str, plugin: &str) -> Value {

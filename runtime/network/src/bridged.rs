@@ -37,6 +37,7 @@ pub(crate) fn can_be_tracked() -> bool {
         deadline: DEADLINE,
         max_output: None,
         max_message: 0,
+        caller: None,
     };
     let loaded = run.to_end().is_ok_and(|ended| ended.is_some_and(|ended| ended.status.success()));
     if !loaded || !sysctls.exists() {

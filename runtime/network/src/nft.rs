@@ -90,6 +90,7 @@ fn run_program(
         deadline,
         max_output: None,
         max_message: MAX_MESSAGE,
+        caller: None,
     };
     let ended = run.to_end().map_err(|source| Error::Run { program: program.to_owned(), source })?;
     match ended {

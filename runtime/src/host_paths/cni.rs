@@ -5,7 +5,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::net::IpAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -143,10 +143,15 @@ impl Asked {
 
 /// Does what is asked, and says each step before. The answer is JSON, or the reason why there is
 /// none.
-pub(super) fn perform(asked: &[u8], announce: &dyn Fn(Step<'_>)) -> Result<Vec<u8>, String> {
+pub(super) fn perform(
+    asked: &[u8],
+    caller: BorrowedFd<'_>,
+    announce: &dyn Fn(Step<'_>),
+) -> Result<Vec<u8>, String> {
     let asked: Asked = serde_json::from_slice(asked).map_err(|error| chain(&error))?;
     let cache = Cache::new(&asked.directories.cache);
-    let host = Host { directories: &asked.directories.plugins, cache: &cache, announce };
+    let host =
+        Host { directories: &asked.directories.plugins, cache: &cache, announce, caller: Some(caller) };
     let doing = Doing { directories: &asked.directories, host };
     let outcome = doing.perform(asked.task)?;
     serde_json::to_vec(&outcome).map_err(|error| chain(&error))

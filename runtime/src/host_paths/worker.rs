@@ -126,7 +126,7 @@ fn answer(question: Question, connection: BorrowedFd<'_>) -> Result<Found, Failu
         Some(Ask::Cni(AskedCni { asked, paths: _ })) => {
             // Plugins get the daemon's, and what is made for them is only for root.
             process::set_umask(0o077);
-            let outcome = cni::perform(&asked, &|step| announce(connection, step));
+            let outcome = cni::perform(&asked, connection, &|step| announce(connection, step));
             // The daemon looks for those that cannot end.
             while matches!(process::reap_any(), Ok(Some(_))) {}
             process::set_umask(0);

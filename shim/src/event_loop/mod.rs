@@ -38,6 +38,7 @@ use berth_sys::poll::{ChildSignals, Interest, Poll, Ready};
 use berth_sys::process::{self, Child, Ended as ProcessEnded, SIGKILL};
 use berth_sys::socket;
 
+use crate::aside;
 use crate::birth::Birth;
 use crate::connection::{Connection, Incoming};
 use crate::failure::{Step, refused};
@@ -534,7 +535,10 @@ impl Shim {
                 self.hear_exec(index);
             }
             match process::reap_or_running(pid) {
-                Ok(Child::Ended(ended)) => self.child_ended(pid, ended),
+                Ok(Child::Ended(ended)) => {
+                    aside::reaped(pid);
+                    self.child_ended(pid, ended);
+                }
                 _ => break,
             }
         }

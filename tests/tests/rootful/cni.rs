@@ -186,6 +186,38 @@ fn host_ports_are_portmaps() -> Result<()> {
 }
 
 #[test]
+fn a_plugin_does_not_outlive_the_daemon_that_asked_for_it() -> Result<()> {
+    rootful_with(ONLY_CNI, |daemon| {
+        let trace = daemon.cni().join("trace");
+        let script = format!(
+            "#!/bin/sh\necho $CNI_COMMAND $$ >> {trace}\n[ $CNI_COMMAND != ADD ] || {{ trap '' TERM; sleep 1000 & wait; }}\n",
+            trace = trace.display()
+        );
+        daemon.install_cni_script("odd", &script)?;
+        daemon.configure_cni("10-odd.conf", r#"{"cniVersion": "1.0.0", "name": "odd", "type": "odd"}"#)?;
+        is_ready(daemon, true)?;
+        std::thread::scope(|scope| {
+            let attaching = scope.spawn(|| daemon.pod("hangs").map(drop));
+            let plugin = within(SOON, "the plugin hangs", || {
+                let calls = fs::read_to_string(&trace).unwrap_or_default();
+                Ok(calls.lines().find_map(|line| line.strip_prefix("ADD ")).map(str::to_owned))
+            })?;
+            daemon.kill()?;
+            ensure!(attaching.join().is_ok_and(|attached| attached.is_err()), "no pod came of it");
+            within(SOON, "the plugin is gone", || {
+                Ok((!std::path::Path::new("/proc").join(&plugin).exists()).then_some(()))
+            })
+        })?;
+        // What it may have allocated is given back.
+        daemon.start_again()?;
+        within(SOON, "it is deleted", || {
+            Ok(fs::read_to_string(&trace)?.lines().any(|line| line.starts_with("DEL ")).then_some(()))
+        })?;
+        nothing_is_left(daemon)
+    })
+}
+
+#[test]
 fn a_plugin_that_fails_or_hangs_costs_other_pods_nothing() -> Result<()> {
     rootful_with(ONLY_CNI, |daemon| {
         let trace = daemon.cni().join("trace");

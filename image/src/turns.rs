@@ -27,6 +27,12 @@ pub(crate) trait LayerInput: Read {
     /// Waits until a read gives something at once, or an end or an error.
     fn wait(&mut self) {}
 
+    /// Whether any read may take for ever, and [`is_ready`](Self::is_ready) cannot say: of a file
+    /// whose filesystem may not answer. It is read without a permit.
+    fn may_stall(&self) -> bool {
+        false
+    }
+
     /// From now on, reads fail that would have to wait beyond this time from now.
     fn hurry(&mut self, _within: Duration) {}
 }
@@ -51,19 +57,24 @@ impl<R: LayerInput> Turns<R> {
 
 impl<R: LayerInput> Read for Turns<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.done >= TURN {
+        let stalls = self.input.may_stall();
+        if self.done >= TURN || stalls {
             self.permit = None;
         }
         if !self.input.is_ready() {
             self.permit = None;
             self.input.wait();
         }
+        let read_already = if stalls { Some(self.input.read(buffer)?) } else { None };
         if self.permit.is_none() {
             let permit = self.runtime.block_on(Arc::clone(&self.permits).acquire_owned());
             self.permit = Some(permit.map_err(io::Error::other)?);
             self.done = 0;
         }
-        let length = self.input.read(buffer)?;
+        let length = match read_already {
+            Some(length) => length,
+            None => self.input.read(buffer)?,
+        };
         self.done += length as u64;
         self.moved.fetch_add(length as u64, Ordering::Relaxed);
         Ok(length)
@@ -77,6 +88,10 @@ impl<R: LayerInput> LayerInput for Turns<R> {
 
     fn wait(&mut self) {
         self.input.wait();
+    }
+
+    fn may_stall(&self) -> bool {
+        self.input.may_stall()
     }
 
     fn hurry(&mut self, within: Duration) {
@@ -109,6 +124,23 @@ mod tests {
         }
     }
 
+    /// A file on a filesystem that does not answer before it is woken.
+    struct Stalled(std::sync::mpsc::Receiver<u8>);
+
+    impl Read for Stalled {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let Ok(byte) = self.0.recv() else { return Ok(0) };
+            buffer[0] = byte;
+            Ok(1)
+        }
+    }
+
+    impl LayerInput for Stalled {
+        fn may_stall(&self) -> bool {
+            true
+        }
+    }
+
     struct Endless;
 
     impl Read for Endless {
@@ -127,6 +159,10 @@ mod tests {
         let mut slow =
             Turns::new(Slow(receiver, None), Arc::clone(&permits), handle.clone(), Arc::clone(&moved));
         let slow = std::thread::spawn(move || slow.read(&mut [0; 10]).unwrap());
+        let (wake, stalled) = std::sync::mpsc::channel();
+        let mut stalled =
+            Turns::new(Stalled(stalled), Arc::clone(&permits), handle.clone(), Arc::clone(&moved));
+        let stalled = std::thread::spawn(move || stalled.read(&mut [0; 10]).unwrap());
         let others: Vec<_> = (0..3)
             .map(|_| {
                 let mut many = Turns::new(Endless, Arc::clone(&permits), handle.clone(), Arc::clone(&moved));
@@ -139,10 +175,11 @@ mod tests {
         for other in others {
             assert_eq!(other.join().unwrap(), 50 << 20);
         }
-        assert!(!slow.is_finished());
+        assert!(!slow.is_finished() && !stalled.is_finished());
         sender.send(7).unwrap();
-        assert_eq!(slow.join().unwrap(), 1);
+        wake.send(7).unwrap();
+        assert_eq!(slow.join().unwrap() + stalled.join().unwrap(), 2);
         assert_eq!(permits.available_permits(), 1);
-        assert_eq!(moved.load(Ordering::Relaxed), (150 << 20) + 1);
+        assert_eq!(moved.load(Ordering::Relaxed), (150 << 20) + 2);
     }
 }

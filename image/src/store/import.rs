@@ -249,7 +249,11 @@ impl Read for Counted {
     }
 }
 
-impl LayerInput for Counted {}
+impl LayerInput for Counted {
+    fn may_stall(&self) -> bool {
+        true
+    }
+}
 
 impl Content {
     fn open(&self) -> io::Result<Box<dyn Read + Send>> {

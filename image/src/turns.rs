@@ -27,7 +27,7 @@ pub(crate) trait LayerInput: Read {
     /// Waits until a read gives something at once, or an end or an error.
     fn wait(&mut self) {}
 
-    /// Whether any read may take for ever, and [`is_ready`](Self::is_ready) cannot say: of a file
+    /// Whether any read may take forever, and [`is_ready`](Self::is_ready) cannot say: of a file
     /// whose filesystem may not answer. It is read without a permit.
     fn may_stall(&self) -> bool {
         false

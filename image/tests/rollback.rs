@@ -89,7 +89,7 @@ async fn a_rename_that_fails_leaves_nothing_of_the_image_and_all_of_others() {
     assert_eq!(content(&store, &first, "d/other"), b"other");
 }
 
-/// A disk that loses what is written to it once it is full, which nobody is told before it is
+/// A disk that loses what is written to it once it is full, which no caller learns before it is
 /// synced: a file with holes, on a filesystem without room to fill them.
 struct ThinDisk {
     dir: tempfile::TempDir,
@@ -143,7 +143,7 @@ impl ThinDisk {
         while std::io::Write::write_all(&mut filler, &[0; 4096]).is_ok() {}
     }
 
-    /// As others do on the node, who then are told of the error.
+    /// As other programs on the node do, which then get the error.
     fn synced_by_another(&self) -> bool {
         Command::new("sync").arg("--file-system").arg(self.path("disk")).status().unwrap().success()
     }

@@ -4,7 +4,7 @@
 //! A directory is locked by flock(2) of one of several files in it, its *places*. A process that
 //! can lock one of them has the directory, provided that no other place is locked but by processes
 //! that were killed, cannot end, and will never write again ([`berth_sys::ending`]): a disk or a
-//! container may keep one waiting in the kernel for ever, with all that it has open.
+//! container may keep one waiting in the kernel forever, with all that it has open.
 //!
 //! Each daemon locks the first place that is free, and looks at all others after that. So of two
 //! that start at the same time, whatever they have seen before, at least one sees the other and
@@ -62,7 +62,7 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// A directory that nobody else has. Dropped, it is free.
+/// A directory that no other process has locked. Dropping it releases the lock.
 #[derive(Debug)]
 pub(crate) struct Locked {
     _place: File,

@@ -8,7 +8,7 @@ use berth_sys::host_path;
 
 /// Creates `path` and missing parents, searchable by all (mode 0755): they are the pods'. The umask
 /// is the caller's, and the daemon has a strict one for its own files: this is for its workers
-/// ([`crate::host_paths`]), who can also be kept waiting for ever.
+/// ([`crate::host_paths`]), who can also be kept waiting forever.
 ///
 /// Containers may own a directory on the way. Links that are there are followed, as the CRI asks
 /// for `Mount.host_path`; nothing is looked up twice, and no mode is changed once a directory is

@@ -615,7 +615,7 @@ impl ShimClient {
         Ok(Sent { id, answer })
     }
 
-    /// Takes a request back, for whose answer nobody waits; whether it was not sent.
+    /// Takes back a request whose answer is no longer wanted; returns whether it was still unsent.
     fn take_back(&self, id: u64) -> bool {
         lock(&self.pending).remove(&id);
         self.outbox.take_back(id)
@@ -672,7 +672,7 @@ impl RunningExec {
     /// # Errors
     /// [`ShimError::Failed`] when it could not be started, [`ShimError::Lost`] when the connection
     /// ended before it, [`ShimError::Silent`] when the shim stopped answering: a program may run
-    /// for ever, and a shim that hangs would look the same.
+    /// forever, and a shim that hangs would look the same.
     pub(crate) async fn ended(&mut self) -> Result<i32, ShimError> {
         let Some(pending) = &mut self.answer else { return Err(ShimError::Lost) };
         let answer = tokio::select! {

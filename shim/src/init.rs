@@ -65,7 +65,7 @@ pub(crate) struct SubCgroup {
 
 impl SubCgroup {
     /// Moves this process there. The names are the container's, so they are resolved below its
-    /// directory, and that may take for ever.
+    /// directory, and that may take forever.
     fn join(&self) -> Result<(), Failed> {
         let members = self.below.join("cgroup.procs");
         self.own

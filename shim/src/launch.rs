@@ -264,7 +264,7 @@ fn inner(way: Way, outer: OwnedFd, pipes: &mut Vec<Ends>) -> Result<OwnedFd, Fai
 ///
 /// A container that manages its own part of the tree (systemd in a privileged pod) has its
 /// processes in cgroups below, and enabled controllers for them: then no process may be in the
-/// cgroup itself, cgroups(7), "no internal processes". The child, which may have to wait for ever
+/// cgroup itself, cgroups(7), "no internal processes". The child, which may have to wait forever
 /// for a directory that the container keeps locked, joins where the main process is by itself.
 fn clone_into(container: &Container) -> io::Result<(Cloned, Option<SubCgroup>)> {
     let unified = &container.launch.cgroup.unified_dir;

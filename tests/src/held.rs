@@ -17,7 +17,7 @@ use crate::fuse::Hanging;
 use crate::pod::{Pod, container, security, volume};
 use crate::skip::skip;
 
-/// Lists a directory into a page of a file that nobody serves: by open(2), mmap(2) and
+/// Lists a directory into a page of a file that is never served: by open(2), mmap(2) and
 /// getdents64(2). The directory is locked until the page is there. Perl's own open would ask the
 /// file what else it can do.
 const HOLD: &str = "

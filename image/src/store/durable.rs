@@ -1,8 +1,8 @@
 //! What was written made durable, or known to be lost.
 //!
 //! The kernel writes to the disk when it likes, and tells an error of that once to each descriptor
-//! (Documentation/core-api/errseq.rst): to one that is opened later only if nobody was told before.
-//! So one descriptor is kept, to which each error since then is told, and errors are counted: what
+//! (Documentation/core-api/errseq.rst): to one opened later only if it has not been reported yet.
+//! So one descriptor is kept, which gets each error since then, and errors are counted: what
 //! was begun before the last one may be lost, whoever was told.
 
 use std::fs::File;
@@ -39,7 +39,7 @@ impl Durable {
     /// Makes everything durable that was written. Fails if anything may be lost of what was written
     /// `since`.
     pub(super) fn sync(&self, since: Since) -> Result<(), StoreError> {
-        // Held meanwhile: an error that is told to another thread is counted before this one looks.
+        // Held meanwhile: an error reported to another thread is counted before this one looks.
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
         let synced = berth_sys::file::sync_filesystem(self.root.as_fd());
         if synced.is_err() {

@@ -76,7 +76,7 @@ pub enum ImportSource {
 }
 
 impl ImportSource {
-    /// The directory `path`, read by the threads that import it. They may wait for ever if others
+    /// The directory `path`, read by the threads that import it. They may wait forever if others
     /// can keep it locked.
     ///
     /// # Errors

@@ -10,7 +10,7 @@
 //! | an object in the wrong state | `FailedPrecondition` |
 //! | a command or a kill that took too long, a shim or a path of the host that hangs | `DeadlineExceeded` |
 //! | a registry that cannot be reached | `Unknown`, with the text that kubelets look for |
-//! | a program that cannot be started, a command whose end nobody saw, an image that cannot be had | `Unknown` |
+//! | a program that cannot be started, a command whose end was not observed, an image that cannot be had | `Unknown` |
 //! | too many streaming requests that wait for their clients, too many clients attached, a client that reads events too slowly | `ResourceExhausted` |
 //! | the daemon is ending, a shim that cannot be reached, a streaming server that cannot listen yet, a path of the host that has hung before | `Unavailable` |
 //! | anything else | `Internal` |

@@ -2,7 +2,7 @@
 //! waiting for one.
 //!
 //! A process that has a directory of the host mounted, if only read-only, can keep the kernel's
-//! lock of it for ever: getdents64(2) holds the lock while it writes to memory that nobody serves,
+//! lock of it forever: getdents64(2) holds the lock while it writes to memory that nobody serves,
 //! such as a page of a file on a network filesystem. Another process that creates something in that
 //! directory, or looks up a name that is not in the kernel's memory, waits and cannot be killed. A
 //! daemon with one thread in such a wait can neither end nor give back its locks and sockets.
@@ -155,7 +155,7 @@ pub enum HostPathError {
     /// It answered that it cannot.
     #[error(transparent)]
     Failed(Failed),
-    /// There is nobody to ask.
+    /// There is no worker to ask.
     #[error("cannot start a process that looks at paths of the host")]
     Ask(#[source] io::Error),
     /// The worker ended.
@@ -802,7 +802,7 @@ impl Worker {
     }
 
     /// Puts a question, and listens until it is answered. Where the worker is in between goes to
-    /// `is_at`, and it has `patience` anew from then on.
+    /// `is_at`, and its `patience` begins again from there.
     fn converse(&self, frame: &[u8], patience: Duration, mut is_at: impl FnMut(&At)) -> io::Result<Heard> {
         let connection = self.connection.as_fd();
         let (mut limit, mut at) = (patience, None);

@@ -4,7 +4,7 @@
 //! Nodes are created only in the container's own `/dev` and root. Below a mount, a node would be
 //! created in a host directory: a device requested there has to exist in the mount already
 //! ([`Covered::check`]), or the request is refused. Looking up ([`resolve_devices`],
-//! [`host_devices`], [`find_below`]) touches the host and blocks, maybe for ever: a container may
+//! [`host_devices`], [`find_below`]) touches the host and blocks, maybe forever: a container may
 //! share a path.
 
 use std::fs::Metadata;

@@ -83,7 +83,7 @@ const MOUNTINFO: &str = "/proc/self/mountinfo";
 /// with mode 0755: the CRI calls that an error, but workloads are written for runtimes that make
 /// it.
 ///
-/// Blocks, and may do so for ever: a container may share the path.
+/// Blocks, and may do so forever: a container may share the path.
 ///
 /// # Errors
 /// [`SourceError`]. Directories created by then stay.

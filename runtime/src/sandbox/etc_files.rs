@@ -33,7 +33,7 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// on loopback (systemd-resolved.service(8)).
 const UPSTREAM_OF_SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";
 
-/// The host's resolv.conf for a pod with a network of its own, whose loopback is another. Servers
+/// The host's resolv.conf for a pod with its own network, whose loopback is another. Servers
 /// on the host's loopback are left out; if there are no others, `upstream` is used.
 fn in_another_network(
     host: &[u8],

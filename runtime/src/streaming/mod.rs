@@ -157,7 +157,7 @@ impl Streaming {
         command: Vec<String>,
         wanted: Wanted,
     ) -> Result<String, UrlError> {
-        // Output that nobody takes is thrown away on a terminal; a closed pipe ends its program.
+        // Unread output of a terminal is discarded; a closed pipe ends its program.
         let run = if reach == Reach::Socket && wanted.terminal { exec::run_detachable } else { exec::run };
         let run = Box::new(move |session| run(container, command, wanted, session));
         self.url(reach, Endpoint::Exec, Task::Command(wanted, run))
@@ -240,7 +240,7 @@ pub(crate) struct LocalSocket {
 impl Drop for LocalSocket {
     fn drop(&mut self) {
         self.task.abort();
-        // A client that sees no file knows that nobody listens.
+        // A client that sees no file knows that nothing is listening.
         let _ = std::fs::remove_file(&self.path);
     }
 }

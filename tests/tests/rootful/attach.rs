@@ -354,7 +354,7 @@ fn no_more_clients_are_attached_than_there_are_places() -> Result<()> {
         holds(&main, before + PLACES)?;
         let refused = daemon.client().attach(request.clone()).err().context("there is no place")?;
         assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
-        // One with a URL of before is told as well.
+        // So is one with an earlier URL.
         let finished = Command::attach_at(daemon, &late, &request)?.finished()?;
         assert_eq!(finished.status["reason"], "InternalError", "{finished:?}");
         commands.truncate(PLACES - 1);

@@ -237,7 +237,7 @@ fn a_hostile_tar_writes_only_what_was_asked_for() -> Result<()> {
     })
 }
 
-/// Exchanges a directory and a link of the same name for ever.
+/// Exchanges a directory and a link of the same name forever.
 fn exchanging(name: &str, directory: &str, link: &str) -> v1::ContainerConfig {
     shell(
         name,

@@ -210,7 +210,7 @@ fn a_writer_that_was_killed_at_once_is_replaced() -> Result<()> {
     })
 }
 
-/// Writes numbers until it is told to stop.
+/// Writes numbers until it is stopped.
 const COUNTS: &str = "n=0; while [ ! -e /tmp/end ]; do
 seq $((n + 1)) $((n + 2000)); n=$((n + 2000)); sleep 0.01; done; echo $n >&2";
 
@@ -306,7 +306,7 @@ fn no_writer_outlasts_its_shim_whoever_is_there_to_reap_it() -> Result<()> {
                 main.ended()?;
                 main.remove()?;
             }
-            // Not even as a zombie, which nobody may reap after the shim.
+            // Not even as a zombie, which nothing reaps once the shim is gone.
             within(SOON, "the shim ends", || Ok((!fs::exists(format!("/proc/{shim}"))?).then_some(())))?;
             ensure!(!fs::exists(format!("/proc/{writer}"))?, "the writer is left, in turn {turn}");
         }

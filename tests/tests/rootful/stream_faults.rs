@@ -131,7 +131,7 @@ fn flood(stream: &mut TcpStream, frame: &[u8]) -> Result<()> {
     anyhow::bail!("the server takes whatever comes")
 }
 
-/// Its close is behind what is not read, and TCP tells nobody.
+/// Its close is behind what is not read, so TCP does not deliver it.
 #[test]
 fn a_client_that_closes_behind_input_that_is_not_read_takes_its_program_along() -> Result<()> {
     rootful(|daemon| {

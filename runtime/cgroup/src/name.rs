@@ -17,6 +17,9 @@ use crate::{Driver, Error};
 /// name.
 const MAX_PARENT_BYTES: usize = 3072;
 
+/// Deepest parent; a kubelet's is four.
+const MAX_PARENT_DEPTH: usize = 32;
+
 /// `NAME_MAX`, limits.h: the longest name of a directory. A unit's name has the same limit,
 /// systemd.unit(5): 255 characters.
 const MAX_NAME_BYTES: usize = 255;
@@ -62,14 +65,14 @@ pub struct Parent {
 }
 
 impl Parent {
-    /// The parent that the caller of CRI named. It must exist; it is never created. With the
-    /// systemd driver, its last element is the name of the slice, and the name determines its
-    /// place: systemd.slice(5).
+    /// The parent that the caller of CRI named. It may have to be created. With the systemd driver,
+    /// its last element is the name of the slice, and the name determines its place:
+    /// systemd.slice(5).
     ///
     /// # Errors
     /// [`Error::InvalidParent`] when it is empty, not absolute (a slice may be given by its name
-    /// alone), has a `.` or `..` element or contains a NUL or line end, is too long, or belongs to
-    /// the other driver: its caller would look for the container elsewhere.
+    /// alone), has a `.` or `..` element or contains a NUL or line end, is too long or deep, or
+    /// belongs to the other driver: its caller would look for the container elsewhere.
     pub fn named(driver: Driver, parent: &str) -> Result<Self, Error> {
         let path = match driver {
             Driver::Cgroupfs => {
@@ -85,6 +88,10 @@ impl Parent {
             }
             Driver::Systemd => slice_path(parent)?,
         };
+        // What is missing of it is created, in every hierarchy.
+        if path.matches('/').count() > MAX_PARENT_DEPTH {
+            return Err(invalid(driver, parent, "it is deeper than 32 cgroups"));
+        }
         Ok(Self { path, ours: false, driver, naming: Naming::Own })
     }
 
@@ -313,6 +320,8 @@ mod tests {
         }
         assert!(Parent::named(Driver::Cgroupfs, &format!("/{}", "a/".repeat(2000))).is_err());
         assert!(Parent::named(Driver::Cgroupfs, &format!("/{}", "a".repeat(256))).is_err());
+        let deep = |elements: usize| Parent::named(Driver::Cgroupfs, &"/a".repeat(elements));
+        assert!(deep(MAX_PARENT_DEPTH).is_ok() && deep(MAX_PARENT_DEPTH + 1).is_err());
     }
 
     #[test]

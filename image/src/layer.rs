@@ -245,6 +245,9 @@ impl LayerError {
     }
 }
 
+/// How many bytes say what something is packed with.
+const MAGIC_BYTES: usize = 4;
+
 /// The decompressed bytes of what is gzip or zstd by its first bytes, and the bytes themselves of
 /// everything else.
 ///
@@ -252,8 +255,11 @@ impl LayerError {
 /// Of reading the first bytes, or of setting up the decoder.
 pub(crate) fn decompressed<'a>(packed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let mut packed = packed;
-    let magic = packed.fill_buf()?;
-    let magic = magic.get(..4).and_then(|m| <[u8; 4]>::try_from(m).ok()).unwrap_or_default();
+    // A network may bring them one by one.
+    let mut first = Vec::with_capacity(MAGIC_BYTES);
+    packed.by_ref().take(MAGIC_BYTES as u64).read_to_end(&mut first)?;
+    let magic = <[u8; MAGIC_BYTES]>::try_from(first.as_slice()).unwrap_or_default();
+    let packed = io::Cursor::new(first).chain(packed);
     Ok(match magic {
         [0x1f, 0x8b, _, _] => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
         // A zstd frame or one of the skippable frames (RFC 8878, section 3.1.2).
@@ -400,6 +406,35 @@ mod tests {
 
     fn content_of(tar: &[u8]) -> LayerContent {
         LayerContent { blob: Blob::of(tar), diff_id: Digest::of(tar) }
+    }
+
+    /// Gives its bytes one by one, as a network may.
+    struct OneByOne<'a>(&'a [u8]);
+
+    impl Read for OneByOne<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let length = buffer.len().min(1);
+            self.0.read(&mut buffer[..length])
+        }
+    }
+
+    #[test]
+    fn what_packs_a_layer_is_known_however_its_first_bytes_come() {
+        let plain = b"not packed".repeat(100);
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        io::Write::write_all(&mut gzip, &plain).unwrap();
+        let zstd = zstd::encode_all(&plain[..], 1).unwrap();
+        for packed in [gzip.finish().unwrap(), zstd, plain.clone()] {
+            let mut read = Vec::new();
+            let one_by_one = BufReader::with_capacity(1, OneByOne(&packed));
+            decompressed(one_by_one).unwrap().read_to_end(&mut read).unwrap();
+            assert_eq!(read, plain);
+        }
+        for short in [&b""[..], b"\x1f", b"\x1f\x8b\x08"] {
+            let mut read = Vec::new();
+            decompressed(short).unwrap().read_to_end(&mut read).unwrap();
+            assert_eq!(read, short);
+        }
     }
 
     #[test]

@@ -7,11 +7,12 @@
 //!                                                   default routes via the two gateways
 //! ```
 //!
-//! Attaching takes four exchanges with the kernel: one lets the pod's addresses through the
-//! firewall; one creates the whole pair (peer named and placed in the pod's namespace, host end up
-//! and a port of the bridge); two in the pod bring its interfaces up and find the number of `eth0`,
-//! and set addresses and routes. What a sandbox owns is found again from its id: the interface by
-//! its derived name, the addresses in their store.
+//! Attaching takes five exchanges with the kernel: one lets the pod's addresses through the
+//! firewall and its host ports lead to it; one creates the whole pair (peer named and placed in the
+//! pod's namespace, host end up and a port of the bridge); one sets the port's mode; two in the pod
+//! bring its interfaces up and find the number of `eth0`, and set addresses and routes. What a
+//! sandbox owns is found again from its id: the interface by its derived name, the addresses in
+//! their store.
 //!
 //! Calls block and may come from many threads at once. Requests on the node take turns on one
 //! socket, which costs nothing: the kernel serialises them under one lock (`rtnl_mutex`) anyway.

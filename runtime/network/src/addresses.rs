@@ -108,7 +108,6 @@ pub enum Error {
 #[derive(Debug)]
 pub struct AddressStore {
     directory: PathBuf,
-    ranges: Vec<Range>,
     state: Mutex<State>,
 }
 
@@ -117,8 +116,8 @@ struct State {
     owners: BTreeMap<IpAddr, String>,
     /// Addresses whose records could not be read. They are taken, by unknown sandboxes.
     unread: BTreeSet<IpAddr>,
-    /// For each range, the address to try first.
-    cursors: Vec<IpAddr>,
+    /// What is assigned: of each range one address, and the one to try first.
+    ranges: Vec<(Range, IpAddr)>,
 }
 
 impl AddressStore {
@@ -160,13 +159,20 @@ impl AddressStore {
                 }
             }
         }
-        let cursors = ranges
+        let ranges = ranges
             .iter()
             .zip(newest)
-            .map(|(range, newest)| newest.map_or(range.first(), |(_, address)| range.after(address)))
+            .map(|(range, newest)| {
+                (*range, newest.map_or(range.first(), |(_, address)| range.after(address)))
+            })
             .collect();
-        let state = Mutex::new(State { owners, unread, cursors });
-        Ok(Self { directory: directory.to_owned(), ranges: ranges.to_vec(), state })
+        let state = Mutex::new(State { owners, unread, ranges });
+        Ok(Self { directory: directory.to_owned(), state })
+    }
+
+    /// Assigns addresses of other ranges from now on. Those that are taken stay so.
+    pub fn change_ranges(&self, ranges: &[Range]) {
+        self.lock().ranges = ranges.iter().map(|range| (*range, range.first())).collect();
     }
 
     /// Assigns a sandbox one address of each range, in the order of the ranges. Either all are
@@ -182,8 +188,8 @@ impl AddressStore {
         if let Some(address) = state.of(sandbox_id).first() {
             return Err(Error::Owned { sandbox_id: sandbox_id.to_owned(), address: *address });
         }
-        let mut taken = Vec::with_capacity(self.ranges.len());
-        for position in 0..self.ranges.len() {
+        let mut taken = Vec::with_capacity(state.ranges.len());
+        for position in 0..state.ranges.len() {
             match self.take(&mut state, position, sandbox_id) {
                 Ok(address) => taken.push(address),
                 Err(error) => {
@@ -327,8 +333,7 @@ impl AddressStore {
 
     /// Claims the next free address of a range.
     fn take(&self, state: &mut State, position: usize, sandbox_id: &str) -> Result<IpAddr, Error> {
-        // Both vectors have one element for each range (see `open`).
-        let (range, mut candidate) = (self.ranges[position], state.cursors[position]);
+        let (range, mut candidate) = state.ranges[position];
         let mut taken = state.owners.keys().filter(|address| range.contains(**address)).count();
         let mut tried = 0;
         // Among one more addresses than are taken one is free, unless the circle is shorter than
@@ -339,7 +344,7 @@ impl AddressStore {
                 let ours = owner == sandbox_id;
                 vacant.insert(owner);
                 if ours {
-                    state.cursors[position] = range.after(candidate);
+                    state.ranges[position].1 = range.after(candidate);
                     return Ok(candidate);
                 }
                 taken += 1;

@@ -9,6 +9,10 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
+use ipnet::IpNet;
+
+use crate::addresses::Range;
+
 /// Longest interface name in bytes: `IFNAMSIZ` (16, `linux/if.h`) less the closing NUL.
 pub const MAX_INTERFACE_NAME: usize = 15;
 
@@ -329,6 +333,53 @@ impl Mtu {
     }
 }
 
+/// The networks that pods get addresses in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subnets {
+    /// Of the main address.
+    pub ipv4: Ipv4Subnet,
+    /// Of a second one, if pods have any.
+    pub ipv6: Option<Ipv6Subnet>,
+}
+
+impl Subnets {
+    /// The node's own addresses, IPv4 first.
+    pub(crate) fn gateways(self) -> Vec<InterfaceAddress> {
+        let ipv4 = InterfaceAddress { address: self.ipv4.gateway().into(), prefix: self.ipv4.prefix() };
+        let ipv6 = self
+            .ipv6
+            .map(|subnet| InterfaceAddress { address: subnet.gateway().into(), prefix: subnet.prefix() });
+        std::iter::once(ipv4).chain(ipv6).collect()
+    }
+
+    /// The addresses that pods may have, IPv4 first.
+    pub(crate) fn ranges(self) -> Vec<Range> {
+        let (first, last) = self.ipv4.pods();
+        let ipv6 = self.ipv6.map(|subnet| {
+            let (first, last) = subnet.pods();
+            Range::Ipv6(first, last)
+        });
+        std::iter::once(Range::Ipv4(first, last)).chain(ipv6).collect()
+    }
+
+    /// A pod's address as its interface has it.
+    pub(crate) fn with_prefix(self, address: IpAddr) -> InterfaceAddress {
+        let prefix = match address {
+            IpAddr::V4(_) => self.ipv4.prefix(),
+            // An address of a former network may outlive it here; a host route is valid for any.
+            IpAddr::V6(_) => self.ipv6.map_or(128, |subnet| subnet.prefix()),
+        };
+        InterfaceAddress { address, prefix }
+    }
+}
+
+impl fmt::Display for Subnets {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.ipv4.fmt(formatter)?;
+        self.ipv6.map_or(Ok(()), |ipv6| write!(formatter, ",{ipv6}"))
+    }
+}
+
 /// The settings of one bridge network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BridgeConfig {
@@ -346,16 +397,15 @@ pub struct BridgeConfig {
     /// on. Default `true`: without forwarding pods reach each other and the node, but nothing
     /// beyond it.
     pub forwarding: bool,
+    /// Networks to which pods keep their own addresses: those of the cluster's other nodes. Default
+    /// none.
+    pub non_masquerade: Vec<IpNet>,
 }
 
 impl BridgeConfig {
-    /// The node's own addresses in the subnets, IPv4 first.
-    pub(crate) fn gateways(&self) -> Vec<InterfaceAddress> {
-        let ipv4 = InterfaceAddress { address: self.ipv4.gateway().into(), prefix: self.ipv4.prefix() };
-        let ipv6 = self
-            .ipv6
-            .map(|subnet| InterfaceAddress { address: subnet.gateway().into(), prefix: subnet.prefix() });
-        std::iter::once(ipv4).chain(ipv6).collect()
+    /// The configured networks.
+    pub fn subnets(&self) -> Subnets {
+        Subnets { ipv4: self.ipv4, ipv6: self.ipv6 }
     }
 }
 
@@ -367,6 +417,7 @@ impl Default for BridgeConfig {
             ipv6: Some(Ipv6Subnet::default()),
             mtu: None,
             forwarding: true,
+            non_masquerade: Vec::new(),
         }
     }
 }

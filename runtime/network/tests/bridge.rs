@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Instant;
 
 use berth_network::bridge::{Error, NotReady, POD_INTERFACE, open_in_pod};
-use berth_network::config::{BridgeName, Mtu};
+use berth_network::config::{BridgeName, Mtu, Subnets};
 use berth_network::{Bridge, BridgeConfig, Known, Netlink, addresses, identity, interfaces};
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -413,6 +413,63 @@ fn another_subnet_does_not_cut_off_the_pods_in_the_old_one() {
     set_up();
     let shown = node.namespace.command("ip addr show berth0");
     assert!(shown.contains("10.77.0.1/24") && !shown.contains("10.88") && !shown.contains("fd62"), "{shown}");
+}
+
+#[test]
+fn subnets_change_under_running_pods_and_only_if_the_node_has_room_for_them() {
+    let node = Node::new();
+    let outside = uplink(&node);
+    let first = node.attach(1);
+    let before = node.namespace.command("ip -o address show dev berth0");
+    let taken = Subnets { ipv4: "192.0.2.0/25".parse().unwrap(), ipv6: None };
+    let refused = node.namespace.run(|| node.bridge.change_subnets(taken)).unwrap_err();
+    assert!(matches!(&refused, Error::SubnetTaken { interface, .. } if interface == "up0"), "{refused}");
+    assert_eq!(node.namespace.command("ip -o address show dev berth0"), before);
+    let second = node.attach(2);
+    assert_eq!(second.attachment.addresses[0].to_string(), "10.88.0.3/16");
+
+    let given = Subnets { ipv4: "10.244.3.0/24".parse().unwrap(), ipv6: None };
+    node.namespace.run(|| node.bridge.change_subnets(given)).unwrap();
+    assert_eq!(node.bridge.subnets(), given);
+    let third = node.attach(3);
+    let addresses: Vec<_> = third.attachment.addresses.iter().map(ToString::to_string).collect();
+    assert_eq!(addresses, ["10.244.3.2/24"]);
+    for (from, to) in [(&first, &third), (&third, &second), (&second, &first)] {
+        assert_eq!(talk(&from.namespace, &to.namespace, to.address(0)), from.address(0));
+    }
+    talk(&first.namespace, &second.namespace, second.address(1));
+    for pod in [&first, &third] {
+        let source = talk(&pod.namespace, &outside, "192.0.2.2".parse().unwrap());
+        assert_eq!(source.to_string(), "192.0.2.1");
+    }
+    node.namespace.run(|| node.bridge.ready()).unwrap();
+    // The old gateways go when no pod needs them.
+    for pod in [&first, &second] {
+        node.bridge.detach(&pod.id).unwrap();
+    }
+    node.namespace.run(|| node.bridge.repair()).unwrap();
+    let shown = node.namespace.command("ip addr show berth0");
+    assert!(
+        shown.contains("10.244.3.1/24") && !shown.contains("10.88") && !shown.contains("fd62"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn pods_keep_their_addresses_towards_the_networks_of_other_nodes() {
+    let node = Node::with(BridgeConfig {
+        non_masquerade: vec!["10.88.0.0/8".parse().unwrap(), "192.0.2.2/32".parse().unwrap()],
+        ..BridgeConfig::default()
+    });
+    let outside = uplink(&node);
+    let pod = node.attach(1);
+    // The other nodes know the way back.
+    outside.command("ip route add 10.88.0.0/16 via 192.0.2.1");
+    outside.command("ip address add 192.0.2.3/24 dev out0");
+    let source = |address: &str| talk(&pod.namespace, &outside, address.parse().unwrap()).to_string();
+    assert_eq!(source("192.0.2.2"), pod.address(0).to_string());
+    assert_eq!(source("192.0.2.3"), "192.0.2.1");
+    assert_eq!(source("2001:db8::2"), "2001:db8::1");
 }
 
 #[test]

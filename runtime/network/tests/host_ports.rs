@@ -120,8 +120,9 @@ fn a_node_whose_bridge_is_not_tracked_has_host_ports_too() {
         prefix,
     };
     let setting = firewall::rules::Setting {
-        bridge: &node.bridge.config().name,
+        bridge: node.bridge.name(),
         subnets: &[subnet("10.88.0.1", 16), subnet("fd62:6572:7468::1", 64)],
+        non_masquerade: &[],
         tracks_bridged: false,
     };
     let rules = firewall::rules::installation(setting, &pods);

@@ -11,7 +11,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use berth_cgroup::{Driver, Parent};
-use berth_network::config::{BridgeConfig, BridgeName, Mtu};
+use berth_network::config::{BridgeConfig, BridgeName, Ipv4Subnet, Ipv6Subnet, Mtu};
+use ipnet::IpNet;
 use oci_spec::runtime::PosixRlimit;
 
 use crate::rlimits;
@@ -71,13 +72,15 @@ pub struct NetworkConfig {
     pub kind: NetworkKind,
     /// The built-in bridge.
     pub bridge: BridgeConfig,
+    /// Those of its subnets that are configured, and that no cluster changes therefore.
+    pub subnets: ConfiguredSubnets,
     /// CNI plugins.
     pub cni: CniConfig,
 }
 
 impl NetworkConfig {
     fn written(&self) -> WrittenNetwork {
-        let Self { kind, bridge, cni } = self;
+        let Self { kind, bridge, subnets, cni } = self;
         WrittenNetwork {
             kind: Some(kind.to_string()),
             cni_config_directory: Some(cni.config_directory.clone()),
@@ -85,12 +88,22 @@ impl NetworkConfig {
             cni_cache_directory: Some(cni.cache_directory.clone()),
             cni_namespace_directory: Some(cni.namespace_directory.clone()),
             bridge: Some(bridge.name.to_string()),
-            ipv4: Some(bridge.ipv4.to_string()),
-            ipv6: Some(bridge.ipv6.map_or_else(|| "off".to_owned(), |subnet| subnet.to_string())),
+            ipv4: subnets.ipv4.map(|subnet| subnet.to_string()),
+            ipv6: subnets.ipv6.map(|ipv6| ipv6.map_or_else(|| "off".to_owned(), |subnet| subnet.to_string())),
             mtu: bridge.mtu.map(Mtu::bytes),
             forwarding: Some(bridge.forwarding),
+            non_masquerade_cidrs: Some(bridge.non_masquerade.iter().map(ToString::to_string).collect()),
         }
     }
+}
+
+/// The subnets of the bridge that are configured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConfiguredSubnets {
+    /// IPv4.
+    pub ipv4: Option<Ipv4Subnet>,
+    /// IPv6, or that there is none.
+    pub ipv6: Option<Option<Ipv6Subnet>>,
 }
 
 /// From which network pods get their interfaces.
@@ -382,7 +395,9 @@ fn network(check: &mut Check, written: &WrittenNetwork, state: &Path) -> Option<
         Some(other) => check.ok("network.kind", Err(format!("{other:?} is not auto, bridge or cni"))),
     };
     let cni = cni(check, written, state);
-    Some(NetworkConfig { bridge: bridge(check, written)?, kind: kind?, cni })
+    let subnets = subnets(check, written);
+    let bridge = bridge(check, written, subnets.unwrap_or_default());
+    Some(NetworkConfig { bridge: bridge?, kind: kind?, subnets: subnets?, cni })
 }
 
 fn cni(check: &mut Check, written: &WrittenNetwork, state: &Path) -> CniConfig {
@@ -417,30 +432,39 @@ fn cni(check: &mut Check, written: &WrittenNetwork, state: &Path) -> CniConfig {
     }
 }
 
-fn bridge(check: &mut Check, written: &WrittenNetwork) -> Option<BridgeConfig> {
+fn subnets(check: &mut Check, written: &WrittenNetwork) -> Option<ConfiguredSubnets> {
+    let ipv4 = written.ipv4.as_ref().map(|subnet| check.ok("network.ipv4", subnet.parse()));
+    let ipv6 = written.ipv6.as_deref().map(|subnet| match subnet {
+        "off" => Some(None),
+        subnet => check.ok("network.ipv6", subnet.parse()).map(Some),
+    });
+    let (ipv4, ipv6) =
+        (ipv4.map_or(Some(None), |ipv4| ipv4.map(Some)), ipv6.map_or(Some(None), |ipv6| ipv6.map(Some)));
+    Some(ConfiguredSubnets { ipv4: ipv4?, ipv6: ipv6? })
+}
+
+fn bridge(check: &mut Check, written: &WrittenNetwork, subnets: ConfiguredSubnets) -> Option<BridgeConfig> {
     let defaults = BridgeConfig::default();
     let name = match &written.bridge {
         Some(name) => check.ok("network.bridge", BridgeName::new(name)),
         None => Some(defaults.name),
     };
-    let ipv4 = match &written.ipv4 {
-        Some(subnet) => check.ok("network.ipv4", subnet.parse()),
-        None => Some(defaults.ipv4),
-    };
-    let ipv6 = match written.ipv6.as_deref() {
-        Some("off") => Some(None),
-        Some(subnet) => check.ok("network.ipv6", subnet.parse()).map(Some),
-        None => Some(defaults.ipv6),
-    };
+    let non_masquerade: Option<Vec<IpNet>> = written
+        .non_masquerade_cidrs
+        .iter()
+        .flatten()
+        .map(|network| check.ok("network.non_masquerade_cidrs", network.parse()))
+        .collect();
     let mtu = match written.mtu {
         Some(bytes) => check.ok("network.mtu", Mtu::new(bytes)).map(Some),
         None => Some(None),
     };
     Some(BridgeConfig {
         name: name?,
-        ipv4: ipv4?,
-        ipv6: ipv6?,
+        ipv4: subnets.ipv4.unwrap_or(defaults.ipv4),
+        ipv6: subnets.ipv6.unwrap_or(defaults.ipv6),
         mtu: mtu?,
+        non_masquerade: non_masquerade?,
         forwarding: written.forwarding.unwrap_or(defaults.forwarding),
     })
 }
@@ -503,7 +527,7 @@ mod tests {
 
     #[test]
     fn all_mistakes_are_named_at_once() {
-        let text = "root = 'relative'\nlog = 'no=such=filter'\n[network]\nbridge = 'far too long a name'\nipv4 = '1.2.3.4'\nmtu = 1\n[cgroup]\nparent = '../x'\n\
+        let text = "root = 'relative'\nlog = 'no=such=filter'\n[network]\nbridge = 'far too long a name'\nipv4 = '1.2.3.4'\nnon_masquerade_cidrs = ['10.0.0.0/8', 'all']\nmtu = 1\n[cgroup]\nparent = '../x'\n\
             [image]\nlayers_at_once = 0\n[container.rlimits]\nfsize = 1\nnofile = '2:1'\n[compat]\ncadvisor_socket = 'x'\n";
         assert_eq!(
             keys(text),
@@ -511,8 +535,9 @@ mod tests {
                 "root",
                 "log",
                 "image.layers_at_once",
-                "network.bridge",
                 "network.ipv4",
+                "network.bridge",
+                "network.non_masquerade_cidrs",
                 "network.mtu",
                 "cgroup.parent",
                 "compat.cadvisor_socket",

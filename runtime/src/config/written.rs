@@ -125,15 +125,19 @@ written! {
         cni_namespace_directory: Option<PathBuf>,
         /// The bridge's name, at most 15 characters. Default `berth0`.
         bridge: Option<String>,
-        /// The pods' IPv4 network. Default `10.88.0.0/16`.
+        /// The pods' IPv4 network. Default: the pod CIDR that the cluster gives the node, and
+        /// `10.88.0.0/16` without one.
         ipv4: Option<String>,
-        /// The pods' IPv6 network, or `off`. Default `fd62:6572:7468::/64`, where the host has
-        /// IPv6.
+        /// The pods' IPv6 network, or `off`. Default: as the cluster gives it, or
+        /// `fd62:6572:7468::/64` without one; where the host has IPv6.
         ipv6: Option<String>,
         /// MTU. Default: the kernel's.
         mtu: Option<u32>,
         /// Whether Berth may turn on forwarding on the host. Default true.
         forwarding: Option<bool>,
+        /// Networks to which packets of pods go under the pod's own address: the pod networks of
+        /// the cluster's other nodes. Default none.
+        non_masquerade_cidrs: Option<Vec<String>>,
     }
 
     /// `[cgroup]`.

@@ -72,6 +72,8 @@ pub(crate) enum CallError {
     #[error(transparent)]
     Store(Box<StoreError>),
     #[error(transparent)]
+    Network(Box<NetworkError>),
+    #[error(transparent)]
     Stats(#[from] berth_cgroup::Error),
     #[error(transparent)]
     Url(#[from] UrlError),
@@ -109,6 +111,7 @@ boxed!(
     Import(ImportError),
     HostPath(HostPathError),
     Store(StoreError),
+    Network(NetworkError),
 );
 
 fn code(error: &CallError) -> Code {
@@ -130,6 +133,7 @@ fn code(error: &CallError) -> Code {
         },
         CallError::Import(_) => Code::FailedPrecondition,
         CallError::HostPath(error) => host_path(error),
+        CallError::Network(error) => network(error),
         CallError::Stopping | CallError::Url(UrlError::NotListening { .. }) => Code::Unavailable,
         CallError::Url(UrlError::Token(TokenError::TooMany)) | CallError::MissedEvents { .. } => {
             Code::ResourceExhausted
@@ -141,19 +145,28 @@ fn code(error: &CallError) -> Code {
     }
 }
 
+fn network(error: &NetworkError) -> Code {
+    match error {
+        NetworkError::Bridge(BridgeError::HostPort(_) | BridgeError::HostPortFamily { .. }) => {
+            Code::FailedPrecondition
+        }
+        NetworkError::Bandwidth { .. }
+        | NetworkError::PodCidr { .. }
+        | NetworkError::PodCidrUnusable { .. } => Code::InvalidArgument,
+        NetworkError::NotConfigured(_) => Code::Unavailable,
+        NetworkError::Cni(error) => host_path(error),
+        _ => Code::Internal,
+    }
+}
+
 fn sandbox(error: &SandboxError) -> Code {
     match error {
         SandboxError::NameTaken(_) => Code::AlreadyExists,
         SandboxError::Sysctl { .. } | SandboxError::Cgroup(berth_cgroup::Error::InvalidParent { .. }) => {
             Code::InvalidArgument
         }
-        SandboxError::Network(NetworkError::Bridge(
-            BridgeError::HostPort(_) | BridgeError::HostPortFamily { .. },
-        )) => Code::FailedPrecondition,
-        SandboxError::Network(NetworkError::Bandwidth { .. }) => Code::InvalidArgument,
-        SandboxError::Network(NetworkError::NotConfigured(_)) => Code::Unavailable,
-        SandboxError::Network(NetworkError::Cni(error))
-        | SandboxError::NetworkLeft { source: NetworkError::Cni(error), .. } => host_path(error),
+        SandboxError::Network(error) => network(error),
+        SandboxError::NetworkLeft { source: NetworkError::Cni(error), .. } => host_path(error),
         SandboxError::AppArmor(_) => Code::FailedPrecondition,
         SandboxError::HostPath(error) => host_path(error),
         SandboxError::Containers { source, .. } => container(source),

@@ -62,13 +62,13 @@ impl RuntimeService {
         Ok(v1::RuntimeConfigResponse { linux: Some(linux) })
     }
 
-    pub(super) fn update_runtime_config(
+    pub(super) async fn update_runtime_config(
         &self,
         request: v1::UpdateRuntimeConfigRequest,
     ) -> Result<v1::UpdateRuntimeConfigResponse, CallError> {
         let network = request.runtime_config.and_then(|config| config.network_config);
         if let Some(cidr) = network.map(|network| network.pod_cidr).filter(|cidr| !cidr.is_empty()) {
-            self.node.network.take_pod_cidr(&cidr);
+            self.blocking(move |node, _| node.network.take_pod_cidr(&cidr)).await??;
         }
         Ok(v1::UpdateRuntimeConfigResponse {})
     }

@@ -33,7 +33,8 @@ service! {
         Version: version(VersionRequest) -> VersionResponse;
         Status: status(StatusRequest) -> StatusResponse;
         RuntimeConfig: runtime_config(RuntimeConfigRequest) -> RuntimeConfigResponse;
-        UpdateRuntimeConfig: update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse;
+        UpdateRuntimeConfig: update_runtime_config(UpdateRuntimeConfigRequest)
+            -> UpdateRuntimeConfigResponse, await;
 
         // `sandbox`
         RunPodSandbox: run_pod_sandbox(RunPodSandboxRequest) -> RunPodSandboxResponse, await;

@@ -9,6 +9,7 @@ use std::path::Path;
 use berth_model::id::SandboxId;
 use berth_model::sandbox;
 use berth_network::bridge::open_in_pod;
+use berth_network::config::Subnets;
 use berth_network::{Bridge, BridgeConfig, HostPort, Known, Protocol};
 use berth_sys::ns::{self, Kind};
 
@@ -92,11 +93,11 @@ pub(super) fn look(bridge: &Bridge) -> Result<(), NotReady> {
 }
 
 pub(super) fn description(bridge: &Bridge) -> Description {
-    let config = bridge.config();
-    let subnets = [Some(config.ipv4.to_string()), config.ipv6.map(|subnet| subnet.to_string())];
+    let Subnets { ipv4, ipv6 } = bridge.subnets();
+    let subnets = [Some(ipv4.to_string()), ipv6.map(|subnet| subnet.to_string())];
     Description {
         kind: "bridge",
-        name: config.name.to_string(),
+        name: bridge.name().to_string(),
         subnets: subnets.into_iter().flatten().collect(),
     }
 }

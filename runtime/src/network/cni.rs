@@ -15,6 +15,7 @@ use berth_model::id::SandboxId;
 use berth_sys::host_path::{self, Cached};
 use serde_json::{Map, Value, json};
 
+use super::pod_cidr::PodCidr;
 use super::{Attached, Interface, MAIN_INTERFACE, NetworkError, NotReady, Pod};
 use crate::clock;
 use crate::config::CniConfig;
@@ -51,8 +52,7 @@ pub(crate) struct Cni {
     directories: Directories,
     workers: HostPaths,
     known: Mutex<Known>,
-    /// The kubelet's pod CIDR.
-    pod_cidr: Mutex<Option<String>>,
+    pod_cidr: Arc<PodCidr>,
 }
 
 /// What is known of the directory of configurations.
@@ -80,7 +80,7 @@ pub(super) enum Configured {
 }
 
 impl Cni {
-    pub(super) fn new(config: &CniConfig, workers: HostPaths) -> Self {
+    pub(super) fn new(config: &CniConfig, workers: HostPaths, pod_cidr: Arc<PodCidr>) -> Self {
         let CniConfig { config_directory, plugin_directories, cache_directory, namespace_directory } =
             config.clone();
         Self {
@@ -92,7 +92,7 @@ impl Cni {
             },
             workers,
             known: Mutex::default(),
-            pod_cidr: Mutex::default(),
+            pod_cidr,
         }
     }
 
@@ -191,10 +191,6 @@ impl Cni {
                 Err(NetworkError::CniConfiguration(error))
             }
         }
-    }
-
-    pub(super) fn set_pod_cidr(&self, cidr: &str) {
-        *lock(&self.pod_cidr) = Some(cidr.to_owned());
     }
 
     /// Asks the plugins whether attaching would work. Blocking.
@@ -343,9 +339,9 @@ impl Cni {
                 json!({"servers": dns.servers, "searches": dns.searches, "options": dns.options}),
             );
         }
-        if let Some(cidr) = &*lock(&self.pod_cidr) {
-            let ranges: Vec<Value> =
-                cidr.split(',').map(|subnet| json!([{"subnet": subnet.trim()}])).collect();
+        let ranges: Vec<Value> =
+            self.pod_cidr.networks().iter().map(|subnet| json!([{"subnet": subnet.to_string()}])).collect();
+        if !ranges.is_empty() {
             capabilities.insert("ipRanges".into(), ranges.into());
         }
         if !config.cgroup_parent.is_empty() {
@@ -425,7 +421,8 @@ mod tests {
             cache_directory: "/nonexistent/cache".into(),
             namespace_directory: "/nonexistent/netns".into(),
         };
-        Cni::new(&config, HostPaths::for_cni(tokio::runtime::Handle::current()))
+        let pod_cidr = PodCidr::open(Path::new("/nonexistent")).unwrap();
+        Cni::new(&config, HostPaths::for_cni(tokio::runtime::Handle::current()), Arc::new(pod_cidr))
     }
 
     fn nothing() -> Configuration {

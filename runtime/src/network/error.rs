@@ -1,6 +1,7 @@
 //! Why a network operation failed.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::host_paths::HostPathError;
 
@@ -32,6 +33,33 @@ pub enum NetworkError {
         annotation: &'static str,
         /// Its value.
         value: String,
+    },
+    /// The kubelet's pod CIDR is none.
+    #[error("pod_cidr {text:?} {reason}")]
+    PodCidr {
+        /// The text.
+        text: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// It is none that the built-in bridge can have.
+    #[error("the built-in bridge cannot have the pod CIDR {pod_cidr}: {reason}")]
+    PodCidrUnusable {
+        /// The pod CIDR.
+        pod_cidr: String,
+        /// Why.
+        reason: String,
+    },
+    /// The file in which it is kept.
+    #[error("cannot {action} {}", path.display())]
+    PodCidrFile {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
     },
     /// Loopback in the pod.
     #[error("cannot bring loopback up in the pod")]

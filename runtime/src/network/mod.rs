@@ -14,6 +14,7 @@
 mod bridge;
 mod cni;
 mod error;
+mod pod_cidr;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -24,12 +25,15 @@ use std::sync::{Arc, Mutex, OnceLock};
 use berth_model::id::SandboxId;
 use berth_model::layout::Layout;
 use berth_model::sandbox;
+use berth_network::config::Subnets;
 use berth_network::{Bridge, BridgeConfig, Known, Netlink};
+use ipnet::IpNet;
 
-use crate::config::{Config, NetworkKind};
+use crate::config::{Config, ConfiguredSubnets, NetworkKind};
 use crate::host_paths::HostPaths;
 use crate::{chain, lock};
 use cni::{Cni, Configured, not_ready};
+use pod_cidr::PodCidr;
 
 pub(crate) use bridge::host_ports;
 pub(crate) use error::NetworkError;
@@ -44,6 +48,8 @@ pub(crate) struct Network {
     /// Set up when it is first needed: a node with CNI has no bridge of ours.
     bridge: OnceLock<Bridge>,
     bridge_config: BridgeConfig,
+    configured_subnets: ConfiguredSubnets,
+    pod_cidr: Arc<PodCidr>,
     addresses: PathBuf,
     setting_up: Mutex<()>,
     cni: Cni,
@@ -146,13 +152,16 @@ impl Network {
         cni_workers: HostPaths,
         known: &BTreeMap<String, Known>,
     ) -> Result<Self, NetworkError> {
+        let pod_cidr = Arc::new(PodCidr::open(&layout.network())?);
         let network = Self {
             kind: config.network.kind,
             bridge: OnceLock::new(),
             bridge_config: config.network.bridge.clone(),
+            configured_subnets: config.network.subnets,
+            pod_cidr: pod_cidr.clone(),
             addresses: layout.network(),
             setting_up: Mutex::default(),
-            cni: Cni::new(&config.network.cni, cni_workers),
+            cni: Cni::new(&config.network.cni, cni_workers, pod_cidr),
             state: Mutex::new(Ok(())),
             chosen: Mutex::default(),
         };
@@ -179,7 +188,9 @@ impl Network {
         if let Some(bridge) = self.bridge.get() {
             return Ok(bridge);
         }
-        let bridge = bridge::set_up(self.bridge_config.clone(), &self.addresses, known)?;
+        let Subnets { ipv4, ipv6 } = self.subnets(&self.pod_cidr.networks())?;
+        let config = BridgeConfig { ipv4, ipv6, ..self.bridge_config.clone() };
+        let bridge = bridge::set_up(config, &self.addresses, known)?;
         Ok(self.bridge.get_or_init(|| bridge))
     }
 
@@ -285,15 +296,26 @@ impl Network {
         lock(&self.state).clone()
     }
 
-    /// The kubelet names the network of the node's pods.
-    pub(crate) fn take_pod_cidr(&self, cidr: &str) {
-        self.cni.set_pod_cidr(cidr);
+    /// The kubelet names the networks of the node's pods: new ones get their addresses there.
+    /// Blocking.
+    ///
+    /// # Errors
+    /// What is not a pod CIDR, or none that the bridge can have where it is in use; then nothing
+    /// has changed. Another error of the bridge, which [`Network::look`] mends.
+    pub(crate) fn take_pod_cidr(&self, text: &str) -> Result<(), NetworkError> {
+        let networks = pod_cidr::parse(text)?;
+        let _alone = lock(&self.setting_up);
         if let Some(bridge) = self.bridge.get() {
-            tracing::info!(
-                cidr, ipv4 = %bridge.config().ipv4,
-                "ignoring the pod CIDR of the kubelet: the built-in bridge uses the configured subnet"
-            );
+            bridge.change_subnets(self.subnets(&networks)?)?;
+        } else if self.kind == NetworkKind::Bridge {
+            self.subnets(&networks)?;
         }
+        self.pod_cidr.set(&networks)
+    }
+
+    /// Where the bridge gives new pods their addresses.
+    fn subnets(&self, pod_cidr: &[IpNet]) -> Result<Subnets, NetworkError> {
+        pod_cidr::subnets(self.configured_subnets, pod_cidr)
     }
 
     /// The network of the next pod, as far as that is known without a look.

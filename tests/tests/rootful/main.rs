@@ -38,6 +38,7 @@ mod lists;
 mod logs;
 mod mount_places;
 mod odd_images;
+mod pod_cidr;
 mod pods;
 mod privileges;
 mod recovery;

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -14,7 +15,7 @@ use super::links::{
     route_localnet, set_up_link,
 };
 use super::{Bridge, Error, lock, node};
-use crate::config::InterfaceAddress;
+use crate::config::{InterfaceAddress, Subnets};
 use crate::firewall::conntrack::{self, Connection};
 use crate::firewall::{Port, kernel, table};
 use crate::forwarding;
@@ -73,8 +74,8 @@ impl Bridge {
         netns: BorrowedFd<'_>,
     ) -> Result<Attachment, Error> {
         let interface = self.host_interface(sandbox_id)?;
-        let addresses = self.addresses.allocate(sandbox_id).map_err(|source| Error::Addresses { source })?;
-        let attachment = self.attachment(&interface, &addresses);
+        let (subnets, addresses) = self.allocate(sandbox_id)?;
+        let attachment = attachment(&interface, &addresses, subnets);
         let port = Port { interface, addresses, host_ports: host_ports.to_vec() };
         if let Err(error) = self.admit(sandbox_id, &port) {
             return Err(with_undo(error, self.free(sandbox_id)));
@@ -85,7 +86,7 @@ impl Bridge {
         }
         let hairpin = hairpin(&attachment.host_interface);
         let configured = lock(&self.node).request(&[hairpin]).map(drop);
-        if let Err(source) = configured.and_then(|()| self.configure_inside(inside, &attachment)) {
+        if let Err(source) = configured.and_then(|()| configure_inside(inside, &attachment, subnets)) {
             let error = Error::Pod { sandbox_id: sandbox_id.to_owned(), source };
             return Err(with_undo(error, self.detach(sandbox_id)));
         }
@@ -130,13 +131,21 @@ impl Bridge {
     /// The addresses of a sandbox, as in its [`Attachment`]; empty when it has none. For a daemon
     /// that was restarted.
     pub fn addresses_of(&self, sandbox_id: &str) -> Vec<InterfaceAddress> {
-        self.addresses.of(sandbox_id).into_iter().map(|address| self.with_prefix(address)).collect()
+        let subnets = self.subnets();
+        self.addresses.of(sandbox_id).into_iter().map(|address| subnets.with_prefix(address)).collect()
+    }
+
+    /// Addresses for a sandbox, and the networks that they are in.
+    fn allocate(&self, sandbox_id: &str) -> Result<(Subnets, Vec<IpAddr>), Error> {
+        let subnets = self.subnets.read().unwrap_or_else(PoisonError::into_inner);
+        let addresses = self.addresses.allocate(sandbox_id).map_err(|source| Error::Addresses { source })?;
+        Ok((*subnets, addresses))
     }
 
     /// Reserves the host ports, and lets the pod through the firewall.
     fn admit(&self, sandbox_id: &str, port: &Port) -> Result<(), Error> {
         self.take_host_ports(sandbox_id, &port.host_ports)?;
-        kernel::admit(&mut lock(&self.netfilter), &table(&self.config.name), port)
+        kernel::admit(&mut lock(&self.netfilter), &table(&self.name), port)
             .map_err(|source| Error::Guard { sandbox_id: sandbox_id.to_owned(), source })?;
         self.forget_passed_by(sandbox_id, &port.host_ports)
     }
@@ -163,7 +172,7 @@ impl Bridge {
         sandbox_id: &str,
         port: &Port,
     ) -> Result<(), Error> {
-        let dismissed = kernel::dismiss(netfilter, &table(&self.config.name), port);
+        let dismissed = kernel::dismiss(netfilter, &table(&self.name), port);
         dismissed.map_err(|source| Error::Guard { sandbox_id: sandbox_id.to_owned(), source })
     }
 
@@ -182,7 +191,7 @@ impl Bridge {
             return Ok(());
         }
         let is_ipv6 = |port: &&HostPort| port.address.is_some_and(|address| address.is_ipv6());
-        if self.config.ipv6.is_none()
+        if self.subnets().ipv6.is_none()
             && let Some(port) = ports.iter().find(is_ipv6)
         {
             return Err(Error::HostPortFamily { port: *port });
@@ -229,20 +238,6 @@ impl Bridge {
         Ok(())
     }
 
-    fn attachment(&self, interface: &str, addresses: &[IpAddr]) -> Attachment {
-        // The IPv4 range comes first in the store, so there always is one; the gateway's address is
-        // a harmless fallback.
-        let ipv4 = addresses.iter().find_map(|address| match address {
-            IpAddr::V4(ipv4) => Some(*ipv4),
-            IpAddr::V6(_) => None,
-        });
-        Attachment {
-            addresses: addresses.iter().map(|address| self.with_prefix(*address)).collect(),
-            host_interface: interface.to_owned(),
-            mac: identity::pod_mac(ipv4.unwrap_or_else(|| self.config.ipv4.gateway())),
-        }
-    }
-
     /// One request: both ends, the peer in the pod's namespace, the host end up and a port of the
     /// bridge.
     fn create_pair(
@@ -251,7 +246,7 @@ impl Bridge {
         attachment: &Attachment,
         netns: BorrowedFd<'_>,
     ) -> Result<(), Error> {
-        let mtu = self.config.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes()));
+        let mtu = self.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes()));
         // Not up yet: a veth end refuses to come up (ENOTCONN) before it knows its peer, and this
         // one is created first.
         let mut peer = LinkMessage::default();
@@ -287,34 +282,45 @@ impl Bridge {
         }
         Err(Error::Interface { sandbox_id, interface, source })
     }
+}
 
-    /// Two exchanges in the pod's namespace: find the interface, then addresses and routes.
-    fn configure_inside(&self, inside: &mut Netlink, attachment: &Attachment) -> Result<(), netlink::Error> {
-        const FIND: &str = "find the pod's interface";
-        let replies = inside.request(&[
-            set_up_link("bring loopback up", LOOPBACK_INDEX, Vec::new()),
-            // Number 0: look up the interface by name.
-            set_up_link(
-                "bring the pod's interface up",
-                0,
-                vec![LinkAttribute::IfName(POD_INTERFACE.to_owned())],
-            ),
-            get_link(FIND, POD_INTERFACE),
-        ])?;
-        let reply = replies.first().ok_or(netlink::Error::Malformed { operation: FIND })?;
-        let index = reply.link(FIND)?.index;
-        let addresses = attachment
-            .addresses
-            .iter()
-            .map(|address| add_address("assign the pod an address", index, *address));
-        let gateways = attachment.addresses.iter().filter_map(|address| match address.address {
-            IpAddr::V4(_) => Some(IpAddr::V4(self.config.ipv4.gateway())),
-            IpAddr::V6(_) => self.config.ipv6.map(|subnet| IpAddr::V6(subnet.gateway())),
-        });
-        let routes =
-            gateways.map(|gateway| add_default_route("add a default route to the pod", index, gateway));
-        inside.request(&addresses.chain(routes).collect::<Vec<_>>()).map(drop)
+fn attachment(interface: &str, addresses: &[IpAddr], subnets: Subnets) -> Attachment {
+    // The IPv4 range comes first in the store, so there always is one; the gateway's address is a
+    // harmless fallback.
+    let ipv4 = addresses.iter().find_map(|address| match address {
+        IpAddr::V4(ipv4) => Some(*ipv4),
+        IpAddr::V6(_) => None,
+    });
+    Attachment {
+        addresses: addresses.iter().map(|address| subnets.with_prefix(*address)).collect(),
+        host_interface: interface.to_owned(),
+        mac: identity::pod_mac(ipv4.unwrap_or_else(|| subnets.ipv4.gateway())),
     }
+}
+
+/// Two exchanges in the pod's namespace: find the interface, then addresses and routes.
+fn configure_inside(
+    inside: &mut Netlink,
+    attachment: &Attachment,
+    subnets: Subnets,
+) -> Result<(), netlink::Error> {
+    const FIND: &str = "find the pod's interface";
+    let replies = inside.request(&[
+        set_up_link("bring loopback up", LOOPBACK_INDEX, Vec::new()),
+        // Number 0: look up the interface by name.
+        set_up_link("bring the pod's interface up", 0, vec![LinkAttribute::IfName(POD_INTERFACE.to_owned())]),
+        get_link(FIND, POD_INTERFACE),
+    ])?;
+    let reply = replies.first().ok_or(netlink::Error::Malformed { operation: FIND })?;
+    let index = reply.link(FIND)?.index;
+    let addresses =
+        attachment.addresses.iter().map(|address| add_address("assign the pod an address", index, *address));
+    let gateways = attachment.addresses.iter().filter_map(|address| match address.address {
+        IpAddr::V4(_) => Some(IpAddr::V4(subnets.ipv4.gateway())),
+        IpAddr::V6(_) => subnets.ipv6.map(|subnet| IpAddr::V6(subnet.gateway())),
+    });
+    let routes = gateways.map(|gateway| add_default_route("add a default route to the pod", index, gateway));
+    inside.request(&addresses.chain(routes).collect::<Vec<_>>()).map(drop)
 }
 
 /// The numbers of those that are for UDP.

@@ -44,7 +44,7 @@ impl Bridge {
     pub fn dead<'a>(&self, living: impl IntoIterator<Item = &'a str>) -> Result<Dead, Error> {
         let living: HashSet<&str> = living.into_iter().collect();
         let kept: HashSet<String> =
-            living.iter().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
+            living.iter().filter_map(|id| identity::host_interface(&self.name, id)).collect();
         let links = self.pod_links(&mut lock(&self.node))?;
         let interfaces = links.into_iter().map(|link| link.name).filter(|name| !kept.contains(name));
         Ok(Dead { interfaces: interfaces.collect(), owners: self.addresses.dead(&living) })
@@ -65,7 +65,7 @@ impl Bridge {
         }
         for (id, addresses) in &dead.owners {
             // Without a valid owner the firewall never let it through.
-            if let Some(interface) = identity::host_interface(&self.config.name, id) {
+            if let Some(interface) = identity::host_interface(&self.name, id) {
                 let host_ports = lock(&self.host_ports).of(id);
                 let port = Port { interface, addresses: addresses.clone(), host_ports };
                 let dismissed = self.dismiss(&mut lock(&self.netfilter), id, &port);

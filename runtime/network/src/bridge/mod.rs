@@ -32,12 +32,13 @@ mod set_up;
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
+use ipnet::IpNet;
 use nix::errno::Errno;
 
 use crate::addresses::{self, AddressStore};
-use crate::config::{BridgeConfig, InterfaceAddress};
+use crate::config::{BridgeName, InterfaceAddress, Mtu, Subnets};
 use crate::forwarding::{self, Families};
 use crate::host_ports::{self, HostPorts};
 use crate::identity::{self, MacAddress};
@@ -208,8 +209,15 @@ pub enum Error {
 /// A bridge network that is set up.
 #[derive(Debug)]
 pub struct Bridge {
-    /// As given, except that `ipv6` is `None` on a host without IPv6.
-    config: BridgeConfig,
+    name: BridgeName,
+    mtu: Option<Mtu>,
+    /// Whether forwarding of the host may be turned on.
+    forwarding: bool,
+    /// Where packets of pods go under the pod's own address.
+    non_masquerade: Vec<IpNet>,
+    /// Where new pods get their addresses; without IPv6 on a host that lacks it. Held for reading
+    /// while addresses are assigned, so that a pod has them from one network.
+    subnets: RwLock<Subnets>,
     addresses: AddressStore,
     /// rtnetlink in the node's namespace.
     node: Mutex<Netlink>,
@@ -238,13 +246,18 @@ impl Bridge {
         self.addresses.unread()
     }
 
-    /// The configuration in use; without IPv6 on a host that lacks it.
-    pub fn config(&self) -> &BridgeConfig {
-        &self.config
+    /// The name of the bridge.
+    pub fn name(&self) -> &BridgeName {
+        &self.name
+    }
+
+    /// The networks that new pods get addresses in; without IPv6 on a host that lacks it.
+    pub fn subnets(&self) -> Subnets {
+        *self.subnets.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn families(&self) -> Families {
-        if self.config.ipv6.is_some() { Families::Both } else { Families::Ipv4 }
+        if self.subnets().ipv6.is_some() { Families::Both } else { Families::Ipv4 }
     }
 
     /// Deletes an interface of the node; absence is not an error.
@@ -259,24 +272,14 @@ impl Bridge {
     }
 
     fn host_interface(&self, sandbox_id: &str) -> Result<String, Error> {
-        identity::host_interface(&self.config.name, sandbox_id).ok_or_else(|| Error::Addresses {
+        identity::host_interface(&self.name, sandbox_id).ok_or_else(|| Error::Addresses {
             source: addresses::Error::SandboxId { text: sandbox_id.to_owned() },
         })
     }
 
-    fn with_prefix(&self, address: IpAddr) -> InterfaceAddress {
-        let prefix = match address {
-            IpAddr::V4(_) => self.config.ipv4.prefix(),
-            // An IPv6 address of an earlier configuration may outlive its subnet here; a host route
-            // is valid for any address.
-            IpAddr::V6(_) => self.config.ipv6.map_or(128, |subnet| subnet.prefix()),
-        };
-        InterfaceAddress { address, prefix }
-    }
-
     /// The host ends of this bridge's pods.
     fn pod_links(&self, netlink: &mut Netlink) -> Result<Vec<Link>, Error> {
-        let prefix = identity::host_interface_prefix(&self.config.name);
+        let prefix = identity::host_interface_prefix(&self.name);
         let mut links = list_links(netlink).map_err(node)?;
         links.retain(|link| link.name.starts_with(&prefix));
         Ok(links)

@@ -12,7 +12,7 @@ use super::links::{
     learn_from_checked_frames, list_addresses, list_links, set_up_link, track_bridged,
 };
 use super::{Bridge, Error, lock, node};
-use crate::config::InterfaceAddress;
+use crate::config::{InterfaceAddress, Subnets};
 use crate::firewall::{Port, kernel, rules};
 use crate::forwarding;
 use crate::netlink::{self, LinkAddress, Netlink};
@@ -67,10 +67,10 @@ impl Bridge {
     /// As [`Bridge::set_up`].
     pub fn repair(&self) -> Result<(), Error> {
         let mut netlink = lock(&self.node);
-        let name = self.config.name.as_str();
-        let expected = identity::bridge_mac(&self.config.name);
+        let name = self.name.as_str();
+        let expected = identity::bridge_mac(&self.name);
         let found = find_link(&mut netlink, name).map_err(node)?;
-        self.refuse_taken_subnet(&mut netlink, found.as_ref().map(|link| link.index))?;
+        self.refuse_taken_subnet(&mut netlink, self.subnets(), found.as_ref().map(|link| link.index))?;
         let link = match found {
             Some(link) => link,
             None => {
@@ -91,7 +91,7 @@ impl Bridge {
         netlink.request(&[learn_from_checked_frames(link.index)]).map_err(node)?;
         self.settle_addresses(&mut netlink, link.index)?;
         let mut attributes = Vec::new();
-        attributes.extend(self.config.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes())));
+        attributes.extend(self.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes())));
         netlink.request(&[set_up_link("bring the bridge up", link.index, attributes)]).map_err(node)?;
         self.index.store(link.index, Ordering::Release);
         self.enslave_orphans(&mut netlink, link.index)?;
@@ -102,7 +102,7 @@ impl Bridge {
         drop(netlink);
         self.settle_localnet(&lock(&self.host_ports))?;
 
-        if self.config.forwarding {
+        if self.forwarding {
             forwarding::turn_on(self.families()).map_err(|source| Error::Forwarding { source })?;
         }
         // Under this lock a pod that is attached meanwhile is either admitted before, and then has
@@ -111,15 +111,19 @@ impl Bridge {
         let mut netfilter = lock(&self.netfilter);
         let host_ports = lock(&self.host_ports);
         let port = |(id, addresses): (String, Vec<IpAddr>)| {
-            let interface = identity::host_interface(&self.config.name, &id)?;
+            let interface = identity::host_interface(&self.name, &id)?;
             Some(Port { interface, addresses, host_ports: host_ports.of(&id) })
         };
         let pods: Vec<Port> = self.addresses.owners().into_iter().filter_map(port).collect();
         drop(host_ports);
-        let subnets = self.subnets();
-        let setting = rules::Setting { bridge: &self.config.name, subnets: &subnets, tracks_bridged };
+        let setting = rules::Setting {
+            bridge: &self.name,
+            subnets: &self.inhabited(),
+            non_masquerade: &self.non_masquerade,
+            tracks_bridged,
+        };
         nft::apply(&rules::installation(setting, &pods)).map_err(|source| Error::Firewall { source })?;
-        let table = firewall::table(&self.config.name);
+        let table = firewall::table(&self.name);
         let uses = kernel::chain_uses(&mut netfilter, &table, &rules::CHAINS).map_err(node)?;
         *lock(&self.chain_uses) = uses;
         Ok(())
@@ -132,23 +136,23 @@ impl Bridge {
     /// # Errors
     /// The first thing that is missing; [`Bridge::repair`] fixes it.
     pub fn ready(&self) -> Result<(), NotReady> {
-        let name = || self.config.name.to_string();
-        let link = find_link(&mut lock(&self.node), self.config.name.as_str());
+        let name = || self.name.to_string();
+        let link = find_link(&mut lock(&self.node), self.name.as_str());
         let link = link.map_err(|source| NotReady::Netlink { source })?;
-        let expected = identity::bridge_mac(&self.config.name);
+        let expected = identity::bridge_mac(&self.name);
         let Some(link) = link.filter(|link| link.mac == Some(expected.0)) else {
             return Err(NotReady::BridgeGone { name: name() });
         };
         if link.flags & IFF_UP == 0 || link.index != self.index.load(Ordering::Acquire) {
             return Err(NotReady::BridgeChanged { name: name() });
         }
-        let table = firewall::table(&self.config.name);
+        let table = firewall::table(&self.name);
         let uses = kernel::chain_uses(&mut lock(&self.netfilter), &table, &rules::CHAINS)
             .map_err(|source| NotReady::Netlink { source })?;
         if uses != *lock(&self.chain_uses) {
             return Err(NotReady::FirewallChanged { table });
         }
-        if self.config.forwarding
+        if self.forwarding
             && !forwarding::is_on(self.families()).map_err(|source| NotReady::Forwarding { source })?
         {
             return Err(NotReady::ForwardingOff);
@@ -159,7 +163,7 @@ impl Bridge {
     /// Gives the bridge its gateway addresses. Those of an earlier configuration stay while pods
     /// have addresses in their subnets.
     fn settle_addresses(&self, netlink: &mut Netlink, index: u32) -> Result<(), Error> {
-        let gateways = self.config.gateways();
+        let gateways = self.subnets().gateways();
         let owners = self.addresses.owners();
         let taken = || owners.values().flatten();
         let mut former = Vec::new();
@@ -179,20 +183,25 @@ impl Bridge {
         Ok(())
     }
 
-    /// The subnets that pods have addresses in.
-    fn subnets(&self) -> Vec<InterfaceAddress> {
-        let mut subnets = self.config.gateways();
+    /// The node's addresses in the networks that pods have addresses in, or may get them.
+    fn inhabited(&self) -> Vec<InterfaceAddress> {
+        let mut subnets = self.subnets().gateways();
         subnets.extend(lock(&self.former).iter());
         subnets
     }
 
     /// Refuses subnets that overlap with a network of the node's. Where the bridge has its address
     /// already, only an address within: what works stays, also after the node is given another.
-    fn refuse_taken_subnet(&self, netlink: &mut Netlink, bridge: Option<u32>) -> Result<(), Error> {
+    pub(super) fn refuse_taken_subnet(
+        &self,
+        netlink: &mut Netlink,
+        subnets: Subnets,
+        bridge: Option<u32>,
+    ) -> Result<(), Error> {
         let present = list_addresses(netlink).map_err(node)?;
         let with_prefix =
             |found: &LinkAddress| InterfaceAddress { address: found.address, prefix: found.prefix };
-        let gateways = self.config.gateways();
+        let gateways = subnets.gateways();
         let is_new = |gateway: &InterfaceAddress| {
             !present.iter().any(|found| Some(found.index) == bridge && with_prefix(found) == *gateway)
         };
@@ -212,7 +221,7 @@ impl Bridge {
         for (index, address, gateway) in conflicts {
             // An interface that disappeared between the two lists no longer has an address.
             let Some(link) = links.iter().find(|link| link.index == index) else { continue };
-            if link.name == self.config.name.as_str() {
+            if link.name == self.name.as_str() {
                 continue;
             }
             let interface = link.name.clone();

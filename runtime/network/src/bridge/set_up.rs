@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicUsize};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use super::links::find_link;
 use super::{Bridge, Error, REMOVERS, lock, node};
-use crate::addresses::{AddressStore, Range};
-use crate::config::BridgeConfig;
+use crate::addresses::AddressStore;
+use crate::config::{BridgeConfig, Subnets};
 use crate::host_ports::HostPort;
 use crate::netlink::Netlink;
 use crate::{firewall, forwarding, identity, nft};
@@ -52,23 +53,22 @@ impl Bridge {
     /// [`Error::Forwarding`]. What was created before the failure stays; another set-up continues
     /// from there.
     pub fn set_up_for(
-        mut config: BridgeConfig,
+        config: BridgeConfig,
         address_directory: &Path,
         sandboxes: &BTreeMap<String, Known>,
     ) -> Result<Self, Error> {
-        config.ipv6 = config.ipv6.filter(|_| forwarding::has_ipv6());
-        let (first, last) = config.ipv4.pods();
-        let mut ranges = vec![Range::Ipv4(first, last)];
-        ranges.extend(config.ipv6.map(|subnet| {
-            let (first, last) = subnet.pods();
-            Range::Ipv6(first, last)
-        }));
-        let directory = address_directory.join(config.name.as_str());
-        let addresses =
-            AddressStore::open(&directory, &ranges).map_err(|source| Error::Addresses { source })?;
+        let subnets = usable(config.subnets());
+        let BridgeConfig { name, mtu, forwarding, non_masquerade, ipv4: _, ipv6: _ } = config;
+        let directory = address_directory.join(name.as_str());
+        let addresses = AddressStore::open(&directory, &subnets.ranges())
+            .map_err(|source| Error::Addresses { source })?;
         let removers = (0..REMOVERS).map(|_| Netlink::open().map(Mutex::new)).collect::<Result<_, _>>();
         let bridge = Self {
-            config,
+            name,
+            mtu,
+            forwarding,
+            non_masquerade,
+            subnets: RwLock::new(subnets),
             addresses,
             node: Mutex::new(Netlink::open().map_err(node)?),
             removers: removers.map_err(node)?,
@@ -85,6 +85,30 @@ impl Bridge {
         bridge.restore_host_ports(sandboxes);
         bridge.repair()?;
         Ok(bridge)
+    }
+
+    /// Gives new pods addresses in other networks. Pods keep theirs, and the bridge the gateway
+    /// addresses that they need. To be called on a thread in the node's network namespace. Runs
+    /// `nft` once.
+    ///
+    /// # Errors
+    /// As [`Bridge::set_up`]. With [`Error::SubnetTaken`] and [`Error::SubnetWithin`] nothing was
+    /// changed, otherwise [`Bridge::repair`] completes it.
+    pub fn change_subnets(&self, subnets: Subnets) -> Result<(), Error> {
+        let subnets = usable(subnets);
+        if subnets == self.subnets() {
+            return Ok(());
+        }
+        let mut netlink = lock(&self.node);
+        let present = find_link(&mut netlink, self.name.as_str()).map_err(node)?;
+        self.refuse_taken_subnet(&mut netlink, subnets, present.map(|link| link.index))?;
+        drop(netlink);
+        {
+            let mut current = self.subnets.write().unwrap_or_else(PoisonError::into_inner);
+            self.addresses.change_ranges(&subnets.ranges());
+            *current = subnets;
+        }
+        self.repair()
     }
 
     /// Restores the address records of sandboxes that have an interface and lack them.
@@ -123,7 +147,7 @@ impl Bridge {
     /// that have just ended.
     fn refuse_strangers(&self, sandboxes: &BTreeMap<String, Known>) -> Result<(), Error> {
         let own: HashSet<String> =
-            sandboxes.keys().filter_map(|id| identity::host_interface(&self.config.name, id)).collect();
+            sandboxes.keys().filter_map(|id| identity::host_interface(&self.name, id)).collect();
         let end = Instant::now() + GOING;
         loop {
             if self.addresses.taken() > 0 {
@@ -136,10 +160,7 @@ impl Bridge {
             match links.into_iter().next() {
                 None => return Ok(()),
                 Some(link) if Instant::now() >= end => {
-                    return Err(Error::BridgeShared {
-                        name: self.config.name.to_string(),
-                        interface: link.name,
-                    });
+                    return Err(Error::BridgeShared { name: self.name.to_string(), interface: link.name });
                 }
                 Some(_) => std::thread::sleep(GOING_PAUSE),
             }
@@ -156,10 +177,15 @@ impl Bridge {
         if taken != 0 {
             return Err(Error::InUse { addresses: taken });
         }
-        let link = self.remove_link(self.config.name.as_str()).map_err(node);
-        let firewall = nft::apply(&firewall::rules::removal(&self.config.name))
-            .map_err(|source| Error::Firewall { source });
+        let link = self.remove_link(self.name.as_str()).map_err(node);
+        let firewall =
+            nft::apply(&firewall::rules::removal(&self.name)).map_err(|source| Error::Firewall { source });
         let directory = self.addresses.remove().map_err(|source| Error::Addresses { source });
         link.and(firewall).and(directory)
     }
+}
+
+/// Without IPv6 where the host has none.
+fn usable(subnets: Subnets) -> Subnets {
+    Subnets { ipv6: subnets.ipv6.filter(|_| forwarding::has_ipv6()), ..subnets }
 }

@@ -17,6 +17,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::sets::{Family, Set, elements};
 use super::{Port, table};
 use crate::config::{BridgeName, InterfaceAddress};
@@ -41,6 +43,8 @@ pub struct Setting<'a> {
     pub bridge: &'a BridgeName,
     /// The node's addresses in the pods' networks. Without an IPv6 one, pods have no IPv6.
     pub subnets: &'a [InterfaceAddress],
+    /// Where packets of pods go under the pod's own address, too.
+    pub non_masquerade: &'a [IpNet],
     /// Whether packets that only cross the bridge pass the rules for routed ones, too
     /// (`br_netfilter`).
     pub tracks_bridged: bool,
@@ -57,6 +61,12 @@ impl Setting<'_> {
         let networks: Vec<String> =
             subnets.map(|subnet| format!("{}/{}", subnet.network(), subnet.prefix)).collect();
         (!networks.is_empty()).then(|| networks.join(", "))
+    }
+
+    /// What excepts the networks to which pods keep their addresses.
+    fn exceptions(&self, family: &str, is_meant: fn(&IpAddr) -> bool) -> String {
+        let networks = self.non_masquerade.iter().filter(|network| is_meant(&network.addr()));
+        networks.map(|network| format!("{family} daddr != {network} ")).collect()
     }
 }
 
@@ -108,13 +118,14 @@ fn postrouting(setting: Setting<'_>) -> String {
     // Multicast and broadcast keep their source: what the bridge sends to a group is not a
     // connection.
     let families = [
-        ("ip", setting.networks(IpAddr::is_ipv4), "224.0.0.0/4, 255.255.255.255", Set::Ipv4Selves),
-        ("ip6", setting.networks(IpAddr::is_ipv6), "ff00::/8", Set::Ipv6Selves),
+        ("ip", IpAddr::is_ipv4 as fn(&IpAddr) -> bool, "224.0.0.0/4, 255.255.255.255", Set::Ipv4Selves),
+        ("ip6", IpAddr::is_ipv6, "ff00::/8", Set::Ipv6Selves),
     ];
-    for (family, networks, groups, selves) in families {
-        let Some(networks) = networks else { continue };
+    for (family, is_meant, groups, selves) in families {
+        let Some(networks) = setting.networks(is_meant) else { continue };
+        let exceptions = setting.exceptions(family, is_meant);
         text += &format!(
-            "    {family} saddr {{ {networks} }} {family} daddr != {{ {networks}, {groups} }} counter masquerade\n"
+            "    {family} saddr {{ {networks} }} {family} daddr != {{ {networks}, {groups} }} {exceptions}counter masquerade\n"
         );
         // From pod to pod by a translated address: the answer has to come back this way. A bridge
         // whose packets are tracked sees it anyway, unless the pod talks to itself.
@@ -234,8 +245,9 @@ mod tests {
                 &["192.168.7.9/30", "2001:db8::1201/120", "10.88.0.1/16", "fd62:6572:7468::1/64"],
             ] {
                 let subnets: Vec<_> = subnets.iter().map(|text| subnet(text)).collect();
-                for tracks_bridged in [false, true] {
-                    let setting = Setting { bridge, subnets: &subnets, tracks_bridged };
+                let cluster = ["10.0.0.0/8", "10.88.0.0/16", "fd00::/8"].map(|text| text.parse().unwrap());
+                for (tracks_bridged, non_masquerade) in [(false, &cluster as &[_]), (true, &[])] {
+                    let setting = Setting { bridge, subnets: &subnets, non_masquerade, tracks_bridged };
                     check(&installation(setting, &[]));
                     check(&installation(setting, &[pod(1), pod(2)]));
                 }
@@ -248,7 +260,8 @@ mod tests {
     fn without_ipv6_no_ipv6_frame_passes() {
         let bridge = &BridgeName::default();
         let subnets = &[subnet("10.88.0.1/16")];
-        let text = installation(Setting { bridge, subnets, tracks_bridged: false }, &[pod(1)]);
+        let text =
+            installation(Setting { bridge, subnets, non_masquerade: &[], tracks_bridged: false }, &[pod(1)]);
         assert!(text.contains("ether type != { ip, arp } counter drop"), "{text}");
         let sets: Vec<_> = Set::of(Family::Bridge, false).chain(Set::of(Family::Inet, false)).collect();
         assert!(sets.iter().all(|set| text.contains(set.name())), "{text}");

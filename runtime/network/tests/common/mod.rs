@@ -95,7 +95,7 @@ impl Node {
     }
 
     pub(crate) fn records(&self) -> Vec<String> {
-        let directory = self.directory.path().join(self.bridge.config().name.as_str());
+        let directory = self.directory.path().join(self.bridge.name().as_str());
         let mut names: Vec<String> = fs::read_dir(directory)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

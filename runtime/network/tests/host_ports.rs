@@ -7,7 +7,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::thread;
 
 use berth_network::bridge::{Error, open_in_pod};
@@ -279,6 +279,31 @@ fn no_pod_reaches_the_loopback_of_the_node_by_a_host_port() {
     assert_eq!(localnet(), "1");
     node.bridge.detach(&pod.id).unwrap();
     assert_eq!(localnet(), "0");
+}
+
+#[test]
+fn no_other_port_of_the_bridge_leads_to_the_loopback_of_the_node() {
+    let node = Node::new();
+    let _pod = node.attach_with(1, &[port(Protocol::Tcp, 8080)]).unwrap();
+    let secret = node.namespace.run(|| UdpSocket::bind("127.0.0.1:9000")).unwrap();
+    secret.set_nonblocking(true).unwrap();
+    // As a container with CAP_NET_ADMIN can make it, by the number of its interface's peer's
+    // namespace.
+    let alien = Namespace::new();
+    node.namespace.command("ip link add alien0 master berth0 type veth peer name inner0");
+    let inside = format!("/proc/{}/fd/{}", std::process::id(), alien.0.as_raw_fd());
+    node.namespace.command(&format!("ip link set inner0 netns {inside}"));
+    node.namespace.command("ip link set alien0 up");
+    alien.command("ip address add 10.88.200.9/16 dev inner0");
+    alien.command("ip link set inner0 up");
+    alien.run(|| std::fs::write("/proc/sys/net/ipv4/conf/inner0/route_localnet", "1")).unwrap();
+    alien.command("ip route add 127.0.0.0/8 via 10.88.0.1");
+    let sender = alien.run(|| UdpSocket::bind("10.88.200.9:0")).unwrap();
+    let rule = "iifname \"berth0\" ip daddr 127.0.0.0/8";
+    let before = node.met("inet", rule);
+    sender.send_to(b"x", "127.0.0.1:9000").unwrap();
+    wait_until(|| node.met("inet", rule) > before);
+    assert_eq!(secret.recv(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
 }
 
 #[test]

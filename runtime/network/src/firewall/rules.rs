@@ -84,7 +84,10 @@ pub fn installation(setting: Setting<'_>, pods: &[Port]) -> String {
     // any other. Nothing is received by one: what the bridge receives enters by the bridge.
     let ports = format!("{}*", identity::host_interface_prefix(bridge));
     text += "  chain ports {\n    type filter hook prerouting priority raw; policy accept;\n";
-    text += &format!("    iifname \"{ports}\" counter drop\n  }}\n");
+    text += &format!("    iifname \"{ports}\" counter drop\n");
+    // Host ports of 127.0.0.1 need `route_localnet`. Who gets to the loopback with that must not
+    // depend on the port of the bridge: the rules for pods know those of pods only.
+    text += &format!("    iifname \"{bridge}\" ip daddr 127.0.0.0/8 counter drop\n  }}\n");
     text += "  chain prerouting {\n    type nat hook prerouting priority dstnat; policy accept;\n    fib daddr type local jump local\n  }\n";
     text += "  chain output {\n    type nat hook output priority -100; policy accept;\n    fib daddr type local jump local\n  }\n";
     // From ::1 nothing can be sent to another interface: there, a client shall be refused and try

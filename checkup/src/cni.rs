@@ -6,31 +6,25 @@ use std::path::Path;
 
 use berth_cni::{DirectoryError, NetworkConfig, PluginConfig};
 
-use crate::{Daemon, Finding, Grade, finding, kubelet};
-
-/// The directory of CNI configurations.
-const CONFIGURATIONS: &str = "etc/cni/net.d";
-
-/// Where plugins are: the directory that runtimes and add-ons agree on, and that of Debian's
-/// package.
-const PLUGIN_DIRECTORIES: [&str; 2] = ["opt/cni/bin", "usr/lib/cni"];
+use crate::{Daemon, Finding, Grade, below, finding, kubelet};
 
 /// A finding for each configuration, or one if there is none.
 pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
-    let mut names = names(node);
+    let directory = &daemon.cni_config_directory;
+    let mut names = names(&below(node, directory));
     if daemon.network_kind == "bridge" {
         let text = "pods are on Berth's own bridge (network.kind is bridge)";
         let mut findings = vec![finding(Grade::Good, "network", text)];
         if let Some(name) = names.first() {
             let text = format!(
-                "/{CONFIGURATIONS}/{} is not used: network.kind is bridge; pods reach those of other nodes only by routes that you add",
-                name.escape_debug()
+                "{} is not used: network.kind is bridge; pods reach those of other nodes only by routes that you add",
+                shown(directory, name)
             );
             findings.push(finding(Grade::Note, "network", text));
         }
         return findings;
     }
-    let found = berth_cni::first(&node.join(CONFIGURATIONS));
+    let found = berth_cni::first(&below(node, directory));
     let path = match &found {
         Ok(found) => &found.path,
         Err(DirectoryError::Empty { .. }) => return vec![without_configuration(node, daemon)],
@@ -41,25 +35,43 @@ pub(crate) fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
         ) => path,
     };
     let first = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let shown = format!("/{CONFIGURATIONS}/{}", first.escape_debug());
+    let path = shown(directory, &first);
     let mut findings = vec![match &found {
         Ok(found) => match NetworkConfig::from_json(&found.text) {
-            Ok(config) => configuration(node, &shown, &config),
-            Err(error) => unusable(&shown, &error),
+            Ok(config) => configuration(node, daemon, &path, &config),
+            Err(error) => unusable(&path, &error),
         },
         Err(DirectoryError::List { source, .. }) => {
-            let text = format!("cannot list /{CONFIGURATIONS}, so pods wait: {source}");
+            let text = format!("cannot list {}, so pods wait: {source}", directory.display());
             finding(Grade::Broken, "network", text)
         }
-        Err(error) => unusable(&shown, error.source().unwrap_or(error)),
+        Err(error) => unusable(&path, error.source().unwrap_or(error)),
     }];
     names.retain(|name| *name != first);
     findings.extend(names.iter().map(|name| {
-        let (name, first) = (name.escape_debug(), first.escape_debug());
-        let text = format!("/{CONFIGURATIONS}/{name} is not used: {first} comes first by name");
+        let (path, first) = (shown(directory, name), first.escape_debug());
+        let text = format!("{path} is not used: {first} comes first by name");
         finding(Grade::Note, "network", text)
     }));
     findings
+}
+
+fn shown(directory: &Path, name: &str) -> String {
+    format!("{}/{}", directory.display(), name.escape_debug())
+}
+
+/// Whether pods get the built-in bridge.
+pub(crate) fn is_bridge(node: &Path, daemon: &Daemon) -> bool {
+    let is_configured = || !names(&below(node, &daemon.cni_config_directory)).is_empty();
+    match daemon.network_kind.as_str() {
+        "bridge" => true,
+        "cni" => false,
+        _ => !is_configured() && !has_kubelet(node),
+    }
+}
+
+fn has_kubelet(node: &Path) -> bool {
+    node.join(kubelet::CONFIGURATION).exists()
 }
 
 fn unusable(path: &str, error: &dyn Error) -> Finding {
@@ -68,19 +80,20 @@ fn unusable(path: &str, error: &dyn Error) -> Finding {
 
 /// Pods wait where a cluster brings their network; a single machine has the built-in one.
 fn without_configuration(node: &Path, daemon: &Daemon) -> Finding {
-    let has_kubelet = node.join(kubelet::CONFIGURATION).exists();
-    if daemon.network_kind != "cni" && !has_kubelet {
-        let text = "Berth's own bridge; it needs no CNI plugin and no /etc/cni/net.d";
+    if is_bridge(node, daemon) {
+        let text = "Berth's own bridge; it needs no CNI plugin and no CNI configuration";
         return finding(Grade::Good, "network", text);
     }
     let text = format!(
-        "there is no CNI configuration in /{CONFIGURATIONS}, so pods wait for the cluster's network: install that (Cilium, Calico, Flannel, ...), or set network.kind = \"bridge\" for Berth's own"
+        "there is no CNI configuration in {}, so pods wait for the cluster's network: install that (Cilium, Calico, Flannel, ...), or set network.kind = \"bridge\" for Berth's own",
+        daemon.cni_config_directory.display()
     );
     finding(Grade::Note, "network", text)
 }
 
-fn names(node: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(node.join(CONFIGURATIONS))
+/// The names of the configurations in a directory, in order.
+fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(directory)
         .into_iter()
         .flatten()
         .flatten()
@@ -96,16 +109,21 @@ fn names(node: &Path) -> Vec<String> {
 }
 
 /// What is to be said of the configuration that is used.
-fn configuration(node: &Path, path: &str, config: &NetworkConfig) -> Finding {
-    let is_missing = |plugin: &&str| {
-        !PLUGIN_DIRECTORIES.iter().any(|directory| node.join(directory).join(plugin).is_file())
-    };
+fn configuration(node: &Path, daemon: &Daemon, path: &str, config: &NetworkConfig) -> Finding {
+    let directories = &daemon.cni_plugin_directories;
+    let is_missing =
+        |plugin: &&str| !directories.iter().any(|directory| below(node, directory).join(plugin).is_file());
     let mut missing: Vec<&str> =
         config.plugins().iter().map(PluginConfig::program).filter(is_missing).collect();
     missing.dedup();
     if !missing.is_empty() {
         let text = format!(
-            "{path} needs CNI plugins that are not in /opt/cni/bin: {}; no pod can be created: install them (many are in the package containernetworking-plugins), or remove the file",
+            "{path} needs CNI plugins that are not in {}: {}; no pod can be created: install them (many are in the package containernetworking-plugins), or remove the file",
+            directories
+                .iter()
+                .map(|directory| directory.display().to_string())
+                .collect::<Vec<_>>()
+                .join(" or "),
             missing.join(", ")
         );
         return finding(Grade::Broken, "network", text);
@@ -138,7 +156,13 @@ mod tests {
         let conf = "etc/cni/net.d/99-loopback.conf";
         let list = "etc/cni/net.d/a.conflist";
         each_is_named(&[
-            (FLANNEL.0, FLANNEL.1, Broken, "network", "not in /opt/cni/bin: flannel, portmap;"),
+            (
+                FLANNEL.0,
+                FLANNEL.1,
+                Broken,
+                "network",
+                "not in /opt/cni/bin or /usr/lib/cni: flannel, portmap;",
+            ),
             (conf, Some(LOOPBACK), Broken, "network", "99-loopback.conf needs"),
             (conf, Some(r#"{"type": "loopback"}"#), Broken, "network", "name is missing"),
             (conf, Some(OUTSIDE), Broken, "network", r#"type "../../x" is not the name"#),
@@ -156,8 +180,8 @@ mod tests {
         let flannel = ("opt/cni/bin/flannel", Some(""));
         let portmap = ("usr/lib/cni/portmap", Some(""));
         for (there, says) in [
-            (&[FLANNEL, flannel][..], "not in /opt/cni/bin: portmap;"),
-            (&[FLANNEL, portmap], "not in /opt/cni/bin: flannel;"),
+            (&[FLANNEL, flannel][..], "not in /opt/cni/bin or /usr/lib/cni: portmap;"),
+            (&[FLANNEL, portmap], "not in /opt/cni/bin or /usr/lib/cni: flannel;"),
         ] {
             let found = troubles(there, &daemon());
             let [one] = found.as_slice() else { panic!("{found:?}") };

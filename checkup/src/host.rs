@@ -1,6 +1,6 @@
 //! The kernel, its settings, and the programs that Berth runs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::{Finding, Grade, finding, text};
 
@@ -23,8 +23,9 @@ pub(crate) fn look(node: &Path) -> Vec<Finding> {
     ]
 }
 
-fn has_program(node: &Path, name: &str) -> bool {
-    PROGRAM_DIRECTORIES.iter().any(|directory| node.join(directory).join(name).exists())
+/// A program of the system.
+pub(crate) fn program(node: &Path, name: &str) -> Option<PathBuf> {
+    PROGRAM_DIRECTORIES.iter().map(|directory| node.join(directory).join(name)).find(|path| path.exists())
 }
 
 fn kernel(node: &Path) -> Finding {
@@ -84,7 +85,7 @@ fn cgroups(node: &Path) -> Finding {
 }
 
 fn nft(node: &Path) -> Finding {
-    if has_program(node, "nft") {
+    if program(node, "nft").is_some() {
         finding(Grade::Good, "firewall", "nft is installed")
     } else {
         finding(Grade::Broken, "firewall", "nft is not installed: install the package nftables")
@@ -127,7 +128,7 @@ fn bridge_filter(node: &Path) -> Finding {
 fn apparmor(node: &Path) -> Finding {
     let enabled =
         text(node, "sys/module/apparmor/parameters/enabled").is_some_and(|text| text.starts_with('Y'));
-    match (enabled, has_program(node, "apparmor_parser")) {
+    match (enabled, program(node, "apparmor_parser").is_some()) {
         (true, true) => finding(Grade::Good, "apparmor", "enabled, and apparmor_parser is installed"),
         (true, false) => finding(
             Grade::Broken,

@@ -7,6 +7,7 @@
 
 mod cni;
 mod disk;
+mod firewall;
 mod host;
 mod kubelet;
 mod runtimes;
@@ -57,6 +58,12 @@ pub struct Daemon {
     /// Where its pods get their network from: `bridge` for the built-in one only; else the node's
     /// CNI configuration counts.
     pub network_kind: String,
+    /// Its directory of CNI configurations.
+    pub cni_config_directory: PathBuf,
+    /// Its directories of CNI plugins.
+    pub cni_plugin_directories: Vec<PathBuf>,
+    /// The interface of its bridge.
+    pub bridge: String,
     /// Bytes that images leave free, and the key of the configuration is `image.min_free_bytes`.
     pub min_free_bytes: u64,
     /// The same as a share in percent, `image.min_free_percent`. The larger one counts.
@@ -74,6 +81,9 @@ impl Default for Daemon {
             socket: "/run/berth/berth.sock".into(),
             cgroup_driver: String::new(),
             network_kind: "auto".to_owned(),
+            cni_config_directory: "/etc/cni/net.d".into(),
+            cni_plugin_directories: ["/opt/cni/bin", "/usr/lib/cni"].map(PathBuf::from).into(),
+            bridge: "berth0".to_owned(),
             min_free_bytes: 1 << 30,
             min_free_percent: 5,
             cadvisor_socket: None,
@@ -86,6 +96,7 @@ impl Default for Daemon {
 pub fn look(node: &Path, daemon: &Daemon) -> Vec<Finding> {
     let mut findings = host::look(node);
     findings.extend(cni::look(node, daemon));
+    findings.extend(firewall::look(node, daemon));
     findings.extend(disk::look(node, daemon));
     findings.extend(runtimes::look(node, daemon));
     findings.extend(kubelet::look(node, daemon));

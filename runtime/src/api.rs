@@ -262,6 +262,14 @@ fn info(node: &Node) -> v1::InfoResponse {
             kind: network.kind.to_owned(),
             name: network.name,
             subnets: network.subnets,
+            cni_config_directory: config.network.cni.config_directory.display().to_string(),
+            cni_plugin_directories: config
+                .network
+                .cni
+                .plugin_directories
+                .iter()
+                .map(|directory| directory.display().to_string())
+                .collect(),
         }),
         min_free_bytes: config.images.min_free_bytes,
         min_free_percent: config.images.min_free_percent.into(),

@@ -46,10 +46,17 @@ async fn ask(socket: &Path) -> Result<(InfoResponse, Vec<RuntimeCondition>), Err
 fn take_over(daemon: &mut berth_checkup::Daemon, info: InfoResponse) {
     daemon.root = info.root.into();
     daemon.state = info.state.into();
-    if let Some(network) = info.network
-        && network.kind == "bridge"
-    {
-        daemon.network_kind = network.kind;
+    if let Some(network) = info.network {
+        // An older daemon does not tell.
+        if !network.cni_config_directory.is_empty() {
+            daemon.cni_config_directory = network.cni_config_directory.into();
+            daemon.cni_plugin_directories =
+                network.cni_plugin_directories.into_iter().map(Into::into).collect();
+        }
+        if network.kind == "bridge" {
+            daemon.network_kind = network.kind;
+            daemon.bridge = network.name;
+        }
     }
     daemon.cgroup_driver = info.cgroup.unwrap_or_default().driver;
     daemon.cadvisor_socket = Some(info.cadvisor_socket).filter(|path| !path.is_empty()).map(Into::into);

@@ -80,6 +80,7 @@ mod tests {
                 kind: "bridge".into(),
                 name: "berth0".into(),
                 subnets: vec!["10.88.0.0/16".into(), "fd00::/64".into()],
+                ..NetworkInfo::default()
             }),
             ..InfoResponse::default()
         };

@@ -177,6 +177,27 @@ fn a_daemon_that_is_not_there_is_told() -> Result<()> {
 }
 
 #[test]
+fn the_doctor_names_a_firewall_that_stops_what_pods_send() -> Result<()> {
+    rootful(|daemon| {
+        let nft = |line: &str| daemon.host().run("nft", &line.split(' ').collect::<Vec<_>>()).map(drop);
+        let told = || -> Result<bool> {
+            let report = String::from_utf8(run(daemon, &["doctor"])?.stdout)?;
+            Ok(report.contains("table ip filter drops forwarded packets and does not name"))
+        };
+        ensure!(!told()?);
+        nft("add table ip filter")?;
+        nft("add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }")?;
+        nft("add rule ip filter FORWARD iifname docker0 accept")?;
+        ensure!(told()?);
+        let info = String::from_utf8(run(daemon, &["info"])?.stdout)?;
+        let bridge = info.split_whitespace().find(|word| word.starts_with("bt")).context("no bridge")?;
+        nft(&format!("add rule ip filter FORWARD iifname {bridge} accept"))?;
+        ensure!(!told()?);
+        Ok(())
+    })
+}
+
+#[test]
 fn the_doctor_and_the_daemons_log_name_what_is_wrong_and_say_what_to_do() -> Result<()> {
     rootful(|daemon| {
         // The rest of the report is about the machine that the tests run on, which is what it is.

@@ -259,6 +259,12 @@ pub struct NetworkInfo {
     /// Ranges that pod addresses come from, like 10.88.0.0/16; IPv4 first. Empty with CNI.
     #[prost(string, repeated, tag = "3")]
     pub subnets: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Where CNI configurations are looked for.
+    #[prost(string, tag = "4")]
+    pub cni_config_directory: ::prost::alloc::string::String,
+    /// Where CNI plugins are looked for, in order.
+    #[prost(string, repeated, tag = "5")]
+    pub cni_plugin_directories: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Where a layer is on its way. DONE and EXISTS are ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

@@ -367,8 +367,8 @@ where
     let (stdin, drained) = stdin.map(|stream| Input::new(stream.incoming.0)).unzip();
     let session = Session {
         stdin,
-        stdout: stdout.map(|stream| Output(Way::Spdy(stream.outgoing))),
-        stderr: stderr.map(|stream| Output(Way::Spdy(stream.outgoing))),
+        stdout: stdout.map(|stream| Output(Way::Spdy(stream.without_input()))),
+        stderr: stderr.map(|stream| Output(Way::Spdy(stream.without_input()))),
         size,
         detached,
     };

@@ -236,7 +236,7 @@ async fn forward(pair: Pair, connect: Connect) {
         result = connected => result,
         why = data.broken_off() => match why {
             BrokenOff::ByPeer => Ok(()),
-            BrokenOff::Unread => Err(unread(port)),
+            BrokenOff::Overrun => Err(unread(port)),
         },
     };
     match result {

@@ -41,6 +41,7 @@ mod odd_images;
 mod pod_cidr;
 mod pods;
 mod privileges;
+mod raw_streams;
 mod recovery;
 mod refusals;
 mod registry;

@@ -7,9 +7,13 @@
 //!                                                                   Stream::send, finish, reset, reply
 //! ```
 //! Data waits for its reader in a short queue, and all queues of a connection share a budget. When
-//! either is full the reader task waits, and with it the whole connection: SPDY's flow control is
-//! not used by the clients of the CRI, so TCP is what slows the peer down. [`Limits::stall`] limits
-//! this wait. A peer that goes away meanwhile is noticed by [`Hangup`].
+//! either is full the reader task waits, and with it the whole connection: the clients of the CRI
+//! send without regard to SPDY's windows, so TCP is what slows the peer down. [`Limits::stall`]
+//! limits this wait. A peer that goes away meanwhile is noticed by [`Hangup`].
+//!
+//! A peer that goes on after that gets FLOW_CONTROL_ERROR on the stream that is not read, and so
+//! does one that sends more than [`WINDOW`] on a stream that has no reader at all. Other streams
+//! continue.
 
 use std::collections::HashMap;
 use std::io;
@@ -38,6 +42,10 @@ const IDLE_READ_BYTES: usize = 1024;
 
 /// The id of pings of a server; an even number, and the answers are ignored.
 const OWN_PING: u32 = 2;
+
+/// What a peer may send on a stream that is only written here, in bytes: the initial window of
+/// SPDY/3.1, which is never enlarged for such a stream.
+pub const WINDOW: usize = 64 * 1024;
 
 /// Commands that wait for the writer task.
 const COMMANDS: usize = 16;
@@ -104,8 +112,9 @@ enum Command {
 pub enum BrokenOff {
     /// The peer has reset it.
     ByPeer,
-    /// It was not read for longer than [`Limits::stall`].
-    Unread,
+    /// The peer has overrun it: it was not read for longer than [`Limits::stall`], or never is, and
+    /// more than [`WINDOW`] came.
+    Overrun,
 }
 
 /// What happens to data from the peer.
@@ -114,7 +123,9 @@ enum Reading {
     Queued(budget::Sender),
     /// The peer has finished.
     Finished,
-    /// It is discarded.
+    /// It is discarded, up to so many more bytes.
+    Unwanted(usize),
+    /// It is discarded: the peer has overrun the stream.
     GivenUp,
 }
 
@@ -130,6 +141,11 @@ struct Entry {
 impl Entry {
     fn is_read(&self) -> bool {
         matches!(self.incoming, Reading::Queued(_))
+    }
+
+    fn give_up(&mut self) {
+        self.incoming = Reading::GivenUp;
+        self.broken_off.send_replace(Some(BrokenOff::Overrun));
     }
 }
 
@@ -162,7 +178,7 @@ impl Shared {
         let mut streams = self.streams();
         if let Some(entry) = streams.get_mut(&stream) {
             entry.finished = true;
-            if !entry.is_read() {
+            if !matches!(entry.incoming, Reading::Queued(_) | Reading::Unwanted(_)) {
                 streams.remove(&stream);
             }
         }
@@ -188,15 +204,14 @@ impl Shared {
         let mut streams = self.streams();
         let waiting = |entry: &Entry| match &entry.incoming {
             Reading::Queued(queue) => queue.waiting(),
-            Reading::Finished | Reading::GivenUp => 0,
+            Reading::Finished | Reading::Unwanted(_) | Reading::GivenUp => 0,
         };
         let most = match streams.get(&full) {
             Some(entry) if waiting(entry) == budget::QUEUE => Some(full),
             _ => streams.iter().max_by_key(|(_, entry)| waiting(entry)).map(|(id, _)| *id),
         };
         if let Some(entry) = most.and_then(|id| streams.get_mut(&id)) {
-            entry.incoming = Reading::GivenUp;
-            entry.broken_off.send_replace(Some(BrokenOff::Unread));
+            entry.give_up();
         }
     }
 }
@@ -359,9 +374,15 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The write half; whatever the peer sends is discarded from now on.
+    /// The write half; what the peer sends is discarded from now on, and more than [`WINDOW`] ends
+    /// the stream.
     #[must_use]
     pub fn without_input(self) -> Outgoing {
+        if let Some(entry) = self.outgoing.shared.streams().get_mut(&self.outgoing.id)
+            && entry.is_read()
+        {
+            entry.incoming = Reading::Unwanted(WINDOW);
+        }
         self.outgoing
     }
 }
@@ -404,8 +425,7 @@ impl Outgoing {
         self.id
     }
 
-    /// Resolves when the peer has reset the stream, or it is not read; never when it ends in
-    /// another way.
+    /// Resolves when the peer has reset or overrun the stream; never when it ends in another way.
     pub async fn broken_off(&self) -> BrokenOff {
         let mut broken_off = self.was_broken_off.clone();
         let found = broken_off.wait_for(Option::is_some).await.ok().and_then(|found| *found);
@@ -446,8 +466,11 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Gives the stream up in both directions. Does nothing when it has ended.
+    /// Gives the stream up in both directions, with FLOW_CONTROL_ERROR if the peer has overrun it.
+    /// Does nothing when it has ended.
     pub async fn reset(&self, status: ResetStatus) {
+        let overrun = *self.was_broken_off.borrow() == Some(BrokenOff::Overrun);
+        let status = if overrun { ResetStatus::FlowControlError } else { status };
         // It does not matter whether the peer can still be reached.
         let _ = self.command(Command::Reset { stream: self.id, status }).await;
         self.shared.streams().remove(&self.id);
@@ -580,10 +603,21 @@ impl Reader {
             Queue(budget::Sender),
             Finished,
             Nobody,
+            Overrun,
         }
-        let to = self.shared.streams().get(&id).map(|entry| match &entry.incoming {
+        let to = self.shared.streams().get_mut(&id).map(|entry| match &mut entry.incoming {
             Reading::Queued(queue) => To::Queue(queue.clone()),
             Reading::Finished => To::Finished,
+            Reading::Unwanted(left) => match left.checked_sub(bytes.len()) {
+                Some(less) => {
+                    *left = less;
+                    To::Nobody
+                }
+                None => {
+                    entry.give_up();
+                    To::Overrun
+                }
+            },
             Reading::GivenUp => To::Nobody,
         });
         match to {
@@ -593,6 +627,10 @@ impl Reader {
             Some(To::Finished) => {
                 self.shared.streams().remove(&id);
                 self.order(Command::Reset { stream: id, status: ResetStatus::ProtocolError }).await
+            }
+            Some(To::Overrun) => {
+                self.shared.streams().remove(&id);
+                self.order(Command::Reset { stream: id, status: ResetStatus::FlowControlError }).await
             }
             None if self.role == Role::Server
                 && (id > self.shared.last_stream.load(Ordering::Relaxed) || id.is_multiple_of(2)) =>
@@ -851,6 +889,43 @@ mod tests {
             held += bytes.len();
         }
         assert!(held <= budget::QUEUE * READ_BYTES, "{held}");
+    }
+
+    /// A raw client's data frame.
+    fn data(stream: u32, length: usize) -> Vec<u8> {
+        let mut bytes = BytesMut::new();
+        Encoder::data(stream, length, false, &mut bytes);
+        bytes.resize(bytes.len() + length, b'x');
+        bytes.to_vec()
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_is_only_written_is_reset_when_its_window_is_overrun() {
+        let (mut client, mut server) = raw();
+        let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+        for stream in [1, 3, 5] {
+            encoder.syn_stream(stream, &Headers::default(), &mut bytes);
+        }
+        client.write_all(&bytes).await.unwrap();
+        let within = server.accept().await.unwrap().without_input();
+        let overrun = server.accept().await.unwrap().without_input();
+        let mut read = server.accept().await.unwrap();
+        client.write_all(&data(1, WINDOW)).await.unwrap();
+        client.write_all(&data(3, WINDOW)).await.unwrap();
+        client.write_all(&data(3, 1)).await.unwrap();
+        client.write_all(&data(5, 1)).await.unwrap();
+        assert_eq!(read.incoming.receive().await.unwrap(), "x", "it goes on");
+        assert_eq!(overrun.broken_off().await, BrokenOff::Overrun);
+        assert_eq!(overrun.send(Bytes::from_static(b"x")).await, Err(Closed));
+        within.finish().await.unwrap();
+        // What is still on its way is no offence.
+        client.write_all(&data(3, 1)).await.unwrap();
+        client.shutdown().await.unwrap();
+        server.closed().await;
+        server.close().await;
+        let reset = Frame::Reset { stream: 3, status: ResetStatus::FlowControlError as u32 };
+        let end = Frame::Data { stream: 1, bytes: Bytes::new(), last: true };
+        assert_eq!(frames(&mut client).await, [reset, end, Frame::GoAway]);
     }
 
     const WIRE: usize = 64 * 1024;

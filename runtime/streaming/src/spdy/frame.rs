@@ -45,6 +45,8 @@ pub enum ResetStatus {
     RefusedStream = 3,
     /// The stream has ended.
     Cancel = 5,
+    /// The peer sent more than is taken.
+    FlowControlError = 7,
 }
 
 /// A frame, or a piece of a data frame.

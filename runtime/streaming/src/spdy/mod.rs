@@ -1,8 +1,8 @@
 //! SPDY/3.1, as far as Kubernetes uses it: framing, header blocks and streams over one connection.
 //!
 //! The wire is that of the SPDY protocol draft 3.1 (Chromium project). Left out, because no client
-//! of the CRI uses it: flow control (`WINDOW_UPDATE` is read and ignored), priorities, settings,
-//! and streams opened by the server.
+//! of the CRI uses it: windows (`WINDOW_UPDATE` is read and ignored; [`connection`] says what
+//! takes their place), priorities, settings, and streams opened by the server.
 //!
 //! Everything that a peer can make large has a limit: control frames, header blocks before and
 //! after decompression, the number of open streams, and the data that waits for a reader.

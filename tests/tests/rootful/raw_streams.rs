@@ -8,13 +8,13 @@ use anyhow::{Result, ensure};
 use berth_streaming::spdy::connection::WINDOW;
 use berth_streaming::spdy::{Decoder, Encoder, Frame, Headers, ResetStatus};
 use berth_tests::daemon::{Daemon, SOON, rootful};
-use berth_tests::deadline::within;
+use berth_tests::deadline::{patience, within};
 use berth_tests::pod::shell;
 use berth_tests::streams::{Command, ask, dial};
 use bytes::BytesMut;
 
 use crate::stream_faults::resident;
-use crate::streams::{forward_url, piped};
+use crate::streams::{forward_url, interactive, piped};
 
 /// A SPDY client that sends what it is told to.
 struct Raw {
@@ -203,6 +203,71 @@ fn input_that_is_not_read_waits_at_the_client_and_output_still_comes() -> Result
         client.hear(1, "Success")?;
         ensure!(overrun.join().is_ok_and(|written| written.is_ok()), "not everything could be written");
         ensure!(client.resets.is_empty(), "{:?}", client.resets);
+        Ok(())
+    })
+}
+
+/// The code of the Close that a server sends for these bytes, which is the last that it says.
+fn close_code(daemon: &Daemon, url: &str, protocol: &str, bytes: &[u8]) -> Result<u16> {
+    let (mut stream, path) = dial(daemon, url)?;
+    stream.set_read_timeout(Some(patience(SOON)))?;
+    let upgrade = format!(
+        "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+         Sec-WebSocket-Protocol: {protocol}\r\n\r\n"
+    );
+    stream.write_all(upgrade.as_bytes())?;
+    stream.write_all(bytes)?;
+    // All of it arrives, however much of ours the server has left unread.
+    let mut said = Vec::new();
+    stream.read_to_end(&mut said)?;
+    ensure!(said.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&said));
+    match said.as_slice() {
+        [.., 0x88, 2, high, low] => Ok(u16::from_be_bytes([*high, *low])),
+        _ => anyhow::bail!("no Close at the end of {:?}", String::from_utf8_lossy(&said)),
+    }
+}
+
+#[test]
+fn what_a_websocket_may_not_carry_ends_it_with_its_code() -> Result<()> {
+    // A final frame of this kind, masked with zeros.
+    let masked = |kind: u8, payload: &[u8]| -> Result<Vec<u8>> {
+        let length = u16::try_from(payload.len())?.to_be_bytes();
+        Ok([&[0x80 | kind, 0x80 | 126][..], &length, &[0; 4], payload].concat())
+    };
+    let (text, binary) = (1, 2);
+    let large = [&[0x82, 0x80 | 127][..], &(1_u64 << 20).to_be_bytes(), &vec![0; 4 + (1 << 20)]].concat();
+    let unmasked = [0x82, 2, 0, b'x'];
+    rootful(|daemon| {
+        let pod = daemon.pod("streams")?;
+        let main = pod.start(shell("main", "nc -ll -p 8080 -e cat & wait"))?;
+        within(SOON, "it listens", || Ok(main.sh("netstat -ltn")?.contains(":8080 ").then_some(())))?;
+        let sleep = interactive(&main, &["sleep", "4321"]);
+        for (code, protocol, bytes) in [
+            (1002, "v5.channel.k8s.io", unmasked.to_vec()),
+            (1002, "v5.channel.k8s.io", masked(3, b"x")?),
+            (1007, "v4.channel.k8s.io", masked(text, b"\x00\xff")?),
+            (1007, "v4.base64.channel.k8s.io", masked(text, b"0!")?),
+            (1007, "v4.channel.k8s.io", masked(binary, b"\x0480x24")?),
+            (1009, "v4.channel.k8s.io", large.clone()),
+        ] {
+            let url = daemon.client().exec(sleep.clone())?.url;
+            assert_eq!(close_code(daemon, &url, protocol, &bytes)?, code, "exec, {protocol}");
+        }
+        within(SOON, "the programs are gone", || {
+            Ok((!main.sh("ps -o args")?.contains("sleep 4321")).then_some(()))
+        })?;
+        for (code, protocol, bytes) in [
+            (1002, "v4.channel.k8s.io", unmasked.to_vec()),
+            (1007, "v4.base64.channel.k8s.io", masked(text, b"0!")?),
+            (1009, "v4.channel.k8s.io", large.clone()),
+            (1002, "SPDY/3.1+portforward.k8s.io", unmasked.to_vec()),
+            (1003, "SPDY/3.1+portforward.k8s.io", masked(text, b"x")?),
+            (1009, "SPDY/3.1+portforward.k8s.io", large),
+        ] {
+            let url = forward_url(daemon, &pod.id)?;
+            assert_eq!(close_code(daemon, &url, protocol, &bytes)?, code, "port forward, {protocol}");
+        }
         Ok(())
     })
 }

@@ -13,9 +13,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
-use super::{Channel, Protocol, Said, accepted, begin, decode, next};
-use crate::activity::Activity;
+use super::{Channel, Link, Protocol, Said, accepted, begin, decode, next};
 use crate::budget::{self, Budget, End};
 use crate::command::{Input, Output, Run, Session, Size, Sizes, Wanted, hand_out, status};
 use crate::hangup::{self, Hangup};
@@ -34,20 +34,26 @@ struct Reader {
     sizes: Option<watch::Sender<Option<Size>>>,
     parsed: Sizes,
     hangup: Option<Hangup>,
-    activity: Arc<Activity>,
+    link: Arc<Link>,
     /// To the writer, which does not live for this.
     messages: mpsc::WeakSender<Message>,
 }
 
 impl Reader {
-    /// Handed back, so that the input does not end before its end can be distinguished from that of
-    /// the connection.
-    async fn run<T>(mut self, mut messages: SplitStream<WebSocketStream<T>>) -> Self
+    /// Both are handed back: the reader so that the input does not end before its end can be
+    /// distinguished from that of the connection.
+    async fn run<T>(
+        mut self,
+        mut messages: SplitStream<WebSocketStream<T>>,
+    ) -> (Self, SplitStream<WebSocketStream<T>>)
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        while let Some(message) = next(&mut messages, &self.activity).await {
-            let Ok(said) = decode(self.protocol, message) else { break };
+        while let Some(message) = next(&mut messages, &self.link).await {
+            let Ok(said) = decode(self.protocol, message) else {
+                self.link.blame(CloseCode::Invalid);
+                break;
+            };
             match said {
                 Said::Data { channel: STDIN, bytes } if !bytes.is_empty() => {
                     let Some(stdin) = &self.stdin else { continue };
@@ -71,7 +77,10 @@ impl Reader {
                         match self.parsed.push(&bytes) {
                             Ok(Some(size)) => drop(sizes.send_replace(Some(size))),
                             Ok(None) => {}
-                            Err(_) => break,
+                            Err(_) => {
+                                self.link.blame(CloseCode::Invalid);
+                                break;
+                            }
                         }
                     }
                 }
@@ -83,7 +92,7 @@ impl Reader {
                 Said::Data { .. } | Said::End { .. } | Said::Nothing => {}
             }
         }
-        self
+        (self, messages)
     }
 }
 
@@ -92,8 +101,8 @@ pub(crate) async fn command<T>(io: T, hangup: Option<Hangup>, wanted: Wanted, pr
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let activity = Arc::new(Activity::default());
-    let (messages, writer, stream) = begin(accepted(io).await, activity.clone());
+    let link = Arc::new(Link::default());
+    let (messages, writer, stream) = begin(accepted(io).await, link.clone());
     let channel = |number| Channel { messages: messages.clone(), number, base64: protocol.base64 };
     let (stdin, input) = Budget::default().queue();
     let (sizes, size) = watch::channel(None);
@@ -103,7 +112,7 @@ where
         sizes: wanted.terminal.then_some(sizes),
         parsed: Sizes::default(),
         hangup,
-        activity,
+        link: link.clone(),
         messages: messages.downgrade(),
     };
     let mut reader = tokio::spawn(reader.run(stream));
@@ -124,50 +133,59 @@ where
         ERROR
     };
     let first = channel(lowest);
+    // `Err` when the connection ends first, with its reading half.
     let is_there = tokio::select! {
         biased;
-        _ = &mut reader => false,
-        sent = first.send(&[]) => sent.is_ok(),
+        read = &mut reader => Err(read),
+        sent = first.send(&[]) => Ok(sent.is_ok()),
     };
     drop(first);
-    let outcome = if is_there {
-        let mut running = run(session);
-        let outcome = tokio::select! {
-            // First: the command must not mistake a broken connection for the end of its input.
-            biased;
-            _ = &mut reader => None,
-            outcome = &mut running => Some(outcome),
-        };
-        if outcome.is_none() {
-            hand_out(running, drained).await;
+    let outcome = match is_there {
+        Ok(true) => {
+            let mut running = run(session);
+            let outcome = tokio::select! {
+                // First: the command must not mistake a broken connection for the end of its input.
+                biased;
+                read = &mut reader => Err(read.map(|(_, stream)| stream)),
+                outcome = &mut running => Ok(outcome),
+            };
+            if outcome.is_err() {
+                hand_out(running, drained).await;
+            }
+            Some(outcome)
         }
-        outcome
-    } else {
-        None
+        Ok(false) => None,
+        Err(read) => Some(Err(read.map(|(_, stream)| stream))),
     };
     let abort = writer.abort_handle();
-    if let Some(outcome) = outcome {
-        let error = channel(ERROR);
-        let say = async {
-            if let Some(status) = status(protocol.version, &outcome) {
-                // The writer is gone only with the client.
-                let _ = error.send(&status).await;
+    match outcome {
+        Some(Ok(outcome)) => {
+            let error = channel(ERROR);
+            let say = async {
+                if let Some(status) = status(protocol.version, &outcome) {
+                    // The writer is gone only with the client.
+                    let _ = error.send(&status).await;
+                }
+                // The writer sends Close when nothing is left to send, and the client answers it.
+                drop((error, messages));
+                let _ = writer.await;
+            };
+            // The client may read the rest as slowly as it read while the program ran.
+            let said = tokio::select! {
+                said = tokio::time::timeout(IDLE, say) => said.is_ok(),
+                _ = &mut reader => false,
+            };
+            if said {
+                let _ = tokio::time::timeout(LINGER, &mut reader).await;
             }
-            // The writer sends Close when nothing is left to send, and the client answers it.
-            drop((error, messages));
-            let _ = writer.await;
-        };
-        // The client may read the rest as slowly as it read while the program ran.
-        let said = tokio::select! {
-            said = tokio::time::timeout(IDLE, say) => said.is_ok(),
-            _ = &mut reader => false,
-        };
-        if said {
-            let _ = tokio::time::timeout(LINGER, &mut reader).await;
         }
-    } else {
-        drop(messages);
-        let _ = tokio::time::timeout(LINGER, writer).await;
+        broken => {
+            drop(messages);
+            let closed = tokio::time::timeout(LINGER, writer).await;
+            if let (Ok(Ok(sink)), Some(Err(Ok(stream)))) = (closed, broken) {
+                link.see_off(sink, stream).await;
+            }
+        }
     }
     abort.abort();
     reader.abort();
@@ -181,7 +199,6 @@ mod tests {
     use proptest::prelude::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::time::Instant;
-    use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
     use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
 
     use super::super::{CLOSE, FOR_COMMANDS, MAX_MESSAGE_BYTES};
@@ -316,8 +333,15 @@ mod tests {
         let wanted = Wanted { stdin: true, ..Wanted::default() };
         let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
         let mut client = client(near).await;
-        let long = Message::binary(vec![STDIN; MAX_MESSAGE_BYTES + 1]);
-        let _ = client.send(long).await;
+        // More than the wire holds: the server reads on, or the client would not get to its answer.
+        client.send(Message::binary(vec![STDIN; 4 * MAX_MESSAGE_BYTES])).await.unwrap();
+        let mut last = None;
+        while let Some(Ok(message)) = client.next().await {
+            last = Some(message);
+        }
+        let size = CloseFrame { code: CloseCode::Size, reason: "".into() };
+        assert_eq!(last, Some(Message::Close(Some(size))));
+        drop(client);
         server.await.unwrap();
     }
 
@@ -325,21 +349,26 @@ mod tests {
     #[tokio::test]
     async fn frames_that_cannot_be_end_the_connection() {
         let length = |bytes: u64| [&[0x82, 0xff][..], &bytes.to_be_bytes(), &[0; 4]].concat();
-        for bytes in [
+        let size = |text: &str| {
+            let masked = 0x80 | u8::try_from(text.len() + 1).unwrap();
+            [&[0x82, masked, 0, 0, 0, 0, RESIZE][..], text.as_bytes()].concat()
+        };
+        for (code, bytes) in [
             // Not masked.
-            vec![0x82, 2, STDIN, b'x'],
+            (1002_u16, vec![0x82, 2, STDIN, b'x']),
             // A reserved bit, a reserved kind, a fragmented ping, a long ping.
-            vec![0xc2, 0x81, 0, 0, 0, 0, STDIN],
-            vec![0x83, 0x81, 0, 0, 0, 0, STDIN],
-            vec![0x09, 0x80, 0, 0, 0, 0],
-            [&[0x89, 0xfe, 0, 126][..], &[0; 4 + 126]].concat(),
+            (1002, vec![0xc2, 0x81, 0, 0, 0, 0, STDIN]),
+            (1002, vec![0x83, 0x81, 0, 0, 0, 0, STDIN]),
+            (1002, vec![0x09, 0x80, 0, 0, 0, 0]),
+            (1002, [&[0x89, 0xfe, 0, 126][..], &[0; 4 + 126]].concat()),
             // Longer than a message may be, and than any memory.
-            length(u64::try_from(MAX_MESSAGE_BYTES).unwrap() + 1),
-            length(u64::MAX),
+            (1009, length(u64::try_from(MAX_MESSAGE_BYTES).unwrap() + 1)),
+            (1009, length(u64::MAX)),
             // The continuation of a message that has not begun.
-            vec![0x80, 0x81, 0, 0, 0, 0, STDIN],
-            // Not text, in base64 or otherwise.
-            vec![0x81, 0x81, 0, 0, 0, 0, 0xff],
+            (1002, vec![0x80, 0x81, 0, 0, 0, 0, STDIN]),
+            // Neither text nor a size.
+            (1007, vec![0x81, 0x81, 0, 0, 0, 0, 0xff]),
+            (1007, size("80x24")),
         ] {
             let (mut near, far) = duplex(64 * 1024);
             let (sender, ended) = tokio::sync::oneshot::channel::<()>();
@@ -349,12 +378,16 @@ mod tests {
                     std::future::pending().await
                 })
             });
-            let wanted = Wanted { stdin: true, ..Wanted::default() };
+            let wanted = Wanted { stdin: true, terminal: true, ..Wanted::default() };
             let server = tokio::spawn(command(far, None, wanted, protocol("v5.channel.k8s.io"), run));
             near.write_all(&bytes).await.unwrap();
             assert!(ended.await.is_err(), "{bytes:?}");
             let mut said = Vec::new();
             near.read_to_end(&mut said).await.unwrap();
+            // The empty message of the beginning, and Close.
+            let [high, low] = code.to_be_bytes();
+            assert_eq!(said, [0x82, 1, ERROR, 0x88, 2, high, low], "{bytes:?}");
+            drop(near);
             server.await.unwrap();
         }
     }

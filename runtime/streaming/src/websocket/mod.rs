@@ -7,26 +7,30 @@
 //! A message is one byte for the channel and a payload. The base64 variants have the channel as a
 //! digit and the payload in base64, in text messages. `v5` adds a message of two bytes, 255 and a
 //! channel: the sender has no more for that channel.
+//!
+//! The code of the server's Close says why it ends: 1000 when everything was sent, 1002, 1003, 1007
+//! or 1009 for what a client may not send, 1008 for a connection that was idle for too long.
 
 mod command;
 mod ports;
 mod tunnel;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use futures_util::stream::SplitStream;
+use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message};
 
+use crate::LINGER;
 use crate::activity::Activity;
 use crate::command::Version;
 use crate::spdy::connection::Closed;
@@ -84,12 +88,68 @@ fn config() -> WebSocketConfig {
         .max_write_buffer_size(WRITE_BYTES + 2 * MAX_MESSAGE_BYTES)
 }
 
+/// What both halves of a connection know of it.
+#[derive(Debug, Default)]
+struct Link {
+    activity: Activity,
+    /// What ended it, if that was not a normal end.
+    fault: OnceLock<CloseCode>,
+}
+
+impl Link {
+    /// Records why the connection is ended; the first reason counts.
+    fn blame(&self, code: CloseCode) {
+        let _ = self.fault.set(code);
+    }
+
+    fn close(&self) -> Message {
+        let code = self.fault.get().copied().unwrap_or(CloseCode::Normal);
+        Message::Close(Some(CloseFrame { code, reason: "".into() }))
+    }
+
+    /// The message, unless reading it has failed.
+    fn message(&self, read: Result<Message, Error>) -> Option<Message> {
+        read.inspect_err(|error| match error {
+            Error::Protocol(_) => self.blame(CloseCode::Protocol),
+            Error::Capacity(_) => self.blame(CloseCode::Size),
+            Error::Utf8(_) => self.blame(CloseCode::Invalid),
+            // The client is gone.
+            _ => {}
+        })
+        .ok()
+    }
+
+    /// To be called when Close has been sent. Where the client is to blame, reads on until it
+    /// closes too: to close a socket with unread data resets the connection, and the reset can
+    /// overtake the Close.
+    async fn see_off<T>(&self, sink: Sink<T>, stream: SplitStream<WebSocketStream<T>>)
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        if self.fault.get().is_none() {
+            return;
+        }
+        let Ok(whole) = stream.reunite(sink) else { return };
+        let mut io = whole.into_inner();
+        let discarding = async {
+            // It may be gone.
+            let _ = io.shutdown().await;
+            let mut bytes = vec![0; READ_BYTES];
+            while io.read(&mut bytes).await.is_ok_and(|length| length > 0) {}
+        };
+        let _ = tokio::time::timeout(LINGER, discarding).await;
+    }
+}
+
+/// The sending half.
+type Sink<T> = SplitSink<WebSocketStream<T>, Message>;
+
 /// The sending half of a server of channels, in a task: everything that is sent, then Close when no
 /// sender is left. The other half is for reading.
 fn begin<T>(
     io: WebSocketStream<T>,
-    activity: Arc<Activity>,
-) -> (Sender, JoinHandle<()>, SplitStream<WebSocketStream<T>>)
+    link: Arc<Link>,
+) -> (Sender, JoinHandle<Sink<T>>, SplitStream<WebSocketStream<T>>)
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -99,13 +159,13 @@ where
         while let Some(message) = waiting.recv().await {
             let sent = if waiting.is_empty() { sink.send(message).await } else { sink.feed(message).await };
             if sent.is_err() {
-                return;
+                return sink;
             }
-            activity.note();
+            link.activity.note();
         }
-        let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
         // The client may be gone.
-        let _ = sink.send(Message::Close(Some(normal))).await;
+        let _ = sink.send(link.close()).await;
+        sink
     });
     (messages, writer, stream)
 }
@@ -158,17 +218,21 @@ enum Said {
     Nothing,
 }
 
-/// The next message of a client; `None` when it is gone, or the connection is idle for too long.
-async fn next<T>(stream: &mut SplitStream<WebSocketStream<T>>, activity: &Activity) -> Option<Message>
+/// The next message of a client; `None` when it is gone, the connection is idle for too long, or
+/// what comes is no message.
+async fn next<T>(stream: &mut SplitStream<WebSocketStream<T>>, link: &Link) -> Option<Message>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     tokio::select! {
         message = stream.next() => {
-            activity.note();
-            message?.ok()
+            link.activity.note();
+            link.message(message?)
         }
-        () = activity.ends(crate::IDLE) => None,
+        () = link.activity.ends(crate::IDLE) => {
+            link.blame(CloseCode::Policy);
+            None
+        }
     }
 }
 

@@ -18,9 +18,9 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
-use super::{Channel, Protocol, Said, accepted, begin, decode, next};
-use crate::activity::Activity;
+use super::{Channel, Link, Protocol, Said, accepted, begin, decode, next};
 use crate::budget::{Budget, End, QUEUE, Receiver, Sender};
 use crate::command::Version;
 use crate::forward::{self, Connect, PortSide};
@@ -64,8 +64,8 @@ pub(crate) async fn forward<T>(io: T, hangup: Option<Hangup>, base64: bool, port
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let activity = Arc::new(Activity::default());
-    let (messages, writer, mut stream) = begin(accepted(io).await, activity.clone());
+    let link = Arc::new(Link::default());
+    let (messages, mut writer, mut stream) = begin(accepted(io).await, link.clone());
     let (budget, mut inputs, mut forwards) = (Budget::default(), Vec::new(), JoinSet::new());
     for (port, number) in ports.into_iter().zip((0_u8..).step_by(2)) {
         let (queue, input) = budget.queue();
@@ -90,9 +90,13 @@ where
     let reading = async {
         let protocol = Protocol { version: Version::V4, base64 };
         let mut has_closed = false;
-        while let Some(message) = next(&mut stream, &activity).await {
+        while let Some(message) = next(&mut stream, &link).await {
             has_closed = has_closed || matches!(message, Message::Close(_));
-            if !deliver(decode(protocol, message).ok(), &mut inputs, hangup.as_ref()).await {
+            let Ok(said) = decode(protocol, message) else {
+                link.blame(CloseCode::Invalid);
+                return false;
+            };
+            if !deliver(said, &mut inputs, hangup.as_ref()).await {
                 return false;
             }
         }
@@ -104,12 +108,11 @@ where
         inputs.clear();
         has_closed
     };
-    let mut reading = pin!(reading);
-    let abort = writer.abort_handle();
+    let mut reading = Box::pin(reading);
     let said = async {
         while forwards.join_next().await.is_some() {}
         // The writer sends Close after the rest, which the client may read as slowly as all before.
-        tokio::time::timeout(IDLE, writer).await.is_ok()
+        tokio::time::timeout(IDLE, &mut writer).await.is_ok()
     };
     let (said, has_closed) = tokio::select! {
         has_closed = &mut reading => (false, has_closed),
@@ -118,17 +121,26 @@ where
     if said {
         // The client answers the Close.
         let _ = tokio::time::timeout(LINGER, reading).await;
-    } else if has_closed {
+        return;
+    }
+    drop(reading);
+    if has_closed {
         // What it has sent before is passed on.
         let _ = tokio::time::timeout(LINGER, async { while forwards.join_next().await.is_some() {} }).await;
+        return writer.abort();
     }
-    abort.abort();
+    // The writer sends Close when nobody else can send.
+    forwards.shutdown().await;
+    match tokio::time::timeout(LINGER, &mut writer).await {
+        Ok(Ok(sink)) => link.see_off(sink, stream).await,
+        _ => writer.abort(),
+    }
 }
 
-/// Passes on a client's message; `false` when it was invalid, or the client is gone.
-async fn deliver(said: Option<Said>, inputs: &mut [Input], hangup: Option<&Hangup>) -> bool {
+/// Passes on a client's message; `false` when the client is gone.
+async fn deliver(said: Said, inputs: &mut [Input], hangup: Option<&Hangup>) -> bool {
     match said {
-        Some(Said::Data { channel, bytes }) if channel.is_multiple_of(2) => {
+        Said::Data { channel, bytes } if channel.is_multiple_of(2) => {
             tokio::select! {
                 biased;
                 () = pass_on(usize::from(channel / 2), bytes, inputs) => true,
@@ -136,8 +148,7 @@ async fn deliver(said: Option<Said>, inputs: &mut [Input], hangup: Option<&Hangu
             }
         }
         // Input on an error channel is ignored.
-        Some(_) => true,
-        None => false,
+        _ => true,
     }
 }
 
@@ -221,7 +232,7 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
     use tokio_tungstenite::WebSocketStream;
     use tokio_tungstenite::tungstenite::Message;
-    use tokio_tungstenite::tungstenite::protocol::Role;
+    use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
 
     use super::*;
 
@@ -330,7 +341,13 @@ mod tests {
             let (mut client, server) = served(true, vec![listener.local_addr().unwrap().port()]).await;
             let (mut silent, _) = listener.accept().await.unwrap();
             match nonsense {
-                Some(message) => client.send(message).await.unwrap(),
+                Some(message) => {
+                    client.send(message).await.unwrap();
+                    let said = client.by_ref().filter_map(async |message| message.ok());
+                    let close = said.collect::<Vec<_>>().await.pop();
+                    let invalid = CloseFrame { code: CloseCode::Invalid, reason: "".into() };
+                    assert_eq!(close, Some(Message::Close(Some(invalid))));
+                }
                 None => {
                     drop(client);
                     assert_eq!(

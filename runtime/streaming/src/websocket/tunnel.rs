@@ -6,10 +6,10 @@ use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
-use super::accepted;
+use super::{Link, accepted};
+use crate::LINGER;
 
 /// How often the client of a tunnel is pinged: load balancers drop idle connections.
 const PING: Duration = Duration::from_secs(10);
@@ -21,12 +21,13 @@ where
 {
     let (mut sink, mut stream) = accepted(io).await.split();
     let (mut from, mut to) = tokio::io::split(inner);
+    let link = Link::default();
     let incoming = async {
-        while let Some(Ok(message)) = stream.next().await {
-            if let Message::Binary(bytes) = message
-                && to.write_all(&bytes).await.is_err()
-            {
-                return;
+        while let Some(message) = stream.next().await.and_then(|read| link.message(read)) {
+            match message {
+                Message::Binary(bytes) if to.write_all(&bytes).await.is_err() => return,
+                Message::Text(_) => return link.blame(CloseCode::Unsupported),
+                _ => {}
             }
         }
     };
@@ -36,11 +37,7 @@ where
         loop {
             let sent = tokio::select! {
                 read = from.read(&mut buffer) => match read {
-                    Ok(0) | Err(_) => {
-                        let normal = CloseFrame { code: CloseCode::Normal, reason: "".into() };
-                        let _ = sink.send(Message::Close(Some(normal))).await;
-                        return;
-                    }
+                    Ok(0) | Err(_) => return,
                     Ok(length) => {
                         let bytes = Bytes::copy_from_slice(buffer.get(..length).unwrap_or_default());
                         sink.send(Message::Binary(bytes)).await
@@ -57,4 +54,9 @@ where
         () = incoming => {}
         () = outgoing => {}
     }
+    // What is forwarded ends meanwhile.
+    drop((from, to));
+    // The client may be gone.
+    let _ = tokio::time::timeout(LINGER, sink.send(link.close())).await;
+    link.see_off(sink, stream).await;
 }

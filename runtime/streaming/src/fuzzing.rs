@@ -114,7 +114,7 @@ pub fn request(data: &[u8]) {
             data.splice(at..at + word.len(), token.into_bytes());
         }
     }
-    attack(&data, |io| server.answer(io, None, |_| Ok(None)));
+    attack(&data, |io| server.answer(io, None, |_| Ok(None), None));
 }
 
 const PIPES: Wanted = Wanted { stdin: true, stdout: true, stderr: true, terminal: false };

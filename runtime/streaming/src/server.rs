@@ -3,7 +3,8 @@
 //! Any process on the node, and in a pod with the node's network, can connect to it. So before a
 //! connection has shown a token it can use little, and only for a short time: it is one of at most
 //! [`MAX_HALF_OPEN`], of which the oldest is closed for a new one, and ends after [`REQUEST`]. A
-//! client with a token needs a millisecond for that.
+//! client with a token needs a millisecond for that. A connection that has shown one is never
+//! closed for another: what is over [`MAX_CONNECTIONS`] is refused.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -83,15 +84,23 @@ impl Default for Server {
     }
 }
 
-/// Leaves the connections that have not shown a token.
-struct Leaving {
+/// A connection's place among those that have not shown a token.
+pub(crate) struct Place {
     server: Arc<Server>,
     number: u64,
 }
 
-impl Drop for Leaving {
+impl Place {
+    /// Leaves it, so that the connection is not closed for a newer one. `false` when that has
+    /// happened already.
+    fn leave(&self) -> bool {
+        self.server.half_open().open.remove(&self.number).is_some()
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
-        self.server.half_open().open.remove(&self.number);
+        self.leave();
     }
 }
 
@@ -170,13 +179,12 @@ impl Server {
         let mut half_open = self.half_open();
         let number = half_open.next;
         half_open.next += 1;
-        let leaving = Leaving { server: self.clone(), number };
+        let place = Place { server: self.clone(), number };
         let server = self.clone();
         let task = tokio::spawn(async move {
-            let _leaving = leaving;
             let request = async {
                 let Ok(io) = secured.await else { return };
-                server.answer(io, hangup, unacknowledged).await;
+                server.answer(io, hangup, unacknowledged, Some(&place)).await;
             };
             // A peer that disconnected needs no answer; one that took too long is disconnected.
             let _ = tokio::time::timeout(REQUEST, request).await;
@@ -195,13 +203,14 @@ impl Server {
         io: T,
         hangup: Option<Hangup>,
         unacknowledged: Unacknowledged,
+        place: Option<&Place>,
     ) where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let hangup = Mutex::new(hangup);
         let service = service_fn(|request| {
             let hangup = hangup.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let response = self.respond(request, hangup, unacknowledged);
+            let response = self.respond(request, hangup, unacknowledged, place);
             async { Ok::<_, Infallible>(response) }
         });
         // With keep-alive: without it hyper would add "close" to the answer 101, and Go's client
@@ -223,8 +232,9 @@ impl Server {
         mut request: Request<Incoming>,
         hangup: Option<Hangup>,
         unacknowledged: Unacknowledged,
+        place: Option<&Place>,
     ) -> Response<Full<Bytes>> {
-        let upgrade = match self.judge(&request) {
+        let upgrade = match self.judge(&request, place) {
             Ok(upgrade) => upgrade,
             Err(refused) => return refusal(refused),
         };
@@ -246,7 +256,11 @@ impl Server {
         response
     }
 
-    fn judge(&self, request: &Request<Incoming>) -> Result<(Upgrade, Task, OwnedSemaphorePermit), Refused> {
+    fn judge(
+        &self,
+        request: &Request<Incoming>,
+        place: Option<&Place>,
+    ) -> Result<(Upgrade, Task, OwnedSemaphorePermit), Refused> {
         let refused = |status, text: &str| Refused { status, text: text.to_owned(), headers: Box::default() };
         let unknown = || refused(StatusCode::NOT_FOUND, "unknown URL, or one that was used or has expired");
         let (endpoint, token) = Endpoint::of_path(request.uri().path()).ok_or_else(unknown)?;
@@ -268,6 +282,10 @@ impl Server {
             let text = format!("too many streaming connections: {MAX_CONNECTIONS} are open");
             refused(StatusCode::SERVICE_UNAVAILABLE, &text)
         })?;
+        if place.is_some_and(|place| !place.leave()) {
+            // It is being closed, which must not use up the token.
+            return Err(refused(StatusCode::SERVICE_UNAVAILABLE, "too many connections without a token"));
+        }
         let task = match self.tokens.take(endpoint, token).ok_or_else(unknown)? {
             Task::Forward(connect, _) => Task::Forward(connect, ports),
             command @ Task::Command(..) => command,
@@ -405,6 +423,34 @@ pub(crate) mod tests {
         // The oldest was closed.
         let mut byte = [0];
         assert_eq!(idle[0].read(&mut byte).await.unwrap_or(0), 0);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_has_shown_its_token_is_not_closed_for_newer_ones() {
+        let server = Arc::new(Server::default());
+        let token = exec(&server);
+        // The answer does not fit, so it takes as long as the client does not read.
+        let (mut near, far) = tokio::io::duplex(16);
+        server.admit(async { Ok(far) }, None, |_| Ok(None));
+        near.write_all(format!("POST /exec/{token} HTTP/1.1\r\nHost: x\r\n{UPGRADE}\r\n").as_bytes())
+            .await
+            .unwrap();
+        while server.tokens().is_known(Endpoint::Exec, &token) {
+            tokio::task::yield_now().await;
+        }
+        let mut newer = Vec::new();
+        for _ in 0..2 * MAX_HALF_OPEN {
+            let (near, far) = tokio::io::duplex(16);
+            server.admit(async { Ok(far) }, None, |_| Ok(None));
+            newer.push(near);
+        }
+        assert_eq!(newer[0].read(&mut [0]).await.unwrap(), 0, "the oldest of these is closed");
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            assert_ne!(near.read_buf(&mut answer).await.unwrap(), 0, "{}", String::from_utf8_lossy(&answer));
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&answer));
+        assert_eq!(server.connections.available_permits(), MAX_CONNECTIONS - 1);
     }
 
     #[tokio::test(start_paused = true)]

@@ -13,11 +13,12 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::critest::{Exceptions, Spec, Verdict, read_report};
 use berth_tests::daemon::{Daemon, Setup};
+use berth_tests::deadline::patience;
 use berth_tests::peers;
 use berth_tests::registry::Registry;
 use berth_tests::skip::skip;
@@ -46,9 +47,9 @@ const PASSES: [Pass; 3] = [
     },
 ];
 
-/// When critest gives up a pass, in ginkgo's format. A pass takes under a minute on two cores, and
-/// all have to end within the limit of `scripts/run-tests`.
-const LIMIT: &str = "9m";
+/// When critest gives up a pass, with this machine's patience. A pass takes under a minute on two
+/// cores, and all have to end within the limit of `scripts/run-tests`.
+const LIMIT: Duration = Duration::from_secs(9 * 60);
 
 /// The process id of critest while it runs, else 0.
 static RUNNING: AtomicI32 = AtomicI32::new(0);
@@ -123,6 +124,7 @@ fn exceptions() -> Result<Exceptions> {
 
 /// Runs all passes, or only the one with this name. When it returns, the daemon is gone, with
 /// everything that it and critest created.
+#[expect(clippy::print_stdout, reason = "what a test harness says")]
 fn run(only: Option<&str>, focus: &[&str], counts: &mut Counts) -> Result<()> {
     let passes: Vec<&Pass> = PASSES.iter().filter(|pass| only.is_none_or(|only| pass.name == only)).collect();
     ensure!(!passes.is_empty(), "there is no pass {only:?}");
@@ -141,7 +143,9 @@ fn run(only: Option<&str>, focus: &[&str], counts: &mut Counts) -> Result<()> {
     for pass in passes {
         let focus = if focus.is_empty() { pass.specs.as_slice() } else { focus };
         let critest = Critest { programs: &programs, daemon: &daemon, logs: &logs, pass };
+        let begin = Instant::now();
         let specs = critest.run(focus);
+        println!("{}: {:.0} s", pass.name, begin.elapsed().as_secs_f64());
         fs::copy(daemon.dir().join("log"), logs.join("berthd.log")).context("keeping the daemon's log")?;
         report(pass.name, &exceptions.check(&specs?, focus.is_empty()), counts);
     }
@@ -199,7 +203,7 @@ impl Critest<'_> {
             .arg(format!("-runtime-endpoint={endpoint}"))
             .arg(format!("-image-endpoint={endpoint}"))
             .arg("-ginkgo.no-color")
-            .arg(format!("-ginkgo.timeout={LIMIT}"))
+            .arg(format!("-ginkgo.timeout={}s", patience(LIMIT).as_secs()))
             .arg(format!("-ginkgo.json-report={}", report.display()))
             .args(self.pass.options)
             .args(focus.iter().map(|words| format!("-ginkgo.focus={words}")));

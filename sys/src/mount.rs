@@ -370,6 +370,28 @@ pub fn is_procfs(place: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(nix::sys::statfs::fstatfs(place)?.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
 }
 
+/// Whether `place` lies on a filesystem of the kernel's own whose files have contents that are made
+/// when they are read, and do not state how long they are: `fstatfs(2)`.
+///
+/// # Errors
+/// None in practice.
+pub fn states_no_lengths(place: BorrowedFd<'_>) -> io::Result<bool> {
+    use nix::sys::statfs::{
+        CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, PROC_SUPER_MAGIC, SECURITYFS_MAGIC,
+        SYSFS_MAGIC, TRACEFS_MAGIC,
+    };
+    Ok(matches!(
+        nix::sys::statfs::fstatfs(place)?.filesystem_type(),
+        CGROUP_SUPER_MAGIC
+            | CGROUP2_SUPER_MAGIC
+            | DEBUGFS_MAGIC
+            | PROC_SUPER_MAGIC
+            | SECURITYFS_MAGIC
+            | SYSFS_MAGIC
+            | TRACEFS_MAGIC
+    ))
+}
+
 /// Binds `source` on `target`, both paths of this process that no other process can change:
 /// `mount(2)` with `MS_BIND`.
 ///

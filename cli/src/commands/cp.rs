@@ -2,11 +2,15 @@
 //!
 //! Paths are resolved by descriptor, below the root that the container's process has in its mount
 //! namespace. The data goes through the container's own tar if it has one, with the rights of its
-//! user; otherwise it is read and written by descriptor.
+//! user; otherwise it is read and written by descriptor. So are files of `/proc` and `/sys`, which
+//! tar takes for empty, by a thread in the container's namespaces: what they say depends on who
+//! reads them.
 
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use berth_cri::v1::{ContainerState, ExecRequest};
 use berth_streaming::client::{Command, Ending};
@@ -14,6 +18,7 @@ use berth_streaming::command::{Outcome, Wanted};
 use berth_streaming::spdy::connection::Incoming;
 use berth_sys::beneath::Root;
 use berth_sys::identity::Identified;
+use berth_sys::ns::{self, Kind};
 use tokio::sync::mpsc;
 
 use crate::args::CpArgs;
@@ -82,6 +87,8 @@ struct Inside {
     /// User and group of its process.
     owner: (u32, u32),
     has_tar: bool,
+    /// Its process.
+    process: Arc<OwnedFd>,
 }
 
 /// Copies.
@@ -137,8 +144,9 @@ async fn enter(daemon: &Daemon, name: &str) -> Result<(Inside, Root), Error> {
     let owner =
         owner(&process.read(c"status").map_err(failed)?).ok_or_else(|| CpError::Gone(label.clone()))?;
     let root = process.root().map_err(failed)?;
+    let process = Arc::new(process.into_pidfd());
     let mut inside =
-        Inside { daemon: daemon.clone(), id: container.id.clone(), label, owner, has_tar: false };
+        Inside { daemon: daemon.clone(), id: container.id.clone(), label, owner, has_tar: false, process };
     inside.has_tar = inside.has_tar().await?;
     Ok((inside, root))
 }
@@ -226,6 +234,9 @@ fn tell(packed: &copy::pack::Report) {
     for path in &packed.left_out {
         output::remark(format_args!("skipped {}: it is a device, FIFO or socket", printable(path)));
     }
+    for (path, error) in &packed.unread {
+        output::remark(format_args!("skipped {}: cannot read it: {error}", printable(path)));
+    }
     for path in &packed.shrunk {
         output::remark(format_args!("{} shrank while it was read; padded with zeros", printable(path)));
     }
@@ -291,12 +302,11 @@ async fn read_container(
     source: &Source,
     to: Pieces,
 ) -> Result<(), Error> {
-    if !inside.has_tar {
+    if !inside.has_tar || source.misleads_tar {
         let name = if source.is_directory { None } else { source.name.clone() };
-        let packing = tokio::task::spawn_blocking(move || {
-            pack(&root, &path, name.as_deref(), Modes::Whole, Writer::new(to))
-        });
-        tell(&joined(packing.await).map_err(CpError::from)?);
+        let packing =
+            inside.in_namespaces(move || pack(&root, &path, name.as_deref(), Modes::Whole, Writer::new(to)));
+        tell(&packing.await?.map_err(CpError::from)?);
         return Ok(());
     }
     let command = match (source.is_directory, path.parent(), &source.name) {
@@ -374,6 +384,23 @@ impl Inside {
             let text = table::printable(text.trim());
             CpError::Tar { container: self.label.clone(), text }.into()
         })
+    }
+
+    /// Does `work` on a thread of its own in the container's namespaces, except for those of mounts
+    /// and processes.
+    async fn in_namespaces<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let kinds = [Kind::Network, Kind::Ipc, Kind::Uts].map(Kind::flag);
+        let flags = kinds.into_iter().fold(ns::CGROUP, |all, kind| all | kind);
+        let process = self.process.clone();
+        let thread = std::thread::spawn(move || ns::join(process.as_fd(), flags).map(|()| work()));
+        let ended = joined(tokio::task::spawn_blocking(|| thread.join()).await);
+        match ended {
+            Ok(done) => done.map_err(|error| CpError::Process(self.label.clone(), error).into()),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
     }
 
     async fn run(&self, cmd: Vec<String>, stdin: bool) -> Result<Command, Error> {

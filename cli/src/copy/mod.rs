@@ -21,6 +21,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use berth_sys::beneath::{FileType, Root, stat_fd};
+use berth_sys::mount::states_no_lengths;
 
 /// Why a path cannot be copied from or to.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +49,9 @@ pub(crate) struct Source {
     pub(crate) only_contents: bool,
     /// Its last name; `/` has none.
     pub(crate) name: Option<OsString>,
+    /// Whether tar(1) would find less in it than there is: it believes the lengths of files, and
+    /// those in `/proc` and `/sys` state other ones than they have.
+    pub(crate) misleads_tar: bool,
 }
 
 /// The destination of a copy.
@@ -83,17 +87,20 @@ fn ends_with(path: &Path, end: &str) -> bool {
 /// # Errors
 /// [`PlanError`].
 pub(crate) fn source(root: &Root, path: &Path) -> Result<Source, PlanError> {
-    let is_directory = match kind(root, path)?.ok_or(io::ErrorKind::NotFound) {
-        Ok(FileType::Directory) => true,
-        Ok(FileType::Regular) => false,
-        Ok(_) => return Err(PlanError::Kind(path.to_owned())),
-        Err(error) => return Err(PlanError::Look(path.to_owned(), error.into())),
+    let failed = |error| PlanError::Look(path.to_owned(), error);
+    let found = root.resolve(path).map_err(failed)?;
+    let stat = stat_fd(found.as_fd()).map_err(failed)?;
+    let is_directory = match stat.file_type {
+        FileType::Directory => true,
+        FileType::Regular => false,
+        _ => return Err(PlanError::Kind(path.to_owned())),
     };
     if !is_directory && ends_with(path, "/") {
         return Err(PlanError::NotDirectory(path.to_owned()));
     }
     let only_contents = is_directory && (ends_with(path, "/.") || path == Path::new("."));
-    Ok(Source { is_directory, only_contents, name: path.file_name().map(ToOwned::to_owned) })
+    let misleads_tar = states_no_lengths(found.as_fd()).map_err(failed)?;
+    Ok(Source { is_directory, only_contents, name: path.file_name().map(ToOwned::to_owned), misleads_tar })
 }
 
 /// The destination of a copy to `path`, by the rules of cp(1) and podman-cp(1).
@@ -166,18 +173,24 @@ mod tests {
             ("/", true, false, None),
             ("/.", true, true, None),
         ] {
-            let expected = Source { is_directory, only_contents, name: name.map(OsString::from) };
+            let name = name.map(OsString::from);
+            let expected = Source { is_directory, only_contents, name, misleads_tar: false };
             assert_eq!(source(&root, Path::new(path)).unwrap(), expected, "{path}");
         }
         for path in ["/none", "/out", "/file/", "/file/x"] {
             assert!(source(&root, Path::new(path)).is_err(), "{path}");
+        }
+        let kernels = Root::open(Path::new("/")).unwrap();
+        for path in ["/proc/version", "/proc/self", "/sys/kernel"] {
+            assert!(source(&kernels, Path::new(path)).unwrap().misleads_tar, "{path}");
         }
     }
 
     #[test]
     fn a_destination_is_what_cp_and_podman_make_of_it() {
         let (_directory, root) = tree();
-        let file = Source { is_directory: false, only_contents: false, name: Some("a".into()) };
+        let file =
+            Source { is_directory: false, only_contents: false, name: Some("a".into()), misleads_tar: false };
         let tree = Source { is_directory: true, ..file.clone() };
         let contents = Source { only_contents: true, ..tree.clone() };
         for (source, path, expected) in [

@@ -2,20 +2,28 @@
 //!
 //! Links are written as links; only one at the end of the given path is followed, below the root.
 //! Devices, FIFOs and sockets are skipped. The tree may change meanwhile: what is gone is skipped,
-//! and a file that shrinks is padded with zeros, as tar(1) does.
+//! and a file that shrinks is padded with zeros, as tar(1) does. Of files that do not state their
+//! length, such as those of `/proc`, everything is read first, as cat(1) would.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use berth_sys::beneath::{Dir, FileType, Root, Stat, stat_fd};
 use berth_sys::errno::ESRCH;
+use berth_sys::file::set_nonblocking;
+use berth_sys::mount::states_no_lengths;
 use tar::{Builder, EntryType, Header};
 
 /// The most entries of a directory: its names are all held at once.
 const MAX_NAMES: usize = 1_000_000;
+
+/// The most that is read of a file that does not state its length, in bytes. The largest that is of
+/// use, `/proc/kallsyms`, has less than 20 MiB; others have no end.
+const MAX_UNSTATED: u64 = 64 * 1024 * 1024;
 
 /// Why an archive cannot be created.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +31,9 @@ pub(crate) enum PackError {
     /// A file or directory cannot be read.
     #[error("cannot read {0}")]
     Read(PathBuf, #[source] io::Error),
+    /// A file that does not state its length cannot be read.
+    #[error("cannot read {0}")]
+    Unstated(PathBuf, #[source] io::Error),
     /// A file cannot be read to its end.
     #[error("cannot read {0}")]
     Broken(PathBuf, #[source] io::Error),
@@ -36,6 +47,9 @@ pub(crate) enum PackError {
 pub(crate) struct Report {
     /// Paths of devices, FIFOs and sockets.
     pub(crate) left_out: Vec<PathBuf>,
+    /// Paths of files that do not state their length and cannot be read, and why: much in `/proc`
+    /// is not for reading.
+    pub(crate) unread: Vec<(PathBuf, String)>,
     /// Paths of files that shrank while they were read.
     pub(crate) shrunk: Vec<PathBuf>,
 }
@@ -93,7 +107,7 @@ pub(crate) fn pack(
     } else {
         let file = root.open_regular(path).map_err(failed)?;
         let stat = stat_fd(file.as_fd()).map_err(failed)?;
-        packing.entry(&stat, EntryType::Regular, stat.size, &called, file)?;
+        packing.file(&stat, &called, file)?;
     }
     let mut to = packing.to.into_inner().map_err(PackError::Write)?;
     to.flush().map_err(PackError::Write)?;
@@ -116,7 +130,10 @@ impl<W: Write> Packing<W> {
                     Err(PackError::Read(_, error)) if is_gone(&error) => {}
                     level => levels.push(level?),
                 },
-                Err(PackError::Read(_, error)) if is_gone(&error) => {}
+                Err(PackError::Read(_, error) | PackError::Unstated(_, error)) if is_gone(&error) => {}
+                Err(PackError::Unstated(path, error)) => {
+                    self.report.unread.push((path, error.to_string()));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -142,7 +159,7 @@ impl<W: Write> Packing<W> {
                         if stat.links > 1 {
                             self.names.insert(stat.identity, path.to_owned());
                         }
-                        self.entry(&stat, EntryType::Regular, stat.size, path, file)?;
+                        self.file(&stat, path, file)?;
                     }
                 }
             }
@@ -155,6 +172,17 @@ impl<W: Write> Packing<W> {
             }
         }
         Ok(None)
+    }
+
+    fn file(&mut self, stat: &Stat, path: &Path, file: File) -> Result<(), PackError> {
+        let content = unstated(stat, &file).map_err(|error| PackError::Unstated(path.to_owned(), error))?;
+        match content {
+            Some(content) => {
+                let length = u64::try_from(content.len()).unwrap_or(u64::MAX);
+                self.entry(stat, EntryType::Regular, length, path, &content[..])
+            }
+            None => self.entry(stat, EntryType::Regular, stat.size, path, file),
+        }
     }
 
     fn entry(
@@ -187,6 +215,22 @@ impl<W: Write> Packing<W> {
 /// Whether a file is gone. In procfs(5), `ESRCH` means that the process has ended.
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH)
+}
+
+/// The content of a file that does not state its length; `None` for another one.
+fn unstated(stat: &Stat, file: &File) -> io::Result<Option<Vec<u8>>> {
+    if stat.size > 0 && !states_no_lengths(file.as_fd())? {
+        return Ok(None);
+    }
+    // Some wait for what the kernel will say next.
+    set_nonblocking(file.as_fd())?;
+    let mut content = Vec::new();
+    file.take(MAX_UNSTATED + 1).read_to_end(&mut content)?;
+    if u64::try_from(content.len()).is_ok_and(|length| length <= MAX_UNSTATED) {
+        return Ok(Some(content));
+    }
+    let text = format!("it has more than {} MiB and does not state how much", MAX_UNSTATED / 1024 / 1024);
+    Err(io::Error::new(io::ErrorKind::FileTooLarge, text))
 }
 
 /// The content of a file: exactly as many bytes as announced, even if the file changes meanwhile.
@@ -279,6 +323,27 @@ mod tests {
         assert_eq!(fs::read(copy.join(&long)).unwrap(), b"long");
         assert_eq!(fs::read_link(copy.join("link")).unwrap(), Path::new("/etc/passwd"));
         assert!(copy.join("sub/empty").is_dir());
+    }
+
+    #[test]
+    fn files_that_do_not_state_their_length_are_read_to_their_end_or_named() {
+        let root = Root::open(Path::new("/proc/self")).unwrap();
+        let packed = |path: &str, top| {
+            let mut bytes = Vec::new();
+            let report = pack(&root, Path::new(path), top, Modes::Plain, &mut bytes);
+            (report, String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let (report, bytes) = packed("/status", Some(OsStr::new("status")));
+        assert!(report.unwrap().unread.is_empty());
+        assert!(bytes.contains("\nThreads:") && bytes.contains("\nPid:"), "{bytes}");
+        // There is nothing at its beginning.
+        let (report, _) = packed("/mem", Some(OsStr::new("mem")));
+        assert!(matches!(report, Err(PackError::Unstated(..))), "{report:?}");
+        let task = format!("/task/{}", std::process::id());
+        let (report, bytes) = packed(&task, None);
+        let unread = report.unwrap().unread;
+        assert!(unread.iter().any(|(path, _)| path == Path::new("./mem")), "{unread:?}");
+        assert!(bytes.contains("\nThreads:"));
     }
 
     #[test]

@@ -113,6 +113,43 @@ fn files_and_directories_go_both_ways() -> Result<()> {
     })
 }
 
+/// They state that they are empty, or a page long.
+#[test]
+fn files_of_the_kernel_are_copied_with_what_is_in_them() -> Result<()> {
+    rootful(|daemon| {
+        let here = daemon.directory("here")?;
+        let path = |name: &str| here.join(name).to_string_lossy().into_owned();
+        for (name, container) in ["with", "without"].iter().zip(both(daemon)?) {
+            let inside = |path: &str| format!("web/{name}:{path}");
+            // Some of them say what holds for their reader.
+            let files = [
+                "/proc/version",
+                "/proc/sys/kernel/hostname",
+                "/proc/sys/kernel/shmmni",
+                "/sys/class/net/lo/mtu",
+            ];
+            for file in files {
+                copies(daemon, &inside(file), &path("file"))?;
+                let copied = fs::read_to_string(here.join("file"))?;
+                assert_eq!(copied, container.sh(&format!("cat {file}"))?, "{name}: {file}");
+                ensure!(!copied.is_empty(), "{name}: {file}");
+                let archive = cp(daemon, &inside(file), "-")?;
+                ensure!(String::from_utf8_lossy(&archive.stdout).contains(&copied), "{name}: {file}");
+            }
+            for (directory, file) in [("/proc/sys/net/core", "somaxconn"), ("/sys/class/net/lo", "mtu")] {
+                let to = path(&format!("{name}-{file}"));
+                copies(daemon, &inside(directory), &to)?;
+                let copied = fs::read_to_string(Path::new(&to).join(file))?;
+                assert_eq!(copied, container.sh(&format!("cat {directory}/{file}"))?, "{name}: {directory}");
+            }
+            // And in, where the length is not known before either.
+            copies(daemon, "/proc/version", &inside("/tmp/version"))?;
+            assert_eq!(container.sh("cat /tmp/version")?, fs::read_to_string("/proc/version")?, "{name}");
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn what_goes_in_belongs_to_the_user_of_the_container() -> Result<()> {
     rootful(|daemon| {

@@ -34,6 +34,6 @@ pub use image::{Image, ImageConfig};
 pub use progress::{LayerPhase, LayerProgress, NoProgress, Progress};
 pub use reference::Reference;
 pub use store::{
-    ContentError, ImportError, ImportSource, InUse, Layout, Lease, PullError, Store, StoreError,
+    ArchiveFile, ContentError, ImportError, ImportSource, InUse, Layout, Lease, PullError, Store, StoreError,
     StoreOptions, StoredLayer, Usage,
 };

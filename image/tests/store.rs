@@ -264,7 +264,7 @@ async fn archives_of_docker_and_tar_files_of_layouts_are_imported() {
             .success()
     );
     let images =
-        store.import(ImportSource::Archive(File::open(&tar_path).unwrap()), None, quiet()).await.unwrap();
+        store.import(ImportSource::archive(File::open(&tar_path).unwrap()), None, quiet()).await.unwrap();
     assert_eq!(images[0].id(), image.config);
     assert_eq!(images[0].repo_tags(), ["example.com/app:v1"]);
     assert_eq!(images[0].repo_digests(), [format!("example.com/app@{}", image.manifest)]);
@@ -286,18 +286,18 @@ async fn archives_of_docker_and_tar_files_of_layouts_are_imported() {
     let path = dir.path().join("docker.tar");
     fs::write(&path, &archive).unwrap();
     let images =
-        store.import(ImportSource::Archive(File::open(&path).unwrap()), None, quiet()).await.unwrap();
+        store.import(ImportSource::archive(File::open(&path).unwrap()), None, quiet()).await.unwrap();
     assert_eq!(images[0].id(), image.config);
     assert_eq!(images[0].repo_tags(), ["docker.io/library/app:v2", "docker.io/library/app:v3"]);
 
     let name = Reference::parse("given:name").unwrap();
-    store.import(ImportSource::Archive(File::open(&path).unwrap()), Some(&name), quiet()).await.unwrap();
+    store.import(ImportSource::archive(File::open(&path).unwrap()), Some(&name), quiet()).await.unwrap();
     assert!(store.find("given:name").is_some() && store.find("app:v2").is_some());
 
     for (what, bytes) in [("empty", Vec::new()), ("other", Layer::new().file("readme", b"x").tar())] {
         fs::write(&path, bytes).unwrap();
         let failed =
-            store.import(ImportSource::Archive(File::open(&path).unwrap()), None, quiet()).await.unwrap_err();
+            store.import(ImportSource::archive(File::open(&path).unwrap()), None, quiet()).await.unwrap_err();
         assert!(matches!(failed, ImportError::UnknownForm), "{what}: {failed:?}");
     }
 }
@@ -397,7 +397,7 @@ async fn packed_archives_are_imported_under_the_same_limits() {
     let file_of = |bytes: &[u8]| {
         let path = dir.path().join("archive");
         fs::write(&path, bytes).unwrap();
-        ImportSource::Archive(File::open(&path).unwrap())
+        ImportSource::archive(File::open(&path).unwrap())
     };
     for (form, tar) in [("layout", layout_tar(&image, "p:v")), ("docker", docker_tar(&image, "p:v"))] {
         for packing in [Packing::Gzip, Packing::Zstd, Packing::Plain] {

@@ -118,12 +118,12 @@ async fn source(
             let node = node.clone();
             tokio::task::spawn_blocking(move || open(&node, &path)).await.map_err(|_| CallError::Stopping)?
         }
-        Some(import_start::Source::Upload(_)) => upload(node, requests).await.map(ImportSource::Archive),
+        Some(import_start::Source::Upload(_)) => upload(node, requests).await.map(ImportSource::archive),
     }
 }
 
 fn open(node: &Node, path: &Path) -> Result<ImportSource, CallError> {
-    node.host_paths.import(path).map_err(|error| match error {
+    node.imports.import(path).map_err(|error| match error {
         HostPathError::Failed(failed) => {
             CallError::Argument(format!("start.path: {}: {failed}", path.display()))
         }

@@ -345,6 +345,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
             .ok_or_else(|| host("the kernel's version")(io::ErrorKind::InvalidData.into()))?,
     };
     let default_apparmor_profile = DefaultProfile::new(facts.apparmor);
+    let imports = Arc::new(HostPaths::for_imports(tokio.clone()));
     let host_paths = Arc::new(HostPaths::new(tokio));
     let registry = Registry::default();
     Ok(Node {
@@ -360,6 +361,7 @@ fn open(config: Config, layout: Layout) -> Result<Node, DaemonError> {
         handlers: Handlers::own(),
         shim,
         host_paths,
+        imports,
         network,
         images,
         filters: berth_seccomp::Cache::new(),

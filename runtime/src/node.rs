@@ -35,6 +35,8 @@ pub(crate) struct Node {
     pub(crate) handlers: Handlers,
     pub(crate) shim: ShimProgram,
     pub(crate) host_paths: Arc<HostPaths>,
+    /// Those that images are imported from.
+    pub(crate) imports: Arc<HostPaths>,
     pub(crate) network: Network,
     pub(crate) images: Store,
     pub(crate) filters: Cache,

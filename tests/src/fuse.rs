@@ -7,7 +7,8 @@
 //! whereas a fatal signal would cancel a request that no server has taken.
 //!
 //! A file system with files has every name, and answers no read: a process that reads such a file,
-//! or a page of memory that is mapped to it, waits until the session ends.
+//! or a page of memory that is mapped to it, waits until the session ends. Who reads a file that is
+//! itself the root of one cannot be killed.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -27,7 +28,12 @@ use crate::skip::skip;
 const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
+const FLUSH: u32 = 25;
 const INIT: u32 = 26;
+const STATX: u32 = 52;
+
+/// ENOSYS, negative: the kernel asks in another way from then on.
+const NOT_OFFERED: i32 = -38;
 
 /// Reads ahead do not wait in the kernel for their answer, so that a signal that kills ends the
 /// wait.
@@ -56,13 +62,23 @@ pub struct Hanging {
     path: PathBuf,
 }
 
+/// Which files can be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Files {
+    None,
+    /// A read waits for a page, and hears a signal that kills.
+    Cached,
+    /// A read waits for its answer, and hears no signal.
+    Direct,
+}
+
 impl Hanging {
     /// Mounts one on the directory `path`; `None` where the kernel has no FUSE.
     ///
     /// # Errors
     /// When the mount is refused.
     pub fn mount(path: &Path) -> Result<Option<Self>> {
-        Self::mount_as(path, DIRECTORY, false)
+        Self::mount_as(path, DIRECTORY, Files::None)
     }
 
     /// Mounts one on the file `path`, which then cannot be opened: its root is a file itself.
@@ -70,7 +86,15 @@ impl Hanging {
     /// # Errors
     /// When the mount is refused.
     pub fn mount_on_file(path: &Path) -> Result<Option<Self>> {
-        Self::mount_as(path, REGULAR, false)
+        Self::mount_as(path, REGULAR, Files::None)
+    }
+
+    /// Mounts one on the file `path`, which can be opened then, and not be read.
+    ///
+    /// # Errors
+    /// When the mount is refused.
+    pub fn mount_on_file_to_read(path: &Path) -> Result<Option<Self>> {
+        Self::mount_as(path, REGULAR, Files::Direct)
     }
 
     /// Like [`mount`](Self::mount), with files.
@@ -78,16 +102,16 @@ impl Hanging {
     /// # Errors
     /// When the mount is refused.
     pub fn mount_with_files(path: &Path) -> Result<Option<Self>> {
-        Self::mount_as(path, DIRECTORY, true)
+        Self::mount_as(path, DIRECTORY, Files::Cached)
     }
 
-    fn mount_as(path: &Path, mode: u32, has_files: bool) -> Result<Option<Self>> {
+    fn mount_as(path: &Path, mode: u32, files: Files) -> Result<Option<Self>> {
         let Ok(device) = File::options().read(true).write(true).open("/dev/fuse") else { return Ok(None) };
         let (descriptor, kind) = (device.as_raw_fd(), mode & 0o170_000);
         let options = format!("fd={descriptor},rootmode={kind:o},user_id=0,group_id=0,allow_other");
         mount(Some("hanging"), path, Some("fuse"), MsFlags::empty(), Some(options.as_str()))
             .with_context(|| format!("mounting a FUSE file system on {}", path.display()))?;
-        std::thread::spawn(move || serve(device, mode, has_files));
+        std::thread::spawn(move || serve(device, mode, files));
         Ok(Some(Self { path: path.to_owned() }))
     }
 }
@@ -137,7 +161,7 @@ pub fn with_unkillable(
 }
 
 /// Until the session ends, which a read reports.
-fn serve(mut device: File, mode: u32, has_files: bool) {
+fn serve(mut device: File, mode: u32, files: Files) {
     // The kernel requires room for a write of the longest kind.
     let mut request = vec![0; 256 * 1024];
     while let Ok(length) = device.read(&mut request) {
@@ -145,18 +169,24 @@ fn serve(mut device: File, mode: u32, has_files: bool) {
             return;
         };
         let number = |at: usize| header.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        let mut error = 0;
         let answer = match number(4).map(u32::from_ne_bytes) {
             Some(INIT) => init(),
             Some(GETATTR) if header.get(16..24) == Some(&FILE.to_ne_bytes()) => attributes(FILE, REGULAR),
             Some(GETATTR) => attributes(ROOT, mode),
-            Some(LOOKUP) if has_files => entry(),
-            Some(OPEN) if has_files => opened(),
+            Some(LOOKUP) if files != Files::None => entry(),
+            Some(OPEN) if files != Files::None => opened(files),
+            Some(FLUSH) if files == Files::Direct => Vec::new(),
+            Some(STATX) if files == Files::Direct => {
+                error = NOT_OFFERED;
+                Vec::new()
+            }
             _ => continue,
         };
         // struct fuse_out_header: length, error, and the number of the request.
         let length = u32::try_from(16 + answer.len()).unwrap_or_default();
         let unique = header.get(8..16).unwrap_or_default();
-        let reply = [&length.to_ne_bytes(), [0; 4].as_slice(), unique, &answer].concat();
+        let reply = [&length.to_ne_bytes(), error.to_ne_bytes().as_slice(), unique, &answer].concat();
         if device.write_all(&reply).is_err() {
             return;
         }
@@ -184,11 +214,13 @@ fn entry() -> Vec<u8> {
 }
 
 /// `struct fuse_open_out`: a number, then flags, then a field that may be 0.
-fn opened() -> Vec<u8> {
+fn opened(files: Files) -> Vec<u8> {
+    const FOPEN_DIRECT_IO: u32 = 1 << 0;
     /// Otherwise the second process that opens it waits for the pages that the first one wants.
     const FOPEN_KEEP_CACHE: u32 = 1 << 1;
+    let how = if files == Files::Direct { FOPEN_DIRECT_IO } else { FOPEN_KEEP_CACHE };
     let mut answer = vec![0; 16];
-    answer[8..12].copy_from_slice(&FOPEN_KEEP_CACHE.to_ne_bytes());
+    answer[8..12].copy_from_slice(&how.to_ne_bytes());
     answer
 }
 

@@ -112,6 +112,10 @@ pub const GETDENTS64: &str = "217";
 pub const MKDIR: &str = "83";
 /// open(2).
 pub const OPEN: &str = "2";
+/// pread64(2).
+pub const PREAD64: &str = "17";
+/// unlinkat(2).
+pub const UNLINKAT: &str = "263";
 
 /// Whether a process waits in the kernel in this system call, and hears no signal:
 /// proc_pid_syscall(5).
@@ -167,7 +171,23 @@ impl<T: Send + 'static> Call<T> {
 /// # Errors
 /// When the daemon does not run.
 pub fn held_children(daemon: &Daemon) -> Result<usize> {
-    let (mut found, mut held) = (vec![i32::try_from(daemon.pid()?)?], 0);
+    count_children(daemon, |pid| status_field(pid, "State").is_some_and(|state| state.starts_with('D')))
+}
+
+/// How many of them read a file that does not answer. Until they are killed they could hear a
+/// signal.
+///
+/// # Errors
+/// When the daemon does not run.
+pub fn reading_children(daemon: &Daemon) -> Result<usize> {
+    count_children(daemon, |pid| {
+        std::fs::read_to_string(format!("/proc/{pid}/syscall"))
+            .is_ok_and(|inside| inside.split(' ').next() == Some(PREAD64))
+    })
+}
+
+fn count_children(daemon: &Daemon, counts: impl Fn(i32) -> bool) -> Result<usize> {
+    let (mut found, mut count) = (vec![i32::try_from(daemon.pid()?)?], 0);
     while let Some(pid) = found.pop() {
         // One that has ended meanwhile has none.
         found.extend(children(pid).unwrap_or_default());

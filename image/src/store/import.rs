@@ -2,8 +2,8 @@
 //! writes.
 //!
 //! The same layers, checks and commit as for a pull; only where the bytes come from differs. A
-//! directory is read through [`Layout`], so that whoever calls decides who waits for it; links in a
-//! hostile layout have to lead nowhere.
+//! directory is read through [`Layout`] and a tar file through [`ArchiveFile`], so that the caller
+//! decides who waits for them; links in a hostile layout have to lead nowhere.
 //! A tar file is indexed once and its members are read in place.
 //!
 //! Formats: OCI image-spec 1.1, image-layout.md; the `manifest.json` of `docker save` (moby,
@@ -52,16 +52,45 @@ const OCI_REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// A directory with an OCI image layout, in which links lead nowhere else.
 pub trait Layout: fmt::Debug + Send + Sync {
+    /// Whether a regular file of this name is in it.
+    ///
+    /// # Errors
+    /// When that cannot be determined, or it is something else.
+    fn has(&self, member: &Path) -> io::Result<bool>;
+
     /// Opens a regular file in it, for reading.
     ///
     /// # Errors
     /// Why it cannot; [`io::ErrorKind::NotFound`] when it is absent.
-    fn open(&self, member: &Path) -> io::Result<File>;
+    fn open(&self, member: &Path) -> io::Result<Box<dyn Read + Send>>;
 }
 
 impl Layout for Root {
-    fn open(&self, member: &Path) -> io::Result<File> {
-        self.open_regular(member)
+    fn has(&self, member: &Path) -> io::Result<bool> {
+        match self.open_regular(member) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open(&self, member: &Path) -> io::Result<Box<dyn Read + Send>> {
+        Ok(Box::new(self.open_regular(member)?))
+    }
+}
+
+/// A file that is read from any place on, several times, and by several threads.
+pub trait ArchiveFile: fmt::Debug + Send + Sync {
+    /// Its bytes from this one on.
+    ///
+    /// # Errors
+    /// Why it cannot be read.
+    fn read_from(&self, offset: u64) -> io::Result<Box<dyn Read + Send>>;
+}
+
+impl ArchiveFile for File {
+    fn read_from(&self, offset: u64) -> io::Result<Box<dyn Read + Send>> {
+        Ok(Box::new(Window { file: self.try_clone()?, offset }))
     }
 }
 
@@ -70,9 +99,9 @@ impl Layout for Root {
 pub enum ImportSource {
     /// A directory.
     Layout(Arc<dyn Layout>),
-    /// A tar file, seekable: an OCI image layout or what `docker save` writes. It may be packed by
-    /// gzip or zstd.
-    Archive(File),
+    /// A tar file: an OCI image layout or what `docker save` writes. It may be packed by gzip or
+    /// zstd.
+    Archive(Arc<dyn ArchiveFile>),
 }
 
 impl ImportSource {
@@ -83,6 +112,12 @@ impl ImportSource {
     /// When it cannot be opened.
     pub fn directory(path: &Path) -> io::Result<Self> {
         Ok(Self::Layout(Arc::new(Root::open(path)?)))
+    }
+
+    /// The tar file `file`, read in the same way.
+    #[must_use]
+    pub fn archive(file: File) -> Self {
+        Self::Archive(Arc::new(file))
     }
 }
 
@@ -164,7 +199,7 @@ struct Found {
 enum Content {
     File(PathBuf, Arc<dyn Layout>),
     Member {
-        file: Arc<File>,
+        file: Arc<dyn ArchiveFile>,
         offset: u64,
         size: u64,
     },
@@ -258,10 +293,8 @@ impl LayerInput for Counted {
 impl Content {
     fn open(&self) -> io::Result<Box<dyn Read + Send>> {
         Ok(match self {
-            Self::File(path, layout) => Box::new(layout.open(path)?),
-            Self::Member { file, offset, size } => {
-                Box::new(Window { file: Arc::clone(file), offset: *offset, left: *size })
-            }
+            Self::File(path, layout) => layout.open(path)?,
+            Self::Member { file, offset, size } => Box::new(file.read_from(*offset)?.take(*size)),
             Self::Empty => Box::new(EMPTY_ARCHIVE),
         })
     }
@@ -275,19 +308,16 @@ impl Content {
     }
 }
 
-/// Part of a file, read without its position, so that several can be read side by side.
+/// A file from some place on, read without its position, so that several can be read side by side.
 struct Window {
-    file: Arc<File>,
+    file: File,
     offset: u64,
-    left: u64,
 }
 
 impl Read for Window {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
-        let length = self.file.read_at(buffer.get_mut(..wanted).unwrap_or_default(), self.offset)?;
+        let length = self.file.read_at(buffer, self.offset)?;
         self.offset += length as u64;
-        self.left -= length as u64;
         Ok(length)
     }
 }
@@ -295,7 +325,7 @@ impl Read for Window {
 /// Something with named members.
 enum Source {
     Layout(Arc<dyn Layout>),
-    Archive(HashMap<PathBuf, Member>, Arc<File>),
+    Archive(HashMap<PathBuf, Member>, Arc<dyn ArchiveFile>),
 }
 
 #[derive(Debug, Clone)]
@@ -321,15 +351,20 @@ impl Source {
             ImportSource::Layout(layout) => Ok(Self::Layout(layout)),
             ImportSource::Archive(file) => {
                 let failed = |source| ImportError::Read { what: "archive".to_owned(), source };
-                let mut magic = [0; 4];
-                let length = file.read_at(&mut magic, 0).map_err(failed)?;
-                if length == 0 {
+                let mut reader = file.read_from(0).map_err(failed)?;
+                let mut first = Vec::new();
+                reader.by_ref().take(4).read_to_end(&mut first).map_err(failed)?;
+                if first.is_empty() {
                     return Err(ImportError::UnknownForm);
                 }
-                let file = if is_packed(magic) { unpacked(&file, inner)? } else { file };
-                let file = Arc::new(file);
-                let members = index_members(&file)?;
-                Ok(Self::Archive(members, file))
+                let is_packed = first.first_chunk().is_some_and(|magic| is_packed(*magic));
+                let whole = io::Cursor::new(first).chain(reader);
+                if !is_packed {
+                    return Ok(Self::Archive(index_members(whole)?, file));
+                }
+                let file: Arc<dyn ArchiveFile> = Arc::new(unpacked(whole, inner)?);
+                let whole = file.read_from(0).map_err(failed)?;
+                Ok(Self::Archive(index_members(whole)?, file))
             }
         }
     }
@@ -351,9 +386,8 @@ impl Source {
         };
         let mut member = clean(name.as_bytes())?;
         match self {
-            Self::Layout(layout) => match layout.open(&member) {
-                Ok(_) => Ok(Some(Content::File(member, Arc::clone(layout)))),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Self::Layout(layout) => match layout.has(&member) {
+                Ok(is_there) => Ok(is_there.then(|| Content::File(member, Arc::clone(layout)))),
                 Err(source) => Err(ImportError::Read { what: shown(name), source }),
             },
             Self::Archive(members, file) => {
@@ -518,13 +552,11 @@ fn is_packed(magic: [u8; 4]) -> bool {
 
 /// The archive without its packing, in a file without a name beside the images: members are read in
 /// any order, and several at a time. It may become as large as one image, and leaves as much free.
-fn unpacked(packed: &File, inner: &Inner) -> Result<File, ImportError> {
+fn unpacked(packed: impl Read, inner: &Inner) -> Result<File, ImportError> {
     let budget = inner.budget();
     let failed = |source| ImportError::Read { what: "archive".to_owned(), source };
     let mut file = berth_sys::file::unnamed(&inner.root).map_err(failed)?;
-    let size = packed.metadata().map_err(failed)?.len();
-    let window = Window { file: Arc::new(packed.try_clone().map_err(failed)?), offset: 0, left: size };
-    layer::decompress_to(BufReader::with_capacity(128 * 1024, window), &mut file, &budget).map_err(
+    layer::decompress_to(BufReader::with_capacity(128 * 1024, packed), &mut file, &budget).map_err(
         |error| match error {
             LayerError::DiskFull | LayerError::Reserved(_) => {
                 ImportError::DiskFull(ContentError::Archive(error))
@@ -573,10 +605,8 @@ fn names_of(name: &Reference, digest: Option<Digest>) -> Vec<Names> {
     vec![Names { tag, repo_digest: digest.map(|digest| name.with_digest(digest).to_string()) }]
 }
 
-fn index_members(file: &Arc<File>) -> Result<HashMap<PathBuf, Member>, ImportError> {
-    let size =
-        file.metadata().map_err(|source| ImportError::Read { what: "archive".to_owned(), source })?.len();
-    let mut archive = Archive::new(Window { file: Arc::clone(file), offset: 0, left: size });
+fn index_members(file: impl Read) -> Result<HashMap<PathBuf, Member>, ImportError> {
+    let mut archive = Archive::new(file);
     let mut members = HashMap::new();
     while let Some(entry) = archive.next_entry().map_err(ImportError::Archive)? {
         let member_error =

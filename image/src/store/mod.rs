@@ -47,7 +47,7 @@ use sweep::Sweeper;
 
 pub use collect::InUse;
 pub use commit::ContentError;
-pub use import::{ImportError, ImportSource, Layout};
+pub use import::{ArchiveFile, ImportError, ImportSource, Layout};
 pub use lease::Lease;
 pub use pull::PullError;
 pub use record::RecordError;

@@ -19,6 +19,8 @@
 //! who has nothing else.
 
 use std::borrow::Cow;
+use std::error::Error;
+use std::io;
 
 use berth_image::reference::ParseReferenceError;
 use berth_image::{ImportError, PullError, StoreError};
@@ -89,7 +91,7 @@ pub(crate) enum CallError {
     File {
         action: &'static str,
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
@@ -131,7 +133,7 @@ fn code(error: &CallError) -> Code {
             // Kubelets match the beginning of the text of Unknown.
             _ => Code::Unknown,
         },
-        CallError::Import(_) => Code::FailedPrecondition,
+        CallError::Import(error) => silent_path(error).map_or(Code::FailedPrecondition, host_path),
         CallError::HostPath(error) => host_path(error),
         CallError::Network(error) => network(error),
         CallError::Stopping | CallError::Url(UrlError::NotListening { .. }) => Code::Unavailable,
@@ -157,6 +159,19 @@ fn network(error: &NetworkError) -> Code {
         NetworkError::Cni(error) => host_path(error),
         _ => Code::Internal,
     }
+}
+
+/// What kept a read of what is imported from being answered.
+fn silent_path(error: &ImportError) -> Option<&HostPathError> {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        if let Some(found) = inner.and_then(|inner| inner.downcast_ref()) {
+            return Some(found);
+        }
+        cause = error.source();
+    }
+    None
 }
 
 fn sandbox(error: &SandboxError) -> Code {
@@ -226,7 +241,7 @@ fn host_path(error: &HostPathError) -> Code {
 
 /// Whether the kernel refused a limit because of its value, such as a CPU that the machine does not
 /// have.
-fn is_bad_value(error: &std::io::Error) -> bool {
+fn is_bad_value(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(EINVAL | ERANGE))
 }
 

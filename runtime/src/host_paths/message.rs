@@ -12,7 +12,7 @@ use crate::oci_spec::ResolvedDevice;
 /// A question.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Question {
-    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(oneof = "Ask", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
     pub(super) ask: Option<Ask>,
 }
 
@@ -57,13 +57,16 @@ pub(super) enum Ask {
     /// findings as JSON.
     #[prost(bytes, tag = "12")]
     Checkup(Vec<u8>),
-    /// To open what is imported: [`Tell::Done`], with a descriptor if it is a file and not a
-    /// directory.
+    /// To look at what is imported: [`Tell::Done`], whether it is a directory.
     #[prost(bytes, tag = "13")]
     Import(Vec<u8>),
-    /// To open a file of a directory that is imported: [`Tell::Done`], with a descriptor.
+    /// To look for a file of a directory that is imported: [`Tell::Done`].
     #[prost(message, tag = "14")]
     Member(Below),
+    /// To read a file that is imported: [`Tell::Done`] when it is open, then any number of
+    /// [`Tell::Content`]. The last one is empty.
+    #[prost(message, tag = "15")]
+    Read(ReadFile),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -133,6 +136,18 @@ pub(super) struct Below {
     pub(super) top: Vec<u8>,
     #[prost(bytes, tag = "2")]
     pub(super) path: Vec<u8>,
+}
+
+/// A file, and from which byte on it is read.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct ReadFile {
+    #[prost(bytes, tag = "1")]
+    pub(super) path: Vec<u8>,
+    /// In the directory `path`.
+    #[prost(bytes, optional, tag = "2")]
+    pub(super) member: Option<Vec<u8>>,
+    #[prost(uint64, tag = "3")]
+    pub(super) offset: u64,
 }
 
 /// A log, and from how many bytes on it is rotated.
@@ -252,6 +267,12 @@ impl Ask {
             Self::DeviceBelow(below) | Self::Member(below) => {
                 vec![path_of(&below.top).join(path_of(&below.path))]
             }
+            Self::Read(read) => {
+                let path = path_of(&read.path);
+                vec![
+                    read.member.as_ref().map_or_else(|| path.to_owned(), |member| path.join(path_of(member))),
+                ]
+            }
             Self::HostDevices(()) => vec![PathBuf::from("/dev")],
             Self::Rotate(rotate) => vec![path_of(&rotate.directory).join(path_of(&rotate.name))],
             Self::OpenControl(open) => paths_of(&open.directories),
@@ -278,6 +299,7 @@ impl Ask {
                 | Self::Checkup(_)
                 | Self::Import(_)
                 | Self::Member(_)
+                | Self::Read(_)
         )
     }
 }

@@ -32,6 +32,9 @@
 //! What is done for CNI goes to several directories and runs plugins (`cni`). Its worker says
 //! where it is before each step, and each step has `PATIENCE` to itself. Plugins that were killed
 //! and cannot end count as their worker does, and beyond `MOST_PLUGINS` no more are run.
+//!
+//! Files that are imported are read by workers as well, piece by piece (`import`): a daemon that
+//! reads one itself waits for its filesystem, and to close it may take just as long.
 
 mod cgroup;
 pub(crate) mod cni;
@@ -88,6 +91,9 @@ const MOST_OF_CGROUPS: usize = 32;
 
 /// How many there may be for CNI, where plugins may take a minute.
 const MOST_FOR_CNI: usize = 256;
+
+/// How many there may be for imports, of which each layer that is unpacked has one.
+const MOST_FOR_IMPORTS: usize = 256;
 
 /// How many workers may be stuck because of plugins that were killed and cannot end.
 const MOST_PLUGINS: usize = 8;
@@ -176,6 +182,12 @@ pub struct Failed {
     errno: i32,
 }
 
+impl From<Failure> for Failed {
+    fn from(Failure { text, path, errno }: Failure) -> Self {
+        Self { text, path: path_of(&path).to_owned(), errno }
+    }
+}
+
 impl Failed {
     /// Where it happened.
     pub(crate) fn path(&self) -> &Path {
@@ -221,6 +233,8 @@ struct Workers {
 struct Worker {
     pid: i32,
     connection: OwnedFd,
+    /// What it has said and nobody has heard.
+    received: Vec<u8>,
 }
 
 /// A worker that has a question.
@@ -280,6 +294,17 @@ impl Scope {
     }
 }
 
+/// A worker that has answered.
+#[derive(Debug)]
+struct Answered {
+    worker: Worker,
+    slot: Slot,
+    tell: Tell,
+    descriptors: Vec<OwnedFd>,
+    /// What it has run.
+    plugin: Option<PathBuf>,
+}
+
 /// What a worker has said.
 #[derive(Debug)]
 enum Heard {
@@ -330,6 +355,11 @@ impl HostPaths {
     /// For CNI: what is busy there takes nothing from others.
     pub(crate) fn for_cni(runtime: Handle) -> Self {
         Self::with_most(runtime, MOST_FOR_CNI)
+    }
+
+    /// For imports: the same.
+    pub(crate) fn for_imports(runtime: Handle) -> Self {
+        Self::with_most(runtime, MOST_FOR_IMPORTS)
     }
 
     fn with_most(runtime: Handle, most: usize) -> Self {
@@ -391,17 +421,12 @@ impl HostPaths {
 
     /// What is imported.
     pub(crate) fn import(self: &Arc<Self>, path: &Path) -> Result<ImportSource, HostPathError> {
-        Ok(match self.ask(Ask::Import(bytes_of(path)))?.1.pop() {
-            Some(file) => ImportSource::Archive(file.into()),
-            None => ImportSource::Layout(Arc::new(Imported { host: self.clone(), top: path.to_owned() })),
-        })
-    }
-
-    /// Opens a file in a directory that is imported.
-    fn member(&self, top: &Path, path: &Path) -> Result<File, HostPathError> {
-        let below = Below { top: bytes_of(top), path: bytes_of(path) };
-        let opened = self.ask(Ask::Member(below))?.1.pop();
-        opened.map(File::from).ok_or_else(|| lost(&top.join(path).to_string_lossy()))
+        let imported = Arc::new(Imported { host: self.clone(), top: path.to_owned() });
+        match self.ask(Ask::Import(bytes_of(path)))?.0 {
+            Tell::Done(true) => Ok(ImportSource::Layout(imported)),
+            Tell::Done(false) => Ok(ImportSource::Archive(imported)),
+            _ => Err(lost(&path.to_string_lossy())),
+        }
     }
 
     /// Moves a log away that has more than `limit` bytes. Whether there has to be a new one.
@@ -505,11 +530,22 @@ impl HostPaths {
     }
 
     fn ask_about(&self, ask: Ask, scope: Scope) -> Result<(Tell, Vec<OwnedFd>), HostPathError> {
+        let Answered { worker, slot, tell, descriptors, plugin } = self.put(ask, scope)?;
+        self.take_back(worker, plugin);
+        drop(slot);
+        match tell {
+            Tell::Failed(failure) => Err(HostPathError::Failed(failure.into())),
+            tell => Ok((tell, descriptors)),
+        }
+    }
+
+    /// Puts a question. The worker that has answered is not taken back.
+    fn put(&self, ask: Ask, scope: Scope) -> Result<Answered, HostPathError> {
         let frame = frame::encode(&Question::from(ask)).map_err(|error| failed(&scope.paths, &error))?;
         let (mut idle, slot) = self.begin(&scope)?;
         loop {
             let was_idle = idle.is_some();
-            let worker = match idle.take() {
+            let mut worker = match idle.take() {
                 Some(worker) => worker,
                 None => Worker::start().map_err(HostPathError::Ask)?,
             };
@@ -521,21 +557,11 @@ impl HostPaths {
             });
             match heard {
                 Ok(Heard::Answer(tell, descriptors)) => {
-                    self.take_back(worker, plugin);
-                    return match tell {
-                        Tell::Failed(Failure { text, path, errno }) => {
-                            let path = path_of(&path).to_owned();
-                            Err(HostPathError::Failed(Failed { text, path, errno }))
-                        }
-                        tell => Ok((tell, descriptors)),
-                    };
+                    return Ok(Answered { worker, slot, tell, descriptors, plugin });
                 }
                 Ok(Heard::Silence(limit, at)) => return Err(self.give_up(worker, scope, at, limit)),
                 Err(error) => {
-                    tracing::warn!(pid = worker.pid, %error, "a process that looks at paths of the host failed");
-                    // If it has not ended, it is confused.
-                    let _ = process::signal_child(worker.pid, SIGKILL);
-                    self.reap(worker.pid, Started::default());
+                    self.abandon(&worker, &error);
                     // Somebody may have ended it long ago.
                     if !was_idle || has_begun {
                         return Err(lost(&shown(&scope.paths)));
@@ -543,6 +569,21 @@ impl HostPaths {
                 }
             }
         }
+    }
+
+    /// Ends a worker whose connection has failed.
+    fn abandon(&self, worker: &Worker, error: &io::Error) {
+        tracing::warn!(pid = worker.pid, %error, "a process that looks at paths of the host failed");
+        // If it has not ended, it is confused.
+        let _ = process::signal_child(worker.pid, SIGKILL);
+        self.reap(worker.pid, Started::default(), None);
+    }
+
+    /// Ends a worker whose answer nobody wants any more. It counts as busy until it has ended.
+    fn dismiss(&self, worker: Worker, slot: Slot, paths: Vec<PathBuf>) {
+        slot.is_in(paths);
+        let _ = process::signal_child(worker.pid, SIGKILL);
+        self.reap(worker.pid, Started::default(), Some(slot));
     }
 
     /// A worker that is idle, if there is one, and the right to have one; unless what is asked
@@ -592,13 +633,13 @@ impl HostPaths {
         match plugin {
             Some(plugin) if !left.0.is_empty() => {
                 tracing::warn!(plugin = %plugin.display(), "a CNI plugin was killed and cannot end");
-                let Worker { pid, connection } = worker;
+                let Worker { pid, connection, .. } = worker;
                 drop(connection);
                 let (kind, paths, places, since) = (Kind::Plugins, Vec::new(), Vec::new(), Instant::now());
                 let stuck =
                     Stuck { pid, paths, places, kind, was_killed: false, plugin: Some(plugin), since };
                 lock(&self.shared.workers).stuck.push(stuck);
-                self.reap(pid, left);
+                self.reap(pid, left, None);
             }
             _ => self.keep(worker),
         }
@@ -613,13 +654,13 @@ impl HostPaths {
             drop(workers);
             // It ends when it sees that.
             drop(worker.connection);
-            self.reap(worker.pid, Started::default());
+            self.reap(worker.pid, Started::default(), None);
         }
     }
 
     /// `at` is where it was, if it has said so.
     fn give_up(&self, worker: Worker, scope: Scope, at: Option<PathBuf>, limit: Duration) -> HostPathError {
-        let Worker { pid, connection } = worker;
+        let Worker { pid, connection, .. } = worker;
         let Scope { kind, only_looks, paths: asked, patience: _ } = scope;
         let started = Started::all(pid);
         let was_killed = !only_looks;
@@ -653,15 +694,15 @@ impl HostPaths {
         let error = HostPathError::Silent { path, place: shown(&places), seconds };
         let since = Instant::now() - limit;
         lock(&self.shared.workers).stuck.push(Stuck { pid, paths, places, kind, was_killed, plugin, since });
-        self.reap(pid, started);
+        self.reap(pid, started, None);
         // Those who wait for room there are refused now.
         self.shared.one_less.notify_all();
         error
     }
 
     /// Sees to it that a worker which is to end is waited for, however late it does.
-    /// What it has started counts as it does.
-    fn reap(&self, pid: i32, mut started: Started) {
+    /// What it has started counts as it does. `slot` is kept until then.
+    fn reap(&self, pid: i32, mut started: Started, slot: Option<Slot>) {
         let shared = self.shared.clone();
         self.runtime.spawn(async move {
             let (mut pause, begin) = (FIRST_LOOK, tokio::time::Instant::now());
@@ -669,6 +710,7 @@ impl HostPaths {
                 tokio::time::sleep(pause).await;
                 pause = LOOK.min(pause * 2);
             }
+            drop(slot);
             // The kernel lets some waits end with a signal that kills, which says nothing of the
             // path. A container that holds its cgroup ends soon, and the cgroup is to be removed
             // then.
@@ -704,13 +746,15 @@ struct Slot {
 impl Slot {
     /// Keeps where its worker is.
     fn is_at(&self, at: &At) {
+        self.is_in(at.milliseconds.is_none().then(|| path_of(&at.path).to_owned()).into_iter().collect());
+    }
+
+    /// Keeps that it is there from now on; nowhere when that may take long.
+    fn is_in(&self, paths: Vec<PathBuf>) {
         let mut workers = lock(&self.shared.workers);
         if let Some(busy) = workers.busy.iter_mut().find(|busy| busy.question == self.question) {
             busy.since = Instant::now();
-            busy.paths.clear();
-            if at.milliseconds.is_none() {
-                busy.paths.push(path_of(&at.path).to_owned());
-            }
+            busy.paths = paths;
         }
     }
 }
@@ -798,24 +842,33 @@ impl Worker {
             env: &[],
             descriptors: &[null, null, null, theirs],
         };
-        Ok(Self { pid: process::spawn(&program)?, connection })
+        Ok(Self::new(process::spawn(&program)?, connection))
+    }
+
+    fn new(pid: i32, connection: OwnedFd) -> Self {
+        Self { pid, connection, received: Vec::new() }
     }
 
     /// Puts a question, and listens until it is answered. Where the worker is in between goes to
     /// `is_at`, and its `patience` begins again from there.
-    fn converse(&self, frame: &[u8], patience: Duration, mut is_at: impl FnMut(&At)) -> io::Result<Heard> {
+    fn converse(&mut self, frame: &[u8], patience: Duration, is_at: impl FnMut(&At)) -> io::Result<Heard> {
         let connection = self.connection.as_fd();
-        let (mut limit, mut at) = (patience, None);
-        let mut end = Instant::now() + limit;
         // It reads what it is sent, unless it was stopped.
         socket::limit_sends(connection, patience)?;
         match worker::send_all(connection, frame, &[]) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Silence(limit, at)),
-            sent => sent?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Heard::Silence(patience, None)),
+            sent => sent.and_then(|()| self.listen(patience, is_at)),
         }
-        let (mut received, mut descriptors, mut buffer) = (Vec::new(), Vec::new(), [0; 4096]);
+    }
+
+    /// Listens for an answer.
+    fn listen(&mut self, patience: Duration, mut is_at: impl FnMut(&At)) -> io::Result<Heard> {
+        let connection = self.connection.as_fd();
+        let (mut limit, mut at) = (patience, None);
+        let mut end = Instant::now() + limit;
+        let (mut descriptors, mut buffer) = (Vec::new(), [0; 16 * 1024]);
         loop {
-            while let Some(answer) = frame::take::<Answer>(&mut received).map_err(io::Error::other)? {
+            while let Some(answer) = frame::take::<Answer>(&mut self.received).map_err(io::Error::other)? {
                 match answer.tell {
                     Some(Tell::At(now)) => {
                         is_at(&now);
@@ -835,7 +888,7 @@ impl Worker {
             match socket::receive(connection, &mut buffer) {
                 Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok((length, more)) => {
-                    received.extend_from_slice(buffer.get(..length).unwrap_or_default());
+                    self.received.extend_from_slice(buffer.get(..length).unwrap_or_default());
                     descriptors.extend(more);
                 }
                 Err(error)
@@ -954,7 +1007,7 @@ mod tests {
     #[test]
     fn a_worker_that_reads_nothing_is_given_up() {
         let (connection, _kept) = socket::stream_pair().unwrap();
-        let worker = Worker { pid: 0, connection };
+        let mut worker = Worker::new(0, connection);
         let heard = worker.converse(&vec![0; 4 << 20], Duration::from_millis(50), |_| {}).unwrap();
         assert!(matches!(heard, Heard::Silence(_, None)), "{heard:?}");
     }
@@ -962,7 +1015,7 @@ mod tests {
     #[test]
     fn each_step_of_a_worker_has_its_own_time() {
         let (connection, theirs) = socket::stream_pair().unwrap();
-        let worker = Worker { pid: 0, connection };
+        let mut worker = Worker::new(0, connection);
         let at = |path: &str, milliseconds| {
             let at = At { path: path.as_bytes().to_vec(), milliseconds };
             let frame = frame::encode(&Answer::from(Tell::At(at))).unwrap();

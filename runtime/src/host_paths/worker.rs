@@ -134,12 +134,19 @@ fn answer(question: Question, connection: BorrowedFd<'_>) -> Result<Found, Failu
         }
         Some(Ask::Import(path)) => {
             let opened = import::open(path_of(&path)).map_err(|error| failed_at(path_of(&path), &error))?;
-            return Ok((Tell::Done(true), opened.into_iter().collect()));
+            Tell::Done(opened.is_none())
         }
         Some(Ask::Member(Below { top, path })) => {
             let at = path_of(&top).join(path_of(&path));
             let opened = import::open_member(path_of(&top), path_of(&path));
-            return Ok((Tell::Done(true), vec![opened.map_err(|error| failed_at(&at, &error))?]));
+            Tell::Done(opened.map(|_| true).map_err(|error| failed_at(&at, &error))?)
+        }
+        Some(Ask::Read(read)) => {
+            let failed = |error| failed_at(path_of(&read.path), &error);
+            let file = import::open_to_read(&read).map_err(failed)?;
+            say(connection, Tell::Done(true));
+            import::read(&file, &mut |piece| say(connection, Tell::Content(piece))).map_err(failed)?;
+            Tell::Content(Vec::new())
         }
         Some(Ask::Checkup(daemon)) => {
             let daemon = serde_json::from_slice(&daemon).map_err(|error| failure(&error))?;
@@ -153,16 +160,21 @@ fn answer(question: Question, connection: BorrowedFd<'_>) -> Result<Found, Failu
     Ok(tell.into())
 }
 
-/// Says where it is. Without a daemon that hears it, nothing more is begun: the next daemon gives
-/// back what there is by then, and nothing may come after that.
+/// Says where it is.
 fn announce(connection: BorrowedFd<'_>, step: Step<'_>) {
     let (path, milliseconds) = match step {
         Step::Path(path) => (path, None),
         Step::Plugin(path, limit) => (path, Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX))),
     };
-    let at = Answer::from(Tell::At(At { path: bytes_of(path), milliseconds }));
+    say(connection, Tell::At(At { path: bytes_of(path), milliseconds }));
+}
+
+/// Says something that is not all. Without a daemon that hears it, nothing more is begun: the next
+/// daemon gives back what there is by then, and nothing may come after that.
+fn say(connection: BorrowedFd<'_>, tell: Tell) {
+    let answer = Answer::from(tell);
     let said =
-        frame::encode(&at).map_err(io::Error::other).and_then(|frame| send_all(connection, &frame, &[]));
+        frame::encode(&answer).map_err(io::Error::other).and_then(|frame| send_all(connection, &frame, &[]));
     if said.is_err() {
         process::exit_now(1);
     }

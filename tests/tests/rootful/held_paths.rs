@@ -10,8 +10,13 @@ use anyhow::{Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, SOON, rootful};
 use berth_tests::deadline::{patience, within};
-use berth_tests::held::{Call, GIVEN_UP, Holder, MKDIR, OPEN, Queued, held_children, waits_in};
+use berth_tests::forge::{Image, Layer};
+use berth_tests::fuse::Hanging;
+use berth_tests::held::{
+    Call, GIVEN_UP, Holder, MKDIR, OPEN, Queued, held_children, reading_children, waits_in,
+};
 use berth_tests::pod::{Container, Pod, idle, volume};
+use berth_tests::skip::skip;
 use tonic::Code;
 
 /// Creates a container of the pod `id` with a mount of `source`.
@@ -219,5 +224,61 @@ fn an_import_from_a_directory_that_a_container_holds_keeps_no_daemon_waiting() -
         ensure!(holder.holds(), "all the time");
         drop(queued);
         holder.remove()
+    })
+}
+
+#[test]
+fn an_import_of_a_file_that_answers_no_read_keeps_no_daemon_waiting() -> Result<()> {
+    rootful(|daemon| {
+        let other = daemon.pod("other")?.idle("other")?;
+        let archive = daemon.directory("archives")?.join("archive.tar");
+        std::fs::write(&archive, "")?;
+        let layout = daemon.directory("layout")?;
+        let layer = Layer::of_files(&[("file", b"content")]);
+        let blob = layout.join("blobs/sha256").join(layer.digest.trim_start_matches("sha256:"));
+        Image::demo()?.on_top(layer).write_layout(&layout, "localhost/hanging:1")?;
+        let (Some(_archive), Some(_layer)) =
+            (Hanging::mount_on_file_to_read(&archive)?, Hanging::mount_on_file_to_read(&blob)?)
+        else {
+            skip("held", "no FUSE here");
+            return Ok(());
+        };
+        let begin = || {
+            [&archive, &layout].map(|path| {
+                let (client, path) = (daemon.client(), path.clone());
+                Call::begin(move || client.import(&path))
+            })
+        };
+        let both_wait = || Ok((reading_children(daemon)? == 2).then_some(()));
+
+        // More of them than a daemon can leave its directories to.
+        for name in ["first", "second", "third", "fourth"] {
+            let under_way = begin();
+            within(SOON, "a child of the daemon waits for each", both_wait)?;
+            serves(daemon, name, &other)?;
+            daemon.crash()?;
+            for import in under_way {
+                import.refused()?;
+            }
+        }
+        ensure!(!daemon.log()?.contains("took over"), "each daemon has ended");
+
+        let [archived, laid_out] = begin();
+        for (import, path) in [(archived, &archive), (laid_out, &blob)] {
+            let refused = import.refused()?;
+            assert_eq!(refused.code(), Code::DeadlineExceeded, "{refused:?}");
+            for words in [&*path.to_string_lossy(), "did not answer within"] {
+                ensure!(refused.message().contains(words), "{refused:?}");
+            }
+        }
+        // That is known now.
+        for path in [&archive, &layout] {
+            let refused = daemon.client().import(path).unwrap_err();
+            assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+        }
+        serves(daemon, "afterwards", &other)?;
+        daemon.stop()?;
+        daemon.start_again()?;
+        serves(daemon, "of-the-last", &other)
     })
 }

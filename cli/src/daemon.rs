@@ -7,6 +7,7 @@ use std::error::Error as _;
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use berth_api::v1::berth_client::BerthClient;
 use berth_cri::MAX_MESSAGE_BYTES;
@@ -25,6 +26,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
 
 use crate::names::{Inventory, short_id};
+
+/// How long a daemon may take for an answer that changes nothing. It waits for half a minute at
+/// most for anything on the node.
+const ASK_LIMIT: Duration = Duration::from_secs(60);
 
 /// Why there is no connection to the daemon.
 #[derive(Debug, thiserror::Error)]
@@ -77,11 +82,19 @@ pub(crate) struct Refusal {
     pub(crate) code: Code,
     /// The daemon's message, or a description of the code.
     message: String,
-    /// Whether there was no answer because the connection was lost.
+    /// Whether there was no answer, or it was lost with the connection.
     lost: bool,
 }
 
 impl Refusal {
+    fn silence(limit: Duration) -> Self {
+        let seconds = limit.as_secs();
+        let message = format!(
+            "the daemon has accepted the call and not answered within {seconds} s; see its log, and restart it if it hangs"
+        );
+        Self { code: Code::DeadlineExceeded, message, lost: true }
+    }
+
     /// Whether the daemon gave no answer or is not ready yet, as during a restart: a retry may
     /// work.
     pub(crate) fn daemon_is_away(&self) -> bool {
@@ -116,6 +129,30 @@ pub(crate) async fn answer<T>(
     match call.await {
         Ok(response) => Ok(response.into_inner()),
         Err(status) => Err(CallError { act: act.into(), refusal: status.into() }),
+    }
+}
+
+/// Waits for the answer to a call that changes nothing. A daemon that hangs, or was killed and
+/// cannot end, keeps its connections and never answers.
+///
+/// # Errors
+/// When the call failed, or was not answered in time.
+pub(crate) async fn ask<T>(
+    act: impl Into<String>,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, CallError> {
+    ask_within(ASK_LIMIT, act, call).await
+}
+
+async fn ask_within<T>(
+    limit: Duration,
+    act: impl Into<String>,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, CallError> {
+    let act = act.into();
+    match tokio::time::timeout(limit, answer(act.as_str(), call)).await {
+        Ok(answered) => answered,
+        Err(_) => Err(CallError { act, refusal: Refusal::silence(limit) }),
     }
 }
 
@@ -177,9 +214,9 @@ impl Daemon {
     /// When a list call fails.
     pub(crate) async fn inventory(&self) -> Result<Inventory, CallError> {
         let (mut for_pods, mut for_containers) = (self.runtime.clone(), self.runtime.clone());
-        let pods = answer("list pods", for_pods.list_pod_sandbox(ListPodSandboxRequest::default()));
+        let pods = ask("list pods", for_pods.list_pod_sandbox(ListPodSandboxRequest::default()));
         let containers =
-            answer("list containers", for_containers.list_containers(ListContainersRequest::default()));
+            ask("list containers", for_containers.list_containers(ListContainersRequest::default()));
         let (pods, containers) = tokio::try_join!(pods, containers)?;
         Ok(Inventory { pods: pods.items, containers: containers.containers })
     }
@@ -191,7 +228,7 @@ impl Daemon {
     pub(crate) async fn container_status(&self, id: &str) -> Result<ContainerStatus, CallError> {
         let act = format!("inspect container {}", short_id(id));
         let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
-        let response = answer(act.as_str(), self.runtime.clone().container_status(request)).await?;
+        let response = ask(act.as_str(), self.runtime.clone().container_status(request)).await?;
         response.status.ok_or_else(|| empty_answer(act))
     }
 
@@ -202,7 +239,7 @@ impl Daemon {
     pub(crate) async fn container_details(&self, id: &str) -> Result<Value, CallError> {
         let act = format!("inspect container {}", short_id(id));
         let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
-        let response = answer(act.as_str(), self.runtime.clone().container_status(request)).await?;
+        let response = ask(act.as_str(), self.runtime.clone().container_status(request)).await?;
         let details = response.info.get("info").and_then(|text| serde_json::from_str(text).ok());
         details.ok_or_else(|| empty_answer(act))
     }
@@ -214,7 +251,7 @@ impl Daemon {
     pub(crate) async fn pod_status(&self, id: &str) -> Result<PodSandboxStatus, CallError> {
         let act = format!("inspect pod {}", short_id(id));
         let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
-        let response = answer(act.as_str(), self.runtime.clone().pod_sandbox_status(request)).await?;
+        let response = ask(act.as_str(), self.runtime.clone().pod_sandbox_status(request)).await?;
         response.status.ok_or_else(|| empty_answer(act))
     }
 
@@ -225,7 +262,7 @@ impl Daemon {
     pub(crate) async fn image(&self, reference: &str) -> Result<Option<Image>, CallError> {
         let request = ImageStatusRequest { image: Some(image_spec(reference)), verbose: false };
         let act = format!("inspect image {reference}");
-        Ok(answer(act, self.images.clone().image_status(request)).await?.image)
+        Ok(ask(act, self.images.clone().image_status(request)).await?.image)
     }
 
     /// Stops a container: its stop signal, then SIGKILL after `grace_seconds`.
@@ -309,6 +346,23 @@ mod tests {
         );
         let far = directory.path().join("x".repeat(200));
         assert!(matches!(Daemon::connect(&far).await, Err(ConnectError::Connect { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_never_answers_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("berth.sock");
+        // The kernel accepts connections for it.
+        let _silent = UnixListener::bind(&socket).unwrap();
+        let daemon = Daemon::connect(&socket).await.unwrap();
+        let call = daemon.own.clone();
+        let call = async move { { call }.info(berth_api::v1::InfoRequest {}).await };
+        let error = ask_within(Duration::from_millis(10), "get information", call).await.unwrap_err();
+        assert_eq!(
+            (error.to_string(), error.refusal.code),
+            ("cannot get information".into(), Code::DeadlineExceeded)
+        );
+        assert!(error.refusal.daemon_is_away() && error.refusal.to_string().contains("not answered within"));
     }
 
     #[test]

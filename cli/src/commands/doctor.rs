@@ -7,7 +7,7 @@ use berth_api::v1::{InfoRequest, InfoResponse};
 use berth_checkup::{Finding, Grade, finding, look};
 use berth_cri::v1::{RuntimeCondition, StatusRequest};
 
-use crate::daemon::{Daemon, answer};
+use crate::daemon::{Daemon, ask};
 use crate::error::{Error, FAILURE};
 use crate::{output, table};
 
@@ -18,7 +18,7 @@ use crate::{output, table};
 /// When the report cannot be written; a missing daemon is a finding.
 pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
     let mut daemon = berth_checkup::Daemon { socket: socket.to_owned(), ..Default::default() };
-    let of_daemon = match ask(socket).await {
+    let of_daemon = match ask_daemon(socket).await {
         Ok((info, conditions)) => {
             let findings = judge(socket, &info, conditions);
             take_over(&mut daemon, info);
@@ -35,11 +35,11 @@ pub(crate) async fn doctor(socket: &Path) -> Result<ExitCode, Error> {
 }
 
 /// The daemon's own report, and the conditions that a kubelet asks for.
-async fn ask(socket: &Path) -> Result<(InfoResponse, Vec<RuntimeCondition>), Error> {
+async fn ask_daemon(socket: &Path) -> Result<(InfoResponse, Vec<RuntimeCondition>), Error> {
     let daemon = Daemon::connect(socket).await?;
     let request = StatusRequest { verbose: false };
-    let status = answer("get the status", daemon.runtime.clone().status(request)).await?;
-    let info = answer("get information", daemon.own.clone().info(InfoRequest {})).await?;
+    let status = ask("get the status", daemon.runtime.clone().status(request)).await?;
+    let info = ask("get information", daemon.own.clone().info(InfoRequest {})).await?;
     Ok((info, status.status.unwrap_or_default().conditions))
 }
 
@@ -136,6 +136,6 @@ mod tests {
     #[tokio::test]
     async fn a_missing_daemon_is_broken() {
         let directory = tempfile::tempdir().unwrap();
-        assert!(ask(&directory.path().join("berth.sock")).await.is_err());
+        assert!(ask_daemon(&directory.path().join("berth.sock")).await.is_err());
     }
 }

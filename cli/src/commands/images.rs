@@ -4,7 +4,7 @@ use berth_cri::v1::{Image, ListImagesRequest, RemoveImageRequest};
 
 use super::stop::report;
 use crate::args::RmiArgs;
-use crate::daemon::{Daemon, answer, image_spec};
+use crate::daemon::{Daemon, answer, ask, image_spec};
 use crate::error::Error;
 use crate::names::{Inventory, listed, short_id};
 use crate::output;
@@ -33,7 +33,7 @@ pub(crate) enum ImageError {
 /// When a call to the daemon fails.
 pub(crate) async fn list(daemon: &Daemon) -> Result<(), Error> {
     let request = ListImagesRequest::default();
-    let images = answer("list images", daemon.images.clone().list_images(request)).await?.images;
+    let images = ask("list images", daemon.images.clone().list_images(request)).await?.images;
     let mut rows: Vec<_> = images.iter().flat_map(rows_of).collect();
     rows.sort();
     let mut table = Table::new(["IMAGE", "ID", "SIZE"]);

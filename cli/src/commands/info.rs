@@ -5,7 +5,7 @@ use std::path::Path;
 use berth_api::v1::{InfoRequest, InfoResponse};
 use berth_cri::v1::{StatusRequest, StatusResponse, VersionRequest};
 
-use crate::daemon::{Daemon, answer};
+use crate::daemon::{Daemon, ask};
 use crate::error::Error;
 use crate::output;
 
@@ -17,7 +17,7 @@ pub(crate) async fn version(socket: &Path) -> Result<(), Error> {
     output::line(format_args!("berth   {}", env!("CARGO_PKG_VERSION")))?;
     let daemon = Daemon::connect(socket).await?;
     let request = VersionRequest { version: String::new() };
-    let version = answer("get the version", daemon.runtime.clone().version(request)).await?;
+    let version = ask("get the version", daemon.runtime.clone().version(request)).await?;
     let (name, number, api) = (version.runtime_name, version.runtime_version, version.runtime_api_version);
     Ok(output::line(format_args!("berthd  {number} ({name}, CRI {api})"))?)
 }
@@ -27,9 +27,9 @@ pub(crate) async fn version(socket: &Path) -> Result<(), Error> {
 /// # Errors
 /// When a call to the daemon fails.
 pub(crate) async fn info(daemon: &Daemon, socket: &Path) -> Result<(), Error> {
-    let info = answer("get information", daemon.own.clone().info(InfoRequest {})).await?;
+    let info = ask("get information", daemon.own.clone().info(InfoRequest {})).await?;
     let request = StatusRequest { verbose: false };
-    let status = answer("get the status", daemon.runtime.clone().status(request)).await?;
+    let status = ask("get the status", daemon.runtime.clone().status(request)).await?;
     Ok(output::text(&info_text(socket, &info, &status))?)
 }
 

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
 use crate::clock::rfc3339;
-use crate::daemon::{Daemon, answer, image_spec};
+use crate::daemon::{Daemon, ask, image_spec};
 use crate::error::Error;
 use crate::names::{NameError, Target, short_id};
 use crate::output;
@@ -41,7 +41,7 @@ pub(crate) async fn inspect(daemon: &Daemon, args: &InspectArgs) -> Result<(), E
 async fn container_object(daemon: &Daemon, id: &str) -> Result<Value, Error> {
     let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: true };
     let act = format!("inspect container {}", short_id(id));
-    let response = answer(act, daemon.runtime.clone().container_status(request)).await?;
+    let response = ask(act, daemon.runtime.clone().container_status(request)).await?;
     let status = response.status.unwrap_or_default();
     Ok(json!({ "kind": "container", "status": container_status(&status), "info": details(&response.info) }))
 }
@@ -49,14 +49,14 @@ async fn container_object(daemon: &Daemon, id: &str) -> Result<Value, Error> {
 async fn pod_object(daemon: &Daemon, id: &str) -> Result<Value, Error> {
     let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
     let act = format!("inspect pod {}", short_id(id));
-    let response = answer(act, daemon.runtime.clone().pod_sandbox_status(request)).await?;
+    let response = ask(act, daemon.runtime.clone().pod_sandbox_status(request)).await?;
     let status = response.status.unwrap_or_default();
     Ok(json!({ "kind": "pod", "status": pod_status(&status), "info": details(&response.info) }))
 }
 
 async fn image_object(daemon: &Daemon, name: &str) -> Result<Value, Error> {
     let request = ImageStatusRequest { image: Some(image_spec(name)), verbose: true };
-    let call = answer(format!("inspect image {name}"), daemon.images.clone().image_status(request)).await;
+    let call = ask(format!("inspect image {name}"), daemon.images.clone().image_status(request)).await;
     let response = call?;
     let image = response.image.ok_or_else(|| Error::Nothing(name.to_owned()))?;
     Ok(json!({ "kind": "image", "status": image_status(&image), "info": details(&response.info) }))

@@ -12,7 +12,7 @@ use berth_cri::v1::{
 use tonic::Code;
 
 use crate::args::StatsArgs;
-use crate::daemon::{CallError, Daemon, answer};
+use crate::daemon::{CallError, Daemon, ask};
 use crate::error::Error;
 use crate::names::{Inventory, NameError, Target, pod_name, short_id};
 use crate::output;
@@ -109,7 +109,7 @@ fn wanted_ids(inventory: &Inventory, names: &[String]) -> Result<Option<Vec<Stri
 async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
     let request = ListContainerStatsRequest::default();
     let mut stats =
-        answer("get the statistics of containers", daemon.runtime.clone().list_container_stats(request))
+        ask("get the statistics of containers", daemon.runtime.clone().list_container_stats(request))
             .await?
             .stats;
     stats.retain(|stats| stats.cpu.is_some() || stats.memory.is_some());
@@ -121,14 +121,13 @@ async fn measure(daemon: &Daemon) -> Result<Vec<ContainerStats>, CallError> {
 /// cannot tell.
 async fn networks(daemon: &Daemon) -> Result<Vec<(String, NetworkInterfaceUsage)>, CallError> {
     let request = ListPodSandboxStatsRequest::default();
-    let pods =
-        match answer("get the statistics of pods", daemon.runtime.clone().list_pod_sandbox_stats(request))
-            .await
-        {
-            Ok(answer) => answer.stats,
-            Err(error) if error.refusal.code == Code::Unimplemented => Vec::new(),
-            Err(error) => return Err(error),
-        };
+    let pods = match ask("get the statistics of pods", daemon.runtime.clone().list_pod_sandbox_stats(request))
+        .await
+    {
+        Ok(answer) => answer.stats,
+        Err(error) if error.refusal.code == Code::Unimplemented => Vec::new(),
+        Err(error) => return Err(error),
+    };
     let mut networks = Vec::new();
     for pod in pods {
         let (Some(attributes), Some(network)) = (pod.attributes, pod.linux.and_then(|linux| linux.network))
@@ -144,7 +143,7 @@ async fn networks(daemon: &Daemon) -> Result<Vec<(String, NetworkInterfaceUsage)
 
 /// Berth's own memory, if the daemon can tell.
 async fn own_usage(daemon: &Daemon) -> Result<Option<UsageResponse>, CallError> {
-    match answer("get the memory use of the daemon", daemon.own.clone().usage(UsageRequest {})).await {
+    match ask("get the memory use of the daemon", daemon.own.clone().usage(UsageRequest {})).await {
         Ok(usage) => Ok(Some(usage)),
         Err(error) if error.refusal.code == Code::Unimplemented => Ok(None),
         Err(error) => Err(error),

@@ -41,6 +41,10 @@ use crate::{api, apparmor, cadvisor, server};
 /// Major and minor version of the oldest supported kernel.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
+/// The fewest descriptors to start with. The daemon's own files and sockets take 40, and each call
+/// some.
+const LEAST_DESCRIPTORS: u64 = 64;
+
 /// How often the network is checked, and repaired if needed.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
@@ -68,6 +72,14 @@ pub enum DaemonError {
     Kernel {
         /// Its version.
         release: String,
+    },
+    /// It could not answer anybody.
+    #[error(
+        "the limit on open files is {limit}, and berthd needs at least {LEAST_DESCRIPTORS}: raise it, by LimitNOFILE= in its unit or by ulimit -Hn"
+    )]
+    Descriptors {
+        /// The limit.
+        limit: u64,
     },
     /// Another daemon uses the same root or state.
     #[error("another berthd uses {path}: {holder}; give this one its own --root and --state")]
@@ -132,7 +144,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DaemonEr
 /// [`DaemonError`], with advice where there is any.
 pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload) -> Result<(), DaemonError> {
     let notifier = Arc::new(Notifier::from_environment());
-    raise_descriptor_limit();
+    raise_descriptor_limit()?;
     check_kernel(&release())?;
     let layout = Layout::new(config.root.clone(), config.state.clone());
     prepare(&layout)?;
@@ -217,11 +229,20 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
 
 /// The daemon holds a connection for each container. Programs that it starts get their own limits:
 /// [`crate::rlimits`].
-fn raise_descriptor_limit() {
-    let raised =
-        process::rlimit(RLIMIT_NOFILE).and_then(|(_, hard)| process::set_rlimit(RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::warn!(%error, "cannot raise the limit on open files");
+fn raise_descriptor_limit() -> Result<(), DaemonError> {
+    let limit = process::rlimit(RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if hard < LEAST_DESCRIPTORS {
+            return Ok(hard);
+        }
+        process::set_rlimit(RLIMIT_NOFILE, hard, hard).map(|()| hard).or_else(|error| {
+            tracing::warn!(%error, "cannot raise the limit on open files");
+            Ok(soft)
+        })
+    });
+    match limit {
+        Ok(limit) if limit < LEAST_DESCRIPTORS => Err(DaemonError::Descriptors { limit }),
+        Ok(_) => Ok(()),
+        Err(source) => Err(DaemonError::Host { what: "the limit on open files", source }),
     }
 }
 

@@ -174,7 +174,16 @@ impl Daemon {
     /// # Errors
     /// When it does not end in time, or ends with success.
     pub fn fail_to_start(&self) -> Result<String> {
-        let mut child = self.spawn(&[], &programs()?)?;
+        self.fail_to_start_under(&[])
+    }
+
+    /// [`fail_to_start`](Self::fail_to_start) by another program, as with
+    /// [`start_under`](Self::start_under).
+    ///
+    /// # Errors
+    /// When it does not end in time, or ends with success.
+    pub fn fail_to_start_under(&self, words: &[&str]) -> Result<String> {
+        let mut child = self.spawn(words, &programs()?)?;
         let ended = within(SOON, "the daemon ends", || Ok(child.try_wait()?));
         let _ = child.kill();
         ensure!(!ended?.success(), "it ended with success");

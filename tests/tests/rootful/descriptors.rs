@@ -89,3 +89,22 @@ fn calls_of_a_daemon_without_descriptors_name_them() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_daemon_that_could_answer_nobody_refuses_to_start_and_says_why() -> Result<()> {
+    const LEAST: usize = 64;
+    rootful(|daemon| {
+        let main = daemon.pod("pod")?.idle("main")?;
+        daemon.kill()?;
+        for most in [30, 40, LEAST - 1] {
+            let said = daemon.fail_to_start_under(&["prlimit", &format!("--nofile={most}:{most}")])?;
+            let words = format!("the limit on open files is {most}, and berthd needs at least {LEAST}");
+            ensure!(said.contains(&words), "{said}");
+        }
+        daemon.start_under(&["prlimit", &format!("--nofile={LEAST}:{LEAST}")])?;
+        ensure!(main.sh("echo alive")? == "alive\n");
+        let other = daemon.pod("other")?;
+        ensure!(other.idle("main")?.sh("echo alive")? == "alive\n");
+        Ok(other.remove()?)
+    })
+}

@@ -1,10 +1,13 @@
 //! The configuration, reloaded under running pods.
 
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
-use berth_tests::daemon::{Daemon, SOON, rootful};
+use berth_tests::daemon::{Daemon, SOON, programs, rootful};
 use berth_tests::deadline::within;
 use serde_json::Value;
 
@@ -101,6 +104,37 @@ fn a_wrong_configuration_changes_nothing_and_every_mistake_is_told() -> Result<(
             assert_eq!(in_force(daemon, "")?, before, "{text}");
         }
         assert_eq!(daemon.pod("pod")?.idle("main")?.sh("echo fine")?, "fine\n");
+        Ok(())
+    })
+}
+
+/// What `systemctl reload` runs. The daemon is kept from reading its configuration by a FIFO.
+#[test]
+fn a_reload_returns_when_the_new_values_are_in_force_and_not_before() -> Result<()> {
+    rootful(|daemon| {
+        let pod = daemon.pod("web")?;
+        let fifo = daemon.directory("berth.toml.d")?.join("more.toml");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+        for soft in [300, 301, 302] {
+            let pid = daemon.pid()?.to_string();
+            let mut reload = Command::new(programs()?.join("berthd"))
+                .args(["--reload", &pid])
+                .stderr(Stdio::piped())
+                .spawn()
+                .context("asking for the reload")?;
+            // It cannot be opened before the daemon reads it: fifo(7).
+            let mut text = within(SOON, "the daemon reads its configuration", || {
+                let mut options = fs::File::options();
+                Ok(options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(&fifo).ok())
+            })?;
+            ensure!(reload.try_wait()?.is_none(), "the daemon does not know the new values yet");
+            write!(text, "[container.rlimits]\nnofile = '{soft}:400'\n")?;
+            drop(text);
+            let status = within(SOON, "the reload returns", || Ok(reload.try_wait()?))?;
+            ensure!(status.success(), "{status}");
+            let container = pod.idle(&format!("after-{soft}"))?;
+            assert_eq!(container.sh("ulimit -Sn")?, format!("{soft}\n"));
+        }
         Ok(())
     })
 }

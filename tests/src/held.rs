@@ -106,6 +106,40 @@ impl Holder {
     }
 }
 
+/// A process of the host that holds a directory.
+#[derive(Debug)]
+pub struct Keeper {
+    process: Child,
+    hanging: Option<Hanging>,
+}
+
+impl Keeper {
+    /// Has one hold `directory`, by a filesystem that does not serve, mounted on `place`. `None`
+    /// where that cannot be.
+    ///
+    /// # Errors
+    /// When it does not hold the directory.
+    pub fn start(directory: &Path, place: &Path) -> Result<Option<Self>> {
+        let perl = Path::new("/usr/bin/perl");
+        let hanging = if perl.exists() { Hanging::mount_with_files(place)? } else { None };
+        let Some(hanging) = hanging else { return Ok(None) };
+        let mut command = Command::new(perl);
+        let process = command.args(["-e", HOLD]).arg(place.join("file")).arg(directory).spawn()?;
+        let pid = i32::try_from(process.id())?;
+        let keeper = Self { process, hanging: Some(hanging) };
+        within(SOON, "it holds the directory", || Ok(waits_in(pid, GETDENTS64).then_some(())))?;
+        Ok(Some(keeper))
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.hanging = None;
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
 /// getdents64(2), by its number, like those that follow.
 pub const GETDENTS64: &str = "217";
 /// mkdir(2).
@@ -191,10 +225,10 @@ fn count_children(daemon: &Daemon, counts: impl Fn(i32) -> bool) -> Result<usize
     while let Some(pid) = found.pop() {
         // One that has ended meanwhile has none.
         found.extend(children(pid).unwrap_or_default());
-        let is = |field, beginning| status_field(pid, field).is_some_and(|text| text.starts_with(beginning));
-        held += usize::from(is("Name", "berth") && is("State", "D"));
+        let is_of_berth = status_field(pid, "Name").is_some_and(|name| name.starts_with("berth"));
+        count += usize::from(is_of_berth && counts(pid));
     }
-    Ok(held)
+    Ok(count)
 }
 
 /// A process that wants to make something in a directory that is held. Everybody after it waits,

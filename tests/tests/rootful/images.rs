@@ -1,9 +1,17 @@
 //! Images without a registry: import, lists, removal.
 
-use anyhow::{Context as _, Result};
-use berth_tests::daemon::{IMAGE, programs, rootful};
-use berth_tests::forge::{Image, Layer};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use berth_tests::census::status_field;
+use berth_tests::daemon::{Daemon, IMAGE, SOON, programs, rootful};
+use berth_tests::deadline::within;
+use berth_tests::forge::{Entry, Image, Layer};
+use berth_tests::held::{Keeper, UNLINKAT, waits_in};
 use berth_tests::pod::container;
+use berth_tests::registry::Registry;
+use berth_tests::skip::skip;
 use serde_json::json;
 
 #[test]
@@ -101,6 +109,81 @@ fn a_container_lives_on_without_its_image() -> Result<()> {
         assert_eq!(main.sh("cat /www/index.html | wc -l")?, "1\n");
         main.remove()?;
         client.import(&programs()?.join("images/demo.tar"))?;
+        Ok(())
+    })
+}
+
+/// The directory `held` in a layer, wherever that is by now.
+fn held_directory(daemon: &Daemon) -> Result<Option<PathBuf>> {
+    fn find(directory: &Path) -> Option<PathBuf> {
+        let entries = fs::read_dir(directory).ok()?.flatten();
+        let mut below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        below.find_map(|entry| match entry.file_name() == "held" {
+            true => Some(entry.path()),
+            false => find(&entry.path()),
+        })
+    }
+    Ok(find(&daemon.root().join("layers")))
+}
+
+/// Whether a thread of the daemon waits in the kernel to delete something.
+fn deletes(daemon: &Daemon) -> Result<Option<()>> {
+    let pid = daemon.pid()?;
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
+    let mut ids = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+    Ok(ids.any(|id: i32| waits_in(id, UNLINKAT)).then_some(()))
+}
+
+/// Deleting a layer can take as long as it likes: here for as long as another process keeps a
+/// directory in it locked.
+#[test]
+fn a_removal_that_deletes_still_is_answered_and_delays_no_pull_and_no_start() -> Result<()> {
+    rootful(|daemon| {
+        let client = daemon.client();
+        let (large, other) = ("localhost/large:1", Image::demo()?.on_top(Layer::of_files(&[("x", b"y")])));
+        let entries = [("held", Entry::Directory), ("held/file", Entry::File(b""))];
+        let layout = daemon.directory("layout")?;
+        Image::demo()?.on_top(Layer::of_entries(&entries)).write_layout(&layout, large)?;
+        client.import(&layout)?;
+        let held = held_directory(daemon)?.context("the layer is there")?;
+        let place = daemon.directory("hanging")?;
+        let Some(keeper) = Keeper::start(&held, &place)? else {
+            skip("images::a_removal", "no FUSE or no /usr/bin/perl here");
+            return Ok(());
+        };
+
+        client.remove_image_of(large)?;
+        assert_eq!(client.image(large)?, None);
+        within(SOON, "its layer is being deleted", || deletes(daemon))?;
+        let registry = Registry::start(daemon, 5000)?;
+        let pulled = registry.push("team/app", "v1", &other.seal())?;
+        client.pull(&pulled)?;
+        client.remove_image_of(&pulled)?;
+        assert_eq!(client.images()?.len(), 1);
+        deletes(daemon)?.context("it is being deleted all the time")?;
+
+        let killed = i32::try_from(daemon.pid()?)?;
+        std::thread::scope(|scope| {
+            let kill = scope.spawn(|| daemon.kill());
+            within(SOON, "it is killed", || {
+                let pending = status_field(killed, "ShdPnd").unwrap_or_default();
+                Ok(pending.ends_with("100").then_some(()))
+            })?;
+            drop(keeper);
+            kill.join().map_err(|_| anyhow!("the thread panicked"))?
+        })?;
+
+        let held = held_directory(daemon)?.context("half of the layer is left")?;
+        let keeper = Keeper::start(&held, &place)?.context("there was FUSE before")?;
+        daemon.start_again()?;
+        client.pull(&pulled)?;
+        within(SOON, "the next daemon deletes it", || deletes(daemon))?;
+        client.pull(&pulled)?;
+        assert_eq!(daemon.pod("web")?.script("echo runs", |_| {})?, "runs\n");
+        deletes(daemon)?.context("it is being deleted all the time")?;
+        drop(keeper);
+        within(SOON, "nothing of it is left", || Ok(held_directory(daemon)?.is_none().then_some(())))?;
+        ensure!(client.image(&pulled)?.is_some());
         Ok(())
     })
 }

@@ -142,3 +142,42 @@ fn what_daemonsets_ask_for_is_accepted_and_works() -> Result<()> {
         Ok(())
     })
 }
+
+/// What the kernel says of a process: proc_pid_attr(5). Nothing without a security module.
+fn label(pid: i32) -> Result<String> {
+    Ok(std::fs::read_to_string(format!("/proc/{pid}/attr/current")).unwrap_or_default())
+}
+
+#[test]
+fn without_selinux_its_options_change_nothing_and_no_label_is_reported() -> Result<()> {
+    if std::fs::read_to_string("/proc/filesystems")?.contains("selinuxfs") {
+        berth_tests::skip::skip("daemonsets::without_selinux", "SELinux is on");
+        return Ok(());
+    }
+    rootful(|daemon| {
+        let plain = daemon.pod("plain")?.idle("main")?;
+        let mut config = daemon.pod_config("labelled");
+        let context = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+        context.selinux_options = selinux("spc_t", "s0:c101,c202");
+        let pod = daemon.pod_of(config)?;
+        let mut config = idle("main");
+        security(&mut config).selinux_options = selinux("spc_t", "s0:c101,c202");
+        let main = pod.start(config)?;
+
+        assert_eq!(label(main.pid()?)?, label(plain.pid()?)?);
+        let client = daemon.client();
+        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+        let of_pod = client.pod_sandbox_status(request)?;
+        let request = v1::ContainerStatusRequest { container_id: main.id.clone(), verbose: true };
+        let of_main = client.container_status(request)?;
+        ensure!(!of_pod.info.is_empty() && !of_main.info.is_empty(), "the details are there");
+        let request = v1::ContainerStatusRequest { container_id: plain.id.clone(), verbose: true };
+        let of_plain = client.container_status(request)?;
+        for text in [format!("{of_pod:?}"), format!("{of_main:?}"), format!("{of_plain:?}")] {
+            for word in ["spc_t", "c101", "selinux", "mountLabel"] {
+                ensure!(!text.to_lowercase().contains(&word.to_lowercase()), "{word} in {text}");
+            }
+        }
+        Ok(())
+    })
+}

@@ -4,11 +4,15 @@ use std::fs;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_cri::v1;
+use berth_tests::census::status_field;
 use berth_tests::cri::Client;
 use berth_tests::daemon::{SOON, rootful};
 use berth_tests::deadline::within;
 use berth_tests::pod::{idle, security, shell, words};
 use berth_tests::skip::skip;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::signal::{SIGCONT, SIGSTOP, kill};
+use nix::unistd::Pid;
 use tonic::Code;
 
 #[test]
@@ -51,6 +55,44 @@ fn what_takes_too_long_is_killed_with_all_it_started_and_the_container_lives() -
             Ok((!main.sh("ps -o args")?.contains("sleep 432")).then_some(()))
         })?;
         assert_eq!(main.status()?.state(), v1::ContainerState::ContainerRunning);
+        Ok(())
+    })
+}
+
+/// A program can make its output larger, to a mebibyte or, with `CAP_SYS_RESOURCE`, to more, and
+/// leave it full.
+#[test]
+fn what_is_in_a_large_pipe_when_its_program_ends_comes_back_whole() -> Result<()> {
+    let (_read, write) = nix::unistd::pipe()?;
+    let allowed =
+        [8 << 20, 1 << 20].into_iter().find(|size| fcntl(&write, FcntlArg::F_SETPIPE_SZ(*size)).is_ok());
+    let size = allowed.context("no pipe may be so large")?;
+    rootful(|daemon| {
+        let main = daemon.pod("exec")?.idle("main")?;
+        let (shim, first) = (main.shim_pid()?, main.pid()?);
+        let script = format!("kill -STOP $$; head -c {size} /dev/zero | tr '\\0' x");
+        let signal = |pid, signal| kill(Pid::from_raw(pid), signal);
+        let is = |pid: i32, state| status_field(pid, "State").is_some_and(|now| now.starts_with(state));
+        let output = std::thread::scope(|scope| -> Result<_> {
+            let exec = scope.spawn(|| main.exec(&["sh", "-c", &script]));
+            let program = within(SOON, "it is there", || {
+                let children = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"))?;
+                let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+                Ok(pids.find(|pid| *pid != first && is(*pid, 'T')))
+            })?;
+            // As another process in the container that has it open.
+            let pipe = fs::File::options().write(true).open(format!("/proc/{program}/fd/1"))?;
+            fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(size))?;
+            signal(shim, SIGSTOP)?;
+            signal(program, SIGCONT)?;
+            let ended = within(SOON, "it has ended", || Ok(is(program, 'Z').then_some(())));
+            signal(shim, SIGCONT)?;
+            ended?;
+            let output = exec.join().map_err(|_| anyhow!("the thread panicked"))??;
+            drop(pipe);
+            Ok(output)
+        })?;
+        assert_eq!((output.code, output.stdout.len()), (0, usize::try_from(size)?));
         Ok(())
     })
 }

@@ -2,6 +2,7 @@
 #
 #   BERTH_TOOLS   directory to keep built tools in between runs (.cache/tools)
 #   FUZZ_SECONDS  how long make fuzz runs each target (60)
+#   NODES         how many nodes the cluster of make test-cluster has (1)
 
 SHELL := /bin/sh
 MUSL := $(shell uname -m)-unknown-linux-musl
@@ -25,6 +26,7 @@ help:
 	@echo 'make test-node     every kind of pod of a real kubelet, restarts of the daemon under them (root)'
 	@echo 'make test-kubelet-peer  the same on containerd, to check the test (root)'
 	@echo 'make test-cluster  Deployments, Jobs and more of a Kubernetes cluster on the real daemon (root)'
+	@echo 'make test-cluster NODES=3  several nodes on this machine, with kube-proxy and DNS, on each kind of network (root)'
 	@echo 'make conformance   critest, the conformance suite of the CRI, on the real daemon (root)'
 	@echo 'make fuzz          hostile bytes for what reads streams of exec and port forwarding; FUZZ_SECONDS each'
 	@echo 'make test-vm       the package on a node with systemd and cgroup v2, and its restarts, in a virtual machine (root)'
@@ -97,11 +99,14 @@ test-kubelet-peer: images
 	@scripts/build-peer kubelet containerd runc
 	@scripts/run-tests kubelet-peer
 
+NODES ?= 1
+several := $(filter-out 1,$(NODES))
+
 # Not part of `make test`: building Kubernetes takes minutes where it was not built before.
 test-cluster: build images
 	@scripts/install-needs test
-	@scripts/build-peer etcd kubernetes kubelet
-	@scripts/run-tests cluster
+	@scripts/build-peer etcd kubernetes kubelet $(if $(several),coredns cni)
+	@BERTH_TEST_NODES=$(NODES) scripts/run-tests $(if $(several),nodes,cluster)
 
 conformance: build
 	@scripts/install-needs test

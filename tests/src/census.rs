@@ -198,7 +198,7 @@ fn all_processes() -> impl Iterator<Item = i32> {
 }
 
 /// The name of the daemon's workers, which look at host paths. It keeps one, not always the same.
-const WORKER: &str = "berthd-hostpath";
+pub const WORKER: &str = "berthd-hostpath";
 
 /// Processes on the daemon's host, in its cgroup, or its children; including dead ones, since a
 /// process has to wait for them.

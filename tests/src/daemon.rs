@@ -39,9 +39,9 @@ pub const SOON: Duration = Duration::from_secs(60);
 
 /// Deviations from the usual daemon.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Setup {
+pub struct Setup<'a> {
     /// More lines for the section `[network]` of `berth.toml`.
-    pub network: &'static str,
+    pub network: &'a str,
     /// More lines for `berth.toml`, in sections of their own.
     pub configuration: &'static str,
     /// Puts the durable root on a filesystem of this size.
@@ -49,6 +49,8 @@ pub struct Setup {
     /// Runs the daemon in a chroot: in a mount namespace whose root is the host's, at a copy of the
     /// host's mounts below.
     pub chroot: bool,
+    /// Gives the host a mount namespace of its own, as one of several nodes has.
+    pub own_mounts: bool,
     /// Programs that the daemon is started by, each of which becomes the next: `["nice", "-n",
     /// "5"]`.
     pub launcher: &'static [&'static str],
@@ -81,7 +83,7 @@ pub fn rootful(test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
 ///
 /// # Errors
 /// What the test returns, and when the daemon does not start.
-pub fn rootful_with(setup: Setup, test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
+pub fn rootful_with(setup: Setup<'_>, test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
     if !geteuid().is_root() {
         skip(std::thread::current().name().unwrap_or("rootful"), "needs root");
         return Ok(());
@@ -102,11 +104,15 @@ impl Daemon {
     ///
     /// # Errors
     /// When it does not answer in time; the message has its last lines.
-    pub fn start(setup: Setup) -> Result<Self> {
+    pub fn start(setup: Setup<'_>) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("berth-test-").tempdir().context("making a directory")?;
         let name = dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
         let cgroup = Cgroup::create_by(Driver::of_the_environment()?, &name)?;
-        let host = Host::create(dir.path().join("netns"))?;
+        let namespace = dir.path().join("netns");
+        let host = match setup.own_mounts {
+            false => Host::create(namespace),
+            true => Host::create_with_mounts(namespace, dir.path().join("namespaces")),
+        }?;
         fs::create_dir(dir.path().join("certs.d")).context("making a directory for mirror rules")?;
         // A name that is unique to this test, of at most 15 characters.
         let bridge = format!("bt{}", name.trim_start_matches("berth-test-"));
@@ -466,8 +472,8 @@ impl Drop for Daemon {
         }
         self.cgroup.end_everything();
         for mount in crate::census::mounts_below(self.dir.path()).into_iter().rev() {
-            // The host's own goes with the host.
-            if mount != self.dir.path().join("netns") {
+            // The host's own go with the host.
+            if !["netns", "namespaces"].iter().any(|own| mount.starts_with(self.dir.path().join(own))) {
                 let _ = umount2(&mount, MntFlags::MNT_DETACH);
             }
         }

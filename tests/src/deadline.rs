@@ -1,6 +1,7 @@
 //! Waiting for the effect of another process: never for a time, always for a condition, and never
 //! forever.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,20 @@ use anyhow::{Context as _, Result, bail};
 /// The pause between two attempts. Short compared with everything that is waited for, long compared
 /// with the cost of an attempt.
 const PAUSE: Duration = Duration::from_millis(50);
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Has every wait of this process fail from now on, so that a test that is interrupted cleans up
+/// after itself.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::SeqCst);
+}
+
+/// Whether [`interrupt`] was called.
+#[must_use]
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
 
 /// `limit` for this machine: multiplied by `BERTH_TEST_PATIENCE`, if that is set. For machines with
 /// an emulated processor.
@@ -35,7 +50,9 @@ pub fn within<T>(limit: Duration, what: &str, look: impl FnMut() -> Result<Optio
 /// [`within`] with another pause between two attempts, for those that are expensive.
 ///
 /// # Errors
-/// When `limit` has passed; the message names `what`.
+/// When `limit` has passed; the message names `what`. When the process is [interrupted].
+///
+/// [interrupted]: interrupt
 pub fn within_looks<T>(
     limit: Duration,
     pause: Duration,
@@ -48,6 +65,7 @@ pub fn within_looks<T>(
         let seen = look();
         match seen {
             Ok(Some(value)) => return Ok(value),
+            _ if interrupted() => bail!("{what}: interrupted"),
             Ok(None) if Instant::now() < end => {}
             Ok(None) => bail!("{what}: not within {limit:?}"),
             Err(_) if Instant::now() < end => {}

@@ -21,7 +21,7 @@ fn with_apparmor(name: &str, test: impl FnOnce(&Daemon) -> Result<()>) -> Result
     with_apparmor_and(Setup::default(), name, test)
 }
 
-fn with_apparmor_and(setup: Setup, name: &str, test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
+fn with_apparmor_and(setup: Setup<'_>, name: &str, test: impl FnOnce(&Daemon) -> Result<()>) -> Result<()> {
     if is_enforced() {
         return rootful_with(setup, test);
     }

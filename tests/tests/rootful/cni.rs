@@ -11,8 +11,14 @@ use berth_tests::deadline::within;
 use berth_tests::pod::shell;
 use serde_json::json;
 
-const ONLY_CNI: Setup =
-    Setup { network: "kind = \"cni\"\n", configuration: "", disk_bytes: None, chroot: false, launcher: &[] };
+const ONLY_CNI: Setup = Setup {
+    network: "kind = \"cni\"\n",
+    configuration: "",
+    disk_bytes: None,
+    chroot: false,
+    own_mounts: false,
+    launcher: &[],
+};
 
 fn condition(daemon: &Daemon) -> Result<v1::RuntimeCondition> {
     let status = daemon.client().status(v1::StatusRequest::default())?.status.unwrap_or_default();

@@ -14,8 +14,14 @@ use berth_tests::held::{Call, GIVEN_UP, Holder, MKDIR, Queued, held_children, wa
 use berth_tests::pod::{Pod, idle, security};
 use tonic::Code;
 
-const ONLY_CNI: Setup =
-    Setup { network: "kind = \"cni\"\n", configuration: "", disk_bytes: None, chroot: false, launcher: &[] };
+const ONLY_CNI: Setup = Setup {
+    network: "kind = \"cni\"\n",
+    configuration: "",
+    disk_bytes: None,
+    chroot: false,
+    own_mounts: false,
+    launcher: &[],
+};
 
 /// A plugin that says what it was asked to do, and for which container.
 const PLUGIN: &str = r#"#!/bin/sh

@@ -33,6 +33,7 @@ const ODD: Setup = Setup {
     configuration: "",
     disk_bytes: None,
     chroot: false,
+    own_mounts: false,
     launcher: &[
         "nice",
         "-n",

@@ -1,0 +1,141 @@
+//! Runs the steps on each network, and reports them as cargo's own harness does.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use berth_tests::cluster::nodes::{Network, Nodes, Underlay};
+use berth_tests::deadline;
+use berth_tests::skip::skip;
+use nix::unistd::geteuid;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// What happens to a cluster: its name, and a function that returns what it counted.
+pub(crate) type Step = (&'static str, fn(&Nodes<'_>) -> Result<String>);
+
+/// The results so far.
+#[derive(Default)]
+struct Outcomes {
+    passed: usize,
+    failed: Vec<String>,
+}
+
+#[expect(clippy::print_stdout, reason = "what a test harness says")]
+pub(crate) fn run(steps: &[Step]) -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    let wanted = |network: &Network| {
+        filters.is_empty() || filters.iter().any(|part| network.name().contains(part.as_str()))
+    };
+    let networks: Vec<Network> = Network::ALL.into_iter().filter(wanted).collect();
+    if arguments.iter().any(|argument| argument == "--list") {
+        for network in networks {
+            steps.iter().for_each(|(step, _)| println!("{}: {step}: test", network.name()));
+        }
+        return ExitCode::SUCCESS;
+    }
+    println!("running {} tests", networks.len() * steps.len());
+    let begin = Instant::now();
+    let mut outcomes = Outcomes::default();
+    if !geteuid().is_root() {
+        skip("nodes", "needs root");
+        outcomes.passed += 1;
+    } else {
+        if let Err(error) = clean_up_when_interrupted() {
+            println!("nodes: FAILED: {error:#}");
+            return ExitCode::FAILURE;
+        }
+        for network in networks {
+            on(network, steps, &mut outcomes);
+        }
+    }
+    let failed = outcomes.failed.len();
+    if failed > 0 {
+        println!("\nfailures:\n    {}", outcomes.failed.join("\n    "));
+    }
+    println!(
+        "\ntest result: {}. {} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out; finished in {:.2}s\n",
+        if failed == 0 { "ok" } else { "FAILED" },
+        outcomes.passed,
+        begin.elapsed().as_secs_f64()
+    );
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Runs the steps on a cluster with this network, up to the first that fails.
+#[expect(clippy::print_stdout, reason = "what a test harness says")]
+fn on(network: Network, steps: &[Step], outcomes: &mut Outcomes) {
+    let name = network.name();
+    let mut tell = |step: &str, begin: Instant, outcome: Result<String>| {
+        let took = begin.elapsed().as_millis();
+        match outcome {
+            Ok(counts) => {
+                println!("test {name}: {step} ... ok ({took} ms): {counts}");
+                outcomes.passed += 1;
+                true
+            }
+            Err(error) => {
+                println!("test {name}: {step} ... FAILED ({took} ms)\n{error:?}");
+                outcomes.failed.push(format!("{name}: {step}"));
+                false
+            }
+        }
+    };
+    let begin = Instant::now();
+    if deadline::interrupted() {
+        tell("start", begin, Err(anyhow!("interrupted")));
+        return;
+    }
+    let underlay = match Underlay::create() {
+        Ok(underlay) => underlay,
+        Err(error) => {
+            tell("start", begin, Err(error));
+            return;
+        }
+    };
+    let nodes = match count().and_then(|count| Nodes::start(&underlay, network, count)) {
+        Ok(nodes) => nodes,
+        Err(error) => {
+            tell("start", begin, Err(error));
+            return;
+        }
+    };
+    println!("{name}: {} nodes are ready ({} ms)", nodes.nodes().len(), begin.elapsed().as_millis());
+    for (step, act) in steps {
+        let begin = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| act(&nodes)))
+            .unwrap_or_else(|_| Err(anyhow!("it panicked; the message is above")));
+        if !tell(step, begin, outcome.with_context(|| nodes.last_words())) {
+            return;
+        }
+    }
+}
+
+/// Lets the step that runs fail when the process is asked to end, instead of ending at once.
+fn clean_up_when_interrupted() -> Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("making a runtime")?;
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    thread::spawn(move || {
+        runtime.block_on(async {
+            loop {
+                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+                deadline::interrupt();
+            }
+        });
+    });
+    Ok(())
+}
+
+/// How many nodes there are.
+fn count() -> Result<usize> {
+    let Ok(count) = std::env::var("BERTH_TEST_NODES") else { return Ok(3) };
+    let count = count.parse().with_context(|| format!("BERTH_TEST_NODES is {count:?}, not a number"))?;
+    ensure!((2..=9).contains(&count), "BERTH_TEST_NODES is {count}, not from 2 to 9");
+    Ok(count)
+}

@@ -26,7 +26,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use self::control_plane::{Plan, kept, manifest};
-use crate::census::{mounts_below, processes_in_network, status_field};
+use crate::census::{WORKER, mounts_below, processes_in_network, status_field};
 use crate::daemon::Daemon;
 use crate::peers;
 use crate::program::output;
@@ -115,7 +115,9 @@ impl<'a> Cluster<'a> {
         let files = output(Command::new("find").args([root, state]).args(files))?;
 
         let mut found = BTreeSet::new();
-        found.extend(processes.map(|pid| format!("process {pid} {:?}", status_field(pid, "Name"))));
+        let processes = processes.map(|pid| (pid, status_field(pid, "Name").unwrap_or_default()));
+        let processes = processes.filter(|(_, name)| name != WORKER);
+        found.extend(processes.map(|(pid, name)| format!("process {pid} {name}")));
         found.extend(mounts_below(self.daemon.dir()).iter().map(|path| format!("mount {}", path.display())));
         found.extend(
             links.lines().filter_map(|line| line.split(": ").nth(1)).map(|name| format!("link {name}")),

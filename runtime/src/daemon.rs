@@ -48,6 +48,10 @@ const LEAST_DESCRIPTORS: u64 = 64;
 /// How often the network is checked, and repaired if needed.
 const NETWORK_LOOK: Duration = Duration::from_secs(5);
 
+/// The time that the kernel has to remove the interface of a pod that was released, before that is
+/// looked at.
+const NETWORK_RELEASED: Duration = Duration::from_millis(200);
+
 /// How long the lock of a root or state may be held by a process that is about to end, and how
 /// often to check.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
@@ -173,7 +177,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     let node = Arc::new(node);
     notifier.status("recovering the pods of the previous daemon");
     let remains = recovery::run(&node).await?;
-    let watcher = tokio::spawn(watch_network(node.clone()));
+    let watchers = [tokio::spawn(watch_network(node.clone())), tokio::spawn(clear_network(node.clone()))];
     let config = node.config();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"), socket = %config.socket.display(),
@@ -213,7 +217,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>, reload: Reload)
     if let Some(socket) = cadvisor {
         socket.close();
     }
-    watcher.abort();
+    watchers.iter().for_each(tokio::task::JoinHandle::abort);
     alive.abort();
     if let Some(reloads) = reloads {
         reloads.abort();
@@ -490,6 +494,31 @@ async fn watch_network(node: Arc<Node>) {
         // Netlink and, for a repair, a program: both block. A panic in there is a bug, which is
         // logged.
         let _ = tokio::task::spawn_blocking(move || looking.network.look()).await;
+    }
+}
+
+/// Frees addresses as soon as nothing has them any more.
+async fn clear_network(node: Arc<Node>) {
+    loop {
+        node.network.released().await;
+        loop {
+            // Other pods that end meanwhile are looked at together.
+            tokio::time::sleep(NETWORK_RELEASED).await;
+            let clearing = node.clone();
+            // A panic in there is a bug, which is logged.
+            let cleared = tokio::task::spawn_blocking(move || clearing.network.clear_released()).await;
+            match cleared {
+                Ok(Ok(false)) | Err(_) => break,
+                Ok(Ok(true)) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(
+                        error = crate::chain(&error),
+                        "cannot free addresses of pods that have gone; trying again"
+                    );
+                    tokio::time::sleep(NETWORK_LOOK).await;
+                }
+            }
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 //! show up as mounts (pinned), as processes (in use) or as descriptors (held).
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -24,7 +25,7 @@ pub struct Census(Vec<(&'static str, Vec<String>)>);
 
 impl Census {
     /// Counts everything that belongs to `daemon`, once the kernel has removed the links of pods
-    /// that are gone, and the daemon their files; both take their time.
+    /// that are gone, and the daemon their addresses and files; both take their time.
     ///
     /// # Errors
     /// When a tool that lists something fails, more links stay than there are pods, or the trash is
@@ -39,7 +40,7 @@ impl Census {
                 pods += usize::from(ready && !network.ip.is_empty());
             }
             let links = daemon.host().run("ip", &["-oneline", "link", "show", "type", "veth"])?;
-            Ok((links.lines().count() <= pods).then_some(()))
+            Ok((links.lines().count() <= pods && pod_addresses(daemon)? <= pods).then_some(()))
         })?;
         within(SOON, "the trash is empty", || {
             Ok(daemon.root().join("trash").read_dir()?.next().is_none().then_some(()))
@@ -134,6 +135,22 @@ pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let places = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
     places.filter(|place| place.starts_with(dir)).collect()
+}
+
+/// How many IPv4 addresses of the built-in bridge are taken.
+///
+/// # Errors
+/// When the records cannot be listed.
+pub fn pod_addresses(daemon: &Daemon) -> Result<usize> {
+    let mut taken = 0;
+    for bridge in fs::read_dir(daemon.root().join("network")).into_iter().flatten() {
+        let path = bridge?.path();
+        for record in fs::read_dir(path).into_iter().flatten() {
+            let name = record?.file_name();
+            taken += usize::from(name.to_str().is_some_and(|name| name.parse::<Ipv4Addr>().is_ok()));
+        }
+    }
+    Ok(taken)
 }
 
 /// The processes in the network namespace with this number, in any cgroup.

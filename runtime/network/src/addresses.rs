@@ -116,6 +116,8 @@ struct State {
     owners: BTreeMap<IpAddr, String>,
     /// Addresses whose records could not be read. They are taken, by unknown sandboxes.
     unread: BTreeSet<IpAddr>,
+    /// Addresses that the node has itself, or keeps for pods of earlier ranges.
+    reserved: BTreeSet<IpAddr>,
     /// What is assigned: of each range one address, and the one to try first.
     ranges: Vec<(Range, IpAddr)>,
 }
@@ -166,13 +168,18 @@ impl AddressStore {
                 (*range, newest.map_or(range.first(), |(_, address)| range.after(address)))
             })
             .collect();
-        let state = Mutex::new(State { owners, unread, ranges });
+        let state = Mutex::new(State { owners, unread, reserved: BTreeSet::new(), ranges });
         Ok(Self { directory: directory.to_owned(), state })
     }
 
     /// Assigns addresses of other ranges from now on. Those that are taken stay so.
     pub fn change_ranges(&self, ranges: &[Range]) {
         self.lock().ranges = ranges.iter().map(|range| (*range, range.first())).collect();
+    }
+
+    /// The addresses that are not assigned, in place of those named before.
+    pub fn reserve(&self, addresses: impl IntoIterator<Item = IpAddr>) {
+        self.lock().reserved = addresses.into_iter().collect();
     }
 
     /// Assigns a sandbox one address of each range, in the order of the ranges. Either all are
@@ -335,11 +342,14 @@ impl AddressStore {
     fn take(&self, state: &mut State, position: usize, sandbox_id: &str) -> Result<IpAddr, Error> {
         let (range, mut candidate) = state.ranges[position];
         let mut taken = state.owners.keys().filter(|address| range.contains(**address)).count();
+        let reserved = state.reserved.iter().filter(|address| range.contains(**address)).count();
         let mut tried = 0;
         // Among one more addresses than are taken one is free, unless the circle is shorter than
         // that.
-        while tried <= taken {
-            if let Entry::Vacant(vacant) = state.owners.entry(candidate) {
+        while tried <= taken + reserved {
+            if !state.reserved.contains(&candidate)
+                && let Entry::Vacant(vacant) = state.owners.entry(candidate)
+            {
                 let owner = self.claim(candidate, sandbox_id)?;
                 let ours = owner == sandbox_id;
                 vacant.insert(owner);

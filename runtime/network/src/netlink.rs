@@ -236,8 +236,9 @@ impl Netlink {
     /// [`Error::Unsteady`] when the table kept changing; otherwise the kernel's error.
     pub(crate) fn dump(&mut self, request: &Request) -> Result<Vec<Reply>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
-            if let Some(replies) = self.dump_once(request)? {
-                return Ok(replies);
+            let dump = self.dump_once(request, |body| Some(Reply { body }))?;
+            if !dump.is_interrupted {
+                return Ok(dump.kept);
             }
         }
         Err(Error::Unsteady { operation: request.operation })
@@ -272,28 +273,47 @@ impl Netlink {
         Ok(replies)
     }
 
-    /// One attempt; `None` when the kernel marked it as interrupted.
-    fn dump_once(&mut self, request: &Request) -> Result<Option<Vec<Reply>>, Error> {
+    /// Sends a request for a whole table and returns what `wanted` makes of its entries, if
+    /// anything. Entries that appear or disappear meanwhile may or may not be among them. For a
+    /// table that others can fill: nothing else of it is kept.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub(crate) fn dump_wanted<T>(
+        &mut self,
+        request: &Request,
+        wanted: impl FnMut(Vec<u8>) -> Option<T>,
+    ) -> Result<Vec<T>, Error> {
+        self.dump_once(request, wanted).map(|dump| dump.kept)
+    }
+
+    /// One attempt. It is read to its end also when there is too much of it: the kernel refuses to
+    /// begin another one before that (`EBUSY`).
+    fn dump_once<T>(
+        &mut self,
+        request: &Request,
+        mut keep: impl FnMut(Vec<u8>) -> Option<T>,
+    ) -> Result<Dump<T>, Error> {
         let operation = request.operation;
         let sequence = self.send(std::slice::from_ref(request), NLM_F_DUMP)?;
-        let mut interrupted = false;
-        let mut replies = Vec::new();
+        let mut dump = Dump { kept: Vec::new(), is_interrupted: false };
+        let mut is_too_long = false;
         loop {
             for message in self.receive(operation)? {
                 if message.sequence != sequence {
                     continue;
                 }
-                interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                dump.is_interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
                 match message.kind {
                     // The end of a dump carries an errno like an error message does.
                     NLMSG_DONE | NLMSG_ERROR => {
                         message
                             .error_code(operation)?
                             .map_err(|errno| Error::Refused { operation, errno })?;
-                        return Ok((!interrupted).then_some(replies));
+                        return if is_too_long { Err(Error::Malformed { operation }) } else { Ok(dump) };
                     }
-                    _ if replies.len() < MAX_DUMP_MESSAGES => replies.push(Reply { body: message.body }),
-                    _ => return Err(Error::Malformed { operation }),
+                    _ if dump.kept.len() < MAX_DUMP_MESSAGES => dump.kept.extend(keep(message.body)),
+                    _ => is_too_long = true,
                 }
             }
         }
@@ -344,6 +364,13 @@ impl Netlink {
         }
         parse_datagram(&self.buffer).ok_or(Error::Malformed { operation })
     }
+}
+
+/// What was kept of a table.
+struct Dump<T> {
+    kept: Vec<T>,
+    /// The kernel marked it as changed while it was read.
+    is_interrupted: bool,
 }
 
 /// One netlink message, as it came.

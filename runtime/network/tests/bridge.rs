@@ -129,8 +129,32 @@ fn detach_and_release_work_when_the_namespace_is_gone_already() {
     drop((first.namespace, second.namespace));
     node.bridge.detach(&first.id).unwrap();
     node.bridge.release(&second.id).unwrap();
+    wait_until(|| !node.bridge.clear_released().unwrap());
     assert!(node.records().is_empty());
     node.wait_for_interfaces(&["berth0", "lo"]);
+}
+
+#[test]
+fn an_interface_that_outlives_its_pod_goes_before_its_address_is_anybodys() {
+    let node = Node::with(BridgeConfig { ipv4: "10.99.0.0/29".parse().unwrap(), ..BridgeConfig::default() });
+    let pods: Vec<Pod> = (1..=5).map(|number| node.attach(number)).collect();
+    let records = node.records();
+    let is_there = |pod: &Pod| node.interfaces().contains(&pod.attachment.host_interface);
+    // Its namespace is held, as by a socket that it passed to another pod.
+    let [held, next, ..] = pods.as_slice() else { panic!() };
+    node.bridge.release(&held.id).unwrap();
+    assert!(!node.namespace.command("nft list ruleset").contains(&held.attachment.host_interface));
+    assert!(is_there(held) && node.records() == records);
+    node.namespace.run(|| node.bridge.repair()).unwrap();
+    assert!(!node.namespace.command("nft list ruleset").contains(&held.attachment.host_interface));
+    // Where there is no other address, nobody waits.
+    let sixth = node.attach(6);
+    assert_eq!(sixth.address(0), held.address(0));
+    assert!(!is_there(held));
+    talk(&node.namespace, &sixth.namespace, sixth.address(0));
+    node.bridge.release(&next.id).unwrap();
+    wait_until(|| !node.bridge.clear_released().unwrap());
+    assert!(!is_there(next) && !node.records().contains(&next.address(0).to_string()));
 }
 
 #[test]
@@ -287,6 +311,7 @@ fn after_200_cycles_the_node_is_as_before() {
             node.bridge.release(&pod.id).unwrap();
         }
     }
+    wait_until(|| !node.bridge.clear_released().unwrap());
     node.wait_for_interfaces(&["berth0", "lo"]);
     assert_eq!(census(&node), before);
     // Other tests run in this process too, and hold at most some dozens of files; 200 leaked ones
@@ -456,6 +481,32 @@ fn subnets_change_under_running_pods_and_only_if_the_node_has_room_for_them() {
 }
 
 #[test]
+fn no_change_of_subnets_gives_the_node_the_address_of_a_pod_or_a_pod_that_of_the_node() {
+    let node = Node::with(BridgeConfig { ipv4: "10.91.0.0/24".parse().unwrap(), ..BridgeConfig::default() });
+    let pods: Vec<Pod> = (1..=4).map(|number| node.attach(number)).collect();
+    assert_eq!(pods[3].address(0).to_string(), "10.91.0.5");
+    let change = |ipv4: &str| {
+        let subnets = Subnets { ipv4: ipv4.parse().unwrap(), ipv6: None };
+        node.namespace.run(|| node.bridge.change_subnets(subnets))
+    };
+    let refused = change("10.91.0.4/30").unwrap_err();
+    assert!(matches!(&refused, Error::GatewayTaken { .. }), "{refused}");
+    assert!(refused.to_string().contains("10.91.0.5/30"), "{refused}");
+    node.bridge.detach(&pods[3].id).unwrap();
+    change("10.91.0.4/30").unwrap();
+    let small = node.attach(5);
+    assert_eq!(small.address(0).to_string(), "10.91.0.6");
+    // The bridge keeps 10.91.0.5 for the pod on the small network.
+    change("10.91.0.0/24").unwrap();
+    for pod in &pods[..3] {
+        node.bridge.detach(&pod.id).unwrap();
+    }
+    let addresses: Vec<String> = (6..=10).map(|number| node.attach(number).address(0).to_string()).collect();
+    assert!(!addresses.contains(&"10.91.0.5".to_owned()), "{addresses:?}");
+    talk(&small.namespace, &node.namespace, "10.91.0.5".parse().unwrap());
+}
+
+#[test]
 fn pods_keep_their_addresses_towards_the_networks_of_other_nodes() {
     let node = Node::with(BridgeConfig {
         non_masquerade: vec!["10.88.0.0/8".parse().unwrap(), "192.0.2.2/32".parse().unwrap()],
@@ -514,14 +565,19 @@ fn reconcile_removes_the_dead_and_keeps_the_living() {
     let pods: Vec<Pod> = (1..=4).map(|number| node.attach(number)).collect();
     // One died with its link, one with its records, one with both left behind.
     node.namespace.command(&format!("ip link delete {}", pods[0].attachment.host_interface));
-    node.bridge.release(&pods[1].id).unwrap();
-    let result = node.bridge.reconcile([pods[3].id.as_str()]).unwrap();
+    for family in [0, 1] {
+        fs::remove_file(node.directory.path().join("berth0").join(pods[1].address(family).to_string()))
+            .unwrap();
+    }
+    let set_up = || Bridge::set_up(BridgeConfig::default(), node.directory.path());
+    let bridge = node.namespace.run(set_up).unwrap();
+    let result = bridge.reconcile([pods[3].id.as_str()]).unwrap();
     assert_eq!((result.addresses.len(), result.interfaces.len()), (4, 2));
     let mut expected = vec!["berth0".to_owned(), pods[3].attachment.host_interface.clone(), "lo".to_owned()];
     expected.sort();
     assert_eq!(node.interfaces(), expected);
     talk(&node.namespace, &pods[3].namespace, pods[3].address(1));
-    assert_eq!(node.bridge.reconcile([pods[3].id.as_str()]).unwrap(), Default::default());
+    assert_eq!(bridge.reconcile([pods[3].id.as_str()]).unwrap(), Default::default());
 }
 
 #[test]

@@ -39,13 +39,6 @@ impl LeftCgroups {
             runtime.spawn(try_again(self.0.clone(), end));
         }
     }
-
-    /// Whether one is directly below this path.
-    pub(super) fn has_below(&self, parent: &str) -> bool {
-        let is_below =
-            |cgroup: &Cgroup| cgroup.path().rsplit_once('/').is_some_and(|(above, _)| above == parent);
-        lock(&self.0).iter().any(is_below)
-    }
 }
 
 /// Runs until none is left. `end` returns whether a cgroup is gone; blocking.

@@ -80,11 +80,6 @@ impl Cgroups {
         self.left.keep(cgroup);
     }
 
-    /// Whether there is a process below a pod's parent cgroup that could not be ended yet.
-    pub(crate) fn has_left_below(&self, parent: &Parent) -> bool {
-        self.left.has_below(parent.path())
-    }
-
     /// The retries of cgroups that could not be removed, for a container.
     pub(crate) fn left(&self) -> LeftCgroups {
         self.left.clone()

@@ -149,9 +149,13 @@ fn code(error: &CallError) -> Code {
 
 fn network(error: &NetworkError) -> Code {
     match error {
-        NetworkError::Bridge(BridgeError::HostPort(_) | BridgeError::HostPortFamily { .. }) => {
-            Code::FailedPrecondition
-        }
+        NetworkError::Bridge(
+            BridgeError::HostPort(_)
+            | BridgeError::HostPortFamily { .. }
+            | BridgeError::SubnetTaken { .. }
+            | BridgeError::SubnetWithin { .. }
+            | BridgeError::GatewayTaken { .. },
+        ) => Code::FailedPrecondition,
         NetworkError::Bandwidth { .. }
         | NetworkError::PodCidr { .. }
         | NetworkError::PodCidrUnusable { .. } => Code::InvalidArgument,

@@ -13,7 +13,7 @@ use berth_network::config::Subnets;
 use berth_network::{Bridge, BridgeConfig, HostPort, Known, Protocol};
 use berth_sys::ns::{self, Kind};
 
-use super::{Attached, Description, Interface, MAIN_INTERFACE, Namespace, NetworkError, NotReady};
+use super::{Attached, Description, Interface, MAIN_INTERFACE, NetworkError, NotReady};
 use crate::chain;
 
 /// Whether a bridge's directory of addresses has any that are in use, or that cannot be found out.
@@ -68,22 +68,6 @@ pub(super) fn attach(
     let attachment = bridge.attach(sandbox.as_str(), &host_ports(config), &mut inside, own.as_fd())?;
     let addresses = attachment.addresses.iter().map(|address| address.address).collect();
     Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }], dns: None })
-}
-
-/// The namespace has been unpinned.
-///
-/// The kernel removes the interfaces with the namespace, at some later time, once its last user is
-/// gone. Where that is uncertain, the interface is removed explicitly.
-pub(super) fn release(
-    bridge: &Bridge,
-    sandbox: &SandboxId,
-    namespace: Namespace,
-) -> Result<(), NetworkError> {
-    match namespace {
-        Namespace::Unused => bridge.release(sandbox.as_str())?,
-        Namespace::Used | Namespace::Gone => bridge.detach(sandbox.as_str())?,
-    }
-    Ok(())
 }
 
 pub(super) fn look(bridge: &Bridge) -> Result<(), NotReady> {

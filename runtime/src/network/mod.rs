@@ -28,6 +28,7 @@ use berth_model::sandbox;
 use berth_network::config::Subnets;
 use berth_network::{Bridge, BridgeConfig, Known, Netlink};
 use ipnet::IpNet;
+use tokio::sync::Notify;
 
 use crate::config::{Config, ConfiguredSubnets, NetworkKind};
 use crate::host_paths::HostPaths;
@@ -52,6 +53,8 @@ pub(crate) struct Network {
     pod_cidr: Arc<PodCidr>,
     addresses: PathBuf,
     setting_up: Mutex<()>,
+    /// A sandbox has been released.
+    released: Notify,
     cni: Cni,
     /// What was found when it was last looked at.
     state: Mutex<Result<(), NotReady>>,
@@ -113,17 +116,6 @@ impl Attached {
     }
 }
 
-/// The state of a pod's network namespace at detach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Namespace {
-    /// Pinned, and nothing is in it: it ends when it is unpinned.
-    Unused,
-    /// Pinned, and may contain a process that cannot be killed.
-    Used,
-    /// Not pinned: a repeated detach, or the node was rebooted.
-    Gone,
-}
-
 /// Why pods cannot be attached, as the CRI's condition `NetworkReady` has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NotReady {
@@ -161,6 +153,7 @@ impl Network {
             pod_cidr: pod_cidr.clone(),
             addresses: layout.network(),
             setting_up: Mutex::default(),
+            released: Notify::new(),
             cni: Cni::new(&config.network.cni, cni_workers, pod_cidr),
             state: Mutex::new(Ok(())),
             chosen: Mutex::default(),
@@ -243,11 +236,22 @@ impl Network {
 
     /// Gives back what a sandbox has of the node, once its namespaces are unpinned. May be
     /// repeated. Blocking.
-    pub(crate) fn release(&self, sandbox: &SandboxId, namespace: Namespace) -> Result<(), NetworkError> {
-        match self.bridge.get() {
-            Some(bridge) => bridge::release(bridge, sandbox, namespace),
-            None => Ok(()),
-        }
+    pub(crate) fn release(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
+        let Some(bridge) = self.bridge.get() else { return Ok(()) };
+        bridge.release(sandbox.as_str())?;
+        self.released.notify_one();
+        Ok(())
+    }
+
+    /// Waits until a sandbox has been released.
+    pub(crate) async fn released(&self) {
+        self.released.notified().await;
+    }
+
+    /// Frees the addresses of released sandboxes whose interfaces have gone. Returns whether some
+    /// are left. Blocking.
+    pub(crate) fn clear_released(&self) -> Result<bool, NetworkError> {
+        self.bridge.get().map_or(Ok(false), |bridge| Ok(bridge.clear_released()?))
     }
 
     /// The addresses of a sandbox, as far as known without its record; the main one first.

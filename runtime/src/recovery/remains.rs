@@ -78,6 +78,8 @@ impl Remains {
             .registry
             .sandboxes()
             .iter()
+            // A stopped one was released, whether or not its addresses were free yet.
+            .filter(|sandbox| !sandbox.is_torn_down())
             .map(|sandbox| sandbox.id().to_string())
             .chain(node.registry.unread())
             .collect();

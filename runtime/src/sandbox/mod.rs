@@ -259,6 +259,11 @@ impl Sandbox {
         What::Sandbox(self.snapshot(), change)
     }
 
+    /// Whether it was stopped, and has nothing of the node any more.
+    pub(crate) fn is_torn_down(&self) -> bool {
+        *lock(&self.torn_down)
+    }
+
     /// The pid of its own process, if it has one.
     pub(crate) fn pid(&self) -> Option<i32> {
         lock(&self.process).as_ref().map(|process| process.record.pid)

@@ -9,11 +9,9 @@ use std::time::Duration;
 use berth_cgroup::Cgroup;
 use berth_model::security::NamespaceMode;
 use berth_sys::mount;
-use berth_sys::ns::Kind;
 
 use super::{Sandbox, SandboxError, lock, namespaces};
 use crate::container;
-use crate::network::Namespace;
 use crate::node::Node;
 use crate::trash;
 
@@ -44,9 +42,7 @@ pub(crate) async fn stop(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(),
     let (node, sandbox) = (node.clone(), sandbox.clone());
     tokio::task::spawn_blocking(move || {
         sandbox.forget_untold();
-        // Also one of a container that has been removed.
-        let used = given_up || node.cgroups.has_left_below(&sandbox.cgroup_parent);
-        give_back(&node, &sandbox, used)?;
+        release(&node, &sandbox)?;
         *lock(&sandbox.torn_down) = true;
         if let Err(error) = sandbox.write_record() {
             // The next stop repeats all of this, and records it.
@@ -98,28 +94,18 @@ pub(crate) async fn remove(node: &Arc<Node>, sandbox: &Arc<Sandbox>) -> Result<(
 
 /// Releases processes, namespaces, network, mounts and cgroup. Blocking.
 pub(super) fn release(node: &Node, sandbox: &Sandbox) -> Result<(), SandboxError> {
-    give_back(node, sandbox, false)
-}
-
-/// The same; `used` if a process that cannot be killed may still be in its namespaces.
-fn give_back(node: &Node, sandbox: &Sandbox, used: bool) -> Result<(), SandboxError> {
     let process = lock(&sandbox.process).take();
     if let Some(process) = &process {
         process.kill();
     }
     let has_network = sandbox.config.namespaces.network != NamespaceMode::Node;
     let left = |source| SandboxError::NetworkLeft { id: sandbox.id.clone(), source };
-    let namespace = match namespaces::all_pinned(&sandbox.files, &[Kind::Network]) {
-        true if used => Namespace::Used,
-        true => Namespace::Unused,
-        false => Namespace::Gone,
-    };
     if has_network && sandbox.has_plugins {
         node.network.detach(&sandbox.id).map_err(left)?;
     }
     namespaces::unpin(&sandbox.files)?;
     if has_network {
-        node.network.release(&sandbox.id, namespace).map_err(left)?;
+        node.network.release(&sandbox.id).map_err(left)?;
     }
     let tmpfs = sandbox.files.tmpfs();
     match mount::detach(&tmpfs) {

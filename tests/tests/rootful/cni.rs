@@ -5,6 +5,7 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 use berth_cri::v1;
+use berth_tests::census::pod_addresses;
 use berth_tests::cni::BRIDGE;
 use berth_tests::daemon::{Daemon, SOON, Setup, rootful, rootful_with};
 use berth_tests::deadline::within;
@@ -135,11 +136,9 @@ fn a_single_machine_has_the_bridge_until_cni_is_configured() -> Result<()> {
         before.remove()?;
         after.remove()?;
         nothing_is_left(daemon)?;
-        for bridge in fs::read_dir(daemon.root().join("network"))? {
-            let left = fs::read_dir(bridge?.path())?.count();
-            assert_eq!(left, 0, "addresses of the bridge are left");
-        }
-        Ok(())
+        within(SOON, "the addresses of the bridge are free", || {
+            Ok((pod_addresses(daemon)? == 0).then_some(()))
+        })
     })
 }
 

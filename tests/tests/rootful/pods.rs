@@ -37,6 +37,37 @@ fn a_pod_is_ready_and_has_an_address_when_the_call_returns() -> Result<()> {
 }
 
 #[test]
+fn an_interface_goes_with_its_pod_and_before_its_address_also_where_its_namespace_does_not() -> Result<()> {
+    rootful(|daemon| {
+        let gone = |namespace: &fs::File| {
+            within(SOON, "the pod's interface is gone", || {
+                let pair = daemon.host().run("ip", &["-o", "link", "show", "type", "veth"])?;
+                Ok(pair.trim().is_empty().then_some(()))
+            })?;
+            namespace.metadata().map(drop).context("the namespace was held until then")
+        };
+        for is_killed in [false, true] {
+            let pod = daemon.pod("web")?;
+            let main = pod.idle("main")?;
+            let address = pod.ip()?;
+            // As a socket does that a container has passed to one of another pod.
+            let namespace = fs::File::open(format!("/proc/{}/ns/net", main.pid()?))?;
+            pod.stop()?;
+            if is_killed {
+                daemon.kill()?;
+                daemon.start_again()?;
+            }
+            let other = daemon.pod("other")?;
+            ensure!(other.ip()? != address, "the address is assigned while the namespace has it");
+            other.remove()?;
+            gone(&namespace)?;
+            pod.remove()?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn two_containers_of_a_pod_talk_over_localhost() -> Result<()> {
     rootful(|daemon| {
         let pod = daemon.pod("web")?;

@@ -68,10 +68,9 @@ impl Bridge {
             if let Some(interface) = identity::host_interface(&self.name, id) {
                 let host_ports = lock(&self.host_ports).of(id);
                 let port = Port { interface, addresses: addresses.clone(), host_ports };
-                let dismissed = self.dismiss(&mut lock(&self.netfilter), id, &port);
-                let freed = dismissed.and_then(|()| self.free_host_ports(id));
-                if let Err(error) = freed.and_then(|()| self.forget_gone(id, &port)) {
+                if let Err(error) = self.withdraw(lock(&self.netfilter), id, &port) {
                     failure = failure.or(Some(error));
+                    continue;
                 }
             }
             match self.addresses.free_of(id, addresses) {

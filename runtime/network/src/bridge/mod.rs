@@ -22,14 +22,17 @@
 //! firewalls that stop forwarded packets.
 //!
 //! `set_up` creates the bridge and `repair` restores it; `attach` attaches and detaches pods,
-//! `dead` removes remains; `links` has the requests to the kernel.
+//! `released` sees to their interfaces, `dead` removes remains; `links` has the requests to the
+//! kernel.
 
 mod attach;
 mod dead;
 mod links;
+mod released;
 mod repair;
 mod set_up;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
@@ -45,6 +48,7 @@ use crate::identity::{self, MacAddress};
 use crate::netlink::{self, Link, Netlink};
 use crate::nft;
 use links::{delete_link, list_links};
+use released::Released;
 
 pub use attach::{Attachment, POD_INTERFACE, open_in_pod};
 pub use dead::{Dead, Reconciled};
@@ -168,6 +172,14 @@ pub enum Error {
         /// Its address.
         address: InterfaceAddress,
     },
+    /// A pod has the address that the node needs in the pods' new subnet.
+    #[error(
+        "the node's address in the pod subnet would be {gateway}, which a running pod has; remove the pod, or choose another subnet"
+    )]
+    GatewayTaken {
+        /// The node's address.
+        gateway: InterfaceAddress,
+    },
     /// The address store failed.
     #[error("cannot record pod addresses")]
     Addresses {
@@ -233,6 +245,9 @@ pub struct Bridge {
     index: AtomicU32,
     /// Gateway addresses of earlier configurations, in whose subnets pods still have addresses.
     former: Mutex<Vec<InterfaceAddress>>,
+    /// Pods that are out of the firewall, or soon will be; their interfaces may exist still. Locked
+    /// alone, or after `netfilter`.
+    released: Mutex<BTreeMap<String, Released>>,
     /// The ports of the node that lead to pods. Locked alone, or after `netfilter`.
     host_ports: Mutex<HostPorts>,
     /// How often the firewall's chains were used when they were written: what differs from that was

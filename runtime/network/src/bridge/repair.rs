@@ -114,7 +114,9 @@ impl Bridge {
             let interface = identity::host_interface(&self.name, &id)?;
             Some(Port { interface, addresses, host_ports: host_ports.of(&id) })
         };
-        let pods: Vec<Port> = self.addresses.owners().into_iter().filter_map(port).collect();
+        let mut owners = self.addresses.owners();
+        owners.retain(|id, _| !lock(&self.released).contains_key(id));
+        let pods: Vec<Port> = owners.into_iter().filter_map(port).collect();
         drop(host_ports);
         let setting = rules::Setting {
             bridge: &self.name,
@@ -179,6 +181,7 @@ impl Bridge {
         }
         let add = |address: &InterfaceAddress| add_address("assign the bridge its address", index, *address);
         netlink.request(&gateways.iter().map(add).collect::<Vec<_>>()).map_err(node)?;
+        self.addresses.reserve(former.iter().chain(&gateways).map(|gateway| gateway.address));
         *lock(&self.former) = former;
         Ok(())
     }
@@ -198,6 +201,7 @@ impl Bridge {
         subnets: Subnets,
         bridge: Option<u32>,
     ) -> Result<(), Error> {
+        self.refuse_taken_gateways(subnets)?;
         let present = list_addresses(netlink).map_err(node)?;
         let with_prefix =
             |found: &LinkAddress| InterfaceAddress { address: found.address, prefix: found.prefix };
@@ -234,6 +238,17 @@ impl Bridge {
             });
         }
         Ok(())
+    }
+
+    /// Refuses subnets in which a pod has the node's address, from an earlier one.
+    pub(super) fn refuse_taken_gateways(&self, subnets: Subnets) -> Result<(), Error> {
+        let owners = self.addresses.owners();
+        let is_taken =
+            |gateway: &InterfaceAddress| owners.values().flatten().any(|taken| *taken == gateway.address);
+        match subnets.gateways().into_iter().find(is_taken) {
+            Some(gateway) => Err(Error::GatewayTaken { gateway }),
+            None => Ok(()),
+        }
     }
 
     /// Makes host ends without a bridge ports of this one: they lost theirs when it was deleted.

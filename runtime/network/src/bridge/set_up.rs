@@ -77,6 +77,7 @@ impl Bridge {
             conntrack: Mutex::new(Netlink::open_netfilter().map_err(node)?),
             index: AtomicU32::new(0),
             former: Mutex::default(),
+            released: Mutex::default(),
             host_ports: Mutex::default(),
             chain_uses: Mutex::default(),
         };
@@ -92,8 +93,8 @@ impl Bridge {
     /// `nft` once.
     ///
     /// # Errors
-    /// As [`Bridge::set_up`]. With [`Error::SubnetTaken`] and [`Error::SubnetWithin`] nothing was
-    /// changed, otherwise [`Bridge::repair`] completes it.
+    /// As [`Bridge::set_up`]. With [`Error::SubnetTaken`], [`Error::SubnetWithin`] and
+    /// [`Error::GatewayTaken`] nothing was changed, otherwise [`Bridge::repair`] completes it.
     pub fn change_subnets(&self, subnets: Subnets) -> Result<(), Error> {
         let subnets = usable(subnets);
         if subnets == self.subnets() {
@@ -105,6 +106,11 @@ impl Bridge {
         drop(netlink);
         {
             let mut current = self.subnets.write().unwrap_or_else(PoisonError::into_inner);
+            // A pod may have been given one meanwhile.
+            self.refuse_taken_gateways(subnets)?;
+            let kept = lock(&self.former).clone();
+            let gateways = kept.into_iter().chain(current.gateways()).chain(subnets.gateways());
+            self.addresses.reserve(gateways.map(|gateway| gateway.address));
             self.addresses.change_ranges(&subnets.ranges());
             *current = subnets;
         }
@@ -173,6 +179,8 @@ impl Bridge {
     /// [`Error::InUse`], and then nothing was removed; otherwise the first failure, after
     /// everything was tried.
     pub fn tear_down(self) -> Result<(), Error> {
+        // What cannot be cleared is still in use.
+        let _ = self.clear(Duration::ZERO);
         let taken = self.addresses.taken();
         if taken != 0 {
             return Err(Error::InUse { addresses: taken });

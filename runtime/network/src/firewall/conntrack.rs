@@ -75,8 +75,7 @@ pub(crate) fn forget_udp(
 ) -> Result<(), Error> {
     for family in [AF_INET, AF_INET6] {
         let family = u8::try_from(family).unwrap_or(0);
-        let mut wrong = list_udp(netfilter, family, port)?;
-        wrong.retain(&is_wrong);
+        let wrong = list_udp(netfilter, family, port, &is_wrong)?;
         for connections in wrong.chunks(AT_ONCE) {
             let forget = |connection: &Connection| {
                 let body = [header(family, 0), connection.name.clone()].concat();
@@ -91,7 +90,13 @@ pub(crate) fn forget_udp(
     Ok(())
 }
 
-fn list_udp(netfilter: &mut Netlink, family: u8, port: u16) -> Result<Vec<Connection>, Error> {
+/// A pod can fill the table with others, which are not kept.
+fn list_udp(
+    netfilter: &mut Netlink,
+    family: u8,
+    port: u16,
+    is_wrong: impl Fn(&Connection) -> bool,
+) -> Result<Vec<Connection>, Error> {
     let mut transport = Vec::new();
     put(&mut transport, PROTOCOL, &[Protocol::Udp.number()]);
     put(&mut transport, DESTINATION_PORT, &port.to_be_bytes());
@@ -99,9 +104,11 @@ fn list_udp(netfilter: &mut Netlink, family: u8, port: u16) -> Result<Vec<Connec
     put(&mut body, ORIGINAL | NESTED, &nest(TRANSPORT | NESTED, &transport));
     let flags = (MATCH_PROTOCOL | MATCH_DESTINATION_PORT).to_ne_bytes();
     put(&mut body, FILTER | NESTED, &nest(FILTER_FLAGS, &flags));
-    let replies = netfilter.dump(&Request::raw(LIST, GET, 0, body))?;
-    let read = |body| connection(body).ok_or(Error::Malformed { operation: LIST });
-    replies.iter().map(|reply| read(reply.body())).collect()
+    let wanted = |body: Vec<u8>| match connection(&body) {
+        Some(connection) => is_wrong(&connection).then_some(Ok(connection)),
+        None => Some(Err(Error::Malformed { operation: LIST })),
+    };
+    netfilter.dump_wanted(&Request::raw(LIST, GET, 0, body), wanted)?.into_iter().collect()
 }
 
 fn connection(body: &[u8]) -> Option<Connection> {

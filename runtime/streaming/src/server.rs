@@ -116,14 +116,18 @@ impl Server {
     }
 
     /// Accepts connections forever, from peers that `admits` lets in. For clients on this machine,
-    /// which need no address for it.
+    /// which need no address for it. Strangers cannot connect, so nobody is closed for another.
     pub async fn serve_local(self: Arc<Self>, listener: UnixListener, admits: impl Fn(&UnixStream) -> bool) {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) if admits(&stream) => {
                     let hangup = Hangup::of(&stream).ok();
-                    // A local peer does not vanish without notice.
-                    self.admit(std::future::ready(Ok(stream)), hangup, |_| Ok(None));
+                    let server = self.clone();
+                    tokio::spawn(async move {
+                        // A local peer does not vanish without notice.
+                        let request = server.answer(stream, hangup, |_| Ok(None), None);
+                        let _ = tokio::time::timeout(REQUEST, request).await;
+                    });
                 }
                 Ok(_) => tracing::warn!("refused a streaming client on the local socket: it is not root"),
                 Err(error) => {
@@ -486,6 +490,30 @@ pub(crate) mod tests {
         let _ = client.read_to_end(&mut answer).await;
         serving.abort();
         answer
+    }
+
+    #[tokio::test]
+    async fn a_local_client_is_not_closed_for_strangers() {
+        let path = std::env::temp_dir().join(format!("berth-streaming-{}", getrandom::u64().unwrap()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let (server, (accepted, mut seen)) = (Arc::new(Server::default()), tokio::sync::mpsc::channel(1));
+        let serving =
+            tokio::spawn(server.clone().serve_local(listener, move |_| accepted.try_send(()).is_ok()));
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        seen.recv().await.unwrap();
+        let mut strangers = Vec::new();
+        for _ in 0..2 * MAX_HALF_OPEN {
+            let (near, far) = tokio::io::duplex(16);
+            server.admit(async { Ok(far) }, None, |_| Ok(None));
+            strangers.push(near);
+        }
+        assert_eq!(strangers[0].read(&mut [0]).await.unwrap(), 0, "the oldest of these is closed");
+        client.write_all(b"GET /exec/none HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 404 "), "{}", String::from_utf8_lossy(&answer));
+        serving.abort();
     }
 
     #[tokio::test]

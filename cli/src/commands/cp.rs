@@ -234,6 +234,9 @@ fn tell(packed: &copy::pack::Report) {
     for path in &packed.left_out {
         output::remark(format_args!("skipped {}: it is a device, FIFO or socket", printable(path)));
     }
+    for path in &packed.kernels {
+        output::remark(format_args!("skipped what is in {}: the kernel makes it", printable(path)));
+    }
     for (path, error) in &packed.unread {
         output::remark(format_args!("skipped {}: cannot read it: {error}", printable(path)));
     }

@@ -49,8 +49,8 @@ pub(crate) struct Source {
     pub(crate) only_contents: bool,
     /// Its last name; `/` has none.
     pub(crate) name: Option<OsString>,
-    /// Whether tar(1) would find less in it than there is: it believes the lengths of files, and
-    /// those in `/proc` and `/sys` state other ones than they have.
+    /// Whether it is in `/proc` or `/sys`, or has them in it: files there state other lengths than
+    /// they have, which tar(1) believes, or fails for.
     pub(crate) misleads_tar: bool,
 }
 
@@ -99,7 +99,8 @@ pub(crate) fn source(root: &Root, path: &Path) -> Result<Source, PlanError> {
         return Err(PlanError::NotDirectory(path.to_owned()));
     }
     let only_contents = is_directory && (ends_with(path, "/.") || path == Path::new("."));
-    let misleads_tar = states_no_lengths(found.as_fd()).map_err(failed)?;
+    let top = root.resolve(Path::new("/")).and_then(|top| stat_fd(top.as_fd())).map_err(failed)?;
+    let misleads_tar = states_no_lengths(found.as_fd()).map_err(failed)? || stat.identity == top.identity;
     Ok(Source { is_directory, only_contents, name: path.file_name().map(ToOwned::to_owned), misleads_tar })
 }
 
@@ -173,8 +174,9 @@ mod tests {
             ("/", true, false, None),
             ("/.", true, true, None),
         ] {
+            let misleads_tar = name.is_none();
             let name = name.map(OsString::from);
-            let expected = Source { is_directory, only_contents, name, misleads_tar: false };
+            let expected = Source { is_directory, only_contents, name, misleads_tar };
             assert_eq!(source(&root, Path::new(path)).unwrap(), expected, "{path}");
         }
         for path in ["/none", "/out", "/file/", "/file/x"] {

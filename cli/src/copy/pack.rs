@@ -47,8 +47,9 @@ pub(crate) enum PackError {
 pub(crate) struct Report {
     /// Paths of devices, FIFOs and sockets.
     pub(crate) left_out: Vec<PathBuf>,
-    /// Paths of files that do not state their length and cannot be read, and why: much in `/proc`
-    /// is not for reading.
+    /// Paths of directories whose contents the kernel makes, in a tree that is a real one.
+    pub(crate) kernels: Vec<PathBuf>,
+    /// Paths in such a directory that cannot be read, and why: much in `/proc` is not for reading.
     pub(crate) unread: Vec<(PathBuf, String)>,
     /// Paths of files that shrank while they were read.
     pub(crate) shrunk: Vec<PathBuf>,
@@ -134,6 +135,9 @@ impl<W: Write> Packing<W> {
                 Err(PackError::Unstated(path, error)) => {
                     self.report.unread.push((path, error.to_string()));
                 }
+                Err(PackError::Read(path, error)) if is_kernels(&level.directory) => {
+                    self.report.unread.push((path, error.to_string()));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -148,6 +152,11 @@ impl<W: Write> Packing<W> {
             FileType::Directory => {
                 let directory = parent.open_dir(name).map_err(failed)?;
                 self.entry(&stat, EntryType::Directory, 0, path, io::empty())?;
+                // As podman-cp(1): nobody who copies a container's root wants what the kernel says.
+                if is_kernels(&directory) && !is_kernels(parent) {
+                    self.report.kernels.push(path.to_owned());
+                    return Ok(None);
+                }
                 return Ok(Some(directory));
             }
             FileType::Regular => {
@@ -210,6 +219,11 @@ impl<W: Write> Packing<W> {
         let mut header = header(stat, kind, 0, self.modes);
         self.to.append_link(&mut header, path, target).map_err(PackError::Write)
     }
+}
+
+/// Whether the kernel makes what is in the directory.
+fn is_kernels(directory: &Dir) -> bool {
+    states_no_lengths(directory.as_fd()).unwrap_or(false)
 }
 
 /// Whether a file is gone. In procfs(5), `ESRCH` means that the process has ended.

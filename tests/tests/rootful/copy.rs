@@ -142,6 +142,17 @@ fn files_of_the_kernel_are_copied_with_what_is_in_them() -> Result<()> {
                 let copied = fs::read_to_string(Path::new(&to).join(file))?;
                 assert_eq!(copied, container.sh(&format!("cat {directory}/{file}"))?, "{name}: {directory}");
             }
+            // What cannot be read is skipped.
+            let output = cp(daemon, &inside("/proc/1"), &path(&format!("{name}-1")))?;
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            ensure!(output.status.success() && said.contains("mem: cannot read"), "{output:?}");
+            let status = fs::read_to_string(here.join(format!("{name}-1/status")))?;
+            ensure!(status.starts_with("Name:"), "{name}: {status}");
+            // In the container's own files they are none.
+            copies(daemon, &inside("/"), &path(&format!("{name}-root")))?;
+            let root = here.join(format!("{name}-root"));
+            ensure!(root.join("etc/passwd").exists(), "{name}");
+            assert_eq!(fs::read_dir(root.join("proc"))?.count(), 0, "{name}");
             // And in, where the length is not known before either.
             copies(daemon, "/proc/version", &inside("/tmp/version"))?;
             assert_eq!(container.sh("cat /tmp/version")?, fs::read_to_string("/proc/version")?, "{name}");

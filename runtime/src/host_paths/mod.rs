@@ -213,6 +213,8 @@ pub(crate) struct HostPaths {
 #[derive(Debug)]
 struct Shared {
     most: usize,
+    /// Whether a worker that is idle is kept for the next question.
+    keeps_one: bool,
     workers: Mutex<Workers>,
     /// Told when there is a worker less.
     one_less: Condvar,
@@ -349,22 +351,27 @@ impl Started {
 impl HostPaths {
     /// No worker is started before there is something to ask.
     pub(crate) fn new(runtime: Handle) -> Self {
-        Self::with_most(runtime, MOST)
+        Self::with_most(runtime, MOST, true)
     }
 
     /// For CNI: what is busy there takes nothing from others.
     pub(crate) fn for_cni(runtime: Handle) -> Self {
-        Self::with_most(runtime, MOST_FOR_CNI)
+        Self::with_most(runtime, MOST_FOR_CNI, true)
     }
 
-    /// For imports: the same.
+    /// For imports: the same. They are rare, and nothing is kept for the next one.
     pub(crate) fn for_imports(runtime: Handle) -> Self {
-        Self::with_most(runtime, MOST_FOR_IMPORTS)
+        Self::with_most(runtime, MOST_FOR_IMPORTS, false)
     }
 
-    fn with_most(runtime: Handle, most: usize) -> Self {
-        let shared =
-            Shared { most, workers: Mutex::default(), one_less: Condvar::new(), one_idle: Condvar::new() };
+    fn with_most(runtime: Handle, most: usize, keeps_one: bool) -> Self {
+        let shared = Shared {
+            most,
+            keeps_one,
+            workers: Mutex::default(),
+            one_less: Condvar::new(),
+            one_idle: Condvar::new(),
+        };
         Self { runtime, shared: Arc::new(shared) }
     }
 
@@ -647,7 +654,7 @@ impl HostPaths {
 
     fn keep(&self, worker: Worker) {
         let mut workers = lock(&self.shared.workers);
-        if workers.idle.is_none() {
+        if self.shared.keeps_one && workers.idle.is_none() {
             workers.idle = Some(worker);
             self.shared.one_idle.notify_one();
         } else {

@@ -8,7 +8,7 @@ use berth_tests::census::status_field;
 use berth_tests::daemon::{Daemon, IMAGE, SOON, programs, rootful};
 use berth_tests::deadline::within;
 use berth_tests::forge::{Entry, Image, Layer};
-use berth_tests::held::{Keeper, UNLINKAT, waits_in};
+use berth_tests::held::{Call, Keeper, UNLINKAT, waits_in};
 use berth_tests::pod::container;
 use berth_tests::registry::Registry;
 use berth_tests::skip::skip;
@@ -152,7 +152,8 @@ fn a_removal_that_deletes_still_is_answered_and_delays_no_pull_and_no_start() ->
             return Ok(());
         };
 
-        client.remove_image_of(large)?;
+        let (remover, name) = (daemon.client(), large.to_owned());
+        Call::begin(move || remover.remove_image_of(&name)).answer()??;
         assert_eq!(client.image(large)?, None);
         within(SOON, "its layer is being deleted", || deletes(daemon))?;
         let registry = Registry::start(daemon, 5000)?;

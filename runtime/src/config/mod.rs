@@ -88,7 +88,10 @@ impl NetworkConfig {
             cni_cache_directory: Some(cni.cache_directory.clone()),
             cni_namespace_directory: Some(cni.namespace_directory.clone()),
             bridge: Some(bridge.name.to_string()),
-            ipv4: subnets.ipv4.map(|subnet| subnet.to_string()),
+            ipv4: match subnets.waits_for_pod_cidr {
+                true => Some(POD_CIDR.to_owned()),
+                false => subnets.ipv4.map(|subnet| subnet.to_string()),
+            },
             ipv6: subnets.ipv6.map(|ipv6| ipv6.map_or_else(|| "off".to_owned(), |subnet| subnet.to_string())),
             mtu: bridge.mtu.map(Mtu::bytes),
             forwarding: Some(bridge.forwarding),
@@ -104,7 +107,12 @@ pub struct ConfiguredSubnets {
     pub ipv4: Option<Ipv4Subnet>,
     /// IPv6, or that there is none.
     pub ipv6: Option<Option<Ipv6Subnet>>,
+    /// Whether pods wait for the cluster's, rather than have the default ones until it comes.
+    pub waits_for_pod_cidr: bool,
 }
+
+/// What is written in place of an IPv4 subnet for that.
+const POD_CIDR: &str = "pod-cidr";
 
 /// From which network pods get their interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -433,14 +441,16 @@ fn cni(check: &mut Check, written: &WrittenNetwork, state: &Path) -> CniConfig {
 }
 
 fn subnets(check: &mut Check, written: &WrittenNetwork) -> Option<ConfiguredSubnets> {
-    let ipv4 = written.ipv4.as_ref().map(|subnet| check.ok("network.ipv4", subnet.parse()));
+    let waits_for_pod_cidr = written.ipv4.as_deref() == Some(POD_CIDR);
+    let ipv4 = written.ipv4.as_ref().filter(|_| !waits_for_pod_cidr);
+    let ipv4 = ipv4.map(|subnet| check.ok("network.ipv4", subnet.parse()));
     let ipv6 = written.ipv6.as_deref().map(|subnet| match subnet {
         "off" => Some(None),
         subnet => check.ok("network.ipv6", subnet.parse()).map(Some),
     });
     let (ipv4, ipv6) =
         (ipv4.map_or(Some(None), |ipv4| ipv4.map(Some)), ipv6.map_or(Some(None), |ipv6| ipv6.map(Some)));
-    Some(ConfiguredSubnets { ipv4: ipv4?, ipv6: ipv6? })
+    Some(ConfiguredSubnets { ipv4: ipv4?, ipv6: ipv6?, waits_for_pod_cidr })
 }
 
 fn bridge(check: &mut Check, written: &WrittenNetwork, subnets: ConfiguredSubnets) -> Option<BridgeConfig> {

@@ -169,7 +169,9 @@ impl Network {
             }
         };
         // Pods that are on it from before, whatever new ones get.
-        if is_bridge || bridge::has_addresses(&network.bridge_config, &network.addresses) {
+        if is_bridge && !network.waits_for_pod_cidr()
+            || bridge::has_addresses(&network.bridge_config, &network.addresses)
+        {
             network.bridge_for(known)?;
         }
         network.look();
@@ -209,6 +211,13 @@ impl Network {
                 }
                 Configured::Nothing { .. } => {}
             }
+        }
+        if self.waits_for_pod_cidr() {
+            return Err(NetworkError::NotConfigured(
+                "network.ipv4 is \"pod-cidr\", and the kubelet has not named the node's pod CIDR yet; the cluster's controller manager gives it with \
+                 --allocate-node-cidrs"
+                    .to_owned(),
+            ));
         }
         match self.bridge.get() {
             Some(bridge) => Ok(Chosen::Bridge(bridge)),
@@ -308,13 +317,20 @@ impl Network {
     /// has changed. Another error of the bridge, which [`Network::look`] mends.
     pub(crate) fn take_pod_cidr(&self, text: &str) -> Result<(), NetworkError> {
         let networks = pod_cidr::parse(text)?;
-        let _alone = lock(&self.setting_up);
+        let alone = lock(&self.setting_up);
         if let Some(bridge) = self.bridge.get() {
             bridge.change_subnets(self.subnets(&networks)?)?;
         } else if self.kind == NetworkKind::Bridge {
             self.subnets(&networks)?;
         }
-        self.pod_cidr.set(&networks)
+        self.pod_cidr.set(&networks)?;
+        drop(alone);
+        self.look();
+        Ok(())
+    }
+
+    fn waits_for_pod_cidr(&self) -> bool {
+        self.configured_subnets.waits_for_pod_cidr && self.pod_cidr.networks().is_empty()
     }
 
     /// Where the bridge gives new pods their addresses.

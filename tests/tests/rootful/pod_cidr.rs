@@ -1,7 +1,7 @@
 //! The networks that a cluster gives to a node's pods (`UpdateRuntimeConfig`), on the built-in
 //! bridge.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::daemon::{Daemon, Setup, rootful, rootful_with};
 use tonic::{Code, Status};
@@ -45,6 +45,30 @@ fn new_pods_are_on_the_nodes_pod_cidr_also_after_a_restart_and_old_ones_go_on() 
         let shown = daemon.berth()?.arg("info").output()?;
         let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
         ensure!(shown.contains("10.244.9.0/24"), "{shown}");
+        Ok(())
+    })
+}
+
+#[test]
+fn pods_of_a_cluster_wait_for_the_pod_cidr_where_that_is_configured() -> Result<()> {
+    let setup = Setup { network: "ipv4 = \"pod-cidr\"\n", ..Setup::default() };
+    rootful_with(setup, |daemon| {
+        let state = || -> Result<v1::RuntimeCondition> {
+            let status = daemon.client().status(v1::StatusRequest::default())?.status.unwrap_or_default();
+            let network = |found: &v1::RuntimeCondition| found.r#type == "NetworkReady";
+            status.conditions.into_iter().find(network).context("NetworkReady")
+        };
+        let waits = state()?;
+        ensure!(!waits.status && waits.reason == "NetworkPluginNotReady", "{waits:?}");
+        ensure!(waits.message.contains("has not named the node's pod CIDR yet"), "{waits:?}");
+        let refused = daemon.pod("early").map(drop).unwrap_err().to_string();
+        ensure!(refused.contains("has not named the node's pod CIDR yet"), "{refused}");
+        ensure!(!daemon.host().run("ip", &["link"])?.contains("bt"), "there is a bridge");
+        give(daemon, "10.244.7.0/24")?;
+        ensure!(state()?.status);
+        ensure!(addresses(daemon, "pod")? == ["10.244.7.2"]);
+        daemon.crash()?;
+        ensure!(state()?.status);
         Ok(())
     })
 }

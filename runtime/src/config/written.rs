@@ -125,8 +125,8 @@ written! {
         cni_namespace_directory: Option<PathBuf>,
         /// The bridge's name, at most 15 characters. Default `berth0`.
         bridge: Option<String>,
-        /// The pods' IPv4 network; or `pod-cidr`, for pods to wait for the pod CIDR that the cluster
-        /// gives the node. Default: that, once it is known, and `10.88.0.0/16` until then.
+        /// The pods' IPv4 network; or `pod-cidr`, for pods to wait for the pod CIDR that the
+        /// cluster gives the node. Default: that, once it is known, and `10.88.0.0/16` until then.
         ipv4: Option<String>,
         /// The pods' IPv6 network, or `off`. Default: as the cluster gives it, or
         /// `fd62:6572:7468::/64` without one; where the host has IPv6.

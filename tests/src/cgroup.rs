@@ -247,7 +247,9 @@ impl Cgroup {
         }
     }
 
-    fn directories(&self) -> Vec<PathBuf> {
+    /// Its directory in every hierarchy.
+    #[must_use]
+    pub fn directories(&self) -> Vec<PathBuf> {
         self.hierarchies.iter().map(|hierarchy| hierarchy.mount.join(&self.name)).collect()
     }
 }

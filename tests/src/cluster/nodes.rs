@@ -32,7 +32,7 @@ use tempfile::TempDir;
 use super::control_plane::{ControlPlane, Plan, Web, kept, manifest};
 use super::servers::Servers;
 use super::{kubelet_arguments, kubelet_configuration};
-use crate::census::{WORKER, processes_in_network, status_field};
+use crate::census::{WORKER, mounts_below, processes_in_network, status_field};
 use crate::daemon::{Daemon, SOON, Setup, programs};
 use crate::deadline::within;
 use crate::host::Host;
@@ -170,6 +170,28 @@ pub struct Nodes<'a> {
     underlay: &'a Underlay,
 }
 
+/// What a cluster has on the machine.
+#[derive(Debug)]
+pub struct Traces {
+    networks: Vec<u64>,
+    /// Files and cgroups.
+    directories: Vec<PathBuf>,
+}
+
+impl Traces {
+    /// What is there: processes in its network namespaces, mounts, files, cgroups.
+    #[must_use]
+    pub fn left(&self) -> Vec<String> {
+        let processes = self.networks.iter().flat_map(|network| processes_in_network(*network));
+        let mut left: Vec<String> = processes.map(|pid| format!("process {pid}")).collect();
+        for directory in &self.directories {
+            left.extend(mounts_below(directory).iter().map(|mount| format!("mount {}", mount.display())));
+            left.extend(directory.exists().then(|| format!("directory {}", directory.display())));
+        }
+        left
+    }
+}
+
 /// One of its nodes.
 #[derive(Debug)]
 pub struct Node {
@@ -268,6 +290,23 @@ impl<'a> Nodes<'a> {
             }
         }
         Ok(())
+    }
+
+    /// What it has on the machine now, and should not have after its end.
+    ///
+    /// # Errors
+    /// When a namespace cannot be looked at.
+    pub fn traces(&self) -> Result<Traces> {
+        let mut traces = Traces {
+            networks: vec![self.underlay.host.number()?],
+            directories: vec![self.underlay.dir.path().to_owned()],
+        };
+        for Node { daemon, .. } in &self.nodes {
+            traces.networks.push(daemon.host().number()?);
+            traces.directories.push(daemon.dir().to_owned());
+            traces.directories.extend(daemon.cgroup().directories());
+        }
+        Ok(traces)
     }
 
     /// The control plane.

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use berth_tests::cluster::nodes::{Network, Nodes, Underlay};
+use berth_tests::cluster::nodes::{Network, Nodes, Traces, Underlay};
 use berth_tests::deadline;
 use berth_tests::skip::skip;
 use nix::unistd::geteuid;
@@ -14,6 +14,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// What happens to a cluster: its name, and a function that returns what it counted.
 pub(crate) type Step = (&'static str, fn(&Nodes<'_>) -> Result<String>);
+
+/// The name of the last step, the end of a cluster.
+const END: &str = "the machine has nothing of the cluster";
 
 /// The results so far.
 #[derive(Default)]
@@ -32,11 +35,12 @@ pub(crate) fn run(steps: &[Step]) -> ExitCode {
     let networks: Vec<Network> = Network::ALL.into_iter().filter(wanted).collect();
     if arguments.iter().any(|argument| argument == "--list") {
         for network in networks {
-            steps.iter().for_each(|(step, _)| println!("{}: {step}: test", network.name()));
+            let steps = steps.iter().map(|(step, _)| *step).chain([END]);
+            steps.for_each(|step| println!("{}: {step}: test", network.name()));
         }
         return ExitCode::SUCCESS;
     }
-    println!("running {} tests", networks.len() * steps.len());
+    println!("running {} tests", networks.len() * (steps.len() + 1));
     let begin = Instant::now();
     let mut outcomes = Outcomes::default();
     if !geteuid().is_root() {
@@ -103,14 +107,26 @@ fn on(network: Network, steps: &[Step], outcomes: &mut Outcomes) {
         }
     };
     println!("{name}: {} nodes are ready ({} ms)", nodes.nodes().len(), begin.elapsed().as_millis());
+    let traces = nodes.traces();
     for (step, act) in steps {
         let begin = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| act(&nodes)))
             .unwrap_or_else(|_| Err(anyhow!("it panicked; the message is above")));
         if !tell(step, begin, outcome.with_context(|| nodes.last_words())) {
-            return;
+            break;
         }
     }
+    let begin = Instant::now();
+    drop(nodes);
+    drop(underlay);
+    tell(END, begin, traces.and_then(|traces| is_gone(&traces)));
+}
+
+/// Whatever became of the steps, the machine has nothing of the cluster.
+fn is_gone(traces: &Traces) -> Result<String> {
+    let left = traces.left();
+    ensure!(left.is_empty(), "left: {left:?}");
+    Ok("no process, mount, directory or cgroup".to_owned())
 }
 
 /// Lets the step that runs fail when the process is asked to end, instead of ending at once.

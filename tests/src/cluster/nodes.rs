@@ -78,7 +78,9 @@ impl Network {
     /// Lines for the section `[network]` of `berth.toml`.
     fn setup(self) -> String {
         match self {
-            Self::BuiltIn => format!("kind = \"bridge\"\nnon_masquerade_cidrs = [\"{PODS}\"]\n"),
+            Self::BuiltIn => {
+                format!("kind = \"bridge\"\nipv4 = \"pod-cidr\"\nnon_masquerade_cidrs = [\"{PODS}\"]\n")
+            }
             Self::CniBridge | Self::CniPtp => "kind = \"cni\"\n".to_owned(),
         }
     }

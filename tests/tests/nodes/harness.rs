@@ -36,7 +36,7 @@ pub(crate) fn run(steps: &[Step]) -> ExitCode {
     if arguments.iter().any(|argument| argument == "--list") {
         for network in networks {
             let steps = steps.iter().map(|(step, _)| *step).chain([END]);
-            steps.for_each(|step| println!("{}: {step}: test", network.name()));
+            steps.for_each(|step| println!("{}: test", test(network, step)));
         }
         return ExitCode::SUCCESS;
     }
@@ -68,21 +68,26 @@ pub(crate) fn run(steps: &[Step]) -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// The name of a step as a test: one word.
+fn test(network: Network, step: &str) -> String {
+    format!("{}::{}", network.name(), step.replace(' ', "_"))
+}
+
 /// Runs the steps on a cluster with this network, up to the first that fails.
 #[expect(clippy::print_stdout, reason = "what a test harness says")]
 fn on(network: Network, steps: &[Step], outcomes: &mut Outcomes) {
     let name = network.name();
     let mut tell = |step: &str, begin: Instant, outcome: Result<String>| {
-        let took = begin.elapsed().as_millis();
+        let (test, took) = (test(network, step), begin.elapsed().as_millis());
         match outcome {
             Ok(counts) => {
-                println!("test {name}: {step} ... ok ({took} ms): {counts}");
+                println!("test {test} ... ok ({took} ms): {counts}");
                 outcomes.passed += 1;
                 true
             }
             Err(error) => {
-                println!("test {name}: {step} ... FAILED ({took} ms)\n{error:?}");
-                outcomes.failed.push(format!("{name}: {step}"));
+                println!("test {test} ... FAILED ({took} ms)\n{error:?}");
+                outcomes.failed.push(test);
                 false
             }
         }

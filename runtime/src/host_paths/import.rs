@@ -10,8 +10,10 @@ use berth_image::{ArchiveFile, Layout};
 use berth_sys::beneath::Root;
 use berth_sys::file::READ_NONBLOCKING;
 
+use super::connection::{Heard, Worker};
 use super::message::{Ask, Below, ReadFile, Tell, bytes_of, path_of};
-use super::{Answered, Failed, Heard, HostPathError, HostPaths, Kind, PATIENCE, Scope, Slot, Worker, lost};
+use super::pool::{Answered, Kind, PATIENCE, Scope, Slot};
+use super::{Failed, HostPathError, HostPaths, lost};
 
 /// The largest piece of a file in one message.
 const PIECE: usize = 64 * 1024;
@@ -217,7 +219,8 @@ mod tests {
     use tokio::runtime::Handle;
 
     use super::super::message::{Answer, Failure};
-    use super::super::{Busy, worker};
+    use super::super::pool::Busy;
+    use super::super::worker;
     use super::*;
     use crate::lock;
 

@@ -36,7 +36,7 @@ pub mod interfaces;
 pub mod netlink;
 pub mod nft;
 
-pub use bridge::{Attachment, Bridge, Dead, Known};
+pub use bridge::{Attachment, Bandwidth, Bridge, Dead, Known};
 pub use config::BridgeConfig;
 pub use host_ports::{HostPort, Protocol};
 pub use netlink::Netlink;

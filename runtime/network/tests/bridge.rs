@@ -10,7 +10,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::Command;
@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use berth_network::bridge::{Error, NotReady, POD_INTERFACE, open_in_pod};
 use berth_network::config::{BridgeName, Mtu, Subnets};
-use berth_network::{Bridge, BridgeConfig, Known, Netlink, addresses, identity, interfaces};
+use berth_network::{Bandwidth, Bridge, BridgeConfig, Known, Netlink, addresses, identity, interfaces};
 use nix::errno::Errno;
 use nix::sys::socket::{
     self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, setsockopt, sockopt,
@@ -478,6 +478,50 @@ fn subnets_change_under_running_pods_and_only_if_the_node_has_room_for_them() {
         shown.contains("10.244.3.1/24") && !shown.contains("10.88") && !shown.contains("fd62"),
         "{shown}"
     );
+}
+
+#[test]
+fn the_traffic_of_a_pod_is_limited_each_way_and_that_of_others_is_not() {
+    let node = Node::new();
+    let (limited, other) = (node.attach(1), node.attach(2));
+    let shown = |namespace: &Namespace, interface: &str| {
+        namespace.command(&format!("tc -s qdisc show dev {interface}"))
+    };
+    let shape = |ingress, egress| {
+        let mut inside = limited.namespace.run(open_in_pod).unwrap();
+        node.bridge.shape(&limited.id, Bandwidth { ingress, egress }, &mut inside).unwrap();
+    };
+    shape(Some(8_000_000), None);
+    let host_end = &limited.attachment.host_interface;
+    let received = shown(&node.namespace, host_end);
+    assert!(received.contains("qdisc tbf") && received.contains("rate 8Mbit burst 128Kb"), "{received}");
+    assert!(!shown(&limited.namespace, "eth0").contains("tbf"));
+    shape(Some(1_000_000_000_000), Some(40_000_000_000));
+    assert!(shown(&node.namespace, host_end).contains("rate 1Tbit"), "{}", shown(&node.namespace, host_end));
+    let sent = shown(&limited.namespace, "eth0");
+    assert!(sent.contains("qdisc tbf") && sent.contains("rate 40Gbit"), "{sent}");
+    assert!(!shown(&node.namespace, &other.attachment.host_interface).contains("tbf"));
+    talk(&node.namespace, &limited.namespace, limited.address(0));
+    talk(&limited.namespace, &other.namespace, other.address(1));
+
+    // What is more than its share is dropped, on the way out and in.
+    shape(Some(8_000), Some(8_000));
+    let flood = |from: &Namespace, to: IpAddr| {
+        // What waits in the queue may be all that one socket can send.
+        for _ in 0..10 {
+            let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
+            let socket = from.run(|| UdpSocket::bind(any)).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            (0..100).for_each(|_| drop(socket.send_to(&[0; 1400], SocketAddr::new(to, 9))));
+        }
+    };
+    flood(&limited.namespace, other.address(0));
+    flood(&other.namespace, limited.address(0));
+    for (namespace, interface) in [(&limited.namespace, "eth0"), (&node.namespace, host_end.as_str())] {
+        let shown = shown(namespace, interface);
+        let dropped = shown.split("dropped ").nth(1).and_then(|rest| rest.split(',').next()).unwrap();
+        assert!(dropped.parse::<u64>().unwrap() > 100, "{shown}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use berth_network::config::Subnets;
 use berth_network::{Bridge, BridgeConfig, HostPort, Known, Protocol};
 use berth_sys::ns::{self, Kind};
 
-use super::{Attached, Description, Interface, MAIN_INTERFACE, NetworkError, NotReady};
+use super::{Attached, Description, Interface, MAIN_INTERFACE, NetworkError, NotReady, bandwidth};
 use crate::chain;
 
 /// Whether a bridge's directory of addresses has any that are in use, or that cannot be found out.
@@ -65,7 +65,11 @@ pub(super) fn attach(
 ) -> Result<Attached, NetworkError> {
     let mut inside = open_in_pod()?;
     let own = ns::open_own(Kind::Network).map_err(NetworkError::Namespace)?;
+    let bandwidth = bandwidth::of(config)?;
     let attachment = bridge.attach(sandbox.as_str(), &host_ports(config), &mut inside, own.as_fd())?;
+    if bandwidth.is_limited() {
+        bridge.shape(sandbox.as_str(), bandwidth, &mut inside)?;
+    }
     let addresses = attachment.addresses.iter().map(|address| address.address).collect();
     Ok(Attached { interfaces: vec![Interface { name: Cow::Borrowed(MAIN_INTERFACE), addresses }], dns: None })
 }

@@ -12,11 +12,12 @@ use std::time::Duration;
 
 use berth_cni::{Attachment, Cache, NetworkConfig, Seen};
 use berth_model::id::SandboxId;
+use berth_network::Bandwidth;
 use berth_sys::host_path::{self, Cached};
 use serde_json::{Map, Value, json};
 
 use super::pod_cidr::PodCidr;
-use super::{Attached, Interface, MAIN_INTERFACE, NetworkError, NotReady, Pod};
+use super::{Attached, Interface, MAIN_INTERFACE, NetworkError, NotReady, Pod, bandwidth};
 use crate::clock;
 use crate::config::CniConfig;
 use crate::host_paths::cni::{Asked, Configuration, Directories, Outcome, Task};
@@ -35,13 +36,6 @@ const STATUS: Duration = Duration::from_secs(5);
 /// What tells that this node belongs to a cluster, which brings its network: kubeadm and most
 /// others put the kubelet's configuration there.
 const KUBELET: &str = "/var/lib/kubelet/config.yaml";
-
-/// The annotations that limit a pod's traffic, in bits per second: Kubernetes, "Network Plugins".
-const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
-const EGRESS: &str = "kubernetes.io/egress-bandwidth";
-
-/// The limits that the bandwidth plugin takes: 1 kbit/s to 1 Pbit/s.
-const BANDWIDTH: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000_000_000;
 
 /// What is sent at once: as much as the bandwidth plugin takes, as other runtimes have it.
 const BURST: u64 = u32::MAX as u64;
@@ -315,17 +309,12 @@ impl Cni {
         if !ports.is_empty() {
             capabilities.insert("portMappings".into(), ports.into());
         }
-        let limit = |annotation: &'static str| match config.annotations.get(annotation) {
-            None => Ok(None),
-            Some(value) => bits(value)
-                .map(Some)
-                .ok_or_else(|| NetworkError::Bandwidth { annotation, value: value.clone() }),
-        };
+        let Bandwidth { ingress, egress } = bandwidth::of(config)?;
         let mut bandwidth = Map::new();
-        for (annotation, rate, burst) in
-            [(INGRESS, "ingressRate", "ingressBurst"), (EGRESS, "egressRate", "egressBurst")]
+        for (limit, rate, burst) in
+            [(ingress, "ingressRate", "ingressBurst"), (egress, "egressRate", "egressBurst")]
         {
-            if let Some(bits) = limit(annotation)? {
+            if let Some(bits) = limit {
                 bandwidth.insert(rate.into(), bits.into());
                 bandwidth.insert(burst.into(), BURST.into());
             }
@@ -390,26 +379,6 @@ fn in_order(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     addresses
 }
 
-/// A quantity of Kubernetes, as it is used for bandwidth: digits and a decimal or binary suffix.
-fn bits(quantity: &str) -> Option<u64> {
-    let end = quantity.find(|character: char| !character.is_ascii_digit()).unwrap_or(quantity.len());
-    let (digits, suffix) = quantity.split_at(end);
-    let factor: u64 = match suffix {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "T" => 1_000_000_000_000,
-        "P" => 1_000_000_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(factor).filter(|bits| BANDWIDTH.contains(bits))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -462,24 +431,5 @@ mod tests {
         assert!(is_network(cni.take(Configuration::Unusable("it is torn".to_owned()))));
         assert!(cni.take(nothing()).is_err());
         assert!(cni.take(unknown()).is_err());
-    }
-
-    #[test]
-    fn a_bandwidth_is_a_quantity_in_the_plugins_range() {
-        for (quantity, expected) in [
-            ("1M", Some(1_000_000)),
-            ("1000", Some(1_000)),
-            ("10Mi", Some(10 << 20)),
-            ("1P", Some(1_000_000_000_000_000)),
-            ("999", None),
-            ("2P", None),
-            ("", None),
-            ("M", None),
-            ("1m", None),
-            ("-1M", None),
-            ("99999999999999999999", None),
-        ] {
-            assert_eq!(bits(quantity), expected, "{quantity}");
-        }
     }
 }

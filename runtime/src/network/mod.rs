@@ -11,6 +11,7 @@
 //! - *remove dead*: find and remove what belongs to missing sandboxes;
 //! - *look*: report whether pods can be attached and if not, why; repair or reread what can be.
 
+mod bandwidth;
 mod bridge;
 mod cni;
 mod error;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -63,6 +64,29 @@ fn an_interface_goes_with_its_pod_and_before_its_address_also_where_its_namespac
             gone(&namespace)?;
             pod.remove()?;
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn annotations_limit_a_pods_traffic() -> Result<()> {
+    rootful(|daemon| {
+        let limited = |ingress: &str| {
+            let mut config = daemon.pod_config("limited");
+            config.annotations.insert("kubernetes.io/ingress-bandwidth".to_owned(), ingress.to_owned());
+            config.annotations.insert("kubernetes.io/egress-bandwidth".to_owned(), "10M".to_owned());
+            daemon.pod_of(config)
+        };
+        let refused = limited("10 M").map(drop).unwrap_err().to_string();
+        ensure!(refused.contains("is not a quantity from 1k to 1P, in bits per second"), "{refused}");
+        let pod = limited("20M")?;
+        let main = pod.idle("main")?;
+        let node = daemon.host().run("tc", &["qdisc", "show"])?;
+        ensure!(node.contains("tbf") && node.contains("rate 20Mbit"), "{node}");
+        let inside = ["-t", &main.pid()?.to_string(), "-n", "tc", "qdisc", "show", "dev", "eth0"];
+        let inside = Command::new("nsenter").args(inside).output()?;
+        let inside = String::from_utf8(inside.stdout)?;
+        ensure!(inside.contains("tbf") && inside.contains("rate 10Mbit"), "{inside}");
         Ok(())
     })
 }

@@ -31,6 +31,7 @@ mod links;
 mod released;
 mod repair;
 mod set_up;
+mod shaping;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -54,6 +55,7 @@ pub use attach::{Attachment, POD_INTERFACE, open_in_pod};
 pub use dead::{Dead, Reconciled};
 pub use repair::NotReady;
 pub use set_up::Known;
+pub use shaping::Bandwidth;
 
 /// Sockets for deleting interfaces. The kernel answers such a request only after an RCU grace
 /// period, tens of milliseconds in which it holds no lock (`netdev_run_todo`, net/core/dev.c):

@@ -35,7 +35,7 @@ impl Terminal {
         let raw = match (wanted.stdin, stdin.is_terminal()) {
             (true, true) => Some(RawMode::enter(stdin.as_fd())?),
             (true, false) => {
-                output::remark("standard input is not a terminal; the program's terminal gets no input");
+                output::remark("standard input is not a terminal; the program will not see where it ends");
                 None
             }
             (false, _) => None,

@@ -306,7 +306,8 @@ async fn read_container(
     to: Pieces,
 ) -> Result<(), Error> {
     if !inside.has_tar || source.misleads_tar {
-        let name = if source.is_directory { None } else { source.name.clone() };
+        // With an entry for the directory itself, as tar(1) writes it: it may be empty, or private.
+        let name = if source.is_directory { Some(".".into()) } else { source.name.clone() };
         let packing =
             inside.in_namespaces(move || pack(&root, &path, name.as_deref(), Modes::Whole, Writer::new(to)));
         tell(&packing.await?.map_err(CpError::from)?);

@@ -129,6 +129,10 @@ impl<W: Write> Packing<W> {
                 Ok(None) => {}
                 Ok(Some(directory)) => match self::level(directory, path) {
                     Err(PackError::Read(_, error)) if is_gone(&error) => {}
+                    // Such as `net` of a process that has ended and was not waited for.
+                    Err(PackError::Read(path, error)) if is_kernels(&level.directory) => {
+                        self.report.unread.push((path, error.to_string()));
+                    }
                     level => levels.push(level?),
                 },
                 Err(PackError::Read(_, error) | PackError::Unstated(_, error)) if is_gone(&error) => {}

@@ -88,6 +88,11 @@ impl Sender {
         QUEUE - self.queue.capacity()
     }
 
+    /// Whether nobody reads it any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.queue.is_closed()
+    }
+
     /// Sets why no more data comes: to be called before the queue is dropped.
     pub(crate) fn end(&self, why: End) {
         self.end.store(why as u8, Ordering::Release);

@@ -474,6 +474,33 @@ mod tests {
         assert!(all_of(&mut other).await.is_empty());
     }
 
+    #[tokio::test]
+    async fn a_port_that_pauses_and_holds_up_no_other_gets_everything() {
+        const PIECE: usize = 64 * 1024;
+        const PIECES: usize = 512;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (mut client, _server) = served(connects()).await;
+        let (mut error, data) = pair(&mut client, listener.local_addr().unwrap().port(), "0").await;
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let upload = tokio::spawn(async move {
+            for _ in 0..PIECES {
+                data.outgoing.send(Bytes::from(vec![7; PIECE])).await.unwrap();
+            }
+            data.outgoing.finish().await.unwrap();
+            data
+        });
+        tokio::time::pause();
+        tokio::time::sleep(10 * STALL).await;
+        tokio::time::resume();
+        assert!(!upload.is_finished(), "it all fits into the sockets");
+        let mut received = Vec::new();
+        socket.read_to_end(&mut received).await.unwrap();
+        assert_eq!(received.len(), PIECES * PIECE);
+        drop(socket);
+        drop(upload.await.unwrap());
+        assert!(all_of(&mut error).await.is_empty());
+    }
+
     /// A server that refuses a request before it has read all of it.
     #[tokio::test]
     async fn an_answer_arrives_although_the_request_cannot_be_written() {

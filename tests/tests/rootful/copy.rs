@@ -66,6 +66,13 @@ fn files_and_directories_go_both_ways() -> Result<()> {
             assert!(here.join(format!("{name}-dir/sub/big")).exists());
             copies(daemon, &inside("/tmp/new"), &path(&format!("{name}-dir")))?;
             assert!(here.join(format!("{name}-dir/new/sub/big")).exists());
+            // One that is empty, and one that is private.
+            container.sh("mkdir /tmp/empty && mkdir -m 700 /tmp/private && echo >/tmp/private/file")?;
+            for (kind, mode) in [("empty", 0o755), ("private", 0o700)] {
+                let to = format!("{name}-{kind}");
+                copies(daemon, &inside(&format!("/tmp/{kind}")), &path(&to))?;
+                assert_eq!(fs::metadata(here.join(&to))?.mode() & 0o7777, mode, "{to}");
+            }
             // A file, under another name, into a directory, over one that is there, and through a
             // link.
             copies(daemon, &path("tree/-dash"), &inside("/tmp/file"))?;

@@ -28,6 +28,9 @@ use crate::netlink::{self, Netlink, Request};
 /// Name of a pod's interface, the same in CRI and in every CNI configuration.
 pub const POD_INTERFACE: &str = "eth0";
 
+/// How often the addresses of released pods are freed for one that finds none.
+const CLEARINGS: usize = 16;
+
 /// The network of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attachment {
@@ -154,12 +157,17 @@ impl Bridge {
             let subnets = self.subnets.read().unwrap_or_else(PoisonError::into_inner);
             self.addresses.allocate(sandbox_id).map(|addresses| (*subnets, addresses))
         };
-        let mut allocated = allocate();
-        if let Err(addresses::Error::Exhausted { .. }) = allocated {
-            self.clear(Duration::ZERO)?;
-            allocated = allocate();
+        for _ in 0..CLEARINGS {
+            match allocate() {
+                Err(addresses::Error::Exhausted { .. }) if !lock(&self.released).is_empty() => {
+                    // What cannot be freed is told where it is tried again. What can be may go to
+                    // others, which release more.
+                    let _ = self.clear(Duration::ZERO);
+                }
+                outcome => return outcome.map_err(|source| Error::Addresses { source }),
+            }
         }
-        allocated.map_err(|source| Error::Addresses { source })
+        allocate().map_err(|source| Error::Addresses { source })
     }
 
     /// Reserves the host ports, and lets the pod through the firewall.

@@ -198,6 +198,11 @@ impl Shared {
         }
     }
 
+    /// Whether no other stream waits for data of the peer.
+    fn holds_up_none(&self, id: u32) -> bool {
+        !self.streams().iter().any(|(other, entry)| *other != id && entry.is_read())
+    }
+
     /// Gives up the stream with the most unread data, which is `full` if its own queue is full:
     /// while the connection stood still, active readers have emptied their queues.
     fn give_up(&self, full: u32) {
@@ -654,6 +659,9 @@ impl Reader {
             return;
         };
         while tokio::time::timeout(stall, queue.send(&bytes)).await.is_err() {
+            if self.shared.holds_up_none(id) {
+                continue;
+            }
             self.shared.give_up(id);
             if !self.shared.streams().get(&id).is_some_and(Entry::is_read) {
                 return;

@@ -159,6 +159,11 @@ async fn pass_on(to: usize, bytes: Bytes, inputs: &mut [Input]) {
         if tokio::time::timeout(STALL, queue.send(&bytes)).await.is_ok() {
             return;
         }
+        let is_read = |input: &&Input| input.queue.as_ref().is_some_and(|queue| !queue.is_closed());
+        if inputs.iter().filter(is_read).count() == 1 {
+            // It holds up no other.
+            continue;
+        }
         let is_full = queue.waiting() == QUEUE;
         let waiting = |input: &Input| input.queue.as_ref().map_or(0, Sender::waiting);
         // An active reader has emptied its queue meanwhile.
@@ -408,6 +413,39 @@ mod tests {
         assert_eq!(&said[2..], forward::unread(deaf_port).as_bytes());
         assert_eq!(&answer[2..], b"y\n");
         drop(overrun.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_port_that_pauses_and_holds_up_no_other_gets_everything() {
+        const PIECE: usize = 64 * 1024;
+        const PIECES: usize = 512;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let ended = answers().await;
+        let (mut client, _server) = served(false, vec![listener.local_addr().unwrap().port(), ended]).await;
+        let (mut socket, _) = listener.accept().await.unwrap();
+        // One that has ended counts no more.
+        client.send(Message::binary(vec![2, b'y', b'\n'])).await.unwrap();
+        let (mut to, mut from) = client.split();
+        let mut answer = 0;
+        while answer < 4 {
+            match from.next().await.unwrap().unwrap() {
+                Message::Binary(bytes) if bytes[0] == 2 => answer += bytes.len() - 1,
+                _ => {}
+            }
+        }
+        let upload = tokio::spawn(async move {
+            for _ in 0..PIECES {
+                to.send(Message::binary([&[0][..], &[7; PIECE]].concat())).await.unwrap();
+            }
+            to
+        });
+        tokio::time::pause();
+        tokio::time::sleep(10 * STALL).await;
+        tokio::time::resume();
+        assert!(!upload.is_finished(), "it all fits into the sockets");
+        let mut received = vec![0; PIECES * PIECE];
+        socket.read_exact(&mut received).await.unwrap();
+        drop(upload.await.unwrap());
     }
 
     #[tokio::test]

@@ -93,7 +93,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<IpNet>, NetworkError> {
 /// The networks of the bridge: the configured ones, else those of the pod CIDR, else the default.
 ///
 /// # Errors
-/// [`NetworkError::PodCidr`] if the bridge cannot have those of the pod CIDR.
+/// [`NetworkError::PodCidrUnusable`] if the bridge cannot have those of the pod CIDR.
 pub(super) fn subnets(configured: ConfiguredSubnets, pod_cidr: &[IpNet]) -> Result<Subnets, NetworkError> {
     let defaults = BridgeConfig::default().subnets();
     let fail = |reason: String| NetworkError::PodCidrUnusable { pod_cidr: show(pod_cidr), reason };

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, Setup};
 use crate::peers;
 use crate::program::run_with_input;
 
@@ -17,6 +17,16 @@ pub const BRIDGE: &str = r#"{"cniVersion": "1.1.0", "name": "pods", "plugins": [
         "type": "host-local", "dataDir": "DATA",
         "ranges": [[{"subnet": "10.99.0.0/24"}], [{"subnet": "fd99::/64"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
     {"type": "portmap", "backend": "nftables", "capabilities": {"portMappings": true}}]}"#;
+
+/// A daemon whose pods get their network from CNI, or none.
+pub const ONLY_CNI: Setup = Setup {
+    network: "kind = \"cni\"\n",
+    configuration: "",
+    disk_bytes: None,
+    chroot: false,
+    own_mounts: false,
+    launcher: &[],
+};
 
 /// Lines for the section `[network]` of `berth.toml`. On a node under test nothing of the machine's
 /// is found.

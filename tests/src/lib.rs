@@ -15,6 +15,7 @@ pub mod forge;
 pub mod fuse;
 pub mod held;
 pub mod host;
+pub mod interrupts;
 pub mod kubelet;
 pub mod kubepods;
 pub mod log;

@@ -12,19 +12,17 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::critest::{Exceptions, Spec, Verdict, read_report};
 use berth_tests::daemon::{Daemon, Setup};
 use berth_tests::deadline::patience;
-use berth_tests::peers;
 use berth_tests::registry::Registry;
 use berth_tests::skip::skip;
+use berth_tests::{interrupts, peers};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// One run of critest.
 struct Pass {
@@ -220,23 +218,11 @@ impl Critest<'_> {
 
 /// Makes SIGINT and SIGTERM end critest instead of this program, which then cleans up.
 fn pass_on_signals() -> Result<()> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("making a runtime")?;
-    let (mut interrupt, mut terminate) = {
-        let _inside = runtime.enter();
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
-    };
-    thread::spawn(move || {
-        runtime.block_on(async {
-            loop {
-                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-                INTERRUPTED.store(true, Ordering::SeqCst);
-                let critest = RUNNING.load(Ordering::SeqCst);
-                if critest != 0 {
-                    let _ = kill(Pid::from_raw(critest), Signal::SIGTERM);
-                }
-            }
-        });
-    });
-    Ok(())
+    interrupts::take_over(|| {
+        INTERRUPTED.store(true, Ordering::SeqCst);
+        let critest = RUNNING.load(Ordering::SeqCst);
+        if critest != 0 {
+            let _ = kill(Pid::from_raw(critest), Signal::SIGTERM);
+        }
+    })
 }

@@ -2,15 +2,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use berth_tests::cluster::nodes::{Network, Nodes, Traces, Underlay};
-use berth_tests::deadline;
 use berth_tests::skip::skip;
+use berth_tests::{deadline, interrupts};
 use nix::unistd::geteuid;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// What happens to a cluster: its name, and a function that returns what it counted.
 pub(crate) type Step = (&'static str, fn(&Nodes<'_>) -> Result<String>);
@@ -47,7 +45,8 @@ pub(crate) fn run(steps: &[Step]) -> ExitCode {
         skip("nodes", "needs root");
         outcomes.passed += 1;
     } else {
-        if let Err(error) = clean_up_when_interrupted() {
+        // The step that runs fails then, and the cluster is cleaned up.
+        if let Err(error) = interrupts::take_over(deadline::interrupt) {
             println!("nodes: FAILED: {error:#}");
             return ExitCode::FAILURE;
         }
@@ -132,25 +131,6 @@ fn is_gone(traces: &Traces) -> Result<String> {
     let left = traces.left();
     ensure!(left.is_empty(), "left: {left:?}");
     Ok("no process, mount, directory or cgroup".to_owned())
-}
-
-/// Lets the step that runs fail when the process is asked to end, instead of ending at once.
-fn clean_up_when_interrupted() -> Result<()> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("making a runtime")?;
-    let (mut interrupt, mut terminate) = {
-        let _inside = runtime.enter();
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
-    };
-    thread::spawn(move || {
-        runtime.block_on(async {
-            loop {
-                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-                deadline::interrupt();
-            }
-        });
-    });
-    Ok(())
 }
 
 /// How many nodes there are.

@@ -6,20 +6,11 @@ use std::fs;
 use anyhow::{Result, ensure};
 use berth_cri::v1;
 use berth_tests::census::pod_addresses;
-use berth_tests::cni::BRIDGE;
-use berth_tests::daemon::{Daemon, SOON, Setup, rootful, rootful_with};
+use berth_tests::cni::{BRIDGE, ONLY_CNI};
+use berth_tests::daemon::{Daemon, SOON, rootful, rootful_with};
 use berth_tests::deadline::within;
 use berth_tests::pod::shell;
 use serde_json::json;
-
-const ONLY_CNI: Setup = Setup {
-    network: "kind = \"cni\"\n",
-    configuration: "",
-    disk_bytes: None,
-    chroot: false,
-    own_mounts: false,
-    launcher: &[],
-};
 
 fn condition(daemon: &Daemon) -> Result<v1::RuntimeCondition> {
     let status = daemon.client().status(v1::StatusRequest::default())?.status.unwrap_or_default();

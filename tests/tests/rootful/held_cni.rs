@@ -8,20 +8,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use berth_cri::v1;
 use berth_tests::census::status_field;
-use berth_tests::daemon::{Daemon, SOON, Setup, own_namespaces, rootful, rootful_with};
+use berth_tests::cni::ONLY_CNI;
+use berth_tests::daemon::{Daemon, SOON, own_namespaces, rootful, rootful_with};
 use berth_tests::deadline::within;
 use berth_tests::held::{Call, GIVEN_UP, Holder, MKDIR, Queued, held_children, waits_in};
 use berth_tests::pod::{Pod, idle, security};
 use tonic::Code;
-
-const ONLY_CNI: Setup = Setup {
-    network: "kind = \"cni\"\n",
-    configuration: "",
-    disk_bytes: None,
-    chroot: false,
-    own_mounts: false,
-    launcher: &[],
-};
 
 /// A plugin that says what it was asked to do, and for which container.
 const PLUGIN: &str = r#"#!/bin/sh
